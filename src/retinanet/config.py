@@ -1,0 +1,304 @@
+"""Settings: their names, their defaults (the paper's), their limits, and how recipes change them.
+
+A default that stands here is the paper's (Lin et al. 2017; the section is on its line), or, where the
+paper is silent, that of Detectron, in which its authors ran it; what departs from it is in a recipe,
+which says why. Nothing below ``train`` sees these classes: functions take the numbers that they use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from retinanet.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """The network (Sec. 4)."""
+
+    backbone: str = "resnet50"  # Sec. 4; a torchvision name that we know, or "timm/NAME"
+    backbone_weights: str = "default"  # ImageNet weights: "default" (fetched), "none", or a file
+    norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
+    frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
+    p2: bool = False  # Sec. 4: levels P3 to P7
+    p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
+    channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
+    head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
+    head_norm: Literal["none", "group"] = "none"  # the paper has none
+    prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: score of every anchor at the start
+    pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: what the weights want
+    pixel_std: tuple[float, float, float] | None = None
+    stride_padding: Literal["symmetric", "same"] | None = None  # of stride-2 convolutions; likewise
+
+
+class AnchorConfig(_Section):
+    """Anchors (Sec. 4): areas 32^2 to 512^2 on P3 to P7, 3 octave scales, 3 aspect ratios."""
+
+    sizes: tuple[float, ...] | None = None  # square root of area, a level; None: 4 x stride
+    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    rounding: Literal["none", "torchvision"] = "none"  # torchvision rounds to whole pixels
+
+
+class MatchingConfig(_Section):
+    """Which anchor answers for which object (Sec. 4)."""
+
+    foreground_iou: float = Field(0.5, gt=0, le=1)
+    background_iou: float = Field(0.4, gt=0, le=1)
+    low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.background_iou > self.foreground_iou:
+            raise ValueError(
+                f"background_iou {self.background_iou} is over foreground_iou {self.foreground_iou}"
+            )
+        return self
+
+
+class LossConfig(_Section):
+    """The losses (Sec. 3 and 4.1)."""
+
+    classification: Literal["focal", "cross_entropy", "focal_star"] = "focal"
+    alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; a number a class: a tuple
+    gamma: float = Field(2.0, ge=0)  # Table 1b
+    beta: float = 0.0  # of focal_star (Table 3)
+    box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
+    box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
+    box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum
+    normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
+
+
+class DataConfig(_Section):
+    """How pictures reach the network (Sec. 4.1)."""
+
+    image_size: int = Field(600, ge=32)  # Sec. 5: the shorter side, pixels
+    max_size: int = Field(1000, ge=32)  # the longer side at most (Detectron)
+    multi_scale: tuple[int, ...] = ()  # shorter sides to draw from, a step
+    horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, an image
+    crop: bool = False  # a random crop back to the size before jitter
+    colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
+    workers: int | Literal["auto"] = "auto"  # processes that load pictures
+    held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        low, high = self.scale_jitter
+        if not 0 < low <= high:
+            raise ValueError(f"scale_jitter {self.scale_jitter} is not 0 < low <= high")
+        if any(side < 32 for side in self.multi_scale):
+            raise ValueError(f"multi_scale {self.multi_scale} holds a side under 32 pixels")
+        return self
+
+
+class TrainConfig(_Section):
+    """Optimisation (Sec. 4.1)."""
+
+    steps: int = Field(90_000, ge=1)  # Sec. 4.1; unused where epochs is set
+    epochs: float | None = Field(None, gt=0)  # steps from the data's size instead
+    min_steps: int = Field(1, ge=1)  # limits of what epochs gives
+    max_steps: int = Field(10**9, ge=1)
+    batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
+    accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
+    lr: float = Field(0.01, gt=0)  # Sec. 4.1, for reference_batch images a step
+    reference_batch: int = Field(16, ge=1)  # linear rule (Goyal et al. 2017): lr * batch / this
+    momentum: float = Field(0.9, ge=0, lt=1)  # Sec. 4.1
+    weight_decay: float = Field(1e-4, ge=0)  # Sec. 4.1
+    backbone_lr_factor: float = Field(1.0, ge=0)  # the backbone's share of the learning rate
+    schedule: Literal["steps", "cosine"] = "steps"  # Sec. 4.1
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # Sec. 4.1: 60k and 80k of 90k; lr / 10 at each
+    warmup_steps: int = Field(0, ge=0)  # not in the paper
+    clip_norm: float = Field(0.0, ge=0)  # largest gradient norm; 0: none, as in the paper
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    seed: int = 0
+    deterministic: bool = False  # bit for bit repeatable, and slower
+    validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
+    early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    save_every: int = Field(500, ge=1)  # steps between two states to resume from
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps {self.min_steps} is over max_steps {self.max_steps}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+            )
+        if any(not 0 < share < 1 for share in self.milestones):
+            raise ValueError(f"milestones {self.milestones} are shares of the steps, in (0, 1)")
+        return self
+
+
+class DetectConfig(_Section):
+    """What becomes of the scores (Sec. 4.1, Inference)."""
+
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    topk_candidates: int = Field(1000, ge=1)  # a level
+    nms_threshold: float = Field(0.5, gt=0, le=1)
+    detections_per_image: int = Field(100, ge=1)  # what COCO's AP looks at
+    class_agnostic_nms: bool = False
+
+
+class Recipe(_Section):
+    """All settings of a run. The defaults are the paper's."""
+
+    name: str = "paper_1x"
+    model: ModelConfig = ModelConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    matching: MatchingConfig = MatchingConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    detect: DetectConfig = DetectConfig()
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("retinanet") / "recipes"
+    return tuple(
+        sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    )
+
+
+def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe by name or from a TOML file, with ``key=value`` settings laid over it.
+
+    Args:
+        name_or_file: one of :func:`recipe_names`, or the path of a TOML file.
+        overrides: such as ``train.lr=0.005`` or ``data.multi_scale=[400, 500]``; values are TOML,
+            and a value that is not TOML is taken as text.
+
+    Raises:
+        ConfigError: there is no such recipe or setting (the nearest name is given), or a value is
+            of the wrong type or out of range.
+    """
+    values, where = _read_recipe(str(name_or_file))
+    for override in overrides:
+        key, given, text = override.partition("=")
+        if not given:
+            raise ConfigError(
+                f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
+            )
+        _lay_over(values, key.strip(), _parse_value(text.strip()))
+    return build_recipe(values, where)
+
+
+def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from nested plain values.
+
+    Raises:
+        ConfigError: as :func:`load_recipe`; `where` is named in the message.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for the known name nearest to `word`, or an empty text."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that :func:`load_recipe` reads back to the same one."""
+    lines = [f'name = "{recipe.name}"']
+    for section in _sections():
+        lines += ["", f"[{section}]"]
+        for key, value in getattr(recipe, section):
+            if value is not None:
+                lines.append(f"{key} = {_toml_value(value)}")
+            elif type(getattr(recipe, section)).model_fields[key].default is not None:
+                lines.append(f'{key} = "none"')
+    return "\n".join(lines) + "\n"
+
+
+def setting_names() -> tuple[str, ...]:
+    """Every setting as ``section.key``."""
+    return tuple(
+        f"{section}.{key}" for section, kind in _sections().items() for key in kind.model_fields
+    )
+
+
+def _sections() -> dict[str, type[_Section]]:
+    return {
+        name: kind.annotation
+        for name, kind in Recipe.model_fields.items()
+        if isinstance(kind.annotation, type) and issubclass(kind.annotation, _Section)
+    }
+
+
+def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
+    file = Path(name)
+    if name in recipe_names():
+        text = (resources.files("retinanet") / "recipes" / f"{name}.toml").read_text("utf-8")
+    elif file.suffix == ".toml" or file.is_file():
+        try:
+            text = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {name}: cannot be read: {error}") from None
+    else:
+        known = recipe_names()
+        raise ConfigError(
+            f"recipe {name!r} is neither a file nor one of {', '.join(known)}{nearest(name, known)}"
+        )
+    try:
+        return tomllib.loads(text), f"recipe {name}"
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name} is not TOML: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _lay_over(values: dict[str, Any], key: str, value: Any) -> None:
+    if key not in setting_names():
+        # A bare last part is enough to find what was meant: lr -> train.lr.
+        same_end = [known for known in setting_names() if known.split(".")[1] == key.split(".")[-1]]
+        hint = f"; did you mean {same_end[0]}?" if same_end else nearest(key, setting_names())
+        raise ConfigError(f"there is no setting {key!r}{hint}")
+    section, name = key.split(".")
+    values.setdefault(section, {})[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {where!r}{nearest(where, setting_names())}"
+    got = first.get("input")
+    shown = "" if isinstance(got, dict | BaseModel) else f" (got {got!r})"
+    return f"{where}: {first['msg']}{shown}" + (
+        f"; {len(error.errors()) - 1} more" if len(error.errors()) > 1 else ""
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(one) for one in value) + "]"
+    return repr(value)

@@ -1,0 +1,105 @@
+"""A labelled data set in memory, whatever format it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object of a picture, as its label file states it: faults included.
+
+    Attributes:
+        box: (x1, y1, x2, y2) pixels of the picture; may be empty, inverted, outside or not a number
+            until the data is checked.
+        label: class 0..K-1, the place in :attr:`Dataset.classes`.
+        id: the source's own id, or the object's place (from 0) in its file.
+        crowd: COCO's iscrowd: a region of many objects; ignored in training and evaluation.
+        difficult: VOC's difficult: likewise ignored.
+        area: COCO's area (of the mask) in square pixels; None: the box's own.
+        extra: whatever else the source says (truncated, pose, segmentation, ...).
+    """
+
+    box: tuple[float, float, float, float]
+    label: int
+    id: int | str = 0
+    crowd: bool = False
+    difficult: bool = False
+    area: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ignored(self) -> bool:
+        """Whether the object counts neither as object nor as background."""
+        return self.crowd or self.difficult
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """One picture and its objects.
+
+    Attributes:
+        path: the picture's file.
+        id: the source's own id (COCO's image id, else the file's stem).
+        annotations: its objects; none makes it a picture of pure background.
+        width, height: pixels as the labels state them; None where the format does not say.
+        label_file: the file that holds the labels (None: there is none, the picture is background).
+    """
+
+    path: Path
+    id: int | str
+    annotations: tuple[Annotation, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    label_file: Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong in a data set.
+
+    Attributes:
+        kind: a short constant name, such as ``box-empty`` or ``image-missing``.
+        file: the label file or the picture where it is.
+        object: the object's id or place in that file; None: the whole file.
+        reason: one line: what is wrong, with the values found.
+        fix: what ``data check --fix`` does about it; empty: a person must decide.
+    """
+
+    kind: str
+    file: Path
+    object: int | str | None
+    reason: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One split of a labelled data set.
+
+    Attributes:
+        images: the pictures, in the source's order.
+        classes: names by label.
+        category_ids: the source's own ids by label (COCO's 1..90; 0..K-1 or 1..K elsewhere).
+        split: the split's name, such as ``train``.
+        format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``synthetic``.
+        source: the folder or file that was read.
+        problems: what could not even be read into an annotation.
+        split_origin: how the split came about (``the format's own``, ``seed 0, 20% held out``).
+    """
+
+    images: tuple[LabelledImage, ...]
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    split: str
+    format: str
+    source: Path
+    problems: tuple[Problem, ...] = ()
+    split_origin: str = "the format's own"
+
+    def __len__(self) -> int:
+        return len(self.images)

@@ -1,0 +1,132 @@
+"""The values that pass between the rooms: what the model returns, what it is compared with, what is found.
+
+Letters in shapes: B images, L levels, A anchors a cell, R anchors in all, K classes, N boxes,
+M objects, H and W rows and columns. Boxes are always (x1, y1, x2, y2) in pixels, width = x2 - x1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKGROUND = -1
+"""Label or match of an anchor that holds no object; as a label of an object row: padding."""
+
+IGNORED = -2
+"""Label or match that counts neither as object nor as background (a crowd, or an IoU in between)."""
+
+
+class Outputs(NamedTuple):
+    """What the network says of a batch, level by level in the heads' own layout.
+
+    ``logits[l]``: (B, A * K, H_l, W_l), channel ``a * K + k``; ``deltas[l]``: (B, A * 4, H_l, W_l), channel
+    ``a * 4 + i``. In channels_last memory :func:`flatten_level` is a view: nothing is copied.
+    """
+
+    logits: tuple[Tensor, ...]
+    deltas: tuple[Tensor, ...]
+
+
+def flatten_level(level: Tensor, last: int) -> Tensor:
+    """(B, A * last, H, W) to (B, H * W * A, last): rows then run in the order of the anchors."""
+    batch = level.shape[0]
+    return level.permute(0, 2, 3, 1).reshape(batch, -1, last)
+
+
+def flatten_levels(levels: tuple[Tensor, ...] | list[Tensor], last: int) -> Tensor:
+    """Levels of (B, A * last, H_l, W_l) to one (B, R, last), in the order of the anchors."""
+    return torch.cat([flatten_level(level, last) for level in levels], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The objects of a batch, padded to the image that holds most.
+
+    Attributes:
+        boxes: (B, M, 4) float32 pixels of the network's input; padding rows are zero.
+        labels: (B, M) int64: class 0..K-1; IGNORED for a region that is neither object nor background
+            (a crowd); BACKGROUND for padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
+        """The same targets on `device`."""
+        return Targets(
+            self.boxes.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+        )
+
+
+def pad_targets(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
+    """Per image (M_i, 4) boxes and (M_i,) labels to one padded :class:`Targets`."""
+    most = max((len(one) for one in labels), default=0)
+    padded_boxes = torch.zeros(len(labels), most, 4, dtype=torch.float32)
+    padded_labels = torch.full((len(labels), most), BACKGROUND, dtype=torch.int64)
+    for i, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+        padded_boxes[i, : len(image_labels)] = image_boxes
+        padded_labels[i, : len(image_labels)] = image_labels
+    return Targets(padded_boxes, padded_labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images and their objects as the network takes them.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB, padded at the right and the bottom.
+        targets: objects in the pixels of `images`.
+        sizes: (B, 2) int64 height and width of each image before padding.
+        original_sizes: (B, 2) int64 height and width of the upright picture on disk.
+        indices: (B,) int64 place of each image in its dataset.
+    """
+
+    images: Tensor
+    targets: Targets
+    sizes: Tensor
+    original_sizes: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with what the network needs on `device`; sizes and indices stay."""
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.sizes,
+            self.original_sizes,
+            self.indices,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that the copy to a GPU can overlap."""
+        pinned = Targets(self.targets.boxes.pin_memory(), self.targets.labels.pin_memory())
+        return Batch(
+            self.images.pin_memory(), pinned, self.sizes, self.original_sizes, self.indices
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32 pixels.
+        scores: (N,) float32 in [0, 1].
+        labels: (N,) int64 class 0..K-1.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
+        for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True):
+            yield box, float(score), int(label)
