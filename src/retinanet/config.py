@@ -1,8 +1,9 @@
 """Settings: their names, their defaults (the paper's), their limits, and how recipes change them.
 
-A default that stands here is the paper's (Lin et al. 2017; the section is on its line), or, where the
-paper is silent, that of Detectron, in which its authors ran it; what departs from it is in a recipe,
-which says why. Nothing below ``train`` sees these classes: functions take the numbers that they use.
+A default that stands here is the paper's (Lin et al. 2017; the section is on its line), or, where
+the paper is silent, that of Detectron, in which its authors ran it; what departs from it is in a
+recipe, which says why. Nothing below ``train`` sees these classes: functions take the numbers that
+they use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from retinanet.errors import ConfigError
 
@@ -77,6 +78,18 @@ class LossConfig(_Section):
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
     box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum
     normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _no_alpha(cls, value: Any) -> Any:
+        return None if value == "none" else value  # TOML has no null
+
+    @model_validator(mode="after")
+    def _alpha_range(self) -> Self:
+        values = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if any(value is not None and not 0 <= value <= 1 for value in values):
+            raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
+        return self
 
 
 class DataConfig(_Section):
@@ -188,6 +201,9 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
             of the wrong type or out of range.
     """
     values, where = _read_recipe(str(name_or_file))
+    overrides = list(overrides)
+    if any(one.startswith("train.steps=") for one in overrides):
+        values.get("train", {}).pop("epochs", None)  # the recipe's; who names steps means steps
     for override in overrides:
         key, given, text = override.partition("=")
         if not given:

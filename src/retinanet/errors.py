@@ -9,8 +9,8 @@ RetinaNetError                 the root: catch this one to catch them all
 └── MissingExtraError          an optional dependency is not installed
 
 Each message is one line that says what is wrong, what was found, where, and what to do next.
-Functions on the ground floor (losses, matching, ...) raise ``ValueError`` for arguments that make no
-sense, as torch does.
+Functions on the ground floor (losses, matching, ...) raise ``ValueError`` for arguments that make
+no sense, as torch does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The values that pass between the rooms: what the model returns, what it is compared with, what is found.
+"""The values that pass between the rooms: what the model returns, its targets, what is found.
 
 Letters in shapes: B images, L levels, A anchors a cell, R anchors in all, K classes, N boxes,
 M objects, H and W rows and columns. Boxes are always (x1, y1, x2, y2) in pixels, width = x2 - x1.
@@ -17,14 +17,14 @@ BACKGROUND = -1
 """Label or match of an anchor that holds no object; as a label of an object row: padding."""
 
 IGNORED = -2
-"""Label or match that counts neither as object nor as background (a crowd, or an IoU in between)."""
+"""Label or match that counts neither as object nor as background: a crowd, an IoU in between."""
 
 
 class Outputs(NamedTuple):
     """What the network says of a batch, level by level in the heads' own layout.
 
-    ``logits[l]``: (B, A * K, H_l, W_l), channel ``a * K + k``; ``deltas[l]``: (B, A * 4, H_l, W_l), channel
-    ``a * 4 + i``. In channels_last memory :func:`flatten_level` is a view: nothing is copied.
+    ``logits[l]``: (B, A * K, H_l, W_l), channel ``a * K + k``; ``deltas[l]``: (B, A * 4, H_l, W_l),
+    channel ``a * 4 + i``. In channels_last memory :func:`flatten_level` is a view, not a copy.
     """
 
     logits: tuple[Tensor, ...]
@@ -48,8 +48,8 @@ class Targets:
 
     Attributes:
         boxes: (B, M, 4) float32 pixels of the network's input; padding rows are zero.
-        labels: (B, M) int64: class 0..K-1; IGNORED for a region that is neither object nor background
-            (a crowd); BACKGROUND for padding.
+        labels: (B, M) int64: class 0..K-1; IGNORED for a region that is neither object nor
+            background (a crowd); BACKGROUND for padding.
     """
 
     boxes: Tensor
