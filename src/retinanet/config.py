@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,20 @@ from retinanet.errors import ConfigError
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, values: Any) -> Any:
+        # TOML has no null: the text "none" is None for a setting that may be None.
+        if not isinstance(values, dict):
+            return values
+        optional = {
+            key for key, one in cls.model_fields.items() if type(None) in get_args(one.annotation)
+        }
+        return {
+            key: None if value == "none" and key in optional else value
+            for key, value in values.items()
+        }
 
 
 class ModelConfig(_Section):
