@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retinanet.errors import ConfigError
 
@@ -92,11 +92,6 @@ class LossConfig(_Section):
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
     box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum
     normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
-
-    @field_validator("alpha", mode="before")
-    @classmethod
-    def _no_alpha(cls, value: Any) -> Any:
-        return None if value == "none" else value  # TOML has no null
 
     @model_validator(mode="after")
     def _alpha_range(self) -> Self:
