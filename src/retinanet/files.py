@@ -1,0 +1,69 @@
+"""Files and folders that are whole or absent: written beside their place, then renamed into it.
+
+A process killed at any instant leaves the old content or the new, never a half.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
+    """Write a text (as UTF-8) or bytes to `path`, whole or not at all; parents are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
+    """Make `folder` hold exactly what `fill` writes into the folder that it is handed.
+
+    A folder cannot be renamed over a full one, so there are two renames; a kill between them is made
+    good by :func:`recover_folder`, which this function and every reader call first.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, ready, old = _stages(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    fill(draft)
+    for file in draft.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    draft.rename(ready)  # from here on the new content counts
+    if folder.exists():
+        folder.rename(old)
+    ready.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def recover_folder(folder: str | Path) -> None:
+    """Finish what a killed :func:`replace_folder` began; nothing to do after any other end."""
+    folder = Path(folder)
+    _, ready, old = _stages(folder)
+    if ready.is_dir():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        ready.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _stages(folder: Path) -> tuple[Path, Path, Path]:
+    """Where a folder is written, where it waits whole, and where the one before it goes."""
+    return tuple(folder.with_name(f".{folder.name}.{stage}") for stage in ("draft", "ready", "old"))  # type: ignore[return-value]

@@ -1,0 +1,616 @@
+"""The training loop (Sec. 4.1), from the data to the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.config import Recipe
+from retinanet.data import digest, read_splits, usable
+from retinanet.data.dataset import Dataset
+from retinanet.data.loading import train_loader
+from retinanet.detect.inference import autocast, resolve_precision
+from retinanet.errors import ConfigError, DataError, MissingExtraError
+from retinanet.evaluate.run import evaluate_model
+from retinanet.files import replace_folder, write_atomic
+from retinanet.losses.detection import Losses, detection_losses, update_running
+from retinanet.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, transfer_weights
+from retinanet.model.retinanet import RetinaNet, build_retinanet
+from retinanet.structures import Batch, Targets
+from retinanet.train.events import Event, Listener
+from retinanet.train.nonfinite import report_nonfinite
+from retinanet.train.optimization import build_optimizer, lr_factor, resolve_steps, scaled_lr, set_lr
+from retinanet.train.run_folder import RunFolder, describe_machine
+from retinanet.train.state import Progress, load_state, read_progress, save_state
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a training left behind.
+
+    Attributes:
+        folder: the run folder.
+        model: the checkpoint to use: ``best/``, or ``last/`` where nothing was validated.
+        metrics: figures of the last validation on the ``val`` split; empty where there was none.
+        best_ap: AP of `model` on the ``val`` split; -1: not validated.
+        step: steps done.
+        interrupted: whether it was stopped by Ctrl-C; the same call goes on.
+    """
+
+    folder: Path
+    model: Path
+    metrics: Mapping[str, Any]
+    best_ap: float
+    step: int
+    interrupted: bool = False
+
+
+def train(
+    recipe: Recipe,
+    data: str | Path | Mapping[str, Dataset],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    init: str | Path | None = None,
+    on_event: Listener | None = None,
+) -> Run:
+    """Train a RetinaNet, or go on with a run that was stopped.
+
+    Args:
+        recipe: all settings (:func:`retinanet.config.load_recipe`).
+        data: a labelled folder or file of any format, or its splits by name; ``train`` is trained
+            on, ``val`` is validated on.
+        out: the run folder. Where it holds an unfinished run with the same settings and data, that
+            run goes on from its last state, and ends at the weights it would have reached unstopped
+            (bit for bit on a CPU with ``train.deterministic``).
+        device: ``auto``, ``cpu`` or ``cuda``; several processes come from ``accelerate launch``.
+        init: a checkpoint to start from; what does not fit (other classes) is listed and left out.
+        on_event: is told what happens (:class:`Event`).
+
+    Raises:
+        ConfigError: settings contradict each other, or `out` holds another run.
+        DataError: the data has no picture or no object to train on.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; what reproduces it is kept.
+        WeightsError: `init` or the backbone's weights cannot be used.
+    """
+    settings = recipe.train
+    accelerator = _accelerator(device, settings.trackers, Path(out))
+    tell = _teller(accelerator, on_event)
+
+    # --- data ---------------------------------------------------------------------------------
+    splits = data if isinstance(data, Mapping) else _read(data, recipe)
+    if "train" not in splits:
+        raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
+    train_set, left_out = usable(splits["train"])
+    val_set = usable(splits["val"])[0] if "val" in splits else None
+    if not any(not one.ignored for image in train_set.images for one in image.annotations):
+        raise DataError(
+            f"{train_set.source}: no object to train on in {len(train_set)} pictures; "
+            "see retinanet data check"
+        )
+    if left_out:
+        tell("message", message=f"left out {len(left_out)} faulty objects or pictures of the "
+             f"training data, the first: {left_out[0].reason}; see retinanet data check")  # fmt: skip
+
+    # --- run folder ---------------------------------------------------------------------------
+    folder = RunFolder(out)
+    data_digest = digest(train_set) + (digest(val_set) if val_set else "")
+    steps = resolve_steps(
+        len(train_set),
+        steps=settings.steps,
+        epochs=settings.epochs,
+        min_steps=settings.min_steps,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+    )
+    if accelerator.is_main_process:
+        folder.recover()
+    accelerator.wait_for_everyone()
+    stored = read_progress(folder.last)
+    if stored is not None:
+        folder.check_same(recipe, data_digest)
+        if stored.finished:
+            tell("message", message=f"{folder.path} is finished: {stored.step} steps")
+            return _result(folder, stored)
+    elif accelerator.is_main_process:
+        machine = describe_machine(accelerator.device)
+        machine |= {"seed": settings.seed, "data": str(train_set.source), "format": train_set.format}
+        machine |= {"data_digest": data_digest, "split_origin": train_set.split_origin}
+        machine |= {"images": {name: len(one) for name, one in splits.items()}}
+        machine |= {"steps": steps, "processes": accelerator.num_processes}
+        folder.begin(recipe, machine)
+
+    # --- model --------------------------------------------------------------------------------
+    set_seed(settings.seed)
+    precision = resolve_precision(settings.precision, accelerator.device)
+    model = _build(recipe, len(train_set.classes))
+    if init is not None and stored is None:
+        transferred = transfer_weights(model, train_set.classes, load_checkpoint(init))
+        skipped = "; ".join(f"{name}: {why}" for name, why in transferred.skipped)
+        tell("message", message=f"from {init}: {transferred.loaded} tensors loaded"
+             + (f", left out {skipped}" if skipped else ""))  # fmt: skip
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    averaged = _averaged(model, settings.ema)
+    lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
+    optimizer = build_optimizer(
+        model,
+        optimizer=settings.optimizer,
+        lr=lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        backbone_lr_factor=settings.backbone_lr_factor,
+    )
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
+    running = torch.tensor(100.0, device=accelerator.device)
+
+    # --- where to begin -----------------------------------------------------------------------
+    progress = Progress(steps=steps, left_out=len(left_out))
+    if stored is not None:
+        progress, extras, numbers = load_state(folder.last, model, optimizer)
+        running = extras["running"].to(accelerator.device)
+        if averaged is not None:
+            averaged.load_state_dict(_part(extras, "averaged."))
+        scaler.load_state_dict(numbers["scaler"])
+        if accelerator.is_main_process:
+            folder.cut_log(progress.step)
+    network = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+
+    def checkpoint() -> Checkpoint:
+        return Checkpoint(
+            model=averaged.module if averaged is not None else model,
+            classes=train_set.classes,
+            category_ids=train_set.category_ids,
+            image_size=recipe.data.image_size,
+            max_size=recipe.data.max_size,
+            info={
+                "detect": recipe.detect.model_dump(mode="json"),
+                "loss": loss_settings(recipe),
+                "recipe": recipe.name,
+                "step": progress.step,
+            },
+        )
+
+    def keep() -> None:
+        """Put the state of this moment into last/, whole or not at all."""
+        if not accelerator.is_main_process:
+            return
+        extras = {"running": running}
+        if averaged is not None:
+            extras |= {f"averaged.{name}": one for name, one in averaged.state_dict().items()}
+
+        def fill(draft: Path) -> None:
+            save_checkpoint(draft, checkpoint())
+            save_state(draft, progress, model, optimizer, extras, {"scaler": scaler.state_dict()})
+
+        replace_folder(folder.last, fill)
+
+    def validate() -> None:
+        """Loss and AP on the val split; keeps the best, and counts what is no better."""
+        if val_set is None:
+            return
+        if accelerator.is_main_process:
+            metrics = evaluate_model(
+                checkpoint().model,
+                val_set,
+                image_size=recipe.data.image_size,
+                max_size=recipe.data.max_size,
+                batch_size=max(1, settings.batch_size // accelerator.num_processes),
+                workers=recipe.data.workers,
+                device=accelerator.device,
+                precision=precision,
+                loss=loss_settings(recipe),
+                progress=lambda done, total: tell("validating", done=done, total=total),
+                **recipe.detect.model_dump(),
+            )
+            progress.metrics = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
+            ap = metrics.ap if metrics.ap is not None else -1.0
+            if ap > progress.best_ap:
+                progress.best_ap, progress.best_step, progress.bad_validations = ap, progress.step, 0
+                save_checkpoint(folder.best, checkpoint())
+            else:
+                progress.bad_validations += 1
+            progress.stopped_early = 0 < settings.early_stop <= progress.bad_validations
+            folder.append({"step": progress.step, "validation": progress.metrics})
+            write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
+            tell("validation", step=progress.step, **progress.metrics)
+        accelerator.wait_for_everyone()
+        progress.stopped_early = bool(_from_main(accelerator, float(progress.stopped_early)))
+        network.train()
+
+    # --- the loop -----------------------------------------------------------------------------
+    batch_size, rest = divmod(settings.batch_size, accelerator.num_processes)
+    if rest or batch_size % settings.accumulate:
+        raise ConfigError(
+            f"train.batch_size {settings.batch_size} does not divide into "
+            f"{accelerator.num_processes} processes x {settings.accumulate} micro-batches"
+        )
+    loader = train_loader(
+        train_set,
+        batch_size=batch_size,
+        steps=steps,
+        start_step=progress.step,
+        seed=settings.seed,
+        image_size=recipe.data.image_size,
+        max_size=recipe.data.max_size,
+        multi_scale=recipe.data.multi_scale,
+        horizontal_flip=recipe.data.horizontal_flip,
+        vertical_flip=recipe.data.vertical_flip,
+        scale_jitter=recipe.data.scale_jitter,
+        crop=recipe.data.crop,
+        colour=recipe.data.colour,
+        workers=recipe.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        fill=fill_colour(model),
+    )
+    tell(
+        "resume" if stored is not None else "start",
+        step=progress.step,
+        steps=steps,
+        images=len(train_set),
+        classes=len(train_set.classes),
+        lr=lr,
+        batch_size=settings.batch_size,
+        device=str(accelerator.device),
+        precision=precision,
+        split_origin=train_set.split_origin,
+    )
+    validate_every = _every(settings.validate_every, steps)
+    meter = _Meter(settings.batch_size, accelerator.device)
+    interrupted = False
+    network.train()
+    with _deterministic(settings.deterministic), _ctrl_c(accelerator) as stop:
+        batches = iter(loader)
+        while not progress.finished and not interrupted:
+            meter.begin()
+            batch: Batch = next(batches).to(accelerator.device, non_blocking=True)
+            meter.got_data()
+
+            factor = lr_factor(
+                progress.step,
+                steps,
+                schedule=settings.schedule,
+                milestones=settings.milestones,
+                warmup_steps=settings.warmup_steps,
+            )
+            set_lr(optimizer, lr * factor)
+
+            losses, running = _backward(
+                accelerator, network, model, batch, recipe, precision, scaler, running
+            )
+            scaler.unscale_(optimizer)
+            grad_norm = _clip(model, settings.clip_norm)
+
+            figures = _figures(losses, grad_norm)
+            if not figures.finite(scaled=scaler.is_enabled()):
+                report_nonfinite(
+                    folder.path,
+                    step=progress.step,
+                    batch=batch,
+                    checkpoint=checkpoint(),
+                    model=model,
+                    dataset=train_set,
+                    running=running,
+                    numbers={"lr": lr * factor, "precision": precision, **figures.as_dict()},
+                )
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if averaged is not None:
+                averaged.update_parameters(model)
+            progress.step += 1
+
+            line = {"step": progress.step, **figures.as_dict(), "lr": lr * factor}
+            line |= meter.end(steps - progress.step)
+            progress.seconds += line["seconds"]
+            if accelerator.is_main_process:
+                folder.append(line)
+                tell("step", steps=steps, **line)
+                if settings.trackers:
+                    accelerator.log({k: v for k, v in line.items() if k != "step"}, progress.step)
+
+            if progress.step % validate_every == 0 or progress.step == steps:
+                began = time.perf_counter()
+                validate()
+                progress.seconds += time.perf_counter() - began
+                if settings.trackers and progress.metrics:
+                    accelerator.log({f"val_{k}": v for k, v in progress.metrics.items()}, progress.step)
+            interrupted = stop.is_set()
+            if progress.step % settings.save_every == 0 or progress.finished or interrupted:
+                keep()
+    accelerator.wait_for_everyone()
+    if settings.trackers:
+        accelerator.end_training()
+    tell("end", step=progress.step, best_ap=progress.best_ap, best_step=progress.best_step,
+         seconds=progress.seconds, interrupted=interrupted, **progress.metrics)  # fmt: skip
+    return _result(folder, progress, interrupted)
+
+
+def loss_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
+    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
+
+
+def fill_colour(model: RetinaNet) -> tuple[int, int, int]:
+    """The colour that is nearest to zero after the model's normalisation."""
+    red, green, blue = (round(float(one)) for one in model.pixel_mean.flatten())
+    return red, green, blue
+
+
+def _backward(
+    accelerator: Accelerator,
+    network: nn.Module,
+    model: RetinaNet,
+    batch: Batch,
+    recipe: Recipe,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+    running: Tensor,
+) -> tuple[Losses, Tensor]:
+    """Loss and gradient of a batch, in micro-batches; gradients meet over processes in the last."""
+    pieces = list(_micro_batches(batch, recipe.train.accumulate))
+    parts: list[Losses] = []
+    for piece in pieces:
+        with _sync_if(accelerator, network, piece is pieces[-1]):
+            with autocast(accelerator.device, precision):
+                outputs = network(piece.images)
+            height, width = piece.images.shape[-2:]
+            anchors = level_anchors(
+                model.anchors, feature_sizes(model.anchors.strides, height, width), batch.images.device
+            )
+            losses = detection_losses(
+                outputs,
+                anchors,
+                piece.targets,
+                num_classes=model.num_classes,
+                running=running,
+                world_foreground=lambda total: accelerator.reduce(total, reduction="mean"),
+                **loss_settings(recipe),
+            )
+            scaler.scale(losses.total / len(pieces)).backward()
+        parts.append(losses)
+    total = Losses(
+        classification=torch.stack([one.classification.detach() for one in parts]).mean(),
+        box=torch.stack([one.box.detach() for one in parts]).mean(),
+        foreground=torch.cat([one.foreground for one in parts]),
+    )
+    if recipe.loss.normalizer == "running":
+        count = total.foreground.sum().to(running.dtype)
+        running = update_running(running, accelerator.reduce(count, reduction="mean"))
+    if accelerator.num_processes > 1:
+        total = Losses(
+            accelerator.reduce(total.classification, reduction="mean"),
+            accelerator.reduce(total.box, reduction="mean"),
+            accelerator.gather(total.foreground),
+        )
+    return total, running
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """The numbers of one step, on the host. Read together: one wait for the device a step."""
+
+    loss: float
+    loss_classification: float
+    loss_box: float
+    positives: float
+    grad_norm: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def finite(self, *, scaled: bool) -> bool:
+        """Whether training may go on. Under a loss scale an infinite gradient is no fault: the
+        scaler skips that step and halves its scale."""
+        checked = [self.loss] if scaled else [self.loss, self.grad_norm]
+        return all(abs(one) < float("inf") for one in checked)
+
+
+def _figures(losses: Losses, grad_norm: Tensor) -> _Figures:
+    values = torch.stack(
+        [
+            losses.classification.float(),
+            losses.box.float(),
+            losses.foreground.float().mean(),
+            grad_norm.float(),
+        ]
+    )
+    classification, box, positives, norm = values.tolist()
+    return _Figures(classification + box, classification, box, positives, norm)
+
+
+def _clip(model: nn.Module, clip_norm: float) -> Tensor:
+    """The norm of the gradient before clipping; `clip_norm` 0 only measures."""
+    parameters = [one for one in model.parameters() if one.grad is not None]
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    size = len(batch.images) // count
+    for i in range(0, len(batch.images), size):
+        part = slice(i, i + size)
+        yield Batch(
+            batch.images[part],
+            Targets(batch.targets.boxes[part], batch.targets.labels[part]),
+            batch.sizes[part],
+            batch.original_sizes[part],
+            batch.indices[part],
+        )
+
+
+class _Meter:
+    """Speed, waiting and memory of the steps, as a user wants to see them."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size = batch_size
+        self._device = device
+        self._process = psutil.Process()
+        self._mean_seconds: float | None = None
+
+    def begin(self) -> None:
+        self._began = self._got = time.perf_counter()
+
+    def got_data(self) -> None:
+        self._got = time.perf_counter()
+
+    def end(self, steps_left: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._began
+        mean = self._mean_seconds
+        self._mean_seconds = seconds if mean is None else 0.95 * mean + 0.05 * seconds
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device)
+        else:
+            memory = self._process.memory_info().rss
+        return {
+            "seconds": round(seconds, 4),
+            "images_per_second": round(self._batch_size / self._mean_seconds, 3),
+            "waiting": round((self._got - self._began) / seconds, 4),
+            "memory_mb": round(memory / 1e6, 1),
+            "seconds_left": round(steps_left * self._mean_seconds, 1),
+        }
+
+
+def _accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
+    for tracker in trackers:
+        _require_tracker(tracker)
+    accelerator = Accelerator(
+        # Precision is ours (recipe): accelerate's own would copy the logits to float32.
+        mixed_precision="no",
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=str(out),
+        # A validation runs on the main process alone, and the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
+    )
+    if trackers:
+        accelerator.init_trackers("retinanet")
+    return accelerator
+
+
+def _require_tracker(name: str) -> None:
+    from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
+
+    available = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+        "mlflow": is_mlflow_available,
+    }
+    if not available[name]():
+        raise MissingExtraError(name, "trackers")
+
+
+def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
+    def tell(kind: Any, **data: Any) -> None:
+        if on_event is not None and accelerator.is_main_process:
+            on_event(Event(kind, data))
+
+    return tell
+
+
+def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
+    return read_splits(data, seed=recipe.train.seed, held_out=recipe.data.held_out)
+
+
+def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
+    return build_retinanet(
+        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
+    )
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _every(setting: float, steps: int) -> int:
+    """A period in steps, from a number of them or, under 1, a share of all."""
+    return max(1, round(setting * steps if setting < 1 else setting))
+
+
+def _from_main(accelerator: Accelerator, value: float) -> float:
+    """The main process' value, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    mine = value if accelerator.is_main_process else 0.0
+    return float(accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum"))
+
+
+@contextmanager
+def _sync_if(accelerator: Accelerator, network: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are averaged over processes only in the last micro-batch."""
+    if last or accelerator.num_processes == 1:
+        yield
+    else:
+        with accelerator.no_sync(network):
+            yield
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _ctrl_c(accelerator: Accelerator) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after this step; the second one kills.
+
+    With several processes each would stop at another step and the rest would wait for ever, so there
+    Ctrl-C kills at once, and the last saved state is resumed.
+    """
+    stop = threading.Event()
+    if accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(signum: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _result(folder: RunFolder, progress: Progress, interrupted: bool = False) -> Run:
+    model = folder.best if folder.best.is_dir() else folder.last
+    return Run(
+        folder.path, model, progress.metrics, progress.best_ap, progress.step, interrupted
+    )
