@@ -12,10 +12,11 @@ class Event:
     """One thing that happened.
 
     Attributes:
-        kind: ``start`` (steps, images, device, ...), ``resume`` (step), ``step`` (step, steps, loss,
-            loss_classification, loss_box, positives, lr, grad_norm, images_per_second, waiting,
-            memory_mb, seconds_left), ``validation`` (step, ap, ap50, loss, ...; done and total while
-            it runs), ``message`` (message), ``end`` (step, best_ap, best_step, seconds, ...).
+        kind: ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
+            precision, split_origin), ``step`` (step, steps, loss, loss_classification, loss_box,
+            positives, grad_norm, lr, images_per_second, waiting, memory_mb, seconds_left),
+            ``validating`` (done, total), ``validation`` (step, ap, ap50, loss), ``message``
+            (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
         data: the values, by the names above.
     """
 

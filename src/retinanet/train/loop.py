@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,16 +21,29 @@ from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import train_loader
 from retinanet.detect.inference import autocast, resolve_precision
-from retinanet.errors import ConfigError, DataError, MissingExtraError
+from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import Losses, detection_losses, update_running
-from retinanet.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, transfer_weights
+from retinanet.model.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    transfer_weights,
+)
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch, Targets
 from retinanet.train.events import Event, Listener
+from retinanet.train.figures import Meter, read_figures
 from retinanet.train.nonfinite import report_nonfinite
-from retinanet.train.optimization import build_optimizer, lr_factor, resolve_steps, scaled_lr, set_lr
+from retinanet.train.optimization import (
+    build_optimizer,
+    lr_factor,
+    resolve_steps,
+    scaled_lr,
+    set_lr,
+)
+from retinanet.train.processes import ctrl_c, deterministic, from_main, open_accelerator, sync_if
 from retinanet.train.run_folder import RunFolder, describe_machine
 from retinanet.train.state import Progress, load_state, read_progress, save_state
 
@@ -90,7 +98,7 @@ def train(
         WeightsError: `init` or the backbone's weights cannot be used.
     """
     settings = recipe.train
-    accelerator = _accelerator(device, settings.trackers, Path(out))
+    accelerator = open_accelerator(device, settings.trackers, Path(out))
     tell = _teller(accelerator, on_event)
 
     # --- data ---------------------------------------------------------------------------------
@@ -105,8 +113,12 @@ def train(
             "see retinanet data check"
         )
     if left_out:
-        tell("message", message=f"left out {len(left_out)} faulty objects or pictures of the "
-             f"training data, the first: {left_out[0].reason}; see retinanet data check")  # fmt: skip
+        first = f"{left_out[0].file}: {left_out[0].reason}"
+        tell(
+            "message",
+            message=f"left out {len(left_out)} faulty objects or pictures of the training data, "
+            f"the first: {first}; see retinanet data check",
+        )
 
     # --- run folder ---------------------------------------------------------------------------
     folder = RunFolder(out)
@@ -130,7 +142,11 @@ def train(
             return _result(folder, stored)
     elif accelerator.is_main_process:
         machine = describe_machine(accelerator.device)
-        machine |= {"seed": settings.seed, "data": str(train_set.source), "format": train_set.format}
+        machine |= {
+            "seed": settings.seed,
+            "data": str(train_set.source),
+            "format": train_set.format,
+        }
         machine |= {"data_digest": data_digest, "split_origin": train_set.split_origin}
         machine |= {"images": {name: len(one) for name, one in splits.items()}}
         machine |= {"steps": steps, "processes": accelerator.num_processes}
@@ -221,7 +237,11 @@ def train(
             progress.metrics = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
             ap = metrics.ap if metrics.ap is not None else -1.0
             if ap > progress.best_ap:
-                progress.best_ap, progress.best_step, progress.bad_validations = ap, progress.step, 0
+                progress.best_ap, progress.best_step, progress.bad_validations = (
+                    ap,
+                    progress.step,
+                    0,
+                )
                 save_checkpoint(folder.best, checkpoint())
             else:
                 progress.bad_validations += 1
@@ -230,7 +250,7 @@ def train(
             write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             tell("validation", step=progress.step, **progress.metrics)
         accelerator.wait_for_everyone()
-        progress.stopped_early = bool(_from_main(accelerator, float(progress.stopped_early)))
+        progress.stopped_early = bool(from_main(accelerator, float(progress.stopped_early)))
         network.train()
 
     # --- the loop -----------------------------------------------------------------------------
@@ -272,10 +292,10 @@ def train(
         split_origin=train_set.split_origin,
     )
     validate_every = _every(settings.validate_every, steps)
-    meter = _Meter(settings.batch_size, accelerator.device)
+    meter = Meter(settings.batch_size, accelerator.device)
     interrupted = False
     network.train()
-    with _deterministic(settings.deterministic), _ctrl_c(accelerator) as stop:
+    with deterministic(settings.deterministic), ctrl_c(accelerator) as stop:
         batches = iter(loader)
         while not progress.finished and not interrupted:
             meter.begin()
@@ -297,7 +317,7 @@ def train(
             scaler.unscale_(optimizer)
             grad_norm = _clip(model, settings.clip_norm)
 
-            figures = _figures(losses, grad_norm)
+            figures = read_figures(losses, grad_norm)
             if not figures.finite(scaled=scaler.is_enabled()):
                 report_nonfinite(
                     folder.path,
@@ -307,6 +327,7 @@ def train(
                     model=model,
                     dataset=train_set,
                     running=running,
+                    write=accelerator.is_main_process,
                     numbers={"lr": lr * factor, "precision": precision, **figures.as_dict()},
                 )
             scaler.step(optimizer)
@@ -330,7 +351,9 @@ def train(
                 validate()
                 progress.seconds += time.perf_counter() - began
                 if settings.trackers and progress.metrics:
-                    accelerator.log({f"val_{k}": v for k, v in progress.metrics.items()}, progress.step)
+                    accelerator.log(
+                        {f"val_{k}": v for k, v in progress.metrics.items()}, progress.step
+                    )
             interrupted = stop.is_set()
             if progress.step % settings.save_every == 0 or progress.finished or interrupted:
                 keep()
@@ -367,12 +390,14 @@ def _backward(
     pieces = list(_micro_batches(batch, recipe.train.accumulate))
     parts: list[Losses] = []
     for piece in pieces:
-        with _sync_if(accelerator, network, piece is pieces[-1]):
+        with sync_if(accelerator, network, piece is pieces[-1]):
             with autocast(accelerator.device, precision):
                 outputs = network(piece.images)
             height, width = piece.images.shape[-2:]
             anchors = level_anchors(
-                model.anchors, feature_sizes(model.anchors.strides, height, width), batch.images.device
+                model.anchors,
+                feature_sizes(model.anchors.strides, height, width),
+                batch.images.device,
             )
             losses = detection_losses(
                 outputs,
@@ -402,39 +427,6 @@ def _backward(
     return total, running
 
 
-@dataclass(frozen=True, slots=True)
-class _Figures:
-    """The numbers of one step, on the host. Read together: one wait for the device a step."""
-
-    loss: float
-    loss_classification: float
-    loss_box: float
-    positives: float
-    grad_norm: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    def finite(self, *, scaled: bool) -> bool:
-        """Whether training may go on. Under a loss scale an infinite gradient is no fault: the
-        scaler skips that step and halves its scale."""
-        checked = [self.loss] if scaled else [self.loss, self.grad_norm]
-        return all(abs(one) < float("inf") for one in checked)
-
-
-def _figures(losses: Losses, grad_norm: Tensor) -> _Figures:
-    values = torch.stack(
-        [
-            losses.classification.float(),
-            losses.box.float(),
-            losses.foreground.float().mean(),
-            grad_norm.float(),
-        ]
-    )
-    classification, box, positives, norm = values.tolist()
-    return _Figures(classification + box, classification, box, positives, norm)
-
-
 def _clip(model: nn.Module, clip_norm: float) -> Tensor:
     """The norm of the gradient before clipping; `clip_norm` 0 only measures."""
     parameters = [one for one in model.parameters() if one.grad is not None]
@@ -455,71 +447,6 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
             batch.original_sizes[part],
             batch.indices[part],
         )
-
-
-class _Meter:
-    """Speed, waiting and memory of the steps, as a user wants to see them."""
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self._batch_size = batch_size
-        self._device = device
-        self._process = psutil.Process()
-        self._mean_seconds: float | None = None
-
-    def begin(self) -> None:
-        self._began = self._got = time.perf_counter()
-
-    def got_data(self) -> None:
-        self._got = time.perf_counter()
-
-    def end(self, steps_left: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self._began
-        mean = self._mean_seconds
-        self._mean_seconds = seconds if mean is None else 0.95 * mean + 0.05 * seconds
-        if self._device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self._device)
-        else:
-            memory = self._process.memory_info().rss
-        return {
-            "seconds": round(seconds, 4),
-            "images_per_second": round(self._batch_size / self._mean_seconds, 3),
-            "waiting": round((self._got - self._began) / seconds, 4),
-            "memory_mb": round(memory / 1e6, 1),
-            "seconds_left": round(steps_left * self._mean_seconds, 1),
-        }
-
-
-def _accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
-    for tracker in trackers:
-        _require_tracker(tracker)
-    accelerator = Accelerator(
-        # Precision is ours (recipe): accelerate's own would copy the logits to float32.
-        mixed_precision="no",
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
-        log_with=list(trackers) or None,
-        project_dir=str(out),
-        # A validation runs on the main process alone, and the others wait for it.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
-    )
-    if trackers:
-        accelerator.init_trackers("retinanet")
-    return accelerator
-
-
-def _require_tracker(name: str) -> None:
-    from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
-
-    available = {
-        "tensorboard": is_tensorboard_available,
-        "wandb": is_wandb_available,
-        "mlflow": is_mlflow_available,
-    }
-    if not available[name]():
-        raise MissingExtraError(name, "trackers")
 
 
 def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
@@ -555,62 +482,6 @@ def _every(setting: float, steps: int) -> int:
     return max(1, round(setting * steps if setting < 1 else setting))
 
 
-def _from_main(accelerator: Accelerator, value: float) -> float:
-    """The main process' value, on every process."""
-    if accelerator.num_processes == 1:
-        return value
-    mine = value if accelerator.is_main_process else 0.0
-    return float(accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum"))
-
-
-@contextmanager
-def _sync_if(accelerator: Accelerator, network: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are averaged over processes only in the last micro-batch."""
-    if last or accelerator.num_processes == 1:
-        yield
-    else:
-        with accelerator.no_sync(network):
-            yield
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _ctrl_c(accelerator: Accelerator) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after this step; the second one kills.
-
-    With several processes each would stop at another step and the rest would wait for ever, so there
-    Ctrl-C kills at once, and the last saved state is resumed.
-    """
-    stop = threading.Event()
-    if accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(signum: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _result(folder: RunFolder, progress: Progress, interrupted: bool = False) -> Run:
     model = folder.best if folder.best.is_dir() else folder.last
-    return Run(
-        folder.path, model, progress.metrics, progress.best_ap, progress.step, interrupted
-    )
+    return Run(folder.path, model, progress.metrics, progress.best_ap, progress.step, interrupted)

@@ -31,10 +31,12 @@ def report_nonfinite(
     dataset: Dataset,
     running: Tensor,
     numbers: Mapping[str, Any],
+    write: bool = True,
 ) -> NoReturn:
     """Keep weights and batch in ``run/nonfinite/`` and stop.
 
-    The check runs before the optimiser moves, so the weights kept are the last good ones.
+    The check runs before the optimiser moves, so the weights kept are the last good ones. Of
+    several processes one writes (`write`); each names its own pictures.
 
     Raises:
         NonFiniteLossError: always; names the pictures, the learning rate and the gradient's norm.
@@ -57,7 +59,9 @@ def report_nonfinite(
             "labels": batch.targets.labels,
             "running": running,
         }
-        save_file({name: one.detach().cpu() for name, one in tensors.items()}, draft / "batch.safetensors")
+        save_file(
+            {name: one.detach().cpu() for name, one in tensors.items()}, draft / "batch.safetensors"
+        )
         story = {
             "step": step,
             "images": [{"id": one.id, "file": str(one.path)} for one in images],
@@ -65,7 +69,9 @@ def report_nonfinite(
         }
         (draft / "story.json").write_text(json.dumps(story, indent=1, default=str) + "\n", "utf-8")
 
-    kept = replace_folder(run / "nonfinite", fill)
+    kept = run / "nonfinite"
+    if write:
+        replace_folder(kept, fill)
     names = ", ".join(str(one.id) for one in images)
     raise NonFiniteLossError(
         f"step {step}: the loss is {numbers['loss']} (class {numbers['loss_classification']}, box "
@@ -95,7 +101,9 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
     model = checkpoint.model.train()
     images = tensors["images"].contiguous(memory_format=torch.channels_last)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with autocast(torch.device("cpu"), story["precision"] if story["precision"] != "fp16" else "float32"):
+    with autocast(
+        torch.device("cpu"), story["precision"] if story["precision"] != "fp16" else "float32"
+    ):
         outputs = model(images)
     anchors = level_anchors(
         model.anchors, feature_sizes(model.anchors.strides, *images.shape[-2:]), images.device

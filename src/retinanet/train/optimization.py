@@ -51,7 +51,8 @@ def lr_factor(
     """What the learning rate is multiplied with in step `step` (from 0) of `steps`.
 
     Args:
-        schedule: ``steps`` divides by 10 at each milestone (Sec. 4.1); ``cosine`` falls from 1 to 0.
+        schedule: ``steps`` divides by 10 at each milestone (Sec. 4.1); ``cosine`` falls from 1
+            to 0.
         milestones: shares of `steps`; the paper's 60k and 80k of 90k are 2/3 and 8/9.
         warmup_steps: linear rise over so many steps (Goyal et al. 2017, Sec. 2.2); 0: none.
 

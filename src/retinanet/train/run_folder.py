@@ -86,7 +86,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, and a half-written last line: they are about to come again."""
+        """Drop the lines after `step`, and a half-written last one: they are about to come again."""
         kept = []
         for line in self.log.read_text("utf-8").splitlines():
             try:
@@ -134,5 +134,3 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
         if isinstance(settings, dict):
             values |= {f"{section}.{key}": value for key, value in settings.items()}
     return values
-
-

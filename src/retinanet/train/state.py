@@ -83,7 +83,10 @@ def save_state(
             elif value is not None:
                 scalars[f"{index}.{name}"] = value
     # safetensors refuses two names for one memory, and views.
-    save_file({name: one.detach().clone().contiguous() for name, one in tensors.items()}, folder / _TENSORS)
+    save_file(
+        {name: one.detach().clone().contiguous() for name, one in tensors.items()},
+        folder / _TENSORS,
+    )
     (folder / _NUMBERS).write_text(
         json.dumps(
             {"progress": asdict(progress), "optimizer": scalars, "numbers": dict(numbers)}, indent=1
@@ -124,7 +127,9 @@ def load_state(
     for name, value in (parts["optimizer"] | stored["optimizer"]).items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     torch.set_rng_state(parts["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in parts["random"]:
         torch.cuda.set_rng_state(parts["random"]["cuda"])

@@ -1,0 +1,111 @@
+"""Devices, processes and signals: what surrounds the loop, on accelerate."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
+
+from retinanet.errors import ConfigError, MissingExtraError
+
+
+def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
+    """The devices and processes of this run.
+
+    Raises:
+        ConfigError: there is no such device.
+        MissingExtraError: a tracker is not installed.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
+    for tracker in trackers:
+        _require_tracker(tracker)
+    accelerator = Accelerator(
+        # Precision is ours (recipe): accelerate's own would copy the logits to float32.
+        mixed_precision="no",
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=str(out),
+        # A validation runs on the main process alone, and the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
+    )
+    if trackers:
+        accelerator.init_trackers("retinanet")
+    return accelerator
+
+
+def _require_tracker(name: str) -> None:
+    from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
+
+    available = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+        "mlflow": is_mlflow_available,
+    }
+    if not available[name]():
+        raise MissingExtraError(name, "trackers")
+
+
+def from_main(accelerator: Accelerator, value: float) -> float:
+    """The main process' value, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    mine = value if accelerator.is_main_process else 0.0
+    return float(accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum"))
+
+
+@contextmanager
+def sync_if(accelerator: Accelerator, network: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are averaged over processes only in the last micro-batch."""
+    if last or accelerator.num_processes == 1:
+        yield
+    else:
+        with accelerator.no_sync(network):
+            yield
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Algorithms that give the same bits each time, within."""
+    if not wanted:
+        yield
+        return
+    before = torch.aredeterministic_algorithms_enabled()
+    torch.usedeterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.usedeterministic_algorithms(before)
+
+
+@contextmanager
+def ctrl_c(accelerator: Accelerator) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after this step; the second one kills.
+
+    With several processes each would stop at another step and the rest would wait for ever, so
+    there Ctrl-C kills at once, and the last saved state is resumed.
+    """
+    stop = threading.Event()
+    if accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(signum: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,262 @@
+"""Training end to end on a tiny synthetic set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_recipe
+
+from retinanet.data import read_splits
+from retinanet.data.dataset import Dataset
+from retinanet.errors import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    NonFiniteLossError,
+    WeightsError,
+)
+from retinanet.train.events import Event
+from retinanet.train.loop import train
+from retinanet.train.nonfinite import replay
+from retinanet.train.state import read_progress
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last" / "model.safetensors")
+
+
+def _log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _timeless(line: dict) -> dict:
+    timed = {"seconds", "images_per_second", "waiting", "memory_mb", "seconds_left"}
+    return {key: value for key, value in line.items() if key not in timed}
+
+
+def test_a_run_leaves_what_the_run_folder_promises(tiny_data: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+
+    names = {one.name for one in run.folder.iterdir()}
+    assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
+    lines = _log(run.folder)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "validation" in line] == [2, 4]
+    assert all(line["loss"] == pytest.approx(line["loss_classification"] + line["loss_box"])
+               for line in lines if "loss" in line)  # fmt: skip
+    info = json.loads((run.folder / "run.json").read_text())
+    assert info["seed"] == 0
+    assert info["images"] == {"train": 12, "val": 4}
+    assert len(info["data_digest"]) >= 32
+    kinds = [event.kind for event in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert run.step == 4
+    assert run.model == run.folder / "best"
+    assert 0 <= run.best_ap <= 1
+
+
+def test_learning_rate_follows_the_linear_rule(tiny_data: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = tiny_recipe(
+        "train.steps=1", "train.optimizer=sgd", "train.lr=0.01", "train.reference_batch=16"
+    )
+    train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    assert events[0].data["lr"] == 0.01 * 4 / 16
+    assert _log(tmp_path / "run")[0]["lr"] == 0.0025
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("train.ema=0.9", "loss.normalizer=running", "train.optimizer=sgd")]
+)
+def test_ctrl_c_and_again_equals_uninterrupted(
+    tiny_data: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    recipe = tiny_recipe("train.steps=6", "train.validate_every=3", *settings)
+    whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu")
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "step" and event.data["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = train(recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=interrupt)
+    assert first.interrupted
+    assert first.step == 4
+    events: list[Event] = []
+    second = train(recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=events.append)
+    assert events[0].kind == "resume"
+    assert events[0].data["step"] == 4
+    assert second.step == 6
+    expected, found = _weights(whole.folder), _weights(second.folder)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert [_timeless(one) for one in _log(whole.folder)] == [
+        _timeless(one) for one in _log(second.folder)
+    ]
+
+
+def test_a_finished_run_is_not_trained_again(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.steps=1")
+    train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    events: list[Event] = []
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    assert [event.kind for event in events] == ["message"]
+    assert "is finished: 1 steps" in events[0].data["message"]
+    assert run.step == 1
+
+
+def test_other_settings_or_data_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny_recipe("train.steps=1"), tiny_data, out, device="cpu")
+    with pytest.raises(ConfigError, match=r"train\.lr = 0\.0005, and now it is 0\.1"):
+        train(tiny_recipe("train.steps=1", "train.lr=0.1"), tiny_data, out, device="cpu")
+    splits = read_splits(tiny_data)
+    fewer = dict(splits, train=_first(splits["train"], 5))
+    with pytest.raises(ConfigError, match="other data"):
+        train(tiny_recipe("train.steps=1"), fewer, out, device="cpu")
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds 'thesis\.tex' but no run"):
+        train(tiny_recipe("train.steps=1"), tiny_data, tmp_path, device="cpu")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_damaged_state_says_what_to_do(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.steps=2", "train.save_every=1", "train.validate_every=2")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    progress_file = run.folder / "last" / "training.json"
+    progress_file.write_text("{")
+    with pytest.raises(WeightsError, match="delete the run folder"):
+        train(recipe, tiny_data, run.folder, device="cpu")
+
+
+def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
+    # A learning rate of nearly 0 learns nothing: AP stays, so the second validation is no better.
+    recipe = tiny_recipe(
+        "train.steps=9", "train.lr=1e-12", "train.validate_every=1", "train.early_stop=2"
+    )
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    assert run.step == 3  # best at 1, then two in a row that are no better
+    progress = read_progress(run.folder / "last")
+    assert progress is not None
+    assert progress.stopped_early
+    assert progress.finished
+
+
+def test_accumulating_micro_batches_is_the_whole_batch(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=2", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4")
+    one = train(tiny_recipe(*settings), tiny_data, tmp_path / "one", device="cpu")
+    two = train(
+        tiny_recipe(*settings, "train.accumulate=2"), tiny_data, tmp_path / "two", device="cpu"
+    )
+    expected, found = _weights(one.folder), _weights(two.folder)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_nonfinite_loss_stops_and_can_be_repeated(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        "train.steps=50", "train.optimizer=sgd", "train.lr=1e18", "train.clip_norm=0",
+        "train.save_every=1",
+    )  # fmt: skip
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    message = str(caught.value)
+    story = json.loads((tmp_path / "run" / "nonfinite" / "story.json").read_text())
+    assert f"step {story['step']}" in message
+    assert "learning rate" in message
+    assert "gradient norm" in message
+    assert len(story["images"]) == 4
+    for image in story["images"]:
+        assert str(image["id"]) in message
+        assert Path(image["file"]).is_file()
+    losses, norm = replay(tmp_path / "run" / "nonfinite")
+    assert not (torch.isfinite(losses.total) and norm < float("inf"))
+    # The last saved state is from before: finite, and of the step before the bad one.
+    progress = read_progress(tmp_path / "run" / "last")
+    assert progress is not None
+    assert progress.step == story["step"]
+    assert all(torch.isfinite(one).all() for one in _weights(tmp_path / "run").values())
+
+
+def test_replay_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="holds no step to repeat"):
+        replay(tmp_path)
+
+
+def test_start_from_another_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe("train.steps=2"), tiny_data, tmp_path / "first", device="cpu")
+    events: list[Event] = []
+    recipe = tiny_recipe("train.steps=1", "train.lr=1e-12", "train.seed=5")
+    second = train(
+        recipe, tiny_data, tmp_path / "second", device="cpu", init=first.folder / "last",
+        on_event=events.append,
+    )  # fmt: skip
+    assert any("tensors loaded" in event.data.get("message", "") for event in events)
+    for name, value in _weights(first.folder).items():
+        torch.testing.assert_close(_weights(second.folder)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_one_picture_is_learned_by_heart(tiny_data: Path, tmp_path: Path) -> None:
+    splits = read_splits(tiny_data)
+    most = max(splits["train"].images, key=lambda image: len(image.annotations))
+    one = _with(splits["train"], (most,))
+    recipe = tiny_recipe(
+        "train.steps=120", "train.batch_size=1", "train.reference_batch=1", "train.lr=0.003",
+        "data.horizontal_flip=0", "model.channels=32", "train.validate_every=120",
+        "matching.low_quality_matches=true", "train.deterministic=false", "train.warmup_steps=10",
+    )  # fmt: skip
+    run = train(recipe, {"train": one, "val": one}, tmp_path / "run", device="cpu")
+    lines = [line for line in _log(run.folder) if "loss" in line]
+    assert lines[-1]["loss"] < 0.05 * lines[0]["loss"]
+    assert run.metrics["ap50"] > 0.99
+
+
+def test_errors_before_anything_is_written(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    splits = read_splits(tiny_data)
+    bare = tuple(type(i)(path=i.path, id=i.id) for i in splits["train"].images)
+    with pytest.raises(DataError, match="no object to train on in 12 pictures"):
+        train(tiny_recipe(), {"train": _with(splits["train"], bare)}, out, device="cpu")
+    with pytest.raises(DataError, match="no split named 'train'; there is val"):
+        train(tiny_recipe(), {"val": splits["val"]}, out, device="cpu")
+    with pytest.raises(ConfigError, match="device 'tpu' is not"):
+        train(tiny_recipe(), splits, out, device="tpu")
+    assert not out.exists()
+
+
+def test_cuda_without_cuda(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no CUDA device; use --device cpu"):
+        train(tiny_recipe(), tiny_data, tmp_path / "run", device="cuda")
+
+
+def test_a_missing_tracker_names_its_extra(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"wandb is not installed.*retinanet\[trackers\]"):
+        train(tiny_recipe("train.trackers=['wandb']"), tiny_data, tmp_path / "run", device="cpu")
+
+
+def _with(dataset: Dataset, images: tuple) -> Dataset:  # type: ignore[type-arg]
+    import dataclasses
+
+    return dataclasses.replace(dataset, images=images)
+
+
+def _first(dataset: Dataset, count: int) -> Dataset:
+    return _with(dataset, dataset.images[:count])
