@@ -19,8 +19,8 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
-from retinanet.data.loading import train_loader
-from retinanet.detect.inference import autocast, resolve_precision
+from retinanet.data.loading import default_workers, train_loader
+from retinanet.detect.inference import autocast, choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
@@ -152,9 +152,15 @@ def train(
         machine |= {"steps": steps, "processes": accelerator.num_processes}
         folder.begin(recipe, machine)
 
+    workers = recipe.data.workers
+    workers = default_workers() if workers == "auto" else workers
+
     # --- model --------------------------------------------------------------------------------
     set_seed(settings.seed)
-    precision = resolve_precision(settings.precision, accelerator.device)
+    precision: str = settings.precision
+    if precision == "auto":
+        fast = choose_dtype("auto", accelerator.device) == torch.bfloat16
+        precision = "bf16" if fast else "float32"
     model = _build(recipe, len(train_set.classes))
     if init is not None and stored is None:
         transferred = transfer_weights(model, train_set.classes, load_checkpoint(init))
@@ -227,7 +233,7 @@ def train(
                 image_size=recipe.data.image_size,
                 max_size=recipe.data.max_size,
                 batch_size=max(1, settings.batch_size // accelerator.num_processes),
-                workers=recipe.data.workers,
+                workers=workers,
                 device=accelerator.device,
                 precision=precision,
                 loss=loss_settings(recipe),
@@ -235,13 +241,10 @@ def train(
                 **recipe.detect.model_dump(),
             )
             progress.metrics = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
-            ap = metrics.ap if metrics.ap is not None else -1.0
-            if ap > progress.best_ap:
-                progress.best_ap, progress.best_step, progress.bad_validations = (
-                    ap,
-                    progress.step,
-                    0,
-                )
+            # NaN (no object to find) is never better; a run without one better keeps last/ alone.
+            if metrics.ap > progress.best_ap:
+                progress.best_ap, progress.best_step = metrics.ap, progress.step
+                progress.bad_validations = 0
                 save_checkpoint(folder.best, checkpoint())
             else:
                 progress.bad_validations += 1
@@ -274,10 +277,10 @@ def train(
         scale_jitter=recipe.data.scale_jitter,
         crop=recipe.data.crop,
         colour=recipe.data.colour,
-        workers=recipe.data.workers,
+        workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        fill=fill_colour(model),
+        fill=padding_colour(model),
     )
     tell(
         "resume" if stored is not None else "start",
@@ -370,12 +373,6 @@ def loss_settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
 
 
-def fill_colour(model: RetinaNet) -> tuple[int, int, int]:
-    """The colour that is nearest to zero after the model's normalisation."""
-    red, green, blue = (round(float(one)) for one in model.pixel_mean.flatten())
-    return red, green, blue
-
-
 def _backward(
     accelerator: Accelerator,
     network: nn.Module,
@@ -391,7 +388,7 @@ def _backward(
     parts: list[Losses] = []
     for piece in pieces:
         with sync_if(accelerator, network, piece is pieces[-1]):
-            with autocast(accelerator.device, precision):
+            with autocast(precision, accelerator.device):
                 outputs = network(piece.images)
             height, width = piece.images.shape[-2:]
             anchors = level_anchors(

@@ -101,9 +101,9 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
     model = checkpoint.model.train()
     images = tensors["images"].contiguous(memory_format=torch.channels_last)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with autocast(
-        torch.device("cpu"), story["precision"] if story["precision"] != "fp16" else "float32"
-    ):
+    # A CPU has no fp16 units to repeat an fp16 step with.
+    precision = story["precision"] if story["precision"] != "fp16" else "float32"
+    with autocast(precision, torch.device("cpu")):
         outputs = model(images)
     anchors = level_anchors(
         model.anchors, feature_sizes(model.anchors.strides, *images.shape[-2:]), images.device

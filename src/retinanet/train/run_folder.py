@@ -86,7 +86,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, and a half-written last one: they are about to come again."""
+        """Drop the lines after `step`, and a half-written last one: they will come again."""
         kept = []
         for line in self.log.read_text("utf-8").splitlines():
             try:
