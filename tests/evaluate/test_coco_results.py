@@ -1,0 +1,144 @@
+"""COCO's results file: written, read back to the same AP, and refused where it is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_coco_metrics import (
+    assert_same,
+    make_dataset,
+    make_detections,
+    pycocotools_numbers,
+    random_case,
+)
+
+from retinanet.data.dataset import Annotation
+from retinanet.errors import DataError
+from retinanet.evaluate.coco import evaluate_detections
+from retinanet.evaluate.results import Results, ground_truth, image_numbers
+from retinanet.structures import Detections
+
+GOOD = {"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+def filled(seed: int = 0) -> Results:
+    dataset, found = random_case(seed)
+    results = Results(dataset)
+    for index, detections in found:
+        results.add(index, detections)
+    return results
+
+
+def test_written_file_gives_the_same_ap_here_and_in_pycocotools(tmp_path: Path) -> None:
+    results = filled()
+    file = tmp_path / "deep" / "results.json"
+    results.write(file)
+    metrics = evaluate_detections(results.dataset, results)
+    again = Results.read(file, results.dataset)
+    assert (again.table() == results.table()).all()  # bit for bit
+    assert evaluate_detections(results.dataset, again).to_dict() == metrics.to_dict()
+    rows = json.loads(file.read_text())
+    assert_same(metrics, pycocotools_numbers(ground_truth(results.dataset), rows))
+    assert list(file.parent.iterdir()) == [file]  # nothing is left beside it
+
+
+def test_boxes_are_xywh_and_ids_the_datas_own() -> None:
+    results = Results(make_dataset([[], []]))
+    results.add(1, make_detections([([1.0, 2.0, 4.0, 8.0], 0.25, 1)]))
+    assert list(results.rows()) == [
+        {"image_id": 12, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.25}
+    ]
+
+
+def test_nothing_found_is_an_empty_list(tmp_path: Path) -> None:
+    results = Results(make_dataset([[]]))
+    results.add(0, make_detections([]))
+    results.write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == []
+    assert len(Results.read(tmp_path / "results.json", results.dataset)) == 0
+
+
+def test_labels_are_mapped_and_unknown_classes_left_out() -> None:
+    results = Results(make_dataset([[]]), label_map=(1, -1, 0))
+    rows = [([0.0, 0, 1, 1], 0.9, 0), ([0.0, 0, 1, 1], 0.8, 1), ([0.0, 0, 1, 1], 0.7, 2)]
+    results.add(0, make_detections(rows))
+    assert [row["category_id"] for row in results.rows()] == [3, 17]
+
+
+def test_ids_that_are_names_get_numbers_and_are_understood() -> None:
+    named = make_dataset([[Annotation((0, 0, 10, 10), 0)], []])
+    images = tuple(
+        type(one)(Path(f"BloodImage_{i:05}.jpg"), f"BloodImage_{i:05}", one.annotations)
+        for i, one in enumerate(named.images)
+    )
+    dataset = replace(named, images=images)
+    assert image_numbers(dataset) == (1, 2)
+    for name in ("BloodImage_00000", "BloodImage_00000.jpg", 1):
+        row = {"image_id": name, "category_id": 17, "bbox": [0, 0, 10, 10], "score": 0.5}
+        assert evaluate_detections(dataset, [row]).ap == pytest.approx(1)
+
+
+def test_a_number_that_is_not_one_is_refused() -> None:
+    results = Results(make_dataset([[]]))
+    bad = Detections(
+        torch.tensor([[0.0, 0.0, math.nan, 1.0]]), torch.tensor([0.5]), torch.tensor([0])
+    )
+    with pytest.raises(DataError, match=r"0\.png: a box or a score that was found is not a number"):
+        results.add(0, bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{**GOOD, "image_id": 99}], r"1 boxes are of images that .* does not hold: 99"),
+        ([{**GOOD, "image_id": [1]}], r"of images that .* does not hold: \[1\]"),
+        ([{**GOOD, "category_id": 91}], r"category_id that .* does not know: 91; did you mean 90"),
+        ([GOOD, {"image_id": 11, "score": 1}], "entry 1 has no category_id, bbox"),
+        ([3], "entry 0 has no image_id, category_id, bbox, score"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], r"entry 0 \(image 11\): bbox \[1, 2, 3\] is not"),
+        ([{**GOOD, "bbox": "big"}], "bbox big is not"),
+        ([{**GOOD, "score": "high"}], "score 'high' is not a number"),
+        ([{**GOOD, "score": None}], "is not a finite number"),
+        ([{**GOOD, "bbox": [1, 2, math.nan, 3]}], "entry 0 .* is not a finite number"),
+        ([{**GOOD, "bbox": [9, 9, -3, 4]}], "has a negative size"),
+        ({"images": [], "annotations": []}, "holds labels .* not results"),
+        ({"a": 1}, "is not a COCO results file: .* a JSON object was found"),
+        ("text", "a JSON text was found"),
+        (None, "a JSON null was found"),
+        (3, "a JSON number was found"),
+    ],
+)
+def test_what_is_wrong_in_a_results_file(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as caught:
+        Results.read(file, make_dataset([[], []]))
+    assert "\n" not in str(caught.value)
+    assert "results.json" in str(caught.value)
+
+
+def test_many_unknown_ids_are_counted_not_all_listed(tmp_path: Path) -> None:
+    rows = [{**GOOD, "image_id": 1000 + i // 2} for i in range(40)]
+    with pytest.raises(DataError, match=r"40 boxes .*: 1000, 1001, .* and 15 more; is it"):
+        Results.read(rows, make_dataset([[], []]))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    dataset = make_dataset([[]])
+    with pytest.raises(DataError, match=r"no\.json: there is no such file"):
+        Results.read(tmp_path / "no.json", dataset)
+    broken = tmp_path / "broken.json"
+    broken.write_text('[\n{"image_id": 1,\n')
+    with pytest.raises(DataError, match=r"broken\.json is not JSON: .* at line 3"):
+        Results.read(broken, dataset)
+    broken.write_bytes(b"\xff\xfe[")
+    with pytest.raises(DataError, match=r"broken\.json cannot be read"):
+        Results.read(broken, dataset)
+    with pytest.raises(DataError, match="cannot be read"):
+        Results.read(tmp_path, dataset)
