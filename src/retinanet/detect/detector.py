@@ -1,0 +1,286 @@
+"""A trained model as a person uses it: a picture in, what is found in it out."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retinanet.config import DetectConfig, build_recipe
+from retinanet.data.images import pad_batch, resize_to
+from retinanet.detect.found import Failure, Found
+from retinanet.detect.inference import (
+    Thresholds,
+    choose_device,
+    choose_dtype,
+    detect_batch,
+    padding_colour,
+)
+from retinanet.detect.sources import Source, find_sources, is_single, iter_sources
+from retinanet.errors import ConfigError
+from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+
+
+class Detector:
+    """A model on its device, with everything needed to search pictures.
+
+    Attributes:
+        model: the network, on `device`, in eval mode.
+        classes: class names by label.
+        category_ids: the ids by label of the data that the model was trained on.
+        device: where the network runs.
+        precision: ``auto``, ``float32``, ``bf16`` or ``fp16``.
+        image_size, max_size: pixels of the shorter side and at most of the longer side to which
+            pictures are resized for the network.
+        thresholds: what becomes of the scores, by name.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        image_size: int | None = None,
+        max_size: int | None = None,
+        **thresholds: Unpack[Thresholds],
+    ) -> None:
+        """Take over the checkpoint's model: it is moved to the device and set to eval mode.
+
+        Args:
+            checkpoint: a trained model.
+            device: a torch device; ``auto`` is the first there is of CUDA, MPS and the CPU.
+            precision: ``auto`` is bf16 where the hardware has units for it, else float32.
+            image_size: None is what the model was trained with; larger finds smaller objects.
+            max_size: None is what the model was trained with, and grown with `image_size`.
+            thresholds: laid over those of the checkpoint: ``score_threshold``,
+                ``topk_candidates`` (a level), ``nms_threshold``, ``detections_per_image``,
+                ``class_agnostic_nms``.
+
+        Raises:
+            ConfigError: an unknown device, precision or option, or a value out of range.
+        """
+        self.device = choose_device(device)
+        choose_dtype(precision, self.device)  # a wrong one is an error now, not at a picture
+        self.precision = precision
+        self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
+        self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
+        self.classes = checkpoint.classes
+        self.category_ids = checkpoint.category_ids
+        self.model = checkpoint.model.eval().to(
+            device=self.device, memory_format=torch.channels_last
+        )
+        self._fill = padding_colour(self.model)
+
+    def detect(
+        self, source: Any, *, batch_size: int = 1, **thresholds: Unpack[Thresholds]
+    ) -> Found | list[Found]:
+        """Search one picture or several.
+
+        Args:
+            source: what :func:`retinanet.detect.sources.find_sources` takes: a path, a folder, a
+                glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
+                picture file, or a list of them.
+            batch_size: pictures that the network takes at once.
+            thresholds: laid over :attr:`thresholds` for this call.
+
+        Returns:
+            A :class:`Found` for one picture; a list for a folder, a glob, a batch or a list.
+
+        Raises:
+            DataError: a path does not exist, a folder or glob holds no picture, a type is unknown.
+            ImageError: a picture cannot be read (:meth:`stream` names it and goes on).
+            ConfigError: an unknown option, or a value out of range.
+        """
+        found = []
+        for one in self.stream(find_sources(source), batch_size=batch_size, **thresholds):
+            if isinstance(one, Failure):
+                raise one.error
+            found.append(one)
+        return found[0] if is_single(source) else found
+
+    def stream(
+        self,
+        sources: Any,
+        *,
+        batch_size: int = 1,
+        workers: int | None = None,
+        **thresholds: Unpack[Thresholds],
+    ) -> Iterator[Found | Failure]:
+        """Search any number of pictures in memory that does not grow with their number.
+
+        Pictures are read ahead in threads while the network runs. One that cannot be read comes out
+        as a :class:`Failure` in its place; the others are not touched by it.
+
+        Args:
+            sources: as in :meth:`detect`, or an endless iterable of such.
+            batch_size: pictures that the network takes at once.
+            workers: threads that read ahead; None is one a processor, four at the most.
+            thresholds: as in :meth:`detect`.
+
+        Yields:
+            For each picture, in order, what was found or why nothing could be.
+
+        Raises:
+            DataError: `sources` is a single path, folder or glob that stands for no picture.
+            ConfigError: an unknown option, or a value out of range.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size} is under 1")
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1)
+        settings = _thresholds(self.thresholds, thresholds)
+        one_thing = isinstance(sources, str | bytes | Tensor | np.ndarray)
+        if isinstance(sources, Iterable) and not one_thing:
+            listed = iter_sources(sources)
+        else:
+            listed = iter(find_sources(sources))
+        return self._stream(listed, batch_size, max(1, workers), settings)
+
+    def _stream(
+        self,
+        sources: Iterator[Source | Failure],
+        batch_size: int,
+        workers: int,
+        thresholds: Thresholds,
+    ) -> Iterator[Found | Failure]:
+        waiting: list[_Ready | Failure] = []
+        for one in _read_ahead(sources, self._read, workers=workers, ahead=workers + batch_size):
+            waiting.append(one)
+            if sum(isinstance(item, _Ready) for item in waiting) == batch_size:
+                yield from self._search(waiting, thresholds)
+                waiting = []
+        yield from self._search(waiting, thresholds)
+
+    def _read(self, source: Source) -> _Ready:
+        picture = source.read()
+        resized, _ = resize_to(picture, self.image_size, self.max_size)
+        return _Ready(source, resized, (picture.shape[-2], picture.shape[-1]))
+
+    def _search(
+        self, waiting: list[_Ready | Failure], thresholds: Thresholds
+    ) -> Iterator[Found | Failure]:
+        ready = [one for one in waiting if isinstance(one, _Ready)]
+        if ready:
+            images, sizes = pad_batch([one.pixels for one in ready], fill=self._fill)
+            found = iter(
+                detect_batch(
+                    self.model,
+                    images.to(self.device),
+                    sizes,
+                    torch.tensor([one.size for one in ready]),
+                    precision=self.precision,
+                    **thresholds,
+                )
+            )
+        for one in waiting:
+            if isinstance(one, Failure):
+                yield one
+            else:
+                objects = next(found)
+                yield Found(
+                    boxes=objects.boxes.cpu(),
+                    scores=objects.scores.cpu(),
+                    labels=objects.labels.cpu(),
+                    classes=self.classes,
+                    category_ids=self.category_ids,
+                    name=one.source.name,
+                    size=one.size,
+                    picture=one.source.picture,
+                )
+
+
+def load(
+    path_or_name: str | Path,
+    device: str | torch.device = "auto",
+    *,
+    precision: str = "auto",
+    image_size: int | None = None,
+    max_size: int | None = None,
+    **thresholds: Unpack[Thresholds],
+) -> Detector:
+    """The detector in a run folder, a checkpoint, or of a published name.
+
+    Args:
+        path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
+            model.safetensors in one, or ``torchvision/retinanet_resnet50_fpn_v2``.
+        device: as in :class:`Detector`, and so are the options that follow.
+
+    Raises:
+        WeightsError: there is no checkpoint, or it cannot be used.
+        ConfigError: an unknown device, precision or option, or a value out of range.
+    """
+    return Detector(
+        load_checkpoint(path_or_name),
+        device=device,
+        precision=precision,
+        image_size=image_size,
+        max_size=max_size,
+        **thresholds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A picture read and resized: (3, h, w) uint8; `size` is (height, width) as it was."""
+
+    source: Source
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+def _read_ahead(
+    sources: Iterator[Source | Failure],
+    read: Callable[[Source], _Ready],
+    *,
+    workers: int,
+    ahead: int,
+) -> Iterator[_Ready | Failure]:
+    """Read pictures in threads, `ahead` of them at the most before they are asked for; in order."""
+
+    def attempt(source: Source | Failure) -> _Ready | Failure:
+        if isinstance(source, Failure):
+            return source
+        try:
+            return read(source)
+        except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
+            return source.failure(error)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="read-picture") as pool:
+        pending: deque[Future[_Ready | Failure]] = deque()
+        try:
+            pending.extend(pool.submit(attempt, source) for source in islice(sources, ahead))
+            while pending:
+                first = pending.popleft()
+                pending.extend(pool.submit(attempt, source) for source in islice(sources, 1))
+                yield first.result()
+        finally:
+            for one in pending:
+                one.cancel()
+
+
+def _sizes(checkpoint: Checkpoint, image_size: int | None, max_size: int | None) -> tuple[int, int]:
+    """Those of the checkpoint unless given; a new shorter side takes the longer with it."""
+    shorter = checkpoint.image_size if image_size is None else image_size
+    if max_size is None:
+        max_size = round(checkpoint.max_size * shorter / checkpoint.image_size)
+    data = build_recipe(
+        {"data": {"image_size": shorter, "max_size": max_size}}, "detector options"
+    ).data
+    return data.image_size, data.max_size
+
+
+def _thresholds(known: Any, given: Thresholds) -> Thresholds:
+    """`given` laid over `known`, checked; None keeps what is known."""
+    laid = dict(known) | {name: value for name, value in given.items() if value is not None}
+    checked: DetectConfig = build_recipe({"detect": laid}, "detector options").detect
+    return Thresholds(**checked.model_dump())

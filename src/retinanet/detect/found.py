@@ -1,0 +1,114 @@
+"""What a detector says of one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from retinanet.data.drawing import draw_boxes
+from retinanet.data.images import read_image
+from retinanet.errors import DataError
+
+DRAWN_SCORE = 0.3
+"""Score from which a box is drawn: AP wants every box over .05, a person's eye does not."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """The objects found in one picture, best first.
+
+    Attributes:
+        boxes: (N, 4) float32 (x1, y1, x2, y2) pixels of the upright picture as it was given.
+        scores: (N,) float32 in [0, 1].
+        labels: (N,) int64, the place in `classes`.
+        classes: the detector's class names.
+        category_ids: the ids by label of the data that it was trained on.
+        name: a relative path that tells it from the other pictures of the same call, such as
+            ``street/1.jpg``.
+        size: (height, width) of the picture in pixels.
+        picture: what was given: a path, or the picture itself.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = field(repr=False)
+    category_ids: tuple[int, ...] = field(repr=False)
+    name: str
+    size: tuple[int, int]
+    picture: Any = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
+        """Box (4,), score and label of each object."""
+        return zip(self.boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
+
+    @property
+    def source(self) -> str:
+        """The picture's path as it was given; its name where it came as pixels."""
+        return str(self.picture) if isinstance(self.picture, str | Path) else self.name
+
+    def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
+        """The picture with the boxes of at least `score_threshold`, their classes and scores on it.
+
+        Args:
+            image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
+                None is the picture that was searched.
+
+        Raises:
+            DataError: the picture is another size than the one that was searched.
+            ImageError: it can no longer be read.
+        """
+        pixels = read_image(self.picture if image is None else image)
+        if tuple(pixels.shape[-2:]) != self.size:
+            raise DataError(
+                f"{self.name}: the picture to draw on is {pixels.shape[-1]} x {pixels.shape[-2]}, "
+                f"the one that was searched {self.size[1]} x {self.size[0]} pixels"
+            )
+        kept = self.scores >= score_threshold
+        return draw_boxes(
+            pixels, self.boxes[kept], self.labels[kept], self.scores[kept], self.classes
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: file, size, and each object's class, score and box."""
+        return {
+            "file": self.source,
+            "height": self.size[0],
+            "width": self.size[1],
+            "detections": [
+                {
+                    "class": self.classes[label],
+                    "category_id": self.category_ids[label],
+                    "score": round(score, 6),
+                    "box": [round(value, 3) for value in box.tolist()],
+                }
+                for box, score, label in self
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A picture that could not be searched.
+
+    Attributes:
+        source: its path as it was given, or its name where it came as pixels.
+        reason: one line.
+        error: what was raised.
+    """
+
+    source: str
+    reason: str
+    error: Exception = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values for JSON."""
+        return {"file": self.source, "reason": self.reason}

@@ -1,0 +1,273 @@
+"""Files of what was found, written as it comes: memory does not grow with the number of pictures.
+
+Every writer is a context that gives a function to call with each :class:`Found` or
+:class:`Failure`. A file that holds many pictures is written beside its place and renamed into it
+when the context ends well, so a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from io import BytesIO
+from itertools import chain, count
+from pathlib import Path, PurePosixPath
+from typing import TextIO
+
+from PIL import Image
+
+from retinanet.config import nearest
+from retinanet.detect.found import DRAWN_SCORE, Failure, Found
+from retinanet.errors import ConfigError, DataError
+from retinanet.files import write_atomic
+
+Write = Callable[[Found | Failure], None]
+"""Takes what came of one picture."""
+
+OUTPUT_FORMATS = ("json", "pictures", "coco", "csv", "yolo")
+"""What :func:`open_outputs` can write."""
+
+_CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
+_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@contextmanager
+def open_outputs(
+    folder: str | Path,
+    formats: Iterable[str] = ("json", "pictures"),
+    *,
+    image_ids: Mapping[Path, int | str] | None = None,
+    drawn_score: float = DRAWN_SCORE,
+    confidences: bool = True,
+) -> Iterator[Write]:
+    """Write what is found into `folder`, in each of `formats`.
+
+    ============  ==========================================================================
+    ``json``      ``detections.json``, see :func:`write_json`
+    ``pictures``  ``pictures/NAME``, the pictures with boxes drawn on them
+    ``coco``      ``coco_results.json``, see :func:`write_coco`
+    ``csv``       ``detections.csv``, a row an object
+    ``yolo``      ``labels/NAME.txt``, and ``classes.txt``
+    ============  ==========================================================================
+
+    Args:
+        folder: made where it is missing; files of an earlier call are overwritten.
+        formats: from :data:`OUTPUT_FORMATS`.
+        image_ids: as in :func:`write_coco`.
+        drawn_score: score from which a box is drawn.
+        confidences: whether YOLO's lines end in the score.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    folder = Path(folder)
+    openers: dict[str, Callable[[], AbstractContextManager[Write]]] = {
+        "json": partial(write_json, folder / "detections.json"),
+        "pictures": partial(write_pictures, folder / "pictures", score_threshold=drawn_score),
+        "coco": partial(write_coco, folder / "coco_results.json", image_ids=image_ids),
+        "csv": partial(write_csv, folder / "detections.csv"),
+        "yolo": partial(write_yolo, folder, confidences=confidences),
+    }
+    chosen = list(dict.fromkeys(formats))
+    for name in chosen:
+        if name not in openers:
+            raise ConfigError(
+                f"output format {name!r} is not one of {', '.join(OUTPUT_FORMATS)}"
+                f"{nearest(name, OUTPUT_FORMATS)}"
+            )
+    with ExitStack() as stack:
+        writes = [stack.enter_context(openers[name]()) for name in chosen]
+
+        def write(one: Found | Failure) -> None:
+            for write_one in writes:
+                write_one(one)
+
+        yield write
+
+
+@contextmanager
+def write_json(file: str | Path) -> Iterator[Write]:
+    """``{"images": [...], "failures": [...]}`` of what ``to_dict`` gives; a line an object."""
+    failures: list[str] = []
+    with _draft(Path(file)) as out:
+        between = "\n"
+        out.write('{"images": [')
+
+        def write(one: Found | Failure) -> None:
+            nonlocal between
+            if isinstance(one, Failure):
+                failures.append(_json(one.to_dict()))
+                return
+            entry = one.to_dict()
+            objects = ",\n  ".join(_json(found) for found in entry.pop("detections"))
+            head = _json(entry).removesuffix("}")
+            out.write(f'{between}{head}, "detections": [')
+            out.write(f"\n  {objects}]}}" if objects else "]}")
+            between = ",\n"
+
+        yield write
+        out.write('\n],\n"failures": [')
+        out.write("".join(f"\n{one}," for one in failures).removesuffix(","))
+        out.write("\n]}\n" if failures else "]}\n")
+
+
+@contextmanager
+def write_coco(
+    file: str | Path, *, image_ids: Mapping[Path, int | str] | None = None
+) -> Iterator[Write]:
+    """COCO's results: a list of ``image_id``, ``category_id``, ``bbox`` (x, y, w, h), ``score``.
+
+    Args:
+        file: where it goes.
+        image_ids: the data set's image id by the absolute path of the picture. None: the picture's
+            name without its suffix, a number where it is one (COCO's ``000000000139.jpg`` is 139).
+
+    Raises:
+        DataError: a picture has no id in `image_ids`.
+    """
+    with _draft(Path(file)) as out:
+        between = "\n"
+        out.write("[")
+
+        def write(one: Found | Failure) -> None:
+            nonlocal between
+            if isinstance(one, Failure):
+                return
+            image_id = _image_id(one, image_ids)
+            for box, score, label in one:
+                x1, y1, x2, y2 = box.tolist()
+                result = {
+                    "image_id": image_id,
+                    "category_id": one.category_ids[label],
+                    "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                    "score": round(score, 6),
+                }
+                out.write(f"{between}{_json(result)}")
+                between = ",\n"
+
+        yield write
+        out.write("\n]\n")
+
+
+@contextmanager
+def write_csv(file: str | Path) -> Iterator[Write]:
+    """A row an object: file, width, height, class, score, x1, y1, x2, y2."""
+    with _draft(Path(file)) as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(_CSV_COLUMNS)
+
+        def write(one: Found | Failure) -> None:
+            if isinstance(one, Failure):
+                return
+            height, width = one.size
+            for box, score, label in one:
+                corners = [round(value, 3) for value in box.tolist()]
+                name = one.classes[label]
+                table.writerow([one.source, width, height, name, round(score, 6), *corners])
+
+        yield write
+
+
+@contextmanager
+def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Write]:
+    """``labels/NAME.txt``: a line an object: class, and centre and size in shares of the picture.
+
+    Args:
+        folder: ``labels`` is made in it, with the subfolders of the pictures; ``classes.txt`` names
+            the classes, a line each.
+        confidences: whether lines end in the score.
+    """
+    folder = Path(folder)
+    taken: set[str] = set()
+
+    def write(one: Found | Failure) -> None:
+        if isinstance(one, Failure):
+            return
+        if not taken:
+            write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in one.classes))
+        height, width = one.size
+        lines = []
+        for box, score, label in one:
+            x1, y1, x2, y2 = box.tolist()
+            shares = (
+                (x1 + x2) / 2 / width,
+                (y1 + y2) / 2 / height,
+                (x2 - x1) / width,
+                (y2 - y1) / height,
+            )
+            numbers = [*shares, score] if confidences else shares
+            lines.append(" ".join([str(label), *(f"{value:.6f}" for value in numbers)]))
+        name = _unique(one.name, ".txt", taken)
+        write_atomic(folder / "labels" / name, "".join(f"{line}\n" for line in lines))
+
+    yield write
+
+
+@contextmanager
+def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) -> Iterator[Write]:
+    """Each picture with its boxes of at least `score_threshold` drawn on it, by its name."""
+    folder = Path(folder)
+    taken: set[str] = set()
+
+    def write(one: Found | Failure) -> None:
+        if isinstance(one, Failure):
+            return
+        suffix = PurePosixPath(one.name).suffix
+        if suffix.lower() not in _PICTURE_SUFFIXES:
+            suffix = ".jpg"
+        drawn = one.draw(score_threshold=score_threshold)
+        kind = Image.registered_extensions()[suffix.lower()]
+        encoded = BytesIO()
+        drawn.save(encoded, kind, quality=90)
+        write_atomic(folder / _unique(one.name, suffix, taken), encoded.getvalue())
+
+    yield write
+
+
+@contextmanager
+def _draft(file: Path) -> Iterator[TextIO]:
+    """A text file open for writing that takes the place of `file` if the context ends well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as out:
+            yield out
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _image_id(found: Found, image_ids: Mapping[Path, int | str] | None) -> int | str:
+    if image_ids is not None:
+        file = Path(os.path.abspath(found.source))
+        if file not in image_ids:
+            raise DataError(f"{found.source}: the data set has no id for this picture")
+        return image_ids[file]
+    stem = str(PurePosixPath(found.name).with_suffix(""))
+    return int(stem) if stem.isascii() and stem.isdecimal() else stem
+
+
+def _unique(name: str, suffix: str, taken: set[str]) -> str:
+    """`name` with `suffix` in place of its own, told apart from those in `taken`, where it goes.
+
+    ``1.jpg`` and ``1.png`` become ``1.txt`` and ``1.png.txt``. Compared without regard to case, as
+    the file systems of macOS and Windows do. The path never leads out of the folder it is put in.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    parts = [part for part in path.parts if part not in ("..", path.anchor)]
+    path = PurePosixPath(*parts)
+    choices = chain(
+        (str(path.with_suffix(suffix)), f"{path}{suffix}"),
+        (str(path.with_name(f"{path.stem}-{number}{suffix}")) for number in count(2)),
+    )
+    chosen = next(choice for choice in choices if choice.casefold() not in taken)
+    taken.add(chosen.casefold())
+    return chosen

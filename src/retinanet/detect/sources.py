@@ -1,0 +1,185 @@
+"""What a person points the detector at, as single pictures: paths, folders, globs, pixels."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from retinanet.data.images import IMAGE_SUFFIXES, read_image
+from retinanet.detect.found import Failure
+from retinanet.errors import DataError, ImageError
+
+_SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One picture to search.
+
+    Attributes:
+        picture: its path, or its pixels or encoded bytes in a form that :meth:`read` takes.
+        name: a relative path that no other picture of the same call has.
+    """
+
+    picture: Any
+    name: str
+
+    def read(self) -> Tensor:
+        """The picture, (3, H, W) uint8 RGB, upright.
+
+        Raises:
+            ImageError: it cannot be read, or is no picture.
+        """
+        if isinstance(self.picture, str | Path):
+            return read_image(self.picture)
+        try:
+            return read_image(self.picture)
+        except Exception as error:  # such as an array of objects
+            raise ImageError(f"{self.name}: {error}") from error
+
+    def failure(self, error: Exception) -> Failure:
+        """That reading or searching it raised `error`."""
+        path = str(self.picture) if isinstance(self.picture, str | Path) else self.name
+        # Our own errors name the picture; those of the libraries below say neither that nor what
+        # they are.
+        own = isinstance(error, DataError)
+        reason = str(error) if own else f"{path}: {type(error).__name__}: {error}"
+        return Failure(path, " ".join(reason.split()), error)
+
+
+def is_single(given: Any) -> bool:
+    """Whether `given` is one picture rather than several: neither list, folder, glob nor batch."""
+    if isinstance(given, str | Path):
+        return os.path.isfile(given) or not (os.path.isdir(given) or glob.has_magic(str(given)))
+    if isinstance(given, Tensor | np.ndarray):
+        return given.ndim != 4
+    return isinstance(given, Source | Image.Image | bytes)
+
+
+def find_sources(given: Any) -> list[Source]:
+    """The pictures that `given` stands for, in order; those of folders and globs sorted by name.
+
+    Args:
+        given: a path, a folder (with its subfolders), a glob (``**`` goes into subfolders), an
+            array (H, W, 3) or (H, W) in RGB, a tensor (3, H, W) or (1, H, W), a batch (B, ...) of
+            those, a PIL image, the bytes of a picture file, or a sequence of any of them. For types
+            other than uint8 see :func:`retinanet.data.images.read_image`.
+
+    Raises:
+        DataError: a path does not exist, a folder or a glob holds no picture, or a type is unknown.
+    """
+    found = list(iter_sources(given if is_sequence(given) else [given]))
+    for one in found:
+        if isinstance(one, Failure):
+            raise one.error
+    return [one for one in found if isinstance(one, Source)]
+
+
+def iter_sources(given: Iterable[Any]) -> Iterator[Source | Failure]:
+    """As :func:`find_sources` of each item, where one that stands for no picture is a Failure.
+
+    A sequence is looked through at once, so that files of the same name in two folders can be told
+    apart by the folders; anything else is looked at an item at a time.
+    """
+    if is_sequence(given):
+        groups = [_expand_or_fail(item, i) for i, item in enumerate(given)]
+        yield from _distinct([one for group in groups for one in group])
+    else:
+        for i, item in enumerate(given):
+            yield from _expand_or_fail(item, i)
+
+
+def is_sequence(given: Any) -> bool:
+    """Whether `given` is a list of things to search, rather than one thing."""
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes)
+
+
+def _expand_or_fail(item: Any, place: int) -> list[Source | Failure]:
+    try:
+        return list(_expand(item, place))
+    except DataError as error:
+        name = str(item) if isinstance(item, str | Path) else _name(place)
+        return [Failure(name, str(error), error)]
+
+
+def _expand(item: Any, place: int) -> Iterator[Source]:
+    if isinstance(item, Source):
+        yield item
+    elif isinstance(item, str | Path):
+        yield from _expand_path(item)
+    elif isinstance(item, Tensor | np.ndarray) and item.ndim == 4:
+        yield from (Source(one, f"{_name(place)}_{i:06d}") for i, one in enumerate(item))
+    elif isinstance(item, Tensor | np.ndarray | Image.Image | bytes):
+        yield Source(item, _name(place))
+    else:
+        raise DataError(
+            f"cannot search a {type(item).__name__}; give a path, a folder, a glob, an array, "
+            "a tensor, a PIL image, or a list of them"
+        )
+
+
+def _expand_path(given: str | Path) -> Iterator[Source]:
+    path = Path(given)
+    # What exists is never a glob, whatever brackets its name holds.
+    if path.is_dir():
+        files = sorted(_pictures_under(path))
+        if not files:
+            raise DataError(f"{given}: no picture in this folder ({_SUFFIXES})")
+        yield from (Source(file, file.relative_to(path).as_posix()) for file in files)
+    elif path.is_file():
+        yield Source(given, path.name)
+    elif glob.has_magic(str(given)):
+        matches = (Path(match) for match in glob.iglob(str(given), recursive=True))
+        files = sorted(match for match in matches if _is_picture(match) and match.is_file())
+        if not files:
+            raise DataError(f"{given}: no picture matches ({_SUFFIXES})")
+        parts = path.parts
+        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        yield from (Source(file, Path(*file.parts[fixed:]).as_posix()) for file in files)
+    else:
+        raise DataError(f"{given}: there is no such file or folder")
+
+
+def _pictures_under(folder: Path) -> Iterator[Path]:
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names if _is_picture(Path(name)))
+
+
+def _is_picture(file: Path) -> bool:
+    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not a picture.
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
+def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
+    """The same sources; if two share a name, files are named by their path from where all lie."""
+    names = [one.name.casefold() for one in found if isinstance(one, Source)]
+    if len(set(names)) == len(names):
+        return found
+    files = {
+        i: os.path.abspath(one.picture)
+        for i, one in enumerate(found)
+        if isinstance(one, Source) and isinstance(one.picture, str | Path)
+    }
+    try:
+        root = os.path.commonpath({os.path.dirname(file) for file in files.values()})
+    except ValueError:  # two drives, or no file at all: whoever writes files numbers them
+        return found
+    return [
+        replace(one, name=Path(os.path.relpath(files[i], root)).as_posix())
+        if isinstance(one, Source) and i in files
+        else one
+        for i, one in enumerate(found)
+    ]
+
+
+def _name(place: int) -> str:
+    return f"picture_{place:06d}"
