@@ -1,0 +1,341 @@
+"""Batches for training and evaluation.
+
+The order of training is a stream without end: the permutation of epoch 0, then that of epoch 1,
+and so on. Step s of P processes with B pictures each takes the places s * P * B up to (s + 1) * P
+* B of it, and rank r takes its own B of those. Every choice is drawn from (seed, epoch, picture)
+or (seed, step), so a batch depends neither on the step at which the loader was started nor on the
+number of workers, and the pictures of a step do not depend on how many processes share them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate as running_sum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from retinanet.data.dataset import Dataset
+from retinanet.data.images import pad_batch, read_image
+from retinanet.data.transforms import Transform
+from retinanet.errors import ImageError
+from retinanet.structures import IGNORED, Batch, pad_targets
+
+DIVISOR = 32
+"""Height and width of every batch are multiples of it: the coarsest stride of a plain backbone."""
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader of :class:`~retinanet.structures.Batch`, one an item.
+
+    A picture that cannot be read raises :class:`~retinanet.errors.ImageError` with its own one-line
+    message, also out of a worker process.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for item in super().__iter__():
+            # A DataLoader puts the worker's traceback into the message of what it re-raises, so the
+            # failure travels as a value.
+            if isinstance(item, _Failure):
+                raise ImageError(item.message)
+            yield item
+
+
+def train_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    image_size: int,
+    max_size: int,
+    start_step: int = 0,
+    multi_scale: Sequence[int] = (),
+    horizontal_flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    scale_jitter: tuple[float, float] = (1.0, 1.0),
+    crop: bool = False,
+    colour: float = 0.0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    fill: Sequence[float] = (0, 0, 0),
+) -> BatchLoader:
+    """Batches of steps `start_step` to `steps` - 1, in order.
+
+    Args:
+        dataset: one or more pictures; those without an object are background.
+        batch_size: pictures a batch, of one process. May exceed the data set: its epochs follow
+            each other without a gap.
+        steps: the step after the last, counted in batches of this loader.
+        seed: of order, flips, jitter, crops, colours and sides.
+        image_size: pixels of the shorter side.
+        max_size: pixels that the longer side may have.
+        start_step: the first step, where a run is resumed.
+        multi_scale: shorter sides of which one is drawn a step, the same on all ranks; `max_size`
+            grows and shrinks with it. Empty: `image_size` always.
+        horizontal_flip, vertical_flip, scale_jitter, crop, colour: see
+            :class:`~retinanet.data.transforms.Transform`.
+        workers: processes that load; 0: the caller's own. See :func:`default_workers`.
+        rank, world_size: this process's place among those that train together.
+        accumulate: batches that make up one step of the optimiser; they share a side of
+            `multi_scale`.
+        fill: RGB of the padding: the model's pixel mean, so that it is about 0 after normalisation.
+
+    Returns:
+        `steps` - `start_step` batches. Annotations that are ignored have the label IGNORED; boxes
+        are cut to the picture, and dropped where nothing is left. Each process pads to the
+        largest of its own pictures.
+
+    Raises:
+        ValueError: the data set is empty, or a number is out of range.
+        ImageError: (from the loop) a picture cannot be read.
+    """
+    _check(dataset, batch_size, workers, rank, world_size)
+    if not 0 <= start_step <= steps:
+        raise ValueError(f"start_step {start_step} is not in 0..steps ({steps})")
+    if accumulate < 1:
+        raise ValueError(f"accumulate {accumulate} is not 1 or more")
+    batches = _TrainBatches(
+        _Pictures(dataset),
+        Transform(max_size, horizontal_flip, vertical_flip, scale_jitter, crop, colour),
+        batch_size=batch_size,
+        seed=seed,
+        image_size=image_size,
+        multi_scale=tuple(multi_scale),
+        rank=rank,
+        world_size=world_size,
+        accumulate=accumulate,
+        fill=tuple(fill),
+    )
+    return _loader(batches, range(start_step, steps), workers)
+
+
+def eval_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    image_size: int,
+    max_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    fill: Sequence[float] = (0, 0, 0),
+) -> BatchLoader:
+    """Every picture once, in the data set's order, unchanged but for the resize.
+
+    Of several processes each takes every `world_size`-th batch, from batch `rank` on. The
+    arguments and errors are those of :func:`train_loader`; the last batch may be smaller.
+    """
+    _check(dataset, batch_size, workers, rank, world_size)
+    batches = _EvalBatches(
+        _Pictures(dataset),
+        Transform(max_size),
+        batch_size=batch_size,
+        image_size=image_size,
+        fill=tuple(fill),
+    )
+    return _loader(batches, range(rank, len(batches), world_size), workers)
+
+
+def default_workers() -> int:
+    """How many processes should load pictures for this one, without crowding the machine.
+
+    The processors that this process may use (affinity and container limits) are shared among the
+    processes that train on this machine (LOCAL_WORLD_SIZE). With a GPU each keeps one for itself
+    and loads with the others, eight at the most; without one the network needs them all and a
+    single process loads ahead, since one core reads pictures many times faster than the rest
+    train on them.
+    """
+    share = usable_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if share < 2:
+        return 0
+    return min(8, share - 1) if torch.cuda.is_available() else 1
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use: its affinity, and a container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
+        return max(1, min(cpus, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such limit ("max"), or no Linux
+        return cpus
+
+
+class _Failure:
+    """A picture that could not be read, on its way out of a worker."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Pictures:
+    """Paths and objects of a data set in a few flat buffers.
+
+    Worker processes copy a page of memory once they touch a Python object on it; a hundred thousand
+    annotations would in time be held by each of them. Buffers are shared, and quick to send.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        paths = [os.fsencode(image.path) for image in dataset.images]
+        self._paths = b"".join(paths)
+        self._path_ends = torch.tensor([0, *running_sum(map(len, paths))])
+        annotations = [image.annotations for image in dataset.images]
+        self._ends = torch.tensor([0, *running_sum(map(len, annotations))])
+        flat = [one for of_image in annotations for one in of_image]
+        self._boxes = torch.tensor([one.box for one in flat], dtype=torch.float32).reshape(-1, 4)
+        self._labels = torch.tensor(
+            [IGNORED if one.ignored else one.label for one in flat], dtype=torch.int64
+        )
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def path(self, index: int) -> str:
+        start, end = self._path_ends[index : index + 2].tolist()
+        return os.fsdecode(self._paths[start:end])
+
+    def objects(self, index: int) -> tuple[Tensor, Tensor]:
+        """(M, 4) boxes in pixels of the picture on disk, and (M,) labels."""
+        start, end = self._ends[index : index + 2].tolist()
+        return self._boxes[start:end], self._labels[start:end]
+
+
+class _TrainBatches(TorchDataset["Batch | _Failure"]):
+    def __init__(
+        self,
+        pictures: _Pictures,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        image_size: int,
+        multi_scale: tuple[int, ...],
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        fill: tuple[float, ...],
+    ) -> None:
+        self._pictures = pictures
+        self._transform = transform
+        self._batch_size = batch_size
+        self._seed = seed
+        self._image_size = image_size
+        self._multi_scale = multi_scale
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulate = accumulate
+        self._fill = fill
+
+    def __getitem__(self, step: int) -> Batch | _Failure:
+        shorter, transform = self._image_size, self._transform
+        if self._multi_scale:
+            draw = random.Random(f"{self._seed} side {step // self._accumulate}")
+            shorter = draw.choice(self._multi_scale)
+            longest = round(transform.max_size * shorter / self._image_size)
+            transform = replace(transform, max_size=longest)
+        first = (step * self._world_size + self._rank) * self._batch_size
+        chosen = []
+        for place in range(first, first + self._batch_size):
+            epoch, position = divmod(place, len(self._pictures))
+            index = _order(self._seed, epoch, len(self._pictures))[position]
+            chosen.append((index, random.Random(f"{self._seed} picture {epoch} {index}")))
+        return _load(self._pictures, chosen, transform, shorter, self._fill)
+
+
+class _EvalBatches(TorchDataset["Batch | _Failure"]):
+    def __init__(
+        self,
+        pictures: _Pictures,
+        transform: Transform,
+        *,
+        batch_size: int,
+        image_size: int,
+        fill: tuple[float, ...],
+    ) -> None:
+        self._pictures = pictures
+        self._transform = transform
+        self._batch_size = batch_size
+        self._image_size = image_size
+        self._fill = fill
+
+    def __len__(self) -> int:
+        return -(-len(self._pictures) // self._batch_size)
+
+    def __getitem__(self, batch: int) -> Batch | _Failure:
+        first = batch * self._batch_size
+        last = min(first + self._batch_size, len(self._pictures))
+        chosen = [(index, random.Random(0)) for index in range(first, last)]
+        return _load(self._pictures, chosen, self._transform, self._image_size, self._fill)
+
+
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
+def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
+    """The permutation of an epoch; random.Random gives the same on every platform."""
+    order = list(range(count))
+    random.Random(f"{seed} epoch {epoch}").shuffle(order)
+    return order
+
+
+def _load(
+    pictures: _Pictures,
+    chosen: Sequence[tuple[int, random.Random]],
+    transform: Transform,
+    shorter: int,
+    fill: Sequence[float],
+) -> Batch | _Failure:
+    images, boxes, labels, original_sizes = [], [], [], []
+    for index, generator in chosen:
+        try:
+            image = read_image(pictures.path(index))
+        except ImageError as error:
+            return _Failure(str(error))
+        original_sizes.append(tuple(image.shape[-2:]))
+        image, image_boxes, image_labels = transform(
+            image, *pictures.objects(index), shorter=shorter, generator=generator
+        )
+        images.append(image)
+        boxes.append(image_boxes)
+        labels.append(image_labels)
+    padded, sizes = pad_batch(images, fill, DIVISOR)
+    return Batch(
+        padded,
+        pad_targets(boxes, labels),
+        sizes,
+        torch.tensor(original_sizes, dtype=torch.int64),
+        torch.tensor([index for index, _ in chosen], dtype=torch.int64),
+    )
+
+
+def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
+    if not len(dataset):
+        raise ValueError(f"split {dataset.split!r} of {dataset.source} has no picture")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not 1 or more")
+    if workers < 0:
+        raise ValueError(f"workers {workers} is not 0 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..world_size - 1 ({world_size - 1})")
+
+
+def _loader(batches: TorchDataset[Any], numbers: range, workers: int) -> BatchLoader:
+    return BatchLoader(
+        batches,
+        batch_size=None,  # an item is a batch already
+        sampler=numbers,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )

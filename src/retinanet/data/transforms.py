@@ -1,0 +1,141 @@
+"""Random changes to a picture, with its boxes following exactly."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from retinanet.data.images import network_size, resize_to
+from retinanet.structures import IGNORED
+
+MIN_SIDE = 0.1
+"""Pixels of the network's input; boxes narrower or lower than this are dropped."""
+
+MIN_VISIBLE = 0.25
+"""Share of an object's area that must stay in a crop; with less of it, it becomes IGNORED."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """Resizes a picture to the network's input and, for training, changes it at random.
+
+    In this order: scale jitter with the resize, crop, flips, colour. The defaults only resize. It
+    holds
+    no random state: what is drawn comes from the generator that the caller passes, so the same
+    generator gives the same picture on every machine and in every process.
+
+    Attributes:
+        max_size: pixels that the longer side may have (times the jitter's factor).
+        horizontal_flip, vertical_flip: probability of each.
+        scale_jitter: the least and the largest factor of the size, drawn log-uniformly.
+        crop: whether a picture that the jitter made larger is cut back, at a random place, to the
+            size without jitter. An object stays with what is left of its box if that is at least
+            MIN_VISIBLE of its area; with less it becomes IGNORED, since a part in sight is
+            neither a good example of the object nor background; out of sight it is dropped.
+        colour: strength in [0, 1]; at 1 brightness, contrast and saturation change by factors in
+            0.5..1.5 and the hue turns by up to a tenth of the circle.
+    """
+
+    max_size: int
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+    scale_jitter: tuple[float, float] = (1.0, 1.0)
+    crop: bool = False
+    colour: float = 0.0
+
+    def __call__(
+        self,
+        image: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        *,
+        shorter: int,
+        generator: random.Random | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One picture with its objects.
+
+        Args:
+            image: (3, H, W) uint8.
+            boxes: (M, 4) pixels of the picture; what lies outside of it is cut off.
+            labels: (M,) class 0..K-1, or IGNORED.
+            shorter: pixels of the shorter side wanted, before jitter.
+            generator: where random numbers come from; None: a fresh one.
+
+        Returns:
+            (3, h, w) uint8, (N, 4) float32 boxes in it and their (N,) labels, N <= M: objects out
+            of sight, without width or height, or with a side under MIN_SIDE are dropped.
+        """
+        draw = generator or random.Random()
+        height, width = image.shape[-2:]
+        low, high = self.scale_jitter
+        factor = math.exp(draw.uniform(math.log(low), math.log(high)))
+        picture: Tensor = tv_tensors.Image(image)
+        picture, (scale_y, scale_x) = resize_to(
+            picture, max(1, round(shorter * factor)), max(1, round(self.max_size * factor))
+        )
+        scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float64)
+        boxes = tv_tensors.BoundingBoxes(
+            (boxes.double() * scale).float().reshape(-1, 4),
+            format=tv_tensors.BoundingBoxFormat.XYXY,
+            canvas_size=tuple(picture.shape[-2:]),
+        )
+        boxes, labels = _clip(boxes, labels)
+        if self.crop:
+            room = network_size(height, width, shorter, self.max_size)
+            picture, boxes, labels = _crop(picture, boxes, labels, room, draw)
+        if draw.random() < self.horizontal_flip:
+            picture, boxes = F.horizontal_flip(picture), F.horizontal_flip(boxes)
+        if draw.random() < self.vertical_flip:
+            picture, boxes = F.vertical_flip(picture), F.vertical_flip(boxes)
+        if self.colour:
+            picture = _change_colour(picture, self.colour, draw)
+        return picture.as_subclass(Tensor), boxes.as_subclass(Tensor), labels
+
+
+def _clip(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut off what lies outside of the picture, and drop boxes of which nothing is left."""
+    clipped = F.clamp_bounding_boxes(boxes)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    keep = (sides >= MIN_SIDE).all(dim=1)  # False for not-a-number too
+    return tv_tensors.wrap(clipped[keep], like=boxes), labels[keep]
+
+
+def _crop(
+    picture: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    room: tuple[int, int],
+    draw: random.Random,
+) -> tuple[Tensor, Tensor, Tensor]:
+    height, width = picture.shape[-2:]
+    new_height, new_width = min(height, room[0]), min(width, room[1])
+    # Drawn even where there is nothing to cut, so that later draws stay the same.
+    top = int(draw.random() * (height - new_height + 1))
+    left = int(draw.random() * (width - new_width + 1))
+    if (new_height, new_width) == (height, width):
+        return picture, boxes, labels
+    whole = _areas(boxes)
+    picture = F.crop(picture, top, left, new_height, new_width)
+    boxes = F.clamp_bounding_boxes(F.crop(boxes, top, left, new_height, new_width))
+    visible = _areas(boxes) / whole
+    labels = torch.where(visible < MIN_VISIBLE, IGNORED, labels)
+    boxes, labels = _clip(boxes, labels)
+    return picture, boxes, labels
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    boxes = boxes.as_subclass(Tensor)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _change_colour(picture: Tensor, strength: float, draw: random.Random) -> Tensor:
+    for change in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+        picture = change(picture, 1 + 0.5 * strength * draw.uniform(-1, 1))
+    changed: Tensor = F.adjust_hue(picture, 0.1 * strength * draw.uniform(-1, 1))
+    return changed
