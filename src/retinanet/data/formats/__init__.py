@@ -1,0 +1,195 @@
+"""Labelled data sets from files: the format is found by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from retinanet.config import nearest
+from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.formats import coco, voc, yolo
+from retinanet.data.splits import hold_out
+from retinanet.errors import DataError
+
+
+class Format(NamedTuple):
+    """What a format can do.
+
+    Attributes:
+        recognise: whether a folder or file is of this format.
+        read: its splits by name, each read when called; the split of no name is ``""``.
+        looked_for: what `recognise` looks for, in words.
+    """
+
+    recognise: Callable[[Path], bool]
+    read: Callable[..., dict[str, Callable[[], Dataset]]]
+    looked_for: str
+
+
+# In the order of asking: a VOC folder may well hold a CSV beside it.
+FORMATS: dict[str, Format] = {
+    "coco": Format(coco.is_coco, coco.read_coco, coco.LOOKED_FOR),
+    "voc": Format(voc.is_voc, voc.read_voc, voc.LOOKED_FOR),
+    "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.LOOKED_FOR),
+}
+
+
+def find_format(path: str | Path) -> str:
+    """The name of the format of a folder or file.
+
+    Raises:
+        DataError: nothing is there, or nothing that we know; the message lists what was looked for.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise DataError(f"{place}: there is no such file or folder")
+    for name, form in FORMATS.items():
+        if form.recognise(place):
+            return name
+    looked = "; ".join(form.looked_for for form in FORMATS.values())
+    raise DataError(f"{place}: no labelled data found here. Looked for {looked}")
+
+
+def read_dataset(
+    path: str | Path,
+    split: str = "train",
+    *,
+    format: str | None = None,
+    seed: int = 0,
+    held_out: float = 0.2,
+    extras: bool = True,
+) -> Dataset:
+    """One split of a labelled data set, in any of the formats.
+
+    Faulty objects are kept or listed in :attr:`Dataset.problems`; see
+    :func:`retinanet.data.check.usable` for those that can be trained on.
+
+    Args:
+        path: a folder, or a COCO JSON, data.yaml or CSV file.
+        split: ``train``, ``val``, ``test`` or another that the data has; ``all`` is every picture.
+            Where the format has no splits, ``train`` and ``val`` are made by `seed`; where it has
+            ``train`` but no ``val``, that is held out of ``train`` and ``test`` stays untouched.
+        format: ``coco``, ``voc``, ``yolo`` or ``csv``; None finds it.
+        seed: which pictures are held out.
+        held_out: share of the pictures for ``val``, in (0, 1), where it has to be made.
+        extras: keep what training does not need (masks, licences, ...); False saves memory.
+
+    Raises:
+        DataError: nothing is recognised (the message says what was looked for), there is no such
+            split (it gives the nearest), or a file as a whole cannot be read.
+    """
+    lazy = _open(path, format, extras)
+    names = _split_names(lazy)
+    if split in lazy and not (split == "train" and _val_is_made(lazy)):
+        return _named(lazy[split](), split)
+    if split in names:
+        return _made(lazy, seed, held_out)[split]
+    if split == "all":
+        return _whole([lazy[name]() for name in _disjoint(lazy)])
+    raise DataError(
+        f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}{nearest(split, names)}"
+    )
+
+
+def read_splits(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    seed: int = 0,
+    held_out: float = 0.2,
+    extras: bool = True,
+) -> dict[str, Dataset]:
+    """Every split of a labelled data set, in the order train, val, test, others.
+
+    Arguments, errors and made splits as :func:`read_dataset`. VOC's ``trainval``, which repeats
+    train and val, is left out where they are there.
+    """
+    lazy = _open(path, format, extras)
+    made = _made(lazy, seed, held_out) if _val_is_made(lazy) else {}
+    return {
+        name: made[name] if name in made else _named(lazy[name](), name)
+        for name in _split_names(lazy)
+    }
+
+
+def digest(dataset: Dataset) -> str:
+    """A hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes."""
+    total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
+    for image in dataset.images:
+        try:
+            size = image.path.stat().st_size
+        except OSError:
+            size = -1
+        boxes = [(a.box, a.label, a.crowd, a.difficult) for a in image.annotations]
+        total.update(repr((image.path.name, size, boxes)).encode())
+    return total.hexdigest()
+
+
+def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Callable[[], Dataset]]:
+    place = Path(path)
+    if format is None:
+        format = find_format(place)
+    elif format not in FORMATS:
+        raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    elif not place.exists():
+        raise DataError(f"{place}: there is no such file or folder")
+    lazy = FORMATS[format].read(place, extras=extras)
+    if not lazy:
+        raise DataError(f"{place}: no {format} data here. Looked for {FORMATS[format].looked_for}")
+    return lazy
+
+
+def _disjoint(lazy: Mapping[str, object]) -> list[str]:
+    """Names of the splits that share no pictures: VOC's trainval is train and val again."""
+    return [name for name in lazy if name != "trainval" or not {"train", "val"} & set(lazy)]
+
+
+def _train_source(lazy: Mapping[str, object]) -> str | None:
+    """The split that val is held out of where there is none."""
+    return next((name for name in ("train", "trainval", "") if name in lazy), None)
+
+
+def _val_is_made(lazy: Mapping[str, object]) -> bool:
+    return "val" not in lazy and _train_source(lazy) is not None
+
+
+def _split_names(lazy: Mapping[str, object]) -> list[str]:
+    names = set(_disjoint(lazy))
+    if _val_is_made(lazy):
+        names = names - {"", "trainval"} | {"train", "val"}
+    order = ["train", "val", "test"]
+    return [n for n in order if n in names] + sorted(names - set(order))
+
+
+def _made(
+    lazy: Mapping[str, Callable[[], Dataset]], seed: int, held_out: float
+) -> dict[str, Dataset]:
+    name = _train_source(lazy)
+    assert name is not None
+    source = lazy[name]()
+    train, val = hold_out(source.images, held_out, seed)
+    of = f" of {name}" if name else ""
+    origin = f"seed {seed}, {held_out:.0%} held out{of}"
+    return {
+        "train": replace(source, images=train, split="train", split_origin=origin),
+        # What could not be read belongs to no split; it is told once.
+        "val": replace(source, images=val, split="val", split_origin=origin, problems=()),
+    }
+
+
+def _named(dataset: Dataset, split: str) -> Dataset:
+    return dataset if dataset.split == split else replace(dataset, split=split)
+
+
+def _whole(parts: list[Dataset]) -> Dataset:
+    images: list[LabelledImage] = [image for part in parts for image in part.images]
+    return replace(
+        parts[0],
+        images=tuple(images),
+        split="all",
+        problems=tuple(problem for part in parts for problem in part.problems),
+        split_origin="all splits together",
+    )

@@ -1,0 +1,342 @@
+"""YOLO txt: one text file a picture, a row an object: class, centre and size as shares of the picture.
+
+Source: https://docs.ultralytics.com/datasets/detect/ and /segment/ (rows of polygons become boxes).
+
+A picture without a text file, or with an empty one, is pure background. Pixel coordinates are
+rounded to a ten-thousandth, so that a box written with ten decimals comes back as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.formats.finding import pictures_in
+from retinanet.data.splits import split_word
+from retinanet.errors import DataError
+
+LOOKED_FOR = "YOLO: a data.yaml with names and train, or images/ with labels/*.txt, or .txt files
+beside pictures"
+
+_NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
+_SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def is_yolo(path: Path) -> bool:
+    """Whether `path` is a YOLO data.yaml or a folder of pictures with YOLO rows."""
+    if path.is_file():
+        return path.suffix.lower() in (".yaml", ".yml") and _is_data_yaml(path)
+    return path.is_dir() and (_find_yaml(path) is not None or bool(_folders(path)))
+
+
+def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+    """The splits of a YOLO data set; each is read when called.
+
+    Args:
+        path: the folder, or its data.yaml.
+        extras: keep polygons.
+
+    Raises:
+        DataError: data.yaml is not YAML, or has no names or no pictures where it says.
+    """
+    file = path if path.is_file() else _find_yaml(path)
+    if file is not None:
+        names, splits = _from_yaml(file)
+        root = file.parent
+    else:
+        root = path
+        splits = {word: pictures for word, pictures in _folders(path).items()}
+        names = _names_beside(root)
+    if not names:
+        names = _numbers(splits.values())
+
+    def reader(split: str, pictures: list[Path]) -> Callable[[], Dataset]:
+        return lambda: _read_split(split, pictures, names, path, extras)
+
+    return {split: reader(split, pictures) for split, pictures in splits.items()}
+
+
+def label_path(picture: Path) -> Path:
+    """The text file of a picture: the last ``images`` of its path becomes ``labels``, or beside it."""
+    parts = list(picture.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            mirrored = Path(*parts).with_suffix(".txt")
+            # In a flat folder that happens to be called images the rows lie beside the pictures.
+            beside = picture.with_suffix(".txt")
+            return beside if beside.is_file() and not mirrored.is_file() else mirrored
+    return picture.with_suffix(".txt")
+
+
+def _find_yaml(folder: Path) -> Path | None:
+    first = [folder / "data.yaml", folder / "data.yml", folder / "dataset.yaml"]
+    others = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    for file in [*first, *others]:
+        if file.is_file() and _is_data_yaml(file):
+            return file
+    return None
+
+
+def _is_data_yaml(file: Path) -> bool:
+    try:
+        text = file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return False
+    # By its words, not by parsing: a broken data.yaml is still one, and reading it says what is
+    # wrong.
+    keys = {line.partition(":")[0].strip() for line in text.splitlines() if ":" in line}
+    return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
+
+
+def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+    try:
+        content = yaml.safe_load(file.read_text("utf-8-sig"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "cannot be parsed"
+        raise DataError(f"{file}: not YAML: {what}{where}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: holds no keys; YOLO needs names and train")
+    names = _yaml_names(file, content)
+    base = _yaml_base(file, content.get("path"))
+    splits: dict[str, list[Path]] = {}
+    for key, split in _SPLIT_KEYS.items():
+        entries = content.get(key)
+        if not entries:
+            continue
+        for entry in entries if isinstance(entries, list) else [entries]:
+            found = _yaml_pictures(file, base, str(entry))
+            if found is not None:
+                splits.setdefault(split, []).extend(found)
+            elif split == "train":
+                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
+    if not any(splits.values()):
+        raise DataError(f"{file}: no pictures in the folders of its splits, looked for in {base}")
+    return names, splits
+
+
+def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
+    names = content.get("names")
+    if isinstance(names, list):
+        return tuple(str(name) for name in names)
+    if isinstance(names, dict):
+        try:
+            numbered = {int(number): str(name) for number, name in names.items()}
+        except (TypeError, ValueError):
+            raise DataError(f"{file}: names must go by number, as in 0: person") from None
+        if sorted(numbered) != list(range(len(numbered))):
+            raise DataError(
+                f"{file}: names must be numbered 0 to {len(numbered) - 1} without a gap, "
+                f"got {sorted(numbered)[:10]}"
+            )
+        return tuple(numbered[number] for number in range(len(numbered)))
+    count = content.get("nc")
+    if isinstance(count, int) and count > 0:
+        return tuple(str(number) for number in range(count))
+    raise DataError(f"{file}: has no names; write names: [first, second, ...]")
+
+
+def _yaml_base(file: Path, path: Any) -> Path:
+    """The folder that splits are relative to: `path` is itself relative to the file, or stale."""
+    if not path:
+        return file.parent
+    for base in (file.parent / str(path), Path(str(path))):
+        if base.is_dir():
+            return base
+    return file.parent
+
+
+def _yaml_pictures(file: Path, base: Path, entry: str) -> list[Path] | None:
+    """Pictures of a folder or of a list file; None where there is neither."""
+    # Exporters write ../train/images for what lies beside the file.
+    plain = entry.replace("\\", "/")
+    stripped = plain
+    while stripped.startswith(("../", "./")):
+        stripped = stripped.partition("/")[2]
+    for place in (base / plain, file.parent / plain, base / stripped, file.parent / stripped):
+        if place.is_dir():
+            return _below(place)
+        if place.is_file() and place.suffix == ".txt":
+            lines = [line.strip() for line in place.read_text("utf-8-sig").splitlines()]
+            return [_listed(line, place, base) for line in lines if line]
+    return None
+
+
+def _listed(line: str, list_file: Path, base: Path) -> Path:
+    for folder in (list_file.parent, base):
+        if (folder / line).is_file():
+            return folder / line
+    return list_file.parent / line
+
+
+def _below(folder: Path) -> list[Path]:
+    images = folder / "images"
+    return pictures_in(images if images.is_dir() else folder, deep=True)
+
+
+def _folders(root: Path) -> dict[str, list[Path]]:
+    """Pictures by split of a data set without data.yaml; those of no split are the split ``""``."""
+    groups: dict[str, list[Path]] = {}
+    if (root / "images").is_dir() and (root / "labels").is_dir():
+        for sub in sorted((root / "images").iterdir()):
+            word = split_word(sub.name) if sub.is_dir() else None
+            if word:
+                groups.setdefault(word, []).extend(pictures_in(sub, deep=True))
+        if not groups:
+            groups[""] = pictures_in(root / "images", deep=True)
+    else:
+        for sub in sorted(root.iterdir()):
+            word = split_word(sub.name) if sub.is_dir() else None
+            if word:
+                groups.setdefault(word, []).extend(_below(sub))
+        if not any(groups.values()):
+            groups = {"": pictures_in(root)}
+    groups = {split: pictures for split, pictures in groups.items() if pictures}
+    every = [picture for pictures in groups.values() for picture in pictures]
+    return groups if _any_rows(every) else {}
+
+
+def _any_rows(pictures: Iterable[Path]) -> bool:
+    """Whether some picture has a text file with a row that reads as YOLO's."""
+    for picture in pictures:
+        file = label_path(picture)
+        if file.is_file():
+            for line in _lines(file):
+                try:
+                    _row(line)
+                except ValueError:
+                    break
+                return True
+    return False
+
+
+def _lines(file: Path) -> list[str]:
+    text = file.read_text("utf-8-sig", errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _names_beside(root: Path) -> tuple[str, ...]:
+    for folder in (root, root / "labels", root.parent if root.name == "images" else root):
+        for name in _NAME_FILES:
+            if (folder / name).is_file():
+                return tuple(line.strip() for line in _lines(folder / name))
+    return ()
+
+
+def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
+    """Classes that nobody named are called by their numbers."""
+    last = -1
+    for pictures in groups:
+        for picture in pictures:
+            file = label_path(picture)
+            if file.is_file():
+                for line in _lines(file):
+                    try:
+                        last = max(last, _row(line)[0])
+                    except ValueError:
+                        continue
+    return tuple(str(number) for number in range(last + 1))
+
+
+def _row(line: str) -> tuple[int, list[float]]:
+    """Class and coordinates of a row: centre x, centre y, width, height, or a polygon's x, y, x, y, ...
+
+    Raises:
+        ValueError: the row is neither.
+    """
+    words = line.split()
+    try:
+        number = float(words[0])
+        values = [float(word) for word in words[1:]]
+    except ValueError:
+        raise ValueError("holds a word that is no number") from None
+    if not number.is_integer() or number < 0:
+        raise ValueError(f"class {words[0]} is not a whole number from 0")
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise ValueError(
+            f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
+        )
+    return int(number), values
+
+
+def _read_split(
+    split: str, pictures: list[Path], names: tuple[str, ...], source: Path, extras: bool
+) -> Dataset:
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        read = list(pool.map(lambda picture: _read_picture(picture, names, extras), pictures))
+    return Dataset(
+        images=tuple(image for image, _ in read),
+        classes=names,
+        category_ids=tuple(range(len(names))),
+        split=split,
+        format="yolo",
+        source=source,
+        problems=tuple(problem for _, problems in read for problem in problems),
+    )
+
+
+def _read_picture(
+    picture: Path, names: tuple[str, ...], extras: bool
+) -> tuple[LabelledImage, list[Problem]]:
+    from retinanet.data.images import image_size
+
+    file = label_path(picture)
+    lines = _lines(file) if file.is_file() else []
+    label_file = file if file.is_file() else None
+    problems: list[Problem] = []
+    try:
+        height, width = image_size(picture)
+    except (DataError, OSError) as error:
+        if lines and picture.is_file():
+            reason = (
+                f"its {len(lines)} boxes are shares of a picture whose size cannot be read: {error}"
+            )
+            problems.append(Problem("image-unreadable", picture, None, reason, "dropped"))
+        return LabelledImage(picture, picture.stem, label_file=label_file), problems
+    annotations = []
+    for place, line in enumerate(lines):
+        try:
+            number, values = _row(line)
+        except ValueError as error:
+            reason = f"row {place + 1} ({_short(line)}): {error}"
+            problems.append(Problem("label-unreadable", file, place, reason, "dropped"))
+            continue
+        if number >= len(names):
+            reason = f"row {place + 1}: class {number} is not one of 0 to {len(names) - 1}"
+            problems.append(Problem("class-unknown", file, place, reason, "dropped"))
+            continue
+        box, extra = _to_pixels(values, width, height)
+        annotations.append(Annotation(box, number, place, extra=extra if extras else {}))
+    return (
+        LabelledImage(picture, picture.stem, tuple(annotations), width, height, label_file),
+        problems,
+    )
+
+
+def _to_pixels(
+    values: Sequence[float], width: int, height: int
+) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
+    extra: dict[str, Any] = {}
+    if len(values) == 4:
+        x, y, w, h = values
+        sides = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
+    else:
+        xs = [value * width for value in values[::2]]
+        ys = [value * height for value in values[1::2]]
+        sides = min(xs), min(ys), max(xs), max(ys)
+        points = ",".join(f"{round(v, 4)!r}" for pair in zip(xs, ys, strict=True) for v in pair)
+        extra["segmentation"] = f"[[{points}]]"
+    x1, y1, x2, y2 = (round(side, 4) for side in sides)
+    return (x1, y1, x2, y2), extra
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= 60 else f"{line[:57]}..."
