@@ -1,0 +1,50 @@
+"""The feature pyramid: C3..C5 to P3..P7.
+
+Source: Lin et al. 2017, Sec. 4 and its footnote 2 (P6 from C5 by a 3x3 stride-2 convolution, P7 by
+ReLU and another on P6); the pyramid itself is Lin et al. 2017 (arXiv:1612.03144).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeaturePyramid(nn.Module):
+    """Laterals and a top-down sum, and two coarser levels above.
+
+    Args:
+        in_channels: of the maps that come in, finest first.
+        channels: of every level.
+        p6_from: "c5" (the paper) or "p5".
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, p6_from: str) -> None:
+        super().__init__()
+        self.p6_from = p6_from
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
+        self.output = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
+        )
+        coarsest = in_channels[-1] if p6_from == "c5" else channels
+        self.p6 = nn.Conv2d(coarsest, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Detectron's Xavier fill, the pyramid authors' own: uniform, variance 1 / fan in.
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Maps, finest first, each half as large as the one before, to levels, finest first."""
+        inner = self.lateral[-1](maps[-1])
+        levels = [self.output[-1](inner)]
+        for i in range(len(maps) - 2, -1, -1):
+            side = self.lateral[i](maps[i])
+            inner = side + F.interpolate(inner, size=side.shape[-2:], mode="nearest")
+            levels.insert(0, self.output[i](inner))
+        p6 = self.p6(maps[-1] if self.p6_from == "c5" else levels[-1])
+        return (*levels, p6, self.p7(F.relu(p6)))

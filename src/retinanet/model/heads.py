@@ -1,0 +1,54 @@
+"""The two subnets that every level of the pyramid shares.
+
+Source: Lin et al. 2017, Sec. 4 (their shape) and Sec. 4.1 (their start: Gaussian with deviation
+.01, bias 0, but for the prior).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from retinanet.model.backbone import group_norm
+
+
+class Head(nn.Module):
+    """`depth` 3x3 convolutions with ReLU, then one 3x3 convolution to `outputs` channels.
+
+    Args:
+        channels: of the pyramid, and of all but the last convolution.
+        depth: convolutions before the last; the paper has 4.
+        outputs: A * K for the class head, A * 4 for the box head.
+        norm: "none" (the paper) or "group": group norm before each ReLU.
+    """
+
+    def __init__(self, channels: int, depth: int, outputs: int, norm: str = "none") -> None:
+        super().__init__()
+        self.tower = nn.Sequential()
+        for _ in range(depth):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=norm == "none")
+            middle = [] if norm == "none" else [group_norm(channels)]
+            self.tower.append(nn.Sequential(conv, *middle, nn.ReLU(inplace=True)))
+        self.last = nn.Conv2d(channels, outputs, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, outputs, H, W)."""
+        result: Tensor = self.last(self.tower(level))
+        return result
+
+
+def prior_bias(prior: float) -> float:
+    """The bias that makes sigmoid give `prior` (Sec. 3.3): -log((1 - prior) / prior).
+
+    >>> round(prior_bias(0.01), 4)
+    -4.5951
+    """
+    if not 0 < prior < 1:
+        raise ValueError(f"prior lies between 0 and 1, got {prior}")
+    return -math.log((1 - prior) / prior)
