@@ -1,4 +1,4 @@
-"""YOLO txt: one text file a picture, a row an object: class, centre and size as shares of the picture.
+"""YOLO txt: one text file a picture, a row an object, centre and size as shares of the picture.
 
 Source: https://docs.ultralytics.com/datasets/detect/ and /segment/ (rows of polygons become boxes).
 
@@ -21,8 +21,10 @@ from retinanet.data.formats.finding import pictures_in
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
-LOOKED_FOR = "YOLO: a data.yaml with names and train, or images/ with labels/*.txt, or .txt files
-beside pictures"
+LOOKED_FOR = (
+    "YOLO: a data.yaml with names and train, or images/ with labels/*.txt, or .txt files beside "
+    "pictures"
+)
 
 _NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -51,7 +53,7 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
         root = file.parent
     else:
         root = path
-        splits = {word: pictures for word, pictures in _folders(path).items()}
+        splits = _folders(path)
         names = _names_beside(root)
     if not names:
         names = _numbers(splits.values())
@@ -63,7 +65,7 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
 
 
 def label_path(picture: Path) -> Path:
-    """The text file of a picture: the last ``images`` of its path becomes ``labels``, or beside it."""
+    """The text file of a picture: the last ``images`` of its path is ``labels``, or beside it."""
     parts = list(picture.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
@@ -247,7 +249,7 @@ def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
 
 
 def _row(line: str) -> tuple[int, list[float]]:
-    """Class and coordinates of a row: centre x, centre y, width, height, or a polygon's x, y, x, y, ...
+    """Class, and centre x, centre y, width, height or a polygon's x, y, x, y, ... of a row.
 
     Raises:
         ValueError: the row is neither.
