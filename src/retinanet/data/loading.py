@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate as running_sum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ def train_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    accumulate: int = 1,
     fill: Sequence[float] = (0, 0, 0),
 ) -> BatchLoader:
     """Batches of steps `start_step` to `steps` - 1, in order.
@@ -76,7 +75,7 @@ def train_loader(
         dataset: one or more pictures; those without an object are background.
         batch_size: pictures a batch, of one process. May exceed the data set: its epochs follow
             each other without a gap.
-        steps: the step after the last, counted in batches of this loader.
+        steps: the step after the last.
         seed: of order, flips, jitter, crops, colours and sides.
         image_size: pixels of the shorter side.
         max_size: pixels that the longer side may have.
@@ -87,8 +86,6 @@ def train_loader(
             :class:`~retinanet.data.transforms.Transform`.
         workers: processes that load; 0: the caller's own. See :func:`default_workers`.
         rank, world_size: this process's place among those that train together.
-        accumulate: batches that make up one step of the optimiser; they share a side of
-            `multi_scale`.
         fill: RGB of the padding: the model's pixel mean, so that it is about 0 after normalisation.
 
     Returns:
@@ -103,8 +100,6 @@ def train_loader(
     _check(dataset, batch_size, workers, rank, world_size)
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step {start_step} is not in 0..steps ({steps})")
-    if accumulate < 1:
-        raise ValueError(f"accumulate {accumulate} is not 1 or more")
     batches = _TrainBatches(
         _Pictures(dataset),
         Transform(max_size, horizontal_flip, vertical_flip, scale_jitter, crop, colour),
@@ -114,7 +109,6 @@ def train_loader(
         multi_scale=tuple(multi_scale),
         rank=rank,
         world_size=world_size,
-        accumulate=accumulate,
         fill=tuple(fill),
     )
     return _loader(batches, range(start_step, steps), workers)
@@ -190,9 +184,9 @@ class _Pictures:
     def __init__(self, dataset: Dataset) -> None:
         paths = [os.fsencode(image.path) for image in dataset.images]
         self._paths = b"".join(paths)
-        self._path_ends = torch.tensor([0, *running_sum(map(len, paths))])
+        self._path_ends = torch.tensor([0, *accumulate(map(len, paths))])
         annotations = [image.annotations for image in dataset.images]
-        self._ends = torch.tensor([0, *running_sum(map(len, annotations))])
+        self._ends = torch.tensor([0, *accumulate(map(len, annotations))])
         flat = [one for of_image in annotations for one in of_image]
         self._boxes = torch.tensor([one.box for one in flat], dtype=torch.float32).reshape(-1, 4)
         self._labels = torch.tensor(
@@ -224,7 +218,6 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         multi_scale: tuple[int, ...],
         rank: int,
         world_size: int,
-        accumulate: int,
         fill: tuple[float, ...],
     ) -> None:
         self._pictures = pictures
@@ -235,13 +228,12 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         self._multi_scale = multi_scale
         self._rank = rank
         self._world_size = world_size
-        self._accumulate = accumulate
         self._fill = fill
 
     def __getitem__(self, step: int) -> Batch | _Failure:
         shorter, transform = self._image_size, self._transform
         if self._multi_scale:
-            draw = random.Random(f"{self._seed} side {step // self._accumulate}")
+            draw = random.Random(f"{self._seed} side {step}")
             shorter = draw.choice(self._multi_scale)
             longest = round(transform.max_size * shorter / self._image_size)
             transform = replace(transform, max_size=longest)

@@ -1,0 +1,428 @@
+"""Made-up pictures for the demo and the tests: few small shapes in much clutter.
+
+Circles, squares and triangles lie among lines, bars, rings, crosses and long ellipses of the same
+colours, on cloudy and noisy ground, so neither colour nor brightness alone tells an object. Objects
+cover a few hundredths of a picture, and of its anchors about one in a thousand answers for one: the
+imbalance that the paper is about. Some pictures hold no object at all.
+
+Pixels are computed here with additions, products and square roots, which are the same on every
+platform, rather than by a drawing library, which may change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+
+CLASSES = ("circle", "square", "triangle")
+
+_Array = npt.NDArray[np.float64]
+_Colour = tuple[float, float, float]
+_Point = tuple[float, float]
+_Box = tuple[float, float, float, float]
+
+_COLOURS: tuple[_Colour, ...] = (
+    (214, 64, 58),
+    (236, 150, 48),
+    (232, 208, 66),
+    (86, 168, 82),
+    (62, 172, 178),
+    (64, 104, 196),
+    (142, 86, 178),
+    (226, 128, 168),
+    (236, 232, 222),
+    (44, 42, 48),
+)
+
+
+def synthetic_dataset(
+    folder: str | Path,
+    *,
+    splits: Mapping[str, int] | None = None,
+    image_size: int = 160,
+    objects: tuple[int, int] = (1, 5),
+    object_size: tuple[float, float] = (10.0, 32.0),
+    clutter: float = 0.5,
+    empty: float = 0.1,
+    seed: int = 0,
+) -> dict[str, Dataset]:
+    """Write a data set of shapes in clutter as PNG and COCO JSON.
+
+    Picture i of a split depends on the seed, the split's name and i alone: a larger data set begins
+    with the smaller one.
+
+    Args:
+        folder: where to write; ``SPLIT.json`` and ``SPLIT/000000.png`` ... Files of these names are
+            overwritten.
+        splits: pictures by split; None: 200 in ``train`` and 50 in ``val``.
+        image_size: pixels of both sides, 32 or more.
+        objects: least and largest number in a picture; fewer where there is no room for more, since
+            objects do not overlap.
+        object_size: least and largest diameter or side, pixels.
+        clutter: 0 for plain shapes on plain ground, 1 for a thicket.
+        empty: share of the pictures without objects, in [0, 1].
+        seed: any whole number.
+
+    Returns:
+        The data sets by split, with the classes circle, square and triangle (category ids 1 to 3).
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    splits = {"train": 200, "val": 50} if splits is None else splits
+    if image_size < 32:
+        raise ValueError(f"image_size {image_size} is under 32")
+    if not 0 <= objects[0] <= objects[1]:
+        raise ValueError(f"objects {objects} is not 0 <= least <= largest")
+    if not 4 <= object_size[0] <= object_size[1] <= image_size / 2:
+        raise ValueError(
+            f"object_size {object_size} is not 4 <= least <= largest <= half of image_size "
+            f"({image_size / 2:g})"
+        )
+    if not (0 <= clutter <= 1 and 0 <= empty <= 1):
+        raise ValueError(f"clutter {clutter} and empty {empty} are shares, in [0, 1]")
+    folder = Path(folder)
+    datasets = {}
+    for split, count in splits.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        images = []
+        for number in range(count):
+            draw = random.Random(f"{seed} {split} {number}")
+            pixels, shapes = _picture(draw, image_size, objects, object_size, clutter, empty)
+            file = folder / split / f"{number:06}.png"
+            Image.fromarray(pixels).save(file, compress_level=1)  # noise hardly shrinks
+            annotations = tuple(
+                Annotation(shape.box, shape.label, id=i, area=shape.area)
+                for i, shape in enumerate(shapes)
+            )
+            images.append(LabelledImage(file, number + 1, annotations, image_size, image_size))
+        labels = folder / f"{split}.json"
+        datasets[split] = _write_labels(labels, images, split, folder, seed)
+    return datasets
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """One object: what it looks like, and the box and area of exactly that."""
+
+    label: int
+    outline: tuple[_Point, ...]  # corners of a polygon; of a circle only its centre
+    radius: float  # of a circle
+    box: _Box
+    area: float
+
+
+def _write_labels(
+    file: Path, images: Sequence[LabelledImage], split: str, source: Path, seed: int
+) -> Dataset:
+    """The JSON file of a split, and the data set that reading it gives."""
+    numbered, annotations, next_id = [], [], 1
+    for image in images:
+        own = []
+        for one in image.annotations:
+            x1, y1, x2, y2 = one.box
+            bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
+            annotations.append(
+                {
+                    "id": next_id,
+                    "image_id": image.id,
+                    "category_id": one.label + 1,
+                    "bbox": bbox,
+                    "area": one.area,
+                    "iscrowd": 0,
+                }
+            )
+            own.append(Annotation(one.box, one.label, id=next_id, area=one.area))
+            next_id += 1
+        numbered.append(
+            LabelledImage(image.path, image.id, tuple(own), image.width, image.height, file)
+        )
+    content: dict[str, Any] = {
+        "info": {"description": "Shapes in clutter, made by retinanet", "seed": seed},
+        "images": [
+            {"id": one.id, "file_name": one.path.name, "width": one.width, "height": one.height}
+            for one in images
+        ],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
+    }
+    file.write_text(json.dumps(content), "utf-8")
+    ids = tuple(range(1, len(CLASSES) + 1))
+    return Dataset(tuple(numbered), CLASSES, ids, split, "coco", source)
+
+
+def _picture(
+    draw: random.Random,
+    size: int,
+    objects: tuple[int, int],
+    object_size: tuple[float, float],
+    clutter: float,
+    empty: float,
+) -> tuple[npt.NDArray[np.uint8], list[_Shape]]:
+    """(size, size, 3) RGB, and what there is to find in it."""
+    wanted = 0 if draw.random() < empty else draw.randint(*objects)
+    shapes: list[_Shape] = []
+    for _ in range(60 * wanted):
+        if len(shapes) == wanted:
+            break
+        shape = _shape(draw, size, object_size)
+        if all(_apart(shape.box, other.box) for other in shapes):
+            shapes.append(shape)
+
+    canvas = _ground(draw, size, clutter)
+    # As many pieces an area whatever the size of the picture.
+    pieces = round(clutter * draw.uniform(0.6, 1.4) * 34 * (size / 160) ** 2)
+    for _ in range(pieces):
+        _distract(draw, canvas, object_size)
+    for shape in shapes:
+        _paint_shape(draw, canvas, shape)
+    for _ in range(round(clutter * draw.uniform(0, 4))):  # a few hairs over everything
+        _hair(draw, canvas)
+    noise = _noise(draw, canvas.shape) * (3 + 22 * clutter * draw.random())
+    return np.floor(np.clip(canvas + noise, 0, 255) + 0.5).astype(np.uint8), shapes
+
+
+def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> _Shape:
+    """A shape that lies wholly in the picture."""
+    label = draw.randrange(len(CLASSES))
+    # Log-uniform: as many from 10 to 14 pixels as from 20 to 28.
+    side = object_size[0] * (object_size[1] / object_size[0]) ** draw.random()
+    if label == 0:
+        outline: tuple[_Point, ...] = ((0.0, 0.0),)
+        half_width = half_height = radius = side / 2
+        area = math.pi * radius**2
+    else:
+        corners = 4 if label == 1 else 3
+        radius = side / (2 * math.sin(math.pi / corners))
+        turn = math.radians(draw.uniform(-20, 20)) + (math.pi / 4 if label == 1 else -math.pi / 2)
+        outline = _regular(corners, radius, turn)
+        xs, ys = [x for x, _ in outline], [y for _, y in outline]
+        # Corners about the middle of the box, not of the circle through them.
+        middle_x, middle_y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+        outline = tuple((x - middle_x, y - middle_y) for x, y in outline)
+        half_width, half_height = (max(xs) - min(xs)) / 2, (max(ys) - min(ys)) / 2
+        area = side**2 if label == 1 else side**2 * math.sqrt(3) / 4
+    x = draw.uniform(half_width + 1, size - half_width - 1)
+    y = draw.uniform(half_height + 1, size - half_height - 1)
+    box = (
+        round(x - half_width, 2),
+        round(y - half_height, 2),
+        round(x + half_width, 2),
+        round(y + half_height, 2),
+    )
+    moved = tuple((x + dx, y + dy) for dx, dy in outline)
+    return _Shape(label, moved, radius, box, round(area, 2))
+
+
+def _apart(one: _Box, other: _Box, gap: float = 3.0) -> bool:
+    return (
+        one[2] + gap <= other[0]
+        or other[2] + gap <= one[0]
+        or one[3] + gap <= other[1]
+        or other[3] + gap <= one[1]
+    )
+
+
+def _paint_shape(draw: random.Random, canvas: _Array, shape: _Shape) -> None:
+    x = (shape.box[0] + shape.box[2]) / 2
+    y = (shape.box[1] + shape.box[3]) / 2
+    around = canvas[
+        max(0, int(shape.box[1]) - 4) : int(shape.box[3]) + 5,
+        max(0, int(shape.box[0]) - 4) : int(shape.box[2]) + 5,
+    ].mean(axis=(0, 1))
+    colours = [_vary(draw, colour) for colour in draw.sample(_COLOURS, k=len(_COLOURS))]
+    # The first that stands out somewhat from what it lies on, so that there is something to see.
+    colour = next(
+        (one for one in colours if np.abs(np.array(one) - around).sum() > 130), colours[0]
+    )
+    if shape.label == 0:
+        inside = _disc(x, y, shape.radius, shape.radius, 0.0)
+    else:
+        inside = _polygon(shape.outline)
+    _paint(canvas, shape.box, inside, colour, draw.uniform(0.85, 1.0), rim=draw.random() < 0.5)
+
+
+def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, float]) -> None:
+    """Paint something that is none of the shapes, though it may look a little like one."""
+    size = canvas.shape[0]
+    colour = _vary(draw, draw.choice(_COLOURS))
+    opacity, rim = draw.uniform(0.5, 1.0), draw.random() < 0.5
+    x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
+    length = draw.uniform(object_size[0] * 0.6, object_size[1] * 1.3)
+    kind = draw.choice(("hair", "bar", "ellipse", "ring", "cross", "corner"))
+    if kind == "hair":
+        _hair(draw, canvas)
+    elif kind == "bar":
+        bar = _bar(x, y, length, length * draw.uniform(0.12, 0.4), turn)
+        _paint(canvas, _around(x, y, length), _polygon(bar), colour, opacity, rim)
+    elif kind == "ellipse":
+        half = length / 2
+        ellipse = _disc(x, y, half, half * draw.uniform(0.25, 0.55), turn)
+        _paint(canvas, _around(x, y, length), ellipse, colour, opacity, rim)
+    elif kind == "ring":
+        radius, thick = length / 2, max(1.2, length * draw.uniform(0.06, 0.14))
+        disc = _disc(x, y, radius, radius, 0.0)
+        _paint(
+            canvas,
+            _around(x, y, length),
+            lambda xs, ys: thick / 2 - np.abs(disc(xs, ys) - thick),
+            colour,
+            opacity,
+            rim,
+        )
+    else:
+        thick = length * draw.uniform(0.14, 0.28)
+        first = _polygon(_bar(x, y, length, thick, turn))
+        if kind == "corner":  # the second arm starts at the end of the first
+            x += (length - thick) / 2 * (math.cos(turn) - math.sin(turn))
+            y += (length - thick) / 2 * (math.sin(turn) + math.cos(turn))
+        second = _polygon(_bar(x, y, length, thick, turn + math.pi / 2))
+        _paint(
+            canvas,
+            _around(x, y, 2 * length),
+            lambda xs, ys: np.maximum(first(xs, ys), second(xs, ys)),
+            colour,
+            opacity,
+            rim,
+        )
+
+
+def _hair(draw: random.Random, canvas: _Array) -> None:
+    """A long thin line."""
+    size = canvas.shape[0]
+    x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
+    length = size * draw.uniform(0.15, 0.8)
+    hair = _polygon(_bar(x, y, length, draw.uniform(0.6, 2.0), turn))
+    colour = _vary(draw, draw.choice(_COLOURS))
+    _paint(canvas, _around(x, y, length), hair, colour, draw.uniform(0.4, 0.9))
+
+
+def _ground(draw: random.Random, size: int, clutter: float) -> _Array:
+    """Muted clouds: a coarse grid of random colours, interpolated, and a finer one over it."""
+    base = np.array([draw.uniform(70, 190) for _ in range(3)])
+    canvas: _Array = np.zeros((size, size, 3)) + base.mean() + 0.35 * (base - base.mean())
+    for cells, strength in ((3, 110.0), (9, 60.0)):
+        shape = (cells + 3, cells + 3)
+        grid = _noise(draw, (*shape, 1)) + 0.35 * _noise(draw, (*shape, 3))
+        low, weights = _spline(size, cells)
+        rows, clouds = np.zeros((size, cells + 3, 3)), np.zeros((size, size, 3))
+        for i, weight in enumerate(weights):
+            rows += weight[:, None, None] * grid[low + i]
+        for i, weight in enumerate(weights):
+            clouds += weight[:, None] * rows[:, low + i]
+        canvas += strength * (0.3 + clutter) * clouds
+    return canvas
+
+
+def _spline(size: int, cells: int) -> tuple[npt.NDArray[np.int64], tuple[_Array, ...]]:
+    """A cubic B-spline, which shows no grid: the first of four neighbours, and their weights."""
+    place = (np.arange(size) + 0.5) * (cells / size)
+    low = np.minimum(place.astype(np.int64), cells - 1)
+    t = place - low
+    weights = (
+        (1 - t) * (1 - t) * (1 - t) / 6,
+        (3 * t * t * t - 6 * t * t + 4) / 6,
+        (3 * t * t + 3 * t + 1 - 3 * t * t * t) / 6,
+        t * t * t / 6,
+    )
+    return low, weights
+
+
+def _noise(draw: random.Random, shape: tuple[int, ...]) -> _Array:
+    """Values about 0 in [-1, 1], those near 0 more often."""
+    count = math.prod(shape)
+    data = np.frombuffer(draw.randbytes(2 * count), dtype=np.uint8).astype(np.float64)
+    values: _Array = (data[:count] + data[count:]) / 255 - 1
+    return values.reshape(shape)
+
+
+def _vary(draw: random.Random, colour: _Colour) -> _Colour:
+    light = draw.uniform(0.8, 1.15)
+    red, green, blue = (min(255.0, light * value + draw.uniform(-14, 14)) for value in colour)
+    return red, green, blue
+
+
+def _regular(corners: int, radius: float, turn: float) -> tuple[_Point, ...]:
+    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+    return tuple((radius * math.cos(angle), radius * math.sin(angle)) for angle in angles)
+
+
+def _bar(x: float, y: float, length: float, thick: float, turn: float) -> tuple[_Point, ...]:
+    along = (math.cos(turn) * length / 2, math.sin(turn) * length / 2)
+    across = (-math.sin(turn) * thick / 2, math.cos(turn) * thick / 2)
+    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    return tuple(
+        (x + a * along[0] + b * across[0], y + a * along[1] + b * across[1]) for a, b in signs
+    )
+
+
+def _around(x: float, y: float, length: float) -> _Box:
+    reach = 0.75 * length + 2
+    return x - reach, y - reach, x + reach, y + reach
+
+
+_Inside = Callable[[_Array, _Array], _Array]
+"""How many pixels deep points (x, y) lie in a figure; negative outside."""
+
+
+def _polygon(corners: Sequence[_Point]) -> _Inside:
+    """A convex polygon, its corners clockwise on the screen."""
+
+    def depth(xs: _Array, ys: _Array) -> _Array:
+        edges = zip(corners, (*corners[1:], corners[0]), strict=True)
+        depths = []
+        for (x1, y1), (x2, y2) in edges:
+            dx, dy = x2 - x1, y2 - y1
+            depths.append((dx * (ys - y1) - dy * (xs - x1)) / math.sqrt(dx * dx + dy * dy))
+        deepest: _Array = np.minimum.reduce(depths)
+        return deepest
+
+    return depth
+
+
+def _disc(x: float, y: float, a: float, b: float, turn: float) -> _Inside:
+    """An ellipse of half axes a and b, turned; a circle where they are equal."""
+    cos, sin = math.cos(turn), math.sin(turn)
+
+    def depth(xs: _Array, ys: _Array) -> _Array:
+        along = ((xs - x) * cos + (ys - y) * sin) / a
+        across = ((ys - y) * cos - (xs - x) * sin) / b
+        inside: _Array = (1 - np.sqrt(along * along + across * across)) * min(a, b)
+        return inside
+
+    return depth
+
+
+def _paint(
+    canvas: _Array,
+    window: _Box,
+    inside: _Inside,
+    colour: _Colour,
+    opacity: float = 1.0,
+    rim: bool = False,
+) -> None:
+    """Lay a figure over the part of the canvas in `window`, with soft edges."""
+    size = canvas.shape[0]
+    left, top = max(0, int(window[0]) - 1), max(0, int(window[1]) - 1)
+    right, bottom = min(size, int(window[2]) + 2), min(size, int(window[3]) + 2)
+    if left >= right or top >= bottom:
+        return
+    xs = np.arange(left, right)[None, :] + 0.5  # pixel i spans i to i + 1
+    ys = np.arange(top, bottom)[:, None] + 0.5
+    depth = inside(xs, ys)[:, :, None]
+    paint = np.array(colour) * np.ones_like(depth)
+    if rim:
+        paint *= 0.7 + 0.3 * np.clip(depth - 0.7, 0, 1)
+    part = canvas[top:bottom, left:right]
+    part += opacity * np.clip(depth + 0.5, 0, 1) * (paint - part)
