@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset
 from retinanet.errors import DataError
+from retinanet.files import write_atomic
 from retinanet.structures import Detections
 
 COLUMNS = 7  # image number, x, y, width, height, score, category id
@@ -81,8 +81,13 @@ class Results:
             }
 
     def write(self, file: Path) -> None:
-        """COCO's results file, a box a line, written beside and renamed into place."""
-        write_lines(file, (json.dumps(row) for row in self.rows()))
+        """COCO's results file, a box a line, whole or not at all."""
+        lines = (
+            f'{{"image_id": {number:.0f}, "category_id": {category:.0f}, '
+            f'"bbox": [{x}, {y}, {width}, {height}], "score": {score}}}'
+            for number, x, y, width, height, score, category in self.table().tolist()
+        )
+        write_atomic(file, "[\n" + ",\n".join(lines) + "\n]\n")
 
     @classmethod
     def read(cls, source: Path | Sequence[Mapping[str, Any]], dataset: Dataset) -> Results:
@@ -177,27 +182,6 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {error.msg} at line {error.lineno}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
-
-
-def write_lines(file: Path, lines: Iterable[str]) -> None:
-    """A JSON list with an entry a line, written beside and renamed into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as out:
-        out.write("[")
-        for i, line in enumerate(lines):
-            out.write(",\n" if i else "\n")
-            out.write(line)
-        out.write("\n]\n")
-    beside.replace(file)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """A JSON file, written beside and renamed into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-    beside.replace(file)
 
 
 def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np.float64]:
