@@ -1,0 +1,296 @@
+"""Boxes drawn on pictures, and pictures side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from retinanet.data.images import read_image
+from retinanet.structures import BACKGROUND, IGNORED
+
+Colour = tuple[int, int, int]
+Picture = Tensor | Image.Image | npt.NDArray[Any]
+
+PALETTE: tuple[Colour, ...] = (
+    (213, 94, 0),  # vermilion
+    (0, 158, 115),  # bluish green
+    (86, 180, 233),  # sky blue
+    (240, 228, 66),  # yellow
+    (204, 121, 167),  # reddish purple
+    (0, 114, 178),  # blue
+    (230, 159, 0),  # orange
+    (150, 230, 80),
+    (140, 80, 220),
+    (0, 220, 220),
+    (160, 60, 60),
+    (255, 255, 255),
+)
+"""Colours by class, from the thirteenth on repeated; the first seven are Okabe and Ito's, which
+people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)."""
+
+_GREY: Colour = (160, 160, 160)  # of regions that are ignored
+
+
+def draw_boxes(
+    image: Picture,
+    boxes: Tensor | npt.ArrayLike,
+    labels: Tensor | npt.ArrayLike | None = None,
+    scores: Tensor | npt.ArrayLike | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    colours: Sequence[Colour] = PALETTE,
+    width: int | None = None,
+    enlarge_to: int = 480,
+) -> Image.Image:
+    """A picture with boxes, coloured by class, and a caption at each.
+
+    Lines and letters grow with the picture, and a small picture is enlarged by a whole factor
+    first, so that captions can be read. Where objects crowd, a caption that finds no place
+    without hiding another caption or over a quarter of an object is left out, those of low scores
+    first; the box's colour still tells its class.
+
+    Args:
+        image: (3, H, W) uint8 tensor, PIL image or (H, W, 3) array.
+        boxes: (N, 4) pixels.
+        labels: (N,) class 0..K-1; IGNORED is drawn grey and dashed, BACKGROUND (padding) not at
+            all. None: one class.
+        scores: (N,) shown as two decimals; the best are drawn on top.
+        names: of the classes; None: their numbers, or no name where `labels` is None.
+        colours: by class, repeated where there are more classes.
+        width: of the lines in pixels of the result; None: by the size of the picture.
+        enlarge_to: pictures whose longer side is shorter than this are enlarged; 0: never.
+
+    Returns:
+        An RGB picture; the one given is unchanged.
+
+    Raises:
+        ValueError: boxes, labels and scores differ in number.
+        ImageError: the picture has a shape that is none of a picture.
+    """
+    corners = _array(boxes, np.float64).reshape(-1, 4)
+    count = len(corners)
+    classes = np.zeros(count, np.int64) if labels is None else _array(labels, np.int64).reshape(-1)
+    points = None if scores is None else _array(scores, np.float64).reshape(-1)
+    if len(classes) != count or (points is not None and len(points) != count):
+        raise ValueError(
+            f"{count} boxes, {len(classes)} labels and "
+            f"{'no' if points is None else len(points)} scores differ in number"
+        )
+    picture = Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
+    longer = max(picture.size)
+    factor = max(1, math.ceil(enlarge_to / longer))
+    if factor > 1:
+        picture = picture.resize(
+            (picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC
+        )
+    corners = corners * factor
+    line = width or max(2, round(max(picture.size) / 256))
+    font = ImageFont.load_default(size=max(12, round(max(picture.size) / 48)))
+
+    kept = [i for i in range(count) if classes[i] != BACKGROUND and np.isfinite(corners[i]).all()]
+    best_last = sorted(kept, key=lambda i: 0.0 if points is None else points[i])
+    canvas = ImageDraw.Draw(picture)
+    for i in best_last:
+        colour = _colour(int(classes[i]), colours)
+        _draw_box(canvas, corners[i], colour, line, dashed=classes[i] == IGNORED)
+    taken: list[tuple[int, int, int, int]] = []
+    objects = corners[[i for i in kept if classes[i] != IGNORED]]
+    for i in reversed(best_last):
+        text = _caption(int(classes[i]), labels is not None, names, points, i)
+        if text:
+            colour = _colour(int(classes[i]), colours)
+            _draw_caption(canvas, corners[i], text, colour, font, line, taken, objects)
+    return picture
+
+
+def draw_grid(
+    images: Sequence[Picture],
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    gap: int = 6,
+    background: Colour = (255, 255, 255),
+) -> Image.Image:
+    """Pictures side by side in rows, each row as high as its highest picture.
+
+    Args:
+        images: one or more, as :func:`draw_boxes` takes or returns them.
+        columns: None: about as many as rows.
+        captions: a line under each picture.
+        gap: pixels between cells and around them.
+        background: colour behind the pictures.
+
+    Raises:
+        ValueError: there is no picture, or captions differ from pictures in number.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} pictures")
+    pictures = [
+        one.convert("RGB")
+        if isinstance(one, Image.Image)
+        else Image.fromarray(read_image(one).permute(1, 2, 0).contiguous().numpy())
+        for one in images
+    ]
+    columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    cell_width = max(one.width for one in pictures)
+    heights = [max(one.height for one in row) for row in rows]
+    letter = max(12, round(cell_width / 40))
+    font = ImageFont.load_default(size=letter)
+    caption_height = round(letter * 1.5) if captions else 0
+    sheet = Image.new(
+        "RGB",
+        (
+            gap + columns * (cell_width + gap),
+            gap + sum(height + caption_height + gap for height in heights),
+        ),
+        background,
+    )
+    canvas = ImageDraw.Draw(sheet)
+    top = gap
+    for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        for c, picture in enumerate(row):
+            left = gap + c * (cell_width + gap)
+            middle = left + (cell_width - picture.width) // 2
+            sheet.paste(picture, (middle, top + (height - picture.height) // 2))
+            if captions:
+                canvas.text(
+                    (left + cell_width / 2, top + height + letter * 0.2),
+                    _fitting(captions[r * columns + c], font, cell_width),
+                    fill=_readable_on(background),
+                    font=font,
+                    anchor="ma",
+                )
+        top += height + caption_height + gap
+    return sheet
+
+
+def _array(values: Tensor | npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().tolist()
+    return np.asarray(values, dtype=dtype)
+
+
+def _colour(label: int, colours: Sequence[Colour]) -> Colour:
+    return _GREY if label == IGNORED else colours[label % len(colours)]
+
+
+def _readable_on(colour: Colour) -> Colour:
+    """Black or white, whichever stands out."""
+    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return (0, 0, 0) if light > 140 else (255, 255, 255)
+
+
+def _caption(
+    label: int,
+    labelled: bool,
+    names: Sequence[str] | None,
+    scores: npt.NDArray[Any] | None,
+    i: int,
+) -> str:
+    parts = []
+    if label == IGNORED:
+        parts.append("ignored")
+    elif names is not None:
+        parts.append(names[label] if label < len(names) else str(label))
+    elif labelled:
+        parts.append(str(label))
+    if scores is not None:
+        parts.append(f"{scores[i]:.2f}")
+    return " ".join(parts)
+
+
+def _draw_box(
+    canvas: ImageDraw.ImageDraw,
+    box: npt.NDArray[Any],
+    colour: Colour,
+    line: int,
+    *,
+    dashed: bool,
+) -> None:
+    # Pixel i spans i to i + 1: the last pixel inside of the box is one before its end.
+    x1, y1 = round(box[0]), round(box[1])
+    x2, y2 = max(x1, round(box[2]) - 1), max(y1, round(box[3]) - 1)
+    if not dashed:
+        # A thin dark seam keeps any colour visible on any ground.
+        canvas.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=1)
+        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+        return
+    dash = 4 * line
+    for x in range(x1, x2 + 1, 2 * dash):
+        for y in (y1, y2 - line + 1):
+            canvas.rectangle((x, y, min(x + dash, x2), y + line - 1), fill=colour)
+    for y in range(y1, y2 + 1, 2 * dash):
+        for x in (x1, x2 - line + 1):
+            canvas.rectangle((x, y, x + line - 1, min(y + dash, y2)), fill=colour)
+
+
+def _draw_caption(
+    canvas: ImageDraw.ImageDraw,
+    box: npt.NDArray[Any],
+    text: str,
+    colour: Colour,
+    font: Any,
+    line: int,
+    taken: list[tuple[int, int, int, int]],
+    objects: npt.NDArray[Any],
+) -> None:
+    """Write above the box, else below, else inside it: the first place that is free."""
+    picture_width, picture_height = canvas.im.size
+    pad = max(2, line)
+    width = math.ceil(font.getlength(text)) + 2 * pad
+    ascent, descent = font.getmetrics()
+    height = ascent + descent + pad
+    x1, y1, x2, y2 = (round(value) for value in box)
+    for left, top in (
+        (x1, y1 - height),
+        (x2 - width, y1 - height),
+        (x1, y2),
+        (x2 - width, y2),
+        (x1 + line, y1 + line),
+        (x1 + line, y2 - height - line),
+    ):
+        left = min(max(0, left), picture_width - width)
+        place = (left, top, left + width, top + height)
+        if (
+            left >= 0
+            and 0 <= top <= picture_height - height
+            and not any(_overlap(place, other) for other in taken)
+            and _hidden(place, objects) <= 0.25
+        ):
+            taken.append(place)
+            canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+            canvas.text((left + pad, top + pad // 2), text, fill=_readable_on(colour), font=font)
+            return
+
+
+def _hidden(place: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float:
+    """The largest share of any object that a caption at `place` would cover."""
+    if not len(objects):
+        return 0.0
+    wide = np.minimum(objects[:, 2], place[2]) - np.maximum(objects[:, 0], place[0])
+    high = np.minimum(objects[:, 3], place[3]) - np.maximum(objects[:, 1], place[1])
+    areas = (objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])
+    covered = np.clip(wide, 0, None) * np.clip(high, 0, None)
+    return float((covered / np.clip(areas, 1e-9, None)).max())
+
+
+def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    """The text, or as much of it as fits, with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
