@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retinanet.config import DetectConfig, build_recipe
+from retinanet.config import build_recipe
 from retinanet.data.images import pad_batch, resize_to
 from retinanet.detect.found import Failure, Found
 from retinanet.detect.inference import (
@@ -76,9 +76,7 @@ class Detector:
         self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
-        self.model = checkpoint.model.eval().to(
-            device=self.device, memory_format=torch.channels_last
-        )
+        self.model = checkpoint.model.eval().to(self.device).to(memory_format=torch.channels_last)
         self._fill = padding_colour(self.model)
 
     def detect(
@@ -282,5 +280,5 @@ def _sizes(checkpoint: Checkpoint, image_size: int | None, max_size: int | None)
 def _thresholds(known: Any, given: Thresholds) -> Thresholds:
     """`given` laid over `known`, checked; None keeps what is known."""
     laid = dict(known) | {name: value for name, value in given.items() if value is not None}
-    checked: DetectConfig = build_recipe({"detect": laid}, "detector options").detect
-    return Thresholds(**checked.model_dump())
+    checked = build_recipe({"detect": laid}, "detector options").detect
+    return cast(Thresholds, checked.model_dump())

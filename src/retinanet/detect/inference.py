@@ -157,7 +157,7 @@ def to_original(
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # Private, but the only way that torch gives; one that is gone reads as no.
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

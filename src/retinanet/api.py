@@ -1,0 +1,47 @@
+"""Training in one call, for Python; everything else of the public names is where it is defined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from retinanet.config import Recipe, load_recipe
+from retinanet.data.dataset import Dataset
+from retinanet.errors import ConfigError
+from retinanet.train.events import Listener
+from retinanet.train.loop import Run
+from retinanet.train.loop import train as train_by_recipe
+
+
+def train(
+    data: str | Path | Mapping[str, Dataset],
+    *,
+    out: str | Path,
+    recipe: str | Path | Recipe = "quick",
+    settings: Iterable[str] = (),
+    device: str = "auto",
+    init: str | Path | None = None,
+    on_event: Listener | None = None,
+) -> Run:
+    """Train a RetinaNet on labelled pictures, or go on with a run that was stopped.
+
+    Args:
+        data: a folder or file (COCO, VOC, YOLO or CSV), or splits by name.
+        out: the run folder; an unfinished run of the same recipe and data in it goes on.
+        recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
+        settings: such as ``"train.lr=0.005"``, laid over the recipe.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        init: a checkpoint to start from.
+        on_event: is told what happens.
+
+    Raises:
+        ConfigError: an unknown setting or recipe, or settings beside a built recipe.
+        RetinaNetError: as :func:`retinanet.train.loop.train`.
+    """
+    if isinstance(settings, str):
+        settings = [settings]
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, settings)
+    elif list(settings):
+        raise ConfigError("settings cannot be laid over a built recipe; give them to load_recipe")
+    return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)

@@ -1,0 +1,133 @@
+"""The names that users write stay; asking for one of them imports only then."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import retinanet as rn
+
+# A name taken from this list breaks somebody's program: that wants a major version.
+PUBLIC = [
+    "AnchorSpec",
+    "BACKGROUND",
+    "Checkpoint",
+    "ConfigError",
+    "DataError",
+    "Dataset",
+    "Detections",
+    "Detector",
+    "Failure",
+    "Found",
+    "IGNORED",
+    "ImageError",
+    "Metrics",
+    "MissingExtraError",
+    "NonFiniteLossError",
+    "Outputs",
+    "Recipe",
+    "RetinaNet",
+    "RetinaNetError",
+    "Targets",
+    "WeightsError",
+    "__version__",
+    "box_loss",
+    "build_retinanet",
+    "check_datasets",
+    "cross_entropy",
+    "detection_losses",
+    "evaluate",
+    "focal_loss",
+    "focal_loss_star",
+    "load",
+    "load_checkpoint",
+    "load_recipe",
+    "read_dataset",
+    "read_splits",
+    "save_checkpoint",
+    "synthetic_dataset",
+    "train",
+]
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names() -> None:
+    assert sorted(rn.__all__) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(rn, name) is not None
+    assert name in dir(rn)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(rn.__file__).read_text("utf-8"))
+    shown = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {name: f"{home}.{name}" for home, names in rn._HOMES.items() for name in names}
+    called = {name: f"{home}.{name}" for name, home in rn._CALLED_ROOMS.items()}
+    assert shown == homes | called
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="'retinanet' has no attribute 'focal_los'"):
+        rn.focal_los  # noqa: B018
+
+
+def test_import_alone_is_light() -> None:
+    heavy = run("import sys, retinanet; print([m for m in ('torch', 'numpy') if m in sys.modules])")
+    assert heavy.strip() == "[]"
+
+
+USE = "assert callable(rn.train) and callable(rn.evaluate); f = rn.evaluate.__wrapped__;"
+ROOMS = """
+import retinanet.evaluate.coco, retinanet.train.loop
+import retinanet.evaluate.coco as coco
+from retinanet.train import loop
+assert retinanet.evaluate.coco is coco and coco.evaluate_detections
+assert retinanet.train.loop is loop
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import retinanet as rn\n{USE}\n{ROOMS}\n{USE}",
+        f"{ROOMS}\nimport retinanet as rn\n{USE}",
+        f"from retinanet import train, evaluate\n{ROOMS}\nimport retinanet as rn\n{USE}\n"
+        "assert train is rn.train and evaluate is rn.evaluate",
+    ],
+    ids=["called first", "rooms first", "from import"],
+)
+def test_train_and_evaluate_are_rooms_and_can_be_called(code: str) -> None:
+    run(f"{code}\nfrom retinanet.evaluate.run import evaluate\nassert f is evaluate")
+
+
+def test_a_call_reaches_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retinanet.evaluate.run.evaluate", lambda *a, **k: ("evaluate", a, k))
+    monkeypatch.setattr("retinanet.api.train", lambda *a, **k: ("train", a, k))
+    assert rn.evaluate(1, data=2) == ("evaluate", (1,), {"data": 2})
+    assert rn.train(3, out=4) == ("train", (3,), {"out": 4})
+
+
+def test_called_rooms_show_their_signature() -> None:
+    assert list(inspect.signature(rn.train).parameters)[:2] == ["data", "out"]
+    assert "data" in inspect.signature(rn.evaluate).parameters
