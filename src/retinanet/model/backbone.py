@@ -149,18 +149,16 @@ class Timm(Backbone):
         return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
-        names = [name for name, _ in self.net.named_parameters()]
+        info = self.net.feature_info
+        strides = dict(zip(info.module_name(), info.reduction(), strict=True))
+        # timm may flatten stages.0 to a child stages_0.
+        strides |= {name.replace(".", "_"): stride for name, stride in strides.items()}
         ends: dict[int, int] = {}
-        for stride, module in zip(
-            self.net.feature_info.reduction(), self.net.feature_info.module_name(), strict=True
-        ):
-            inside = [
-                i
-                for i, name in enumerate(names)
-                if name.startswith((f"{module}.", module.replace(".", "_") + "."))
-            ]
-            # A feature map without weights of its own (an activation) ends at the one before it.
-            ends[stride] = max(inside) + 1 if inside else ends.get(stride, 0)
+        before = 0
+        for name, module in self.net.named_modules():
+            if name in strides:
+                ends[strides[name]] = before + len(list(module.parameters()))
+            before += len(list(module.parameters(recurse=False)))
         if not all(ends.get(stride) for stride in (8, 16, 32)):
             raise ConfigError(
                 "it is not known where the stages of this timm backbone end: "

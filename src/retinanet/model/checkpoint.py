@@ -343,7 +343,7 @@ def transfer_weights(
         if name not in given:
             skipped.append((name, "the source has none"))
         elif name.startswith(("class_head.last.", "box_head.last.")) and not same_anchors:
-            skipped.append((name, "the anchors of a cell differ"))
+            skipped.append((name, "the anchors of a cell or the channels differ"))
         elif name.startswith("class_head.last."):
             _copy_rows(tensor, given[name], classes, source.classes)
         elif given[name].shape != tensor.shape:

@@ -1,0 +1,360 @@
+"""Backbones: which there are, what they give, what is frozen, and weights from files."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.model import build_retinanet
+from retinanet.model.backbone import BACKBONES, Backbone, build_backbone, group_norm
+
+# C2 to C5 of the published networks.
+CHANNELS = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "resnet101": (256, 512, 1024, 2048),
+    "resnet152": (256, 512, 1024, 2048),
+    "resnext101_32x8d": (256, 512, 1024, 2048),
+    "mobilenet_v2": (24, 32, 96, 1280),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_every_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name, stride_padding=padding)
+        maps = backbone(torch.empty(2, 3, 96, 160))
+    assert backbone.channels == CHANNELS[name]
+    widths = zip(CHANNELS[name], (4, 8, 16, 32), strict=True)
+    expected = [(2, width, 96 // s, 160 // s) for width, s in widths]
+    assert [tuple(one.shape) for one in maps] == expected
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_weights_are_torchvisions_without_the_classifier(name: str) -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, weights=None).state_dict()
+        ours = build_backbone(name).state_dict()
+    body = {k: v.shape for k, v in theirs.items() if not k.startswith(("fc.", "classifier."))}
+    assert {k: v.shape for k, v in ours.items()} == body
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_the_last_map_is_torchvisions(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(name).eval()
+    theirs = torchvision.models.get_model(name, weights=None).eval()
+    theirs.load_state_dict(backbone.state_dict(), strict=False)
+    images = torch.randn(1, 3, 64, 64)
+    if name == "mobilenet_v2":
+        expected = theirs.features(images)
+    else:
+        parts = list(theirs.children())[:-2]
+        expected = nn.Sequential(*parts)(images)
+    torch.testing.assert_close(backbone(images)[3], expected)
+
+
+def test_same_padding_is_tensorflows_at_the_right_and_bottom() -> None:
+    convolution = build_backbone("mobilenet_v2", stride_padding="same").features[0][0]
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 0, 3, 3] = 1.0  # the corner that TensorFlow's padding stands beside
+    convolution.weight.data.zero_()
+    convolution.weight.data[0, 0, 1, 1] = 1.0  # looks at (2 i + 1, 2 j + 1): no padding before
+    expected = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(convolution(image)[0, 0], expected)
+    # A 7x7 kernel pads 2 before and 3 after (5 in all).
+    stem = build_backbone("resnet18", stride_padding="same").conv1
+    picture = torch.rand(1, 3, 32, 32)
+    by_hand = F.conv2d(F.pad(picture, (2, 3, 2, 3)), stem.weight, stride=2)
+    torch.testing.assert_close(stem(picture), by_hand)
+
+
+@pytest.mark.parametrize("stages", range(6))
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_frozen_stages_are_the_stem_then_c2_to_c5(name: str, stages: int) -> None:
+    backbone = build_backbone(name, norm="trained", frozen_stages=stages)
+    parts = backbone.stage_parameters()
+    assert sum(len(part) for part in parts) == len(list(backbone.parameters()))
+    for i, part in enumerate(parts):
+        assert all(parameter.requires_grad == (i >= stages) for parameter in part)
+
+
+def _forward_changes(backbone: Backbone) -> set[str]:
+    """Buffers that a forward pass in training mode changes."""
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    backbone.train()(torch.rand(2, 3, 64, 64))
+    return {k for k, v in backbone.named_buffers() if not torch.equal(v, before[k])}
+
+
+def test_frozen_batch_norm_stays_as_it_is_in_training() -> None:
+    backbone = build_backbone("resnet18", norm="frozen")
+    assert _forward_changes(backbone) == set()
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 20
+    assert not any(p.requires_grad for norm in norms for p in norm.parameters())
+    assert backbone.conv1.weight.requires_grad
+
+
+def test_trained_batch_norm_learns_but_not_in_frozen_stages() -> None:
+    backbone = build_backbone("resnet18", norm="trained", frozen_stages=2)
+    changed = _forward_changes(backbone)
+    assert changed
+    assert not any(name.startswith(("bn1", "layer1")) for name in changed)
+    assert any(name.startswith("layer2") for name in changed)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_group_norm_takes_the_place_of_batch_norm(name: str) -> None:
+    backbone = build_backbone(name, norm="group")
+    kinds = [type(m) for m in backbone.modules()]
+    assert nn.BatchNorm2d not in kinds
+    assert nn.GroupNorm in kinds
+    # Nothing is kept from batch to batch, and an image's maps do not depend on the others'.
+    assert not dict(backbone.named_buffers())
+    images = torch.rand(2, 3, 64, 64)
+    together, alone = backbone(images)[3][:1], backbone(images[:1])[3]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (64, 32), (32, 16), (24, 4), (9, 1)])
+def test_groups_divide_the_channels_and_hold_two(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+def _state(name: str) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return torchvision.models.get_model(name, weights=None).state_dict()
+
+
+def _build(weights: Path | str, **settings: Any) -> Any:
+    plain: dict[str, Any] = {"backbone": "resnet18", "num_classes": 2, "channels": 16}
+    return build_retinanet(**{**plain, **settings, "backbone_weights": weights})
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("whole", [True, False], ids=["classifier", "features"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_weights_from_a_file(tmp_path: Path, suffix: str, whole: bool, name: str) -> None:
+    state = _state(name)
+    if not whole:
+        state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    file = tmp_path / f"weights.{suffix}"
+    save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    model = _build(file, backbone=name)
+    for key, value in model.backbone.state_dict().items():
+        torch.testing.assert_close(value, state[key], msg=key)
+    assert model.spec["frozen_stages"] == 2
+
+
+def test_a_wrapped_state_dict_and_one_of_data_parallel(tmp_path: Path) -> None:
+    state = {f"module.{key}": value for key, value in _state("resnet18").items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.pth")
+    model = _build(tmp_path / "a.pth")
+    torch.testing.assert_close(model.backbone.conv1.weight, state["module.conv1.weight"])
+
+
+def test_misfits_are_listed(tmp_path: Path) -> None:
+    state = _state("resnet18")
+    del state["layer4.1.conv2.weight"]
+    state["layer9.weight"] = torch.zeros(1)
+    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        _build(tmp_path / "a.safetensors")
+    assert str(caught.value) == (
+        f"backbone weights {tmp_path / 'a.safetensors'} do not fit the network: "
+        "1 missing (layer4.1.conv2.weight); 1 unknown (layer9.weight); "
+        "1 of another shape (conv1.weight is 64x1x7x7, not 64x3x7x7)"
+    )
+
+
+def test_another_backbones_weights_are_refused(tmp_path: Path) -> None:
+    save_file(_state("mobilenet_v2"), tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"100 missing \(conv1.weight, .*\.\.\.\)|missing"):
+        _build(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_file_that_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    with pytest.raises(WeightsError, match="there is no such file; give a file"):
+        _build(file)
+    file.write_bytes(b"not a tensor in sight")
+    with pytest.raises(WeightsError, match=r"neither .safetensors nor a torch file"):
+        _build(file)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": _Evil()}, "a.pth")
+    with pytest.raises(WeightsError, match="neither") as caught:
+        _build("a.pth")
+    assert "\n" not in str(caught.value)
+    assert not Path("evil").exists()
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="holds no state dict"):
+        _build(tmp_path / "a.pth")
+
+
+def test_the_file_says_how_it_wants_its_input_and_settings_go_first(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(
+        _state("resnet18"),
+        file,
+        metadata={"input": "RGB, (x - 100) / 50.5", "padding": "TensorFlow SAME in stride 2"},
+    )
+    model = _build(file)
+    assert model.spec["pixel_mean"] == (100.0, 100.0, 100.0)
+    assert model.spec["pixel_std"] == (50.5, 50.5, 50.5)
+    assert model.spec["stride_padding"] == "same"
+    model = _build(file, pixel_mean=(1, 2, 3), pixel_std=(4, 5, 6), stride_padding="symmetric")
+    assert model.spec["pixel_mean"] == (1.0, 2.0, 3.0)
+    assert model.spec["pixel_std"] == (4.0, 5.0, 6.0)
+    assert model.spec["stride_padding"] == "symmetric"
+    save_file(_state("resnet18"), file, metadata={"input": "BGR, as Caffe"})
+    with pytest.raises(WeightsError, match="input 'BGR, as Caffe' is not understood"):
+        _build(file)
+
+
+def test_folded_batch_norm_is_only_taken_frozen(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(_state("resnet18"), file, metadata={"batch_norm": "folded; keep frozen"})
+    assert _build(file).spec["norm"] == "frozen"
+    with pytest.raises(ConfigError, match="norm is \"frozen\" with them, got 'trained'"):
+        _build(file, norm="trained")
+
+
+def test_group_norm_does_not_take_batch_norms_weights(tmp_path: Path) -> None:
+    save_file(_state("resnet18"), tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"unknown .bn1\.running_mean"):
+        _build(tmp_path / "a.safetensors", norm="group")
+
+
+def test_nothing_is_frozen_when_nothing_was_loaded() -> None:
+    model = _build("none", norm="trained", frozen_stages=3)
+    assert model.spec["frozen_stages"] == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.fixture
+def no_internet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch's, and nowhere to fetch from."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_default_weights_come_from_torchs_cache(no_internet: Path) -> None:
+    state = _state("resnet18")
+    no_internet.mkdir(parents=True)
+    torch.save(state, no_internet / "resnet18-f37072fd.pth")
+    model = _build("default")
+    torch.testing.assert_close(model.backbone.conv1.weight, state["conv1.weight"])
+    assert model.spec["pixel_mean"] == (123.675, 116.28, 103.53)
+
+
+@pytest.mark.usefixtures("no_internet")
+def test_without_internet_the_choices_are_named() -> None:
+    with pytest.raises(WeightsError) as caught:
+        _build("default")
+    message = str(caught.value)
+    assert message.startswith("cannot fetch https://download.pytorch.org/models/resnet18-")
+    assert "--backbone-weights FILE" in message
+    assert "none to start from nothing" in message
+    assert "\n" not in message
+
+
+def test_a_timm_backbone() -> None:
+    pytest.importorskip("timm")
+    backbone = build_backbone("timm/resnet10t", norm="trained", frozen_stages=2)
+    maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [one.shape[-1] for one in maps] == [16, 8, 4, 2]
+    assert tuple(one.shape[1] for one in maps) == backbone.channels
+    frozen = {name for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[1] for name in frozen} == {"conv1", "bn1", "layer1"}
+    changed = _forward_changes(backbone)
+    assert {name.split(".")[1] for name in changed} == {"layer2", "layer3", "layer4"}
+    assert [len(part) > 0 for part in backbone.stage_parameters()] == [True] * 5
+    assert _forward_changes(build_backbone("timm/resnet10t", norm="frozen")) == set()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto"])
+def test_stages_of_timm_backbones_are_found(name: str) -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        backbone = build_backbone(f"timm/{name}", norm="trained")
+    parts = backbone.stage_parameters()
+    assert sum(len(part) for part in parts) == len(list(backbone.parameters()))
+    assert all(parts[1:])
+    assert parts[0] or "convnext" in name  # whose first map is C2: its stem goes with it
+
+
+def test_group_norm_in_a_timm_backbone() -> None:
+    pytest.importorskip("timm")
+    backbone = build_backbone("timm/mobilenetv3_small_050", norm="group")
+    assert not [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert [one.shape[-1] for one in backbone(torch.rand(1, 3, 64, 64))] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/no_such_net", "timm has no 'no_such_net'"),
+        ("timm/hf-hub:someone/something", "timm has no"),
+        ("timm/vit_tiny_patch16_224", "feature maps at strides .16.; 8, 16 and 32 are needed"),
+    ],
+)
+def test_timm_backbones_that_do_not_serve(name: str, message: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(name)
+
+
+def test_timm_weights_without_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(
+        WeightsError, match=r"cannot fetch weights of timm/resnet10t: no route.*FILE"
+    ):
+        _build("default", backbone="timm/resnet10t")
+
+
+def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "timm":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingExtraError, match=r"pip install 'retinanet\[timm\]'"):
+        build_backbone("timm/resnet10t")

@@ -1,0 +1,223 @@
+"""torchvision's RetinaNets with the same random weights: the same logits, deltas and boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.ops import FrozenBatchNorm2d
+
+from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.errors import WeightsError
+from retinanet.model import load_checkpoint
+from retinanet.model.retinanet import RetinaNet
+from retinanet.model.torchvision_weights import V1, V2, from_torchvision, keep_classes
+from retinanet.structures import Outputs, flatten_level
+
+HEIGHT, WIDTHS = 128, (160, 192)
+BUILDERS = {V1: detection.retinanet_resnet50_fpn, V2: detection.retinanet_resnet50_fpn_v2}
+WEIGHTS = {
+    V1: detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+    V2: detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
+}
+
+
+@pytest.fixture(scope="module", params=[V1, V2], ids=["v1", "v2"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(name: str) -> nn.Module:
+    """torchvision's model, with weights that find something."""
+    torch.manual_seed(0)
+    # Resizing is the data's part: at this size torchvision's transform leaves pictures as they are.
+    model = BUILDERS[name](
+        weights=None, weights_backbone=None, min_size=HEIGHT, max_size=max(WIDTHS)
+    )
+    generator = torch.Generator().manual_seed(1)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1, generator=generator)
+            part.running_var.uniform_(0.5, 1.5, generator=generator)
+            part.weight.data.uniform_(0.3, 0.8, generator=generator)
+            part.bias.data.normal_(0, 0.1, generator=generator)
+    for part in model.head.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data.normal_(0, (2 / 9 / part.in_channels) ** 0.5, generator=generator)
+    last = model.head.classification_head.cls_logits
+    last.weight.data.mul_(1.5)
+    last.bias.data.uniform_(-7, -4, generator=generator)
+    model.head.regression_head.bbox_reg.weight.data.mul_(0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ours(name: str, theirs: nn.Module) -> RetinaNet:
+    model = from_torchvision(name, theirs.state_dict(), num_classes=91, norm_eps=1e-5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.rand(3, HEIGHT, width, generator=generator) for width in WIDTHS]
+
+
+@pytest.fixture(scope="module")
+def batch(images: list[Tensor], ours: RetinaNet) -> Tensor:
+    """The images as one batch of 0..255, padded with the mean: 0 after normalisation, as there."""
+    padded = ours.pixel_mean.expand(2, 3, HEIGHT, max(WIDTHS)).clone()
+    for row, image in zip(padded, images, strict=True):
+        row[:, :, : image.shape[2]] = image * 255
+    return padded
+
+
+@pytest.fixture(scope="module")
+def outputs(ours: RetinaNet, batch: Tensor) -> Outputs:
+    with torch.no_grad():
+        return ours(batch)
+
+
+def test_logits_and_deltas(theirs: nn.Module, images: list[Tensor], outputs: Outputs) -> None:
+    seen: dict[str, Tensor] = {}
+    handle = theirs.head.register_forward_hook(lambda *call: seen.update(call[2]))
+    with torch.no_grad():
+        theirs(images)
+    handle.remove()
+    logits = torch.cat([flatten_level(level, 91) for level in outputs.logits], 1)
+    deltas = torch.cat([flatten_level(level, 4) for level in outputs.deltas], 1)
+    assert logits.std() > 0.5  # weights that say something
+    torch.testing.assert_close(logits, seen["cls_logits"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(deltas, seen["bbox_regression"], atol=1e-4, rtol=1e-4)
+
+
+def test_detections(
+    ours: RetinaNet, theirs: nn.Module, images: list[Tensor], outputs: Outputs
+) -> None:
+    postprocess = pytest.importorskip("retinanet.postprocess").postprocess
+    with torch.no_grad():
+        expected = theirs(images)
+    anchors = level_anchors(ours.anchors, feature_sizes(ours.anchors.strides, HEIGHT, max(WIDTHS)))
+    sizes = torch.tensor([(HEIGHT, width) for width in WIDTHS])
+    found = postprocess(outputs, anchors, sizes, num_classes=91, detections_per_image=300)
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) > 20
+        torch.testing.assert_close(one.scores, other["scores"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.boxes, other["boxes"], atol=1e-2, rtol=1e-4)
+        assert torch.equal(one.labels, other["labels"])
+
+
+def test_a_state_dict_with_the_old_names_loads_too(name: str, theirs: nn.Module) -> None:
+    state = theirs.state_dict()
+    old = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if "_blocks" in key and "extra" not in key:
+            parts.remove("0") if parts[3] != "0" else parts.pop(4)
+        if ".conv." in key and name == V1:
+            parts[3:5] = [str(2 * int(parts[3]))]
+        old[".".join(parts)] = value
+    assert set(old) != set(state)
+    model = from_torchvision(name, old, num_classes=91, norm_eps=1e-5)
+    again = from_torchvision(name, state, num_classes=91, norm_eps=1e-5)
+    for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_tensor_of_the_state_dict_is_used(
+    name: str, theirs: nn.Module, ours: RetinaNet
+) -> None:
+    count = sum(v.numel() for v in theirs.state_dict().values())
+    assert sum(v.numel() for v in ours.state_dict().values()) == count
+
+
+def test_a_foreign_state_dict_is_refused(name: str, theirs: nn.Module) -> None:
+    state = dict(theirs.state_dict())
+    state.pop("backbone.fpn.extra_blocks.p6.weight")
+    state["head.mask.weight"] = torch.zeros(1)
+    with pytest.raises(
+        WeightsError, match=r"1 missing \(pyramid.p6.weight\); 1 unknown \(head.mask"
+    ):
+        from_torchvision(name, state, num_classes=91)
+    other = V1 if name == V2 else V2
+    with pytest.raises(WeightsError, match="do not fit the network"):
+        from_torchvision(other, theirs.state_dict(), num_classes=91)
+
+
+def test_kept_classes_have_the_same_logits(
+    ours: RetinaNet, batch: Tensor, outputs: Outputs
+) -> None:
+    kept = [1, 90, 17]
+    smaller = keep_classes(ours, kept).eval()
+    with torch.no_grad():
+        logits = smaller(batch[:, :, :64, :64]).logits[0]
+        whole = ours(batch[:, :, :64, :64]).logits[0]
+    torch.testing.assert_close(
+        flatten_level(logits, 3), flatten_level(whole, 91)[..., kept], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_zoo_gives_the_80_classes_of_coco(
+    name: str, theirs: nn.Module, batch: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the download would leave in torch's cache; v1's published file lacks the batch counts.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / Path(WEIGHTS[name].url).name
+    file.parent.mkdir(parents=True)
+    state = theirs.state_dict()
+    if name == V1:
+        state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, file)
+
+    checkpoint = load_checkpoint(name)
+
+    assert len(checkpoint.classes) == len(set(checkpoint.classes)) == 80
+    assert (checkpoint.classes[0], checkpoint.category_ids[0]) == ("person", 1)
+    assert (checkpoint.classes[-1], checkpoint.category_ids[-1]) == ("toothbrush", 90)
+    assert not {"N/A", "__background__"} & set(checkpoint.classes)
+    assert (checkpoint.image_size, checkpoint.max_size) == (800, 1333)
+    assert checkpoint.info["detect"]["score_threshold"] == 0.05
+    assert not checkpoint.model.training
+
+    # torchvision's own way of loading its file, which takes the epsilon out of v1's batch norm.
+    published = BUILDERS[name](weights=WEIGHTS[name], min_size=HEIGHT, max_size=HEIGHT).eval()
+    frozen = [m for m in published.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert (len(frozen) > 0) == (name == V1)
+    assert all(m.eps == 0 for m in frozen)
+    seen: dict[str, Any] = {}
+    published.head.register_forward_hook(lambda *call: seen.update(call[2]))
+    image = batch[0, :, :, :HEIGHT]
+    with torch.no_grad():
+        published([image / 255])
+        logits = checkpoint.model(image[None]).logits
+    ours = torch.cat([flatten_level(level, 80) for level in logits], 1)
+    living = seen["cls_logits"][..., list(checkpoint.category_ids)]
+    torch.testing.assert_close(ours, living, atol=1e-4, rtol=1e-4)
+
+
+def test_without_internet_one_line_says_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(WeightsError) as caught:
+        load_checkpoint(name)
+    message = str(caught.value)
+    assert WEIGHTS[name].url in message
+    assert "no route to host" in message
+    assert f"put the file into {tmp_path / 'hub' / 'checkpoints'}" in message
+    assert "\n" not in message
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(WeightsError, match="choose torchvision/retinanet_resnet50_fpn or"):
+        load_checkpoint("torchvision/fasterrcnn_resnet50_fpn")
