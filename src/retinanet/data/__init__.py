@@ -1,17 +1,28 @@
 """Labelled pictures: reading, checking, converting, and on to batches."""
 
-from retinanet.data.check import usable
+from retinanet.data.check import CheckReport, check_datasets, usable
+from retinanet.data.convert import Written, convert
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.fix import write_fixed
 from retinanet.data.formats import digest, find_format, read_dataset, read_splits
+from retinanet.data.statistics import AnchorReach, Statistics, anchor_reach
 
 __all__ = [
+    "AnchorReach",
     "Annotation",
+    "CheckReport",
     "Dataset",
     "LabelledImage",
     "Problem",
+    "Statistics",
+    "Written",
+    "anchor_reach",
+    "check_datasets",
+    "convert",
     "digest",
     "find_format",
     "read_dataset",
     "read_splits",
     "usable",
+    "write_fixed",
 ]

@@ -2,23 +2,136 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.faults import CLIPPED, box_fault
+from retinanet.data.statistics import Statistics, count_objects
 
-EDGE = 0.5
-"""Pixels that a box may stick out of its picture: less is a rounding of the labels."""
+KINDS: dict[str, str] = {
+    "image-missing": "the picture is not there",
+    "image-unreadable": "the file is no picture, or damaged",
+    "image-truncated": "the file ends before its picture does",
+    "image-extension": "the file is of another format than its name says",
+    "image-in-two-splits": "the same picture is in two splits",
+    "image-id-duplicate": "two pictures have one id",
+    "size-wrong": "the labels give the picture another size than it has",
+    "label-missing": "a picture has no label file where its format wants one",
+    "label-unreadable": "a label file, or a row of it, cannot be read",
+    "annotation-orphan": "an object belongs to no picture",
+    "annotation-id-duplicate": "two objects have one id",
+    "class-unknown": "an object's class is not in the list of classes",
+    "box-not-a-number": "a box is not four finite numbers",
+    "box-inverted": "left and right, or top and bottom, are exchanged",
+    "box-empty": "a box has no width or no height",
+    "box-outside": "a box lies outside its picture, wholly or in part",
+    "box-duplicate": "an object is there twice",
+}
+"""Every kind of problem that can be reported, in words."""
+
+_CHUNK = 512  # pictures at a time: what waits for a thread stays small, however many there are
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What a picture's file turned out to be.
+
+    Attributes:
+        height, width: of the upright picture; None: it cannot be read.
+        orientation: EXIF's, 1..8.
+        suffix: the extension that its content should have; empty: its own is right.
+        file_digest, pixel_digest: of its bytes and of its pixels; empty: it cannot be read.
+        failure: kind and reason, where it cannot be read.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    orientation: int = 1
+    suffix: str = ""
+    file_digest: bytes = b""
+    pixel_digest: bytes = b""
+    failure: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What :func:`check_datasets` found.
+
+    Attributes:
+        problems: in the order of splits and pictures.
+        statistics: by split.
+        pictures: what each file turned out to be.
+    """
+
+    problems: tuple[Problem, ...]
+    statistics: Mapping[str, Statistics]
+    pictures: Mapping[Path, Picture]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Problems by kind, the most frequent first."""
+        return dict(Counter(problem.kind for problem in self.problems).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "counts": self.counts,
+            "problems": [{**asdict(one), "file": str(one.file)} for one in self.problems],
+            "statistics": {split: asdict(one) for split, one in self.statistics.items()},
+        }
+
+
+def check_datasets(
+    splits: Mapping[str, Dataset], *, progress: Callable[[int, int], None] | None = None
+) -> CheckReport:
+    """Open every picture and look at every object.
+
+    Pictures are decoded in as many threads as the machine has processors, and forgotten at once:
+    memory does not grow with their number but for about 300 bytes each.
+
+    Args:
+        splits: as :func:`retinanet.data.formats.read_splits` gives them; overlapping ones (VOC's
+            trainval) would be reported as sharing pictures.
+        progress: is called with pictures done and in all.
+    """
+    paths = list(dict.fromkeys(i.path for dataset in splits.values() for i in dataset.images))
+    pictures: dict[Path, Picture] = {}
+    for picture in _open_all(paths):
+        pictures[paths[len(pictures)]] = picture
+        if progress:
+            progress(len(pictures), len(paths))
+    problems: list[Problem] = []
+    for dataset in splits.values():
+        problems += dataset.problems
+        for image in dataset.images:
+            problems += _image_problems(dataset, image, pictures[image.path])
+    problems += [problem for _, _, problem in in_two_splits(splits, pictures)]
+    sizes = {p: (one.height, one.width) for p, one in pictures.items() if one.height and one.width}
+    return CheckReport(
+        tuple(dict.fromkeys(problems)),
+        {name: count_objects(dataset, sizes) for name, dataset in splits.items()},
+        pictures,
+    )
 
 
 def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     """The part of a data set that can be trained and evaluated on. No picture is opened.
 
-    Left out are pictures whose file is not there, and objects without a size: empty, inverted,
-    not a number, or wholly outside the picture (by the labels' size). Boxes partly outside stay
-    as they are.
+    Left out are pictures whose file is not there, and objects without a size: empty, inverted, not
+    a number, or wholly outside the picture (by the labels' size). Boxes partly outside stay as they
+    are.
 
     Returns:
         the data set without them (:attr:`Dataset.problems` unchanged), and what was left out and
@@ -32,84 +145,181 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
             continue
         kept: list[Annotation] = []
         for annotation in image.annotations:
-            problem = _unusable(dataset, image, annotation, image.width, image.height)
-            if problem is None:
+            fault = box_fault(annotation.box, image.width, image.height)
+            if fault is None or fault[2] == CLIPPED:
                 kept.append(annotation)
             else:
-                left_out.append(problem)
+                left_out.append(_box_problem(dataset, image, annotation, fault))
         same = len(kept) == len(image.annotations)
         images.append(image if same else replace(image, annotations=tuple(kept)))
     return replace(dataset, images=tuple(images)), left_out
 
 
-def _missing(image: LabelledImage) -> Problem:
-    objects = f", which has {len(image.annotations)} objects" if image.annotations else ""
-    return Problem(
-        "image-missing",
-        image.path,
-        None,
-        f"no such picture{objects} in {_label_name(image)}",
-        "the picture is dropped",
+# ---- pictures
+
+
+def _open_all(paths: Sequence[Path]) -> Iterator[Picture]:
+    """Each file's :class:`Picture`, in order."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    waiting = iter(paths)
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        # Pillow warns of huge pictures and odd EXIF; what keeps a picture from being read is
+        # raised.
+        warnings.simplefilter("ignore")
+        while chunk := list(islice(waiting, _CHUNK)):
+            yield from pool.map(_open, chunk)
+
+
+def _open(path: Path) -> Picture:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Picture(failure=("image-missing", "no such picture"))
+    except OSError as error:
+        return Picture(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    try:
+        return _decode(path, digest)
+    except UnidentifiedImageError:
+        reason = f"is no picture; it begins with {content[:16]!r}" if content else "is empty"
+        return Picture(failure=("image-unreadable", reason), file_digest=digest)
+    # Pillow's readers raise nearly anything on damaged files.
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        cut = any(word in words.lower() for word in ("truncated", "unexpected end", "eof"))
+        kind = "image-truncated" if cut else "image-unreadable"
+        return Picture(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
+
+
+def _decode(path: Path, digest: bytes) -> Picture:
+    with Image.open(path) as picture:
+        form = picture.format or ""
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        # Indices into palettes say nothing; colours do.
+        pixels = upright.convert("RGBA") if upright.mode == "P" else upright
+        total = hashlib.blake2b(f"{pixels.mode} {pixels.size}".encode(), digest_size=16)
+        total.update(pixels.tobytes())
+        width, height = upright.size
+    named = Image.registered_extensions().get(path.suffix.lower(), "")
+    same = {"MPO": "JPEG"}  # a JPEG with more pictures after the first
+    lies = named != "" and same.get(named, named) != same.get(form, form)
+    return Picture(
+        height=height,
+        width=width,
+        orientation=orientation if orientation in range(1, 9) else 1,
+        suffix=_SUFFIXES.get(form, f".{form.lower()}") if lies else "",
+        file_digest=digest,
+        pixel_digest=total.digest(),
     )
 
 
-def _label_name(image: LabelledImage) -> str:
-    return str(image.label_file) if image.label_file else "the labels"
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 
 
-def _where(dataset: Dataset, image: LabelledImage, annotation: Annotation) -> str:
-    """The object in words: where one file labels many pictures, with its picture."""
-    of = f" of image {image.id} ({image.path.name})" if dataset.format in ("coco", "csv") else ""
-    name = dataset.classes[annotation.label]
-    return f"object {annotation.id}{of}: {name} box {_text(annotation.box)}"
+def in_two_splits(
+    splits: Mapping[str, Dataset], pictures: Mapping[Path, Picture]
+) -> Iterator[tuple[str, int, Problem]]:
+    """Split and place of each picture that another split keeps, with the problem to report."""
+    keeping = ["test", *(name for name in splits if name not in ("train", "val", "test"))]
+    keeping += ["val", "train"]
+    first: dict[bytes, tuple[str, Path]] = {}
+    for name in keeping:
+        for place, image in enumerate(splits[name].images if name in splits else ()):
+            picture = pictures[image.path]
+            key = picture.pixel_digest or picture.file_digest or str(image.path).encode()
+            split, path = first.setdefault(key, (name, image.path))
+            if split == name:
+                continue
+            how = "the same file"
+            if path != image.path:
+                same_bytes = pictures[path].file_digest == picture.file_digest
+                how = f"the same {'content' if same_bytes else 'pixels'} as {path}"
+            reason = f"in split {name} and in split {split}: {how}"
+            yield (
+                name,
+                place,
+                Problem("image-in-two-splits", image.path, None, reason, f"dropped from {name}"),
+            )
 
 
-def _text(box: tuple[float, float, float, float]) -> str:
-    return f"[{', '.join(f'{side:.6g}' for side in box)}]"
+# ---- objects
+
+
+def _image_problems(dataset: Dataset, image: LabelledImage, picture: Picture) -> Iterator[Problem]:
+    if picture.failure:
+        kind, reason = picture.failure
+        if kind == "image-missing":
+            yield _missing(image)
+        else:
+            yield Problem(kind, image.path, None, reason, "the picture is dropped")
+    if picture.suffix:
+        reason = f"is named {image.path.suffix}, but its content is {picture.suffix[1:]}"
+        yield Problem("image-extension", image.path, None, reason, f"named {picture.suffix}")
+    height, width = picture.height, picture.width
+    if height is None or width is None:
+        height, width = image.height, image.width
+    elif (image.height or height, image.width or width) != (height, width):
+        yield _size_problem(image, picture)
+    seen: dict[tuple[object, ...], Annotation] = {}
+    for annotation in image.annotations:
+        fault = box_fault(annotation.box, width, height)
+        if fault:
+            yield _box_problem(dataset, image, annotation, fault)
+        key = same_key(annotation)
+        if key in seen:
+            reason = f"repeats {_word(dataset)} {seen[key].id}"
+            yield _box_problem(dataset, image, annotation, ("box-duplicate", reason, "dropped"))
+        seen.setdefault(key, annotation)
+
+
+def same_key(annotation: Annotation) -> tuple[object, ...]:
+    """What two objects have in common where one repeats the other; to a hundredth of a pixel."""
+    box = annotation.box
+    if not all(map(math.isfinite, box)):
+        return (id(annotation),)
+    return (annotation.label, annotation.crowd, *(round(side, 2) for side in box))
+
+
+def _size_problem(image: LabelledImage, picture: Picture) -> Problem:
+    told = f"{image.path.name}: the labels say {image.width} x {image.height} (width x height)"
+    reason, fix = f"{told}, the picture is {picture.width} x {picture.height}", "size put right"
+    if labelled_as_stored(image, picture):
+        reason += f" after its EXIF orientation {picture.orientation}: it was labelled lying"
+        fix = "size and boxes turned upright"
+    return Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
+
+
+def labelled_as_stored(image: LabelledImage, picture: Picture) -> bool:
+    return picture.orientation >= 5 and (image.width, image.height) == (
+        picture.height,
+        picture.width,
+    )
+
+
+def _missing(image: LabelledImage) -> Problem:
+    count = len(image.annotations)
+    reason = f"no such picture; {_label_file(image)} gives it {count} object{'s' * (count != 1)}"
+    return Problem("image-missing", image.path, None, reason, "the picture is dropped")
 
 
 def _label_file(image: LabelledImage) -> Path:
     return image.label_file or image.path
 
 
-def _unusable(
-    dataset: Dataset,
-    image: LabelledImage,
-    annotation: Annotation,
-    width: int | None,
-    height: int | None,
-) -> Problem | None:
-    """What keeps an object from being trained on, or None. Sizes None: not known."""
-    found = next(_box_faults(annotation.box, width, height), None)
-    if found is None or found[2] == "clipped":
-        return None
-    kind, fault, fix = found
-    reason = f"{_where(dataset, image, annotation)} {fault}"
+def _word(dataset: Dataset) -> str:
+    return "annotation" if dataset.format in ("coco", "synthetic") else "object"
+
+
+def _box_problem(
+    dataset: Dataset, image: LabelledImage, annotation: Annotation, fault: tuple[str, str, str]
+) -> Problem:
+    kind, what, fix = fault
+    # A file that labels many pictures does not say which one this is of.
+    many = dataset.format not in ("voc", "yolo")
+    of = f" of image {image.id} ({image.path.name})" if many else ""
+    box = ", ".join(f"{side:.6g}" for side in annotation.box)
+    name = dataset.classes[annotation.label]
+    reason = f"{_word(dataset)} {annotation.id}{of}: {name} box [{box}] {what}"
     return Problem(kind, _label_file(image), annotation.id, reason, fix)
-
-
-def _box_faults(
-    box: tuple[float, float, float, float], width: int | None, height: int | None
-) -> Iterator[tuple[str, str, str]]:
-    """Kind, reason and fix of the faults of one box; the gravest comes first, and at most one."""
-    x1, y1, x2, y2 = box
-    if not all(math.isfinite(side) for side in box):
-        yield "box-not-a-number", "is not four finite numbers", "dropped"
-    elif x2 < x1 or y2 < y1:
-        sides = " and ".join(
-            name for name, bad in (("left and right", x2 < x1), ("top and bottom", y2 < y1)) if bad
-        )
-        # A box that is inverted and empty cannot be put right by swapping.
-        fix = "dropped" if x2 == x1 or y2 == y1 else "swapped"
-        yield "box-inverted", f"has {sides} exchanged", fix
-    elif x2 == x1 or y2 == y1:
-        lacks = " and no ".join(
-            name for name, bad in (("width", x2 == x1), ("height", y2 == y1)) if bad
-        )
-        yield "box-empty", f"has no {lacks}", "dropped"
-    elif width is not None and height is not None:
-        size = f"the picture of {width} x {height}"
-        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-            yield "box-outside", f"lies wholly outside {size}", "dropped"
-        elif x1 < -EDGE or y1 < -EDGE or x2 > width + EDGE or y2 > height + EDGE:
-            yield "box-outside", f"sticks out of {size}", "clipped"

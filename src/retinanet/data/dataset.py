@@ -90,6 +90,7 @@ class Dataset:
         source: the folder or file that was read.
         problems: what could not even be read into an annotation.
         split_origin: how the split came about (``the format's own``, ``seed 0, 20% held out``).
+        extra: what else the source says of the whole (COCO's info, licences, supercategories).
     """
 
     images: tuple[LabelledImage, ...]
@@ -100,6 +101,7 @@ class Dataset:
     source: Path
     problems: tuple[Problem, ...] = ()
     split_origin: str = "the format's own"
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.formats import coco, voc, yolo
+from retinanet.data.formats import coco, csv, voc, yolo
+from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import hold_out
 from retinanet.errors import DataError
 
@@ -21,19 +22,22 @@ class Format(NamedTuple):
     Attributes:
         recognise: whether a folder or file is of this format.
         read: its splits by name, each read when called; the split of no name is ``""``.
+        write: writes splits into a new folder.
         looked_for: what `recognise` looks for, in words.
     """
 
     recognise: Callable[[Path], bool]
     read: Callable[..., dict[str, Callable[[], Dataset]]]
+    write: Callable[[Writing], None]
     looked_for: str
 
 
 # In the order of asking: a VOC folder may well hold a CSV beside it.
 FORMATS: dict[str, Format] = {
-    "coco": Format(coco.is_coco, coco.read_coco, coco.LOOKED_FOR),
-    "voc": Format(voc.is_voc, voc.read_voc, voc.LOOKED_FOR),
-    "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.LOOKED_FOR),
+    "coco": Format(coco.is_coco, coco.read_coco, coco.write_coco, coco.LOOKED_FOR),
+    "voc": Format(voc.is_voc, voc.read_voc, voc.write_voc, voc.LOOKED_FOR),
+    "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.write_yolo, yolo.LOOKED_FOR),
+    "csv": Format(csv.is_csv, csv.read_csv, csv.write_csv, csv.LOOKED_FOR),
 }
 
 

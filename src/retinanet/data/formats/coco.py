@@ -9,11 +9,13 @@ import json
 import mmap
 import re
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.finding import JSON_TEXT, PictureFinder, to_flag, to_number
+from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
@@ -22,6 +24,10 @@ LOOKED_FOR = (
     "or in a folder a split"
 )
 
+CATEGORY_EXTRAS = "category_extras"
+"""Key of :attr:`Dataset.extra`: a dict a class, such as its supercategory."""
+
+_PARTS = frozenset({"images", "annotations", "categories"})
 _IMAGE_KEYS = frozenset({"id", "file_name", "width", "height"})
 _ANNOTATION_KEYS = frozenset(
     {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "difficult"}
@@ -42,9 +48,7 @@ def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
 
     Args:
         path: the JSON file, or its folder.
-        extras: keep what else is said of objects and pictures (masks, licences, ...); training
-        needs
-            none of it, and all of COCO without it is 0.5 GB in memory.
+        extras: keep what else is said of objects and pictures (masks, licences, ...).
 
     Raises:
         DataError: a file is not JSON (with line and column) or not COCO's, or two splits name one
@@ -208,7 +212,22 @@ def _read_file(
         format="coco",
         source=source,
         problems=tuple(problems),
+        extra=_of_the_whole(content, categories) if extras else {},
     )
+
+
+def _of_the_whole(
+    content: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Info, licences and the like, and what categories say beside id and name, by label."""
+    whole = {key: value for key, value in content.items() if key not in _PARTS}
+    more = [
+        {key: value for key, value in category.items() if key not in ("id", "name")}
+        for category in categories.values()
+    ]
+    if any(more):
+        whole[CATEGORY_EXTRAS] = more
+    return whole
 
 
 def _images(
@@ -296,6 +315,102 @@ def _annotations(
             )
         )
     return objects
+
+
+def write_coco(writing: Writing) -> None:
+    """Write ``SPLIT.json`` and the pictures in ``SPLIT/``.
+
+    Ids stay where they are whole numbers and no two alike, else they count from 1.
+    """
+    names = writing.names(together=False, stems=False)
+    pictures: list[tuple[Path, Path]] = []
+    for split, dataset in writing.splits.items():
+        if not _distinct([image.id for image in dataset.images]):
+            image_ids = list(range(1, len(dataset) + 1))
+        else:
+            image_ids = [int(image.id) for image in dataset.images]
+        of_split = names[split]
+        with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
+            _write_file(stream, dataset, of_split, image_ids)
+        pictures += [(path, writing.folder / split / name) for path, name in of_split.items()]
+    writing.place(pictures)
+
+
+def _distinct(ids: list[int | str]) -> bool:
+    return all(isinstance(id_, int) for id_ in ids) and len(set(ids)) == len(ids)
+
+
+def _write_file(
+    stream: TextIO, dataset: Dataset, names: Mapping[Path, str], image_ids: list[int]
+) -> None:
+    """One split, an object a line: as one text COCO's would take gigabytes."""
+    more = dataset.extra.get(CATEGORY_EXTRAS) or [{}] * len(dataset.classes)
+    whole = {key: value for key, value in dataset.extra.items() if key != CATEGORY_EXTRAS}
+    categories = [
+        {"id": id_, "name": name, **extra}
+        for id_, name, extra in zip(dataset.category_ids, dataset.classes, more, strict=True)
+    ]
+    images = (
+        {
+            "id": id_,
+            "file_name": names[image.path],
+            **dict(zip(("height", "width"), size_of(image), strict=True)),
+            **image.extra,
+        }
+        for id_, image in zip(image_ids, dataset.images, strict=True)
+    )
+    distinct = _distinct([a.id for image in dataset.images for a in image.annotations])
+    numbers = count(1)
+    annotations = (
+        _item(annotation, dataset, id_, int(annotation.id) if distinct else next(numbers))
+        for id_, image in zip(image_ids, dataset.images, strict=True)
+        for annotation in image.annotations
+    )
+    stream.write("{")
+    for key, value in whole.items():
+        stream.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+    for key, items in (("images", images), ("annotations", annotations)):
+        lines = (json.dumps(item, ensure_ascii=False) for item in items)
+        stream.write(f'"{key}": [')
+        for place, line in enumerate(lines):
+            stream.write(f"{',' if place else ''}\n{line}")
+        stream.write("\n],\n")
+    stream.write(f'"categories": {json.dumps(categories, ensure_ascii=False)}}}\n')
+
+
+def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = annotation.box
+    width, height = _side(x1, x2), _side(y1, y2)
+    item: dict[str, Any] = {
+        "id": id_,
+        "image_id": image_id,
+        "category_id": dataset.category_ids[annotation.label],
+        "bbox": [_plain(side) for side in (x1, y1, width, height)],
+        "area": _plain(width * height if annotation.area is None else annotation.area),
+        "iscrowd": int(annotation.crowd),
+    }
+    if annotation.difficult:
+        item["difficult"] = 1
+    for key, value in annotation.extra.items():
+        item[key] = json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
+    return item
+
+
+def _side(low: float, high: float) -> float:
+    """The length that, added to `low`, gives `high` again, with as few decimals as that takes.
+
+    172.65 - 38.86 is 133.79000000000002, which nobody wrote.
+    """
+    length = high - low
+    for decimals in range(16):
+        rounded = round(length, decimals)
+        if low + rounded == high:
+            return rounded
+    return length
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def _short(value: Any) -> str:

@@ -9,14 +9,23 @@ say which it is, and the difference is one pixel.
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import PictureFinder, from_text, to_flag, to_number
+from retinanet.data.formats.finding import (
+    PictureFinder,
+    from_text,
+    pictures_in,
+    to_flag,
+    to_number,
+    to_text,
+)
+from retinanet.data.formats.writing import Writing, number_text, own_area, size_of
 from retinanet.data.splits import split_word
 
 LOOKED_FOR = (
@@ -24,6 +33,8 @@ LOOKED_FOR = (
     "a folder a split"
 )
 
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
 _OWN_ELEMENTS = frozenset({"name", "bndbox", "difficult", "iscrowd", "area", "id"})
 _OWN_ROOT_ELEMENTS = frozenset({"folder", "filename", "path", "size", "object", "id"})
@@ -72,7 +83,12 @@ def read_voc(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Datas
         return {split: from_list(split, file) for split, file in listed.items()}
 
     def from_folder(split: str, members: list[Path]) -> Callable[[], Dataset]:
-        return lambda: make(split, members, root)
+        def read() -> Dataset:
+            dataset = make(split, members, root)
+            unlabelled = _unlabelled(members, dataset)
+            return replace(dataset, problems=(*dataset.problems, *unlabelled))
+
+        return read
 
     return {split: from_folder(split, members) for split, members in groups.items()}
 
@@ -190,15 +206,10 @@ def _parse(file: Path, extras: bool) -> _Parsed:
         name = (element.findtext("name") or "").strip()
         try:
             x1, y1, x2, y2 = (
-                to_number((element.findtext(f"bndbox/{side}") or "").strip())
-                for side in ("xmin", "ymin", "xmax", "ymax")
+                to_number((element.findtext(f"bndbox/{side}") or "").strip()) for side in _SIDES
             )
         except ValueError:
-            sides = {
-                side: element.findtext(f"bndbox/{side}")
-                for side in ("xmin", "ymin", "xmax", "ymax")
-            }
-            text = ", ".join(f"{side} {value!r}" for side, value in sides.items())
+            text = ", ".join(f"{s} {element.findtext(f'bndbox/{s}')!r}" for s in _SIDES)
             parsed.problems.append(
                 Problem(
                     "box-not-a-number",
@@ -209,10 +220,12 @@ def _parse(file: Path, extras: bool) -> _Parsed:
                 )
             )
             continue
+        crowd = to_flag(element.findtext("iscrowd") or "0")
         values: dict[str, Any] = {
             "id": from_text("id", (element.findtext("id") or str(place)).strip()),
-            "difficult": to_flag(element.findtext("difficult") or "0"),
-            "crowd": to_flag(element.findtext("iscrowd") or "0"),
+            # Our own files mark a crowd as difficult too, for programs that know no crowds.
+            "difficult": to_flag(element.findtext("difficult") or "0") and not crowd,
+            "crowd": crowd,
             "area": _area(element.findtext("area")),
             "extra": _plain(element, _OWN_ELEMENTS) if extras else {},
         }
@@ -311,6 +324,20 @@ def _dataset(
     )
 
 
+def _unlabelled(members: Iterable[Path], dataset: Dataset) -> Iterator[Problem]:
+    """Pictures in the folders of the others that no XML file speaks of."""
+    labelled = {image.path for image in dataset.images} | {
+        problem.file for problem in dataset.problems
+    }
+    stems = {member.stem for member in members}
+    for folder in sorted({image.path.parent for image in dataset.images}):
+        if folder.is_dir():
+            for picture in pictures_in(folder):
+                if picture not in labelled and picture.stem not in stems:
+                    reason = f"has no {picture.stem}.xml, not even one without objects"
+                    yield Problem("label-missing", picture, None, reason, "the picture is dropped")
+
+
 def _finder_beside(member: Path, finder: PictureFinder, folders: list[Path]) -> PictureFinder:
     """A finder that looks beside the label file first; the one at hand where it already does."""
     beside = member.parent.parent if member.parent.name == "Annotations" else member.parent
@@ -318,3 +345,88 @@ def _finder_beside(member: Path, finder: PictureFinder, folders: list[Path]) -> 
         return finder
     folders[:] = [beside, beside / "JPEGImages", beside / "images"]
     return PictureFinder(folders)
+
+
+def write_voc(writing: Writing) -> None:
+    """Write Annotations/, JPEGImages/, ImageSets/Main/ and classes.txt.
+
+    What VOC has no element for (a crowd, an area, an id of another source) goes into elements of
+    COCO's names, which other programs pass over; a crowd is also marked difficult, so that they
+    ignore it too.
+    """
+    names = writing.names(together=True, stems=True)
+    labels = writing.folder / "Annotations"
+    lists = writing.folder / "ImageSets" / "Main"
+    for folder in (labels, lists):
+        folder.mkdir(parents=True)
+    pictures: list[tuple[Path, Path]] = []
+    stems: dict[str, list[str]] = {}
+    for split, dataset in writing.splits.items():
+        stems[split] = []
+        if dataset.extra:
+            writing.lost["what is said of the whole data set (info, licences)"] += 1
+        for image in dataset.images:
+            name = names[split][image.path]
+            stems[split].append(Path(name).stem)
+            tree = _image_element(image, name, dataset.classes, writing)
+            ET.indent(tree, "\t")
+            ET.ElementTree(tree).write(labels / f"{Path(name).stem}.xml", encoding="utf-8")
+            pictures.append((image.path, writing.folder / "JPEGImages" / name))
+    if {"train", "val"} <= set(stems) and "trainval" not in stems:
+        stems["trainval"] = sorted({*stems["train"], *stems["val"]})
+    for split, members in stems.items():
+        (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in members), "utf-8")
+    classes = next(iter(writing.splits.values())).classes
+    (writing.folder / "classes.txt").write_text("".join(f"{c}\n" for c in classes), "utf-8")
+    writing.place(pictures)
+
+
+def _image_element(
+    image: LabelledImage, name: str, classes: tuple[str, ...], writing: Writing
+) -> ET.Element:
+    height, width = size_of(image)
+    extra = dict(image.extra)
+    root = ET.Element("annotation")
+    _add(root, "folder", "JPEGImages")
+    _add(root, "filename", name)
+    if image.id != Path(name).stem:
+        _add(root, "id", image.id)
+    size = ET.SubElement(root, "size")
+    _add(size, "width", width)
+    _add(size, "height", height)
+    _add(size, "depth", extra.pop("depth", 3))
+    _add_all(root, extra, writing)
+    for place, annotation in enumerate(image.annotations):
+        element = ET.SubElement(root, "object")
+        _add(element, "name", classes[annotation.label])
+        _add(element, "difficult", int(annotation.ignored))
+        if annotation.crowd:
+            _add(element, "iscrowd", 1)
+        area = own_area(annotation)
+        if area is not None:
+            _add(element, "area", number_text(area))
+        if annotation.id != place:
+            _add(element, "id", annotation.id)
+        box = ET.SubElement(element, "bndbox")
+        for side, value in zip(_SIDES, annotation.box, strict=True):
+            _add(box, side, number_text(value))
+        _add_all(element, annotation.extra, writing)
+    return root
+
+
+def _add(parent: ET.Element, tag: str, value: Any) -> None:
+    ET.SubElement(parent, tag).text = to_text(value)
+
+
+def _add_all(parent: ET.Element, values: Mapping[str, Any], writing: Writing) -> None:
+    """Values as elements, the inverse of :func:`_plain`."""
+    for key, value in values.items():
+        if not _TAG.fullmatch(key):
+            writing.lost[f"{key!r}, which cannot be the name of an XML element"] += 1
+        elif isinstance(value, dict):
+            _add_all(ET.SubElement(parent, key), value, writing)
+        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            for one in value:
+                _add_all(ET.SubElement(parent, key), one, writing)
+        else:
+            _add(parent, key, value)

@@ -9,7 +9,7 @@ rounded to a ten-thousandth, so that a box written with ten decimals comes back 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.finding import pictures_in
+from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
@@ -212,11 +213,9 @@ def _any_rows(pictures: Iterable[Path]) -> bool:
         file = label_path(picture)
         if file.is_file():
             for line in _lines(file):
-                try:
-                    _row(line)
-                except ValueError:
-                    break
-                return True
+                if _is_row(line):
+                    return True
+                break
     return False
 
 
@@ -281,8 +280,36 @@ def _read_split(
         split=split,
         format="yolo",
         source=source,
-        problems=tuple(problem for _, problems in read for problem in problems),
+        problems=(
+            *(problem for _, problems in read for problem in problems),
+            *_without_picture(pictures),
+        ),
     )
+
+
+def _without_picture(pictures: Iterable[Path]) -> Iterator[Problem]:
+    """Label files, in the folders of the others, whose picture is not there."""
+    expected: dict[Path, set[str]] = {}
+    for picture in pictures:
+        file = label_path(picture)
+        expected.setdefault(file.parent, set()).add(file.name)
+    for folder, names in sorted(expected.items()):
+        for file in sorted(folder.glob("*.txt")):
+            if file.name in names or file.name in _NAME_FILES:
+                continue
+            lines = _lines(file)
+            # Lists of pictures and notes lie there too: only rows make a label file.
+            if lines and _is_row(lines[0]):
+                reason = f"labels {len(lines)} objects, but has no picture {file.stem}.*"
+                yield Problem("image-missing", file, None, reason, "dropped")
+
+
+def _is_row(line: str) -> bool:
+    try:
+        _row(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_picture(
@@ -342,3 +369,47 @@ def _to_pixels(
 
 def _short(line: str) -> str:
     return line if len(line) <= 60 else f"{line[:57]}..."
+
+
+def write_yolo(writing: Writing) -> None:
+    """Write images/SPLIT/, labels/SPLIT/ and data.yaml.
+
+    Objects that are ignored (crowds, difficult ones) are left out: a row cannot say so, and as
+    plain rows they would be trained on.
+    """
+    names = writing.names(together=False, stems=True)
+    pictures: list[tuple[Path, Path]] = []
+    for split, dataset in writing.splits.items():
+        folder = writing.folder / "labels" / split
+        folder.mkdir(parents=True)
+        for image in dataset.images:
+            name = names[split][image.path]
+            height, width = size_of(image)
+            rows = []
+            for annotation in image.annotations:
+                if annotation.ignored:
+                    writing.lost["objects that are ignored (crowd or difficult)"] += 1
+                else:
+                    rows.append(_row_text(annotation, width, height))
+                    _count_lost(annotation, writing)
+            (folder / f"{Path(name).stem}.txt").write_text("".join(rows), "utf-8")
+            pictures.append((image.path, writing.folder / "images" / split / name))
+    classes = next(iter(writing.splits.values())).classes
+    content: dict[str, Any] = {split: f"images/{split}" for split in writing.splits}
+    content["names"] = dict(enumerate(classes))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    (writing.folder / "data.yaml").write_text(text, "utf-8")
+    writing.place(pictures)
+
+
+def _row_text(annotation: Annotation, width: int, height: int) -> str:
+    x1, y1, x2, y2 = annotation.box
+    shares = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+    return " ".join([str(annotation.label), *(f"{share:.10f}" for share in shares)]) + "\n"
+
+
+def _count_lost(annotation: Annotation, writing: Writing) -> None:
+    if own_area(annotation) is not None:
+        writing.lost["areas that are not the box's"] += 1
+    for key in annotation.extra:
+        writing.lost[f"values of {key!r}"] += 1

@@ -1,0 +1,131 @@
+"""A data set of one format written in another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retinanet.config import nearest
+from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.formats import FORMATS, read_splits
+from retinanet.data.formats.writing import Placing, Writing, new_folder, size_of
+from retinanet.errors import DataError, ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A data set as it was written.
+
+    Attributes:
+        folder: where it lies.
+        format: ``coco``, ``voc``, ``yolo`` or ``csv``.
+        images: pictures by split.
+        objects: objects by split, without those counted in `lost`.
+        origins: how each split came about.
+        lost: what did not come along, in words, with its count.
+    """
+
+    folder: Path
+    format: str
+    images: Mapping[str, int]
+    objects: Mapping[str, int]
+    origins: Mapping[str, str]
+    lost: Mapping[str, int]
+
+
+def convert(
+    source: str | Path | Mapping[str, Dataset],
+    target: str | Path,
+    to: str,
+    *,
+    format: str | None = None,
+    seed: int = 0,
+    held_out: float = 0.2,
+    pictures: Placing = "copy",
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Write a data set in another format, splits and all; the source is never touched.
+
+    What both formats can hold comes through there and back: boxes, classes, splits, pictures
+    without objects, and, but for YOLO, ids, crowds, difficult objects, areas and other values.
+    Faults of the labels come along where the format can state them; see
+    :func:`retinanet.data.check.write_fixed` to mend them.
+
+    Args:
+        source: a folder or file, or its splits.
+        target: a new or empty folder.
+        to: ``coco``, ``voc``, ``yolo`` or ``csv``.
+        format: of the source; None finds it.
+        seed, held_out: for splits where the source has none; see
+            :func:`retinanet.data.formats.read_dataset`.
+        pictures: ``copy``, ``hardlink`` or ``symlink``.
+        progress: is called with pictures done and in all.
+
+    Raises:
+        DataError: an unknown format, a source that cannot be read, or a target that is not empty or
+            lies in the source.
+    """
+    if to not in FORMATS:
+        raise DataError(f"no format {to!r}: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+    if isinstance(source, Mapping):
+        splits = dict(source)
+    else:
+        splits = read_splits(source, format=format, seed=seed, held_out=held_out)
+    lost: Counter[str] = Counter()
+    splits = {name: _writable(dataset, lost) for name, dataset in splits.items()}
+    return write(splits, target, to, pictures=pictures, progress=progress, lost=lost)
+
+
+def write(
+    splits: Mapping[str, Dataset],
+    target: str | Path,
+    to: str,
+    *,
+    pictures: Placing = "copy",
+    suffixes: Mapping[Path, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    lost: Counter[str] | None = None,
+) -> Written:
+    """Write splits whose pictures are all there into a new folder; arguments as :func:`convert`.
+
+    Args:
+        suffixes: other extensions for some pictures.
+        lost: what is already known not to come along.
+    """
+    if not splits or not any(len(dataset) for dataset in splits.values()):
+        raise DataError(f"{target}: there is no picture to write")
+    folder = Path(target)
+    with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
+        writing = Writing(splits, draft, pictures, suffixes or {}, progress, lost or Counter())
+        FORMATS[to].write(writing)
+    return Written(
+        folder,
+        to,
+        {name: len(dataset) for name, dataset in splits.items()},
+        {name: sum(len(i.annotations) for i in d.images) for name, d in splits.items()},
+        {name: dataset.split_origin for name, dataset in splits.items()},
+        dict(writing.lost),
+    )
+
+
+def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
+    """What can be written at all: pictures that are there, boxes of four numbers."""
+    images: list[LabelledImage] = []
+    for problem in dataset.problems:
+        lost[f"unreadable labels ({problem.kind})"] += 1
+    for image in dataset.images:
+        if not image.path.is_file():
+            lost["pictures that are not there"] += 1
+            continue
+        try:
+            height, width = size_of(image)
+        except ImageError:
+            lost["pictures that cannot be read"] += 1
+            continue
+        kept = tuple(a for a in image.annotations if all(map(math.isfinite, a.box)))
+        lost["boxes that are not numbers"] += len(image.annotations) - len(kept)
+        images.append(replace(image, annotations=kept, width=width, height=height))
+    return replace(dataset, images=tuple(images))

@@ -1,0 +1,111 @@
+"""A corrected copy of a labelled data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from retinanet.data.check import CheckReport, Picture, in_two_splits, labelled_as_stored, same_key
+from retinanet.data.convert import Written, write
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.faults import fixed_box
+from retinanet.data.formats.finding import JSON_TEXT
+from retinanet.data.formats.writing import Placing
+from retinanet.errors import DataError
+
+
+def write_fixed(
+    splits: Mapping[str, Dataset],
+    report: CheckReport,
+    folder: str | Path,
+    *,
+    pictures: Placing = "copy",
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Write a corrected copy in the same format; the data themselves are never touched.
+
+    Boxes are clipped to their picture and turned round where inverted; empty ones, those that are
+    not numbers, and repeated objects are dropped, and so are pictures that are missing or cannot be
+    read. Sizes are put right, extensions that lie are changed, and a picture that is in two splits
+    stays in that which measures (test, then val, then the others). Where labels were made on the
+    picture as stored, before its EXIF orientation, boxes are turned with it. What could not be read
+    at all (:attr:`Dataset.problems`) does not come along.
+
+    Args:
+        splits: those that were checked.
+        report: what :func:`check_datasets` said of them.
+        folder: a new or empty folder, outside the data.
+        pictures: ``copy``, ``hardlink`` or ``symlink``.
+        progress: is called with pictures done and in all.
+
+    Raises:
+        DataError: the folder holds something or lies in the data, or the report is of other data.
+    """
+    unknown = [i.path for d in splits.values() for i in d.images if i.path not in report.pictures]
+    if unknown:
+        raise DataError(f"{unknown[0]}: was not checked; check these splits first")
+    repeated = {(split, place) for split, place, _ in in_two_splits(splits, report.pictures)}
+    fixed: dict[str, Dataset] = {}
+    for name, dataset in splits.items():
+        images = [
+            _fixed_image(image, report.pictures[image.path])
+            for place, image in enumerate(dataset.images)
+            if (name, place) not in repeated and not report.pictures[image.path].failure
+        ]
+        fixed[name] = replace(dataset, images=tuple(images), problems=())
+    formats = {dataset.format for dataset in splits.values()}
+    if len(formats) != 1:
+        raise DataError(f"the splits are of several formats: {', '.join(sorted(formats))}")
+    form = formats.pop()
+    return write(
+        fixed,
+        folder,
+        "coco" if form == "synthetic" else form,
+        pictures=pictures,
+        suffixes={path: one.suffix for path, one in report.pictures.items() if one.suffix},
+        progress=progress,
+    )
+
+
+def _fixed_image(image: LabelledImage, picture: Picture) -> LabelledImage:
+    turned = labelled_as_stored(image, picture)
+    kept: dict[tuple[object, ...], Annotation] = {}
+    for annotation in image.annotations:
+        stored = annotation.box
+        if turned:
+            assert image.width is not None
+            assert image.height is not None
+            stored = _turned(stored, image.width, image.height, picture.orientation)
+        box = fixed_box(stored, picture.width, picture.height)
+        if box is None:
+            continue
+        if box != annotation.box:
+            annotation = _with_box(annotation, box, keep_mask=not turned)
+        kept.setdefault(same_key(annotation), annotation)
+    return replace(
+        image, annotations=tuple(kept.values()), width=picture.width, height=picture.height
+    )
+
+
+def _with_box(
+    annotation: Annotation, box: tuple[float, float, float, float], *, keep_mask: bool
+) -> Annotation:
+    x1, y1, x2, y2 = annotation.box
+    # An area that was the old box's own goes with it; that of a mask stays.
+    of_box = annotation.area is not None and math.isclose(annotation.area, (x2 - x1) * (y2 - y1))
+    extra = annotation.extra
+    if not keep_mask:
+        extra = {key: value for key, value in extra.items() if key != JSON_TEXT}
+    return replace(annotation, box=box, area=None if of_box else annotation.area, extra=extra)
+
+
+def _turned(
+    box: tuple[float, float, float, float], width: int, height: int, orientation: int
+) -> tuple[float, float, float, float]:
+    """A box of the picture as stored (`width` x `height`) in the upright one; EXIF 5 to 8."""
+    x1, y1, x2, y2 = box
+    left, right = (y1, y2) if orientation in (5, 8) else (height - y2, height - y1)
+    top, bottom = (x1, x2) if orientation in (5, 6) else (width - x2, width - x1)
+    return left, top, right, bottom

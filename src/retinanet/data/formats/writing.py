@@ -1,0 +1,146 @@
+"""What all writers share: a new folder, names for the pictures, numbers as text."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path
+from typing import Literal
+
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.errors import DataError
+
+Placing = Literal["copy", "hardlink", "symlink"]
+"""How a picture comes into the new folder."""
+
+
+@dataclass(slots=True)
+class Writing:
+    """One data set on its way into a folder.
+
+    Attributes:
+        splits: by name.
+        folder: where to.
+        placing: how pictures get there.
+        suffixes: other extensions for pictures whose own lies.
+        progress: is called with pictures done and in all.
+        lost: what the format cannot hold, counted by what it is.
+    """
+
+    splits: Mapping[str, Dataset]
+    folder: Path
+    placing: Placing = "copy"
+    suffixes: Mapping[Path, str] = field(default_factory=dict)
+    progress: Callable[[int, int], None] | None = None
+    lost: Counter[str] = field(default_factory=Counter)
+
+    def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
+        """A file name for each picture of each split, the picture's own where it is free.
+
+        Args:
+            together: all splits share a folder.
+            stems: names must differ without their extension, which the label files lack.
+        """
+        every: dict[str, dict[Path, str]] = {}
+        taken: set[str] = set()
+        given: dict[Path, str] = {}
+        for split, dataset in self.splits.items():
+            if not together:
+                taken, given = set(), {}
+            for image in dataset.images:
+                if image.path not in given:
+                    given[image.path] = self._free_name(image.path, taken, stems)
+            every[split] = {image.path: given[image.path] for image in dataset.images}
+        return every
+
+    def _free_name(self, path: Path, taken: set[str], stems: bool) -> str:
+        suffix = self.suffixes.get(path, path.suffix)
+        numbered = (f"{path.stem}_{number}" for number in count(2))
+        for stem in chain([path.stem, f"{path.parent.name}_{path.stem}"], numbered):
+            # Lower case: on many systems A.jpg and a.jpg are one file.
+            key = (stem if stems else f"{stem}{suffix}").lower()
+            if key not in taken:
+                break
+        taken.add(key)
+        return f"{stem}{suffix}"
+
+    def place(self, pictures: Iterable[tuple[Path, Path]]) -> None:
+        """Copy or link pictures: pairs of source and target; several threads, in any order."""
+        pairs = list(dict.fromkeys(pictures))
+        for folder in {target.parent for _, target in pairs}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(8) as pool:
+            for done, _ in enumerate(pool.map(self._place_one, pairs), start=1):
+                if self.progress:
+                    self.progress(done, len(pairs))
+
+    def _place_one(self, pair: tuple[Path, Path]) -> None:
+        source, target = pair
+        if self.placing == "copy":
+            shutil.copyfile(source, target)
+        elif self.placing == "hardlink":
+            os.link(source.resolve(), target)
+        else:
+            target.symlink_to(source.resolve())
+
+
+@contextmanager
+def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when all went well and vanishes otherwise.
+
+    Raises:
+        DataError: `folder` is a file or holds something, or it is, holds or lies in a source.
+    """
+    target = folder.resolve()
+    for source in sources:
+        origin = source.resolve()
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise DataError(
+                f"{folder}: must not be, hold or lie in the data it is made from ({source}), "
+                f"which is never touched; name another folder"
+            )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{folder}: is there already and not an empty folder; name a new one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        if target.exists():
+            target.rmdir()
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def size_of(image: LabelledImage) -> tuple[int, int]:
+    """(height, width) by the labels, else by the picture.
+
+    Raises:
+        ImageError: the labels do not say and the picture cannot be read.
+    """
+    if image.width and image.height:
+        return image.height, image.width
+    from retinanet.data.images import image_size
+
+    return image_size(image.path)
+
+
+def number_text(value: float) -> str:
+    """A number with as many digits as it needs: 12 and not 12.0."""
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def own_area(annotation: Annotation) -> float | None:
+    """The object's area where it says more than its box does."""
+    x1, y1, x2, y2 = annotation.box
+    if annotation.area is None or abs(annotation.area - (x2 - x1) * (y2 - y1)) < 1e-6:
+        return None
+    return annotation.area

@@ -1,0 +1,286 @@
+"""How much of everything a labelled data set holds, and how much of it the anchors reach."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retinanet.anchors import AnchorSpec, feature_sizes, level_anchors
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.faults import CLIPPED, box_fault
+
+SMALL, MEDIUM = 32**2, 96**2
+"""COCO's borders of small, medium and large objects, in square pixels of the picture."""
+
+SIZE_NAMES = ("small", "medium", "large")
+
+Sizes = Mapping[Path, tuple[int, int]]
+"""Height and width of pictures as they are on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """How much of everything there is in a split; ignored objects and faulty boxes do not count.
+
+    Attributes:
+        images: pictures.
+        background_images: of them without any object.
+        objects: objects.
+        ignored: crowds and difficult objects.
+        classes: objects by class name, of every class.
+        images_of_class: pictures that hold the class, by name.
+        sizes: objects by ``small`` (under 32 x 32 pixels), ``medium`` and ``large`` (96 x 96 on),
+        as
+            COCO counts them.
+        side: percentiles of the square root of the boxes' areas in pixels.
+        aspect_ratio: percentiles of height / width of the boxes.
+        boxes_an_image: least, median, mean and most.
+        image_sizes: pictures by "width x height", the ten most frequent.
+        image_height, image_width: least, median and most, pixels.
+        origin: how the split came about.
+    """
+
+    images: int
+    background_images: int
+    objects: int
+    ignored: int
+    classes: Mapping[str, int]
+    images_of_class: Mapping[str, int]
+    sizes: Mapping[str, int]
+    side: Mapping[str, float]
+    aspect_ratio: Mapping[str, float]
+    boxes_an_image: Mapping[str, float]
+    image_sizes: Mapping[str, int]
+    image_height: Mapping[str, float]
+    image_width: Mapping[str, float]
+    origin: str
+
+
+def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
+    """The statistics of a split; `sizes` may lack pictures, whose labels then count."""
+    by_class = Counter(dict.fromkeys(range(len(dataset.classes)), 0))
+    images_of_class = Counter(by_class)
+    counts: list[int] = []
+    boxes: list[tuple[float, float, float, float]] = []
+    areas: list[float] = []
+    for objects in _objects(dataset, sizes):
+        labels = [annotation.label for annotation in objects]
+        by_class.update(labels)
+        images_of_class.update(set(labels))
+        counts.append(len(objects))
+        boxes += [annotation.box for annotation in objects]
+        areas += [_area(annotation) for annotation in objects]
+    by_size = Counter(map(size_name, areas))
+    all_sizes = [_size(image, sizes) for image in dataset.images]
+    known = [(height, width) for height, width in all_sizes if height and width]
+    frequent = Counter(f"{width} x {height}" for height, width in known).most_common(10)
+    sides = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    widths, heights = sides[:, 2] - sides[:, 0], sides[:, 3] - sides[:, 1]
+    return Statistics(
+        images=len(dataset),
+        background_images=sum(not image.annotations for image in dataset.images),
+        objects=len(boxes),
+        ignored=sum(a.ignored for image in dataset.images for a in image.annotations),
+        classes={name: by_class[label] for label, name in enumerate(dataset.classes)},
+        images_of_class={n: images_of_class[label] for label, n in enumerate(dataset.classes)},
+        sizes={name: by_size[name] for name in SIZE_NAMES},
+        side=_percentiles(np.sqrt(widths * heights)),
+        aspect_ratio=_percentiles(heights / widths),
+        boxes_an_image=_range(counts, mean=True),
+        image_sizes=dict(frequent),
+        image_height=_range([height for height, _ in known]),
+        image_width=_range([width for _, width in known]),
+        origin=dataset.split_origin,
+    )
+
+
+def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
+    """The objects of each picture that count: not ignored, and with a box that can be used."""
+    for image in dataset.images:
+        height, width = _size(image, sizes)
+        faults = ((a, box_fault(a.box, width, height)) for a in image.annotations if not a.ignored)
+        yield [a for a, fault in faults if fault is None or fault[2] == CLIPPED]
+
+
+def _size(image: LabelledImage, sizes: Sizes) -> tuple[int | None, int | None]:
+    return sizes.get(image.path, (image.height, image.width))
+
+
+def size_name(area: float) -> str:
+    """``small``, ``medium`` or ``large`` as COCO counts an area of square pixels."""
+    return "small" if area < SMALL else "medium" if area < MEDIUM else "large"
+
+
+def _area(annotation: Annotation) -> float:
+    x1, y1, x2, y2 = annotation.box
+    return (x2 - x1) * (y2 - y1) if annotation.area is None else annotation.area
+
+
+def _percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    wanted = (0, 5, 25, 50, 75, 95, 100)
+    if not len(values):
+        return {}
+    found = np.percentile(values, wanted)
+    return {str(p): round(float(value), 3) for p, value in zip(wanted, found, strict=True)}
+
+
+def _range(values: Sequence[int], *, mean: bool = False) -> dict[str, float]:
+    if not values:
+        return {}
+    found = {"least": min(values), "median": float(np.median(values)), "most": max(values)}
+    return found | ({"mean": round(sum(values) / len(values), 3)} if mean else {})
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorReach:
+    """How well the anchors of the network reach the objects of a data set.
+
+    Attributes:
+        image_size, max_size: pixels of the shorter side, and of the longer at most.
+        foreground_iou: IoU from which an anchor answers for an object.
+        objects: those that count.
+        reached: those whose best anchor has that IoU.
+        mean_iou: of the objects' best anchors.
+        by_class, by_size: (reached, objects) by class name, and by ``small``, ``medium`` and
+            ``large`` (in pixels of the picture on disk).
+    """
+
+    image_size: int
+    max_size: int
+    foreground_iou: float
+    objects: int
+    reached: int
+    mean_iou: float
+    by_class: Mapping[str, tuple[int, int]]
+    by_size: Mapping[str, tuple[int, int]]
+
+    @property
+    def share(self) -> float:
+        """Of the objects that are reached; 1 where there is none."""
+        return self.reached / self.objects if self.objects else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "share": self.share}
+
+
+def anchor_reach(
+    splits: Mapping[str, Dataset],
+    spec: AnchorSpec,
+    image_size: int,
+    max_size: int,
+    *,
+    foreground_iou: float = 0.5,
+    divisor: int = 32,
+) -> AnchorReach:
+    """The share of objects that some anchor overlaps enough to answer for them.
+
+    Exact and fast: an IoU falls with the distance of the centres along either axis, so of all
+    anchors of one shape only that of the nearest cell needs to be looked at. COCO takes seconds.
+
+    Args:
+        splits: their objects are taken together.
+        spec: the anchors.
+        image_size: pixels of the shorter side at the network's input.
+        max_size: pixels that the longer side may have.
+        foreground_iou: IoU from which an anchor answers for an object.
+        divisor: pictures are padded to multiples of it.
+
+    Raises:
+        DataError: a picture whose size the labels do not say cannot be read.
+    """
+    from retinanet.data.images import image_size as size_on_disk
+    from retinanet.data.images import network_size
+
+    best: list[npt.NDArray[np.float64]] = []
+    labels: list[str] = []
+    sizes: list[str] = []
+    boxes: list[tuple[float, float, float, float]] = []
+    inputs: list[tuple[int, int]] = []
+    for dataset in splits.values():
+        for image, objects in zip(dataset.images, _objects(dataset, {}), strict=True):
+            if not objects:
+                continue
+            height, width = image.height, image.width
+            if not height or not width:
+                height, width = size_on_disk(image.path)
+            new_height, new_width = network_size(height, width, image_size, max_size)
+            down, across = new_height / height, new_width / width
+            for annotation in objects:
+                x1, y1, x2, y2 = annotation.box
+                boxes.append((x1 * across, y1 * down, x2 * across, y2 * down))
+                inputs.append((new_height, new_width))
+                labels.append(dataset.classes[annotation.label])
+                sizes.append(size_name(_area(annotation)))
+            if len(boxes) >= 65536:
+                best.append(_best_iou(spec, boxes, inputs, divisor))
+                boxes, inputs = [], []
+    best.append(_best_iou(spec, boxes, inputs, divisor))
+    iou = np.concatenate(best)
+    hit = iou >= foreground_iou
+
+    def grouped(names: Iterable[str], keys: list[str]) -> dict[str, tuple[int, int]]:
+        every, reached = Counter(keys), Counter(k for k, yes in zip(keys, hit, strict=True) if yes)
+        return {name: (reached[name], every[name]) for name in names}
+
+    classes = dict.fromkeys(name for dataset in splits.values() for name in dataset.classes)
+    return AnchorReach(
+        image_size=image_size,
+        max_size=max_size,
+        foreground_iou=foreground_iou,
+        objects=len(iou),
+        reached=int(hit.sum()),
+        mean_iou=float(iou.mean()) if len(iou) else 0.0,
+        by_class=grouped(classes, labels),
+        by_size=grouped(SIZE_NAMES, sizes),
+    )
+
+
+def _best_iou(
+    spec: AnchorSpec,
+    boxes: Sequence[tuple[float, float, float, float]],
+    inputs: Sequence[tuple[int, int]],
+    divisor: int,
+) -> npt.NDArray[np.float64]:
+    """(M,) the best IoU of each of M boxes with the anchors of its input (height, width)."""
+    sides = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    best = np.zeros(len(sides))
+    # Cells of each level by input; few inputs differ.
+    different = {size: place for place, size in enumerate(dict.fromkeys(inputs))}
+    which = np.asarray([different[size] for size in inputs], dtype=np.int64)
+    padded = [tuple(math.ceil(side / divisor) * divisor for side in size) for size in different]
+    cells = [feature_sizes(spec.strides, height, width) for height, width in padded]
+    cell_anchors = level_anchors(spec, [(1, 1)] * len(spec.strides), device="cpu")
+    for level, shapes in enumerate(cell_anchors):
+        nearest = [np.zeros(0), np.zeros(0)]
+        for axis in (0, 1):  # rows and y, then columns and x
+            count = np.asarray([of_input[level][axis] for of_input in cells])
+            step = np.asarray([_step(spec, of_input, level, axis) for of_input in cells])
+            centre = (sides[:, 1 - axis] + sides[:, 3 - axis]) / 2
+            cell = np.clip(np.rint(centre / step[which]), 0, count[which] - 1)
+            nearest[axis] = cell * step[which]
+        for x1, y1, x2, y2 in shapes.double().numpy():
+            wide = np.minimum(sides[:, 2], nearest[1] + x2) - np.maximum(
+                sides[:, 0], nearest[1] + x1
+            )
+            high = np.minimum(sides[:, 3], nearest[0] + y2) - np.maximum(
+                sides[:, 1], nearest[0] + y1
+            )
+            overlap = np.maximum(wide, 0) * np.maximum(high, 0)
+            own = (sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])
+            np.maximum(best, overlap / (own + (x2 - x1) * (y2 - y1) - overlap), out=best)
+    return best
+
+
+def _step(spec: AnchorSpec, cells: Sequence[tuple[int, int]], level: int, axis: int) -> int:
+    """Pixels from cell to cell, as :func:`retinanet.anchors.level_anchors` places them."""
+    if spec.rounding == "torchvision":
+        return cells[0][axis] * spec.strides[0] // cells[level][axis]
+    return spec.strides[level]
