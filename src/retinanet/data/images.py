@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from retinanet.errors import ImageError
@@ -84,12 +82,14 @@ def read_image(source: ImageSource) -> Tensor:
         name = str(getattr(source, "filename", "") or "PIL image")
         with _failures_named(name), _quiet():
             return _from_pil(source)
-    name, data = _bytes_of(source)
-    fast = _decode_plain_jpeg(name, data)
-    if fast is not None:
-        return fast
-    with _failures_named(name), _quiet(), Image.open(BytesIO(data)) as picture:
-        return _from_pil(picture)
+    name, file = _opened(source)
+    with _failures_named(name):
+        with _quiet():
+            picture = Image.open(file)
+        with picture:
+            picture.load()  # outside of the lock: threads decode side by side
+            with _quiet():
+                return _from_pil(picture)
 
 
 def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
@@ -98,10 +98,7 @@ def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     Raises:
         ImageError: there is no such file, or it is no picture. Damage to the pixels is not seen.
     """
-    if isinstance(source, bytes):
-        name, file = "bytes of a picture", BytesIO(source)
-    else:
-        name, file = os.fspath(source), source  # type: ignore[assignment]
+    name, file = _opened(source)
     with _failures_named(name), _quiet(), Image.open(file) as picture:
         width, height = picture.size
         # Pillow states the size of a TIFF after its orientation, of all others before it.
@@ -192,17 +189,13 @@ def _failures_named(name: str) -> Iterator[None]:
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: {_one_line(error)}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name}: {error}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error,
     # zlib.error, IndexError, OverflowError, ...
     except Exception as error:
-        raise ImageError(f"{name}: cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ImageError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
 
 
 def _beginning(name: str) -> str:
@@ -215,48 +208,15 @@ def _beginning(name: str) -> str:
     return f" (it begins with {start!r})" if start else " (it is empty)"
 
 
-def _bytes_of(source: str | os.PathLike[str] | bytes | bytearray) -> tuple[str, bytearray]:
+def _opened(source: str | os.PathLike[str] | bytes | bytearray) -> tuple[str, Any]:
+    """A picture's name for messages, and what Pillow opens."""
     if isinstance(source, bytes | bytearray):
-        return "bytes of a picture", bytearray(source)
-    name = os.fspath(source)
-    try:
-        # A bytearray: torch warns of buffers that it must not write to.
-        return name, bytearray(Path(source).read_bytes())
-    except FileNotFoundError:
-        raise ImageError(f"{name}: there is no such file") from None
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read: {error.strerror or _one_line(error)}") from None
-
-
-def _decode_plain_jpeg(name: str, data: bytearray) -> Tensor | None:
-    """The fast way, to the same pixels as Pillow's; None where that is not sure."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    with _failures_named(name), _quiet(), Image.open(BytesIO(data)) as picture:
-        if picture.mode not in ("RGB", "L"):  # CMYK is converted in another way by torchvision
-            return None
-        orientation = _orientation(picture)
-    try:
-        image = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:  # Pillow then reads it, or says what is wrong
-        return None
-    return _upright(image, orientation)
+        return "bytes of a picture", BytesIO(source)
+    return os.fspath(source), source
 
 
 def _orientation(picture: Image.Image) -> int:
-    value = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(1, 9) else 1
-
-
-def _upright(image: Tensor, orientation: int) -> Tensor:
-    """EXIF's eight orientations, for (3, H, W)."""
-    if orientation == 1:
-        return image
-    if orientation in _SIDEWAYS:
-        image = image.transpose(1, 2)
-    flipped = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}[orientation]
-    # Back to channels_last: a transposed view would be slow to resize.
-    return image.flip(flipped).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _from_pil(picture: Image.Image) -> Tensor:
@@ -265,7 +225,7 @@ def _from_pil(picture: Image.Image) -> Tensor:
         return _from_array(np.asarray(upright), "picture")
     if upright.has_transparency_data:
         return _from_array(np.asarray(upright.convert("RGBA")), "picture")
-    return _from_array(np.array(upright.convert("RGB")), "picture")
+    return _from_array(np.asarray(upright.convert("RGB")), "picture")
 
 
 def _channels_last(source: Tensor) -> npt.NDArray[Any]:
@@ -276,8 +236,9 @@ def _channels_last(source: Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def _from_array(array: npt.NDArray[Any], name: str) -> Tensor:
+def _from_array(source: npt.NDArray[Any], name: str) -> Tensor:
     """(H, W) or (H, W, 1 | 2 | 3 | 4) of any type to (3, H, W) uint8."""
+    array = source
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or array.size == 0:
@@ -289,9 +250,9 @@ def _from_array(array: npt.NDArray[Any], name: str) -> Tensor:
         array = _over_white(array)
     if array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
-    # A copy where the caller's own memory would be shared, or cannot be written.
-    if not (array.flags.c_contiguous and array.flags.writeable and array.base is None):
-        array = array.copy(order="C")
+    flags = array.flags
+    if not (flags.c_contiguous and flags.writeable) or np.may_share_memory(array, source):
+        array = array.copy(order="C")  # the caller's own memory stays the caller's
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -313,7 +274,7 @@ def _to_uint8(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     elif low >= 0 and high <= 65535 and not is_float:
         values = values // 256
     else:
-        values = (values - low) * (255 / (high - low)) if high > low else values * 0
+        values = (values - low) * 255 / (high - low) if high > low else values * 0
     return np.rint(values).astype(np.uint8)
 
 

@@ -1,0 +1,435 @@
+"""Pictures of every kind come out upright, RGB and uint8, or as one line that says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, features
+from torch import Tensor
+
+from retinanet.data.images import image_size, network_size, pad_batch, read_image, resize_to
+from retinanet.errors import ImageError
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """Smooth colours with some noise, 40 high and 56 wide: no two corners alike."""
+    y, x = np.mgrid[0:40, 0:56]
+    noise = np.random.default_rng(0).integers(0, 20, (40, 56))
+    pixels = np.stack([x * 4 + noise, y * 5 + noise, 255 - x * 2 - y * 2], axis=2)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def by_pillow(source: Path | bytes) -> Tensor:
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def encoded(picture: Image.Image, format_: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize("quality", [30, 75, 100])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_pixels_are_pillows(
+    photo: Image.Image, quality: int, subsampling: int, progressive: bool, mode: str
+) -> None:
+    options: dict[str, object] = {"quality": quality, "progressive": progressive}
+    if mode == "RGB":
+        options["subsampling"] = subsampling
+    data = encoded(photo.convert(mode), "JPEG", **options)
+    torch.testing.assert_close(read_image(data), by_pillow(data), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation(photo: Image.Image, orientation: int, format_: str) -> None:
+    if format_ == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
+    data = encoded(photo, format_, exif=with_orientation(orientation))
+    image = read_image(data)
+    torch.testing.assert_close(image, by_pillow(data), rtol=0, atol=0)
+    assert tuple(image.shape) == ((3, 40, 56) if orientation < 5 else (3, 56, 40))
+    assert image_size(data) == tuple(image.shape[-2:])
+    assert image.stride()[0] == 1  # the channels of a pixel lie side by side
+
+
+def test_exif_orientation_turns_the_right_way() -> None:
+    # 6: "the 0th row is the right-hand side": the picture is to be turned clockwise.
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[0, 0] = 255  # top left on disk: top right when upright
+    image = read_image(encoded(Image.fromarray(pixels), "PNG", exif=with_orientation(6)))
+    assert image[0].tolist() == [[0, 255], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_senseless_orientation_is_upright(photo: Image.Image, orientation: int) -> None:
+    data = encoded(photo, "JPEG", exif=with_orientation(orientation))
+    assert read_image(data).shape == (3, 40, 56)
+    assert image_size(data) == (40, 56)
+
+
+def test_broken_exif_warns_nobody(photo: Image.Image) -> None:
+    data = encoded(photo, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(data).shape == (3, 40, 56)
+
+
+def test_greyscale_has_three_equal_channels(photo: Image.Image) -> None:
+    image = read_image(encoded(photo.convert("L"), "PNG"))
+    expected = torch.from_numpy(np.array(photo.convert("L")))
+    assert all(torch.equal(channel, expected) for channel in image)
+
+
+def test_one_bit() -> None:
+    picture = Image.new("1", (3, 2), 0)
+    picture.putpixel((2, 1), 1)
+    image = read_image(encoded(picture, "PNG"))
+    assert image[1].tolist() == [[0, 0, 0], [0, 0, 255]]
+
+
+def test_palette(photo: Image.Image) -> None:
+    picture = photo.quantize(16)
+    image = read_image(encoded(picture, "PNG"))
+    assert torch.equal(image, torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("format_", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(format_: str) -> None:
+    picture = Image.new("P", (2, 1), 0)
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putpixel((1, 0), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(encoded(picture, format_, transparency=0))
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    assert image[:, 0, 1].tolist() == [200, 100, 50]
+
+
+def test_transparent_bytes_of_a_palette_warn_nobody() -> None:
+    picture = Image.new("P", (2, 1), 0)
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(encoded(picture, "PNG", transparency=bytes([0, 255])))
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_alpha_is_laid_over_white() -> None:
+    pixels = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
+    image = read_image(encoded(Image.fromarray(pixels), "PNG"))
+    # alpha 51 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204 = 204; 40 + 204 = 244
+    assert image[:, 0].T.tolist() == [[100, 0, 200], [255, 255, 255], [224, 204, 244]]
+
+
+def test_opaque_alpha_changes_nothing(photo: Image.Image) -> None:
+    data = encoded(photo.convert("RGBA"), "PNG")
+    assert torch.equal(read_image(data), by_pillow(encoded(photo, "PNG")))
+
+
+def test_grey_with_alpha() -> None:
+    pixels = np.array([[[100, 255], [100, 0]]], np.uint8)
+    image = read_image(encoded(Image.fromarray(pixels, "LA"), "PNG"))
+    assert image[0].tolist() == [[100, 255]]
+
+
+def test_transparent_colour_of_plain_rgb() -> None:
+    picture = Image.new("RGB", (2, 1), (1, 2, 3))
+    picture.putpixel((1, 0), (9, 9, 9))
+    image = read_image(encoded(picture, "PNG", transparency=(1, 2, 3)))
+    assert image[:, 0].T.tolist() == [[255, 255, 255], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_the_high_byte(format_: str) -> None:
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    image = read_image(encoded(Image.fromarray(values), format_))
+    assert image[0].tolist() == [[0, 0, 1, 128, 255]]
+
+
+def test_sixteen_bits_big_endian() -> None:
+    picture = Image.frombytes("I;16B", (2, 1), bytes([0x80, 0x01, 0xFF, 0xFF]))
+    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [[128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),  # 0..1: 127.5 rounds to the even 128
+        ([0.0, 64.4, 255.0], [0, 64, 255]),  # 0..255
+        ([-1.0, 0.0, 3.0], [0, 64, 255]),  # any other: (0 + 1) / 4 * 255 = 63.75
+        ([0.0, float("nan"), 1.0], [0, 0, 255]),
+        ([7e4, 7e4, 7e4], [0, 0, 0]),  # nothing to stretch
+        ([float("nan")] * 3, [0, 0, 0]),
+    ],
+)
+def test_float_tiff(values: list[float], expected: list[int]) -> None:
+    picture = Image.fromarray(np.array([values], np.float32))
+    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 100, 255], [0, 100, 255]),
+        ([0, 256, 65535], [0, 1, 255]),
+        ([-100, 0, 100], [0, 128, 255]),  # stretched: 127.5 rounds to 128
+    ],
+)
+def test_wide_integers(values: list[int], expected: list[int]) -> None:
+    assert read_image(np.array([values], np.int32))[0].tolist() == [expected]
+    picture = Image.fromarray(np.array([values], np.int32))
+    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [expected]
+
+
+def test_cmyk_is_pillows(photo: Image.Image) -> None:
+    data = encoded(photo.convert("CMYK"), "JPEG", quality=95)
+    assert torch.equal(read_image(data), by_pillow(data))
+    # And close to the picture that it was made of.
+    original = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float()
+    assert (read_image(data).float() - original).abs().mean() < 6
+
+
+def test_content_tells_the_format(photo: Image.Image, tmp_path: Path) -> None:
+    file = tmp_path / "really_a_png.jpg"
+    file.write_bytes(encoded(photo, "PNG"))
+    assert torch.equal(read_image(file), by_pillow(encoded(photo, "PNG")))
+    assert image_size(file) == (40, 56)
+    other = tmp_path / "really_a_jpeg.png"
+    other.write_bytes(encoded(photo, "JPEG"))
+    assert torch.equal(read_image(str(other)), by_pillow(other))
+
+
+def test_first_picture_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_paths_with_any_letters(photo: Image.Image, tmp_path: Path) -> None:
+    file = tmp_path / "größe 图 (1).jpg"
+    photo.save(file)
+    assert read_image(file).shape == (3, 40, 56)
+
+
+# --- arrays, tensors, PIL images ---------------------------------------------------------------
+
+
+def test_pil_image_with_orientation(photo: Image.Image) -> None:
+    picture = Image.open(BytesIO(encoded(photo, "JPEG", exif=with_orientation(6))))
+    assert read_image(picture).shape == (3, 56, 40)
+    # One that has been turned already is not turned again.
+    assert read_image(ImageOps.exif_transpose(picture)).shape == (3, 56, 40)
+
+
+def test_array_and_tensor_agree(photo: Image.Image) -> None:
+    array = np.array(photo)
+    expected = torch.from_numpy(array).permute(2, 0, 1)
+    assert torch.equal(read_image(array), expected)
+    assert torch.equal(read_image(photo), expected)
+    assert torch.equal(read_image(expected), expected)
+    assert torch.equal(read_image(expected.float() / 255), expected)
+    assert torch.equal(read_image((expected.double() / 255).numpy().transpose(1, 2, 0)), expected)
+    assert torch.equal(read_image(array[:, :, 0]), expected[:1].expand(3, -1, -1))
+    assert torch.equal(read_image(array[::-1, :, ::-1]), expected.flip(0, 1))
+    assert read_image(torch.rand(3, 4, 5, dtype=torch.bfloat16, requires_grad=True)).shape == (
+        (3, 4, 5)
+    )
+    assert read_image(np.array([[True, False]]))[0].tolist() == [[255, 0]]
+
+
+def test_callers_memory_is_not_shared(photo: Image.Image) -> None:
+    array = np.array(photo)
+    image = read_image(array)
+    image.zero_()
+    assert array.any()
+    tensor = torch.full((3, 2, 2), 7, dtype=torch.uint8)
+    read_image(tensor).zero_()
+    assert (tensor == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 5), (2, 2, 2, 2), (0, 4, 3), (0, 0)])
+def test_array_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match=r"array of shape .*expected height, width and 1 to 4"):
+        read_image(np.zeros(shape, np.uint8))
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def one_line(error: pytest.ExceptionInfo[ImageError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_missing_file(read: object, tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as error:
+        read(tmp_path / "gone.jpg")  # type: ignore[operator]
+    assert one_line(error) == f"{tmp_path / 'gone.jpg'}: there is no such file"
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_folder(read: object, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"cannot be read: .*[Dd]irectory"):
+        read(tmp_path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_no_picture(read: object, tmp_path: Path) -> None:
+    file = tmp_path / "page.jpg"
+    file.write_text("<!DOCTYPE html>\n<html>")
+    with pytest.raises(ImageError) as error:
+        read(file)  # type: ignore[operator]
+    assert one_line(error).startswith(f"{file}: not a picture of any known format")
+    assert "<!DOCTYPE html>" in one_line(error)
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    file = tmp_path / "empty.png"
+    file.touch()
+    with pytest.raises(ImageError, match=r"empty\.png: .*\(it is empty\)"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
+def test_truncated(photo: Image.Image, tmp_path: Path, format_: str, share: float) -> None:
+    data = encoded(photo.resize((200, 200)), format_)
+    file = tmp_path / f"cut.{format_.lower()}"
+    file.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ImageError) as error:
+        read_image(file)
+    assert str(file) in one_line(error)
+
+
+def test_truncated_jpeg_says_so(photo: Image.Image, tmp_path: Path) -> None:
+    file = tmp_path / "cut.jpg"
+    file.write_bytes(encoded(photo.resize((200, 200)), "JPEG")[:1500])
+    with pytest.raises(ImageError, match=r"cut\.jpg: cannot be read: image file is truncated"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
+def test_damage_raises_nothing_else(
+    photo: Image.Image, format_: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = encoded(photo, format_)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(data)
+        for place in rng.integers(2, len(data), 4):
+            broken[place] = int(rng.integers(0, 256))
+        with contextlib.suppress(ImageError):  # and nothing else
+            image = read_image(bytes(broken))
+            assert image.dtype == torch.uint8
+            assert image.shape[0] == 3
+    # A decoder must not write past us either.
+    assert capfd.readouterr().err == ""
+
+
+def test_huge_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("L", (60, 60)), "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # 3,600 pixels: Pillow only warns
+        assert read_image(data).shape == (3, 60, 60)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # over twice as many: it refuses
+        for read in (read_image, image_size):
+            with pytest.raises(ImageError, match=r"3600 pixels.*cut it into tiles"):
+                read(data)
+
+
+def test_header_that_promises_too_much(tmp_path: Path) -> None:
+    # A PNG of a few bytes that claims 100,000 x 100,000 pixels must not take the memory for them.
+    file = tmp_path / "bomb.png"
+    with file.open("wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\n")
+        size = (100_000).to_bytes(4, "big")
+        PngImagePlugin.putchunk(stream, b"IHDR", size, size, b"\x08\x02\x00\x00\x00")
+        PngImagePlugin.putchunk(stream, b"IDAT", b"")
+    with pytest.raises(ImageError, match=r"bomb\.png: .*10000000000 pixels"):
+        read_image(file)
+
+
+# --- sizes and batches -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (600, 800)),  # 600 / 480 = 1.25
+        (640, 480, (800, 600)),
+        (400, 1000, (400, 1000)),  # 1.5 would make the longer side 1,500: limited to 1,000 / 1,000
+        (300, 500, (600, 1000)),  # exactly at both
+        (300, 501, (599, 1000)),  # 1000 / 501 * 300 = 598.8
+        (1, 5000, (1, 1000)),  # never without height
+        (600, 600, (600, 600)),
+    ],
+)
+def test_network_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert network_size(height, width, 600, 1000) == expected
+
+
+def test_resize_gives_the_exact_scale(photo: Image.Image) -> None:
+    image = read_image(photo)
+    small, scale = resize_to(image, 27, 100)  # 40 x 56: 27 / 40 * 56 = 37.8
+    assert tuple(small.shape) == (3, 27, 38)
+    assert scale == (27 / 40, 38 / 56)
+    # The same as for memory of the common order, and near Pillow's.
+    contiguous, _ = resize_to(image.contiguous(), 27, 100)
+    assert (small.int() - contiguous.int()).abs().max() <= 1
+    pillows = np.array(photo.resize((38, 27), Image.Resampling.BILINEAR))
+    assert (small.int() - torch.from_numpy(pillows).permute(2, 0, 1).int()).abs().max() <= 1
+    same, scale = resize_to(image, 40, 56)
+    assert same is image
+    assert scale == (1, 1)
+
+
+def test_pad_batch() -> None:
+    pictures = [
+        torch.full((3, 33, 20), 1, dtype=torch.uint8),
+        torch.full((3, 10, 64), 2, dtype=torch.uint8),
+    ]
+    batch, sizes = pad_batch(pictures, (123.7, 116.3, 104.0))
+    assert tuple(batch.shape) == (2, 3, 64, 64)
+    assert sizes.tolist() == [[33, 20], [10, 64]]
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.tensor([124, 116, 104], dtype=torch.uint8)[None, :, None, None]
+    expected = expected.expand(2, 3, 64, 64).clone()
+    expected[0, :, :33, :20] = 1
+    expected[1, :, :10, :] = 2
+    assert torch.equal(batch, expected)
+
+
+def test_pad_batch_without_pictures() -> None:
+    with pytest.raises(ValueError, match="at least one picture"):
+        pad_batch([])
+
+
+@pytest.mark.data
+def test_real_photos_are_pillows(real_data: Path) -> None:
+    files = sorted((real_data / "coco128").rglob("*.jpg"))[::16]
+    assert files
+    for file in files:
+        assert torch.equal(read_image(file), by_pillow(file)), file
+        assert image_size(file) == tuple(by_pillow(file).shape[-2:])
