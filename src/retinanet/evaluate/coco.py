@@ -226,7 +226,7 @@ def _best_threshold(precision: _Array, scores: _Array) -> tuple[float, float]:
     own, own_scores = own[:, has_objects], scores[_IOU_50, ..., _ALL][:, has_objects]
     f1 = _f1(own)
     best, best_f1 = math.nan, 0.0
-    for threshold in np.arange(1, 100) / 100:
+    for threshold in np.arange(99, 0, -1) / 100:  # of equals the highest: it leaves out the most
         # Recalls that were never reached have score 0 and precision 0.
         reached = (own_scores >= threshold).sum(axis=0) - 1
         at = np.where(reached >= 0, np.take_along_axis(f1, reached.clip(0)[None], axis=0)[0], 0.0)

@@ -140,7 +140,8 @@ class Metrics:
         left_out: objects whose box is not a box (not a number, inverted).
         detections: boxes that were judged.
         per_class: in the order of the data's classes.
-        best_f1: best mean over classes of F1 at IoU .50; `best_score`: the score threshold for it.
+        best_f1: best mean over classes of F1 at IoU .50; `best_score`: the highest score threshold
+            (in hundredths) that gives it.
         curves, errors, confusion, calibration: see their classes.
         loss, loss_classification, loss_box: validation loss, mean over images; None: not computed.
         images_per_second: the speed of loading, network and post-processing; None: not measured.

@@ -1,0 +1,194 @@
+"""Plots: every one is drawn, of full, odd and empty figures, and leaves no trace but its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.errors import DataError
+from retinanet.evaluate.coco import evaluate_detections
+from retinanet.evaluate.metrics import Metrics
+from retinanet.report.plots import (
+    _compact,
+    _moving_mean,
+    _thin,
+    plot_confusion,
+    plot_evaluation,
+    plot_object_sizes,
+    plot_running,
+    plot_training,
+    read_log,
+)
+from retinanet.structures import Detections
+
+
+def judged(classes: tuple[str, ...], *, seed: int = 0, images: int = 6) -> tuple[Dataset, Metrics]:
+    """A data set, and figures of boxes that are mostly right."""
+    rng = np.random.default_rng(seed)
+    pictures, found = [], []
+    for i in range(images):
+        corners = rng.uniform(0, 300, (6, 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(10, 150, (6, 2))], axis=1)
+        labels = rng.integers(0, len(classes), 6)
+        objects = tuple(
+            Annotation(tuple(box.tolist()), int(label))
+            for box, label in zip(boxes, labels, strict=True)
+        )
+        pictures.append(LabelledImage(Path(f"{i}.png"), i + 1, objects, 450, 450))
+        wrong = rng.random(6) < 0.3
+        said = np.where(wrong, rng.integers(0, len(classes), 6), labels)
+        found.append(
+            (
+                i,
+                Detections(
+                    torch.tensor(boxes + rng.normal(0, 4, boxes.shape), dtype=torch.float32),
+                    torch.tensor(rng.uniform(0.1, 1, 6), dtype=torch.float32),
+                    torch.tensor(said, dtype=torch.int64),
+                ),
+            )
+        )
+    dataset = Dataset(
+        tuple(pictures), classes, tuple(range(len(classes))), "val", "coco", Path("labels.json")
+    )
+    return dataset, evaluate_detections(dataset, found)
+
+
+def log_lines(steps: int = 60) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "step": step,
+                "loss": 2.0 / step + 0.1,
+                "loss_classification": 1.5 / step,
+                "loss_box": 0.5 / step + 0.1,
+                "positives": 20.0,
+                "lr": 0.01,
+                "images_per_second": 12.0,
+                "waiting": 0.02,
+                "memory_mb": 900.0,
+                "seconds": 0.5,
+            }
+        )
+        if step % 20 == 0:
+            found = {"ap": step / 200, "ap50": step / 100, "loss": 2.2 / step + 0.1}
+            lines.append({"step": step, "validation": found})
+    return lines
+
+
+def is_drawn(file: Path) -> bool:
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    return picture.format == "PNG" and pixels.shape[1] > 500 and (pixels < 200).mean() > 0.002
+
+
+def test_every_plot_of_an_evaluation_is_drawn(tmp_path: Path) -> None:
+    settings = dict(mpl.rcParams)
+    _, metrics = judged(("cat", "dog"))
+    files = plot_evaluation(metrics, tmp_path / "plots")
+    assert set(files) == {
+        *("precision_recall", "classes", "sizes", "errors", "confusion", "calibration"),
+    }
+    for file in files.values():
+        assert is_drawn(file)
+    assert dict(mpl.rcParams) == settings
+
+
+def test_the_same_figures_give_the_same_file(tmp_path: Path) -> None:
+    _, metrics = judged(("cat", "dog"))
+    first = plot_evaluation(metrics, tmp_path / "a")
+    second = plot_evaluation(metrics, tmp_path / "b")
+    for name, file in first.items():
+        assert file.read_bytes() == second[name].read_bytes()
+
+
+def test_many_classes_and_names_that_are_hard_to_draw(tmp_path: Path) -> None:
+    # Warnings are errors here: neither formulas between dollars nor absent letters may raise one.
+    names = ("US$ 5 and $ 6", "_under^score", "猫", "a name that is much longer than the space is")
+    classes = (*names, *(f"class {i}" for i in range(60)))
+    _, metrics = judged(classes, images=40)
+    files = plot_evaluation(metrics, tmp_path)
+    assert all(is_drawn(file) for file in files.values())
+    with Image.open(files["confusion"]) as picture:
+        assert picture.height < 2500  # twenty classes and not sixty-four
+
+
+def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
+    dataset, _ = judged(("cat", "dog"))
+    nothing = evaluate_detections(dataset, [])
+    assert all(is_drawn(file) for file in plot_evaluation(nothing, tmp_path / "nothing").values())
+    empty = replace(dataset, images=tuple(replace(one, annotations=()) for one in dataset.images))
+    metrics = evaluate_detections(empty, [])
+    assert plot_evaluation(metrics, tmp_path / "empty") == {}
+    assert is_drawn(plot_confusion(metrics, tmp_path / "confusion.png"))
+
+
+def test_training_curves(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = log_lines()
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
+    assert read_log(log) == lines  # the line that a kill cut short is passed over
+    assert is_drawn(plot_training(log, tmp_path / "training.png"))
+    assert is_drawn(plot_running(log, tmp_path / "running.png"))
+    other = plot_training(lines[:40], tmp_path / "other.png")
+    assert other.read_bytes() != (tmp_path / "training.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        log_lines(1),
+        [line for line in log_lines() if "validation" not in line],
+        [{"step": 1, "loss": math.nan, "lr": 0.0}, {"step": 2, "loss": math.inf, "lr": 0.1}],
+        [{"step": 5, "validation": {"ap": math.nan, "ap50": math.nan, "loss": None}}],
+        [{"step": 5, "validation": {"ap": 0.2}}],
+    ],
+    ids=["empty", "one step", "no validation", "not finite", "no object", "AP alone"],
+)
+def test_logs_that_are_not_whole(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    assert is_drawn(plot_training(lines, tmp_path / "training.png"))
+    assert is_drawn(plot_running(lines, tmp_path / "running.png"))
+
+
+def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"log .*none\.jsonl cannot be read: No such file"):
+        plot_training(tmp_path / "none.jsonl", tmp_path / "training.png")
+
+
+def test_sizes_of_objects(tmp_path: Path) -> None:
+    dataset, _ = judged(("cat", "dog"))
+    nan = float("nan")
+    faulty = (Annotation((nan, 0, 1, 1), 0), Annotation((5, 5, 5, 9), 0))
+    spoilt = replace(dataset, images=(replace(dataset.images[0], annotations=faulty),))
+    splits = {"train": dataset, "val": spoilt, "test": replace(dataset, images=())}
+    assert is_drawn(plot_object_sizes(splits, tmp_path / "sizes.png"))
+    assert is_drawn(plot_object_sizes({}, tmp_path / "none.png"))
+
+
+def test_smoothing_by_hand() -> None:
+    values = np.array([1.0, 2.0, 6.0, math.nan, 4.0])
+    # Means of three neighbours; fewer at the ends and beside what is not a number.
+    expected = [(1 + 2) / 2, (1 + 2 + 6) / 3, (2 + 6) / 2, (6 + 4) / 2, 4.0]
+    np.testing.assert_allclose(_moving_mean(values, 3), expected)
+    x, y = _thin(np.stack([np.arange(3000.0), np.ones(3000)], axis=1))
+    assert len(x) == 1500
+    assert x[0] == 0.5  # steps 0 and 1
+    assert (y == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (9500, "9500"), (12_000, "12k"), (3_400_000, "3.4M")]
+)
+def test_short_numbers(number: int, text: str) -> None:
+    assert _compact(number) == text
