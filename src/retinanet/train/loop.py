@@ -24,12 +24,13 @@ from retinanet.detect.inference import autocast, choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
-from retinanet.losses.detection import Losses, detection_losses, update_running
+from retinanet.losses.detection import RUNNING_START, Losses, detection_losses
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
     save_checkpoint,
     transfer_weights,
+    write_checkpoint,
 )
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch, Targets
@@ -106,7 +107,7 @@ def train(
     if "train" not in splits:
         raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
     train_set, left_out = usable(splits["train"])
-    val_set = usable(splits["val"])[0] if "val" in splits else None
+    val_set = splits.get("val")
     if not any(not one.ignored for image in train_set.images for one in image.annotations):
         raise DataError(
             f"{train_set.source}: no object to train on in {len(train_set)} pictures; "
@@ -179,7 +180,7 @@ def train(
         backbone_lr_factor=settings.backbone_lr_factor,
     )
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
-    running = torch.tensor(100.0, device=accelerator.device)
+    running = torch.tensor(RUNNING_START, device=accelerator.device)
 
     # --- where to begin -----------------------------------------------------------------------
     progress = Progress(steps=steps, left_out=len(left_out))
@@ -205,6 +206,8 @@ def train(
                 "loss": loss_settings(recipe),
                 "recipe": recipe.name,
                 "step": progress.step,
+                # A split that was made is made again with these: nothing trained on is judged.
+                "split": {"seed": settings.seed, "held_out": recipe.data.held_out},
             },
         )
 
@@ -217,7 +220,7 @@ def train(
             extras |= {f"averaged.{name}": one for name, one in averaged.state_dict().items()}
 
         def fill(draft: Path) -> None:
-            save_checkpoint(draft, checkpoint())
+            write_checkpoint(draft, checkpoint())
             save_state(draft, progress, model, optimizer, extras, {"scaler": scaler.state_dict()})
 
         replace_folder(folder.last, fill)
@@ -402,26 +405,32 @@ def _backward(
                 piece.targets,
                 num_classes=model.num_classes,
                 running=running,
-                world_foreground=lambda total: accelerator.reduce(total, reduction="mean"),
+                world_foreground=lambda count: _share_of_all(accelerator, count),
                 **loss_settings(recipe),
             )
             scaler.scale(losses.total / len(pieces)).backward()
+        running = losses.normalizer if recipe.loss.normalizer == "running" else running
         parts.append(losses)
     total = Losses(
         classification=torch.stack([one.classification.detach() for one in parts]).mean(),
         box=torch.stack([one.box.detach() for one in parts]).mean(),
         foreground=torch.cat([one.foreground for one in parts]),
+        normalizer=parts[-1].normalizer,
     )
-    if recipe.loss.normalizer == "running":
-        count = total.foreground.sum().to(running.dtype)
-        running = update_running(running, accelerator.reduce(count, reduction="mean"))
     if accelerator.num_processes > 1:
         total = Losses(
             accelerator.reduce(total.classification, reduction="mean"),
             accelerator.reduce(total.box, reduction="mean"),
             accelerator.gather(total.foreground),
+            total.normalizer,
         )
     return total, running
+
+
+def _share_of_all(accelerator: Accelerator, count: Tensor) -> Tensor:
+    """A process' part of a count over all processes: what its loss is divided by."""
+    total = accelerator.reduce(count.float(), reduction="sum")
+    return total.clamp(min=1) / accelerator.num_processes
 
 
 def _clip(model: nn.Module, clip_norm: float) -> Tensor:

@@ -17,7 +17,7 @@ from retinanet.detect.inference import autocast
 from retinanet.errors import NonFiniteLossError, WeightsError
 from retinanet.files import replace_folder
 from retinanet.losses.detection import Losses, detection_losses
-from retinanet.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from retinanet.model.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from retinanet.structures import Batch, Targets
 
 
@@ -52,7 +52,8 @@ def report_nonfinite(
             max_size=checkpoint.max_size,
             info=checkpoint.info,
         )
-        save_checkpoint(draft / "model", raw)
+        (draft / "model").mkdir()
+        write_checkpoint(draft / "model", raw)
         tensors = {
             "images": batch.images.contiguous(),
             "boxes": batch.targets.boxes,
