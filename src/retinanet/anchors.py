@@ -112,8 +112,8 @@ def level_anchors(
     """The anchors of an image, level by level.
 
     They run row by row, in a row cell by cell, in a cell ratio by ratio, and for a ratio scale by
-    scale (torchvision's order, so that its weights fit). The first cell's anchors are centred on the
-    image's corner (torchvision, detectron2; the paper does not say).
+    scale (torchvision's order, so that its weights fit). The first cell's anchors are centred on
+    the image's corner (torchvision, detectron2; the paper does not say).
 
     ``rounding="torchvision"`` repeats three habits of torchvision: sizes cut down to whole pixels,
     corners rounded to whole pixels, and the distance between cells as the image's side divided by
@@ -125,7 +125,7 @@ def level_anchors(
         device: where to; None: torch's default.
 
     Returns:
-        L tensors (H_l * W_l * A, 4), float32 pixels; kept for the next call, so do not write to them.
+        L tensors (H_l * W_l * A, 4), float32 pixels; kept for the next call: do not write to them.
 
     Raises:
         ValueError: the number of levels differs from the spec's.
@@ -145,7 +145,7 @@ def level_anchors(
 def _level_anchors(
     spec: AnchorSpec, cells: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    # A tensor born in inference mode could not be used in training when it comes back from the cache.
+    # A tensor born in inference mode could not be trained with when the cache hands it out again.
     with torch.inference_mode(False), torch.no_grad():
         height, width = (side * spec.strides[0] for side in cells[0])
         levels = []

@@ -19,7 +19,7 @@ def encode_boxes(
 
     .. math:: d = (\Delta x / w_a, \Delta y / h_a, \log(w / w_a), \log(h / h_a))
 
-    Source: Girshick et al. 2014 (R-CNN), Appendix C; Lin et al. 2017, Sec. 4, "Box Regression Subnet".
+    Source: Girshick et al. 2014 (R-CNN), Appendix C, to which Lin et al. 2017, Sec. 4, refers.
 
     Args:
         anchors: (..., 4) pixels.

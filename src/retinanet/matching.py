@@ -181,8 +181,8 @@ def _iou_tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The IoU of all boxes with all anchors in tiles that stay in the processor's cache.
 
-    On a CPU, pairs that cannot reach `least_iou` are left out: neighbouring anchors are of like size
-    and place, so most boxes are ruled out for a whole run of anchors by their place and area.
+    On a CPU, pairs that cannot reach `least_iou` are left out: neighbouring anchors are of like
+    size and place, so most boxes are ruled out for a whole run of anchors by place and area.
 
     Yields:
         a slice of the anchors (r), the places of some boxes (m,) in rising order, and (m, r) their
@@ -206,9 +206,8 @@ def _iou_tiles(
                 near &= areas >= 0.99 * least_iou * anchor_area.min()
                 near &= 0.99 * least_iou * areas <= anchor_area.max()
             columns = near.nonzero().flatten()
-            if not len(columns):
-                continue
-        for chunk in columns.split(tile):
+        for first in range(0, len(columns), tile):
+            chunk = columns[first : first + tile]
             left, top, right, bottom = boxes[chunk].T[:, :, None]
             overlap = (torch.minimum(x2, right).sub_(torch.maximum(x1, left))).clamp_(min=0)
             height = (torch.minimum(y2, bottom).sub_(torch.maximum(y1, top))).clamp_(min=0)
