@@ -148,7 +148,7 @@ def _change_colour(picture: Tensor, strength: float, draw: random.Random) -> Ten
     turn = 2 * math.pi * 0.1 * strength * draw.uniform(-1, 1)
     cos, sin = saturation * math.cos(turn), saturation * math.sin(turn)
     luma_chroma = torch.tensor(_YIQ, dtype=torch.float64)
-    change = torch.tensor([[1, 0, 0], [0, cos, -sin], [0, sin, cos]], dtype=torch.float64)
+    change = torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]], dtype=torch.float64)
     matrix = torch.linalg.solve(luma_chroma, change @ luma_chroma) * (brightness * contrast)
     values = picture.as_subclass(Tensor).contiguous().flatten(1).float()  # planes: a fast product
     mean_luma = luma_chroma[0] @ values.mean(dim=1).double()

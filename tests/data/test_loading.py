@@ -1,0 +1,372 @@
+"""What a batch holds depends on the seed and the step, and on nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from retinanet.data import loading
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.loading import default_workers, eval_loader, train_loader, usable_cpus
+from retinanet.errors import ImageError
+from retinanet.structures import BACKGROUND, IGNORED, Batch
+
+
+def make_dataset(folder: Path, sizes: Iterable[tuple[int, int]], objects: int = 2) -> Dataset:
+    """Pictures of (height, width); picture i holds i % (objects + 1) objects."""
+    draw = random.Random(0)
+    images = []
+    for i, (height, width) in enumerate(sizes):
+        path = folder / f"picture {i}.png"
+        Image.frombytes("RGB", (width, height), draw.randbytes(width * height * 3)).save(path)
+        annotations = tuple(
+            Annotation((1.0 + n, 2.0, 11.0 + n, 14.0), label=n % 3)
+            for n in range(i % (objects + 1))
+        )
+        images.append(LabelledImage(path, i, annotations))
+    return Dataset(tuple(images), ("a", "b", "c"), (1, 2, 3), "train", "coco", folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Ten small pictures of several sizes."""
+    sizes = [(30 + 3 * i, 48 - 2 * i) for i in range(10)]
+    return make_dataset(tmp_path_factory.mktemp("pictures"), sizes)
+
+
+def training(dataset: Dataset, **changes: Any) -> list[Batch]:
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "steps": 7,
+        "seed": 5,
+        "image_size": 32,
+        "max_size": 64,
+        "scale_jitter": (0.6, 1.6),
+        "crop": True,
+        "colour": 0.5,
+        "vertical_flip": 0.5,
+    }
+    return list(train_loader(dataset, **(options | changes)))
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for name in ("images", "sizes", "original_sizes", "indices"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.targets.boxes, second.targets.boxes)
+    assert torch.equal(first.targets.labels, second.targets.labels)
+
+
+def pictures(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
+    """Each picture of the batches without its padding, with its objects, comparable."""
+    found = []
+    for batch in batches:
+        for i, (height, width) in enumerate(batch.sizes.tolist()):
+            real = batch.targets.labels[i] != BACKGROUND
+            found.append(
+                (
+                    batch.indices[i].item(),
+                    (height, width),
+                    batch.images[i, :, :height, :width].flatten().tolist(),
+                    batch.targets.boxes[i][real].tolist(),
+                    batch.targets.labels[i][real].tolist(),
+                )
+            )
+    return found
+
+
+def test_batch_layout(dataset: Dataset) -> None:
+    batches = training(dataset, fill=(123.7, 116.3, 104.0))
+    assert len(batches) == 7
+    for batch in batches:
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape[:2] == (4, 3)
+        assert batch.images.shape[2] % 32 == batch.images.shape[3] % 32 == 0
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.sizes.dtype == batch.original_sizes.dtype == batch.indices.dtype == torch.int64
+        for i, (height, width) in enumerate(batch.sizes.tolist()):
+            below, beside = batch.images[i, :, height:], batch.images[i, :, :, width:]
+            for channel, value in enumerate((124, 116, 104)):
+                assert (below[channel] == value).all()
+                assert (beside[channel] == value).all()
+            index = int(batch.indices[i])
+            assert batch.original_sizes[i].tolist() == [30 + 3 * index, 48 - 2 * index]
+            labels = batch.targets.labels[i]
+            boxes = batch.targets.boxes[i]
+            assert (boxes[labels == BACKGROUND] == 0).all()
+            assert (boxes[:, 2] <= width).all()
+            assert (boxes[:, 3] <= height).all()
+
+
+def test_same_seed_same_batches(dataset: Dataset) -> None:
+    first, second = training(dataset), training(dataset)
+    for one, other in zip(first, second, strict=True):
+        assert_same(one, other)
+    assert any(
+        not torch.equal(one.indices, other.indices)
+        for one, other in zip(first, training(dataset, seed=6), strict=True)
+    )
+
+
+def test_global_random_state_plays_no_part(dataset: Dataset) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    first = training(dataset, steps=2)
+    torch.manual_seed(1)
+    random.seed(1)
+    for one, other in zip(first, training(dataset, steps=2), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("start", [1, 3, 6])
+def test_resumed_loader_goes_on_where_it_stopped(dataset: Dataset, start: int) -> None:
+    whole = training(dataset, multi_scale=(24, 32, 40))
+    rest = training(dataset, start_step=start, multi_scale=(24, 32, 40))
+    assert len(rest) == 7 - start
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert_same(one, other)
+
+
+def test_nothing_left_to_do(dataset: Dataset) -> None:
+    assert training(dataset, start_step=7) == []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(dataset: Dataset, workers: int) -> None:
+    for one, other in zip(training(dataset), training(dataset, workers=workers), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.slow
+def test_spawned_workers(dataset: Dataset) -> None:
+    loader = train_loader(
+        dataset, batch_size=4, steps=2, seed=5, image_size=32, max_size=64, workers=1
+    )
+    loader.multiprocessing_context = multiprocessing.get_context("spawn")
+    alone = train_loader(dataset, batch_size=4, steps=2, seed=5, image_size=32, max_size=64)
+    for one, other in zip(alone, loader, strict=True):
+        assert_same(one, other)
+
+
+def test_each_epoch_holds_each_picture_once(dataset: Dataset) -> None:
+    indices = torch.cat([batch.indices for batch in training(dataset, steps=10)]).tolist()
+    epochs = [indices[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # in another order each time
+
+
+def test_batch_larger_than_the_data(dataset: Dataset) -> None:
+    (batch,) = training(dataset, batch_size=25, steps=1)
+    counts = Counter(batch.indices.tolist())
+    assert sum(counts.values()) == 25
+    assert set(counts.values()) == {2, 3}  # two epochs and a half
+
+
+def test_a_picture_changes_from_epoch_to_epoch(dataset: Dataset) -> None:
+    seen = [one for one in pictures(training(dataset, steps=10)) if one[0] == 3]
+    assert len({str(one) for one in seen}) == len(seen) == 4
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(dataset: Dataset, world_size: int) -> None:
+    whole = training(dataset, multi_scale=(24, 32, 40))
+    ranks = [
+        training(
+            dataset,
+            batch_size=4 // world_size,
+            rank=rank,
+            world_size=world_size,
+            multi_scale=(24, 32, 40),
+        )
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert pictures([batch]) == pictures([rank[step] for rank in ranks])
+
+
+def test_multi_scale_draws_a_side_a_step(dataset: Dataset) -> None:
+    batches = training(
+        dataset, steps=30, multi_scale=(24, 40), scale_jitter=(1, 1), crop=False, max_size=32 * 4
+    )
+    sides = [batch.sizes.amin(dim=1) for batch in batches]
+    assert all((side == side[0]).all() for side in sides)  # one side for the whole batch
+    assert {int(side[0]) for side in sides} == {24, 40}
+
+
+def test_multi_scale_moves_the_longest_side(tmp_path: Path) -> None:
+    wide = make_dataset(tmp_path, [(20, 100)])
+    (batch,) = training(
+        wide, batch_size=1, steps=1, multi_scale=(16,), scale_jitter=(1, 1), crop=False
+    )
+    # Longest 64 at side 32 is 32 at side 16: 100 becomes 32, and 20 becomes 6.4.
+    assert batch.sizes.tolist() == [[6, 32]]
+
+
+def test_flip_and_boxes(dataset: Dataset) -> None:
+    plain = {"scale_jitter": (1, 1), "crop": False, "colour": 0.0, "vertical_flip": 0.0}
+    common = {"image_size": 30, "max_size": 1000, "steps": 3} | plain
+    left = training(dataset, horizontal_flip=0.0, **common)
+    right = training(dataset, horizontal_flip=1.0, **common)
+    for one, other in zip(pictures(left), pictures(right), strict=True):
+        assert one[:2] == other[:2]
+        for (x1, y1, x2, y2), flipped in zip(one[3], other[3], strict=True):
+            width = one[1][1]
+            assert flipped == pytest.approx([width - x2, y1, width - x1, y2], abs=1e-4)
+
+
+def test_labels_of_ignored_regions_and_faulty_boxes(tmp_path: Path) -> None:
+    nan = float("nan")
+    plain = make_dataset(tmp_path, [(40, 40)], objects=0)
+    annotations = (
+        Annotation((0, 0, 20, 20), 2),
+        Annotation((0, 0, 40, 40), 1, crowd=True),
+        Annotation((4, 4, 12, 12), 0, difficult=True),
+        Annotation((5, 5, 5, 9), 0),  # no width
+        Annotation((nan, 5, 9, 9), 0),
+        Annotation((30, 30, 60, 60), 1),  # half outside
+    )
+    image = LabelledImage(plain.images[0].path, 0, annotations)
+    faulty = Dataset((image,), ("a", "b", "c"), (1, 2, 3), "val", "coco", tmp_path)
+    (batch,) = eval_loader(faulty, batch_size=1, image_size=80, max_size=80)
+    assert batch.targets.labels.tolist() == [[2, IGNORED, IGNORED, 1]]
+    assert batch.targets.boxes[0].tolist() == [
+        [0, 0, 40, 40],
+        [0, 0, 80, 80],
+        [8, 8, 24, 24],
+        [60, 60, 80, 80],
+    ]
+
+
+def test_picture_without_objects(tmp_path: Path) -> None:
+    background = make_dataset(tmp_path, [(40, 40)], objects=0)
+    (batch,) = training(background, batch_size=1, steps=1)
+    assert tuple(batch.targets.boxes.shape) == (1, 0, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_in_order_every_picture_once(dataset: Dataset, workers: int) -> None:
+    loader = eval_loader(dataset, batch_size=4, image_size=32, max_size=64, workers=workers)
+    for _ in range(2):  # again with the same workers
+        batches = list(loader)
+        assert [batch.indices.tolist() for batch in batches] == [
+            [0, 1, 2, 3],
+            [4, 5, 6, 7],
+            [8, 9],
+        ]
+    assert len(loader) == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_evaluation_ranks_part_the_pictures(dataset: Dataset, world_size: int) -> None:
+    indices = [
+        index
+        for rank in range(world_size)
+        for batch in eval_loader(
+            dataset, batch_size=3, image_size=32, max_size=64, rank=rank, world_size=world_size
+        )
+        for index in batch.indices.tolist()
+    ]
+    assert sorted(indices) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_unreadable_picture_is_one_clean_line(tmp_path: Path, workers: int, kind: str) -> None:
+    broken = make_dataset(tmp_path, [(40, 40)] * 3)
+    path = broken.images[1].path
+    path.write_bytes(path.read_bytes()[:200])
+    common: dict[str, Any] = {"batch_size": 1, "image_size": 32, "max_size": 64, "workers": workers}
+    loader = (
+        train_loader(broken, steps=3, seed=0, **common)
+        if kind == "train"
+        else eval_loader(broken, **common)
+    )
+    with pytest.raises(ImageError) as error:
+        list(loader)
+    assert str(error.value).startswith(f"{path}: cannot be read: ")
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
+    annotations = tuple(Annotation((1.0, 2.0, 3.0, 4.0), 0) for _ in range(10))
+    images = tuple(LabelledImage(tmp_path / f"größe {i}.jpg", i, annotations) for i in range(1000))
+    many = Dataset(images, ("a",), (1,), "train", "coco", tmp_path)
+    pictures_ = loading._Pictures(many)
+    size = len(pickle.dumps(pictures_))
+    # Per object four float32 and an int64; per picture a path, and two int64.
+    assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 5 + 16) + 4000
+    assert pictures_.path(999) == str(images[999].path)
+    assert pictures_.objects(999)[0].tolist() == [[1, 2, 3, 4]] * 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"workers": -1}, "workers -1"),
+        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"rank": -1}, "rank -1"),
+        ({"start_step": 8}, "start_step 8"),
+        ({"start_step": -1}, "start_step -1"),
+    ],
+)
+def test_numbers_out_of_range(dataset: Dataset, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training(dataset, **changes)
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    empty = make_dataset(tmp_path, [])
+    with pytest.raises(ValueError, match=r"split 'train' of .* has no picture"):
+        training(empty)
+    with pytest.raises(ValueError, match="has no picture"):
+        eval_loader(empty, batch_size=1, image_size=32, max_size=64)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "gpu", "expected"),
+    [
+        (1, 1, False, 0),
+        (2, 1, False, 1),
+        (64, 1, False, 1),
+        (64, 1, True, 8),
+        (4, 1, True, 3),
+        (8, 4, True, 1),
+        (8, 8, True, 0),
+        (4, 8, True, 0),
+    ],
+)
+def test_default_workers(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, processes: int, gpu: bool, expected: int
+) -> None:
+    monkeypatch.setattr(loading, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers() == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("max 100000", 16), ("250000 100000", 2), ("50000 100000", 1), ("", 16)]
+)
+def test_container_limit(monkeypatch: pytest.MonkeyPatch, quota: str, expected: int) -> None:
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: quota)
+    assert usable_cpus() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pinned_memory(dataset: Dataset) -> None:
+    batch = training(dataset, steps=1)[0]
+    assert batch.images.is_pinned()
+    assert batch.targets.boxes.is_pinned()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
