@@ -107,7 +107,7 @@ def write(
         {name: len(dataset) for name, dataset in splits.items()},
         {name: sum(len(i.annotations) for i in d.images) for name, d in splits.items()},
         {name: dataset.split_origin for name, dataset in splits.items()},
-        dict(writing.lost),
+        dict(+writing.lost),
     )
 
 

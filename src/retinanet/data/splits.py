@@ -54,9 +54,7 @@ def hold_out(
     if len(images) < 2:
         return tuple(images), ()
     count = min(max(1, round(share * len(images))), len(images) - 1)
-    keys = [
-        hashlib.sha256(f"{seed}/{image.path.name}/{image.id}".encode()).digest() for image in images
-    ]
+    keys = [hashlib.sha256(f"{seed}/{image.path.name}".encode()).digest() for image in images]
     held = set(sorted(range(len(images)), key=lambda i: (keys[i], i))[:count])
     return (
         tuple(image for i, image in enumerate(images) if i not in held),

@@ -90,15 +90,12 @@ def _files(path: Path) -> dict[str, Path]:
         found = [file for file in found if file.name.startswith("instances")] or found
     else:
         found = []
-    if len(found) == 1:
-        file = found[0]
-        return {split_word(file.stem) or (split_word(file.parent.name) or ""): file}
     splits: dict[str, Path] = {}
     for file in found:
-        own_folder = file.parent != path and file.parent.name != "annotations"
-        word = split_word(file.stem) or (split_word(file.parent.name) if own_folder else None)
-        name = word if word and word not in splits else file.stem.removeprefix("instances_")
-        splits[name] = file
+        in_own_folder = path.is_dir() and file.parent not in (path, path / "annotations")
+        word = split_word(file.stem) or (split_word(file.parent.name) if in_own_folder else None)
+        alone = word or "" if len(found) == 1 else file.stem.removeprefix("instances_")
+        splits[word if word and word not in splits else alone] = file
     return splits
 
 

@@ -1,0 +1,56 @@
+"""Label texts for small folders in each format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MakePicture = Callable[..., Path]
+"""The fixture ``picture``: (path, (width, height), seed, **PIL's save options)."""
+
+
+def coco_json(
+    images: Sequence[dict[str, Any]],
+    annotations: Sequence[dict[str, Any]] = (),
+    names: Sequence[str] = ("cat", "dog"),
+) -> str:
+    """COCO's text; categories are numbered from 1."""
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return json.dumps(content)
+
+
+def coco_image(id_: int, name: str, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
+    return {"id": id_, "file_name": name, "width": size[0], "height": size[1]}
+
+
+def coco_object(id_: int, image: int, box: Any, category: Any = 1, **more: Any) -> dict[str, Any]:
+    return {"id": id_, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+def voc_xml(
+    name: str,
+    objects: Sequence[tuple[str, Sequence[Any]]] = (),
+    size: tuple[int, int] | None = (40, 30),
+    more: str = "",
+) -> str:
+    """VOC's text; a box is xmin, ymin, xmax, ymax."""
+    sized = (
+        f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        if size
+        else ""
+    )
+    things = "".join(
+        f"<object><name>{label}</name>{more}<bndbox><xmin>{a}</xmin><ymin>{b}</ymin>"
+        f"<xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
+        for label, (a, b, c, d) in objects
+    )
+    return f"<annotation><filename>{name}</filename>{sized}{things}</annotation>"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path

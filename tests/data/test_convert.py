@@ -1,0 +1,312 @@
+"""From every format to every other, there and back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+
+from retinanet.data import Annotation, Dataset, LabelledImage, convert, read_dataset, read_splits
+from retinanet.errors import DataError
+
+FORMATS = ("coco", "voc", "yolo", "csv")
+
+
+@pytest.fixture
+def source(tmp_path: Path, picture: MakePicture) -> Path:
+    """A COCO data set that uses what formats differ in."""
+    root = tmp_path / "source"
+    for split, names in (("train", ("a.png", "b.jpg")), ("val", ("v.png",)), ("test", ("t.png",))):
+        for name in names:
+            picture(root / split / name, (64, 48), seed=len(split) + ord(name[0]))
+    objects = [
+        coco_object(11, 5, [1.25, 2, 10.5, 5.75], 90, area=33.5, truncated=1, pose="Left"),
+        coco_object(12, 5, [0.1, 0.2, 63.9, 47.8], 7),
+        coco_object(14, 5, [42.65, 3, 7.77, 9.01], 7, score=0.25, part={"name": "head"}),
+    ]
+    ignored = [
+        coco_object(20, 8, [4, 4, 20, 20], 7, iscrowd=1, segmentation={"counts": [1], "size": [2]}),
+        coco_object(21, 8, [5, 5, 9, 9], 7, difficult=1),
+        coco_object(22, 8, [6, 6, 9, 9], 90),
+    ]
+    size = (64, 48)
+    a, b = coco_image(5, "a.png", size), coco_image(6, "b.jpg", size)  # b is background
+    categories = [{"id": 7, "name": "traffic light", "supercategory": "street"},
+                  {"id": 30, "name": "ünused"}, {"id": 90, "name": "cat"}]  # fmt: skip
+
+    def content(images: Any, annotations: Any) -> str:
+        whole = json.loads(coco_json(images, annotations))
+        return json.dumps(whole | {"categories": categories, "info": {"year": 2024}})
+
+    write(root / "train.json", content([a | {"license": 3}, b], objects))
+    write(root / "val.json", content([coco_image(8, "v.png", size)], ignored))
+    write(root / "test.json", content([coco_image(9, "t.png", size)], []))
+    return root
+
+
+def _plain(splits: dict[str, Dataset], *, ids: bool = False, more: bool = False) -> Any:
+    """What is to be compared, of everything."""
+
+    def said(a: Annotation) -> Any:
+        return (a.crowd, a.difficult, a.id, dict(a.extra)) if more else None
+
+    def objects(image: LabelledImage, classes: tuple[str, ...]) -> Any:
+        kept = [a for a in image.annotations if more or not a.ignored]
+        return [(a.box, classes[a.label], said(a)) for a in kept]
+
+    return {
+        name: [
+            (
+                image.path.name,
+                image.path.read_bytes(),
+                (image.width, image.height),
+                image.id if ids else None,
+                objects(image, dataset.classes),
+            )
+            for image in dataset.images
+        ]
+        for name, dataset in splits.items()
+    }
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
+def test_there_and_back_between_all(tmp_path: Path, source: Path, first: str, second: str) -> None:
+    """Boxes, classes, splits, pictures and background pictures; each leg through another format."""
+    convert(source, tmp_path / "one", first)
+    convert(tmp_path / "one", tmp_path / "two", second)
+    convert(tmp_path / "two", tmp_path / "back", first)
+    one, back = read_splits(tmp_path / "one"), read_splits(tmp_path / "back")
+    assert {dataset.format for dataset in back.values()} == {first}
+    assert _plain(back) == _plain(one)
+    assert {d.classes for d in back.values()} == {("traffic light", "ünused", "cat")}
+    assert list(back) == ["train", "val", "test"]
+    assert [d.problems for d in back.values()] == [(), (), ()]
+
+
+@pytest.mark.parametrize("through", ["voc", "csv"])
+def test_ids_flags_and_other_values_come_back(tmp_path: Path, source: Path, through: str) -> None:
+    written = convert(source, tmp_path / "there", through)
+    convert(tmp_path / "there", tmp_path / "back", "coco")
+    before, after = read_splits(source), read_splits(tmp_path / "back")
+    assert _plain(after, ids=True, more=True) == _plain(before, ids=True, more=True)
+    assert after["train"].images[0].annotations[0].area == 33.5
+    assert after["val"].images[0].annotations[0].crowd
+    if through == "csv":
+        assert after["train"].category_ids == (7, 30, 90)
+    assert next(iter(written.lost)).startswith("what is said of the whole data set")
+
+
+def test_coco_to_coco_loses_nothing(tmp_path: Path, source: Path) -> None:
+    written = convert(source, tmp_path / "copy", "coco")
+    assert written.lost == {}
+    before, after = read_splits(source), read_splits(tmp_path / "copy")
+    for name, dataset in before.items():
+        copied = after[name]
+        assert (copied.classes, copied.category_ids, copied.extra) == (
+            dataset.classes, dataset.category_ids, dataset.extra
+        )  # fmt: skip
+        for image, other in zip(dataset.images, copied.images, strict=True):
+            same = replace(other, path=image.path, label_file=image.label_file)
+            annotations = tuple(
+                replace(a, area=b.area if b.area is None else a.area)
+                for a, b in zip(other.annotations, image.annotations, strict=True)
+            )
+            assert replace(same, annotations=annotations) == image
+    text = (tmp_path / "copy" / "train.json").read_text("utf-8")
+    assert json.loads(text)["annotations"][2]["bbox"] == [42.65, 3, 7.77, 9.01]
+    assert json.loads(text)["categories"][0]["supercategory"] == "street"
+    mask = json.loads((tmp_path / "copy" / "val.json").read_text("utf-8"))["annotations"][0]
+    assert mask["segmentation"] == {"counts": [1], "size": [2]}
+
+
+def test_pycocotools_reads_what_we_write(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pycocotools.coco import COCO
+
+    convert(source, tmp_path / "copy", "coco")
+    coco = COCO(str(tmp_path / "copy" / "val.json"))
+    assert sorted(coco.anns) == [20, 21, 22]
+    assert coco.anns[20]["iscrowd"] == 1
+
+
+def test_yolo_says_what_it_cannot_hold(tmp_path: Path, source: Path) -> None:
+    written = convert(source, tmp_path / "yolo", "yolo")
+    assert written.lost["objects that are ignored (crowd or difficult)"] == 2
+    assert written.lost["areas that are not the box's"] == 1
+    assert written.lost["values of 'truncated'"] == 1
+    assert written.images == {"train": 2, "val": 1, "test": 1}
+    content = yaml.safe_load((tmp_path / "yolo" / "data.yaml").read_text("utf-8"))
+    assert content == {
+        "train": "images/train",
+        "val": "images/val",
+        "test": "images/test",
+        "names": {0: "traffic light", 1: "ünused", 2: "cat"},
+    }
+    # box [1.25, 2, 10.5, 5.75] of 64 x 48: centre (6.5, 4.875)
+    first = (tmp_path / "yolo" / "labels" / "train" / "a.txt").read_text().splitlines()[0]
+    expected = [6.5 / 64, 4.875 / 48, 10.5 / 64, 5.75 / 48]
+    assert [float(word) for word in first.split()] == pytest.approx([2, *expected], abs=1e-10)
+    assert (tmp_path / "yolo" / "labels" / "train" / "b.txt").read_text() == ""
+
+
+def test_voc_as_other_programs_read_it(tmp_path: Path, source: Path) -> None:
+    from xml.etree import ElementTree
+
+    convert(source, tmp_path / "voc", "voc")
+    names = sorted(p.name for p in (tmp_path / "voc" / "JPEGImages").iterdir())
+    assert names == ["a.png", "b.jpg", "t.png", "v.png"]
+    tree = ElementTree.parse(tmp_path / "voc" / "Annotations" / "v.xml").getroot()
+    assert tree.findtext("filename") == "v.png"
+    assert tree.findtext("size/width") == "64"
+    # A program that knows no crowds at least ignores them.
+    assert [o.findtext("difficult") for o in tree.iter("object")] == ["1", "1", "0"]
+    assert (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").read_text().split() == [
+        "a", "b", "v"
+    ]  # fmt: skip
+    assert len(read_dataset(tmp_path / "voc", "trainval")) == 3
+
+
+def test_voc_to_voc_keeps_nested_values(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "in" / "JPEGImages" / "a.jpg", (64, 48))
+    text = (
+        "<annotation><source><database>X</database></source><segmented>0</segmented>"
+        "<size><width>64</width><height>48</height><depth>1</depth></size>"
+        "<object><name>cat</name><pose>007</pose><truncated>1</truncated>"
+        "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8.5</ymax></bndbox>"
+        "<part><name>head</name></part><part><name>tail</name></part></object></annotation>"
+    )
+    write(tmp_path / "in" / "Annotations" / "a.xml", text)
+    splits = {"train": read_dataset(tmp_path / "in", "all")}
+    convert(splits, tmp_path / "out", "voc")
+    before, after = splits["train"].images[0], read_dataset(tmp_path / "out", "all").images[0]
+    assert after.extra == before.extra
+    assert after.extra == {"source": {"database": "X"}, "segmented": 0, "depth": 1}
+    assert after.annotations == before.annotations
+    assert after.annotations[0].extra == {
+        "pose": "007",
+        "truncated": 1,
+        "part": [{"name": "head"}, {"name": "tail"}],
+    }
+
+
+def test_names_of_two_splits_that_meet_in_voc(tmp_path: Path, picture: MakePicture) -> None:
+    for seed, split in enumerate(("train", "val")):
+        picture(tmp_path / "in" / split / "1.png", seed=seed)
+        objects = [coco_object(1, 1, [seed + 1, 1, 5, 5])]
+        write(tmp_path / "in" / f"{split}.json", coco_json([coco_image(1, "1.png")], objects))
+    convert(tmp_path / "in", tmp_path / "out", "voc")
+    splits = read_splits(tmp_path / "out")
+    assert [i.path.name for d in splits.values() for i in d.images] == ["1.png", "val_1.png"]
+    assert [d.images[0].annotations[0].box[0] for d in splits.values()] == [1, 2]
+    assert [d.images[0].id for d in splits.values()] == [1, 1]
+
+
+def test_names_that_would_meet(tmp_path: Path, picture: MakePicture) -> None:
+    """a.png and a.jpg share a YOLO label file; x/a.png and y/a.png share a folder."""
+    names = ["x/a.png", "y/a.png", "x/a.jpg", "x/A.png"]
+    for seed, name in enumerate(names):
+        picture(tmp_path / "in" / "images" / name, seed=seed)
+    objects = [coco_object(i, i, [i + 1, 1, 5, 5]) for i in range(4)]
+    write(
+        tmp_path / "in" / "train.json",
+        coco_json([coco_image(i, name) for i, name in enumerate(names)], objects),
+    )
+    for to in FORMATS:
+        convert({"train": read_dataset(tmp_path / "in", "all")}, tmp_path / to, to)
+        found = read_dataset(tmp_path / to, "all")
+        assert sorted((i.annotations[0].box[0], i.path.read_bytes()) for i in found.images) == [
+            (i + 1, (tmp_path / "in" / "images" / name).read_bytes())
+            for i, name in enumerate(names)
+        ]
+
+
+@pytest.mark.parametrize("placing", ["copy", "hardlink", "symlink"])
+def test_how_pictures_are_placed(tmp_path: Path, source: Path, placing: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    convert(source, tmp_path / "out", "coco", pictures=placing,
+            progress=lambda done, total: calls.append((done, total)))  # fmt: skip
+    placed, original = tmp_path / "out" / "train" / "a.png", source / "train" / "a.png"
+    assert placed.read_bytes() == original.read_bytes()
+    assert placed.is_symlink() == (placing == "symlink")
+    assert (os.stat(placed).st_ino == os.stat(original).st_ino) == (placing != "copy")
+    assert calls[-1] == (2 + 1 + 1, 2 + 1 + 1)
+
+
+def test_faults_come_along_where_they_can(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "in" / "a.png")
+    write(tmp_path / "in" / "broken.png", "text")
+    images = [coco_image(1, "a.png"), coco_image(2, "gone.png"), coco_image(3, "broken.png")]
+    del images[2]["width"]
+    boxes = [[5, 5, 0, 4], [9, 9, -4, 70], [float("nan"), 1, 1, 1], [1, 1, 1, 1]]
+    objects = [coco_object(i, 1, box, 9 if i == 3 else 1) for i, box in enumerate(boxes)]
+    write(tmp_path / "in" / "train.json", coco_json(images, objects))
+    splits = {"train": read_dataset(tmp_path / "in", "all")}
+    for to in FORMATS:
+        written = convert(splits, tmp_path / to, to)
+        assert written.lost == {
+            "unreadable labels (class-unknown)": 1,
+            "pictures that are not there": 1,
+            "pictures that cannot be read": 1,
+            "boxes that are not numbers": 1,
+        }
+        (image,) = read_dataset(tmp_path / to, "all").images
+        assert [a.box for a in image.annotations] == [(5, 5, 5, 9), (9, 9, 5, 79)]
+
+
+def test_made_splits_are_written_and_told(tmp_path: Path, picture: MakePicture) -> None:
+    for i in range(5):
+        picture(tmp_path / "in" / f"{i}.png", seed=i)
+    images = [coco_image(i, f"{i}.png") for i in range(5)]
+    write(tmp_path / "in" / "labels.json", coco_json(images))
+    written = convert(tmp_path / "in", tmp_path / "out", "yolo", seed=1, held_out=0.4)
+    assert written.images == {"train": 3, "val": 2}
+    assert written.origins["val"] == "seed 1, 40% held out"
+
+
+def test_refusals(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(
+        DataError, match="no format 'yolov8': coco, voc, yolo, csv; did you mean yolo"
+    ):
+        convert(source, tmp_path / "out", "yolov8")
+    with pytest.raises(DataError, match="must not be, hold or lie in the data"):
+        convert(source, source / "voc", "voc")
+    write(tmp_path / "file", "")
+    with pytest.raises(DataError, match="is there already and not an empty folder"):
+        convert(source, tmp_path / "file", "voc")
+    nothing = {name: replace(d, images=()) for name, d in read_splits(source).items()}
+    with pytest.raises(DataError, match="there is no picture to write"):
+        convert(nothing, tmp_path / "out", "voc")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "coco", progress=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("to", ["coco", "yolo", "csv"])
+def test_real_voc_there_and_back(real_data: Path, tmp_path: Path, to: str) -> None:
+    before = read_splits(real_data / "bccd")
+    convert(before, tmp_path / "there", to, pictures="symlink")
+    convert(tmp_path / "there", tmp_path / "back", "voc", pictures="symlink")
+    after = read_splits(tmp_path / "back")
+    for name, dataset in before.items():
+        assert after[name].classes == dataset.classes
+        assert [i.path.name for i in after[name].images] == [i.path.name for i in dataset.images]
+        for image, other in zip(dataset.images, after[name].images, strict=True):
+            assert [(a.box, a.label) for a in other.annotations] == [
+                (a.box, a.label) for a in image.annotations
+            ]

@@ -1,0 +1,150 @@
+"""Reading CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from labelled_folders import MakePicture, write
+
+from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.errors import DataError
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filename,width,height,class,xmin,ymin,xmax,ymax\na.jpg,40,30,cat,1,2,11,7\n",
+        "filename,cell_type,xmin,xmax,ymin,ymax\na.jpg,cat,1,11,2,7\n",
+        "image;label;left;top;right;bottom\na.jpg;cat;1;2;11;7\n",
+        "Y_Max\tX_Max\tY_Min\tX_Min\tName\tImage Path\n7\t11\t2\t1\tcat\tdata/a.jpg\n",
+        "path,name,x1,y1,x2,y2\na.jpg,cat,1,2,11,7\n",
+        "image_id,x,y,w,h,class\na,1,2,10,5,cat\n",
+        'image_id,width,height,bbox,label\na,40,30,"[1.0, 2.0, 10.0, 5.0]",cat\n',
+        "filename,category,x,y,width,height\na.jpg,cat,1,2,10,5\n",
+        "/data/a.jpg,1,2,11,7,cat\n",
+        "ImageID,LabelName,XMin,XMax,YMin,YMax\na,cat,0.025,0.275,0.0666666667,0.2333333333\n",
+        "\ufefffilename,class,xmin,ymin,xmax,ymax\r\n a.jpg, cat, 1, 2, 11, 7\r\n\r\n",
+    ],
+)
+def test_columns_by_name(tmp_path: Path, picture: MakePicture, text: str) -> None:
+    picture(tmp_path / "images" / "a.jpg")
+    file = write(tmp_path / "labels.csv", text)
+    for path in (file, tmp_path):
+        assert find_format(path) == "csv"
+        dataset = read_dataset(path, "all")
+        assert dataset.problems == ()
+        assert dataset.classes == ("cat",)
+        (image,) = dataset.images
+        assert image.path == tmp_path / "images" / "a.jpg"
+        (annotation,) = image.annotations
+        assert annotation.box == pytest.approx((1, 2, 11, 7), abs=1e-6)
+
+
+def test_rows_of_a_picture_meet_and_others_are_background(
+    tmp_path: Path, picture: MakePicture
+) -> None:
+    for name in "abc":
+        picture(tmp_path / f"{name}.jpg")
+    text = "a.jpg,1,2,11,7,cat\nb.jpg,,,,,\na.jpg,2,2,5,5,ant\nc.jpg,1,1,2,2,cat\n"
+    dataset = read_dataset(write(tmp_path / "x.csv", text), "all")
+    assert dataset.classes == ("ant", "cat")
+    assert [[a.label for a in image.annotations] for image in dataset.images] == [[1, 0], [], [1]]
+    assert [a.id for a in dataset.images[0].annotations] == [0, 2]
+
+
+def test_splits_by_column_and_by_file(tmp_path: Path, picture: MakePicture) -> None:
+    for seed, name in enumerate("abc"):
+        picture(tmp_path / "one" / f"{name}.jpg", seed=seed)
+    header = "filename,class,xmin,ymin,xmax,ymax"
+    text = f"{header},split\na.jpg,cat,1,1,2,2,TRAIN\nb.jpg,dog,1,1,2,2,valid\nc.jpg,,,,,,test\n"
+    write(tmp_path / "one" / "labels.csv", text)
+    splits = read_splits(tmp_path / "one")
+    assert {name: one.images[0].id for name, one in splits.items()} == {
+        "train": "a",
+        "val": "b",
+        "test": "c",
+    }
+    assert {one.classes for one in splits.values()} == {("cat", "dog")}
+
+    for part in ("train", "valid"):
+        picture(tmp_path / "two" / part / "a.jpg")
+        write(tmp_path / "two" / part / "_annotations.csv", f"{header}\na.jpg,cat,1,1,2,2\n")
+    splits = read_splits(tmp_path / "two")
+    assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
+        "train": "train",
+        "val": "valid",
+    }
+
+    for part in ("train", "val"):
+        picture(tmp_path / "three" / "images" / f"{part}.jpg")
+        write(tmp_path / "three" / f"{part}.csv", f"{header}\n{part}.jpg,cat,1,1,2,2\n")
+    assert list(read_splits(tmp_path / "three")) == ["train", "val"]
+
+
+def test_classes_csv_gives_ids(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    write(tmp_path / "labels.csv", "a.jpg,1,2,11,7,cat\na.jpg,1,2,11,8,cow\n")
+    write(tmp_path / "classes.csv", "dog,3\ncat,7\n")
+    dataset = read_dataset(tmp_path, "all")
+    assert (dataset.classes, dataset.category_ids) == (("dog", "cat"), (3, 7))
+    (problem,) = dataset.problems
+    assert (problem.kind, problem.object) == ("class-unknown", 1)
+    assert problem.reason == "line 2: a.jpg: class 'cow' is not in the list of classes"
+
+
+def test_number_classes_are_ordered_as_numbers(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    file = write(tmp_path / "x.csv", "a.jpg,1,2,11,7,10\na.jpg,1,2,11,7,9\n")
+    assert read_dataset(file, "all").classes == ("9", "10")
+
+
+def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    text = (
+        "filename,class,xmin,ymin,xmax,ymax\n"
+        "a.jpg,cat,1,2,11,7\n"
+        "a.jpg,cat,one,2,11,7\n"
+        "a.jpg,cat,,,,\n"
+        "a.jpg,,1,2,3,4\n"
+        ",cat,1,2,3,4\n"
+        "a.jpg,cat,1,2,nan,4\n"
+    )
+    dataset = read_dataset(write(tmp_path / "x.csv", text), "all")
+    assert [a.id for a in dataset.images[0].annotations] == [0, 5]
+    assert [(p.kind, p.object, p.reason) for p in dataset.problems] == [
+        ("box-not-a-number", 1, "line 3: a.jpg, cat: 'one', '2', '11', '7': not four numbers"),
+        ("box-not-a-number", 2, "line 4: a.jpg, cat: no box; leave the class empty too"),
+        ("class-unknown", 3, "line 5: a.jpg: a box without a class"),
+        ("label-unreadable", 4, "line 6: names no picture"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "x.csv: is empty"),
+        ("a,b,c\n1,2,3\n", "no columns for the picture and its box among a, b, c"),
+        ("class,xmin,ymin,xmax,ymax\ncat,1,2,3,4\n", "no columns for the picture"),
+    ],
+)
+def test_other_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    from retinanet.data.formats import csv
+
+    file = write(tmp_path / "x.csv", text)
+    assert not csv.is_csv(file)
+    with pytest.raises(DataError, match=message):
+        csv._read_table(file, "", True)
+
+
+@pytest.mark.data
+def test_real_csv(real_data: Path) -> None:
+    # Its columns run xmin, xmax, ymin, ymax; the folder that it lies in is VOC.
+    from_csv = read_dataset(real_data / "bccd" / "test.csv", "test")
+    assert from_csv.format == "csv"
+    assert len(from_csv) == 364
+    assert all(image.path.is_file() for image in from_csv.images)
+    from_xml = {i.path: i for i in read_dataset(real_data / "bccd", "all").images}
+    for image in from_csv.images:
+        boxes = [(a.box, a.label) for a in image.annotations]
+        assert boxes == [(a.box, a.label) for a in from_xml[image.path].annotations]

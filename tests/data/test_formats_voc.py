@@ -1,0 +1,147 @@
+"""Reading Pascal VOC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from labelled_folders import MakePicture, voc_xml, write
+
+from retinanet.data import find_format, read_dataset, read_splits
+
+
+def _make(root: Path, picture: MakePicture, stems: str = "abc") -> None:
+    for seed, stem in enumerate(stems):
+        picture(root / "JPEGImages" / f"{stem}.jpg", seed=seed)
+        text = voc_xml(f"{stem}.jpg", [("dog" if stem == "a" else "cat", (1, 2, 11, 7))])
+        write(root / "Annotations" / f"{stem}.xml", text)
+
+
+def _lists(root: Path, **lists: str) -> None:
+    for name, stems in lists.items():
+        write(root / "ImageSets" / "Main" / f"{name}.txt", "".join(f"{s}\n" for s in stems))
+
+
+def test_coordinates_as_they_stand(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture, "a")
+    more = "<pose>Left</pose><truncated>1</truncated><difficult>1</difficult>"
+    text = voc_xml("a.jpg", [("cat", (1, 2.5, 11, 7)), ("dog", (1, 1, 2, 2))], more=more)
+    write(tmp_path / "Annotations" / "a.xml", text)
+    (image,) = read_dataset(tmp_path, "all").images
+    first, second = image.annotations
+    assert (first.box, first.label, first.id) == ((1, 2.5, 11, 7), 0, 0)
+    assert first.difficult
+    assert first.ignored
+    assert first.extra == {"pose": "Left", "truncated": 1}
+    assert (second.label, second.id) == (1, 1)
+    assert (image.width, image.height, image.id) == (40, 30, "a")
+    assert image.label_file == tmp_path / "Annotations" / "a.xml"
+
+
+def test_splits_share_one_list_of_classes(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture)
+    _lists(tmp_path, train="a", val="b", trainval="ab", test="c", dog_train="a")
+    splits = read_splits(tmp_path)
+    assert list(splits) == ["train", "val", "test"]
+    assert {one.classes for one in splits.values()} == {("cat", "dog")}
+    assert {one.split_origin for one in splits.values()} == {"the format's own"}
+    assert [image.id for image in read_dataset(tmp_path, "trainval").images] == ["a", "b"]
+    assert len(read_dataset(tmp_path, "all")) == 3  # not five: trainval is train and val again
+
+
+def test_val_is_held_out_of_trainval(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture, "abcdef")
+    _lists(tmp_path, trainval="abcde", test="f")
+    splits = read_splits(tmp_path)
+    assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1, "test": 1}
+    assert splits["val"].split_origin == "seed 0, 20% held out of trainval"
+    assert splits["test"].split_origin == "the format's own"
+    assert [i.id for i in read_dataset(tmp_path, "trainval").images] == list("abcde")
+
+
+def test_layouts(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path / "VOCdevkit" / "VOC2012", picture)
+    _lists(tmp_path / "VOCdevkit" / "VOC2012", train="ab", val="c")
+    assert len(read_dataset(tmp_path, "train")) == 2
+    assert len(read_dataset(tmp_path / "VOCdevkit" / "VOC2012" / "Annotations", "train")) == 2
+
+    flat = tmp_path / "flat"
+    for seed, stem in enumerate("xyz"):
+        picture(flat / f"{stem}.png", seed=seed)
+        write(flat / f"{stem}.xml", voc_xml(f"{stem}.jpg", [("cat", (1, 1, 5, 5))]))
+    assert find_format(flat) == "voc"
+    assert [image.path.name for image in read_dataset(flat, "all").images] == [
+        "x.png",  # the label says .jpg
+        "y.png",
+        "z.png",
+    ]
+
+    split = tmp_path / "split"
+    for seed, part in enumerate(("train", "valid", "test")):
+        picture(split / part / "same.jpg", seed=seed)
+        write(split / part / "same.xml", voc_xml("same.jpg", [("cat", (1, 1, 5, 5))]))
+    splits = read_splits(split)
+    assert list(splits) == ["train", "val", "test"]
+    assert splits["val"].images[0].path == split / "valid" / "same.jpg"
+
+
+def test_classes_txt_gives_order_and_bounds(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture)
+    write(tmp_path / "classes.txt", "zebra\ncat\n")
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.classes == ("zebra", "cat")
+    (problem,) = dataset.problems
+    assert (problem.kind, problem.object) == ("class-unknown", 0)
+    assert problem.file == tmp_path / "Annotations" / "a.xml"
+    assert problem.reason == "object 0: class 'dog' is not one of 2 known"
+
+
+def test_faulty_files_and_objects_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture, "abc")
+    _lists(tmp_path, train="abc", val="q")
+    write(tmp_path / "Annotations" / "b.xml", "<annotation><object></annotation>")
+    text = voc_xml("c.jpg", [("cat", ("wide", 1, 5, 5)), ("cat", (1, 1, 5, 5)), ("", (1, 1, 5, 5))])
+    write(tmp_path / "Annotations" / "c.xml", text)
+    splits = read_splits(tmp_path)
+    train = splits["train"]
+    assert [image.id for image in train.images] == ["a", "c"]
+    assert [a.id for a in train.images[1].annotations] == [1]
+    broken, number, nameless = train.problems
+    assert (broken.kind, broken.object) == ("label-unreadable", None)
+    assert broken.reason.startswith("not XML: mismatched tag: line 1, column 22")
+    assert (number.kind, number.object) == ("box-not-a-number", 0)
+    assert number.reason == (
+        "object 0 (cat): xmin 'wide', ymin '1', xmax '5', ymax '5': not four numbers"
+    )
+    assert (nameless.kind, nameless.object) == ("class-unknown", 2)
+    (missing,) = splits["val"].problems
+    assert missing.kind == "label-missing"
+    assert missing.reason == "q is in the split val, but has no Annotations/q.xml"
+    assert missing.file == tmp_path / "ImageSets" / "Main" / "val.txt"
+
+
+def test_a_picture_without_xml_is_no_background(tmp_path: Path, picture: MakePicture) -> None:
+    _make(tmp_path, picture, "ab")
+    picture(tmp_path / "JPEGImages" / "c.jpg")
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.id for image in dataset.images] == ["a", "b"]
+    (problem,) = dataset.problems
+    assert (problem.kind, problem.file.name) == ("label-missing", "c.jpg")
+
+
+def test_xml_of_other_programs_is_not_voc(tmp_path: Path) -> None:
+    write(tmp_path / "a.xml", "<project/>")
+    assert not (tmp_path / "Annotations").exists()
+    from retinanet.data.formats.voc import is_voc
+
+    assert not is_voc(tmp_path)
+
+
+@pytest.mark.data
+def test_real_voc(real_data: Path) -> None:
+    splits = read_splits(real_data / "bccd")
+    assert {name: len(one) for name, one in splits.items()} == {"train": 205, "val": 87, "test": 72}
+    assert {one.classes for one in splits.values()} == {("Platelets", "RBC", "WBC")}
+    assert {one.format for one in splits.values()} == {"voc"}
+    assert sum(len(i.annotations) for one in splits.values() for i in one.images) == 4888
+    assert len(read_dataset(real_data / "bccd", "trainval")) == 292
