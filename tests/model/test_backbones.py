@@ -51,19 +51,19 @@ def test_weights_are_torchvisions_without_the_classifier(name: str) -> None:
     assert {k: v.shape for k, v in ours.items()} == body
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_the_last_map_is_torchvisions(name: str) -> None:
+# Parts of torchvision's network up to the last that gives stride 4, 8, 16 and 32.
+@pytest.mark.parametrize(
+    ("name", "ends"), [("resnet18", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))]
+)
+def test_the_maps_are_torchvisions_last_of_each_stride(name: str, ends: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(name).eval()
     theirs = torchvision.models.get_model(name, weights=None).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
+    parts = theirs.features if name == "mobilenet_v2" else nn.Sequential(*theirs.children())
     images = torch.randn(1, 3, 64, 64)
-    if name == "mobilenet_v2":
-        expected = theirs.features(images)
-    else:
-        parts = list(theirs.children())[:-2]
-        expected = nn.Sequential(*parts)(images)
-    torch.testing.assert_close(backbone(images)[3], expected)
+    for one, end in zip(backbone(images), ends, strict=True):
+        torch.testing.assert_close(one, parts[:end](images))
 
 
 def test_same_padding_is_tensorflows_at_the_right_and_bottom() -> None:
@@ -277,12 +277,16 @@ def test_default_weights_come_from_torchs_cache(no_internet: Path) -> None:
     assert model.spec["pixel_mean"] == (123.675, 116.28, 103.53)
 
 
+# torchvision's first weights of each: trained as the paper's were.
 @pytest.mark.usefixtures("no_internet")
-def test_without_internet_the_choices_are_named() -> None:
+@pytest.mark.parametrize(
+    "file", ["resnet18-f37072fd", "resnet50-0676ba61", "mobilenet_v2-b0353104"]
+)
+def test_without_internet_the_choices_are_named(file: str) -> None:
     with pytest.raises(WeightsError) as caught:
-        _build("default")
+        _build("default", backbone=file.split("-")[0])
     message = str(caught.value)
-    assert message.startswith("cannot fetch https://download.pytorch.org/models/resnet18-")
+    assert message.startswith(f"cannot fetch https://download.pytorch.org/models/{file}.pth: ")
     assert "--backbone-weights FILE" in message
     assert "none to start from nothing" in message
     assert "\n" not in message

@@ -34,7 +34,7 @@ def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     model = _model(pixel_mean=(1.5, 2, 3), p2=True, sizes=(10, 20, 40, 80, 160, 320))
     info = {"detect": {"score_threshold": 0.1}, "step": 7}
-    return Checkpoint(model, ("red  cell", "Zelle [β]", "plate"), (5, 1, 90), 416, 672, info)
+    return Checkpoint(model, ("red  cell", "Zelle β", "plate"), (5, 1, 90), 416, 672, info)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_the_loaded_model_can_be_trained(folder: Path) -> None:
 
 def test_the_text_is_readable(folder: Path) -> None:
     text = (folder / "model.json").read_text("utf-8")
-    assert '"Zelle [β]"' in text
+    assert '"classes": ["red  cell", "Zelle β", "plate"]' in text
     assert '"category_ids": [5, 1, 90]' in text
     values = json.loads(text)
     assert values["classes"][0] == "red  cell"
@@ -87,6 +87,12 @@ def test_the_text_is_readable(folder: Path) -> None:
     }
     assert values["anchors"]["sizes"] == [10, 20, 40, 80, 160, 320]
     assert sorted(file.name for file in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_odd_names_of_classes_come_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    names = ("x [y],  {z}", 'a "quote"', "two\n  lines ]")
+    save_checkpoint(tmp_path / "odd", replace(checkpoint, classes=names))
+    assert load_checkpoint(tmp_path / "odd").classes == names
 
 
 @pytest.mark.parametrize("way", ["run", "best", "best/model.safetensors", "best/model.json"])
