@@ -135,9 +135,13 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -
     # The work grows with the square of a group's size, so on a CPU each is done by itself.
     order = groups.argsort(stable=True)
     sizes = groups.bincount()
+    counts = sizes[sizes > 0].tolist()
     kept = [order[:0]]
-    for members in torch.split(order, sizes[sizes > 0].tolist()):
-        kept.append(members[nms(boxes[members], scores[members], threshold)])
+    for members, own_boxes, own_scores in zip(
+        *(torch.split(values, counts) for values in (order, boxes[order], scores[order])),
+        strict=True,
+    ):
+        kept.append(members[nms(own_boxes, own_scores, threshold)])
     together = torch.cat(kept)
     return together[scores[together].argsort(descending=True, stable=True)]
 
