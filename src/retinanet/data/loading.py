@@ -41,12 +41,19 @@ class BatchLoader(DataLoader[Batch]):
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        failure = None
         for item in super().__iter__():
             # A DataLoader puts the worker's traceback into the message of what it re-raises, so the
             # failure travels as a value.
             if isinstance(item, _Failure):
-                raise ImageError(item.message)
+                failure = item
+                break
             yield item
+        if failure is not None:
+            # Ends the workers now. Left to the garbage collector, with the traceback that refers to
+            # them, they are waited for in vain: five seconds each.
+            self._iterator = None
+            raise ImageError(failure.message)
 
 
 def train_loader(
