@@ -96,10 +96,10 @@ def random_case(
     return make_dataset(truth), found
 
 
-def pycocotools_numbers(
+def pycocotools_evaluator(
     truth: dict[str, Any], results: list[dict[str, Any]], max_detections: int = 100
-) -> list[float]:
-    """The twelve numbers by COCO's own code; NaN where it says -1."""
+) -> COCOeval:
+    """COCO's own code, run."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = json.loads(json.dumps({"info": {}, **truth}))
@@ -109,10 +109,21 @@ def pycocotools_numbers(
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
+    return evaluator
+
+
+def mean_or_nan(values: np.ndarray) -> float:
+    return float(values[values > -1].mean()) if (values > -1).any() else math.nan
+
+
+def pycocotools_numbers(
+    truth: dict[str, Any], results: list[dict[str, Any]], max_detections: int = 100
+) -> list[float]:
+    """The twelve numbers by COCO's own code; NaN where it says -1."""
+    evaluator = pycocotools_evaluator(truth, results, max_detections)
     numbers = evaluator.stats.tolist()
     # Its summary always looks for AP at the limit 100; here at the limit that was set.
-    every = evaluator.eval["precision"][..., 0, 2]
-    numbers[0] = every[every > -1].mean() if (every > -1).any() else -1
+    numbers[0] = mean_or_nan(evaluator.eval["precision"][..., 0, 2])
     return [math.nan if value == -1 else value for value in numbers]
 
 
@@ -168,6 +179,33 @@ def test_equal_to_pycocotools_on_random_data(seed: int) -> None:
     assert_same(metrics, expected)
     assert metrics.ignored > 0
     assert 0.1 < metrics.ap < 0.9
+
+
+def test_each_class_equals_pycocotools() -> None:
+    dataset, found = random_case(7)
+    metrics = evaluate_detections(dataset, found)
+    results = Results(dataset)
+    for index, detections in found:
+        results.add(index, detections)
+    evaluator = pycocotools_evaluator(ground_truth(dataset), list(results.rows()))
+    precision, recall = evaluator.eval["precision"][..., 2], evaluator.eval["recall"][..., 2]
+    for one, curve in zip(metrics.per_class, metrics.curves.per_class, strict=True):
+        place = evaluator.params.catIds.index(one.category_id)
+        own = precision[:, :, place]
+        np.testing.assert_allclose(
+            [one.ap, one.ap50, one.ap75, one.ap_small, one.ap_medium, one.ap_large, one.ar],
+            [
+                mean_or_nan(own[..., 0]),
+                mean_or_nan(own[0, :, 0]),
+                mean_or_nan(own[5, :, 0]),
+                *(mean_or_nan(own[..., area]) for area in (1, 2, 3)),
+                mean_or_nan(recall[:, place, 0]),
+            ],
+            rtol=0,
+            atol=1e-9,
+        )
+        np.testing.assert_allclose(curve, own[0, :, 0] if curve else [], atol=1e-4)
+        assert bool(curve) == (one.objects > 0)
 
 
 @pytest.mark.parametrize("limit", [1, 5, 30, 100, 500])

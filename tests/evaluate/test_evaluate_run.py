@@ -127,6 +127,10 @@ def tiny_checkpoint(classes: tuple[str, ...] = ("red", "green", "blue"), **info:
     return Checkpoint(model, classes, tuple(range(len(classes))), 64, 96, dict(info))
 
 
+def objects_in(dataset: Dataset) -> int:
+    return sum(len(image.annotations) for image in dataset.images)
+
+
 @pytest.mark.parametrize("image_size", [64, 128, 200])
 def test_a_detector_that_is_right_has_ap_1_at_any_scale(val: Dataset, image_size: int) -> None:
     metrics = judge(Painter(), val, image_size=image_size, max_size=1000)
@@ -303,10 +307,16 @@ def test_made_split_is_that_of_the_training(tmp_path: Path, painted: Path) -> No
         (folder / f"{i}.png").write_bytes((painted / f"{i}.png").read_bytes())
     (folder / "labels.json").write_text(json.dumps(content))
     options: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
-    held = read_dataset(folder, "val", seed=5, held_out=0.5)
+    # Picture 102 has three objects, so a seed that holds it out is told from one that does not.
+    counts = {
+        seed: objects_in(read_dataset(folder, "val", seed=seed, held_out=0.5)) for seed in range(20)
+    }
+    seed = next(seed for seed, count in counts.items() if count != counts[0])
     for data in (folder, folder / "labels.json"):
-        made = tiny_checkpoint(split={"seed": 5, "held_out": 0.5})
-        assert evaluate(made, data, **options).images == len(held) == 2
+        made = tiny_checkpoint(split={"seed": seed, "held_out": 0.5})
+        metrics = evaluate(made, data, **options)
+        assert (metrics.images, metrics.objects) == (2, counts[seed])
+        assert evaluate(made, data, seed=0, **options).objects == counts[0]
         assert evaluate(made, data, held_out=0.25, **options).images == 1
     # Results are of the whole file.
     assert evaluate([], folder / "labels.json").images == 4

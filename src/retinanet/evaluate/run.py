@@ -15,7 +15,7 @@ from torch import Tensor
 from retinanet.anchors import level_anchors
 from retinanet.config import DetectConfig
 from retinanet.data import find_format, read_dataset
-from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.detect.detector import Detector
@@ -237,7 +237,7 @@ def search(
     try:
         if len(dataset):
             loader = eval_loader(
-                _with_boxes(dataset),
+                dataset,
                 batch_size=batch_size,
                 image_size=image_size,
                 max_size=max_size,
@@ -375,20 +375,6 @@ def _judge(searched: Searched, max_detections: int | None, thresholds: Threshold
         loss_box=searched.loss_box,
         images_per_second=searched.images_per_second,
     )
-
-
-def _with_boxes(dataset: Dataset) -> Dataset:
-    """Without the objects whose box has no area or is no box: no loss can be taken of them."""
-
-    def is_box(one: Annotation) -> bool:
-        x1, y1, x2, y2 = one.box
-        return x1 < x2 < float("inf") and y1 < y2 < float("inf") and min(x1, y1) > -float("inf")
-
-    images = tuple(
-        replace(image, annotations=tuple(one for one in image.annotations if is_box(one)))
-        for image in dataset.images
-    )
-    return replace(dataset, images=images)
 
 
 def _is_results(model: Any) -> bool:
