@@ -80,12 +80,12 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before = torch.aredeterministic_algorithms_enabled()
-    torch.usedeterministic_algorithms(True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.usedeterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
