@@ -365,3 +365,16 @@ def test_model_is_a_real_one_too(val: Dataset) -> None:
     metrics = judge(model, val, loss={}, score_threshold=0.001, precision="bf16")
     assert metrics.loss is not None
     assert metrics.loss_classification == pytest.approx(metrics.loss - metrics.loss_box, rel=1e-6)
+
+
+@pytest.mark.data
+def test_published_figures_from_the_two_files(real_data: Path) -> None:
+    folder = real_data / "coco_eval"
+    metrics = evaluate(
+        folder / "instances_val2014_fakebbox100_results.json",
+        folder / "instances_val2014_100.json",
+    )
+    assert [f"{value:.3f}" for value in metrics.summary().values()] == [
+        *("0.505", "0.697", "0.573", "0.586", "0.519", "0.501"),
+        *("0.387", "0.594", "0.595", "0.640", "0.566", "0.564"),
+    ]
