@@ -56,7 +56,7 @@ class Run:
     Attributes:
         folder: the run folder.
         model: the checkpoint to use: ``best/``, or ``last/`` where nothing was validated.
-        metrics: figures of the last validation on the ``val`` split; empty where there was none.
+        metrics: figures of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
         interrupted: whether it was stopped by Ctrl-C; the same call goes on.
@@ -247,13 +247,14 @@ def train(
             # NaN (no object to find) is never better; a run without one better keeps last/ alone.
             if metrics.ap > progress.best_ap:
                 progress.best_ap, progress.best_step = metrics.ap, progress.step
+                progress.best_metrics = progress.metrics
                 progress.bad_validations = 0
+                write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
                 save_checkpoint(folder.best, checkpoint())
             else:
                 progress.bad_validations += 1
             progress.stopped_early = 0 < settings.early_stop <= progress.bad_validations
             folder.append({"step": progress.step, "validation": progress.metrics})
-            write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             tell("validation", step=progress.step, **progress.metrics)
         accelerator.wait_for_everyone()
         progress.stopped_early = bool(from_main(accelerator, float(progress.stopped_early)))
@@ -490,4 +491,4 @@ def _every(setting: float, steps: int) -> int:
 
 def _result(folder: RunFolder, progress: Progress, interrupted: bool = False) -> Run:
     model = folder.best if folder.best.is_dir() else folder.last
-    return Run(folder.path, model, progress.metrics, progress.best_ap, progress.step, interrupted)
+    return Run(folder.path, model, progress.best_metrics, progress.best_ap, progress.step, interrupted)

@@ -25,8 +25,8 @@ class RunFolder:
     """The paths of a run, and the log.
 
     ``config.toml`` the resolved recipe; ``run.json`` versions, seed, data digest, device, git;
-    ``log.jsonl`` a line a step; ``metrics.json`` the last validation; ``last/`` and ``best/``
-    checkpoints, ``last/`` with the state to resume from; ``train.json`` what of the data was used.
+    ``log.jsonl`` a line a step; ``metrics.json`` what ``best/`` reached; ``last/`` and ``best/``
+    checkpoints, ``last/`` with the state to resume from.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -36,6 +36,7 @@ class Progress:
         left_out: objects and pictures that training could not use.
         seconds: time spent training, validation included.
         metrics: the last validation's figures.
+        best_metrics: those of the best.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class Progress:
     left_out: int = 0
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    best_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
