@@ -1,0 +1,160 @@
+"""Anchors: the paper's numbers, torchvision's generator, the cache, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from retinanet.anchors import (
+    AnchorSpec,
+    anchor_spec,
+    default_anchor_spec,
+    feature_sizes,
+    level_anchors,
+)
+
+
+def sides(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+
+
+def test_nine_anchors_a_cell() -> None:
+    """Sec. 4: "in total there are A = 9 anchors per level"."""
+    spec = default_anchor_spec()
+    assert spec.per_cell == 9
+    assert [len(level) for level in level_anchors(spec, [(1, 1)] * 5)] == [9] * 5
+
+
+def test_areas_and_ratios_of_the_paper() -> None:
+    """Sec. 4: areas 32^2 on P3 to 512^2 on P7, times 2^0, 2^(1/3), 2^(2/3) in side."""
+    spec = default_anchor_spec()
+    assert spec.strides == (8, 16, 32, 64, 128)
+    for size, anchors in zip(
+        (32, 64, 128, 256, 512), level_anchors(spec, [(1, 1)] * 5), strict=True
+    ):
+        width, height = sides(anchors)
+        areas = torch.tensor([(size * 2 ** (k / 3)) ** 2 for k in range(3)])
+        assert_close((width * height).reshape(3, 3), areas.expand(3, 3), rtol=1e-5, atol=0)
+        ratios = torch.tensor([0.5, 1.0, 2.0])[:, None].expand(3, 3)
+        assert_close((height / width).reshape(3, 3), ratios, rtol=1e-5, atol=0)
+
+
+def test_range_of_the_paper() -> None:
+    """Sec. 4: "cover the scale range 32 - 813 pixels"."""
+    anchors = torch.cat(level_anchors(default_anchor_spec(), [(1, 1)] * 5))
+    width, height = sides(anchors)
+    scale = (width * height).sqrt()
+    assert float(scale.min()) == pytest.approx(32, abs=0.5)
+    assert float(scale.max()) == pytest.approx(813, abs=0.5)
+
+
+def test_scales_go_on_from_level_to_level() -> None:
+    anchors = torch.cat(level_anchors(default_anchor_spec(p2=True), [(1, 1)] * 6))
+    width, height = sides(anchors)
+    scales = sorted({round(float(one), 2) for one in (width * height).sqrt()})
+    assert len(scales) == 18
+    for small, large in pairwise(scales):
+        assert large / small == pytest.approx(2 ** (1 / 3), rel=1e-3)
+
+
+def test_by_hand() -> None:
+    spec = anchor_spec([8, 16], sizes=[10, 20], scales=[1, 2], aspect_ratios=[1, 4])
+    first, second = level_anchors(spec, [(1, 2), (1, 1)])
+    # 10 x 10 and 20 x 20, then ratio 4: 5 x 20 and 10 x 40; the second cell lies 8 px to the right
+    cell = [[-5, -5, 5, 5], [-10, -10, 10, 10], [-2.5, -10, 2.5, 10], [-5, -20, 5, 20]]
+    right = [[x1 + 8, y1, x2 + 8, y2] for x1, y1, x2, y2 in cell]
+    assert_close(first, torch.tensor(cell + right, dtype=torch.float32))
+    assert_close(second, torch.tensor(cell, dtype=torch.float32) * 2)
+
+
+def test_rows_come_before_columns() -> None:
+    spec = anchor_spec([4], scales=[1], aspect_ratios=[1])
+    (anchors,) = level_anchors(spec, [(2, 3)])
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centres.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 384), (416, 672), (800, 1088), (32, 96)])
+def test_rounding_is_torchvisions(height: int, width: int) -> None:
+    spec = anchor_spec([8, 16, 32, 64, 128], rounding="torchvision")
+    cells = feature_sizes(spec.strides, height, width)
+    sizes = tuple(
+        (side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3)))
+        for side in (32, 64, 128, 256, 512)
+    )
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    images = ImageList(torch.zeros(1, 3, height, width), [(height, width)])
+    (theirs,) = generator(images, [torch.zeros(1, 1, *cell) for cell in cells])
+    assert_close(torch.cat(level_anchors(spec, cells)), theirs, rtol=0, atol=0)
+
+
+def test_rounding_moves_the_areas() -> None:
+    """torchvision's squares on P3 have 1024, 1600, 2500 px^2, not 1024, 1625, 2580."""
+    spec = anchor_spec([8], scales=(1, 2 ** (1 / 3), 2 ** (2 / 3)), aspect_ratios=[1])
+    exact = level_anchors(spec, [(1, 1)])[0]
+    rounded = level_anchors(anchor_spec([8], aspect_ratios=[1], rounding="torchvision"), [(1, 1)])[
+        0
+    ]
+    areas = [round(float(w * h)) for w, h in zip(*sides(exact), strict=True)]
+    assert areas == [1024, 1625, 2580]
+    assert [float(w * h) for w, h in zip(*sides(rounded), strict=True)] == [1024, 1600, 2500]
+
+
+def test_feature_sizes_round_up() -> None:
+    assert feature_sizes([8, 64], 640, 800) == ((80, 100), (10, 13))
+    assert feature_sizes([8, 64], 641, 801) == ((81, 101), (11, 13))
+
+
+def test_sizes_follow_the_strides() -> None:
+    assert anchor_spec([8, 16]).sizes == (32.0, 64.0)
+    assert default_anchor_spec(p2=True).sizes[0] == 16
+
+
+def test_same_anchors_are_kept() -> None:
+    spec = anchor_spec([8])
+    first = level_anchors(spec, [(3, 4)], "cpu")
+    again = level_anchors(anchor_spec([8]), [(3, 4)], torch.device("cpu"))
+    assert first[0] is again[0]
+    assert level_anchors(spec, [(4, 3)])[0] is not first[0]
+
+
+def test_anchors_made_in_inference_mode_can_be_trained_with() -> None:
+    spec = anchor_spec([8], sizes=[33])
+    with torch.inference_mode():
+        level_anchors(spec, [(2, 5)])
+    (anchors,) = level_anchors(spec, [(2, 5)])
+    deltas = torch.zeros(len(anchors), 4, requires_grad=True)
+    (deltas * anchors).sum().backward()
+    assert deltas.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": []}, r"anchor sizes must be one or more numbers over 0, got \(\)"),
+        ({"strides": [8], "sizes": [1, 2]}, "got 2 sizes .* for 1 levels"),
+        ({"strides": [8], "sizes": [0]}, r"sizes must be .* got \(0.0,\)"),
+        ({"strides": [0], "sizes": [8]}, r"strides must be .* got \(0,\)"),
+        ({"strides": [8], "scales": [-1]}, r"scales must be .* got \(-1.0,\)"),
+        ({"strides": [8], "scales": []}, "scales must be one or more"),
+        ({"strides": [8], "aspect_ratios": [float("nan")]}, "aspect_ratios must be"),
+        ({"strides": [8], "rounding": "up"}, "rounding is none or torchvision, got 'up'"),
+    ],
+)
+def test_impossible_anchors(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        anchor_spec(**arguments)
+
+
+def test_levels_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"2 levels of stride \(8, 16\), got 1 feature sizes"):
+        level_anchors(anchor_spec([8, 16]), [(1, 1)])
+
+
+def test_spec_is_a_key() -> None:
+    assert hash(anchor_spec([8])) == hash(AnchorSpec((32.0,), (8,)))

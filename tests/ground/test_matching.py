@@ -1,0 +1,286 @@
+"""Matching: hand numbers on both sides of each threshold, torchvision's matcher, crowds, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
+
+from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
+from retinanet.matching import anchor_coverage, anchor_labels, match_anchors
+from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
+
+
+def targets_of(*boxes: list[float], labels: list[int] | None = None) -> Targets:
+    values = torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4)
+    kinds = torch.tensor([labels or [0] * len(boxes)], dtype=torch.int64).reshape(1, -1)
+    return Targets(values, kinds)
+
+
+def random_objects(count: int, side: float, generator: torch.Generator) -> Tensor:
+    centre = torch.rand(count, 2, generator=generator) * side
+    half = torch.rand(count, 2, generator=generator) ** 2 * side / 4 + 2
+    return torch.cat((centre - half, centre + half), dim=1)
+
+
+def small_grid() -> Tensor:
+    spec = default_anchor_spec()
+    return torch.cat(level_anchors(spec, feature_sizes(spec.strides, 320, 448)))
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        # IoU of a 10 x 10 box and a w x 10 anchor in the same corner is w / 10
+        (5.0, 0),  # .5 is foreground
+        (4.99, IGNORED),  # .499
+        (4.0, IGNORED),  # .4 is not background
+        (3.99, BACKGROUND),
+        (10.0, 0),
+        (0.1, BACKGROUND),
+        (20.0, 0),  # 100 / 200
+        (20.1, IGNORED),  # 100 / 201
+        (25.0, IGNORED),  # 100 / 250
+        (25.1, BACKGROUND),
+    ],
+)
+def test_both_sides_of_each_threshold(width: float, expected: int) -> None:
+    anchors = torch.tensor([[0.0, 0.0, width, 10.0]])
+    matches = match_anchors(anchors, targets_of([0, 0, 10, 10]))
+    assert matches.tolist() == [[expected]]
+
+
+def test_thresholds_are_options() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 7.0, 10.0], [0.0, 0.0, 3.0, 10.0], [0.0, 0.0, 2.9, 10.0]])
+    matches = match_anchors(
+        anchors, targets_of([0, 0, 10, 10]), foreground_iou=0.7, background_iou=0.3
+    )
+    assert matches.tolist() == [[0, IGNORED, BACKGROUND]]
+    together = match_anchors(
+        anchors, targets_of([0, 0, 10, 10]), foreground_iou=0.3, background_iou=0.3
+    )
+    assert together.tolist() == [[0, 0, BACKGROUND]]
+
+
+def test_at_most_one_object_an_anchor_and_the_first_of_equals() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    # IoU .8 and .9
+    assert match_anchors(anchors, targets_of([0, 0, 8, 10], [0, 0, 9, 10])).tolist() == [[1]]
+    assert match_anchors(anchors, targets_of([0, 0, 9, 10], [1, 0, 10, 10])).tolist() == [[0]]
+
+
+def test_first_of_equals_in_later_tiles_too() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    boxes = [[0.0, 0.0, 7.0, 10.0]] * 3 + [[0.0, 0.0, 9.0, 10.0]] * 200
+    assert match_anchors(anchors, targets_of(*boxes)).tolist() == [[3]]
+
+
+def test_low_quality_matches_by_hand() -> None:
+    anchors = torch.tensor(
+        [
+            [0.0, 0.0, 3.0, 10.0],  # IoU .3 with the object: its best
+            [0.0, 0.0, 2.0, 10.0],  # .2
+            [7.0, 0.0, 10.0, 10.0],  # .3: as good
+            [50.0, 50.0, 60.0, 60.0],  # 0
+        ]
+    )
+    target = targets_of([0, 0, 10, 10])
+    assert match_anchors(anchors, target).tolist() == [[BACKGROUND] * 4]
+    low = match_anchors(anchors, target, low_quality_matches=True)
+    assert low.tolist() == [[0, BACKGROUND, 0, BACKGROUND]]
+
+
+def test_low_quality_match_goes_to_what_the_anchor_overlaps_most() -> None:
+    """The anchor is the best one of the first object, but overlaps the second more."""
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    target = targets_of([0, 0, 1, 10], [0, 0, 4, 10])
+    assert match_anchors(anchors, target, low_quality_matches=True).tolist() == [[1]]
+
+
+def test_object_that_no_anchor_touches_matches_nothing() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    far = targets_of([50, 50, 60, 60])
+    assert match_anchors(anchors, far, low_quality_matches=True).tolist() == [[BACKGROUND]]
+
+
+@pytest.mark.parametrize("low_quality_matches", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 90])
+def test_equal_to_torchvision(low_quality_matches: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    anchors = small_grid()
+    boxes = random_objects(count, 320, generator)
+    theirs = Matcher(0.5, 0.4, low_quality_matches)(box_iou(boxes, anchors))
+    ours = match_anchors(
+        anchors,
+        Targets(boxes[None], torch.zeros(1, count, dtype=torch.int64)),
+        low_quality_matches=low_quality_matches,
+    )
+    assert_close(ours[0], theirs)
+    assert (ours >= 0).any()
+
+
+def test_images_do_not_mix() -> None:
+    generator = torch.Generator().manual_seed(5)
+    anchors = small_grid()
+    boxes = [random_objects(count, 320, generator) for count in (7, 0, 2)]
+    labels = [torch.arange(len(one)) for one in boxes]
+    matches = match_anchors(anchors, pad_targets(boxes, labels))
+    for own_boxes, own_labels, own in zip(boxes, labels, matches, strict=True):
+        alone = match_anchors(anchors, pad_targets([own_boxes], [own_labels]))
+        assert_close(own[None], alone)
+    assert (matches[1] == BACKGROUND).all()
+
+
+def test_no_object_in_any_image() -> None:
+    empty = pad_targets([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2)
+    matches = match_anchors(small_grid(), empty)
+    assert (matches == BACKGROUND).all()
+    assert (anchor_labels(matches, empty.labels) == BACKGROUND).all()
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [5.0, 5.0, 5.0, 9.0],  # no width
+        [9.0, 9.0, 5.0, 5.0],  # inverted
+        [float("nan"), 0.0, 5.0, 5.0],
+        [0.0, 0.0, float("inf"), 5.0],
+    ],
+)
+@pytest.mark.parametrize("low_quality_matches", [False, True])
+def test_box_without_area_matches_nothing_and_harms_nobody(
+    box: list[float], low_quality_matches: bool
+) -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
+    target = targets_of(box, [0, 0, 10, 10])
+    matches = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
+    assert matches.tolist() == [[1, BACKGROUND]]
+
+
+def test_crowds_are_ignored_regions() -> None:
+    anchors = torch.tensor(
+        [
+            [0.0, 0.0, 10.0, 10.0],  # all in the crowd, but foreground
+            [40.0, 40.0, 50.0, 50.0],  # all in the crowd, 1% of its area
+            [90.0, 90.0, 110.0, 100.0],  # half in it
+            [90.1, 90.0, 110.1, 100.0],  # a little less than half
+            [120.0, 0.0, 130.0, 10.0],
+        ]
+    )
+    target = targets_of([0, 0, 10, 10], [0, 0, 100, 100], labels=[3, IGNORED])
+    expected = [0, IGNORED, IGNORED, BACKGROUND, BACKGROUND]
+    assert match_anchors(anchors, target).tolist() == [expected]
+    assert anchor_labels(match_anchors(anchors, target), target.labels).tolist() == [
+        [3, *expected[1:]]
+    ]
+
+
+def test_crowd_is_not_an_object() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    crowd = targets_of([0, 0, 10, 10], labels=[IGNORED])
+    for low_quality_matches in (False, True):
+        matches = match_anchors(anchors, crowd, low_quality_matches=low_quality_matches)
+        assert matches.tolist() == [[IGNORED]]
+
+
+def test_padding_is_not_an_object() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    padding = targets_of([0, 0, 10, 10], labels=[BACKGROUND])
+    assert match_anchors(anchors, padding).tolist() == [[BACKGROUND]]
+
+
+def test_place_counts_the_rows_that_do_not_match() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    target = targets_of([0, 0, 9, 9], [0, 0, 99, 99], [0, 0, 10, 10], labels=[-1, -2, 4])
+    assert match_anchors(anchors, target).tolist() == [[2]]
+
+
+def test_anchor_labels_by_hand() -> None:
+    matches = torch.tensor([[1, BACKGROUND, 0, IGNORED], [0, 0, BACKGROUND, BACKGROUND]])
+    labels = torch.tensor([[7, 5], [2, BACKGROUND]])
+    assert anchor_labels(matches, labels).tolist() == [[5, -1, 7, -2], [2, 2, -1, -1]]
+
+
+def test_coverage() -> None:
+    generator = torch.Generator().manual_seed(6)
+    anchors, boxes = small_grid(), random_objects(150, 320, generator)
+    assert_close(anchor_coverage(anchors, boxes), box_iou(boxes, anchors).amax(dim=1))
+    hand = torch.tensor([[0.0, 0.0, 5.0, 10.0], [0.0, 0.0, 0.0, 10.0], [99.0, 99.0, 100.0, 100.0]])
+    only = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    assert anchor_coverage(only, hand).tolist() == [0.5, 0.0, 0.0]
+    assert anchor_coverage(only, torch.zeros(0, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"anchors": torch.zeros(3, 5)}, r"anchors are \(R, 4\), got \(3, 5\)"),
+        ({"anchors": torch.zeros(3)}, r"anchors are \(R, 4\), got \(3,\)"),
+        (
+            {"targets": Targets(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))},
+            r"boxes \(B, M, 4\) and labels \(B, M\), got \(2, 4\) and \(2,\)",
+        ),
+        (
+            {"targets": Targets(torch.zeros(1, 2, 4), torch.zeros(1, 3, dtype=torch.int64))},
+            r"got \(1, 2, 4\) and \(1, 3\)",
+        ),
+        ({"foreground_iou": 0.3}, "background_iou <= foreground_iou <= 1, got 0.4 and 0.3"),
+        ({"foreground_iou": 1.1}, "got 0.4 and 1.1"),
+        ({"background_iou": 0.0}, "got 0.0 and 0.5"),
+    ],
+)
+def test_impossible_arguments(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    good = {"anchors": torch.zeros(3, 4), "targets": targets_of([0, 0, 10, 10])}
+    with pytest.raises(ValueError, match=message):
+        match_anchors(**(good | arguments))
+
+
+def test_other_functions_refuse_wrong_shapes() -> None:
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(1, 4\)"):
+        anchor_labels(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"boxes are \(M, 4\), got \(4,\)"):
+        anchor_coverage(torch.zeros(2, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"anchors are \(R, 4\)"):
+        anchor_coverage(torch.zeros(4), torch.zeros(2, 4))
+
+
+MEASURE = """
+import torch
+from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
+from retinanet.matching import match_anchors
+from retinanet.structures import Targets
+torch.set_num_threads(1)
+spec = default_anchor_spec()
+anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, 1024, 1264)))
+assert 242_000 < len(anchors) < 244_000
+def run(count):
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.rand(1, count, 2, generator=generator) * 1000
+    half = torch.rand(1, count, 2, generator=generator) * 60 + 4
+    labels = torch.arange(count)[None]
+    target = Targets(torch.cat((centre - half, centre + half), dim=2), labels)
+    return match_anchors(anchors, target, low_quality_matches=True)
+def kilobytes(name):  # resource.getrusage would give the parent's peak where that is higher
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+run(1)
+before = kilobytes("VmRSS")
+run(2_000)
+print((kilobytes("VmHWM") - before) / 1000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_objects() -> None:
+    """243,000 anchors x 2,000 objects: the matrix of IoU alone would take 1.9 GB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
