@@ -197,6 +197,9 @@ def test_grid_of_tensors_and_columns() -> None:
 def test_grid_captions_fit() -> None:
     plain = draw_grid([grey(50, 100)] * 2, columns=2)
     captioned = draw_grid([grey(50, 100)] * 2, columns=2, captions=["a", "long " * 50])
+    stacked = np.array(draw_grid([grey(50, 100)] * 2, columns=1, captions=["a", "b"], gap=6))
+    letters = len(stacked) - 3 * 6 - 2 * 50  # what two lines of captions are high
+    assert (stacked[6 + 50 + letters // 2 + 6 :][:50, 6:106] == 100).all()  # the second picture
     assert captioned.width == plain.width
     assert captioned.height > plain.height
     gap = np.array(captioned)[:, 106:112]  # between the cells

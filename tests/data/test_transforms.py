@@ -267,6 +267,13 @@ def test_brightness_contrast_and_saturation_are_torchvisions(
     assert difference.abs().max() <= 1  # torchvision rounds down
 
 
+def test_contrast_turns_about_the_changed_mean(mild: Tensor) -> None:
+    # Contrast .75, then brightness .75, as torchvision would apply them.
+    out = recoloured(mild, 1.0, [0.25, 0.25, 0.5, 0.5])
+    expected = F.adjust_brightness(F.adjust_contrast(mild, 0.75), 0.75)
+    assert (out.int() - expected.int()).abs().max() <= 2
+
+
 def test_hue_keeps_grey_and_brightness(mild: Tensor) -> None:
     grey = mild[:1].expand(3, -1, -1)
     assert (recoloured(grey, 1.0, [0.5, 0.5, 0.5, 1.0]).int() - grey.int()).abs().max() <= 1

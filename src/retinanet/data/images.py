@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from typing import Any
 
@@ -87,7 +87,9 @@ def read_image(source: ImageSource) -> Tensor:
         with _quiet():
             picture = Image.open(file)
         with picture:
-            picture.load()  # outside of the lock: threads decode side by side
+            # Threads decode side by side, outside of the lock; TIFF alone may warn at this point.
+            with _quiet() if picture.format == "TIFF" else nullcontext():
+                picture.load()
             with _quiet():
                 return _from_pil(picture)
 
