@@ -173,7 +173,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     seen = assert_self_contained(file.read_text("utf-8"))
     for words in (
         *("Run run", "recipe quick", "Summary", "Training", "Validation", "Evaluation: test"),
-        *("Detections", "Data", "Settings", "after step 60, the last validation"),
+        *("Detections", "Data", "Settings", "after step 60, the best of the run"),
         *("AP, best, at step 60", "0.300", "[train]", "12345", "pictures without any"),
         *("3 validations", "val2.png: 1 object", "val6.png: 1 object", "found"),
     ):

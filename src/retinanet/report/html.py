@@ -235,9 +235,9 @@ def write_report(
     _add_summary(page, run)
     _add_training(page, run)
     if run.metrics is not None:
-        last = _last_validation(run)
+        best = _best_validation(run)
         page.section("Validation")
-        when = f" after step {last['step']:,}, the last validation" if last else ""
+        when = f" after step {best['step']:,}, the best of the run" if best else ""
         page.text(f"Figures of the validation pictures{when}.")
         add_metrics(page, run.metrics, run.folder / "plots" / "validation")
     for name, metrics in run.evaluations.items():
@@ -379,8 +379,8 @@ def _validations(run: _Run) -> list[dict[str, Any]]:
     ]
 
 
-def _last_validation(run: _Run) -> dict[str, Any] | None:
-    return next(iter(_validations(run)[::-1]), None)
+def _best_validation(run: _Run) -> dict[str, Any] | None:
+    return max(_validations(run), key=lambda one: one["ap"] or 0.0, default=None)
 
 
 def _subtitle(run: _Run) -> str:

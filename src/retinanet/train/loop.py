@@ -243,7 +243,9 @@ def train(
                 progress=lambda done, total: tell("validating", done=done, total=total),
                 **recipe.detect.model_dump(),
             )
-            progress.metrics = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
+            figures = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
+            # NaN (there is no object to find) is null in JSON.
+            progress.metrics = {k: None if v != v else v for k, v in figures.items()}
             # NaN (no object to find) is never better; a run without one better keeps last/ alone.
             if metrics.ap > progress.best_ap:
                 progress.best_ap, progress.best_step = metrics.ap, progress.step
