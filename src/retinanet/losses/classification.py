@@ -4,10 +4,10 @@ All three are functions of u = -x_t, the logit seen from the wrong side: u = x w
 0 and u = -x where it is 1. ``_focal`` and ``_focal_star`` give such a function and its slope; all
 else here is the same for every loss.
 
-Two ways lead to one result. Dense targets, ``reduction="none"`` and compiled code take the formula
-as it is written (``_reference``) and autograd's gradient. Integer labels take ``_LabelLoss``: no
-one-hot targets, and the gradient, known in closed form (Appendix B), is made with the value while
-a piece of the logits is in the cache. A test holds the two equal.
+Two ways lead to one result. Dense targets, ``reduction="none"``, second derivatives and compiled
+code take the formula as it is written (``_reference``) and autograd's gradient. Integer labels
+take ``_LabelLoss``: no one-hot targets, and the gradient, known in closed form (Appendix B), is
+made with the value while a piece of the logits is in the cache. A test holds the two equal.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from retinanet.structures import BACKGROUND, IGNORED
 
 Reduction = Literal["none", "sum", "mean"]
 Alpha = float | Sequence[float] | Tensor | None
+_Formula = tuple[Literal["focal", "focal_star"], float, float]  # gamma and beta
 _Curve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # From here on log(1 + exp(x)) is x to the last bit, in float64 too, and exp(x) is no infinity yet.
@@ -62,7 +62,7 @@ def focal_loss(
     Returns:
         () or, for ``none``, (..., K) with 0 where ignored; float32 or float64. For a detector
         divide the sum by the number of anchors assigned to an object (Sec. 4.1). Value and gradient
-        are finite for every finite logit. With integer labels there is no second derivative.
+        are finite for every finite logit.
 
     Raises:
         ValueError: shapes do not fit, or alpha, gamma, reduction or a target is out of range
@@ -168,16 +168,13 @@ def weighted_label_loss(
     _check_labels(labels, logits.shape[1])
     positive, negative = _alpha_pair(alpha, logits)
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
+    labels = labels.long()
     if torch.compiler.is_compiling():
         # The compiler fuses the formula as it stands; it would unroll the loop over pieces.
-        dense = _one_hot(labels, logits.shape[1], weights.dtype)
-        loss = _reference(logits.to(weights.dtype), dense, kind, gamma, beta)
-        loss = loss * (positive * dense + negative * (1 - dense)) * weights[:, None]
-        return loss.sum()
-    curve = _CURVES[kind](gamma, beta)
+        return _reference_sum(logits, labels, weights, positive, negative, (kind, gamma, beta))
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     result: Tensor = _LabelLoss.apply(
-        logits, labels, weights, curve, positive, negative, want_gradient
+        logits, labels, weights, positive, negative, (kind, gamma, beta), want_gradient
     )
     return result
 
@@ -251,42 +248,47 @@ class _LabelLoss(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         weights: Tensor,
-        curve: _Curve,
         positive: Tensor,
         negative: Tensor,
+        formula: _Formula,
         want_gradient: bool,
     ) -> Tensor:
         loss, ctx.gradient = _sum_and_gradient(
-            logits, labels, weights, curve, positive, negative, want_gradient
+            logits, labels, weights, positive, negative, formula, want_gradient
         )
         ctx.save_for_backward(logits, labels, weights, positive, negative)
-        ctx.curve = curve
+        ctx.formula = formula
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, weights, positive, negative = ctx.saved_tensors
+        constants = (None,) * 6
+        if torch.is_grad_enabled():
+            # create_graph: a gradient that can itself be derived takes the formula.
+            loss = _reference_sum(logits, labels, weights, positive, negative, ctx.formula)
+            return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *constants
         # Scaled in place and given away, which saves a copy; with retain_graph it is made again.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             _, gradient = _sum_and_gradient(
-                logits, labels, weights, ctx.curve, positive, negative, True
+                logits, labels, weights, positive, negative, ctx.formula, True
             )
-        gradient = gradient.mul_(upstream).to(logits.dtype)
-        return gradient, None, None, None, None, None, None
+        return gradient.mul_(upstream).to(logits.dtype), *constants
 
 
 def _sum_and_gradient(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor,
-    curve: _Curve,
     positive: Tensor,
     negative: Tensor,
+    formula: _Formula,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted loss () of rows (N, K) with labels (N,), and its gradient, piece by piece."""
+    name, gamma, beta = formula
+    curve = _CURVES[name](gamma, beta)
     count, classes = logits.shape
     kind, on_cpu = weights.dtype, logits.device.type == "cpu"
     # float16 would lose the many small gradients before the loss scale can lift them.
@@ -322,6 +324,20 @@ def _sum_and_gradient(
         corrected = (-own_positive * positive_slope * right).to(stored)
         gradient[rows, own] = torch.where(right > 0, corrected, gradient[rows, own])
     return loss, gradient if want_gradient else None
+
+
+def _reference_sum(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: _Formula,
+) -> Tensor:
+    """The loss of :func:`_sum_and_gradient` from :func:`_reference`."""
+    targets = _one_hot(labels, logits.shape[1], weights.dtype)
+    loss = _reference(logits.to(weights.dtype), targets, *formula)
+    return (loss * (positive * targets + negative * (1 - targets)) * weights[:, None]).sum()
 
 
 def _reference(logits: Tensor, targets: Tensor, kind: str, gamma: float, beta: float) -> Tensor:

@@ -1,0 +1,522 @@
+"""Focal loss and its kin: hand numbers, the paper's claims, formulas in numpy, torchvision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torchvision.ops import sigmoid_focal_loss
+
+import retinanet.losses.classification as module
+from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
+from retinanet.losses.classification import weighted_label_loss
+from retinanet.structures import BACKGROUND, IGNORED
+
+PER_CLASS = [0.1, 0.25, 0.5, 0.75, 0.9]
+LOSSES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+    (focal_loss, {}),
+    (focal_loss, {"gamma": 0.5}),
+    (focal_loss, {"gamma": 5.0, "alpha": None}),
+    (focal_loss, {"gamma": 0.0, "alpha": PER_CLASS}),
+    (focal_loss, {"alpha": PER_CLASS}),
+    (cross_entropy, {}),
+    (cross_entropy, {"alpha": 0.75}),
+    (focal_loss_star, {}),
+    (focal_loss_star, {"gamma": 4.0, "beta": 1.0}),
+    (focal_loss_star, {"gamma": 0.5, "beta": -2.0, "alpha": PER_CLASS}),
+]
+LABELS = torch.tensor([0, 4, BACKGROUND, IGNORED, 3, BACKGROUND, 2])
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    return (labels[..., None] == torch.arange(classes)).double()
+
+
+def random_logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def in_numpy(
+    function: Callable[..., Tensor],
+    x: np.ndarray,
+    t: np.ndarray,
+    *,
+    alpha: Any = "default",
+    gamma: float = 2.0,
+    beta: float = 0.0,
+) -> np.ndarray:
+    """Eq. 1 to 7 as they stand in the paper, for t of 0 and 1, element by element."""
+    if isinstance(alpha, str):
+        alpha = 0.25 if function is focal_loss else None
+    y = 2 * t - 1
+    p_t = 1 / (1 + np.exp(-y * x))
+    weight = 1 if alpha is None else np.where(t == 1, alpha, 1 - np.asarray(alpha))
+    if function is cross_entropy:
+        return -weight * np.log(p_t)
+    if function is focal_loss:
+        return -weight * (1 - p_t) ** gamma * np.log(p_t)
+    return -weight * np.log(1 / (1 + np.exp(-(gamma * y * x + beta)))) / gamma
+
+
+# --- the paper's claims ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("p_t", "times", "tolerance"), [(0.9, 100, 1e-4), (0.968, 1000, 0.03)])
+def test_easy_examples_cost_less(p_t: float, times: float, tolerance: float) -> None:
+    """Sec. 3.2: with gamma 2, 100 times less at p_t = .9 and 1000 times at about .968."""
+    for label, score in ((0, p_t), (BACKGROUND, 1 - p_t)):
+        logit = torch.tensor([[score]], dtype=torch.float64).logit()
+        labels = torch.tensor([label])
+        ratio = cross_entropy(logit, labels) / focal_loss(logit, labels, alpha=None, gamma=2.0)
+        assert float(ratio) == pytest.approx(times, rel=tolerance)
+
+
+def test_hard_examples_cost_at_most_four_times_less() -> None:
+    """Sec. 3.2: for p_t <= .5 and gamma 2 the loss is scaled down by at most 4 times."""
+    logits = torch.linspace(-30, 0, 301, dtype=torch.float64)[:, None]
+    labels = torch.zeros(301, dtype=torch.int64)
+    ratio = cross_entropy(logits, labels, reduction="none") / focal_loss(
+        logits, labels, alpha=None, reduction="none"
+    )
+    assert float(ratio.max()) == pytest.approx(4)
+    assert float(ratio.min()) >= 1
+
+
+def test_start_without_the_prior() -> None:
+    """Sec. 3.3: all sigmoids at one half: each anchor of K classes costs K ln 2."""
+    loss = cross_entropy(torch.zeros(100, 80), torch.full((100,), BACKGROUND))
+    assert float(loss) / 100 == pytest.approx(80 * math.log(2), rel=1e-6)
+
+
+def test_start_with_the_prior() -> None:
+    """Sec. 3.3: with every sigmoid at .01 an anchor costs -K ln .99."""
+    logits = torch.full((100, 80), -math.log(0.99 / 0.01))
+    loss = cross_entropy(logits, torch.full((100,), BACKGROUND))
+    assert float(loss) / 100 == pytest.approx(-80 * math.log(0.99), rel=1e-5)
+
+
+def test_gamma_0_is_balanced_cross_entropy() -> None:
+    """Sec. 3.2: FL with gamma = 0 is CE (Eq. 3)."""
+    logits = random_logits(7, 5)
+    assert_close(
+        focal_loss(logits, LABELS, alpha=0.3, gamma=0.0), cross_entropy(logits, LABELS, alpha=0.3)
+    )
+
+
+def test_star_with_gamma_1_is_cross_entropy() -> None:
+    logits = random_logits(7, 5)
+    assert_close(focal_loss_star(logits, LABELS, gamma=1.0), cross_entropy(logits, LABELS))
+
+
+@pytest.mark.parametrize("y", [1, -1])
+def test_derivatives_of_appendix_b(y: int) -> None:
+    x = torch.linspace(-8, 8, 33, dtype=torch.float64)[:, None].requires_grad_()
+    labels = torch.full((33,), 0 if y == 1 else BACKGROUND)
+    p_t = torch.sigmoid(y * x.detach())
+    gamma, beta = 2.0, 1.0
+    expected = {
+        cross_entropy: y * (p_t - 1),
+        focal_loss: y * (1 - p_t) ** gamma * (gamma * p_t * p_t.log() + p_t - 1),
+        focal_loss_star: y * (torch.sigmoid(gamma * y * x.detach() + beta) - 1),
+    }
+    options: dict[Any, dict[str, float]] = {
+        cross_entropy: {},
+        focal_loss: {"gamma": gamma},
+        focal_loss_star: {"gamma": gamma, "beta": beta},
+    }
+    for function, derivative in expected.items():
+        loss = function(x, labels, alpha=None, **options[function])
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert_close(gradient, derivative)
+
+
+# --- hand numbers ---------------------------------------------------------------------------
+
+
+def test_focal_loss_by_hand() -> None:
+    # p = .9 (logit ln 9), label 0 of 2; the other class p = .25 (logit -ln 3) is background
+    logits = torch.tensor([[math.log(9), -math.log(3)]], dtype=torch.float64)
+    # .25 * .1^2 * -ln .9 + .75 * .25^2 * -ln .75
+    expected = 0.25 * 0.01 * 0.1053605 + 0.75 * 0.0625 * 0.2876821
+    assert float(focal_loss(logits, torch.tensor([0]))) == pytest.approx(expected, rel=1e-6)
+    each = focal_loss(logits, torch.tensor([0]), reduction="none")
+    assert_close(
+        each,
+        torch.tensor([[0.25 * 0.01 * 0.1053605, 0.75 * 0.0625 * 0.2876821]]).double(),
+        rtol=1e-6,
+        atol=0,
+    )
+
+
+def test_cross_entropy_by_hand() -> None:
+    logits = torch.tensor([[math.log(9), -math.log(3)]])
+    # -ln .9 - ln .75; then .2 and .8 of them
+    assert float(cross_entropy(logits, torch.tensor([0]))) == pytest.approx(0.3930426, rel=1e-6)
+    balanced = float(cross_entropy(logits, torch.tensor([0]), alpha=0.2))
+    assert balanced == pytest.approx(0.2 * 0.1053605 + 0.8 * 0.2876821, rel=1e-6)
+
+
+def test_focal_loss_star_by_hand() -> None:
+    # gamma 2, beta 1, x = 1: positive -ln sigmoid(3) / 2, negative -ln sigmoid(-1) / 2
+    logits = torch.tensor([[1.0]])
+    positive = float(focal_loss_star(logits, torch.tensor([0]), beta=1.0))
+    negative = float(focal_loss_star(logits, torch.tensor([-1]), beta=1.0))
+    assert positive == pytest.approx(0.0485874 / 2, rel=1e-5)
+    assert negative == pytest.approx(1.3132617 / 2, rel=1e-6)
+
+
+def test_alpha_of_each_class() -> None:
+    logits = torch.zeros(1, 2)  # each element costs ln 2
+    loss = cross_entropy(logits, torch.tensor([1]), alpha=[0.1, 0.7], reduction="none")
+    assert_close(loss, torch.tensor([[0.9 * math.log(2), 0.7 * math.log(2)]]))
+    total = cross_entropy(logits, torch.tensor([1]), alpha=torch.tensor([0.1, 0.7]))
+    assert float(total) == pytest.approx(1.6 * math.log(2))
+
+
+def test_mean_is_over_what_is_not_ignored() -> None:
+    logits = torch.zeros(4, 3)
+    labels = torch.tensor([0, IGNORED, BACKGROUND, IGNORED])
+    assert float(cross_entropy(logits, labels, reduction="mean")) == pytest.approx(math.log(2))
+    assert float(cross_entropy(logits, labels)) == pytest.approx(6 * math.log(2))
+    nothing = torch.full((4,), IGNORED)
+    assert float(cross_entropy(logits, nothing, reduction="mean")) == 0
+
+
+def test_ignored_rows_have_neither_loss_nor_gradient() -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    labels = torch.full((7,), IGNORED)
+    loss = focal_loss(logits, labels)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    assert not focal_loss(logits, labels, reduction="none").any()
+
+
+def test_soft_targets_by_hand() -> None:
+    # p = .5, t = .3: p_t = .5, alpha_t = .25 * .3 + .75 * .7 = .6, cross entropy ln 2
+    loss = focal_loss(torch.zeros(1, 1), torch.tensor([[0.3]]))
+    assert float(loss) == pytest.approx(0.6 * 0.25 * math.log(2), rel=1e-6)
+    star = focal_loss_star(torch.ones(1, 1), torch.tensor([[0.3]]), gamma=1.0)
+    # .3 * ln(1 + e^-1) + .7 * ln(1 + e)
+    assert float(star) == pytest.approx(0.3 * 0.3132617 + 0.7 * 1.3132617, rel=1e-6)
+
+
+# --- independent references -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "options"), LOSSES)
+def test_equal_to_the_formulas_in_numpy(
+    function: Callable[..., Tensor], options: dict[str, Any]
+) -> None:
+    logits = random_logits(7, 5)
+    expected = in_numpy(function, logits.numpy(), one_hot(LABELS, 5).numpy(), **options)
+    expected[3] = 0  # ignored
+    assert_close(function(logits, LABELS, reduction="none", **options), torch.from_numpy(expected))
+    assert float(function(logits, LABELS, **options)) == pytest.approx(expected.sum(), rel=1e-12)
+    mean = float(function(logits, LABELS, reduction="mean", **options))
+    assert mean == pytest.approx(expected.sum() / 30, rel=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("alpha", [0.25, None, 0.9])
+@pytest.mark.parametrize("soft", [False, True])
+def test_equal_to_torchvision(gamma: float, alpha: float | None, soft: bool) -> None:
+    logits = random_logits(50, 5).requires_grad_()
+    targets = torch.rand(50, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if not soft:
+        targets = (targets > 0.8).double()
+    theirs = sigmoid_focal_loss(
+        logits, targets, alpha=-1 if alpha is None else alpha, gamma=gamma, reduction="none"
+    )
+    ours = focal_loss(logits, targets, alpha=alpha, gamma=gamma, reduction="none")
+    assert_close(ours, theirs)
+    assert_close(torch.autograd.grad(ours.sum(), logits), torch.autograd.grad(theirs.sum(), logits))
+    for reduction in ("sum", "mean"):
+        assert_close(
+            focal_loss(logits, targets, alpha=alpha, gamma=gamma, reduction=reduction),
+            sigmoid_focal_loss(
+                logits, targets, -1 if alpha is None else alpha, gamma, reduction=reduction
+            ),
+        )
+
+
+@pytest.mark.parametrize(("function", "options"), LOSSES)
+@pytest.mark.parametrize("piece", [1, 17, 2048 * 80])
+def test_integer_path_equals_the_reference(
+    function: Callable[..., Tensor],
+    options: dict[str, Any],
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Value and gradient of the path made for speed, in pieces of any size."""
+    monkeypatch.setattr(module, "_CPU_PIECE", piece)
+    logits = random_logits(3, 7, 5).requires_grad_()
+    labels = LABELS.repeat(3, 1)
+    fast = function(logits, labels, **options)
+    slow = function(logits, labels, reduction="none", **options).sum()
+    assert_close(fast, slow)
+    (fast_gradient,) = torch.autograd.grad(fast * 3, logits)
+    (slow_gradient,) = torch.autograd.grad(slow * 3, logits)
+    assert_close(fast_gradient, slow_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_integer_path_in_other_types(dtype: torch.dtype) -> None:
+    logits = random_logits(400, 6).to(dtype).requires_grad_()
+    labels = torch.randint(-2, 6, (400,), generator=torch.Generator().manual_seed(2))
+    fast = focal_loss(logits, labels)
+    slow = focal_loss(logits, labels, reduction="none").sum()
+    assert fast.dtype == torch.float32
+    assert_close(fast, slow)
+    (fast_gradient,) = torch.autograd.grad(fast, logits)
+    (slow_gradient,) = torch.autograd.grad(slow, logits)
+    assert fast_gradient.dtype == dtype
+    assert_close(fast_gradient, slow_gradient)
+
+
+def test_small_gradients_outlive_float16() -> None:
+    """With the loss scale of mixed precision; the gradient alone is under float16's least."""
+    logits = torch.full((1, 1), -7.0, dtype=torch.float16, requires_grad=True)
+    (focal_loss(logits, torch.tensor([BACKGROUND])) * 65536).backward()
+    p = 1 / (1 + math.exp(7))
+    exact = 0.75 * p**2 * (2 * (1 - p) * math.log1p(math.exp(-7)) + p)
+    assert exact < 6e-8
+    assert logits.grad is not None
+    assert float(logits.grad) == pytest.approx(exact * 65536, rel=1e-3)
+
+
+@pytest.mark.parametrize(("function", "options"), LOSSES)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_gradcheck(
+    function: Callable[..., Tensor], options: dict[str, Any], reduction: str
+) -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    assert gradcheck(lambda x: function(x, LABELS, reduction=reduction, **options), logits)
+    soft = torch.rand(7, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    soft[0] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5])
+    assert gradcheck(lambda x: function(x, soft, reduction=reduction, **options), logits)
+
+
+# --- finite everywhere ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "options"), [*LOSSES, (focal_loss, {"gamma": 0.01})])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["labels", "labels, none", "dense"])
+def test_finite_for_extreme_logits(
+    function: Callable[..., Tensor], options: dict[str, Any], dtype: torch.dtype, way: str
+) -> None:
+    extremes = torch.tensor([1e4, -1e4, 100.0, -100.0, 0.0])
+    logits = torch.stack([extremes.roll(k) for k in range(5)]).to(dtype).requires_grad_()
+    labels = torch.tensor([0, 0, 1, BACKGROUND, IGNORED])
+    targets = one_hot(labels, 5).float() if way == "dense" else labels
+    loss = function(
+        logits, targets, reduction="none" if way == "labels, none" else "sum", **options
+    )
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("function", "options"), LOSSES)
+@pytest.mark.parametrize("label", [0, BACKGROUND])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_finite_at_the_end_of_the_range(
+    function: Callable[..., Tensor], options: dict[str, Any], label: int, sign: int
+) -> None:
+    if isinstance(options.get("alpha"), list):
+        options = options | {"alpha": options["alpha"][:1]}
+    largest = sign * torch.finfo(torch.float32).max
+    logits = torch.full((1, 1), largest, requires_grad=True)
+    right = (sign > 0) == (label == 0)
+    for reduction in ("sum", "none"):
+        loss = function(logits, torch.tensor([label]), reduction=reduction, **options)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isfinite().all()
+        assert abs(float(gradient)) <= 1
+        assert (float(loss.detach()) == 0) == right
+        assert (float(gradient) == 0) == right
+
+
+def test_extreme_logits_by_hand() -> None:
+    logits = torch.tensor([[1e4, -1e4]], dtype=torch.float16, requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([1]))  # both wrong: .75 * 1e4 + .25 * 1e4
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(1e4)
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.75, -0.25]]
+
+
+def test_tiny_losses_keep_their_digits() -> None:
+    """1 + e^x rounds to 1; its logarithm must not become 0."""
+    logits = torch.full((1000, 1), -30.0)
+    loss = cross_entropy(logits, torch.full((1000,), BACKGROUND))
+    assert float(loss) == pytest.approx(1000 * math.exp(-30), rel=1e-6)
+
+
+# --- use ------------------------------------------------------------------------------------
+
+
+def test_any_leading_shape() -> None:
+    logits, labels = random_logits(2, 3, 4, 5), torch.randint(-2, 5, (2, 3, 4))
+    flat = focal_loss(logits.reshape(-1, 5), labels.reshape(-1))
+    assert_close(focal_loss(logits, labels), flat)
+    assert focal_loss(logits, labels, reduction="none").shape == (2, 3, 4, 5)
+    one = focal_loss(torch.zeros(5), torch.tensor(2))
+    assert_close(one, focal_loss(torch.zeros(1, 5), torch.tensor([2])))
+
+
+def test_binary_targets() -> None:
+    logits = random_logits(6)
+    truth = torch.tensor([True, False, True, True, False, False])
+    expected = focal_loss(logits[:, None], torch.where(truth, 0, BACKGROUND))
+    assert_close(focal_loss(logits, truth), expected)
+    assert_close(focal_loss(logits, truth.double()), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows: int) -> None:
+    logits = torch.zeros(rows, 3, requires_grad=True)
+    for reduction in ("sum", "mean"):
+        for targets in (torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 3)):
+            loss = focal_loss(logits, targets, reduction=reduction)  # type: ignore[arg-type]
+            loss.backward()
+            assert loss.isfinite()
+
+
+def test_labels_of_any_integer_type() -> None:
+    logits = random_logits(7, 5)
+    for kind in (torch.int32, torch.int16, torch.int8):
+        assert_close(focal_loss(logits, LABELS.to(kind)), focal_loss(logits, LABELS))
+
+
+def test_backward_twice_and_retained() -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    loss = focal_loss(logits, LABELS)
+    (first,) = torch.autograd.grad(loss * 2, logits, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss * 4, logits)
+    assert_close(first, kept)
+    assert_close(second, kept * 2)
+
+
+@pytest.mark.parametrize(("function", "options"), LOSSES)
+def test_second_derivative(function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    assert gradgradcheck(lambda x: function(x, LABELS, **options), logits)
+
+
+def test_without_gradient() -> None:
+    logits = random_logits(7, 5)
+    expected = focal_loss(logits, LABELS)
+    with torch.no_grad():
+        assert_close(focal_loss(logits.clone().requires_grad_(), LABELS), expected)
+    with torch.inference_mode():
+        assert_close(focal_loss(logits.clone(), LABELS), expected)
+
+
+def test_autocast_changes_nothing() -> None:
+    logits = random_logits(70, 5).float().requires_grad_()
+    labels = LABELS.repeat(10)
+    expected = focal_loss(logits, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = focal_loss(logits, labels)
+        dense = focal_loss(logits, labels, reduction="none").sum()
+    assert inside.dtype == torch.float32
+    assert_close(inside, expected)
+    assert_close(dense, expected)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    logits, labels = random_logits(7, 5), LABELS.clone()
+    kept = logits.clone()
+    leaf = logits.requires_grad_()
+    focal_loss(leaf, labels).backward()
+    focal_loss_star(leaf, labels).backward()
+    assert torch.equal(leaf.detach(), kept)
+    assert torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("kind", ["focal", "focal_star"])
+def test_weights_of_rows(kind: Any) -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.0, 0.1, 7.0], dtype=torch.float64)
+    public = focal_loss if kind == "focal" else focal_loss_star
+    loss = weighted_label_loss(logits, LABELS, weights, kind=kind, gamma=2.0, alpha=0.25)
+    each = public(logits, LABELS, alpha=0.25, gamma=2.0, reduction="none")
+    expected = (each * weights[:, None]).sum()
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+def test_compiled_code_takes_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(7, 5).requires_grad_()
+    expected = focal_loss(logits, LABELS, alpha=PER_CLASS)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    loss = focal_loss(logits, LABELS, alpha=PER_CLASS)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, logits)[0], gradient)
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "options", "message"),
+    [
+        (X, Y, {"reduction": "max"}, "reduction is none, sum or mean, got 'max'"),
+        (X.long(), Y, {}, r"logits are floats of shape \(..., K\), got torch.int64 \(4, 3\)"),
+        (torch.tensor(1.0), Y, {}, r"logits are floats .* \(\)"),
+        (torch.zeros(4, 0), Y, {}, r"logits are floats .* \(4, 0\)"),
+        (X, Y[:3], {}, r"integer labels of shape \(4,\) .* got torch.int64 .* shape \(3,\)"),
+        (X, X[:, :2], {}, r"float targets of shape \(4, 3\); got torch.float32 .* \(4, 2\)"),
+        (X, X.long(), {}, r"got torch.int64 targets of shape \(4, 3\)"),
+        (X, Y + 3, {}, r"label 3 is neither a class 0..2 nor BACKGROUND \(-1\) nor IGNORED"),
+        (X, Y - 3, {}, "label -3 is neither"),
+        (X, Y + 3, {"reduction": "none"}, "label 3 is neither"),
+        (X, X + 1.5, {}, r"float targets lie in \[0, 1\], got 1.5"),
+        (X, X - 0.5, {}, r"float targets lie in \[0, 1\], got -0.5"),
+        (X, X * float("nan"), {}, r"float targets lie in \[0, 1\], got nan"),
+        (X, Y, {"alpha": 1.5}, r"alpha must lie in \[0, 1\] .* got 1.5"),
+        (X, Y, {"alpha": -1}, r"alpha must lie in \[0, 1\] \(None: no weights\), got -1"),
+        (X, Y, {"alpha": float("nan")}, "alpha must lie in"),
+        (X, Y, {"alpha": [0.1, 0.2]}, r"one number for each of the 3 classes, got \(2,\)"),
+        (X, Y, {"alpha": [0.1, 0.2, 1.2]}, r"alpha must lie in .* got 1.2"),
+        (X, Y, {"alpha": torch.zeros(4, 3)}, r"of the 3 classes, got \(4, 3\)"),
+        (X, Y, {"gamma": -0.1}, "gamma must be >= 0, got -0.1"),
+        (X, Y, {"gamma": float("inf")}, "gamma must be >= 0, got inf"),
+        (X, Y, {"gamma": float("nan")}, "gamma must be >= 0, got nan"),
+    ],
+)
+def test_focal_loss_refuses(
+    logits: Tensor, targets: Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        focal_loss(logits, targets, **options)
+
+
+def test_star_refuses() -> None:
+    with pytest.raises(ValueError, match="gamma must be > 0, got 0"):
+        focal_loss_star(X, Y, gamma=0.0)
+    with pytest.raises(ValueError, match="beta must be a number, got inf"):
+        focal_loss_star(X, Y, beta=float("inf"))
+
+
+def test_weighted_refuses() -> None:
+    with pytest.raises(ValueError, match=r"weights \(N,\), got \(4, 3\), \(4,\) and \(3,\)"):
+        weighted_label_loss(X, Y, torch.ones(3), kind="focal", gamma=2.0)
+    with pytest.raises(ValueError, match=r"labels are integers, got torch\.float32"):
+        weighted_label_loss(X, Y.float(), torch.ones(4), kind="focal", gamma=2.0)
