@@ -75,7 +75,8 @@ def postprocess(
     boxes, scores, labels, images = (torch.cat(parts) for parts in zip(*found, strict=True))
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[images])
     groups = images if class_agnostic_nms else images * num_classes + labels
-    kept = _suppress(boxes, scores, groups, nms_threshold)
+    suppress = _suppress_by_group if boxes.device.type == "cpu" else _suppress_at_once
+    kept = suppress(boxes, scores, groups, nms_threshold)
     kept = kept[_first_of_each(images[kept], len(sizes), detections_per_image)]
     counts = images[kept].bincount(minlength=len(sizes)).tolist()
     parts = (torch.split(values[kept], counts) for values in (boxes, scores, labels))
@@ -126,13 +127,11 @@ def _first_of_each(groups: Tensor, count: int, most: int) -> Tensor:
     return order[rank < most]
 
 
-def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """Places of the boxes that survive NMS among those of their group, best first."""
-    if boxes.device.type != "cpu":
-        # This moves each group to a place of its own, for which float32 has too few digits.
-        survivors: Tensor = batched_nms(boxes.double(), scores.double(), groups, threshold)
-        return survivors
-    # The work grows with the square of a group's size, so on a CPU each is done by itself.
+def _suppress_by_group(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Places of the boxes that survive NMS among those of their group, best first.
+
+    The work of NMS grows with the square of the number of boxes, so on a CPU small groups are best.
+    """
     order = groups.argsort(stable=True)
     sizes = groups.bincount()
     counts = sizes[sizes > 0].tolist()
@@ -144,6 +143,15 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -
         kept.append(members[nms(own_boxes, own_scores, threshold)])
     together = torch.cat(kept)
     return together[scores[together].argsort(descending=True, stable=True)]
+
+
+def _suppress_at_once(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """The same for a GPU, in one go: each group is moved to a place of its own.
+
+    Float32 has too few digits for so many places.
+    """
+    survivors: Tensor = batched_nms(boxes.double(), scores.double(), groups, threshold)
+    return survivors
 
 
 def _check(outputs: Outputs, anchors: Sequence[Tensor], sizes: Tensor, num_classes: int) -> None:

@@ -511,7 +511,7 @@ def test_focal_loss_refuses(
 def test_star_refuses() -> None:
     with pytest.raises(ValueError, match="gamma must be > 0, got 0"):
         focal_loss_star(X, Y, gamma=0.0)
-    with pytest.raises(ValueError, match="beta must be a number, got inf"):
+    with pytest.raises(ValueError, match="beta must be a finite number, got inf"):
         focal_loss_star(X, Y, beta=float("inf"))
 
 

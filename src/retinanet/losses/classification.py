@@ -12,6 +12,7 @@ made with the value while a piece of the logits is in the cache. A test holds th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -80,7 +81,6 @@ def focal_loss(
         >>> round(float(ce / fl), 3)
         100.0
     """
-    _check_number("gamma", gamma, gamma >= 0, ">= 0")
     return _loss(logits, targets, "focal", gamma, 0.0, alpha, reduction)
 
 
@@ -131,8 +131,6 @@ def focal_loss_star(
         >>> round(float(focal_loss_star(torch.zeros(1, 1), torch.tensor([0]), gamma=4.0)), 4)
         0.1733
     """
-    _check_number("gamma", gamma, gamma > 0, "> 0")
-    _check_number("beta", beta, True, "a number")
     return _loss(logits, targets, "focal_star", gamma, beta, alpha, reduction)
 
 
@@ -165,6 +163,7 @@ def weighted_label_loss(
             "a weighted loss takes logits (N, K), labels (N,) and weights (N,), got "
             f"{tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(row_weights.shape)}"
         )
+    _check_formula(kind, gamma, beta)
     _check_labels(labels, logits.shape[1])
     positive, negative = _alpha_pair(alpha, logits)
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
@@ -369,6 +368,7 @@ def _loss(
 ) -> Tensor:
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")
+    _check_formula(kind, gamma, beta)
     if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits are floats of shape (..., K), got {logits.dtype} {tuple(logits.shape)}"
@@ -443,9 +443,11 @@ def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weight, 1 - weight
 
 
-def _check_number(name: str, value: float, good: bool, needed: str) -> None:
-    if not good or value != value or abs(value) == float("inf"):
-        raise ValueError(f"{name} must be {needed}, got {value}")
+def _check_formula(kind: str, gamma: float, beta: float) -> None:
+    if not 0 <= gamma < math.inf or (gamma == 0 and kind == "focal_star"):
+        raise ValueError(f"gamma must be {'> 0' if kind == 'focal_star' else '>= 0'}, got {gamma}")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, got {beta}")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

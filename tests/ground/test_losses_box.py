@@ -1,0 +1,127 @@
+"""Box losses: hand numbers, torchvision's own, gradients, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import _box_loss as torchvision_box_loss
+
+from retinanet.losses import BOX_LOSSES, box_loss
+
+ANCHOR = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+
+
+def random_case(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(2, count, 2, generator=generator) * 100
+    sides = torch.rand(2, count, 2, generator=generator) * 40 + 5
+    anchors, boxes = torch.cat((corners, corners + sides), dim=2)
+    return torch.randn(count, 4, generator=generator) * 0.3, anchors, boxes
+
+
+def test_smooth_l1_by_hand() -> None:
+    # the box that the anchor itself is: all four deltas should be 0
+    deltas = torch.tensor([[0.05, -0.11, 0.5, 0.0]])
+    # .05^2 / .22 + .11^2 / .22 (= .055, the same from both sides) + (.5 - .055)
+    expected = torch.tensor([0.05**2 / 0.22 + 0.055 + 0.445])
+    assert_close(box_loss("smooth_l1", deltas, ANCHOR, ANCHOR), expected)
+    # beta .5: all are in the square part
+    squares = torch.tensor([0.05**2 + 0.11**2 + 0.25])
+    assert_close(box_loss("smooth_l1", deltas, ANCHOR, ANCHOR, beta=0.5), squares)
+
+
+def test_l1_by_hand() -> None:
+    box = torch.tensor([[5.0, 0.0, 15.0, 20.0]])  # wanted: .5, .5, 0, ln 2
+    deltas = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    assert_close(box_loss("l1", deltas, ANCHOR, box), torch.tensor([0.5 + 0.5 + math.log(2)]))
+
+
+def test_iou_losses_by_hand() -> None:
+    # prediction: the anchor, 10 x 10; box: 10 x 10, 5 px to the right; IoU 50 / 150
+    still, box = torch.zeros(1, 4), torch.tensor([[5.0, 0.0, 15.0, 10.0]])
+    # the two fill their 15 x 10 hull
+    assert_close(box_loss("giou", still, ANCHOR, box), torch.tensor([1 - 1 / 3]))
+    # centres 5 apart, hull's diagonal^2 = 225 + 100
+    assert_close(box_loss("diou", still, ANCHOR, box), torch.tensor([1 - 1 / 3 + 25 / 325]))
+    # same shape: CIoU adds nothing
+    assert_close(box_loss("ciou", still, ANCHOR, box), torch.tensor([1 - 1 / 3 + 25 / 325]))
+    # apart: boxes of 100 px^2 in a hull of 30 x 10
+    far = torch.tensor([[20.0, 0.0, 30.0, 10.0]])
+    assert_close(box_loss("giou", still, ANCHOR, far), torch.tensor([1 + 100 / 300]))
+    # half the width around the same centre: IoU .5, and the shape's term of CIoU
+    thin = torch.tensor([[2.5, 0.0, 7.5, 10.0]])
+    v = 4 / math.pi**2 * (math.atan(0.5) - math.atan(1.0)) ** 2
+    assert_close(box_loss("ciou", still, ANCHOR, thin), torch.tensor([0.5 + v * v / (1 - 0.5 + v)]))
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_perfect_prediction_costs_nothing(kind: str) -> None:
+    _, anchors, boxes = random_case(20)
+    deltas = BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(boxes, anchors)
+    assert_close(box_loss(kind, deltas, anchors, boxes), torch.zeros(20), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_equal_to_torchvision(kind: str) -> None:
+    deltas, anchors, boxes = random_case(50)
+    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+    theirs = torchvision_box_loss(
+        kind, coder, anchors, boxes, deltas, cnf={"beta": 0.11, "eps": 1e-7}
+    )
+    assert_close(box_loss(kind, deltas, anchors, boxes).sum(), theirs)
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_gradcheck(kind: str) -> None:
+    deltas, anchors, boxes = (one.double() for one in random_case(6))
+    assert gradcheck(
+        # CIoU holds the weight of its shape term fixed, as its paper has it.
+        lambda x: box_loss(kind if kind != "ciou" else "diou", x, anchors, boxes),
+        deltas.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_wild_predictions_stay_finite(kind: str) -> None:
+    wild = torch.tensor([[0.0, 0.0, -1e4, -1e4], [1e4, -1e4, 1e4, 1e4], [0.0, 0.0, -1e4, 1e4]])
+    deltas = wild.requires_grad_()
+    anchors = ANCHOR.repeat(3, 1)
+    loss = box_loss(kind, deltas, anchors, anchors + 3)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert deltas.grad is not None
+    assert deltas.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_half_precision_is_computed_in_float32(kind: str) -> None:
+    deltas, anchors, boxes = random_case(9)
+    half = deltas.bfloat16()
+    loss = box_loss(kind, half, anchors, boxes)
+    assert loss.dtype == torch.float32
+    assert_close(loss, box_loss(kind, half.float(), anchors, boxes))
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+def test_no_box(kind: str) -> None:
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    loss = box_loss(kind, nothing, torch.zeros(0, 4), torch.zeros(0, 4))
+    assert loss.shape == (0,)
+    loss.sum().backward()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="one of smooth_l1, l1, giou, diou, ciou, got 'iou'"):
+        box_loss("iou", ANCHOR, ANCHOR, ANCHOR)
+    with pytest.raises(ValueError, match=r"are \(N, 4\) each, got \[\(1, 4\), \(2, 4\), \(1, 4\)"):
+        box_loss("l1", ANCHOR, ANCHOR.repeat(2, 1), ANCHOR)
+    with pytest.raises(ValueError, match=r"are \(N, 4\) each, got"):
+        box_loss("l1", ANCHOR[0], ANCHOR[0], ANCHOR[0])
+    with pytest.raises(ValueError, match=r"beta must be over 0 \(for 0 take the kind l1\), got 0"):
+        box_loss("smooth_l1", ANCHOR, ANCHOR, ANCHOR, beta=0.0)

@@ -1,0 +1,356 @@
+"""The two losses of a detector: torchvision's, the normalisers, empty images, every output used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision.models.detection.retinanet import (
+    RetinaNetClassificationHead,
+    RetinaNetRegressionHead,
+)
+
+from retinanet.anchors import anchor_spec, feature_sizes, level_anchors
+from retinanet.losses import (
+    BOX_LOSSES,
+    CLASSIFICATION_LOSSES,
+    RUNNING_START,
+    box_loss,
+    cross_entropy,
+    detection_losses,
+    focal_loss,
+    focal_loss_star,
+    update_running,
+)
+from retinanet.matching import anchor_labels, match_anchors
+from retinanet.structures import (
+    IGNORED,
+    Outputs,
+    Targets,
+    flatten_level,
+    flatten_levels,
+    pad_targets,
+)
+
+CLASSES = 3
+SPEC = anchor_spec([8, 16, 32])
+CELLS = feature_sizes(SPEC.strides, 96, 128)
+ANCHORS = level_anchors(SPEC, CELLS)
+BOXES = [[[4.0, 6.0, 50.0, 44.0], [60.0, 10.0, 120.0, 80.0]], [], [[10.0, 10.0, 40.0, 42.0]]]
+LABELS = [[2, 0], [], [1]]
+
+
+def make_outputs(
+    batch: int = 3, dtype: torch.dtype = torch.float32, *, channels_last: bool = True
+) -> Outputs:
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def level(channels: int, cell: tuple[int, int], shift: float) -> Tensor:
+        values = torch.randn(batch, channels, *cell, generator=generator) + shift
+        return values.to(dtype).to(memory_format=layout).requires_grad_()
+
+    return Outputs(
+        tuple(level(9 * CLASSES, cell, -2.0) for cell in CELLS),
+        tuple(level(36, cell, 0.0) for cell in CELLS),
+    )
+
+
+def make_targets() -> Targets:
+    return pad_targets(
+        [torch.tensor(one).reshape(-1, 4) for one in BOXES],
+        [torch.tensor(one, dtype=torch.int64) for one in LABELS],
+    )
+
+
+def losses_of(outputs: Outputs, targets: Targets, **options: Any) -> Any:
+    return detection_losses(outputs, ANCHORS, targets, num_classes=CLASSES, **options)
+
+
+def sums_an_image(outputs: Outputs, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """Slowly, image by image: classification sums, box sums, foreground counts."""
+    anchors = torch.cat(ANCHORS)
+    matches = match_anchors(anchors, targets)
+    labels = anchor_labels(matches, targets.labels)
+    logits, deltas = flatten_levels(outputs.logits, CLASSES), flatten_levels(outputs.deltas, 4)
+    class_sums, box_sums, counts = [], [], []
+    for image in range(len(matches)):
+        class_sums.append(focal_loss(logits[image], labels[image], reduction="none").sum())
+        rows = (matches[image] >= 0).nonzero().flatten()
+        boxes = targets.boxes[image, matches[image, rows]]
+        box_sums.append(box_loss("smooth_l1", deltas[image, rows], anchors[rows], boxes).sum())
+        counts.append(len(rows))
+    return torch.stack(class_sums), torch.stack(box_sums), torch.tensor(counts)
+
+
+def test_normalizer_image() -> None:
+    """Sec. 4.1: each image's sum over its own assigned anchors; then the mean over images."""
+    outputs, targets = make_outputs(), make_targets()
+    class_sums, box_sums, counts = sums_an_image(outputs, targets)
+    losses = losses_of(outputs, targets)
+    assert losses.foreground.tolist() == counts.tolist()
+    assert counts[1] == 0
+    assert (counts[[0, 2]] > 1).all()
+    assert_close(losses.classification, (class_sums / counts.clamp(min=1)).mean())
+    assert_close(losses.box, (box_sums / counts.clamp(min=1)).mean())
+    assert_close(losses.total, losses.classification + losses.box)
+    assert_close(losses.normalizer, counts.clamp(min=1).float().mean())
+
+
+def test_normalizer_batch() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    class_sums, box_sums, counts = sums_an_image(outputs, targets)
+    losses = losses_of(outputs, targets, normalizer="batch")
+    assert_close(losses.classification, class_sums.sum() / counts.sum())
+    assert_close(losses.box, box_sums.sum() / counts.sum())
+    assert_close(losses.normalizer, counts.sum().float())
+
+
+def test_normalizer_batch_over_processes() -> None:
+    """Gradients are averaged over processes: so each divides by its share of all anchors."""
+    outputs, targets = make_outputs(), make_targets()
+    class_sums, _, counts = sums_an_image(outputs, targets)
+    seen = []
+
+    def of_two_processes(count: Tensor) -> Tensor:
+        seen.append(int(count))
+        return (count + 10).clamp(min=1) / 2
+
+    losses = losses_of(outputs, targets, normalizer="batch", world_foreground=of_two_processes)
+    assert seen == [int(counts.sum())]
+    assert_close(losses.classification, class_sums.sum() / ((counts.sum() + 10) / 2))
+
+
+def test_two_processes_make_the_step_of_one() -> None:
+    """The mean over two processes, the second without an object, is the whole batch's gradient."""
+    whole, targets = make_outputs(), make_targets()
+    expected = torch.autograd.grad(
+        losses_of(whole, targets, normalizer="batch").total, whole.logits
+    )
+    total = losses_of(whole, targets).foreground.sum()
+    parts = []
+    for images in ([0, 2], [1]):
+        outputs = Outputs(*(tuple(level[images] for level in levels) for levels in whole))
+        part = losses_of(
+            outputs,
+            Targets(targets.boxes[images], targets.labels[images]),
+            normalizer="batch",
+            world_foreground=lambda _: total / 2,
+        )
+        parts.append(part.total)
+    gradients = torch.autograd.grad(sum(parts) / 2, whole.logits)
+    assert_close(gradients, expected)
+
+
+def test_normalizer_running() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    class_sums, _, counts = sums_an_image(outputs, targets)
+    state = torch.tensor(RUNNING_START)
+    losses = losses_of(outputs, targets, normalizer="running", running=state)
+    after = 0.9 * 100 + 0.1 * float(counts.sum())
+    assert float(losses.normalizer) == pytest.approx(after)
+    assert_close(losses.normalizer, update_running(state, counts.sum()))
+    assert_close(losses.classification, class_sums.sum() / after)
+    assert float(state) == 100, "the caller's state is the caller's"
+    again = losses_of(outputs, targets, normalizer="running", running=state)
+    assert_close(again.total, losses.total)
+
+
+def test_update_running_by_hand() -> None:
+    assert float(update_running(torch.tensor(100.0), torch.tensor(50))) == pytest.approx(95)
+    # a batch without objects counts as 1
+    assert float(update_running(torch.tensor(10.0), torch.tensor(0))) == pytest.approx(9.1)
+
+
+def test_equal_to_torchvision() -> None:
+    """torchvision's heads compute their losses from the same matches: focal loss and plain L1."""
+    outputs, targets = make_outputs(), make_targets()
+    matches = match_anchors(torch.cat(ANCHORS), targets)
+    theirs = {
+        "cls_logits": flatten_levels(outputs.logits, CLASSES),
+        "bbox_regression": flatten_levels(outputs.deltas, 4),
+    }
+    lists = [
+        {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.tensor(labels).long()}
+        for boxes, labels in zip(BOXES, LABELS, strict=True)
+    ]
+    class_head = RetinaNetClassificationHead(4, 9, CLASSES)
+    box_head = RetinaNetRegressionHead(4, 9)
+    ours = losses_of(outputs, targets, box="l1")
+    assert_close(ours.classification, class_head.compute_loss(lists, theirs, list(matches)))
+    anchors = [torch.cat(ANCHORS)] * 3
+    assert_close(ours.box, box_head.compute_loss(lists, theirs, anchors, list(matches)))
+    box_head._loss_type = "giou"
+    giou = losses_of(outputs, targets, box="giou")
+    assert_close(giou.box, box_head.compute_loss(lists, theirs, anchors, list(matches)))
+
+
+@pytest.mark.parametrize("classification", list(CLASSIFICATION_LOSSES))
+def test_each_classification_loss(classification: str) -> None:
+    outputs, targets = make_outputs(), make_targets()
+    labels = anchor_labels(match_anchors(torch.cat(ANCHORS), targets), targets.labels)
+    logits = flatten_levels(outputs.logits, CLASSES)
+    options = {"alpha": [0.2, 0.5, 0.8], "gamma": 3.0, "beta": 0.5}
+    expected = {
+        "focal": focal_loss(logits, labels, alpha=[0.2, 0.5, 0.8], gamma=3.0),
+        "cross_entropy": cross_entropy(logits, labels, alpha=[0.2, 0.5, 0.8]),
+        "focal_star": focal_loss_star(logits, labels, gamma=3.0, beta=0.5, alpha=[0.2, 0.5, 0.8]),
+    }[classification]
+    losses = losses_of(
+        outputs, targets, classification=classification, normalizer="batch", **options
+    )
+    assert_close(losses.classification, expected / losses.foreground.sum())
+
+
+@pytest.mark.parametrize("box", list(BOX_LOSSES))
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_each_box_loss(box: str, weight: float) -> None:
+    outputs, targets = make_outputs(), make_targets()
+    anchors = torch.cat(ANCHORS)
+    matches = match_anchors(anchors, targets)
+    image, row = (matches >= 0).nonzero(as_tuple=True)
+    deltas = flatten_levels(outputs.deltas, 4)[image, row]
+    boxes = targets.boxes[image, matches[image, row]]
+    expected = box_loss(box, deltas, anchors[row], boxes, beta=0.3).sum() / len(row)
+    losses = losses_of(
+        outputs, targets, box=box, box_beta=0.3, box_weight=weight, normalizer="batch"
+    )
+    assert_close(losses.box, expected * weight)
+
+
+def test_matching_options_arrive() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    plain = losses_of(outputs, targets).foreground
+    fewer = losses_of(outputs, targets, foreground_iou=0.7).foreground
+    more = losses_of(outputs, targets, foreground_iou=0.9, low_quality_matches=True).foreground
+    strict = losses_of(outputs, targets, foreground_iou=0.9).foreground
+    assert fewer.sum() < plain.sum()
+    assert more.sum() > strict.sum()
+    ignored = losses_of(outputs, targets).classification
+    assert losses_of(outputs, targets, background_iou=0.5).classification != ignored
+
+
+@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
+@pytest.mark.parametrize("box", ["smooth_l1", "ciou"])
+def test_without_any_object_every_output_still_has_a_gradient(normalizer: str, box: str) -> None:
+    """A process of several with no object must take part in each gradient, or the others hang."""
+    outputs = make_outputs()
+    empty = pad_targets([torch.zeros(0, 4)] * 3, [torch.zeros(0, dtype=torch.int64)] * 3)
+    losses = losses_of(outputs, empty, normalizer=normalizer, box=box, running=torch.tensor(100.0))
+    assert float(losses.box.detach()) == 0
+    assert float(losses.classification.detach()) > 0
+    for loss, levels in ((losses.classification, outputs.logits), (losses.box, outputs.deltas)):
+        gradients = torch.autograd.grad(loss, levels, allow_unused=False)
+        assert all(one.isfinite().all() for one in gradients)
+
+
+def test_background_image_counts_as_one_anchor() -> None:
+    outputs = make_outputs(batch=1)
+    empty = pad_targets([torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
+    losses = losses_of(outputs, empty)
+    nothing = torch.full((1, sum(map(len, ANCHORS))), -1)
+    assert_close(
+        losses.classification, focal_loss(flatten_levels(outputs.logits, CLASSES), nothing)
+    )
+
+
+def test_all_anchors_ignored() -> None:
+    outputs = make_outputs(batch=1)
+    crowd = Targets(torch.tensor([[[-500.0, -500.0, 700.0, 700.0]]]), torch.tensor([[IGNORED]]))
+    losses = losses_of(outputs, crowd)
+    assert float(losses.total.detach()) == 0
+    gradients = torch.autograd.grad(losses.total, [*outputs.logits, *outputs.deltas])
+    assert not any(one.any() for one in gradients)
+
+
+def test_logits_are_not_copied_in_channels_last() -> None:
+    for level in make_outputs().logits:
+        assert flatten_level(level, CLASSES).data_ptr() == level.data_ptr()
+    for level in make_outputs(channels_last=False).logits:
+        assert flatten_level(level, CLASSES).data_ptr() != level.data_ptr()
+
+
+def test_layout_changes_nothing() -> None:
+    targets = make_targets()
+    last, first = make_outputs(), make_outputs(channels_last=False)
+    a, b = losses_of(last, targets).total, losses_of(first, targets).total
+    assert_close(a, b)
+    assert_close(torch.autograd.grad(a, last.logits), torch.autograd.grad(b, first.logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs(dtype: torch.dtype) -> None:
+    outputs, targets = make_outputs(dtype=dtype), make_targets()
+    losses = losses_of(outputs, targets)
+    assert losses.total.dtype == torch.float32
+    wide = Outputs(*(tuple(one.float() for one in levels) for levels in outputs))
+    assert_close(losses.total, losses_of(wide, targets).total)
+    gradients = torch.autograd.grad(losses.total, [*outputs.logits, *outputs.deltas])
+    assert {one.dtype for one in gradients} == {dtype}
+
+
+def test_value_does_not_need_a_gradient() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    expected = losses_of(outputs, targets).total.detach()
+    with torch.inference_mode():
+        assert_close(losses_of(make_outputs(), targets).total, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"classification": "ohem"},
+            "classification loss is one of focal, cross_entropy, focal_star, got 'ohem'",
+        ),
+        ({"normalizer": "rank"}, "normalizer is one of image, batch, running, got 'rank'"),
+        ({"normalizer": "running"}, r"needs its state: pass running, at first torch.tensor\(100"),
+        ({"box": "l2"}, "box loss is one of .* got 'l2'"),
+        ({"box_beta": 0.0}, "beta must be over 0"),
+        ({"gamma": float("nan")}, "gamma must be >= 0, got nan"),
+        ({"alpha": 2.0}, "alpha must lie in"),
+        ({"foreground_iou": 0.1}, "background_iou <= foreground_iou"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        losses_of(make_outputs(), make_targets(), **options)
+
+
+def test_refused_shapes() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    with pytest.raises(ValueError, match="logits, deltas and anchors have 3, 3 and 2 levels"):
+        detection_losses(outputs, ANCHORS[:2], targets, num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r"level 0: logits \(3, 27, 12, 16\), .* and 4 classes"):
+        detection_losses(outputs, ANCHORS, targets, num_classes=4)
+    with pytest.raises(ValueError, match=r"level 0: .* do not fit 2 images and 3 classes"):
+        losses_of(outputs, Targets(targets.boxes[:2], targets.labels[:2]))
+    with pytest.raises(ValueError, match=r"level 1: .* 5 anchors do not fit"):
+        detection_losses(
+            outputs, [ANCHORS[0], ANCHORS[1][:5], ANCHORS[2]], targets, num_classes=CLASSES
+        )
+    high = torch.where(targets.labels == 2, 3, targets.labels)
+    with pytest.raises(ValueError, match=r"label 3 is neither a class 0\.\.2"):
+        losses_of(outputs, Targets(targets.boxes, high))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_on_a_gpu(dtype: torch.dtype) -> None:
+    outputs, targets = make_outputs(dtype=dtype), make_targets()
+    expected = losses_of(outputs, targets)
+    there = Outputs(
+        *(tuple(one.detach().cuda().requires_grad_() for one in levels) for levels in outputs)
+    )
+    losses = detection_losses(
+        there, [one.cuda() for one in ANCHORS], targets.to("cuda"), num_classes=CLASSES
+    )
+    assert_close(losses.total.cpu(), expected.total)
+    assert_close(
+        [one.cpu() for one in torch.autograd.grad(losses.total, there.logits)],
+        list(torch.autograd.grad(expected.total, outputs.logits)),
+    )

@@ -1,0 +1,300 @@
+"""From outputs to detections: hand cases, torchvision's own, limits, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.retinanet import RetinaNet
+
+import retinanet.postprocess as module
+from retinanet.anchors import anchor_spec, default_anchor_spec, feature_sizes, level_anchors
+from retinanet.postprocess import postprocess
+from retinanet.structures import Detections, Outputs, flatten_level
+
+SPEC = anchor_spec([8], sizes=[16], scales=[1], aspect_ratios=[1])
+CELLS = [(4, 4)]
+ANCHORS = level_anchors(SPEC, CELLS)  # 16 boxes of 16 x 16, 8 px apart
+NOTHING = -20.0
+
+
+def logit(score: float) -> float:
+    return math.log(score / (1 - score))
+
+
+def outputs_of(scores: dict[tuple[int, int, int, int], float], *, images: int = 1) -> Outputs:
+    """Two classes, one level; {(image, class, row, column): score}, boxes as the anchors are."""
+    logits = torch.full((images, 2, 4, 4), NOTHING)
+    for place, score in scores.items():
+        logits[place] = logit(score)
+    return Outputs((logits,), (torch.zeros(images, 4, 4, 4),))
+
+
+def run(outputs: Outputs, **options: Any) -> list[Detections]:
+    sizes = torch.tensor([[32, 32]] * len(outputs.logits[0]))
+    return postprocess(outputs, ANCHORS, sizes, **({"num_classes": 2} | options))
+
+
+def test_boxes_by_hand() -> None:
+    outputs = outputs_of({(0, 1, 2, 1): 0.9})
+    outputs.deltas[0][0, :, 2, 1] = torch.tensor([0.5, 0.0, math.log(0.5), 0.0])
+    (found,) = run(outputs)
+    # the anchor at column 1, row 2: centre (8, 16); 8 px to the right, half as wide
+    assert_close(found.boxes, torch.tensor([[12.0, 8.0, 20.0, 24.0]]))
+    assert_close(found.scores, torch.tensor([0.9]))
+    assert found.labels.tolist() == [1]
+
+
+def test_score_threshold_is_exclusive() -> None:
+    outputs = outputs_of({(0, 0, 0, 0): 0.051, (0, 0, 3, 3): 0.049})
+    (found,) = run(outputs)
+    assert_close(found.scores, torch.tensor([0.051]))
+    half = Outputs((torch.zeros(1, 2, 4, 4),), outputs.deltas)  # every score is .5
+    assert len(run(half, score_threshold=0.5)[0]) == 0
+    assert len(run(half, score_threshold=0.4999)[0]) > 0
+
+
+def test_score_threshold_0_lets_everything_through() -> None:
+    (found,) = run(outputs_of({}), score_threshold=0.0, nms_threshold=1.0)
+    assert len(found) == 32
+    # NMS drops IoU over .5; neighbours 8 px apart have 1/3
+    (found,) = run(outputs_of({}), score_threshold=0.0)
+    assert len(found) == 32
+
+
+@pytest.mark.parametrize(
+    ("nms_threshold", "kept"),
+    [(0.33, [0.9]), (0.34, [0.9, 0.8])],  # the two boxes overlap by 128 / 384
+)
+def test_nms_keeps_the_better_of_a_class(nms_threshold: float, kept: list[float]) -> None:
+    outputs = outputs_of({(0, 0, 1, 1): 0.8, (0, 0, 1, 2): 0.9})
+    (found,) = run(outputs, nms_threshold=nms_threshold)
+    assert_close(found.scores, torch.tensor(kept))
+
+
+def test_nms_keeps_classes_and_images_apart() -> None:
+    scores = {(0, 0, 1, 1): 0.8, (0, 1, 1, 1): 0.9, (1, 0, 1, 1): 0.7}
+    first, second = run(outputs_of(scores, images=2))
+    assert first.labels.tolist() == [1, 0]
+    assert_close(first.scores, torch.tensor([0.9, 0.8]))
+    assert_close(second.scores, torch.tensor([0.7]))
+
+
+def test_class_agnostic_nms() -> None:
+    scores = {(0, 0, 1, 1): 0.8, (0, 1, 1, 1): 0.9, (1, 0, 1, 1): 0.7}
+    first, second = run(outputs_of(scores, images=2), class_agnostic_nms=True)
+    assert first.labels.tolist() == [1]
+    assert second.labels.tolist() == [0]
+
+
+def test_best_come_first_and_the_rest_is_dropped() -> None:
+    scores = {(0, 0, 0, column): 0.5 + column / 10 for column in range(4)}
+    scores |= {(0, 1, 3, 0): 0.55}
+    (found,) = run(outputs_of(scores), nms_threshold=1.0)
+    assert_close(found.scores, torch.tensor([0.8, 0.7, 0.6, 0.55, 0.5]))
+    (found,) = run(outputs_of(scores), nms_threshold=1.0, detections_per_image=3)
+    assert_close(found.scores, torch.tensor([0.8, 0.7, 0.6]))
+
+
+@pytest.mark.parametrize("listed_at_most", [2**23, 0])
+def test_topk_is_a_level_and_image(listed_at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LISTED_AT_MOST", listed_at_most)
+    scores = {(0, 0, 0, column): 0.5 + column / 10 for column in range(4)}
+    scores |= {(1, 1, 0, column): 0.9 - column / 10 for column in range(3)}
+    one = outputs_of(scores, images=2)
+    both = Outputs(one.logits * 2, one.deltas * 2)
+    first, second = postprocess(
+        both,
+        ANCHORS * 2,
+        torch.tensor([[32, 32]] * 2),
+        num_classes=2,
+        topk_candidates=2,
+        nms_threshold=1.0,
+    )
+    assert_close(first.scores, torch.tensor([0.8, 0.8, 0.7, 0.7]))
+    assert_close(second.scores, torch.tensor([0.9, 0.9, 0.8, 0.8]))
+
+
+def test_boxes_are_clipped_to_each_image() -> None:
+    outputs = outputs_of({(0, 0, 3, 3): 0.9, (1, 0, 3, 3): 0.9}, images=2)
+    sizes = torch.tensor([[30, 28], [20, 18]])  # height, width
+    first, second = postprocess(outputs, ANCHORS, sizes, num_classes=2)
+    assert_close(first.boxes, torch.tensor([[16.0, 16.0, 28.0, 30.0]]))
+    assert_close(second.boxes, torch.tensor([[16.0, 16.0, 18.0, 20.0]]))
+
+
+def test_nothing_found() -> None:
+    first, second = run(outputs_of({}, images=2))
+    for found in (first, second):
+        assert found.boxes.shape == (0, 4)
+        assert found.scores.dtype == torch.float32
+        assert found.labels.dtype == torch.int64
+
+
+def test_nan_finds_nothing() -> None:
+    outputs = outputs_of({(0, 0, 0, 0): 0.9})
+    outputs.logits[0][0, 1] = float("nan")
+    (found,) = run(outputs)
+    assert found.labels.tolist() in ([0], [])
+    assert not found.scores.isnan().any()
+
+
+def random_outputs(
+    dtype: torch.dtype = torch.float32, *, classes: int = 7, images: int = 3
+) -> tuple[Outputs, list[Tensor], Tensor]:
+    spec = default_anchor_spec()
+    cells = feature_sizes(spec.strides, 256, 320)
+    generator = torch.Generator().manual_seed(0)
+
+    def level(channels: int, cell: tuple[int, int], shift: float, scale: float) -> Tensor:
+        values = torch.randn(images, channels, *cell, generator=generator) * scale + shift
+        return values.to(dtype).to(memory_format=torch.channels_last)
+
+    outputs = Outputs(
+        tuple(level(9 * classes, cell, -5.0, 1.5) for cell in cells),
+        tuple(level(36, cell, 0.0, 0.3) for cell in cells),
+    )
+    sizes = torch.tensor([[256, 320], [200, 320], [256, 111]])[:images]
+    return outputs, level_anchors(spec, cells), sizes
+
+
+def of_torchvision(
+    outputs: Outputs, anchors: list[Tensor], sizes: Tensor, classes: int, **options: Any
+) -> list[dict[str, Tensor]]:
+    detector = SimpleNamespace(
+        box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)),
+        **(
+            {
+                "score_thresh": 0.05,
+                "topk_candidates": 1000,
+                "nms_thresh": 0.5,
+                "detections_per_img": 100,
+            }
+            | options
+        ),
+    )
+    heads = {
+        "cls_logits": [flatten_level(level, classes) for level in outputs.logits],
+        "bbox_regression": [flatten_level(level, 4) for level in outputs.deltas],
+    }
+    shapes = [(int(height), int(width)) for height, width in sizes]
+    return RetinaNet.postprocess_detections(detector, heads, [anchors] * len(sizes), shapes)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"score_threshold": 0.3}, {"score_thresh": 0.3}),
+        ({"topk_candidates": 60}, {"topk_candidates": 60}),
+        ({"nms_threshold": 0.3}, {"nms_thresh": 0.3}),
+        ({"detections_per_image": 5000}, {"detections_per_img": 5000}),
+    ],
+)
+@pytest.mark.parametrize("listed_at_most", [2**23, 0])
+def test_equal_to_torchvision(
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    listed_at_most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_LISTED_AT_MOST", listed_at_most)
+    outputs, anchors, sizes = random_outputs()
+    expected = of_torchvision(outputs, anchors, sizes, 7, **theirs)
+    found = postprocess(outputs, anchors, sizes, num_classes=7, **ours)
+    for own, other in zip(found, expected, strict=True):
+        assert len(own) > 50
+        assert_close(own.boxes, other["boxes"], atol=1e-4, rtol=0)
+        assert_close(own.scores, other["scores"], atol=1e-7, rtol=0)
+        assert_close(own.labels, other["labels"])
+
+
+def test_images_do_not_mix() -> None:
+    outputs, anchors, sizes = random_outputs()
+    together = postprocess(outputs, anchors, sizes, num_classes=7)
+    for i, found in enumerate(together):
+        part = slice(i, i + 1)
+        own = Outputs(*(tuple(level[part] for level in levels) for levels in outputs))
+        (alone,) = postprocess(own, anchors, sizes[part], num_classes=7)
+        for name in ("boxes", "scores", "labels"):
+            assert_close(getattr(found, name), getattr(alone, name), rtol=0, atol=0)
+
+
+def test_suppression_of_a_gpu_gives_the_same() -> None:
+    generator = torch.Generator().manual_seed(4)
+    corner = torch.rand(900, 2, generator=generator) * 300
+    boxes = torch.cat((corner, corner + torch.rand(900, 2, generator=generator) * 80 + 1), dim=1)
+    scores = torch.rand(900, generator=generator)
+    groups = torch.randint(0, 40, (900,), generator=generator) * 16
+    expected = module._suppress_by_group(boxes, scores, groups, 0.4)
+    assert 100 < len(expected) < 880
+    assert_close(module._suppress_at_once(boxes, scores, groups, 0.4), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_equal_on_a_gpu() -> None:
+    outputs, anchors, sizes = random_outputs()
+    there = Outputs(*(tuple(level.cuda() for level in levels) for levels in outputs))
+    found = postprocess(there, [level.cuda() for level in anchors], sizes.cuda(), num_classes=7)
+    expected = postprocess(outputs, anchors, sizes, num_classes=7)
+    for own, other in zip(found, expected, strict=True):
+        assert_close(own.boxes.cpu(), other.boxes, atol=1e-3, rtol=0)
+        assert_close(own.labels.cpu(), other.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    outputs, anchors, sizes = random_outputs(dtype)
+    wide = Outputs(*(tuple(one.float() for one in levels) for levels in outputs))
+    found = postprocess(outputs, anchors, sizes, num_classes=7, detections_per_image=10**6)
+    expected = postprocess(wide, anchors, sizes, num_classes=7, detections_per_image=10**6)
+    for own, other in zip(found, expected, strict=True):
+        assert own.boxes.dtype == own.scores.dtype == torch.float32
+        assert_close(own.scores, other.scores)
+        assert_close(own.boxes, other.boxes)
+
+
+def test_no_gradient_is_kept() -> None:
+    outputs, anchors, sizes = random_outputs(images=1)
+    for levels in outputs:
+        for level in levels:
+            level.requires_grad_()
+    (found,) = postprocess(outputs, anchors, sizes, num_classes=7)
+    assert not found.boxes.requires_grad
+    assert not found.scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_threshold": 1.0}, r"score_threshold must lie in \[0, 1\), got 1.0"),
+        ({"score_threshold": -0.1}, "score_threshold must lie in"),
+        ({"nms_threshold": 0.0}, r"nms_threshold must lie in \(0, 1\], got 0.0"),
+        ({"nms_threshold": 1.5}, "nms_threshold must lie in"),
+        ({"topk_candidates": 0}, "must be 1 or more, got 0 and 100"),
+        ({"detections_per_image": 0}, "must be 1 or more, got 1000 and 0"),
+        ({"num_classes": 3}, r"level 0: logits \(1, 2, 4, 4\), .* 16 anchors .* 3 classes"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(outputs_of({}), **options)
+
+
+def test_refused_shapes() -> None:
+    outputs, sizes = outputs_of({}), torch.tensor([[32, 32]])
+    with pytest.raises(ValueError, match="one tensor a level, got 1, 1 and 2"):
+        postprocess(outputs, ANCHORS * 2, sizes, num_classes=2)
+    with pytest.raises(ValueError, match="one tensor a level, got 0, 0 and 0"):
+        postprocess(Outputs((), ()), [], sizes, num_classes=2)
+    with pytest.raises(ValueError, match=r"sizes are \(B, 2\) height and width, got \(2,\)"):
+        postprocess(outputs, ANCHORS, sizes[0], num_classes=2)
+    with pytest.raises(ValueError, match="do not fit 2 images and 2 classes"):
+        postprocess(outputs, ANCHORS, sizes.repeat(2, 1), num_classes=2)
