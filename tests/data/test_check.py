@@ -432,6 +432,16 @@ def test_anchor_reach_equals_all_anchors_tried(tmp_path: Path, rounding: Any, p2
     assert found.to_dict()["share"] == found.share
 
 
+def test_anchor_reach_at_the_last_cell(tmp_path: Path) -> None:
+    """Anchors of side 4 every 8 pixels: the last centre of 64 is 56, not 64."""
+    spec = anchor_spec([8], sizes=[4], scales=[1], aspect_ratios=[1])
+    dataset = _one(tmp_path, (54, 54, 58, 58), (56, 54, 60, 58), (60, 60, 64, 64), size=(64, 64))
+    found = anchor_reach({"train": dataset}, spec, 64, 64)
+    # 1; half of each in common: 8 / (16 + 16 - 8) = 1/3; (60..64) and (54..58) do not meet
+    assert found.mean_iou == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert (found.reached, found.objects) == (1, 3)
+
+
 def test_anchor_reach_without_objects(tmp_path: Path) -> None:
     found = anchor_reach({"train": _one(tmp_path)}, default_anchor_spec(), 600, 1000)
     assert (found.objects, found.share, found.mean_iou) == (0, 1.0, 0.0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.faults import CLIPPED, box_fault
+from retinanet.data.loading import usable_cpus
 from retinanet.data.statistics import Statistics, count_objects
 
 KINDS: dict[str, str] = {
@@ -98,8 +99,8 @@ def check_datasets(
 ) -> CheckReport:
     """Open every picture and look at every object.
 
-    Pictures are decoded in as many threads as the machine has processors, and forgotten at once:
-    memory does not grow with their number but for about 300 bytes each.
+    Pictures are decoded in as many threads as there are processors, and forgotten at once: a few
+    hundred bytes of each stay in memory.
 
     Args:
         splits: as :func:`retinanet.data.formats.read_splits` gives them; overlapping ones (VOC's
@@ -160,11 +161,9 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
 
 def _open_all(paths: Sequence[Path]) -> Iterator[Picture]:
     """Each file's :class:`Picture`, in order."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     waiting = iter(paths)
-    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        # Pillow warns of huge pictures and odd EXIF; what keeps a picture from being read is
-        # raised.
+    with ThreadPoolExecutor(usable_cpus()) as pool, warnings.catch_warnings():
+        # Pillow warns of huge pictures and odd EXIF; what hinders reading is raised.
         warnings.simplefilter("ignore")
         while chunk := list(islice(waiting, _CHUNK)):
             yield from pool.map(_open, chunk)
@@ -179,7 +178,7 @@ def _open(path: Path) -> Picture:
         return Picture(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
-        return _decode(path, digest)
+        return _decode(path, content, digest)
     except UnidentifiedImageError:
         reason = f"is no picture; it begins with {content[:16]!r}" if content else "is empty"
         return Picture(failure=("image-unreadable", reason), file_digest=digest)
@@ -191,8 +190,8 @@ def _open(path: Path) -> Picture:
         return Picture(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
 
 
-def _decode(path: Path, digest: bytes) -> Picture:
-    with Image.open(path) as picture:
+def _decode(path: Path, content: bytes, digest: bytes) -> Picture:
+    with Image.open(BytesIO(content)) as picture:
         form = picture.format or ""
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
         picture.load()

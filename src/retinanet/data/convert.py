@@ -52,7 +52,7 @@ def convert(
     What both formats can hold comes through there and back: boxes, classes, splits, pictures
     without objects, and, but for YOLO, ids, crowds, difficult objects, areas and other values.
     Faults of the labels come along where the format can state them; see
-    :func:`retinanet.data.check.write_fixed` to mend them.
+    :func:`retinanet.data.fix.write_fixed` to mend them.
 
     Args:
         source: a folder or file, or its splits.

@@ -36,8 +36,7 @@ class Statistics:
         ignored: crowds and difficult objects.
         classes: objects by class name, of every class.
         images_of_class: pictures that hold the class, by name.
-        sizes: objects by ``small`` (under 32 x 32 pixels), ``medium`` and ``large`` (96 x 96 on),
-        as
+        sizes: objects by ``small``, ``medium`` (32 x 32 pixels on) and ``large`` (96 x 96 on), as
             COCO counts them.
         side: percentiles of the square root of the boxes' areas in pixels.
         aspect_ratio: percentiles of height / width of the boxes.
