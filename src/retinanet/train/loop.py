@@ -493,4 +493,6 @@ def _every(setting: float, steps: int) -> int:
 
 def _result(folder: RunFolder, progress: Progress, interrupted: bool = False) -> Run:
     model = folder.best if folder.best.is_dir() else folder.last
-    return Run(folder.path, model, progress.best_metrics, progress.best_ap, progress.step, interrupted)
+    return Run(
+        folder.path, model, progress.best_metrics, progress.best_ap, progress.step, interrupted
+    )
