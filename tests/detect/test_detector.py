@@ -106,6 +106,10 @@ def test_batch_size_is_what_the_network_takes(
     detector.detect([square] * 5, batch_size=2)
     assert [shape[0] for shape in model.batches] == [2, 2, 1]
     assert model.batches[0] == (2, 3, 64, 96)
+    # What cannot be read takes no place in a batch.
+    model.batches.clear()
+    list(detector.stream([square, "nowhere.png", square, square], batch_size=2))
+    assert [shape[0] for shape in model.batches] == [2, 1]
 
 
 def test_exif_turned_picture(detector: Detector, tmp_path: Path, square: Pixels) -> None:

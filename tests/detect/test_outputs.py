@@ -167,11 +167,11 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_names_never_meet(tmp_path: Path) -> None:
     pixels = np.zeros((40, 20, 3), np.uint8)
-    names = ["1.jpg", "1.png", "x/1.jpg", "1.JPG", "1.jpg", "../1.jpg", "/1.jpg"]
+    names = ["1.jpg", "1.png", "x/1.jpg", "1.JPG", "1.jpg", "../1.jpg", "/1.jpg", "a.jpg", "A.jpg"]
     write(tmp_path / "out", ["yolo", "pictures"], *[found(name, pixels) for name in names])
     labels, pictures = files(tmp_path / "out/labels"), files(tmp_path / "out/pictures")
     assert len(labels) == len(pictures) == len(names)
-    assert {"1.txt", "1.png.txt", "x/1.txt", "1.JPG.txt"} < set(labels)
+    assert {"1.txt", "1.png.txt", "x/1.txt", "1.JPG.txt", "a.txt", "A.jpg.txt"} < set(labels)
     assert {"1.jpg", "1.png", "x/1.jpg"} < set(pictures)
     assert len({name.casefold() for name in labels}) == len(names)
     assert files(tmp_path) == sorted(
