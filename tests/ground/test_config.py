@@ -1,0 +1,261 @@
+"""Settings: the paper's defaults, recipes, overrides, every refusal, and TOML there and back."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from retinanet.anchors import ASPECT_RATIOS, OCTAVE_SCALES, default_anchor_spec
+from retinanet.config import (
+    Recipe,
+    build_recipe,
+    load_recipe,
+    nearest,
+    recipe_names,
+    setting_names,
+    to_toml,
+)
+from retinanet.errors import ConfigError, RetinaNetError
+from retinanet.losses import BOX_LOSSES, CLASSIFICATION_LOSSES
+
+
+def test_defaults_are_the_papers() -> None:
+    """Sec. 3.3, 4, 4.1 and 5."""
+    recipe = Recipe()
+    assert (recipe.loss.alpha, recipe.loss.gamma, recipe.loss.normalizer) == (0.25, 2, "image")
+    assert (recipe.matching.foreground_iou, recipe.matching.background_iou) == (0.5, 0.4)
+    assert not recipe.matching.low_quality_matches
+    assert (recipe.model.prior, recipe.model.p6_from, recipe.model.p2) == (0.01, "c5", False)
+    assert (recipe.model.channels, recipe.model.head_depth) == (256, 4)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.lr) == (90_000, 16, 0.01)
+    assert [share * 90_000 for share in recipe.train.milestones] == pytest.approx([60e3, 80e3])
+    assert (recipe.train.momentum, recipe.train.weight_decay) == (0.9, 1e-4)
+    assert (recipe.detect.score_threshold, recipe.detect.nms_threshold) == (0.05, 0.5)
+    assert recipe.detect.topk_candidates == 1000
+    assert recipe.data.image_size == 600
+
+
+def test_defaults_agree_with_the_rooms() -> None:
+    recipe = Recipe()
+    assert recipe.anchors.scales == OCTAVE_SCALES
+    assert recipe.anchors.aspect_ratios == ASPECT_RATIOS
+    assert recipe.anchors.rounding == default_anchor_spec().rounding
+    for name in CLASSIFICATION_LOSSES:
+        assert load_recipe("paper_1x", [f"loss.classification={name}"])
+    for name in BOX_LOSSES:
+        assert load_recipe("paper_1x", [f"loss.box={name}"])
+
+
+def test_paper_recipe_is_the_defaults() -> None:
+    assert load_recipe("paper_1x") == Recipe()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_recipe_loads_under_its_own_name(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_the_recipes_that_come_along() -> None:
+    assert {"paper_1x", "paper_table2", "quick"} <= set(recipe_names())
+    table2 = load_recipe("paper_table2")
+    assert table2.train.steps == 135_000  # 1.5 times 90k
+    assert table2.model.backbone == "resnet101"
+
+
+# --- overrides ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.lr=0.005", "train", "lr", 0.005),
+        ("train.lr = 1e-3", "train", "lr", 1e-3),
+        ("train.batch_size=4", "train", "batch_size", 4),
+        ("model.p2=true", "model", "p2", True),
+        ("model.backbone=resnet18", "model", "backbone", "resnet18"),
+        ('model.backbone="timm/x"', "model", "backbone", "timm/x"),
+        ("model.backbone_weights=a=b.safetensors", "model", "backbone_weights", "a=b.safetensors"),
+        ("data.multi_scale=[400, 500]", "data", "multi_scale", (400, 500)),
+        ("data.workers=2", "data", "workers", 2),
+        ("data.workers=auto", "data", "workers", "auto"),
+        ("loss.alpha=[0.1, 0.9]", "loss", "alpha", (0.1, 0.9)),
+        ("loss.alpha=none", "loss", "alpha", None),
+        ("anchors.sizes=none", "anchors", "sizes", None),
+        ("model.head_norm=none", "model", "head_norm", "none"),
+        ("model.pixel_mean=[1, 2, 3]", "model", "pixel_mean", (1.0, 2.0, 3.0)),
+        ("train.trackers=['wandb']", "train", "trackers", ("wandb",)),
+    ],
+)
+def test_overrides(override: str, section: str, key: str, value: Any) -> None:
+    recipe = load_recipe("paper_1x", [override])
+    assert getattr(getattr(recipe, section), key) == value
+    others = recipe.model_dump()
+    others[section][key] = Recipe().model_dump()[section][key]
+    assert others == Recipe().model_dump()
+
+
+def test_the_last_override_counts() -> None:
+    assert load_recipe("quick", ["train.lr=1", "train.lr=2"]).train.lr == 2
+
+
+def test_naming_the_steps_takes_the_place_of_epochs() -> None:
+    assert load_recipe("quick").train.epochs is not None
+    recipe = load_recipe("quick", ["train.steps=7"])
+    assert (recipe.train.steps, recipe.train.epochs) == (7, None)
+    both = load_recipe("quick", ["train.steps=7", "train.epochs=2"])
+    assert (both.train.steps, both.train.epochs) == (7, 2)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().train.lr = 1.0  # type: ignore[misc]
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "'train.lr' is not a setting: write key=value, as in train.lr=0.005"),
+        ("lr=1", "there is no setting 'lr'; did you mean train.lr?"),
+        ("train.lrr=1", "there is no setting 'train.lrr'; did you mean train.lr?"),
+        ("trian.momentum=1", "no setting 'trian.momentum'; did you mean train.momentum?"),
+        ("score_threshold=1", "did you mean detect.score_threshold?"),
+        ("qqqqqqqqqqqqqqqqq=1", "there is no setting 'qqqqqqqqqqqqqqqqq'"),
+        ("=1", "there is no setting ''"),
+        ("train=1", "there is no setting 'train'"),
+        ("train.lr=fast", "train.lr: Input should be a valid number"),
+        ("train.lr=fast", "(got 'fast')"),
+        ("train.lr=0", "train.lr: Input should be greater than 0 (got 0)"),
+        ("train.lr=inf", "train.lr: Input should be a finite number (got inf)"),
+        ("loss.gamma=nan", "loss.gamma: Input should be"),
+        ("train.momentum=1", "train.momentum: Input should be less than 1 (got 1)"),
+        ("train.batch_size=2.5", "train.batch_size: Input should be a valid integer"),
+        ("model.norm=batch", "model.norm: Input should be 'frozen', 'trained' or 'group'"),
+        ("model.prior=1", "model.prior: Input should be less than 1"),
+        ("model.pixel_mean=[1, 2]", "model.pixel_mean: Field required"),
+        ("data.image_size=31", "data.image_size: Input should be greater than or equal to 32"),
+        ("train.trackers=['x']", "train.trackers: Input should be 'tensorboard', 'wandb' or"),
+        ("matching.foreground_iou=0.3", "background_iou 0.4 is over foreground_iou 0.3"),
+        ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
+        ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
+        ("anchors.scales=[]", "scales () is not one or more numbers over 0"),
+        ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) is not one or more"),
+        ("anchors.sizes=[-8]", "sizes (-8.0,) is not one or more numbers over 0"),
+        ("data.scale_jitter=[1.2, 0.8]", "scale_jitter (1.2, 0.8) is not 0 < low <= high"),
+        ("data.scale_jitter=[0, 1]", "scale_jitter (0.0, 1.0) is not 0 < low <= high"),
+        ("data.multi_scale=[400, 16]", "(400, 16) holds a side under 32 pixels"),
+        ("train.accumulate=3", "batch_size 16 does not divide by accumulate 3"),
+        ("train.min_steps=2000000000", "min_steps 2000000000 is over max_steps 1000000000"),
+        ("train.milestones=[0.5, 1]", "milestones (0.5, 1.0) are shares of the steps, in (0, 1)"),
+    ],
+)
+def test_refused_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_recipe("paper_1x", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, RetinaNetError)
+
+
+def test_refused_names_of_recipes(tmp_path: Path) -> None:
+    for name, message in (
+        ("quik", "recipe 'quik' is neither a file nor one of paper_1x, "),
+        ("quik", "; did you mean quick?"),
+        (str(tmp_path / "none.toml"), "none.toml: cannot be read: "),
+        (str(tmp_path), "is neither a file nor one of"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_recipe(name)
+        assert message in str(error.value)
+
+
+def test_refused_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    for text, message in (
+        (b"[train\n", "is not TOML: "),
+        (b"\xff\xfe\x00", "cannot be read: "),
+        (b"[train]\nlearning = 1\n", "there is no setting 'train.learning'"),
+        (b"[train]\nlrr = 1\n", "there is no setting 'train.lrr'; did you mean train.lr?"),
+        (b"[trian]\nlr = 1\n", "there is no setting 'trian'"),
+        (b"train = 5\n", "train: Input should be a valid dictionary"),
+        (b"[train]\nlr = -1\nmomentum = 7\n", "; 1 more"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ConfigError) as error:
+            load_recipe(file)
+        assert message in str(error.value)
+        assert "mine.toml" in str(error.value)
+
+
+def test_errors_say_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.json: there is no setting 'loss\.gama'"):
+        build_recipe({"loss": {"gama": 2}}, "run.json")
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"), [("train.lrr", "; did you mean train.lr?"), ("zzz", "")]
+)
+def test_nearest(word: str, answer: str) -> None:
+    assert nearest(word, setting_names()) == answer
+
+
+# --- TOML there and back --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_toml_reads_back_to_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(recipe), "utf-8")
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss.alpha=none"],
+        ["loss.alpha=[0.1, 0.25]"],
+        ["anchors.sizes=[16, 32.5]", "anchors.scales=[1.2599210498948732]"],
+        ["model.pixel_mean=[127.5, 127.5, 127.5]", "model.stride_padding=same"],
+        ["data.multi_scale=[320, 640]", "data.workers=3"],
+        ["train.epochs=1.5", "train.trackers=['wandb', 'tensorboard']", "train.lr=1e-7"],
+        ["train.deterministic=true", "model.p2=true"],
+        ['model.backbone_weights="C:\\\\new \\"odd\\" folder\\\\ü.safetensors"'],
+    ],
+)
+def test_toml_of_unusual_settings_reads_back(settings: list[str]) -> None:
+    recipe = load_recipe("quick", settings)
+    assert build_recipe(tomllib.loads(to_toml(recipe)), "back") == recipe
+    assert recipe != load_recipe("quick")
+
+
+@pytest.mark.parametrize("name", ['a "quoted" name', "back\\slash", "two\nlines", "ü 中"])
+def test_toml_of_unusual_names_reads_back(name: str) -> None:
+    recipe = Recipe(name=name)
+    assert build_recipe(tomllib.loads(to_toml(recipe)), "back").name == name
+
+
+def test_toml_keeps_every_digit() -> None:
+    recipe = load_recipe("quick", [f"train.lr={math.pi / 1000!r}"])
+    assert build_recipe(tomllib.loads(to_toml(recipe)), "back").train.lr == math.pi / 1000
+
+
+def test_toml_names_every_setting_that_is_set() -> None:
+    written = tomllib.loads(to_toml(Recipe()))
+    names = {f"{section}.{key}" for section in written if section != "name"
+             for key in written[section]}  # fmt: skip
+    unset = {
+        f"{section}.{key}"
+        for section, values in Recipe().model_dump().items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value is None
+    }
+    assert names == set(setting_names()) - unset

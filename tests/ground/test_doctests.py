@@ -1,0 +1,41 @@
+"""The examples in the docstrings of the ground floor run and give what they say."""
+
+from __future__ import annotations
+
+import doctest
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+
+MODULES = [
+    "boxes",
+    "anchors",
+    "matching",
+    "losses.classification",
+    "losses.box",
+    "losses.detection",
+    "postprocess",
+    "structures",
+    "config",
+]
+
+
+def run(module: ModuleType) -> doctest.TestResults:
+    return doctest.testmod(module, extraglobs={"torch": torch})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    assert run(import_module(f"retinanet.{name}")).failed == 0
+
+
+def test_focal_loss_has_an_example() -> None:
+    assert run(import_module("retinanet.losses.classification")).attempted >= 4
+
+
+def test_a_wrong_example_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ModuleType("wrong", ">>> 1 + 1\n3\n")
+    assert run(wrong).failed == 1
+    assert "Got:\n    2" in capsys.readouterr().out
