@@ -162,7 +162,11 @@ def train(
     if precision == "auto":
         fast = choose_dtype("auto", accelerator.device) == torch.bfloat16
         precision = "bf16" if fast else "float32"
-    model = _build(recipe, len(train_set.classes))
+    if stored is None:
+        model = _build(recipe, len(train_set.classes))
+    else:
+        # Built from what the run itself keeps: the backbone's weights may be gone or out of reach.
+        model = load_checkpoint(folder.last).model
     if init is not None and stored is None:
         transferred = transfer_weights(model, train_set.classes, load_checkpoint(init))
         skipped = "; ".join(f"{name}: {why}" for name, why in transferred.skipped)
