@@ -14,7 +14,7 @@ ROW = "1 0.5 0.5 0.25 0.2\n"  # of 40 x 30: centre (20, 15), 10 wide, 6 high
 
 
 def _pair(root: Path, picture: MakePicture, images: str, labels: str, stem: str = "a") -> Path:
-    path = picture(root / images / f"{stem}.jpg", seed=hash(stem) % 1000)
+    path = picture(root / images / f"{stem}.jpg", seed=ord(stem[0]))
     write(root / labels / f"{stem}.txt", ROW)
     return path
 
