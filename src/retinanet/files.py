@@ -30,8 +30,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
 def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
     """Make `folder` hold exactly what `fill` writes into the folder that it is handed.
 
-    A folder cannot be renamed over a full one, so there are two renames; a kill between them is made
-    good by :func:`recover_folder`, which this function and every reader call first.
+    A folder cannot be renamed over a full one, so there are two renames; a kill between them is
+    made good by :func:`recover_folder`, which this function calls first. Readers, who may come
+    while a writer is at work, ask :func:`readable_folder`.
     """
     folder = Path(folder)
     recover_folder(folder)
@@ -62,6 +63,13 @@ def recover_folder(folder: str | Path) -> None:
             folder.rename(old)
         ready.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def readable_folder(folder: str | Path) -> Path:
+    """Where the content of a replaced folder is, also after a kill; moves nothing."""
+    folder = Path(folder)
+    _, ready, _ = _stages(folder)
+    return ready if ready.is_dir() and not folder.exists() else folder
 
 
 def _stages(folder: Path) -> tuple[Path, Path, Path]:

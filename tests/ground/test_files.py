@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retinanet.files import recover_folder, replace_folder, write_atomic
+from retinanet.files import readable_folder, recover_folder, replace_folder, write_atomic
 
 
 def _fill(text: str):  # type: ignore[no-untyped-def]
@@ -85,6 +85,10 @@ def test_a_kill_at_each_rename_leaves_old_or_new(
             replace_folder(folder, _fill("two"))
         except KeyboardInterrupt:
             assert renames_before_the_kill < 3
+    # A reader finds one or the other whole, and moves nothing.
+    before = _names(tmp_path)
+    assert (readable_folder(folder) / "a.txt").read_text() in ("one", "two")
+    assert _names(tmp_path) == before
     recover_folder(folder)
     expected = "one" if renames_before_the_kill == 0 else "two"
     assert (folder / "a.txt").read_text() == expected

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
-from retinanet.files import recover_folder, replace_folder, write_atomic
+from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.model.torchvision_weights import fetch_torchvision
@@ -125,9 +125,7 @@ def _any_inside(folder: Path) -> bool:
 def _find(path: Path) -> Path:
     """The checkpoint folder that `path` means."""
     folder = path.parent if path.name in (WEIGHTS_FILE, TEXT_FILE) else path
-    candidates = [folder, folder / "best", folder / "last"]
-    for candidate in candidates:
-        recover_folder(candidate)
+    for candidate in map(readable_folder, (folder, folder / "best", folder / "last")):
         if (candidate / TEXT_FILE).is_file() or (candidate / WEIGHTS_FILE).is_file():
             return candidate
     if path.is_file():

@@ -471,7 +471,7 @@ def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
 
 
 def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
-    return read_splits(data, seed=recipe.train.seed, held_out=recipe.data.held_out)
+    return read_splits(data, seed=recipe.train.seed, held_out=recipe.data.held_out, extras=False)
 
 
 def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
