@@ -69,7 +69,7 @@ def readable_folder(folder: str | Path) -> Path:
     """Where the content of a replaced folder is, also after a kill; moves nothing."""
     folder = Path(folder)
     _, ready, _ = _stages(folder)
-    return ready if ready.is_dir() and not folder.exists() else folder
+    return ready if ready.is_dir() else folder  # once it is whole, it counts
 
 
 def _stages(folder: Path) -> tuple[Path, Path, Path]:
