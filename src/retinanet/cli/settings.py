@@ -1,0 +1,59 @@
+"""Settings from the command line: a recipe, options, and ``key=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from retinanet.config import Recipe
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Any setting, as in train.lr=0.005; train --show-recipe lists them.",
+        show_default=False,
+    ),
+]
+
+
+def resolve_recipe(
+    name: str,
+    settings: Sequence[str] | None,
+    *,
+    given: Mapping[str, object] | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    image_size: int | None = None,
+) -> Recipe:
+    """The recipe `name` with the options laid over it, and ``key=value`` settings over those.
+
+    Args:
+        name: as :func:`retinanet.config.load_recipe` takes it.
+        settings: such as ``train.lr=0.005``.
+        given: settings that have an option of their own; None: not given.
+        epochs, steps: the exact length of a run.
+        image_size: the shorter side; the limit of the longer side keeps its ratio to it.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range, or both `epochs` and `steps` are given.
+    """
+    from retinanet.config import load_recipe
+    from retinanet.errors import ConfigError
+
+    if epochs is not None and steps is not None:
+        raise ConfigError("--epochs and --steps both say how long to train: give one of them")
+    options = [f"{key}={value}" for key, value in (given or {}).items() if value is not None]
+    if epochs is not None:
+        # Exactly so many: the recipe's limits are for lengths that it chooses itself.
+        options += [f"train.epochs={epochs}", "train.min_steps=1", "train.max_steps=1_000_000_000"]
+    if steps is not None:
+        options.append(f"train.steps={steps}")
+    if image_size is not None:
+        sides = load_recipe(name).data
+        longest = round(image_size * sides.max_size / sides.image_size)
+        options += [f"data.image_size={image_size}", f"data.max_size={longest}"]
+    return load_recipe(name, [*options, *(settings or [])])

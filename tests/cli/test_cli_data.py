@@ -1,0 +1,160 @@
+"""``retinanet data``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from retinanet.data import read_splits
+
+from .conftest import Cli
+
+
+@pytest.fixture()
+def faulty(tiny_sets: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy with a box without width (annotation 1) and a picture cut short."""
+    folder = tmp_path / "faulty"
+    shutil.copytree(tiny_sets["coco"], folder)
+    labels = json.loads((folder / "train.json").read_text())
+    labels["annotations"][0]["bbox"] = [10, 10, 0, 5]
+    (folder / "train.json").write_text(json.dumps(labels))
+    picture = folder / "train" / "000003.png"
+    picture.write_bytes(picture.read_bytes()[:300])
+    return folder
+
+
+def test_check_of_sound_data(cli: Cli, tiny_sets: dict[str, Path]) -> None:
+    ended = cli("data", "check", tiny_sets["voc"])
+    assert ended.code == 0
+    assert ended.out.startswith("no problems found\n")
+    for word in ("pictures", "circle", "anchors reach"):
+        assert word in ended.out
+
+
+def test_check_names_file_object_and_reason(cli: Cli, faulty: Path) -> None:
+    ended = cli("data", "check", faulty)
+    assert ended.code == 1
+    lines = ended.out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("box-empty (1)"))
+    assert "train.json: annotation 1 of image 1 (000000.png)" in lines[head + 1]
+    assert "has no width" in lines[head + 1]
+    assert any("000003.png" in line for line in lines)
+
+
+def test_check_json(cli: Cli, faulty: Path) -> None:
+    ended = cli("data", "check", faulty, "--json")
+    assert ended.code == 1
+    assert ended.json["counts"]["box-empty"] == 1
+    assert set(ended.json["statistics"]) == {"train", "val", "test"}
+    assert 0 <= ended.json["anchors"]["share"] <= 1
+    # At 64 pixels and not enlarged, objects of 16 to 24 are under what the paper's anchors reach.
+    small = cli("data", "check", faulty, "--json", "--image-size=64")
+    assert small.json["anchors"]["image_size"] == 64
+    assert small.json["anchors"]["share"] < ended.json["anchors"]["share"]
+
+
+def test_check_prints_a_few_of_each_kind_unless_asked_for_all(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "many"
+    shutil.copytree(tiny_sets["coco"], folder)
+    labels = json.loads((folder / "train.json").read_text())
+    one = labels["annotations"][0]
+    labels["annotations"] = [{**one, "id": i, "bbox": [i, 1, 0, 5]} for i in range(1, 13)]
+    (folder / "train.json").write_text(json.dumps(labels))
+    few = cli("data", "check", folder).out
+    assert few.count("has no width") == 10
+    assert "and 2 more (--all prints them)" in few
+    assert cli("data", "check", folder, "--all").out.count("has no width") == 12
+
+
+def test_check_fix_writes_a_sound_copy(cli: Cli, faulty: Path, tmp_path: Path) -> None:
+    before = {one: one.read_bytes() for one in faulty.rglob("*") if one.is_file()}
+    fixed = tmp_path / "fixed"
+    ended = cli("data", "check", faulty, f"--fix={fixed}")
+    assert ended.code == 0
+    assert f"a corrected copy is in {fixed}" in ended.out
+    assert cli("data", "check", fixed).code == 0
+    assert {one: one.read_bytes() for one in faulty.rglob("*") if one.is_file()} == before
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo", "csv"])
+def test_convert(cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, form: str) -> None:
+    ended = cli("data", "convert", tiny_sets["voc"], tmp_path / "new", f"--to={form}", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["images"] == {"train": 4, "val": 2, "test": 2}
+    splits = read_splits(tmp_path / "new")
+    assert {name: len(one) for name, one in splits.items()} == ended.json["images"]
+    assert splits["train"].format == form
+
+
+def test_convert_says_what_it_wrote(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    ended = cli("data", "convert", tiny_sets["coco"], tmp_path / "new", "--to=yolo")
+    assert ended.code == 0
+    assert "train" in ended.out
+    assert "the format's own" in ended.out
+
+
+@pytest.mark.parametrize("anchors", [(), ("--anchors", "--image-size=128")])
+def test_show(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, anchors: tuple[str, ...]
+) -> None:
+    ended = cli("data", "show", tiny_sets["coco"], f"--out={tmp_path}", "--count=3", *anchors)
+    assert ended.code == 0, ended.err
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert len(drawn) == 3
+    # Small pictures are enlarged so that captions can be read.
+    assert all(Image.open(one).width >= 480 for one in drawn)
+    assert ("anchors answer for them" in ended.out) == bool(anchors)
+
+
+def test_show_counts_objects_without_an_anchor(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ("data", "show", tiny_sets["coco"], "--anchors", "--json", "--image-size=64",
+                 "--count=0")  # fmt: skip
+    reached = cli(*arguments, f"--out={tmp_path / '1'}", "anchors.sizes=[16,32,64,128,256]")
+    assert reached.json["pictures"] == 4
+    assert reached.json["unmatched"] == 0
+    assert reached.json["anchors"] > 0
+    missed = cli(*arguments, f"--out={tmp_path / '2'}", "anchors.sizes=[160,200,300,400,500]")
+    assert missed.json["unmatched"] == missed.json["objects"] == reached.json["objects"]
+    assert missed.json["anchors"] == 0
+
+
+def test_show_goes_past_a_broken_picture(cli: Cli, faulty: Path, tmp_path: Path) -> None:
+    ended = cli("data", "show", faulty, f"--out={tmp_path / 'o'}", "--json")
+    assert ended.code == 1
+    assert ended.json["pictures"] == 3
+    assert "000003.png" in ended.err
+
+
+def test_anchors_suggests_what_reaches_more(cli: Cli, tiny_sets: dict[str, Path]) -> None:
+    ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json")
+    assert ended.code == 0, ended.err
+    tried = ended.json["tried"]
+    assert tried[0]["settings"] == []
+    suggested = next(one for one in tried if one["settings"] == ended.json["suggested"])
+    assert suggested["share"] > tried[0]["share"]
+    text = cli("data", "anchors", tiny_sets["coco"], "--image-size=64")
+    assert "suggested: " in text.out
+    # What it suggests can be given to it, and then nothing more is wanted.
+    again = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json",
+                *ended.json["suggested"])  # fmt: skip
+    assert again.json["tried"][0]["share"] == suggested["share"]
+
+
+@pytest.mark.data
+def test_check_of_real_blood_cells(cli: Cli, real_data: Path) -> None:
+    ended = cli("data", "check", real_data / "bccd", "--json")
+    assert ended.code == 1
+    assert ended.json["counts"] == {"box-empty": 2}
+    assert {(Path(one["file"]).name, one["object"]) for one in ended.json["problems"]} == {
+        ("BloodImage_00343.xml", 3),
+        ("BloodImage_00338.xml", 12),
+    }

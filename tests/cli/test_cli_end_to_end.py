@@ -1,0 +1,177 @@
+"""From labels to boxes with commands alone, in every format."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from retinanet.config import load_recipe
+from retinanet.data import read_splits
+
+from .conftest import TINY, Cli
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo", "csv"])
+def test_check_train_evaluate_detect(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, form: str
+) -> None:
+    data, run = tiny_sets[form], tmp_path / "run"
+    assert cli("data", "check", data).code == 0
+
+    ended = cli("train", data, "train.lr=0.001", *TINY, "--steps=2", f"--out={run}")
+    assert ended.code == 0, ended.err
+    assert f"model    {run / 'best'}" in ended.out
+    assert "training on 4 pictures, 3 classes: 2 steps of 2 pictures" in ended.err
+    for name in ("config.toml", "run.json", "log.jsonl", "metrics.json", "best", "last"):
+        assert (run / name).exists()
+    assert (run / "report.html").is_file()
+    recipe = load_recipe(run / "config.toml")
+    assert (recipe.train.lr, recipe.train.steps, recipe.train.epochs) == (0.001, 2, None)
+
+    ended = cli("evaluate", run, data, "--split=test", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["images"] == 2
+    folder = run / "evaluation" / "test"
+    assert json.loads((folder / "metrics.json").read_text()) == ended.json
+    assert (folder / "results.json").is_file()
+    assert list((folder / "plots").glob("*.png"))
+
+    test = read_splits(data)["test"]
+    out = tmp_path / "found"
+    ended = cli("detect", run, *(one.path for one in test.images), f"--out={out}",
+                "--format=json,pictures,coco,csv,yolo", "--score-threshold=0.001",
+                "--detections-per-image=7", "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.json["failures"] == []
+    found = json.loads((out / "detections.json").read_text())["images"]
+    objects = sum(len(one["detections"]) for one in found)
+    assert sum(ended.json["objects"].values()) == objects
+    assert 0 < objects <= 14  # two pictures, seven boxes each
+    assert len(json.loads((out / "coco_results.json").read_text())) == objects
+    assert len(list(csv.reader((out / "detections.csv").open()))) == 1 + objects
+    assert len(list((out / "pictures").iterdir())) == 2
+    assert len(list((out / "labels").iterdir())) == 2
+
+
+def test_results_file_is_judged_as_the_model_was(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    data = tiny_sets["coco"]
+    model = cli("evaluate", tiny_run / "best", data, f"--out={tmp_path}", "--json")
+    assert model.code == 0, model.err
+    results = cli("evaluate", tmp_path / "results.json", data / "val.json", "--json")
+    assert results.code == 0, results.err
+    for name in ("ap", "ap50", "ar100", "ar_small", "per_class"):
+        assert results.json[name] == model.json[name]
+
+
+def test_evaluate_prints_the_twelve_numbers(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    ended = cli("evaluate", tiny_run, tiny_sets["coco"], f"--out={tmp_path}")
+    assert ended.code == 0, ended.err
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARl"):
+        assert f" {name} " in ended.out
+    for kind in ("circle", "localisation", "missed", "best F1"):
+        assert kind in ended.out
+
+
+def test_train_again_says_that_it_is_finished(cli: Cli, tiny_sets: dict[str, Path],
+                                              tiny_run: Path) -> None:  # fmt: skip
+    weights = (tiny_run / "last" / "model.safetensors").read_bytes()
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}")
+    assert ended.code == 0, ended.err
+    assert "is finished: 2 steps" in ended.err
+    assert (tiny_run / "last" / "model.safetensors").read_bytes() == weights
+
+
+def test_train_with_other_settings_is_refused(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path
+) -> None:
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=3", f"--out={tiny_run}")
+    assert ended.code == 2
+    assert "train.steps = 2" in ended.err
+
+
+def test_train_json_is_json_alone(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path
+) -> None:
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}", "--json")
+    assert ended.json["folder"] == str(tiny_run)
+    assert set(ended.json["metrics"]) >= {"ap", "ap50", "loss"}
+
+
+def test_train_from_another_checkpoint(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=1", f"--init={tiny_run}",
+                f"--out={tmp_path / 'run'}")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert f"from {tiny_run}: " in ended.err
+
+
+def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
+    ended = cli("train", "--show-recipe", "--backbone=resnet34", "--backbone-weights=none",
+                "--epochs=3", "--batch-size=4", "--image-size=192", "--precision=bf16", "--seed=7")  # fmt: skip
+    file = tmp_path / "mine.toml"
+    file.write_text(ended.out)
+    recipe = load_recipe(file)
+    quick = load_recipe("quick")
+    assert recipe.model.backbone == "resnet34"
+    assert recipe.model.backbone_weights == "none"
+    assert (recipe.train.epochs, recipe.train.min_steps) == (3.0, 1)
+    assert recipe.train.max_steps > quick.train.max_steps
+    assert (recipe.train.batch_size, recipe.train.precision, recipe.train.seed) == (4, "bf16", 7)
+    # The longer side keeps its ratio to the shorter one.
+    ratio = quick.data.max_size / quick.data.image_size
+    assert (recipe.data.image_size, recipe.data.max_size) == (192, round(192 * ratio))
+
+
+def test_a_setting_goes_over_an_option(cli: Cli, tmp_path: Path) -> None:
+    ended = cli("train", "x", "train.seed=3", "--seed=7", "--show-recipe")
+    assert "\nseed = 3\n" in ended.out
+
+
+def test_the_run_is_named_after_the_data(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", tiny_sets["coco"], *TINY, "--steps=1").code == 0
+    assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
+def test_ctrl_c_and_again_resumes(tiny_sets: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", str(tiny_sets["coco"]), *TINY, "--steps=40", f"--out={run}",
+                 "train.validate_every=40"]  # fmt: skip
+    command = [sys.executable, "-m", "retinanet", *arguments]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 2):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    last = err.splitlines()[-1]
+    assert last.startswith("stopped; to go on: retinanet train ")
+    assert f"--out={run}" in last
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert 2 <= steps[-1] < 40
+    assert steps == list(range(1, steps[-1] + 1))
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {steps[-1]}" in done.stderr
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["step"] for one in lines if "loss" in one] == list(range(1, 41))

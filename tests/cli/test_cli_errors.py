@@ -1,0 +1,158 @@
+"""Errors: one line on standard error, and an exit code that says whose fault it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from retinanet.cli import app
+
+from .conftest import TINY, Cli
+
+BAD_USAGE = {
+    "a command": (["trian"], "train"),
+    "an option": (["train", "x", "--stesp", "3"], "--steps"),
+    "an option's value": (["train", "x", "--steps", "three"], "--steps"),
+    "an option's range": (["train", "x", "--steps", "0"], "--steps"),
+    "a missing argument": (["detect", "x"], "SOURCE"),
+    "no data": (["train"], "retinanet train DATA"),
+    "a setting": (["train", "x", "train.lrr=1"], "did you mean train.lr?"),
+    "a setting without a value": (["train", "x", "train.lr"], "key=value"),
+    "a setting's type": (["train", "x", "train.lr=fast"], "train.lr"),
+    "a setting's range": (["train", "x", "loss.alpha=2"], "alpha"),
+    "a recipe": (["train", "x", "--recipe", "qick"], "did you mean quick?"),
+    "two lengths": (["train", "x", "--epochs", "2", "--steps", "3"], "one of them"),
+    "anchors": (["data", "anchors", "{data}", "anchors.sizes=[16]"], "sizes"),
+    "a way to place pictures": (
+        ["data", "convert", "{data}", "{new}", "--to=voc", "--pictures=move"],
+        "copy",
+    ),
+    "an output format": (
+        ["detect", "{run}", "{data}", "--out={new}", "--format=jsn"],
+        "did you mean json?",
+    ),
+    "a device": (["detect", "{run}", "{data}", "--out={new}", "--device=gpu"], "gpu"),
+    "a precision": (["evaluate", "{run}", "{data}", "--precision=f32"], "float32"),
+    "a threshold": (
+        ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],
+        "score_threshold",
+    ),
+    "a stage": (["bench", "matchin"], "did you mean matching?"),
+}
+
+FAILED = {
+    "no such data": (["train", "{new}"], "there is no such file or folder"),
+    "no labelled data": (["data", "check", "{empty}"], "Looked for"),
+    "a split": (["evaluate", "{run}", "{data}", "--split", "tset"], "did you mean test?"),
+    "no such model": (["evaluate", "{new}", "{data}"], "{new}"),
+    "no such picture": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),
+    "a folder without pictures": (["detect", "{run}", "{empty}"], "no picture in this folder"),
+    "a format": (["data", "convert", "{data}", "{new}", "--to=coko"], "did you mean coco?"),
+    "a folder that is full": (["data", "convert", "{data}", "{data}", "--to=voc"], "another folder"),
+    "results of other data": (["evaluate", "{results}", "{data}"], "image"),
+    "another run's folder": (
+        ["train", "{data}", "--out={empty}.full", *TINY, "--steps=1"],
+        "no run to resume",
+    ),
+}
+
+
+def _fill(
+    arguments: list[str], tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> dict[str, str]:
+    (tmp_path / "empty").mkdir()
+    full = tmp_path / "empty.full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    results = tmp_path / "results.json"
+    box = {"image_id": 999, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
+    results.write_text(json.dumps([box]))
+    return {
+        "data": str(tiny_sets["coco"]),
+        "run": str(tiny_run),
+        "new": str(tmp_path / "new"),
+        "empty": str(tmp_path / "empty"),
+        "results": str(results),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        *(pytest.param(*one, 2, id=f"usage: {name}") for name, one in BAD_USAGE.items()),
+        *(pytest.param(*one, 1, id=f"failed: {name}") for name, one in FAILED.items()),
+    ],
+)
+def test_error_is_one_line(
+    cli: Cli,
+    tiny_sets: dict[str, Path],
+    tiny_run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    code: int,
+) -> None:
+    names = _fill(arguments, tiny_sets, tiny_run, tmp_path)
+    ended = cli(*(one.format(**names) if "{" in one else one for one in arguments))
+    assert ended.code == code
+    assert ended.out == ""
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    assert said.format(**names) in lines[0]
+
+
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    ended = cli("train", "--debug", "nowhere")
+    assert ended.code == 1
+    assert "Traceback (most recent call last)" in ended.err
+    assert ended.err.splitlines()[-1].startswith("error: nowhere")
+
+
+def test_an_error_that_nobody_expected_is_one_line_too(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("first\nsecond")
+
+    monkeypatch.setattr("retinanet.data.read_splits", fail)
+    ended = cli("data", "check", "x")
+    assert ended.code == 1
+    assert ended.err.startswith("error: KeyError: ")
+    assert ended.err.endswith("(unexpected; --debug shows where)\n")
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_full_disk_is_said_as_the_system_says_it() -> None:
+    error = OSError(28, "No space left on device", "runs/x")
+    assert app._one_line(error) == "No space left on device: runs/x"
+
+
+def test_out_of_memory_says_what_to_do() -> None:
+    error = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\nLong story")
+    said = app._one_line(error)
+    assert said.startswith("out of memory: CUDA out of memory.; lower --batch-size")
+    assert "Long story" not in said
+
+
+def test_one_broken_picture_is_named_and_stops_nothing(
+    cli: Cli, tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (70, 50), "red").save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"not a picture")
+    Image.new("RGB", (70, 50), "blue").save(folder / "c.png")
+    ended = cli("detect", tiny_run, folder, tmp_path / "gone.png", f"--out={tmp_path / 'o'}",
+                "--json")  # fmt: skip
+    assert ended.code == 1
+    assert ended.json["pictures"] == 3
+    assert [Path(one["file"]).name for one in ended.json["failures"]] == ["gone.png", "b.png"]
+    assert ended.err.splitlines()[0] == "2 pictures could not be read:"
+    assert "b.png" in ended.err
+    written = json.loads((tmp_path / "o" / "detections.json").read_text())
+    assert [Path(one["file"]).name for one in written["images"]] == ["a.png", "c.png"]
+    assert len(written["failures"]) == 2
