@@ -2,9 +2,9 @@
 
 Circles, squares and triangles lie among lines, bars, rings, crosses and long ellipses of the same
 colours, on cloudy and noisy ground, so neither colour nor brightness alone tells an object; which
-of the three it is, colour helps to tell (warm, cool, violet to cream), as in most real data. Objects
-cover a few hundredths of a picture, and of its anchors about one in a thousand answers for one: the
-imbalance that the paper is about. Some pictures hold no object at all.
+of the three it is, colour helps to tell (warm, cool, violet to cream), as in most real data.
+Objects cover a few hundredths of a picture, and of its anchors about one in a thousand answers for
+one: the imbalance that the paper is about. Some pictures hold no object at all.
 
 Pixels are computed here with additions, products and square roots, which are the same on every
 platform, rather than by a drawing library, which may change.

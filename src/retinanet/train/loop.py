@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -200,7 +200,7 @@ def train(
 
     def checkpoint() -> Checkpoint:
         return Checkpoint(
-            model=averaged.module if averaged is not None else model,
+            model=model if averaged is None else cast(RetinaNet, averaged.module),
             classes=train_set.classes,
             category_ids=train_set.category_ids,
             image_size=recipe.data.image_size,
@@ -415,7 +415,7 @@ def _backward(
                 world_foreground=lambda count: _share_of_all(accelerator, count),
                 **loss_settings(recipe),
             )
-            scaler.scale(losses.total / len(pieces)).backward()
+            torch.autograd.backward(scaler.scale(losses.total / len(pieces)))
         running = losses.normalizer if recipe.loss.normalizer == "running" else running
         parts.append(losses)
     total = Losses(
@@ -437,7 +437,8 @@ def _backward(
 def _share_of_all(accelerator: Accelerator, count: Tensor) -> Tensor:
     """A process' part of a count over all processes: what its loss is divided by."""
     total = accelerator.reduce(count.float(), reduction="sum")
-    return total.clamp(min=1) / accelerator.num_processes
+    share: Tensor = total.clamp(min=1) / accelerator.num_processes
+    return share
 
 
 def _clip(model: nn.Module, clip_norm: float) -> Tensor:
@@ -483,7 +484,8 @@ def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
 def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
     if not decay:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    averaging = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
     checkpoint = load_checkpoint(folder / "model")
     model = checkpoint.model.train()
     images = tensors["images"].contiguous(memory_format=torch.channels_last)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     # A CPU has no fp16 units to repeat an fp16 step with.
     precision = story["precision"] if story["precision"] != "fp16" else "float32"
     with autocast(precision, torch.device("cpu")):
@@ -117,6 +117,6 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
         running=tensors["running"],
         **checkpoint.info["loss"],
     )
-    losses.total.backward()
+    torch.autograd.backward(losses.total)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return losses, float(norm)
