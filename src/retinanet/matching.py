@@ -188,9 +188,9 @@ def _iou_tiles(
         a slice of the anchors (r), the places of some boxes (m,) in rising order, and (m, r) their
         IoU (or, with `over_anchor`, the share of the anchor's area that the box covers).
     """
-    on_cpu = anchors.device.type == "cpu"
-    run = 4096 if on_cpu else max(len(anchors), 1)
-    tile = 64 if on_cpu else max(1, 2**22 // run)
+    prunes = _prunes(anchors)
+    run = 4096 if prunes else max(len(anchors), 1)
+    tile = 64 if prunes else max(1, 2**22 // run)
     areas = _area(boxes)
     everything = torch.arange(len(boxes), device=boxes.device)
     for start in range(0, len(anchors), run):
@@ -198,7 +198,7 @@ def _iou_tiles(
         x1, y1, x2, y2 = anchors[rows].T.contiguous()
         anchor_area = (x2 - x1) * (y2 - y1)
         columns = everything
-        if on_cpu:
+        if prunes:
             near = (boxes[:, 0] < x2.max()) & (boxes[:, 1] < y2.max())
             near &= (boxes[:, 2] > x1.min()) & (boxes[:, 3] > y1.min())
             if not over_anchor:
@@ -217,6 +217,11 @@ def _iou_tiles(
             else:
                 union = torch.add(anchor_area, areas[chunk, None], out=height).sub_(overlap)
                 yield rows, chunk, overlap.div_(union)
+
+
+def _prunes(anchors: Tensor) -> bool:
+    """Whether to look which pairs can meet at all: a GPU would have to wait for the answer."""
+    return anchors.device.type == "cpu"
 
 
 def _area(boxes: Tensor) -> Tensor:

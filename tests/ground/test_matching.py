@@ -12,9 +12,17 @@ from torch.testing import assert_close
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+import retinanet.matching as module
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.matching import anchor_coverage, anchor_labels, match_anchors
 from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
+
+
+@pytest.fixture(params=["pruned", "dense"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through the pairs: that of a CPU, and that of a GPU."""
+    if request.param == "dense":
+        monkeypatch.setattr(module, "_prunes", lambda anchors: False)
 
 
 def targets_of(*boxes: list[float], labels: list[int] | None = None) -> Targets:
@@ -34,6 +42,7 @@ def small_grid() -> Tensor:
     return torch.cat(level_anchors(spec, feature_sizes(spec.strides, 320, 448)))
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(
     ("width", "expected"),
     [
@@ -68,6 +77,7 @@ def test_thresholds_are_options() -> None:
     assert together.tolist() == [[0, 0, BACKGROUND]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_at_most_one_object_an_anchor_and_the_first_of_equals() -> None:
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     # IoU .8 and .9
@@ -75,12 +85,14 @@ def test_at_most_one_object_an_anchor_and_the_first_of_equals() -> None:
     assert match_anchors(anchors, targets_of([0, 0, 9, 10], [1, 0, 10, 10])).tolist() == [[0]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_first_of_equals_in_later_tiles_too() -> None:
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     boxes = [[0.0, 0.0, 7.0, 10.0]] * 3 + [[0.0, 0.0, 9.0, 10.0]] * 200
     assert match_anchors(anchors, targets_of(*boxes)).tolist() == [[3]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_low_quality_matches_by_hand() -> None:
     anchors = torch.tensor(
         [
@@ -103,12 +115,15 @@ def test_low_quality_match_goes_to_what_the_anchor_overlaps_most() -> None:
     assert match_anchors(anchors, target, low_quality_matches=True).tolist() == [[1]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_object_that_no_anchor_touches_matches_nothing() -> None:
-    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    far = targets_of([50, 50, 60, 60])
-    assert match_anchors(anchors, far, low_quality_matches=True).tolist() == [[BACKGROUND]]
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [90.0, 90.0, 100.0, 100.0]])
+    for lost in (targets_of([50, 50, 60, 60]), targets_of([500, 500, 600, 600])):
+        matches = match_anchors(anchors, lost, low_quality_matches=True)
+        assert matches.tolist() == [[BACKGROUND] * 2]
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("low_quality_matches", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 90])
 def test_equal_to_torchvision(low_quality_matches: bool, count: int) -> None:
@@ -125,6 +140,7 @@ def test_equal_to_torchvision(low_quality_matches: bool, count: int) -> None:
     assert (ours >= 0).any()
 
 
+@pytest.mark.usefixtures("each_way")
 def test_images_do_not_mix() -> None:
     generator = torch.Generator().manual_seed(5)
     anchors = small_grid()
@@ -144,6 +160,7 @@ def test_no_object_in_any_image() -> None:
     assert (anchor_labels(matches, empty.labels) == BACKGROUND).all()
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(
     "box",
     [
@@ -151,6 +168,7 @@ def test_no_object_in_any_image() -> None:
         [9.0, 9.0, 5.0, 5.0],  # inverted
         [float("nan"), 0.0, 5.0, 5.0],
         [0.0, 0.0, float("inf"), 5.0],
+        [15.0, 0.0, 5.0, 10.0],  # width -10: with the first anchor's area it adds up to 0
     ],
 )
 @pytest.mark.parametrize("low_quality_matches", [False, True])
@@ -163,6 +181,7 @@ def test_box_without_area_matches_nothing_and_harms_nobody(
     assert matches.tolist() == [[1, BACKGROUND]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_crowds_are_ignored_regions() -> None:
     anchors = torch.tensor(
         [
@@ -207,6 +226,7 @@ def test_anchor_labels_by_hand() -> None:
     assert anchor_labels(matches, labels).tolist() == [[5, -1, 7, -2], [2, 2, -1, -1]]
 
 
+@pytest.mark.usefixtures("each_way")
 def test_coverage() -> None:
     generator = torch.Generator().manual_seed(6)
     anchors, boxes = small_grid(), random_objects(150, 320, generator)
@@ -248,6 +268,21 @@ def test_other_functions_refuse_wrong_shapes() -> None:
         anchor_coverage(torch.zeros(2, 4), torch.zeros(4))
     with pytest.raises(ValueError, match=r"anchors are \(R, 4\)"):
         anchor_coverage(torch.zeros(4), torch.zeros(2, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_equal_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(7)
+    anchors, boxes = small_grid(), random_objects(40, 320, generator)
+    labels = torch.where(torch.arange(40) % 9 == 0, IGNORED, 1)
+    target = Targets(boxes[None], labels[None])
+    for low_quality_matches in (False, True):
+        here = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
+        there = match_anchors(
+            anchors.cuda(), target.to("cuda"), low_quality_matches=low_quality_matches
+        )
+        assert_close(there.cpu(), here)
 
 
 MEASURE = """

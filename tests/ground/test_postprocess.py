@@ -58,6 +58,8 @@ def test_score_threshold_is_exclusive() -> None:
     half = Outputs((torch.zeros(1, 2, 4, 4),), outputs.deltas)  # every score is .5
     assert len(run(half, score_threshold=0.5)[0]) == 0
     assert len(run(half, score_threshold=0.4999)[0]) > 0
+    half.logits[0][0, 1] = 1.0  # now each anchor has one class that is over the threshold
+    assert run(half, score_threshold=0.5)[0].labels.unique().tolist() == [1]
 
 
 def test_score_threshold_0_lets_everything_through() -> None:
