@@ -121,6 +121,7 @@ class DataConfig(_Section):
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, an image
     crop: bool = False  # a random crop back to the size before jitter
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
+    any_corner: bool = False  # pictures lie in any corner of the batch, not the upper left alone
     workers: int | Literal["auto"] = "auto"  # processes that load pictures
     held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
 

@@ -370,3 +370,42 @@ def test_pinned_memory(dataset: Dataset) -> None:
     assert batch.images.is_pinned()
     assert batch.targets.boxes.is_pinned()
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_corner_moves_pictures_and_boxes_together(dataset: Dataset) -> None:
+    plain: dict[str, Any] = {
+        "batch_size": 4,
+        "steps": 8,
+        "seed": 1,
+        "image_size": 64,
+        "max_size": 64,
+        "scale_jitter": (0.5, 1.0),
+        "horizontal_flip": 0.0,
+        "fill": (9, 9, 9),
+    }
+    corners = set()
+    for still, moved in zip(
+        train_loader(dataset, **plain), train_loader(dataset, any_corner=True, **plain), strict=True
+    ):
+        assert torch.equal(still.sizes, moved.sizes)
+        assert torch.equal(still.targets.labels, moved.targets.labels)
+        height, width = still.images.shape[-2:]
+        for i, (h, w) in enumerate(still.sizes.tolist()):
+            picture = still.images[i, :, :h, :w]
+            found = [
+                (top, left)
+                for top in {0, height - h}
+                for left in {0, width - w}
+                if torch.equal(moved.images[i, :, top : top + h, left : left + w], picture)
+            ]
+            assert len(found) == 1
+            top, left = found[0]
+            # What is not the picture is padding.
+            rest = int(moved.images[i].sum()) - int(picture.sum())
+            assert rest == 9 * 3 * (height * width - h * w)
+            real = still.targets.labels[i] != BACKGROUND
+            shift = torch.tensor([left, top, left, top], dtype=torch.float32)
+            expected = still.targets.boxes[i][real] + shift
+            torch.testing.assert_close(moved.targets.boxes[i][real], expected)
+            corners.add((top > 0, left > 0))
+    assert corners == {(False, False), (False, True), (True, False), (True, True)}

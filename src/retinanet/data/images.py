@@ -137,7 +137,10 @@ def resize_to(image: Tensor, shorter: int, longest: int) -> tuple[Tensor, tuple[
 
 
 def pad_batch(
-    images: Sequence[Tensor], fill: Sequence[float] = (0, 0, 0), divisor: int = 32
+    images: Sequence[Tensor],
+    fill: Sequence[float] = (0, 0, 0),
+    divisor: int = 32,
+    corners: Sequence[tuple[bool, bool]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pictures of any sizes to one batch, padded at the right and the bottom.
 
@@ -145,6 +148,8 @@ def pad_batch(
         images: (3, h, w) uint8, one or more.
         fill: RGB of the padding; the model's pixel mean makes it about 0 after normalisation.
         divisor: height and width of the batch are multiples of it.
+        corners: for each picture whether it lies at the bottom, and whether at the right, of its
+            place in the batch; None: all lie at the top and the left.
 
     Returns:
         (B, 3, H, W) uint8 in channels_last memory, and (B, 2) int64 heights and widths before.
@@ -160,11 +165,17 @@ def pad_batch(
         (len(images), 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last
     )
     colour = torch.tensor([round(value) for value in fill], dtype=torch.uint8)[:, None, None]
-    for row, image in zip(batch, images, strict=True):
+    for row, image, (low, right) in zip(
+        batch, images, corners or [(False, False)] * len(images), strict=True
+    ):
         h, w = image.shape[-2:]
-        row[:, :h, :w] = image
-        row[:, :h, w:] = colour
-        row[:, h:] = colour
+        top, left = low * (height - h), right * (width - w)
+        row[:, :top] = colour
+        row[:, top + h :] = colour
+        band = row[:, top : top + h]
+        band[:, :, :left] = colour
+        band[:, :, left + w :] = colour
+        band[:, :, left : left + w] = image
     return batch, sizes
 
 

@@ -71,6 +71,7 @@ def train_loader(
     scale_jitter: tuple[float, float] = (1.0, 1.0),
     crop: bool = False,
     colour: float = 0.0,
+    any_corner: bool = False,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -91,6 +92,9 @@ def train_loader(
             grows and shrinks with it. Empty: `image_size` always.
         horizontal_flip, vertical_flip, scale_jitter, crop, colour: see
             :class:`~retinanet.data.transforms.Transform`.
+        any_corner: let each picture lie in a random corner of its place in the batch, so that each
+            of its borders is now the batch's and now padding. A network that sees padding below
+            and at the right alone misses objects there once a picture comes without.
         workers: processes that load; 0: the caller's own. See :func:`default_workers`.
         rank, world_size: this process's place among those that train together.
         fill: RGB of the padding: the model's pixel mean, so that it is about 0 after normalisation.
@@ -117,6 +121,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         fill=tuple(fill),
+        any_corner=any_corner,
     )
     return _loader(batches, range(start_step, steps), workers)
 
@@ -226,6 +231,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         rank: int,
         world_size: int,
         fill: tuple[float, ...],
+        any_corner: bool,
     ) -> None:
         self._pictures = pictures
         self._transform = transform
@@ -236,6 +242,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         self._rank = rank
         self._world_size = world_size
         self._fill = fill
+        self._any_corner = any_corner
 
     def __getitem__(self, step: int) -> Batch | _Failure:
         shorter, transform = self._image_size, self._transform
@@ -250,7 +257,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
             epoch, position = divmod(place, len(self._pictures))
             index = _order(self._seed, epoch, len(self._pictures))[position]
             chosen.append((index, random.Random(f"{self._seed} picture {epoch} {index}")))
-        return _load(self._pictures, chosen, transform, shorter, self._fill)
+        return _load(self._pictures, chosen, transform, shorter, self._fill, self._any_corner)
 
 
 class _EvalBatches(TorchDataset["Batch | _Failure"]):
@@ -293,6 +300,7 @@ def _load(
     transform: Transform,
     shorter: int,
     fill: Sequence[float],
+    any_corner: bool = False,
 ) -> Batch | _Failure:
     images, boxes, labels, original_sizes = [], [], [], []
     for index, generator in chosen:
@@ -307,7 +315,15 @@ def _load(
         images.append(image)
         boxes.append(image_boxes)
         labels.append(image_labels)
-    padded, sizes = pad_batch(images, fill, DIVISOR)
+    corners = None
+    if any_corner:
+        corners = [(draw.random() < 0.5, draw.random() < 0.5) for _, draw in chosen]
+    padded, sizes = pad_batch(images, fill, DIVISOR, corners)
+    if corners is not None:
+        room = torch.tensor(padded.shape[-2:]) - sizes
+        for place, (low, right) in enumerate(corners):
+            down, across = room[place] * torch.tensor([low, right])
+            boxes[place] = boxes[place] + torch.stack([across, down]).repeat(2)
     return Batch(
         padded,
         pad_targets(boxes, labels),

@@ -287,6 +287,7 @@ def train(
         scale_jitter=recipe.data.scale_jitter,
         crop=recipe.data.crop,
         colour=recipe.data.colour,
+        any_corner=recipe.data.any_corner,
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
