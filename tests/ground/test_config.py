@@ -166,7 +166,7 @@ def test_refused_overrides(override: str, message: str) -> None:
 
 def test_refused_names_of_recipes(tmp_path: Path) -> None:
     for name, message in (
-        ("quik", "recipe 'quik' is neither a file nor one of paper_1x, "),
+        ("quik", "recipe 'quik' is neither a file nor one of "),
         ("quik", "; did you mean quick?"),
         (str(tmp_path / "none.toml"), "none.toml: cannot be read: "),
         (str(tmp_path), "is neither a file nor one of"),
