@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from retinanet.cli import main
 from retinanet.data import convert
 from retinanet.data.synthetic import synthetic_dataset
@@ -46,7 +47,7 @@ class Ended:
 Cli = Callable[..., Ended]
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line with these arguments, in this process."""
 

@@ -41,6 +41,10 @@ BAD_USAGE = {
         "score_threshold",
     ),
     "a stage": (["bench", "matchin"], "did you mean matching?"),
+    "a folder with other things": (
+        ["train", "{data}", "--out={empty}.full", *TINY, "--steps=1"],
+        "no run to resume",
+    ),
 }
 
 FAILED = {
@@ -51,12 +55,11 @@ FAILED = {
     "no such picture": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),
     "a folder without pictures": (["detect", "{run}", "{empty}"], "no picture in this folder"),
     "a format": (["data", "convert", "{data}", "{new}", "--to=coko"], "did you mean coco?"),
-    "a folder that is full": (["data", "convert", "{data}", "{data}", "--to=voc"], "another folder"),
-    "results of other data": (["evaluate", "{results}", "{data}"], "image"),
-    "another run's folder": (
-        ["train", "{data}", "--out={empty}.full", *TINY, "--steps=1"],
-        "no run to resume",
+    "a folder that is full": (
+        ["data", "convert", "{data}", "{data}", "--to=voc"],
+        "another folder",
     ),
+    "results of other data": (["evaluate", "{results}", "{data}"], "image"),
 }
 
 
