@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,5 +47,19 @@ class FeaturePyramid(nn.Module):
             side = self.lateral[i](maps[i])
             inner = side + F.interpolate(inner, size=side.shape[-2:], mode="nearest")
             levels.insert(0, self.output[i](inner))
-        p6 = self.p6(maps[-1] if self.p6_from == "c5" else levels[-1])
-        return (*levels, p6, self.p7(F.relu(p6)))
+        p6 = _halve(self.p6, maps[-1] if self.p6_from == "c5" else levels[-1])
+        return (*levels, p6, _halve(self.p7, F.relu(p6)))
+
+
+def _halve(convolution: nn.Conv2d, level: Tensor) -> Tensor:
+    """A stride-2 convolution, on a CPU in its weights' precision whatever autocast says.
+
+    These maps are tiny, and on one of a single cell the bfloat16 weight gradient of torch 2.15's CPU
+    kernels holds whatever lay in memory: infinities in a step whose loss is fine.
+    """
+    if level.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        result: Tensor = convolution(level)
+        return result
+    with torch.autocast("cpu", enabled=False):
+        exact: Tensor = convolution(level.to(convolution.weight.dtype))
+    return exact.to(level.dtype)
