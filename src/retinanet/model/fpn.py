@@ -54,8 +54,8 @@ class FeaturePyramid(nn.Module):
 def _halve(convolution: nn.Conv2d, level: Tensor) -> Tensor:
     """A stride-2 convolution, on a CPU in its weights' precision whatever autocast says.
 
-    These maps are tiny, and on one of a single cell the bfloat16 weight gradient of torch 2.15's CPU
-    kernels holds whatever lay in memory: infinities in a step whose loss is fine.
+    These maps are tiny, and on one of a single cell the bfloat16 weight gradient of torch 2.15's
+    CPU kernels holds whatever lay in memory: infinities in a step whose loss is fine.
     """
     if level.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         result: Tensor = convolution(level)
