@@ -94,7 +94,7 @@ class LossConfig(_Section):
     """The losses (Sec. 3 and 4.1)."""
 
     classification: Literal["focal", "cross_entropy", "focal_star"] = "focal"
-    alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; a number a class: a tuple
+    alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
     box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
@@ -107,7 +107,16 @@ class LossConfig(_Section):
         values = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
         if any(value is not None and not 0 <= value <= 1 for value in values):
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
+        if self.classification == "focal_star" and self.gamma == 0:
+            raise ValueError("focal_star divides by gamma, which is 0")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_alpha(cls, values: Any) -> Any:
+        # .25 goes with the focusing (Table 1b); without it, it is the worst but one of Table 1a.
+        other = isinstance(values, dict) and values.get("classification", "focal") != "focal"
+        return {"alpha": None, **values} if other else values
 
 
 class DataConfig(_Section):
@@ -132,6 +141,11 @@ class DataConfig(_Section):
             raise ValueError(f"scale_jitter {self.scale_jitter} is not 0 < low <= high")
         if any(side < 32 for side in self.multi_scale):
             raise ValueError(f"multi_scale {self.multi_scale} holds a side under 32 pixels")
+        if self.max_size < self.image_size:
+            raise ValueError(
+                f"max_size {self.max_size}, the longer side at most, is under image_size "
+                f"{self.image_size}, the shorter side: give both"
+            )
         return self
 
 
@@ -220,16 +234,20 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
             of the wrong type or out of range.
     """
     values, where = _read_recipe(str(name_or_file))
-    overrides = list(overrides)
-    if any(one.startswith("train.steps=") for one in overrides):
-        values.get("train", {}).pop("epochs", None)  # the recipe's; who names steps means steps
+    named = set()
     for override in overrides:
         key, given, text = override.partition("=")
+        key = key.strip()
         if not given:
             raise ConfigError(
                 f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
             )
-        _lay_over(values, key.strip(), _parse_value(text.strip()))
+        if key == "train.steps":
+            values.get("train", {}).pop("epochs", None)  # the recipe's; who names steps means them
+        named.add(key)
+        _lay_over(values, key, _parse_value(text.strip()))
+    if {"train.steps", "train.epochs"} <= named:
+        raise ConfigError("train.steps and train.epochs both say how long to train: give one")
     return build_recipe(values, where)
 
 

@@ -43,7 +43,7 @@ def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
     fill(draft)
     for file in draft.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
+            with file.open("r+b") as opened:  # Windows syncs only what may be written
                 os.fsync(opened.fileno())
     draft.rename(ready)  # from here on the new content counts
     if folder.exists():

@@ -150,6 +150,10 @@ def _suppress_at_once(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: 
 
     Float32 has too few digits for so many places.
     """
+    if boxes.device.type == "mps":  # which has no float64
+        return _suppress_by_group(boxes.cpu(), scores.cpu(), groups.cpu(), threshold).to(
+            boxes.device
+        )
     survivors: Tensor = batched_nms(boxes.double(), scores.double(), groups, threshold)
     return survivors
 

@@ -219,7 +219,7 @@ def test_progress_mode_and_limit(val: Dataset) -> None:
     assert seen == [(3, 4), (4, 4)]
     assert model.training
     assert metrics.max_detections == 100
-    assert judge(model, val, detections_per_image=300).max_detections == 300
+    assert judge(model, val, detections_per_image=300).max_detections == 100
     assert judge(model, val, detections_per_image=300, max_detections=7).max_detections == 7
     assert judge(model, val, score_threshold=0.995).detections == 1  # sigmoid(6) is .998
 

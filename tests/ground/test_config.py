@@ -107,8 +107,23 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
     assert load_recipe("quick").train.epochs is not None
     recipe = load_recipe("quick", ["train.steps=7"])
     assert (recipe.train.steps, recipe.train.epochs) == (7, None)
-    both = load_recipe("quick", ["train.steps=7", "train.epochs=2"])
-    assert (both.train.steps, both.train.epochs) == (7, 2)
+    assert load_recipe("quick", ["train.steps =7"]).train.steps == 7
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs both say how long"):
+        load_recipe("quick", ["train.steps=7", "train.epochs=2"])
+
+
+def test_alpha_goes_with_the_focal_loss() -> None:
+    assert load_recipe("quick").loss.alpha == 0.25
+    assert load_recipe("quick", ["loss.classification=cross_entropy"]).loss.alpha is None
+    given = load_recipe("quick", ["loss.classification=cross_entropy", "loss.alpha=0.75"])
+    assert given.loss.alpha == 0.75
+    with pytest.raises(ConfigError, match="focal_star divides by gamma"):
+        load_recipe("quick", ["loss.classification=focal_star", "loss.gamma=0"])
+
+
+def test_the_longer_side_is_not_under_the_shorter() -> None:
+    with pytest.raises(ConfigError, match=r"max_size 640.*is under image_size 800"):
+        load_recipe("quick", ["data.image_size=800"])
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -155,14 +155,15 @@ def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_accumulating_micro_batches_is_the_whole_batch(tiny_data: Path, tmp_path: Path) -> None:
-    settings = ("train.steps=2", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4")
+    settings = ("train.steps=1", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4")
     one = train(tiny_recipe(*settings), tiny_data, tmp_path / "one", device="cpu")
     two = train(
         tiny_recipe(*settings, "train.accumulate=2"), tiny_data, tmp_path / "two", device="cpu"
     )
     expected, found = _weights(one.folder), _weights(two.folder)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+        # Sums in another order; the step itself moves weights by a thousand times that.
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_nonfinite_loss_stops_and_can_be_repeated(tiny_data: Path, tmp_path: Path) -> None:
@@ -188,6 +189,68 @@ def test_a_nonfinite_loss_stops_and_can_be_repeated(tiny_data: Path, tmp_path: P
     assert progress is not None
     assert progress.step == story["step"]
     assert all(torch.isfinite(one).all() for one in _weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("dies_at", ["start", "step", "validation"])
+def test_killed_before_the_first_save_it_starts_again(
+    tiny_data: Path, tmp_path: Path, dies_at: str
+) -> None:
+    recipe = tiny_recipe("train.steps=2", "train.validate_every=1", "train.save_every=100")
+
+    def die(event: Event) -> None:
+        if event.kind == dies_at:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=die)
+    (tmp_path / "run" / ".last.draft").mkdir(exist_ok=True)
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    assert run.step == 2
+    steps = [line["step"] for line in _log(run.folder) if "loss_box" in line]
+    assert steps == [1, 2]
+
+
+def test_tensorboard_is_written_into_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = tiny_recipe("train.steps=1", "train.trackers=['tensorboard']")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    assert list((run.folder / "tensorboard").rglob("events.out*"))
+
+
+def test_start_from_another_network_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe("train.steps=1"), tiny_data, tmp_path / "first", device="cpu")
+    recipe = tiny_recipe("train.steps=1", "model.backbone=resnet18")
+    with pytest.raises(ConfigError, match="give --backbone mobilenet_v2"):
+        train(recipe, tiny_data, tmp_path / "second", device="cpu", init=first.model)
+
+
+def test_frozen_norm_may_start_from_another_run(tiny_data: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe("train.steps=1"), tiny_data, tmp_path / "first", device="cpu")
+    # Its backbone comes from the run: no ImageNet weights are asked for.
+    recipe = tiny_recipe("train.steps=1", "model.backbone_weights=default")
+    run = train(recipe, tiny_data, tmp_path / "second", device="cpu", init=first.model)
+    assert run.step == 1
+
+
+def test_pictures_in_both_splits_are_told(tiny_data: Path, tmp_path: Path) -> None:
+    splits = read_splits(tiny_data)
+    events: list[Event] = []
+    leaky = {"train": splits["train"], "val": splits["train"]}
+    train(tiny_recipe("train.steps=1"), leaky, tmp_path / "r", device="cpu", on_event=events.append)
+    assert any("12 pictures are in train and in val" in str(one.data) for one in events)
+
+
+def test_splits_of_other_classes_and_alphas_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    splits = read_splits(tiny_data)
+    other = dataclasses.replace(splits["val"], classes=("square", "circle", "triangle"))
+    with pytest.raises(DataError, match="classes of train and val differ"):
+        train(tiny_recipe(), {"train": splits["train"], "val": other}, tmp_path / "r", device="cpu")
+    recipe = tiny_recipe("loss.alpha=[0.2, 0.3]")
+    with pytest.raises(ConfigError, match=r"alpha has 2 numbers and the data 3 classes"):
+        train(recipe, splits, tmp_path / "r", device="cpu")
+    assert not (tmp_path / "r").exists()
 
 
 def test_replay_of_nothing(tmp_path: Path) -> None:
@@ -248,7 +311,7 @@ def test_a_missing_tracker_names_its_extra(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
-    with pytest.raises(MissingExtraError, match=r"wandb is not installed.*retinanet\[trackers\]"):
+    with pytest.raises(MissingExtraError, match=r"wandb is not installed.*retinanet\[wandb\]"):
         train(tiny_recipe("train.trackers=['wandb']"), tiny_data, tmp_path / "run", device="cpu")
 
 

@@ -327,7 +327,8 @@ def _show_problems(report: CheckReport, data: Path, most: int | None) -> None:
         of_kind = [one for one in report.problems if one.kind == kind]
         for problem in of_kind[:most]:
             file = problem.file
-            named = file.relative_to(data) if file.is_relative_to(data) else file
+            inside = file != data and file.is_relative_to(data)
+            named = file.relative_to(data) if inside else file
             fix = f" -> {problem.fix}" if problem.fix else ""
             # Most reasons name the object; of the others it is said here.
             told = problem.object is None or str(problem.object) in problem.reason

@@ -1,4 +1,4 @@
-"""``retinanet demo``: the paper's point, shown on pictures that it makes itself."""
+"""``retinanet demo``: the main job, with two losses, on pictures that it makes itself."""
 
 from __future__ import annotations
 

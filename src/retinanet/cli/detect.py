@@ -110,7 +110,8 @@ def detect(
             }
         )
     else:
-        table("Found", ["class", "objects"], objects.most_common())
+        if objects:
+            table("Found", ["class", "objects"], objects.most_common())
         say(f"{objects.total()} objects in {len(readable)} pictures, in {out}")
     if failures:
         note(f"{len(failures)} pictures could not be read:", style="red")

@@ -124,7 +124,7 @@ def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     return (
         f"{begins} on {data['images']} pictures, {data['classes']} classes: {data['steps']} steps "
         f"of {data['batch_size']} pictures, learning rate {data['lr']:.2g}, "
-        f"{data['device']}, {data['precision']}"
+        f"{data['device']}, {data['precision']}; split: {data['split_origin']}"
     )
 
 

@@ -74,6 +74,7 @@ class Detector:
         self.precision = precision
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
         self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
+        self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
         self.model = checkpoint.model.eval().to(self.device).to(memory_format=torch.channels_last)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
-from retinanet.config import DetectConfig
 from retinanet.data import find_format, read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
@@ -87,8 +86,8 @@ def evaluate(
         split: which part of the data; None is ``val``, or the split that a file is of (results: all
             of the file).
         out: a folder for ``metrics.json`` and ``results.json`` (:func:`write_results`).
-        max_detections: boxes of a class in an image that count. None is COCO's 100, or
-            ``detections_per_image`` where that was set higher.
+        max_detections: boxes of a class in an image that count. None is COCO's 100, also
+            where ``detections_per_image`` is higher: AP is then what pycocotools makes of it.
         batch_size: pictures that the network takes at once.
         workers: processes that load pictures; None: chosen for this machine.
         device, precision, image_size, max_size: as in :class:`Detector`.
@@ -112,7 +111,7 @@ def evaluate(
         )
     else:
         checkpoint = load_checkpoint(model) if isinstance(model, str | Path) else model
-        info: dict[str, Any] = checkpoint.info if isinstance(checkpoint, Checkpoint) else {}
+        info: dict[str, Any] = checkpoint.info  # type: ignore[union-attr]
         if isinstance(checkpoint, Checkpoint):
             detector = Detector(
                 checkpoint,
@@ -146,7 +145,7 @@ def evaluate(
             progress=progress,
             **used,
         )
-        metrics = _judge(searched, max_detections, used)
+        metrics = _judge(searched, max_detections)
         results = searched.results
     if out is not None:
         write_results(out, metrics, results)
@@ -171,7 +170,7 @@ def evaluate_model(
 ) -> Metrics:
     """AP, validation loss and speed of a model; arguments as of :func:`search`.
 
-    `max_detections` None is COCO's 100, or ``detections_per_image`` where that is higher.
+    `max_detections` None is COCO's 100.
     """
     searched = search(
         model,
@@ -187,7 +186,7 @@ def evaluate_model(
         progress=progress,
         **thresholds,
     )
-    return _judge(searched, max_detections, thresholds)
+    return _judge(searched, max_detections)
 
 
 @torch.inference_mode()
@@ -361,12 +360,11 @@ def _inverse(label_map: Sequence[int]) -> Tensor:
     return inverse
 
 
-def _judge(searched: Searched, max_detections: int | None, thresholds: Thresholds) -> Metrics:
-    if max_detections is None:
-        kept = thresholds.get("detections_per_image", DetectConfig().detections_per_image)
-        max_detections = max(MAX_DETECTIONS, kept)
+def _judge(searched: Searched, max_detections: int | None) -> Metrics:
     metrics = evaluate_detections(
-        searched.results.dataset, searched.results, max_detections=max_detections
+        searched.results.dataset,
+        searched.results,
+        max_detections=MAX_DETECTIONS if max_detections is None else max_detections,
     )
     return replace(
         metrics,

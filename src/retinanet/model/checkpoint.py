@@ -336,12 +336,15 @@ def transfer_weights(
     loaded: list[str] = []
     skipped: list[tuple[str, str]] = []
     same_anchors = _shape_of_cells(model) == _shape_of_cells(source.model)
+    same_levels = model.p2 == source.model.p2
     shared = [name for name in classes if name in source.classes]
     for name, tensor in target.items():
         if name not in given:
             skipped.append((name, "the source has none"))
         elif name.startswith(("class_head.last.", "box_head.last.")) and not same_anchors:
             skipped.append((name, "the anchors of a cell or the channels differ"))
+        elif name.startswith(("pyramid.lateral.", "pyramid.output.")) and not same_levels:
+            skipped.append((name, "with and without P2 the levels count differently"))
         elif name.startswith("class_head.last."):
             _copy_rows(tensor, given[name], classes, source.classes)
         elif given[name].shape != tensor.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
@@ -113,12 +113,39 @@ def train(
             f"{train_set.source}: no object to train on in {len(train_set)} pictures; "
             "see retinanet data check"
         )
+    if val_set is not None and val_set.classes != train_set.classes:
+        raise DataError(
+            f"{train_set.source}: the classes of train and val differ: "
+            f"{', '.join(train_set.classes)} and {', '.join(val_set.classes)}"
+        )
+    shared = {one.path for one in train_set.images} & {
+        one.path for one in (val_set.images if val_set else ())
+    }
+    if shared:
+        tell(
+            "message",
+            message=f"warning: {len(shared)} pictures are in train and in val, the first: "
+            f"{min(shared)}; the AP on val is not honest",
+        )
+    alpha = recipe.loss.alpha
+    if isinstance(alpha, tuple) and len(alpha) != len(train_set.classes):
+        raise ConfigError(
+            f"loss.alpha has {len(alpha)} numbers and the data {len(train_set.classes)} classes: "
+            f"{', '.join(train_set.classes)}"
+        )
     if left_out:
         first = f"{left_out[0].file}: {left_out[0].reason}"
         tell(
             "message",
             message=f"left out {len(left_out)} faulty objects or pictures of the training data, "
             f"the first: {first}; see retinanet data check",
+        )
+
+    batch_size, rest = divmod(settings.batch_size, accelerator.num_processes)
+    if rest or batch_size % settings.accumulate:
+        raise ConfigError(
+            f"train.batch_size {settings.batch_size} does not divide into "
+            f"{accelerator.num_processes} processes x {settings.accumulate} micro-batches"
         )
 
     # --- run folder ---------------------------------------------------------------------------
@@ -152,6 +179,8 @@ def train(
         machine |= {"images": {name: len(one) for name, one in splits.items()}}
         machine |= {"steps": steps, "processes": accelerator.num_processes}
         folder.begin(recipe, machine)
+    if settings.trackers:
+        accelerator.init_trackers("retinanet")
 
     workers = recipe.data.workers
     workers = default_workers() if workers == "auto" else workers
@@ -162,16 +191,13 @@ def train(
     if precision == "auto":
         fast = choose_dtype("auto", accelerator.device) == torch.bfloat16
         precision = "bf16" if fast else "float32"
-    if stored is None:
+    if stored is None and init is not None:
+        model = _build_from(init, recipe, train_set.classes, tell)
+    elif stored is None:
         model = _build(recipe, len(train_set.classes))
     else:
         # Built from what the run itself keeps: the backbone's weights may be gone or out of reach.
         model = load_checkpoint(folder.last).model
-    if init is not None and stored is None:
-        transferred = transfer_weights(model, train_set.classes, load_checkpoint(init))
-        skipped = "; ".join(f"{name}: {why}" for name, why in transferred.skipped)
-        tell("message", message=f"from {init}: {transferred.loaded} tensors loaded"
-             + (f", left out {skipped}" if skipped else ""))  # fmt: skip
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = _averaged(model, settings.ema)
     lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
@@ -251,14 +277,15 @@ def train(
             # NaN (there is no object to find) is null in JSON.
             progress.metrics = {k: None if v != v else v for k, v in figures.items()}
             # NaN (no object to find) is never better; a run without one better keeps last/ alone.
-            if metrics.ap > progress.best_ap:
+            better = metrics.ap > progress.best_ap
+            progress.bad_validations = 0 if better else progress.bad_validations + 1
+            # While nothing is found yet AP says nothing, and the loss chooses.
+            before = progress.best_metrics.get("loss") or float("inf")
+            if better or (metrics.ap == progress.best_ap and (metrics.loss or 0.0) < before):
                 progress.best_ap, progress.best_step = metrics.ap, progress.step
                 progress.best_metrics = progress.metrics
-                progress.bad_validations = 0
                 write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
                 save_checkpoint(folder.best, checkpoint())
-            else:
-                progress.bad_validations += 1
             progress.stopped_early = 0 < settings.early_stop <= progress.bad_validations
             folder.append({"step": progress.step, "validation": progress.metrics})
             tell("validation", step=progress.step, **progress.metrics)
@@ -267,12 +294,6 @@ def train(
         network.train()
 
     # --- the loop -----------------------------------------------------------------------------
-    batch_size, rest = divmod(settings.batch_size, accelerator.num_processes)
-    if rest or batch_size % settings.accumulate:
-        raise ConfigError(
-            f"train.batch_size {settings.batch_size} does not divide into "
-            f"{accelerator.num_processes} processes x {settings.accumulate} micro-batches"
-        )
     loader = train_loader(
         train_set,
         batch_size=batch_size,
@@ -309,6 +330,8 @@ def train(
     meter = Meter(settings.batch_size, accelerator.device)
     interrupted = False
     network.train()
+    if stored is None:
+        keep()  # from here on a kill at any instant can be resumed
     with deterministic(settings.deterministic), ctrl_c(accelerator) as stop:
         batches = iter(loader)
         while not progress.finished and not interrupted:
@@ -325,6 +348,7 @@ def train(
             )
             set_lr(optimizer, lr * factor)
 
+            running_before = running
             losses, running = _backward(
                 accelerator, network, model, batch, recipe, precision, scaler, running
             )
@@ -340,7 +364,7 @@ def train(
                     checkpoint=checkpoint(),
                     model=model,
                     dataset=train_set,
-                    running=running,
+                    running=running_before,
                     write=accelerator.is_main_process,
                     numbers={"lr": lr * factor, "precision": precision, **figures.as_dict()},
                 )
@@ -482,11 +506,50 @@ def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
     )
 
 
+def _build_from(
+    init: str | Path, recipe: Recipe, classes: tuple[str, ...], tell: Callable[..., None]
+) -> RetinaNet:
+    """The recipe's network with what fits of another checkpoint; nothing is fetched."""
+    source = load_checkpoint(init)
+    given, wanted = source.model.spec, recipe.model.model_dump()
+    if given["backbone"] != wanted["backbone"]:
+        raise ConfigError(
+            f"--init {init} has the backbone {given['backbone']} and the recipe "
+            f"{wanted['backbone']}; give --backbone {given['backbone']}"
+        )
+    del wanted["backbone_weights"]
+    for name in ("pixel_mean", "pixel_std", "stride_padding"):
+        wanted[name] = given[name] if wanted[name] is None else wanted[name]
+    model = RetinaNet(
+        num_classes=len(classes),
+        norm_eps=given["norm_eps"],
+        **wanted,
+        **recipe.anchors.model_dump(),
+    )
+    transferred = transfer_weights(model, classes, source)
+    skipped = "; ".join(f"{name}: {why}" for name, why in transferred.skipped)
+    left_out = f", left out {skipped}" if skipped else ""
+    tell("message", message=f"from {init}: {len(transferred.loaded)} tensors loaded{left_out}")
+    return model
+
+
 def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
     if not decay:
         return None
-    averaging = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
+
+    def average(
+        kept: list[Tensor] | tuple[Tensor, ...], new: list[Tensor] | tuple[Tensor, ...], count: Any
+    ) -> None:
+        # The ramp keeps a short run's average from being its first step's weights.
+        seen = int(count)
+        share = 1 - min(decay, (1 + seen) / (10 + seen))
+        for old, current in zip(kept, new, strict=True):
+            if old.is_floating_point():
+                old.lerp_(current, share)
+            else:
+                old.copy_(current)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

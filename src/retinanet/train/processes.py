@@ -30,18 +30,15 @@ def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accel
         raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
     for tracker in trackers:
         _require_tracker(tracker)
-    accelerator = Accelerator(
+    return Accelerator(
         # Precision is ours (recipe): accelerate's own would copy the logits to float32.
         mixed_precision="no",
         cpu=device == "cpu" or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,
-        project_dir=str(out),
+        project_dir=str(out / "tensorboard"),
         # A validation runs on the main process alone, and the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
-    if trackers:
-        accelerator.init_trackers("retinanet")
-    return accelerator
 
 
 def _require_tracker(name: str) -> None:
@@ -53,7 +50,7 @@ def _require_tracker(name: str) -> None:
         "mlflow": is_mlflow_available,
     }
     if not available[name]():
-        raise MissingExtraError(name, "trackers")
+        raise MissingExtraError(name, name)
 
 
 def from_main(accelerator: Accelerator, value: float) -> float:

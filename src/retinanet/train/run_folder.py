@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -70,9 +71,11 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds other things than a run.
         """
-        strangers = sorted(one.name for one in self.path.iterdir()) if self.path.is_dir() else []
-        # A run killed before its first state leaves these two and the log: starting over is right.
-        if set(strangers) - {self.config.name, self.info.name, self.log.name, "tensorboard"}:
+        # A run killed before its first state leaves these, and drafts: starting over is right.
+        own = {self.config.name, self.info.name, self.log.name, "tensorboard"}
+        held = [one.name for one in self.path.iterdir()] if self.path.is_dir() else []
+        strangers = sorted(one for one in held if one not in own and not one.startswith("."))
+        if strangers:
             raise ConfigError(
                 f"{self.path} holds {strangers[0]!r} but no run to resume; give an empty --out"
             )
@@ -82,8 +85,12 @@ class RunFolder:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the log."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in line.items()
+        }
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def cut_log(self, step: int) -> None:
         """Drop the lines after `step`, and a half-written last one: they will come again."""

@@ -119,7 +119,7 @@ def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
             found = _yaml_pictures(file, base, str(entry))
             if found is not None:
                 splits.setdefault(split, []).extend(found)
-            elif split == "train":
+            else:
                 raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
     if not any(splits.values()):
         raise DataError(f"{file}: no pictures in the folders of its splits, looked for in {base}")
