@@ -47,13 +47,10 @@ def bench(
         return
     table(
         "Median times; a speedup over 1 is in our favour",
-        ["stage", "size", "way", "rival", "ours", "theirs", "speedup", "memory", "theirs"],
+        ["stage, size, rival", "ours", "theirs", "speedup", "MB", "theirs"],
         [
             (
-                row.stage,
-                row.size,
-                row.way,
-                row.rival or "-",
+                f"{row.stage}, {row.way}: {row.size}" + (f"; {row.rival}" if row.rival else ""),
                 _time(row.ours.median),
                 _time(row.theirs.median) if row.theirs else "-",
                 _speedup(row),
@@ -62,7 +59,6 @@ def bench(
             )
             for row in rows
         ],
-        left=4,
     )
 
 
@@ -75,7 +71,7 @@ def _beside(row: Row) -> str:
 def _speedup(row: Row) -> str:
     if row.speedup is None:
         return "-"
-    return f"{row.speedup:.2f} ({row.speedup_low:.2f} - {row.speedup_high:.2f})"
+    return f"{row.speedup:.1f} ({row.speedup_low:.1f}-{row.speedup_high:.1f})"
 
 
 def _time(value: float) -> str:
@@ -83,4 +79,4 @@ def _time(value: float) -> str:
 
 
 def _bytes(value: Any) -> str:
-    return "-" if value is None else f"{value / 1e6:.0f} MB"
+    return "-" if value is None else f"{value / 1e6:.0f}"
