@@ -178,6 +178,7 @@ def train(
         machine |= {"data_digest": data_digest, "split_origin": train_set.split_origin}
         machine |= {"images": {name: len(one) for name, one in splits.items()}}
         machine |= {"steps": steps, "processes": accelerator.num_processes}
+        machine |= {"init": None if init is None else str(init)}
         folder.begin(recipe, machine)
     if settings.trackers:
         accelerator.init_trackers("retinanet")
