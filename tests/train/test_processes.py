@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from retinanet.data.synthetic import synthetic_dataset
 from safetensors.torch import load_file
 
 from retinanet.data.formats import read_splits
+from retinanet.data.synthetic import synthetic_dataset
 
 _SCRIPT = Path(__file__).with_name("train_in_process.py")
 
