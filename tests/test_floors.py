@@ -20,7 +20,7 @@ SOURCE = Path(retinanet.__file__).parent
 # How high each room lies: it may import from what lies lower. Rooms of equal height do not meet.
 HEIGHT = {
     **dict.fromkeys(["errors", "structures"], 0),
-    **dict.fromkeys(["config", "files", "boxes", "anchors"], 1),
+    **dict.fromkeys(["config", "files", "boxes", "anchors", "native"], 1),
     "matching": 2,
     **dict.fromkeys(["losses", "postprocess"], 3),
     **dict.fromkeys(["model", "data"], 10),

@@ -7,7 +7,9 @@ else here is the same for every loss.
 Two ways lead to one result. Dense targets, ``reduction="none"``, second derivatives and compiled
 code take the formula as it is written (``_reference``) and autograd's gradient. Integer labels
 take ``_LabelLoss``: no one-hot targets, and the gradient, known in closed form (Appendix B), is
-made with the value while a piece of the logits is in the cache. A test holds the two equal.
+made with the value while a piece of the logits is in the cache: by the native library on a CPU and
+by a Triton kernel on a GPU where they are there, else piece by piece in torch. Tests hold all of
+them equal.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
+from retinanet import native
 from retinanet.structures import BACKGROUND, IGNORED
 
 Reduction = Literal["none", "sum", "mean"]
 Alpha = float | Sequence[float] | Tensor | None
 _Formula = tuple[Literal["focal", "focal_star"], float, float]  # gamma and beta
 _Curve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# logits (N, K), labels (N,), weights (N,), weights of positives and negatives, the formula, and the
+# gradient (N, K) to be filled or None, to the loss ().
+_Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Formula, Tensor | None], Tensor]
 
 # From here on log(1 + exp(x)) is x to the last bit, in float64 too, and exp(x) is no infinity yet.
 _LINEAR_FROM = 80.0
@@ -143,6 +150,7 @@ def weighted_label_loss(
     gamma: float,
     beta: float = 0.0,
     alpha: Alpha = None,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     """Sum of rows' losses, each times its weight: what a detector with a normaliser an image needs.
 
@@ -151,12 +159,17 @@ def weighted_label_loss(
         labels: (N,) integer class 0..K-1, BACKGROUND or IGNORED.
         row_weights: (N,) float; no gradient flows to them.
         kind, gamma, beta, alpha: as in the public functions, which call this with weights 1.
+        overwrite_logits: the gradient may be written over the logits, which saves as much memory
+            as they take. Only for logits that nobody reads afterwards (a convolution does not
+            need its output to go backward); autograd refuses those who kept them for their own
+            gradient. The loss can then be derived once, and not twice.
 
     Returns:
         () float32, or float64 for float64 logits.
 
     Raises:
         ValueError: as :func:`focal_loss`.
+        RuntimeError: in the backward pass, if the logits were given up and are wanted again.
     """
     if labels.shape != logits.shape[:1] or logits.dim() != 2 or row_weights.shape != labels.shape:
         raise ValueError(
@@ -173,7 +186,14 @@ def weighted_label_loss(
         return _reference_sum(logits, labels, weights, positive, negative, (kind, gamma, beta))
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     result: Tensor = _LabelLoss.apply(
-        logits, labels, weights, positive, negative, (kind, gamma, beta), want_gradient
+        logits,
+        labels,
+        weights,
+        positive,
+        negative,
+        (kind, gamma, beta),
+        want_gradient,
+        overwrite_logits and want_gradient,
     )
     return result
 
@@ -251,29 +271,52 @@ class _LabelLoss(torch.autograd.Function):
         negative: Tensor,
         formula: _Formula,
         want_gradient: bool,
+        overwrite: bool,
     ) -> Tensor:
         loss, ctx.gradient = _sum_and_gradient(
-            logits, labels, weights, positive, negative, formula, want_gradient
+            logits, labels, weights, positive, negative, formula, want_gradient, overwrite
         )
-        ctx.save_for_backward(logits, labels, weights, positive, negative)
+        ctx.overwritten = overwrite
+        if overwrite:
+            # Whoever saved the logits for a gradient of theirs is told so when it comes to that.
+            increment_version(logits)
+        else:
+            ctx.save_for_backward(logits, labels, weights, positive, negative)
         ctx.formula = formula
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        constants = (None,) * 7
+        # Scaled in place and given away, which saves a copy; with retain_graph it is made again.
+        gradient, ctx.gradient = ctx.gradient, None
+        if ctx.overwritten:
+            if torch.is_grad_enabled() or gradient is None:
+                raise RuntimeError(
+                    "the gradient was written over the logits, so this loss can be derived only "
+                    "once: for second derivatives, or a second backward pass, leave "
+                    "overwrite_logits=False"
+                )
+            return _scaled(gradient, upstream), *constants
         logits, labels, weights, positive, negative = ctx.saved_tensors
-        constants = (None,) * 6
         if torch.is_grad_enabled():
             # create_graph: a gradient that can itself be derived takes the formula.
             loss = _reference_sum(logits, labels, weights, positive, negative, ctx.formula)
             return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *constants
-        # Scaled in place and given away, which saves a copy; with retain_graph it is made again.
-        gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             _, gradient = _sum_and_gradient(
                 logits, labels, weights, positive, negative, ctx.formula, True
             )
-        return gradient.mul_(upstream).to(logits.dtype), *constants
+            assert gradient is not None
+        return _scaled(gradient, upstream).to(logits.dtype), *constants
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient times what came from above, in its own memory."""
+    # On a GPU it would take longer to ask.
+    if upstream.device.type == "cpu" and float(upstream) == 1:
+        return gradient
+    return gradient.mul_(upstream)
 
 
 def _sum_and_gradient(
@@ -284,15 +327,58 @@ def _sum_and_gradient(
     negative: Tensor,
     formula: _Formula,
     want_gradient: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The weighted loss () of rows (N, K) with labels (N,), and its gradient, piece by piece."""
+    """The weighted loss () of rows (N, K) with labels (N,), and its gradient.
+
+    float16 has a float32 gradient, as it would lose the many small ones before the loss scale can
+    lift them. With `overwrite` any other is written over the logits.
+    """
+    gradient = None
+    if want_gradient and overwrite and logits.dtype != torch.float16:
+        gradient = logits.detach()
+    elif want_gradient:
+        stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=stored, memory_format=torch.contiguous_format)
+    run = _in_pieces
+    if logits.device.type == "cpu":
+        if native.label_loss_served(logits):
+            run = native.label_loss
+    elif logits.device.type == "cuda":
+        run = _on_gpu(logits, formula)
+    return run(logits, labels, weights, positive, negative, formula, gradient), gradient
+
+
+def _on_gpu(logits: Tensor, formula: _Formula) -> _Way:
+    """The Triton kernel, or the pieces where there is no Triton or it does not know the case."""
+    try:
+        from retinanet.losses import triton_loss
+    except ImportError:
+        return _in_pieces
+    return triton_loss.sum_and_gradient if triton_loss.serves(logits, formula) else _in_pieces
+
+
+def _in_pieces(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: _Formula,
+    gradient: Tensor | None,
+) -> Tensor:
+    """The loss (), and its gradient into `gradient`, which may be the logits, in plain torch."""
     name, gamma, beta = formula
     curve = _CURVES[name](gamma, beta)
     count, classes = logits.shape
     kind, on_cpu = weights.dtype, logits.device.type == "cpu"
-    # float16 would lose the many small gradients before the loss scale can lift them.
-    stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-    gradient = logits.new_empty(logits.shape if want_gradient else (0, classes), dtype=stored)
+    # The one class of each row that has a class is put right at the end. A GPU does it for all
+    # rows, so that it need not say which they are.
+    rows = torch.arange(count, device=labels.device)
+    if on_cpu:
+        rows = rows[labels >= 0]
+    own = labels[rows].clamp(min=0)
+    own_logits = logits[rows, own].to(kind)
     # Nearly every element is a negative, so all are first taken for one, ...
     elements = _CPU_PIECE * min(8, torch.get_num_threads()) if on_cpu else _GPU_PIECE
     step = min(max(1, elements // classes), max(1, count))
@@ -304,26 +390,20 @@ def _sum_and_gradient(
         x = logits[piece] if logits.dtype == kind else work[4].copy_(logits[piece])
         value, slope = curve(x, work[:4])
         torch.sum(value.mul_(negative), dim=1, out=row_losses[piece])
-        if want_gradient:
+        if gradient is not None:
             torch.mul(slope, weights[piece, None] * negative, out=slope)
             gradient[piece] = slope
     loss = (row_losses * weights).sum()
-    # ... then the one class of each row that has a class is put right. A GPU does it for all rows,
-    # so that it need not say which they are.
-    rows = torch.arange(count, device=labels.device)
-    if on_cpu:
-        rows = rows[labels >= 0]
-    own = labels[rows].clamp(min=0)
+    # ... then come the positives.
     right = torch.where(labels[rows] >= 0, weights[rows], 0)
-    x = logits[rows, own].to(kind)
-    as_positive, positive_slope = curve(-x, x.new_empty((4, len(x))))
-    as_negative, _ = curve(x, x.new_empty((4, len(x))))
+    as_positive, positive_slope = curve(-own_logits, own_logits.new_empty((4, len(rows))))
+    as_negative, _ = curve(own_logits, own_logits.new_empty((4, len(rows))))
     own_positive, own_negative = positive.expand(classes)[own], negative.expand(classes)[own]
     loss = loss + ((own_positive * as_positive - own_negative * as_negative) * right).sum()
-    if want_gradient:
-        corrected = (-own_positive * positive_slope * right).to(stored)
+    if gradient is not None:
+        corrected = (-own_positive * positive_slope * right).to(gradient.dtype)
         gradient[rows, own] = torch.where(right > 0, corrected, gradient[rows, own])
-    return loss, gradient if want_gradient else None
+    return loss
 
 
 def _reference_sum(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,27 @@ from retinanet.structures import Outputs, Targets, flatten_level, flatten_levels
 RUNNING_START = 100.0
 """Where detectron2 starts the running count of foreground anchors."""
 
-ClassificationLoss = Callable[[Sequence[Tensor], Tensor, Tensor, Alpha, float, float], Tensor]
-"""From the levels' logits (B, R_l, K), the labels (B, R), the images' weights (B,), alpha, gamma
-and beta to the loss (). It sees a whole batch, so one that ranks anchors (OHEM, Sec. 5.1) fits.
-"""
+
+class ClassificationLoss(Protocol):
+    """From the levels' logits (B, R_l, K), the labels (B, R), the images' weights (B,), alpha,
+    gamma and beta to the loss ().
+
+    It sees a whole batch, so one that ranks anchors (OHEM, Sec. 5.1) fits. With `overwrite_logits`
+    it may write over the logits, but need not.
+    """
+
+    def __call__(
+        self,
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        weights: Tensor,
+        alpha: Alpha,
+        gamma: float,
+        beta: float,
+        *,
+        overwrite_logits: bool = False,
+    ) -> Tensor: ...
+
 
 _NORMALIZERS = ("image", "batch", "running")
 
@@ -67,6 +84,7 @@ def detection_losses(
     low_quality_matches: bool = False,
     running: Tensor | None = None,
     world_foreground: Callable[[Tensor], Tensor] | None = None,
+    overwrite_logits: bool = False,
 ) -> Losses:
     """Classification and box loss of a batch; both depend on every output, objects or none.
 
@@ -95,6 +113,9 @@ def detection_losses(
         world_foreground: for ``batch`` and ``running`` in several processes: maps the process's
             n () to max(1, n of all processes) / number of processes. With gradients averaged over
             processes the step is then that of one process with the whole batch.
+        overwrite_logits: the gradient of the class loss may be written over ``outputs.logits``,
+            which saves as much memory as they take; in the heads' channels_last layout all of it.
+            Only where nobody reads them afterwards and the losses go backward once.
 
     Returns:
         the losses, float32 (float64 for float64 outputs).
@@ -124,7 +145,9 @@ def detection_losses(
     wide = torch.float64 if outputs.logits[0].dtype == torch.float64 else torch.float32
     weights = divisors.to(wide).reciprocal()
     logits = [flatten_level(level, num_classes) for level in outputs.logits]
-    class_loss = CLASSIFICATION_LOSSES[classification](logits, labels, weights, alpha, gamma, beta)
+    class_loss = CLASSIFICATION_LOSSES[classification](
+        logits, labels, weights, alpha, gamma, beta, overwrite_logits=overwrite_logits
+    )
     boxes_loss = _box_losses(outputs, every_anchor, targets, matches, weights, box, box_beta)
     return Losses(class_loss, boxes_loss * box_weight, foreground, shown)
 
@@ -175,8 +198,10 @@ def _focal(
     alpha: Alpha,
     gamma: float,
     beta: float,
+    *,
+    overwrite_logits: bool = False,
 ) -> Tensor:
-    return _sum_over_levels("focal", logits, labels, weights, alpha, gamma, 0.0)
+    return _sum_over_levels("focal", logits, labels, weights, alpha, gamma, 0.0, overwrite_logits)
 
 
 def _cross_entropy(
@@ -186,8 +211,10 @@ def _cross_entropy(
     alpha: Alpha,
     gamma: float,
     beta: float,
+    *,
+    overwrite_logits: bool = False,
 ) -> Tensor:
-    return _sum_over_levels("focal", logits, labels, weights, alpha, 0.0, 0.0)
+    return _sum_over_levels("focal", logits, labels, weights, alpha, 0.0, 0.0, overwrite_logits)
 
 
 def _focal_star(
@@ -197,8 +224,12 @@ def _focal_star(
     alpha: Alpha,
     gamma: float,
     beta: float,
+    *,
+    overwrite_logits: bool = False,
 ) -> Tensor:
-    return _sum_over_levels("focal_star", logits, labels, weights, alpha, gamma, beta)
+    return _sum_over_levels(
+        "focal_star", logits, labels, weights, alpha, gamma, beta, overwrite_logits
+    )
 
 
 CLASSIFICATION_LOSSES: dict[str, ClassificationLoss] = {
@@ -217,6 +248,7 @@ def _sum_over_levels(
     alpha: Alpha,
     gamma: float,
     beta: float,
+    overwrite_logits: bool,
 ) -> Tensor:
     """All anchors of all levels, level by level: in channels_last memory no logit is copied."""
     total = weights.new_zeros(())
@@ -230,6 +262,7 @@ def _sum_over_levels(
             gamma=gamma,
             beta=beta,
             alpha=alpha,
+            overwrite_logits=overwrite_logits,
         )
     return total
 

@@ -1,0 +1,53 @@
+"""The one part of the build that pyproject.toml has no words for: the optional C library."""
+
+from __future__ import annotations
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
+
+
+class BuildLibrary(build_ext):
+    """Builds a library that ctypes loads, with threads where the compiler has OpenMP.
+
+    Where it cannot be built at all, the extension being optional, the installation goes on.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            ext.extra_compile_args = ["/O2", "/openmp"]
+            super().build_extension(ext)
+            return
+        # No -ffast-math: a NaN must come through, and overlaps must be torchvision's to the bit.
+        plain = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden"]
+        exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+        ext.libraries = ["m"]
+        ways = ((["-fopenmp"], ["-fopenmp"]), (["-fopenmp-simd"], []), ([], []))
+        for place, (compiling, linking) in enumerate(ways):
+            ext.extra_compile_args = plain + exact + compiling
+            ext.extra_link_args = linking
+            try:
+                super().build_extension(ext)
+                return
+            except CCompilerError:
+                # A compiler without OpenMP (Apple's) still makes a library of one thread.
+                if place == len(ways) - 1:
+                    self.warn("no native library: retinanet works without it, but more slowly")
+                    raise
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None: on Windows the usual answer is PyInit_..., which this library does not have."""
+        return []
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "retinanet.native._library",
+            sources=["src/retinanet/native/native.c"],
+            depends=["src/retinanet/native/kernels.h"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary},
+)
