@@ -13,7 +13,15 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
-from retinanet.data.images import image_size, network_size, pad_batch, read_image, resize_to
+from retinanet.data import images
+from retinanet.data.images import (
+    image_size,
+    network_size,
+    pad_batch,
+    read_image,
+    read_reduced,
+    resize_to,
+)
 from retinanet.errors import ImageError
 
 
@@ -374,6 +382,155 @@ def test_header_that_promises_too_much(tmp_path: Path) -> None:
         read_image(file)
 
 
+def test_garbage_in_the_middle_is_no_picture(photo: Image.Image, tmp_path: Path) -> None:
+    # Pillow would fill the rest of the picture with whatever comes.
+    data = encoded(photo.resize((400, 400)), "JPEG", quality=95)
+    middle = len(data) // 2
+    noise = np.random.default_rng(0).integers(0, 255, 500, np.uint8).tobytes()
+    file = tmp_path / "rotten.jpg"
+    damaged = {
+        "replaced": data[:middle] + noise + data[middle + 500 :],
+        "zeros": data[:middle] + bytes(3000) + data[middle + 3000 :],
+        "missing": data[:middle] + data[middle + 3000 :],
+    }
+    for way, content in damaged.items():
+        file.write_bytes(content)
+        for read in (read_image, lambda source: read_reduced(source, 100, 100)):
+            with pytest.raises(ImageError) as error:
+                read(file)
+            assert one_line(error).startswith(f"{file}: cannot be read: "), way
+
+
+def test_harmless_oddities_of_a_jpeg_are_let_through(photo: Image.Image) -> None:
+    data = encoded(photo, "JPEG", exif=with_orientation(6))
+    expected = read_image(data)
+    for odd in (
+        data + b"a thumbnail, say",  # after the end
+        data[:-2] + bytes(9) + data[-2:],  # before it: some cameras pad
+        data[:2] + b"\xff" * 3 + data[2:],  # between markers
+        data[:-2] + b"whatever",  # no end, as cheap cameras leave it; all pixels are there
+    ):
+        assert torch.equal(read_image(odd), expected)
+        assert torch.equal(by_pillow(odd), expected)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+def test_pixels_are_the_same_without_the_fast_decoder(
+    photo: Image.Image, orientation: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {} if orientation is None else {"exif": with_orientation(orientation)}
+    data = encoded(photo.resize((201, 150)), "JPEG", **options)
+    fast = read_image(data), read_reduced(data, 20, 40)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert torch.equal(read_image(data), fast[0])
+    pixels, size = read_reduced(data, 20, 40)
+    assert torch.equal(pixels, fast[1][0])
+    assert size == fast[1][1]
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(data[:1000])
+
+
+def test_the_fast_decoder_takes_plain_jpegs(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("Pillow was asked")
+
+    monkeypatch.setattr(images, "_by_pillow", never)
+    assert read_image(encoded(photo, "JPEG", exif=with_orientation(6))).shape == (3, 56, 40)
+    with pytest.raises(ImageError, match="Pillow was asked"):
+        read_image(encoded(photo.convert("CMYK"), "JPEG"))
+
+
+def test_orientation_in_xmp(photo: Image.Image) -> None:
+    # As Lightroom writes it; Pillow reads it where EXIF has none.
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    data = encoded(photo, "JPEG", xmp=xmp)
+    assert read_image(data).shape == (3, 56, 40)
+    assert torch.equal(read_image(data), by_pillow(data))
+
+
+# --- reduced size ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [
+        (800, 1600, 8),  # 50 x 100 is wanted: exactly 16 times
+        (799, 1600, 4),  # 49.9 rounds to 50: a little under 16 times
+        (400, 800, 4),
+        (200, 400, 2),
+        (199, 400, 1),
+        (100, 200, 1),
+        (20, 30, 1),
+    ],
+)
+def test_reduced_to_twice_the_wanted_size_at_least(height: int, width: int, factor: int) -> None:
+    pixels, size = read_reduced(encoded(Image.new("RGB", (width, height)), "JPEG"), 50, 100)
+    assert tuple(pixels.shape) == (3, round(height / factor), round(width / factor))
+    assert size == (height, width)
+    assert pixels.stride()[0] == 1
+
+
+def test_only_jpegs_are_reduced(photo: Image.Image) -> None:
+    large = photo.resize((560, 400))
+    for source in (encoded(large, "PNG"), large, np.array(large), read_image(large)):
+        pixels, size = read_reduced(source, 20, 40)
+        assert tuple(pixels.shape) == (3, 400, 560)
+        assert size == (400, 560)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # the fast decoder, and Pillow
+@pytest.mark.parametrize(("height", "width"), [(400, 560), (405, 569), (403, 563)])
+def test_reduced_picture_is_the_whole_one_resized(
+    photo: Image.Image, orientation: int, mode: str, height: int, width: int
+) -> None:
+    smooth = photo.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    data = encoded(smooth, "JPEG", quality=95, exif=with_orientation(orientation))
+    whole = read_image(data)
+    pixels, size = read_reduced(data, 40, 70)
+    assert size == tuple(whole.shape[-2:])
+    assert pixels.shape[-1] < whole.shape[-1] / 3.9
+    got, scale = resize_to(pixels, 40, 70, size)
+    expected, whole_scale = resize_to(whole, 40, 70)
+    assert scale == whole_scale
+    assert got.shape == expected.shape
+    gap = (got.int() - expected.int()).abs().float()
+    assert gap.mean() < 1.2
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_reduced_picture_has_no_margin(orientation: int) -> None:
+    # 513 columns make 65 at an eighth, of which the last holds one column of the picture; it
+    # would move all others by up to 7 pixels of the whole.
+    pixels = np.zeros((512, 513, 3), np.uint8)
+    pixels[:, 256:] = 255
+    data = encoded(Image.fromarray(pixels), "JPEG", exif=with_orientation(orientation))
+    reduced, size = read_reduced(data, 32, 33)
+    assert size == (512, 513)
+    assert tuple(reduced.shape) == (3, 64, 64)
+    assert (reduced[:, :, :31].float().mean() < 128) == (orientation == 1)
+
+
+def test_reduced_orientation_and_size_agree_with_image_size(photo: Image.Image) -> None:
+    data = encoded(photo.resize((560, 400)), "JPEG", exif=with_orientation(6))
+    assert read_reduced(data, 20, 40)[1] == image_size(data) == (560, 400)
+
+
+@pytest.mark.data
+def test_reduced_real_photos(real_data: Path) -> None:
+    gaps = []
+    for file in sorted((real_data / "coco128").rglob("*.jpg"))[::16]:
+        pixels, size = read_reduced(file, 100, 150)
+        whole, _ = resize_to(read_image(file), 100, 150)
+        got, _ = resize_to(pixels, 100, 150, size)
+        assert size[1] >= pixels.shape[-1] >= 2 * got.shape[-1]
+        gaps.append(float((got.int() - whole.int()).abs().float().mean()))
+    assert 0 < max(gaps) < 3
+    assert sum(gaps) / len(gaps) < 1.1
+
+
 # --- sizes and batches -------------------------------------------------------------------------
 
 
@@ -422,6 +579,17 @@ def test_pad_batch() -> None:
     expected[0, :, :33, :20] = 1
     expected[1, :, :10, :] = 2
     assert torch.equal(batch, expected)
+
+
+def test_shared_batch_is_the_same_and_crosses_to_another_process() -> None:
+    pictures = [torch.full((3, 33, 20), 1, dtype=torch.uint8)]
+    batch, _ = pad_batch(pictures, (9, 8, 7))
+    shared, _ = pad_batch(pictures, (9, 8, 7), shared=True)
+    assert shared.is_shared()
+    assert not batch.is_shared()
+    assert torch.equal(batch, shared)
+    assert batch.stride() == shared.stride()
+    assert shared.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_pad_batch_without_pictures() -> None:

@@ -106,6 +106,47 @@ def test_batch_layout(dataset: Dataset) -> None:
             assert (boxes[:, 3] <= height).all()
 
 
+def test_large_jpegs_are_read_reduced_with_boxes_and_sizes_of_the_whole(tmp_path: Path) -> None:
+    path = tmp_path / "large.jpg"
+    picture = Image.new("RGB", (800, 600), (0, 0, 0))
+    picture.paste((255, 255, 255), (200, 100, 400, 300))
+    picture.save(path)
+    image = LabelledImage(path, 0, (Annotation((200.0, 100.0, 400.0, 300.0), 0),))
+    dataset = Dataset((image,), ("a",), (1,), "train", "coco", tmp_path)
+    (batch,) = eval_loader(dataset, batch_size=1, image_size=60, max_size=100)
+    assert batch.original_sizes.tolist() == [[600, 800]]
+    assert batch.sizes.tolist() == [[60, 80]]
+    assert batch.targets.boxes.tolist() == [[[20, 10, 40, 30]]]
+    assert (batch.images[0, :, 11:29, 21:39] > 240).all()
+    assert (batch.images[0, :, 32:60] < 15).all()
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_batches_of_workers_need_no_copy(
+    dataset: Dataset, in_worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "get_worker_info", lambda: object() if in_worker else None)
+    (batch, *_) = eval_loader(dataset, batch_size=4, image_size=32, max_size=64)
+    assert batch.images.is_shared() == in_worker
+
+
+def test_a_worker_uses_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        counts: list[Any] = list(loading._loader(_Threads(), range(3), workers=1))
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1, 1, 1]
+
+
+class _Threads(torch.utils.data.Dataset[int]):
+    """In place of a data set: says with how many threads its process computes."""
+
+    def __getitem__(self, place: int) -> int:
+        return torch.get_num_threads()
+
+
 def test_same_seed_same_batches(dataset: Dataset) -> None:
     first, second = training(dataset), training(dataset)
     for one, other in zip(first, second, strict=True):

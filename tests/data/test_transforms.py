@@ -83,6 +83,34 @@ def test_longest_side_limits() -> None:
     assert boxes == [[5, 0, 10, 10]]
 
 
+def test_reduced_reading_changes_no_box() -> None:
+    # 40 x 60 read as 20 x 30, then resized to 10 x 15: boxes are scaled by a quarter.
+    transform = Transform(1000, scale_jitter=(0.5, 2.0), crop=True, horizontal_flip=1.0)
+    boxes, labels = torch.tensor([[4.0, 8.0, 24.0, 20.0]]), torch.tensor([5])
+    results = [
+        transform(
+            painted(*side, []),
+            boxes,
+            labels,
+            shorter=10,
+            generator=random.Random(7),
+            size=(40, 60),
+        )
+        for side in ((40, 60), (20, 30))
+    ]
+    whole, reduced = results
+    assert whole[0].shape == reduced[0].shape
+    assert torch.equal(whole[1], reduced[1])
+    assert torch.equal(whole[2], reduced[2])
+    assert len(whole[1]) == 1
+
+
+def test_read_large_enough_for_the_jitter() -> None:
+    assert Transform(1333).reading_size(800) == (800, 1333)
+    assert Transform(1000, scale_jitter=(0.5, 1.5)).reading_size(601) == (902, 1500)
+    assert Transform(1000, scale_jitter=(0.5, 0.8)).reading_size(600) == (600, 1000)
+
+
 def test_horizontal_flip() -> None:
     image = painted(20, 30, [(2, 4, 12, 10)])
     out, boxes, _ = run(

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.data.dataset import Dataset
-from retinanet.data.images import pad_batch, read_image
+from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
 from retinanet.errors import ImageError
 from retinanet.structures import IGNORED, Batch, pad_targets
@@ -305,12 +305,12 @@ def _load(
     images, boxes, labels, original_sizes = [], [], [], []
     for index, generator in chosen:
         try:
-            image = read_image(pictures.path(index))
+            image, size = read_reduced(pictures.path(index), *transform.reading_size(shorter))
         except ImageError as error:
             return _Failure(str(error))
-        original_sizes.append(tuple(image.shape[-2:]))
+        original_sizes.append(size)
         image, image_boxes, image_labels = transform(
-            image, *pictures.objects(index), shorter=shorter, generator=generator
+            image, *pictures.objects(index), shorter=shorter, generator=generator, size=size
         )
         images.append(image)
         boxes.append(image_boxes)
@@ -318,7 +318,8 @@ def _load(
     corners = None
     if any_corner:
         corners = [(draw.random() < 0.5, draw.random() < 0.5) for _, draw in chosen]
-    padded, sizes = pad_batch(images, fill, DIVISOR, corners)
+    in_worker = get_worker_info() is not None  # plain memory would be copied on its way
+    padded, sizes = pad_batch(images, fill, DIVISOR, corners, shared=in_worker)
     if corners is not None:
         room = torch.tensor(padded.shape[-2:]) - sizes
         for place, (low, right) in enumerate(corners):

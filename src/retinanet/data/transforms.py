@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from retinanet.data.images import network_size, resize_to
 from retinanet.structures import IGNORED
@@ -61,84 +59,97 @@ class Transform:
         *,
         shorter: int,
         generator: random.Random | None = None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One picture with its objects.
 
         Args:
             image: (3, H, W) uint8.
-            boxes: (M, 4) pixels of the picture; what lies outside of it is cut off.
+            boxes: (M, 4) pixels of the whole picture; what lies outside of it is cut off.
             labels: (M,) class 0..K-1, or IGNORED.
             shorter: pixels of the shorter side wanted, before jitter.
             generator: where random numbers come from; None: a fresh one.
+            size: (height, width) of the whole picture, where it was read at a reduced one (see
+                :meth:`reading_size`).
 
         Returns:
             (3, h, w) uint8, (N, 4) float32 boxes in it and their (N,) labels, N <= M: objects out
             of sight, without width or height, or with a side under MIN_SIDE are dropped.
         """
         draw = generator or random.Random()
-        height, width = image.shape[-2:]
+        height, width = size or image.shape[-2:]
         low, high = self.scale_jitter
         factor = math.exp(draw.uniform(math.log(low), math.log(high)))
-        picture: Tensor = tv_tensors.Image(image)
-        picture, (scale_y, scale_x) = resize_to(
-            picture, max(1, round(shorter * factor)), max(1, round(self.max_size * factor))
+        image, (scale_y, scale_x) = resize_to(
+            image,
+            max(1, round(shorter * factor)),
+            max(1, round(self.max_size * factor)),
+            (height, width),
         )
         scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float64)
-        boxes = tv_tensors.BoundingBoxes(
-            (boxes.double() * scale).float().reshape(-1, 4),
-            format=tv_tensors.BoundingBoxFormat.XYXY,
-            canvas_size=tuple(picture.shape[-2:]),
-        )
-        boxes, labels = _clip(boxes, labels)
+        boxes = (boxes.double() * scale).float().reshape(-1, 4)
+        boxes, labels = _clip(boxes, labels, image)
         if self.crop:
             room = network_size(height, width, shorter, self.max_size)
-            picture, boxes, labels = _crop(picture, boxes, labels, room, draw)
+            image, boxes, labels = _crop(image, boxes, labels, room, draw)
+        new_height, new_width = image.shape[-2:]
         if draw.random() < self.horizontal_flip:
-            picture, boxes = F.horizontal_flip(picture), F.horizontal_flip(boxes)
+            image = image.flip(2)
+            boxes[:, [0, 2]] = new_width - boxes[:, [2, 0]]
         if draw.random() < self.vertical_flip:
-            picture, boxes = F.vertical_flip(picture), F.vertical_flip(boxes)
+            image = image.flip(1)
+            boxes[:, [1, 3]] = new_height - boxes[:, [3, 1]]
         if self.colour:
-            picture = _change_colour(picture, self.colour, draw)
-        return picture.as_subclass(Tensor), boxes.as_subclass(Tensor), labels
+            image = _change_colour(image, self.colour, draw)
+        return image, boxes, labels
+
+    def reading_size(self, shorter: int) -> tuple[int, int]:
+        """Shorter and longest side for which to read a picture, before the jitter is drawn."""
+        most = max(1.0, self.scale_jitter[1])
+        return math.ceil(shorter * most), math.ceil(self.max_size * most)
 
 
-def _clip(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _clip(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Cut off what lies outside of the picture, and drop boxes of which nothing is left."""
-    clipped = F.clamp_bounding_boxes(boxes)
+    clipped = _cut(boxes, image)
     sides = clipped[:, 2:] - clipped[:, :2]
     keep = (sides >= MIN_SIDE).all(dim=1)  # False for not-a-number too
-    return tv_tensors.wrap(clipped[keep], like=boxes), labels[keep]
+    return clipped[keep], labels[keep]
+
+
+def _cut(boxes: Tensor, image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
 
 def _crop(
-    picture: Tensor,
+    image: Tensor,
     boxes: Tensor,
     labels: Tensor,
     room: tuple[int, int],
     draw: random.Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    height, width = picture.shape[-2:]
+    height, width = image.shape[-2:]
     new_height, new_width = min(height, room[0]), min(width, room[1])
     # Drawn even where there is nothing to cut, so that later draws stay the same.
     top = int(draw.random() * (height - new_height + 1))
     left = int(draw.random() * (width - new_width + 1))
     if (new_height, new_width) == (height, width):
-        return picture, boxes, labels
+        return image, boxes, labels
     whole = _areas(boxes)
-    picture = F.crop(picture, top, left, new_height, new_width)
-    boxes = F.clamp_bounding_boxes(F.crop(boxes, top, left, new_height, new_width))
+    image = image[:, top : top + new_height, left : left + new_width]
+    boxes = _cut(boxes - boxes.new_tensor([left, top, left, top]), image)
     visible = _areas(boxes) / whole
     labels = torch.where(visible < MIN_VISIBLE, IGNORED, labels)
-    boxes, labels = _clip(boxes, labels)
-    return picture, boxes, labels
+    boxes, labels = _clip(boxes, labels, image)
+    return image, boxes, labels
 
 
 def _areas(boxes: Tensor) -> Tensor:
-    boxes = boxes.as_subclass(Tensor)
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _change_colour(picture: Tensor, strength: float, draw: random.Random) -> Tensor:
+def _change_colour(image: Tensor, strength: float, draw: random.Random) -> Tensor:
     """Hue, saturation, contrast and brightness as a single linear map of RGB.
 
     Differs: transforms.v2 turns the hue in HSV and cuts off at 0 and 255 after each of four passes;
@@ -150,8 +161,8 @@ def _change_colour(picture: Tensor, strength: float, draw: random.Random) -> Ten
     luma_chroma = torch.tensor(_YIQ, dtype=torch.float64)
     change = torch.tensor([[1, 0, 0], [0, cos, sin], [0, -sin, cos]], dtype=torch.float64)
     matrix = torch.linalg.solve(luma_chroma, change @ luma_chroma) * (brightness * contrast)
-    values = picture.as_subclass(Tensor).contiguous().flatten(1).float()  # planes: a fast product
+    values = image.contiguous().flatten(1).float()  # planes: a fast product
     mean_luma = luma_chroma[0] @ values.mean(dim=1).double()
     offset = torch.full((3, 1), float(brightness * (1 - contrast) * mean_luma))
     changed = torch.addmm(offset, matrix.float(), values)
-    return changed.clamp_(0, 255).round_().to(torch.uint8).reshape(picture.shape)
+    return changed.clamp_(0, 255).round_().to(torch.uint8).reshape(image.shape)
