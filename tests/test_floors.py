@@ -21,6 +21,7 @@ SOURCE = Path(retinanet.__file__).parent
 HEIGHT = {
     **dict.fromkeys(["errors", "structures"], 0),
     **dict.fromkeys(["config", "files", "boxes", "anchors", "native"], 1),
+    "matching_triton": 1,
     "matching": 2,
     **dict.fromkeys(["losses", "postprocess"], 3),
     **dict.fromkeys(["model", "data"], 10),
@@ -42,6 +43,8 @@ OUTSIDE = {
     "config": {"pydantic"},
     "errors": set(),
     "files": set(),
+    "losses": {"torch", "torchvision.ops", "triton"},
+    "matching_triton": {"torch", "triton"},
 }
 
 # Settings are for those who run things; below, a function takes the numbers that it uses.

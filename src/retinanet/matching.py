@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from retinanet.structures import BACKGROUND, IGNORED, Targets
+
+_RUN = 8192  # neighbouring anchors that are ruled in or out together, on a CPU
+_USUAL_IOU = 0.5  # what an object's best anchor usually reaches
+_ALL_IMAGES_PAIRS = 2**20  # pairs worked on at a time elsewhere: 4 MB an intermediate
 
 
 @torch.no_grad()
@@ -61,28 +67,12 @@ def match_anchors(
             f"got {background_iou} and {foreground_iou}"
         )
     anchors = anchors.to(boxes.dtype)
-    matches = torch.full(
-        (len(boxes), len(anchors)), BACKGROUND, dtype=torch.int64, device=anchors.device
-    )
-    usable = _has_area(boxes)
-    # One copy to the host for the whole batch; from here on nothing waits for the device.
-    kinds = torch.where(usable, labels, BACKGROUND).cpu()
-    for image, kind in enumerate(kinds):
-        objects = (kind >= 0).nonzero().flatten().to(anchors.device)
-        if len(objects):
-            found = boxes[image, objects]
-            place, best = _best_objects(anchors, found, background_iou, low_quality_matches)
-            match = objects[place]
-            match = torch.where(best < foreground_iou, IGNORED, match)
-            match = torch.where(best < background_iou, BACKGROUND, match)
-            if low_quality_matches:
-                match = torch.where(_is_best_of_any(anchors, found), objects[place], match)
-            matches[image] = match
-        regions = (kind == IGNORED).nonzero().flatten().to(anchors.device)
-        if len(regions):
-            inside = _lies_within(anchors, boxes[image, regions], foreground_iou)
-            matches[image].masked_fill_(inside & (matches[image] < 0), IGNORED)
-    return matches
+    kinds = torch.where(_has_area(boxes), labels, BACKGROUND)
+    way = _match_image_by_image
+    if anchors.device.type != "cpu":
+        # Looking which pairs can meet would wait for the device: all are taken, without a look.
+        way = _match_by_triton if _triton_serves(anchors) else _match_all_images
+    return way(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
 
 
 def anchor_labels(matches: Tensor, labels: Tensor) -> Tensor:
@@ -129,94 +119,257 @@ def anchor_coverage(anchors: Tensor, boxes: Tensor) -> Tensor:
     best = torch.zeros(len(boxes), dtype=boxes.dtype, device=boxes.device)
     usable = _has_area(boxes).nonzero().flatten()
     if len(usable):
-        best[usable] = _best_anchors(anchors.to(boxes.dtype), boxes[usable])
+        best[usable] = _best_anchors(_Runs(anchors.to(boxes.dtype)), boxes[usable])
     return best
+
+
+def _match_image_by_image(
+    anchors: Tensor,
+    boxes: Tensor,
+    kinds: Tensor,
+    foreground_iou: float,
+    background_iou: float,
+    low_quality_matches: bool,
+) -> Tensor:
+    """:func:`match_anchors` on a CPU, where most pairs need no look at all: the definition."""
+    matches = kinds.new_full((len(boxes), len(anchors)), BACKGROUND)
+    runs = _Runs(anchors)
+    for match, kind, of_image in zip(matches, kinds, boxes, strict=True):
+        objects = (kind >= 0).nonzero().flatten()
+        if len(objects):
+            found = of_image[objects]
+            for rows, place, best in _best_objects(runs, found, background_iou):
+                match[rows] = torch.where(best < foreground_iou, IGNORED, objects[place])
+            if low_quality_matches:
+                chosen = _best_of_any(runs, found)
+                for rows, place, _ in _best_objects(_Runs(anchors[chosen]), found, 0.0):
+                    match[chosen[rows]] = objects[place]
+        regions = (kind == IGNORED).nonzero().flatten()
+        if len(regions):
+            inside = _lies_within(runs, of_image[regions], foreground_iou)
+            match.masked_fill_(inside & (match < 0), IGNORED)
+    return matches
+
+
+def _match_all_images(
+    anchors: Tensor,
+    boxes: Tensor,
+    kinds: Tensor,
+    foreground_iou: float,
+    background_iou: float,
+    low_quality_matches: bool,
+) -> Tensor:
+    """:func:`match_anchors` without a look at any value, for devices that would have to wait."""
+    images, most = kinds.shape
+    # Rows that count for nothing must not spoil a maximum with NaN.
+    boxes = boxes.masked_fill((kinds == BACKGROUND)[..., None], 0)
+    run = max(1, min(len(anchors), _ALL_IMAGES_PAIRS // max(1, images)))
+    tile = max(1, _ALL_IMAGES_PAIRS // max(1, images * run))
+
+    def pairs(rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some objects (m), their IoU with the anchors, and the share of the anchors that they
+        cover, both (B, m, r); 0 where the pair is not one of the kind.
+        """
+        some = anchors[rows]
+        anchor_area = _area(some)
+        for first in range(0, most, tile):
+            columns = slice(first, min(first + tile, most))
+            chunk, kind = boxes[:, columns, None], kinds[:, columns, None]
+            corner = torch.minimum(some[:, 2:], chunk[..., 2:])
+            sides = corner.sub_(torch.maximum(some[:, :2], chunk[..., :2])).clamp_(min=0)
+            overlap = sides[..., 0] * sides[..., 1]
+            iou = overlap / (anchor_area + _area(chunk) - overlap)
+            covered = overlap.div_(anchor_area)
+            yield (
+                columns,
+                iou.masked_fill_(kind < 0, 0),
+                covered.masked_fill_(kind != IGNORED, 0),
+            )
+
+    starts = range(0, len(anchors), run)
+    every_run = [slice(start, min(start + run, len(anchors))) for start in starts]
+    highest = boxes.new_zeros(images, most)
+    if low_quality_matches:
+        for rows in every_run:
+            for columns, iou, _ in pairs(rows):
+                highest[:, columns] = torch.maximum(highest[:, columns], iou.amax(dim=2))
+    matches = kinds.new_full((images, len(anchors)), BACKGROUND)
+    for rows in every_run:
+        best = boxes.new_zeros(images, rows.stop - rows.start)
+        place = torch.zeros_like(best, dtype=torch.int64)
+        chosen = torch.zeros_like(best, dtype=torch.bool)
+        inside = torch.zeros_like(best, dtype=torch.bool)
+        for columns, iou, covered in pairs(rows):
+            tile_best, tile_place = iou.max(dim=1)
+            better = tile_best > best
+            best = torch.where(better, tile_best, best)
+            place = torch.where(better, tile_place + columns.start, place)
+            inside |= (covered >= foreground_iou).any(dim=1)
+            if low_quality_matches:
+                chosen |= ((iou == highest[:, columns, None]) & (iou > 0)).any(dim=1)
+        match = torch.where(best < foreground_iou, IGNORED, place)
+        match = torch.where(best < background_iou, BACKGROUND, match)
+        match = torch.where(chosen, place, match)
+        matches[:, rows] = torch.where(inside & (match < 0), IGNORED, match)
+    return matches
+
+
+def _match_by_triton(
+    anchors: Tensor,
+    boxes: Tensor,
+    kinds: Tensor,
+    foreground_iou: float,
+    background_iou: float,
+    low_quality_matches: bool,
+) -> Tensor:
+    """:func:`match_anchors` in one kernel, or two with `low_quality_matches`."""
+    from retinanet.matching_triton import match
+
+    return match(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
+
+
+def _triton_serves(anchors: Tensor) -> bool:
+    on_gpu = anchors.device.type == "cuda" and anchors.dtype == torch.float32
+    return on_gpu and not torch.compiler.is_compiling() and _has_triton()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class _Runs:
+    """Anchors in runs of neighbours, with what bounds each run."""
+
+    def __init__(self, anchors: Tensor) -> None:
+        count = len(anchors)
+        self.count = count
+        self.device = anchors.device
+        values = anchors.new_empty(5, count)
+        values[:4] = anchors.T
+        x1, y1, x2, y2, area = values
+        torch.mul(x2 - x1, y2 - y1, out=area)
+        self.sides, self.areas = values[:4], area
+        self.prunes = _prunes(anchors)
+        length = _RUN if self.prunes else max(count, 1)
+        self.slices = [slice(i, min(i + length, count)) for i in range(0, count, length)]
+        if self.prunes and count:
+            whole = count // length * length
+            parts = [values[:, :whole].view(5, -1, length), values[:, None, whole:]]
+            parts = [one for one in parts if one.numel()]
+            self.low = torch.cat([one.amin(dim=2) for one in parts], dim=1)
+            self.high = torch.cat([one.amax(dim=2) for one in parts], dim=1)
+
+    def near(self, boxes: Tensor, least_iou: float | Tensor, over_anchor: bool) -> list[Tensor]:
+        """For each run the places (in rising order) of the boxes that may meet it.
+
+        On a CPU, boxes that cannot reach `least_iou` are left out: neighbouring anchors are of
+        like size and place, so most boxes are ruled out for a whole run by place and area.
+        """
+        everything = torch.arange(len(boxes), device=self.device)
+        if not self.prunes:
+            return [everything] * len(self.slices)
+        if not self.slices:
+            return []
+        x1, y1, x2, y2 = boxes.T
+        low, high = self.low[..., None], self.high[..., None]
+        near = (x1 < high[2]) & (y1 < high[3]) & (x2 > low[0]) & (y2 > low[1])
+        if not over_anchor:
+            # IoU is at most the smaller area over the larger; 1% of slack for rounding.
+            areas, slack = _area(boxes), 0.99 * least_iou
+            near &= (areas >= slack * low[4]) & (slack * areas <= high[4])
+        _, columns = near.nonzero(as_tuple=True)
+        return list(torch.split(columns, near.sum(dim=1).tolist()))
 
 
 def _best_objects(
-    anchors: Tensor, boxes: Tensor, least_iou: float, also_under: bool
-) -> tuple[Tensor, Tensor]:
-    """For each anchor the place (R,) of the box that it overlaps most, and their IoU (R,).
+    runs: _Runs, boxes: Tensor, least_iou: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The anchors that overlap a box by `least_iou`, and the box that each overlaps most.
 
-    Where that IoU is under `least_iou`, it may be reported as 0, unless `also_under`.
+    Yields:
+        rows (n,) of the anchors, places (n,) of the boxes, and their IoU (n,). A row that comes
+        again overlaps a later box still more.
     """
-    place = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    best = torch.zeros(len(anchors), dtype=anchors.dtype, device=anchors.device)
-    for rows, columns, iou in _iou_tiles(anchors, boxes, 0.0 if also_under else least_iou):
-        tile_best, tile_place = iou.max(dim=0)
-        # Tiles come in the order of the boxes: a later one must be better, not only as good.
-        better = tile_best > best[rows]
-        best[rows] = torch.where(better, tile_best, best[rows])
-        place[rows] = torch.where(better, columns[tile_place], place[rows])
-    return place, best
+    for run, tiles in _iou_tiles(runs, boxes, least_iou):
+        best: Tensor | None = None
+        for columns, iou in tiles:
+            highest = iou.amax(dim=0)
+            hit = highest >= least_iou
+            # Tiles come in the order of the boxes: a later one must be better, not only as good.
+            hit = (hit if best is None else hit & (highest > best)).nonzero().flatten()
+            if len(hit):
+                values, places = iou[:, hit].max(dim=0)
+                yield hit + run.start, columns[places], values
+            best = highest if best is None else torch.maximum(best, highest)
 
 
-def _best_anchors(anchors: Tensor, boxes: Tensor) -> Tensor:
+def _best_anchors(runs: _Runs, boxes: Tensor) -> Tensor:
     """(M,) the best IoU of each box with any anchor."""
     best = torch.zeros(len(boxes), dtype=boxes.dtype, device=boxes.device)
-    for _, columns, iou in _iou_tiles(anchors, boxes, 0.0):
-        best[columns] = torch.maximum(best[columns], iou.amax(dim=1))
+    # Nearly every box has an anchor of about its size; the others are looked for among all.
+    for least_iou in (_USUAL_IOU, 0.0) if runs.prunes else (0.0,):
+        rest = (best < _USUAL_IOU + 0.01).nonzero().flatten()
+        some = best[rest]
+        for _, tiles in _iou_tiles(runs, boxes[rest], least_iou):
+            for columns, iou in tiles:
+                some[columns] = torch.maximum(some[columns], iou.amax(dim=1))
+        best[rest] = some
     return best
 
 
-def _is_best_of_any(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """(R,) whether no other anchor overlaps some box more than this one."""
-    highest = _best_anchors(anchors, boxes)
-    result = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-    for rows, columns, iou in _iou_tiles(anchors, boxes, 0.0):
-        result[rows] |= ((iou == highest[columns, None]) & (iou > 0)).any(dim=0)
-    return result
+def _best_of_any(runs: _Runs, boxes: Tensor) -> Tensor:
+    """(n,) the anchors, in rising order, such that no other overlaps some box more."""
+    highest = _best_anchors(runs, boxes)
+    chosen = torch.zeros(runs.count, dtype=torch.bool, device=runs.device)
+    for run, tiles in _iou_tiles(runs, boxes, highest):
+        for columns, iou in tiles:
+            here = ((iou.amax(dim=1) == highest[columns]) & (highest[columns] > 0)).nonzero()
+            for place in here.flatten():
+                chosen[run] |= iou[place] == highest[columns[place]]
+    return chosen.nonzero().flatten()
 
 
-def _lies_within(anchors: Tensor, regions: Tensor, share: float) -> Tensor:
+def _lies_within(runs: _Runs, regions: Tensor, share: float) -> Tensor:
     """(R,) whether one of the regions covers at least `share` of the anchor's area."""
-    result = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
-    for rows, _, covered in _iou_tiles(anchors, regions, 0.0, over_anchor=True):
-        result[rows] |= (covered >= share).any(dim=0)
+    result = torch.zeros(runs.count, dtype=torch.bool, device=runs.device)
+    for run, tiles in _iou_tiles(runs, regions, 0.0, over_anchor=True):
+        for _, covered in tiles:
+            result[run] |= (covered >= share).any(dim=0)
     return result
 
 
 def _iou_tiles(
-    anchors: Tensor, boxes: Tensor, least_iou: float, *, over_anchor: bool = False
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    runs: _Runs, boxes: Tensor, least_iou: float | Tensor, *, over_anchor: bool = False
+) -> Iterator[tuple[slice, Iterator[tuple[Tensor, Tensor]]]]:
     """The IoU of all boxes with all anchors in tiles that stay in the processor's cache.
 
-    On a CPU, pairs that cannot reach `least_iou` are left out: neighbouring anchors are of like
-    size and place, so most boxes are ruled out for a whole run of anchors by place and area.
+    Pairs that cannot reach `least_iou`, one number or one a box, may be left out.
 
     Yields:
-        a slice of the anchors (r), the places of some boxes (m,) in rising order, and (m, r) their
-        IoU (or, with `over_anchor`, the share of the anchor's area that the box covers).
+        a run of the anchors (r), and its tiles: the places of some boxes (m,) in rising order, and
+        (m, r) their IoU (or, with `over_anchor`, the share of the anchor's area that they cover).
     """
-    prunes = _prunes(anchors)
-    run = 4096 if prunes else max(len(anchors), 1)
-    tile = 64 if prunes else max(1, 2**22 // run)
     areas = _area(boxes)
-    everything = torch.arange(len(boxes), device=boxes.device)
-    for start in range(0, len(anchors), run):
-        rows = slice(start, min(start + run, len(anchors)))
-        x1, y1, x2, y2 = anchors[rows].T.contiguous()
-        anchor_area = (x2 - x1) * (y2 - y1)
-        columns = everything
-        if prunes:
-            near = (boxes[:, 0] < x2.max()) & (boxes[:, 1] < y2.max())
-            near &= (boxes[:, 2] > x1.min()) & (boxes[:, 3] > y1.min())
-            if not over_anchor:
-                # IoU is at most the smaller area over the larger; 1% of slack for rounding.
-                near &= areas >= 0.99 * least_iou * anchor_area.min()
-                near &= 0.99 * least_iou * areas <= anchor_area.max()
-            columns = near.nonzero().flatten()
-        for first in range(0, len(columns), tile):
-            chunk = columns[first : first + tile]
-            left, top, right, bottom = boxes[chunk].T[:, :, None]
+
+    def tiles(run: slice, near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        x1, y1, x2, y2 = runs.sides[:, run]
+        anchor_area = runs.areas[run]
+        tile = 64 if runs.prunes else max(1, 2**22 // len(anchor_area))
+        for columns in torch.split(near, tile):
+            left, top, right, bottom = boxes[columns].T[:, :, None]
             overlap = (torch.minimum(x2, right).sub_(torch.maximum(x1, left))).clamp_(min=0)
             height = (torch.minimum(y2, bottom).sub_(torch.maximum(y1, top))).clamp_(min=0)
             overlap.mul_(height)
             if over_anchor:
-                yield rows, chunk, overlap.div_(anchor_area)
+                yield columns, overlap.div_(anchor_area)
             else:
-                union = torch.add(anchor_area, areas[chunk, None], out=height).sub_(overlap)
-                yield rows, chunk, overlap.div_(union)
+                union = torch.add(anchor_area, areas[columns, None], out=height).sub_(overlap)
+                yield columns, overlap.div_(union)
+
+    for run, near in zip(runs.slices, runs.near(boxes, least_iou, over_anchor), strict=True):
+        if len(near):
+            yield run, tiles(run, near)
 
 
 def _prunes(anchors: Tensor) -> bool:

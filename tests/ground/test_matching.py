@@ -18,11 +18,16 @@ from retinanet.matching import anchor_coverage, anchor_labels, match_anchors
 from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
 
 
-@pytest.fixture(params=["pruned", "dense"])
+@pytest.fixture(params=["pruned", "dense", "all images"])
 def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the pairs: that of a CPU, and that of a GPU."""
-    if request.param == "dense":
+    """Every way through the pairs: that of a CPU, with and without a look at which pairs can meet,
+    and that of a device without Triton, in small tiles. Triton's is in triton_interpreted.py.
+    """
+    if request.param != "pruned":
         monkeypatch.setattr(module, "_prunes", lambda anchors: False)
+    if request.param == "all images":
+        monkeypatch.setattr(module, "_match_image_by_image", module._match_all_images)
+        monkeypatch.setattr(module, "_ALL_IMAGES_PAIRS", 20_000)
 
 
 def targets_of(*boxes: list[float], labels: list[int] | None = None) -> Targets:
@@ -285,8 +290,60 @@ def test_equal_on_a_gpu() -> None:
         assert_close(there.cpu(), here)
 
 
+@pytest.mark.parametrize("low_quality_matches", [False, True])
+@pytest.mark.parametrize("objects", [7, 150])
+def test_all_images_at_once_is_image_by_image_to_the_bit(
+    low_quality_matches: bool, objects: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random objects with ties, crowds, padding and boxes without area, in whole and tiny tiles."""
+    generator = torch.Generator().manual_seed(objects)
+    anchors = small_grid()
+    boxes = torch.stack([random_objects(objects, 400, generator) for _ in range(3)])
+    boxes[:, -3:] = boxes[:, :3]
+    boxes[0, 1] = torch.nan
+    boxes[1, 2, 2:] = boxes[1, 2, :2]
+    boxes[2, 0] = torch.tensor([0.0, 0.0, 1e30, 1e30])
+    labels = torch.randint(IGNORED, 4, (3, objects), generator=generator)
+    target = Targets(boxes, labels)
+    expected = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
+    assert {BACKGROUND, IGNORED, 3} <= set(expected.unique().tolist())
+    monkeypatch.setattr(module, "_match_image_by_image", module._match_all_images)
+    for pairs in (2**20, 9_000):
+        monkeypatch.setattr(module, "_ALL_IMAGES_PAIRS", pairs)
+        found = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
+        assert torch.equal(found, expected)
+
+
+def test_low_quality_matches_of_objects_that_fit_no_anchor() -> None:
+    """Each has its best anchors all the same, though their IoU is far under every threshold."""
+    anchors = small_grid()
+    side = torch.linspace(2, 20, 200)
+    corner = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) * 300
+    boxes = torch.cat((corner, corner + torch.stack((side, 200 / side), dim=1)), dim=1)
+    iou = box_iou(boxes, anchors)
+    assert iou.max() < 0.5
+    target = Targets(boxes[None], torch.zeros(1, 200, dtype=torch.int64))
+    found = match_anchors(anchors, target, low_quality_matches=True)
+    assert_close(found[0], Matcher(0.5, 0.4, True)(iou))
+    assert_close(anchor_coverage(anchors, boxes), iou.amax(dim=1))
+
+
+@pytest.mark.parametrize("low_quality_matches", [False, True])
+def test_off_the_cpu_no_value_is_looked_at(low_quality_matches: bool) -> None:
+    """A tensor on the meta device has none: looking raises."""
+    target = Targets(torch.zeros(2, 5, 4), torch.zeros(2, 5).long()).to("meta")
+    matches = match_anchors(
+        torch.zeros(9, 4, device="meta"), target, low_quality_matches=low_quality_matches
+    )
+    assert matches.shape == (2, 9)
+    assert matches.dtype == torch.int64
+    assert anchor_labels(matches, target.labels).shape == (2, 9)
+
+
 MEASURE = """
+import sys
 import torch
+import retinanet.matching as module
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.matching import match_anchors
 from retinanet.structures import Targets
@@ -294,11 +351,14 @@ torch.set_num_threads(1)
 spec = default_anchor_spec()
 anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, 1024, 1264)))
 assert 242_000 < len(anchors) < 244_000
+if "all" in sys.argv:
+    module._match_image_by_image = module._match_all_images
 def run(count):
+    images, count = (8, count // 8 + 1) if "all" in sys.argv else (1, count)
     generator = torch.Generator().manual_seed(0)
-    centre = torch.rand(1, count, 2, generator=generator) * 1000
-    half = torch.rand(1, count, 2, generator=generator) * 60 + 4
-    labels = torch.arange(count)[None]
+    centre = torch.rand(images, count, 2, generator=generator) * 1000
+    half = torch.rand(images, count, 2, generator=generator) * 60 + 4
+    labels = torch.arange(count).expand(images, -1)
     target = Targets(torch.cat((centre - half, centre + half), dim=2), labels)
     return match_anchors(anchors, target, low_quality_matches=True)
 def kilobytes(name):  # resource.getrusage would give the parent's peak where that is higher
@@ -312,10 +372,15 @@ print((kilobytes("VmHWM") - before) / 1000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_objects() -> None:
+@pytest.mark.parametrize("way", ["one by one", "all"])
+def test_memory_does_not_grow_with_the_objects(way: str) -> None:
     """243,000 anchors x 2,000 objects: the matrix of IoU alone would take 1.9 GB."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", MEASURE, way],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 100

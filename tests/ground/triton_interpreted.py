@@ -1,0 +1,167 @@
+"""The Triton kernels under Triton's interpreter, on a CPU: run by test_triton.py in a process of
+its own, because TRITON_INTERPRET must be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import retinanet.matching as matching
+from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
+from retinanet.losses import classification, triton_loss
+from retinanet.losses.triton_loss import serves, sum_and_gradient
+from retinanet.matching_triton import match
+from retinanet.structures import BACKGROUND, IGNORED
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
+
+# numpy, which the interpreter computes with, warns where a GPU silently gives the infinity wanted.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+FORMULAS = [
+    ("focal", 0.0, 0.0),
+    ("focal", 1.0, 0.0),
+    ("focal", 2.0, 0.0),
+    ("focal", 0.5, 0.0),
+    ("focal", 5.0, 0.0),
+    ("focal_star", 2.0, 1.0),
+    ("focal_star", 0.5, 0.0),
+]
+
+
+def by_definition(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: tuple[str, float, float],
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient from the formula as the paper writes it, in float64, and autograd."""
+    wide = logits.double().requires_grad_()
+    loss = classification._reference_sum(
+        wide, labels, weights.double(), positive.double(), negative.double(), formula
+    )
+    loss.backward()
+    assert wide.grad is not None
+    return loss.detach().float(), wide.grad.float()
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("classes", [1, 3, 80])  # groups of 1 and 16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("class_alpha", [False, True])
+def test_loss_and_gradient_are_the_definition(
+    formula: tuple[str, float, float], classes: int, dtype: torch.dtype, class_alpha: bool
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    count = 301 if classes > 1 else 5000  # more than one block, the last one not full
+    logits = (torch.randn(count, classes, generator=generator) * 4 - 2).to(dtype)
+    labels = torch.randint(IGNORED, classes, (count,), generator=generator)
+    weights = torch.rand(count, generator=generator) * (labels != IGNORED)
+    alpha = [0.1 + 0.8 * i / classes for i in range(classes)] if class_alpha else 0.25
+    positive, negative = classification._alpha_pair(alpha, logits)
+    arguments = (labels, weights, positive, negative, formula)
+    assert serves(logits, formula)
+    expected, expected_gradient = by_definition(logits, *arguments)
+
+    gradient = torch.full(logits.shape, torch.nan)
+    loss = sum_and_gradient(logits, *arguments, gradient)
+    assert_close(loss, expected, rtol=2e-6, atol=1e-6)
+    assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    # The value alone, and the gradient written over the logits (the interpreter cuts bits off).
+    assert torch.equal(sum_and_gradient(logits, *arguments, None), loss)
+    over = logits.clone()
+    assert torch.equal(sum_and_gradient(over, *arguments, over), loss)
+    rtol = 0.0 if dtype == torch.float32 else 2**-7
+    assert_close(over, gradient.to(dtype), rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("label", [0, BACKGROUND])
+def test_finite_for_every_finite_logit(formula: tuple[str, float, float], label: int) -> None:
+    ends = torch.tensor([3e38, 1e4, 104.0, 88.0, 81.0, 17.0, 0.0])
+    logits = torch.cat((ends, -ends))[:, None]
+    labels, weights = torch.full((len(logits),), label), torch.full((len(logits),), 0.1)
+    arguments = (labels, weights, torch.tensor(0.25), torch.tensor(0.75), formula)
+    gradient = torch.empty_like(logits)
+    loss = sum_and_gradient(logits, *arguments, gradient)
+    _, expected = by_definition(logits, *arguments)
+    assert loss.isfinite()
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-30)
+
+
+def test_ignored_rows_count_nothing_whatever_their_weight() -> None:
+    logits = torch.randn(4, 5)
+    labels, weights = torch.full((4,), IGNORED), torch.ones(4)
+    half = torch.tensor(0.5)
+    gradient = torch.full_like(logits, torch.nan)
+    loss = sum_and_gradient(logits, labels, weights, half, half, ("focal", 2.0, 0.0), gradient)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_no_rows() -> None:
+    half, none = torch.tensor(0.5), torch.zeros(0)
+    loss = sum_and_gradient(
+        torch.zeros(0, 3), none.long(), none, half, half, ("focal", 2.0, 0.0), torch.zeros(0, 3)
+    )
+    assert loss == 0
+
+
+def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, formula = torch.zeros(4, 6), ("focal", 2.0, 0.0)
+    assert serves(logits, formula)
+    assert not serves(logits.double(), formula)
+    assert not serves(logits.T, formula)
+    assert not serves(logits[0], formula)
+    assert not serves(logits, ("other", 2.0, 0.0))
+    assert not serves(logits.to("meta"), formula)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not serves(logits, formula)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_loss, "_has_triton", lambda: False)
+    assert not serves(logits, formula)
+
+
+def crowded_targets(images: int, objects: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Boxes and labels with all that matching must bear, on a picture of 224 x 160."""
+    centre = torch.rand(images, objects, 2, generator=generator) * 200
+    half = torch.rand(images, objects, 2, generator=generator) ** 2 * 60 + 2
+    boxes = torch.cat((centre - half, centre + half), dim=2)
+    boxes[:, objects // 2 :: 3] = boxes[:, : len(range(objects // 2, objects, 3))]  # ties
+    boxes[0, 0] = torch.nan
+    boxes[1, 1, 2] = boxes[1, 1, 0]  # no width
+    boxes[2, 2] = torch.tensor([0.0, 0.0, 1e30, 1e30])
+    boxes[0, 3] = torch.tensor([500.0, 500.0, 520.0, 520.0])  # no anchor touches it
+    labels = torch.randint(IGNORED, 4, (images, objects), generator=generator)
+    return boxes, labels
+
+
+@pytest.mark.parametrize("low_quality_matches", [False, True])
+@pytest.mark.parametrize("objects", [9, 23])
+def test_matching_is_the_definition_to_the_bit(low_quality_matches: bool, objects: int) -> None:
+    generator = torch.Generator().manual_seed(objects)
+    spec = default_anchor_spec()
+    anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, 160, 224)))
+    boxes, labels = crowded_targets(3, objects, generator)
+    kinds = torch.where(matching._has_area(boxes), labels, BACKGROUND)
+    options = (0.5, 0.4, low_quality_matches)
+    expected = matching._match_image_by_image(anchors, boxes, kinds, *options)
+    assert (expected >= 0).any()
+    assert (expected == IGNORED).any()
+    assert torch.equal(match(anchors, boxes, kinds, *options), expected)
+    assert torch.equal(matching._match_all_images(anchors, boxes, kinds, *options), expected)
+
+
+def test_matching_nothing() -> None:
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    no_objects = match(anchors, torch.zeros(2, 0, 4), torch.zeros(2, 0).long(), 0.5, 0.4, True)
+    assert no_objects.tolist() == [[BACKGROUND], [BACKGROUND]]
+    no_anchors = match(anchors[:0], torch.zeros(2, 1, 4), torch.zeros(2, 1).long(), 0.5, 0.4, True)
+    assert no_anchors.shape == (2, 0)
