@@ -1,68 +1,165 @@
-"""That the two sides of every contest agree, take turns, and are reported as they were measured."""
+"""That the sides of every contest agree, take turns, and are reported as they were measured."""
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from retinanet.bench import STAGES, Contest, bench, peak_memory, run
-from retinanet.errors import ConfigError, RetinaNetError
+from retinanet.bench import (
+    GOALS,
+    GPU_GOALS,
+    STAGES,
+    Case,
+    Contest,
+    Limit,
+    Rival,
+    Row,
+    Setting,
+    Timing,
+    bench,
+    describe_machine,
+    limits,
+    peak_memory,
+    run,
+)
+from retinanet.bench.goals import goals_of, judge
+from retinanet.bench.markdown import megabytes, seconds, to_markdown
+from retinanet.bench.rivals import RIVALS, choose_rivals, installed
+from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
 
 CPU = torch.device("cpu")
+TINY = Setting("tiny", CPU, ("torchvision", "pycocotools"))
+ONE_A_STAGE = {"startup": ["retinanet --help"]}  # each import of torch takes seconds
 
 
-def contest(
-    ours: Callable[[], Any], theirs: Callable[[], Any] | None, compare: Callable[[Any, Any], str]
+def toy(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any] | None = None,
+    compare: Callable[[Any, Any], str] = lambda *_: "",
+    **options: Any,
 ) -> dict[str, Any]:
-    return {
-        "toy": lambda full, device: [Contest("1 toy", "float32", "other", ours, theirs, compare)]
-    }
+    rivals = [] if theirs is None else [Rival("other", theirs, compare)]
+    return {"toy": lambda _: [Case("plain", "1 toy", lambda: Contest(ours, rivals, **options))]}
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ours_and_theirs_agree(stage: str) -> None:
-    rows = list(bench([stage], rounds=1, memory=False, device="cpu"))
-    assert rows
+def test_ours_and_theirs_agree(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = STAGES[stage](TINY)
+    kept = [one for one in cases if one.way in ONE_A_STAGE.get(stage, [one.way])]
+    monkeypatch.setitem(run.STAGES, stage, lambda _: kept)
+    rows = list(bench([stage], size="tiny", rounds=1, memory=False, device="cpu"))
+    assert [row.way for row in rows] == [case.way for case in kept]
+    rival = next((name for name, one in RIVALS.items() if stage in one.stages), "")
     for row in rows:
         assert row.stage == stage
+        assert json.loads(json.dumps(row.to_dict()))["way"] == row.way
+        assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+        if row.ours is None:
+            assert "not installed" in row.note
+            continue
         assert row.ours.rounds == 1
         assert row.ours.median > 0
+        assert row.rival == rival
         assert (row.theirs is None) == (row.speedup is None) == (row.rival == "")
-        assert json.loads(json.dumps(row.to_dict()))["ours"]["rounds"] == 1
+        assert (row.share is None) == (row.limit == "")
 
 
-def test_turns_quartiles_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_ways_have_the_same_names_at_every_size(stage: str) -> None:
+    names = [
+        [case.way for case in STAGES[stage](Setting(size, CPU))]  # type: ignore[arg-type]
+        for size in ("tiny", "small", "full")
+    ]
+    assert len(set(names[0])) == len(names[0])
+    assert names[0] == names[1]
+    # The compiler takes half a minute for its first picture: only where time was asked for.
+    assert names[0] == [name for name in names[2] if name != "compile"]
+
+
+def test_turns_quartiles_ratio_and_share(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    clock = iter([0.0, 0, 1, 1, 3, 3, 5, 5, 11, 11, 14, 14, 20])  # the end; then start, stop, ...
-    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock, 1e9))
+    # Our first call takes 9; when to end; then of each round's three turns start and stop.
+    clock = iter([0, 9, 9, *turns([1, 2, 0.5], [2, 6, 1], [3, 6, 0.75])])
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
         run,
         "STAGES",
-        contest(
+        toy(
             lambda: calls.append("ours") or 1,  # type: ignore[func-returns-value]
-            lambda: calls.append("theirs") or 1,  # type: ignore[func-returns-value]
+            lambda: calls.append("theirs") or 2,  # type: ignore[func-returns-value]
             lambda got, expected: f"{got} and {expected}",
+            limit=Limit("copy", lambda: calls.append("limit"), factor=0.5),
         ),
     )
     (row,) = bench(["toy"], rounds=3, memory=False, device="cpu")
-    # Once each to compare, then in turns.
-    assert calls == ["theirs", "ours"] + ["ours", "theirs"] * 3
+    # The rival first, as ours may write over what it is given; then in turns.
+    assert calls == ["theirs", "ours", "limit"] + ["ours", "theirs", "limit"] * 3
     # Ours took 1, 2, 3 seconds, theirs 2, 6, 6: ratios 2, 3, 2.
-    assert row.ours == run.Timing(2, 1.5, 2.5, 3)
-    assert row.theirs == run.Timing(6, 4, 6, 3)
+    assert row.ours == Timing(2, 1.5, 2.5, 3)
+    assert row.theirs == Timing(6, 4, 6, 3)
     assert (row.speedup_low, row.speedup, row.speedup_high) == (2, 2, 2.5)
-    assert row.difference == "1 and 1"
+    # Half of .5, 1 and .75 over ours: .25, .25 and .125.
+    assert (row.limit, row.share) == ("copy", 0.25)
+    assert row.first == 9
+    assert row.difference == "1 and 2"
+
+
+def turns(*rounds: Sequence[float]) -> list[float]:
+    """Start and stop of turns that take so long, one after the other."""
+    now, ends = 0.0, []
+    for length in (one for of_round in rounds for one in of_round):
+        ends += [now, now + length]
+        now += length
+    return ends
+
+
+def test_a_row_for_each_rival_with_the_same_rounds_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals = [Rival(name, lambda: 1, lambda *_: "") for name in ("one", "two")]
+    case = Case("plain", "1 toy", lambda: Contest(lambda: 1, rivals))
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: [case]})
+    first, second = bench(["toy"], rounds=3, memory=False, device="cpu")
+    assert (first.rival, second.rival) == ("one", "two")
+    assert first.ours == second.ours
+    assert first.theirs != second.theirs
+
+
+def test_seconds_that_a_call_tells_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STAGES", toy(lambda: "0.25", seconds=float))
+    (row,) = bench(["toy"], rounds=3, memory=False, device="cpu")
+    assert row.ours == Timing(0.25, 0.25, 0.25, 3)
 
 
 def test_time_is_limited_but_three_rounds_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "STAGES", contest(lambda: 1, lambda: 1, lambda *_: ""))
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1, lambda: 1))
     (row,) = bench(["toy"], rounds=100, seconds=1e-9, memory=False, device="cpu")
+    assert row.ours is not None
     assert row.ours.rounds == 3
+
+
+def test_threads_are_set_for_the_run_alone(
+    monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    torch.set_num_threads(1)
+    seen: list[int] = []
+    monkeypatch.setattr(run, "STAGES", toy(lambda: seen.append(torch.get_num_threads())))
+    list(bench(["toy"], rounds=1, memory=False, device="cpu", threads=2))
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
 
 
 def test_outputs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,16 +167,20 @@ def test_outputs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         assert got == expected, f"{got}\nis not {expected}"
         return ""
 
-    monkeypatch.setattr(run, "STAGES", contest(lambda: 1, lambda: 2, compare))
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1, lambda: 2, compare))
     with pytest.raises(RetinaNetError, match="toy: ours and other differ: 1 is not 2") as caught:
         next(bench(["toy"], memory=False, device="cpu"))
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    (row,) = bench(["evaluation"], rounds=1, memory=False, device="cpu")
-    assert (row.rival, row.theirs, row.speedup, row.rival_memory) == ("", None, None, None)
+def test_a_way_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> Contest:
+        raise MissingExtraError("openvino", "openvino")
+
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: [Case("int8", "1 toy", make)]})
+    (row,) = bench(["toy"], device="cpu")
+    assert row.ours is None
+    assert row.note.startswith("openvino is not installed")
 
 
 def test_unknown_stage_is_said_at_once() -> None:
@@ -87,10 +188,100 @@ def test_unknown_stage_is_said_at_once() -> None:
         bench(["clas-loss"])
 
 
+def test_rivals_that_are_unknown_or_missing_are_said_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no rival 'torchvison': here are torchvision.*did you mean torchvision"
+    ):
+        bench(vs=["torchvison"])
+    monkeypatch.setitem(RIVALS, "fvcore", type(RIVALS["fvcore"])("no_such_module.x", ()))
+    with pytest.raises(
+        ConfigError, match=r"rival 'fvcore' is not installed: here are .*none; not installed: .*fv"
+    ):
+        bench(vs=["fvcore"])
+
+
+def test_whom_a_name_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_rivals(["none"]) == ()
+    assert choose_rivals(["torchvision", "torchvision"])[0] == "torchvision"
+    assert ("pycocotools" in choose_rivals(["torchvision"])) == installed("pycocotools")
+    monkeypatch.setitem(RIVALS, "pycocotools", type(RIVALS["fvcore"])("no_such_module", ()))
+    assert choose_rivals(["torchvision"]) == ("torchvision",)
+
+
+def test_nobody_to_compare_with() -> None:
+    rows = list(bench(["matching"], size="tiny", vs=["none"], rounds=1, memory=False, device="cpu"))
+    assert rows
+    assert all((row.rival, row.theirs, row.speedup) == ("", None, None) for row in rows)
+    # What a rival would have been needed for is not judged.
+    assert all(row.met == {} for row in rows)
+
+
+def test_rivals_have_real_stages_and_goals_real_ways() -> None:
+    assert {stage for one in RIVALS.values() for stage in one.stages} <= set(STAGES)
+    ways = {(stage, case.way) for stage, cases in STAGES.items() for case in cases(TINY)}
+    fast = {("train-step", "ResNet-50 bf16"), ("train-step", "ResNet-18 bf16")}
+    assert set(GOALS) <= ways | fast  # those two only where there are units for it
+    assert set(GPU_GOALS) <= ways | fast | {("inference", "auto, 16 images")}
+
+
+def test_a_row_is_judged_by_its_goals() -> None:
+    row = Row(
+        "class-loss",
+        "float32, 2 images",
+        "",
+        ours=Timing(0.2, 0.2, 0.2, 1),
+        speedup=39.9,
+        share=0.8,
+        memory=100,
+        rival_memory=200,
+        input_bytes=100,
+        goals={
+            "speedup": 40,
+            "share": 0.8,
+            "seconds": 0.3,
+            "memory": 99,
+            "memory_of_rival": 0.5,
+            "memory_of_input": 0.9,
+        },
+    )
+    assert judge(row) == {
+        "speedup": False,
+        "share": True,
+        "seconds": True,
+        "memory": False,
+        "memory_of_rival": True,
+        "memory_of_input": False,
+    }
+    unmeasured = Row("x", "y", "", goals={"speedup": 2, "memory": 1})
+    assert judge(unmeasured) == {}
+
+
+def test_goals_follow_kernel_rival_and_device() -> None:
+    way = ("class-loss", "float32, 2 images")
+    assert goals_of(*way)["speedup"] == 40
+    assert goals_of(*way, native=False)["speedup"] == 10
+    assert goals_of("class-loss", "1 class, 2 images", native=False)["speedup"] == 1
+    assert goals_of("inference", "auto", on_gpu=True)["speedup"] == 4
+    assert goals_of("inference", "auto", on_gpu=True, rival="torchvision fp16")["speedup"] == 2
+    assert goals_of("detect", "auto") == {}
+
+
+def test_goals_are_met_only_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1, lambda: 1))
+    monkeypatch.setattr(run, "goals_of", lambda *_, **__: {"seconds": 10.0})
+    for size, met in (("small", {}), ("full", {"seconds": True})):
+        (row,) = bench(["toy"], size=size, memory=False, device="cpu")  # type: ignore[arg-type]
+        assert row.goals == {"seconds": 10.0}
+        assert row.met == met
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux' /proc")
 def test_memory_in_a_process_of_its_own() -> None:
-    ours = peak_memory("class-loss", 0, "ours", full=False, device=CPU)
-    theirs = peak_memory("class-loss", 0, "theirs", full=False, device=CPU)
+    setting = Setting("small", CPU, ("torchvision",))
+    ours = peak_memory("class-loss", "float32, 2 images", "", setting)
+    theirs = peak_memory("class-loss", "float32, 2 images", "torchvision", setting)
     logits = 15_354 * 80 * 2 * 4
     assert ours is not None
     assert theirs is not None
@@ -101,4 +292,105 @@ def test_memory_in_a_process_of_its_own() -> None:
 
 def test_memory_of_what_fails() -> None:
     with pytest.raises(RetinaNetError, match="class-loss: measuring the memory of nobody failed"):
-        peak_memory("class-loss", 0, "nobody", full=False, device=CPU)
+        peak_memory("class-loss", "float32, 2 images", "nobody", TINY)
+
+
+def test_pictures_go_when_they_are_no_longer_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (case,) = STAGES["data"](TINY)
+    contest = case.make()
+    contest.ours()
+    assert len(list(tmp_path.iterdir())) == 1
+    del contest
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_reach_what_they_say() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    limits.copy_limit([x]).call()
+    limits.read_limit([x.t()]).call()
+    # A 3x3 convolution of 256 channels over 4 x 5 takes 2 x 9 x 256 x 256 x 20 operations.
+    limit = limits.matrix_limit(2.0 * 9 * 256 * 256 * 20 * 3, 4, 5, 1, torch.float32, CPU)
+    assert limit.factor == 3
+    limit.call()
+
+
+def test_operations_are_counted() -> None:
+    # (2, 3) times (3, 4): 2 x 2 x 3 x 4.
+    assert limits.count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 48
+
+
+def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Five rounds of two turns: the first way takes 2 seconds, the second 1.
+    clock = iter(turns(*[[2, 1]] * 5))
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
+    slow, fast = (lambda: "slow"), (lambda: "fast")
+    assert limits.fastest([slow, fast]) is fast
+
+
+def test_the_machine_is_named() -> None:
+    machine = describe_machine(CPU)
+    assert machine.threads == torch.get_num_threads()
+    assert machine.versions["torch"] == torch.__version__.split("+")[0] or machine.versions["torch"]
+    text = "\n".join(machine.lines())
+    assert machine.processor in text
+    assert machine.kernel in text
+    assert machine.instructions in text
+    json.dumps(machine.to_dict())
+
+
+def test_markdown_is_well_formed() -> None:
+    full = Row(
+        "class-loss",
+        "float32 | 2",
+        "9 anchors",
+        rival="torchvision",
+        ours=Timing(0.0123, 0, 0, 3),
+        theirs=Timing(1.5, 0, 0, 3),
+        first=4.0,
+        speedup=122.0,
+        speedup_low=9.0,
+        speedup_high=130.0,
+        limit="copy",
+        share=0.5,
+        memory=1_500_000,
+        rival_memory=1_200_000_000,
+        difference="equal",
+        goals={"speedup": 40, "memory_of_input": 1.1},
+        met={"speedup": True, "memory_of_input": False},
+    )
+    missing = Row("class-loss", "int8", "9 anchors", note="openvino is not installed")
+    alone = Row("startup", "help", "", ours=Timing(5e-5, 0, 0, 1), goals={"seconds": 0.3})
+    text = to_markdown(["A processor", "torch 2"], [full, missing, alone])
+    assert text.startswith("A processor; torch 2.\n\n**class-loss** beside torchvision\n\n|")
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(table.splitlines()) for table in tables] == [4, 3]
+    for line in (line for table in tables for line in table.splitlines()):
+        assert line.replace("\\|", "").count("|") == 9
+    assert (
+        "| float32 \\| 2: 9 anchors (equal); the first call 4.00 s | 12.3 ms | 1.50 s "
+        "| 122 (9.00-130) | 50% (copy) | 2 | 1,200 "
+        "| 40 x: met; memory under 1.1 x the logits: **missed** |"
+    ) in text
+    assert "| int8: 9 anchors; openvino is not installed | - | - | - | - | - | - | - |" in text
+    assert "50.0 us" in text
+    assert "300 ms |" in text
+
+
+def test_figures_as_a_person_reads_them() -> None:
+    assert [seconds(one) for one in (12.34, 1.234, 0.1234, 0.00999, 1e-6)] == [
+        "12.3 s",
+        "1.23 s",
+        "123 ms",
+        "9.99 ms",
+        "1.00 us",
+    ]
+    assert [megabytes(one) for one in (None, 0, 100_000, 2_500_000_000)] == [
+        "-",
+        "0",
+        "0.1",
+        "2,500",
+    ]

@@ -1,52 +1,68 @@
-"""How long each part takes beside the one that people would use otherwise, on this machine.
+"""Contests held and measured.
 
-The two sides of a contest get the same input, their outputs are compared before a clock runs, and
-they take turns, so that a machine that slows down does so for both. Memory is measured in a process
-of its own, with an allocator that gives freed memory back.
+All sides of a contest get the same input, their outputs are compared before a clock runs, and they
+take turns with each other and with the machine's limit, so that a machine that slows down does so
+for all. Memory is measured in a process of its own, with an allocator that gives freed memory back.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from retinanet.bench.contest import Contest, Row, Timing
+from retinanet.bench.contest import Case, Contest, Rival, Row, Setting, Size, Timing
+from retinanet.bench.goals import goals_of, judge
+from retinanet.bench.limits import clock
+from retinanet.bench.machine import describe_kernel
+from retinanet.bench.rivals import choose_rivals
 from retinanet.bench.stages import STAGES
 from retinanet.config import nearest
 from retinanet.detect.inference import choose_device
-from retinanet.errors import ConfigError, RetinaNetError
+from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
+
+_ROUNDS: dict[Size, int] = {"tiny": 3, "small": 7, "full": 15}
+_SECONDS: dict[Size, float] = {"tiny": 1, "small": 5, "full": 40}
+_LEAST_ROUNDS = 3
 
 
 def bench(
     stages: Iterable[str] = (),
     *,
-    full: bool = False,
+    size: Size = "small",
+    vs: Iterable[str] = ("torchvision",),
     device: str = "auto",
+    threads: int | None = None,
     rounds: int | None = None,
     seconds: float | None = None,
     memory: bool = True,
 ) -> Iterator[Row]:
-    """Measure, and give each contest's result as soon as it is there.
+    """Measure, and give each row as soon as it is there.
 
     Args:
         stages: names of :data:`STAGES`; none: all of them.
-        full: the sizes of the paper's training and of COCO (minutes) instead of small ones.
+        size: ``small`` for a look, ``full`` for the sizes of the paper's training and of COCO,
+            ``tiny`` for tests.
+        vs: whom to compare with: names of :data:`retinanet.bench.rivals.RIVALS`, or ``none``.
         device: where networks, losses and post-processing run.
-        rounds: at the most, a contest; None: 7, or 15 where `full`.
-        seconds: after which a contest ends, though not before its third round; None: 10, or 60.
-        memory: measure memory too (every contest is set up twice more, in processes of their own).
+        threads: that torch computes with; None: as it is set.
+        rounds: at the most, a contest; None: 7, or 15 at full size.
+        seconds: after which a contest ends, though not before its third round; None: 5, or 40.
+        memory: measure memory too (every contest is set up again for each side, in processes of
+            their own).
 
     Raises:
-        ConfigError: an unknown stage or device.
+        ConfigError: an unknown stage, rival or device, or a rival that is not installed.
         RetinaNetError: outputs differ by more than rounding.
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
@@ -55,75 +71,140 @@ def bench(
             raise ConfigError(
                 f"there is no stage {name!r} to time: {', '.join(STAGES)}{nearest(name, STAGES)}"
             )
-    where = choose_device(device)
-    return _bench(
-        names, full, where, rounds or (15 if full else 7), seconds or (60 if full else 10), memory
+    setting = Setting(size, choose_device(device), choose_rivals(vs))
+    return _with_threads(
+        threads,
+        _bench(names, setting, rounds or _ROUNDS[size], seconds or _SECONDS[size], memory),
     )
 
 
+def _with_threads(threads: int | None, rows: Iterator[Row]) -> Iterator[Row]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield from rows
+    finally:
+        torch.set_num_threads(before)
+
+
 def _bench(
-    names: list[str], full: bool, device: torch.device, rounds: int, seconds: float, memory: bool
+    names: Sequence[str], setting: Setting, rounds: int, seconds: float, memory: bool
 ) -> Iterator[Row]:
     for stage in names:
-        for place, contest in enumerate(STAGES[stage](full, device)):
-            ours, theirs, difference = _measure(contest, stage, device, rounds, seconds)
-            ratios = [b / a for a, b in zip(ours, theirs, strict=False)]
-            low, middle, high = _quartiles(ratios) if ratios else (None, None, None)
-            peaks = [
-                peak_memory(stage, place, side, full=full, device=device)
-                if memory and (side == "ours" or theirs)
-                else None
-                for side in ("ours", "theirs")
-            ]
-            yield Row(
-                stage=stage,
-                size=contest.size,
-                way=contest.way,
-                rival=contest.rival if theirs else "",
-                ours=_timing(ours),
-                theirs=_timing(theirs) if theirs else None,
+        for case in STAGES[stage](setting):
+            for row in hold(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory):
+                yield _judged(row, setting)
+
+
+def _judged(row: Row, setting: Setting) -> Row:
+    on_gpu, native = setting.device.type == "cuda", describe_kernel()[1]
+    goals = goals_of(row.stage, row.way, on_gpu=on_gpu, rival=row.rival, native=native)
+    row = replace(row, goals=goals)
+    return replace(row, met=judge(row)) if setting.size == "full" else row
+
+
+def hold(
+    stage: str, case: Case, setting: Setting, *, rounds: int, seconds: float, memory: bool
+) -> list[Row]:
+    """One contest: a row a rival, or one row where there is none.
+
+    Args:
+        stage: its name, for the rows and for what goes wrong.
+        case: of that stage.
+        setting, rounds, seconds, memory: as in :func:`bench`.
+
+    Raises:
+        RetinaNetError: outputs differ by more than rounding.
+    """
+    row = Row(stage, case.way, case.size)
+    try:
+        contest = case.make()
+    except MissingExtraError as error:
+        return [replace(row, note=" ".join(str(error).split()))]
+    first, differences = _agree(contest, stage, setting.device)
+    times = _measure(contest, setting.device, rounds, seconds)
+    ours = times[_OURS]
+    row = replace(row, ours=_timing(ours), first=first, note=contest.note)
+    if contest.limit is not None:
+        least = [contest.limit.factor * one for one in times[_LIMIT]]
+        share = statistics.median(a / b for a, b in zip(least, ours, strict=True))
+        row = replace(row, limit=contest.limit.name, share=share)
+    names = [rival.name for rival in contest.rivals]
+    row = replace(row, input_bytes=contest.input_bytes)
+    wanted = memory and contest.memory
+    del contest  # its tensors, before others' processes want memory
+    gc.collect()
+    if wanted:
+        row = replace(row, memory=peak_memory(stage, case.way, "", setting))
+    rows = []
+    for name in names:
+        low, middle, high = _quartiles([b / a for a, b in zip(ours, times[name], strict=True)])
+        rows.append(
+            replace(
+                row,
+                rival=name,
+                theirs=_timing(times[name]),
                 speedup=middle,
                 speedup_low=low,
                 speedup_high=high,
-                memory=peaks[0],
-                rival_memory=peaks[1],
-                difference=difference,
+                difference=differences[name],
+                rival_memory=peak_memory(stage, case.way, name, setting) if wanted else None,
             )
+        )
+    return rows or [row]
+
+
+_OURS, _LIMIT = "", "the limit"  # keys beside the rivals' names
+
+
+def _agree(contest: Contest, stage: str, device: torch.device) -> tuple[float, dict[str, str]]:
+    """Seconds of our first call, and by rival how far its result is from ours.
+
+    The rivals go first: ours may write over what it is given.
+    """
+    expected = [rival.call() for rival in contest.rivals]
+    got: list[Any] = []
+    first = clock(lambda: got.append(contest.ours()), device)
+    differences = {}
+    for rival, result in zip(contest.rivals, expected, strict=True):
+        try:
+            differences[rival.name] = rival.compare(got[0], result)
+        except AssertionError as error:
+            reason = " ".join(str(error).split())
+            raise RetinaNetError(f"{stage}: ours and {rival.name} differ: {reason}") from None
+    return first, differences
 
 
 def _measure(
-    contest: Contest, stage: str, device: torch.device, rounds: int, seconds: float
-) -> tuple[list[float], list[float], str]:
-    """Seconds of each round of ours and of theirs, taken in turns, after the results agreed."""
-    expected = contest.theirs() if contest.theirs is not None else None
-    got = contest.ours()
-    try:
-        difference = "" if expected is None else contest.compare(got, expected)
-    except AssertionError as error:
-        reason = " ".join(str(error).split())
-        raise RetinaNetError(f"{stage}: ours and {contest.rival} differ: {reason}") from None
-    del expected, got
-    ours: list[float] = []
-    theirs: list[float] = []
+    contest: Contest, device: torch.device, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each round of ours, of each rival's and of the limit, taken in turns."""
+    turns: dict[str, Callable[[], float]] = {_OURS: _turn(contest, device)}
+    for rival in contest.rivals:
+        turns[rival.name] = _plain_turn(rival, device)
+    if contest.limit is not None:
+        limit = contest.limit.call
+        limit()
+        turns[_LIMIT] = lambda: clock(limit, device)
+    times: dict[str, list[float]] = {name: [] for name in turns}
     end = time.perf_counter() + seconds
-    while len(ours) < rounds and (len(ours) < 3 or time.perf_counter() < end):
-        ours.append(_clock(contest.ours, device))
-        if contest.theirs is not None:
-            theirs.append(_clock(contest.theirs, device))
-    return ours, theirs, difference
+    done = 0
+    while done < rounds and (done < _LEAST_ROUNDS or time.perf_counter() < end):
+        for name, turn in turns.items():
+            times[name].append(turn())
+        done += 1
+    return times
 
 
-def _clock(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
+def _turn(contest: Contest, device: torch.device) -> Callable[[], float]:
+    if contest.seconds is None:
+        return lambda: clock(contest.ours, device)
+    told = contest.seconds
+    return lambda: told(contest.ours())
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device.type).synchronize()
+def _plain_turn(rival: Rival, device: torch.device) -> Callable[[], float]:
+    return lambda: clock(rival.call, device)
 
 
 def _timing(seconds: list[float]) -> Timing:
@@ -138,9 +219,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, statistics.median(values), high
 
 
-def peak_memory(
-    stage: str, place: int, side: str, *, full: bool, device: torch.device
-) -> int | None:
+def peak_memory(stage: str, way: str, rival: str, setting: Setting) -> int | None:
     """Bytes that one call needs at its peak beyond those that are held before it.
 
     The call is made twice in a fresh process and the second is measured: the first pays for what is
@@ -148,40 +227,60 @@ def peak_memory(
 
     Args:
         stage: a name of :data:`STAGES`.
-        place: of the contest in its stage.
-        side: ``ours`` or ``theirs``.
-        full, device: as in :func:`bench`.
+        way: of the case in it.
+        rival: whose call; empty: ours.
+        setting: as the case was made with.
+
+    Raises:
+        RetinaNetError: the process failed.
     """
-    code = "import sys; from retinanet.bench import run; run.tell_memory(*sys.argv[1:])"
-    arguments = [stage, str(place), side, str(int(full)), str(device), str(torch.get_num_threads())]
-    # glibc keeps freed blocks under a threshold that grows by itself; fixed, large ones go back.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    code = "import sys; from retinanet.bench import run; run.tell_memory(sys.argv[1])"
+    asked = {
+        "stage": stage,
+        "way": way,
+        "rival": rival,
+        "size": setting.size,
+        "device": str(setting.device),
+        "vs": setting.vs,
+        "threads": torch.get_num_threads(),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code, json.dumps(asked)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **ALLOCATOR},
         check=False,
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it died"])[-1]
+        side = rival or "ours"
         raise RetinaNetError(f"{stage}: measuring the memory of {side} failed: {last}")
     told = done.stdout.split()[-1]
     return None if told == "None" else int(told)
 
 
-def tell_memory(stage: str, place: str, side: str, full: str, device: str, threads: str) -> None:
+# glibc keeps freed blocks under a threshold that grows by itself; fixed, large ones go back.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose memory is measured."""
+
+
+def tell_memory(asked: str) -> None:
     """The other end of :func:`peak_memory`."""
-    torch.set_num_threads(int(threads))
-    where = torch.device(device)
-    contest = STAGES[stage](full == "1", where)[int(place)]
-    call = getattr(contest, side)
+    given = json.loads(asked)
+    torch.set_num_threads(given["threads"])
+    setting = Setting(given["size"], torch.device(given["device"]), tuple(given["vs"]))
+    case = next(one for one in STAGES[given["stage"]](setting) if one.way == given["way"])
+    contest = case.make()
+    call = contest.ours
+    if given["rival"]:
+        call = next(one.call for one in contest.rivals if one.name == given["rival"])
     call()
     gc.collect()
-    sys.stdout.write(f"{_peak_of(call, where)}\n")
+    sys.stdout.write(f"{peak_of(call, setting.device)}\n")
 
 
-def _peak_of(call: Callable[[], Any], device: torch.device) -> int | None:
+def peak_of(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes at the peak of a call beyond those before it; None where that cannot be asked."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
