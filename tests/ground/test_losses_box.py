@@ -13,6 +13,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection._utils import _box_loss as torchvision_box_loss
 
 from retinanet.losses import BOX_LOSSES, box_loss
+from retinanet.losses.detection import _of_all_anchors, _of_foreground
+from retinanet.matching import match_anchors
+from retinanet.structures import BACKGROUND, Targets
 
 ANCHOR = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
 
@@ -125,3 +128,36 @@ def test_refusals() -> None:
         box_loss("l1", ANCHOR[0], ANCHOR[0], ANCHOR[0])
     with pytest.raises(ValueError, match=r"beta must be over 0 \(for 0 take the kind l1\), got 0"):
         box_loss("smooth_l1", ANCHOR, ANCHOR, ANCHOR, beta=0.0)
+
+
+@pytest.mark.parametrize("kind", list(BOX_LOSSES))
+@pytest.mark.parametrize("objects", [True, False])
+def test_all_anchors_masked_give_what_the_foreground_gathered_gives(
+    kind: str, objects: bool
+) -> None:
+    """A GPU takes every anchor; wild deltas of those without an object must not get through."""
+    generator = torch.Generator().manual_seed(2)
+    corner = torch.rand(400, 2, generator=generator) * 200
+    anchors = torch.cat((corner, corner + 20 + 60 * torch.rand(400, 2, generator=generator)), dim=1)
+    boxes = anchors[:10].view(2, 5, 4) + 3 * torch.rand(2, 5, 4, generator=generator)
+    boxes[1, 4] = 0  # padding
+    targets = Targets(boxes, torch.tensor([[0, 1, 0, 1, 0], [1, 1, 1, 1, BACKGROUND]]))
+    if not objects:
+        targets = Targets(boxes[:, :0], targets.labels[:, :0])
+    matches = match_anchors(anchors, targets)
+    found = matches >= 0
+    assert found.any() == objects
+    deltas = torch.randn(2, 400, 4, generator=generator) * 0.3
+    wild = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38])
+    deltas[~found] = wild[torch.arange(int((~found).sum()) * 4) % 4].view(-1, 4)
+    deltas.requires_grad_()
+    weights = torch.tensor([0.5, 0.125])
+    arguments = (anchors, targets, matches, weights, kind, 0.11)
+    expected = _of_foreground(deltas, *arguments)
+    masked = _of_all_anchors(deltas, *arguments)
+    assert_close(masked, expected)
+    (expected_gradient,) = torch.autograd.grad(expected, deltas)
+    (gradient,) = torch.autograd.grad(masked, deltas)
+    assert gradient.isfinite().all()
+    assert gradient.any() == objects
+    assert_close(gradient, expected_gradient)

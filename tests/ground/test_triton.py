@@ -30,7 +30,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from retinanet.losses.triton_kernels import loss_and_gradient
+from retinanet.losses.triton_kernels import loss_and_gradient, scale
 from retinanet.matching_triton import _highest_iou, _match
 
 def ptx(kernel, types, constants, **options):
@@ -59,6 +59,7 @@ for kind in ("fp32", "bf16"):
         )
         # 128 bits at a time, in and out
         print(kind, classes, "ld.global.v4" in text and "st.global.v4" in text)
+ptx(scale, "*bf16 *fp32 i64", dict(BLOCK=4096), num_warps=8, enable_fp_fusion=True)
 exact = dict(num_warps=4, enable_fp_fusion=False)
 found = ptx(_highest_iou, "*fp32 *fp32 *i64 *i32 i32 i32", dict(BLOCK=1024), **exact)
 matched = ptx(

@@ -106,6 +106,16 @@ def test_ignored_rows_count_nothing_whatever_their_weight() -> None:
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
+def test_scaling_in_place(factor: float) -> None:
+    values = torch.randn(123, 45)
+    expected = values * factor
+    scaled = triton_loss.scale_(values, torch.tensor(factor))
+    assert scaled is values
+    assert torch.equal(values, expected)
+    assert triton_loss.scale_(torch.zeros(0, 3), torch.tensor(factor)).shape == (0, 3)
+
+
 def test_no_rows() -> None:
     half, none = torch.tensor(0.5), torch.zeros(0)
     loss = sum_and_gradient(

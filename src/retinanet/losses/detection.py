@@ -278,10 +278,52 @@ def _box_losses(
 ) -> Tensor:
     """The weighted box losses of the foreground anchors; an empty sum still has a gradient."""
     deltas = flatten_levels(outputs.deltas, 4)
+    # A GPU would have to be waited for until it says which anchors those are.
+    way = _of_foreground if deltas.device.type == "cpu" else _of_all_anchors
+    return way(deltas, anchors, targets, matches, weights, kind, beta)
+
+
+def _of_foreground(
+    deltas: Tensor,
+    anchors: Tensor,
+    targets: Targets,
+    matches: Tensor,
+    weights: Tensor,
+    kind: str,
+    beta: float,
+) -> Tensor:
     image, row = (matches >= 0).nonzero(as_tuple=True)
     boxes = targets.boxes[image, matches[image, row]]
     losses = box_loss(kind, deltas[image, row], anchors[row], boxes, beta=beta)
     return (losses * weights[image]).sum()
+
+
+def _of_all_anchors(
+    deltas: Tensor,
+    anchors: Tensor,
+    targets: Targets,
+    matches: Tensor,
+    weights: Tensor,
+    kind: str,
+    beta: float,
+) -> Tensor:
+    """:func:`_of_foreground` without a look at any value.
+
+    An anchor without an object is put on its own place, which costs nothing and has no gradient
+    whatever the network says of it.
+    """
+    found = matches >= 0
+    places = anchors.expand(len(matches), -1, -1)
+    boxes = places
+    if targets.boxes.shape[1]:
+        objects = matches.clamp(min=0)[..., None].expand(-1, -1, 4)
+        boxes = targets.boxes.gather(1, objects).where(found[..., None], places)
+    deltas = deltas.where(found[..., None], 0)
+    losses = box_loss(
+        kind, deltas.flatten(0, 1), places.flatten(0, 1), boxes.flatten(0, 1), beta=beta
+    )
+    losses = losses.view(matches.shape).where(found, 0)
+    return (losses.sum(dim=1) * weights).sum()
 
 
 def _check_levels(

@@ -103,6 +103,30 @@ def sum_and_gradient(
     return sums.sum()
 
 
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """Multiply in place by a number that only the device knows.
+
+    In training it is 1, unless losses are scaled or accumulated. The host could not see that
+    without waiting, but the kernel can, and then the gradient is neither read nor written again.
+
+    Args:
+        values: contiguous, as :func:`sum_and_gradient` fills it.
+        factor: () any float type.
+
+    Returns:
+        `values`.
+    """
+    from retinanet.losses.triton_kernels import scale
+
+    if values.numel():
+        with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
+            scale[(-(-values.numel() // _BLOCK),)](
+                values, factor, values.numel(), BLOCK=_BLOCK, num_warps=_WARPS,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+    return values
+
+
 @lru_cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
