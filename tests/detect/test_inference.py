@@ -14,6 +14,7 @@ from retinanet.detect.inference import (
     padding_colour,
     to_original,
 )
+from retinanet.detect.network import build_network
 from retinanet.errors import ConfigError
 from retinanet.model.retinanet import build_retinanet
 
@@ -103,7 +104,11 @@ def test_detect_batch_maps_each_image_by_its_own_size() -> None:
     # The second image ends at 36 of 64 rows and 44 of 96 columns: its second cell is cut there.
     sizes = torch.tensor([[64, 96], [36, 44]])
     first, second = detect_batch(
-        model, images, sizes, torch.tensor([[128, 96], [72, 176]]), score_threshold=0.99
+        build_network(model, CPU),
+        images,
+        sizes,
+        torch.tensor([[128, 96], [72, 176]]),
+        score_threshold=0.99,
     )
     torch.testing.assert_close(first.boxes, torch.tensor([[16.0, 16, 24, 32]]))
     torch.testing.assert_close(second.boxes, torch.tensor([[0.0, 0, 32, 16], [160, 64, 176, 72]]))
@@ -129,8 +134,10 @@ def test_half_precision_finds_about_the_same(precision: str) -> None:
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     sizes = torch.tensor([[64, 96], [60, 90]])
     options = {"score_threshold": 0.0, "nms_threshold": 1.0, "detections_per_image": 100}
-    full = detect_batch(model, images, sizes, sizes, precision="float32", **options)
-    half = detect_batch(model, images, sizes, sizes, precision=precision, **options)
+    full, half = (
+        detect_batch(build_network(model, CPU, precision=one), images, sizes, sizes, **options)
+        for one in ("float32", precision)
+    )
     for one, other in zip(full, half, strict=True):
         assert len(one) == len(other) == 100
         assert other.boxes.dtype == other.scores.dtype == torch.float32

@@ -21,6 +21,7 @@ from retinanet.data import read_dataset
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import eval_loader
 from retinanet.detect.detector import Detector
+from retinanet.detect.network import Network, build_network
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.run import evaluate, evaluate_model, match_classes, search, write_results
@@ -107,6 +108,10 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def val(painted: Path) -> Dataset:
     return read_dataset(painted, "val")
+
+
+def painter_network() -> Network:
+    return build_network(Painter(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def judge(model: nn.Module, dataset: Dataset, **changes: Any) -> Metrics:
@@ -243,7 +248,7 @@ def test_a_picture_that_cannot_be_read_is_named(val: Dataset, tmp_path: Path) ->
 def test_written_results_are_read_back_to_the_same_ap(
     val: Dataset, painted: Path, tmp_path: Path
 ) -> None:
-    searched = search(Painter(), val, image_size=128, max_size=256, device="cpu")  # type: ignore[arg-type]
+    searched = search(painter_network(), val, image_size=128, max_size=256)
     metrics = judge(Painter(), val)
     write_results(tmp_path, metrics, searched.results)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "results.json"]
@@ -266,7 +271,7 @@ def test_data_that_is_not_cocos_gets_its_labels_written(val: Dataset, tmp_path: 
         format="voc",
         images=tuple(replace(one, id=one.path.stem + "x") for one in val.images),
     )
-    searched = search(Painter(), named, image_size=128, max_size=256, device="cpu")  # type: ignore[arg-type]
+    searched = search(painter_network(), named, image_size=128, max_size=256)
     metrics = judge(Painter(), named)
     write_results(tmp_path, metrics, searched.results)
     truth = json.loads((tmp_path / "instances.json").read_text())

@@ -51,7 +51,14 @@ def detect(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures on which int8 is calibrated.", show_default="those to be searched"
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Find objects in pictures.
@@ -62,6 +69,7 @@ def detect(
     from retinanet.detect.found import DRAWN_SCORE, Failure
     from retinanet.detect.outputs import open_outputs
     from retinanet.detect.sources import Source, iter_sources
+    from retinanet.errors import ConfigError
 
     listed = list(iter_sources(sources))
     readable = [one for one in listed if isinstance(one, Source)]
@@ -74,13 +82,21 @@ def detect(
         "detections_per_image": detections_per_image,
         "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
     }
+    calibration: Any = None
+    if precision == "int8":
+        calibration = [one.picture for one in readable] if calibrate is None else calibrate
+    elif calibrate is not None:
+        raise ConfigError(f"--calibrate is for --precision int8, got {precision}")
     detector = load(
         model,
         device,
         precision=precision,
+        backend=backend,
+        calibrate=calibration,
         image_size=image_size,
         **{name: value for name, value in thresholds.items() if value is not None},
     )
+    note(detector.network.description)
     objects: Counter[str] = Counter()
     with (
         open_outputs(
@@ -104,6 +120,7 @@ def detect(
         print_json(
             {
                 "out": out,
+                "network": detector.network.description,
                 "pictures": len(readable),
                 "objects": dict(objects.most_common()),
                 "failures": [failure.to_dict() for failure in failures],

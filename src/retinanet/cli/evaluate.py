@@ -64,7 +64,11 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    calibrate: Annotated[
+        str | None, typer.Option(help="Pictures on which int8 is calibrated; not those judged.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print metrics.json's content.")] = False,
 ) -> None:
     """Judge a model, or anybody's COCO results file, on labelled pictures."""
@@ -82,6 +86,8 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             precision=precision,
+            backend=backend,
+            calibrate=calibrate,
             progress=show,
         )
     if folder is not None:

@@ -18,15 +18,10 @@ from torch import Tensor
 from retinanet.config import build_recipe
 from retinanet.data.images import pad_batch, resize_to
 from retinanet.detect.found import Failure, Found
-from retinanet.detect.inference import (
-    Thresholds,
-    choose_device,
-    choose_dtype,
-    detect_batch,
-    padding_colour,
-)
+from retinanet.detect.inference import Thresholds, choose_device, detect_batch, padding_colour
+from retinanet.detect.network import build_network
 from retinanet.detect.sources import Source, find_sources, is_single, iter_sources
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, ImageError
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 
 
@@ -38,7 +33,7 @@ class Detector:
         classes: class names by label.
         category_ids: the ids by label of the data that the model was trained on.
         device: where the network runs.
-        precision: ``auto``, ``float32``, ``bf16`` or ``fp16``.
+        network: what runs it: its ``precision``, ``backend`` and ``description`` say how.
         image_size, max_size: pixels of the shorter side and at most of the longer side to which
             pictures are resized for the network.
         thresholds: what becomes of the scores, by name.
@@ -50,6 +45,8 @@ class Detector:
         *,
         device: str | torch.device = "auto",
         precision: str = "auto",
+        backend: str = "auto",
+        calibrate: Any = None,
         image_size: int | None = None,
         max_size: int | None = None,
         **thresholds: Unpack[Thresholds],
@@ -59,7 +56,12 @@ class Detector:
         Args:
             checkpoint: a trained model.
             device: a torch device; ``auto`` is the first there is of CUDA, MPS and the CPU.
-            precision: ``auto`` is bf16 where the hardware has units for it, else float32.
+            precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
+                ``float32``, ``bf16``, ``fp16``, ``int8``.
+            backend: ``auto``, ``torch``, ``compile`` or ``openvino``
+                (:mod:`retinanet.detect.network`).
+            calibrate: for int8: pictures as :meth:`detect` takes them, of the kind that will be
+                searched; 300 of them are looked at.
             image_size: None is what the model was trained with; larger finds smaller objects.
             max_size: None is what the model was trained with, and grown with `image_size`.
             thresholds: laid over those of the checkpoint: ``score_threshold``,
@@ -67,18 +69,24 @@ class Detector:
                 ``class_agnostic_nms``.
 
         Raises:
-            ConfigError: an unknown device, precision or option, or a value out of range.
+            ConfigError: an unknown device, precision, backend or option, or a value out of range.
+            MissingExtraError: the backend is not installed.
         """
         self.device = choose_device(device)
-        choose_dtype(precision, self.device)  # a wrong one is an error now, not at a picture
-        self.precision = precision
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
         self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
         self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
-        self.model = checkpoint.model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.model = checkpoint.model.eval().to(self.device)
         self._fill = padding_colour(self.model)
+        self.network = build_network(
+            self.model,
+            self.device,
+            precision=precision,
+            backend=backend,
+            calibration=None if calibrate is None else self._pictures(calibrate),
+        )
 
     def detect(
         self, source: Any, *, batch_size: int = 1, **thresholds: Unpack[Thresholds]
@@ -160,6 +168,15 @@ class Detector:
                 waiting = []
         yield from self._search(waiting, thresholds)
 
+    def _pictures(self, sources: Any) -> Iterator[Tensor]:
+        """Those that can be read, one by one as the network gets them."""
+        for source in find_sources(sources):
+            try:
+                picture = self._read(source).pixels
+            except ImageError:
+                continue  # named when it is searched
+            yield pad_batch([picture], fill=self._fill)[0]
+
     def _read(self, source: Source) -> _Ready:
         picture = source.read()
         resized, _ = resize_to(picture, self.image_size, self.max_size)
@@ -173,11 +190,10 @@ class Detector:
             images, sizes = pad_batch([one.pixels for one in ready], fill=self._fill)
             found = iter(
                 detect_batch(
-                    self.model,
+                    self.network,
                     images.to(self.device),
                     sizes,
                     torch.tensor([one.size for one in ready]),
-                    precision=self.precision,
                     **thresholds,
                 )
             )
@@ -203,6 +219,8 @@ def load(
     device: str | torch.device = "auto",
     *,
     precision: str = "auto",
+    backend: str = "auto",
+    calibrate: Any = None,
     image_size: int | None = None,
     max_size: int | None = None,
     **thresholds: Unpack[Thresholds],
@@ -216,12 +234,14 @@ def load(
 
     Raises:
         WeightsError: there is no checkpoint, or it cannot be used.
-        ConfigError: an unknown device, precision or option, or a value out of range.
+        ConfigError, MissingExtraError: as :class:`Detector`.
     """
     return Detector(
         load_checkpoint(path_or_name),
         device=device,
         precision=precision,
+        backend=backend,
+        calibrate=calibrate,
         image_size=image_size,
         max_size=max_size,
         **thresholds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
 from retinanet.structures import Detections, Outputs
 
+if TYPE_CHECKING:
+    from retinanet.detect.network import Network
+
 Precision = Literal["auto", "float32", "bf16", "fp16"]
-"""In what the network computes; ``auto`` is bf16 where the hardware has units for it."""
+"""In what torch computes; ``auto`` is bf16 where the hardware has units for it."""
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,30 +96,26 @@ def padding_colour(model: RetinaNet) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def detect_batch(
-    model: RetinaNet,
+    network: Network,
     images: Tensor,
     sizes: Tensor,
     original_sizes: Tensor,
-    *,
-    precision: str = "float32",
     **thresholds: Unpack[Thresholds],
 ) -> list[Detections]:
     """Find the objects in a batch.
 
     Args:
-        model: in whatever mode it is; its device is that of `images`.
-        images: (B, 3, H, W) uint8 RGB, or float 0..255.
+        network: as :func:`retinanet.detect.network.build_network` makes it.
+        images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
         sizes: (B, 2) height and width of each image before padding.
         original_sizes: (B, 2) height and width of each picture before resizing.
-        precision: a :data:`Precision`.
         thresholds: those that are not :func:`retinanet.postprocess.postprocess`'s own.
 
     Returns:
         For each image its detections, in the pixels of the original picture and within it.
     """
-    with autocast(precision, images.device):
-        outputs = model(images)
-    return detections_of(model, outputs, sizes, original_sizes, **thresholds)
+    outputs = network(images)
+    return detections_of(network.model, outputs, sizes, original_sizes, **thresholds)
 
 
 def detections_of(

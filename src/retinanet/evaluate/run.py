@@ -20,11 +20,11 @@ from retinanet.data.loading import default_workers, eval_loader
 from retinanet.detect.detector import Detector
 from retinanet.detect.inference import (
     Thresholds,
-    autocast,
     choose_device,
     detections_of,
     padding_colour,
 )
+from retinanet.detect.network import Network, build_network
 from retinanet.errors import DataError, WeightsError
 from retinanet.evaluate.coco import MAX_DETECTIONS, evaluate_detections
 from retinanet.evaluate.metrics import Metrics
@@ -67,6 +67,8 @@ def evaluate(
     workers: int | None = None,
     device: str = "auto",
     precision: str = "auto",
+    backend: str = "auto",
+    calibrate: Any = None,
     image_size: int | None = None,
     max_size: int | None = None,
     seed: int | None = None,
@@ -90,7 +92,7 @@ def evaluate(
             where ``detections_per_image`` is higher: AP is then what pycocotools makes of it.
         batch_size: pictures that the network takes at once.
         workers: processes that load pictures; None: chosen for this machine.
-        device, precision, image_size, max_size: as in :class:`Detector`.
+        device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
         seed, held_out: how a split is made where the data has none; None is as the model was
             trained, so that nothing it has seen is judged.
         progress: told how many pictures are done.
@@ -99,7 +101,8 @@ def evaluate(
     Raises:
         DataError: the data cannot be read, or the results do not fit it.
         WeightsError: the model cannot be read, or lacks classes that the data has objects of.
-        ConfigError: an unknown device or precision, or a threshold out of range.
+        ConfigError: an unknown device, precision or backend, or a threshold out of range.
+        MissingExtraError: the backend is not installed.
         ImageError: a picture cannot be read.
     """
     if _is_results(model):
@@ -117,6 +120,8 @@ def evaluate(
                 checkpoint,
                 device=device,
                 precision=precision,
+                backend=backend,
+                calibrate=calibrate,
                 image_size=image_size,
                 max_size=max_size,
                 **thresholds,
@@ -132,14 +137,12 @@ def evaluate(
         )
         used = Thresholds(**{**detector.thresholds, **thresholds})
         searched = search(
-            detector.model,
+            detector.network,
             dataset,
             image_size=detector.image_size,
             max_size=detector.max_size,
             batch_size=batch_size,
             workers=default_workers() if workers is None else workers,
-            device=detector.device,
-            precision=detector.precision,
             loss=info.get("loss"),
             label_map=match_classes(detector.classes, dataset),
             progress=progress,
@@ -168,38 +171,43 @@ def evaluate_model(
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> Metrics:
-    """AP, validation loss and speed of a model; arguments as of :func:`search`.
+    """AP, validation loss and speed of a model that comes back in the mode in which it was.
 
-    `max_detections` None is COCO's 100.
+    Args:
+        model: it is moved to `device`.
+        device, precision: as in :mod:`retinanet.detect.network`.
+        max_detections: None is COCO's 100.
+
+    The others are those of :func:`search`.
     """
-    searched = search(
-        model,
-        dataset,
-        image_size=image_size,
-        max_size=max_size,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        precision=precision,
-        loss=loss,
-        label_map=label_map,
-        progress=progress,
-        **thresholds,
-    )
+    was_training = model.training
+    try:
+        searched = search(
+            build_network(model, choose_device(device), precision=precision),
+            dataset,
+            image_size=image_size,
+            max_size=max_size,
+            batch_size=batch_size,
+            workers=workers,
+            loss=loss,
+            label_map=label_map,
+            progress=progress,
+            **thresholds,
+        )
+    finally:
+        model.train(was_training)
     return _judge(searched, max_detections)
 
 
 @torch.inference_mode()
 def search(
-    model: RetinaNet,
+    network: Network,
     dataset: Dataset,
     *,
     image_size: int,
     max_size: int,
     batch_size: int = 1,
     workers: int = 0,
-    device: str | torch.device = "auto",
-    precision: str = "float32",
     loss: Mapping[str, Any] | None = None,
     label_map: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -212,12 +220,11 @@ def search(
     `batch_size` changes it only by the padding, whose anchors are background.
 
     Args:
-        model: it is moved to `device`, and comes back in the mode in which it was.
+        network: as :func:`retinanet.detect.network.build_network` makes it.
         dataset: the pictures and their objects.
         image_size, max_size: shorter side, and longer side at most, pixels.
         batch_size: pictures at once.
         workers: processes that load pictures; 0: this one.
-        device, precision: as in :mod:`retinanet.detect.inference`.
         loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
         progress: told how many pictures are done.
@@ -227,40 +234,33 @@ def search(
         ImageError: a picture cannot be read.
         DataError: the model says a box or a score that is not a number.
     """
-    device = choose_device(device)
+    model = network.model
     results = Results(dataset, label_map)
     sums = None if loss is None else _LossSums(loss, model.num_classes, label_map)
-    was_training = model.training
-    model.eval().to(device)
     began = time.perf_counter()
-    try:
-        if len(dataset):
-            loader = eval_loader(
-                dataset,
-                batch_size=batch_size,
-                image_size=image_size,
-                max_size=max_size,
-                workers=workers,
-                fill=padding_colour(model),
-            )
-            done = 0
-            for loaded in loader:
-                batch = loaded.to(device, non_blocking=True)
-                with autocast(precision, device):
-                    outputs = model(batch.images)
-                if sums is not None:
-                    shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
-                    sums.add(outputs, level_anchors(model.anchors, shapes, device=device), batch)
-                found = detections_of(
-                    model, outputs, batch.sizes, batch.original_sizes, **thresholds
-                )
-                for index, detections in zip(batch.indices.tolist(), found, strict=True):
-                    results.add(index, detections)
-                done += len(found)
-                if progress is not None:
-                    progress(done, len(dataset))
-    finally:
-        model.train(was_training)
+    if len(dataset):
+        loader = eval_loader(
+            dataset,
+            batch_size=batch_size,
+            image_size=image_size,
+            max_size=max_size,
+            workers=workers,
+            fill=padding_colour(model),
+        )
+        done = 0
+        for loaded in loader:
+            batch = loaded.to(network.device, non_blocking=True)
+            outputs = network(batch.images)
+            if sums is not None:
+                shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
+                anchors = level_anchors(model.anchors, shapes, device=network.device)
+                sums.add(outputs, anchors, batch)
+            found = detections_of(model, outputs, batch.sizes, batch.original_sizes, **thresholds)
+            for index, detections in zip(batch.indices.tolist(), found, strict=True):
+                results.add(index, detections)
+            done += len(found)
+            if progress is not None:
+                progress(done, len(dataset))
     seconds = time.perf_counter() - began
     classification, box = (None, None) if sums is None else sums.means()
     return Searched(

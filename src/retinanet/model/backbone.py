@@ -99,11 +99,13 @@ class MobileNetV2(Backbone):
         self.channels = (24, 32, 96, 1280)
 
     def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        _, two, three, four, five = self.ends
-        c2 = self.features[:two](images)
-        c3 = self.features[two:three](c2)
-        c4 = self.features[three:four](c3)
-        return c2, c3, c4, self.features[four:five](c4)
+        maps, x = [], images
+        for place, block in enumerate(self.features, start=1):
+            x = block(x)
+            if place in self.ends[1:]:
+                maps.append(x)
+        c2, c3, c4, c5 = maps
+        return c2, c3, c4, c5
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         starts = (0, *self.ends[:-1])
@@ -245,11 +247,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class SamePadConv2d(nn.Conv2d):
     """A stride-2 convolution that pads as TensorFlow's SAME does on even sizes."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        # SAME on an even size pads kernel - 2 in all, the odd pixel of it after the picture.
+    def margins(self) -> tuple[int, int, int, int]:
+        """Pixels of zeros at the left, the right, the top and the bottom.
+
+        SAME on an even size pads kernel - 2 in all, the odd pixel of it after the picture.
+        """
         vertical, horizontal = self.kernel_size[0] - 2, self.kernel_size[1] - 2
         top, left = vertical // 2, horizontal // 2
-        x = F.pad(x, (left, horizontal - left, top, vertical - top))
+        return left, horizontal - left, top, vertical - top
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, self.margins())
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 

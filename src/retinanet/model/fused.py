@@ -1,0 +1,284 @@
+"""The network for inference alone: the same outputs in fewer passes over memory.
+
+A trained network spends much of its time on what lies between the convolutions: batch norm, ReLU
+and the residual sums each read and write every feature map. Here batch norm, whose statistics no
+longer change, is folded into the weights; weights lie in the layout that the CPU's convolutions
+want (oneDNN's); and bias, sum and activation are done on a tile while it is in the cache.
+
+The model itself stays the definition: :func:`fused_copy` leaves it as it is, and tests hold the two
+equal. Folding is exact but for rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from retinanet.model.backbone import Backbone, SamePadConv2d
+from retinanet.model.heads import Head
+from retinanet.model.retinanet import RetinaNet, to_channels_last
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu_,
+    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
+}
+# The same as oneDNN calls it: name and constants.
+_ONEDNN: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+}
+
+# Sizes of picture for which weights are kept arranged: landscape and portrait.
+_SHAPES_KEPT = 2
+
+
+def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> RetinaNet:
+    """A copy of a network for inference at its present device, with weights of `dtype`.
+
+    Batch norm that could be followed through the backbone is folded away; a backbone that cannot be
+    traced (some of timm's) keeps it, and its residual sums too.
+
+    Args:
+        model: stays as it is. What was trained goes in: call this again after more training.
+        dtype: of weights and feature maps; logits and deltas come out in it.
+        pack: run oneDNN's fused convolutions where the device is a CPU and torch has them, with
+            weights arranged for the last sizes of picture that came twice. Leave the network where
+            it is and as it is then.
+
+    Returns:
+        a network in eval mode whose outputs differ from the model's by rounding; without gradient.
+    """
+    copy = deepcopy(model).eval().requires_grad_(False)
+    backbone = _traced(copy.backbone)
+    if backbone is not None:
+        copy.backbone = cast(Backbone, backbone)
+    for parent in [copy.pyramid, copy.class_head, copy.box_head]:
+        _fuse_heads(parent)
+    _fuse_plain(copy)
+    # pixel_mean and pixel_std stay exact; forward() computes with them in float32.
+    mean, deviation = copy.pixel_mean, copy.pixel_std
+    copy.to(dtype)
+    copy = to_channels_last(copy)
+    copy.pixel_mean, copy.pixel_std = mean, deviation
+    if pack and copy.pixel_mean.device.type == "cpu" and can_pack(dtype):
+        for module in copy.modules():
+            if isinstance(module, FusedConv2d):
+                module.shapes_kept = _SHAPES_KEPT
+        for head in (copy.class_head, copy.box_head):
+            for module in head.modules():
+                if isinstance(module, FusedConv2d):  # one for each level
+                    module.shapes_kept = _SHAPES_KEPT * len(copy.strides)
+    return copy
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's convolutions with fused activations, and this CPU for `dtype`."""
+    needed = ("_reorder_convolution_weight", "_convolution_pointwise")
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not there or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
+        return False
+    if dtype == torch.bfloat16:
+        asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
+        return bool(asked())
+    return dtype == torch.float32
+
+
+class FusedConv2d(nn.Module):
+    """A convolution, the batch norm after it, a sum and an activation in one.
+
+    Args:
+        conv: whose weights and geometry are taken.
+        norm: batch norm in eval mode, folded into weight and bias.
+        activation: "none", "relu" or "relu6".
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: _BatchNorm | None = None, activation: str = "none"
+    ) -> None:
+        super().__init__()
+        weight, bias = conv.weight.detach(), conv.bias
+        bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias.detach()
+        if norm is not None:
+            weight, bias = _folded(weight, bias, norm)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        self.padding: tuple[int, ...] = cast("tuple[int, ...]", conv.padding)
+        self.before: tuple[int, ...] = ()
+        if isinstance(conv, SamePadConv2d):
+            self.padding, self.before = (0, 0), conv.margins()
+        self.activation = activation
+        self.shapes_kept: int | None = None
+        self._packed: dict[torch.Size, Tensor | None] = {}  # the last used last
+
+    def _weight_for(self, shape: torch.Size) -> Tensor:
+        """The weight in the layout that oneDNN wants for an input of this shape.
+
+        The layout depends on the shape, and a convolution with that of another shape can take a
+        hundred times as long. The first input of a shape takes the plain weight, which oneDNN
+        arranges at each call; the second shows that it pays to keep it arranged.
+        """
+        known = shape in self._packed
+        packed = self._packed.pop(shape, None)
+        if known and packed is None:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight.data, self.padding, self.stride, self.dilation, self.groups, list(shape)
+            )
+        self._packed[shape] = packed
+        while len(self._packed) > (self.shapes_kept or 0):
+            self._packed.pop(next(iter(self._packed)), None)
+        return self.weight if packed is None else packed
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W').
+
+        `other`, of the output's shape, is added before the activation; its memory may be used for
+        the output.
+        """
+        if self.before:
+            x = F.pad(x, self.before)
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        if self.shapes_kept is not None:
+            weight = self._weight_for(x.shape)
+            name, constants = _ONEDNN[self.activation]
+            y: Tensor
+            if other is None:
+                y = torch.ops.mkldnn._convolution_pointwise(
+                    x, weight, self.bias, *geometry, name, constants, ""
+                )
+            else:
+                unary = None if name == "none" else name
+                # Adds to what lies in the output's memory: no third map is read or written.
+                y = torch.ops.mkldnn._convolution_pointwise_.binary(
+                    other, x, weight, self.bias, *geometry, "add", 1.0, unary, constants, ""
+                )
+            return y
+        padding, stride, dilation, groups = geometry
+        y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+        if other is not None:
+            y = y.add_(other)
+        return _ACTIVATIONS[self.activation](y)
+
+
+def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one convolution that is as good as this one and batch norm after it."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = (bias.double() - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    folded = weight.double() * scale[:, None, None, None]
+    return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+def _fuse_heads(parent: nn.Module) -> None:
+    """Each (convolution, ReLU) in a head's tower to one."""
+    if not isinstance(parent, Head):
+        return
+    for i, block in enumerate(parent.tower):
+        parts = list(cast(nn.Sequential, block))
+        if len(parts) == 2 and type(parts[0]) is nn.Conv2d and isinstance(parts[1], nn.ReLU):
+            parent.tower[i] = FusedConv2d(parts[0], activation="relu")
+
+
+def _fuse_plain(model: nn.Module) -> None:
+    """Convolutions with nothing to fuse, for their weights' layout."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in (nn.Conv2d, SamePadConv2d):
+                setattr(parent, name, FusedConv2d(cast(nn.Conv2d, child)))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        known = isinstance(module, nn.Conv2d | _BatchNorm)
+        return known or super().is_leaf_module(module, name)
+
+
+def _traced(backbone: Backbone) -> fx.GraphModule | None:
+    """The backbone with its convolutions fused; None: it cannot be traced."""
+    try:
+        graph = _Tracer().trace(backbone)
+    except Exception:  # timm's networks may do anything that a proxy cannot follow
+        return None
+    traced = fx.GraphModule(backbone, graph)
+    modules = dict(traced.named_modules())
+    for node in list(graph.nodes):
+        conv = _module(node, modules, (nn.Conv2d, SamePadConv2d))
+        if conv is None:
+            continue
+        last, norm = node, _module(_only_user(node), modules, _norms())
+        if norm is not None:
+            last = _only_user(node)
+        total, other = _only_user(last), None
+        if total is not None and total.target in (operator.add, operator.iadd, torch.add):
+            other = next((one for one in total.args if one is not last), None)
+            if total.kwargs or not _may_be_overwritten(graph, modules, other, total):
+                other = None
+            else:
+                last = total
+        activation = _activation(_only_user(last), modules)
+        if activation != "none":
+            last = _only_user(last)
+        fused = FusedConv2d(conv, norm, activation)
+        name = f"fused_{node.name}"
+        traced.add_module(name, fused)
+        modules[name] = fused
+        with graph.inserting_after(last):
+            inputs = (node.args[0],) if other is None else (node.args[0], cast(fx.Node, other))
+            new = graph.call_module(name, inputs)
+        last.replace_all_uses_with(new)
+        graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _norms() -> tuple[type, ...]:
+    return (nn.BatchNorm2d,)
+
+
+def _module(node: fx.Node | None, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> Any:
+    """The module that the node calls, where it is of just one of these types."""
+    if node is None or node.op != "call_module":
+        return None
+    module = modules.get(str(node.target))
+    return module if type(module) in kinds else None
+
+
+def _only_user(node: fx.Node | None) -> fx.Node | None:
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+
+
+def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
+    if node is None:
+        return "none"
+    if node.op == "call_module":
+        kinds = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+        return kinds.get(type(modules.get(str(node.target))), "none")  # type: ignore[arg-type]
+    return "relu" if node.target in (F.relu, torch.relu) else "none"
+
+
+def _may_be_overwritten(
+    graph: fx.Graph, modules: dict[str, nn.Module], node: Any, by: fx.Node
+) -> bool:
+    """Whether the node's memory is its own, is there before, and is read by nothing after `by`.
+
+    Of a block's two convolutions that meet in a sum this leaves the later one to make it.
+    """
+    if _module(node, modules, (FusedConv2d, nn.MaxPool2d)) is None:
+        return False
+    order = {one: i for i, one in enumerate(graph.nodes)}
+    return all(user is by or order[user] < order[by] for user in node.users)

@@ -1,0 +1,157 @@
+"""The network for inference is the network: folded, fused and packed, it says the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retinanet.model import fused as fused_module
+from retinanet.model.backbone import Backbone
+from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
+from retinanet.model.retinanet import RetinaNet
+
+PACK = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDNN")),
+]
+
+
+def network(**settings: Any) -> RetinaNet:
+    """A small network whose batch norm is not that of its start, and whose heads say something."""
+    torch.manual_seed(0)
+    given = {"backbone": "resnet18", "num_classes": 3, "channels": 16, "head_depth": 2} | settings
+    model = RetinaNet(**given).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.2)
+    for head in (model.class_head, model.box_head):
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def pictures(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return given.contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: float) -> None:
+    for got, expected in zip(fused(images), model(images), strict=True):
+        for one, other in zip(got, expected, strict=True):
+            assert one.shape == other.shape
+            error = (one.float() - other).norm() / other.norm()
+            assert error <= tolerance, f"relative rms {error:.1e}"
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"backbone": "resnet50"},
+        {"backbone": "mobilenet_v2"},
+        {"backbone": "resnet34", "p2": True, "p6_from": "p5"},
+        {"backbone": "resnext101_32x8d"},
+        {"stride_padding": "same"},
+        {"norm": "group"},
+        {"head_norm": "group"},
+        {"head_depth": 0},
+        {"backbone": "timm/resnet18"},
+        {"backbone": "timm/efficientnet_b0"},
+    ],
+    ids=lambda one: "-".join(map(str, one.values())) or "resnet18",
+)
+def test_says_what_the_network_says(settings: dict[str, Any], pack: bool) -> None:
+    if str(settings.get("backbone")).startswith("timm/"):
+        pytest.importorskip("timm")
+    model = network(**settings)
+    fused = fused_copy(model, torch.float32, pack=pack)
+    for _ in range(3):  # oneDNN's weights are arranged from the second time on
+        assert_same(model, fused, pictures(2, 3, 64, 96), 2e-5)
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_no_batch_norm_and_no_separate_relu_is_left(backbone: str, pack: bool) -> None:
+    fused = fused_copy(network(backbone=backbone), torch.float32, pack=pack)
+    left = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Conv2d)
+    assert not [module for module in fused.modules() if isinstance(module, left)]
+    sums = [node for node in fused.backbone.graph.nodes if len(node.args) == 2]  # type: ignore[union-attr]
+    expected = {"resnet18": 8, "resnet50": 16, "mobilenet_v2": 10}[backbone]
+    assert len(sums) == expected
+
+
+def test_bfloat16_is_as_near_as_autocast() -> None:
+    model = network(backbone="resnet50")
+    images = pictures(1, 3, 64, 64)
+    assert_same(model, fused_copy(model, torch.bfloat16), images, 0.05)
+    outputs = fused_copy(model, torch.bfloat16)(images)
+    assert {one.dtype for part in outputs for one in part} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDNN")
+def test_sizes_come_and_go() -> None:
+    """Weights that were arranged for one size must not serve another, and are few."""
+    model = network()
+    fused = fused_copy(model, torch.float32)
+    sizes = [(64, 64), (96, 64), (64, 96), (128, 64)]
+    for _ in range(3):
+        for size in sizes:
+            for _ in range(2):
+                assert_same(model, fused, pictures(1, 3, *size), 2e-5)
+    for module in fused.backbone.modules():
+        if isinstance(module, FusedConv2d):
+            assert len(module._packed) == fused_module._SHAPES_KEPT
+    last = fused.class_head.last
+    assert isinstance(last, FusedConv2d)
+    # (64, 96) and (128, 64) were the last; their levels of one cell have one shape.
+    assert 5 < len(last._packed) <= 5 * fused_module._SHAPES_KEPT
+    assert any(one is not None for one in last._packed.values())
+
+
+def test_the_network_stays_as_it_is() -> None:
+    model = network().train()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    fused = fused_copy(model, torch.bfloat16)
+    fused(pictures(1, 3, 64, 64))
+    assert model.training
+    assert not fused.training
+    assert any(one.requires_grad for one in model.parameters())
+    for name, one in model.state_dict().items():
+        torch.testing.assert_close(one, before[name], rtol=0, atol=0)
+    assert model.pixel_mean.dtype == torch.float32
+
+
+def test_a_backbone_that_cannot_be_traced_is_run_as_it_is() -> None:
+    class Looking(Backbone):
+        """Looks at a value, which no trace can follow."""
+
+        channels = (4, 8, 8, 8)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+            x = self.norm(self.conv(images))
+            if float(x.sum()) > 1e9:
+                x = x * 2
+            pooled = [nn.functional.avg_pool2d(x, stride) for stride in (8, 16, 32)]
+            return None, pooled[0], pooled[1], pooled[2]
+
+    model = network(channels=16)
+    model.backbone = Looking().eval()
+    for i, conv in enumerate(model.pyramid.lateral):
+        model.pyramid.lateral[i] = nn.Conv2d(8, conv.out_channels, 1)  # type: ignore[arg-type]
+    model.pyramid.p6 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    assert_same(model, fused_copy(model, torch.float32), pictures(1, 3, 64, 64), 2e-5)
