@@ -394,3 +394,17 @@ def test_metrics_survive_json_and_print_nothing(capfd: pytest.CaptureFixture[str
 def test_limit_must_be_positive() -> None:
     with pytest.raises(ValueError, match="max_detections 0 is under 1"):
         evaluate_detections(make_dataset([[]]), [], max_detections=0)
+
+
+def test_without_analysis_the_numbers_are_the_same() -> None:
+    dataset, found = random_case(3)
+    whole = evaluate_detections(dataset, found)
+    plain = evaluate_detections(dataset, found, analysis=False)
+    assert plain.errors.delta_ap == {}
+    assert plain.confusion.matrix == ()
+    assert plain.calibration.bins == ()
+    kept = replace(
+        plain, errors=whole.errors, confusion=whole.confusion, calibration=whole.calibration
+    )
+    assert kept.to_dict() == whole.to_dict()
+    assert Metrics.from_dict(plain.to_dict()).to_dict() == plain.to_dict()

@@ -20,6 +20,7 @@ from test_coco_metrics import (
 
 from retinanet.data.dataset import Annotation
 from retinanet.errors import DataError
+from retinanet.evaluate import results as results_module
 from retinanet.evaluate.coco import evaluate_detections
 from retinanet.evaluate.results import Results, ground_truth, image_numbers
 from retinanet.structures import Detections
@@ -103,6 +104,10 @@ def test_a_number_that_is_not_one_is_refused() -> None:
         ([3], "entry 0 has no image_id, category_id, bbox, score"),
         ([{**GOOD, "bbox": [1, 2, 3]}], r"entry 0 \(image 11\): bbox \[1, 2, 3\] is not"),
         ([{**GOOD, "bbox": "big"}], "bbox big is not"),
+        ([{**GOOD, "bbox": [5]}], r"bbox \[5\] is not"),
+        ([GOOD, {**GOOD, "bbox": [1, 2, 3, 4, 5]}], r"entry 1 .*bbox \[1, 2, 3, 4, 5\] is not"),
+        ([{**GOOD, "bbox": 5}], "bbox 5 is not"),
+        ([GOOD, {**GOOD, "score": -math.inf}], "entry 1 .* is not a finite number"),
         ([{**GOOD, "score": "high"}], "score 'high' is not a number"),
         ([{**GOOD, "score": None}], "is not a finite number"),
         ([{**GOOD, "bbox": [1, 2, math.nan, 3]}], "entry 0 .* is not a finite number"),
@@ -121,6 +126,85 @@ def test_what_is_wrong_in_a_results_file(tmp_path: Path, content: Any, message: 
         Results.read(file, make_dataset([[], []]))
     assert "\n" not in str(caught.value)
     assert "results.json" in str(caught.value)
+
+
+def by_row(rows: list[dict[str, Any]], results: Results) -> Any:
+    """The reference: every row looked at."""
+    return results_module._parse_rows(rows, results, "results")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("order", [GOOD.keys(), sorted(GOOD, reverse=True)])
+def test_plain_files_and_lists_are_read_as_row_by_row(
+    tmp_path: Path, indent: int | None, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = filled()
+    numbers = [-1.5, 2, 3e-7, 1e3]  # all that JSON may write
+    rows = [*results.rows(), {**GOOD, "bbox": numbers, "score": 1}, GOOD]
+    rows = [{key: row[key] for key in order} for row in rows]
+    expected = by_row(rows, results)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(rows, indent=indent))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the slow way was taken")
+
+    monkeypatch.setattr(results_module, "_parse_rows", never)
+    assert (Results.read(rows, results.dataset).table() == expected).all()
+    monkeypatch.setattr(results_module, "read_json", never)
+    assert (Results.read(file, results.dataset).table() == expected).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 7},  # another key
+        {"segmentation": [1, 2]},
+        {"image_id": "0"},  # the name of a picture
+        {"bbox": ["1", "2", "3", "4"]},
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_other_files_are_read_row_by_row(
+    tmp_path: Path, change: dict[str, Any], place: int
+) -> None:
+    dataset = make_dataset([[], []])
+    rows = [dict(GOOD), dict(GOOD)]
+    rows[place] |= change
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(rows))
+    for source in (file, rows):
+        assert (Results.read(source, dataset).table() == [[11, 1, 2, 3, 4, 0.5, 3]] * 2).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5},]',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
+        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": }]',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
+        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5-7}]',
+    ],
+)
+def test_nearly_json(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"results\.json is not JSON"):
+        Results.read(file, make_dataset([[], []]))
+
+
+def test_numbers_that_are_names_of_other_pictures() -> None:
+    # The file's 1 is the id of a picture here: not the number that another one was given.
+    named = make_dataset([[], []])
+    images = tuple(
+        type(one)(Path(f"{name}.jpg"), name)
+        for one, name in zip(named.images, ("b", 1), strict=True)
+    )
+    dataset = replace(named, images=images)
+    assert image_numbers(dataset) == (1, 2)
+    assert Results.read([{**GOOD, "image_id": 1}], dataset).table()[0, 0] == 2
 
 
 def test_many_unknown_ids_are_counted_not_all_listed(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def open_outputs(
 def write_json(file: str | Path) -> Iterator[Write]:
     """``{"images": [...], "failures": [...]}`` of what ``to_dict`` gives; a line an object."""
     failures: list[str] = []
-    with _draft(Path(file)) as out:
+    with draft(Path(file)) as out:
         between = "\n"
         out.write('{"images": [')
 
@@ -129,7 +129,7 @@ def write_coco(
     Raises:
         DataError: a picture has no id in `image_ids`.
     """
-    with _draft(Path(file)) as out:
+    with draft(Path(file)) as out:
         between = "\n"
         out.write("[")
 
@@ -156,7 +156,7 @@ def write_coco(
 @contextmanager
 def write_csv(file: str | Path) -> Iterator[Write]:
     """A row an object: file, width, height, class, score, x1, y1, x2, y2."""
-    with _draft(Path(file)) as out:
+    with draft(Path(file)) as out:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(_CSV_COLUMNS)
 
@@ -229,7 +229,7 @@ def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) 
 
 
 @contextmanager
-def _draft(file: Path) -> Iterator[TextIO]:
+def draft(file: Path) -> Iterator[TextIO]:
     """A text file open for writing that takes the place of `file` if the context ends well."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -24,7 +24,7 @@ from retinanet.evaluate.metrics import (
     Errors,
     Metrics,
 )
-from retinanet.evaluate.results import Results, ground_truth
+from retinanet.evaluate.results import Results, Truth, coco_categories, coco_images
 from retinanet.structures import Detections
 
 MAX_DETECTIONS = 100
@@ -52,6 +52,7 @@ def evaluate_detections(
     detections: Results | Iterable[tuple[int, Detections]] | Sequence[Mapping[str, Any]],
     *,
     max_detections: int = MAX_DETECTIONS,
+    analysis: bool = True,
 ) -> Metrics:
     """Judge what was found in a data set as COCO does.
 
@@ -63,6 +64,8 @@ def evaluate_detections(
             (a list of dicts), or :class:`Results`.
         max_detections: boxes of a class in an image that count, best first. COCO's 100 is too few
             for data with more objects than that in an image.
+        analysis: whether to look into the errors too: a third of the time. Without it ``errors``,
+            ``confusion`` and ``calibration`` are empty.
 
     Raises:
         DataError: the results do not fit the data (see :meth:`Results.read`).
@@ -71,9 +74,9 @@ def evaluate_detections(
     if max_detections < 1:
         raise ValueError(f"max_detections {max_detections} is under 1")
     results = _as_results(dataset, detections)
-    truth = ground_truth(dataset)
+    truth = Truth.of(dataset)
     table = results.table()
-    evaluator = _run(truth, table, max_detections)
+    evaluator = _run(dataset, truth, table, max_detections)
     precision: _Array = evaluator.eval["precision"]
     recall: _Array = evaluator.eval["recall"]
     scores: _Array = evaluator.eval["scores"]
@@ -87,8 +90,7 @@ def evaluate_detections(
     precision = precision[..., -1]
     recall_at_most = recall[..., -1]
     threshold, best_f1 = _best_threshold(precision, scores[..., -1])
-    ignored = sum(one["iscrowd"] for one in truth["annotations"])
-    listed = sum(len(image.annotations) for image in dataset.images)
+    ignored = int(truth.ignored.sum())
     return Metrics(
         ap=_mean(precision[..., _ALL]),
         ap50=_mean(precision[_IOU_50, ..., _ALL]),
@@ -105,17 +107,19 @@ def evaluate_detections(
         ar_large=_mean(recall_at_most[..., _LARGE]),
         max_detections=max_detections,
         images=len(dataset),
-        objects=len(truth["annotations"]) - ignored,
+        objects=len(truth) - ignored,
         ignored=ignored,
-        left_out=listed - len(truth["annotations"]),
+        left_out=truth.left_out,
         detections=len(table),
         per_class=_per_class(evaluator, dataset, truth, table),
         best_f1=best_f1,
         best_score=threshold,
         curves=_curves(evaluator, dataset),
-        errors=_errors(evaluator),
-        confusion=_confusion(evaluator, dataset, 0.0 if math.isnan(threshold) else threshold),
-        calibration=_calibration(evaluator),
+        errors=_errors(evaluator) if analysis else Errors({}, {}, math.nan),
+        confusion=_confusion(evaluator, dataset, 0.0 if math.isnan(threshold) else threshold)
+        if analysis
+        else Confusion((), (), math.nan),
+        calibration=_calibration(evaluator) if analysis else Calibration(math.nan, math.nan, ()),
     )
 
 
@@ -133,16 +137,15 @@ def _as_results(
     return results
 
 
-def _run(truth: dict[str, Any], table: _Array, max_detections: int) -> Any:
-    annotations = truth["annotations"]
+def _run(dataset: Dataset, truth: Truth, table: _Array, max_detections: int) -> Any:
     gt = hotcoco.COCO.from_arrays(
-        truth["images"],
-        truth["categories"],
-        np.array([one["image_id"] for one in annotations], dtype=np.int64),
-        np.array([one["category_id"] for one in annotations], dtype=np.int64),
-        np.array([one["bbox"] for one in annotations], dtype=np.float64).reshape(-1, 4),
-        area=np.array([one["area"] for one in annotations], dtype=np.float64),
-        iscrowd=np.array([one["iscrowd"] for one in annotations], dtype=np.int64),
+        coco_images(dataset),
+        coco_categories(dataset),
+        truth.image_numbers,
+        truth.category_ids,
+        truth.boxes,
+        area=truth.areas,
+        iscrowd=truth.ignored.astype(np.int64),
     )
     evaluator = hotcoco.COCOeval(gt, gt.load_res(table), "bbox")
     standard = {limit for limit in (1, 10, 100) if limit < max_detections}
@@ -165,13 +168,13 @@ def _places(evaluator: Any, dataset: Dataset) -> list[int]:
 
 
 def _per_class(
-    evaluator: Any, dataset: Dataset, truth: dict[str, Any], table: _Array
+    evaluator: Any, dataset: Dataset, truth: Truth, table: _Array
 ) -> tuple[ClassMetrics, ...]:
     precision: _Array = evaluator.eval["precision"][..., -1]
     recall: _Array = evaluator.eval["recall"][..., _ALL, -1]
     scores: _Array = evaluator.eval["scores"][_IOU_50, ..., _ALL, -1]
-    objects = Counter(one["category_id"] for one in truth["annotations"] if not one["iscrowd"])
-    found = Counter(table[:, 6].astype(np.int64).tolist())
+    objects = _counts(truth.category_ids[~truth.ignored])
+    found = _counts(table[:, 6].astype(np.int64))
     classes = []
     for place, name, category in zip(
         _places(evaluator, dataset), dataset.classes, dataset.category_ids, strict=True
@@ -198,6 +201,11 @@ def _per_class(
             )
         )
     return tuple(classes)
+
+
+def _counts(values: NDArray[np.int64]) -> Counter[int]:
+    found, counts = np.unique(values, return_counts=True)
+    return Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
 
 
 def _recalls() -> _Array:

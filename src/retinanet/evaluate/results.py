@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,18 @@ from numpy.typing import NDArray
 
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset
+from retinanet.detect.outputs import draft
 from retinanet.errors import DataError
-from retinanet.files import write_atomic
 from retinanet.structures import Detections
 
 COLUMNS = 7  # image number, x, y, width, height, score, category id
+
+_KEYS = ("image_id", "category_id", "bbox", "score")
+
+_CHUNK = 10_000
+"""Boxes that are turned into Python's numbers at once."""
+
+_NUMBERS = b"0123456789+-.eE"
 
 
 class Results:
@@ -82,12 +92,19 @@ class Results:
 
     def write(self, file: Path) -> None:
         """COCO's results file, a box a line, whole or not at all."""
-        lines = (
-            f'{{"image_id": {number:.0f}, "category_id": {category:.0f}, '
-            f'"bbox": [{x}, {y}, {width}, {height}], "score": {score}}}'
-            for number, x, y, width, height, score, category in self.table().tolist()
-        )
-        write_atomic(file, "[\n" + ",\n".join(lines) + "\n]\n")
+        table = self.table()
+        with draft(file) as out:
+            between = "[\n"
+            for first in range(0, len(table), _CHUNK):
+                for number, x, y, width, height, score, category in table[
+                    first : first + _CHUNK
+                ].tolist():
+                    out.write(
+                        f'{between}{{"image_id": {number:.0f}, "category_id": {category:.0f}, '
+                        f'"bbox": [{x}, {y}, {width}, {height}], "score": {score}}}'
+                    )
+                    between = ",\n"
+            out.write("\n]\n" if len(table) else "[\n\n]\n")
 
     @classmethod
     def read(cls, source: Path | Sequence[Mapping[str, Any]], dataset: Dataset) -> Results:
@@ -103,7 +120,13 @@ class Results:
         where = "results"
         rows: Any = source
         if isinstance(source, Path):
-            where, rows = source.name, read_json(source)
+            where = source.name
+            table = _read_plain(source)
+            if table is not None and (known := _known_rows(table, dataset)) is not None:
+                results = cls(dataset)
+                results._parts = [known]
+                return results
+            rows = read_json(source)
         if isinstance(rows, Mapping) and "annotations" in rows and "images" in rows:
             raise DataError(
                 f"{where} holds labels (images and annotations), not results: a list of "
@@ -116,7 +139,10 @@ class Results:
                 f"a JSON {_json_kind(rows)} was found"
             )
         results = cls(dataset)
-        results._parts = [_parse_rows(rows, results, where)]
+        plain = _plain_rows(rows)
+        known = None if plain is None else _known_rows(plain, dataset)
+        # Whatever is unusual is looked at row by row, and the first wrong place is named.
+        results._parts = [_parse_rows(rows, results, where) if known is None else known]
         return results
 
 
@@ -129,43 +155,104 @@ def image_numbers(dataset: Dataset) -> tuple[int, ...]:
     return tuple(range(1, len(own) + 1))
 
 
-def ground_truth(dataset: Dataset) -> dict[str, Any]:
-    """The labels as they are judged, in COCO's instances layout.
+@dataclass(frozen=True, slots=True, eq=False)
+class Truth:
+    """The labels of a data set as they are judged.
 
-    Crowd and difficult objects are ``iscrowd``; objects whose box is not a box (not finite, or
-    inverted) are absent; a box without width or height stays, as COCO keeps it.
+    Objects whose box is not a box (not finite, or inverted) are absent; a box without width or
+    height stays, as COCO keeps it.
+
+    Attributes:
+        image_numbers: (M,) int64 COCO's image id of each object.
+        category_ids: (M,) int64.
+        boxes: (M, 4) float64 x, y, width, height.
+        areas: (M,) float64 square pixels: the data's own, else the box's.
+        ignored: (M,) bool: crowd and difficult objects, ``iscrowd`` in COCO's words.
+        left_out: how many objects are absent.
     """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, image in zip(image_numbers(dataset), dataset.images, strict=True):
-        images.append(
-            {
-                "id": number,
-                "file_name": image.path.name,
-                "width": image.width or 0,
-                "height": image.height or 0,
-            }
+
+    image_numbers: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    ignored: NDArray[np.bool_]
+    left_out: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Truth:
+        """The objects of a data set, in its order."""
+        objects = [one for image in dataset.images for one in image.annotations]
+        corners = np.array([one.box for one in objects], dtype=np.float64).reshape(-1, 4)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        kept = np.isfinite(corners).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
+        categories = np.asarray(dataset.category_ids, dtype=np.int64)
+        labels = np.array([one.label for one in objects], dtype=np.int64)
+        areas = np.array([np.nan if one.area is None else one.area for one in objects], np.float64)
+        counts = [len(image.annotations) for image in dataset.images]
+        numbers = np.repeat(np.array(image_numbers(dataset), dtype=np.int64), counts)
+        with np.errstate(invalid="ignore", over="ignore"):
+            areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+        return cls(
+            numbers[kept],
+            categories[labels[kept]],
+            boxes[kept],
+            areas[kept],
+            np.array([one.ignored for one in objects], dtype=np.bool_)[kept],
+            int((~kept).sum()),
         )
-        for one in image.annotations:
-            x1, y1, x2, y2 = one.box
-            if not (all(map(math.isfinite, one.box)) and x2 >= x1 and y2 >= y1):
-                continue
-            width, height = x2 - x1, y2 - y1
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # from 1: pycocotools takes id 0 for "no match"
-                    "image_id": number,
-                    "category_id": dataset.category_ids[one.label],
-                    "bbox": [x1, y1, width, height],
-                    "area": width * height if one.area is None else one.area,
-                    "iscrowd": int(one.ignored),
-                }
-            )
-    categories = [
+
+    def __len__(self) -> int:
+        return len(self.areas)
+
+
+def coco_images(dataset: Dataset) -> list[dict[str, Any]]:
+    """COCO's ``images``."""
+    return [
+        {
+            "id": number,
+            "file_name": image.path.name,
+            "width": image.width or 0,
+            "height": image.height or 0,
+        }
+        for number, image in zip(image_numbers(dataset), dataset.images, strict=True)
+    ]
+
+
+def coco_categories(dataset: Dataset) -> list[dict[str, Any]]:
+    """COCO's ``categories``."""
+    return [
         {"id": category, "name": name}
         for category, name in zip(dataset.category_ids, dataset.classes, strict=True)
     ]
-    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def ground_truth(dataset: Dataset) -> dict[str, Any]:
+    """The :class:`Truth` in COCO's instances layout."""
+    truth = Truth.of(dataset)
+    rows = zip(
+        truth.image_numbers.tolist(),
+        truth.category_ids.tolist(),
+        truth.boxes.tolist(),
+        truth.areas.tolist(),
+        truth.ignored.tolist(),
+        strict=True,
+    )
+    annotations = [
+        {
+            "id": place,  # from 1: pycocotools takes id 0 for "no match"
+            "image_id": number,
+            "category_id": category,
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(ignored),
+        }
+        for place, (number, category, box, area, ignored) in enumerate(rows, start=1)
+    ]
+    return {
+        "images": coco_images(dataset),
+        "annotations": annotations,
+        "categories": coco_categories(dataset),
+    }
 
 
 def read_json(file: Path) -> Any:
@@ -182,6 +269,99 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {error.msg} at line {error.lineno}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
+
+
+def _read_plain(file: Path) -> NDArray[np.float64] | None:
+    """The table of a results file that holds numbers alone, all rows in the same layout.
+
+    Ten times faster than JSON's own rows, and in a tenth of the memory: 500,000 boxes are 28 MB
+    instead of 300. What is left of a row without its numbers must be the same in all rows, so that
+    the numbers are known by their places.
+
+    Returns:
+        (N, 7) with ids as the file has them; None: it is of another layout, or is no JSON.
+    """
+    try:
+        text = file.read_bytes()
+    except OSError:
+        return None
+    layout = text[: text.find(b"}") + 1].strip().removeprefix(b"[").translate(None, b" \t\r\n")
+    try:
+        first = json.loads(layout)
+    except (ValueError, RecursionError):
+        return None
+    keys = tuple(first) if isinstance(first, dict) else ()
+    if sorted(keys) != sorted(_KEYS) or not _is_plain_row(first):
+        return None
+    # The keys hold an "e", which numbers may too.
+    for place, key in enumerate(_KEYS):
+        text = text.replace(f'"{key}"'.encode(), b'"%c"' % (b"wxyz"[place]))
+        layout = layout.replace(f'"{key}"'.encode(), b'"%c"' % (b"wxyz"[place]))
+    row = layout.translate(None, _NUMBERS)
+    rest = text.translate(None, _NUMBERS + b" \t\r\n")
+    count = rest.count(b"}")
+    if rest != b"[" + b",".join([row] * count) + b"]":
+        return None
+    blank = bytes(c if c in _NUMBERS else 32 for c in range(256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it warns where something is no number
+        try:
+            numbers = np.fromstring(text.translate(blank), dtype=np.float64, sep=" ")
+        except (DeprecationWarning, ValueError):
+            return None
+    if len(numbers) != count * COLUMNS:
+        return None
+    values = numbers.reshape(count, COLUMNS)
+    columns = {"image_id": [0], "bbox": [1, 2, 3, 4], "score": [5], "category_id": [6]}
+    order = np.array(list(chain.from_iterable(columns[key] for key in keys)))
+    table = np.empty_like(values)
+    table[:, order] = values
+    return table
+
+
+def _is_plain_row(row: Mapping[str, Any]) -> bool:
+    box, others = row["bbox"], (row["image_id"], row["category_id"], row["score"])
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(value) in (int, float) for value in (*box, *others))
+    )
+
+
+def _plain_rows(rows: Sequence[Any]) -> NDArray[np.float64] | None:
+    """The table of rows that hold numbers alone; None: something in them is unusual."""
+    table = np.empty((len(rows), COLUMNS))
+    try:
+        for first in range(0, len(rows), _CHUNK):
+            part = rows[first : first + _CHUNK]
+            images = list(map(itemgetter("image_id"), part))
+            categories = list(map(itemgetter("category_id"), part))
+            if not set(map(type, chain(images, categories))) <= {int}:
+                return None
+            own = table[first : first + _CHUNK]
+            own[:, 0], own[:, 6] = images, categories
+            boxes = list(map(itemgetter("bbox"), part))
+            if set(map(len, boxes)) != {4}:
+                return None
+            own[:, 1:5] = boxes
+            own[:, 5] = list(map(itemgetter("score"), part))
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return table
+
+
+def _known_rows(table: NDArray[np.float64], dataset: Dataset) -> NDArray[np.float64] | None:
+    """The table with the data's image numbers; None: something in it needs a closer look."""
+    numbers = image_numbers(dataset)
+    if any(image.id != number for image, number in zip(dataset.images, numbers, strict=True)):
+        return None  # the file may call pictures by names that look like numbers
+    fits = (
+        np.isfinite(table).all()
+        and (table[:, 3:5] >= 0).all()
+        and np.isin(table[:, 0], np.array(numbers, dtype=np.float64)).all()
+        and np.isin(table[:, 6], np.array(dataset.category_ids, dtype=np.float64)).all()
+    )
+    return table if fits else None
 
 
 def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np.float64]:
@@ -203,7 +383,7 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
             ]
             raise DataError(f"{where}: entry {i} has no {', '.join(missing)}") from None
         try:
-            table[i, 1:5] = box
+            table[i, 1:5] = box if len(box) == 4 else ()  # numpy would repeat a single number
             table[i, 5] = score
         except (TypeError, ValueError):
             raise DataError(
