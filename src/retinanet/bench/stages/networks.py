@@ -22,9 +22,9 @@ from retinanet.bench.samples import (
     rms_error,
     same_networks,
 )
-from retinanet.bench.stages.standin import build_network
 from retinanet.detect.detector import Detector
 from retinanet.detect.found import Found
+from retinanet.detect.network import build_network
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import Outputs, flatten_levels
 
@@ -82,10 +82,8 @@ def _network(setting: Setting, *, precision: str, backend: str, batch: int) -> C
             flops = count_flops(lambda: counted.head(list(counted.backbone(sample).values())))
         limit = matrix_limit(flops, -(-height // 8), -(-width // 8), batch, dtype, device)
 
-    @torch.inference_mode()
     def ours() -> Outputs:
-        outputs: Outputs = network(images)
-        return outputs
+        return network(images)
 
     @torch.inference_mode()
     def theirs() -> Tensor:
