@@ -1,4 +1,8 @@
-"""From what the network says to the objects found (Lin et al. 2017, Sec. 4, "Inference")."""
+"""From what the network says to the objects found (Lin et al. 2017, Sec. 4, "Inference").
+
+On a CPU the native library, if it is there, looks for the best scores and does the suppression; the
+torch code here is the definition of both, and a test holds them equal.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
+from retinanet import native
 from retinanet.boxes import clip_boxes, decode_boxes
 from retinanet.structures import Detections, Outputs, flatten_level
+
+# For each score that may go on so many are sorted; of more, most fall off before.
+_SORTED_AT_MOST = 16
 
 # Logits of rows that hold something, a level. More (an untrained network, a threshold of 0) are not
 # listed one by one, which would take many times their memory.
@@ -66,56 +74,101 @@ def postprocess(
         )
     # The sigmoid rises, so the logits themselves are compared: few are ever turned into scores.
     least = math.log(score_threshold / (1 - score_threshold)) if score_threshold else -math.inf
-    found = []
-    for logits, deltas, level in zip(outputs.logits, outputs.deltas, anchors, strict=True):
-        best = _best_of_level(flatten_level(logits, num_classes), least, topk_candidates)
-        own_deltas = flatten_level(deltas, 4)[best.image, best.row].float()
-        boxes = decode_boxes(own_deltas, level[best.row])
-        found.append((boxes, best.logit.sigmoid(), best.label, best.image))
-    boxes, scores, labels, images = (torch.cat(parts) for parts in zip(*found, strict=True))
+    logits = [flatten_level(level, num_classes) for level in outputs.logits]
+    deltas = [flatten_level(level, 4) for level in outputs.deltas]
+    natively = native.best_of_levels_served(logits, deltas, anchors)
+    if natively:
+        best = native.best_of_levels(logits, deltas, anchors, least, topk_candidates)
+        found = _Candidates(torch.arange(len(sizes)).repeat_interleave(best.counts), *best[1:])
+    else:
+        found = _best_of_levels(logits, deltas, anchors, least, topk_candidates)
+    images, labels, scores = found.image, found.label, found.logit.sigmoid()
+    boxes = decode_boxes(found.delta, found.anchor)
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[images])
-    groups = images if class_agnostic_nms else images * num_classes + labels
-    suppress = _suppress_by_group if boxes.device.type == "cpu" else _suppress_at_once
-    kept = suppress(boxes, scores, groups, nms_threshold)
-    kept = kept[_first_of_each(images[kept], len(sizes), detections_per_image)]
-    counts = images[kept].bincount(minlength=len(sizes)).tolist()
+    if natively:
+        kept, kept_counts = native.suppress(
+            boxes,
+            scores,
+            None if class_agnostic_nms else labels,
+            best.counts,
+            classes=num_classes,
+            threshold=nms_threshold,
+            most=detections_per_image,
+        )
+    else:
+        groups = images if class_agnostic_nms else images * num_classes + labels
+        suppress = _suppress_by_group if boxes.device.type == "cpu" else _suppress_at_once
+        kept = suppress(boxes, scores, groups, nms_threshold)
+        kept = kept[_first_of_each(images[kept], len(sizes), detections_per_image)]
+        kept_counts = images[kept].bincount(minlength=len(sizes))
+    counts = kept_counts.tolist()
     parts = (torch.split(values[kept], counts) for values in (boxes, scores, labels))
     return [Detections(*image) for image in zip(*parts, strict=True)]
 
 
 class _Candidates(NamedTuple):
-    """Scored boxes of a level, of all images: image (N,), anchor (N,), class (N,), logit (N,)."""
+    """Boxes and scores: image, class and logit (N,) each, rows of deltas and anchors (N, 4) each.
+
+    Those of an image stand level by level, each level's best first, equal ones in order.
+    """
 
     image: Tensor
-    row: Tensor
     label: Tensor
     logit: Tensor
+    delta: Tensor
+    anchor: Tensor
 
 
-def _best_of_level(logits: Tensor, least: float, most: int) -> _Candidates:
-    """Of logits (B, R, K) the `most` highest of each image that are over `least`."""
+def _best_of_levels(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    least: float,
+    most: int,
+) -> _Candidates:
+    """Of logits (B, R_l, K) the `most` highest of each image and level that are over `least`."""
+    found = []
+    for level, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+        image, row, label, logit = _best_of_level(level, least, most)
+        own_deltas = level_deltas[image, row].float()
+        found.append((image, label, logit, own_deltas, level_anchors[row]))
+    return _Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _best_of_level(logits: Tensor, least: float, most: int) -> tuple[Tensor, ...]:
+    """Of logits (B, R, K) the best of each image: image, row, class and logit, (N,) each."""
     classes = logits.shape[2]
-    # Most rows hold nothing: their largest logit says so, and they are not looked at again.
-    image, row = (logits.amax(dim=2).float() > least).nonzero(as_tuple=True)
+    # Most rows hold nothing: their largest logit says so, and they are not looked at again. A row
+    # with a NaN, whose largest logit that is, may hold something.
+    image, row = (logits.amax(dim=2).float() <= least).logical_not().nonzero(as_tuple=True)
     if len(row) * classes > _LISTED_AT_MOST:
         return _best_of_many(logits, least, most)
     own = logits[image, row].float()
     place, label = (own > least).nonzero(as_tuple=True)
-    found = _Candidates(image[place], row[place], label, own[place, label])
-    if len(label) <= most:
-        return found
-    order = found.logit.argsort(descending=True, stable=True)
-    order = order[_first_of_each(found.image[order], len(logits), most)]
-    return _Candidates(*(part[order] for part in found))
+    if len(label) > _SORTED_AT_MOST * most * len(logits):
+        return _best_of_many(logits, least, most)
+    found = image[place], row[place], label, own[place, label]
+    order = found[3].argsort(descending=True, stable=True)
+    order = order[_first_of_each(found[0][order], len(logits), most)]
+    return tuple(part[order] for part in found)
 
 
-def _best_of_many(logits: Tensor, least: float, most: int) -> _Candidates:
+def _best_of_many(logits: Tensor, least: float, most: int) -> tuple[Tensor, ...]:
     """The same without a list of all that are over `least`."""
     flat, classes = logits.flatten(1), logits.shape[2]
-    best, place = flat.topk(min(most, flat.shape[1]), dim=1)
-    image, rank = (best.float() > least).nonzero(as_tuple=True)
-    place = place[image, rank]
-    return _Candidates(image, place // classes, place % classes, best[image, rank].float())
+    images, places = [], []
+    for each, values in enumerate(flat):
+        best = values.topk(min(most, len(values))).values
+        if best.isnan().any():  # which topk takes for the greatest of all
+            values = values.nan_to_num(-math.inf, math.inf, -math.inf)
+            best = values.topk(len(best)).values
+        # Of some that are equal topk takes any; the first are wanted.
+        place = (values >= best[-1]).nonzero()[:, 0]
+        place = place[values[place].float() > least]
+        places.append(place[values[place].argsort(descending=True, stable=True)[:most]])
+        images.append(torch.full_like(places[-1], each))
+    image, place = torch.cat(images), torch.cat(places)
+    return image, place // classes, place % classes, flat[image, place].float()
 
 
 def _first_of_each(groups: Tensor, count: int, most: int) -> Tensor:

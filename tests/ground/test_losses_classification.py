@@ -19,6 +19,8 @@ from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
 from retinanet.losses.classification import weighted_label_loss
 from retinanet.structures import BACKGROUND, IGNORED
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 PER_CLASS = [0.1, 0.25, 0.5, 0.75, 0.9]
 LOSSES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (focal_loss, {}),
@@ -467,6 +469,66 @@ def test_compiled_code_takes_the_formula(monkeypatch: pytest.MonkeyPatch) -> Non
     loss = focal_loss(logits, LABELS, alpha=PER_CLASS)
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, logits)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_gradient_over_the_logits(dtype: torch.dtype, upstream: float) -> None:
+    values = random_logits(70, 5).to(dtype)
+    labels = LABELS.repeat(10)
+    weights = torch.rand(70, generator=torch.Generator().manual_seed(4))
+
+    def loss_of(logits: Tensor, overwrite: bool) -> Tensor:
+        return weighted_label_loss(
+            logits, labels, weights, kind="focal", gamma=2.0, overwrite_logits=overwrite
+        )
+
+    leaf, other = values.clone().requires_grad_(), values.clone().requires_grad_()
+    logits = leaf * 1  # as of a layer that does not need what it returned
+    loss, expected = loss_of(logits, True), loss_of(other, False)
+    assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss * upstream, logits)
+    (wanted,) = torch.autograd.grad(expected * upstream, other)
+    assert torch.equal(gradient, wanted)
+    # float16 has its gradient in float32 until it is scaled
+    in_place = gradient.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    assert in_place == (dtype != torch.float16)
+
+
+def test_nothing_is_written_over_logits_without_a_gradient() -> None:
+    logits = random_logits(7, 5).float()
+    kept, weights = logits.clone(), torch.ones(7)
+    options: dict[str, Any] = {"kind": "focal", "gamma": 2.0, "overwrite_logits": True}
+    weighted_label_loss(logits, LABELS, weights, **options)
+    with torch.no_grad():
+        weighted_label_loss(logits.requires_grad_(), LABELS, weights, **options)
+    assert torch.equal(logits.detach(), kept)
+
+
+def test_overwritten_logits_are_not_read_again() -> None:
+    def loss_of() -> tuple[Tensor, Tensor]:
+        logits = random_logits(7, 5).float().requires_grad_() * 1
+        loss = weighted_label_loss(
+            logits, LABELS, torch.ones(7), kind="focal", gamma=2.0, overwrite_logits=True
+        )
+        return logits, loss
+
+    logits, loss = loss_of()
+    torch.autograd.grad(loss, logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"over the logits.* leave overwrite_logits=False"):
+        torch.autograd.grad(loss, logits)
+    logits, loss = loss_of()
+    with pytest.raises(RuntimeError, match=r"over the logits, so .* derived only once"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    # another function that kept them for its own gradient
+    leaf = random_logits(7, 5).float().requires_grad_()
+    logits = leaf * 1
+    squares = (logits**2).sum()
+    loss = weighted_label_loss(
+        logits, LABELS, torch.ones(7), kind="focal", gamma=2.0, overwrite_logits=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squares).backward()
 
 
 # --- what is refused ------------------------------------------------------------------------

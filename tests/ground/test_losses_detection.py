@@ -35,6 +35,8 @@ from retinanet.structures import (
     pad_targets,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 CLASSES = 3
 SPEC = anchor_spec([8, 16, 32])
 CELLS = feature_sizes(SPEC.strides, 96, 128)
@@ -297,6 +299,42 @@ def test_value_does_not_need_a_gradient() -> None:
     expected = losses_of(outputs, targets).total.detach()
     with torch.inference_mode():
         assert_close(losses_of(make_outputs(), targets).total, expected)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("classification", list(CLASSIFICATION_LOSSES))
+def test_gradient_over_the_logits_of_a_head(channels_last: bool, classification: str) -> None:
+    """The weights of a convolution learn the same when its output is given up."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    head = torch.nn.Conv2d(8, 9 * CLASSES, 3, padding=1).to(memory_format=layout)
+    features = [
+        torch.randn(3, 8, *cell).to(memory_format=layout).requires_grad_() for cell in CELLS
+    ]
+    deltas = make_outputs(channels_last=channels_last).deltas
+    targets = make_targets()
+    of = [*head.parameters(), *features]
+
+    def run(overwrite: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        logits = tuple(head(one) for one in features)
+        before = [one.detach().clone() for one in logits]
+        losses = losses_of(
+            Outputs(logits, deltas),
+            targets,
+            classification=classification,
+            overwrite_logits=overwrite,
+        )
+        gradients = torch.autograd.grad(losses.total, of)
+        changed = [not torch.equal(*pair) for pair in zip(before, logits, strict=True)]
+        # in another layout the levels are copied first, and the copies are written over
+        assert changed == [overwrite and channels_last] * len(CELLS)
+        return gradients, losses.total.detach()
+
+    expected, expected_loss = run(False)
+    found, loss = run(True)
+    assert torch.equal(loss, expected_loss)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize(

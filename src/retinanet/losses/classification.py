@@ -340,7 +340,7 @@ def _sum_and_gradient(
     elif want_gradient:
         stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=stored, memory_format=torch.contiguous_format)
-    run = _in_pieces
+    run: _Way = _in_pieces
     if logits.device.type == "cpu":
         if native.label_loss_served(logits):
             run = native.label_loss
