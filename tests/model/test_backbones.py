@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,7 +17,13 @@ from torch.nn import functional as F
 
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.model import build_retinanet
-from retinanet.model.backbone import BACKBONES, Backbone, build_backbone, group_norm
+from retinanet.model.backbone import (
+    BACKBONES,
+    Backbone,
+    FrozenBatchNorm2d,
+    build_backbone,
+    group_norm,
+)
 
 # C2 to C5 of the published networks.
 CHANNELS = {
@@ -362,3 +369,38 @@ def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingExtraError, match=r"pip install 'retinanet\[timm\]'"):
         build_backbone("timm/resnet10t")
+
+
+@pytest.mark.parametrize("stride_padding", ["symmetric", "same"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext101_32x8d", "mobilenet_v2"])
+def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_padding: str) -> None:
+    """Maps and gradients are those of batch norm in eval mode; names of weights stay."""
+    torch.manual_seed(0)
+    folded = build_backbone(name, norm="frozen", stride_padding=stride_padding)
+    plain = build_backbone(name, norm="trained", stride_padding=stride_padding)
+    for module in folded.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            assert module.folded
+            module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            # Small, or the maps would grow from block to block.
+            module.weight.data.uniform_(0.3, 0.6)
+            module.bias.data.normal_(0, 0.2)
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(folded.state_dict())
+    # A copy folds by itself: not by the norms of what it was copied from.
+    folded = deepcopy(folded).double().train()
+    plain = plain.double().eval()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    got, expected = folded(images)[1:], plain(images)[1:]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    sum(one.pow(2).mean() for one in got).backward()
+    sum(one.pow(2).mean() for one in expected).backward()
+    wanted = dict(plain.named_parameters())
+    trained = [one for one in folded.named_parameters() if one[1].requires_grad]
+    assert len(trained) >= 20
+    for parameter_name, parameter in trained:
+        torch.testing.assert_close(
+            parameter.grad, wanted[parameter_name].grad, rtol=1e-7, atol=1e-9
+        )

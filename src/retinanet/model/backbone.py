@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torchvision
@@ -219,8 +219,9 @@ def build_backbone(
     if name.startswith("timm/"):
         backbone = Timm(name, group_norm if norm == "group" else None)
     elif name in BACKBONES:
-        batch_norm = partial(nn.BatchNorm2d, eps=norm_eps)
-        backbone = BACKBONES[name](name, group_norm if norm == "group" else batch_norm)
+        kind = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+        layer = group_norm if norm == "group" else partial(kind, eps=norm_eps)
+        backbone = BACKBONES[name](name, layer)
     else:
         known = ", ".join(BACKBONES)
         hint = nearest(name, BACKBONES)
@@ -231,6 +232,7 @@ def build_backbone(
         for module in backbone.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
+        _fold_frozen_norms(backbone)
     if frozen_stages:
         for stage in backbone.stage_parameters()[:frozen_stages]:
             for parameter in stage:
@@ -244,7 +246,49 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-class SamePadConv2d(nn.Conv2d):
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics, scale and offset stay: an affine map a channel.
+
+    Attributes:
+        folded: the convolution before it does its work (:class:`FoldingConv2d`), so that no map is
+            read, written and kept for the gradient once more. The result is the same but for
+            rounding.
+    """
+
+    folded = False
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(C,) each: what this does to a channel x is scale * x + shift."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.folded else super().forward(x)
+
+
+class FoldingConv2d(nn.Conv2d):
+    """A convolution that does the work of the frozen batch norm after it, if it is told to."""
+
+    # In a tuple, so that the norm is no child of this: names of weights stay.
+    _norm: tuple[FrozenBatchNorm2d, ...] = ()
+
+    def fold(self, norm: FrozenBatchNorm2d) -> None:
+        """From now on do the work of `norm`, whose input is this convolution's output alone."""
+        norm.folded = True
+        self._norm = (norm,)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._norm and self._norm[0].folded:
+            scale, shift = self._norm[0].scale_and_shift()
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else bias * scale + shift
+        result: Tensor = super()._conv_forward(x, weight, bias)
+        return result
+
+
+class SamePadConv2d(FoldingConv2d):
     """A stride-2 convolution that pads as TensorFlow's SAME does on even sizes."""
 
     def margins(self) -> tuple[int, int, int, int]:
@@ -257,8 +301,19 @@ class SamePadConv2d(nn.Conv2d):
         return left, horizontal - left, top, vertical - top
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.margins())
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return self._conv_forward(F.pad(x, self.margins()), self.weight, self.bias)
+
+
+def _fold_frozen_norms(backbone: nn.Module) -> None:
+    """Let each convolution of torchvision's networks do the work of the frozen norm after it.
+
+    There a norm is always registered right after its convolution.
+    """
+    for conv, norm in pairwise(list(backbone.modules())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+            if type(conv) is nn.Conv2d:
+                conv.__class__ = FoldingConv2d  # the same, but for what it does with its weights
+            cast(FoldingConv2d, conv).fold(norm)
 
 
 def _pad_right_and_bottom(backbone: nn.Module) -> None:

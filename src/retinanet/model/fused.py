@@ -21,7 +21,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.model.backbone import Backbone, SamePadConv2d
+from retinanet.model.backbone import (
+    Backbone,
+    FoldingConv2d,
+    FrozenBatchNorm2d,
+    SamePadConv2d,
+)
 from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 
@@ -36,6 +41,9 @@ _ONEDNN: dict[str, tuple[str, list[float]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
+
+_CONVOLUTIONS = (nn.Conv2d, FoldingConv2d, SamePadConv2d)
+_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 # Sizes of picture for which weights are kept arranged: landscape and portrait.
 _SHAPES_KEPT = 2
@@ -197,7 +205,7 @@ def _fuse_plain(model: nn.Module) -> None:
     """Convolutions with nothing to fuse, for their weights' layout."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Conv2d, SamePadConv2d):
+            if type(child) in _CONVOLUTIONS and not getattr(child, "_norm", ()):
                 setattr(parent, name, FusedConv2d(cast(nn.Conv2d, child)))
 
 
@@ -216,10 +224,10 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
     traced = fx.GraphModule(backbone, graph)
     modules = dict(traced.named_modules())
     for node in list(graph.nodes):
-        conv = _module(node, modules, (nn.Conv2d, SamePadConv2d))
+        conv = _module(node, modules, _CONVOLUTIONS)
         if conv is None:
             continue
-        last, norm = node, _module(_only_user(node), modules, _norms())
+        last, norm = node, _module(_only_user(node), modules, _NORMS)
         if norm is not None:
             last = _only_user(node)
         total, other = _only_user(last), None
@@ -244,10 +252,6 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
-
-
-def _norms() -> tuple[type, ...]:
-    return (nn.BatchNorm2d,)
 
 
 def _module(node: fx.Node | None, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> Any:
