@@ -565,6 +565,17 @@ def test_resize_gives_the_exact_scale(photo: Image.Image) -> None:
     assert scale == (1, 1)
 
 
+@pytest.mark.parametrize("size", [(27, 38), (100, 63), (13, 300), (1, 5)])
+def test_resize_is_torchvisions(photo: Image.Image, size: tuple[int, int]) -> None:
+    from torchvision.transforms.v2 import functional as F
+
+    image = read_image(photo)
+    for one in (image, image.contiguous(), image.flip(2), image[:, 3:31, 2:40]):
+        expected = F.resize(one, list(size), antialias=True)
+        assert torch.equal(images._resized(one, *size), expected)
+    assert images._resized(image, *size).stride()[0] == 1  # still channels_last
+
+
 def test_pad_batch() -> None:
     pictures = [
         torch.full((3, 33, 20), 1, dtype=torch.uint8),

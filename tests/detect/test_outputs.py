@@ -93,6 +93,16 @@ def test_coco_results(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "coco_results.json").read_text()) == []
 
 
+def test_pictures_of_the_same_stem_have_their_own_coco_ids(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    names = ("139.jpg", "0139.png", "a.jpg", "a.png", "a.png")
+    with write_coco(file) as write:
+        for name in names:
+            write(found(name))
+    ids = list(dict.fromkeys(row["image_id"] for row in json.loads(file.read_text())))
+    assert ids == [139, "0139.png", "a", "a.png", "a.png-2"]
+
+
 def test_coco_results_with_the_ids_of_a_data_set(tmp_path: Path) -> None:
     ids = {tmp_path / "a.png": 4}
     with write_coco(tmp_path / "r.json", image_ids=ids) as write_one:

@@ -14,7 +14,7 @@ from PIL import Image
 from white_finder import Pixels
 
 from retinanet.detect import Failure, find_sources
-from retinanet.detect.sources import is_single, iter_sources
+from retinanet.detect.sources import Source, is_single, iter_sources
 from retinanet.errors import DataError, ImageError
 
 
@@ -173,3 +173,39 @@ def test_relative_paths_stay_as_they_were_given(
     assert [str(source.picture) for source in find_sources("left")] == [
         os.path.join("left", "a.png")
     ]
+
+
+def test_a_file_given_twice_is_searched_once_where_asked(folder: Path) -> None:
+    given = [folder / "left", str(folder / "left" / "a.png"), folder, folder / "gone.png"]
+    found = list(iter_sources(given, once=True))
+    assert [one.name for one in found if isinstance(one, Source)] == [
+        "left/a.png",
+        "a.png",
+        "right/a.png",
+    ]
+    assert isinstance(found[-1], Failure)
+    assert len(list(iter_sources(given))) == 6  # a list of n pictures has n answers
+
+
+def test_a_link_to_a_file_is_that_file(folder: Path) -> None:
+    link = folder / "b.png"
+    link.symlink_to(folder / "a.png")
+    assert len(list(iter_sources([folder / "a.png", link], once=True))) == 1
+
+
+def test_pixels_are_never_repeats(square: Pixels) -> None:
+    assert len(list(iter_sources([square, square], once=True))) == 2
+
+
+def test_reduced_reading(tmp_path: Path, square: Pixels) -> None:
+    file = tmp_path / "large.jpg"
+    Image.fromarray(square).resize((1024, 768)).save(file)
+    pixels, size = Source(file, "large.jpg").read_reduced(96, 200)
+    assert tuple(pixels.shape) == (3, 192, 256)
+    assert size == (768, 1024)
+    pixels, size = Source(square, "square").read_reduced(16, 20)
+    assert tuple(pixels.shape[1:]) == size == (128, 192)
+    with pytest.raises(ImageError, match=r"^odd: array of shape"):
+        Source(np.zeros((2, 2, 7)), "odd").read_reduced(16, 20)
+    with pytest.raises(ImageError, match="there is no such file"):
+        Source("gone.jpg", "gone.jpg").read_reduced(16, 20)

@@ -98,6 +98,7 @@ def test_a_number_that_is_not_one_is_refused() -> None:
     ("content", "message"),
     [
         ([{**GOOD, "image_id": 99}], r"1 boxes are of images that .* does not hold: 99"),
+        ([{**GOOD, "image_id": "11"}], r"of images that .* does not hold: 11"),
         ([{**GOOD, "image_id": [1]}], r"of images that .* does not hold: \[1\]"),
         ([{**GOOD, "category_id": 91}], r"category_id that .* does not know: 91; did you mean 90"),
         ([GOOD, {"image_id": 11, "score": 1}], "entry 1 has no category_id, bbox"),

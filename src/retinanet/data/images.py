@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate
 
 from retinanet.errors import ImageError
 
@@ -293,8 +293,20 @@ def resize_to(
     height, width = size or image.shape[-2:]
     new_height, new_width = network_size(height, width, shorter, longest)
     if (new_height, new_width) != tuple(image.shape[-2:]):
-        image = F.resize(image, [new_height, new_width], antialias=True)
+        image = _resized(image, new_height, new_width)
     return image, (new_height / height, new_width / width)
+
+
+def _resized(image: Tensor, height: int, width: int) -> Tensor:
+    """As torchvision's ``transforms.v2.functional.resize``, whose import takes a second."""
+    batch = image[None]
+    if batch.is_contiguous(memory_format=torch.channels_last):
+        # A batch of one has any first stride, by which torch judges the memory's order; by this
+        # one it sees channels_last, for which its code is faster.
+        batch = batch.as_strided(batch.shape, (batch.numel(), *image.stride()))
+    return interpolate(
+        batch, (height, width), mode="bilinear", align_corners=False, antialias=True
+    )[0]
 
 
 def pad_batch(

@@ -124,11 +124,13 @@ def write_coco(
     Args:
         file: where it goes.
         image_ids: the data set's image id by the absolute path of the picture. None: the picture's
-            name without its suffix, a number where it is one (COCO's ``000000000139.jpg`` is 139).
+            name without its suffix, a number where it is one (COCO's ``000000000139.jpg`` is 139);
+            its whole name where an earlier picture has taken that.
 
     Raises:
         DataError: a picture has no id in `image_ids`.
     """
+    taken: set[int | str] = set()
     with draft(Path(file)) as out:
         between = "\n"
         out.write("[")
@@ -137,7 +139,7 @@ def write_coco(
             nonlocal between
             if isinstance(one, Failure):
                 return
-            image_id = _image_id(one, image_ids)
+            image_id = _image_id(one, image_ids, taken)
             for box, score, label in one:
                 x1, y1, x2, y2 = box.tolist()
                 result = {
@@ -245,14 +247,20 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _image_id(found: Found, image_ids: Mapping[Path, int | str] | None) -> int | str:
+def _image_id(
+    found: Found, image_ids: Mapping[Path, int | str] | None, taken: set[int | str]
+) -> int | str:
     if image_ids is not None:
         file = Path(os.path.abspath(found.source))
         if file not in image_ids:
             raise DataError(f"{found.source}: the data set has no id for this picture")
         return image_ids[file]
     stem = str(PurePosixPath(found.name).with_suffix(""))
-    return int(stem) if stem.isascii() and stem.isdecimal() else stem
+    own = int(stem) if stem.isascii() and stem.isdecimal() else stem
+    choices = chain((own, found.name), (f"{found.name}-{number}" for number in count(2)))
+    chosen = next(choice for choice in choices if choice not in taken)
+    taken.add(chosen)
+    return chosen
 
 
 def _unique(name: str, suffix: str, taken: set[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from retinanet.data.images import IMAGE_SUFFIXES, read_image
+from retinanet.data.images import IMAGE_SUFFIXES, read_image, read_reduced
 from retinanet.detect.found import Failure
 from retinanet.errors import DataError, ImageError
 
@@ -42,6 +42,19 @@ class Source:
             return read_image(self.picture)
         try:
             return read_image(self.picture)
+        except Exception as error:  # such as an array of objects
+            raise ImageError(f"{self.name}: {error}") from error
+
+    def read_reduced(self, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+        """As :func:`retinanet.data.images.read_reduced`: for a resize, and the whole's size.
+
+        Raises:
+            ImageError: as in :meth:`read`.
+        """
+        if isinstance(self.picture, str | Path):
+            return read_reduced(self.picture, shorter, longest)
+        try:
+            return read_reduced(self.picture, shorter, longest)
         except Exception as error:  # such as an array of objects
             raise ImageError(f"{self.name}: {error}") from error
 
@@ -83,15 +96,21 @@ def find_sources(given: Any) -> list[Source]:
     return [one for one in found if isinstance(one, Source)]
 
 
-def iter_sources(given: Iterable[Any]) -> Iterator[Source | Failure]:
+def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source | Failure]:
     """As :func:`find_sources` of each item, where one that stands for no picture is a Failure.
 
     A sequence is looked through at once, so that files of the same name in two folders can be told
     apart by the folders; anything else is looked at an item at a time.
+
+    Args:
+        given: what to search.
+        once: leave out files of a sequence that were there before: a file named twice, or named
+            beside the folder that it is in.
     """
     if is_sequence(given):
         groups = [_expand_or_fail(item, i) for i, item in enumerate(given)]
-        yield from _distinct([one for group in groups for one in group])
+        found = [one for group in groups for one in group]
+        yield from _distinct(_without_repeats(found) if once else found)
     else:
         for i, item in enumerate(given):
             yield from _expand_or_fail(item, i)
@@ -157,6 +176,18 @@ def _pictures_under(folder: Path) -> Iterator[Path]:
 def _is_picture(file: Path) -> bool:
     # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not a picture.
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
+def _without_repeats(found: list[Source | Failure]) -> list[Source | Failure]:
+    kept, seen = [], set()
+    for one in found:
+        if isinstance(one, Source) and isinstance(one.picture, str | Path):
+            file = os.path.realpath(one.picture)
+            if file in seen:
+                continue
+            seen.add(file)
+        kept.append(one)
+    return kept
 
 
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
