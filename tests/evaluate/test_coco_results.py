@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Results.read(broken, dataset)
     with pytest.raises(DataError, match="cannot be read"):
         Results.read(tmp_path, dataset)
+
+
+def test_results_are_judged_without_what_runs_a_model() -> None:
+    code = (
+        "import sys, retinanet.evaluate as room\n"
+        "room.evaluate_detections, room.Results\n"
+        "assert 'torchvision' not in sys.modules and 'retinanet.model' not in sys.modules\n"
+        "from retinanet.evaluate import search, evaluate\n"
+        "assert search.__module__ == evaluate.__module__ == 'retinanet.evaluate.run'\n"
+        "assert not hasattr(room, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

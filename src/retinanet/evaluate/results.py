@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset
-from retinanet.detect.outputs import draft
 from retinanet.errors import DataError
 from retinanet.structures import Detections
 
@@ -92,6 +91,8 @@ class Results:
 
     def write(self, file: Path) -> None:
         """COCO's results file, a box a line, whole or not at all."""
+        from retinanet.detect.outputs import draft  # here, for with it comes the network
+
         table = self.table()
         with draft(file) as out:
             between = "[\n"
