@@ -190,10 +190,23 @@ def test_nan_with_any_payload() -> None:
         for row in range(len(logits)):
             single = logits[row : row + 1].clone()
             for label in (0, BACKGROUND):
+                gradient = torch.zeros(1, 1)
                 loss = native.label_loss(
-                    single, torch.tensor([label]), torch.ones(1), one, one, formula, None
+                    single, torch.tensor([label]), torch.ones(1), one, one, formula, gradient
                 )
                 assert loss.isnan(), (formula, row)
+                assert gradient.isnan(), (formula, row)
+
+
+def test_bfloat16_is_rounded_as_torch_does(level: str) -> None:
+    """Cross entropy at 0 has the slope 1/2: weights 2 + n / 128 halve the way of bfloat16."""
+    weights = torch.cat((2 + torch.arange(256) / 128, torch.tensor([math.nan, math.inf])))
+    count, one = len(weights), torch.ones(())
+    logits = torch.zeros(count, 1, dtype=torch.bfloat16)
+    gradient = torch.empty_like(logits)
+    labels = torch.full((count,), BACKGROUND)
+    native.label_loss(logits, labels, weights, one, one, ("focal", 0.0, 0.0), gradient)
+    assert_close(gradient[:, 0], (weights / 2).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_library
