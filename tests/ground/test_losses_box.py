@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection._utils import _box_loss as torchvision_box_loss
+from torchvision.ops import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
 
+from retinanet.boxes import decode_boxes
 from retinanet.losses import BOX_LOSSES, box_loss
 from retinanet.losses.detection import _of_all_anchors, _of_foreground
 from retinanet.matching import match_anchors
@@ -78,6 +85,32 @@ def test_equal_to_torchvision(kind: str) -> None:
         kind, coder, anchors, boxes, deltas, cnf={"beta": 0.11, "eps": 1e-7}
     )
     assert_close(box_loss(kind, deltas, anchors, boxes).sum(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [
+        ("giou", generalized_box_iou_loss),
+        ("diou", distance_box_iou_loss),
+        ("ciou", complete_box_iou_loss),
+    ],
+)
+def test_box_losses_and_gradients_are_torchvisions(
+    kind: str, theirs: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Boxes that overlap, that do not, that touch, and that are one and the same."""
+    deltas, anchors, boxes = random_case(300, seed=4)
+    boxes[:100] = anchors[:100] + 2
+    boxes[100:110] = anchors[100:110]
+    boxes[110:120] = anchors[110:120] + (anchors[110:120, 2:] - anchors[110:120, :2]).repeat(1, 2)
+    deltas[100:120] = 0
+    ours_in, theirs_in = (deltas.clone().requires_grad_() for _ in range(2))
+    ours = box_loss(kind, ours_in, anchors, boxes)
+    expected = theirs(decode_boxes(theirs_in, anchors), boxes)
+    assert_close(ours, expected)
+    ours.sum().backward()
+    expected.sum().backward()
+    assert_close(ours_in.grad, theirs_in.grad)
 
 
 @pytest.mark.parametrize("kind", list(BOX_LOSSES))

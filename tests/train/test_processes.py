@@ -68,7 +68,7 @@ def test_killed_again_and_again_it_ends_at_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalizer", ["image", "batch"])
+@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
 def test_two_ranks_one_without_objects_equal_one_process(tmp_path: Path, normalizer: str) -> None:
     data = tmp_path / "data"
     synthetic_dataset(data, splits={"train": 4, "val": 2}, image_size=64, seed=1)

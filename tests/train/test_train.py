@@ -154,12 +154,22 @@ def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
     assert progress.finished
 
 
-def test_accumulating_micro_batches_is_the_whole_batch(tiny_data: Path, tmp_path: Path) -> None:
-    settings = ("train.steps=1", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4")
+@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
+def test_accumulating_micro_batches_is_the_whole_batch(
+    tiny_data: Path, tmp_path: Path, normalizer: str
+) -> None:
+    settings = (
+        "train.steps=2", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4",
+        f"loss.normalizer={normalizer}",
+    )  # fmt: skip
     one = train(tiny_recipe(*settings), tiny_data, tmp_path / "one", device="cpu")
     two = train(
         tiny_recipe(*settings, "train.accumulate=2"), tiny_data, tmp_path / "two", device="cpu"
     )
+    before, after = (
+        [line["loss"] for line in _log(run.folder) if "loss" in line] for run in (one, two)
+    )
+    assert after == pytest.approx(before, rel=1e-4)
     expected, found = _weights(one.folder), _weights(two.folder)
     for name, value in expected.items():
         # Sums in another order; the step itself moves weights by a thousand times that.

@@ -25,26 +25,35 @@ class StepFigures:
     def as_dict(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in self.__slots__}
 
-    def finite(self, *, scaled: bool) -> bool:
-        """Whether training may go on. Under a loss scale an infinite gradient is no fault: the
-        scaler skips that step and halves its scale.
-        """
-        checked = [self.loss] if scaled else [self.loss, self.grad_norm]
-        return all(abs(one) < float("inf") for one in checked)
 
+class FiguresInFlight:
+    """A step's numbers on their way to the host: one copy, for which nothing waits on a GPU."""
 
-def read_figures(losses: Losses, grad_norm: Tensor) -> StepFigures:
-    """Bring a step's numbers to the host, together: one wait for the device a step."""
-    values = torch.stack(
-        [
-            losses.classification.float(),
-            losses.box.float(),
-            losses.foreground.float().mean(),
-            grad_norm.float(),
-        ]
-    )
-    classification, box, positives, norm = values.tolist()
-    return StepFigures(classification + box, classification, box, positives, norm)
+    def __init__(self, losses: Losses, grad_norm: Tensor, stopped: Tensor) -> None:
+        self._values = torch.stack(
+            [
+                losses.classification.float(),
+                losses.box.float(),
+                losses.foreground.float().mean(),
+                grad_norm.float(),
+                stopped.float(),
+            ]
+        )
+        self._arrived: torch.cuda.Event | None = None
+        if self._values.device.type == "cuda":
+            pinned = torch.empty(self._values.shape, pin_memory=True)
+            self._values = pinned.copy_(self._values, non_blocking=True)
+            # Whoever waits for it leaves the processor to the workers that load pictures.
+            self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> tuple[StepFigures, bool]:
+        """The numbers, and whether the step ended the run; waits until that step is done."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        classification, box, positives, norm, stopped = self._values.tolist()
+        figures = StepFigures(classification + box, classification, box, positives, norm)
+        return figures, stopped > 0
 
 
 class Meter:

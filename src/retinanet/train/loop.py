@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers, train_loader
-from retinanet.detect.inference import autocast, choose_dtype, padding_colour
+from retinanet.detect.inference import choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
-from retinanet.losses.detection import RUNNING_START, Losses, detection_losses
+from retinanet.losses.detection import RUNNING_START
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -33,9 +33,10 @@ from retinanet.model.checkpoint import (
     write_checkpoint,
 )
 from retinanet.model.retinanet import RetinaNet, build_retinanet
-from retinanet.structures import Batch, Targets
+from retinanet.structures import Batch
 from retinanet.train.events import Event, Listener
-from retinanet.train.figures import Meter, read_figures
+from retinanet.train.figures import FiguresInFlight, Meter
+from retinanet.train.guard import Guard, step_unless
 from retinanet.train.nonfinite import report_nonfinite
 from retinanet.train.optimization import (
     build_optimizer,
@@ -43,10 +44,12 @@ from retinanet.train.optimization import (
     resolve_steps,
     scaled_lr,
     set_lr,
+    update_average,
 )
-from retinanet.train.processes import ctrl_c, deterministic, from_main, open_accelerator, sync_if
+from retinanet.train.processes import ctrl_c, deterministic, from_main, open_accelerator
 from retinanet.train.run_folder import RunFolder, describe_machine
 from retinanet.train.state import Progress, load_state, read_progress, save_state
+from retinanet.train.step import backward, clip, loss_settings, settings_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,27 @@ class Run:
     best_ap: float
     step: int
     interrupted: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that the device may still be at work on.
+
+    Attributes:
+        number: from 0.
+        lr: its learning rate.
+        batch: its pictures, on the host.
+        running: () the running normaliser before it.
+        figures: what came of it.
+        speed: how fast it was.
+    """
+
+    number: int
+    lr: float
+    batch: Batch
+    running: Tensor
+    figures: FiguresInFlight
+    speed: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -200,7 +224,7 @@ def train(
         # Built from what the run itself keeps: the backbone's weights may be gone or out of reach.
         model = load_checkpoint(folder.last).model
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    averaged = _averaged(model, settings.ema)
+    averaged = AveragedModel(model, use_buffers=True) if settings.ema else None
     lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
     optimizer = build_optimizer(
         model,
@@ -294,6 +318,40 @@ def train(
         progress.stopped_early = bool(from_main(accelerator, float(progress.stopped_early)))
         network.train()
 
+    def check(done: _Step) -> None:
+        """Wait for the numbers of a step, and end the run if they are not finite."""
+        figures, stopped = done.figures.read()
+        if stopped:
+            progress.step = done.number  # no later one has moved anything
+            report_nonfinite(
+                folder.path,
+                step=done.number,
+                batch=done.batch,
+                checkpoint=checkpoint(),
+                model=model,
+                dataset=train_set,
+                running=done.running,
+                write=accelerator.is_main_process,
+                numbers={"lr": done.lr, "precision": precision, **figures.as_dict()},
+            )
+
+    def log(done: _Step) -> None:
+        """Say what a step was like."""
+        if not accelerator.is_main_process:
+            return
+        figures, _ = done.figures.read()
+        line = {"step": done.number + 1, **figures.as_dict(), "lr": done.lr, **done.speed}
+        folder.append(line)
+        tell("step", steps=steps, **line)
+        if settings.trackers:
+            accelerator.log({k: v for k, v in line.items() if k != "step"}, done.number + 1)
+
+    def land_all() -> None:
+        """Wait for every step that was begun."""
+        while in_flight:
+            check(in_flight[0])
+            log(in_flight.popleft())
+
     # --- the loop -----------------------------------------------------------------------------
     loader = train_loader(
         train_set,
@@ -330,6 +388,10 @@ def train(
     validate_every = _every(settings.validate_every, steps)
     meter = Meter(settings.batch_size, accelerator.device)
     interrupted = False
+    guard = Guard(accelerator.device, scaled=scaler.is_enabled())
+    of_loss = settings_on(accelerator.device, loss_settings(recipe))
+    ahead = _steps_ahead(accelerator.device)
+    in_flight: deque[_Step] = deque()
     network.train()
     if stored is None:
         keep()  # from here on a kill at any instant can be resumed
@@ -337,7 +399,8 @@ def train(
         batches = iter(loader)
         while not progress.finished and not interrupted:
             meter.begin()
-            batch: Batch = next(batches).to(accelerator.device, non_blocking=True)
+            loaded = next(batches)
+            batch = loaded.to(accelerator.device, non_blocking=True)
             meter.got_data()
 
             factor = lr_factor(
@@ -350,42 +413,40 @@ def train(
             set_lr(optimizer, lr * factor)
 
             running_before = running
-            losses, running = _backward(
-                accelerator, network, model, batch, recipe, precision, scaler, running
+            losses, running = backward(
+                accelerator,
+                network,
+                model,
+                batch,
+                settings=of_loss,
+                accumulate=settings.accumulate,
+                precision=precision,
+                scaler=scaler,
+                running=running,
             )
             scaler.unscale_(optimizer)
-            grad_norm = _clip(model, settings.clip_norm)
-
-            figures = read_figures(losses, grad_norm)
-            if not figures.finite(scaled=scaler.is_enabled()):
-                report_nonfinite(
-                    folder.path,
-                    step=progress.step,
-                    batch=batch,
-                    checkpoint=checkpoint(),
-                    model=model,
-                    dataset=train_set,
-                    running=running_before,
-                    write=accelerator.is_main_process,
-                    numbers={"lr": lr * factor, "precision": precision, **figures.as_dict()},
-                )
-            scaler.step(optimizer)
+            grad_norm = clip(model, settings.clip_norm)
+            refused = guard.refuses(losses, grad_norm)
+            step_unless(refused, optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if averaged is not None:
-                averaged.update_parameters(model)
+                update_average(averaged, model, settings.ema, refused)
+            figures = FiguresInFlight(losses, grad_norm, guard.stopped)
+            this = _Step(progress.step, lr * factor, loaded, running_before, figures)
+            in_flight.append(this)
             progress.step += 1
 
-            line = {"step": progress.step, **figures.as_dict(), "lr": lr * factor}
-            line |= meter.end(steps - progress.step)
-            progress.seconds += line["seconds"]
-            if accelerator.is_main_process:
-                folder.append(line)
-                tell("step", steps=steps, **line)
-                if settings.trackers:
-                    accelerator.log({k: v for k, v in line.items() if k != "step"}, progress.step)
+            landed = in_flight.popleft() if len(in_flight) > ahead else None
+            if landed is not None:
+                check(landed)
+            this.speed = meter.end(steps - progress.step)
+            progress.seconds += this.speed["seconds"]
+            if landed is not None:
+                log(landed)
 
             if progress.step % validate_every == 0 or progress.step == steps:
+                land_all()
                 began = time.perf_counter()
                 validate()
                 progress.seconds += time.perf_counter() - began
@@ -395,6 +456,7 @@ def train(
                     )
             interrupted = stop.is_set()
             if progress.step % settings.save_every == 0 or progress.finished or interrupted:
+                land_all()
                 keep()
     accelerator.wait_for_everyone()
     if settings.trackers:
@@ -402,91 +464,6 @@ def train(
     tell("end", step=progress.step, best_ap=progress.best_ap, best_step=progress.best_step,
          seconds=progress.seconds, interrupted=interrupted, **progress.metrics)  # fmt: skip
     return _result(folder, progress, interrupted)
-
-
-def loss_settings(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
-    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
-
-
-def _backward(
-    accelerator: Accelerator,
-    network: nn.Module,
-    model: RetinaNet,
-    batch: Batch,
-    recipe: Recipe,
-    precision: str,
-    scaler: torch.amp.GradScaler,
-    running: Tensor,
-) -> tuple[Losses, Tensor]:
-    """Loss and gradient of a batch, in micro-batches; gradients meet over processes in the last."""
-    pieces = list(_micro_batches(batch, recipe.train.accumulate))
-    parts: list[Losses] = []
-    for piece in pieces:
-        with sync_if(accelerator, network, piece is pieces[-1]):
-            with autocast(precision, accelerator.device):
-                outputs = network(piece.images)
-            height, width = piece.images.shape[-2:]
-            anchors = level_anchors(
-                model.anchors,
-                feature_sizes(model.anchors.strides, height, width),
-                batch.images.device,
-            )
-            losses = detection_losses(
-                outputs,
-                anchors,
-                piece.targets,
-                num_classes=model.num_classes,
-                running=running,
-                world_foreground=lambda count: _share_of_all(accelerator, count),
-                **loss_settings(recipe),
-            )
-            torch.autograd.backward(scaler.scale(losses.total / len(pieces)))
-        running = losses.normalizer if recipe.loss.normalizer == "running" else running
-        parts.append(losses)
-    total = Losses(
-        classification=torch.stack([one.classification.detach() for one in parts]).mean(),
-        box=torch.stack([one.box.detach() for one in parts]).mean(),
-        foreground=torch.cat([one.foreground for one in parts]),
-        normalizer=parts[-1].normalizer,
-    )
-    if accelerator.num_processes > 1:
-        total = Losses(
-            accelerator.reduce(total.classification, reduction="mean"),
-            accelerator.reduce(total.box, reduction="mean"),
-            accelerator.gather(total.foreground),
-            total.normalizer,
-        )
-    return total, running
-
-
-def _share_of_all(accelerator: Accelerator, count: Tensor) -> Tensor:
-    """A process' part of a count over all processes: what its loss is divided by."""
-    total = accelerator.reduce(count.float(), reduction="sum")
-    share: Tensor = total.clamp(min=1) / accelerator.num_processes
-    return share
-
-
-def _clip(model: nn.Module, clip_norm: float) -> Tensor:
-    """The norm of the gradient before clipping; `clip_norm` 0 only measures."""
-    parameters = [one for one in model.parameters() if one.grad is not None]
-    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    if clip_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    return norm
-
-
-def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    size = len(batch.images) // count
-    for i in range(0, len(batch.images), size):
-        part = slice(i, i + size)
-        yield Batch(
-            batch.images[part],
-            Targets(batch.targets.boxes[part], batch.targets.labels[part]),
-            batch.sizes[part],
-            batch.original_sizes[part],
-            batch.indices[part],
-        )
 
 
 def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
@@ -534,27 +511,16 @@ def _build_from(
     return model
 
 
-def _averaged(model: nn.Module, decay: float) -> AveragedModel | None:
-    if not decay:
-        return None
-
-    def average(
-        kept: list[Tensor] | tuple[Tensor, ...], new: list[Tensor] | tuple[Tensor, ...], count: Any
-    ) -> None:
-        # The ramp keeps a short run's average from being its first step's weights.
-        seen = int(count)
-        share = 1 - min(decay, (1 + seen) / (10 + seen))
-        for old, current in zip(kept, new, strict=True):
-            if old.is_floating_point():
-                old.lerp_(current, share)
-            else:
-                old.copy_(current)
-
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _steps_ahead(device: torch.device) -> int:
+    """How many further steps a device is given before the host reads what came of one.
+
+    With one a GPU never waits for the host, and the host hardly for the GPU.
+    """
+    return 1 if device.type == "cuda" else 0
 
 
 def _every(setting: float, steps: int) -> int:

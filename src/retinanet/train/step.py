@@ -1,0 +1,150 @@
+"""From a batch to the gradient of its loss. On a GPU nothing in here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.config import Recipe
+from retinanet.detect.inference import autocast
+from retinanet.losses.detection import Losses, detection_losses
+from retinanet.matching import match_anchors
+from retinanet.model.retinanet import RetinaNet
+from retinanet.structures import Batch, Targets
+from retinanet.train.processes import sync_if
+
+
+def loss_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
+    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
+
+
+def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`loss_settings` with alpha on the device: sending it anew each step would wait."""
+    settings = dict(settings)
+    if settings["alpha"] is not None and device.type != "cpu":
+        settings["alpha"] = torch.tensor(settings["alpha"], device=device)
+    return settings
+
+
+def backward(
+    accelerator: Accelerator,
+    network: nn.Module,
+    model: RetinaNet,
+    batch: Batch,
+    *,
+    settings: Mapping[str, Any],
+    accumulate: int,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+    running: Tensor,
+) -> tuple[Losses, Tensor]:
+    """Loss and gradient of a batch, in micro-batches; gradients meet over processes in the last.
+
+    However many processes and micro-batches share a batch, the gradient is that of the whole.
+
+    Args:
+        network: `model`, or what holds it where there are several processes.
+        batch: this process' part.
+        settings: of :func:`settings_on`.
+        accumulate: how many micro-batches.
+        running: () of the normalizer ``running``: the moving average over whole batches.
+
+    Returns:
+        The losses of the whole batch, and `running` after it.
+    """
+    device = batch.images.device
+    height, width = batch.images.shape[-2:]
+    sizes = feature_sizes(model.anchors.strides, height, width)
+    anchors = level_anchors(model.anchors, sizes, device)
+    # What a micro-batch divides by is its part of the whole batch's count, on which it stands.
+    parts = accelerator.num_processes * accumulate
+    share_of_all = _share_of_all(accelerator, anchors, batch.targets, settings, accumulate)
+    losses: list[Losses] = []
+    pieces = list(_micro_batches(batch, accumulate))
+    for piece in pieces:
+        with sync_if(accelerator, network, piece is pieces[-1]):
+            with autocast(precision, device):
+                outputs = network(piece.images)
+            losses.append(
+                detection_losses(
+                    outputs,
+                    anchors,
+                    piece.targets,
+                    num_classes=model.num_classes,
+                    running=running / parts,
+                    world_foreground=share_of_all,
+                    overwrite_logits=True,
+                    **settings,
+                )
+            )
+            torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
+    if settings["normalizer"] == "running":
+        running = losses[-1].normalizer * parts
+    total = Losses(
+        classification=torch.stack([one.classification.detach() for one in losses]).mean(),
+        box=torch.stack([one.box.detach() for one in losses]).mean(),
+        foreground=torch.cat([one.foreground for one in losses]),
+        normalizer=losses[-1].normalizer,
+    )
+    if accelerator.num_processes > 1:
+        total = Losses(
+            accelerator.reduce(total.classification, reduction="mean"),
+            accelerator.reduce(total.box, reduction="mean"),
+            accelerator.gather(total.foreground),
+            total.normalizer,
+        )
+    return total, running
+
+
+def clip(model: nn.Module, clip_norm: float) -> Tensor:
+    """The norm of the gradient before clipping; `clip_norm` 0 only measures."""
+    parameters = [one for one in model.parameters() if one.grad is not None]
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def _share_of_all(
+    accelerator: Accelerator,
+    anchors: list[Tensor],
+    targets: Targets,
+    settings: Mapping[str, Any],
+    accumulate: int,
+) -> Callable[[Tensor], Tensor]:
+    """From a micro-batch's count of foreground anchors to its part of the whole batch's."""
+    whole: Tensor | None = None
+    if accumulate > 1 and settings["normalizer"] != "image":
+        # The first micro-batch must know what the others hold, so they are matched beforehand too.
+        names = ("foreground_iou", "background_iou", "low_quality_matches")
+        matches = match_anchors(
+            torch.cat(anchors), targets, **{one: settings[one] for one in names}
+        )
+        whole = (matches >= 0).sum()
+
+    def share(count: Tensor) -> Tensor:
+        own = count if whole is None else whole
+        total = accelerator.reduce(own.float(), reduction="sum")
+        part: Tensor = total.clamp(min=1) / (accelerator.num_processes * accumulate)
+        return part
+
+    return share
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    size = len(batch.images) // count
+    for i in range(0, len(batch.images), size):
+        part = slice(i, i + size)
+        yield Batch(
+            batch.images[part],
+            Targets(batch.targets.boxes[part], batch.targets.labels[part]),
+            batch.sizes[part],
+            batch.original_sizes[part],
+            batch.indices[part],
+        )
