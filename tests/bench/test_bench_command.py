@@ -1,0 +1,120 @@
+"""``retinanet bench`` as a person sees it."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from retinanet.bench import Case, Contest, Limit, Rival, Row, run
+from retinanet.cli import bench as command
+from retinanet.cli import main
+from retinanet.errors import MissingExtraError
+
+
+def missing() -> Contest:
+    raise MissingExtraError("openvino", "openvino")
+
+
+@pytest.fixture(autouse=True)
+def stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = Rival("torchvision", lambda: 1, lambda *_: "equal")
+    contest = Contest(lambda: 1, [rival], limit=Limit("copy", lambda: 1), note="in float32")
+    cases = [
+        Case("2,000 objects, 8 images", "245,520 anchors x 80", lambda: contest),
+        Case("100 objects, 8 images", "245,520 anchors x 80", lambda: contest),
+        Case("int8", "245,520 anchors x 80", missing),
+    ]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
+    """The lines of a table of large figures on a terminal of that width."""
+    screen = io.StringIO()
+    monkeypatch.setattr(command, "out", Console(file=screen, width=width, highlight=False))
+    timing: Any = run.Timing(0.9876, 0.9, 1.0, 7)
+    row = Row(
+        "class-loss",
+        "2,000 objects, 8 images",
+        "245,520 anchors x 80",
+        rival="torchvision",
+        ours=timing,
+        theirs=timing,
+        speedup=99.9,
+        speedup_low=98.7,
+        speedup_high=123.4,
+        limit="copy",
+        share=1.02,
+        memory=1_234_000_000,
+        rival_memory=12_345_000_000,
+    )
+    command._print("class-loss", [row, row])
+    return screen.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed(monkeypatch, width)
+    assert max(len(line) for line in lines) <= width
+    text = "\n".join(lines)
+    assert "class-loss beside torchvision" in text
+    for figure in ("988 ms", "99.9 (98.7-123)", "102%", "1,234", "12,345"):
+        assert text.count(figure) >= 2  # a row each, whole
+    assert text.count("245,520") == 1  # the size, where it changes
+
+
+def test_answer_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--no-memory", "--rounds", "1", "--device", "cpu"]) == 0
+    told = capsys.readouterr()
+    assert "toy beside torchvision" in told.out
+    assert "threads" in told.out or "thread" in told.out
+    assert "toy, 100 objects, 8 images, 245,520 anchors x 80: " in told.err
+    assert "times as long (equal); in float32" in told.err
+    assert "toy, int8, 245,520 anchors x 80: openvino is not installed" in told.err
+
+
+def test_json_holds_machine_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--no-memory", "--json", "--threads", "1", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["machine"]["threads"] == 1
+    assert [row["way"] for row in told["rows"]][2] == "int8"
+    assert told["rows"][0]["limit"] == "copy"
+    assert Row.from_dict(told["rows"][0]).rival == "torchvision"
+
+
+def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--no-memory", "--markdown", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "**toy** beside torchvision\n\n|  | ours |" in told
+    assert "| 100 objects, 8 images: 245,520 anchors x 80 (equal); in float32 |" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--vs", "torchvison"], "did you mean torchvision?"),
+        (["--json", "--markdown"], "give one"),
+        (["tooy"], "did you mean toy?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--device", "cpu", *given]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert said in told.err
+    assert len(told.err.strip().splitlines()) == 1
+
+
+def test_every_stage_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from retinanet.bench import RIVALS
+    from retinanet.bench.stages import STAGES
+
+    assert main(["bench", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (*STAGES, *RIVALS, "none"):
+        assert name in told
