@@ -24,6 +24,7 @@ from retinanet.structures import Batch, Targets
 from retinanet.train.figures import FiguresInFlight
 from retinanet.train.guard import PATIENCE, Guard, step_unless
 from retinanet.train.optimization import build_optimizer, update_average
+from retinanet.train.state import read_progress
 from retinanet.train.step import backward, clip, loss_settings, settings_on
 
 CPU = torch.device("cpu")
@@ -221,21 +222,42 @@ def test_a_step_ahead_loses_no_line_and_saves_what_it_says(tiny_data: Path, tmp_
     assert all(line["seconds"] > 0 for line in log_of(run.folder) if "loss_box" in line)
 
 
-def test_a_step_ahead_reports_the_step_that_was_not_finite(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None
-) -> None:
-    """Step 2 of 0.. is bad; the host hears of it in step 3, and nothing has moved since step 1."""
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
+    """Make the gradient of a step (from 0) NaN; the list fills with each step's pictures."""
     seen: list[list[int]] = []
 
     def spoiled(*arguments: Any, **options: Any) -> tuple[Losses, Tensor]:
         losses, running = backward(*arguments, **options)
         seen.append(arguments[3].indices.tolist())
-        if len(seen) == 3:
+        if len(seen) == step + 1:
             for one in arguments[2].parameters():
                 if one.grad is not None:
                     one.grad.fill_(NAN)
         return losses, running
 
+    monkeypatch.setattr(loop, "backward", spoiled)
+    return seen
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_step_ahead_saves_nothing_before_it_knows(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save is due right after the bad step, before the host would hear of it."""
+    seen = spoil(monkeypatch, 2)
+    recipe = tiny_recipe("train.steps=9", "train.save_every=3", "train.validate_every=99")
+    with pytest.raises(NonFiniteLossError, match="step 2: "):
+        loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    assert len(seen) == 3
+    progress = read_progress(tmp_path / "run" / "last")
+    assert progress is not None
+    assert progress.step == 0
+
+
+def test_a_step_ahead_reports_the_step_that_was_not_finite(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None
+) -> None:
+    """Step 2 of 0.. is bad; the host hears of it in step 3, and nothing has moved since step 1."""
     settings = (
         "train.optimizer=sgd", "train.ema=0.9", "train.validate_every=99",
         "train.schedule=steps", "train.milestones=[0.99]",
@@ -243,7 +265,7 @@ def test_a_step_ahead_reports_the_step_that_was_not_finite(
     two = loop.train(
         tiny_recipe("train.steps=2", *settings), tiny_data, tmp_path / "two", device="cpu"
     )
-    monkeypatch.setattr(loop, "backward", spoiled)
+    seen = spoil(monkeypatch, 2)
     recipe = tiny_recipe("train.steps=9", *settings)
     with pytest.raises(NonFiniteLossError, match=r"step 2: .* gradient norm nan"):
         loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
