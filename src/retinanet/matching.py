@@ -13,7 +13,7 @@ from retinanet.structures import BACKGROUND, IGNORED, Targets
 
 _RUN = 8192  # neighbouring anchors that are ruled in or out together, on a CPU
 _USUAL_IOU = 0.5  # what an object's best anchor usually reaches
-_ALL_IMAGES_PAIRS = 2**20  # pairs worked on at a time elsewhere: 4 MB an intermediate
+_ALL_IMAGES_PAIRS = 2**19  # pairs worked on at a time elsewhere: 2 MB an intermediate
 
 
 @torch.no_grad()
