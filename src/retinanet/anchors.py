@@ -140,8 +140,8 @@ def level_anchors(
     return list(_level_anchors(spec, cells, place))
 
 
-# 200,000 anchors take 3 MB; multi-scale training meets a few dozen sizes.
-@lru_cache(maxsize=32)
+# 200,000 anchors take 3 MB; multi-scale training meets some dozens of sizes.
+@lru_cache(maxsize=128)
 def _level_anchors(
     spec: AnchorSpec, cells: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Tensor, ...]:
@@ -158,7 +158,10 @@ def _level_anchors(
             corner_y, corner_x = torch.meshgrid(y, x, indexing="ij")
             corners = torch.stack((corner_x, corner_y, corner_x, corner_y), dim=-1)
             anchors = corners[:, :, None] + _cell_anchors(spec, size)
-            levels.append(anchors.reshape(-1, 4).to(device, torch.float32))
+            flat = anchors.reshape(-1, 4).to(torch.float32)
+            if device.type == "cuda":
+                flat = flat.pin_memory()  # or the copy would wait for the GPU
+            levels.append(flat.to(device, non_blocking=True))
         return tuple(levels)
 
 

@@ -36,6 +36,18 @@ BAD_USAGE = {
     ),
     "a device": (["detect", "{run}", "{data}", "--out={new}", "--device=gpu"], "gpu"),
     "a precision": (["evaluate", "{run}", "{data}", "--precision=f32"], "float32"),
+    "a backend": (
+        ["detect", "{run}", "{data}", "--out={new}", "--backend=openvin"],
+        "did you mean openvino?",
+    ),
+    "a precision of another backend": (
+        ["detect", "{run}", "{data}", "--out={new}", "--precision=int8", "--backend=torch"],
+        "int8 needs backend openvino",
+    ),
+    "a calibration without int8": (
+        ["detect", "{run}", "{data}", "--out={new}", "--calibrate={data}"],
+        "--calibrate is for --precision int8",
+    ),
     "a threshold": (
         ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],
         "score_threshold",
@@ -152,7 +164,8 @@ def test_one_broken_picture_is_named_and_stops_nothing(
     ended = cli("detect", tiny_run, folder, tmp_path / "gone.png", f"--out={tmp_path / 'o'}",
                 "--json")  # fmt: skip
     assert ended.code == 1
-    assert ended.json["pictures"] == 3
+    assert ended.json["pictures"] == 2
+    assert ended.json["network"].startswith("torch on cpu")
     assert [Path(one["file"]).name for one in ended.json["failures"]] == ["gone.png", "b.png"]
     assert ended.err.splitlines()[0] == "2 pictures could not be read:"
     assert "b.png" in ended.err

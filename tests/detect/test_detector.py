@@ -222,13 +222,13 @@ def test_whatever_a_decoder_raises_is_reported(
 ) -> None:
     calls = iter([MemoryError("of all\nmemory"), None])
 
-    def read(picture: Any) -> torch.Tensor:
+    def read(*_: Any) -> tuple[torch.Tensor, tuple[int, int]]:
         error = next(calls)
         if error is not None:
             raise error
-        return torch.zeros(3, 64, 64, dtype=torch.uint8)
+        return torch.zeros(3, 64, 64, dtype=torch.uint8), (64, 64)
 
-    monkeypatch.setattr("retinanet.detect.sources.read_image", read)
+    monkeypatch.setattr("retinanet.detect.sources.read_reduced", read)
     first, second = detector.stream(["pyproject.toml", "pyproject.toml"], workers=1)
     assert isinstance(first, Failure)
     assert first.reason == "pyproject.toml: MemoryError: of all memory"

@@ -135,7 +135,7 @@ def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not serves(logits, formula)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_loss, "_has_triton", lambda: False)
+    monkeypatch.setattr(triton_loss, "has_triton", lambda: False)
     assert not serves(logits, formula)
 
 

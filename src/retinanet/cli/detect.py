@@ -71,7 +71,7 @@ def detect(
     from retinanet.detect.sources import Source, iter_sources
     from retinanet.errors import ConfigError
 
-    listed = list(iter_sources(sources))
+    listed = list(iter_sources(sources, once=True))
     readable = [one for one in listed if isinstance(one, Source)]
     failures = [one for one in listed if isinstance(one, Failure)]
     if not readable:
@@ -96,8 +96,8 @@ def detect(
         image_size=image_size,
         **{name: value for name, value in thresholds.items() if value is not None},
     )
-    note(detector.network.description)
     objects: Counter[str] = Counter()
+    searched = 0
     with (
         open_outputs(
             out,
@@ -106,6 +106,8 @@ def detect(
         ) as write,
         progress("detecting") as show,
     ):
+        if not json:
+            note(detector.network.description)
         for failure in failures:
             write(failure)
         for done, one in enumerate(detector.stream(readable, batch_size=batch_size), start=1):
@@ -113,6 +115,7 @@ def detect(
             if isinstance(one, Failure):
                 failures.append(one)
             else:
+                searched += 1
                 objects.update(detector.classes[label] for label in one.labels.tolist())
             show(done, len(readable))
 
@@ -121,7 +124,7 @@ def detect(
             {
                 "out": out,
                 "network": detector.network.description,
-                "pictures": len(readable),
+                "pictures": searched,
                 "objects": dict(objects.most_common()),
                 "failures": [failure.to_dict() for failure in failures],
             }
@@ -129,7 +132,7 @@ def detect(
     else:
         if objects:
             table("Found", ["class", "objects"], objects.most_common())
-        say(f"{objects.total()} objects in {len(readable)} pictures, in {out}")
+        say(f"{objects.total()} objects in {searched} pictures, in {out}")
     if failures:
         note(f"{len(failures)} pictures could not be read:", style="red")
         for failure in failures[:_SHOWN_FAILURES]:

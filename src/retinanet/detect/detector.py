@@ -178,9 +178,9 @@ class Detector:
             yield pad_batch([picture], fill=self._fill)[0]
 
     def _read(self, source: Source) -> _Ready:
-        picture = source.read()
-        resized, _ = resize_to(picture, self.image_size, self.max_size)
-        return _Ready(source, resized, (picture.shape[-2], picture.shape[-1]))
+        picture, size = source.read_reduced(self.image_size, self.max_size)
+        resized, _ = resize_to(picture, self.image_size, self.max_size, size)
+        return _Ready(source, resized, size)
 
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds

@@ -313,9 +313,14 @@ class _LabelLoss(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient times what came from above, in its own memory."""
-    # On a GPU it would take longer to ask.
     if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
+    if gradient.is_cuda and gradient.is_contiguous():
+        from retinanet.losses import triton_loss
+
+        if triton_loss.has_triton():
+            # Only the kernel can see, without a wait, that there is nothing to multiply.
+            return triton_loss.scale_(gradient, upstream)
     return gradient.mul_(upstream)
 
 
@@ -520,6 +525,8 @@ def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"alpha must lie in [0, 1] (None: no weights), got {weight.reshape(-1)[outside][0]}"
             )
+    if isinstance(alpha, float | int):  # filled in there: a copy to a GPU would wait for it
+        weight = torch.full((), alpha, dtype=kind, device=device)
     weight = weight.to(device).detach()
     return weight, 1 - weight
 

@@ -40,7 +40,7 @@ def serves(logits: Tensor, formula: tuple[str, float, float]) -> bool:
         and logits.is_contiguous()
         and formula[0] in ("focal", "focal_star")
         and not torch.compiler.is_compiling()
-        and _has_triton()
+        and has_triton()
     )
 
 
@@ -128,5 +128,5 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
 
 
 @lru_cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
