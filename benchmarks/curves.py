@@ -49,7 +49,7 @@ from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
-from retinanet.report.plots import COLOURS, GREY, _figure
+from retinanet.report.plots import COLOURS, GREY, open_figure
 from retinanet.structures import Outputs, Targets, flatten_level
 from retinanet.train.optimization import build_optimizer
 
@@ -385,7 +385,7 @@ def _both(point: dict[str, Any]) -> str:
 
 def draw(name: str, curve: Curve, lines: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Time and memory in two panels, logarithmic both ways, beside growth in step with the work."""
-    with _figure(9.0, 3.4, file) as figure:
+    with open_figure(9.0, 3.4, file) as figure:
         panels = zip(
             figure.subplots(1, 2), (("seconds", 1e3, "ms"), ("memory", 1e-6, "MB")), strict=True
         )

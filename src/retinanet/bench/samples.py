@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import _rename
+from retinanet.model.torchvision_weights import our_name
 from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91
@@ -163,7 +163,7 @@ def same_networks(
         p6_from="p5",
         norm_eps=1e-5,
     )
-    own = {_rename(key): value for key, value in rival.state_dict().items()}
+    own = {our_name(key): value for key, value in rival.state_dict().items()}
     missing, unexpected = model.load_state_dict(own, strict=False)
     assert not missing, missing
     assert all(name.endswith("num_batches_tracked") for name in unexpected), unexpected

@@ -98,7 +98,7 @@ def from_torchvision(
     model = RetinaNet(
         backbone="resnet50", num_classes=num_classes, rounding="torchvision", **settings
     )
-    renamed = {_rename(key): value for key, value in state.items()}
+    renamed = {our_name(key): value for key, value in state.items()}
     check_state(model.state_dict(), renamed, f"weights of {name}")
     model.load_state_dict(renamed, strict=False)
     return model
@@ -133,7 +133,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
 _OLD_TOWER = re.compile(r"head\.(classification|regression)_head\.conv\.(\d+)\.(weight|bias)")
 
 
-def _rename(key: str) -> str:
+def our_name(key: str) -> str:
+    """What this package calls the tensor `key` of torchvision's RetinaNet."""
     if old := _OLD_TOWER.fullmatch(key):
         head = "class_head" if old[1] == "classification" else "box_head"
         return f"{head}.tower.{int(old[2]) // 2}.0.{old[3]}"

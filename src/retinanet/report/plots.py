@@ -113,7 +113,7 @@ def plot_training(log: str | Path | Sequence[Mapping[str, Any]], file: str | Pat
         DataError: the log cannot be read.
     """
     steps, validations = _parts(log)
-    with _figure(9.0, 5.6, file) as figure:
+    with open_figure(9.0, 5.6, file) as figure:
         axes = figure.subplots(2, 2)
         loss, parts, precision, rate = axes.flat
         _line(loss, steps, "loss", BLUE, "training")
@@ -149,7 +149,7 @@ def plot_running(log: str | Path | Sequence[Mapping[str, Any]], file: str | Path
         "memory_mb": ("Memory, MB", BLUE),
         "positives": ("Foreground anchors an image", PURPLE),
     }
-    with _figure(9.0, 4.6, file) as figure:
+    with open_figure(9.0, 4.6, file) as figure:
         for axis, (name, (title, colour)) in zip(
             figure.subplots(2, 2).flat, panels.items(), strict=True
         ):
@@ -171,7 +171,7 @@ def plot_precision_recall(metrics: Metrics, file: str | Path) -> Path:
         for one, curve in zip(metrics.per_class, metrics.curves.per_class, strict=True)
         if curve
     ]
-    with _figure(9.0, 3.8, file) as figure:
+    with open_figure(9.0, 3.8, file) as figure:
         mean, classes = figure.subplots(1, 2, sharey=True)
         values = {"0.50": metrics.ap50, "0.75": metrics.ap75, "0.50:0.95": metrics.ap}
         for (iou, curve), colour in zip(
@@ -203,7 +203,7 @@ def plot_classes(metrics: Metrics, file: str | Path) -> Path:
     if len(found) > _MOST_CLASSES:
         title += f": the best and the worst {_MOST_CLASSES // 2} of {len(found)}"
         found = found[: _MOST_CLASSES // 2] + found[-(_MOST_CLASSES // 2) :]
-    with _figure(9.0, 1.3 + 0.24 * max(2, len(found)), file) as figure:
+    with open_figure(9.0, 1.3 + 0.24 * max(2, len(found)), file) as figure:
         axis = figure.subplots()
         y = np.arange(len(found))
         axis.barh(y, [one.ap50 for one in found], 0.72, color="#C9DFEE", label="AP50")
@@ -226,7 +226,7 @@ def plot_sizes(metrics: Metrics, file: str | Path) -> Path:
     names = ("small\nunder 32²", "medium\nto 96²", "large\nover 96²")
     precision = (metrics.ap_small, metrics.ap_medium, metrics.ap_large)
     recall = (metrics.ar_small, metrics.ar_medium, metrics.ar_large)
-    with _figure(5.2, 3.4, file) as figure:
+    with open_figure(5.2, 3.4, file) as figure:
         axis = figure.subplots()
         x = np.arange(3)
         for shift, values, colour, name in (
@@ -265,7 +265,7 @@ def plot_errors(metrics: Metrics, file: str | Path) -> Path:
     }
     gains = [metrics.errors.delta_ap[kind] for kind in kinds]
     counts = [metrics.errors.counts[kind] for kind in kinds]
-    with _figure(9.0, 3.0, file) as figure:
+    with open_figure(9.0, 3.0, file) as figure:
         gain, count = figure.subplots(1, 2, sharey=True)
         y = np.arange(len(kinds))
         gain.barh(y, gains, 0.7, color=COLOURS[: len(kinds)])
@@ -306,7 +306,7 @@ def plot_confusion(metrics: Metrics, file: str | Path) -> Path:
     shown = matrix[np.ix_(kept, kept)]
     labels = [names[place] for place in kept]
     side = 2.2 + 0.36 * len(labels)
-    with _figure(max(4.6, side + 0.8), max(4.0, side), file) as figure:
+    with open_figure(max(4.6, side + 0.8), max(4.0, side), file) as figure:
         axis = figure.subplots()
         image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         numbers = 6 if len(labels) > 12 else 8
@@ -330,7 +330,7 @@ def plot_confusion(metrics: Metrics, file: str | Path) -> Path:
 def plot_calibration(metrics: Metrics, file: str | Path) -> Path:
     """Share of boxes that are right by score, and how many boxes there are."""
     bins = [one for one in metrics.calibration.bins if one.detections]
-    with _figure(5.2, 4.4, file) as figure:
+    with open_figure(5.2, 4.4, file) as figure:
         share, count = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         share.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="as good as it says")
         centres = [(one.lower + one.upper) / 2 for one in bins]
@@ -358,7 +358,7 @@ def plot_calibration(metrics: Metrics, file: str | Path) -> Path:
 
 def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
     """How large the objects of each split are, and how many are in a picture."""
-    with _figure(9.0, 3.2, file) as figure:
+    with open_figure(9.0, 3.2, file) as figure:
         sizes, crowding = figure.subplots(1, 2)
         sides = {name: _sides(dataset) for name, dataset in splits.items()}
         every = np.concatenate([*sides.values(), np.empty(0)])
@@ -405,7 +405,7 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
 
 
 @contextmanager
-def _figure(width: float, height: float, file: str | Path) -> Iterator[Figure]:
+def open_figure(width: float, height: float, file: str | Path) -> Iterator[Figure]:
     """A figure of so many inches in our style, written to `file` at the end."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
