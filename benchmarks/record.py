@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=None, help="after which a row ends")
     parser.add_argument("--name", help="of the machine; else its processor's or GPU's")
     parser.add_argument("--curves", action="store_true", help="draw the curves instead")
     parser.add_argument("--render", action="store_true", help="only write the page")
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Stage by stage, so that what is done is kept if a later one fails.
         for stage in given.stages or STAGES:
             rows = []
-            for row in bench([stage], size="full", device=given.device, threads=given.threads):
+            options = {"device": given.device, "threads": given.threads, "seconds": given.seconds}
+            for row in bench([stage], size="full", **options):
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
             print(f"kept in {keep(RESULTS, name, machine, rows)}", file=sys.stderr)

@@ -25,7 +25,7 @@ needs_openvino = pytest.mark.skipif(
 @pytest.fixture
 def model() -> RetinaNet:
     torch.manual_seed(0)
-    built = RetinaNet(backbone="resnet18", num_classes=2, channels=16, head_depth=1, norm="group")
+    built = RetinaNet(backbone="resnet18", num_classes=20, channels=16, head_depth=1, norm="group")
     for head in (built.class_head, built.box_head):
         for parameter in head.parameters():
             if parameter.dim() > 1:

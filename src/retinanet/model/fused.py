@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -69,35 +70,47 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     backbone = _traced(copy.backbone)
     if backbone is not None:
         copy.backbone = cast(Backbone, backbone)
-    for parent in [copy.pyramid, copy.class_head, copy.box_head]:
-        _fuse_heads(parent)
+    for head in (copy.class_head, copy.box_head):
+        _fuse_head(head)
     _fuse_plain(copy)
+    convolutions = [one for one in copy.modules() if isinstance(one, FusedConv2d)]
     # pixel_mean and pixel_std stay exact; forward() computes with them in float32.
     mean, deviation = copy.pixel_mean, copy.pixel_std
-    copy.to(dtype)
-    copy = to_channels_last(copy)
+    biases = [one.bias.data for one in convolutions]
+    copy = to_channels_last(copy.to(dtype))
     copy.pixel_mean, copy.pixel_std = mean, deviation
-    if pack and copy.pixel_mean.device.type == "cpu" and can_pack(dtype):
-        for module in copy.modules():
-            if isinstance(module, FusedConv2d):
-                module.shapes_kept = _SHAPES_KEPT
+    if pack and mean.device.type == "cpu" and can_pack(dtype):
+        for module, bias in zip(convolutions, biases, strict=True):
+            module.shapes_kept = _SHAPES_KEPT
+            if not module.adds:  # torch refuses it there
+                # Kept exact: an error in it would be the same at every place.
+                module.bias = nn.Parameter(bias, requires_grad=False)
         for head in (copy.class_head, copy.box_head):
-            for module in head.modules():
-                if isinstance(module, FusedConv2d):  # one for each level
-                    module.shapes_kept = _SHAPES_KEPT * len(copy.strides)
+            for part in head.modules():
+                if isinstance(part, FusedConv2d):  # one for each level
+                    part.shapes_kept = _SHAPES_KEPT * len(copy.strides)
     return copy
 
 
+@lru_cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's convolutions with fused activations, and this CPU for `dtype`."""
-    needed = ("_reorder_convolution_weight", "_convolution_pointwise")
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not there or not all(hasattr(torch.ops.mkldnn, name) for name in needed):
+    """Whether torch has oneDNN's convolutions with fused activations, and this CPU for `dtype`.
+
+    They are no public part of torch, so they are tried: weights of `dtype`, a bias in float32.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype == torch.bfloat16:
-        asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
-        return bool(asked())
-    return dtype == torch.float32
+    plain, sums = (FusedConv2d(nn.Conv2d(16, 16, 1), None, "relu").to(dtype) for _ in range(2))
+    plain.shapes_kept = sums.shapes_kept = 1
+    plain.bias = nn.Parameter(torch.zeros(16), requires_grad=False)
+    x = torch.zeros(1, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.inference_mode():
+            for _ in range(2):
+                sums(plain(x), torch.zeros_like(x))
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return True
 
 
 class FusedConv2d(nn.Module):
@@ -107,12 +120,18 @@ class FusedConv2d(nn.Module):
         conv: whose weights and geometry are taken.
         norm: batch norm in eval mode, folded into weight and bias.
         activation: "none", "relu" or "relu6".
+        adds: whether it is called with what is to be added.
     """
 
     def __init__(
-        self, conv: nn.Conv2d, norm: _BatchNorm | None = None, activation: str = "none"
+        self,
+        conv: nn.Conv2d,
+        norm: _BatchNorm | None = None,
+        activation: str = "none",
+        adds: bool = False,
     ) -> None:
         super().__init__()
+        self.adds = adds
         weight, bias = conv.weight.detach(), conv.bias
         bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias.detach()
         if norm is not None:
@@ -191,14 +210,12 @@ def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Ten
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _fuse_heads(parent: nn.Module) -> None:
-    """Each (convolution, ReLU) in a head's tower to one."""
-    if not isinstance(parent, Head):
-        return
-    for i, block in enumerate(parent.tower):
+def _fuse_head(head: Head) -> None:
+    """Each (convolution, ReLU) of the tower to one."""
+    for i, block in enumerate(head.tower):
         parts = list(cast(nn.Sequential, block))
         if len(parts) == 2 and type(parts[0]) is nn.Conv2d and isinstance(parts[1], nn.ReLU):
-            parent.tower[i] = FusedConv2d(parts[0], activation="relu")
+            head.tower[i] = FusedConv2d(parts[0], activation="relu")
 
 
 def _fuse_plain(model: nn.Module) -> None:
@@ -240,7 +257,7 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
         activation = _activation(_only_user(last), modules)
         if activation != "none":
             last = _only_user(last)
-        fused = FusedConv2d(conv, norm, activation)
+        fused = FusedConv2d(conv, norm, activation, adds=other is not None)
         name = f"fused_{node.name}"
         traced.add_module(name, fused)
         modules[name] = fused

@@ -157,8 +157,7 @@ class RetinaNet(nn.Module):
             )
         # In float32 whatever the weights are: bfloat16 keeps 8 bits, and the difference has more.
         pixels = (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
-        assert self.class_head.last.bias is not None
-        maps = self.backbone(pixels.to(self.class_head.last.bias.dtype))
+        maps = self.backbone(pixels.to(self.class_head.last.weight.dtype))
         levels = self.pyramid(maps if self.p2 else maps[1:])
         return Outputs(
             tuple(self.class_head(level) for level in levels),
