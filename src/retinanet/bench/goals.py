@@ -31,6 +31,7 @@ GOALS: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("train-step", "ResNet-18 float32"): {"speedup": 1, "memory_of_rival": 0.75},
     ("train-step", "ResNet-18 bf16"): {"speedup": 1.5, "memory_of_rival": 0.75},
     ("data", "one core"): {"speedup": 8},
+    ("evaluation", "the twelve numbers"): {"speedup": 50, "memory": 1e9},
     ("evaluation", "with error analysis"): {"speedup": 50, "memory": 1e9},
     ("startup", "retinanet --help"): {"seconds": 0.3},
     ("startup", "import retinanet"): {"seconds": 0.3},
