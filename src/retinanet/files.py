@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write a text (as UTF-8) or bytes to `path`, whole or not at all; parents are made."""
-    path = Path(path)
+    with _beside(Path(path)) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def open_atomic(path: str | Path) -> Iterator[TextIO]:
+    """A text file (UTF-8) that takes the place of `path` if the context ends well.
+
+    For what is too large to be held whole.
+    """
+    with _beside(Path(path)) as file:
+        text = TextIOWrapper(file, encoding="utf-8", newline="")
+        yield text
+        text.detach()  # the file is synced and closed by its own context
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[BufferedWriter]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    return path
 
 
 def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:

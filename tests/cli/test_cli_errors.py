@@ -46,7 +46,7 @@ BAD_USAGE = {
     ),
     "a calibration without int8": (
         ["detect", "{run}", "{data}", "--out={new}", "--calibrate={data}"],
-        "--calibrate is for --precision int8",
+        "to calibrate on are for precision int8",
     ),
     "a threshold": (
         ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_a_module_of_ones_own_runs_as_it_is() -> None:
         ({"backend": "openvin"}, r"backend 'openvin' is not .* did you mean openvino"),
         ({"precision": "int8", "backend": "torch"}, "int8 needs backend openvino, got torch"),
         ({"precision": "int4"}, "precision 'int4' is not one of"),
+        ({"calibration": [torch.zeros(1, 3, 32, 32)]}, "calibrate on are for precision int8"),
         ({"precision": "int4", "backend": "openvino"}, "precision 'int4' is not one of"),
         pytest.param(
             {"precision": "int8"}, "int8 is calibrated on pictures .*--calibrate",
@@ -118,7 +120,7 @@ def test_a_module_of_ones_own_runs_as_it_is() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_exist(model: RetinaNet, settings: dict[str, str], message: str) -> None:
+def test_what_does_not_exist(model: RetinaNet, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_network(model, CPU, **settings)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,8 +115,7 @@ def test_sizes_come_and_go() -> None:
             assert len(module._packed) == fused_module._SHAPES_KEPT
     last = fused.class_head.last
     assert isinstance(last, FusedConv2d)
-    # (64, 96) and (128, 64) were the last; their levels of one cell have one shape.
-    assert 5 < len(last._packed) <= 5 * fused_module._SHAPES_KEPT
+    assert len(last._packed) == 5  # the levels of the last size
     assert any(one is not None for one in last._packed.values())
 
 
@@ -155,3 +156,64 @@ def test_a_backbone_that_cannot_be_traced_is_run_as_it_is() -> None:
         model.pyramid.lateral[i] = nn.Conv2d(8, conv.out_channels, 1)  # type: ignore[arg-type]
     model.pyramid.p6 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
     assert_same(model, fused_copy(model, torch.float32), pictures(1, 3, 64, 64), 2e-5)
+
+
+class Sums(Backbone):
+    """Two convolutions whose outputs meet in a sum that may not be made in place, or not at all."""
+
+    channels = (4, 16, 16, 16)
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x = self.one(images)
+        y = self.norm(self.two(x))
+        if self.kind == "its own input":
+            y = torch.relu(y + x)
+        elif self.kind == "a number":
+            y = torch.relu(y + 1.0)
+        else:
+            y = torch.relu(y + self.one(images.mean(dim=(2, 3), keepdim=True)))
+        three, four, five = (nn.functional.avg_pool2d(y, stride) for stride in (8, 16, 32))
+        return None, three, four, five
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize("kind", ["its own input", "a number", "a map of one cell"])
+def test_sums_that_a_convolution_cannot_make_in_place(kind: str, pack: bool) -> None:
+    model = network()
+    model.backbone = Sums(kind).eval()
+    for i, conv in enumerate(model.pyramid.lateral):
+        model.pyramid.lateral[i] = nn.Conv2d(16, conv.out_channels, 1)  # type: ignore[arg-type]
+    model.pyramid.p6 = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+    fused = fused_copy(model, torch.float32, pack=pack)
+    for _ in range(3):
+        assert_same(model, fused, pictures(1, 3, 64, 64), 2e-5)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDNN")
+def test_several_threads_run_one_network() -> None:
+    model = network(head_depth=1)
+    fused = fused_copy(model, torch.float32)
+    sizes = [(32 * rows, 32 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    with torch.inference_mode():
+        expected = {size: model(pictures(1, 3, *size)).logits[0] for size in sizes}
+
+    def run(place: int) -> None:
+        for i in range(40):
+            size = sizes[(place * 5 + i * (1 + place)) % len(sizes)]
+            with torch.inference_mode():
+                got = fused(pictures(1, 3, *size)).logits[0]
+            torch.testing.assert_close(got, expected[size], rtol=1e-3, atol=1e-3)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(interval)

@@ -69,7 +69,6 @@ def detect(
     from retinanet.detect.found import DRAWN_SCORE, Failure
     from retinanet.detect.outputs import open_outputs
     from retinanet.detect.sources import Source, iter_sources
-    from retinanet.errors import ConfigError
 
     listed = list(iter_sources(sources, once=True))
     readable = [one for one in listed if isinstance(one, Source)]
@@ -82,11 +81,9 @@ def detect(
         "detections_per_image": detections_per_image,
         "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
     }
-    calibration: Any = None
-    if precision == "int8":
-        calibration = [one.picture for one in readable] if calibrate is None else calibrate
-    elif calibrate is not None:
-        raise ConfigError(f"--calibrate is for --precision int8, got {precision}")
+    calibration: Any = calibrate
+    if precision == "int8" and calibrate is None:
+        calibration = [one.picture for one in readable]
     detector = load(
         model,
         device,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 """In what torch computes; ``auto`` is bf16 where the hardware has units for it."""
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Thresholds(TypedDict, total=False):
@@ -77,7 +77,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         )
     if precision == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return _DTYPES[precision]
+    return DTYPES[precision]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

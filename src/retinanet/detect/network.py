@@ -89,6 +89,11 @@ def build_network(
         raise ConfigError(
             f"backend {backend!r} is not one of {', '.join(known)}{nearest(backend, known)}"
         )
+    if calibration is not None and precision != "int8":
+        raise ConfigError(
+            f"pictures to calibrate on are for precision int8, got {precision}: "
+            "give --precision int8, or no --calibrate"
+        )
     if backend == "auto":
         backend = "openvino" if precision == "int8" else "torch"
     if not isinstance(model, RetinaNet):

@@ -16,14 +16,13 @@ from functools import partial
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 
 from PIL import Image
 
 from retinanet.config import nearest
 from retinanet.detect.found import DRAWN_SCORE, Failure, Found
 from retinanet.errors import ConfigError, DataError
-from retinanet.files import write_atomic
+from retinanet.files import open_atomic, write_atomic
 
 Write = Callable[[Found | Failure], None]
 """Takes what came of one picture."""
@@ -93,7 +92,7 @@ def open_outputs(
 def write_json(file: str | Path) -> Iterator[Write]:
     """``{"images": [...], "failures": [...]}`` of what ``to_dict`` gives; a line an object."""
     failures: list[str] = []
-    with draft(Path(file)) as out:
+    with open_atomic(file) as out:
         between = "\n"
         out.write('{"images": [')
 
@@ -131,7 +130,7 @@ def write_coco(
         DataError: a picture has no id in `image_ids`.
     """
     taken: set[int | str] = set()
-    with draft(Path(file)) as out:
+    with open_atomic(file) as out:
         between = "\n"
         out.write("[")
 
@@ -158,7 +157,7 @@ def write_coco(
 @contextmanager
 def write_csv(file: str | Path) -> Iterator[Write]:
     """A row an object: file, width, height, class, score, x1, y1, x2, y2."""
-    with draft(Path(file)) as out:
+    with open_atomic(file) as out:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(_CSV_COLUMNS)
 
@@ -228,19 +227,6 @@ def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) 
         write_atomic(folder / _unique(one.name, suffix, taken), encoded.getvalue())
 
     yield write
-
-
-@contextmanager
-def draft(file: Path) -> Iterator[TextIO]:
-    """A text file open for writing that takes the place of `file` if the context ends well."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as out:
-            yield out
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _json(value: object) -> str:

@@ -182,7 +182,7 @@ def _without_repeats(found: list[Source | Failure]) -> list[Source | Failure]:
     kept, seen = [], set()
     for one in found:
         if isinstance(one, Source) and isinstance(one.picture, str | Path):
-            file = os.path.realpath(one.picture)
+            file = os.path.abspath(one.picture)
             if file in seen:
                 continue
             seen.add(file)

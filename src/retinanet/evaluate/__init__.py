@@ -1,7 +1,7 @@
 """COCO's metrics and error analysis, of models and of results.
 
-What runs a model is imported when it is first asked for: results are judged without it, in a third
-of the time to start and 160 MB less.
+What runs a model is imported when it is first asked for: :func:`evaluate_detections` starts without
+it in a third of the time, and takes 160 MB less.
 """
 
 from importlib import import_module

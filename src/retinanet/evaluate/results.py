@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset
 from retinanet.errors import DataError
+from retinanet.files import open_atomic
 from retinanet.structures import Detections
 
 COLUMNS = 7  # image number, x, y, width, height, score, category id
@@ -91,10 +92,8 @@ class Results:
 
     def write(self, file: Path) -> None:
         """COCO's results file, a box a line, whole or not at all."""
-        from retinanet.detect.outputs import draft  # here, for with it comes the network
-
         table = self.table()
-        with draft(file) as out:
+        with open_atomic(file) as out:
             between = "[\n"
             for first in range(0, len(table), _CHUNK):
                 for number, x, y, width, height, score, category in table[

@@ -308,6 +308,11 @@ def write_results(folder: str | Path, metrics: Metrics, results: Results) -> Non
     write_atomic(folder / "metrics.json", text + "\n")
 
 
+def _wide(values: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
 class _LossSums:
     """The loss of a data set from those of its batches; waits for the device once, at the end."""
 
@@ -333,11 +338,11 @@ class _LossSums:
         losses = detection_losses(
             outputs, anchors, targets, num_classes=self._num_classes, **self._options
         )
-        count = losses.foreground.sum().double()
+        count = _wide(losses.foreground.sum())
         weight = count.new_tensor(len(batch.images)) if self._by_image else count.clamp(min=1)
         share = weight if self._by_image else count
         self._parts.append(
-            torch.stack([losses.classification * weight, losses.box * weight, share]).double()
+            _wide(torch.stack([losses.classification * weight, losses.box * weight, share]))
         )
 
     def means(self) -> tuple[float | None, float | None]:

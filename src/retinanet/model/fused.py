@@ -12,7 +12,8 @@ equal. Folding is exact but for rounding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, cast
@@ -46,8 +47,12 @@ _ONEDNN: dict[str, tuple[str, list[float]]] = {
 _CONVOLUTIONS = (nn.Conv2d, FoldingConv2d, SamePadConv2d)
 _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
-# Sizes of picture for which weights are kept arranged: landscape and portrait.
+# Sizes of picture for which the backbone's weights are kept arranged: landscape and portrait. The
+# heads' are kept for the levels of one: five arrangements of theirs are as large as the backbone's.
 _SHAPES_KEPT = 2
+
+# Several threads may run one network; a lock of the module itself could not be copied.
+_arranging = threading.Lock()
 
 
 def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> RetinaNet:
@@ -87,8 +92,8 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
                 module.bias = nn.Parameter(bias, requires_grad=False)
         for head in (copy.class_head, copy.box_head):
             for part in head.modules():
-                if isinstance(part, FusedConv2d):  # one for each level
-                    part.shapes_kept = _SHAPES_KEPT * len(copy.strides)
+                if isinstance(part, FusedConv2d):
+                    part.shapes_kept = len(copy.strides)
     return copy
 
 
@@ -111,6 +116,21 @@ def can_pack(dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError, TypeError):
         return False
     return True
+
+
+def arranged(
+    weight: Tensor,
+    shape: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution's weight in the layout that oneDNN wants for an input of this shape."""
+    result: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(shape)
+    )
+    return result
 
 
 class FusedConv2d(nn.Module):
@@ -154,26 +174,36 @@ class FusedConv2d(nn.Module):
         hundred times as long. The first input of a shape takes the plain weight, which oneDNN
         arranges at each call; the second shows that it pays to keep it arranged.
         """
-        known = shape in self._packed
-        packed = self._packed.pop(shape, None)
-        if known and packed is None:
-            packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight.data, self.padding, self.stride, self.dilation, self.groups, list(shape)
-            )
-        self._packed[shape] = packed
-        while len(self._packed) > (self.shapes_kept or 0):
-            self._packed.pop(next(iter(self._packed)), None)
+        with _arranging:
+            known = shape in self._packed
+            packed = self._packed.pop(shape, None)
+            if known and packed is None:
+                packed = arranged(self.weight.data, shape, *self._geometry())
+            self._packed[shape] = packed
+            while len(self._packed) > (self.shapes_kept or 0):
+                del self._packed[next(iter(self._packed))]
         return self.weight if packed is None else packed
+
+    def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        return self.padding, self.stride, self.dilation, self.groups
+
+    def _shape_of_output(self, x: Tensor) -> tuple[int, ...]:
+        sides = (
+            (side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for side, pad, stride, dilation, kernel in zip(
+                x.shape[2:], *self._geometry()[:3], self.weight.shape[2:], strict=True
+            )
+        )
+        return (len(x), len(self.bias), *sides)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, C', H', W').
 
-        `other`, of the output's shape, is added before the activation; its memory may be used for
-        the output.
+        `other` is added before the activation; its memory may be used for the output.
         """
         if self.before:
             x = F.pad(x, self.before)
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        geometry = self._geometry()
         if self.shapes_kept is not None:
             weight = self._weight_for(x.shape)
             name, constants = _ONEDNN[self.activation]
@@ -182,6 +212,11 @@ class FusedConv2d(nn.Module):
                 y = torch.ops.mkldnn._convolution_pointwise(
                     x, weight, self.bias, *geometry, name, constants, ""
                 )
+            elif other.shape != self._shape_of_output(x):  # it is broadcast
+                y = torch.ops.mkldnn._convolution_pointwise(
+                    x, weight, self.bias, *geometry, "none", [], ""
+                )
+                y = _ACTIVATIONS[self.activation](y + other)
             else:
                 unary = None if name == "none" else name
                 # Adds to what lies in the output's memory: no third map is read or written.
@@ -192,7 +227,7 @@ class FusedConv2d(nn.Module):
         padding, stride, dilation, groups = geometry
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
-            y = y.add_(other)
+            y = y + other
         return _ACTIVATIONS[self.activation](y)
 
 
@@ -200,14 +235,19 @@ def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Ten
     """Weight and bias of one convolution that is as good as this one and batch norm after it."""
     assert norm.running_var is not None
     assert norm.running_mean is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = (bias.double() - norm.running_mean.double()) * scale
+        scale = scale * _exact(norm.weight)
+    shift = (_exact(bias) - _exact(norm.running_mean)) * scale
     if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    folded = weight.double() * scale[:, None, None, None]
-    return folded.to(weight.dtype), shift.to(weight.dtype)
+        shift = shift + _exact(norm.bias)
+    folded = _exact(weight) * scale[:, None, None, None]
+    return folded.to(weight.dtype).to(weight.device), shift.to(weight.dtype).to(weight.device)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """In float64 on the CPU: Apple's GPUs have none."""
+    return values.detach().cpu().double()
 
 
 def _fuse_head(head: Head) -> None:
@@ -250,10 +290,12 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
         total, other = _only_user(last), None
         if total is not None and total.target in (operator.add, operator.iadd, torch.add):
             other = next((one for one in total.args if one is not last), None)
-            if total.kwargs or not _may_be_overwritten(graph, modules, other, total):
-                other = None
-            else:
+            # A convolution cannot write where it reads.
+            fits = isinstance(other, fx.Node) and other is not node.args[0] and not total.kwargs
+            if fits and _may_be_overwritten(graph, modules, cast(fx.Node, other), total):
                 last = total
+            else:
+                other = None
         activation = _activation(_only_user(last), modules)
         if activation != "none":
             last = _only_user(last)
@@ -293,7 +335,7 @@ def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
 
 
 def _may_be_overwritten(
-    graph: fx.Graph, modules: dict[str, nn.Module], node: Any, by: fx.Node
+    graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, by: fx.Node
 ) -> bool:
     """Whether the node's memory is its own, is there before, and is read by nothing after `by`.
 
