@@ -4,9 +4,10 @@
 
 Each point is measured in a process of its own: first calls pay for what is set up once, the
 median of those that follow is the time, and one more, with an allocator that gives freed memory
-back, tells the memory at its peak beyond that before it. Writes ``curves.json`` and a picture a
-curve. About ten minutes on four cores; ``--quick`` (tiny sizes and networks, to see that it works)
-half a minute.
+back, tells the memory at its peak beyond that before it. Where a call takes over 20 seconds, one
+call tells both. Writes a picture a curve and, after each, ``curves.json``, where other curves of
+the same machine stay: ``--only`` does one again. About a quarter of an hour on four cores;
+``--quick`` (tiny sizes and networks, to see that it works) half a minute.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from retinanet.detect.inference import autocast, choose_dtype
 from retinanet.detect.network import build_network
 from retinanet.detect.outputs import open_outputs
 from retinanet.evaluate.run import evaluate
+from retinanet.files import write_atomic
 from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
@@ -63,6 +65,8 @@ WORSE_FROM = 1.15
 # A time or memory under these says more of the process than of the work.
 _LEAST = {"seconds": 1e-3, "memory": 10e6}
 
+# Calls that take longer are measured once: what varies from call to call is little beside them.
+_SLOW = 20.0
 
 # Logarithms have no zero: in the pictures less than this (ms, MB) is drawn as this.
 _DRAWN_FROM = {"seconds": 1e-3, "memory": 0.1}
@@ -105,11 +109,7 @@ def network(backbone: str, quick: bool, classes: int = 80) -> RetinaNet:
     torch.manual_seed(0)
     small = {"channels": 16, "head_depth": 1, "norm": "group"} if quick else {}
     name = "mobilenet_v2" if quick else backbone
-    model = to_channels_last(RetinaNet(backbone=name, num_classes=classes, **small))  # type: ignore[arg-type]
-    for buffer_name, buffer in model.named_buffers():
-        if "norm" in buffer_name and buffer_name.endswith("weight"):
-            buffer.fill_(0.5)  # keeps activations in range where nothing was trained
-    return model
+    return to_channels_last(RetinaNet(backbone=name, num_classes=classes, **small))  # type: ignore[arg-type]
 
 
 def pictures(batch: int, side: int) -> torch.Tensor:
@@ -319,15 +319,22 @@ def measure(curve: str, line: str, x: int, quick: bool, threads: int) -> dict[st
     """A point: runs in a process of its own."""
     torch.set_num_threads(threads)
     work = CURVES[curve].lines[line](x, quick)
+    slow = False
     for _ in range(3):  # a size that comes again may have something arranged for it
-        (work.first or work.call)()
+        slow = clock(work.first or work.call) > _SLOW
+        if slow:
+            break
     times: list[float] = []
-    if work.first is not None:  # as long as it takes: once, for both figures
+    together = slow or work.first is not None  # as long as it takes: once, for both figures
+    if together:
+        if slow:  # what clearing pages takes is little beside it
+            gc.collect()
+            give_back_memory()
         memory = peak_of(lambda: times.append(clock(work.call)), CPU)
     end = time.perf_counter() + (0 if quick else 2)
-    while not times or (time.perf_counter() < end and len(times) < 15):
+    while not times or (times[0] <= _SLOW and time.perf_counter() < end and len(times) < 15):
         times.append(clock(work.call))
-    if work.first is None:
+    if not together:
         gc.collect()
         give_back_memory()
         memory = peak_of(work.call, CPU)
@@ -447,7 +454,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     chosen = {name: CURVES[name] for name in CURVES if name in (given.only or CURVES)}
-    results: dict[str, Any] = {}
+    torch.set_num_threads(given.threads)
+    machine = describe_machine(CPU).to_dict()
     with processes() as pool:
         for name, curve in chosen.items():
             lines: dict[str, list[dict[str, Any]]] = {}
@@ -459,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     lines[line].append(point)
                     print(f"{name}, {line}, {x:,}: {_both(point)}", file=sys.stderr, flush=True)
             draw(name, curve, lines, given.out / f"{name}.png")
-            results[name] = {
+            result: dict[str, Any] = {
                 "axis": curve.axis,
                 "work": f"x^{curve.power:g}",
                 "lines": {
@@ -472,13 +480,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for line, points in lines.items()
                 },
             }
-    torch.set_num_threads(given.threads)
-    told = {"machine": describe_machine(CPU).to_dict(), "quick": given.quick, "curves": results}
-    (given.out / "curves.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    for result in results.values():
-        for line in result["lines"].values():
-            print("; ".join(line["says"]))
+            keep(given.out / "curves.json", machine, name, result, quick=given.quick)
+            for said in result["lines"].values():
+                print("; ".join(said["says"]), flush=True)
     return 0
+
+
+def keep(
+    file: Path, machine: dict[str, Any], name: str, result: dict[str, Any], *, quick: bool
+) -> None:
+    """Put a curve into the file, beside the others that it has of the same machine."""
+    curves: dict[str, Any] = {}
+    if file.is_file():
+        before = json.loads(file.read_text("utf-8"))
+        if before["machine"] == machine and before["quick"] == quick:
+            curves = before["curves"]
+    curves[name] = result
+    told = {
+        "machine": machine,
+        "quick": quick,
+        "curves": {one: curves[one] for one in CURVES if one in curves},
+    }
+    write_atomic(file, (json.dumps(told, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -96,6 +96,46 @@ def test_curves_write_their_files(tmp_path: Path) -> None:
     }
 
 
+def test_curves_of_one_machine_are_kept_together(curves: Any, tmp_path: Path) -> None:
+    file, here = tmp_path / "curves.json", describe_machine(torch.device("cpu")).to_dict()
+
+    def kept(name: str, machine: dict[str, Any], result: dict[str, Any], quick: bool) -> Any:
+        curves.keep(file, machine, name, result, quick=quick)
+        return json.loads(file.read_text("utf-8"))
+
+    assert kept("objects", here, {"a": 1}, False)["curves"] == {"objects": {"a": 1}}
+    told = kept("batch", here, {"b": 1}, False)
+    assert list(told["curves"]) == ["batch", "objects"]  # as they stand on the page
+    assert kept("batch", here, {"b": 2}, False)["curves"] == {
+        "batch": {"b": 2},
+        "objects": {"a": 1},
+    }
+    # Figures in small, or of another machine, don't stand beside them.
+    assert kept("batch", here, {"b": 3}, True)["curves"] == {"batch": {"b": 3}}
+    other = {**here, "threads": here["threads"] + 1}
+    told = kept("objects", other, {"a": 2}, True)
+    assert (told["machine"], told["curves"]) == (other, {"objects": {"a": 2}})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_slow_points_are_measured_once(
+    curves: Any, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def call() -> None:
+        calls.append("call")
+
+    lead = (lambda: calls.append("first")) if first else None
+    work = curves.Work(call, first=lead)
+    monkeypatch.setattr(curves, "clock", lambda one: one() or (21.0 if one is call else 0.1))
+    monkeypatch.setattr(curves, "give_back_memory", lambda: None)
+    monkeypatch.setitem(curves.CURVES, "toy", curves.Curve("x", (), (), {"line": lambda *_: work}))
+    point = curves.measure("toy", "line", 7, False, torch.get_num_threads())
+    assert calls == (["first"] * 3 + ["call"] if first else ["call"] * 2)
+    assert (point["x"], point["seconds"], point["rounds"]) == (7, 21.0, 1)
+
+
 @pytest.mark.parametrize("name", ["image-side", "batch", "classes"])
 def test_the_other_curves_run(curves: Any, name: str) -> None:
     curve = curves.CURVES[name]
