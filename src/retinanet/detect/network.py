@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.config import nearest
 from retinanet.detect.inference import autocast, choose_dtype
@@ -119,12 +120,20 @@ def build_network(
     model.eval().to(device)
     compiled = backend == "compile"
     fused = fused_copy(model, dtype, pack=not compiled)
-    how = "compiled" if compiled else "batch norm folded"
-    if not compiled and device.type == "cpu" and can_pack(dtype):
-        how += ", oneDNN with fused activations"
-    description = f"torch on {device.type}, {_NAMES[dtype]}, {how}"
+    how = ["torch on " + device.type, _NAMES[dtype]]
+    if _has_batch_norm(model) and not _has_batch_norm(fused):
+        how.append("batch norm folded")
+    if compiled:
+        how.append("compiled")
+    elif device.type == "cpu" and can_pack(dtype):
+        how.append("oneDNN with fused activations")
+    description = ", ".join(how)
     run = _compiled(fused, device) if compiled else fused
     return Network(model, device, _NAMES[dtype], backend, description, run)
+
+
+def _has_batch_norm(model: RetinaNet) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _as_it_is(model: RetinaNet, device: torch.device, precision: str) -> Network:
