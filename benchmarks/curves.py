@@ -35,7 +35,7 @@ import torch
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.limits import clock
-from retinanet.bench.machine import describe_machine
+from retinanet.bench.machine import Machine, describe_machine
 from retinanet.bench.run import peak_of
 from retinanet.bench.samples import anchors_for, class_work, jpeg, outputs_like, random_boxes
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     chosen = {name: CURVES[name] for name in CURVES if name in (given.only or CURVES)}
     torch.set_num_threads(given.threads)
-    machine = describe_machine(CPU).to_dict()
+    machine = describe_machine(CPU)
     with processes() as pool:
         for name, curve in chosen.items():
             lines: dict[str, list[dict[str, Any]]] = {}
@@ -486,22 +486,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def keep(
-    file: Path, machine: dict[str, Any], name: str, result: dict[str, Any], *, quick: bool
-) -> None:
+def keep(file: Path, machine: Machine, name: str, result: dict[str, Any], *, quick: bool) -> None:
     """Put a curve into the file, beside the others that it has of the same machine."""
     curves: dict[str, Any] = {}
     if file.is_file():
         before = json.loads(file.read_text("utf-8"))
-        if before["machine"] == machine and before["quick"] == quick:
+        if Machine(**before["machine"]).same_as(machine) and before["quick"] == quick:
             curves = before["curves"]
     curves[name] = result
     told = {
-        "machine": machine,
+        "machine": machine.to_dict(),
         "quick": quick,
         "curves": {one: curves[one] for one in CURVES if one in curves},
     }
-    write_atomic(file, (json.dumps(told, indent=1) + "\n").encode())
+    write_atomic(file, json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from retinanet.bench import STAGES, Machine, Row, bench, describe_machine
 from retinanet.bench.markdown import to_markdown
 from retinanet.detect.inference import choose_device
+from retinanet.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,22 +32,49 @@ PAGE = ROOT / "docs" / "performance.md"
 CURVES = ROOT / "docs" / "images" / "curves"
 
 
-def keep(folder: Path, name: str, machine: Machine, rows: Sequence[Row]) -> Path:
+def keep(
+    folder: Path,
+    name: str,
+    machine: Machine,
+    rows: Sequence[Row],
+    seconds: float | None = None,
+) -> Path:
     """Put the rows into the machine's file, in the place of those of the same stages.
+
+    Rows of a machine that has changed since (:meth:`Machine.same_as`) go: the page has one
+    description for all of them.
+
+    Args:
+        folder: of the machines' files.
+        name: of the machine.
+        machine: where `rows` were measured.
+        rows: of whole stages.
+        seconds: after which each of their contests ended; None: the bench's own.
 
     Returns:
         the file.
     """
     file = folder / f"{slug(name)}.json"
-    before = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    before: list[dict[str, Any]] = []
+    times: dict[str, float | None] = {}
+    if file.is_file():
+        kept = json.loads(file.read_text("utf-8"))
+        if Machine(**kept["machine"]).same_as(machine):
+            before, times = kept["rows"], kept.get("seconds", {})
+        else:
+            print(f"{file.name} was of another machine: its rows are dropped", file=sys.stderr)
     again = {row.stage for row in rows}
+    times = {**times, **dict.fromkeys(again, seconds)}
     every = [one for one in before if one["stage"] not in again]
     every += [row.to_dict() for row in rows]
     every.sort(key=lambda one: list(STAGES).index(one["stage"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {"name": name, "machine": machine.to_dict(), "rows": every}
-    file.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    return file
+    told = {
+        "name": name,
+        "machine": machine.to_dict(),
+        "seconds": {stage: times[stage] for stage in STAGES if stage in times},
+        "rows": every,
+    }
+    return write_atomic(file, json.dumps(told, indent=1) + "\n")
 
 
 def slug(name: str) -> str:
@@ -123,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in bench([stage], size="full", **options):
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-            print(f"kept in {keep(RESULTS, name, machine, rows)}", file=sys.stderr)
+            file = keep(RESULTS, name, machine, rows, given.seconds)
+            print(f"kept in {file}", file=sys.stderr)
             render(PAGE, RESULTS, CURVES)
     render(PAGE, RESULTS, CURVES)
     return 0

@@ -35,14 +35,17 @@ from retinanet.bench.goals import goals_of, judge
 from retinanet.bench.machine import describe_kernel
 from retinanet.bench.markdown import megabytes, seconds, to_markdown
 from retinanet.bench.rivals import RIVALS, choose_rivals, installed
+from retinanet.bench.samples import held_bytes
+from retinanet.bench.stages.networks import compare_outputs
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
+from retinanet.structures import Outputs, flatten_levels
 
 CPU = torch.device("cpu")
 TINY = Setting("tiny", CPU, ("torchvision", "pycocotools"))
 # What takes long in small too is left out: each import of torch takes seconds, and quantising ten.
 KEPT = {
     "startup": ["retinanet --help"],
-    "inference": ["float32", "auto"],
+    "inference": ["float32", "auto", "auto, four sizes in turn"],
     "train-step": ["ResNet-50 float32", "ResNet-18 bf16"],
 }
 
@@ -98,8 +101,9 @@ def test_ways_have_the_same_names_at_every_size(stage: str) -> None:
 
 def test_turns_quartiles_ratio_and_share(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    # Our first call takes 9; when to end; then of each round's three turns start and stop.
-    clock = iter([0, 9, 9, *turns([1, 2, 0.5], [2, 6, 1], [3, 6, 0.75])])
+    # Their first call takes 2 and ours 9; when to end; then of each round's three turns start and
+    # stop.
+    clock = iter([0, 2, 0, 9, 9, *turns([1, 2, 0.5], [2, 6, 1], [3, 6, 0.75])])
     monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(
         run,
@@ -112,8 +116,9 @@ def test_turns_quartiles_ratio_and_share(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
     )
     (row,) = bench(["toy"], rounds=3, memory=False, device="cpu")
-    # The rival first, as ours may write over what it is given; ours is warmed; then in turns.
-    assert calls == ["theirs", *["ours"] * 3, "limit", *["ours", "theirs", "limit"] * 3]
+    # The rival first, as ours may write over what it is given; each is warmed; then in turns.
+    warm = ["theirs", "ours", *["theirs"] * 2, *["ours"] * 2, "limit"]
+    assert calls == [*warm, *["ours", "theirs", "limit"] * 3]
     # Ours took 1, 2, 3 seconds, theirs 2, 6, 6: ratios 2, 3, 2.
     assert row.ours == Timing(2, 1.5, 2.5, 3)
     assert row.theirs == Timing(6, 4, 6, 3)
@@ -122,6 +127,50 @@ def test_turns_quartiles_ratio_and_share(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (row.limit, row.share) == ("copy", 0.25)
     assert row.first == 9
     assert row.difference == "1 and 2"
+
+
+def test_a_rival_that_takes_long_is_warmed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    # Ours takes as long, which may be its compiler: it is warmed all the same.
+    clock = iter([0, 2.1, 0, 2.1, 0, *turns([1, 1])])
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        run, "STAGES", toy(lambda: calls.append("ours"), lambda: calls.append("theirs"))
+    )
+    list(bench(["toy"], rounds=1, memory=False, device="cpu"))
+    assert calls == ["theirs", *["ours"] * 3, "ours", "theirs"]
+
+
+@pytest.mark.parametrize("side", ["ours", "other"])
+def test_each_side_is_warm_where_memory_is_told(
+    side: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    stages = toy(lambda: calls.append("ours"), lambda: calls.append("other"))
+    monkeypatch.setattr(run, "STAGES", stages)
+    monkeypatch.setattr(run, "peak_of", lambda call, device: calls.append("peak") or 7)
+    asked = {"stage": "toy", "way": "plain", "rival": "" if side == "ours" else side}
+    asked |= {"size": "tiny", "device": "cpu"}
+    run.tell_memory(json.dumps({**asked, "vs": [], "threads": torch.get_num_threads()}))
+    assert calls == [side, side, side, "peak"]
+    assert capsys.readouterr().out == "7\n"
+
+
+def test_what_is_held_is_asked_after_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    rivals = [Rival("told", lambda: 1, lambda *_: "", lambda: 5), Rival("not", list, str_of)]
+    contest = Contest(lambda: calls.append(1), rivals, held=lambda: len(calls))
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: [Case("x", "1", lambda: contest)]})
+    told, untold = bench(["toy"], rounds=3, memory=False, device="cpu")
+    assert (told.held, told.rival_held) == (6, 5)
+    assert (untold.held, untold.rival_held) == (6, None)
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1))
+    (row,) = bench(["toy"], rounds=1, memory=False, device="cpu")
+    assert (row.held, row.rival_held) == (None, None)
+
+
+def str_of(*_: Any) -> str:
+    return ""
 
 
 def turns(*rounds: Sequence[float]) -> list[float]:
@@ -271,6 +320,9 @@ def test_goals_follow_kernel_rival_and_device() -> None:
     assert goals_of("inference", "auto", on_gpu=True)["speedup"] == 4
     assert goals_of("inference", "auto", on_gpu=True, rival="torchvision fp16")["speedup"] == 2
     assert goals_of("detect", "auto") == {}
+    # Where auto is float32, float32's own row is the one that is judged.
+    assert goals_of("inference", "auto", bf16=False) == {}
+    assert goals_of("inference", "float32", bf16=False)["speedup"] == 1.6
 
 
 def test_goals_are_met_only_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +332,38 @@ def test_goals_are_met_only_at_full_size(monkeypatch: pytest.MonkeyPatch) -> Non
         (row,) = bench(["toy"], size=size, memory=False, device="cpu")  # type: ignore[arg-type]
         assert row.goals == {"seconds": 10.0}
         assert row.met == met
+
+
+def test_no_seconds_are_no_more_than_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1))
+    (row,) = bench(["toy"], rounds=100, seconds=0, memory=False, device="cpu")
+    assert row.ours is not None
+    assert row.ours.rounds == 3
+
+
+def test_tensors_that_are_held_are_counted_once() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.BatchNorm1d(10))
+    own = 400 + 4 * 40 + 8
+    assert held_bytes(model) == own
+    packed = model[0].weight.detach().to_mkldnn()
+    shared = {"twice": [model, model[0].weight], "view": model[0].weight.detach()[:5]}
+    assert held_bytes(shared) == own
+    assert held_bytes((lambda: shared, packed)) == own + 400
+    assert held_bytes(lambda: None) == 0  # what it could reach in its module is not its own
+
+
+def test_logits_and_deltas_are_compared_at_every_size() -> None:
+    got = [
+        Outputs((torch.randn(1, 27, 2, width),), (torch.randn(1, 36, 2, width),))
+        for width in (3, 4)
+    ]
+    same = [(flatten_levels(one.logits, 3), flatten_levels(one.deltas, 4)) for one in got]
+    assert compare_outputs(got, same, 3, 0.0) == "logits 0e+00, deltas 0e+00 rms"
+    for name, place in (("logits", 0), ("deltas", 1)):
+        off = [list(one) for one in same]
+        off[1][place] = off[1][place] * 1.5
+        with pytest.raises(AssertionError, match=rf"relative rms .* of the {name}"):
+            compare_outputs(got, [(one[0], one[1]) for one in off], 3, 0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux' /proc")
@@ -315,8 +399,11 @@ def test_pictures_go_when_they_are_no_longer_read(
 
 def test_limits_reach_what_they_say() -> None:
     x = torch.arange(6.0).reshape(2, 3)
-    limits.copy_limit([x]).call()
-    limits.read_limit([x.t()]).call()
+    (copied,) = limits.copy_limit([x]).call()
+    assert torch.equal(copied, x)
+    assert copied.data_ptr() != x.data_ptr()
+    # All six numbers: torch's sum or maximum, whichever was faster.
+    assert limits.read_limit([x.t()]).call() in ([15], [5])
     # A 3x3 convolution of 256 channels over 4 x 5 takes 2 x 9 x 256 x 256 x 20 operations.
     limit = limits.matrix_limit(2.0 * 9 * 256 * 256 * 20 * 3, 4, 5, 1, torch.float32, CPU)
     assert limit.factor == 3
@@ -373,6 +460,8 @@ def test_markdown_is_well_formed() -> None:
         memory=1_500_000,
         rival_memory=1_200_000_000,
         difference="equal",
+        held=300_000_000,
+        rival_held=150_000_000,
         goals={"speedup": 40, "memory_of_input": 1.1},
         met={"speedup": True, "memory_of_input": False},
     )
@@ -385,7 +474,8 @@ def test_markdown_is_well_formed() -> None:
     for line in (line for table in tables for line in table.splitlines()):
         assert line.replace("\\|", "").count("|") == 9
     assert (
-        "| float32 \\| 2: 9 anchors (equal); the first call 4.00 s | 12.3 ms | 1.50 s "
+        "| float32 \\| 2: 9 anchors (equal); 300 MB are kept between calls, 150 MB of theirs; "
+        "the first call 4.00 s | 12.3 ms | 1.50 s "
         "| 122 (9.00-130) | 50% (copy) | 2 | 1,200 "
         "| 40 x: met; memory under 1.1 x the logits: **missed** |"
     ) in text

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from retinanet.bench import GOALS, Row, Timing, describe_machine
+from retinanet.bench import GOALS, Machine, Row, Timing, describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,9 +98,9 @@ def test_curves_write_their_files(tmp_path: Path) -> None:
 
 
 def test_curves_of_one_machine_are_kept_together(curves: Any, tmp_path: Path) -> None:
-    file, here = tmp_path / "curves.json", describe_machine(torch.device("cpu")).to_dict()
+    file, here = tmp_path / "curves.json", describe_machine(torch.device("cpu"))
 
-    def kept(name: str, machine: dict[str, Any], result: dict[str, Any], quick: bool) -> Any:
+    def kept(name: str, machine: Machine, result: dict[str, Any], quick: bool) -> Any:
         curves.keep(file, machine, name, result, quick=quick)
         return json.loads(file.read_text("utf-8"))
 
@@ -112,9 +113,9 @@ def test_curves_of_one_machine_are_kept_together(curves: Any, tmp_path: Path) ->
     }
     # Figures in small, or of another machine, don't stand beside them.
     assert kept("batch", here, {"b": 3}, True)["curves"] == {"batch": {"b": 3}}
-    other = {**here, "threads": here["threads"] + 1}
+    other = replace(here, threads=here.threads + 1)
     told = kept("objects", other, {"a": 2}, True)
-    assert (told["machine"], told["curves"]) == (other, {"objects": {"a": 2}})
+    assert (told["machine"], told["curves"]) == (other.to_dict(), {"objects": {"a": 2}})
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -156,6 +157,46 @@ def test_rows_of_a_stage_take_the_place_of_older_ones(record: Any, tmp_path: Pat
     text = record.machines(tmp_path)
     assert text.startswith("### A CPU, 4 cores\n\n" + machine.processor)
     assert "| new: 1 | 3.00 s |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"memory": 1}, True),
+        ({"versions": {"torch": torch.__version__, "more": "1"}}, True),
+        ({"versions": {"torch": "0"}}, False),
+        ({"threads": 99}, False),
+        ({"kernel": "pure torch"}, False),
+        ({"gpu": "another"}, False),
+    ],
+)
+def test_rows_of_a_machine_that_has_changed_are_dropped(
+    record: Any,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    same: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old = describe_machine(torch.device("cpu"))
+    old = replace(old, versions={"torch": torch.__version__})
+    new = replace(old, **changes)
+    record.keep(tmp_path, "A", old, [Row("matching", "old", "1")], 3.0)
+    file = record.keep(tmp_path, "A", new, [Row("class-loss", "new", "1")])
+    told = json.loads(file.read_text("utf-8"))
+    assert Machine(**told["machine"]) == new
+    assert [row["way"] for row in told["rows"]] == (["new", "old"] if same else ["new"])
+    times = {"class-loss": None, "matching": 3.0} if same else {"class-loss": None}
+    assert told["seconds"] == times
+    assert ("dropped" in capsys.readouterr().err) is not same
+
+
+def test_what_is_kept_in_the_repository_can_be_read(record: Any) -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        kept = json.loads(file.read_text("utf-8"))
+        assert Machine(**kept["machine"]).same_as(Machine(**kept["machine"]))
+        assert [Row.from_dict(one) for one in kept["rows"]]
+    assert record.curves(ROOT / "docs" / "images" / "curves")
 
 
 def test_the_page_is_written_between_its_marks(record: Any, tmp_path: Path) -> None:

@@ -40,11 +40,13 @@ class Rival:
         call: does it once.
         compare: takes our result and this one's, says how far apart they are, and raises
             AssertionError where that is too far.
+        held: bytes that it keeps from call to call; None: not told.
     """
 
     name: str
     call: Callable[[], Any]
     compare: Callable[[Any, Any], str]
+    held: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Contest:
             too much; None: that clock counts.
         note: what is worth knowing of how ours is done here.
         memory: whether memory means anything here.
+        held: bytes that ours keeps from call to call; None: not told.
     """
 
     ours: Callable[[], Any]
@@ -84,6 +87,7 @@ class Contest:
     seconds: Callable[[Any], float] | None = None
     note: str = ""
     memory: bool = True
+    held: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ class Row:
         limit: what the machine's limit was taken to be; empty: none.
         share: the least possible time over ours: 1 is all that the machine can do.
         memory, rival_memory: bytes at the peak beyond those before the call; None: not measured.
+        held, rival_held: bytes kept from call to call, which those leave out; None: not told.
         input_bytes: of the logits, where memory is judged by them.
         difference: how far the two outputs are apart.
         note: how ours was done, or why it was not.
@@ -155,6 +160,8 @@ class Row:
     share: float | None = None
     memory: int | None = None
     rival_memory: int | None = None
+    held: int | None = None
+    rival_held: int | None = None
     input_bytes: int | None = None
     difference: str = ""
     note: str = ""

@@ -65,7 +65,13 @@ _AT_LEAST = ("speedup", "share")
 
 
 def goals_of(
-    stage: str, way: str, *, on_gpu: bool = False, rival: str = "torchvision", native: bool = True
+    stage: str,
+    way: str,
+    *,
+    on_gpu: bool = False,
+    rival: str = "torchvision",
+    native: bool = True,
+    bf16: bool = True,
 ) -> dict[str, float]:
     """What a row is meant to reach; empty: nothing was set.
 
@@ -74,7 +80,10 @@ def goals_of(
         on_gpu: whether it ran on one.
         rival: whom it was compared with: the speedups are meant against torchvision's plain way.
         native: whether the class loss ran a kernel of its own rather than torch's operations.
+        bf16: whether ``auto`` is bfloat16 here: its goals are meant for that.
     """
+    if way.startswith("auto") and not bf16:
+        return {}
     goals = dict((GPU_GOALS if on_gpu else GOALS).get((stage, way), {}))
     if "fp16" in rival and "speedup" in goals:
         goals["speedup"] = FP16_SPEEDUP

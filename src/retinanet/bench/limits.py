@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from retinanet.bench.contest import Limit
+from retinanet.model.fused import FusedConv2d, can_pack
 
 
 def copy_limit(tensors: Sequence[Tensor]) -> Limit:
@@ -19,9 +20,8 @@ def copy_limit(tensors: Sequence[Tensor]) -> Limit:
     sources = [one.detach() for one in tensors]
     copies = [torch.empty_like(one) for one in sources]
 
-    def copy() -> None:
-        for to, of in zip(copies, sources, strict=True):
-            to.copy_(of)
+    def copy() -> list[Tensor]:
+        return [to.copy_(of) for to, of in zip(copies, sources, strict=True)]
 
     return Limit("copy", copy)
 
@@ -60,9 +60,12 @@ def matrix_limit(
     x = torch.randn(batch, 256, height, width).to(device, dtype)
     x_last = x.contiguous(memory_format=torch.channels_last)
     ways = [lambda: convolution(x), lambda: last(x_last)]
-    packed = _packed(convolution, x_last)
-    if packed is not None:
-        ways.append(packed)
+    if device.type == "cpu" and can_pack(dtype):
+        arranged = FusedConv2d(convolution)
+        arranged.shapes_kept = 1
+        ways.append(lambda: arranged(x_last))
+        with torch.inference_mode():
+            arranged(x_last)  # its weights are arranged at the next call, which is the first try
     with torch.inference_mode():
         best = fastest(ways, device)
 
@@ -110,26 +113,3 @@ def clock(call: Callable[[], Any], device: torch.device | None = None) -> float:
 def _wait(device: torch.device | None) -> None:
     if device is not None and device.type != "cpu":
         torch.get_device_module(device.type).synchronize()
-
-
-def _packed(convolution: nn.Conv2d, x: Tensor) -> Callable[[], Any] | None:
-    """The same with weights laid out for oneDNN; None where this torch has no such thing."""
-    if x.device.type != "cpu":
-        return None
-    try:
-        # Private names of torch; one that has changed reads as not there.
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        weight = reorder(
-            convolution.weight.detach().to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, list(x.shape)
-        )
-        pointwise = torch.ops.mkldnn._convolution_pointwise
-        ones, bias = [1, 1], convolution.bias
-
-        def call() -> Any:
-            return pointwise(x, weight, bias, ones, ones, ones, 1, "none", [], "")
-
-        with torch.inference_mode():
-            call()
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
-        return None
-    return call

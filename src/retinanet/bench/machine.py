@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from retinanet import native
+from retinanet.bench.markdown import count
 from retinanet.data.loading import usable_cpus
 
 
@@ -48,15 +49,24 @@ class Machine:
 
     def lines(self) -> list[str]:
         """The machine in a few lines."""
-        cores = f"{_count(self.cores, 'core')}, {_count(self.threads, 'thread')}"
+        cores = f"{count(self.cores, 'core')}, {count(self.threads, 'thread')}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.processor}, {cores}, {self.instructions}", self.kernel, versions]
         return ([self.gpu] if self.gpu else []) + lines
 
+    def same_as(self, other: Machine) -> bool:
+        """Whether figures of both may stand under one heading: all that they depend on is equal.
+
+        How much memory there is does not count, nor a package that one of them lacks.
+        """
+        kept = [{**one.to_dict(), "memory": None, "versions": None} for one in (self, other)]
+        both = self.versions.keys() & other.versions.keys()
+        return kept[0] == kept[1] and all(self.versions[x] == other.versions[x] for x in both)
+
     @property
     def name(self) -> str:
         """What tells it from others: the GPU, or the processor with its threads."""
-        return self.gpu or f"{self.processor}, {_count(self.threads, 'thread')}"
+        return self.gpu or f"{self.processor}, {count(self.threads, 'thread')}"
 
 
 def describe_machine(device: torch.device) -> Machine:
@@ -89,10 +99,6 @@ def describe_kernel(device: torch.device) -> tuple[str, bool]:
         return text, native.available()
     served = device.type == "cuda" and find_spec("triton") is not None
     return f"class loss and matching: {'Triton' if served else 'pure torch'}", served
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _processor() -> str:

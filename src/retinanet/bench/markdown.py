@@ -41,6 +41,19 @@ def megabytes(value: int | None) -> str:
     return f"{value / 1e6:,.0f}" if value >= 1e6 or value == 0 else f"{value / 1e6:.1f}"
 
 
+def count(number: int, thing: str) -> str:
+    """1 image, 2 images."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def held(row: Row) -> str:
+    """What is kept from call to call, which the peak of a call leaves out; empty: not told."""
+    if row.held is None:
+        return ""
+    text = f"{megabytes(row.held)} MB are kept between calls"
+    return text + ("" if row.rival_held is None else f", {megabytes(row.rival_held)} MB of theirs")
+
+
 def ratio(row: Row) -> str:
     """How many times faster, with the quartiles over rounds."""
     if row.speedup is None or row.speedup_low is None or row.speedup_high is None:
@@ -65,8 +78,9 @@ def _cells(row: Row, rivals: Sequence[str]) -> list[str]:
         what += f" / {row.rival}"
     if row.difference:
         what += f" ({row.difference})"
-    if row.note:
-        what += f"; {row.note}"
+    for more in (row.note, held(row)):
+        if more:
+            what += f"; {more}"
     if row.first is not None and row.ours is not None and row.first > 1 + 5 * row.ours.median:
         what += f"; the first call {seconds(row.first)}"
     limit = share(row) + (f" ({row.limit})" if row.limit else "")

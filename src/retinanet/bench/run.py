@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ from retinanet.bench.machine import describe_kernel
 from retinanet.bench.rivals import choose_rivals
 from retinanet.bench.stages import STAGES
 from retinanet.config import nearest
-from retinanet.detect.inference import choose_device
+from retinanet.detect.inference import choose_device, choose_dtype
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
 
 _ROUNDS: dict[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: dict[Size, float] = {"tiny": 1, "small": 5, "full": 40}
 _LEAST_ROUNDS = 3
 
-# Calls of ours after the first and before any that counts: a size of picture that comes again has
-# the network's weights arranged for it.
+# Calls of each side after its first and before any that counts: a size of picture that comes again
+# has the network's weights arranged for it. A rival whose first call took long gets none of them.
 _WARM = 2
+_LONG = 2.0
 
 
 def bench(
@@ -67,7 +69,7 @@ def bench(
 
     Raises:
         ConfigError: an unknown stage, rival or device, or a rival that is not installed.
-        RetinaNetError: outputs differ by more than rounding.
+        RetinaNetError: outputs differ by more than the stage allows.
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
     for name in names:
@@ -78,7 +80,13 @@ def bench(
     setting = Setting(size, choose_device(device), choose_rivals(vs))
     return _with_threads(
         threads,
-        _bench(names, setting, rounds or _ROUNDS[size], seconds or _SECONDS[size], memory),
+        _bench(
+            names,
+            setting,
+            _ROUNDS[size] if rounds is None else rounds,
+            _SECONDS[size] if seconds is None else seconds,
+            memory,
+        ),
     )
 
 
@@ -101,8 +109,14 @@ def _bench(
 
 
 def _judged(row: Row, setting: Setting) -> Row:
-    on_gpu, native = setting.device.type == "cuda", describe_kernel(setting.device)[1]
-    goals = goals_of(row.stage, row.way, on_gpu=on_gpu, rival=row.rival, native=native)
+    goals = goals_of(
+        row.stage,
+        row.way,
+        on_gpu=setting.device.type == "cuda",
+        rival=row.rival,
+        native=describe_kernel(setting.device)[1],
+        bf16=choose_dtype("auto", setting.device) == torch.bfloat16,
+    )
     row = replace(row, goals=goals)
     return replace(row, met=judge(row)) if setting.size == "full" else row
 
@@ -118,23 +132,24 @@ def hold(
         setting, rounds, seconds, memory: as in :func:`bench`.
 
     Raises:
-        RetinaNetError: outputs differ by more than rounding.
+        RetinaNetError: outputs differ by more than the stage allows.
     """
     row = Row(stage, case.way, case.size)
     try:
         contest = case.make()
     except MissingExtraError as error:
         return [replace(row, note=" ".join(str(error).split()))]
-    first, differences = _agree(contest, stage, setting.device)
-    times = _measure(contest, setting.device, rounds, seconds)
+    firsts, differences = _agree(contest, stage, setting.device)
+    times = _measure(contest, firsts, setting.device, rounds, seconds)
     ours = times[_OURS]
-    row = replace(row, ours=_timing(ours), first=first, note=contest.note)
+    row = replace(row, ours=_timing(ours), first=firsts[_OURS], note=contest.note)
     if contest.limit is not None:
         least = [contest.limit.factor * one for one in times[_LIMIT]]
         share = statistics.median(a / b for a, b in zip(least, ours, strict=True))
         row = replace(row, limit=contest.limit.name, share=share)
     names = [rival.name for rival in contest.rivals]
-    row = replace(row, input_bytes=contest.input_bytes)
+    row = replace(row, input_bytes=contest.input_bytes, held=_told(contest.held))
+    rivals_held = {rival.name: _told(rival.held) for rival in contest.rivals}
     wanted = memory and contest.memory
     del contest  # its tensors, before others' processes want memory
     gc.collect()
@@ -152,6 +167,7 @@ def hold(
                 speedup_low=low,
                 speedup_high=high,
                 difference=differences[name],
+                rival_held=rivals_held[name],
                 rival_memory=peak_memory(stage, case.way, name, setting) if wanted else None,
             )
         )
@@ -161,30 +177,53 @@ def hold(
 _OURS, _LIMIT = "", "the limit"  # keys beside the rivals' names
 
 
-def _agree(contest: Contest, stage: str, device: torch.device) -> tuple[float, dict[str, str]]:
-    """Seconds of our first call, and by rival how far its result is from ours.
+def _told(held: Callable[[], int] | None) -> int | None:
+    return None if held is None else held()
+
+
+def _agree(
+    contest: Contest, stage: str, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of the first call of each side, and by rival how far its result is from ours.
 
     The rivals go first: ours may write over what it is given.
     """
-    expected = [rival.call() for rival in contest.rivals]
-    got: list[Any] = []
-    first = clock(lambda: got.append(contest.ours()), device)
+    calls = {**{rival.name: rival.call for rival in contest.rivals}, _OURS: contest.ours}
+    results: dict[str, Any] = {}
+    firsts = {}
+    for name, call in calls.items():
+        firsts[name] = clock(partial(_keep, results, name, call), device)
     differences = {}
-    for rival, result in zip(contest.rivals, expected, strict=True):
+    for rival in contest.rivals:
         try:
-            differences[rival.name] = rival.compare(got[0], result)
+            differences[rival.name] = rival.compare(results[_OURS], results[rival.name])
         except AssertionError as error:
             reason = " ".join(str(error).split())
             raise RetinaNetError(f"{stage}: ours and {rival.name} differ: {reason}") from None
-    return first, differences
+    return firsts, differences
+
+
+def _keep(results: dict[str, Any], name: str, call: Callable[[], Any]) -> None:
+    results[name] = call()
+
+
+def _warm(call: Callable[[], Any], first: float = 0.0) -> None:
+    """Again after the first call, unless that took so long that nobody would wait for more."""
+    for _ in range(_WARM if first <= _LONG else 0):
+        call()
 
 
 def _measure(
-    contest: Contest, device: torch.device, rounds: int, seconds: float
+    contest: Contest,
+    firsts: Mapping[str, float],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
 ) -> dict[str, list[float]]:
     """Seconds of each round of ours, of each rival's and of the limit, taken in turns."""
-    for _ in range(_WARM):
-        contest.ours()
+    for rival in contest.rivals:
+        _warm(rival.call, firsts[rival.name])
+    _warm(contest.ours)
     turns: dict[str, Callable[[], float]] = {_OURS: _turn(contest, device)}
     for rival in contest.rivals:
         turns[rival.name] = _plain_turn(rival, device)
@@ -228,8 +267,9 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def peak_memory(stage: str, way: str, rival: str, setting: Setting) -> int | None:
     """Bytes that one call needs at its peak beyond those that are held before it.
 
-    The call is made in a fresh process, and again, and that is measured: the first pays for what is
-    set up once. On a GPU this is torch's count, on Linux the resident memory, elsewhere None.
+    The call is made in a fresh process, is warmed there as before a clock, and then measured: the
+    first pays for what is set up once. On a GPU this is torch's count, on Linux the resident
+    memory, elsewhere None.
 
     Args:
         stage: a name of :data:`STAGES`.
@@ -279,11 +319,11 @@ def tell_memory(asked: str) -> None:
     contest = case.make()
     if given["rival"]:
         call = next(one.call for one in contest.rivals if one.name == given["rival"])
+        _warm(call, clock(call, setting.device))
     else:
         call = contest.ours
-        for _ in range(_WARM):
-            call()
-    call()
+        call()
+        _warm(call)
     gc.collect()
     sys.stdout.write(f"{peak_of(call, setting.device)}\n")
 

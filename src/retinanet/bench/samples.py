@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -194,9 +196,31 @@ def rms_error(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected).norm() / (expected - expected.mean()).norm())
 
 
-def count(number: int, thing: str) -> str:
-    """1 image, 2 images."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def held_bytes(root: Any) -> int:
+    """What the tensors take that can be reached from `root`: each piece of memory once.
+
+    Followed are attributes, containers and what functions close over. Tensors in oneDNN's own
+    layouts count without their padding; what lies outside torch is not seen.
+    """
+    seen: set[int] = set()
+    pieces: dict[Any, int] = {}
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, ModuleType | type):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            try:
+                storage = one.untyped_storage()
+                pieces[storage.data_ptr()] = storage.nbytes()
+            except (NotImplementedError, RuntimeError):  # oneDNN's: it has none that can be seen
+                pieces[one] = total_bytes([one])
+        elif isinstance(one, FunctionType):  # whose globals are the whole module
+            waiting += [one.__closure__, one.__defaults__]
+        else:
+            waiting += gc.get_referents(one)
+    return sum(pieces.values())
 
 
 def total_bytes(tensors: Sequence[Tensor]) -> int:

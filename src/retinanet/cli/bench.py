@@ -103,7 +103,7 @@ def bench(
 
 def _line(row: Row) -> str:
     """A row as it comes, with what the table leaves out."""
-    from retinanet.bench.markdown import ratio, seconds
+    from retinanet.bench.markdown import held, ratio, seconds
 
     line = f"{row.stage}, {row.way}, {row.size}: "
     if row.ours is None:
@@ -112,8 +112,9 @@ def _line(row: Row) -> str:
     if row.theirs is not None:
         line += f"; {row.rival} {seconds(row.theirs.median)}, {ratio(row)} times as long"
         line += f" ({row.difference})"
-    if row.note:
-        line += f"; {row.note}"
+    for more in (row.note, held(row)):
+        if more:
+            line += f"; {more}"
     if row.first is not None and row.first > 1 + 5 * row.ours.median:
         line += f"; the first call took {seconds(row.first)}"
     return line

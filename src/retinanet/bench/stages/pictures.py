@@ -59,7 +59,7 @@ def _contest(setting: Setting, pictures: int, shorter: int, longest: int) -> Con
     rivals = []
     if "torchvision" in setting.vs:
         rivals.append(Rival("torchvision", _reference(dataset, shorter, longest), _compare))
-    return Contest(ours, rivals, memory=False)
+    return Contest(ours, rivals, memory=False, note="ours leaves normalising to the network")
 
 
 def _dataset(folder: Path, pictures: int) -> Dataset:

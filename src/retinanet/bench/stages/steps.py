@@ -12,9 +12,9 @@ from torchvision.models.detection.image_list import ImageList
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.contest import Case, Contest, Rival, Setting
 from retinanet.bench.limits import count_flops, matrix_limit
+from retinanet.bench.markdown import count
 from retinanet.bench.samples import (
     TORCHVISION_CLASSES,
-    count,
     normalised,
     on_meta,
     random_boxes,
