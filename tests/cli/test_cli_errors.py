@@ -48,6 +48,10 @@ BAD_USAGE = {
         ["detect", "{run}", "{data}", "--out={new}", "--calibrate={data}"],
         "to calibrate on are for precision int8",
     ),
+    "a precision of results": (
+        ["evaluate", "{results}", "{data}", "--precision=int8"],
+        "judged without a network",
+    ),
     "a threshold": (
         ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],
         "score_threshold",

@@ -129,9 +129,13 @@ def detect(
     else:
         if objects:
             table("Found", ["class", "objects"], objects.most_common())
-        say(f"{objects.total()} objects in {searched} pictures, in {out}")
+        many = "" if searched == 1 else "s"
+        say(f"{objects.total()} objects in {searched} picture{many}, in {out}")
     if failures:
-        note(f"{len(failures)} pictures could not be read:", style="red")
+        note(
+            f"{len(failures)} picture{'' if len(failures) == 1 else 's'} could not be read:",
+            style="red",
+        )
         for failure in failures[:_SHOWN_FAILURES]:
             note(f"  {failure.reason}")
         if len(failures) > _SHOWN_FAILURES:

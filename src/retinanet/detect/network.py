@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.config import nearest
-from retinanet.detect.inference import autocast, choose_dtype
+from retinanet.detect.inference import DTYPES, Precision, autocast, choose_dtype
 from retinanet.errors import ConfigError
 from retinanet.model.fused import can_pack, fused_copy
 from retinanet.model.retinanet import RetinaNet
@@ -24,7 +24,7 @@ from retinanet.structures import Outputs
 Backend = Literal["auto", "torch", "compile", "openvino"]
 """What runs the network; ``auto`` is torch, and OpenVINO for int8."""
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Network:
@@ -90,6 +90,12 @@ def build_network(
         raise ConfigError(
             f"backend {backend!r} is not one of {', '.join(known)}{nearest(backend, known)}"
         )
+    precisions = (*get_args(Precision), "int8")
+    if precision not in precisions:
+        raise ConfigError(
+            f"precision {precision!r} is not one of {', '.join(precisions)}"
+            f"{nearest(precision, precisions)}"
+        )
     if calibration is not None and precision != "int8":
         raise ConfigError(
             f"pictures to calibrate on are for precision int8, got {precision}: "
@@ -110,8 +116,6 @@ def build_network(
         chosen = precision
         if precision == "auto":
             chosen = _NAMES[choose_dtype("auto", device)]
-        elif precision != "int8":
-            choose_dtype(precision, device)
         run = openvino_network(model.eval().to(device), chosen, calibration)
         return Network(model, device, chosen, backend, f"OpenVINO, {chosen}", run)
     if precision == "int8":

@@ -25,7 +25,7 @@ from retinanet.detect.inference import (
     padding_colour,
 )
 from retinanet.detect.network import Network, build_network
-from retinanet.errors import DataError, WeightsError
+from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluate.coco import MAX_DETECTIONS, evaluate_detections
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.results import Results, ground_truth
@@ -106,6 +106,10 @@ def evaluate(
         ImageError: a picture cannot be read.
     """
     if _is_results(model):
+        if (precision, backend, calibrate) != ("auto", "auto", None):
+            raise ConfigError(
+                "results are judged without a network: leave out precision, backend and calibrate"
+            )
         source = Path(model) if isinstance(model, str | Path) else model
         dataset = _read(data, split, of_results=True, seed=seed, held_out=held_out)
         results = Results.read(source, dataset)  # type: ignore[arg-type]

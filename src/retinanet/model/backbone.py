@@ -29,7 +29,10 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 """What torchvision's ImageNet weights were trained with, as 0..255 RGB."""
 
-CHOICES = "give a file (--backbone-weights FILE), or none to start from nothing"
+CHOICES = (
+    "give a file (--backbone-weights FILE), or none to start from nothing "
+    "(--backbone-weights none model.norm=group)"
+)
 
 
 class Backbone(nn.Module):

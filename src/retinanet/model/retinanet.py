@@ -228,7 +228,7 @@ def build_retinanet(
         # Untrained statistics normalise nothing: activations grow from block to block.
         raise ConfigError(
             'norm "frozen" keeps the statistics of pretrained weights, but backbone_weights is '
-            '"none": set norm to group (or to trained, with large batches)'
+            '"none": set norm to group (model.norm=group), or to trained with large batches'
         )
     found = find_weights(backbone, backbone_weights)
     if found and found.keep_frozen and norm != "frozen":
