@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 from retinanet.train.figures import FiguresInFlight
 from retinanet.train.guard import PATIENCE, Guard, step_unless
-from retinanet.train.optimization import build_optimizer, update_average
+from retinanet.train.optimization import build_optimizer, move_towards, update_average
 from retinanet.train.state import read_progress
 from retinanet.train.step import backward, clip, loss_settings, settings_on
 
@@ -94,6 +93,34 @@ def test_a_step_looks_at_no_value(settings: tuple[str, ...], objects: int) -> No
     # The test would see it: this is the one look, and it comes a step later.
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         figures.read()
+
+
+def test_figures_land_on_the_host_whatever_the_default_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only a CPU's memory can be pinned, so a GPU that is the default must not get in between."""
+    asked: list[Any] = []
+    empty = torch.empty
+
+    def pinned(*shape: Any, device: Any = None, pin_memory: bool) -> Tensor:
+        asked.append((device, pin_memory))
+        return empty(*shape, device="cpu")
+
+    class OnAGpu(Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment, misc]
+
+    class Event:
+        def __init__(self, blocking: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]).as_subclass(OnAGpu)
+    monkeypatch.setattr(torch, "stack", lambda _: values)
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    figures, stopped = FiguresInFlight(of(1.0), torch.tensor(1.0), torch.tensor(0.0)).read()
+    assert asked == [("cpu", True)]
+    assert (figures.loss, figures.grad_norm, stopped) == (3.0, 4.0, False)
 
 
 def test_alpha_is_sent_once() -> None:
@@ -194,13 +221,25 @@ def test_the_average_by_hand() -> None:
     assert step(0.0, let) == pytest.approx((1 * 2 / 11 + 12 * 9 / 11) / 2)  # now the decay rules
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_refused_average_changes_nothing(share: float) -> None:
+    """The way of a GPU, where the flag is a tensor that the host does not read."""
+    refuse, let = torch.ones(()), torch.zeros(())
+    kept = torch.tensor([4.0, 8.0])
+    for new in (torch.tensor([NAN, INF]), torch.tensor([0.0, 0.0])):
+        move_towards(kept, new, share, refuse)
+        assert kept.tolist() == [4.0, 8.0]
+    move_towards(kept, torch.tensor([0.0, 16.0]), share, let)
+    # 4 + (0 - 4) share and 8 + (16 - 8) share
+    assert kept.tolist() == [4 - 4 * share, 8 + 8 * share]
+    count = torch.tensor(3)  # a norm's, which is no float
+    move_towards(count, torch.tensor(5), share, refuse)
+    assert int(count) == 3
+    move_towards(count, torch.tensor(5), share, let)
+    assert int(count) == 5
+
+
 # --- the loop, one step ahead of what it reads, as on a GPU ---------------------------------------
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_steps_ahead", lambda device: 1)
-    monkeypatch.setattr(loop, "build_optimizer", partial(build_optimizer, fused=True))
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

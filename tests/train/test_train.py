@@ -80,6 +80,13 @@ def test_learning_rate_follows_the_linear_rule(tiny_data: Path, tmp_path: Path) 
 def test_ctrl_c_and_again_equals_uninterrupted(
     tiny_data: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
+    _interrupted_equals_uninterrupted(tiny_data, tmp_path, settings, ends_at=4)
+
+
+def _interrupted_equals_uninterrupted(
+    tiny_data: Path, tmp_path: Path, settings: tuple[str, ...], *, ends_at: int
+) -> None:
+    """Ctrl-C when step 4 is told of, and again; `ends_at`: how many steps are done by then."""
     recipe = tiny_recipe("train.steps=6", "train.validate_every=3", *settings)
     whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu")
 
@@ -89,11 +96,11 @@ def test_ctrl_c_and_again_equals_uninterrupted(
 
     first = train(recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=interrupt)
     assert first.interrupted
-    assert first.step == 4
+    assert first.step == ends_at
     events: list[Event] = []
     second = train(recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=events.append)
     assert events[0].kind == "resume"
-    assert events[0].data["step"] == 4
+    assert events[0].data["step"] == ends_at
     assert second.step == 6
     expected, found = _weights(whole.folder), _weights(second.folder)
     assert expected.keys() == found.keys()
@@ -102,6 +109,16 @@ def test_ctrl_c_and_again_equals_uninterrupted(
     assert [_timeless(one) for one in _log(whole.folder)] == [
         _timeless(one) for one in _log(second.folder)
     ]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_fused_kernels_go_on_after_ctrl_c_as_if_uninterrupted(
+    tiny_data: Path, tmp_path: Path, kind: str
+) -> None:
+    """They go through weights and moments as they lie in memory, so both must lie alike."""
+    settings = ("train.ema=0.9", f"train.optimizer={kind}")
+    _interrupted_equals_uninterrupted(tiny_data, tmp_path, settings, ends_at=5)
 
 
 def test_a_finished_run_is_not_trained_again(tiny_data: Path, tmp_path: Path) -> None:

@@ -35,8 +35,10 @@ def report_nonfinite(
 ) -> NoReturn:
     """Keep weights and batch in ``run/nonfinite/`` and stop.
 
-    The check runs before the optimiser moves, so the weights kept are the last good ones. Of
-    several processes one writes (`write`); each names its own pictures.
+    The optimiser has refused the step and each after it (:class:`retinanet.train.guard.Guard`), so
+    the weights kept are the last good ones. The running statistics of norms that train
+    (``model.norm=batch``) have no such guard: they have seen the bad batch, and on a GPU the one
+    after it. Of several processes one writes (`write`); each names its own pictures.
 
     Raises:
         NonFiniteLossError: always; names the pictures, the learning rate and the gradient's norm.

@@ -121,7 +121,9 @@ def update_average(
     """Move the averaged weights towards the model's, unless the step was refused.
 
     Args:
-        averaged: of `model`; it counts on the host, so that nothing waits for the device.
+        averaged: of `model`; it counts on the host, so that nothing waits for the device. Refused
+            steps are therefore counted on a GPU and not on a CPU: under fp16's loss scale the ramp
+            at the beginning is a few steps shorter there.
         decay: the share that is kept once the average has run for a while.
         refused: () float32, 1 if the step did not move the model.
     """
@@ -129,21 +131,34 @@ def update_average(
         return
     seen = int(averaged.n_averaged)
     # The ramp keeps a short run's average from being its first step's weights.
-    share: float | Tensor = 1 - min(decay, (1 + seen) / (10 + seen))
-    if refused.device.type != "cpu":
-        share = share * (1 - refused)
+    share = 1 - min(decay, (1 + seen) / (10 + seen)) if seen else 1.0
     pairs = zip(
         [*averaged.module.parameters(), *averaged.module.buffers()],
         [*model.parameters(), *model.buffers()],
         strict=True,
     )
-    with torch.no_grad():
-        for kept, new in pairs:
-            if kept.is_floating_point() and seen:
-                kept.lerp_(new, share)
-            else:
-                kept.copy_(new)
+    for kept, new in pairs:
+        move_towards(kept, new, share, None if refused.device.type == "cpu" else refused)
     averaged.n_averaged += 1
+
+
+@torch.no_grad()
+def move_towards(kept: Tensor, new: Tensor, share: float, refused: Tensor | None) -> None:
+    """Move `kept` by `share` of the way to `new`, in place, without a look at any value.
+
+    Args:
+        kept: any shape; integers are taken from `new` as they are.
+        new: of the same shape and type.
+        share: in (0, 1]; 1 takes `new` itself.
+        refused: () float32, 1 if nothing may change, not even where `new` is NaN; None: let.
+    """
+    if refused is not None:
+        # Not a share of 0, which would let a NaN in.
+        new = torch.where(refused > 0, kept, new)
+    if kept.is_floating_point() and share < 1:
+        kept.lerp_(new, share)
+    else:
+        kept.copy_(new)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -132,10 +132,25 @@ def load_state(
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+    _lay_out_as_weights(optimizer)
     torch.set_rng_state(parts["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in parts["random"]:
         torch.cuda.set_rng_state(parts["random"]["cuda"])
     return progress, parts["extra"], stored["numbers"]
+
+
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give momentum and moments the strides of their weights, which the file does not keep.
+
+    Fused kernels go through both as they lie in memory: on a GPU torch refuses strides that differ,
+    on a CPU it mixes up the elements.
+    """
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Nothing but the layout is the weight's: torch has chosen device and type.
+                as_weight = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                values[name] = as_weight.copy_(value).detach()
 
 
 def read_progress(folder: Path) -> Progress | None:
