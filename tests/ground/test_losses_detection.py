@@ -147,6 +147,25 @@ def test_two_processes_make_the_step_of_one() -> None:
     assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "expected"),
+    [
+        ("batch", 2 / 16),  # not the floor of 1, which is the whole batch's
+        ("running", (0.9 * 10 + 0.1 * 2) / 16),  # 9.2 / 16
+    ],
+)
+def test_the_share_of_few_anchors_is_not_lifted(normalizer: str, expected: float) -> None:
+    """16 parts that hold 2 foreground anchors together."""
+    losses = losses_of(
+        make_outputs(),
+        make_targets(),
+        normalizer=normalizer,
+        running=torch.tensor(10.0) / 16,
+        world_foreground=lambda _: torch.tensor(2.0) / 16,
+    )
+    assert float(losses.normalizer) == pytest.approx(expected)
+
+
 def test_normalizer_running() -> None:
     outputs, targets = make_outputs(), make_targets()
     class_sums, _, counts = sums_an_image(outputs, targets)

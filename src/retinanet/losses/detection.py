@@ -164,7 +164,11 @@ def update_running(running: Tensor, foreground_total: Tensor) -> Tensor:
     Returns:
         () a new tensor.
     """
-    return 0.9 * running + 0.1 * foreground_total.to(running.dtype).clamp(min=1)
+    return _moved(running, foreground_total.to(running.dtype).clamp(min=1))
+
+
+def _moved(running: Tensor, count: Tensor) -> Tensor:
+    return 0.9 * running + 0.1 * count
 
 
 def _divisors(
@@ -178,16 +182,19 @@ def _divisors(
         own = foreground.clamp(min=1).float()
         return own * len(own), own.mean()
     count = foreground.sum()
-    count = count.float() if world_foreground is None else world_foreground(count).float()
+    # The floor of 1 is the whole batch's: a share of it may well be less.
+    count = count.float().clamp(min=1) if world_foreground is None else world_foreground(count)
+    count = count.float()
     if normalizer == "batch":
-        used = torch.where(count > 0, count, 1.0)
+        used = count
     elif running is None:
         raise ValueError(
             "normalizer 'running' needs its state: pass running, "
             f"at first torch.tensor({RUNNING_START})"
         )
     else:
-        used = update_running(running.to(count.device), count)
+        running = running.to(count.device)
+        used = _moved(running, count.to(running.dtype))
     return used.expand(len(foreground)), used
 
 
