@@ -21,7 +21,7 @@ SOURCE = Path(retinanet.__file__).parent
 HEIGHT = {
     **dict.fromkeys(["errors", "structures"], 0),
     **dict.fromkeys(["config", "files", "boxes", "anchors", "native"], 1),
-    "matching_triton": 1,
+    **dict.fromkeys(["matching_triton", "triton_probe"], 1),
     "matching": 2,
     **dict.fromkeys(["losses", "postprocess"], 3),
     **dict.fromkeys(["model", "data"], 10),
@@ -45,6 +45,7 @@ OUTSIDE = {
     "files": set(),
     "losses": {"torch", "torchvision.ops", "triton"},
     "matching_triton": {"torch", "triton"},
+    "triton_probe": {"torch", "triton"},
 }
 
 # Settings are for those who run things; below, a function takes the numbers that it uses.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from retinanet import triton_probe
 from retinanet.structures import BACKGROUND, IGNORED, Targets
 
 _RUN = 8192  # neighbouring anchors that are ruled in or out together, on a CPU
@@ -230,12 +229,7 @@ def _match_by_triton(
 
 def _triton_serves(anchors: Tensor) -> bool:
     on_gpu = anchors.device.type == "cuda" and anchors.dtype == torch.float32
-    return on_gpu and not torch.compiler.is_compiling() and _has_triton()
-
-
-@lru_cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return on_gpu and not torch.compiler.is_compiling() and triton_probe.usable(anchors.device)
 
 
 class _Runs:

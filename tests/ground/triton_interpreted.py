@@ -17,6 +17,7 @@ from retinanet.losses import classification, triton_loss
 from retinanet.losses.triton_loss import serves, sum_and_gradient
 from retinanet.matching_triton import match
 from retinanet.structures import BACKGROUND, IGNORED
+from retinanet.triton_probe.kernel import set_to_one
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
 
@@ -106,6 +107,24 @@ def test_ignored_rows_count_nothing_whatever_their_weight() -> None:
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("wrong", [5, 77, IGNORED - 1, 2**32, 2**32 - 1])
+def test_a_label_that_is_none_makes_the_loss_nan(wrong: int) -> None:
+    """2^32 would be class 0, and 2^32 - 1 background, if labels were cut to 32 bits."""
+    logits, half = torch.randn(4, 5), torch.tensor(0.5)
+    labels = torch.tensor([4, BACKGROUND, wrong, IGNORED])
+    arguments = (labels, torch.ones(4), half, half, ("focal", 2.0, 0.0))
+    gradient = torch.zeros_like(logits)
+    assert sum_and_gradient(logits, *arguments, gradient).isnan()
+    assert gradient[2].isnan().all()
+    assert gradient[[0, 1, 3]].isfinite().all()
+
+
+def test_the_kernel_of_the_probe() -> None:
+    value = torch.zeros(1)
+    set_to_one[(1,)](value)
+    assert value == 1
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
 def test_scaling_in_place(factor: float) -> None:
     values = torch.randn(123, 45)
@@ -135,7 +154,7 @@ def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not serves(logits, formula)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_loss, "has_triton", lambda: False)
+    monkeypatch.setattr(triton_loss, "has_triton", lambda device: False)
     assert not serves(logits, formula)
 
 

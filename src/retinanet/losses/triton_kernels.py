@@ -63,9 +63,12 @@ def loss_and_gradient(  # type: ignore[no-untyped-def]
     column = within + offsets - row * CLASSES
 
     x = tl.load(logits + start + offsets, mask=there, other=0.0).to(tl.float32)
-    label = tl.load(labels + first_row + row, mask=there, other=_IGNORED).to(tl.int32)
+    label = tl.load(labels + first_row + row, mask=there, other=_IGNORED)
     weight = tl.load(weights + first_row + row, mask=there, other=0.0)
     weight = tl.where(label == _IGNORED, 0.0, weight)
+    # Nobody has looked at the labels: one that is none ends the training, by a loss of NaN.
+    weight = tl.where((label >= CLASSES) | (label < _IGNORED), float("nan"), weight)
+    label = label.to(tl.int32)  # only now: cut off before, a wrong one could look like a class
     own = label == column
     if CLASS_ALPHA:
         alpha = tl.where(own, tl.load(positive + column), tl.load(negative + column))

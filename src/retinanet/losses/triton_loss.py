@@ -8,12 +8,12 @@ This module imports without Triton; the kernel itself does not, and lies apart.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from retinanet import triton_probe
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ def serves(logits: Tensor, formula: tuple[str, float, float]) -> bool:
         and logits.is_contiguous()
         and formula[0] in ("focal", "focal_star")
         and not torch.compiler.is_compiling()
-        and has_triton()
+        and has_triton(logits.device)
     )
 
 
@@ -59,7 +59,7 @@ def sum_and_gradient(
 
     Args:
         logits: (N, K) contiguous, as :func:`serves` takes them; computed in float32.
-        labels: (N,) int64 class 0..K-1, BACKGROUND or IGNORED.
+        labels: (N,) int64 class 0..K-1, BACKGROUND or IGNORED; any other makes the loss NaN.
         weights: (N,) factors of the rows; IGNORED rows count 0 whatever theirs is.
         positive: () or (K,) alpha of the class that is there.
         negative: () or (K,) alpha of those that are not.
@@ -127,6 +127,6 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     return values
 
 
-@lru_cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def has_triton(device: torch.device | None = None) -> bool:
+    """Whether kernels run on a device; None: the GPU in use."""
+    return triton_probe.usable(torch.device("cuda") if device is None else device)
