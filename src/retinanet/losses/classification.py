@@ -541,7 +541,7 @@ def _check_formula(kind: str, gamma: float, beta: float) -> None:
 def _check_labels(labels: Tensor, classes: int) -> None:
     if labels.dtype == torch.bool or labels.is_floating_point():
         raise ValueError(f"labels are integers, got {labels.dtype}")
-    # Looking at values on a GPU would wait for it; there an index out of range stops the kernel.
+    # Looking at values on a GPU would wait for it; there the Triton kernel makes such a loss NaN.
     if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(end) for end in labels.aminmax())
