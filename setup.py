@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from zlib import crc32
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
+
+# In the order in which retinanet.native takes their checksum.
+SOURCES = ["src/retinanet/native/native.c", "src/retinanet/native/kernels.h"]
 
 
 class BuildLibrary(build_ext):
@@ -14,6 +21,12 @@ class BuildLibrary(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        version = 0
+        for source in SOURCES:
+            version = crc32(Path(source).read_bytes(), version)
+        ext.define_macros = [("VERSION", f"{version}u")]
+        # A file's date may be older than the library's though the file is another.
+        self.force = True
         if self.compiler.compiler_type == "msvc":
             ext.extra_compile_args = ["/O2", "/openmp"]
             super().build_extension(ext)
@@ -23,6 +36,9 @@ class BuildLibrary(build_ext):
         exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
         ext.libraries = ["m"]
         ways = ((["-fopenmp"], ["-fopenmp"]), (["-fopenmp-simd"], []), ([], []))
+        if sys.platform == "darwin":
+            # A second libomp beside torch's would end the process ("OMP: Error #15").
+            ways = ways[1:]
         for place, (compiling, linking) in enumerate(ways):
             ext.extra_compile_args = plain + exact + compiling
             ext.extra_link_args = linking
@@ -44,8 +60,8 @@ setup(
     ext_modules=[
         Extension(
             "retinanet.native._library",
-            sources=["src/retinanet/native/native.c"],
-            depends=["src/retinanet/native/kernels.h"],
+            sources=SOURCES[:1],
+            depends=SOURCES[1:],
             optional=True,
         )
     ],

@@ -140,12 +140,13 @@ def level_anchors(
     return list(_level_anchors(spec, cells, place))
 
 
-# 200,000 anchors take 3 MB; multi-scale training meets some dozens of sizes.
-@lru_cache(maxsize=128)
+# 200,000 anchors take 3 MB, for as long as the process lives.
+@lru_cache(maxsize=32)
 def _level_anchors(
     spec: AnchorSpec, cells: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    # A tensor born in inference mode could not be trained with when the cache hands it out again.
+    # They are made on the CPU, whatever torch's default device is. A tensor born in inference mode
+    # could not be trained with when the cache hands it out again.
     with torch.inference_mode(False), torch.no_grad():
         height, width = (side * spec.strides[0] for side in cells[0])
         levels = []
@@ -153,15 +154,13 @@ def _level_anchors(
             steps = (stride, stride)
             if spec.rounding == "torchvision":
                 steps = (height // rows, width // columns)
-            y = torch.arange(rows, dtype=torch.float64) * steps[0]
-            x = torch.arange(columns, dtype=torch.float64) * steps[1]
+            y = torch.arange(rows, dtype=torch.float64, device="cpu") * steps[0]
+            x = torch.arange(columns, dtype=torch.float64, device="cpu") * steps[1]
             corner_y, corner_x = torch.meshgrid(y, x, indexing="ij")
             corners = torch.stack((corner_x, corner_y, corner_x, corner_y), dim=-1)
             anchors = corners[:, :, None] + _cell_anchors(spec, size)
-            flat = anchors.reshape(-1, 4).to(torch.float32)
-            if device.type == "cuda":
-                flat = flat.pin_memory()  # or the copy would wait for the GPU
-            levels.append(flat.to(device, non_blocking=True))
+            # The copy waits until it is there: whoever gets it next may be on another stream.
+            levels.append(anchors.reshape(-1, 4).to(torch.float32).to(device))
         return tuple(levels)
 
 
@@ -170,8 +169,8 @@ def _cell_anchors(spec: AnchorSpec, size: float) -> Tensor:
     sides = [size * scale for scale in spec.scales]
     if spec.rounding == "torchvision":
         sides = [float(int(side)) for side in sides]
-    roots = torch.tensor(spec.aspect_ratios, dtype=torch.float64).sqrt()[:, None]
-    side = torch.tensor(sides, dtype=torch.float64)
+    roots = torch.tensor(spec.aspect_ratios, dtype=torch.float64, device="cpu").sqrt()[:, None]
+    side = torch.tensor(sides, dtype=torch.float64, device="cpu")
     half_width, half_height = (side / roots).flatten() / 2, (side * roots).flatten() / 2
     cell = torch.stack((-half_width, -half_height, half_width, half_height), dim=1)
     return cell.round() if spec.rounding == "torchvision" else cell

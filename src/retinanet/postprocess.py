@@ -79,7 +79,8 @@ def postprocess(
     natively = native.best_of_levels_served(logits, deltas, anchors)
     if natively:
         best = native.best_of_levels(logits, deltas, anchors, least, topk_candidates)
-        found = _Candidates(torch.arange(len(sizes)).repeat_interleave(best.counts), *best[1:])
+        images = torch.arange(len(sizes), device="cpu").repeat_interleave(best.counts)
+        found = _Candidates(images, *best[1:])
     else:
         found = _best_of_levels(logits, deltas, anchors, least, topk_candidates)
     images, labels, scores = found.image, found.label, found.logit.sigmoid()
@@ -222,6 +223,10 @@ def _check(outputs: Outputs, anchors: Sequence[Tensor], sizes: Tensor, num_class
     for level, (logits, deltas, boxes) in enumerate(
         zip(outputs.logits, outputs.deltas, anchors, strict=True)
     ):
+        if boxes.shape[1:] != (4,):
+            raise ValueError(
+                f"level {level}: anchors are boxes (R, 4), got shape {tuple(boxes.shape)}"
+            )
         if (
             not len(logits) == len(deltas) == len(sizes)
             or logits.numel() != len(sizes) * len(boxes) * num_classes

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+import retinanet.anchors as module
 from retinanet.anchors import (
     AnchorSpec,
     anchor_spec,
@@ -121,6 +122,22 @@ def test_same_anchors_are_kept() -> None:
     again = level_anchors(anchor_spec([8]), [(3, 4)], torch.device("cpu"))
     assert first[0] is again[0]
     assert level_anchors(spec, [(4, 3)])[0] is not first[0]
+
+
+def test_defaults_of_torch_change_nothing(default: str) -> None:
+    # sizes of its own for each, or another test's anchors would be handed out
+    spec = anchor_spec([8], sizes=[{"float64": 41, "bfloat16": 42, "meta": 43}[default]])
+    (anchors,) = level_anchors(spec, [(3, 4)], "cpu")
+    assert anchors.dtype == torch.float32
+    assert anchors.device.type == "cpu"
+    widths = anchors[:, 2] - anchors[:, 0]
+    assert float(widths[3]) == pytest.approx(spec.sizes[0])  # ratio 1, scale 1
+    if default == "meta":
+        assert level_anchors(spec, [(3, 4)])[0].is_meta
+
+
+def test_only_a_few_are_kept() -> None:
+    assert module._level_anchors.cache_info().maxsize == 32
 
 
 def test_anchors_made_in_inference_mode_can_be_trained_with() -> None:

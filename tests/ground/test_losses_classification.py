@@ -582,3 +582,36 @@ def test_weighted_refuses() -> None:
         weighted_label_loss(X, Y, torch.ones(3), kind="focal", gamma=2.0)
     with pytest.raises(ValueError, match=r"labels are integers, got torch\.float32"):
         weighted_label_loss(X, Y.float(), torch.ones(4), kind="focal", gamma=2.0)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.25, [0.25, 0.25, 0.25]])
+def test_defaults_of_torch_change_nothing(alpha: Any, default: str) -> None:
+    logits = torch.zeros(2, 3, dtype=torch.float32, device="cpu", requires_grad=True)
+    labels = torch.tensor([1, BACKGROUND], device="cpu")
+    loss = focal_loss(logits, labels, alpha=alpha)
+    loss.backward()
+    # of 6 elements of p = .5, (1 - p)^2 ln 2 each, one is a positive
+    weights = 6 if alpha is None else 0.25 + 5 * 0.75
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(weights * math.log(2) / 4)
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_float64_is_scaled_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for a GPU's gradients works in float32."""
+    from retinanet.losses import triton_loss
+
+    taken = []
+    monkeypatch.setattr(triton_loss, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_loss, "scale_", lambda values, factor: taken.append(values))
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    gradient = torch.full((2, 3), 1 / 3, dtype=dtype).as_subclass(OnGpu)
+    scaled = module._scaled(gradient, torch.tensor(3.0))
+    assert bool(taken) == (dtype != torch.float64)
+    if dtype == torch.float64:
+        assert_close(scaled.as_subclass(Tensor), torch.ones(2, 3, dtype=dtype), rtol=1e-15, atol=0)

@@ -11,6 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -448,6 +449,32 @@ def test_suppression_in_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [0, 3, 1]}, r"labels to suppress are 0\.\.2, got 3"),
+        ({"labels": [0, -1, 1]}, r"labels to suppress are 0\.\.2, got -1"),
+        ({"labels": [0, 1]}, r"3 scores go with boxes \(3, 4\) and labels \(3,\), got .* \(2,\)"),
+        ({"boxes": torch.zeros(3, 5)}, r"got \(3, 5\) and \(3,\)"),
+        ({"counts": [3, 1]}, r"add up to 3 boxes, got \[3, 1\]"),
+        ({"counts": [4, -1]}, r"counts are 0 or more .* got \[4, -1\]"),
+    ],
+)
+def test_what_suppression_refuses(change: dict[str, Any], message: str) -> None:
+    given = {"boxes": torch.zeros(3, 4), "labels": [0, 1, 2], "counts": [1, 2]} | change
+    with pytest.raises(ValueError, match=message):
+        native.suppress(
+            given["boxes"],
+            torch.zeros(3),
+            torch.tensor(given["labels"]),
+            torch.tensor(given["counts"]),
+            classes=3,
+            threshold=0.5,
+            most=5,
+        )
+
+
+@needs_library
 def test_suppression_of_nothing() -> None:
     for counts in (torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)):
         kept, survivors = native.suppress(
@@ -506,13 +533,52 @@ def test_what_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.reason.startswith(f"{file.name} does not load: ")
 
 
+def beside_the_library(folder: Path) -> Path:
+    """The library, linked into a folder in which other things can lie beside it."""
+    (library,) = (
+        file
+        for suffix in EXTENSION_SUFFIXES
+        if (file := Path(native.__file__).with_name(f"_library{suffix}")).is_file()
+    )
+    link = folder / library.name
+    link.symlink_to(library)
+    return link
+
+
 @needs_library
-def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RETINANET_NATIVE", raising=False)
-    monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
-    found = native._load(Path(native.__file__).parent)
+    link = beside_the_library(tmp_path)
+    assert native._load(tmp_path).functions is not None  # a wheel: no sources to compare with
+    for name in native._SOURCES:
+        tmp_path.joinpath(name).write_text("int changed;")
+    found = native._load(tmp_path)
     assert found.functions is None
-    assert found.reason.endswith("is of another version: install again")
+    assert found.reason == f"{link.name} is of other sources: install again"
+
+
+@needs_library
+def test_version_is_the_checksum_of_the_sources() -> None:
+    folder = Path(native.__file__).parent
+    if not (folder / "native.c").is_file():
+        pytest.skip("installed from a wheel")
+    both = b"".join((folder / name).read_bytes() for name in native._SOURCES)
+    assert native._functions().retinanet_version() == crc32(both)
+
+
+@needs_library
+def test_a_library_without_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RETINANET_NATIVE", raising=False)
+    link = beside_the_library(tmp_path)
+
+    class Lacking:
+        def __init__(self, file: str) -> None:
+            self.retinanet_version = lambda: 1
+
+    monkeypatch.setattr(native, "CDLL", Lacking)
+    found = native._load(tmp_path)
+    assert found.functions is None
+    assert found.reason.startswith(f"{link.name} does not load: ")
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

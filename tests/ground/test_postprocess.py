@@ -344,6 +344,24 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
         run(outputs_of({}), **options)
 
 
+def test_defaults_of_torch_change_nothing(default: str) -> None:
+    logits = torch.full((1, 2, 4, 4), NOTHING, dtype=torch.float32, device="cpu")
+    logits[0, 1, 2, 1] = logit(0.9)
+    deltas = torch.zeros(1, 4, 4, 4, dtype=torch.float32, device="cpu")
+    sizes = torch.tensor([[32, 32]], device="cpu")
+    (found,) = postprocess(Outputs((logits,), (deltas,)), ANCHORS, sizes, num_classes=2)
+    assert found.boxes.tolist() == [[0, 8, 16, 24]]
+    assert found.scores.tolist() == pytest.approx([0.9])
+    assert found.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (16,), (16, 4, 1)])
+def test_anchors_are_boxes(shape: tuple[int, ...]) -> None:
+    sizes = torch.tensor([[32, 32]])
+    with pytest.raises(ValueError, match=r"level 0: anchors are boxes \(R, 4\), got shape \(16"):
+        postprocess(outputs_of({}), [torch.zeros(shape)], sizes, num_classes=2)
+
+
 def test_refused_shapes() -> None:
     outputs, sizes = outputs_of({}), torch.tensor([[32, 32]])
     with pytest.raises(ValueError, match="one tensor a level, got 1, 1 and 2"):

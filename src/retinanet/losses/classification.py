@@ -315,7 +315,8 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient times what came from above, in its own memory."""
     if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
-    if gradient.is_cuda and gradient.is_contiguous():
+    # The kernel works in float32.
+    if gradient.is_cuda and gradient.is_contiguous() and gradient.dtype != torch.float64:
         from retinanet.losses import triton_loss
 
         if triton_loss.has_triton():
@@ -356,10 +357,8 @@ def _sum_and_gradient(
 
 def _on_gpu(logits: Tensor, formula: _Formula) -> _Way:
     """The Triton kernel, or the pieces where there is no Triton or it does not know the case."""
-    try:
-        from retinanet.losses import triton_loss
-    except ImportError:
-        return _in_pieces
+    from retinanet.losses import triton_loss
+
     return triton_loss.sum_and_gradient if triton_loss.serves(logits, formula) else _in_pieces
 
 
@@ -513,7 +512,8 @@ def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
     if alpha is None:
         one = torch.ones((), dtype=kind, device=device)
         return one, one
-    weight = torch.as_tensor(alpha, dtype=kind)
+    place = alpha.device if isinstance(alpha, Tensor) else "cpu"  # not torch's default
+    weight = torch.as_tensor(alpha, dtype=kind, device=place)
     if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != classes):
         raise ValueError(
             f"alpha is a number, None or one number for each of the {classes} classes, "

@@ -2,8 +2,11 @@
 
 ``pip install`` builds it where there is a C compiler and goes without it where there is none; then,
 and with ``RETINANET_NATIVE=0`` in the environment, the pure torch code of each caller serves. That
-code is also the definition of what the functions here do: each has a ``..._served`` beside it that
-says whether it can do it for the given tensors.
+code is also the definition of what the functions here do. ``label_loss_served`` and
+``best_of_levels_served`` say whether they can do it for the given tensors; ``suppress`` takes what
+``best_of_levels`` found.
+
+New tensors here name their device and type: C writes to them, whatever torch's defaults are.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ from ctypes import (
     c_float,
     c_int,
     c_int64,
+    c_uint32,
     c_void_p,
 )
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-# What native.c must say it is: a library of an older checkout is left alone.
-_VERSION = 1
+# What setup.py builds the library from, and takes its version of.
+_SOURCES = ("native.c", "kernels.h")
 
 _LEVELS = ("baseline", "avx2", "avx512")
 
@@ -103,7 +108,8 @@ def label_loss(
     positive, negative = positive.contiguous(), negative.contiguous()
     size = logits.numel() * logits.element_size()
     in_place = gradient is not None and gradient.data_ptr() == logits.data_ptr()
-    partial = torch.empty(functions.retinanet_loss_pieces(count, classes), dtype=torch.float64)
+    pieces = functions.retinanet_loss_pieces(count, classes)
+    partial = torch.empty(pieces, dtype=torch.float64, device="cpu")
     functions.retinanet_loss(
         _library.level,
         _threads(logits.numel()),
@@ -183,7 +189,7 @@ def best_of_levels(
     functions = _functions()
     images, _, classes = logits[0].shape
     rows = (c_int64 * len(logits))(*(level.shape[1] for level in logits))
-    counts = torch.zeros(images, dtype=torch.int64)
+    counts = torch.zeros(images, dtype=torch.int64, device="cpu")
     found = functions.retinanet_find(
         _library.level,
         _threads(sum(level.numel() for level in logits)),
@@ -203,10 +209,10 @@ def best_of_levels(
         total = int(counts.sum())
         best = Best(
             counts,
-            torch.empty(total, dtype=torch.int64),
-            torch.empty(total),
-            torch.empty(total, 4),
-            torch.empty(total, 4),
+            torch.empty(total, dtype=torch.int64, device="cpu"),
+            torch.empty(total, dtype=torch.float32, device="cpu"),
+            torch.empty(total, 4, dtype=torch.float32, device="cpu"),
+            torch.empty(total, 4, dtype=torch.float32, device="cpu"),
         )
         functions.retinanet_take(
             found,
@@ -249,12 +255,14 @@ def suppress(
         then by place; and how many they are in each image, (B,) int64.
 
     Raises:
+        ValueError: shapes or counts do not fit, or a label is not 0..K-1: C would go past the end.
         MemoryError: there is not enough to sort the boxes.
     """
     functions = _functions()
-    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(counts, 0, out=offsets[1:])
-    kept = torch.empty(len(scores), dtype=torch.int64)
+    _check_groups(boxes, scores, labels, counts, int(offsets[-1]), classes)
+    kept = torch.empty(len(scores), dtype=torch.int64, device="cpu")
     survivors = torch.empty_like(counts)
     boxes, scores = boxes.contiguous(), scores.contiguous()
     labels = labels if labels is None else labels.contiguous()
@@ -280,6 +288,24 @@ def suppress(
         kept[start : start + count] for start, count in zip(starts, survivors.tolist(), strict=True)
     ]
     return torch.cat(parts) if parts else kept, survivors
+
+
+def _check_groups(
+    boxes: Tensor, scores: Tensor, labels: Tensor | None, counts: Tensor, total: int, classes: int
+) -> None:
+    count = len(scores)
+    if boxes.shape != (count, 4) or (labels is not None and labels.shape != (count,)):
+        raise ValueError(
+            f"{count} scores go with boxes ({count}, 4) and labels ({count},), got "
+            f"{tuple(boxes.shape)} and {None if labels is None else tuple(labels.shape)}"
+        )
+    if total != count or (len(counts) and int(counts.min()) < 0):
+        raise ValueError(f"counts are 0 or more and add up to {count} boxes, got {counts.tolist()}")
+    if labels is not None and count:
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"labels to suppress are 0..{classes - 1}, got {wrong}")
 
 
 def _served(values: Tensor) -> bool:
@@ -315,19 +341,45 @@ def _load(folder: Path) -> _Library:
             continue
         try:
             functions = CDLL(str(file))
+            _declare(functions)
             version = functions.retinanet_version()
+            level = functions.retinanet_level()
         except (OSError, AttributeError) as error:
             return _Library(None, 0, f"{file.name} does not load: {error}")
-        if version != _VERSION:
-            return _Library(None, 0, f"{file.name} is of another version: install again")
-        _declare(functions)
-        return _Library(functions, functions.retinanet_level(), "")
+        if version != _version_of_sources(folder, version):
+            return _Library(None, 0, f"{file.name} is of other sources: install again")
+        return _Library(functions, level, "")
     return _Library(None, 0, "not built")
 
 
+def _version_of_sources(folder: Path, otherwise: int) -> int:
+    """What setup.py calls a library built of the sources in `folder`.
+
+    An editable installation has them beside the library, where they may have changed since it was
+    built. A wheel does not, and cannot: `otherwise`.
+    """
+    version = 0
+    for name in _SOURCES:
+        try:
+            version = crc32((folder / name).read_bytes(), version)
+        except OSError:
+            return otherwise
+    return version
+
+
 def _declare(functions: CDLL) -> None:
-    """Say what each function takes, in the order of native.c."""
+    """Say what each function takes, in the order of native.c.
+
+    Raises:
+        AttributeError: the library is without one of them.
+    """
     pointer, integer, long = c_void_p, c_int, c_int64
+    functions.retinanet_version.argtypes = []
+    functions.retinanet_version.restype = c_uint32
+    functions.retinanet_level.argtypes = []
+    functions.retinanet_level.restype = integer
+    functions.retinanet_threaded.argtypes = []
+    functions.retinanet_threaded.restype = integer
     functions.retinanet_loss_pieces.argtypes = [long, long]
     functions.retinanet_loss_pieces.restype = long
     functions.retinanet_loss.argtypes = [

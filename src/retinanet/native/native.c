@@ -25,7 +25,6 @@
 #define SIMD
 #define SIMD_SUM(variable)
 #define SIMD_OR(variable)
-#define PARALLEL(schedule)
 #else
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
@@ -35,8 +34,10 @@
 #define SIMD_OR(variable) PRAGMA(omp simd reduction(| : variable))
 #endif
 
-/* Goes up with each change of what a function takes: a library of another number is not used. */
-#define VERSION 1
+/* The checksum of the sources, from setup.py: a library of other sources is not used. */
+#ifndef VERSION
+#define VERSION 0
+#endif
 
 enum { CROSS_ENTROPY, FOCAL_1, FOCAL_2, FOCAL, STAR };
 
@@ -98,7 +99,7 @@ static const Level *const levels[] = {&level_baseline, &level_avx2, &level_avx51
 static const Level *const levels[] = {&level_baseline};
 #endif
 
-EXPORT int retinanet_version(void) { return VERSION; }
+EXPORT uint32_t retinanet_version(void) { return VERSION; }
 
 /* The highest level that this processor has: 0 baseline, 1 AVX2 with FMA, 2 AVX-512. */
 EXPORT int retinanet_level(void) {
