@@ -269,6 +269,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Raise a ConfigError that lists `known` and names the nearest, unless `value` is one of it."""
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(
+            f"{what} {value!r} is not one of {', '.join(known)}{nearest(value, known)}"
+        )
+
+
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that :func:`load_recipe` reads back to the same one."""
     lines = [f"name = {_toml_value(recipe.name)}"]

@@ -68,9 +68,11 @@ def match_anchors(
     anchors = anchors.to(boxes.dtype)
     kinds = torch.where(_has_area(boxes), labels, BACKGROUND)
     way = _match_image_by_image
-    if anchors.device.type != "cpu":
+    if _triton_serves(anchors):
+        from retinanet.matching_triton import match as way
+    elif anchors.device.type != "cpu":
         # Looking which pairs can meet would wait for the device: all are taken, without a look.
-        way = _match_by_triton if _triton_serves(anchors) else _match_all_images
+        way = _match_all_images
     return way(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
 
 
@@ -211,20 +213,6 @@ def _match_all_images(
         match = torch.where(chosen, place, match)
         matches[:, rows] = torch.where(inside & (match < 0), IGNORED, match)
     return matches
-
-
-def _match_by_triton(
-    anchors: Tensor,
-    boxes: Tensor,
-    kinds: Tensor,
-    foreground_iou: float,
-    background_iou: float,
-    low_quality_matches: bool,
-) -> Tensor:
-    """:func:`match_anchors` in one kernel, or two with `low_quality_matches`."""
-    from retinanet.matching_triton import match
-
-    return match(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
 
 
 def _triton_serves(anchors: Tensor) -> bool:

@@ -80,6 +80,12 @@ def _load_anchors(anchors, count, BLOCK: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _load_box(boxes, place):  # type: ignore[no-untyped-def]
+    corner = boxes + place * 4
+    return tl.load(corner), tl.load(corner + 1), tl.load(corner + 2), tl.load(corner + 3)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _overlap(x1, y1, x2, y2, left, top, right, bottom):  # type: ignore[no-untyped-def]
     width = tl.maximum(tl.minimum(x2, right) - tl.maximum(x1, left), 0.0)
     height = tl.maximum(tl.minimum(y2, bottom) - tl.maximum(y1, top), 0.0)
@@ -94,9 +100,7 @@ def _highest_iou(anchors, boxes, kinds, highest, count, most, BLOCK: tl.constexp
     first = tl.program_id(1) * most
     for place in range(most):
         kind = tl.load(kinds + first + place)
-        corner = boxes + (first + place) * 4
-        left, top = tl.load(corner), tl.load(corner + 1)
-        right, bottom = tl.load(corner + 2), tl.load(corner + 3)
+        left, top, right, bottom = _load_box(boxes, first + place)
         near = (left < high_x) & (top < high_y) & (right > low_x) & (bottom > low_y)
         if (kind >= 0) & near:
             overlap = _overlap(x1, y1, x2, y2, left, top, right, bottom)
@@ -128,9 +132,7 @@ def _match(  # type: ignore[no-untyped-def]
     inside = tl.zeros([BLOCK], tl.int32)
     for place in range(most):
         kind = tl.load(kinds + first + place)
-        corner = boxes + (first + place) * 4
-        left, top = tl.load(corner), tl.load(corner + 1)
-        right, bottom = tl.load(corner + 2), tl.load(corner + 3)
+        left, top, right, bottom = _load_box(boxes, first + place)
         near = (left < high_x) & (top < high_y) & (right > low_x) & (bottom > low_y)
         if (kind != _BACKGROUND) & near:
             overlap = _overlap(x1, y1, x2, y2, left, top, right, bottom)

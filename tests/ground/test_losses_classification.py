@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 import retinanet.losses.classification as module
+from retinanet import triton_probe
 from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
 from retinanet.losses.classification import weighted_label_loss
 from retinanet.structures import BACKGROUND, IGNORED
@@ -604,7 +605,7 @@ def test_float64_is_scaled_in_float64(dtype: torch.dtype, monkeypatch: pytest.Mo
     from retinanet.losses import triton_loss
 
     taken = []
-    monkeypatch.setattr(triton_loss, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_probe, "usable", lambda device: True)
     monkeypatch.setattr(triton_loss, "scale_", lambda values, factor: taken.append(values))
 
     class OnGpu(Tensor):

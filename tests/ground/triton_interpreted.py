@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import retinanet.matching as matching
+from retinanet import triton_probe
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.losses import classification, triton_loss
 from retinanet.losses.triton_loss import serves, sum_and_gradient
@@ -154,7 +155,7 @@ def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not serves(logits, formula)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_loss, "has_triton", lambda device: False)
+    monkeypatch.setattr(triton_probe, "usable", lambda device: False)
     assert not serves(logits, formula)
 
 

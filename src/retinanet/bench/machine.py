@@ -6,13 +6,12 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from retinanet import native
+from retinanet import native, triton_probe
 from retinanet.bench.markdown import count
 from retinanet.data.loading import usable_cpus
 
@@ -97,7 +96,7 @@ def describe_kernel(device: torch.device) -> tuple[str, bool]:
     if device.type == "cpu":
         text = f"class loss and post-processing: {native.description()}"
         return text, native.available()
-    served = device.type == "cuda" and find_spec("triton") is not None
+    served = device.type == "cuda" and triton_probe.usable(device)
     return f"class loss and matching: {'Triton' if served else 'pure torch'}", served
 
 

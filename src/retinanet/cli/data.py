@@ -105,14 +105,10 @@ def convert(
     json: Json = False,
 ) -> None:
     """Write labelled data in another format."""
-    from retinanet.config import nearest
+    from retinanet.config import check_choice
     from retinanet.data import convert as write
-    from retinanet.errors import ConfigError
 
-    ways = ("copy", "hardlink", "symlink")
-    if pictures not in ways:
-        hint = nearest(pictures, ways)
-        raise ConfigError(f"--pictures {pictures!r} is not one of {', '.join(ways)}{hint}")
+    check_choice("--pictures", pictures, ("copy", "hardlink", "symlink"))
     with progress("writing") as show:
         written = write(
             source,

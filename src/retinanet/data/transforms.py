@@ -28,9 +28,8 @@ class Transform:
     """Resizes a picture to the network's input and, for training, changes it at random.
 
     In this order: scale jitter with the resize, crop, flips, colour. The defaults only resize. It
-    holds
-    no random state: what is drawn comes from the generator that the caller passes, so the same
-    generator gives the same picture on every machine and in every process.
+    holds no random state: what is drawn comes from the generator that the caller passes, so the
+    same generator gives the same picture on every machine and in every process.
 
     Attributes:
         max_size: pixels that the longer side may have (times the jitter's factor).

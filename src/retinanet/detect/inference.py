@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
-from retinanet.config import nearest
+from retinanet.config import check_choice, nearest
 from retinanet.errors import ConfigError
 from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
@@ -70,11 +70,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: `precision` is not a :data:`Precision`.
     """
-    if precision not in get_args(Precision):
-        known = get_args(Precision)
-        raise ConfigError(
-            f"precision {precision!r} is not one of {', '.join(known)}{nearest(precision, known)}"
-        )
+    check_choice("precision", precision, get_args(Precision))
     if precision == "auto":
         return torch.bfloat16 if _has_bfloat16(device) else torch.float32
     return DTYPES[precision]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.config import nearest
+from retinanet.config import check_choice
 from retinanet.detect.inference import DTYPES, Precision, autocast, choose_dtype
 from retinanet.errors import ConfigError
 from retinanet.model.fused import can_pack, fused_copy
@@ -85,17 +85,8 @@ def build_network(
         ConfigError: an unknown name, a combination that does not exist, or no calibration.
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
-    known = get_args(Backend)
-    if backend not in known:
-        raise ConfigError(
-            f"backend {backend!r} is not one of {', '.join(known)}{nearest(backend, known)}"
-        )
-    precisions = (*get_args(Precision), "int8")
-    if precision not in precisions:
-        raise ConfigError(
-            f"precision {precision!r} is not one of {', '.join(precisions)}"
-            f"{nearest(precision, precisions)}"
-        )
+    check_choice("backend", backend, get_args(Backend))
+    check_choice("precision", precision, (*get_args(Precision), "int8"))
     if calibration is not None and precision != "int8":
         raise ConfigError(
             f"pictures to calibrate on are for precision int8, got {precision}: "

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from retinanet.config import nearest
+from retinanet.config import check_choice
 from retinanet.detect.found import DRAWN_SCORE, Failure, Found
-from retinanet.errors import ConfigError, DataError
+from retinanet.errors import DataError
 from retinanet.files import open_atomic, write_atomic
 
 Write = Callable[[Found | Failure], None]
@@ -73,11 +73,7 @@ def open_outputs(
     }
     chosen = list(dict.fromkeys(formats))
     for name in chosen:
-        if name not in openers:
-            raise ConfigError(
-                f"output format {name!r} is not one of {', '.join(OUTPUT_FORMATS)}"
-                f"{nearest(name, OUTPUT_FORMATS)}"
-            )
+        check_choice("output format", name, OUTPUT_FORMATS)
     with ExitStack() as stack:
         writes = [stack.enter_context(openers[name]()) for name in chosen]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,9 @@ from retinanet.detect.found import Failure
 from retinanet.errors import DataError, ImageError
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,7 @@ class Source:
         Raises:
             ImageError: it cannot be read, or is no picture.
         """
-        if isinstance(self.picture, str | Path):
-            return read_image(self.picture)
-        try:
-            return read_image(self.picture)
-        except Exception as error:  # such as an array of objects
-            raise ImageError(f"{self.name}: {error}") from error
+        return self._read(read_image)
 
     def read_reduced(self, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
         """As :func:`retinanet.data.images.read_reduced`: for a resize, and the whole's size.
@@ -51,10 +49,13 @@ class Source:
         Raises:
             ImageError: as in :meth:`read`.
         """
+        return self._read(read_reduced, shorter, longest)
+
+    def _read(self, read: Callable[..., _T], *sides: int) -> _T:
         if isinstance(self.picture, str | Path):
-            return read_reduced(self.picture, shorter, longest)
+            return read(self.picture, *sides)  # its errors name the file
         try:
-            return read_reduced(self.picture, shorter, longest)
+            return read(self.picture, *sides)
         except Exception as error:  # such as an array of objects
             raise ImageError(f"{self.name}: {error}") from error
 

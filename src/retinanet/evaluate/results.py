@@ -376,11 +376,7 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
             image, category = row["image_id"], row["category_id"]
             box, score = row["bbox"], row["score"]
         except (KeyError, TypeError, IndexError):
-            missing = [
-                name
-                for name in ("image_id", "category_id", "bbox", "score")
-                if not isinstance(row, Mapping) or name not in row
-            ]
+            missing = [name for name in _KEYS if not isinstance(row, Mapping) or name not in row]
             raise DataError(f"{where}: entry {i} has no {', '.join(missing)}") from None
         try:
             table[i, 1:5] = box if len(box) == 4 else ()  # numpy would repeat a single number

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
-from retinanet import native
+from retinanet import native, triton_probe
 from retinanet.structures import BACKGROUND, IGNORED
 
 Reduction = Literal["none", "sum", "mean"]
@@ -316,12 +316,12 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
     # The kernel works in float32.
-    if gradient.is_cuda and gradient.is_contiguous() and gradient.dtype != torch.float64:
+    fits = gradient.is_cuda and gradient.is_contiguous() and gradient.dtype != torch.float64
+    if fits and triton_probe.usable(gradient.device):
         from retinanet.losses import triton_loss
 
-        if triton_loss.has_triton():
-            # Only the kernel can see, without a wait, that there is nothing to multiply.
-            return triton_loss.scale_(gradient, upstream)
+        # Only the kernel can see, without a wait, that there is nothing to multiply.
+        return triton_loss.scale_(gradient, upstream)
     return gradient.mul_(upstream)
 
 

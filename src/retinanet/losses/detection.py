@@ -198,80 +198,46 @@ def _divisors(
     return used.expand(len(foreground)), used
 
 
-def _focal(
-    logits: Sequence[Tensor],
-    labels: Tensor,
-    weights: Tensor,
-    alpha: Alpha,
-    gamma: float,
-    beta: float,
-    *,
-    overwrite_logits: bool = False,
-) -> Tensor:
-    return _sum_over_levels("focal", logits, labels, weights, alpha, gamma, 0.0, overwrite_logits)
+def _of_labels(kind: Literal["focal", "focal_star"], **fixed: float) -> ClassificationLoss:
+    """A loss that sums over all anchors of all levels, with `fixed` in the place of its numbers.
 
+    It goes level by level: in channels_last memory no logit is copied.
+    """
 
-def _cross_entropy(
-    logits: Sequence[Tensor],
-    labels: Tensor,
-    weights: Tensor,
-    alpha: Alpha,
-    gamma: float,
-    beta: float,
-    *,
-    overwrite_logits: bool = False,
-) -> Tensor:
-    return _sum_over_levels("focal", logits, labels, weights, alpha, 0.0, 0.0, overwrite_logits)
+    def loss(
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        weights: Tensor,
+        alpha: Alpha,
+        gamma: float,
+        beta: float,
+        *,
+        overwrite_logits: bool = False,
+    ) -> Tensor:
+        total = weights.new_zeros(())
+        rows = [level.shape[1] for level in logits]
+        for level, level_labels in zip(logits, torch.split(labels, rows, dim=1), strict=True):
+            total = total + weighted_label_loss(
+                level.flatten(0, 1),
+                level_labels.flatten(),
+                weights[:, None].expand_as(level_labels).flatten(),
+                kind=kind,
+                gamma=fixed.get("gamma", gamma),
+                beta=fixed.get("beta", beta),
+                alpha=alpha,
+                overwrite_logits=overwrite_logits,
+            )
+        return total
 
-
-def _focal_star(
-    logits: Sequence[Tensor],
-    labels: Tensor,
-    weights: Tensor,
-    alpha: Alpha,
-    gamma: float,
-    beta: float,
-    *,
-    overwrite_logits: bool = False,
-) -> Tensor:
-    return _sum_over_levels(
-        "focal_star", logits, labels, weights, alpha, gamma, beta, overwrite_logits
-    )
+    return loss
 
 
 CLASSIFICATION_LOSSES: dict[str, ClassificationLoss] = {
-    "focal": _focal,
-    "cross_entropy": _cross_entropy,
-    "focal_star": _focal_star,
+    "focal": _of_labels("focal", beta=0.0),
+    "cross_entropy": _of_labels("focal", gamma=0.0, beta=0.0),
+    "focal_star": _of_labels("focal_star"),
 }
 """Every classification loss of a detector by its name."""
-
-
-def _sum_over_levels(
-    kind: Literal["focal", "focal_star"],
-    logits: Sequence[Tensor],
-    labels: Tensor,
-    weights: Tensor,
-    alpha: Alpha,
-    gamma: float,
-    beta: float,
-    overwrite_logits: bool,
-) -> Tensor:
-    """All anchors of all levels, level by level: in channels_last memory no logit is copied."""
-    total = weights.new_zeros(())
-    rows = [level.shape[1] for level in logits]
-    for level, level_labels in zip(logits, torch.split(labels, rows, dim=1), strict=True):
-        total = total + weighted_label_loss(
-            level.flatten(0, 1),
-            level_labels.flatten(),
-            weights[:, None].expand_as(level_labels).flatten(),
-            kind=kind,
-            gamma=gamma,
-            beta=beta,
-            alpha=alpha,
-            overwrite_logits=overwrite_logits,
-        )
-    return total
 
 
 def _box_losses(

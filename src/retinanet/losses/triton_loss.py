@@ -40,7 +40,7 @@ def serves(logits: Tensor, formula: tuple[str, float, float]) -> bool:
         and logits.is_contiguous()
         and formula[0] in ("focal", "focal_star")
         and not torch.compiler.is_compiling()
-        and has_triton(logits.device)
+        and triton_probe.usable(logits.device)
     )
 
 
@@ -125,8 +125,3 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
                 enable_fp_fusion=True,
             )  # fmt: skip
     return values
-
-
-def has_triton(device: torch.device | None = None) -> bool:
-    """Whether kernels run on a device; None: the GPU in use."""
-    return triton_probe.usable(torch.device("cuda") if device is None else device)

@@ -249,6 +249,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
+def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(C,) each: what batch norm in eval mode does to a channel x is scale * x + shift."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight * scale
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else norm.bias + shift
+
+
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics, scale and offset stay: an affine map a channel.
 
@@ -259,13 +270,6 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """
 
     folded = False
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(C,) each: what this does to a channel x is scale * x + shift."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.folded else super().forward(x)
@@ -284,7 +288,7 @@ class FoldingConv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._norm and self._norm[0].folded:
-            scale, shift = self._norm[0].scale_and_shift()
+            scale, shift = scale_and_shift(self._norm[0])
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
         result: Tensor = super()._conv_forward(x, weight, bias)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, cast
@@ -28,6 +28,7 @@ from retinanet.model.backbone import (
     FoldingConv2d,
     FrozenBatchNorm2d,
     SamePadConv2d,
+    scale_and_shift,
 )
 from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet, to_channels_last
@@ -118,21 +119,6 @@ def can_pack(dtype: torch.dtype) -> bool:
     return True
 
 
-def arranged(
-    weight: Tensor,
-    shape: Sequence[int],
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """A convolution's weight in the layout that oneDNN wants for an input of this shape."""
-    result: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, padding, stride, dilation, groups, list(shape)
-    )
-    return result
-
-
 class FusedConv2d(nn.Module):
     """A convolution, the batch norm after it, a sum and an activation in one.
 
@@ -178,7 +164,9 @@ class FusedConv2d(nn.Module):
             known = shape in self._packed
             packed = self._packed.pop(shape, None)
             if known and packed is None:
-                packed = arranged(self.weight.data, shape, *self._geometry())
+                packed = torch.ops.mkldnn._reorder_convolution_weight(
+                    self.weight.data, *self._geometry(), list(shape)
+                )
             self._packed[shape] = packed
             while len(self._packed) > (self.shapes_kept or 0):
                 del self._packed[next(iter(self._packed))]
@@ -233,21 +221,11 @@ class FusedConv2d(nn.Module):
 
 def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of one convolution that is as good as this one and batch norm after it."""
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * _exact(norm.weight)
-    shift = (_exact(bias) - _exact(norm.running_mean)) * scale
-    if norm.bias is not None:
-        shift = shift + _exact(norm.bias)
-    folded = _exact(weight) * scale[:, None, None, None]
+    # Exactly; on the CPU, since Apple's GPUs have no float64.
+    scale, shift = scale_and_shift(deepcopy(norm).cpu().double())
+    folded = weight.cpu().double() * scale[:, None, None, None]
+    shift = bias.cpu().double() * scale + shift
     return folded.to(weight.dtype).to(weight.device), shift.to(weight.dtype).to(weight.device)
-
-
-def _exact(values: Tensor) -> Tensor:
-    """In float64 on the CPU: Apple's GPUs have none."""
-    return values.detach().cpu().double()
 
 
 def _fuse_head(head: Head) -> None:

@@ -37,7 +37,7 @@ def report_nonfinite(
 
     The optimiser has refused the step and each after it (:class:`retinanet.train.guard.Guard`), so
     the weights kept are the last good ones. The running statistics of norms that train
-    (``model.norm=batch``) have no such guard: they have seen the bad batch, and on a GPU the one
+    (``model.norm=trained``) have no such guard: they have seen the bad batch, and on a GPU the one
     after it. Of several processes one writes (`write`); each names its own pictures.
 
     Raises:
