@@ -103,3 +103,14 @@ class Experiment:
     claims: tuple[Claim, ...] = field(default=())
     recipe: str = "paper_1x"
     note: str = ""
+
+    def row(self, key: str) -> Row:
+        """The row of that key.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.key == key:
+                return row
+        raise KeyError(f"{self.name} has no row {key!r}: {', '.join(row.key for row in self.rows)}")

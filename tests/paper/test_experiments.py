@@ -1,0 +1,250 @@
+"""The paper's tables as they are kept, against the tables typed a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from retinanet.config import Recipe, load_recipe
+from retinanet.paper.experiments import Claim, Experiment, Published, Row
+from retinanet.paper.tables import EXPERIMENTS
+
+# AP/AP50/AP75/APs/APm/APl as far as it goes, then @ms; "-": no figure; in the rows' order.
+PRINTED = {
+    "table1a": "0.0/0.0/0.0 10.8/16.0/11.7 30.2/46.7/32.8 31.1/49.4/33.0 30.8/49.7/32.3 "
+    "28.7/47.4/29.9 25.1/41.7/26.1",
+    "table1b": "31.1/49.4/33.0 31.4/49.9/33.1 31.9/50.7/33.4 32.9/51.7/35.2 33.7/52.0/36.2 "
+    "34.0/52.5/36.5 32.2/49.6/34.8 33.6",
+    "table1c": "30.3/49.0/31.8 31.9/50.0/34.0 31.8/49.4/33.7 32.4/52.3/33.9 34.2/53.1/36.5 "
+    "34.0/52.5/36.5 33.8/52.1/36.2",
+    "table1d": "31.1/47.2/33.2 31.8/48.8/33.9 30.6/47.0/32.6 32.8/50.3/35.1 31.0/47.4/33.0 "
+    "27.6/42.0/29.2 31.1/47.2/33.2 28.3/42.4/30.3 24.0/35.5/25.8 36.0/54.9/38.7 - -",
+    "table1e": "30.5/47.8/32.7/11.2/33.8/46.1@64 32.5/50.9/34.8/13.9/35.8/46.7@72 "
+    "34.3/53.2/36.9/16.2/37.4/47.4@98 35.1/54.2/37.7/18.0/39.3/46.4@121 "
+    "35.7/55.0/38.5/18.9/38.9/46.3@153 31.9/49.5/34.1/11.6/35.8/48.5@81 "
+    "34.4/53.1/36.8/14.7/38.5/49.1@90 36.0/55.2/38.7/17.4/39.6/49.7@122 "
+    "37.1/56.6/39.8/19.1/40.6/49.4@154 37.8/57.5/40.8/20.2/41.1/49.2@198",
+    "table2": "34.9/55.7/37.4/15.6/38.7/50.9 36.2/59.1/39.0/18.2/39.0/48.2 "
+    "34.7/55.5/36.7/13.5/38.1/52.0 36.8/57.7/39.2/16.2/39.8/52.1 21.6/44.0/19.2/5.0/22.4/35.5 "
+    "31.2/50.4/33.3/10.2/34.5/49.8 33.2/53.3/35.2/13.0/35.4/51.1 39.1/59.1/42.3/21.8/42.7/50.2 "
+    "40.8/61.1/44.1/24.1/44.2/51.2",
+    "table3": "31.1/49.4/33.0 34.0/52.5/36.5 33.8/52.7/36.3 33.9/51.8/36.4",
+    "fig1": "",
+    "fig2": "30.5/47.8/32.7/11.2/33.8/46.1@64 32.5/50.9/34.8/13.9/35.8/46.7@72 "
+    "34.3/53.2/36.9/16.2/37.4/47.4@98 35.1/54.2/37.7/18.0/39.3/46.4@121 "
+    "35.7/55.0/38.5/18.9/38.9/46.3@153 31.9/49.5/34.1/11.6/35.8/48.5@81 "
+    "34.4/53.1/36.8/14.7/38.5/49.1@90 36.0/55.2/38.7/17.4/39.6/49.7@122 "
+    "37.1/56.6/39.8/19.1/40.6/49.4@154 37.8/57.5/40.8/20.2/41.1/49.2@198 "
+    "21.6@25 28.0@61 28.0@85 29.9@85 31.2@125 33.2@156 36.2@172",
+    "fig3": "",
+    "fig4": "36.0/55.2/38.7/17.4/39.6/49.7@122",
+    "fig5": "",
+    "fig6": "",
+    "fig7": "- - - - 33.8/52.7/36.3 - - - - 33.9/51.8/36.4 - - 31.1/49.4/33.0 34.0/52.5/36.5",
+}
+
+THIRDS = (1.0, 1.259921, 1.587401)  # 2^(0/3), 2^(1/3), 2^(2/3)
+QUARTERS = (1.0, 1.189207, 1.414214, 1.681793)
+
+
+def rows() -> Iterator[tuple[Experiment, Row]]:
+    return ((one, row) for one in EXPERIMENTS.values() for row in one.rows)
+
+
+def claims() -> Iterator[tuple[Experiment, Claim]]:
+    return ((one, claim) for one in EXPERIMENTS.values() for claim in one.claims)
+
+
+def parse(printed: str) -> Published | None:
+    if printed == "-":
+        return None
+    figures, _, milliseconds = printed.partition("@")
+    numbers = [float(figure) for figure in figures.split("/")]
+    return Published(*numbers, milliseconds=float(milliseconds) if milliseconds else None)
+
+
+def resolved(experiment: str, key: str) -> Recipe:
+    one = EXPERIMENTS[experiment]
+    return load_recipe(one.recipe, one.row(key).settings)
+
+
+def test_names_in_the_papers_order() -> None:
+    assert list(EXPERIMENTS) == [
+        *("table1a", "table1b", "table1c", "table1d", "table1e", "table2", "table3"),
+        *("fig1", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7"),
+    ]
+    assert all(name == one.name for name, one in EXPERIMENTS.items())
+
+
+@pytest.mark.parametrize("name", list(PRINTED))
+def test_every_published_figure(name: str) -> None:
+    assert [row.published for row in EXPERIMENTS[name].rows] == [
+        parse(printed) for printed in PRINTED[name].split()
+    ]
+
+
+def test_keys_are_unique_and_file_names() -> None:
+    for one in EXPERIMENTS.values():
+        keys = [row.key for row in one.rows]
+        assert len({key.lower() for key in keys}) == len(keys), one.name
+        for key in keys:
+            assert not set(key) & set(' /\\:*?"<>|+'), key
+            assert one.row(key).key == key
+
+
+def test_unknown_key_is_answered_with_the_keys() -> None:
+    with pytest.raises(KeyError, match=r"table3 has no row 'fl': ce, focal, star-2-1, star-4-0"):
+        EXPERIMENTS["table3"].row("fl")
+
+
+def test_every_row_resolves() -> None:
+    for one, row in rows():
+        load_recipe(one.recipe, row.settings)
+
+
+def test_settings_of_table_1a() -> None:
+    for key, alpha in (("alpha=.1", 0.1), ("alpha=.75", 0.75), ("alpha=.999", 0.999)):
+        loss = resolved("table1a", key).loss
+        assert (loss.classification, loss.alpha) == ("cross_entropy", alpha)
+
+
+def test_settings_of_table_1b() -> None:
+    loss = resolved("table1b", "gamma=0").loss
+    assert (loss.classification, loss.alpha) == ("cross_entropy", 0.75)
+    for key, gamma, alpha in (
+        ("gamma=.1", 0.1, 0.75),
+        ("gamma=.2", 0.2, 0.75),
+        ("gamma=.5", 0.5, 0.5),
+        ("gamma=1", 1.0, 0.25),
+        ("gamma=2", 2.0, 0.25),
+        ("gamma=5", 5.0, 0.25),
+        ("gamma=2,alpha=.5", 2.0, 0.5),
+    ):
+        loss = resolved("table1b", key).loss
+        assert (loss.classification, loss.gamma, loss.alpha) == ("focal", gamma, alpha)
+
+
+@pytest.mark.parametrize(
+    ("key", "scales", "ratios"),
+    [
+        ("1x1", (1.0,), (1.0,)),
+        ("2x1", (1.0, 1.414214), (1.0,)),
+        ("3x1", THIRDS, (1.0,)),
+        ("1x3", (1.0,), (0.5, 1.0, 2.0)),
+        ("2x3", (1.0, 1.414214), (0.5, 1.0, 2.0)),
+        ("3x3", THIRDS, (0.5, 1.0, 2.0)),
+        ("4x3", QUARTERS, (0.5, 1.0, 2.0)),
+    ],
+)
+def test_settings_of_table_1c(
+    key: str, scales: tuple[float, ...], ratios: tuple[float, ...]
+) -> None:
+    anchors = resolved("table1c", key).anchors
+    assert anchors.scales == pytest.approx(scales, abs=1e-6)
+    assert anchors.aspect_ratios == ratios
+
+
+def test_settings_of_table_1d() -> None:
+    for key, mining, size, nms in (
+        ("ohem-128-.7", "ohem", 128, 0.7),
+        ("ohem-256-.5", "ohem", 256, 0.5),
+        ("ohem-512-.5", "ohem", 512, 0.5),
+        ("ohem_1_3-128-.5", "ohem_1_3", 128, 0.5),
+        ("ohem_1_3-512-.5", "ohem_1_3", 512, 0.5),
+    ):
+        loss = resolved("table1d", key).loss
+        assert (loss.classification, loss.alpha) == ("cross_entropy", None)
+        assert (loss.mining, loss.mining_size, loss.mining_nms) == (mining, size, nms)
+    assert resolved("table1d", "hinge").loss.classification == "hinge"
+    assert {row.depth for row in EXPERIMENTS["table1d"].rows} == {"101"}
+
+
+def test_depth_and_scale_of_table_1e() -> None:
+    assert [(row.depth, row.scale) for row in EXPERIMENTS["table1e"].rows] == [
+        (depth, scale) for depth in ("50", "101") for scale in (400, 500, 600, 700, 800)
+    ]
+
+
+def test_table_2_trains_retinanet_and_two_rivals() -> None:
+    one = EXPERIMENTS["table2"]
+    assert one.recipe == "paper_table2"
+    trained = [(row.rival, row.depth, row.scale) for row in one.rows if row.trained]
+    assert trained == [
+        *(("faster_rcnn", "101", 800), ("ssd", "101", 800)),
+        *(("", "101", 800), ("", "x101", 800)),
+    ]
+
+
+def test_settings_of_table_3_and_figure_7() -> None:
+    for name, key, gamma, beta in (
+        ("table3", "star-2-1", 2.0, 1.0),
+        ("table3", "star-4-0", 4.0, 0.0),
+        ("fig7", "star-1-2", 1.0, 2.0),
+    ):
+        loss = resolved(name, key).loss
+        assert (loss.classification, loss.alpha) == ("focal_star", None)
+        assert (loss.gamma, loss.beta) == (gamma, beta)
+
+
+def test_one_training_has_the_same_settings_in_every_table() -> None:
+    def same(*places: tuple[str, str]) -> None:
+        found = [(resolved(*place), EXPERIMENTS[place[0]].row(place[1]).depth) for place in places]
+        scales = [EXPERIMENTS[name].row(key).scale for name, key in places]
+        assert all(one == found[0] for one in found), places
+        assert len(set(scales)) == 1
+
+    same(("table1a", "alpha=.75"), ("table1b", "gamma=0"), ("table3", "ce"), ("fig7", "ce"))
+    focal = [("table1b", "gamma=2"), ("table1c", "3x3"), ("table3", "focal"), ("fig7", "focal")]
+    same(*focal, ("table1e", "R50-600"), ("fig2", "R50-600"))
+    same(("table3", "star-2-1"), ("fig7", "star-2-1"))
+    same(("table3", "star-4-0"), ("fig7", "star-4-0"))
+    same(("table1d", "focal"), ("table1e", "R101-600"), ("fig4", "R101-600"))
+
+
+def test_different_rows_of_a_table_are_different_trainings() -> None:
+    for one in EXPERIMENTS.values():
+        trained = [
+            (
+                load_recipe(one.recipe, row.settings).model_dump_json(),
+                row.depth,
+                row.scale,
+                row.rival,
+            )
+            for row in one.rows
+            if row.trained
+        ]
+        assert len(set(trained)) == len(trained), one.name
+
+
+def test_untrained_rows_have_figures() -> None:
+    for _, row in rows():
+        assert row.trained or row.published is not None
+
+
+def test_claims_name_rows_that_are_trained() -> None:
+    for one, claim in claims():
+        assert claim.first
+        assert claim.second
+        assert not set(claim.first) & set(claim.second)
+        assert all(one.row(key).trained for key in (*claim.first, *claim.second))
+        assert (claim.within > 0) == (claim.kind == "about")
+
+
+def test_the_papers_own_figures_fulfil_its_claims() -> None:
+    checked = 0
+    for one, claim in claims():
+        sides = [
+            [published.ap for key in keys if (published := one.row(key).published) is not None]
+            for keys in (claim.first, claim.second)
+        ]
+        if not all(sides):
+            assert claim.text == "the best OHEM over alpha-balanced CE"  # the one without a figure
+            continue
+        first, second = (max(side) for side in sides)
+        if claim.kind == "over":
+            assert first > second, claim.text
+        else:
+            assert abs(first - second) <= claim.within + 1e-9, claim.text
+        checked += 1
+    assert checked == sum(1 for _ in claims()) - 1
