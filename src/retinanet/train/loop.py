@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from retinanet.config import Recipe
@@ -22,13 +22,13 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers, train_loader
 from retinanet.detect.inference import choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
+from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
-from retinanet.losses.detection import RUNNING_START
+from retinanet.losses.detection import RUNNING_START, Losses
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    save_checkpoint,
     transfer_weights,
     write_checkpoint,
 )
@@ -50,6 +50,7 @@ from retinanet.train.processes import ctrl_c, deterministic, from_main, open_acc
 from retinanet.train.run_folder import RunFolder, describe_machine
 from retinanet.train.state import Progress, load_state, read_progress, save_state
 from retinanet.train.step import backward, clip, loss_settings, settings_on
+from retinanet.train.subject import MakeSubject
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,23 @@ def train(
         NonFiniteLossError: the loss or its gradient is NaN or infinite; what reproduces it is kept.
         WeightsError: `init` or the backbone's weights cannot be used.
     """
+
+    def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
+        return _Subject(recipe, train_set, accelerator, init, tell)
+
+    return train_subject(make, recipe, data, out, device=device, on_event=on_event)
+
+
+def train_subject(
+    make: MakeSubject,
+    recipe: Recipe,
+    data: str | Path | Mapping[str, Dataset],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    on_event: Listener | None = None,
+) -> Run:
+    """Train whatever `make` makes; arguments, run folder and errors are those of :func:`train`."""
     settings = recipe.train
     accelerator = open_accelerator(device, settings.trackers, Path(out))
     tell = _teller(accelerator, on_event)
@@ -151,12 +169,7 @@ def train(
             message=f"warning: {len(shared)} pictures are in train and in val, the first: "
             f"{min(shared)}; the AP on val is not honest",
         )
-    alpha = recipe.loss.alpha
-    if isinstance(alpha, tuple) and len(alpha) != len(train_set.classes):
-        raise ConfigError(
-            f"loss.alpha has {len(alpha)} numbers and the data {len(train_set.classes)} classes: "
-            f"{', '.join(train_set.classes)}"
-        )
+    subject = make(accelerator, train_set, tell)
     if left_out:
         first = f"{left_out[0].file}: {left_out[0].reason}"
         tell(
@@ -202,7 +215,7 @@ def train(
         machine |= {"data_digest": data_digest, "split_origin": train_set.split_origin}
         machine |= {"images": {name: len(one) for name, one in splits.items()}}
         machine |= {"steps": steps, "processes": accelerator.num_processes}
-        machine |= {"init": None if init is None else str(init)}
+        machine |= subject.info
         folder.begin(recipe, machine)
     if settings.trackers:
         accelerator.init_trackers("retinanet")
@@ -216,13 +229,8 @@ def train(
     if precision == "auto":
         fast = choose_dtype("auto", accelerator.device) == torch.bfloat16
         precision = "bf16" if fast else "float32"
-    if stored is None and init is not None:
-        model = _build_from(init, recipe, train_set.classes, tell)
-    elif stored is None:
-        model = _build(recipe, len(train_set.classes))
-    else:
-        # Built from what the run itself keeps: the backbone's weights may be gone or out of reach.
-        model = load_checkpoint(folder.last).model
+    # Resumed from what the run itself keeps: the backbone's weights may be gone or out of reach.
+    model = subject.build() if stored is None else subject.restore(folder.last)
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = AveragedModel(model, use_buffers=True) if settings.ema else None
     lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
@@ -249,22 +257,8 @@ def train(
             folder.cut_log(progress.step)
     network = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
 
-    def checkpoint() -> Checkpoint:
-        return Checkpoint(
-            model=model if averaged is None else cast(RetinaNet, averaged.module),
-            classes=train_set.classes,
-            category_ids=train_set.category_ids,
-            image_size=recipe.data.image_size,
-            max_size=recipe.data.max_size,
-            info={
-                "detect": recipe.detect.model_dump(mode="json"),
-                "loss": loss_settings(recipe),
-                "recipe": recipe.name,
-                "step": progress.step,
-                # A split that was made is made again with these: nothing trained on is judged.
-                "split": {"seed": settings.seed, "held_out": recipe.data.held_out},
-            },
-        )
+    def judged() -> nn.Module:
+        return model if averaged is None else averaged.module
 
     def keep() -> None:
         """Put the state of this moment into last/, whole or not at all."""
@@ -275,7 +269,7 @@ def train(
             extras |= {f"averaged.{name}": one for name, one in averaged.state_dict().items()}
 
         def fill(draft: Path) -> None:
-            write_checkpoint(draft, checkpoint())
+            subject.write(draft, judged(), progress.step)
             save_state(draft, progress, model, optimizer, extras, {"scaler": scaler.state_dict()})
 
         replace_folder(folder.last, fill)
@@ -285,18 +279,13 @@ def train(
         if val_set is None:
             return
         if accelerator.is_main_process:
-            metrics = evaluate_model(
-                checkpoint().model,
+            metrics = subject.evaluate(
+                judged(),
                 val_set,
-                image_size=recipe.data.image_size,
-                max_size=recipe.data.max_size,
                 batch_size=max(1, settings.batch_size // accelerator.num_processes),
                 workers=workers,
-                device=accelerator.device,
                 precision=precision,
-                loss=loss_settings(recipe),
                 progress=lambda done, total: tell("validating", done=done, total=total),
-                **recipe.detect.model_dump(),
             )
             figures = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
             # NaN (there is no object to find) is null in JSON.
@@ -310,7 +299,9 @@ def train(
                 progress.best_ap, progress.best_step = metrics.ap, progress.step
                 progress.best_metrics = progress.metrics
                 write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
-                save_checkpoint(folder.best, checkpoint())
+                replace_folder(
+                    folder.best, lambda draft: subject.write(draft, judged(), progress.step)
+                )
             progress.stopped_early = 0 < settings.early_stop <= progress.bad_validations
             folder.append({"step": progress.step, "validation": progress.metrics})
             tell("validation", step=progress.step, **progress.metrics)
@@ -323,16 +314,14 @@ def train(
         figures, stopped = done.figures.read()
         if stopped:
             progress.step = done.number  # no later one has moved anything
-            report_nonfinite(
+            subject.report_nonfinite(
                 folder.path,
+                model,
                 step=done.number,
                 batch=done.batch,
-                checkpoint=checkpoint(),
-                model=model,
-                dataset=train_set,
                 running=done.running,
-                write=accelerator.is_main_process,
                 numbers={"lr": done.lr, "precision": precision, **figures.as_dict()},
+                write=accelerator.is_main_process,
             )
 
     def log(done: _Step) -> None:
@@ -371,7 +360,7 @@ def train(
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        fill=padding_colour(model),
+        fill=padding_colour(cast(RetinaNet, model)),
     )
     tell(
         "resume" if stored is not None else "start",
@@ -389,7 +378,6 @@ def train(
     meter = Meter(settings.batch_size, accelerator.device)
     interrupted = False
     guard = Guard(accelerator.device, scaled=scaler.is_enabled())
-    of_loss = settings_on(accelerator.device, loss_settings(recipe))
     ahead = _steps_ahead(accelerator.device)
     in_flight: deque[_Step] = deque()
     network.train()
@@ -413,13 +401,11 @@ def train(
             set_lr(optimizer, lr * factor)
 
             running_before = running
-            losses, running = backward(
-                accelerator,
+            losses, running = subject.backward(
                 network,
                 model,
                 batch,
-                settings=of_loss,
-                accumulate=settings.accumulate,
+                step=progress.step,
                 precision=precision,
                 scaler=scaler,
                 running=running,
@@ -476,6 +462,131 @@ def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
 
 def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
     return read_splits(data, seed=recipe.train.seed, held_out=recipe.data.held_out, extras=False)
+
+
+class _Subject:
+    """A RetinaNet, as :class:`retinanet.train.subject.Subject`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train_set: Dataset,
+        accelerator: Accelerator,
+        init: str | Path | None,
+        tell: Callable[..., None],
+    ) -> None:
+        alpha = recipe.loss.alpha
+        if isinstance(alpha, tuple) and len(alpha) != len(train_set.classes):
+            raise ConfigError(
+                f"loss.alpha has {len(alpha)} numbers and the data {len(train_set.classes)} "
+                f"classes: {', '.join(train_set.classes)}"
+            )
+        self.info: Mapping[str, Any] = {"init": None if init is None else str(init)}
+        self._recipe = recipe
+        self._train_set = train_set
+        self._accelerator = accelerator
+        self._init = init
+        self._tell = tell
+        self._of_loss = settings_on(accelerator.device, loss_settings(recipe))
+
+    def build(self) -> nn.Module:
+        if self._init is None:
+            return _build(self._recipe, len(self._train_set.classes))
+        return _build_from(self._init, self._recipe, self._train_set.classes, self._tell)
+
+    def restore(self, folder: Path) -> nn.Module:
+        return load_checkpoint(folder).model
+
+    def backward(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        step: int,
+        precision: str,
+        scaler: torch.amp.GradScaler,
+        running: Tensor,
+    ) -> tuple[Losses, Tensor]:
+        return backward(
+            self._accelerator,
+            network,
+            cast(RetinaNet, model),
+            batch,
+            settings=self._of_loss,
+            accumulate=self._recipe.train.accumulate,
+            precision=precision,
+            scaler=scaler,
+            running=running,
+        )
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        workers: int,
+        precision: str,
+        progress: Callable[[int, int], None],
+    ) -> Metrics:
+        return evaluate_model(
+            cast(RetinaNet, model),
+            dataset,
+            image_size=self._recipe.data.image_size,
+            max_size=self._recipe.data.max_size,
+            batch_size=batch_size,
+            workers=workers,
+            device=self._accelerator.device,
+            precision=precision,
+            loss=loss_settings(self._recipe),
+            progress=progress,
+            **self._recipe.detect.model_dump(),
+        )
+
+    def write(self, folder: Path, model: nn.Module, step: int) -> None:
+        write_checkpoint(folder, self._checkpoint(model, step))
+
+    def report_nonfinite(
+        self,
+        run: Path,
+        model: nn.Module,
+        *,
+        step: int,
+        batch: Batch,
+        running: Tensor,
+        numbers: Mapping[str, Any],
+        write: bool,
+    ) -> NoReturn:
+        report_nonfinite(
+            run,
+            step=step,
+            batch=batch,
+            checkpoint=self._checkpoint(model, step),
+            model=model,
+            dataset=self._train_set,
+            running=running,
+            numbers=numbers,
+            write=write,
+        )
+
+    def _checkpoint(self, model: nn.Module, step: int) -> Checkpoint:
+        recipe = self._recipe
+        return Checkpoint(
+            model=cast(RetinaNet, model),
+            classes=self._train_set.classes,
+            category_ids=self._train_set.category_ids,
+            image_size=recipe.data.image_size,
+            max_size=recipe.data.max_size,
+            info={
+                "detect": recipe.detect.model_dump(mode="json"),
+                "loss": loss_settings(recipe),
+                "recipe": recipe.name,
+                "step": step,
+                # A split that was made is made again with these: nothing trained on is judged.
+                "split": {"seed": recipe.train.seed, "held_out": recipe.data.held_out},
+            },
+        )
 
 
 def _build(recipe: Recipe, num_classes: int) -> RetinaNet:

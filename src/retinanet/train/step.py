@@ -66,7 +66,7 @@ def backward(
     parts = accelerator.num_processes * accumulate
     share_of_all = _share_of_all(accelerator, anchors, batch.targets, settings, accumulate)
     losses: list[Losses] = []
-    pieces = list(_micro_batches(batch, accumulate))
+    pieces = list(micro_batches(batch, accumulate))
     for piece in pieces:
         with sync_if(accelerator, network, piece is pieces[-1]):
             with autocast(precision, device):
@@ -137,7 +137,8 @@ def _share_of_all(
     return share
 
 
-def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """The `count` equal parts of a batch, in order."""
     size = len(batch.images) // count
     for i in range(0, len(batch.images), size):
         part = slice(i, i + size)
