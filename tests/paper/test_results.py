@@ -215,14 +215,15 @@ def test_about(first: Sequence[float], second: Sequence[float], expected: str) -
 
 def test_about_includes_its_border() -> None:
     assert verdict((0.35,), (0.34,), "about", 1.0).said == "holds (one seed)"
+    # 100 * .28 - 100 * .27 is 1.0000000000000036 in floating point.
+    assert verdict((0.28,), (0.27,), "about", 1.0).said == "holds (one seed)"
     assert verdict((0.3501,), (0.34,), "about", 1.0).said == "does not hold (one seed)"
 
 
 def test_not_measured() -> None:
     (found,) = gather(table(OVER), {"a": done(0.3)}, ABOUT).claims
-    assert found == ClaimResult(
-        OVER.text, "not measured", paper="34.0 (gamma 2) against 31.1 (gamma 0): +2.9"
-    )
+    assert (found.verdict, found.said) == ("not measured", "not measured")
+    assert found.cells() == (OVER.text, "34.0 (gamma 2) against 31.1 (gamma 0): +2.9", "-")
     (found,) = gather(table(OVER), {"a": done(0.3), "b": [Outcome(0, "failed")]}, ABOUT).claims
     assert found.verdict == "not measured"
 
@@ -230,10 +231,21 @@ def test_not_measured() -> None:
 def test_words() -> None:
     outcomes = {"a": done(0.30, 0.32), "b": done(0.25, 0.27)}
     (found,) = gather(table(OVER), outcomes, ABOUT).claims
-    assert found.here == "31.0 ± 1.4 (gamma 2) against 26.0 ± 1.4 (gamma 0): +5.0 ± 2.0"
-    assert found.paper == "34.0 (gamma 2) against 31.1 (gamma 0): +2.9"
-    (found,) = gather(table(OVER), {"a": done(0.3), "b": done(0.3003)}, ABOUT).claims
-    assert found.here.endswith(": +0.0")
+    assert found.cells() == (
+        "gamma 2 over gamma 0",
+        "34.0 (gamma 2) against 31.1 (gamma 0): +2.9",
+        "31.0 ± 1.4 (gamma 2) against 26.0 ± 1.4 (gamma 0): +5.0 ± 2.0",
+    )
+    assert found.brief_cells() == (
+        "gamma 2 over gamma 0",
+        "34.0 against 31.1: +2.9",
+        "31.0 ± 1.4 against 26.0 ± 1.4: +5.0 ± 2.0",
+    )
+
+
+def test_a_difference_that_rounds_to_0_has_no_minus() -> None:
+    assert verdict((0.3,), (0.3003,)).brief_cells()[2] == "30.0 against 30.0: +0.0"
+    assert verdict((0.3, 0.3), (0.301, 0.302)).brief_cells()[2].endswith(": -0.1 ± 0.1")
 
 
 def test_the_best_row_of_a_side_counts() -> None:
@@ -241,7 +253,7 @@ def test_the_best_row_of_a_side_counts() -> None:
     outcomes = {"a": done(0.30), "b": done(0.20), "c": done(0.31)}
     (found,) = gather(table(claim), outcomes, ABOUT).claims
     assert found.verdict == "does not hold"
-    assert found.here == "30.0 (gamma 2) against 31.0 (hinge): -1.0"
+    assert found.cells()[2] == "30.0 (gamma 2) against 31.0 (hinge): -1.0"
     assert found.note == ""
 
 
@@ -249,7 +261,7 @@ def test_rows_of_a_claim_that_are_missing_are_named() -> None:
     claim = Claim("FL over the rest", "over", ("a",), ("b", "c"))
     (found,) = gather(table(claim), {"a": done(0.3), "b": done(0.2)}, ABOUT).claims
     assert found.verdict == "holds"
-    assert found.note == "without hinge: not measured"
+    assert found.cells()[2].endswith(": +10.0; without hinge: not measured")
 
 
 def test_a_side_without_published_figures() -> None:
@@ -257,7 +269,7 @@ def test_a_side_without_published_figures() -> None:
         "a": RowResult("a", "A", figures={"AP": Figure(3.0)}, published=Published(1.0)),
         "b": RowResult("b", "B", figures={"AP": Figure(2.0)}),
     }
-    assert judge(OVER, rows).paper == "no figure"
+    assert judge(OVER, rows).cells()[1:] == ("-", "3.0 (A) against 2.0 (B): +1.0")
 
 
 # --- forms ---------------------------------------------------------------------------------------

@@ -67,9 +67,42 @@ class Figure:
     mean: float
     deviation: float | None = None
 
+    @property
+    def spread(self) -> str:
+        """`` ± 0.3``, or nothing."""
+        return "" if self.deviation is None else f" ± {self.deviation:.1f}"
+
     def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread}"
+        return f"{self.mean:.1f}{self.spread}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two rows of a claim and how far apart they are."""
+
+    first_label: str
+    first: Figure
+    second_label: str
+    second: Figure
+    difference: Figure
+
+    @property
+    def brief(self) -> str:
+        """``34.0 against 31.1: +2.9``."""
+        return f"{self.first} against {self.second}: {self._apart}"
+
+    @property
+    def words(self) -> str:
+        """``34.0 (FL, gamma 2) against 31.1 (CE): +2.9``."""
+        return (
+            f"{self.first} ({self.first_label}) against {self.second} ({self.second_label}): "
+            f"{self._apart}"
+        )
+
+    @property
+    def _apart(self) -> str:
+        rounded = round(self.difference.mean, 1) + 0.0  # no -0.0
+        return f"{rounded:+.1f}{self.difference.spread}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +157,32 @@ class ClaimResult:
         verdict: ``not separated``: the means lie closer to where the verdict turns than the
             deviation of their difference, sqrt(s1^2 + s2^2).
         one_seed: a side has one seed, so that the deviation is not known.
-        here, paper: both sides and their difference, measured and published.
+        here, paper: both sides, measured and published; None: a side has no figure.
         note: rows that the claim names and that were not measured.
     """
 
     text: str
     verdict: Verdict
     one_seed: bool = False
-    here: str = ""
-    paper: str = ""
+    here: Comparison | None = None
+    paper: Comparison | None = None
     note: str = ""
 
     @property
     def said(self) -> str:
         """The verdict, with the mark of a single seed."""
         return f"{self.verdict} (one seed)" if self.one_seed else self.verdict
+
+    def cells(self) -> tuple[str, str, str]:
+        """The claim, the paper's figures and ours with the names of the rows."""
+        here = self.here.words if self.here else "-"
+        note = f"; {self.note}" if self.note else ""
+        return self.text, self.paper.words if self.paper else "-", here + note
+
+    def brief_cells(self) -> tuple[str, str, str]:
+        """The same without the names."""
+        paper, here = (one.brief if one else "-" for one in (self.paper, self.here))
+        return self.text, paper, here
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +270,7 @@ class TableResult:
         if self.footnotes:
             parts.append("\n".join(f"- {_escape(line)}" for line in self.footnotes))
         if self.claims:
-            rows = [[one.text, one.paper, _with_note(one), one.said] for one in self.claims]
+            rows = [[*one.cells(), one.said] for one in self.claims]
             parts.append(markdown_table(CLAIM_COLUMNS, rows, text=4))
         if self.note:
             parts.append(self.note)
@@ -272,7 +316,7 @@ class TableResult:
         return cls(
             **{**values, "shown": tuple(values["shown"])},
             lines=tuple(_read_row(one) for one in lines),
-            claims=tuple(ClaimResult(**one) for one in claims),
+            claims=tuple(_read_claim(one) for one in claims),
         )
 
     @property
@@ -374,7 +418,7 @@ def judge(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     difference, sqrt(s1^2 + s2^2), is not separated.
     """
     sides = [[rows[key] for key in keys] for keys in (claim.first, claim.second)]
-    paper = _published_words([[row for row in side if row.published] for side in sides])
+    paper = _published([[row for row in side if row.published] for side in sides])
     measured = [[row for row in side if "AP" in row.figures] for side in sides]
     absent = [row.label for side in sides for row in side if "AP" not in row.figures]
     if not all(measured):
@@ -395,9 +439,7 @@ def judge(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
         claim.text,
         verdict,
         one_seed=deviation is None,
-        here=_words(
-            [(str(row.figures["AP"]), row.label) for row in best], Figure(difference, deviation)
-        ),
+        here=Comparison(best[0].label, first, best[1].label, second, Figure(difference, deviation)),
         paper=paper,
         note=f"without {', '.join(absent)}: not measured" if absent else "",
     )
@@ -465,28 +507,32 @@ def _points(label: str, outcome: Outcome, name: str) -> float | None:
     return None if value is None or math.isnan(value) else 100 * float(value)
 
 
-def _published_words(sides: Sequence[Sequence[RowResult]]) -> str:
+def _published(sides: Sequence[Sequence[RowResult]]) -> Comparison | None:
     if not all(sides):
-        return "no figure"
-    best = [max(side, key=_published_ap) for side in sides]
-    difference = _published_ap(best[0]) - _published_ap(best[1])
-    return _words([(row.in_paper("AP"), row.label) for row in best], Figure(difference))
+        return None
+    first, second = (max(side, key=_published_ap) for side in sides)
+    aps = _published_ap(first), _published_ap(second)
+    return Comparison(
+        first.label, Figure(aps[0]), second.label, Figure(aps[1]), Figure(aps[0] - aps[1])
+    )
 
 
 def _published_ap(row: RowResult) -> float:
     return -math.inf if row.published is None else row.published.ap
 
 
-def _words(sides: Sequence[tuple[str, str]], difference: Figure) -> str:
-    """Both rows and their difference: ``34.0 (gamma 2) against 31.1 (gamma 0): +2.9``."""
-    first, second = (f"{figure} ({label})" for figure, label in sides)
-    spread = "" if difference.deviation is None else f" ± {difference.deviation:.1f}"
-    rounded = round(difference.mean, 1) + 0.0  # no -0.0
-    return f"{first} against {second}: {rounded:+.1f}{spread}"
+def _read_comparison(values: dict[str, Any] | None) -> Comparison | None:
+    if values is None:
+        return None
+    first, second, difference = (
+        Figure(**values.pop(name)) for name in ("first", "second", "difference")
+    )
+    return Comparison(**values, first=first, second=second, difference=difference)
 
 
-def _with_note(claim: ClaimResult) -> str:
-    return f"{claim.here}; {claim.note}" if claim.note else claim.here or "-"
+def _read_claim(values: dict[str, Any]) -> ClaimResult:
+    here, paper = (_read_comparison(values.pop(name)) for name in ("here", "paper"))
+    return ClaimResult(**values, here=here, paper=paper)
 
 
 def _read_row(values: dict[str, Any]) -> RowResult:

@@ -111,7 +111,7 @@ def _table1b() -> Experiment:
     )
     zero = Row(
         "gamma=0",
-        "gamma 0 (CE), alpha .75",
+        "CE (gamma 0), alpha .75",
         _cross_entropy(0.75),
         published=Published(31.1, 49.4, 33.0),
     )

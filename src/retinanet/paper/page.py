@@ -1,0 +1,227 @@
+"""The page of an ``--out`` folder: the paper's claims and what was found, then every table."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from retinanet.paper.results import (
+    CLAIM_COLUMNS,
+    SETTING_COLUMNS,
+    ClaimResult,
+    TableResult,
+    Verdict,
+    about_facts,
+    markdown_table,
+)
+from retinanet.report.html import Page
+
+GLANCE_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
+"""Headings of all claims at a glance."""
+
+_SHORT = 26  # letters that a cell of a claim keeps on one line
+_NO_BREAK = "\u00a0"
+
+# Dark enough for text on white (contrast over 4.5).
+_COLOURS: Mapping[Verdict, str] = {
+    "holds": "#1a7f37",
+    "does not hold": "#b42318",
+    "not separated": "#7a5d00",
+    "not measured": "#59636e",
+}
+
+
+def write_page(
+    out: str | Path,
+    results: Sequence[TableResult],
+    plots: Mapping[str, Sequence[Path]] | None = None,
+) -> Path:
+    """Write ``report.html`` of a folder.
+
+    Args:
+        out: the folder that the trainings lie in; links to run folders and to plots start here.
+        results: in the order of the page; figures without training have no rows.
+        plots: by the name of a table or figure; PNG and JPEG are shown, others linked.
+
+    Returns:
+        the file.
+
+    Raises:
+        DataError: a plot cannot be read.
+        ValueError: a plot belongs to none of the results.
+    """
+    out, plots = Path(out), dict(plots or {})
+    strange = plots.keys() - {one.name for one in results}
+    if strange:
+        raise ValueError(f"plots of {', '.join(sorted(strange))}, of which there is no result")
+    page = _Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
+    page.section("At a glance")
+    for line in dict.fromkeys(one.not_coco for one in results if one.not_coco):
+        page.text(line)
+    claims = [claim for one in results for claim in one.claims]
+    if claims:
+        page.facts(_counts(claims))
+        page.claims(
+            GLANCE_COLUMNS, [([_short(one), *c.brief_cells()], c) for one, c in _all(results)]
+        )
+        page.text(_HOW_TO_READ)
+    else:
+        page.text("No claim was tested.")
+    for one in results:
+        page.section(_short(one))
+        page.heading(one.title)
+        _add_result(page, one, out, plots.get(one.name, ()))
+    return page.write(out / "report.html")
+
+
+def index_markdown(results: Sequence[TableResult]) -> str:
+    """All claims at a glance, in Markdown; one table of the paper after the other."""
+    parts = [f"**{line}**" for line in dict.fromkeys(one.not_coco for one in results) if line]
+    rows = [[_short(one), *claim.brief_cells(), claim.said] for one, claim in _all(results)]
+    parts.append(markdown_table(GLANCE_COLUMNS, rows, text=5) if rows else "No claim was tested.")
+    return "\n\n".join(parts) + "\n"
+
+
+_HOW_TO_READ = (
+    "Points of AP, mean and standard deviation over seeds; of each side the row with the highest "
+    "mean. Not separated: the means lie closer to where the verdict turns than the deviation of "
+    "their difference. One seed: how far chance moves the figures is not known."
+)
+
+
+class _Page(Page):
+    """A page that also has verdicts in colour and links."""
+
+    def claims(
+        self, columns: Sequence[str], rows: Iterable[tuple[Sequence[str], ClaimResult]]
+    ) -> Self:
+        """A table of texts that ends in the verdict of each row's claim."""
+        head = "".join(f'<th class="text">{escape(name)}</th>' for name in columns)
+        body = ""
+        for cells, claim in rows:
+            texts = "".join(f'<td class="text">{_unbroken(cell)}</td>' for cell in cells)
+            # A sign beside the colour, for those who do not tell red from green.
+            sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
+            said = f'<b style="color: {_COLOURS[claim.verdict]}">{_unbroken(sign + claim.said)}</b>'
+            body += f'<tr>{texts}<td class="text">{said}</td></tr>'
+        return self._add(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+
+    def links(self, title: str, links: Iterable[tuple[str, str]]) -> Self:
+        """(address, text) in a paragraph behind a title."""
+        return self._add(f"<p>{escape(title)}: {_anchors(links)}</p>")
+
+    def folded_links(
+        self, title: str, rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]
+    ) -> Self:
+        """Links of several things, a line each, under a title that unfolds."""
+        body = "".join(
+            f'<tr><td class="text">{escape(name)}</td><td class="text">{_anchors(links)}</td></tr>'
+            for name, links in rows
+        )
+        return self._add(
+            f'<details><summary>{escape(title)}</summary><div class="scroll"><table><tbody>{body}'
+            "</tbody></table></div></details>"
+        )
+
+
+def _unbroken(text: str) -> str:
+    """Text whose lines do not end within a short name or a figure and its deviation."""
+    short = escape(text) if len(text) > _SHORT else escape(text).replace(" ", _NO_BREAK)
+    return short.replace(" ± ", f"{_NO_BREAK}±{_NO_BREAK}")
+
+
+def _anchors(links: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(
+        f'<a href="{escape(quote(address))}">{escape(text)}</a>' for address, text in links
+    )
+
+
+def _add_result(page: _Page, one: TableResult, out: Path, plots: Sequence[Path]) -> None:
+    page.text(f"{one.section}." + (f" In the paper: {one.setting}." if one.setting else ""))
+    if one.not_coco:
+        page.text(one.not_coco)
+    shown = [plot for plot in plots if plot.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if shown:
+        page.pictures([(plot, "") for plot in shown])
+    if plots:
+        page.links("Files", [(_address(plot, out), plot.name) for plot in plots])
+    if one.lines:
+        page.table(one.wide_columns, one.wide_rows)
+    for line in one.footnotes:
+        page.text(line)
+    if one.claims:
+        page.heading("What the paper concludes")
+        page.claims(CLAIM_COLUMNS, [(claim.cells(), claim) for claim in one.claims])
+    if one.note:
+        page.text(one.note)
+    _add_about(page, one, out)
+
+
+def _add_about(page: _Page, one: TableResult, out: Path) -> None:
+    settings = one.about.get("settings") or ()
+    folders = [(row.label, row.folders) for row in one.lines if row.folders]
+    if not (one.about.get("command") or about_facts(one.about) or settings or folders):
+        return
+    page.heading("How it was measured")
+    if one.about.get("command"):
+        page.code(str(one.about["command"]))
+    facts = about_facts(one.about)
+    if facts:
+        page.table(["", ""], facts, left=2)
+    if settings:
+        cells = [[str(cell) for cell in row] for row in settings]
+        title = f"{len(cells)} settings that differ from the paper's"
+        page.table(SETTING_COLUMNS, cells, left=3, folded=title)
+    if folders:
+        rows = [
+            (label, [(_address(_landing(out / one), out), Path(one).name) for one in own])
+            for label, own in folders
+        ]
+        page.folded_links("Run folders", rows)
+
+
+def _all(results: Sequence[TableResult]) -> list[tuple[TableResult, ClaimResult]]:
+    return [(one, claim) for one in results for claim in one.claims]
+
+
+def _short(one: TableResult) -> str:
+    """``Table 1b``."""
+    return one.heading.partition(":")[0]
+
+
+def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
+    """How many claims got each verdict, of those that occur."""
+    counted = Counter(claim.verdict for claim in claims)
+    names = {"holds": "hold", "does not hold": "do not hold"}
+    facts: dict[str, object] = {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims)}
+    for verdict in _COLOURS:
+        if counted[verdict]:
+            facts[names.get(verdict, verdict)] = counted[verdict]
+    return facts
+
+
+def _subtitle(results: Sequence[TableResult]) -> str:
+    """The paper, and the data and machines of the results."""
+    parts = ["Lin et al. 2017, arXiv:1708.02002"]
+    for name in ("data", "machine"):
+        parts += dict.fromkeys(str(one.about[name]) for one in results if one.about.get(name))
+    return " · ".join(parts)
+
+
+def _landing(folder: Path) -> Path:
+    """What to open of a run folder: its report, if it has one."""
+    report = folder / "report.html"
+    return report if report.is_file() else folder
+
+
+def _address(path: Path, out: Path) -> str:
+    """A path from the page on, with slashes everywhere."""
+    return Path(os.path.relpath(path, out)).as_posix()
