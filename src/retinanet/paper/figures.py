@@ -244,14 +244,14 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
         made[trace.outcomes[convolution]] = (trace.sources[convolution], convolution, None)
     levels = []
     for name in (one for one in trace.levels if one[0] == "P"):
-        source, convolution, output = made[name]
+        source, first, output = made[name]
         levels.append(
             _level(
                 name,
                 strides,
                 trace,
                 source=source,
-                convolution=_convolution(convolution),
+                convolution=_convolution(first),
                 output=None if output is None else _convolution(output),
             )
         )

@@ -1,4 +1,4 @@
-"""Pictures of a training and of an evaluation, as PNG files.
+"""Pictures of a training and of an evaluation, as PNG files; any figure can be an SVG too.
 
 Colours are those of Okabe and Ito, which people who see colours differently tell apart.
 """
@@ -55,6 +55,7 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "figure.facecolor": "white",
     "savefig.dpi": 160,
+    "svg.hashsalt": "retinanet",  # ids in an SVG are random without it
     "text.parse_math": False,  # a class may be called "US$ 5"
 }
 _POINTS = 1500  # more would not be told apart
@@ -405,10 +406,14 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
 
 
 @contextmanager
-def open_figure(width: float, height: float, file: str | Path) -> Iterator[Figure]:
-    """A figure of so many inches in our style, written to `file` at the end."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Figure]:
+    """A figure of so many inches in our style, written to `files` at the end.
+
+    Their names say as what: PNG or SVG. The same figure always gives the same bytes.
+    """
+    places = [Path(one) for one in files]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
     style: Any = {**mpl.rcParamsDefault, "backend": "agg", **_STYLE}
     with mpl.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -417,7 +422,10 @@ def open_figure(width: float, height: float, file: str | Path) -> Iterator[Figur
         with warnings.catch_warnings():
             # Names in a script that the font lacks come out as boxes, which need not be said.
             warnings.filterwarnings("ignore", message=r"Glyph \d+")
-            figure.savefig(file, metadata={"Software": None})
+            for place in places:
+                # What else would be written: the version of matplotlib, and the date.
+                unsaid = "Date" if place.suffix == ".svg" else "Software"
+                figure.savefig(place, metadata={unsaid: None})
 
 
 def _parts(
