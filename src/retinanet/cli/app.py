@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from retinanet import __version__
-from retinanet.cli import bench, data, demo, detect, evaluate, train
+from retinanet.cli import bench, data, demo, detect, evaluate, paper, report, train
 from retinanet.cli.console import STOPPED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
@@ -39,6 +39,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at labelled data: check, convert, show, anchors.", **_SETTINGS)
 
+paper_app = typer.Typer(help="The paper's tables and figures: list, run.", **_SETTINGS)
+
+report_app = typer.Typer(
+    help="The paper's figures for your own models: loss-distribution, speed-accuracy.", **_SETTINGS
+)
+
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
@@ -48,7 +54,14 @@ data_app.command("check")(data.check)
 data_app.command("convert")(data.convert)
 data_app.command("show")(data.show)
 data_app.command("anchors")(data.anchors)
+app.add_typer(report_app, name="report")
+report_app.command("loss-distribution")(report.loss_distribution)
+report_app.command("speed-accuracy")(report.speed_accuracy)
 app.command("bench")(bench.bench)
+app.add_typer(paper_app, name="paper")
+paper_app.command("list")(paper.list_experiments)
+paper_app.command("run")(paper.run)
+paper_app.command("work", hidden=True)(paper.work)
 
 
 def _version(wanted: bool) -> None:
@@ -83,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [one for one in given if one != "--debug"]
-    if given in ([], ["data"]):
+    if given in ([], ["data"], ["paper"], ["report"]):
         given.append("--help")
     try:
         code = app(given, prog_name="retinanet", standalone_mode=False)
@@ -99,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(f"error: {_one_line(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
     if code == STOPPED:
-        goes_on = given[0] in ("train", "demo")
+        goes_on = given[0] in ("train", "demo", "paper")
         again = f"; to go on: {shlex.join(['retinanet', *given])}" if goes_on else ""
         note(f"stopped{again}")
     return code if isinstance(code, int) else 0

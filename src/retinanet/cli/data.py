@@ -14,7 +14,6 @@ from retinanet.cli.console import note, print_json, progress, say, table
 from retinanet.cli.settings import Settings, resolve_recipe
 
 if TYPE_CHECKING:
-    from retinanet.anchors import AnchorSpec
     from retinanet.config import Recipe
     from retinanet.data import AnchorReach, CheckReport, Dataset, Statistics
 
@@ -57,9 +56,10 @@ def check(
     The exit code is 1 where problems were found, 0 where there are none or --fix wrote a copy.
     """
     from retinanet.data import anchor_reach, check_datasets, read_splits, write_fixed
+    from retinanet.train.step import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
-    splits = read_splits(data, format=format, seed=chosen.train.seed, held_out=chosen.data.held_out)
+    splits = read_splits(data, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out)
     with progress("opening pictures") as show:
         report = check_datasets(splits, progress=show)
     reach = None
@@ -159,10 +159,11 @@ def show(
     """
     from retinanet.cli.drawing import draw_labels
     from retinanet.data import read_dataset
+    from retinanet.train.step import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     dataset = read_dataset(
-        data, split, format=format, seed=chosen.train.seed, held_out=chosen.data.held_out
+        data, split, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out
     )
     spec = recipe_anchors(chosen) if with_anchors else None
     with progress("drawing") as update:
@@ -198,10 +199,11 @@ def anchors(
     An object is reached where an anchor overlaps it enough to answer for it (an IoU of .5).
     """
     from retinanet.data import anchor_reach, read_dataset, usable
+    from retinanet.train.step import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     whole = read_dataset(
-        data, split, format=format, seed=chosen.train.seed, held_out=chosen.data.held_out
+        data, split, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out
     )
     dataset, _ = usable(whole)
     tried: list[tuple[_Candidate, AnchorReach]] = []
@@ -257,22 +259,6 @@ def anchors(
         say(f"suggested: {shlex.join(best.settings)}")
     else:
         say("the anchors reach enough as they are")
-
-
-def recipe_anchors(recipe: Recipe) -> AnchorSpec:
-    """The anchors that a recipe asks for.
-
-    Raises:
-        ConfigError: there are not as many sizes as levels.
-    """
-    from retinanet.anchors import anchor_spec
-    from retinanet.errors import ConfigError
-
-    strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
-    try:
-        return anchor_spec(strides, **recipe.anchors.model_dump())
-    except ValueError as error:
-        raise ConfigError(f"anchors: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

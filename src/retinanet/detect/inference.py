@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 """In what torch computes; ``auto`` is bf16 where the hardware has units for it."""
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Normalising(Protocol):
+    """A network that takes the mean from its pictures itself."""
+
+    @property
+    def pixel_mean(self) -> Tensor: ...
 
 
 class Thresholds(TypedDict, total=False):
@@ -84,7 +91,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=dtype)
 
 
-def padding_colour(model: RetinaNet) -> tuple[int, int, int]:
+def padding_colour(model: Normalising) -> tuple[int, int, int]:
     """The colour that is about zero once the model has normalised it."""
     red, green, blue = (round(value) for value in model.pixel_mean.flatten().tolist())
     return red, green, blue

@@ -355,12 +355,13 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
     if not source:
         return None, "The run does not say where its data is, so no picture is drawn."
     settings = _settings(run)
+    of_data, of_training = settings.get("data", {}), settings.get("train", {})
     try:
         return (
             read_splits(
                 source,
-                seed=settings.get("train", {}).get("seed", 0),
-                held_out=settings.get("data", {}).get("held_out", 0.2),
+                seed=of_data.get("split_seed", of_training.get("seed", 0)),
+                held_out=of_data.get("held_out", 0.2),
                 extras=False,
             ),
             "",

@@ -1,4 +1,7 @@
-"""From a batch to the gradient of its loss. On a GPU nothing in here waits for the device."""
+"""From a batch to the gradient of its loss. On a GPU nothing in here waits for the device.
+
+(Mining, ``loss.mining``, alone does: it must see which anchors are hard.)
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.anchors import AnchorSpec, anchor_spec, feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.detect.inference import autocast
+from retinanet.errors import ConfigError
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.retinanet import RetinaNet
@@ -22,6 +26,19 @@ from retinanet.train.processes import sync_if
 def loss_settings(recipe: Recipe) -> dict[str, Any]:
     """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
     return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
+
+
+def recipe_anchors(recipe: Recipe) -> AnchorSpec:
+    """The anchors that a recipe asks for.
+
+    Raises:
+        ConfigError: there are not as many sizes as levels.
+    """
+    strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
+    try:
+        return anchor_spec(strides, **recipe.anchors.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"anchors: {error}") from None
 
 
 def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
