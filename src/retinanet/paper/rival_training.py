@@ -1,0 +1,256 @@
+"""Rivals in our own training loop, and judged by our own metrics.
+
+The loop is RetinaNet's (:func:`retinanet.train.loop.train_subject`): the same data in the same
+order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision, and the
+same rule for which checkpoint is the best.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from retinanet.config import Recipe, check_choice
+from retinanet.data.dataset import Dataset
+from retinanet.data.loading import eval_loader
+from retinanet.detect.inference import autocast, choose_device, padding_colour
+from retinanet.errors import ConfigError, NonFiniteLossError
+from retinanet.evaluate.coco import MAX_DETECTIONS, evaluate_detections
+from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluate.results import Results
+from retinanet.losses.detection import Losses
+from retinanet.model.retinanet import RetinaNet
+from retinanet.paper.rivals import (
+    RIVALS,
+    Rival,
+    RivalNetwork,
+    build_rival,
+    load_rival,
+    write_rival,
+)
+from retinanet.structures import Batch
+from retinanet.train.events import Listener
+from retinanet.train.loop import Run, train_subject
+from retinanet.train.run_folder import RunFolder
+from retinanet.train.step import micro_batches
+
+
+def train_rival(
+    name: str,
+    recipe: Recipe,
+    data: str | Path | Mapping[str, Dataset],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    on_event: Listener | None = None,
+) -> Run:
+    """Train a rival as :func:`retinanet.train.loop.train` trains a RetinaNet with that recipe.
+
+    The run folder is like any other's, but for the checkpoints in ``last/`` and ``best/``
+    (``rival.safetensors``, ``rival.json``; :func:`retinanet.paper.rivals.load_rival`) and for
+    ``rival`` in ``run.json``. Of the recipe the rival leaves aside what is RetinaNet's own:
+    ``matching``, ``loss``, octave scales, head depth and prior. A validation has no loss.
+
+    Args:
+        name: of :data:`retinanet.paper.rivals.RIVALS`.
+        recipe, data, out, device, on_event: as for a RetinaNet; a run that was stopped goes on.
+
+    Raises:
+        ConfigError: there is no such rival, a setting does not go with it, `out` holds another run,
+            or there are several processes.
+        DataError: the data has no picture or no object to train on.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite.
+        WeightsError: the backbone's weights cannot be used.
+    """
+    check_choice("rival", name, RIVALS)
+    info = RunFolder(out).info
+    if info.is_file():
+        held = json.loads(info.read_text("utf-8")).get("rival")
+        if held != name:
+            raise ConfigError(
+                f"{out} holds a run of {held or 'RetinaNet'}, and now it is {name}; give another "
+                "--out"
+            )
+
+    def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
+        return _Subject(name, recipe, train_set, accelerator)
+
+    return train_subject(make, recipe, data, out, device=device, on_event=on_event)
+
+
+def evaluate_rival(
+    network: RivalNetwork,
+    dataset: Dataset,
+    *,
+    image_size: int,
+    max_size: int,
+    batch_size: int = 1,
+    workers: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "float32",
+    label_map: Sequence[int] | None = None,
+    max_detections: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Metrics:
+    """AP and speed of a rival, which comes back in the mode in which it was.
+
+    Args:
+        network: it is moved to `device`.
+        device, precision: as in :mod:`retinanet.detect.network`.
+        max_detections: boxes of a class in an image that count; None is COCO's 100.
+
+    The others are those of :func:`retinanet.evaluate.run.search`. There is no loss in the metrics.
+
+    Raises:
+        ConfigError: an unknown device or precision.
+        ImageError: a picture cannot be read.
+        DataError: the network says a box or a score that is not a number.
+    """
+    place = choose_device(device)
+    was_training = network.training
+    results = Results(dataset, label_map)
+    began = time.perf_counter()
+    try:
+        network.to(place).eval()
+        if len(dataset):
+            loader = eval_loader(
+                dataset,
+                batch_size=batch_size,
+                image_size=image_size,
+                max_size=max_size,
+                workers=workers,
+                fill=padding_colour(cast(RetinaNet, network)),
+            )
+            done = 0
+            for loaded in loader:
+                batch = loaded.to(place, non_blocking=True)
+                with autocast(precision, place):
+                    found = network.detect(batch)
+                for index, detections in zip(batch.indices.tolist(), found, strict=True):
+                    results.add(index, detections)
+                done += len(found)
+                if progress is not None:
+                    progress(done, len(dataset))
+    finally:
+        network.train(was_training)
+    seconds = time.perf_counter() - began
+    metrics = evaluate_detections(
+        dataset,
+        results,
+        max_detections=MAX_DETECTIONS if max_detections is None else max_detections,
+    )
+    return replace(metrics, images_per_second=len(dataset) / seconds)
+
+
+class _Subject:
+    """A rival, as :class:`retinanet.train.subject.Subject`."""
+
+    def __init__(
+        self, name: str, recipe: Recipe, train_set: Dataset, accelerator: Accelerator
+    ) -> None:
+        if accelerator.num_processes > 1:
+            raise ConfigError(
+                f"{name} trains in one process on one device, got {accelerator.num_processes} "
+                "processes: start it without accelerate launch"
+            )
+        self.info: Mapping[str, Any] = {"init": None, "rival": name}
+        self._name = name
+        self._recipe = recipe
+        self._train_set = train_set
+        self._device = accelerator.device
+
+    def build(self) -> nn.Module:
+        return build_rival(self._name, self._recipe, len(self._train_set.classes))
+
+    def restore(self, folder: Path) -> nn.Module:
+        return load_rival(folder).network
+
+    def backward(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        step: int,
+        precision: str,
+        scaler: torch.amp.GradScaler,
+        running: Tensor,
+    ) -> tuple[Losses, Tensor]:
+        # torchvision's samplers draw from torch's generator, from which starting a loader draws
+        # too: a resumed run starts one more of those.
+        torch.manual_seed((self._recipe.train.seed * 1_000_003 + step) % 2**63)
+        accumulate = self._recipe.train.accumulate
+        parts = []
+        for piece in micro_batches(batch, accumulate):
+            with autocast(precision, self._device):
+                losses = cast(RivalNetwork, model).losses(piece)
+            torch.autograd.backward(scaler.scale(losses.total / accumulate))
+            parts.append(losses)
+        total = Losses(
+            torch.stack([one.classification.detach() for one in parts]).mean(),
+            torch.stack([one.box.detach() for one in parts]).mean(),
+            torch.cat([one.foreground for one in parts]),
+            parts[-1].normalizer,
+        )
+        return total, running
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        workers: int,
+        precision: str,
+        progress: Callable[[int, int], None],
+    ) -> Metrics:
+        return evaluate_rival(
+            cast(RivalNetwork, model),
+            dataset,
+            image_size=self._recipe.data.image_size,
+            max_size=self._recipe.data.max_size,
+            batch_size=batch_size,
+            workers=workers,
+            device=self._device,
+            precision=precision,
+            progress=progress,
+        )
+
+    def write(self, folder: Path, model: nn.Module, step: int) -> None:
+        data = self._recipe.data
+        rival = Rival(
+            cast(RivalNetwork, model),
+            self._train_set.classes,
+            self._train_set.category_ids,
+            data.image_size,
+            data.max_size,
+        )
+        write_rival(folder, rival)
+
+    def report_nonfinite(
+        self,
+        run: Path,
+        model: nn.Module,
+        *,
+        step: int,
+        batch: Batch,
+        running: Tensor,
+        numbers: Mapping[str, Any],
+        write: bool,
+    ) -> NoReturn:
+        names = ", ".join(str(self._train_set.images[int(i)].id) for i in batch.indices)
+        raise NonFiniteLossError(
+            f"step {step}: the loss of {self._name} is {numbers['loss']} (class "
+            f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
+            f"{numbers['grad_norm']}, learning rate {numbers['lr']:g}, images {names}; the last "
+            f"saved state is in {run / 'last'}; try a lower train.lr, train.warmup_steps or "
+            "train.clip_norm"
+        )

@@ -1,0 +1,576 @@
+"""Other detectors on our backbone: Faster R-CNN with a pyramid (two stages), and SSD (one).
+
+Lin et al. 2017, Table 2, sets RetinaNet against the published figures of such detectors. Here they
+are trained on the same pictures for as many steps (:mod:`retinanet.paper.rival_training`), so that
+the claim can be tested anywhere. Proposals, heads, matching, sampling, losses and post-processing
+are torchvision's (``torchvision.models.detection``); around them stand our backbone with our
+weights, our batches and our :class:`~retinanet.structures.Detections`. torchvision counts the
+background as class 0: labels are shifted in :func:`as_torchvision` and in ``detect``, nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.ops import FeaturePyramidNetwork, box_iou
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from retinanet.config import Recipe, check_choice
+from retinanet.detect.inference import to_original
+from retinanet.errors import ConfigError, WeightsError
+from retinanet.files import readable_folder, write_atomic
+from retinanet.losses.detection import Losses
+from retinanet.model.backbone import build_backbone, check_state
+from retinanet.model.retinanet import build_retinanet
+from retinanet.structures import Batch, Detections, Targets
+
+WEIGHTS_FILE = "rival.safetensors"
+TEXT_FILE = "rival.json"
+FORMAT = "retinanet rival"
+FORMAT_VERSION = 1
+
+_PAPER_SIZE = 32.0
+"""Side of the paper's smallest anchors, pixels: what SSD's boxes are scaled against."""
+
+# SSD512 as trained on COCO (Liu et al. 2016, arXiv:1512.02325, Sec. 3.4, and its published code):
+# side of the default boxes as a share of the picture's, and their further aspect ratios, by stride.
+_SSD_STRIDES = (8, 16, 32, 64, 128, 256, 512)
+_SSD_SCALES = (0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06)
+_SSD_RATIOS = ([2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2])
+
+SSD_MAPS = 2
+"""Maps of the backbone that SSD looks at: C4 and C5."""
+
+SSD_EXTRA = 4
+"""Levels that SSD adds, each half as large as the one before."""
+
+
+class RivalSettings(BaseModel):
+    """All that builds a rival again: plain values, as ``rival.json`` keeps them.
+
+    Attributes:
+        rival: a name of :data:`RIVALS`.
+        num_classes: K, without the background.
+        backbone, norm, frozen_stages, norm_eps, stride_padding, pixel_mean, pixel_std, channels:
+            as in :class:`retinanet.model.retinanet.RetinaNet`.
+        sizes: square root of the anchors' area in pixels, a level from P2 to P6.
+        aspect_ratios: height / width, of Faster R-CNN's anchors.
+        image_size: shorter side of the pictures, pixels; SSD's boxes are shares of it.
+        score_threshold, nms_threshold, detections_per_image: of what is found.
+        topk_candidates: SSD's boxes of a class that NMS looks at.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rival: str
+    num_classes: int = Field(ge=1)
+    backbone: str
+    norm: str
+    frozen_stages: int
+    norm_eps: float
+    stride_padding: str
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    channels: int = Field(ge=1)
+    sizes: tuple[float, float, float, float, float]
+    aspect_ratios: tuple[float, ...]
+    image_size: int = Field(ge=1)
+    score_threshold: float
+    nms_threshold: float
+    detections_per_image: int
+    topk_candidates: int
+
+
+class RivalNetwork(nn.Module, ABC):
+    """Another detector, on our backbone, pictures and labels.
+
+    Attributes:
+        settings: what builds it again; the weights are then random.
+        num_classes: K, without the background.
+        pixel_mean, pixel_std: (3, 1, 1) of 0..255 RGB, subtracted and divided by inside.
+        backbone: :class:`retinanet.model.backbone.Backbone`.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, settings: RivalSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.num_classes = settings.num_classes
+        for name in ("pixel_mean", "pixel_std"):
+            values = torch.tensor(getattr(settings, name), dtype=torch.float32)
+            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
+        self.backbone = build_backbone(
+            settings.backbone,
+            norm=settings.norm,
+            frozen_stages=settings.frozen_stages,
+            norm_eps=settings.norm_eps,
+            stride_padding=settings.stride_padding,
+        )
+
+    def losses(self, batch: Batch) -> Losses:
+        """The losses to train with, in training mode; random samples come from torch's generator.
+
+        Args:
+            batch: as :func:`retinanet.data.loading.train_loader` makes it, on the network's device.
+                Objects that are ignored are left out: torchvision's samplers know none.
+
+        Returns:
+            Classification and box losses, each summed over the stages; what is counted as
+            foreground are sampled proposals (Faster R-CNN) or default boxes (SSD).
+
+        Raises:
+            ValueError: the network is in evaluation mode.
+        """
+        if not self.training:
+            raise ValueError("losses are those of training mode: call train() first")
+        return self._losses(batch)
+
+    @torch.inference_mode()
+    def detect(self, batch: Batch) -> list[Detections]:
+        """What is found in each image, best first, in evaluation mode.
+
+        Args:
+            batch: as :func:`retinanet.data.loading.eval_loader` makes it, on the network's device;
+                its targets are not looked at.
+
+        Returns:
+            Boxes in the pixels of the original picture and within it, labels 0..K-1.
+
+        Raises:
+            ValueError: the network is in training mode.
+        """
+        if self.training:
+            raise ValueError("detection is for evaluation mode: call eval() first")
+        found = self._detect(batch)
+        sizes, originals = batch.sizes.tolist(), batch.original_sizes.tolist()
+        return [
+            # torchvision's class 0 is the background.
+            Detections(to_original(boxes, size, original), scores, labels - 1)
+            for (boxes, scores, labels), size, original in zip(found, sizes, originals, strict=True)
+        ]
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 or float 0..255 to float32, as the backbone's weights want it."""
+        return (images.float() - self.pixel_mean) / self.pixel_std
+
+    @abstractmethod
+    def _losses(self, batch: Batch) -> Losses: ...
+
+    @abstractmethod
+    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Boxes in the network's pixels, scores, and torchvision's labels of each image."""
+
+
+class FasterRCNNRival(RivalNetwork):
+    """Faster R-CNN with a feature pyramid.
+
+    Source: Ren et al. 2015 (arXiv:1506.01497); Lin et al. 2017 (arXiv:1612.03144), Sec. 4 and 5:
+    levels P2 to P6, one anchor size a level, 2000 proposals in training and 1000 in use, 512 of
+    them sampled with a quarter foreground. Whatever is not in the settings is torchvision's default
+    (smooth L1 with beta 1/9, heads of two layers of 1024, RoIAlign of 7 x 7).
+    """
+
+    def __init__(self, settings: RivalSettings) -> None:
+        super().__init__(settings)
+        widths = self.backbone.channels
+        if 0 in widths:
+            raise ConfigError(
+                f"faster_rcnn looks at C2, and backbone {settings.backbone!r} has no feature map "
+                "at stride 4: choose another backbone"
+            )
+        self.pyramid = FeaturePyramidNetwork(list(widths), settings.channels, LastLevelMaxPool())
+        generator = _Anchors(
+            tuple((size,) for size in settings.sizes), (settings.aspect_ratios,) * 5
+        )
+        per_cell = generator.num_anchors_per_location()[0]
+        pieces = FasterRCNN(
+            _no_backbone(settings.channels),
+            settings.num_classes + 1,
+            rpn_anchor_generator=generator,
+            rpn_head=_ProposalHead(settings.channels, per_cell),
+            box_score_thresh=settings.score_threshold,
+            box_nms_thresh=settings.nms_threshold,
+            box_detections_per_img=settings.detections_per_image,
+        )
+        self.rpn, self.roi_heads = pieces.rpn, pieces.roi_heads
+
+    def _losses(self, batch: Batch) -> Losses:
+        # In training a picture may lie in any corner of the batch, so that no size says where it
+        # ends; boxes are cut to the batch.
+        sizes = [_padded_size(batch)] * len(batch.images)
+        targets = as_torchvision(batch.targets)
+        features = self._features(batch.images)
+        proposals, first = self.rpn(ImageList(batch.images, sizes), features, targets)
+        proposals, _, labels, deltas = self.roi_heads.select_training_samples(proposals, targets)
+        outputs = self._second_stage(features, proposals, batch)
+        classification, box = fastrcnn_loss(*outputs, labels, deltas)
+        return _losses_of(
+            classification + first["loss_objectness"],
+            box + first["loss_rpn_box_reg"],
+            [(one > 0).sum() for one in labels],
+        )
+
+    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        sizes = _sizes(batch)
+        features = self._features(batch.images)
+        proposals, _ = self.rpn(ImageList(batch.images, sizes), features)
+        logits, deltas = self._second_stage(features, proposals, batch)
+        found = self.roi_heads.postprocess_detections(logits, deltas, proposals, sizes)
+        return list(zip(*found, strict=True))
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.backbone(self.normalised(images))
+        levels: dict[str, Tensor] = self.pyramid({str(i): one for i, one in enumerate(maps)})
+        return levels
+
+    def _second_stage(
+        self, features: dict[str, Tensor], proposals: list[Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """(N, K + 1) logits and (N, 4 (K + 1)) deltas of all proposals, float32."""
+        # torchvision infers the levels' strides from the first sizes that it is given and keeps
+        # them: those of the batch, which the maps are of, and not those of the pictures in it.
+        pooled = self.roi_heads.box_roi_pool(features, proposals, [_padded_size(batch)])
+        logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+        return logits.float(), deltas.float()
+
+
+class SSDRival(RivalNetwork):
+    """SSD: default boxes on C4, C5 and coarser levels, each with a head of its own.
+
+    Source: Liu et al. 2016 (arXiv:1512.02325): three hard negatives for each positive, smooth L1,
+    box sizes of SSD512. Where it departs: our backbone instead of VGG-16 (as SSD513 of Fu et al.
+    2017 has ResNet-101), maps from stride 16 on as torchvision's SSDlite, no L2 norm of the first
+    map, pictures that keep their aspect ratio, and our augmentation. Default boxes are those of a
+    square picture with sides of ``image_size``, tiled on over whatever the batch holds, so that
+    padding does not change them; where the recipe has other anchor sizes than the paper, they are
+    scaled by the same factor.
+    """
+
+    def __init__(self, settings: RivalSettings) -> None:
+        super().__init__(settings)
+        widths = list(self.backbone.channels[-SSD_MAPS:])
+        self.extra = nn.ModuleList()
+        for _ in range(SSD_EXTRA):
+            self.extra.append(_halving(widths[-1], settings.channels))
+            widths.append(settings.channels)
+        first = _SSD_STRIDES.index(32) - SSD_MAPS + 1
+        last = first + len(widths)
+        factor = settings.sizes[0] / _PAPER_SIZE
+        generator = DefaultBoxGenerator(
+            list(_SSD_RATIOS[first:last]),
+            scales=[factor * scale for scale in _SSD_SCALES[first : last + 1]],
+            steps=list(_SSD_STRIDES[first:last]),
+        )
+        side = settings.image_size
+        classes = settings.num_classes + 1
+        self.ssd = SSD(
+            nn.Identity(),
+            generator,
+            (side, side),
+            classes,
+            head=SSDHead(widths, generator.num_anchors_per_location(), classes),
+            score_thresh=settings.score_threshold,
+            nms_thresh=settings.nms_threshold,
+            detections_per_img=settings.detections_per_image,
+            topk_candidates=settings.topk_candidates,
+        )
+
+    def _losses(self, batch: Batch) -> Losses:
+        targets = as_torchvision(batch.targets)
+        outputs, boxes = self._outputs(batch)
+        matches = [
+            self.ssd.proposal_matcher(box_iou(one["boxes"], default))
+            if len(one["boxes"])
+            else torch.full((len(default),), -1, device=default.device)
+            for one, default in zip(targets, boxes, strict=True)
+        ]
+        losses = self.ssd.compute_loss(targets, outputs, boxes, matches)
+        return _losses_of(
+            losses["classification"],
+            losses["bbox_regression"],
+            [(one >= 0).sum() for one in matches],
+        )
+
+    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        outputs, boxes = self._outputs(batch)
+        found = self.ssd.postprocess_detections(outputs, boxes, _sizes(batch))
+        return [(one["boxes"], one["scores"], one["labels"]) for one in found]
+
+    def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Logits (B, R, K + 1) and deltas (B, R, 4), float32, and each image's (R, 4) boxes."""
+        maps = list(self.backbone(self.normalised(batch.images))[-SSD_MAPS:])
+        # Small maps, in float32 whatever autocast says: on a map of a single cell torch's CPU
+        # kernels have no sound bfloat16 gradient for a convolution of stride 2.
+        with torch.autocast(batch.images.device.type, enabled=False):
+            level = maps[-1].float()
+            for block in self.extra:
+                level = block(level)
+                maps.append(level)
+        outputs = {name: one.float() for name, one in self.ssd.head(maps).items()}
+        square = torch.empty((self.settings.image_size,) * 2, device="meta")
+        cells = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in maps]
+        boxes = self.ssd.anchor_generator(ImageList(square, _sizes(batch)), cells)
+        return outputs, boxes
+
+
+RIVALS: dict[str, Callable[[RivalSettings], RivalNetwork]] = {
+    "faster_rcnn": FasterRCNNRival,
+    "ssd": SSDRival,
+}
+"""Rivals by name."""
+
+
+def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
+    """A rival that is ready to be trained as a RetinaNet with that recipe would be.
+
+    Its backbone, with its weights, frozen stages, norm and pixel statistics, is what
+    :func:`retinanet.model.retinanet.build_retinanet` makes of ``recipe.model``. Anchor sizes are
+    ``recipe.anchors.sizes``, one level lower (P2 to P6 instead of P3 to P7, as in the pyramid's
+    paper; octave scales are RetinaNet's own); with ``model.p2`` they are given from P2 on already.
+
+    Args:
+        name: of :data:`RIVALS`.
+        recipe: ``model``, ``anchors``, ``data.image_size`` and ``detect`` are read.
+        num_classes: K, without the background.
+
+    Raises:
+        ConfigError: there is no such rival, or a setting does not go with it.
+        WeightsError: the backbone's weights cannot be had or do not fit.
+        MissingExtraError: timm is not installed.
+    """
+    check_choice("rival", name, RIVALS)
+    if recipe.detect.class_agnostic_nms:
+        raise ConfigError(
+            f"{name} has torchvision's NMS, class by class: set detect.class_agnostic_nms=false"
+        )
+    ours = build_retinanet(
+        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
+    )
+    kept = ("backbone", "norm", "frozen_stages", "norm_eps", "stride_padding", "pixel_mean",
+            "pixel_std", "channels", "aspect_ratios")  # fmt: skip
+    detect = recipe.detect.model_dump(exclude={"class_agnostic_nms"})
+    settings = RivalSettings(
+        rival=name,
+        num_classes=num_classes,
+        sizes=ours.spec["sizes"][:5],
+        image_size=recipe.data.image_size,
+        **{key: ours.spec[key] for key in kept},
+        **detect,
+    )
+    network = RIVALS[name](settings)
+    network.backbone.load_state_dict(ours.backbone.state_dict())
+    return _channels_last(network)
+
+
+def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
+    """Each image's objects as torchvision takes them, without padding and ignored ones.
+
+    Returns:
+        A dict an image: ``boxes`` (M, 4) float32 pixels and ``labels`` (M,) int64 1..K, where 0 is
+        the background.
+    """
+    return [
+        {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + 1}
+        for boxes, labels in zip(targets.boxes, targets.labels, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A trained rival and all that is needed to use it.
+
+    Attributes:
+        network: in evaluation mode.
+        classes: names, in the order of its labels 0..K-1.
+        category_ids: the data's own id of each class.
+        image_size: shorter side of its input, pixels.
+        max_size: longer side at most.
+    """
+
+    network: RivalNetwork
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_size: int
+    max_size: int
+
+
+class _Text(BaseModel):
+    """``rival.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    version: int
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    max_size: int = Field(ge=1)
+    settings: RivalSettings
+
+
+def write_rival(folder: Path, rival: Rival) -> None:
+    """Write ``rival.safetensors`` and ``rival.json`` into a folder that exists."""
+    state = rival.network.state_dict()
+    save_file(
+        {name: one.detach().cpu().contiguous() for name, one in state.items()},
+        str(folder / WEIGHTS_FILE),
+        metadata={"format": "pt"},
+    )
+    text = _Text(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        classes=rival.classes,
+        category_ids=rival.category_ids,
+        max_size=rival.max_size,
+        settings=rival.network.settings,
+    )
+    write_atomic(folder / TEXT_FILE, text.model_dump_json(indent=1) + "\n")
+
+
+def load_rival(path: str | Path, device: torch.device | str = "cpu") -> Rival:
+    """Read a rival's checkpoint; its network comes in evaluation mode. Opening one runs no code.
+
+    Args:
+        path: a run folder (its best, else its last) or a checkpoint folder.
+        device: where the network goes.
+
+    Raises:
+        WeightsError: there is no such checkpoint, or it is damaged or made for something else.
+        MissingExtraError: its backbone needs timm.
+    """
+    folder = _find(Path(path))
+    text = _read_text(folder / TEXT_FILE)
+    try:
+        network = RIVALS[text.settings.rival](text.settings)
+    except (ConfigError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder / TEXT_FILE} describes no network: {error}") from None
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    check_state(network.state_dict(), state, f"weights of {folder}")
+    network.load_state_dict(state)
+    return Rival(
+        _channels_last(network).to(device).eval(),
+        text.classes,
+        text.category_ids,
+        text.settings.image_size,
+        text.max_size,
+    )
+
+
+def _find(path: Path) -> Path:
+    for candidate in map(readable_folder, (path, path / "best", path / "last")):
+        if (candidate / TEXT_FILE).is_file():
+            return candidate
+    raise WeightsError(
+        f"{path} holds no {TEXT_FILE}, and neither do its best/ and last/: give the run folder of "
+        "a rival"
+    )
+
+
+def _read_text(file: Path) -> _Text:
+    try:
+        text = _Text.model_validate(json.loads(file.read_text("utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise WeightsError(f"{file}: {place}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} is not JSON: {error}") from None
+    if text.format != FORMAT or text.version > FORMAT_VERSION:
+        raise WeightsError(
+            f"{file} is {text.format!r} version {text.version}; this package reads {FORMAT!r} up "
+            f"to version {FORMAT_VERSION}"
+        )
+    if text.settings.rival not in RIVALS:
+        raise WeightsError(
+            f"{file}: there is no rival {text.settings.rival!r}, only {', '.join(RIVALS)}"
+        )
+    counts = (len(text.classes), len(text.category_ids), text.settings.num_classes)
+    if len(set(counts)) != 1:
+        raise WeightsError(
+            f"{file}: {counts[0]} classes, {counts[1]} category_ids and a network of {counts[2]} "
+            "classes"
+        )
+    return text
+
+
+class _Anchors(AnchorGenerator):  # type: ignore[misc]
+    """torchvision's, in float32 whatever the maps are in: bfloat16 holds no pixel over 256."""
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        cells = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in maps]
+        anchors: list[Tensor] = super().forward(images, cells)
+        return anchors
+
+
+class _ProposalHead(RPNHead):  # type: ignore[misc]
+    """torchvision's, whose outputs are float32 whatever autocast says."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(maps)
+        return [one.float() for one in logits], [one.float() for one in deltas]
+
+
+def _no_backbone(channels: int) -> nn.Module:
+    """Stands for the backbone where torchvision's parts are made: ours is called by us."""
+    stub = nn.Identity()
+    stub.out_channels = channels  # type: ignore[assignment]
+    return stub
+
+
+def _halving(width: int, channels: int) -> nn.Sequential:
+    """SSD's further levels (its Figure 2): fewer channels, then 3x3 of stride 2."""
+    between = max(1, channels // 2)
+    block = nn.Sequential(
+        nn.Conv2d(width, between, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(between, channels, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+    )
+    for layer in block:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return block
+
+
+def _padded_size(batch: Batch) -> tuple[int, int]:
+    height, width = batch.images.shape[-2:]
+    return height, width
+
+
+def _sizes(batch: Batch) -> list[tuple[int, int]]:
+    """Height and width of each image before padding."""
+    return [(height, width) for height, width in batch.sizes.tolist()]
+
+
+def _losses_of(classification: Tensor, box: Tensor, foreground: Sequence[Tensor]) -> Losses:
+    counts = torch.stack(list(foreground))
+    return Losses(classification, box, counts, counts.sum().clamp(min=1).float())
+
+
+def _channels_last(network: RivalNetwork) -> RivalNetwork:
+    """With weights in the memory layout in which convolutions are fastest."""
+    changed: Any = network.to(memory_format=torch.channels_last)
+    result: RivalNetwork = changed
+    return result

@@ -1,0 +1,235 @@
+"""Rivals in the training loop and under our metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rivals_setup import rival_recipe, tiny_rival
+from safetensors.torch import load_file
+
+from retinanet.data import read_splits
+from retinanet.data.dataset import Dataset
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.errors import ConfigError, DataError, NonFiniteLossError
+from retinanet.evaluate.metrics import Metrics
+from retinanet.paper import rival_training
+from retinanet.paper.rival_training import evaluate_rival, train_rival
+from retinanet.paper.rivals import RIVALS, load_rival
+from retinanet.train.events import Event
+from retinanet.train.loop import train
+from retinanet.train.step import backward
+
+NAMES = tuple(RIVALS)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
+    folder = tmp_path_factory.mktemp("rivals-data")
+    synthetic_dataset(folder, splits={"train": 10, "val": 4}, image_size=64, seed=3)
+    return dict(read_splits(folder))
+
+
+def _first(dataset: Dataset, count: int, *, bare: bool = False) -> Dataset:
+    images = dataset.images[:count]
+    if bare:
+        images = tuple(dataclasses.replace(one, annotations=()) for one in images)
+    return dataclasses.replace(dataset, images=images)
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _timeless(line: dict[str, Any]) -> dict[str, Any]:
+    timed = {"seconds", "images_per_second", "waiting", "memory_mb", "seconds_left"}
+    return {key: value for key, value in line.items() if key not in timed}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = rival_recipe(
+        "train.steps=2", "train.validate_every=1", "train.ema=0.9", "train.batch_size=2"
+    )
+    run = train_rival(name, recipe, splits, tmp_path / "run", device="cpu", on_event=events.append)
+    names = {one.name for one in run.folder.iterdir()}
+    assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
+    lines = _log(run.folder)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert [line["step"] for line in lines if "validation" in line] == [1, 2]
+    assert json.loads((run.folder / "run.json").read_text())["rival"] == name
+    metrics = Metrics.from_dict(json.loads((run.folder / "metrics.json").read_text()))
+    assert metrics.ap == run.best_ap
+    assert metrics.loss is None
+    assert metrics.images_per_second > 0
+    assert [event.kind for event in events][:1] == ["start"]
+    read = load_rival(run.folder)
+    assert read.classes == splits["train"].classes
+    assert read.category_ids == splits["train"].category_ids
+    again = evaluate_rival(
+        read.network, splits["val"], image_size=64, max_size=64, batch_size=4, device="cpu"
+    )
+    assert again.ap == metrics.ap
+    assert not read.network.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_and_resumed_equals_unstopped(
+    name: str, splits: dict[str, Dataset], tmp_path: Path
+) -> None:
+    """A validation lies between, which starts a loader, and a loader draws from torch's numbers."""
+    recipe = rival_recipe(
+        "train.steps=4", "train.validate_every=3", "train.save_every=2", "train.batch_size=2"
+    )
+    whole = train_rival(name, recipe, splits, tmp_path / "whole", device="cpu")
+
+    def kill(event: Event) -> None:
+        if event.kind == "step" and event.data["step"] == 4:
+            raise SystemError("killed")
+
+    with pytest.raises(SystemError):
+        train_rival(name, recipe, splits, tmp_path / "parts", device="cpu", on_event=kill)
+    events: list[Event] = []
+    second = train_rival(
+        name, recipe, splits, tmp_path / "parts", device="cpu", on_event=events.append
+    )
+    assert (events[0].kind, events[0].data["step"]) == ("resume", 2)
+    expected = load_file(whole.folder / "last" / "rival.safetensors")
+    found = load_file(second.folder / "last" / "rival.safetensors")
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+    assert [_timeless(one) for one in _log(whole.folder)] == [
+        _timeless(one) for one in _log(second.folder)
+    ]
+
+
+def test_the_pictures_of_a_step_are_retinanets(
+    splits: dict[str, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"rival": [], "ours": []}
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen["ours"].append(arguments[3].images)
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr("retinanet.train.loop.backward", spy)
+    own = rival_training._Subject.backward
+
+    def rivals_spy(self: Any, network: Any, model: Any, batch: Any, **options: Any) -> Any:
+        seen["rival"].append(batch.images)
+        return own(self, network, model, batch, **options)
+
+    monkeypatch.setattr(rival_training._Subject, "backward", rivals_spy)
+    recipe = rival_recipe(
+        "train.steps=3", "train.validate_every=3", "data.scale_jitter=[0.7, 1.4]", "data.colour=0.5"
+    )
+    run = train_rival("ssd", recipe, splits, tmp_path / "rival", device="cpu")
+    ours = train(recipe, splits, tmp_path / "ours", device="cpu")
+    assert len(seen["rival"]) == len(seen["ours"]) == 3
+    for one, other in zip(seen["rival"], seen["ours"], strict=True):
+        assert torch.equal(one, other)
+    rates = [[line["lr"] for line in _log(x.folder) if "lr" in line] for x in (run, ours)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_and_pictures_without_objects_train(
+    name: str, splits: dict[str, Dataset], tmp_path: Path
+) -> None:
+    some = _first(splits["train"], 2)
+    bare = _first(splits["val"], 4, bare=True)
+    mixed = dataclasses.replace(some, images=(*some.images, *bare.images))
+    recipe = rival_recipe("train.steps=2", "train.accumulate=2", "train.precision=bf16")
+    run = train_rival(name, recipe, {"train": mixed, "val": bare}, tmp_path / "run", device="cpu")
+    assert run.step == 2
+    assert run.best_ap == -1  # there is nothing to find
+    weights = load_file(run.folder / "last" / "rival.safetensors")
+    assert all(one.isfinite().all() for one in weights.values())
+
+
+def test_faster_rcnn_in_micro_batches_is_nearly_the_whole_batch(
+    splits: dict[str, Dataset], tmp_path: Path
+) -> None:
+    losses = []
+    for count in (1, 2):
+        recipe = rival_recipe("train.steps=1", f"train.accumulate={count}")
+        run = train_rival("faster_rcnn", recipe, splits, tmp_path / str(count), device="cpu")
+        losses.append(_log(run.folder)[0]["loss"])
+    # Each part draws its own samples.
+    assert losses[1] == pytest.approx(losses[0], rel=0.15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_picture_is_learned_by_heart(
+    name: str, splits: dict[str, Dataset], tmp_path: Path
+) -> None:
+    most = max(splits["train"].images, key=lambda image: len(image.annotations))
+    one = dataclasses.replace(splits["train"], images=(most,))
+    recipe = rival_recipe(
+        "train.steps=80", "train.batch_size=1", "train.reference_batch=1", "train.lr=0.002",
+        "data.horizontal_flip=0", "model.channels=32", "train.validate_every=80",
+        "train.deterministic=false", "train.warmup_steps=10",
+    )  # fmt: skip
+    run = train_rival(name, recipe, {"train": one, "val": one}, tmp_path / "run", device="cpu")
+    lines = [line for line in _log(run.folder) if "loss" in line]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    assert run.metrics["ap50"] > 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nonfinite_loss_names_the_step(
+    name: str, splits: dict[str, Dataset], tmp_path: Path
+) -> None:
+    recipe = rival_recipe(
+        "train.steps=50", "train.optimizer=sgd", "train.lr=1e18", "train.clip_norm=0",
+        "train.save_every=1", "train.validate_every=50",
+    )  # fmt: skip
+    with pytest.raises(NonFiniteLossError, match=rf"step \d+: the loss of {name} is .* images"):
+        train_rival(name, recipe, splits, tmp_path / "run", device="cpu")
+    weights = load_file(tmp_path / "run" / "last" / "rival.safetensors")
+    assert all(one.isfinite().all() for one in weights.values())
+
+
+def test_another_runs_folder_is_refused(splits: dict[str, Dataset], tmp_path: Path) -> None:
+    recipe = rival_recipe("train.steps=1")
+    train_rival("ssd", recipe, splits, tmp_path / "ssd", device="cpu")
+    with pytest.raises(ConfigError, match="holds a run of ssd, and now it is faster_rcnn"):
+        train_rival("faster_rcnn", recipe, splits, tmp_path / "ssd", device="cpu")
+    train(recipe, splits, tmp_path / "ours", device="cpu")
+    with pytest.raises(ConfigError, match="holds a run of RetinaNet, and now it is ssd"):
+        train_rival("ssd", recipe, splits, tmp_path / "ours", device="cpu")
+
+
+def test_errors_before_anything_is_written(splits: dict[str, Dataset], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"rival 'sdd' is not one of .*; did you mean ssd\?"):
+        train_rival("sdd", rival_recipe(), splits, out, device="cpu")
+    bare = {"train": _first(splits["train"], 5, bare=True)}
+    with pytest.raises(DataError, match="no object to train on in 5 pictures"):
+        train_rival("ssd", rival_recipe(), bare, out, device="cpu")
+    assert not out.exists()
+    several: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="ssd trains in one process on one device, got 2"):
+        rival_training._Subject("ssd", rival_recipe(), splits["train"], several)
+
+
+def test_evaluation_leaves_the_mode_and_tells_its_progress(splits: dict[str, Dataset]) -> None:
+    network = tiny_rival("ssd").train()
+    told: list[tuple[int, int]] = []
+    metrics = evaluate_rival(
+        network, splits["val"], image_size=64, max_size=64, batch_size=3, device="cpu",
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert network.training
+    assert told == [(3, 4), (4, 4)]
+    assert 0 <= metrics.ap <= 1
+    empty = _first(splits["val"], 0)
+    nothing = evaluate_rival(network, empty, image_size=64, max_size=64, device="cpu")
+    assert nothing.images_per_second == 0
