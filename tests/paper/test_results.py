@@ -238,13 +238,13 @@ def test_words() -> None:
     )
     assert found.brief_cells() == (
         "gamma 2 over gamma 0",
-        "34.0 against 31.1: +2.9",
-        "31.0 ± 1.4 against 26.0 ± 1.4: +5.0 ± 2.0",
+        "34.0 vs 31.1: +2.9",
+        "31.0 ± 1.4 vs 26.0 ± 1.4: +5.0 ± 2.0",
     )
 
 
 def test_a_difference_that_rounds_to_0_has_no_minus() -> None:
-    assert verdict((0.3,), (0.3003,)).brief_cells()[2] == "30.0 against 30.0: +0.0"
+    assert verdict((0.3,), (0.3003,)).brief_cells()[2] == "30.0 vs 30.0: +0.0"
     assert verdict((0.3, 0.3), (0.301, 0.302)).brief_cells()[2].endswith(": -0.1 ± 0.1")
 
 
@@ -260,7 +260,7 @@ def test_the_best_row_of_a_side_counts() -> None:
 def test_rows_of_a_claim_that_are_missing_are_named() -> None:
     claim = Claim("FL over the rest", "over", ("a",), ("b", "c"))
     (found,) = gather(table(claim), {"a": done(0.3), "b": done(0.2)}, ABOUT).claims
-    assert found.verdict == "holds"
+    assert found.said == "holds (one seed, rows missing)"
     assert found.cells()[2].endswith(": +10.0; without hinge: not measured")
 
 

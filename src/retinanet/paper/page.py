@@ -24,8 +24,7 @@ from retinanet.report.html import Page
 GLANCE_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
 """Headings of all claims at a glance."""
 
-_SHORT = 26  # letters that a cell of a claim keeps on one line
-_NO_BREAK = "\u00a0"
+_SHORT = 45  # letters: both figures of a claim and their difference
 
 # Dark enough for text on white (contrast over 4.5).
 _COLOURS: Mapping[Verdict, str] = {
@@ -104,14 +103,30 @@ class _Page(Page):
         head = "".join(f'<th class="text">{escape(name)}</th>' for name in columns)
         body = ""
         for cells, claim in rows:
-            texts = "".join(f'<td class="text">{_unbroken(cell)}</td>' for cell in cells)
             # A sign beside the colour, for those who do not tell red from green.
             sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-            said = f'<b style="color: {_COLOURS[claim.verdict]}">{_unbroken(sign + claim.said)}</b>'
-            body += f'<tr>{texts}<td class="text">{said}</td></tr>'
+            style = f"white-space: nowrap; font-weight: 600; color: {_COLOURS[claim.verdict]}"
+            said = f'<td class="text" style="{style}">{escape(sign + claim.said)}</td>'
+            body += f"<tr>{''.join(map(_cell, cells))}{said}</tr>"
         return self._add(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
+        )
+
+    def figures(self, one: TableResult) -> Self:
+        """The figures of a table: measured, and the paper's beside them."""
+        groups = "".join(
+            f'<th colspan="{len(one.shown)}" style="text-align: center">{name}</th>{gap}'
+            for name, gap in (("measured here", "<th></th>"), ("in the paper", ""))
+        )
+        names = "".join(f"<th>{escape(name)}</th>" for name in (*one.shown, "seeds", *one.shown))
+        body = ""
+        for label, *cells in one.wide_rows:
+            first = f'<td class="text" style="white-space: nowrap">{escape(label)}</td>'
+            body += f"<tr>{first}{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        return self._add(
+            f'<div class="scroll"><table><thead><tr><th></th>{groups}</tr>'
+            f"<tr><th></th>{names}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
     def links(self, title: str, links: Iterable[tuple[str, str]]) -> Self:
@@ -132,10 +147,10 @@ class _Page(Page):
         )
 
 
-def _unbroken(text: str) -> str:
-    """Text whose lines do not end within a short name or a figure and its deviation."""
-    short = escape(text) if len(text) > _SHORT else escape(text).replace(" ", _NO_BREAK)
-    return short.replace(" ± ", f"{_NO_BREAK}±{_NO_BREAK}")
+def _cell(content: str) -> str:
+    """A cell of text; a short one stays on one line."""
+    short = ' style="white-space: nowrap"' if len(content) <= _SHORT else ""
+    return f'<td class="text"{short}>{escape(content)}</td>'
 
 
 def _anchors(links: Iterable[tuple[str, str]]) -> str:
@@ -154,7 +169,7 @@ def _add_result(page: _Page, one: TableResult, out: Path, plots: Sequence[Path])
     if plots:
         page.links("Files", [(_address(plot, out), plot.name) for plot in plots])
     if one.lines:
-        page.table(one.wide_columns, one.wide_rows)
+        page.figures(one)
     for line in one.footnotes:
         page.text(line)
     if one.claims:
@@ -178,7 +193,8 @@ def _add_about(page: _Page, one: TableResult, out: Path) -> None:
         page.table(["", ""], facts, left=2)
     if settings:
         cells = [[str(cell) for cell in row] for row in settings]
-        title = f"{len(cells)} settings that differ from the paper's"
+        plural = "" if len(cells) == 1 else "s"
+        title = f"{len(cells)} setting{plural} other than the paper's"
         page.table(SETTING_COLUMNS, cells, left=3, folded=title)
     if folders:
         rows = [

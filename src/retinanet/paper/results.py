@@ -88,8 +88,8 @@ class Comparison:
 
     @property
     def brief(self) -> str:
-        """``34.0 against 31.1: +2.9``."""
-        return f"{self.first} against {self.second}: {self._apart}"
+        """``34.0 vs 31.1: +2.9``."""
+        return f"{self.first} vs {self.second}: {self._apart}"
 
     @property
     def words(self) -> str:
@@ -170,8 +170,9 @@ class ClaimResult:
 
     @property
     def said(self) -> str:
-        """The verdict, with the mark of a single seed."""
-        return f"{self.verdict} (one seed)" if self.one_seed else self.verdict
+        """The verdict, with the marks of a single seed and of rows that were not measured."""
+        marks = ["one seed"] * self.one_seed + ["rows missing"] * bool(self.note)
+        return f"{self.verdict} ({', '.join(marks)})" if marks else self.verdict
 
     def cells(self) -> tuple[str, str, str]:
         """The claim, the paper's figures and ours with the names of the rows."""
