@@ -60,8 +60,9 @@ def parse(printed: str) -> Published | None:
     if printed == "-":
         return None
     figures, _, milliseconds = printed.partition("@")
-    numbers = [float(figure) for figure in figures.split("/")]
-    return Published(*numbers, milliseconds=float(milliseconds) if milliseconds else None)
+    names = ("ap", "ap50", "ap75", "small", "medium", "large")
+    numbers = dict(zip(names, map(float, figures.split("/")), strict=False))
+    return Published(**numbers, milliseconds=float(milliseconds) if milliseconds else None)
 
 
 def resolved(experiment: str, key: str) -> Recipe:

@@ -126,7 +126,8 @@ def test_page(tmp_path: Path) -> None:
     assert page.links["plots/fig1.png"] == "fig1.png"
     assert page.images == ["data:image/png;base64,"]
 
-    assert "Not a COCO result: measured on my <nuclei>, 1,200 steps a row." in page.text
+    line = "Not a COCO result: measured on my <nuclei>, 1,200 steps a row."
+    assert page.text.count(line) == 2  # at the top, and with the table
     assert "† FL*, gamma 2, beta 1: 1 of 1 training diverged and counts as 0" in page.text
     assert "FL*, gamma 4, beta 0: seed 0 failed: <disk full>" in page.text
     assert COMMAND in page.text
