@@ -44,6 +44,7 @@ PUBLIC = [
     "evaluate",
     "focal_loss",
     "focal_loss_star",
+    "hinge_loss",
     "load",
     "load_checkpoint",
     "load_recipe",

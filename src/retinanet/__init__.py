@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from retinanet.losses.classification import cross_entropy as cross_entropy
     from retinanet.losses.classification import focal_loss as focal_loss
     from retinanet.losses.classification import focal_loss_star as focal_loss_star
+    from retinanet.losses.classification import hinge_loss as hinge_loss
     from retinanet.losses.detection import detection_losses as detection_losses
     from retinanet.model.checkpoint import Checkpoint as Checkpoint
     from retinanet.model.checkpoint import load_checkpoint as load_checkpoint
@@ -72,7 +73,12 @@ _HOMES = {
     ),
     "retinanet.evaluate.metrics": ("Metrics",),
     "retinanet.losses.box": ("box_loss",),
-    "retinanet.losses.classification": ("cross_entropy", "focal_loss", "focal_loss_star"),
+    "retinanet.losses.classification": (
+        "cross_entropy",
+        "focal_loss",
+        "focal_loss_star",
+        "hinge_loss",
+    ),
     "retinanet.losses.detection": ("detection_losses",),
     "retinanet.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "retinanet.model.retinanet": ("RetinaNet", "build_retinanet"),

@@ -91,12 +91,16 @@ class MatchingConfig(_Section):
 
 
 class LossConfig(_Section):
-    """The losses (Sec. 3 and 4.1)."""
+    """The losses (Sec. 3, 4.1 and 5.1)."""
 
-    classification: Literal["focal", "cross_entropy", "focal_star"] = "focal"
+    classification: Literal["focal", "cross_entropy", "focal_star", "hinge"] = "focal"
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
+    margin: float = Field(0.5, gt=0, le=1)  # of hinge (Sec. 5.1, which gives no number)
+    mining: Literal["none", "ohem", "ohem_1_3"] = "none"  # Sec. 5.1: the anchors that are learned
+    mining_size: int = Field(128, ge=1)  # Sec. 5.1: anchors kept, an image (Table 1d: 128 to 512)
+    mining_nms: float = Field(0.7, gt=0, le=1)  # Sec. 5.1: IoU of the NMS (Table 1d: .7 and .5)
     box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
     box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum

@@ -173,12 +173,14 @@ def test_validation_loss_follows_the_classes_order(val: Dataset) -> None:
 
 
 @pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
-def test_validation_loss_is_that_of_training(val: Dataset, normalizer: str) -> None:
+@pytest.mark.parametrize("mining", ["none", "ohem", "ohem_1_3"])
+def test_validation_loss_is_that_of_training(val: Dataset, normalizer: str, mining: str) -> None:
     # Pictures of one size, so that batches are padded alike; the last one has no object.
     same = [val.images[0], val.images[2], replace(val.images[0], annotations=())]
     dataset = replace(val, images=tuple(same))
     model = Painter()
-    options = {"gamma": 1.5, "box": "giou", "normalizer": normalizer, "foreground_iou": 0.4}
+    options = {"gamma": 1.5, "box": "giou", "normalizer": normalizer, "foreground_iou": 0.4,
+               "mining": mining, "mining_size": 16}  # fmt: skip
     batch = next(iter(eval_loader(dataset, batch_size=3, image_size=128, max_size=256)))
     outputs = model(batch.images)
     anchors = level_anchors(

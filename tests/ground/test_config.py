@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import tomllib
 from pathlib import Path
@@ -21,7 +22,7 @@ from retinanet.config import (
     to_toml,
 )
 from retinanet.errors import ConfigError, RetinaNetError
-from retinanet.losses import BOX_LOSSES, CLASSIFICATION_LOSSES
+from retinanet.losses import BOX_LOSSES, CLASSIFICATION_LOSSES, MININGS, detection_losses
 
 
 def test_defaults_are_the_papers() -> None:
@@ -49,6 +50,11 @@ def test_defaults_agree_with_the_rooms() -> None:
         assert load_recipe("paper_1x", [f"loss.classification={name}"])
     for name in BOX_LOSSES:
         assert load_recipe("paper_1x", [f"loss.box={name}"])
+    for name in MININGS:
+        assert load_recipe("paper_1x", [f"loss.mining={name}"])
+    given = inspect.signature(detection_losses).parameters
+    for name, value in recipe.loss:
+        assert given[name].default == value, name
 
 
 def test_paper_recipe_is_the_defaults() -> None:
@@ -85,6 +91,11 @@ def test_the_recipes_that_come_along() -> None:
         ("data.workers=auto", "data", "workers", "auto"),
         ("loss.alpha=[0.1, 0.9]", "loss", "alpha", (0.1, 0.9)),
         ("loss.alpha=none", "loss", "alpha", None),
+        ("loss.mining=ohem_1_3", "loss", "mining", "ohem_1_3"),
+        ("loss.mining=none", "loss", "mining", "none"),
+        ("loss.mining_size=512", "loss", "mining_size", 512),
+        ("loss.mining_nms=0.5", "loss", "mining_nms", 0.5),
+        ("loss.margin=0.8", "loss", "margin", 0.8),
         ("anchors.sizes=none", "anchors", "sizes", None),
         ("model.head_norm=none", "model", "head_norm", "none"),
         ("model.pixel_mean=[1, 2, 3]", "model", "pixel_mean", (1.0, 2.0, 3.0)),
@@ -115,6 +126,8 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
 def test_alpha_goes_with_the_focal_loss() -> None:
     assert load_recipe("quick").loss.alpha == 0.25
     assert load_recipe("quick", ["loss.classification=cross_entropy"]).loss.alpha is None
+    assert load_recipe("quick", ["loss.classification=hinge"]).loss.alpha is None
+    assert load_recipe("quick", ["loss.mining=ohem"]).loss.alpha == 0.25
     given = load_recipe("quick", ["loss.classification=cross_entropy", "loss.alpha=0.75"])
     assert given.loss.alpha == 0.75
     with pytest.raises(ConfigError, match="focal_star divides by gamma"):
@@ -158,6 +171,12 @@ def test_settings_cannot_be_changed() -> None:
         ("data.image_size=31", "data.image_size: Input should be greater than or equal to 32"),
         ("train.trackers=['x']", "train.trackers: Input should be 'tensorboard', 'wandb' or"),
         ("matching.foreground_iou=0.3", "background_iou 0.4 is over foreground_iou 0.3"),
+        ("loss.mining=ohem_13", "loss.mining: Input should be 'none', 'ohem' or 'ohem_1_3'"),
+        ("loss.mining_size=0", "loss.mining_size: Input should be greater than or equal to 1"),
+        ("loss.mining_nms=0", "loss.mining_nms: Input should be greater than 0"),
+        ("loss.mining_nms=1.1", "loss.mining_nms: Input should be less than or equal to 1"),
+        ("loss.margin=0", "loss.margin: Input should be greater than 0"),
+        ("loss.margin=1.1", "loss.margin: Input should be less than or equal to 1"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
         ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
         ("anchors.scales=[]", "scales () is not one or more numbers over 0"),
@@ -237,6 +256,15 @@ def test_toml_reads_back_to_the_same(name: str, tmp_path: Path) -> None:
     [
         ["loss.alpha=none"],
         ["loss.alpha=[0.1, 0.25]"],
+        [
+            "loss.classification=cross_entropy",
+            "loss.alpha=none",
+            "loss.mining=ohem_1_3",
+            "loss.mining_size=512",
+            "loss.mining_nms=0.5",
+        ],
+        ["loss.classification=focal_star", "loss.gamma=4", "loss.beta=0"],
+        ["loss.classification=hinge", "loss.margin=0.75"],
         ["anchors.sizes=[16, 32.5]", "anchors.scales=[1.2599210498948732]"],
         ["model.pixel_mean=[127.5, 127.5, 127.5]", "model.stride_padding=same"],
         ["data.multi_scale=[320, 640]", "data.workers=3"],

@@ -16,7 +16,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import retinanet.losses.classification as module
 from retinanet import triton_probe
-from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
+from retinanet.losses import cross_entropy, focal_loss, focal_loss_star, hinge_loss
 from retinanet.losses.classification import weighted_label_loss
 from retinanet.structures import BACKGROUND, IGNORED
 
@@ -34,6 +34,9 @@ LOSSES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (focal_loss_star, {}),
     (focal_loss_star, {"gamma": 4.0, "beta": 1.0}),
     (focal_loss_star, {"gamma": 0.5, "beta": -2.0, "alpha": PER_CLASS}),
+    (hinge_loss, {}),
+    (hinge_loss, {"margin": 0.9, "alpha": PER_CLASS}),
+    (hinge_loss, {"margin": 1.0, "alpha": 0.25}),
 ]
 LABELS = torch.tensor([0, 4, BACKGROUND, IGNORED, 3, BACKGROUND, 2])
 
@@ -55,6 +58,7 @@ def in_numpy(
     alpha: Any = "default",
     gamma: float = 2.0,
     beta: float = 0.0,
+    margin: float = 0.5,
 ) -> np.ndarray:
     """Eq. 1 to 7 as they stand in the paper, for t of 0 and 1, element by element."""
     if isinstance(alpha, str):
@@ -66,6 +70,8 @@ def in_numpy(
         return -weight * np.log(p_t)
     if function is focal_loss:
         return -weight * (1 - p_t) ** gamma * np.log(p_t)
+    if function is hinge_loss:
+        return weight * np.maximum(0, margin - p_t)
     return -weight * np.log(1 / (1 + np.exp(-(gamma * y * x + beta)))) / gamma
 
 
@@ -174,6 +180,60 @@ def test_focal_loss_star_by_hand() -> None:
     negative = float(focal_loss_star(logits, torch.tensor([-1]), beta=1.0))
     assert positive == pytest.approx(0.0485874 / 2, rel=1e-5)
     assert negative == pytest.approx(1.3132617 / 2, rel=1e-6)
+
+
+def test_hinge_loss_by_hand() -> None:
+    # p = .1, label 0 of 2: .5 - .1; the other class p = .8 is background: p_t = .2, .5 - .2
+    logits = torch.tensor([[0.1, 0.8]], dtype=torch.float64).logit()
+    label = torch.tensor([0])
+    each = hinge_loss(logits, label, reduction="none")
+    assert_close(each, torch.tensor([[0.4, 0.3]]).double())
+    assert float(hinge_loss(logits, label)) == pytest.approx(0.7)
+    assert float(hinge_loss(logits, label, margin=0.15)) == pytest.approx(0.05)
+    assert float(hinge_loss(logits, label, alpha=0.25)) == pytest.approx(0.25 * 0.4 + 0.75 * 0.3)
+
+
+def test_hinge_loss_and_its_slope_end_at_the_margin() -> None:
+    """Sec. 5.1: the loss is 0 above a certain value of p_t; below, the slope is p_t (1 - p_t)."""
+    p_t = torch.tensor([[0.2], [0.749], [0.75], [0.751], [0.99]], dtype=torch.float64)
+    for label in (0, BACKGROUND):
+        logits = (p_t if label == 0 else 1 - p_t).logit().requires_grad_()
+        loss = hinge_loss(logits, torch.full((5,), label), margin=0.75)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        slopes = torch.tensor([0.2 * 0.8, 0.749 * 0.251, 0, 0, 0]).double()
+        at_the_margin = gradient[2].abs() <= 0.75 * 0.25 + 1e-9  # where rounding may fall below it
+        assert at_the_margin
+        gradient[2] = 0
+        assert_close(gradient.flatten(), -slopes if label == 0 else slopes)
+        assert float(loss.detach()) == pytest.approx(0.55 + 0.001)
+
+
+def test_hinge_loss_is_at_rest_on_the_border() -> None:
+    """p_t = .5 and margin .5 exactly: of all ways to write it."""
+    for targets in (torch.tensor([0]), torch.tensor([BACKGROUND]), torch.ones(1, 1)):
+        logits = torch.zeros(1, 1, requires_grad=True)
+        hinge_loss(logits, targets).backward()
+        assert logits.grad is not None
+        assert float(logits.grad) == 0
+
+
+def test_neither_library_nor_kernel_is_asked_for_the_hinge(
+    monkeypatch: pytest.MonkeyPatch, each_way: str
+) -> None:
+    logits = random_logits(7, 5).float().requires_grad_()
+    if each_way == "native":
+        assert module.native.label_loss_served(logits)
+    monkeypatch.setattr(module.native, "label_loss", lambda *_: pytest.fail("the library"))
+    loss = hinge_loss(logits, LABELS)
+    assert_close(loss, hinge_loss(logits, LABELS, reduction="none").sum())
+
+    from retinanet.losses import triton_loss
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_probe, "usable", lambda device: True)
+    assert triton_loss.serves(logits, ("focal", 2.0, 0.0))
+    assert not triton_loss.serves(logits, ("hinge", 0.5, 0.0))
+    assert module._on_gpu(logits, ("hinge", 0.5, 0.0)) is module._in_pieces
 
 
 def test_alpha_of_each_class() -> None:
@@ -348,7 +408,8 @@ def test_finite_at_the_end_of_the_range(
         assert loss.isfinite().all()
         assert abs(float(gradient)) <= 1
         assert (float(loss.detach()) == 0) == right
-        assert (float(gradient) == 0) == right
+        # The hinge is one of the sigmoid, which is flat at both ends.
+        assert (float(gradient) == 0) == (right or function is hinge_loss)
 
 
 def test_extreme_logits_by_hand() -> None:
@@ -450,13 +511,14 @@ def test_inputs_are_left_as_they_were() -> None:
     assert torch.equal(labels, LABELS)
 
 
-@pytest.mark.parametrize("kind", ["focal", "focal_star"])
+@pytest.mark.parametrize("kind", ["focal", "focal_star", "hinge"])
 def test_weights_of_rows(kind: Any) -> None:
     logits = random_logits(7, 5).requires_grad_()
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.0, 0.1, 7.0], dtype=torch.float64)
-    public = focal_loss if kind == "focal" else focal_loss_star
-    loss = weighted_label_loss(logits, LABELS, weights, kind=kind, gamma=2.0, alpha=0.25)
-    each = public(logits, LABELS, alpha=0.25, gamma=2.0, reduction="none")
+    public: Any = {"focal": focal_loss, "focal_star": focal_loss_star, "hinge": hinge_loss}[kind]
+    numbers = {"margin": 0.6} if kind == "hinge" else {"gamma": 3.0}
+    loss = weighted_label_loss(logits, LABELS, weights, kind=kind, alpha=0.25, **numbers)
+    each = public(logits, LABELS, alpha=0.25, reduction="none", **numbers)
     expected = (each * weights[:, None]).sum()
     assert_close(loss, expected)
     assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
@@ -576,6 +638,12 @@ def test_star_refuses() -> None:
         focal_loss_star(X, Y, gamma=0.0)
     with pytest.raises(ValueError, match="beta must be a finite number, got inf"):
         focal_loss_star(X, Y, beta=float("inf"))
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.5, 1.01, math.nan])
+def test_hinge_refuses(margin: float) -> None:
+    with pytest.raises(ValueError, match=rf"margin must lie in \(0, 1\], .* got {margin}"):
+        hinge_loss(X, Y, margin=margin)
 
 
 def test_weighted_refuses() -> None:

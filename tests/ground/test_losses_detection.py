@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torchvision.models.detection.retinanet import (
 )
 
 from retinanet.anchors import anchor_spec, feature_sizes, level_anchors
+from retinanet.boxes import decode_boxes
 from retinanet.losses import (
     BOX_LOSSES,
     CLASSIFICATION_LOSSES,
@@ -23,6 +25,8 @@ from retinanet.losses import (
     detection_losses,
     focal_loss,
     focal_loss_star,
+    hard_examples,
+    hinge_loss,
     update_running,
 )
 from retinanet.matching import anchor_labels, match_anchors
@@ -214,16 +218,137 @@ def test_each_classification_loss(classification: str) -> None:
     outputs, targets = make_outputs(), make_targets()
     labels = anchor_labels(match_anchors(torch.cat(ANCHORS), targets), targets.labels)
     logits = flatten_levels(outputs.logits, CLASSES)
-    options = {"alpha": [0.2, 0.5, 0.8], "gamma": 3.0, "beta": 0.5}
+    options = {"alpha": [0.2, 0.5, 0.8], "gamma": 3.0, "beta": 0.5, "margin": 0.7}
     expected = {
         "focal": focal_loss(logits, labels, alpha=[0.2, 0.5, 0.8], gamma=3.0),
         "cross_entropy": cross_entropy(logits, labels, alpha=[0.2, 0.5, 0.8]),
         "focal_star": focal_loss_star(logits, labels, gamma=3.0, beta=0.5, alpha=[0.2, 0.5, 0.8]),
+        "hinge": hinge_loss(logits, labels, margin=0.7, alpha=[0.2, 0.5, 0.8]),
     }[classification]
     losses = losses_of(
         outputs, targets, classification=classification, normalizer="batch", **options
     )
     assert_close(losses.classification, expected / losses.foreground.sum())
+
+
+# --- mining (Sec. 5.1) ----------------------------------------------------------------------
+
+MINED: dict[str, Any] = {
+    "classification": "cross_entropy", "alpha": None, "mining_size": 16, "mining_nms": 0.5,
+}  # fmt: skip
+
+
+def mined_labels(outputs: Outputs, targets: Targets, ratio: float | None) -> Tensor:
+    anchors = torch.cat(ANCHORS)
+    return hard_examples(
+        [flatten_level(level, CLASSES) for level in outputs.logits],
+        anchor_labels(match_anchors(anchors, targets), targets.labels),
+        decode_boxes(flatten_levels(outputs.deltas, 4), anchors),
+        size=16,
+        nms_threshold=0.5,
+        negatives_per_positive=ratio,
+    )
+
+
+@pytest.mark.parametrize(("mining", "ratio"), [("ohem", None), ("ohem_1_3", 3.0)])
+@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
+def test_a_mined_loss_is_the_mean_over_the_anchors_kept(
+    mining: str, ratio: float | None, normalizer: str
+) -> None:
+    """Each image's own mean, then that of the images; the boxes' loss is of all foreground."""
+    outputs, targets = make_outputs(), make_targets()
+    options: dict[str, Any] = {"normalizer": normalizer, "running": torch.tensor(100.0)}
+    losses = losses_of(outputs, targets, mining=mining, **MINED, **options)
+    labels = mined_labels(outputs, targets, ratio).numpy()
+    logits = flatten_levels(outputs.logits, CLASSES).detach().double().numpy()
+    means = []
+    for own_logits, own in zip(logits, labels, strict=True):
+        rows = own != IGNORED
+        x_t = np.where(own[rows, None] == np.arange(CLASSES), 1, -1) * own_logits[rows]
+        means.append(np.log1p(np.exp(-x_t)).sum() / rows.sum())
+    kept = (labels != IGNORED).sum(axis=1)
+    # The second picture is empty.
+    assert kept.tolist() == ([16, 16, 16] if mining == "ohem" else [16, 3, 16])
+    assert float(losses.classification.detach()) == pytest.approx(np.mean(means), rel=1e-5)
+    plain = losses_of(outputs, targets, **options)
+    assert_close(losses.box, plain.box)
+    assert losses.foreground.tolist() == plain.foreground.tolist()
+    assert_close(losses.normalizer, plain.normalizer)
+
+
+def test_what_is_mined_takes_any_loss_and_alpha() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    labels = mined_labels(outputs, targets, None)
+    logits = flatten_levels(outputs.logits, CLASSES)
+    for classification, loss in (("cross_entropy", cross_entropy), ("focal", focal_loss)):
+        options = MINED | {"classification": classification, "alpha": [0.2, 0.3, 0.5]}
+        losses = losses_of(outputs, targets, mining="ohem", **options)
+        expected = loss(logits, labels, alpha=[0.2, 0.3, 0.5]) / (labels != IGNORED).sum()
+        assert_close(losses.classification, expected)
+
+
+@pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])
+@pytest.mark.parametrize("boxes", [[], [[-500.0, -500.0, 700.0, 700.0]]], ids=["empty", "crowd"])
+def test_mining_leaves_every_output_a_gradient(mining: str, boxes: list[list[float]]) -> None:
+    outputs = make_outputs(batch=2)
+    nothing = pad_targets(
+        [torch.tensor(boxes).reshape(-1, 4)] * 2, [torch.full((len(boxes),), IGNORED)] * 2
+    )
+    losses = losses_of(outputs, nothing, mining=mining, **MINED)
+    assert (float(losses.classification.detach()) > 0) == (not boxes)
+    gradients = torch.autograd.grad(losses.total, [*outputs.logits, *outputs.deltas])
+    assert all(one.isfinite().all() for one in gradients)
+    assert any(one.any() for one in gradients) == (not boxes)
+
+
+def test_mining_sees_no_gradient_of_the_boxes() -> None:
+    outputs, targets = make_outputs(), make_targets()
+    losses = losses_of(outputs, targets, mining="ohem", **MINED)
+    gradients = torch.autograd.grad(losses.classification, outputs.deltas, allow_unused=True)
+    assert gradients == (None,) * len(ANCHORS)
+    (level, *_) = torch.autograd.grad(losses.classification, outputs.logits)
+    rows = flatten_level(level, CLASSES).any(dim=2).sum(dim=1)
+    assert (rows <= 16).all()
+    assert (rows > 0).any()
+
+
+@pytest.mark.parametrize("mining", ["ohem", "ohem_1_3"])
+def test_mined_parts_of_a_batch_make_the_whole(mining: str) -> None:
+    """Processes and micro-batches of one size, one of them without an object."""
+    whole, targets = make_outputs(batch=4), make_targets()
+    targets = Targets(targets.boxes[[0, 2, 1, 1]], targets.labels[[0, 2, 1, 1]])
+    options = {"mining": mining, "normalizer": "batch", **MINED}
+    expected = losses_of(whole, targets, **options)
+    total = expected.foreground.sum()
+    parts = []
+    for images in ([0, 1], [2, 3]):
+        outputs = Outputs(*(tuple(level[images] for level in levels) for levels in whole))
+        own = Targets(targets.boxes[images], targets.labels[images])
+        parts.append(losses_of(outputs, own, world_foreground=lambda _: total / 2, **options).total)
+    assert_close(sum(parts) / 2, expected.total)
+    of = [*whole.logits, *whole.deltas]
+    assert_close(torch.autograd.grad(sum(parts) / 2, of), torch.autograd.grad(expected.total, of))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_mining_of_half_precision(dtype: torch.dtype, channels_last: bool) -> None:
+    outputs, targets = make_outputs(dtype=dtype, channels_last=channels_last), make_targets()
+    wide = Outputs(*(tuple(one.float() for one in levels) for levels in outputs))
+    with torch.inference_mode():
+        losses = losses_of(outputs, targets, mining="ohem", **MINED)
+    assert losses.classification.dtype == torch.float32
+    assert_close(losses.total, losses_of(wide, targets, mining="ohem", **MINED).total)
+
+
+def test_mining_looks_before_the_logits_are_written_over() -> None:
+    targets, gradients = make_targets(), []
+    for overwrite in (False, True):
+        outputs = make_outputs()
+        given = Outputs(tuple(one * 1 for one in outputs.logits), outputs.deltas)
+        losses = losses_of(given, targets, mining="ohem", overwrite_logits=overwrite, **MINED)
+        gradients.append(torch.autograd.grad(losses.classification, outputs.logits))
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("box", list(BOX_LOSSES))
@@ -361,8 +486,11 @@ def test_gradient_over_the_logits_of_a_head(channels_last: bool, classification:
     [
         (
             {"classification": "ohem"},
-            "classification loss is one of focal, cross_entropy, focal_star, got 'ohem'",
+            "classification loss is one of focal, cross_entropy, focal_star, hinge, got 'ohem'",
         ),
+        ({"mining": "ohem_13"}, "mining is one of none, ohem, ohem_1_3, got 'ohem_13'"),
+        ({"mining": "ohem", "mining_size": 0}, "or more, got size 0"),
+        ({"classification": "hinge", "margin": 1.5}, "margin must lie in .* got 1.5"),
         ({"normalizer": "rank"}, "normalizer is one of image, batch, running, got 'rank'"),
         ({"normalizer": "running"}, r"needs its state: pass running, at first torch.tensor\(100"),
         ({"box": "l2"}, "box loss is one of .* got 'l2'"),

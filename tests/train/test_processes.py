@@ -68,8 +68,18 @@ def test_killed_again_and_again_it_ends_at_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
-def test_two_ranks_one_without_objects_equal_one_process(tmp_path: Path, normalizer: str) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("loss.normalizer=image",),
+        ("loss.normalizer=batch",),
+        ("loss.normalizer=running",),
+        ("loss.mining=ohem_1_3", "loss.classification=cross_entropy", "loss.normalizer=batch"),
+    ],
+)
+def test_two_ranks_one_without_objects_equal_one_process(
+    tmp_path: Path, loss: tuple[str, ...]
+) -> None:
     data = tmp_path / "data"
     synthetic_dataset(data, splits={"train": 4, "val": 2}, image_size=64, seed=1)
     settings = (
@@ -78,7 +88,7 @@ def test_two_ranks_one_without_objects_equal_one_process(tmp_path: Path, normali
         "train.lr=0.05",
         "train.clip_norm=0",
         "data.horizontal_flip=0",
-        f"loss.normalizer={normalizer}",
+        *loss,
     )
     # A batch is the whole set; the first step's order says which two pictures fall to rank 1.
     order = _first_batch(data)

@@ -75,8 +75,17 @@ def test_learning_rate_follows_the_linear_rule(tiny_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("train.ema=0.9", "loss.normalizer=running", "train.optimizer=sgd")]
-)
+    "settings",
+    [
+        (),
+        ("train.ema=0.9", "loss.normalizer=running", "train.optimizer=sgd"),
+        (
+            "loss.classification=cross_entropy", "loss.alpha=[0.2, 0.3, 0.5]",
+            "loss.mining=ohem_1_3", "loss.mining_nms=0.5",
+        ),
+        ("loss.classification=focal_star", "loss.gamma=4", "loss.beta=0"),
+    ],
+)  # fmt: skip
 def test_ctrl_c_and_again_equals_uninterrupted(
     tiny_data: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
@@ -171,13 +180,23 @@ def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
     assert progress.finished
 
 
-@pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("loss.normalizer=image",),
+        ("loss.normalizer=batch",),
+        ("loss.normalizer=running",),
+        ("loss.mining=ohem", "loss.classification=cross_entropy", "loss.normalizer=batch"),
+        ("loss.mining=ohem_1_3", "loss.classification=cross_entropy"),
+        ("loss.classification=hinge", "loss.alpha=none"),
+    ],
+)
 def test_accumulating_micro_batches_is_the_whole_batch(
-    tiny_data: Path, tmp_path: Path, normalizer: str
+    tiny_data: Path, tmp_path: Path, loss: tuple[str, ...]
 ) -> None:
     settings = (
         "train.steps=2", "train.optimizer=sgd", "train.lr=0.1", "train.batch_size=4",
-        f"loss.normalizer={normalizer}",
+        *loss,
     )  # fmt: skip
     one = train(tiny_recipe(*settings), tiny_data, tmp_path / "one", device="cpu")
     two = train(

@@ -220,8 +220,9 @@ def search(
     """Run a model over every picture once; pictures are let go as soon as they are searched.
 
     The loss is that of training on the same forward: its mean over images, or, for the normalizers
-    ``batch`` and ``running``, the sum over all images divided by all their foreground anchors. So
-    `batch_size` changes it only by the padding, whose anchors are background.
+    ``batch`` and ``running``, the sum over all images divided by all their foreground anchors
+    (with mining that of the boxes alone). So `batch_size` changes it only by the padding, whose
+    anchors are background.
 
     Args:
         network: as :func:`retinanet.detect.network.build_network` makes it.
@@ -325,6 +326,8 @@ class _LossSums:
     ) -> None:
         self._options = dict(options)
         self._by_image = self._options.get("normalizer", "image") == "image"
+        # What is mined has its own mean in each image, whatever divides the box loss.
+        self._class_by_image = self._by_image or self._options.get("mining", "none") != "none"
         if not self._by_image:
             self._options["normalizer"] = "batch"
         self._num_classes = num_classes
@@ -343,18 +346,31 @@ class _LossSums:
             outputs, anchors, targets, num_classes=self._num_classes, **self._options
         )
         count = _wide(losses.foreground.sum())
-        weight = count.new_tensor(len(batch.images)) if self._by_image else count.clamp(min=1)
-        share = weight if self._by_image else count
+        images = count.new_tensor(len(batch.images))
+        # What the batch's loss was divided by, and what that adds to the whole's divisor.
+        by_image, by_anchor = (images, images), (count.clamp(min=1), count)
+        class_weight, class_share = by_image if self._class_by_image else by_anchor
+        box_weight, box_share = by_image if self._by_image else by_anchor
         self._parts.append(
-            _wide(torch.stack([losses.classification * weight, losses.box * weight, share]))
+            _wide(
+                torch.stack(
+                    [
+                        losses.classification * class_weight,
+                        class_share,
+                        losses.box * box_weight,
+                        box_share,
+                    ]
+                )
+            )
         )
 
     def means(self) -> tuple[float | None, float | None]:
         """Classification and box loss; None where there is no picture."""
         if not self._parts:
             return None, None
-        classification, box, weight = torch.stack(self._parts).sum(dim=0).tolist()
-        return classification / max(1.0, weight), box / max(1.0, weight)
+        sums = torch.stack(self._parts).sum(dim=0).tolist()
+        classification, class_share, box, box_share = sums
+        return classification / max(1.0, class_share), box / max(1.0, box_share)
 
 
 def _inverse(label_map: Sequence[int]) -> Tensor:

@@ -1,15 +1,15 @@
-"""Losses over independent sigmoids: cross entropy, focal loss and its variant FL*.
+"""Losses over independent sigmoids: cross entropy, focal loss, its variant FL*, and the hinge loss.
 
-All three are functions of u = -x_t, the logit seen from the wrong side: u = x where the target is
-0 and u = -x where it is 1. ``_focal`` and ``_focal_star`` give such a function and its slope; all
-else here is the same for every loss.
+All are functions of u = -x_t, the logit seen from the wrong side: u = x where the target is 0 and
+u = -x where it is 1. ``_focal``, ``_focal_star`` and ``_hinge`` give such a function and its slope;
+all else here is the same for every loss.
 
 Two ways lead to one result. Dense targets, ``reduction="none"``, second derivatives and compiled
 code take the formula as it is written (``_reference``) and autograd's gradient. Integer labels
 take ``_LabelLoss``: no one-hot targets, and the gradient, known in closed form (Appendix B), is
 made with the value while a piece of the logits is in the cache: by the native library on a CPU and
-by a Triton kernel on a GPU where they are there, else piece by piece in torch. Tests hold all of
-them equal.
+by a Triton kernel on a GPU where they are there and know the loss, else piece by piece in torch.
+Tests hold all of them equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from retinanet.structures import BACKGROUND, IGNORED
 
 Reduction = Literal["none", "sum", "mean"]
 Alpha = float | Sequence[float] | Tensor | None
-_Formula = tuple[Literal["focal", "focal_star"], float, float]  # gamma and beta
+Kind = Literal["focal", "focal_star", "hinge"]
+_Formula = tuple[Kind, float, float]  # gamma and beta; of the hinge its margin and 0
 _Curve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # logits (N, K), labels (N,), weights (N,), weights of positives and negatives, the formula, and the
 # gradient (N, K) to be filled or None, to the loss ().
@@ -36,6 +37,9 @@ _Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, _Formula, Tensor | None
 
 # From here on log(1 + exp(x)) is x to the last bit, in float64 too, and exp(x) is no infinity yet.
 _LINEAR_FROM = 80.0
+
+# What the native library has curves of. (Of Triton's kernel its `serves` says so.)
+_NATIVE_KINDS = ("focal", "focal_star")
 
 # Elements worked on at a time, a thread: 2,048 anchors of 80 classes, four intermediates of 640 kB.
 _CPU_PIECE = 2048 * 80
@@ -88,7 +92,7 @@ def focal_loss(
         >>> round(float(ce / fl), 1)
         100.0
     """
-    return _loss(logits, targets, "focal", gamma, 0.0, alpha, reduction)
+    return _loss(logits, targets, _formula("focal", gamma=gamma), alpha, reduction)
 
 
 def cross_entropy(
@@ -108,7 +112,7 @@ def cross_entropy(
         >>> round(float(cross_entropy(torch.zeros(1, 80), torch.tensor([-1]))), 2)
         55.45
     """
-    return _loss(logits, targets, "focal", 0.0, 0.0, alpha, reduction)
+    return _loss(logits, targets, _formula("focal", gamma=0.0), alpha, reduction)
 
 
 def focal_loss_star(
@@ -138,7 +142,40 @@ def focal_loss_star(
         >>> round(float(focal_loss_star(torch.zeros(1, 1), torch.tensor([0]), gamma=4.0)), 4)
         0.1733
     """
-    return _loss(logits, targets, "focal_star", gamma, beta, alpha, reduction)
+    formula = _formula("focal_star", gamma=gamma, beta=beta)
+    return _loss(logits, targets, formula, alpha, reduction)
+
+
+def hinge_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    margin: float = 0.5,
+    alpha: Alpha = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""Hinge loss on p_t: nothing to learn above a margin.
+
+    .. math:: \alpha_t \max(0, m - p_t)
+
+    Source: Lin et al. 2017 (arXiv:1708.02002), Sec. 5.1: "the hinge loss on p_t, which sets loss to
+    0 above a certain value of p_t", tried and found unstable. It is flat on both sides: an example
+    that is wholly wrong has no gradient either.
+
+    Args:
+        margin: m in (0, 1], the value of p_t from which an example costs nothing. The paper gives
+            none: .5, the decision border, is ours.
+
+    Other Args, Returns, Raises: as :func:`focal_loss`. A soft target t mixes the loss of a
+    positive and of a negative, t to 1 - t. At p_t = m the gradient is 0.
+
+    Example: at p_t = .1 it costs .5 - .1.
+
+        >>> logit = torch.tensor([[0.1]]).logit()
+        >>> round(float(hinge_loss(logit, torch.tensor([0]))), 4)
+        0.4
+    """
+    return _loss(logits, targets, _formula("hinge", margin=margin), alpha, reduction)
 
 
 def weighted_label_loss(
@@ -146,9 +183,10 @@ def weighted_label_loss(
     labels: Tensor,
     row_weights: Tensor,
     *,
-    kind: Literal["focal", "focal_star"],
-    gamma: float,
+    kind: Kind,
+    gamma: float = 2.0,
     beta: float = 0.0,
+    margin: float = 0.5,
     alpha: Alpha = None,
     overwrite_logits: bool = False,
 ) -> Tensor:
@@ -158,7 +196,8 @@ def weighted_label_loss(
         logits: (N, K).
         labels: (N,) integer class 0..K-1, BACKGROUND or IGNORED.
         row_weights: (N,) float; no gradient flows to them.
-        kind, gamma, beta, alpha: as in the public functions, which call this with weights 1.
+        kind, gamma, beta, margin, alpha: as in the public functions; a number that the kind does
+            not have is not looked at.
         overwrite_logits: the gradient may be written over the logits, which saves as much memory
             as they take. Only for logits that nobody reads afterwards (a convolution does not
             need its output to go backward); autograd refuses those who kept them for their own
@@ -176,14 +215,25 @@ def weighted_label_loss(
             "a weighted loss takes logits (N, K), labels (N,) and weights (N,), got "
             f"{tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(row_weights.shape)}"
         )
-    _check_formula(kind, gamma, beta)
+    formula = _formula(kind, gamma=gamma, beta=beta, margin=margin)
+    return _weighted_sum(logits, labels, row_weights, formula, alpha, overwrite_logits)
+
+
+def _weighted_sum(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    formula: _Formula,
+    alpha: Alpha,
+    overwrite_logits: bool = False,
+) -> Tensor:
     _check_labels(labels, logits.shape[1])
     positive, negative = _alpha_pair(alpha, logits)
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
     labels = labels.long()
     if torch.compiler.is_compiling():
         # The compiler fuses the formula as it stands; it would unroll the loop over pieces.
-        return _reference_sum(logits, labels, weights, positive, negative, (kind, gamma, beta))
+        return _reference_sum(logits, labels, weights, positive, negative, formula)
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     result: Tensor = _LabelLoss.apply(
         logits,
@@ -191,7 +241,7 @@ def weighted_label_loss(
         weights,
         positive,
         negative,
-        (kind, gamma, beta),
+        formula,
         want_gradient,
         overwrite_logits and want_gradient,
     )
@@ -224,10 +274,25 @@ def _focal_star(gamma: float, beta: float) -> _Curve:
     return curve
 
 
+def _hinge(margin: float, _: float) -> _Curve:
+    """f(u) = max(0, margin - p_t) with p_t = sigmoid(-u)."""
+
+    def curve(u: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+        p_t, slope, loss, costs = work.unbind()
+        torch.neg(u, out=p_t).sigmoid_()
+        torch.neg(p_t, out=loss).add_(margin).clamp_(min=0)
+        # f' = p_t (1 - p_t) below the margin
+        torch.neg(p_t, out=slope).add_(1).mul_(p_t)
+        return loss, slope.mul_(torch.sign(loss, out=costs))
+
+    return curve
+
+
 # Each gives a function that makes f(u) and f'(u) in the memory of 4 scratch tensors of u's shape.
 _CURVES: dict[str, Callable[[float, float], _Curve]] = {
     "focal": _focal,
     "focal_star": _focal_star,
+    "hinge": _hinge,
 }
 
 
@@ -348,7 +413,7 @@ def _sum_and_gradient(
         gradient = torch.empty_like(logits, dtype=stored, memory_format=torch.contiguous_format)
     run: _Way = _in_pieces
     if logits.device.type == "cpu":
-        if native.label_loss_served(logits):
+        if formula[0] in _NATIVE_KINDS and native.label_loss_served(logits):
             run = native.label_loss
     elif logits.device.type == "cuda":
         run = _on_gpu(logits, formula)
@@ -372,8 +437,8 @@ def _in_pieces(
     gradient: Tensor | None,
 ) -> Tensor:
     """The loss (), and its gradient into `gradient`, which may be the logits, in plain torch."""
-    name, gamma, beta = formula
-    curve = _CURVES[name](gamma, beta)
+    name, *numbers = formula
+    curve = _CURVES[name](*numbers)
     count, classes = logits.shape
     kind, on_cpu = weights.dtype, logits.device.type == "cpu"
     # The one class of each row that has a class is put right at the end. A GPU does it for all
@@ -420,12 +485,18 @@ def _reference_sum(
 ) -> Tensor:
     """The loss of :func:`_sum_and_gradient` from :func:`_reference`."""
     targets = _one_hot(labels, logits.shape[1], weights.dtype)
-    loss = _reference(logits.to(weights.dtype), targets, *formula)
+    loss = _reference(logits.to(weights.dtype), targets, formula)
     return (loss * (positive * targets + negative * (1 - targets)) * weights[:, None]).sum()
 
 
-def _reference(logits: Tensor, targets: Tensor, kind: str, gamma: float, beta: float) -> Tensor:
+def _reference(logits: Tensor, targets: Tensor, formula: _Formula) -> Tensor:
     """The unweighted loss of each element as the paper writes it; targets dense, all (..., K)."""
+    kind, gamma, beta = formula
+    if kind == "hinge":
+        margin = gamma
+        as_positive = torch.relu(margin - torch.sigmoid(logits))
+        as_negative = torch.relu(margin - torch.sigmoid(-logits))
+        return targets * as_positive + (1 - targets) * as_negative
     if kind == "focal_star":
         steep = {"beta": gamma, "threshold": _LINEAR_FROM}
         as_positive = softplus(-logits - beta / gamma, **steep)
@@ -445,15 +516,12 @@ def _reference(logits: Tensor, targets: Tensor, kind: str, gamma: float, beta: f
 def _loss(
     logits: Tensor,
     targets: Tensor,
-    kind: Literal["focal", "focal_star"],
-    gamma: float,
-    beta: float,
+    formula: _Formula,
     alpha: Alpha,
     reduction: Reduction,
 ) -> Tensor:
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")
-    _check_formula(kind, gamma, beta)
     if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits are floats of shape (..., K), got {logits.dtype} {tuple(logits.shape)}"
@@ -473,9 +541,7 @@ def _loss(
         labels = targets.reshape(-1)
         ones = torch.ones(labels.shape, dtype=working, device=logits.device)
         flat = logits.reshape(-1, classes)
-        total = weighted_label_loss(
-            flat, labels, ones, kind=kind, gamma=gamma, beta=beta, alpha=alpha
-        )
+        total = _weighted_sum(flat, labels, ones, formula, alpha)
         if reduction == "sum":
             return total
         return total / ((labels != IGNORED).sum() * classes).clamp(min=1)
@@ -487,7 +553,7 @@ def _loss(
         dense = targets.to(working)
         _check_dense(dense)
         counted = None
-    loss = _reference(logits.to(working), dense, kind, gamma, beta)
+    loss = _reference(logits.to(working), dense, formula)
     if alpha is not None:
         loss = loss * (positive * dense + negative * (1 - dense))
     if counted is not None:
@@ -531,11 +597,17 @@ def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weight, 1 - weight
 
 
-def _check_formula(kind: str, gamma: float, beta: float) -> None:
+def _formula(kind: Kind, *, gamma: float = 2.0, beta: float = 0.0, margin: float = 0.5) -> _Formula:
+    """A kind with the two numbers that it has, both looked at."""
+    if kind == "hinge":
+        if not 0 < margin <= 1:
+            raise ValueError(f"margin must lie in (0, 1], as p_t does, got {margin}")
+        return kind, margin, 0.0
     if not 0 <= gamma < math.inf or (gamma == 0 and kind == "focal_star"):
         raise ValueError(f"gamma must be {'> 0' if kind == 'focal_star' else '>= 0'}, got {gamma}")
     if not math.isfinite(beta):
         raise ValueError(f"beta must be a finite number, got {beta}")
+    return kind, gamma, beta
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from retinanet.boxes import decode_boxes
 from retinanet.losses.box import box_loss
-from retinanet.losses.classification import Alpha, weighted_label_loss
+from retinanet.losses.classification import Alpha, Kind, weighted_label_loss
+from retinanet.losses.mining import NEGATIVES_PER_POSITIVE, hard_examples
 from retinanet.matching import anchor_labels, match_anchors
-from retinanet.structures import Outputs, Targets, flatten_level, flatten_levels
+from retinanet.structures import IGNORED, Outputs, Targets, flatten_level, flatten_levels
 
 RUNNING_START = 100.0
 """Where detectron2 starts the running count of foreground anchors."""
 
 
 class ClassificationLoss(Protocol):
-    """From the levels' logits (B, R_l, K), the labels (B, R), the images' weights (B,), alpha,
-    gamma and beta to the loss ().
+    """From the levels' logits (B, R_l, K), the labels (B, R), the images' weights (B,) and the
+    loss's numbers to the loss ().
 
-    It sees a whole batch, so one that ranks anchors (OHEM, Sec. 5.1) fits. With `overwrite_logits`
-    it may write over the logits, but need not.
+    With `overwrite_logits` it may write over the logits, but need not.
     """
 
     def __call__(
@@ -35,11 +36,14 @@ class ClassificationLoss(Protocol):
         gamma: float,
         beta: float,
         *,
+        margin: float = 0.5,
         overwrite_logits: bool = False,
     ) -> Tensor: ...
 
 
 _NORMALIZERS = ("image", "batch", "running")
+MININGS = ("none", *NEGATIVES_PER_POSITIVE)
+"""Every choice of the anchors that the classification loss is of, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class Losses:
         box: (), already times its weight.
         foreground: (B,) int64 anchors of each image that answer for an object.
         normalizer: () what the sums of the batch were divided by; for ``image`` the mean over the
-            images. With ``running`` this is the state to pass to the next step.
+            images. With ``running`` this is the state to pass to the next step. (With mining it
+            is the box loss's alone.)
     """
 
     classification: Tensor
@@ -75,6 +80,10 @@ def detection_losses(
     alpha: Alpha = 0.25,
     gamma: float = 2.0,
     beta: float = 0.0,
+    margin: float = 0.5,
+    mining: str = "none",
+    mining_size: int = 128,
+    mining_nms: float = 0.7,
     box: str = "smooth_l1",
     box_beta: float = 0.11,
     box_weight: float = 1.0,
@@ -89,7 +98,7 @@ def detection_losses(
     """Classification and box loss of a batch; both depend on every output, objects or none.
 
     Source: Lin et al. 2017, Sec. 4.1: the sum over all anchors of an image, divided by the number
-    of anchors assigned to an object.
+    of anchors assigned to an object. Mining: Sec. 5.1, "Online Hard Example Mining".
 
     Args:
         outputs: of the network for B images.
@@ -97,12 +106,21 @@ def detection_losses(
         targets: the objects of the B images.
         num_classes: K.
         classification: a name in :data:`CLASSIFICATION_LOSSES`.
-        alpha, gamma, beta: of that loss; `gamma` means nothing to cross_entropy, `beta` only
-            something to focal_star.
+        alpha, gamma, beta, margin: of that loss; `gamma` is of focal and focal_star, `beta` of
+            focal_star, `margin` of hinge.
+        mining: a name in :data:`MININGS`: which anchors the classification loss is of. ``none``:
+            all; ``ohem``: the hardest of each image, as :func:`retinanet.losses.mining
+            .hard_examples` has it; ``ohem_1_3``: with three negatives to a positive. Each image's
+            loss is then the mean over the anchors kept, and the batch's the mean over images,
+            whatever the normalizer. (The paper does not say what it divides by; Shrivastava et al.
+            2016 take the loss of the minibatch, which is its mean.) A GPU is waited for.
+        mining_size: anchors kept, an image.
+        mining_nms: the IoU over which the easier of two predicted boxes goes.
         box: a name in :data:`retinanet.losses.BOX_LOSSES`.
         box_beta: of smooth_l1.
         box_weight: factor of the box loss.
-        normalizer: what the sums are divided by, with n the number of foreground anchors:
+        normalizer: what the sums are divided by (with mining that of the boxes alone), with n the
+            number of foreground anchors:
             ``image``: each image's sum by max(1, its n), then the mean over images (the paper,
             torchvision). ``batch``: by max(1, n of the batch). ``running``: by the moving average
             of the batch's n (detectron2), this batch's included.
@@ -127,6 +145,7 @@ def detection_losses(
     _check_levels(outputs, anchors, len(targets.boxes), num_classes)
     for name, value, known in (
         ("classification loss", classification, CLASSIFICATION_LOSSES),
+        ("mining", mining, MININGS),
         ("normalizer", normalizer, _NORMALIZERS),
     ):
         if value not in known:
@@ -145,8 +164,27 @@ def detection_losses(
     wide = torch.float64 if outputs.logits[0].dtype == torch.float64 else torch.float32
     weights = divisors.to(wide).reciprocal()
     logits = [flatten_level(level, num_classes) for level in outputs.logits]
+    class_weights = weights
+    if mining != "none":
+        labels = hard_examples(
+            logits,
+            labels,
+            decode_boxes(flatten_levels(outputs.deltas, 4).detach(), every_anchor),
+            size=mining_size,
+            nms_threshold=mining_nms,
+            negatives_per_positive=NEGATIVES_PER_POSITIVE[mining],
+        )
+        kept = (labels != IGNORED).sum(dim=1).clamp(min=1)
+        class_weights = (kept * len(kept)).to(wide).reciprocal()
     class_loss = CLASSIFICATION_LOSSES[classification](
-        logits, labels, weights, alpha, gamma, beta, overwrite_logits=overwrite_logits
+        logits,
+        labels,
+        class_weights,
+        alpha,
+        gamma,
+        beta,
+        margin=margin,
+        overwrite_logits=overwrite_logits,
     )
     boxes_loss = _box_losses(outputs, every_anchor, targets, matches, weights, box, box_beta)
     return Losses(class_loss, boxes_loss * box_weight, foreground, shown)
@@ -198,7 +236,7 @@ def _divisors(
     return used.expand(len(foreground)), used
 
 
-def _of_labels(kind: Literal["focal", "focal_star"], **fixed: float) -> ClassificationLoss:
+def _of_labels(kind: Kind, **fixed: float) -> ClassificationLoss:
     """A loss that sums over all anchors of all levels, with `fixed` in the place of its numbers.
 
     It goes level by level: in channels_last memory no logit is copied.
@@ -212,6 +250,7 @@ def _of_labels(kind: Literal["focal", "focal_star"], **fixed: float) -> Classifi
         gamma: float,
         beta: float,
         *,
+        margin: float = 0.5,
         overwrite_logits: bool = False,
     ) -> Tensor:
         total = weights.new_zeros(())
@@ -224,6 +263,7 @@ def _of_labels(kind: Literal["focal", "focal_star"], **fixed: float) -> Classifi
                 kind=kind,
                 gamma=fixed.get("gamma", gamma),
                 beta=fixed.get("beta", beta),
+                margin=margin,
                 alpha=alpha,
                 overwrite_logits=overwrite_logits,
             )
@@ -236,6 +276,7 @@ CLASSIFICATION_LOSSES: dict[str, ClassificationLoss] = {
     "focal": _of_labels("focal", beta=0.0),
     "cross_entropy": _of_labels("focal", gamma=0.0, beta=0.0),
     "focal_star": _of_labels("focal_star"),
+    "hinge": _of_labels("hinge"),
 }
 """Every classification loss of a detector by its name."""
 

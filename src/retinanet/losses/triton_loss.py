@@ -8,7 +8,6 @@ This module imports without Triton; the kernel itself does not, and lies apart.
 from __future__ import annotations
 
 import os
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def sum_and_gradient(
     weights: Tensor,
     positive: Tensor,
     negative: Tensor,
-    formula: tuple[Literal["focal", "focal_star"], float, float],
+    formula: tuple[str, float, float],
     gradient: Tensor | None,
 ) -> Tensor:
     """The weighted loss of rows, and its gradient, without waiting for the device.
