@@ -137,6 +137,7 @@ class DataConfig(_Section):
     any_corner: bool = False  # pictures lie in any corner of the batch, not the upper left alone
     workers: int | Literal["auto"] = "auto"  # processes that load pictures
     held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
+    split_seed: int | None = None  # which pictures those are; None: by train.seed
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -215,6 +216,11 @@ class Recipe(_Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     detect: DetectConfig = DetectConfig()
+
+    @property
+    def split_seed(self) -> int:
+        """What chooses the pictures that are held back where the data has no splits."""
+        return self.train.seed if self.data.split_seed is None else self.data.split_seed
 
 
 def recipe_names() -> tuple[str, ...]:

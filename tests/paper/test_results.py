@@ -220,6 +220,13 @@ def test_about_includes_its_border() -> None:
     assert verdict((0.3501,), (0.34,), "about", 1.0).said == "does not hold (one seed)"
 
 
+@pytest.mark.parametrize("kind", ["over", "about"])
+def test_rows_that_found_nothing_have_no_order(kind: Literal["over", "about"]) -> None:
+    # 0.0 is printed of both.
+    assert verdict((0.0004,), (0.0001,), kind, 1.0).verdict == "not separated"
+    assert verdict((0.0006,), (0.0001,), kind, 1.0).verdict == "holds"
+
+
 def test_not_measured() -> None:
     (found,) = gather(table(OVER), {"a": done(0.3)}, ABOUT).claims
     assert (found.verdict, found.said) == ("not measured", "not measured")

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_recipe
 
-from retinanet.data import read_splits
+from retinanet.data import read_dataset, read_splits
 from retinanet.data.dataset import Dataset
+from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import (
     ConfigError,
     DataError,
@@ -21,6 +22,7 @@ from retinanet.errors import (
     NonFiniteLossError,
     WeightsError,
 )
+from retinanet.model.checkpoint import load_checkpoint
 from retinanet.train.events import Event
 from retinanet.train.loop import train
 from retinanet.train.nonfinite import replay
@@ -369,3 +371,20 @@ def _with(dataset: Dataset, images: tuple) -> Dataset:  # type: ignore[type-arg]
 
 def _first(dataset: Dataset, count: int) -> Dataset:
     return _with(dataset, dataset.images[:count])
+
+
+def test_the_split_of_data_without_one_may_have_a_seed_of_its_own(tmp_path: Path) -> None:
+    synthetic_dataset(tmp_path / "data", splits={"train": 8}, image_size=64, empty=0.0)
+    held: dict[tuple[int, str], set[str]] = {}
+    for seed in (0, 1):
+        for split_seed in ("none", "5"):
+            recipe = tiny_recipe(f"train.seed={seed}", f"data.split_seed={split_seed}",
+                                 "train.steps=1", "data.held_out=0.5")  # fmt: skip
+            out = tmp_path / f"run-{seed}-{split_seed}"
+            train(recipe, tmp_path / "data", out, device="cpu")
+            made = load_checkpoint(out).info["split"]
+            assert made == {"seed": seed if split_seed == "none" else 5, "held_out": 0.5}
+            val = read_dataset(tmp_path / "data", "val", **made)
+            held[seed, split_seed] = {image.path.name for image in val.images}
+    assert held[0, "5"] == held[1, "5"]
+    assert held[0, "none"] != held[1, "none"]

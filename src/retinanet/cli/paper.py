@@ -242,6 +242,8 @@ def _seconds(text: str) -> float:
 
 def _results(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
     """Other detectors' results files by their names."""
+    if given and "table2" not in names:
+        raise typer.BadParameter("--results is for table2, where other detectors stand")
     found = {}
     for one in given:
         name, equals, file = one.partition("=")
@@ -250,8 +252,6 @@ def _results(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
         if not Path(file).is_file():
             raise typer.BadParameter(f"--results {name}: there is no file {file}")
         found[name] = Path(file)
-    if found and "table2" not in names:
-        raise typer.BadParameter("--results is for table2, where other detectors stand")
     return found
 
 
@@ -261,7 +261,7 @@ def _command() -> str:
 
 def _announce(planned: Plan, terms: Terms, place: Workplace) -> None:
     """What is about to be trained, and in what it is not the paper's setting."""
-    from retinanet.paper.plan import differences, size_changes
+    from retinanet.paper.plan import common_differences, size_changes
 
     for (of, key), why in planned.refused.items():
         note(f"{of}, row {key} is left out: {why}", style="yellow")
@@ -279,11 +279,7 @@ def _announce(planned: Plan, terms: Terms, place: Workplace) -> None:
     note("in small, the same for every row; none of this is a COCO result:")
     for what in size_changes(planned, terms):
         note(f"  {what}")
-    changed = [
-        f"{name}={here}"
-        for name, _, here in differences(first.recipe)
-        if not name.startswith(("loss.", "anchors.scales", "anchors.aspect_ratios"))
-    ]
+    changed = [f"{name}={here}" for name, _, here in common_differences(first.recipe)]
     note(f"  settings that are not the paper's: {', '.join(changed)}")
 
 
@@ -303,8 +299,11 @@ def _agree(planned: Plan, place: Workplace, yes: bool) -> None:
         f"35 h on 8 GPUs; here {pace:.2g} s a step were measured: about {hours:,.0f} h in all "
         f"({hours / 24:,.1f} days)"
     )
-    if not yes:
-        typer.confirm("begin?", abort=True, err=True)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("nobody is here to agree to that: give --yes to begin")
+    typer.confirm("begin?", abort=True, err=True)
 
 
 def _length(value: float) -> str:
@@ -357,4 +356,13 @@ class _Board:
             note(what + f"AP {100 * (ap or 0.0):.1f}{before}")
 
 
-def _print(result: TableResult) -> None: ...
+def _print(result: TableResult) -> None:
+    """A table and what was found of its claims."""
+    if not result.lines:
+        return
+    table(result.heading, result.columns, result.rows)
+    for line in filter(None, (result.not_coco, *result.footnotes)):
+        say(line)
+    if result.claims:
+        claims = [[*one.brief_cells(), one.said] for one in result.claims]
+        table("", ["the paper says", "paper", "here", "verdict"], claims, left=4)

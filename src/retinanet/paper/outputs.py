@@ -29,7 +29,7 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
 from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.page import index_markdown, write_page
-from retinanet.paper.plan import Plan, Terms, Training, differences, size_changes
+from retinanet.paper.plan import Plan, Terms, Training, common_differences, size_changes
 from retinanet.paper.results import Outcome, TableResult, gather
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Workplace
@@ -200,19 +200,8 @@ def _about(trained: Trained) -> dict[str, Any]:
     if first is not None and not terms.full:
         about["in small"] = "; ".join(size_changes(trained.planned, terms))
     if first is not None:
-        own = {one.partition("=")[0] for e in EXPERIMENTS.values() for r in e.rows
-               for one in r.settings}  # fmt: skip
-        about["settings"] = [
-            (name, paper, _shown(name, here))
-            for name, paper, here in differences(first)
-            if name not in own and name not in ("data.split_seed", "train.validate_every")
-        ]
+        about["settings"] = common_differences(first)
     return about
-
-
-def _shown(name: str, value: Any) -> Any:
-    """A setting without the place of a file on this machine."""
-    return Path(value).name if name == "model.backbone_weights" else value
 
 
 def _outcomes(experiment: Experiment, out: Path, trained: Trained) -> dict[str, list[Outcome]]:

@@ -21,6 +21,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import DataError
 from retinanet.paper.experiments import Depth, Experiment, Row
+from retinanet.paper.tables import EXPERIMENTS
 from retinanet.train.step import recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
@@ -198,6 +199,25 @@ def differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
         if isinstance(values, dict)
         for key, value in values.items()
         if value != paper[section][key]
+    ]
+
+
+def common_differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Those of :func:`differences` that tell of all rows alike, and that have an effect."""
+    of_rows = {
+        one.partition("=")[0]
+        for experiment in EXPERIMENTS.values()
+        for row in experiment.rows
+        for one in row.settings
+    }
+    left_out = {*of_rows, *_NOT_OF_THE_RESULT, "data.split_seed", "train.validate_every"}
+    if recipe.train.epochs is None:
+        left_out |= {"train.min_steps", "train.max_steps"}
+    # Files lie elsewhere on each machine.
+    return [
+        (name, paper, Path(here).name if name == "model.backbone_weights" else here)
+        for name, paper, here in differences(recipe)
+        if name not in left_out
     ]
 
 

@@ -35,6 +35,7 @@ _PUBLISHED = {
     "APl": "large",
     "ms": "milliseconds",
 }
+_NOTHING = 0.05  # points of AP that are printed as 0.0
 _EXACT = 1e-9  # points of AP under which a difference is floating-point dust
 _DIVERGED = "†"
 
@@ -433,8 +434,10 @@ def judge(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     if first.deviation is not None and second.deviation is not None:
         deviation = math.hypot(first.deviation, second.deviation)
     verdict: Verdict = "holds" if margin >= 0 else "does not hold"
-    # Equal means give no order, whatever the seeds.
-    if abs(margin) < (deviation or 0.0) or (claim.kind == "over" and margin == 0):
+    # Equal means give no order, whatever the seeds; rows that found nothing are about nothing.
+    nothing = max(first.mean, second.mean) < _NOTHING
+    same = claim.kind == "over" and margin == 0
+    if abs(margin) < (deviation or 0.0) or same or nothing:
         verdict = "not separated"
     return ClaimResult(
         claim.text,

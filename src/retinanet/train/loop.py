@@ -461,7 +461,7 @@ def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
 
 
 def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
-    return read_splits(data, seed=recipe.train.seed, held_out=recipe.data.held_out, extras=False)
+    return read_splits(data, seed=recipe.split_seed, held_out=recipe.data.held_out, extras=False)
 
 
 class _Subject:
@@ -584,7 +584,7 @@ class _Subject:
                 "recipe": recipe.name,
                 "step": step,
                 # A split that was made is made again with these: nothing trained on is judged.
-                "split": {"seed": recipe.train.seed, "held_out": recipe.data.held_out},
+                "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
             },
         )
 

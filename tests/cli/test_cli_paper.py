@@ -1,0 +1,203 @@
+"""``retinanet paper``: the paper's tables and figures from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.paper import run as running
+from retinanet.paper.tables import EXPERIMENTS
+
+from .conftest import Cli
+
+SMALL = (
+    "--backbone=resnet18",
+    "--backbone-weights=none",
+    "--image-size=64",
+    "--device=cpu",
+    "model.channels=16",
+    "model.head_depth=1",
+    "model.norm=trained",
+    "anchors.sizes=[16,32,64,128,256]",
+    "data.workers=0",
+    "train.batch_size=4",
+    "train.precision=float32",
+)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    synthetic_dataset(
+        folder,
+        splits={"train": 8, "val": 4},
+        image_size=64,
+        objects=(1, 2),
+        object_size=(16, 24),
+        empty=0.0,
+    )
+    return folder
+
+
+def test_the_list_has_every_table_and_figure(cli: Cli) -> None:
+    ended = cli("paper", "list")
+    assert ended.code == 0
+    for name in EXPERIMENTS:
+        assert name in ended.out
+    rows = cli("paper", "list", "--json").json
+    by_name = {one["name"]: one for one in rows}
+    assert by_name["table1a"]["trained_rows"] == 7
+    assert by_name["fig1"]["trained_rows"] == 0
+
+
+@pytest.mark.parametrize("name", ["fig1", "fig3", "fig5", "fig6"])
+def test_figures_that_need_no_training(cli: Cli, tmp_path: Path, name: str) -> None:
+    ended = cli("paper", "run", name, f"--out={tmp_path}")
+    assert ended.code == 0, ended.err
+    for kind in ("png", "svg"):
+        file = tmp_path / "plots" / f"{name}.{kind}"
+        assert file.stat().st_size > 2000
+        assert str(file) in ended.out
+    assert EXPERIMENTS[name].title in (tmp_path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_from_data_to_tables_figures_and_page(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    common = (f"--data={shapes}", f"--out={tmp_path}", "--steps=20", "--jobs=2", *SMALL)
+    ended = cli("paper", "run", "fig4", *common)
+    assert ended.code == 0, ended.err
+    assert "not a COCO result" not in ended.out  # it is said of tables, and loudly:
+    assert "none of this is a COCO result" in ended.err
+    assert "64 px for 600 px" in ended.err
+    (run,) = (tmp_path / "runs").glob("focal-gamma2-alpha0.25-3x3-resnet18-64px-*/seed-0")
+    for file in ("config.toml", "run.json", "log.jsonl", "metrics.json", "result.json"):
+        assert (run / file).is_file()
+    found = json.loads((tmp_path / "fig4-distribution.json").read_text("utf-8"))
+    assert found["negatives_taken"] > 1000
+    assert (tmp_path / "plots" / "fig4.svg").is_file()
+    before = (run / "result.json").stat().st_mtime_ns
+
+    results = tmp_path / "other.json"
+    truth = json.loads((shapes / "val.json").read_text("utf-8"))
+    perfect = [{**one, "score": 0.9} for one in truth["annotations"]]
+    results.write_text(json.dumps(perfect), "utf-8")
+    ended = cli("paper", "run", "table2", *common, f"--results=Mine={results}", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("AP ") == 3  # RetinaNet, both rivals; nothing of fig4
+    (result,) = ended.json["results"]
+    rows = {one["key"]: one for one in result["lines"]}
+    assert rows["Mine"]["figures"]["AP"]["mean"] == pytest.approx(100)
+    assert rows["faster_rcnn"]["milliseconds"] > 0
+    with (tmp_path / "table2.csv").open(encoding="utf-8") as file:
+        written = {one["key"]: one for one in csv.DictReader(file)}
+    assert written["faster_rcnn"]["paper_AP"] == "36.2"
+    assert written["faster_rcnn"]["coco"] == "no"
+    text = (tmp_path / "table2.md").read_text("utf-8")
+    assert "Not a COCO result" in text
+    assert "retinanet" in text
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for name in ("fig4", "table2"):
+        assert EXPERIMENTS[name].title in page
+    assert (run / "result.json").stat().st_mtime_ns == before
+
+    again = cli("paper", "run", "table2", *common)
+    assert again.code == 0
+    assert "finished before" in again.err
+    assert "Mine" not in again.out
+    assert "RetinaNet over Faster R-CNN" in again.out or "RetinaNet" in again.out
+
+
+def test_a_failed_row_costs_no_other_and_is_said(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_worker(plan: object, place: object, tell: object) -> dict[tuple[str, int], str]:
+        trainings = plan.trainings  # type: ignore[attr-defined]
+        return {(one.name, one.seed): "No space left on device" for one in trainings}
+
+    monkeypatch.setattr(running, "run_plan", no_worker)
+    common = (f"--data={shapes}", f"--out={tmp_path}", "--steps=20", *SMALL)
+    ended = cli("paper", "run", "table3", *common)
+    assert ended.code == 1
+    assert ended.err.count("No space left on device") == 4
+    assert "the same command tries again what failed" in ended.err
+    assert (tmp_path / "table3.md").is_file()
+
+
+def test_a_budget_becomes_steps_once(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces = iter([(0.5, 10.0)])  # asked for a second time it would fail
+    monkeypatch.setattr(running, "measure_pace", lambda *_: next(paces))
+    monkeypatch.setattr(running, "run_plan", lambda plan, *_: {})
+    common = (f"--data={shapes}", f"--out={tmp_path}", "--budget=2min", "--jobs=2", *SMALL)
+    for _ in range(2):
+        ended = cli("paper", "run", "table3", *common)
+        assert ended.code == 0, ended.err
+        # 4 trainings, 2 at a time: a minute each, of which 10 s are not steps of half a second.
+        assert "100 steps of 4 for 90,000 steps of 16 pictures" in ended.err
+    (kept,) = (tmp_path / "steps").glob("table3-*.json")
+    assert json.loads(kept.read_text("utf-8"))["steps"] == 100
+
+
+def test_full_size_says_what_it_costs_and_asks(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "measure_pace", lambda *_: (2.0, 60.0))
+    asked: list[str] = []
+    monkeypatch.setattr(running, "run_plan", lambda plan, *_: asked.append("run") or {})
+    common = ("table3", "--full", f"--data={shapes}", f"--out={tmp_path}", "--jobs=1")
+    ended = cli("paper", "run", *common)
+    # 4 x 90,000 steps of 2 s, and 4 minutes: 200 h.
+    assert "4 trainings, 360,000 steps of 16 pictures" in ended.err
+    assert "about 200 h in all (8.3 days)" in ended.err
+    assert ended.code == 2
+    assert "give --yes to begin" in ended.err
+    assert asked == []
+    assert cli("paper", "run", *common, "--yes").code == 0
+    assert asked == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("table1",), "did you mean table1"),
+        (("tabel",), "fig7, all"),
+        (("table1a",), "name the data: --data DIR"),
+        (("all",), "name the data"),
+        (("table3", "--data={data}", "--steps=9", "--budget=9min"), "give one of them"),
+        (("table3", "--data={data}", "--full", "--steps=9"), "give one of them"),
+        (("table3", "--data={data}", "--full", "--image-size=64"), "leave out --recipe"),
+        (("table3", "--data={data}", "--budget=soon"), "90s, 20min or 2h"),
+        (("table3", "--data={data}", "--budget=0min"), "not a length of time"),
+        (("table3", "--data={data}", "--results=a=b.json"), "--results is for table2"),
+        (("table2", "--data={data}", "--results=a"), "write NAME=FILE"),
+        (("table2", "--data={data}", "--results=a=nowhere.json"), "no file nowhere.json"),
+        (("table3", "--data={data}", "--steps=20", "train.lrr=1"), "did you mean train.lr?"),
+    ],
+)
+def test_bad_usage(cli: Cli, shapes: Path, arguments: tuple[str, ...], said: str) -> None:
+    ended = cli("paper", "run", *(one.format(data=shapes) for one in arguments))
+    assert ended.code == 2
+    assert said in ended.err.replace("\n", " ")
+    assert ended.err.count("\n") == 1
+
+
+def test_data_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    ended = cli("paper", "run", "table3", f"--data={tmp_path / 'no'}", "--steps=20")
+    assert ended.code == 1
+    assert "there is no such file or folder" in ended.err
+
+
+def test_a_row_that_the_data_is_too_small_for_is_said(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "run_plan", lambda plan, *_: {})
+    common = (f"--data={shapes}", f"--out={tmp_path}", "--steps=20", *SMALL)
+    ended = cli("paper", "run", "table1c", *common, "anchors.sizes=[500,500,500,500,500]")
+    assert ended.code == 1
+    assert "table1c, row 1x1" in ended.err
+    assert "overlaps an anchor by 0.5 at 64 px" in ended.err
