@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -337,10 +338,13 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    # The second time with zeros: .5 is a number to all but TOML.
+    for written in (text, re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)):
+        try:
+            return tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            continue
+    return text
 
 
 def _lay_over(values: dict[str, Any], key: str, value: Any) -> None:
