@@ -221,6 +221,16 @@ def test_faster_rcnns_anchors_are_one_level_below_retinanets() -> None:
     assert anchors[16 * 64 * 3 - 2].tolist() == [248, 56, 256, 64]
 
 
+def test_faster_rcnns_outputs_are_float32_whatever_autocast_says() -> None:
+    network, batch = tiny_rival("faster_rcnn").eval(), batch_of()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        features = network._features(batch.images)
+        outputs = network.rpn.head(list(features.values()))
+        last = network._second_stage(features, [torch.tensor([[2.0, 3.0, 40.0, 50.0]])] * 2, batch)
+    assert features["0"].dtype == torch.bfloat16
+    assert {one.dtype for one in (*outputs[0], *outputs[1], *last)} == {torch.float32}
+
+
 def test_with_p2_the_sizes_are_given_from_p2_on() -> None:
     network = tiny_rival("faster_rcnn", "model.p2=true", "anchors.sizes=[4, 8, 16, 32, 64, 128]")
     assert network.settings.sizes == (4, 8, 16, 32, 64)
