@@ -211,6 +211,8 @@ def test_another_runs_folder_is_refused(splits: dict[str, Dataset], tmp_path: Pa
     train(recipe, splits, tmp_path / "ours", device="cpu")
     with pytest.raises(ConfigError, match="holds a run of RetinaNet, and now it is ssd"):
         train_rival("ssd", recipe, splits, tmp_path / "ours", device="cpu")
+    with pytest.raises(ConfigError, match="holds a run of ssd, and now it is RetinaNet"):
+        train(recipe, splits, tmp_path / "ssd", device="cpu")
 
 
 def test_errors_before_anything_is_written(splits: dict[str, Dataset], tmp_path: Path) -> None:

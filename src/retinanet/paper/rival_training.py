@@ -7,7 +7,6 @@ same rule for which checkpoint is the best.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +38,6 @@ from retinanet.paper.rivals import (
 from retinanet.structures import Batch
 from retinanet.train.events import Listener
 from retinanet.train.loop import Run, train_subject
-from retinanet.train.run_folder import RunFolder
 from retinanet.train.step import micro_batches
 
 
@@ -71,14 +69,6 @@ def train_rival(
         WeightsError: the backbone's weights cannot be used.
     """
     check_choice("rival", name, RIVALS)
-    info = RunFolder(out).info
-    if info.is_file():
-        held = json.loads(info.read_text("utf-8")).get("rival")
-        if held != name:
-            raise ConfigError(
-                f"{out} holds a run of {held or 'RetinaNet'}, and now it is {name}; give another "
-                "--out"
-            )
 
     def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
         return _Subject(name, recipe, train_set, accelerator)

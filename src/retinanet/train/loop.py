@@ -201,7 +201,7 @@ def train_subject(
     accelerator.wait_for_everyone()
     stored = read_progress(folder.last)
     if stored is not None:
-        folder.check_same(recipe, data_digest)
+        folder.check_same(recipe, data_digest, subject.info.get("rival"))
         if stored.finished:
             tell("message", message=f"{folder.path} is finished: {stored.step} steps")
             return _result(folder, stored)

@@ -44,12 +44,23 @@ class RunFolder:
         recover_folder(self.last)
         recover_folder(self.best)
 
-    def check_same(self, recipe: Recipe, digest: str) -> None:
-        """Refuse to resume a run with other settings or on other data.
+    def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
+        """Refuse to resume a run of another detector, with other settings or on other data.
+
+        Args:
+            recipe: the settings now.
+            digest: of the data now.
+            rival: which other detector is trained now; None: RetinaNet.
 
         Raises:
             ConfigError: names the first setting that differs, with both values.
         """
+        stored = json.loads(self.info.read_text("utf-8"))
+        if stored.get("rival") != rival:
+            raise ConfigError(
+                f"{self.path} holds a run of {stored.get('rival') or 'RetinaNet'}, and now it is "
+                f"{rival or 'RetinaNet'}; give another --out"
+            )
         before = _flat(load_recipe(self.config))
         now = _flat(recipe)
         for name, value in now.items():
@@ -58,8 +69,7 @@ class RunFolder:
                     f"{self.path} holds a run with {name} = {before.get(name)!r}, and now it is "
                     f"{value!r}; give the same settings to resume it, or another --out"
                 )
-        stored = json.loads(self.info.read_text("utf-8")).get("data_digest")
-        if stored != digest:
+        if stored.get("data_digest") != digest:
             raise ConfigError(
                 f"{self.path} holds a run on other data, or the data has changed since; "
                 "give another --out to start anew"

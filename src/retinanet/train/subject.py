@@ -27,7 +27,8 @@ class Subject(Protocol):
     a part named ``backbone``, which has its own share of the learning rate.
 
     Attributes:
-        info: what ``run.json`` says of it.
+        info: what ``run.json`` says of it; ``rival`` in it is the name of another detector, and a
+            run of one does not go on as another.
     """
 
     info: Mapping[str, Any]
