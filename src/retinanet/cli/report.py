@@ -233,20 +233,33 @@ def _name(run: str) -> str:
 
 
 def _named(runs: Sequence[str]) -> dict[str, str]:
-    """Models by name; where two would have the same, by what was given.
+    """Models by name; where two would have the same, with the folders over them as well.
 
     Raises:
         ConfigError: one is given twice.
     """
     from retinanet.errors import ConfigError
 
-    twice = [run for place, run in enumerate(runs) if run in runs[:place]]
+    folders = [_run_folder(Path(run)) for run in runs]
+    whole = [
+        Path(run) if folder is None else folder.resolve()
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+    # best/ and last/ of one run are told apart by what was given.
+    whole = [
+        Path(run) if whole.count(path) > 1 else path for run, path in zip(runs, whole, strict=True)
+    ]
+    twice = [run for place, run in enumerate(runs) if whole[place] in whole[:place]]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice: name each run once")
-    short = [_name(run) for run in runs]
-    return {
-        run if short.count(name) > 1 else name: run for name, run in zip(short, runs, strict=True)
-    }
+    for kept in range(1, max(len(path.parts) for path in whole) + 1):
+        names = [
+            run if folder is None else str(Path(*path.parts[-kept:]))
+            for run, folder, path in zip(runs, folders, whole, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, runs, strict=True))
 
 
 def _write_json(stem: Path, value: Mapping[str, Any]) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import string
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -231,9 +232,8 @@ def plot_speed_accuracy(
         if measured:
             axis = axes.pop(0)
             _speed_panel(axis, measured)
-            axis.set(title=f"Measured here{': ' if where else ''}{where}", ylabel="AP")
-            under = f"\n{machine}" if machine else ""
-            axis.set(xlabel=f"inference time, ms an image{under}")
+            axis.set(title=f"Measured here{': ' if where else ''}{_end(where)}", ylabel="AP")
+            axis.set(xlabel=_under("inference time, ms an image", machine))
     return files
 
 
@@ -376,11 +376,11 @@ def plot_table(
         places = np.arange(len(rows))
         _table_panel(here, [(one.measured, one.deviation) for one in rows], BLUE, "not run")
         _table_panel(paper, [(one.published, None) for one in rows], RED, "not in the paper")
-        here.set_yticks(places, [one.label for one in rows])
+        here.set_yticks(places, [_end(one.label) for one in rows])
         here.set_ylim(len(rows) - 0.4, -0.6)
         here.set_title("Measured here, mean and deviation over seeds")
         paper.set_title("The paper")
-        here.set_xlabel("\n".join(["AP", measured_on] if measured_on else ["AP"]))
+        here.set_xlabel(_under("AP", measured_on))
         paper.set_xlabel("AP")
         if title:
             figure.suptitle(title, fontsize=11)
@@ -395,6 +395,16 @@ def _open(
         stem = stem.with_suffix("")
     files = Files(*(stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")))
     return files, open_figure(width, height, *files)
+
+
+def _end(name: str, most: int = 40) -> str:
+    """A name that leaves room for the figure; of a long one the end, which tells paths apart."""
+    return name if len(name) <= most else f"..{name[2 - most :]}"
+
+
+def _under(label: str, text: str) -> str:
+    """An axis' label with a text of any length below it."""
+    return "\n".join([label, *textwrap.wrap(text, 60)])
 
 
 def _cycle(count: int) -> list[str]:
@@ -434,7 +444,7 @@ def _speed_panel(axis: Any, marks: Sequence[SpeedMark]) -> None:
     labels = _Labels(limits, series.values())
     for (name, ones), colour in zip(joined.items(), _cycle(len(joined)), strict=True):
         x, y = [one.milliseconds for one in ones], [one.ap for one in ones]
-        axis.plot(x, y, "o-", color=colour, markersize=4, label=name)
+        axis.plot(x, y, "o-", color=colour, markersize=4, label=_end(name))
         for one in ones:
             _quartiles(axis, one, colour)
             axis.annotate(
@@ -459,7 +469,7 @@ def _speed_panel(axis: Any, marks: Sequence[SpeedMark]) -> None:
             color=_DARK,
             markersize=7,
             markeredgewidth=0,
-            label=f"{one.series}{scale}: {one.ap:.1f}, {one.milliseconds:.0f} ms",
+            label=f"{_end(one.series)}{scale}: {one.ap:.1f}, {one.milliseconds:.0f} ms",
         )
     # Under the axis, where it hides no point.
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
