@@ -178,7 +178,7 @@ class Page:
 
     def html(self) -> str:
         """The whole page."""
-        links = "".join(
+        links = "\n".join(
             f'<a href="#s{i}">{escape(title)}</a>' for i, (title, _) in enumerate(self._sections)
         )
         sections = "\n".join(

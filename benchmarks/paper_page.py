@@ -1,0 +1,77 @@
+"""Write what ``retinanet paper run`` has measured into docs/paper.md, and keep the figures.
+
+    python benchmarks/paper_page.py OUT...
+
+Each OUT is an ``--out`` folder. Its results are kept under ``benchmarks/results/paper/NAME/``, its
+tables become ``docs/paper-NAME.md`` and its pictures ``docs/images/paper/NAME/``, and the claims at
+a glance of all data sets take their place in docs/paper.md. Without OUT the pages are written
+again from what is kept.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from retinanet.files import write_atomic
+from retinanet.paper.outputs import read_results
+from retinanet.paper.results import TableResult, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "paper"
+PAGE = ROOT / "docs" / "paper.md"
+IMAGES = ROOT / "docs" / "images" / "paper"
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
+
+
+def keep(out: Path) -> None:
+    """Copy the results and the pictures of an ``--out`` folder."""
+    name = out.resolve().name
+    for one in read_results(out):
+        write_atomic(RESULTS / name / f"{one.name}.json", one.to_json())
+        picture = out / "plots" / f"{one.name}.png"
+        if picture.is_file():
+            (IMAGES / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, IMAGES / name / picture.name)
+
+
+def page_of(name: str, results: Sequence[TableResult]) -> str:
+    """All tables of a data set."""
+    parts = [f"# The paper's tables on {name}", "What they say: [The paper](paper.md)."]
+    for one in results:
+        parts.append(one.to_markdown().rstrip())
+        if (IMAGES / name / f"{one.name}.png").is_file():
+            parts.append(f"![{one.heading}](images/paper/{name}/{one.name}.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def claims_of(every: Mapping[str, Sequence[TableResult]]) -> str:
+    """Each claim once, with what was found of it on each data set."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for place, results in enumerate(every.values()):
+        for one in results:
+            for claim in one.claims:
+                of = one.heading.partition(":")[0]
+                text, paper, here = claim.brief_cells()
+                row = rows.setdefault((of, text), [of, text, paper, *["-"] * len(every)])
+                row[3 + place] = f"**{claim.said}**: {here}" if here != "-" else claim.said
+    order = sorted(rows.values(), key=lambda row: row[0])
+    return markdown_table(["", "the paper says", "paper", *every], order, text=3 + len(every))
+
+
+def main(outs: Sequence[str]) -> None:
+    for out in outs:
+        keep(Path(out))
+    every = {one.name: read_results(one) for one in sorted(RESULTS.iterdir()) if one.is_dir()}
+    for name, results in every.items():
+        write_atomic(PAGE.with_name(f"paper-{name}.md"), page_of(name, results))
+    text = PAGE.read_text("utf-8")
+    table = f"{BEGIN}\n\n{claims_of(every)}\n{END}"
+    write_atomic(PAGE, re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.S))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
