@@ -54,8 +54,8 @@ _SSD_STRIDES = (8, 16, 32, 64, 128, 256, 512)
 _SSD_SCALES = (0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06)
 _SSD_RATIOS = ([2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2])
 
-SSD_MAPS = 2
-"""Maps of the backbone that SSD looks at: C4 and C5."""
+SSD_MAPS = 3
+"""Maps of the backbone that SSD looks at: C3, C4 and C5, strides 8 to 32 as SSD512."""
 
 SSD_EXTRA = 4
 """Levels that SSD adds, each half as large as the one before."""
@@ -253,12 +253,12 @@ class FasterRCNNRival(RivalNetwork):
 
 
 class SSDRival(RivalNetwork):
-    """SSD: default boxes on C4, C5 and coarser levels, each with a head of its own.
+    """SSD: default boxes on C3 to C5 and coarser levels, each with a head of its own.
 
     Source: Liu et al. 2016 (arXiv:1512.02325): three hard negatives for each positive, smooth L1,
     box sizes of SSD512. Where it departs: our backbone instead of VGG-16 (as SSD513 of Fu et al.
-    2017 has ResNet-101), maps from stride 16 on as torchvision's SSDlite, no L2 norm of the first
-    map, pictures that keep their aspect ratio, and our augmentation. Default boxes are those of a
+    2017 has ResNet-101), no L2 norm of the first map, pictures that keep their aspect ratio, and
+    our augmentation. Default boxes are those of a
     square picture with sides of ``image_size``, tiled on over whatever the batch holds, so that
     padding does not change them; where the recipe has other anchor sizes than the paper, they are
     scaled by the same factor.
