@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from retinanet.evaluate.loss_distribution import LossCurve, LossDistribution
 from retinanet.evaluate.speed_accuracy import SpeedAccuracy
-from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, open_figure
+from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, _short, open_figure
 
 _DARK = "#333333"
 _WELL_CLASSIFIED = 0.6  # where Figure 1's brace begins
@@ -221,7 +221,10 @@ def plot_speed_accuracy(
     if not any(panels):
         raise ValueError("there is no point to draw: give measured or published ones")
     names = max(len({one.series for one in marks}) for marks in (published, measured))
-    files, context = _open(5.6 * sum(panels), 4.2 + 0.18 * math.ceil(names / 2), file)
+    under = _under("inference time, ms an image", machine)
+    lines = under.count("\n")
+    height = 4.2 + 0.18 * math.ceil(names / 2) + 0.25 * lines
+    files, context = _open(5.6 * sum(panels), height, file)
     with context as figure:
         axes = list(np.atleast_1d(figure.subplots(1, sum(panels))))
         if published:
@@ -231,9 +234,9 @@ def plot_speed_accuracy(
             axis.set(xlabel="inference time, ms an image", ylabel="COCO AP")
         if measured:
             axis = axes.pop(0)
-            _speed_panel(axis, measured)
+            _speed_panel(axis, measured, lines)
             axis.set(title=f"Measured here{': ' if where else ''}{_end(where)}", ylabel="AP")
-            axis.set(xlabel=_under("inference time, ms an image", machine))
+            axis.set(xlabel=under)
     return files
 
 
@@ -376,11 +379,11 @@ def plot_table(
         places = np.arange(len(rows))
         _table_panel(here, [(one.measured, one.deviation) for one in rows], BLUE, "not run")
         _table_panel(paper, [(one.published, None) for one in rows], RED, "not in the paper")
-        here.set_yticks(places, [_end(one.label) for one in rows])
+        here.set_yticks(places, [_short(one.label, 40) for one in rows])
         here.set_ylim(len(rows) - 0.4, -0.6)
-        here.set_title("Measured here, mean and deviation over seeds")
+        here.set_title("Measured here")
         paper.set_title("The paper")
-        here.set_xlabel(_under("AP", measured_on))
+        here.set_xlabel(_under("AP, mean and deviation over seeds", measured_on))
         paper.set_xlabel("AP")
         if title:
             figure.suptitle(title, fontsize=11)
@@ -429,7 +432,8 @@ def _distribution_panel(axis: Any, fractions: Sequence[float], curves: Sequence[
         side.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _speed_panel(axis: Any, marks: Sequence[SpeedMark]) -> None:
+def _speed_panel(axis: Any, marks: Sequence[SpeedMark], lines: int = 0) -> None:
+    """The points, and their names below the axis, under so many further lines of its label."""
     series: dict[str, list[SpeedMark]] = {}
     for mark in sorted(marks, key=lambda one: one.milliseconds):
         series.setdefault(mark.series, []).append(mark)
@@ -438,8 +442,8 @@ def _speed_panel(axis: Any, marks: Sequence[SpeedMark]) -> None:
     alone = [ones[0] for ones in series.values() if len(ones) == 1]
     slowest = max(one.high or one.milliseconds for one in marks)
     low, high = min(one.ap for one in marks), max(one.ap for one in marks)
-    room = max(1.0, high - low)
-    limits = (0, 1.1 * slowest, max(0, low - 0.12 * room), high + 0.1 * room)
+    room = max(5.0, high - low)
+    limits = (0, 1.1 * slowest, max(0, low - 0.12 * room), high + 0.12 * room)
     axis.set(xlim=limits[:2], ylim=limits[2:])
     labels = _Labels(limits, series.values())
     for (name, ones), colour in zip(joined.items(), _cycle(len(joined)), strict=True):
@@ -472,7 +476,9 @@ def _speed_panel(axis: Any, marks: Sequence[SpeedMark]) -> None:
             label=f"{_end(one.series)}{scale}: {one.ap:.1f}, {one.milliseconds:.0f} ms",
         )
     # Under the axis, where it hides no point.
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.05 * lines), ncols=2, fontsize=7.5
+    )
 
 
 class _Labels:
