@@ -10,7 +10,9 @@ import pytest
 
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.paper import run as running
+from retinanet.paper.plan import Plan
 from retinanet.paper.tables import EXPERIMENTS
+from retinanet.paper.work import Result
 
 from .conftest import Cli
 
@@ -52,6 +54,40 @@ def test_the_list_has_every_table_and_figure(cli: Cli) -> None:
     by_name = {one["name"]: one for one in rows}
     assert by_name["table1a"]["trained_rows"] == 7
     assert by_name["fig1"]["trained_rows"] == 0
+
+
+def test_the_list_of_rows(cli: Cli) -> None:
+    rows = cli("paper", "list", "--rows", "--json").json
+    of_1b = [one["row"] for one in rows if one["name"] == "table1b"]
+    assert of_1b == [row.key for row in EXPERIMENTS["table1b"].rows]
+    assert "loss.gamma=5" in cli("paper", "list", "--rows").out
+
+
+def test_some_rows_of_a_table(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+    monkeypatch.setattr(
+        running, "run_plan", lambda plan, *_: planned.extend(key for _, key in plan.rows) or {}
+    )
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    before = Result("done", 20, 1.0, dict.fromkeys(names, 0.123))
+    monkeypatch.setattr(
+        running.Workplace, "finished", lambda place, plan: {_of(plan, "gamma=5"): before}
+    )
+    common = (f"--data={shapes}", f"--out={tmp_path}", "--steps=20", *SMALL)
+    ended = cli("paper", "run", "table1b", "--row=gamma=2", "--row=gamma=0", *common)
+    assert ended.code == 0, ended.err
+    assert planned == ["gamma=0", "gamma=2"]
+    # All rows stand in the table: with the paper's figures, and what another call has trained.
+    text = (tmp_path / "table1b.md").read_text("utf-8")
+    assert "33.7" in text
+    assert "12.3" in text
+
+
+def _of(plan: Plan, key: str) -> tuple[str, int]:
+    (training,) = plan.rows["table1b", key]
+    return training.name, training.seed
 
 
 @pytest.mark.parametrize("name", ["fig1", "fig3", "fig5", "fig6"])
@@ -166,6 +202,7 @@ def test_full_size_says_what_it_costs_and_asks(
     [
         (("table1",), "did you mean table1"),
         (("tabel",), "fig7, all"),
+        (("table1b", "--row=gamma2"), "did you mean gamma=2"),
         (("table1a",), "name the data: --data DIR"),
         (("all",), "name the data"),
         (("table3", "--data={data}", "--steps=9", "--budget=9min"), "give one of them"),

@@ -31,12 +31,29 @@ if TYPE_CHECKING:
 
 
 def list_experiments(
-    *, json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False
+    *,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="List the rows that are trained, with their settings.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List the tables and figures that can be run, with what each needs."""
     from retinanet.paper.tables import EXPERIMENTS
 
-    rows = [
+    if rows:
+        trained = [
+            {"name": one.name, "row": row.key, "label": row.label, "settings": list(row.settings)}
+            for one in EXPERIMENTS.values()
+            for row in one.rows
+            if row.trained
+        ]
+        if json:
+            print_json(trained)
+            return
+        cells = [[*[*one.values()][:3], " ".join(one["settings"])] for one in trained]
+        table("Rows that are trained", ["name", "row", "what", "settings"], cells, left=4)
+        return
+    every = [
         {
             "name": one.name,
             "title": one.title,
@@ -47,12 +64,12 @@ def list_experiments(
         for one in EXPERIMENTS.values()
     ]
     if json:
-        print_json(rows)
+        print_json(every)
         return
     table(
         "The paper's tables and figures: retinanet paper run NAME",
         ["name", "what", "where", "trainings", "claims"],
-        [[*row.values()] for row in rows],
+        [[*one.values()] for one in every],
         left=3,
     )
 
@@ -88,6 +105,14 @@ def run(
         int | None,
         typer.Option(
             min=1, help="Trainings side by side.", show_default="one a GPU, or for two cores"
+        ),
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Train this row alone (paper list --rows); may be given again.",
+            show_default="all",
         ),
     ] = None,
     out: Annotated[
@@ -139,6 +164,7 @@ def run(
     from retinanet.paper.run import find_workplace, run_plan, steps_within
 
     experiments = _experiments(name)
+    _check_rows(name, experiments, row or ())
     foreign = _results(results or [], [one.name for one in experiments])
     trains = [one.name for one in experiments if any(row.trained for row in one.rows)]
     _check_lengths(full, budget, steps, recipe, image_size)
@@ -167,14 +193,16 @@ def run(
         if not full and steps is None:
             seconds = _seconds(budget or "20min")
             note(f"measuring how fast this machine trains, for {_length(seconds)} in all")
-            terms = steps_within(seconds, experiments, terms, place, splits)
-        planned = plan(experiments, terms, splits)
+            terms = steps_within(seconds, experiments, row, terms, place, splits)
+        every = plan(experiments, terms, splits)
+        planned = every.only(row) if row else every
         _announce(planned, terms, place)
         if full:
             _agree(planned, place, yes)
         with _Board(planned) as board:
             done = run_plan(planned, place, board.show)
-        trained = Trained(planned, done, terms, splits, place, foreign, _command())
+        done = place.finished(every) | done  # rows that an earlier call has trained stay
+        trained = Trained(every, done, terms, splits, place, foreign, _command())
     with progress("tables and figures") as show:
         made = finish(experiments, folder, trained, progress=show)
     if json:
@@ -216,6 +244,14 @@ def _experiments(name: str) -> list[Experiment]:
 
     check_choice("the table or figure", name, [*EXPERIMENTS, "all"])
     return list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
+
+
+def _check_rows(name: str, experiments: Sequence[Experiment], keys: Sequence[str]) -> None:
+    from retinanet.config import check_choice
+
+    known = [row.key for one in experiments for row in one.rows if row.trained]
+    for key in keys:
+        check_choice(f"row of {name}", key, known)
 
 
 def _check_lengths(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,14 @@ class Plan:
     trainings: tuple[Training, ...]
     rows: Mapping[tuple[str, str], tuple[Training, ...]]
     refused: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def only(self, keys: Collection[str]) -> Plan:
+        """The part that rows of some keys need."""
+        rows = {place: ones for place, ones in self.rows.items() if place[1] in keys}
+        wanted = {(one.name, one.seed) for ones in rows.values() for one in ones}
+        trainings = tuple(one for one in self.trainings if (one.name, one.seed) in wanted)
+        refused = {place: why for place, why in self.refused.items() if place[1] in keys}
+        return Plan(trainings, rows, refused)
 
 
 def read_data(terms: Terms) -> dict[str, Dataset]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +95,14 @@ class Workplace:
     def is_finished(self, training: Training) -> bool:
         """Whether a training has a result here."""
         return read_result(training.folder(self.out)) is not None
+
+    def finished(self, planned: Plan) -> dict[tuple[str, int], Result | str]:
+        """The results that are here, by (name, seed) of the training."""
+        return {
+            (one.name, one.seed): result
+            for one in planned.trainings
+            if (result := read_result(one.folder(self.out))) is not None
+        }
 
 
 def find_workplace(
@@ -189,6 +197,7 @@ def steps_for(budget: float, trainings: int, jobs: int, pace: float, beyond: flo
 def steps_within(
     budget: float,
     experiments: Sequence[Experiment],
+    keys: Collection[str] | None,
     terms: Terms,
     place: Workplace,
     splits: Mapping[str, Dataset],
@@ -198,6 +207,9 @@ def steps_within(
     The first answer for a request is kept in ``steps/`` and holds for all calls that share the
     folder: a call that goes on must find its rows again, and two machines must train the same.
 
+    Args:
+        keys: of the rows that are to be trained; None: all.
+
     Raises:
         ConfigError: the budget is too small.
         RetinaNetError: a training cannot begin.
@@ -205,6 +217,7 @@ def steps_within(
     names = [one.name for one in experiments]
     # Any number of steps will do to find out how many trainings there are.
     planned = plan(experiments, replace(terms, steps=FEWEST_STEPS), splits)
+    planned = planned.only(keys) if keys else planned
     asked = [names, budget, sorted(f"{one.name}/{one.seed}" for one in planned.trainings)]
     request = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
     file = place.out / "steps" / f"{'-'.join(names[:2])}-{request}.json"
