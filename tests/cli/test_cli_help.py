@@ -23,6 +23,12 @@ COMMANDS = (
     ("data", "convert"),
     ("data", "show"),
     ("data", "anchors"),
+    ("paper",),
+    ("paper", "list"),
+    ("paper", "run"),
+    ("report",),
+    ("report", "loss-distribution"),
+    ("report", "speed-accuracy"),
 )
 
 
@@ -46,7 +52,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [(), ("data",)])
+@pytest.mark.parametrize("command", [(), ("data",), ("paper",), ("report",)])
 def test_no_command_is_a_request_for_help(cli: Cli, command: tuple[str, ...]) -> None:
     ended = cli(*command)
     assert ended.code == 0

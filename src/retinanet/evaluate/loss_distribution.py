@@ -26,7 +26,7 @@ from retinanet.detect.detector import Detector
 from retinanet.detect.inference import padding_colour
 from retinanet.detect.network import Network
 from retinanet.errors import ConfigError, DataError
-from retinanet.evaluate.run import Progress, _inverse, _read, match_classes
+from retinanet.evaluate.run import Progress, inverse_labels, match_classes, read_judged
 from retinanet.losses import focal_loss
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
@@ -169,7 +169,7 @@ def loss_distribution(
             max_size=max_size,
         )
     made = model.info.get("split", {})
-    dataset = _read(
+    dataset = read_judged(
         data,
         split,
         seed=made.get("seed") if seed is None else seed,
@@ -229,7 +229,7 @@ def distribution_of(
         "low_quality_matches": False,
     }
     rules |= {name: value for name, value in (matching or {}).items() if name in rules}
-    known = None if label_map is None else _inverse(label_map)
+    known = None if label_map is None else inverse_labels(label_map)
     positives = _Sample(most_positives, len(gammas))
     negatives = _Sample(most_negatives, len(gammas))
     keys = torch.Generator().manual_seed(sample_seed)

@@ -111,7 +111,7 @@ def evaluate(
                 "results are judged without a network: leave out precision, backend and calibrate"
             )
         source = Path(model) if isinstance(model, str | Path) else model
-        dataset = _read(data, split, of_results=True, seed=seed, held_out=held_out)
+        dataset = read_judged(data, split, of_results=True, seed=seed, held_out=held_out)
         results = Results.read(source, dataset)  # type: ignore[arg-type]
         metrics = evaluate_detections(
             dataset, results, max_detections=max_detections or MAX_DETECTIONS
@@ -133,7 +133,7 @@ def evaluate(
         else:
             detector = checkpoint  # type: ignore[assignment]
         made = info.get("split", {})
-        dataset = _read(
+        dataset = read_judged(
             data,
             split,
             seed=made.get("seed") if seed is None else seed,
@@ -331,7 +331,7 @@ class _LossSums:
         if not self._by_image:
             self._options["normalizer"] = "batch"
         self._num_classes = num_classes
-        self._model_labels = None if label_map is None else _inverse(label_map)
+        self._model_labels = None if label_map is None else inverse_labels(label_map)
         self._parts: list[Tensor] = []
 
     def add(self, outputs: Any, anchors: list[Tensor], batch: Batch) -> None:
@@ -373,7 +373,7 @@ class _LossSums:
         return classification / max(1.0, class_share), box / max(1.0, box_share)
 
 
-def _inverse(label_map: Sequence[int]) -> Tensor:
+def inverse_labels(label_map: Sequence[int]) -> Tensor:
     """(K of the data,) label of the model of each label of the data; classes without one: 0.
 
     Those have no object that counts (:func:`match_classes` saw to it).
@@ -407,7 +407,7 @@ def _is_results(model: Any) -> bool:
     return isinstance(model, Sequence)
 
 
-def _read(
+def read_judged(
     data: str | Path | Dataset,
     split: str | None,
     *,
@@ -415,6 +415,7 @@ def _read(
     seed: int | None = None,
     held_out: float | None = None,
 ) -> Dataset:
+    """The pictures that something is judged on; arguments and errors as :func:`evaluate`."""
     if isinstance(data, Dataset):
         return data
     path = Path(data)

@@ -21,7 +21,7 @@ from retinanet.detect.detector import Detector
 from retinanet.detect.inference import detect_batch, padding_colour
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.metrics import Metrics
-from retinanet.evaluate.run import Progress, _read, evaluate
+from retinanet.evaluate.run import Progress, evaluate, read_judged
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 
 SCALES = (400, 500, 600, 700, 800)
@@ -316,7 +316,7 @@ def _same_pictures(
     first: tuple[str, Dataset] | None = None
     for name, checkpoint in checkpoints.items():
         made = checkpoint.info.get("split", {})
-        dataset = _read(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
+        dataset = read_judged(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
         if first is None:
             first = name, dataset
         elif [one.path for one in dataset.images] != [one.path for one in first[1].images]:

@@ -26,7 +26,6 @@ from retinanet.evaluate.coco import MAX_DETECTIONS, evaluate_detections
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.results import Results
 from retinanet.losses.detection import Losses
-from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.rivals import (
     RIVALS,
     Rival,
@@ -117,7 +116,7 @@ def evaluate_rival(
                 image_size=image_size,
                 max_size=max_size,
                 workers=workers,
-                fill=padding_colour(cast(RetinaNet, network)),
+                fill=padding_colour(network),
             )
             done = 0
             for loaded in loader:

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from retinanet.paper.experiments import Claim, Depth, Experiment, Published, Row
 
+STAR_GAMMAS = (1.0, 2.0, 3.0, 4.0)
+STAR_BETAS = (0.0, 1.0, 2.0)
+"""The grid of Figure 7; the paper does not say which it was."""
+
 _MINIVAL = "trained on COCO trainval35k, tested on minival"
 _TEST_DEV = "trained on COCO trainval35k, tested on test-dev"
 _FULL_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -397,8 +401,8 @@ def _figure7() -> Experiment:
             _focal_star(gamma, beta),
             published=published.get((gamma, beta)),
         )
-        for gamma in (1.0, 2.0, 3.0, 4.0)
-        for beta in (0.0, 1.0, 2.0)
+        for gamma in STAR_GAMMAS
+        for beta in STAR_BETAS
     )
     known = tuple(row for row in _table3().rows if row.key in ("ce", "focal"))
     stars = tuple(row.key for row in grid)

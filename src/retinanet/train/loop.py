@@ -20,7 +20,7 @@ from retinanet.config import Recipe
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers, train_loader
-from retinanet.detect.inference import choose_dtype, padding_colour
+from retinanet.detect.inference import Normalising, choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.run import evaluate_model
@@ -360,7 +360,7 @@ def train_subject(
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        fill=padding_colour(cast(RetinaNet, model)),
+        fill=padding_colour(cast(Normalising, model)),
     )
     tell(
         "resume" if stored is not None else "start",
