@@ -118,9 +118,14 @@ class LossConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _own_alpha(cls, values: Any) -> Any:
+    def _what_goes_together(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # Sec. 5.1: OHEM trains with plain cross entropy.
+        if values.get("mining", "none") != "none":
+            values = {"classification": "cross_entropy", **values}
         # .25 goes with the focusing (Table 1b); without it, it is the worst but one of Table 1a.
-        other = isinstance(values, dict) and values.get("classification", "focal") != "focal"
+        other = values.get("classification", "focal") != "focal"
         return {"alpha": None, **values} if other else values
 
 

@@ -95,7 +95,6 @@ def test_the_recipes_that_come_along() -> None:
         ("loss.beta=-.5", "loss", "beta", -0.5),
         ("model.backbone_weights=./.5.pth", "model", "backbone_weights", "./.5.pth"),
         ("loss.alpha=none", "loss", "alpha", None),
-        ("loss.mining=ohem_1_3", "loss", "mining", "ohem_1_3"),
         ("loss.mining=none", "loss", "mining", "none"),
         ("loss.mining_size=512", "loss", "mining_size", 512),
         ("loss.mining_nms=0.5", "loss", "mining_nms", 0.5),
@@ -131,7 +130,6 @@ def test_alpha_goes_with_the_focal_loss() -> None:
     assert load_recipe("quick").loss.alpha == 0.25
     assert load_recipe("quick", ["loss.classification=cross_entropy"]).loss.alpha is None
     assert load_recipe("quick", ["loss.classification=hinge"]).loss.alpha is None
-    assert load_recipe("quick", ["loss.mining=ohem"]).loss.alpha == 0.25
     given = load_recipe("quick", ["loss.classification=cross_entropy", "loss.alpha=0.75"])
     assert given.loss.alpha == 0.75
     with pytest.raises(ConfigError, match="focal_star divides by gamma"):
@@ -306,3 +304,10 @@ def test_toml_names_every_setting_that_is_set() -> None:
         if value is None
     }
     assert names == set(setting_names()) - unset
+
+
+def test_mining_alone_is_of_plain_cross_entropy() -> None:
+    loss = load_recipe("quick", ["loss.mining=ohem"]).loss
+    assert (loss.classification, loss.alpha) == ("cross_entropy", None)
+    loss = load_recipe("quick", ["loss.mining=ohem", "loss.classification=focal"]).loss
+    assert (loss.classification, loss.alpha) == ("focal", 0.25)

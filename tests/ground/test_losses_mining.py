@@ -30,13 +30,19 @@ def in_numpy(
                 math.log(1 + math.exp(-x if label == k else x)) for k, x in enumerate(logits[row])
             )
     survivors: list[int] = []
-    for row in sorted(scores, key=lambda row: -scores[row]):  # of equal ones the first stays first
+    full = math.inf if ratio is None else max(1, int(ratio * max(1, int(size / (1 + ratio)))))
+    drawn = mining.drawn_order(torch.from_numpy(boxes)).tolist()  # of equal ones it says who stays
+    for row in sorted((row for row in drawn if row in scores), key=lambda row: -scores[row]):
+        if labels[row] < 0 and sum(labels[other] < 0 for other in survivors) >= full:
+            continue
         if all(iou(boxes[row], boxes[other]) <= threshold for other in survivors):
             survivors.append(row)
     if ratio is None:
         kept = survivors[:size]
     else:
-        positives = [row for row in survivors if labels[row] >= 0][: int(size / (1 + ratio))]
+        positives = [row for row in survivors if labels[row] >= 0][
+            : max(1, int(size / (1 + ratio)))
+        ]
         negatives = [row for row in survivors if labels[row] < 0]
         kept = positives + negatives[: max(1, int(ratio * max(1, len(positives))))]
     left = np.full_like(labels, IGNORED)
@@ -99,7 +105,7 @@ def test_equal_to_the_slow_loop(
 
 
 @pytest.mark.parametrize("ratio", [None, 3.0])
-def test_of_equal_losses_the_first_stays(ratio: float | None) -> None:
+def test_of_equal_losses_chance_decides(ratio: float | None) -> None:
     """As of an untrained network: four different logits only."""
     logits, labels, boxes = an_image(7, classes=1)
     logits = (logits / 4).round().clamp(-2, 1) * 4
@@ -108,6 +114,39 @@ def test_of_equal_losses_the_first_stays(ratio: float | None) -> None:
     )
     expected = in_numpy(logits[0].numpy(), labels[0].numpy(), boxes[0].numpy(), 16, 0.6, ratio)
     assert found[0].tolist() == expected.tolist()
+
+
+def test_a_network_that_says_the_same_everywhere_is_mined_everywhere() -> None:
+    """In bfloat16 all logits of the first steps are one number (Sec. 3.3: the prior)."""
+    places = torch.arange(40.0)
+    corners = torch.stack(torch.meshgrid(places, places, indexing="ij"), dim=-1).reshape(-1, 2) * 8
+    boxes = torch.cat((corners, corners + 8), dim=1)  # nothing overlaps
+    labels = torch.full((2, len(boxes)), BACKGROUND)
+    logits = torch.full((2, len(boxes), 5), -4.59, dtype=torch.bfloat16)
+    images = torch.stack((boxes, boxes + 0.25))
+    found = hard_examples([logits], labels, images, size=128, nms_threshold=0.5)
+    again = hard_examples([logits], labels, images, size=128, nms_threshold=0.5)
+    assert found.equal(again)
+    kept = [(one != IGNORED).nonzero()[:, 0] for one in found]
+    assert [len(one) for one in kept] == [128, 128]
+    for one in kept:
+        # Uniform over 40 rows: the mean of 128 is 19.5, give or take 1.0.
+        assert 15 < (one // 40).float().mean() < 24
+        assert 15 < (one % 40).float().mean() < 24
+    assert len(set(kept[0].tolist()) & set(kept[1].tolist())) < 40  # another draw: about 10
+
+
+def test_the_easy_negatives_after_a_full_minibatch_suppress_nothing() -> None:
+    # Ranked: negative 0, then negative 1, then positive 2 whose box is that of 1. With 1:1 and two
+    # anchors one negative is enough, so 1 is not looked at and 2 stays.
+    logits = torch.tensor([[[3.0], [2.0], [-1.0]]])
+    labels = torch.tensor([[BACKGROUND, BACKGROUND, 0]])
+    far, near = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]
+    boxes = torch.tensor([[far, near, near]])
+    found = hard_examples(
+        [logits], labels, boxes, size=2, nms_threshold=0.5, negatives_per_positive=1.0
+    )
+    assert found.tolist() == [[BACKGROUND, IGNORED, 0]]
 
 
 def row_of(*places: float) -> Tensor:

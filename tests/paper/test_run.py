@@ -263,4 +263,10 @@ def test_several_gpus_of_a_job_go_through_the_launcher(
     assert alone["CUDA_VISIBLE_DEVICES"] == "0"
     task = json.loads(Path(one[-1]).read_text("utf-8"))
     assert task["device"] == "cuda"
+    place = Workplace(tmp_path / "data", tmp_path, 2, "cuda", 4)
+    rival = Training("b", load_recipe("quick"), "ssd", 0)
+    running._Shop([rival], place, lambda _: None)._launch(rival, 1)
+    command, environment = seen[-1]
+    assert "torch.distributed.run" not in command  # which it refuses
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2"
     assert 'backbone = "resnet50"' in task["recipe"]

@@ -10,6 +10,8 @@ loss may follow. It looks at values, so a GPU is waited for, several times an im
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -43,12 +45,16 @@ def hard_examples(
 
     An anchor's score is its loss: the cross entropy summed over its classes, without weights. Of
     two anchors whose predicted boxes overlap by more than the threshold the one of lower score
-    goes, whatever their labels; of equal scores the later one. Then the `size` best of each image
-    are kept. With a ratio r the best are kept of each kind: at most size / (1 + r) positives, and r
-    negatives for each positive kept ("a variant of OHEM used in SSD ... to help ensure each
-    minibatch has enough positives", Sec. 5.1). An image that keeps no positive keeps as many
-    negatives (1 at least) as if it had one: so an empty picture is still learned from, and not from
-    more of it than of one that holds an object.
+    goes, whatever their labels. Of equal scores chance decides, drawn for each image from its own
+    boxes: near the prior bfloat16 has hardly two different logits, and the first anchors in a row
+    would be the upper edge of each picture. Then the `size` best of each image are kept.
+
+    With a ratio r the best are kept of each kind: at most size / (1 + r) positives, and r negatives
+    for each positive kept ("a variant of OHEM used in SSD ... to help ensure each minibatch has
+    enough positives", Sec. 5.1). Below the last negative that a full minibatch holds only positives
+    are looked at: the many negatives there can neither be kept nor suppress. An image that keeps no
+    positive keeps as many negatives (1 at least) as if it had one: so an empty picture is still
+    learned from, and not from more of it than of one that holds an object.
 
     Args:
         logits: L tensors (B, R_l, K) of any float type; scored in float32 (float64 stays), one
@@ -86,7 +92,8 @@ def hard_examples(
     for image, own in enumerate(labels):
         parts = zip(logits, torch.split(own, rows), strict=True)
         scores = torch.cat([_cross_entropies(level[image], part) for level, part in parts])
-        counted = (own != IGNORED).nonzero()[:, 0]
+        drawn = drawn_order(boxes[image])
+        counted = drawn[own[drawn] != IGNORED]
         order = counted[scores[counted].argsort(descending=True, stable=True)]
         kept = order[
             _minibatch(
@@ -95,6 +102,14 @@ def hard_examples(
         ]
         chosen[image, kept] = own[kept]
     return chosen
+
+
+def drawn_order(boxes: Tensor) -> Tensor:
+    """(R,) places in an order of chance that depends on nothing but the boxes (R, 4)."""
+    told = struct.pack("d", float(boxes.sum(dtype=torch.float64)))
+    # The generator looks at 32 bits, and those of a round number are all zero.
+    generator = torch.Generator().manual_seed(zlib.crc32(told))
+    return torch.randperm(len(boxes), generator=generator, device="cpu").to(boxes.device)
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,34 +130,32 @@ def _minibatch(
     Greedy NMS of the first M boxes keeps exactly those of them that NMS of all keeps, so it goes
     only as far down the list as it must.
     """
-    kept = torch.empty(0, dtype=torch.int64, device=boxes.device)
-    start, piece = 0, _TRIED_FIRST * size
-    while True:
-        stop = min(start + piece, len(boxes))
-        kept = _survivors(boxes, kept, start, stop, threshold)
-        more = bool(positive[stop:].any()) if ratio is not None else stop < len(boxes)
-        chosen, full = _choose(kept, positive, size, ratio, more_positives=more)
-        if full or stop == len(boxes):
-            return chosen
-        start, piece = stop, min(_GROWTH * piece, max(piece, _PIECE_AT_MOST))
+    most_positives = 0 if ratio is None else max(1, int(size / (1 + ratio)))
+    most_negatives = 0 if ratio is None else max(1, int(ratio * most_positives))
+    waiting = torch.arange(len(boxes), device=boxes.device)
+    kept, negatives_left, piece = waiting[:0], ratio is not None, _TRIED_FIRST * size
+    while len(waiting):
+        kept = _survivors(boxes, kept, waiting[:piece], threshold)
+        waiting = waiting[piece:]
+        negatives = kept[~positive[kept]]
+        if ratio is None and len(kept) >= size:
+            break
+        if negatives_left and len(negatives) >= most_negatives:
+            last, negatives_left = int(negatives[most_negatives - 1]), False
+            kept = kept[kept <= last]
+            waiting = last + 1 + positive[last + 1 :].nonzero()[:, 0]
+        if ratio is not None and not negatives_left and positive[kept].sum() >= most_positives:
+            break
+        piece = min(_GROWTH * piece, max(piece, _PIECE_AT_MOST))
+    if ratio is None:
+        return kept[:size]
+    positives = kept[positive[kept]][:most_positives]
+    wanted = min(max(1, int(ratio * max(1, len(positives)))), size - len(positives))
+    return torch.cat((positives, kept[~positive[kept]][:wanted]))
 
 
-def _survivors(boxes: Tensor, kept: Tensor, start: int, stop: int, threshold: float) -> Tensor:
-    """NMS gone on from `start` to `stop`: those kept before come first, and so they stay."""
-    places = torch.cat((kept, torch.arange(start, stop, device=boxes.device)))
+def _survivors(boxes: Tensor, kept: Tensor, following: Tensor, threshold: float) -> Tensor:
+    """NMS gone on to the places that follow: those kept before come first, and so they stay."""
+    places = torch.cat((kept, following))
     ranks = torch.arange(len(places), 0, -1, device=boxes.device).to(boxes.dtype)
     return places[nms(boxes[places], ranks, threshold)]
-
-
-def _choose(
-    kept: Tensor, positive: Tensor, size: int, ratio: float | None, *, more_positives: bool
-) -> tuple[Tensor, bool]:
-    """The minibatch out of what NMS has kept so far, and whether it is as it will be in the end."""
-    if ratio is None:
-        return kept[:size], len(kept) >= size
-    most = max(1, int(size / (1 + ratio)))
-    positives = kept[positive[kept]][:most]
-    wanted = min(max(1, int(ratio * max(1, len(positives)))), size - len(positives))
-    negatives = kept[~positive[kept]][:wanted]
-    full = (len(positives) == most or not more_positives) and len(negatives) == wanted
-    return torch.cat((positives, negatives)), full

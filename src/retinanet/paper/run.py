@@ -289,6 +289,8 @@ class _Shop:
     def _launch(self, training: Training, job: int) -> subprocess.Popen[bytes]:
         place = self._place
         gpus = place.gpus_of(job)
+        if training.rival:
+            gpus = gpus[:1]  # it is trained in one process
         threads = place.threads
         task = write_task(
             training,
