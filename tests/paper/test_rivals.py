@@ -84,16 +84,14 @@ def _ssd(network: RivalNetwork, height: int, width: int) -> nn.Module:
             levels.append(block(levels[-1]))
         return OrderedDict((str(i), one) for i, one in enumerate(levels))
 
-    # By hand, at 64 px: SSD512's shares, a quarter of them since anchors begin at 8 and not 32 px.
-    shares = [0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06]
-    first = 3 - rivals.SSD_MAPS
-    ratios = [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]][first:]
+    # By hand, at 64 px, where anchors begin at 8: a level of stride 64 holds one cell. The smallest
+    # box has 3/4 of 8 px, the next has SSD512's .1 for .04, and from there it is even up to .9.
     generator = DefaultBoxGenerator(
-        ratios,
-        scales=[share / 4 for share in shares[first:]],
-        steps=[8, 16, 32, 64, 128, 256, 512][first:],
+        [[2], [2, 3], [2], [2]],
+        scales=[6 / 64, 15 / 64, (15 / 64 + 0.9) / 2, 0.9, 1.06],
+        steps=[8, 16, 32, 64],
     )
-    widths = [*network.backbone.channels[-rivals.SSD_MAPS :], 16, 16, 16, 16]
+    widths = [*network.backbone.channels[-rivals.SSD_MAPS :], 16]
     reference = SSD(
         _Maps(network.backbone, widths, last_and_more),
         generator,
@@ -236,20 +234,88 @@ def test_with_p2_the_sizes_are_given_from_p2_on() -> None:
     assert network.settings.sizes == (4, 8, 16, 32, 64)
 
 
-def test_ssds_default_boxes_by_hand_and_whatever_the_padding() -> None:
-    network = tiny_rival("ssd", "anchors.sizes=none")
+def _default_boxes(network: RivalNetwork) -> Tensor:
+    """(R, 4) of a square picture with sides of `image_size`, padded as a batch is."""
+    side = network.settings.image_size
+    padded = -(-side // 32) * 32
+    batch = batch_of(padded, padded, ((),), ((),))
     with torch.no_grad():
-        small = network._outputs(batch_of(64, 64))[1]
-        wide = network._outputs(batch_of(64, 96))[1]
-    stride, share = {2: (16, 0.1), 3: (8, 0.04)}[rivals.SSD_MAPS]
-    half = share * 64 / 2
-    centre = stride / 2
-    # The first of a cell is the square of the level's own scale.
-    expected = [centre - half, centre - half, centre + half, centre + half]
-    assert small[0][0].tolist() == pytest.approx(expected, abs=1e-4)
-    per_cell = network.ssd.anchor_generator.num_anchors_per_location()[0]
-    row = 64 // stride * per_cell
-    torch.testing.assert_close(wide[0][:row], small[0][:row])
+        boxes: Tensor = network.eval()._outputs(
+            dataclasses.replace(batch, sizes=torch.full((1, 2), side))
+        )[1][0]
+    return boxes
+
+
+def _ssd_of(side: int, sizes: str = "none") -> RivalNetwork:
+    return tiny_rival(
+        "ssd", f"data.image_size={side}", f"data.max_size={side}", f"anchors.sizes={sizes}"
+    )
+
+
+SMALL = "[8, 16, 32, 64, 128]"
+
+
+def test_ssd512s_strides_and_shares_come_back() -> None:
+    assert rivals.ssd_strides(512) == [8, 16, 32, 64, 128, 256, 512]
+    published = [0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06]
+    assert rivals.ssd_shares(7, 32 / 600) == pytest.approx(published)
+
+
+@pytest.mark.parametrize(
+    ("side", "coarsest"), [(32, 32), (64, 64), (192, 256), (384, 512), (600, 1024), (800, 1024)]
+)
+def test_ssds_coarsest_level_is_one_cell(side: int, coarsest: int) -> None:
+    assert rivals.ssd_strides(side)[-1] == coarsest
+
+
+@pytest.mark.parametrize(("side", "smallest"), [(600, 32), (384, 32), (128, 16), (64, 32)])
+def test_ssds_smallest_box_goes_with_retinanets_smallest_anchor(side: int, smallest: int) -> None:
+    shares = rivals.ssd_shares(5, smallest / side)
+    assert shares[0] * side == pytest.approx(0.75 * smallest)
+    assert shares == sorted(shares)
+    assert shares[-2:] == [0.9, 1.06]
+
+
+@pytest.mark.parametrize("sizes", [SMALL, "none"])
+@pytest.mark.parametrize("side", [128, 192, 320, 384, 500, 512, 600])
+def test_ssds_default_boxes_lie_in_the_picture_and_fill_it(side: int, sizes: str) -> None:
+    network = _ssd_of(side, sizes)
+    boxes = _default_boxes(network)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    # To the rounding of float32.
+    assert centres.min() > -0.01
+    assert centres.max() < side + 0.01
+    # As far from one edge as from the other, on the coarsest level in the middle.
+    assert (centres.min() + centres.max()).item() == pytest.approx(side, abs=0.01)
+    assert centres[-1].tolist() == pytest.approx([side / 2] * 2, abs=0.01)
+    assert boxes[0, 2] - boxes[0, 0] == pytest.approx(0.75 * network.settings.sizes[0], abs=0.01)
+    margin = 0.05 * side
+    large = torch.tensor([[margin, margin, side - margin, side - margin]])
+    assert rivals.box_iou(large, boxes).max() >= 0.5
+
+
+def test_ssds_default_boxes_by_hand_and_whatever_the_padding() -> None:
+    network = _ssd_of(192)
+    small = _default_boxes(network)
+    with torch.no_grad():
+        wide = network._outputs(batch_of(192, 320))[1][0]
+    # The first of a cell is the square of the level's own scale: at stride 8, 3/4 of 32 px.
+    assert small[0].tolist() == pytest.approx([4 - 12, 4 - 12, 4 + 12, 4 + 12], abs=1e-4)
+    # Stride 128: 2 x 2 cells of 4 boxes hold 256 px, which stick out by 32 on either side.
+    level = small[-4 - 4 * 4 : -4]
+    centres = (level[:, :2] + level[:, 2:]) / 2
+    assert centres[::4].tolist() == [[32, 32], [160, 32], [32, 160], [160, 160]]
+    row = 192 // 8 * 4
+    torch.testing.assert_close(wide[:row], small[:row])
+    torch.testing.assert_close(wide[320 // 8 * 4 :][:row], small[row : 2 * row])
+
+
+def test_ssd_is_built_again_from_its_settings() -> None:
+    network = _ssd_of(192)
+    text = network.settings.model_dump_json()
+    again = RIVALS["ssd"](type(network.settings).model_validate_json(text))
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(_default_boxes(again), _default_boxes(network))
 
 
 def test_the_strides_of_the_levels_are_not_read_from_a_small_picture() -> None:

@@ -11,6 +11,7 @@ background as class 0: labels are shifted in :func:`as_torchvision` and in ``det
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from retinanet.config import Recipe, check_choice
+from retinanet.data.loading import DIVISOR
 from retinanet.detect.inference import to_original
 from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder, write_atomic
@@ -45,20 +47,20 @@ TEXT_FILE = "rival.json"
 FORMAT = "retinanet rival"
 FORMAT_VERSION = 1
 
-_PAPER_SIZE = 32.0
-"""Side of the paper's smallest anchors, pixels: what SSD's boxes are scaled against."""
+_PAPER_SHARE = 32 / 600
+"""Side of the paper's smallest anchors as a share of the picture's; SSD's go with it."""
 
 # SSD512 as trained on COCO (Liu et al. 2016, arXiv:1512.02325, Sec. 3.4, and its published code):
-# side of the default boxes as a share of the picture's, and their further aspect ratios, by stride.
-_SSD_STRIDES = (8, 16, 32, 64, 128, 256, 512)
-_SSD_SCALES = (0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06)
-_SSD_RATIOS = ([2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2])
+# sides of the default boxes as shares of the picture's. The first level has one of its own; from
+# the second to the last they rise evenly, and a further one belongs to the last level's larger
+# square.
+_SSD_FIRST = 0.04
+_SSD_SECOND = 0.1
+_SSD_LAST = 0.9
+_SSD_BEYOND = 1.06
 
 SSD_MAPS = 3
 """Maps of the backbone that SSD looks at: C3, C4 and C5, strides 8 to 32 as SSD512."""
-
-SSD_EXTRA = 4
-"""Levels that SSD adds, each half as large as the one before."""
 
 
 class RivalSettings(BaseModel):
@@ -256,28 +258,28 @@ class SSDRival(RivalNetwork):
     """SSD: default boxes on C3 to C5 and coarser levels, each with a head of its own.
 
     Source: Liu et al. 2016 (arXiv:1512.02325): three hard negatives for each positive, smooth L1,
-    box sizes of SSD512. Where it departs: our backbone instead of VGG-16 (as SSD513 of Fu et al.
-    2017 has ResNet-101), no L2 norm of the first map, pictures that keep their aspect ratio, and
-    our augmentation. Default boxes are those of a
-    square picture with sides of ``image_size``, tiled on over whatever the batch holds, so that
-    padding does not change them; where the recipe has other anchor sizes than the paper, they are
-    scaled by the same factor.
+    box sizes and aspect ratios of SSD512. Where it departs: our backbone instead of VGG-16 (as
+    SSD513 of Fu et al. 2017 has ResNet-101), no L2 norm of the first map, pictures that keep their
+    aspect ratio, and our augmentation. Levels, each half as large as the one before, are added
+    until one cell holds a picture (:func:`ssd_strides`). Default boxes are those of a square
+    picture with sides of ``image_size``, tiled on over whatever the batch holds, so that padding
+    does not change them. The small ones go with RetinaNet's smallest anchor, the largest always
+    cover the picture (:func:`ssd_shares`).
     """
 
     def __init__(self, settings: RivalSettings) -> None:
         super().__init__(settings)
+        strides = ssd_strides(settings.image_size)
         widths = list(self.backbone.channels[-SSD_MAPS:])
         self.extra = nn.ModuleList()
-        for _ in range(SSD_EXTRA):
+        for _ in strides[SSD_MAPS:]:
             self.extra.append(_halving(widths[-1], settings.channels))
             widths.append(settings.channels)
-        first = _SSD_STRIDES.index(32) - SSD_MAPS + 1
-        last = first + len(widths)
-        factor = settings.sizes[0] / _PAPER_SIZE
+        steps, self._shifts = _centred(strides, settings.image_size)
         generator = DefaultBoxGenerator(
-            list(_SSD_RATIOS[first:last]),
-            scales=[factor * scale for scale in _SSD_SCALES[first : last + 1]],
-            steps=list(_SSD_STRIDES[first:last]),
+            [[2], *[[2, 3]] * (len(strides) - 3), [2], [2]],
+            scales=ssd_shares(len(strides), settings.sizes[0] / settings.image_size),
+            steps=steps,
         )
         side = settings.image_size
         classes = settings.num_classes + 1
@@ -328,7 +330,59 @@ class SSDRival(RivalNetwork):
         square = torch.empty((self.settings.image_size,) * 2, device="meta")
         cells = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in maps]
         boxes = self.ssd.anchor_generator(ImageList(square, _sizes(batch)), cells)
-        return outputs, boxes
+        per_cell = self.ssd.anchor_generator.num_anchors_per_location()
+        counts = [one.shape[-2] * one.shape[-1] * n for one, n in zip(maps, per_cell, strict=True)]
+        shift = torch.cat(
+            [torch.full((n, 1), one) for n, one in zip(counts, self._shifts, strict=True)]
+        ).to(batch.images.device, non_blocking=True)
+        return outputs, [one + shift for one in boxes]
+
+
+def ssd_strides(image_size: int) -> list[int]:
+    """Strides of SSD's levels, pixels: C3 to C5, then doubled until one reaches the picture's side.
+
+    So the coarsest level is a single cell, as SSD300's and SSD512's are.
+    """
+    strides = [8, 16, 32]
+    while strides[-1] < image_size:
+        strides.append(2 * strides[-1])
+    return strides
+
+
+def ssd_shares(levels: int, smallest: float) -> list[float]:
+    """Sides of SSD's default boxes as shares of the picture's, one a level and one beyond.
+
+    The first two are SSD512's, scaled so that the smallest box is 3/4 of RetinaNet's smallest
+    anchor, as the two papers' are (.04 x 600 px and 32 px). The last is SSD512's whatever the
+    number of levels, so that one box is as large as the picture; between them they rise evenly.
+
+    Args:
+        levels: at least 3.
+        smallest: side of RetinaNet's smallest anchor as a share of the picture's.
+    """
+    factor = smallest / _PAPER_SHARE
+    # Never falling, where the smallest anchor is nearly as large as the picture.
+    first = min(factor * _SSD_FIRST, _SSD_LAST)
+    second = min(factor * _SSD_SECOND, _SSD_LAST)
+    rise = (_SSD_LAST - second) / (levels - 2)
+    return [first, *(second + rise * i for i in range(levels - 1)), _SSD_BEYOND]
+
+
+def _centred(strides: Sequence[int], side: int) -> tuple[list[float], list[float]]:
+    """Steps between the default boxes of each level, and how far the level is moved, pixels.
+
+    Maps are rounded up, so that the cells of a level reach beyond a picture of `side`: they are
+    moved until they stick out as far on both sides, and all their centres lie in the picture.
+    """
+    padded = math.ceil(side / DIVISOR) * DIVISOR
+    steps, shifts = [], []
+    for stride in strides:
+        cells = math.ceil(padded / stride)
+        # Closer than the stride only where padding alone is more than a cell of a fine level.
+        step = min(stride, side / max(1, cells - 1))
+        steps.append(step)
+        shifts.append((side - cells * step) / 2)
+    return steps, shifts
 
 
 RIVALS: dict[str, Callable[[RivalSettings], RivalNetwork]] = {
