@@ -13,6 +13,7 @@ from retinanet.errors import ConfigError, DataError
 from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.plan import (
     Terms,
+    common_differences,
     differences,
     plan,
     read_data,
@@ -143,9 +144,6 @@ def test_what_does_not_change_the_result_does_not_change_the_name(terms: Terms) 
     assert name("data.workers=3", "train.save_every=7") == usual
     assert name("train.lr=0.01") != usual
     assert name("model.prior=0.5") != usual
-    kept = 'model.backbone_weights="/one/place/w.safetensors"'
-    moved = 'model.backbone_weights="/another/w.safetensors"'
-    assert name(kept) == name(moved)
 
 
 def test_other_data_is_another_training(terms: Terms, tmp_path: Path) -> None:
@@ -181,6 +179,58 @@ def test_a_minibatch_larger_than_a_picture_is_refused(terms: Terms) -> None:
         if any(f"mining_size={size}" in one for one in row.settings for size in (256, 512))
     }
     assert "has 207 anchors, fewer than the 256" in planned.refused["table1d", "ohem-256-.7"]
+
+
+def test_weights_are_told_apart_by_what_is_in_them(terms: Terms, tmp_path: Path) -> None:
+    splits = read_data(terms)
+    experiment = replace(EXPERIMENTS["table3"], rows=EXPERIMENTS["table3"].rows[:1])
+    names = []
+    for place, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        file = tmp_path / place / "model.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        more = replace(terms, backbone_weights=(str(file),))
+        names.append(plan([experiment], more, splits).trainings[0].name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_settings_that_would_be_overridden_are_refused(terms: Terms) -> None:
+    row = EXPERIMENTS["table3"].rows[0]
+    for setting, said in (
+        ("model.backbone=mobilenet_v2", "model.backbone is said by --backbone"),
+        ("train.seed=7", "train.seed is said by --seeds"),
+        ("train.epochs=3", "train.epochs is said by --steps or --budget"),
+        ("loss.alpha=0.5", "loss.alpha is what rows are about"),
+        ("anchors.scales=[1]", "anchors.scales is what rows are about"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            resolve(EXPERIMENTS["table3"], row, replace(terms, settings=(setting,)))
+
+
+def test_sides_to_draw_from_keep_their_ratio(data: Path) -> None:
+    terms = Terms(data, steps=40, settings=("data.multi_scale=[384, 480]",))
+    row = next(row for row in EXPERIMENTS["table1e"].rows if row.key == "R50-800")
+    assert resolve(EXPERIMENTS["table1e"], row, terms).data.multi_scale == (512, 640)
+
+
+def test_a_side_too_small_is_said_in_words_of_the_call(data: Path) -> None:
+    terms = Terms(data, steps=40, image_size=40)
+    row = EXPERIMENTS["table1e"].rows[0]
+    with pytest.raises(ConfigError, match="row R50-400 of table1e would have 27 px"):
+        resolve(EXPERIMENTS["table1e"], row, terms)
+
+
+def test_settings_in_common_are_those_of_every_row(data: Path) -> None:
+    terms = Terms(data, steps=40, backbones=("resnet18", "resnet34"))
+    common = {name for name, _, _ in common_differences(
+        plan([EXPERIMENTS["table1e"]], terms, read_data(terms)))}  # fmt: skip
+    assert "train.optimizer" in common
+    assert not common & {"model.backbone", "data.image_size", "data.max_size"}
+
+
+def test_table_2_stands_for_800_pixels(terms: Terms) -> None:
+    planned = plan([EXPERIMENTS["table2"]], terms, read_data(terms))
+    assert "96 px for 800 px (table2), other scales in proportion" in size_changes(planned, terms)
 
 
 def test_what_is_in_small_is_said(terms: Terms) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from retinanet.config import load_recipe
-from retinanet.errors import ConfigError
 from retinanet.paper import run as running
 from retinanet.paper.plan import Plan, Training
-from retinanet.paper.run import Happening, Workplace, run_plan, steps_for
+from retinanet.paper.run import Happening, Workplace, run_plan
 from retinanet.paper.share import take
 from retinanet.paper.work import Result, read_result
 
@@ -209,13 +208,6 @@ def test_ctrl_c_is_passed_on_once_and_waited_for(pretend: Callable[..., Workplac
     assert read_result(folder) is None
     assert _tries(place, "c") == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_budget_too_small_says_what_would_do() -> None:
-    with pytest.raises(ConfigError, match=r"gives each of 10 trainings 0 steps.*--budget 5min"):
-        # 5 turns of 40 s and 20 steps of half a second: 250 s, in whole minutes, half of one added
-        steps_for(60, 10, 2, pace=0.5, beyond=40)
-    assert steps_for(250, 10, 2, pace=0.5, beyond=40) == 20
 
 
 @pytest.mark.parametrize(

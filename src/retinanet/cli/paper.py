@@ -159,13 +159,14 @@ def run(
     Every row gets the same pictures, steps, order and start. A call that was stopped goes on where
     it was when it is given again; calls on several machines may share one --out.
     """
-    from retinanet.paper.outputs import Trained, finish
+    from retinanet.paper.outputs import Trained, finish, read_foreign
+    from retinanet.paper.pace import steps_within
     from retinanet.paper.plan import Terms, plan, read_data
-    from retinanet.paper.run import find_workplace, run_plan, steps_within
+    from retinanet.paper.run import find_workplace, run_plan
 
     experiments = _experiments(name)
     _check_rows(name, experiments, row or ())
-    foreign = _results(results or [], [one.name for one in experiments])
+    given = _results(results or [], [one.name for one in experiments])
     trains = [one.name for one in experiments if any(row.trained for row in one.rows)]
     _check_lengths(full, budget, steps, recipe, image_size)
     if trains and data is None:
@@ -189,6 +190,7 @@ def run(
             seeds=seeds,
         )
         splits = read_data(terms)
+        foreign = read_foreign(given, splits)  # now, and not after hours of training
         place = find_workplace(data, folder, jobs=jobs, device=device, full=full)
         if not full and steps is None:
             seconds = _seconds(budget or "20min")
@@ -201,7 +203,7 @@ def run(
             _agree(planned, place, yes)
         with _Board(planned) as board:
             done = run_plan(planned, place, board.show)
-        done = place.finished(every) | done  # rows that an earlier call has trained stay
+        done = place.finished(every.trainings) | done  # rows that an earlier call has trained stay
         trained = Trained(every, done, terms, splits, place, foreign, _command())
     with progress("tables and figures") as show:
         made = finish(experiments, folder, trained, progress=show)
@@ -218,6 +220,7 @@ def run(
         for training, why in trained.failures.items():
             note(f"failed: {training}: {why}", style="red")
         note("the same command tries again what failed, and nothing else")
+    if trained is not None and (trained.failures or trained.planned.refused):
         raise typer.Exit(1)
 
 
@@ -287,6 +290,8 @@ def _results(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
             raise typer.BadParameter(f"--results {one!r}: write NAME=FILE")
         if not Path(file).is_file():
             raise typer.BadParameter(f"--results {name}: there is no file {file}")
+        if name in found:
+            raise typer.BadParameter(f"--results {name}: that name is given twice")
         found[name] = Path(file)
     return found
 
@@ -303,7 +308,6 @@ def _announce(planned: Plan, terms: Terms, place: Workplace) -> None:
         note(f"{of}, row {key} is left out: {why}", style="yellow")
     if not planned.trainings:
         return
-    first = planned.trainings[0]
     finished = sum(place.is_finished(one) for one in planned.trainings)
     again = f", {finished} of them finished before" if finished else ""
     note(
@@ -315,24 +319,26 @@ def _announce(planned: Plan, terms: Terms, place: Workplace) -> None:
     note("in small, the same for every row; none of this is a COCO result:")
     for what in size_changes(planned, terms):
         note(f"  {what}")
-    changed = [f"{name}={here}" for name, _, here in common_differences(first.recipe)]
+    changed = [f"{name}={here}" for name, _, here in common_differences(planned)]
     note(f"  settings that are not the paper's: {', '.join(changed)}")
 
 
 def _agree(planned: Plan, place: Workplace, yes: bool) -> None:
     """Say what the whole will cost, and ask."""
-    from retinanet.paper.run import measure_pace
+    from retinanet.paper.pace import measure_paces, seconds_of
 
     left = [one for one in planned.trainings if not place.is_finished(one)]
     if not left:
         return
-    steps = sum(one.recipe.train.steps for one in left)
-    pace, beyond = measure_pace(left[0], place)
-    hours = (steps * pace + len(left) * beyond) / place.jobs / 3600
+    lengths = [one.recipe.train.steps for one in left]
+    note("measuring how fast this machine trains")
+    paces = measure_paces(left, place)
+    hours = seconds_of(lengths, paces, place.jobs) / 3600
     batch = left[0].recipe.train.batch_size
     note(
-        f"{len(left)} trainings, {steps:,} steps of {batch} pictures. In the paper each took 10 to "
-        f"35 h on 8 GPUs; here {pace:.2g} s a step were measured: about {hours:,.0f} h in all "
+        f"{len(left)} trainings, {sum(lengths):,} steps of {batch} pictures. In the paper each "
+        f"took 10 to 35 h on 8 GPUs; here {min(one.step for one in paces):.2g} to "
+        f"{max(one.step for one in paces):.2g} s a step were measured: about {hours:,.0f} h in all "
         f"({hours / 24:,.1f} days)"
     )
     if yes:

@@ -41,6 +41,7 @@ from retinanet.report.paper_plots import SpeedMark, TableRow
 _TIMED_PICTURES = 8
 _ROUNDS = 7
 _COCO_CLASSES, _COCO_PICTURES = 80, 100_000  # less is not COCO's training set
+_FOREIGN = "results:"  # before the name of another detector: no row of ours has such a key
 _EFFECTIVE = 0.5  # Figure 7: AP over 33.5, where FL has 34.0
 
 Progress = Callable[[int, int], None]
@@ -54,7 +55,7 @@ class Trained:
         planned: which there were.
         done: by (name, seed) the result, or why it failed.
         terms, splits, place: what and where.
-        foreign: results files of other detectors by their names, for table2.
+        foreign: figures of other detectors by their names, for table2 (:func:`read_foreign`).
         command: what was asked for.
     """
 
@@ -63,20 +64,29 @@ class Trained:
     terms: Terms
     splits: Mapping[str, Dataset]
     place: Workplace
-    foreign: Mapping[str, Path] = field(default_factory=dict)
+    foreign: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     command: str = ""
+
+    def result(self, training: Training) -> Result | str | None:
+        """What a training came to; where it failed here another call may have finished it."""
+        result = self.done.get((training.name, training.seed))
+        if isinstance(result, str):
+            return self.place.finished([training]).get((training.name, training.seed), result)
+        return result
 
     @property
     def failures(self) -> dict[str, str]:
-        """What failed, and why: trainings, and rows that the data is too small for."""
-        failed = {f"{name}, seed {seed}": why for (name, seed), why in self.done.items()
-                  if isinstance(why, str)}  # fmt: skip
-        return failed | {f"{of}, row {key}": why for (of, key), why in self.planned.refused.items()}
+        """The trainings that failed, and why."""
+        return {
+            f"{one.name}, seed {one.seed}": why
+            for one in self.planned.trainings
+            if isinstance(why := self.result(one), str)
+        }
 
     def first(self, experiment: str, key: str) -> Training | None:
         """The training of a row with the lowest seed that ended well."""
         for one in self.planned.rows.get((experiment, key), ()):
-            result = self.done.get((one.name, one.seed))
+            result = self.result(one)
             if isinstance(result, Result) and result.metrics is not None:
                 return one
         return None
@@ -111,9 +121,11 @@ def finish(
     for place, experiment in enumerate(experiments):
         one = experiment
         if trained is not None and experiment.name == "table2":
-            foreign = tuple(Row(name, f"{name} (its results)") for name in trained.foreign)
+            foreign = tuple(Row(_FOREIGN + one, f"{one} (its results)") for one in trained.foreign)
             one = replace(experiment, rows=(*experiment.rows, *foreign))
         result, files = _make(one, out, trained)
+        for old in {*(out / "plots").glob(f"{one.name}.*")} - {*files}:
+            old.unlink()  # of an earlier call, and no longer true
         write_atomic(out / f"{one.name}.json", result.to_json())
         write_atomic(out / f"{one.name}.md", result.to_markdown())
         if result.lines:
@@ -128,6 +140,21 @@ def finish(
     }
     write_atomic(out / "claims.md", index_markdown(every))
     return Made(tuple(results), tuple(drawn), write_page(out, every, plots))
+
+
+def read_foreign(
+    results: Mapping[str, Path], splits: Mapping[str, Dataset]
+) -> dict[str, dict[str, Any]]:
+    """The figures of other detectors from their results files, by their names.
+
+    Args:
+        results: COCO results on the ``val`` split, by name.
+        splits: the data.
+
+    Raises:
+        DataError: a file cannot be read, or does not fit the data.
+    """
+    return {name: evaluate(file, splits["val"]).to_dict() for name, file in results.items()}
 
 
 def read_results(out: Path) -> list[TableResult]:
@@ -170,7 +197,8 @@ def _make(
     elif name == "fig2":
         files = _figure2(experiment, result, stem)
     elif name == "fig3":
-        files = paper_plots.plot_architecture(figures.read_architecture(_network(out)), stem)
+        network = figures.read_architecture(_network(out, trained))
+        files = paper_plots.plot_architecture(network, stem)
     elif name == "fig5":
         files = paper_plots.plot_loss_variants(figures.variant_curves(), stem)
     elif name == "fig6":
@@ -195,12 +223,14 @@ def _about(trained: Trained) -> dict[str, Any]:
         "steps": None if first is None else first.train.steps,
         "seeds": terms.seeds,
         "machine": "; ".join(machine.lines()[: 2 if machine.gpu else 1]),
-        "coco": coco and terms.full and not terms.settings and terms.steps is None,
+        "coco": coco
+        and terms.full
+        and not (terms.settings or terms.steps or terms.backbones or terms.backbone_weights),
     }
     if first is not None and not terms.full:
         about["in small"] = "; ".join(size_changes(trained.planned, terms))
     if first is not None:
-        about["settings"] = common_differences(first)
+        about["settings"] = common_differences(trained.planned)
     return about
 
 
@@ -210,13 +240,12 @@ def _outcomes(experiment: Experiment, out: Path, trained: Trained) -> dict[str, 
         place = (experiment.name, row.key)
         if place in trained.planned.refused:
             found[row.key] = [Outcome(0, "failed", note=trained.planned.refused[place])]
-        elif row.key in trained.foreign:
-            metrics = evaluate(trained.foreign[row.key], trained.splits["val"])
-            found[row.key] = [Outcome(0, "done", metrics.to_dict())]
+        elif row.key.startswith(_FOREIGN):
+            metrics = trained.foreign[row.key.removeprefix(_FOREIGN)]
+            found[row.key] = [Outcome(0, "done", metrics)]
         elif row.trained:
             found[row.key] = [
-                _outcome(one, trained.done.get((one.name, one.seed)), out)
-                for one in trained.planned.rows[place]
+                _outcome(one, trained.result(one), out) for one in trained.planned.rows[place]
             ]
     return found
 
@@ -362,9 +391,10 @@ def _figure7(result: TableResult, stem: Path) -> tuple[Path, ...]:
     return paper_plots.plot_star_grid(figures.star_curves(effective), stem, f"AP over {limit:.1f}")
 
 
-def _network(out: Path) -> RetinaNet:
-    """The network of Figure 3: the first that was trained here, else the paper's."""
-    for folder in sorted((out / "runs").glob("*/seed-*")):
-        if (folder / "best" / "model.json").is_file():
-            return load_checkpoint(folder).model
+def _network(out: Path, trained: Trained | None) -> RetinaNet:
+    """The network of Figure 3: the first that was trained in this call, else the paper's."""
+    for one in () if trained is None else trained.planned.trainings:
+        result = trained.result(one) if trained is not None else None
+        if not one.rival and isinstance(result, Result) and result.metrics is not None:
+            return load_checkpoint(one.folder(out)).model
     return RetinaNet(backbone="resnet50", num_classes=80)

@@ -11,15 +11,16 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import Recipe, load_recipe
-from retinanet.data import anchor_reach, digest, read_splits, usable
+from retinanet.data import AnchorReach, anchor_reach, digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
-from retinanet.errors import DataError
+from retinanet.errors import ConfigError, DataError
 from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.train.step import recipe_anchors
@@ -31,6 +32,17 @@ FEWEST_STEPS = 20
 """Under so many steps a row says nothing, not even badly."""
 
 _PAPER_SIZE = 600  # Sec. 5: the shorter side that nearly every row of the paper has
+_SMALLEST = 32  # pixels that a recipe takes
+
+_OPTIONS = {
+    "model.backbone": "said by --backbone",
+    "model.backbone_weights": "said by --backbone-weights",
+    "train.seed": "said by --seeds",
+    "train.steps": "said by --steps or --budget",
+    "train.epochs": "said by --steps or --budget, the same for every row",
+    "train.validate_every": "not free: rows are judged once, at their end",
+    "train.early_stop": "not free: every row gets all its steps",
+}
 
 # What two trainings of one name may differ in: it changes no weights, or is the seed.
 _NOT_OF_THE_RESULT = ("data.workers", "train.trackers", "train.save_every", "train.seed")
@@ -139,13 +151,14 @@ def plan(experiments: Iterable[Experiment], terms: Terms, splits: Mapping[str, D
     of_data = digest(usable(splits["train"])[0]) + digest(usable(splits["val"])[0])
     rows: dict[tuple[str, str], tuple[Training, ...]] = {}
     refused: dict[tuple[str, str], str] = {}
+    reached: dict[object, AnchorReach] = {}
     for experiment in experiments:
         for row in experiment.rows:
             if not row.trained:
                 continue
             place = (experiment.name, row.key)
             recipes = [resolve(experiment, row, terms, seed) for seed in range(terms.seeds)]
-            why = _too_small(row, recipes[0], splits["train"])
+            why = _too_small(row, recipes[0], splits["train"], reached)
             if why:
                 refused[place] = why
                 continue
@@ -171,6 +184,7 @@ def resolve(experiment: Experiment, row: Row, terms: Terms, seed: int = 0) -> Re
     weights are chosen by the pictures that it is judged on.
     """
     named = {one.partition("=")[0].strip() for one in terms.settings}
+    _check_settings(named)
     settings: list[str] = []
     base = load_recipe(_recipe_name(terms, experiment), terms.settings)
     settings.append(
@@ -184,7 +198,14 @@ def resolve(experiment: Experiment, row: Row, terms: Terms, seed: int = 0) -> Re
             settings += _sized(base, row.scale)
     else:
         usual = terms.image_size or base.data.image_size
-        settings += _sized(base, round(usual * row.scale / _reference_scale(experiment)))
+        side = round(usual * row.scale / _reference_scale(experiment))
+        if side < _SMALLEST:
+            raise ConfigError(
+                f"pictures of {usual} px in the place of the paper's "
+                f"{_reference_scale(experiment)} px: row {row.key} of {experiment.name} would have "
+                f"{side} px, and {_SMALLEST} is the least; give a larger --image-size"
+            )
+        settings += _sized(base, side)
         if terms.steps is not None:
             warmup = min(base.train.warmup_steps, terms.steps // 4)
             settings += (
@@ -210,21 +231,22 @@ def differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def common_differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """Those of :func:`differences` that tell of all rows alike, and that have an effect."""
-    of_rows = {
-        one.partition("=")[0]
-        for experiment in EXPERIMENTS.values()
-        for row in experiment.rows
-        for one in row.settings
-    }
-    left_out = {*of_rows, *_NOT_OF_THE_RESULT, "data.split_seed", "train.validate_every"}
-    if recipe.train.epochs is None:
-        left_out |= {"train.min_steps", "train.max_steps"}
+def common_differences(planned: Plan) -> list[tuple[str, Any, Any]]:
+    """(setting, the paper's, here) of those that are not the paper's in any row, and alike in all.
+
+    Left out is what has no effect, and what rows are about.
+    """
+    left_out = {*_of_rows(), *_NOT_OF_THE_RESULT, "data.split_seed", "train.validate_every"}
+    common: dict[str, tuple[Any, Any]] | None = None
+    for one in planned.trainings:
+        own = {name: (paper, here) for name, paper, here in differences(one.recipe)}
+        common = own if common is None else {k: v for k, v in common.items() if own.get(k) == v}
+        if one.recipe.train.epochs is None:
+            left_out |= {"train.min_steps", "train.max_steps"}
     # Files lie elsewhere on each machine.
     return [
         (name, paper, Path(here).name if name == "model.backbone_weights" else here)
-        for name, paper, here in differences(recipe)
+        for name, (paper, here) in (common or {}).items()
         if name not in left_out
     ]
 
@@ -244,7 +266,12 @@ def size_changes(planned: Plan, terms: Terms) -> list[str]:
         f"{length} of {batch} for {paper.train.steps:,} steps of {paper.train.batch_size} pictures"
     ]
     usual = terms.image_size or load_recipe(terms.recipe, terms.settings).data.image_size
-    said.append(f"{usual} px for {_PAPER_SIZE} px, other scales in proportion")
+    references = {
+        _reference_scale(EXPERIMENTS[name]): name for name, _ in planned.rows if name in EXPERIMENTS
+    }
+    of = [f"{scale} px" + (f" ({name})" if scale != _PAPER_SIZE else "")
+          for scale, name in sorted(references.items())]  # fmt: skip
+    said.append(f"{usual} px for {' and '.join(of)}, other scales in proportion")
     for depth, name in BACKBONES.items():
         here = _of_depth(terms.backbones, depth)
         if here and here != name:
@@ -273,8 +300,30 @@ def _reference_scale(experiment: Experiment) -> int:
 
 
 def _sized(base: Recipe, side: int) -> list[str]:
-    longest = math.ceil(side * base.data.max_size / base.data.image_size)
-    return [f"data.image_size={side}", f"data.max_size={longest}"]
+    """Shorter side, longest side and the sides to draw from, in the proportion of the recipe."""
+    factor = side / base.data.image_size
+    longest = math.ceil(factor * base.data.max_size)
+    drawn = [round(factor * one) for one in base.data.multi_scale]
+    return [f"data.image_size={side}", f"data.max_size={longest}", f"data.multi_scale={drawn}"]
+
+
+def _check_settings(named: Collection[str]) -> None:
+    """Refuse settings that a row or an option would override without a word."""
+    own = dict.fromkeys(_of_rows(), "what rows are about; it cannot be the same for all")
+    for key in sorted(named):
+        why = (_OPTIONS | own).get(key)
+        if why is not None:
+            raise ConfigError(f"{key} is {why}")
+
+
+def _of_rows() -> set[str]:
+    """The settings that some row of some table names."""
+    return {
+        one.partition("=")[0]
+        for experiment in EXPERIMENTS.values()
+        for row in experiment.rows
+        for one in row.settings
+    }
 
 
 def _name(recipe: Recipe, rival: str, of_data: str) -> str:
@@ -282,9 +331,18 @@ def _name(recipe: Recipe, rival: str, of_data: str) -> str:
     # Of the settings those that are not the paper's: a new one in a later version changes no name.
     values = {name: here for name, _, here in differences(recipe) if name not in _NOT_OF_THE_RESULT}
     # Machines that share a folder may keep the weights in different places.
-    values["model.backbone_weights"] = Path(recipe.model.backbone_weights).name
+    values["model.backbone_weights"] = _weights_digest(recipe.model.backbone_weights)
     total = hashlib.sha256(json.dumps([values, rival, of_data], sort_keys=True).encode())
     return f"{rival or _loss_name(recipe)}-{total.hexdigest()[:8]}"
+
+
+@lru_cache
+def _weights_digest(weights: str) -> str:
+    """A file of weights by what is in it; other names as they are."""
+    if not Path(weights).is_file():
+        return weights
+    with Path(weights).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _loss_name(recipe: Recipe) -> str:
@@ -304,15 +362,21 @@ def _loss_name(recipe: Recipe) -> str:
     )
 
 
-def _too_small(row: Row, recipe: Recipe, train: Dataset) -> str:
-    """Why a data set cannot train a row; empty: it can."""
+def _too_small(row: Row, recipe: Recipe, train: Dataset, reached: dict[object, AnchorReach]) -> str:
+    """Why a data set cannot train a row; empty: it can.
+
+    Args:
+        reached: what was found out before, which takes seconds on a large data set; added to.
+    """
     if row.rival:
         return ""
     side, longest = recipe.data.image_size, recipe.data.max_size
     spec = recipe_anchors(recipe)
-    reach = anchor_reach(
-        {"train": train}, spec, side, longest, foreground_iou=recipe.matching.foreground_iou
-    )
+    iou = recipe.matching.foreground_iou
+    asked = (spec, side, longest, iou)
+    if asked not in reached:
+        reached[asked] = anchor_reach({"train": train}, spec, side, longest, foreground_iou=iou)
+    reach = reached[asked]
     if not reach.reached and not recipe.matching.low_quality_matches:
         return (
             f"none of {reach.objects} objects overlaps an anchor by "

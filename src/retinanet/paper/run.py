@@ -6,36 +6,28 @@ share one folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from retinanet.data.dataset import Dataset
 from retinanet.data.loading import usable_cpus
-from retinanet.errors import ConfigError, RetinaNetError
-from retinanet.paper.experiments import Experiment
-from retinanet.paper.plan import FEWEST_STEPS, Plan, Terms, Training, plan
-from retinanet.paper.share import held, write_once
+from retinanet.errors import RetinaNetError
+from retinanet.paper.plan import Plan, Training
+from retinanet.paper.share import held
 from retinanet.paper.work import TAKEN, Result, read_result, write_task
 
 _LOOK_EVERY = 0.5  # seconds
 _TRIES = 2  # of a worker that was killed; one that says why it failed is not asked again
-_PROBE_STEPS = 12
-_STARTING = 8.0  # seconds that a worker takes to import torch and to read its data, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +88,11 @@ class Workplace:
         """Whether a training has a result here."""
         return read_result(training.folder(self.out)) is not None
 
-    def finished(self, planned: Plan) -> dict[tuple[str, int], Result | str]:
+    def finished(self, trainings: Iterable[Training]) -> dict[tuple[str, int], Result | str]:
         """The results that are here, by (name, seed) of the training."""
         return {
             (one.name, one.seed): result
-            for one in planned.trainings
+            for one in trainings
             if (result := read_result(one.folder(self.out))) is not None
         }
 
@@ -131,115 +123,6 @@ def run_plan(
         KeyboardInterrupt: after Ctrl-C, once every worker has kept its state.
     """
     return _Shop(plan.trainings, place, on_event or (lambda _: None)).run()
-
-
-def measure_pace(training: Training, place: Workplace) -> tuple[float, float]:
-    """(seconds a step, seconds that a training takes beyond its steps), with all jobs at work.
-
-    Raises:
-        RetinaNetError: the training cannot begin.
-    """
-    folder = place.out / ".pace" / f"{socket.gethostname()}-{os.getpid()}"
-    settings: dict[str, Any] = {
-        "steps": _PROBE_STEPS,
-        "epochs": None,
-        "warmup_steps": 0,
-        "save_every": 10**6,
-    }
-    settings |= {"validate_every": float(_PROBE_STEPS)}
-    recipe = training.recipe
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)})
-    copies = tuple(
-        replace(training, recipe=recipe, name=f"pace-{job}") for job in range(place.jobs)
-    )
-    try:
-        done = _Shop(copies, replace(place, out=folder), lambda _: None).run()
-        seconds, beyond = 0.0, 0.0
-        for copy in copies:
-            result = done[copy.name, copy.seed]
-            if isinstance(result, str):
-                raise RetinaNetError(
-                    f"a training of {_PROBE_STEPS} steps was tried first: {result}"
-                )
-            a_step, rest = _pace(copy.folder(folder), result)
-            seconds, beyond = max(seconds, a_step), max(beyond, rest)
-        return seconds, beyond
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def steps_for(budget: float, trainings: int, jobs: int, pace: float, beyond: float) -> int:
-    """How many steps each training may have, so that all together take `budget` seconds.
-
-    Args:
-        pace, beyond: of :func:`measure_pace`.
-
-    Raises:
-        ConfigError: too few to say anything; the budget that would do is named.
-
-    Example: 10 trainings, 2 at a time, 20 minutes: 4 minutes each, of which 40 s are not training.
-
-        >>> steps_for(1200, 10, 2, pace=0.5, beyond=40)
-        400
-    """
-    turns = -(-trainings // jobs)
-    steps = int((budget / turns - beyond) / pace)
-    if steps < FEWEST_STEPS:
-        enough = turns * (beyond + FEWEST_STEPS * pace)
-        raise ConfigError(
-            f"a budget of {budget / 60:.3g} min gives each of {trainings} trainings "
-            f"{max(0, steps)} steps, and under {FEWEST_STEPS} nothing can be seen: give at least "
-            f"--budget {enough / 60 + 0.5:.0f}min, or fewer --seeds, or smaller pictures"
-        )
-    return steps
-
-
-def steps_within(
-    budget: float,
-    experiments: Sequence[Experiment],
-    keys: Collection[str] | None,
-    terms: Terms,
-    place: Workplace,
-    splits: Mapping[str, Dataset],
-) -> Terms:
-    """`terms` with as many steps as `budget` seconds allow on this machine.
-
-    The first answer for a request is kept in ``steps/`` and holds for all calls that share the
-    folder: a call that goes on must find its rows again, and two machines must train the same.
-
-    Args:
-        keys: of the rows that are to be trained; None: all.
-
-    Raises:
-        ConfigError: the budget is too small.
-        RetinaNetError: a training cannot begin.
-    """
-    names = [one.name for one in experiments]
-    # Any number of steps will do to find out how many trainings there are.
-    planned = plan(experiments, replace(terms, steps=FEWEST_STEPS), splits)
-    planned = planned.only(keys) if keys else planned
-    asked = [names, budget, sorted(f"{one.name}/{one.seed}" for one in planned.trainings)]
-    request = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    file = place.out / "steps" / f"{'-'.join(names[:2])}-{request}.json"
-    if not file.is_file() and planned.trainings:
-        pace, beyond = measure_pace(planned.trainings[0], place)
-        steps = steps_for(budget, len(planned.trainings), place.jobs, pace, beyond)
-        answer = {"names": names, "budget": budget, "trainings": len(planned.trainings)}
-        answer |= {"seconds_a_step": pace, "seconds_beyond": beyond, "jobs": place.jobs}
-        write_once(file, json.dumps({**answer, "steps": steps}, indent=1) + "\n")
-    steps = json.loads(file.read_text("utf-8"))["steps"] if file.is_file() else FEWEST_STEPS
-    return replace(terms, steps=steps)
-
-
-def _pace(folder: Path, result: Result) -> tuple[float, float]:
-    from retinanet.report.plots import read_log
-
-    steps = sorted(line["seconds"] for line in read_log(folder / "log.jsonl") if "seconds" in line)
-    # The first steps set things up.
-    usual = steps[len(steps) // 2]
-    images = result.metrics.get("images", 0) if result.metrics else 0
-    speed = result.metrics.get("images_per_second") if result.metrics else None
-    return usual, _STARTING + (images / speed if speed else 0.0)
 
 
 class _Shop:
