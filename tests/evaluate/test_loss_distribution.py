@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import test_evaluate_run
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from test_evaluate_run import tiny_checkpoint
+from torch import Tensor
 
 from retinanet.anchors import level_anchors
 from retinanet.data.dataset import Dataset
@@ -21,7 +24,9 @@ from retinanet.data.loading import eval_loader
 from retinanet.detect.network import Network, build_network
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluate.loss_distribution import (
+    _KEYS,
     LossDistribution,
+    _Sample,
     anchor_losses,
     cumulative_share,
     distribution_of,
@@ -191,13 +196,13 @@ def test_classes_are_matched_by_name(val: Dataset) -> None:
 def test_sample_is_even_bounded_and_seeded(val: Dataset) -> None:
     network = network_of()
     every = measure(network, val)
-    some = measure(network, val, most_positives=20, most_negatives=300)
+    some = measure(network, val, most_positives=10, most_negatives=300)
     assert some.positive_anchors == every.positive_anchors
     assert some.negative_anchors == every.negative_anchors
-    assert 0 < some.positives_taken <= 20
-    assert 100 < some.negatives_taken <= 300
-    assert some == measure(network, val, most_positives=20, most_negatives=300)
-    other = measure(network, val, most_positives=20, most_negatives=300, sample_seed=1)
+    assert every.positive_anchors > 10
+    assert (some.positives_taken, some.negatives_taken) == (10, 300)
+    assert some == measure(network, val, most_positives=10, most_negatives=300)
+    other = measure(network, val, most_positives=10, most_negatives=300, sample_seed=1)
     assert other.negatives != some.negatives
     # A sample of half of them tells the same.
     half = measure(network, val, most_negatives=every.negative_anchors // 2 + 1)
@@ -205,14 +210,72 @@ def test_sample_is_even_bounded_and_seeded(val: Dataset) -> None:
         assert one.mean == pytest.approx(whole.mean, rel=0.2)
 
 
-def test_every_picture_gives_its_part(val: Dataset) -> None:
-    # The last of many equal pictures is as likely as the first: halving drops old and new alike.
-    many = replace(val, images=val.images[:1] * 12)
+def sample_of(most: int, keys: Sequence[NDArray[np.int32]]) -> _Sample:
+    """A sample of pictures, in which each anchor's loss is the number of its picture."""
+    sample = _Sample(most)
+    for number, own in enumerate(keys):
+        own = own[own < sample.limit]
+        sample.add(own, np.full((len(own), 2), number, np.float32), len(keys[number]))
+    sample.cut()
+    return sample
+
+
+def test_sample_is_of_the_lowest_keys() -> None:
+    rng = np.random.default_rng(0)
+    sizes = (0, 7, 500, 30, 0, 900, 1, 250, 400)
+    keys = [rng.integers(_KEYS, size=size, dtype=np.int32) for size in sizes]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    in_order = owner[np.argsort(np.concatenate(keys))]
+    for most in (1, 2, 20, 299, 300, 2087, 2088, 2089, 10_000):
+        sample = sample_of(most, keys)
+        assert (sample.seen, sample.taken) == (2088, min(most, 2088))
+        for place in (0, 1):
+            assert sorted(sample.losses(place)) == sorted(in_order[:most])
+
+
+def test_sample_of_equal_keys_is_not_empty() -> None:
+    # More anchors of one key than the sample holds, which halving or a bare limit would all drop.
+    for most in (1, 3, 4):
+        assert sample_of(most, [np.full(5, 9, np.int32)] * 6).taken == most
+        assert sample_of(most, [np.zeros(5, np.int32)] * 6).taken == most
+
+
+def test_every_picture_gives_its_part(val: Dataset, tmp_path: Path) -> None:
+    # First empty pictures, of no loss, then crowded ones, of much: each kind gives half, though the
+    # sample is full before the first crowded one comes.
+    images = []
+    for name, colour in (("empty", 0), ("crowded", 255)):
+        Image.new("RGB", (96, 64), (colour,) * 3).save(tmp_path / f"{name}.png")
+        images += [replace(val.images[0], path=tmp_path / f"{name}.png")] * 6
     network = network_of()
-    found = measure(network, many, most_negatives=400)
-    one = measure(network, replace(val, images=val.images[:1]))
-    assert found.negative_anchors == 12 * one.negative_anchors
-    assert found.negatives[0].mean == pytest.approx(one.negatives[0].mean, rel=0.2)
+
+    def run(pictures: Tensor) -> Outputs:
+        outputs = network(pictures)
+        score = 9.0 if pictures.float().mean() > 100 else -30.0
+        return Outputs(tuple(torch.full_like(one, score) for one in outputs.logits), outputs.deltas)
+
+    judge = Network(network.model, torch.device("cpu"), "float32", "torch", "by brightness", run)
+    for seed in range(4):
+        found = measure(judge, replace(val, images=tuple(images)), most_negatives=600,
+                        sample_seed=seed)  # fmt: skip
+        assert found.negative_anchors > 4 * 600
+        assert found.negatives_taken == 600
+        # Each of the 3 classes of a crowded anchor costs log(1 + e^9) = 9.0001. Half of 600 is 300,
+        # give or take 12.
+        assert found.negatives[0].mean / (3 * 9.0001) == pytest.approx(0.5, abs=0.09)
+        # The hardest tenth are crowded ones, which are alike: a tenth of 600 over some 300.
+        assert found.negatives[0].hardest[0.1] == pytest.approx(0.2, abs=0.04)
+
+
+def test_least_sample(val: Dataset) -> None:
+    # Of a few more anchors than the sample holds there is a full sample, whatever is drawn.
+    network = network_of()
+    one = replace(val, images=val.images[:1])
+    there = measure(network, one).positive_anchors
+    for seed in range(20):
+        for most in (1, there - 1):
+            found = measure(network, one, most_positives=most, sample_seed=seed)
+            assert (found.positives_taken, found.positive_anchors) == (most, there)
 
 
 def test_focal_loss_moves_the_loss_to_the_hard(val: Dataset) -> None:

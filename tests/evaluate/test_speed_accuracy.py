@@ -15,11 +15,12 @@ from test_evaluate_run import tiny_checkpoint
 from retinanet.data.dataset import Dataset
 from retinanet.detect.detector import Detector
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.evaluate.run import evaluate
+from retinanet.evaluate.run import evaluate, read_judged
 from retinanet.evaluate.speed_accuracy import (
     SpeedAccuracy,
     Timed,
     _evenly,
+    _same_pictures,
     paper_scales,
     search_call,
     speed_accuracy,
@@ -97,6 +98,21 @@ def test_points(val: Dataset) -> None:
     assert values["points"][3]["scale"] == 96
 
 
+def test_no_loss_is_computed(val: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retinanet.evaluate.run.detection_losses", None)
+    models = {"one": tiny_checkpoint(loss={"gamma": 2.0})}
+    found = speed_accuracy(models, val, scales=[64], rounds=1, pictures=1, workers=0, **PLAIN)
+    assert len(found.points) == 1
+
+
+def test_every_model_is_looked_at_before_the_first_is_measured(val: Dataset) -> None:
+    seen: list[int] = []
+    models = {"fits": tiny_checkpoint(), "lacks": tiny_checkpoint(("red", "green"))}
+    with pytest.raises(WeightsError, match="'blue'"):
+        refused(models, val, scales=[64], progress=lambda done, _: seen.append(done))
+    assert seen == []
+
+
 def test_default_scales_are_each_models_own(val: Dataset) -> None:
     small = replace(tiny_checkpoint(), image_size=48, max_size=72)
     one = replace(val, images=val.images[:1])
@@ -168,3 +184,14 @@ def test_models_that_held_out_other_pictures(painted: Path, tmp_path: Path) -> N
         refused(models, folder, scales=[64])
     same = dict.fromkeys(("a", "b"), models["seed 0"])
     assert refused(same, folder, scales=[64], workers=0).images == 1
+    # A model that held out nothing is judged on what another did, whichever is first.
+    published, blank = tiny_checkpoint(), tiny_checkpoint(split={})
+    for seed in range(6):
+        run = models[f"seed {seed}"]
+        held = read_judged(folder, None, seed=seed, held_out=0.25)
+        for order in (
+            {"published": published, "run": run},
+            {"run": run, "published": blank},
+        ):
+            assert _same_pictures(order, folder, None).images == held.images
+    assert len(_same_pictures({"a": published, "b": blank}, folder, None)) == 1

@@ -44,6 +44,8 @@ HARDEST = (0.01, 0.1, 0.2)
 
 _POINTS = 501
 _PIECE = 2**22  # logits whose loss is taken at a time: 16 MB an intermediate
+_KEYS = 2**31 - 1  # as many as an int32 has, so that hardly two anchors of COCO draw the same
+_SLACK = 1.25  # of a sample's size are held before it is cut to it: rarely, as a cut sees them all
 
 _Array = NDArray[np.float64]
 
@@ -138,10 +140,9 @@ def loss_distribution(
         data: a labelled folder or file of any format, or a data set.
         split: which part of the data; None as in :func:`retinanet.evaluate.evaluate`.
         gammas: >= 0.
-        most_positives, most_negatives: anchors sampled at the most. Where the data has more, each
-            anchor is taken with the same chance, and between half of that number and all of it
-            are. They are held in 4 (len(gammas) + 1) bytes an anchor, and 24 more while they are
-            sorted: 450 MB at the defaults, however large the data is.
+        most_positives, most_negatives: anchors sampled at the most. Where the data has more, that
+            many are taken, each with the same chance. Beside the model's memory they take 500 MB
+            at the defaults, however large the data is.
         sample_seed: which are taken.
         workers: processes that load pictures; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
@@ -230,8 +231,8 @@ def distribution_of(
     }
     rules |= {name: value for name, value in (matching or {}).items() if name in rules}
     known = None if label_map is None else inverse_labels(label_map)
-    positives = _Sample(most_positives, len(gammas))
-    negatives = _Sample(most_negatives, len(gammas))
+    positives = _Sample(most_positives)
+    negatives = _Sample(most_negatives)
     keys = torch.Generator().manual_seed(sample_seed)
     ignored = 0
     loader = eval_loader(
@@ -254,7 +255,8 @@ def distribution_of(
             labels = torch.where(labels >= 0, known[labels.clamp(min=0)], labels)
         logits = flatten_levels(outputs.logits, model.num_classes)[0]
         # Drawn on the CPU: the same anchors are taken wherever the network runs.
-        drawn = torch.rand(len(labels), generator=keys).to(labels.device)
+        drawn = torch.randint(_KEYS, (len(labels),), generator=keys, dtype=torch.int32)
+        drawn = drawn.to(labels.device)
         for sample, kind in ((positives, labels >= 0), (negatives, labels == BACKGROUND)):
             rows = (kind & (drawn < sample.limit)).nonzero().flatten()
             losses = anchor_losses(logits[rows], labels[rows], gammas)
@@ -262,13 +264,15 @@ def distribution_of(
         ignored += int((labels == IGNORED).sum())
         if progress is not None:
             progress(done, len(dataset))
+    positives.cut()
+    negatives.cut()
     where = f"{dataset.source} (split {dataset.split!r})"
-    if not positives.taken:
+    if not positives.seen:
         raise DataError(
             f"{where}: no anchor answers for an object, so there are no positives to look at; "
             "take a split with objects, or see `retinanet data anchors` for objects out of reach"
         )
-    if not negatives.taken:
+    if not negatives.seen:
         raise DataError(f"{where}: no anchor is background, so there are no negatives to look at")
     fractions = np.linspace(0, 1, _POINTS)
     return LossDistribution(
@@ -323,7 +327,8 @@ def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
     Returns:
         (F,) in [0, 1]; NaN where every loss is 0.
     """
-    summed = np.concatenate([[0.0], np.cumsum(np.sort(losses), dtype=np.float64)])
+    summed = np.zeros(len(losses) + 1)
+    np.cumsum(np.sort(losses), dtype=np.float64, out=summed[1:])
     if summed[-1] == 0:
         return np.full(len(fractions), np.nan)
     places = np.asarray(fractions, dtype=np.float64) * len(losses)
@@ -382,33 +387,47 @@ def check_gammas(gammas: Sequence[float]) -> None:
 class _Sample:
     """Losses of anchors, each of which had the same chance to be taken.
 
-    An anchor draws a key in [0, 1) and is taken if that is under `limit`. Where there are too many,
-    the limit is halved and those over it are let go.
+    An anchor draws a key in [0, _KEYS), and those with the lowest keys are the sample. `limit` is
+    what a key has to be under to be among them still; it is lowered at each :meth:`cut`.
     """
 
-    def __init__(self, most: int, gammas: int) -> None:
+    def __init__(self, most: int) -> None:
         if most < 1:
             raise ConfigError(f"at least one anchor has to be taken, got a limit of {most}")
-        self.limit = 1.0
+        self.limit = _KEYS
         self.seen = 0
         self.taken = 0
         self._most = most
-        self._keys: list[NDArray[np.float32]] = []
+        self._keys: list[NDArray[np.int32]] = []
         self._losses: list[NDArray[np.float32]] = []
-        self._gammas = gammas
 
-    def add(self, keys: NDArray[np.float32], losses: NDArray[np.float32], seen: int) -> None:
+    def add(self, keys: NDArray[np.int32], losses: NDArray[np.float32], seen: int) -> None:
         """(N,) keys under the limit and (N, G) losses of anchors, of `seen` in the picture."""
         self.seen += seen
         self.taken += len(keys)
         self._keys.append(keys)
         self._losses.append(losses.astype(np.float32, copy=False))
-        while self.taken > self._most:
-            self.limit /= 2
-            kept = [one < self.limit for one in self._keys]
-            self._losses = [a[rows] for a, rows in zip(self._losses, kept, strict=True)]
-            self._keys = [a[rows] for a, rows in zip(self._keys, kept, strict=True)]
-            self.taken = sum(len(one) for one in self._keys)
+        if self.taken > _SLACK * self._most:
+            self.cut()
+
+    def cut(self) -> None:
+        """Let go of what is over the size that was asked for."""
+        if self.taken <= self._most:
+            return
+        keys = np.concatenate(self._keys)
+        # By place, not by the key at that place: anchors of one key would all stay, or none.
+        lowest = np.argpartition(keys, self._most - 1)[: self._most]
+        self.limit = int(keys[lowest[-1]])
+        stays = np.zeros(len(keys), dtype=bool)
+        stays[lowest] = True
+        del keys, lowest
+        begin = 0
+        for place, piece in enumerate(self._keys):
+            rows = stays[begin : begin + len(piece)]
+            begin += len(piece)
+            self._keys[place] = piece[rows]
+            self._losses[place] = self._losses[place][rows]
+        self.taken = self._most
 
     def losses(self, place: int) -> NDArray[np.float32]:
         """(N,) of the gamma at that place."""

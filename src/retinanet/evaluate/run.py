@@ -319,7 +319,10 @@ def _wide(values: Tensor) -> Tensor:
 
 
 class _LossSums:
-    """The loss of a data set from those of its batches; waits for the device once, at the end."""
+    """The loss of a data set from those of its batches.
+
+    The device is waited for once, at the end; with mining at every batch, as that looks at values.
+    """
 
     def __init__(
         self, options: Mapping[str, Any], num_classes: int, label_map: Sequence[int] | None

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from retinanet.data.dataset import Dataset
-from retinanet.data.loading import eval_loader
+from retinanet.data.loading import default_workers, eval_loader
 from retinanet.detect.detector import Detector
 from retinanet.detect.inference import detect_batch, padding_colour
 from retinanet.errors import ConfigError, DataError
+from retinanet.evaluate.coco import evaluate_detections
 from retinanet.evaluate.metrics import Metrics
-from retinanet.evaluate.run import Progress, evaluate, read_judged
+from retinanet.evaluate.run import Progress, match_classes, read_judged, search
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 
 SCALES = (400, 500, 600, 700, 800)
@@ -156,6 +157,10 @@ def speed_accuracy(
         for name, model in models.items()
     }
     dataset = _same_pictures(checkpoints, data, split)
+    # All of them before the first is measured: an error tells at once.
+    label_maps = {
+        name: match_classes(checkpoint.classes, dataset) for name, checkpoint in checkpoints.items()
+    }
     settings = [
         (name, checkpoint, scale)
         for name, checkpoint in checkpoints.items()
@@ -173,7 +178,17 @@ def speed_accuracy(
             calibrate=calibrate,
             image_size=scale,
         )
-        metrics = evaluate(detector, dataset, batch_size=batch_size, workers=workers)
+        searched = search(
+            detector.network,
+            dataset,
+            image_size=detector.image_size,
+            max_size=detector.max_size,
+            batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+            label_map=label_maps[name],
+            **detector.thresholds,
+        )
+        metrics = evaluate_detections(dataset, searched.results, analysis=False)
         calls[f"{name} {scale}"] = search_call(detector, chosen)
         judged.append((name, detector, metrics))
         if progress is not None:
@@ -312,10 +327,15 @@ def _timed(seconds: list[float]) -> Timed:
 def _same_pictures(
     checkpoints: Mapping[str, Checkpoint], data: str | Path | Dataset, split: str | None
 ) -> Dataset:
-    """The split on which all models can be judged: what none of them has trained on."""
+    """The split on which all models can be judged: what none of them has trained on.
+
+    A model that does not say how its split was made, such as a published one, held out nothing of
+    this data and is judged on what the others held out.
+    """
+    splits = {name: one.info.get("split") for name, one in checkpoints.items()}
+    held: dict[str, Mapping[str, Any]] = {name: made for name, made in splits.items() if made}
     first: tuple[str, Dataset] | None = None
-    for name, checkpoint in checkpoints.items():
-        made = checkpoint.info.get("split", {})
+    for name, made in (held or {next(iter(checkpoints)): {}}).items():
         dataset = read_judged(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
         if first is None:
             first = name, dataset
