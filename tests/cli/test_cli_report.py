@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -105,6 +106,27 @@ def test_speed_accuracy(
     assert both.json["machine"]["threads"] >= 1
     assert (both.json["timed"], both.json["rounds"]) == (1, 2)
     assert (tmp_path / "o" / "speed-accuracy-val.svg").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf")),
+    reason="openvino and nncf are not installed",
+)
+def test_openvino(cli: Cli, tiny_run: Path, tiny_sets: dict[str, Path], tmp_path: Path) -> None:
+    data, out = tiny_sets["coco"], f"--out={tmp_path / 'o'}"
+    ended, plain = (
+        cli("report", "loss-distribution", tiny_run, data, *options, out, "--json")
+        for options in (("--backend=openvino", "--precision=float32", "--device=cpu"), PLAIN)
+    )
+    assert ended.code == 0, ended.err
+    for kind in ("positives", "negatives"):
+        means, expected = ([one["mean"] for one in of.json[kind]] for of in (ended, plain))
+        assert means == pytest.approx(expected, rel=1e-3)
+    ended = cli("report", "speed-accuracy", tiny_run, f"--data={data}", "--precision=int8",
+                "--device=cpu", "--scale=64", "--rounds=1", "--pictures=1", out)  # fmt: skip
+    assert ended.code == 2
+    assert "--calibrate FOLDER" in ended.err
 
 
 def test_names_of_runs(tmp_path: Path) -> None:
