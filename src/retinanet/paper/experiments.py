@@ -12,6 +12,9 @@ from typing import Literal
 Depth = Literal["50", "101", "x101"]
 """ResNet-50, ResNet-101 or ResNeXt-101: which of a run's backbones a row takes."""
 
+Kind = Literal["over", "at_least", "about", "faster"]
+"""What a claim says of two sides; see :class:`Claim`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -61,21 +64,26 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An order that the paper claims: the best of some rows over, or about, the best of others.
+    """What the paper claims of the best of some rows beside the best of others.
 
     Attributes:
         text: the claim in words.
-        kind: ``over``: the first's AP is higher; ``about``: they are no further apart than
-            `within`.
-        first, second: keys of rows; of each side the row with the highest mean AP counts.
-        within: points of AP, for ``about``.
+        kind: ``over``: the first's AP is higher; ``at_least``: it is no more than `within` lower;
+            ``about``: they are no further apart than `within`; ``faster``: the first takes less
+            time an image.
+        first, second: keys of rows; of each side the row with the highest mean AP counts, for
+            ``faster`` the one with the least time.
+        within: points of AP, for ``at_least`` and ``about``.
+        printed: what the paper prints of both sides and its names for them, where that is not the
+            rows' AP: milliseconds, for ``faster``.
     """
 
     text: str
-    kind: Literal["over", "about"]
+    kind: Kind
     first: tuple[str, ...]
     second: tuple[str, ...]
     within: float = 0.0
+    printed: tuple[tuple[str, float], tuple[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

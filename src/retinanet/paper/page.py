@@ -87,9 +87,15 @@ def index_markdown(results: Sequence[TableResult]) -> str:
 
 
 _HOW_TO_READ = (
-    "Points of AP, mean and standard deviation over seeds; of each side the row with the highest "
-    "mean. Not separated: the means lie closer to where the verdict turns than the deviation of "
-    "their difference. One seed: how far chance moves the figures is not known."
+    "Points of AP: mean and standard deviation over seeds. Of each side the row with the highest "
+    "mean counts. The ± of a difference is how far chance may move it: it stays within 95 times in "
+    "100, judged from the differences seed by seed (Student's t; Welch's where the rows have other "
+    "seeds) and wider for the best of several rows, which may be the best by luck. "
+    "Not separated: within that ± the verdict would turn. "
+    "One seed: how far chance moves the figures is not known, the means alone decide. "
+    "Nothing found: both sides are under 0.15 points, too little for an order. "
+    "One training: both sides came to the same settings. "
+    "Times are measured once, and 5% of the longer one is put down to chance."
 )
 
 

@@ -35,8 +35,10 @@ _PUBLISHED = {
     "APl": "large",
     "ms": "milliseconds",
 }
-_NOTHING = 0.05  # points of AP that are printed as 0.0
+_NOTHING = 0.15  # points of AP under which a row has found nothing: 0.0 or 0.1 is printed
 _EXACT = 1e-9  # points of AP under which a difference is floating-point dust
+_BEYOND = 0.05  # how often chance alone may move a difference further than is allowed for
+_SAME_TIME = 0.05  # of the longer time: what one timing moves by from one hour to another
 _DIVERGED = "†"
 
 
@@ -79,31 +81,58 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two rows of a claim and how far apart they are."""
+    """Two rows of a claim and how far apart they are.
+
+    Attributes:
+        first_label, second_label: the rows'.
+        first, second: their figures.
+        difference: of the means, the first's less the second's.
+        chance: how far chance may move the difference, to either side (see :func:`judge`); None:
+            not known.
+        first_of, second_of: how many rows each was the best of.
+        unit, digits: of the figures; no unit: points of AP.
+    """
 
     first_label: str
     first: Figure
     second_label: str
     second: Figure
-    difference: Figure
+    difference: float
+    chance: float | None = None
+    first_of: int = 1
+    second_of: int = 1
+    unit: str = ""
+    digits: int = 1
 
     @property
     def brief(self) -> str:
-        """``34.0 vs 31.1: +2.9``."""
-        return f"{self.first} vs {self.second}: {self._apart}"
+        """``34.0 vs 31.1 (best of 3): +2.9``."""
+        sides = [
+            f"{self._text(one)} (best of {of})" if of > 1 else self._text(one)
+            for one, of in ((self.first, self.first_of), (self.second, self.second_of))
+        ]
+        return f"{' vs '.join(sides)}: {self._apart}"
 
     @property
     def words(self) -> str:
-        """``34.0 (FL, gamma 2) against 31.1 (CE): +2.9``."""
-        return (
-            f"{self.first} ({self.first_label}) against {self.second} ({self.second_label}): "
-            f"{self._apart}"
-        )
+        """``34.0 (FL, gamma 2) against 31.1 (CE, the best of 3 rows): +2.9``."""
+        sides = [
+            f"{self._text(one)} ({label}{f', the best of {of} rows' if of > 1 else ''})"
+            for one, label, of in (
+                (self.first, self.first_label, self.first_of),
+                (self.second, self.second_label, self.second_of),
+            )
+        ]
+        return f"{' against '.join(sides)}: {self._apart}"
+
+    def _text(self, one: Figure) -> str:
+        return f"{one.mean:.{self.digits}f}{one.spread}{self.unit}"
 
     @property
     def _apart(self) -> str:
-        rounded = round(self.difference.mean, 1) + 0.0  # no -0.0
-        return f"{rounded:+.1f}{self.difference.spread}"
+        rounded = round(self.difference, self.digits) + 0.0  # no -0.0
+        chance = "" if self.chance is None else f" ± {self.chance:.{self.digits}f}"
+        return f"{rounded:+.{self.digits}f}{chance}{self.unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +143,7 @@ class RowResult:
         key, label: the row's.
         trained: False where the published figures stand alone.
         figures: in points, by ``AP`` ... ``APl``; what was not measured is left out.
+        by_seed: AP in points of each training behind the figures, 0 of a diverged one.
         milliseconds: an image; None: not measured.
         seeds: trainings behind the figures, diverged ones among them.
         diverged: how many of them count as 0.
@@ -126,6 +156,7 @@ class RowResult:
     label: str
     trained: bool = True
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    by_seed: Mapping[int, float] = field(default_factory=dict)
     milliseconds: float | None = None
     seeds: int = 0
     diverged: int = 0
@@ -155,31 +186,31 @@ class ClaimResult:
 
     Attributes:
         text: the claim.
-        verdict: ``not separated``: the means lie closer to where the verdict turns than the
-            deviation of their difference, sqrt(s1^2 + s2^2).
-        one_seed: a side has one seed, so that the deviation is not known.
+        verdict: ``not separated``: chance may move the difference across the point where the
+            verdict turns (see :func:`judge`).
+        marks: what the verdict is to be read with: ``one seed``: a side has one, so that chance is
+            not known; ``rows missing``: the claim names rows that were not measured;
+            ``nothing found``, ``one training``: as `note` says.
         here, paper: both sides, measured and published; None: a side has no figure.
-        note: rows that the claim names and that were not measured.
+        note: the marks in words.
     """
 
     text: str
     verdict: Verdict
-    one_seed: bool = False
+    marks: tuple[str, ...] = ()
     here: Comparison | None = None
     paper: Comparison | None = None
     note: str = ""
 
     @property
     def said(self) -> str:
-        """The verdict, with the marks of a single seed and of rows that were not measured."""
-        marks = ["one seed"] * self.one_seed + ["rows missing"] * bool(self.note)
-        return f"{self.verdict} ({', '.join(marks)})" if marks else self.verdict
+        """The verdict and its marks."""
+        return f"{self.verdict} ({', '.join(self.marks)})" if self.marks else self.verdict
 
     def cells(self) -> tuple[str, str, str]:
         """The claim, the paper's figures and ours with the names of the rows."""
-        here = self.here.words if self.here else "-"
-        note = f"; {self.note}" if self.note else ""
-        return self.text, self.paper.words if self.paper else "-", here + note
+        here = "; ".join(part for part in (self.here and self.here.words, self.note) if part)
+        return self.text, self.paper.words if self.paper else "-", here or "-"
 
     def brief_cells(self) -> tuple[str, str, str]:
         """The same without the names."""
@@ -416,37 +447,192 @@ def judge(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     """Whether a claim holds, from the rows that it names.
 
     Of each side the row with the highest mean AP counts. ``over`` turns where the means are equal,
-    ``about`` where they lie `claim.within` points apart; closer to that than the deviation of their
-    difference, sqrt(s1^2 + s2^2), is not separated.
+    ``at_least`` where the first is `claim.within` points lower, ``about`` where they lie that far
+    apart. The verdict is ``not separated`` if chance may move the difference of the means across
+    that point:
+
+    - Rows with the same seeds are compared seed by seed, as trainings of one seed start alike and
+      see the pictures in the same order: chance is Student's t (two-sided, 95%, n - 1 degrees of
+      freedom) times the standard error of the mean of the n differences. Rows with other seeds:
+      Welch's t.
+    - The best of k rows may be the best by luck. Where the sides have k1 and k2 rows, chance is
+      taken at 5% / (k1 k2) in the place of 5% (Bonferroni).
+    - With one seed on a side chance is not known: the means alone decide, and the verdict is
+      marked.
+    - Rows that found nothing, both under .15 points, are not separated.
+
+    ``faster`` compares the times of the fastest row of each side, which were measured once: chance
+    is 5% of the longer one. One training on both sides (one backbone in the place of two) measures
+    nothing.
     """
+    timed = claim.kind == "faster"
     sides = [[rows[key] for key in keys] for keys in (claim.first, claim.second)]
-    paper = _published([[row for row in side if row.published] for side in sides])
-    measured = [[row for row in side if "AP" in row.figures] for side in sides]
-    absent = [row.label for side in sides for row in side if "AP" not in row.figures]
+    paper = _published(claim, sides)
+    measured = [
+        [(row, figure) for row in side if (figure := _judged(row, timed)) is not None]
+        for side in sides
+    ]
+    absent = [row.label for side in sides for row in side if _judged(row, timed) is None]
     if not all(measured):
         return ClaimResult(claim.text, "not measured", paper=paper)
-    best = [max(side, key=lambda row: row.figures["AP"].mean) for side in measured]
-    first, second = (row.figures["AP"] for row in best)
+    best = [max(side, key=lambda one: -one[1].mean if timed else one[1].mean) for side in measured]
+    (one, first), (other, second) = best
+    if one.folders and one.folders == other.folders:
+        note = "one training on both sides"
+        return ClaimResult(claim.text, "not measured", ("one training",), paper=paper, note=note)
+    # Rows that came to the same settings are one training, and one choice.
+    of = [len({row.folders or (row.key,) for row, _ in side}) for side in measured]
     difference = first.mean - second.mean
-    margin = difference if claim.kind == "over" else claim.within - abs(difference)
+    if timed:
+        chance: float | None = _SAME_TIME * max(first.mean, second.mean)
+    else:
+        chance = _chance(one.by_seed, other.by_seed, _BEYOND / (of[0] * of[1]))
+    margin = {
+        "over": difference,
+        "at_least": difference + claim.within,
+        "about": claim.within - abs(difference),
+        "faster": -difference,
+    }[claim.kind]
     margin = 0.0 if abs(margin) < _EXACT else margin
-    deviation = None
-    if first.deviation is not None and second.deviation is not None:
-        deviation = math.hypot(first.deviation, second.deviation)
+    nothing = not timed and max(first.mean, second.mean) < _NOTHING
+    # Equal means give no order, whatever the seeds.
+    same = claim.kind in ("over", "faster") and margin == 0
     verdict: Verdict = "holds" if margin >= 0 else "does not hold"
-    # Equal means give no order, whatever the seeds; rows that found nothing are about nothing.
-    nothing = max(first.mean, second.mean) < _NOTHING
-    same = claim.kind == "over" and margin == 0
-    if abs(margin) < (deviation or 0.0) or same or nothing:
+    if abs(margin) < (chance or 0.0) or same or nothing:
         verdict = "not separated"
+    marks = {
+        "one seed": chance is None,
+        "rows missing": bool(absent),
+        "nothing found": nothing,
+    }
+    notes = [f"without {', '.join(absent)}: not measured"] if absent else []
+    notes += [f"nothing found: both under {_NOTHING:g} points"] if nothing else []
     return ClaimResult(
         claim.text,
         verdict,
-        one_seed=deviation is None,
-        here=Comparison(best[0].label, first, best[1].label, second, Figure(difference, deviation)),
-        paper=paper,
-        note=f"without {', '.join(absent)}: not measured" if absent else "",
+        tuple(mark for mark, is_so in marks.items() if is_so),
+        Comparison(
+            *(one.label, first, other.label, second, difference, chance),
+            first_of=of[0],
+            second_of=of[1],
+            unit=" ms" if timed else "",
+        ),
+        paper,
+        "; ".join(notes),
     )
+
+
+def judge_distribution(
+    hardest: Mapping[str, Mapping[float, float]],
+) -> tuple[ClaimResult, ClaimResult]:
+    """The two claims of Figure 4, from one trained model.
+
+    Source: Lin et al. 2017, Sec. 5.1: the effect of gamma on positives is minor; on negatives it is
+    very different: with gamma 2 nearly all of their loss comes from a small part of them.
+
+    The paper names no bound. Here both turn at one half: from gamma 0 to 2 the easier 80% of the
+    positives keep more than half of their share of the loss, those of the negatives less.
+
+    Args:
+        hardest: of ``positives`` and of ``negatives``, by gamma, the share of the loss in the
+            hardest 20% of the anchors, in [0, 1]; NaN: there is no loss.
+
+    Returns:
+        positives, negatives; marked with ``one seed``, as they are of one model.
+
+    Raises:
+        ValueError: a kind, or gamma 0 or 2, is not there.
+    """
+    return (
+        _judge_shares("gamma 2 hardly moves the loss of positives", "positives", hardest),
+        _judge_shares("gamma 2 moves the loss of negatives to few of them", "negatives", hardest),
+    )
+
+
+def _judge_shares(
+    text: str, kind: str, hardest: Mapping[str, Mapping[float, float]]
+) -> ClaimResult:
+    shares = hardest.get(kind, {})
+    if not {0.0, 2.0} <= shares.keys():
+        raise ValueError(
+            f"the claims of Figure 4 are about gamma 0 and 2, got {kind} of gamma "
+            f"{', '.join(f'{gamma:g}' for gamma in shares) or 'none'}"
+        )
+    before, after = shares[0.0], shares[2.0]
+    if math.isnan(before) or math.isnan(after):
+        return ClaimResult(text, "not measured", note=f"the {kind} have no loss")
+    keeps = 1 - after > (1 - before) / 2
+    return ClaimResult(
+        text,
+        "holds" if keeps == (kind == "positives") else "does not hold",
+        ("one seed",),
+        Comparison(
+            f"the hardest 20% of {kind}, gamma 2",
+            Figure(100 * after),
+            "gamma 0",
+            Figure(100 * before),
+            100 * (after - before),
+            unit="%",
+            digits=0,
+        ),
+    )
+
+
+def t_quantile(beyond: float, degrees: int) -> float:
+    """What the size of Student's t exceeds with a chance of `beyond`, to both sides together.
+
+    Source: the sums of Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, solved by bisection.
+
+    Args:
+        beyond: in (0, 1); .05 for a 95% interval.
+        degrees: of freedom, from 1 on.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _t_within(angle, degrees) < 1 - beyond else (low, angle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _t_within(angle: float, degrees: int) -> float:
+    """The chance of a size of t up to sqrt(degrees) tan(angle)."""
+    odd = degrees % 2
+    term, total = math.cos(angle) ** odd, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def _chance(ours: Mapping[int, float], theirs: Mapping[int, float], beyond: float) -> float | None:
+    """How far chance moves the difference of two rows' means, once in 1 / `beyond` times further.
+
+    Args:
+        ours, theirs: AP by seed.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    if ours.keys() == theirs.keys():
+        degrees = len(ours) - 1
+        variance = statistics.variance(ours[seed] - theirs[seed] for seed in ours) / len(ours)
+    else:
+        parts = [statistics.variance(one.values()) / len(one) for one in (ours, theirs)]
+        variance = sum(parts)
+        below = sum(
+            part**2 / (len(one) - 1) for part, one in zip(parts, (ours, theirs), strict=True)
+        )
+        # Welch-Satterthwaite, rounded down: a little too careful.
+        degrees = max(1, int(variance**2 / below)) if below > 0 else 1
+    chance = math.sqrt(variance) * t_quantile(beyond, degrees)
+    return 0.0 if chance < _EXACT else chance
+
+
+def _judged(row: RowResult, timed: bool) -> Figure | None:
+    """What a claim compares of a row: its time in milliseconds, or its AP."""
+    if timed:
+        return None if row.milliseconds is None else Figure(row.milliseconds)
+    return row.figures.get("AP")
 
 
 def about_facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -475,17 +661,21 @@ def _counted(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     counting = [one for one in outcomes if one.status in ("done", "diverged")]
     diverged = sum(one.status == "diverged" for one in counting)
     figures = {}
+    by_seed: dict[int, float] = {}
     for column, name in _METRIC.items():
-        done = [_points(label, one, name) for one in counting if one.status == "done"]
-        known = [value for value in done if value is not None]
+        done = {one.seed: _points(label, one, name) for one in counting if one.status == "done"}
+        known = {seed: value for seed, value in done.items() if value is not None}
         if done and not known:
             continue  # the data has no object of that size, and a diverged run's 0 says nothing
-        values = [*known, *[0.0] * diverged]
+        values = known | {one.seed: 0.0 for one in counting if one.status == "diverged"}
         if values:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            figures[column] = Figure(statistics.fmean(values), deviation)
+            deviation = statistics.stdev(values.values()) if len(values) > 1 else None
+            figures[column] = Figure(statistics.fmean(values.values()), deviation)
+        if column == "AP":
+            by_seed = values
     return {
         "figures": figures,
+        "by_seed": by_seed,
         "seeds": len(counting),
         "diverged": diverged,
         "notes": tuple(
@@ -511,13 +701,26 @@ def _points(label: str, outcome: Outcome, name: str) -> float | None:
     return None if value is None or math.isnan(value) else 100 * float(value)
 
 
-def _published(sides: Sequence[Sequence[RowResult]]) -> Comparison | None:
-    if not all(sides):
+def _published(claim: Claim, sides: Sequence[Sequence[RowResult]]) -> Comparison | None:
+    """What the paper prints of a claim's sides."""
+    if claim.printed is not None:
+        (label, time), (other, other_time) = claim.printed
+        return Comparison(
+            *(label, Figure(time), other, Figure(other_time), time - other_time),
+            unit=" ms",
+            digits=0,
+        )
+    if claim.kind == "faster":
         return None
-    first, second = (max(side, key=_published_ap) for side in sides)
+    printed = [[row for row in side if row.published] for side in sides]
+    if not all(printed):
+        return None
+    first, second = (max(side, key=_published_ap) for side in printed)
     aps = _published_ap(first), _published_ap(second)
     return Comparison(
-        first.label, Figure(aps[0]), second.label, Figure(aps[1]), Figure(aps[0] - aps[1])
+        *(first.label, Figure(aps[0]), second.label, Figure(aps[1]), aps[0] - aps[1]),
+        first_of=len(printed[0]),
+        second_of=len(printed[1]),
     )
 
 
@@ -528,24 +731,25 @@ def _published_ap(row: RowResult) -> float:
 def _read_comparison(values: dict[str, Any] | None) -> Comparison | None:
     if values is None:
         return None
-    first, second, difference = (
-        Figure(**values.pop(name)) for name in ("first", "second", "difference")
-    )
-    return Comparison(**values, first=first, second=second, difference=difference)
+    first, second = (Figure(**values.pop(name)) for name in ("first", "second"))
+    return Comparison(**values, first=first, second=second)
 
 
 def _read_claim(values: dict[str, Any]) -> ClaimResult:
     here, paper = (_read_comparison(values.pop(name)) for name in ("here", "paper"))
-    return ClaimResult(**values, here=here, paper=paper)
+    marks = tuple(values.pop("marks"))
+    return ClaimResult(**values, marks=marks, here=here, paper=paper)
 
 
 def _read_row(values: dict[str, Any]) -> RowResult:
     published = values.pop("published")
     figures = {name: Figure(**one) for name, one in values.pop("figures").items()}
+    by_seed = {int(seed): ap for seed, ap in values.pop("by_seed").items()}
     notes, folders = tuple(values.pop("notes")), tuple(values.pop("folders"))
     return RowResult(
         **values,
         figures=figures,
+        by_seed=by_seed,
         notes=notes,
         folders=folders,
         published=None if published is None else Published(**published),
