@@ -4,13 +4,12 @@
 
 Each OUT is an ``--out`` folder. Its results are kept under ``benchmarks/results/paper/NAME/``, its
 tables become ``docs/paper-NAME.md`` and its pictures ``docs/images/paper/NAME/``, and the claims at
-a glance of all data sets take their place in docs/paper.md. Without OUT the pages are written
-again from what is kept.
+a glance of all data sets take their place in docs/paper.md, between its two markers. Without OUT
+the pages are written again from what is kept.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,10 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 def keep(out: Path) -> None:
     """Copy the results and the pictures of an ``--out`` folder."""
     name = out.resolve().name
-    for one in read_results(out):
+    results = read_results(out)
+    if not results:
+        sys.exit(f"{out} has no result of `retinanet paper run`; give its --out folder")
+    for one in results:
         write_atomic(RESULTS / name / f"{one.name}.json", one.to_json())
         picture = out / "plots" / f"{one.name}.png"
         if picture.is_file():
@@ -57,20 +59,32 @@ def claims_of(every: Mapping[str, Sequence[TableResult]]) -> str:
                 of = one.heading.partition(":")[0]
                 text, paper, here = claim.brief_cells()
                 row = rows.setdefault((of, text), [of, text, paper, *["-"] * len(every)])
-                row[3 + place] = f"**{claim.said}**: {here}" if here != "-" else claim.said
+                row[3 + place] = f"{claim.said}: {here}" if here != "-" else claim.said
     order = sorted(rows.values(), key=lambda row: row[0])
     return markdown_table(["", "the paper says", "paper", *every], order, text=3 + len(every))
 
 
 def main(outs: Sequence[str]) -> None:
+    before, after = _around(PAGE)  # read first: nothing is written where the claims have no place
     for out in outs:
         keep(Path(out))
-    every = {one.name: read_results(one) for one in sorted(RESULTS.iterdir()) if one.is_dir()}
+    folders = sorted(RESULTS.iterdir()) if RESULTS.is_dir() else []
+    every = {one.name: found for one in folders if one.is_dir() and (found := read_results(one))}
+    if not every:
+        sys.exit(f"{RESULTS} keeps no results yet; give the --out folder of `retinanet paper run`")
     for name, results in every.items():
         write_atomic(PAGE.with_name(f"paper-{name}.md"), page_of(name, results))
-    text = PAGE.read_text("utf-8")
-    table = f"{BEGIN}\n\n{claims_of(every)}\n{END}"
-    write_atomic(PAGE, re.sub(f"{BEGIN}.*{END}", lambda _: table, text, flags=re.S))
+    write_atomic(PAGE, f"{before}{BEGIN}\n\n{claims_of(every)}\n{END}{after}")
+
+
+def _around(page: Path) -> tuple[str, str]:
+    """What stands before and after the claims of a page."""
+    text = page.read_text("utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or text.count(BEGIN) + text.count(END) != 2:
+        sys.exit(f"{page} needs one {BEGIN} and one {END} behind it: the claims go between them")
+    return before, after
 
 
 if __name__ == "__main__":
