@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from retinanet.cli import paper
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.paper import pace as pacing
+from retinanet.paper import plan as planning
 from retinanet.paper import run as running
 from retinanet.paper.pace import Pace
+from retinanet.paper.plan import Plan
+from retinanet.paper.run import Happening
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 
@@ -181,6 +186,7 @@ def test_full_size_says_what_it_costs_and_asks(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pacing, "measure_paces", lambda left, _: [Pace(2.0, 60.0)] * len(left))
+    monkeypatch.setattr(planning, "check_networks", lambda *_: None)  # its weights are fetched
     asked: list[str] = []
     monkeypatch.setattr(running, "run_plan", lambda plan, *_: asked.append("run") or {})
     common = ("table3", "--full", f"--data={shapes}", f"--out={tmp_path}", "--jobs=1")
@@ -201,6 +207,9 @@ def test_full_size_says_what_it_costs_and_asks(
         (("table1",), "did you mean table1"),
         (("tabel",), "fig7, all"),
         (("table1b", "--row=gamma2"), "did you mean gamma=2"),
+        (("fig1", "--row=gamma=2"), "fig1 has no row to train"),
+        (("table3", "--data={data}", "--steps=20", "--backbone=resnet19"), "resnet19"),
+        (("table3", "--data={data}", "--steps=20", "--device=tpu"), "tpu"),
         (("table1a",), "name the data: --data DIR"),
         (("all",), "name the data"),
         (("table3", "--data={data}", "--steps=9", "--budget=9min"), "give one of them"),
@@ -262,3 +271,30 @@ def test_results_that_do_not_fit_are_found_before_anything_is_trained(
     ended = cli("paper", "run", "table2", f"--results=Mine={broken}", *common)
     assert ended.code == 1
     assert "broken.json" in ended.err
+
+
+def test_a_broken_picture_is_named_before_anything_is_trained(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "run_plan", lambda *_: pytest.fail("trained"))
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    picture = next((data / "val").glob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:200])
+    ended = cli(
+        "paper", "run", "table3", f"--data={data}", f"--out={tmp_path}", "--steps=20", *SMALL
+    )
+    assert ended.code == 1
+    assert f"1 of 12 pictures cannot be read, the first: {picture}" in ended.err
+
+
+def test_steps_are_told_where_there_is_no_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 110.0, 131.0, 140.0])
+    monkeypatch.setattr(paper.time, "monotonic", lambda: next(clock))
+    board = paper._Board(Plan((), {}))
+    for steps in (0, 10, 20, 30):
+        board.show(Happening("step", steps=steps, of=100))
+    # The third comes 31 s after the first: 20 steps done, 80 to go at 1.55 s each.
+    assert capsys.readouterr().err.splitlines() == ["20 of 100 steps of all, 2:04 min left"]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from retinanet.config import load_recipe
+from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.paper import pace as pacing
-from retinanet.paper.pace import Pace, measure_paces, seconds_of, steps_for
-from retinanet.paper.plan import Plan, Training
+from retinanet.paper.pace import Pace, measure_paces, seconds_of, steps_for, steps_within
+from retinanet.paper.plan import Plan, Terms, Training, read_data
 from retinanet.paper.run import Workplace
+from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 
 
@@ -34,6 +36,17 @@ def test_a_budget_too_small_says_what_would_do() -> None:
     with pytest.raises(ConfigError, match=r"too small for 10 trainings.*--budget 5min"):
         steps_for(249, [Pace(0.5, 40)] * 10, 2)
     assert steps_for(250, [Pace(0.5, 40)] * 10, 2) == 20
+
+
+def test_a_budget_that_cannot_do_is_said_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "measure_paces", lambda *_: pytest.fail("measured"))
+    synthetic_dataset(tmp_path / "d", splits={"train": 4, "val": 2}, image_size=64, empty=0.0)
+    terms = Terms(tmp_path / "d", image_size=64, settings=("anchors.sizes=[16,32,64,128,256]",))
+    place = Workplace(tmp_path / "d", tmp_path, 2, "cpu")
+    with pytest.raises(ConfigError, match="a budget of 5 s is too small for 4 trainings"):
+        steps_within(5, [EXPERIMENTS["table3"]], None, terms, place, read_data(terms))
 
 
 def _training(name: str, *settings: str, rival: str = "") -> Training:
@@ -71,7 +84,7 @@ def test_a_training_of_each_kind_is_tried(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(tried) == 4
     assert all(one.recipe.train.steps == 12 for one in tried)
     assert len({one.name for one in tried}) == 4
-    assert not list((tmp_path / ".pace").iterdir())
+    assert not (tmp_path / ".pace").exists()
 
 
 def test_a_training_that_cannot_begin_is_said(

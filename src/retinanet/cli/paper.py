@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from json import loads
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from retinanet.paper.plan import Plan, Terms
     from retinanet.paper.results import TableResult
     from retinanet.paper.run import Happening, Workplace
+
+
+_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
 
 
 def list_experiments(
@@ -159,9 +163,10 @@ def run(
     Every row gets the same pictures, steps, order and start. A call that was stopped goes on where
     it was when it is given again; calls on several machines may share one --out.
     """
+    from retinanet.detect.inference import choose_device
     from retinanet.paper.outputs import Trained, finish, read_foreign
     from retinanet.paper.pace import steps_within
-    from retinanet.paper.plan import Terms, plan, read_data
+    from retinanet.paper.plan import Terms, check_networks, check_pictures, plan, read_data
     from retinanet.paper.run import find_workplace, run_plan
 
     experiments = _experiments(name)
@@ -191,6 +196,9 @@ def run(
         )
         splits = read_data(terms)
         foreign = read_foreign(given, splits)  # now, and not after hours of training
+        choose_device(device)
+        with progress("opening pictures") as show:
+            check_pictures(splits, ["val"] if full else ["train", "val"], show)
         place = find_workplace(data, folder, jobs=jobs, device=device, full=full)
         if not full and steps is None:
             seconds = _seconds(budget or "20min")
@@ -198,6 +206,8 @@ def run(
             terms = steps_within(seconds, experiments, row, terms, place, splits)
         every = plan(experiments, terms, splits)
         planned = every.only(row) if row else every
+        check_networks(planned, len(splits["train"].classes))
+        place = place.fitted(planned.trainings)
         _announce(planned, terms, place)
         if full:
             _agree(planned, place, yes)
@@ -224,8 +234,8 @@ def run(
         raise typer.Exit(1)
 
 
-def work(task: Annotated[Path, typer.Argument(help="The file of a task.")]) -> None:
-    """Do one training of a plan: what ``run`` starts for each."""
+def work() -> None:
+    """Do one training of a plan, told on standard input: what ``run`` starts for each."""
     from retinanet.cli.training import describe_start
     from retinanet.paper.work import work as do
     from retinanet.train.events import Event
@@ -236,7 +246,7 @@ def work(task: Annotated[Path, typer.Argument(help="The file of a task.")]) -> N
         elif event.kind == "message":
             note(str(event.data["message"]))
 
-    code = do(task, show)
+    code = do(sys.stdin.fileno(), show)
     if code:
         raise typer.Exit(code)
 
@@ -253,6 +263,8 @@ def _check_rows(name: str, experiments: Sequence[Experiment], keys: Sequence[str
     from retinanet.config import check_choice
 
     known = [row.key for one in experiments for row in one.rows if row.trained]
+    if keys and not known:
+        raise typer.BadParameter(f"--row: {name} has no row to train")
     for key in keys:
         check_choice(f"row of {name}", key, known)
 
@@ -359,7 +371,7 @@ class _Board:
 
     def __init__(self, planned: Plan) -> None:
         self._count = len(planned.trainings)
-        self._ended = 0
+        self._ended: set[tuple[str, int]] = set()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -372,6 +384,8 @@ class _Board:
             disable=not err.is_terminal,
         )
         self._task = self._bar.add_task("steps of all", total=None)
+        self._first: tuple[float, int] | None = None
+        self._last = (0.0, 0)
 
     def __enter__(self) -> _Board:
         self._bar.start()
@@ -383,11 +397,16 @@ class _Board:
     def show(self, event: Happening) -> None:
         if event.kind == "step":
             self._bar.update(self._task, completed=event.steps, total=event.of)
+            self._say_steps(event)
             return
         if event.kind == "begun" or event.training is None:
             return
-        self._ended += 1
-        what = f"[{self._ended}/{self._count}] {event.training.name}, seed {event.training.seed}: "
+        name = f"{event.training.name}, seed {event.training.seed}"
+        if event.kind == "waiting":
+            note(f"waiting for {name}: {event.note} is at work on it")
+            return
+        self._ended.add((event.training.name, event.training.seed))
+        what = f"[{len(self._ended)}/{self._count}] {name}: "
         if event.kind == "failed":
             note(what + f"failed: {event.note}", style="red")
         elif event.result is not None and event.result.metrics is None:
@@ -396,6 +415,20 @@ class _Board:
             ap = event.result.metrics.get("ap")
             before = ", finished before" if event.kind == "elsewhere" else ""
             note(what + f"AP {100 * (ap or 0.0):.1f}{before}")
+
+    def _say_steps(self, event: Happening) -> None:
+        """A line now and then, where there is no screen on which the bar moves."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = self._last = (now, event.steps)
+        if err.is_terminal or now - self._last[0] < _LINE_EVERY:
+            return
+        self._last = (now, event.steps)
+        (began, before), line = self._first, f"{event.steps:,} of {event.of:,} steps of all"
+        if event.steps > before:
+            left = (event.of - event.steps) * (now - began) / (event.steps - before)
+            line += f", {_length(left)} left"
+        note(line)
 
 
 def _print(result: TableResult) -> None:

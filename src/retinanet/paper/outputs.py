@@ -244,16 +244,16 @@ def _outcomes(experiment: Experiment, out: Path, trained: Trained) -> dict[str, 
             metrics = trained.foreign[row.key.removeprefix(_FOREIGN)]
             found[row.key] = [Outcome(0, "done", metrics)]
         elif row.trained:
+            results = [(one, trained.result(one)) for one in trained.planned.rows[place]]
+            # A row that was not asked for has none.
             found[row.key] = [
-                _outcome(one, trained.result(one), out) for one in trained.planned.rows[place]
+                _outcome(one, result, out) for one, result in results if result is not None
             ]
     return found
 
 
-def _outcome(training: Training, result: Result | str | None, out: Path) -> Outcome:
+def _outcome(training: Training, result: Result | str, out: Path) -> Outcome:
     folder = training.folder(out).relative_to(out)
-    if result is None:
-        return Outcome(training.seed, "missing")
     if isinstance(result, str):
         return Outcome(training.seed, "failed", folder=folder, note=result)
     if result.metrics is None:

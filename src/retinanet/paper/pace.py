@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from retinanet.paper.work import Result
 from retinanet.report.plots import read_log
 
 _PROBE_STEPS = 12
+_MOST_STEPS = 10**8
 _STARTING = 8.0  # seconds that a worker takes to import torch and to read its data, about
 
 
@@ -61,6 +63,8 @@ def measure_paces(trainings: Sequence[Training], place: Workplace) -> list[Pace]
             found[kind] = _pace(probe.folder(folder), result)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another call measures too
+            folder.parent.rmdir()
     return [found[_kind(one)] for one in trainings]
 
 
@@ -96,13 +100,13 @@ def steps_for(budget: float, paces: Sequence[Pace], jobs: int) -> int:
 
     if taken(FEWEST_STEPS) > budget:
         raise ConfigError(
-            f"a budget of {budget / 60:.3g} min is too small for {len(paces)} trainings: under "
+            f"a budget of {budget:.0f} s is too small for {len(paces)} trainings: under "
             f"{FEWEST_STEPS} steps nothing can be seen; give at least "
             f"--budget {taken(FEWEST_STEPS) / 60 + 0.5:.0f}min, or fewer --seeds, or smaller "
             "pictures"
         )
     low, high = FEWEST_STEPS, FEWEST_STEPS * 2
-    while taken(high) <= budget:
+    while taken(high) <= budget and high < _MOST_STEPS:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -140,6 +144,9 @@ def steps_within(
     if not planned.trainings:
         return replace(terms, steps=FEWEST_STEPS)
     if not file.is_file():
+        # Measuring takes a minute; what cannot be enough is said before.
+        least = Pace(0.0, _STARTING)
+        steps_for(budget, [least] * len(planned.trainings), place.jobs)
         paces = measure_paces(planned.trainings, place)
         answer: dict[str, Any] = {"names": names, "budget": budget, "trainings": len(paces)}
         answer |= {"jobs": place.jobs, "seconds_a_step": sorted({one.step for one in paces})}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,20 @@ from typing import Any
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import Recipe, load_recipe
-from retinanet.data import AnchorReach, anchor_reach, digest, read_splits, usable
+from retinanet.data import (
+    AnchorReach,
+    anchor_reach,
+    check_datasets,
+    digest,
+    read_splits,
+    usable,
+)
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, DataError
+from retinanet.model.retinanet import build_retinanet
 from retinanet.paper.experiments import Depth, Experiment, Row
+from retinanet.paper.rivals import build_rival
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.train.step import recipe_anchors
 
@@ -138,8 +147,48 @@ def read_data(terms: Terms) -> dict[str, Dataset]:
             )
         clean, _ = usable(splits[name])
         if not any(not one.ignored for image in clean.images for one in image.annotations):
-            raise DataError(f"{terms.data}: no object to {purpose} in {len(clean)} pictures")
+            few = "; a single picture cannot be split" if not len(clean) else ""
+            raise DataError(f"{terms.data}: no object to {purpose} in {len(clean)} pictures{few}")
     return {name: splits[name] for name in ("train", "val")}
+
+
+def check_pictures(
+    splits: Mapping[str, Dataset],
+    names: Collection[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Open every picture of some splits: one that is broken would end each row, one by one.
+
+    Raises:
+        DataError: names the first that cannot be read.
+    """
+    found = check_datasets({name: usable(splits[name])[0] for name in names}, progress=progress)
+    broken = [(path, one.failure) for path, one in found.pictures.items() if one.failure]
+    if broken:
+        path, (_, why) = broken[0]
+        raise DataError(
+            f"{len(broken)} of {len(found.pictures)} pictures cannot be read, the first: {path}: "
+            f"{why}; see retinanet data check"
+        )
+
+
+def check_networks(planned: Plan, num_classes: int) -> None:
+    """Build each kind of network once, with its weights, before every worker does.
+
+    Raises:
+        ConfigError, WeightsError, MissingExtraError: as :func:`build_retinanet`.
+    """
+    seen = set()
+    for one in planned.trainings:
+        model, anchors = one.recipe.model, one.recipe.anchors
+        kind = (one.rival, model.model_dump_json())
+        if kind in seen:
+            continue
+        seen.add(kind)
+        if one.rival:
+            build_rival(one.rival, one.recipe, num_classes)
+        else:
+            build_retinanet(num_classes=num_classes, **model.model_dump(), **anchors.model_dump())
 
 
 def plan(experiments: Iterable[Experiment], terms: Terms, splits: Mapping[str, Dataset]) -> Plan:
@@ -272,9 +321,10 @@ def size_changes(planned: Plan, terms: Terms) -> list[str]:
     of = [f"{scale} px" + (f" ({name})" if scale != _PAPER_SIZE else "")
           for scale, name in sorted(references.items())]  # fmt: skip
     said.append(f"{usual} px for {' and '.join(of)}, other scales in proportion")
+    used = {EXPERIMENTS[of].row(key).depth for of, key in planned.rows if of in EXPERIMENTS}
     for depth, name in BACKBONES.items():
         here = _of_depth(terms.backbones, depth)
-        if here and here != name:
+        if depth in used and here and here != name:
             said.append(f"{here} for {name}")
     return said
 
