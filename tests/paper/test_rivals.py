@@ -408,10 +408,13 @@ def test_weights_frozen_stages_and_pixels_are_those_of_the_file(name: str, tmp_p
 # --- on disk --------------------------------------------------------------------------------------
 
 
+SPLIT = {"seed": 7, "held_out": 0.3}
+
+
 def _write(folder: Path, name: str = "ssd") -> RivalNetwork:
     folder.mkdir(exist_ok=True)
     network = tiny_rival(name)
-    write_rival(folder, Rival(network, ("a", "b", "c"), (4, 5, 9), 64, 96))
+    write_rival(folder, Rival(network, ("a", "b", "c"), (4, 5, 9), 64, 96, SPLIT))
     return network
 
 
@@ -421,6 +424,8 @@ def test_written_and_read_it_finds_the_same(name: str, tmp_path: Path) -> None:
     read = load_rival(tmp_path)
     assert (read.classes, read.category_ids) == (("a", "b", "c"), (4, 5, 9))
     assert (read.image_size, read.max_size) == (64, 96)
+    assert read.split == SPLIT
+    assert isinstance(read.split["seed"], int)
     assert type(read.network) is RIVALS[name]
     assert read.network.settings == network.settings
     assert not read.network.training

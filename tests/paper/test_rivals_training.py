@@ -18,7 +18,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluate.metrics import Metrics
-from retinanet.paper import rival_training
+from retinanet.paper import rival_training, rivals
 from retinanet.paper.rival_training import evaluate_rival, train_rival
 from retinanet.paper.rivals import RIVALS, load_rival
 from retinanet.train.events import Event
@@ -55,8 +55,9 @@ def _timeless(line: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path: Path) -> None:
     events: list[Event] = []
     recipe = rival_recipe(
-        "train.steps=2", "train.validate_every=1", "train.ema=0.9", "train.batch_size=2"
-    )
+        "train.steps=2", "train.validate_every=1", "train.ema=0.9", "train.batch_size=2",
+        "data.split_seed=5", "data.held_out=0.3",
+    )  # fmt: skip
     run = train_rival(name, recipe, splits, tmp_path / "run", device="cpu", on_event=events.append)
     names = {one.name for one in run.folder.iterdir()}
     assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
@@ -72,6 +73,7 @@ def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path
     read = load_rival(run.folder)
     assert read.classes == splits["train"].classes
     assert read.category_ids == splits["train"].category_ids
+    assert read.split == {"seed": 5, "held_out": 0.3}
     again = evaluate_rival(
         read.network, splits["val"], image_size=64, max_size=64, batch_size=4, device="cpu"
     )
@@ -119,7 +121,7 @@ def test_the_pictures_of_a_step_are_retinanets(
         seen["ours"].append(arguments[3].images)
         return backward(*arguments, **options)
 
-    monkeypatch.setattr("retinanet.train.loop.backward", spy)
+    monkeypatch.setattr("retinanet.train.retinanet_subject.backward", spy)
     own = rival_training._Subject.backward
 
     def rivals_spy(self: Any, network: Any, model: Any, batch: Any, **options: Any) -> Any:
@@ -215,13 +217,25 @@ def test_another_runs_folder_is_refused(splits: dict[str, Dataset], tmp_path: Pa
         train(recipe, splits, tmp_path / "ssd", device="cpu")
 
 
-def test_errors_before_anything_is_written(splits: dict[str, Dataset], tmp_path: Path) -> None:
+def test_errors_before_anything_is_written(
+    splits: dict[str, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"rival 'sdd' is not one of .*; did you mean ssd\?"):
         train_rival("sdd", rival_recipe(), splits, out, device="cpu")
     bare = {"train": _first(splits["train"], 5, bare=True)}
     with pytest.raises(DataError, match="no object to train on in 5 pictures"):
         train_rival("ssd", rival_recipe(), bare, out, device="cpu")
+    agnostic = rival_recipe("detect.class_agnostic_nms=true")
+    with pytest.raises(ConfigError, match=r"set detect\.class_agnostic_nms=false"):
+        train_rival("ssd", agnostic, splits, out, device="cpu")
+    unknown = rival_recipe("model.backbone=resnet19")
+    with pytest.raises(ConfigError, match="there is no backbone 'resnet19'"):
+        train_rival("ssd", unknown, splits, out, device="cpu")
+    without_c2 = SimpleNamespace(channels=(0, 32, 96, 1280))
+    monkeypatch.setattr(rivals, "build_backbone", lambda name: without_c2)
+    with pytest.raises(ConfigError, match="faster_rcnn looks at C2, and backbone 'mobilenet_v2'"):
+        train_rival("faster_rcnn", rival_recipe(), splits, out, device="cpu")
     assert not out.exists()
     several: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="ssd trains in one process on one device, got 2"):

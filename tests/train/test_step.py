@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import retinanet.train.loop as loop
+import retinanet.train.retinanet_subject as retinanet_subject
 from retinanet.errors import NonFiniteLossError
 from retinanet.losses.detection import Losses
 from retinanet.model.retinanet import RetinaNet
@@ -274,7 +275,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
                     one.grad.fill_(NAN)
         return losses, running
 
-    monkeypatch.setattr(loop, "backward", spoiled)
+    monkeypatch.setattr(retinanet_subject, "backward", spoiled)
     return seen
 
 

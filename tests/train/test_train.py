@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,10 @@ from retinanet.errors import (
     NonFiniteLossError,
     WeightsError,
 )
+from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluate.run import evaluate_model
 from retinanet.model.checkpoint import load_checkpoint
+from retinanet.train import retinanet_subject
 from retinanet.train.events import Event
 from retinanet.train.loop import train
 from retinanet.train.nonfinite import replay
@@ -180,6 +185,37 @@ def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
     assert progress is not None
     assert progress.stopped_early
     assert progress.finished
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((3.0, 2.0, 2.5), 2),
+        ((None, None, None), 1),
+        ((None, 2.0, None), 2),
+        ((0.0, 1.0, 1.0), 1),
+    ],
+)
+def test_of_equal_aps_the_lowest_loss_is_the_best_and_without_losses_the_first(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: tuple[float | None, ...],
+    best: int,
+) -> None:
+    to_come = iter(losses)
+
+    def judged(*arguments: Any, **options: Any) -> Metrics:
+        metrics = evaluate_model(*arguments, **options)
+        return dataclasses.replace(metrics, ap=0.25, loss=next(to_come))
+
+    monkeypatch.setattr(retinanet_subject, "evaluate_model", judged)
+    recipe = tiny_recipe("train.steps=3", "train.validate_every=1")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    progress = read_progress(run.folder / "last")
+    assert progress is not None
+    assert progress.best_step == best
+    assert load_checkpoint(run.folder / "best").info["step"] == best
 
 
 @pytest.mark.parametrize(

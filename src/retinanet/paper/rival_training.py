@@ -8,7 +8,7 @@ same rule for which checkpoint is the best.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -22,7 +22,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import eval_loader
 from retinanet.detect.inference import autocast, choose_device, padding_colour
 from retinanet.errors import ConfigError, NonFiniteLossError
-from retinanet.evaluate.coco import MAX_DETECTIONS, evaluate_detections
+from retinanet.evaluate.coco import evaluate_detections
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.results import Results
 from retinanet.losses.detection import Losses
@@ -31,13 +31,14 @@ from retinanet.paper.rivals import (
     Rival,
     RivalNetwork,
     build_rival,
+    check_rival,
     load_rival,
     write_rival,
 )
 from retinanet.structures import Batch
 from retinanet.train.events import Listener
 from retinanet.train.loop import Run, train_subject
-from retinanet.train.step import micro_batches
+from retinanet.train.step import micro_batches, whole_losses
 
 
 def train_rival(
@@ -85,8 +86,6 @@ def evaluate_rival(
     workers: int = 0,
     device: str | torch.device = "auto",
     precision: str = "float32",
-    label_map: Sequence[int] | None = None,
-    max_detections: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """AP and speed of a rival, which comes back in the mode in which it was.
@@ -94,7 +93,6 @@ def evaluate_rival(
     Args:
         network: it is moved to `device`.
         device, precision: as in :mod:`retinanet.detect.network`.
-        max_detections: boxes of a class in an image that count; None is COCO's 100.
 
     The others are those of :func:`retinanet.evaluate.run.search`. There is no loss in the metrics.
 
@@ -105,7 +103,7 @@ def evaluate_rival(
     """
     place = choose_device(device)
     was_training = network.training
-    results = Results(dataset, label_map)
+    results = Results(dataset)
     began = time.perf_counter()
     try:
         network.to(place).eval()
@@ -131,11 +129,7 @@ def evaluate_rival(
     finally:
         network.train(was_training)
     seconds = time.perf_counter() - began
-    metrics = evaluate_detections(
-        dataset,
-        results,
-        max_detections=MAX_DETECTIONS if max_detections is None else max_detections,
-    )
+    metrics = evaluate_detections(dataset, results)
     return replace(metrics, images_per_second=len(dataset) / seconds)
 
 
@@ -150,6 +144,7 @@ class _Subject:
                 f"{name} trains in one process on one device, got {accelerator.num_processes} "
                 "processes: start it without accelerate launch"
             )
+        check_rival(name, recipe)
         self.info: Mapping[str, Any] = {"init": None, "rival": name}
         self._name = name
         self._recipe = recipe
@@ -183,13 +178,7 @@ class _Subject:
                 losses = cast(RivalNetwork, model).losses(piece)
             torch.autograd.backward(scaler.scale(losses.total / accumulate))
             parts.append(losses)
-        total = Losses(
-            torch.stack([one.classification.detach() for one in parts]).mean(),
-            torch.stack([one.box.detach() for one in parts]).mean(),
-            torch.cat([one.foreground for one in parts]),
-            parts[-1].normalizer,
-        )
-        return total, running
+        return whole_losses(parts), running
 
     def evaluate(
         self,
@@ -221,6 +210,7 @@ class _Subject:
             self._train_set.category_ids,
             data.image_size,
             data.max_size,
+            {"seed": self._recipe.split_seed, "held_out": data.held_out},
         )
         write_rival(folder, rival)
 

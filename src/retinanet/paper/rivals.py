@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from retinanet.detect.inference import to_original
 from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder, write_atomic
 from retinanet.losses.detection import Losses
-from retinanet.model.backbone import build_backbone, check_state
+from retinanet.model.backbone import Backbone, build_backbone, check_state
 from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import Batch, Detections, Targets
 
@@ -126,6 +126,15 @@ class RivalNetwork(nn.Module, ABC):
             norm_eps=settings.norm_eps,
             stride_padding=settings.stride_padding,
         )
+        self.check_backbone(settings.backbone, self.backbone)
+
+    @classmethod
+    def check_backbone(cls, name: str, backbone: Backbone) -> None:
+        """That a backbone has the maps that are looked at; C3 to C5 every one has.
+
+        Raises:
+            ConfigError: it has not.
+        """
 
     def losses(self, batch: Batch) -> Losses:
         """The losses to train with, in training mode; random samples come from torch's generator.
@@ -192,13 +201,8 @@ class FasterRCNNRival(RivalNetwork):
 
     def __init__(self, settings: RivalSettings) -> None:
         super().__init__(settings)
-        widths = self.backbone.channels
-        if 0 in widths:
-            raise ConfigError(
-                f"faster_rcnn looks at C2, and backbone {settings.backbone!r} has no feature map "
-                "at stride 4: choose another backbone"
-            )
-        self.pyramid = FeaturePyramidNetwork(list(widths), settings.channels, LastLevelMaxPool())
+        widths = list(self.backbone.channels)
+        self.pyramid = FeaturePyramidNetwork(widths, settings.channels, LastLevelMaxPool())
         generator = _Anchors(
             tuple((size,) for size in settings.sizes), (settings.aspect_ratios,) * 5
         )
@@ -213,6 +217,14 @@ class FasterRCNNRival(RivalNetwork):
             box_detections_per_img=settings.detections_per_image,
         )
         self.rpn, self.roi_heads = pieces.rpn, pieces.roi_heads
+
+    @classmethod
+    def check_backbone(cls, name: str, backbone: Backbone) -> None:
+        if backbone.channels[0] == 0:
+            raise ConfigError(
+                f"faster_rcnn looks at C2, and backbone {name!r} has no feature map at stride 4: "
+                "choose another backbone"
+            )
 
     def _losses(self, batch: Batch) -> Losses:
         # In training a picture may lie in any corner of the batch, so that no size says where it
@@ -385,11 +397,24 @@ def _centred(strides: Sequence[int], side: int) -> tuple[list[float], list[float
     return steps, shifts
 
 
-RIVALS: dict[str, Callable[[RivalSettings], RivalNetwork]] = {
+RIVALS: dict[str, type[RivalNetwork]] = {
     "faster_rcnn": FasterRCNNRival,
     "ssd": SSDRival,
 }
 """Rivals by name."""
+
+
+def check_rival(name: str, recipe: Recipe) -> None:
+    """That a rival goes with a recipe, before anything is made of them.
+
+    Raises:
+        ConfigError: there is no such rival or backbone, or a setting does not go with it.
+        MissingExtraError: timm is not installed.
+    """
+    _check_settings(name, recipe)
+    backbone = recipe.model.backbone
+    # On the CPU and not on the meta device: some of timm's read numbers as they are built.
+    RIVALS[name].check_backbone(backbone, build_backbone(backbone))
 
 
 def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
@@ -410,11 +435,8 @@ def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
         WeightsError: the backbone's weights cannot be had or do not fit.
         MissingExtraError: timm is not installed.
     """
-    check_choice("rival", name, RIVALS)
-    if recipe.detect.class_agnostic_nms:
-        raise ConfigError(
-            f"{name} has torchvision's NMS, class by class: set detect.class_agnostic_nms=false"
-        )
+    # What is built first, and draws from torch's generator first, is what RetinaNet begins with.
+    _check_settings(name, recipe)
     ours = build_retinanet(
         num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
     )
@@ -432,6 +454,14 @@ def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
     network = RIVALS[name](settings)
     network.backbone.load_state_dict(ours.backbone.state_dict())
     return _channels_last(network)
+
+
+def _check_settings(name: str, recipe: Recipe) -> None:
+    check_choice("rival", name, RIVALS)
+    if recipe.detect.class_agnostic_nms:
+        raise ConfigError(
+            f"{name} has torchvision's NMS, class by class: set detect.class_agnostic_nms=false"
+        )
 
 
 def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
@@ -457,6 +487,7 @@ class Rival:
         category_ids: the data's own id of each class.
         image_size: shorter side of its input, pixels.
         max_size: longer side at most.
+        split: ``seed`` and ``held_out``: how the data was split where it came without splits.
     """
 
     network: RivalNetwork
@@ -464,6 +495,7 @@ class Rival:
     category_ids: tuple[int, ...]
     image_size: int
     max_size: int
+    split: Mapping[str, int | float]
 
 
 class _Text(BaseModel):
@@ -476,6 +508,7 @@ class _Text(BaseModel):
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     max_size: int = Field(ge=1)
+    split: dict[str, int | float]
     settings: RivalSettings
 
 
@@ -493,6 +526,7 @@ def write_rival(folder: Path, rival: Rival) -> None:
         classes=rival.classes,
         category_ids=rival.category_ids,
         max_size=rival.max_size,
+        split=dict(rival.split),
         settings=rival.network.settings,
     )
     write_atomic(folder / TEXT_FILE, text.model_dump_json(indent=1) + "\n")
@@ -527,6 +561,7 @@ def load_rival(path: str | Path, device: torch.device | str = "cpu") -> Rival:
         text.category_ids,
         text.settings.image_size,
         text.max_size,
+        text.split,
     )
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,22 +22,12 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers, train_loader
 from retinanet.detect.inference import Normalising, choose_dtype, padding_colour
 from retinanet.errors import ConfigError, DataError
-from retinanet.evaluate.metrics import Metrics
-from retinanet.evaluate.run import evaluate_model
 from retinanet.files import replace_folder, write_atomic
-from retinanet.losses.detection import RUNNING_START, Losses
-from retinanet.model.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    transfer_weights,
-    write_checkpoint,
-)
-from retinanet.model.retinanet import RetinaNet, build_retinanet
+from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
 from retinanet.train.events import Event, Listener
 from retinanet.train.figures import FiguresInFlight, Meter
 from retinanet.train.guard import Guard, step_unless
-from retinanet.train.nonfinite import report_nonfinite
 from retinanet.train.optimization import (
     build_optimizer,
     lr_factor,
@@ -47,9 +37,10 @@ from retinanet.train.optimization import (
     update_average,
 )
 from retinanet.train.processes import ctrl_c, deterministic, from_main, open_accelerator
+from retinanet.train.retinanet_subject import RetinaNetSubject
 from retinanet.train.run_folder import RunFolder, describe_machine
 from retinanet.train.state import Progress, load_state, read_progress, save_state
-from retinanet.train.step import backward, clip, loss_settings, settings_on
+from retinanet.train.step import clip
 from retinanet.train.subject import MakeSubject
 
 
@@ -124,8 +115,10 @@ def train(
         WeightsError: `init` or the backbone's weights cannot be used.
     """
 
-    def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
-        return _Subject(recipe, train_set, accelerator, init, tell)
+    def make(
+        accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]
+    ) -> RetinaNetSubject:
+        return RetinaNetSubject(recipe, train_set, accelerator, init, tell)
 
     return train_subject(make, recipe, data, out, device=device, on_event=on_event)
 
@@ -293,9 +286,11 @@ def train_subject(
             # NaN (no object to find) is never better; a run without one better keeps last/ alone.
             better = metrics.ap > progress.best_ap
             progress.bad_validations = 0 if better else progress.bad_validations + 1
-            # While nothing is found yet AP says nothing, and the loss chooses.
-            before = progress.best_metrics.get("loss") or float("inf")
-            if better or (metrics.ap == progress.best_ap and (metrics.loss or 0.0) < before):
+            # While nothing is found yet AP says nothing, and the loss chooses where there is one;
+            # without one the first of equals stays.
+            before = progress.best_metrics.get("loss")
+            lower = metrics.loss is not None and (before is None or metrics.loss < before)
+            if better or (metrics.ap == progress.best_ap and lower):
                 progress.best_ap, progress.best_step = metrics.ap, progress.step
                 progress.best_metrics = progress.metrics
                 write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
@@ -462,164 +457,6 @@ def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
 
 def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
     return read_splits(data, seed=recipe.split_seed, held_out=recipe.data.held_out, extras=False)
-
-
-class _Subject:
-    """A RetinaNet, as :class:`retinanet.train.subject.Subject`."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        train_set: Dataset,
-        accelerator: Accelerator,
-        init: str | Path | None,
-        tell: Callable[..., None],
-    ) -> None:
-        alpha = recipe.loss.alpha
-        if isinstance(alpha, tuple) and len(alpha) != len(train_set.classes):
-            raise ConfigError(
-                f"loss.alpha has {len(alpha)} numbers and the data {len(train_set.classes)} "
-                f"classes: {', '.join(train_set.classes)}"
-            )
-        self.info: Mapping[str, Any] = {"init": None if init is None else str(init)}
-        self._recipe = recipe
-        self._train_set = train_set
-        self._accelerator = accelerator
-        self._init = init
-        self._tell = tell
-        self._of_loss = settings_on(accelerator.device, loss_settings(recipe))
-
-    def build(self) -> nn.Module:
-        if self._init is None:
-            return _build(self._recipe, len(self._train_set.classes))
-        return _build_from(self._init, self._recipe, self._train_set.classes, self._tell)
-
-    def restore(self, folder: Path) -> nn.Module:
-        return load_checkpoint(folder).model
-
-    def backward(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        batch: Batch,
-        *,
-        step: int,
-        precision: str,
-        scaler: torch.amp.GradScaler,
-        running: Tensor,
-    ) -> tuple[Losses, Tensor]:
-        return backward(
-            self._accelerator,
-            network,
-            cast(RetinaNet, model),
-            batch,
-            settings=self._of_loss,
-            accumulate=self._recipe.train.accumulate,
-            precision=precision,
-            scaler=scaler,
-            running=running,
-        )
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        workers: int,
-        precision: str,
-        progress: Callable[[int, int], None],
-    ) -> Metrics:
-        return evaluate_model(
-            cast(RetinaNet, model),
-            dataset,
-            image_size=self._recipe.data.image_size,
-            max_size=self._recipe.data.max_size,
-            batch_size=batch_size,
-            workers=workers,
-            device=self._accelerator.device,
-            precision=precision,
-            loss=loss_settings(self._recipe),
-            progress=progress,
-            **self._recipe.detect.model_dump(),
-        )
-
-    def write(self, folder: Path, model: nn.Module, step: int) -> None:
-        write_checkpoint(folder, self._checkpoint(model, step))
-
-    def report_nonfinite(
-        self,
-        run: Path,
-        model: nn.Module,
-        *,
-        step: int,
-        batch: Batch,
-        running: Tensor,
-        numbers: Mapping[str, Any],
-        write: bool,
-    ) -> NoReturn:
-        report_nonfinite(
-            run,
-            step=step,
-            batch=batch,
-            checkpoint=self._checkpoint(model, step),
-            model=model,
-            dataset=self._train_set,
-            running=running,
-            numbers=numbers,
-            write=write,
-        )
-
-    def _checkpoint(self, model: nn.Module, step: int) -> Checkpoint:
-        recipe = self._recipe
-        return Checkpoint(
-            model=cast(RetinaNet, model),
-            classes=self._train_set.classes,
-            category_ids=self._train_set.category_ids,
-            image_size=recipe.data.image_size,
-            max_size=recipe.data.max_size,
-            info={
-                "detect": recipe.detect.model_dump(mode="json"),
-                "loss": loss_settings(recipe),
-                "recipe": recipe.name,
-                "step": step,
-                # A split that was made is made again with these: nothing trained on is judged.
-                "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
-            },
-        )
-
-
-def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
-    return build_retinanet(
-        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
-    )
-
-
-def _build_from(
-    init: str | Path, recipe: Recipe, classes: tuple[str, ...], tell: Callable[..., None]
-) -> RetinaNet:
-    """The recipe's network with what fits of another checkpoint; nothing is fetched."""
-    source = load_checkpoint(init)
-    given, wanted = source.model.spec, recipe.model.model_dump()
-    if given["backbone"] != wanted["backbone"]:
-        raise ConfigError(
-            f"--init {init} has the backbone {given['backbone']} and the recipe "
-            f"{wanted['backbone']}; give --backbone {given['backbone']}"
-        )
-    del wanted["backbone_weights"]
-    for name in ("pixel_mean", "pixel_std", "stride_padding"):
-        wanted[name] = given[name] if wanted[name] is None else wanted[name]
-    model = RetinaNet(
-        num_classes=len(classes),
-        norm_eps=given["norm_eps"],
-        **wanted,
-        **recipe.anchors.model_dump(),
-    )
-    transferred = transfer_weights(model, classes, source)
-    skipped = "; ".join(f"{name}: {why}" for name, why in transferred.skipped)
-    left_out = f", left out {skipped}" if skipped else ""
-    tell("message", message=f"from {init}: {len(transferred.loaded)} tensors loaded{left_out}")
-    return model
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

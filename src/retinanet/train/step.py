@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,12 +103,7 @@ def backward(
             torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
     if settings["normalizer"] == "running":
         running = losses[-1].normalizer * parts
-    total = Losses(
-        classification=torch.stack([one.classification.detach() for one in losses]).mean(),
-        box=torch.stack([one.box.detach() for one in losses]).mean(),
-        foreground=torch.cat([one.foreground for one in losses]),
-        normalizer=losses[-1].normalizer,
-    )
+    total = whole_losses(losses)
     if accelerator.num_processes > 1:
         total = Losses(
             accelerator.reduce(total.classification, reduction="mean"),
@@ -117,6 +112,16 @@ def backward(
             total.normalizer,
         )
     return total, running
+
+
+def whole_losses(parts: Sequence[Losses]) -> Losses:
+    """The losses of a batch, without gradient, from those of its micro-batches in order."""
+    return Losses(
+        classification=torch.stack([one.classification.detach() for one in parts]).mean(),
+        box=torch.stack([one.box.detach() for one in parts]).mean(),
+        foreground=torch.cat([one.foreground for one in parts]),
+        normalizer=parts[-1].normalizer,
+    )
 
 
 def clip(model: nn.Module, clip_norm: float) -> Tensor:
