@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -24,7 +25,7 @@ from retinanet.report.html import Page
 GLANCE_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
 """Headings of all claims at a glance."""
 
-_SHORT = 45  # letters: both figures of a claim and their difference
+_SHORT = 30  # letters of a cell that is not broken: the paper's figures and their difference
 
 # Dark enough for text on white (contrast over 4.5).
 _COLOURS: Mapping[Verdict, str] = {
@@ -111,8 +112,8 @@ class _Page(Page):
         for cells, claim in rows:
             # A sign beside the colour, for those who do not tell red from green.
             sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-            style = f"white-space: nowrap; font-weight: 600; color: {_COLOURS[claim.verdict]}"
-            said = f'<td class="text" style="{style}">{escape(sign + claim.said)}</td>'
+            style = f"font-weight: 600; color: {_COLOURS[claim.verdict]}"
+            said = f'<td class="text" style="{style}">{_verdict(sign, claim)}</td>'
             body += f"<tr>{''.join(map(_cell, cells))}{said}</tr>"
         return self._add(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -153,10 +154,25 @@ class _Page(Page):
         )
 
 
+def _verdict(sign: str, claim: ClaimResult) -> str:
+    """A verdict with its marks, broken between these alone."""
+    verdict, _, marks = claim.said.partition(" (")
+    parts = [sign + verdict, *(f"({marks}".split(", ") if marks else ())]
+    lines = [*(f"{one}," for one in parts[1:-1]), parts[-1]] if marks else []
+    return " ".join(map(_unbroken, (parts[0], *lines)))
+
+
 def _cell(content: str) -> str:
-    """A cell of text; a short one stays on one line."""
-    short = ' style="white-space: nowrap"' if len(content) <= _SHORT else ""
-    return f'<td class="text"{short}>{escape(content)}</td>'
+    """A cell of text; a short one stays on one line, and a figure with its ± and unit."""
+    if len(content) <= _SHORT:
+        return f'<td class="text">{_unbroken(content)}</td>'
+    parts = re.split(r"([^ (]+ ± [^ ]+(?: ms:?)?|\(best of \d+\):?)", content)
+    texts = [_unbroken(one) if place % 2 else escape(one) for place, one in enumerate(parts)]
+    return f'<td class="text">{"".join(texts)}</td>'
+
+
+def _unbroken(text: str) -> str:
+    return f'<span style="white-space: nowrap">{escape(text)}</span>'
 
 
 def _anchors(links: Iterable[tuple[str, str]]) -> str:

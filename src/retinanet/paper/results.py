@@ -38,7 +38,7 @@ _PUBLISHED = {
 _NOTHING = 0.15  # points of AP under which a row has found nothing: 0.0 or 0.1 is printed
 _EXACT = 1e-9  # points of AP under which a difference is floating-point dust
 _BEYOND = 0.05  # how often chance alone may move a difference further than is allowed for
-_SAME_TIME = 0.05  # of the longer time: what one timing moves by from one hour to another
+_SAME_TIME = 0.05  # of the longer time: rows are timed once, so that less is not told apart
 _DIVERGED = "†"
 
 
