@@ -30,7 +30,7 @@ from retinanet.paper import figures
 from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.page import index_markdown, write_page
 from retinanet.paper.plan import Plan, Terms, Training, common_differences, size_changes
-from retinanet.paper.results import Outcome, TableResult, gather
+from retinanet.paper.results import Outcome, TableResult, gather, judge_distribution
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Workplace
 from retinanet.paper.tables import EXPERIMENTS
@@ -367,14 +367,19 @@ def _figure4(
         training.folder(out), usable(trained.splits["val"])[0], device=trained.place.device
     )
     write_atomic(out / "fig4-distribution.json", json.dumps(found.to_dict(), indent=1) + "\n")
-    for kind, curves in (("positives", found.positives), ("negatives", found.negatives)):
+    hardest = {
+        kind: {one.gamma: one.hardest[0.2] for one in curves}
+        for kind, curves in (("positives", found.positives), ("negatives", found.negatives))
+    }
+    for kind, shares in hardest.items():
         about[f"share of the loss in the hardest 20% of {kind}"] = ", ".join(
-            f"gamma {one.gamma:g}: {100 * one.hardest[0.2]:.0f}%" for one in curves
+            f"gamma {gamma:g}: {100 * share:.0f}%" for gamma, share in shares.items()
         )
     files = paper_plots.plot_loss_distribution(
-        found, stem, title=training.name, published=[(0.8, 0.5)]
+        found, stem, title=training.name.rpartition("-")[0], published=[(0.8, 0.5)]
     )
-    return gather(experiment, outcomes, about), [*files]
+    result = gather(experiment, outcomes, about)
+    return replace(result, claims=judge_distribution(hardest)), [*files]
 
 
 def _figure7(result: TableResult, stem: Path) -> tuple[Path, ...]:
