@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,6 +66,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
             with folder.with_name(f"{folder.name}.log").open("ab") as log:
                 return subprocess.Popen(
                     [sys.executable, "-c", _WORKER % lines, str(folder)],
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
@@ -72,6 +74,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], 
 
         monkeypatch.setattr(running._Shop, "_launch", launch)
         monkeypatch.setattr(running, "_LOOK_EVERY", 0.02)
+        monkeypatch.setattr(running, "_LOOK_ELSEWHERE_EVERY", 0.05)
         return Workplace(tmp_path / "data", tmp_path, jobs, "cpu")
 
     return make
@@ -134,11 +137,97 @@ def test_what_failed_is_tried_again_by_the_next_call(pretend: Callable[..., Work
     assert isinstance(run_plan(_plan("a"), place)["a", 0], Result)
 
 
-def test_a_damaged_result_is_named(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("(folder / 'result.json').write_text('{')")
-    why = str(run_plan(_plan("a"), place)["a", 0])
-    assert "result.json cannot be read" in why
-    assert "delete it" in why
+def test_the_words_of_an_earlier_try_are_not_this_ones(pretend: Callable[..., Workplace]) -> None:
+    place = pretend("print('error: old') if tried == 1 else 0; sys.exit(3)")
+    assert str(run_plan(_plan("a"), place)["a", 0]).startswith("old; see ")
+    assert str(run_plan(_plan("a"), place)["a", 0]).startswith("exit code 3; see ")
+
+
+@pytest.mark.parametrize(
+    ("code", "by"),
+    [
+        (1, ""),
+        (2, ""),
+        (-9, "signal 9 (out of memory?)"),
+        (137, "signal 9 (out of memory?)"),  # a process of several, as 128 + 9
+        (143, "signal 15"),
+        (-11, "signal 11"),
+        (0xC0000005, "status 0xc0000005"),  # Windows
+    ],
+)
+def test_what_counts_as_killed(code: int, by: str) -> None:
+    assert running._killed_by(code) == by
+
+
+def test_a_damaged_result_is_a_failure_of_its_row(pretend: Callable[..., Workplace]) -> None:
+    place = pretend("finish() if folder.parent.name == 'b' else 0")
+    file = _training("a").folder(place.out) / "result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{", "utf-8")
+    assert not place.is_finished(_training("a"))
+    told: list[Happening] = []
+    done = run_plan(_plan("a", "b"), place, told.append)
+    assert "result.json cannot be read" in str(done["a", 0])
+    assert "delete it" in str(done["a", 0])
+    assert isinstance(done["b", 0], Result)
+    assert [one.note for one in told if one.kind == "failed"] == [done["a", 0]]
+    assert _tries(place, "a") == 0
+    assert place.finished(_plan("a", "b", "c").trainings) == done
+
+
+def test_what_cannot_be_started_costs_its_row_alone(
+    pretend: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = pretend("finish()")
+    launch = running._Shop._launch
+
+    def full(shop: Any, training: Training, job: int) -> subprocess.Popen[bytes]:
+        if training.name == "a":
+            raise OSError(28, "No space left on device")
+        return launch(shop, training, job)
+
+    monkeypatch.setattr(running._Shop, "_launch", full)
+    done = run_plan(_plan("a", "b"), place)
+    assert "cannot be started: [Errno 28] No space left on device" in str(done["a", 0])
+    assert isinstance(done["b", 0], Result)
+
+
+def test_a_row_that_fails_here_may_be_finished_elsewhere(
+    pretend: Callable[..., Workplace],
+) -> None:
+    # The other row ends after "a" has failed, and another machine has finished "a" by then.
+    place = pretend(
+        "if folder.parent.name == 'a': sys.exit(1)\n"
+        "time.sleep(1); finish(); folder = folder.parent.parent / 'a' / 'seed-0'; finish()"
+    )
+    told: list[Happening] = []
+    done = run_plan(_plan("a", "b"), place, told.append)
+    assert isinstance(done["a", 0], Result)
+    about_a = [one.kind for one in told if one.training and one.training.name == "a"]
+    assert about_a == ["begun", "failed", "elsewhere"]
+
+
+def test_a_row_that_fails_here_while_another_has_it_is_waited_for(
+    pretend: Callable[..., Workplace],
+) -> None:
+    place = pretend("hold.release(); time.sleep(1); sys.exit(1)")
+    folder = _training("a").folder(place.out)
+
+    def elsewhere() -> None:
+        while not (folder / "tries").exists() or (hold := take(folder)) is None:
+            time.sleep(0.01)
+        time.sleep(2)
+        result = {"status": "done", "steps": 5, "seconds": 1.0, "metrics": {}}
+        (folder / "result.json").write_text(json.dumps(result), "utf-8")
+        hold.release()
+
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    told: list[Happening] = []
+    done = run_plan(_plan("a"), place, told.append)
+    other.join()
+    assert done["a", 0] == Result("done", 5, 1.0, {})
+    assert [one.kind for one in told if one.kind != "step"] == ["begun", "waiting", "elsewhere"]
 
 
 def test_what_another_process_is_at_is_waited_for(pretend: Callable[..., Workplace]) -> None:
@@ -160,7 +249,9 @@ def test_what_another_process_is_at_is_waited_for(pretend: Callable[..., Workpla
     done = run_plan(_plan("a"), place, told.append)
     other.join()
     assert done["a", 0] == Result("diverged", 3, 1.0, None, "NaN")
-    assert [one.kind for one in told if one.kind != "step"] == ["elsewhere"]
+    happened = [one for one in told if one.kind != "step"]
+    assert [one.kind for one in happened] == ["waiting", "elsewhere"]
+    assert happened[0].note == f"process {os.getpid()} on {socket.gethostname()}"
     assert _tries(place, "a") == 0
 
 
@@ -183,31 +274,41 @@ def test_two_calls_share_the_trainings(pretend: Callable[..., Workplace]) -> Non
     assert [_tries(place, name) for name in names] == [1] * 6
 
 
-def test_ctrl_c_is_passed_on_once_and_waited_for(pretend: Callable[..., Workplace]) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_to_be_stopped_is_passed_on_and_waited_for(
+    pretend: Callable[..., Workplace], name: str
+) -> None:
     place = pretend(
-        "def stop(*_):\n"
-        "    (folder / 'asked').open('a').write('x'); time.sleep(.2)\n"
-        "    (folder / 'kept').touch(); hold.release(); os._exit(130)\n"
-        "signal.signal(signal.SIGINT, stop)\n"
         "(folder / 'ready').touch()\n"
-        "time.sleep(60)"
+        "sys.stdin.read()\n"
+        "time.sleep(.2); (folder / 'kept').touch(); hold.release(); os._exit(130)"
     )
+    asked, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
     folder = _training("a").folder(place.out)
 
     def interrupt() -> None:
         deadline = time.monotonic() + 30
         while not (folder / "ready").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), asked)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         run_plan(_plan("a", "b", "c"), place)
-    assert (folder / "asked").read_text() == "x"
     assert (folder / "kept").exists()
     assert read_result(folder) is None
     assert _tries(place, "c") == 0
+    assert signal.getsignal(asked) is before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nohup_holds(pretend: Callable[..., Workplace]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        place = pretend("os.kill(os.getppid(), signal.SIGHUP); time.sleep(.2); finish()")
+        assert isinstance(run_plan(_plan("a"), place)["a", 0], Result)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -232,33 +333,47 @@ def test_the_gpus_that_the_caller_was_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert running._visible([0, 1]) == ["0", "1"]
 
 
-def test_several_gpus_of_a_job_go_through_the_launcher(
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "left", "fitted"),
+    [
+        (4, 0, 2, (2, 0)),
+        (4, 4, 2, (2, 2)),  # a job keeps its one GPU
+        (2, 4, 1, (1, 2)),
+        (8, 4, 2, (2, 2)),  # of four shared by eight, one each
+        (2, 2, 5, (2, 2)),
+        (2, 0, 0, (1, 0)),
+    ],
+)
+def test_no_more_jobs_than_trainings_left(
+    tmp_path: Path, jobs: int, gpus: int, left: int, fitted: tuple[int, int]
+) -> None:
+    done = _training("done").folder(tmp_path)
+    done.mkdir(parents=True)
+    result = {"status": "done", "steps": 5, "seconds": 1.0, "metrics": {}}
+    (done / "result.json").write_text(json.dumps(result), "utf-8")
+    trainings = [_training("done"), *(_training(f"row{number}") for number in range(left))]
+    found = Workplace(tmp_path, tmp_path, jobs, "auto", gpus).fitted(trainings)
+    assert (found.jobs, found.gpus) == fitted
+    assert found.threads == max(1, running.usable_cpus() // fitted[0])
+
+
+def test_several_gpus_of_a_job_are_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[list[str], dict[str, str]]] = []
-
-    class Launched:
-        def __init__(self, command: list[str], **options: Any) -> None:
-            seen.append((command, options["env"]))
-
-    monkeypatch.setattr(running.subprocess, "Popen", Launched)
+    seen: list[tuple[dict[str, Any], dict[str, str]]] = []
+    monkeypatch.setattr(
+        running, "start_worker", lambda task, env, log: seen.append((json.loads(task), env))
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for gpus in (4, 1):
-        place = Workplace(tmp_path / "data", tmp_path, 2, "cuda", gpus)
-        shop = running._Shop([_training("a")], place, lambda _: None)
-        shop._launch(_training("a"), 1)
-    (several, environment), (one, alone) = seen
-    assert several[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert several[5:9] == ["-m", "retinanet", "paper", "work"]
-    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert one[1:5] == ["-m", "retinanet", "paper", "work"]
-    assert alone["CUDA_VISIBLE_DEVICES"] == "0"
-    task = json.loads(Path(one[-1]).read_text("utf-8"))
-    assert task["device"] == "cuda"
-    place = Workplace(tmp_path / "data", tmp_path, 2, "cuda", 4)
+    monkeypatch.setenv("RANK", "1")  # of whatever has started this process
     rival = Training("b", load_recipe("quick"), "ssd", 0)
-    running._Shop([rival], place, lambda _: None)._launch(rival, 1)
-    command, environment = seen[-1]
-    assert "torch.distributed.run" not in command  # which it refuses
-    assert environment["CUDA_VISIBLE_DEVICES"] == "2"
-    assert 'backbone = "resnet50"' in task["recipe"]
+    for gpus, training in ((4, _training("a")), (2, _training("a")), (4, rival)):
+        place = Workplace(tmp_path / "data", tmp_path, 2, "cuda", gpus)
+        running._Shop([training], place, lambda _: None)._launch(training, 1)
+    assert [one["processes"] for one, _ in seen] == [2, 1, 1]  # a rival refuses several
+    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in seen] == ["2,3", "1", "2"]
+    assert all("RANK" not in env for _, env in seen)
+    assert seen[0][0]["device"] == "cuda"
+    assert 'backbone = "resnet50"' in seen[0][0]["recipe"]
+    # Nothing of this machine lies where others look.
+    assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == ["seed-0.log"] * 2
