@@ -28,6 +28,8 @@ err = Console(stderr=True, highlight=False)
 """Progress, notes and errors: standard error, so that an answer can be piped."""
 
 
+_LEAST = 18  # letters of a table's first column, where it has as many
+
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -66,14 +68,17 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1
 ) -> None:
     """A table on standard output: the first `left` columns are text, the others figures."""
+    cells = [[figure(cell) for cell in row] for row in rows]
+    widest = max((len(row[0]) for row in cells), default=0) if left == 1 else 0
     drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for i, column in enumerate(columns):
         if i < left:
-            drawn.add_column(column, overflow="fold")
+            # Of 80 columns figures would take all: a name keeps what a person can read.
+            drawn.add_column(column, overflow="fold", min_width=min(_LEAST, widest) or None)
         else:
             drawn.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*(figure(cell) for cell in row))
+    for row in cells:
+        drawn.add_row(*row)
     out.print(drawn)
 
 

@@ -249,23 +249,23 @@ class TableResult:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Headings for a terminal: the paper's AP and time alone beside the measured figures."""
-        return self._columns(self._narrow)
+        """Headings for a terminal of 80 columns: no sizes, and of the paper AP and time alone."""
+        return self._columns(self._short, self._narrow)
 
     @property
     def rows(self) -> list[list[str]]:
         """As many cells each."""
-        return self._rows(self._narrow)
+        return self._rows(self._short, self._narrow)
 
     @property
     def wide_columns(self) -> tuple[str, ...]:
         """Headings with all of the paper's figures."""
-        return self._columns(self.shown)
+        return self._columns(self.shown, self.shown)
 
     @property
     def wide_rows(self) -> list[list[str]]:
         """As many cells each."""
-        return self._rows(self.shown)
+        return self._rows(self.shown, self.shown)
 
     @property
     def not_coco(self) -> str:
@@ -356,16 +356,20 @@ class TableResult:
     def _narrow(self) -> tuple[str, ...]:
         return tuple(column for column in self.shown if column in ("AP", "ms"))
 
-    def _columns(self, printed: Sequence[str]) -> tuple[str, ...]:
+    @property
+    def _short(self) -> tuple[str, ...]:
+        return tuple(column for column in self.shown if column in ("AP", "AP50", "AP75", "ms"))
+
+    def _columns(self, shown: Sequence[str], printed: Sequence[str]) -> tuple[str, ...]:
         if not self.lines:
             return ()
-        return ("", *self.shown, "seeds", *(f"paper {column}" for column in printed))
+        return ("", *shown, "seeds", *(f"paper {column}" for column in printed))
 
-    def _rows(self, printed: Sequence[str]) -> list[list[str]]:
+    def _rows(self, shown: Sequence[str], printed: Sequence[str]) -> list[list[str]]:
         return [
             [
                 row.label,
-                *(row.measured(column) for column in self.shown),
+                *(row.measured(column) for column in shown),
                 str(row.seeds) if row.seeds else "-",
                 *(row.in_paper(column) for column in printed),
             ]
