@@ -354,7 +354,6 @@ def test_no_more_jobs_than_trainings_left(
     trainings = [_training("done"), *(_training(f"row{number}") for number in range(left))]
     found = Workplace(tmp_path, tmp_path, jobs, "auto", gpus).fitted(trainings)
     assert (found.jobs, found.gpus) == fitted
-    assert found.threads == max(1, running.usable_cpus() // fitted[0])
 
 
 def test_several_gpus_of_a_job_are_several_processes(
@@ -377,3 +376,19 @@ def test_several_gpus_of_a_job_are_several_processes(
     assert 'backbone = "resnet50"' in seen[0][0]["recipe"]
     # Nothing of this machine lies where others look.
     assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == ["seed-0.log"] * 2
+
+
+def test_threads_are_shared_out_and_the_callers_limit_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(running, "usable_cpus", lambda: 8)
+    for given, jobs, threads in (
+        ("", 2, 4),
+        ("3", 2, 3),
+        ("6", 2, 4),
+        ("0", 4, 2),
+        ("4,2", 4, 2),
+        ("", 16, 1),
+    ):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert Workplace(Path("d"), Path("o"), jobs).threads == threads, given

@@ -80,8 +80,10 @@ class Workplace:
 
     @property
     def threads(self) -> int:
-        """Processor threads of a job."""
-        return max(1, usable_cpus() // self.jobs)
+        """Processor threads of a job; ``OMP_NUM_THREADS`` is the most."""
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        share = max(1, usable_cpus() // self.jobs)
+        return min(share, int(given)) if given.isdecimal() and int(given) else share
 
     def gpus_of(self, job: int) -> Sequence[int]:
         """The GPUs of one of the jobs; with more jobs than GPUs, a job has a share of one."""
