@@ -364,6 +364,7 @@ def test_several_gpus_of_a_job_are_several_processes(
         running, "start_worker", lambda task, env, log: seen.append((json.loads(task), env))
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("RANK", "1")  # of whatever has started this process
     rival = Training("b", load_recipe("quick"), "ssd", 0)
     for gpus, training in ((4, _training("a")), (2, _training("a")), (4, rival)):
@@ -372,6 +373,7 @@ def test_several_gpus_of_a_job_are_several_processes(
     assert [one["processes"] for one, _ in seen] == [2, 1, 1]  # a rival refuses several
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in seen] == ["2,3", "1", "2"]
     assert all("RANK" not in env for _, env in seen)
+    assert all(env["OMP_WAIT_POLICY"] == "PASSIVE" for _, env in seen)
     assert seen[0][0]["device"] == "cuda"
     assert 'backbone = "resnet50"' in seen[0][0]["recipe"]
     # Nothing of this machine lies where others look.

@@ -258,9 +258,9 @@ class _Shop:
         )
         environment = {name: one for name, one in os.environ.items() if name not in _OF_A_LAUNCHER}
         environment["OMP_NUM_THREADS"] = str(threads)
-        if place.jobs > 1:
-            # A waiting thread must not spin on a core that another job could use.
-            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # A waiting thread must not spin on a core that another job could use, or another call: on a
+        # busy machine a step of four spinning threads takes many times as long.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(one) for one in _visible(gpus))
         log = _log_of(training.folder(place.out))
