@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,15 @@ from retinanet.files import write_atomic
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.paper.plan import Training
 from retinanet.paper.share import find_holder, held
-from retinanet.paper.work import STOPPED, TAKEN, describe_task, read_result, start_worker, work
+from retinanet.paper.work import (
+    STOPPED,
+    TAKEN,
+    _as_begun,
+    describe_task,
+    read_result,
+    start_worker,
+    work,
+)
 
 _SMALL = (
     "model.backbone=resnet18",
@@ -299,3 +308,23 @@ def _is_further(folder: Path, step: int) -> bool:
 
 def _has_ended(process: psutil.Process) -> bool:
     return not process.is_running()
+
+
+def test_a_run_goes_on_wherever_its_weights_lie(shapes: Path, tmp_path: Path) -> None:
+    training = _training("train.steps=2", "train.validate_every=2")
+    folder = training.folder(tmp_path)
+    moved = load_recipe("quick", [*_SMALL, "model.backbone_weights=/elsewhere/w.safetensors"])
+    assert _as_begun(moved, folder) == moved  # nothing is begun
+    assert _work_here(training, tmp_path, shapes) == 0
+    assert _as_begun(moved, folder).model.backbone_weights == "none"
+
+
+def test_a_picture_that_is_missing_from_val_is_not_judged(shapes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    next((data / "val").glob("*.png")).unlink()
+    training = _training("train.steps=2", "train.validate_every=2")
+    assert _work_here(training, tmp_path / "out", data) == 0
+    result = read_result(training.folder(tmp_path / "out"))
+    assert result is not None and result.metrics is not None
+    assert result.metrics["images"] == 3

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import torch
 
-from retinanet.config import build_recipe, to_toml
-from retinanet.data import read_splits
+from retinanet.config import Recipe, build_recipe, load_recipe, to_toml
+from retinanet.data import read_splits, usable
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
@@ -30,6 +30,7 @@ from retinanet.paper.share import take
 from retinanet.train.events import Listener
 from retinanet.train.loop import train
 from retinanet.train.run_folder import RunFolder
+from retinanet.train.state import read_progress
 
 TAKEN = 75
 """Exit code where another process is at work on the same training."""
@@ -251,6 +252,8 @@ def _train(task: Mapping[str, Any], folder: Path, on_event: Listener | None) -> 
     recipe = build_recipe(tomllib.loads(task["recipe"]), "the task")
     made = {"seed": recipe.split_seed, "held_out": recipe.data.held_out}
     splits = read_splits(task["data"], extras=False, **made)  # type: ignore[arg-type]
+    splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
+    recipe = _as_begun(recipe, folder)
     try:
         if task["rival"]:
             from retinanet.paper.rival_training import train_rival
@@ -270,6 +273,19 @@ def _train(task: Mapping[str, Any], folder: Path, on_event: Listener | None) -> 
     if _is_first():
         _shrink(folder)
     return 0
+
+
+def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the file of weights that its run began with, on whatever machine.
+
+    A run goes on from its own state; that the weights are the same is in the training's name.
+    """
+    run = RunFolder(folder)
+    if read_progress(run.last) is None:
+        return recipe
+    weights = load_recipe(run.config).model.backbone_weights
+    model = recipe.model.model_copy(update={"backbone_weights": weights})
+    return recipe.model_copy(update={"model": model})
 
 
 def _shrink(folder: Path) -> None:
