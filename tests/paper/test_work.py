@@ -326,5 +326,6 @@ def test_a_picture_that_is_missing_from_val_is_not_judged(shapes: Path, tmp_path
     training = _training("train.steps=2", "train.validate_every=2")
     assert _work_here(training, tmp_path / "out", data) == 0
     result = read_result(training.folder(tmp_path / "out"))
-    assert result is not None and result.metrics is not None
+    assert result is not None
+    assert result.metrics is not None
     assert result.metrics["images"] == 3
