@@ -131,8 +131,8 @@ def test_losses_are_torchvisions(name: str) -> None:
     box = [one for key, one in expected.items() if "box" in key]
     classes = [one for key, one in expected.items() if "box" not in key]
     # Pixels of 0..255 and of 0..1 are not rounded alike.
-    torch.testing.assert_close(found.box, torch.stack(box).sum(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.classification, torch.stack(classes).sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.box, torch.stack(box).sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.classification, torch.stack(classes).sum(), rtol=1e-3, atol=0)
     assert (found.foreground > 0).all()
 
 
@@ -147,7 +147,7 @@ def test_detections_are_torchvisions(name: str) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours) > 10
         torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=1e-3, atol=0)
         torch.testing.assert_close(ours.labels, theirs["labels"] - 1)
 
 

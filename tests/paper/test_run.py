@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,22 @@ def test_two_calls_share_the_trainings(pretend: Callable[..., Workplace]) -> Non
     assert [_tries(place, name) for name in names] == [1] * 6
 
 
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Signals as a terminal leaves them: nohup, or a shell's background, has some ignored."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {one: signal.signal(one, handler) for one, handler in usual.items()}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_to_be_stopped_is_passed_on_and_waited_for(
     pretend: Callable[..., Workplace], name: str
 ) -> None:
