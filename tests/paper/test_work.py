@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -275,7 +275,16 @@ def test_two_calls_at_once_train_each_row_once(shapes: Path, tmp_path: Path) -> 
     assert "".join(said).count("finished before") == 2  # each was the other's
 
 
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """What is started here ends with its terminal, though nohup may have started this."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups_count")
 def test_workers_stop_with_their_call_however_it_ends(shapes: Path, tmp_path: Path) -> None:
     for number in (signal.SIGKILL, signal.SIGHUP):  # the second goes on from the first's state
         call = _call(tmp_path, shapes, "--row=gamma=2", "--steps=100000")
