@@ -1,8 +1,8 @@
 """The house stands: a room imports only from the floors under it, and only what it may.
 
 Floors from the bottom: the ground; ``model`` and ``data``, which do not know each other;
-``detect``, ``evaluate``, ``train``, each of which may use those before it; ``report`` and
-``bench``; ``paper``; the roof.
+``detect``, ``evaluate``, ``train``, ``export``, each of which may use those before it; ``report``
+and ``bench``; ``paper``, ``hub``; the roof, ``serve`` and ``cli``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ HEIGHT = {
     "detect": 20,
     "evaluate": 21,
     "train": 22,
+    "export": 23,
     "report": 30,
     "bench": 30,
     "paper": 32,
+    "hub": 33,
+    "serve": 38,
     "api": 39,
     "cli": 40,
     "__init__": 41,

@@ -1,4 +1,4 @@
-"""``retinanet detect``: pictures in, boxes out."""
+"""``retinanet detect``: pictures, videos or collections in, boxes out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
+from retinanet.cli.settings import tile_of
 
 _SHOWN_FAILURES = 20
 
 
 def detect(
-    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or torchvision/NAME.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, a checkpoint, an exported file, torchvision/NAME or hf://OWNER/NAME."
+        ),
+    ],
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Pictures, folders or globs.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Pictures, folders, globs; videos or a camera's number; with --engine ray also "
+            "list files, WebDataset shards and s3://, gs://, hf:// addresses.",
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Where the files go.")] = Path("found"),
     formats: Annotated[
         str,
-        typer.Option("--format", help="Of json, pictures, coco, csv, yolo; commas between."),
+        typer.Option(
+            "--format",
+            help="Of json, pictures, coco, csv, yolo, labelstudio, cvat; commas between.",
+        ),
     ] = "json,pictures",
     score_threshold: Annotated[
         float | None,
@@ -59,40 +73,92 @@ def detect(
             help="Pictures on which int8 is calibrated.", show_default="those to be searched"
         ),
     ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge pictures."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that its neighbour has too.")
+    ] = 0.2,
+    every: Annotated[int, typer.Option(min=1, help="Video: search each so-many-th frame.")] = 1,
+    track: Annotated[
+        bool, typer.Option("--track", help="Video: give each object a number that it keeps.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a collection, on a cluster too.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray: detectors at once.", show_default="one a GPU or 4 cores"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Find objects in pictures.
+    """Find objects in pictures, in videos, or in collections of any size.
 
     A picture that cannot be read stops nothing: it is named at the end, and the exit code is 1.
     """
+    from retinanet.config import check_choice
     from retinanet.detect import load
     from retinanet.detect.found import DRAWN_SCORE, Failure
     from retinanet.detect.outputs import open_outputs
-    from retinanet.detect.sources import Source, iter_sources
+    from retinanet.detect.sources import Source, is_video, iter_sources
 
-    listed = list(iter_sources(sources, once=True))
-    readable = [one for one in listed if isinstance(one, Source)]
-    failures = [one for one in listed if isinstance(one, Failure)]
-    if not readable:
-        raise failures[0].error
+    check_choice("--engine", engine, ("local", "ray"))
     thresholds: dict[str, Any] = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
         "detections_per_image": detections_per_image,
         "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
     }
+    thresholds = {name: value for name, value in thresholds.items() if value is not None}
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "backend": backend,
+        "image_size": image_size,
+        **thresholds,
+    }
+    if engine == "ray":
+        from retinanet.cli.detect_collection import detect_collection
+
+        detect_collection(
+            model,
+            sources,
+            out,
+            device=device,
+            workers=workers,
+            batch_size=batch_size,
+            tile=tile_of(tile),
+            overlap=overlap,
+            json=json,
+            **settings,
+        )
+        return
+    if any(is_video(source) for source in sources):
+        from retinanet.cli.detect_video import detect_videos
+
+        detect_videos(
+            model,
+            sources,
+            out,
+            every=every,
+            track=track,
+            batch_size=batch_size,
+            draw_threshold=DRAWN_SCORE if draw_threshold is None else draw_threshold,
+            calibrate=calibrate,
+            device=device,
+            json=json,
+            **settings,
+        )
+        return
+    listed = list(iter_sources(sources, once=True))
+    readable = [one for one in listed if isinstance(one, Source)]
+    failures = [one for one in listed if isinstance(one, Failure)]
+    if not readable:
+        raise failures[0].error
     calibration: Any = calibrate
     if precision == "int8" and calibrate is None:
         calibration = [one.picture for one in readable]
-    detector = load(
-        model,
-        device,
-        precision=precision,
-        backend=backend,
-        calibrate=calibration,
-        image_size=image_size,
-        **{name: value for name, value in thresholds.items() if value is not None},
-    )
+    detector = load(model, device, calibrate=calibration, **settings)
     objects: Counter[str] = Counter()
     searched = 0
     with (
@@ -107,7 +173,10 @@ def detect(
             note(detector.network.description)
         for failure in failures:
             write(failure)
-        for done, one in enumerate(detector.stream(readable, batch_size=batch_size), start=1):
+        streamed = detector.stream(
+            readable, batch_size=batch_size, tile=tile_of(tile), overlap=overlap
+        )
+        for done, one in enumerate(streamed, start=1):
             write(one)
             if isinstance(one, Failure):
                 failures.append(one)

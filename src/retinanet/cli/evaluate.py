@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retinanet.cli.console import figure, print_json, progress, say, table
+from retinanet.cli.settings import tile_of
 
 if TYPE_CHECKING:
     from retinanet.evaluate import Metrics
@@ -32,7 +33,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|RESULTS",
-            help="A run folder, a checkpoint, torchvision/NAME, or a COCO results file.",
+            help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
+            "or a COCO results file.",
         ),
     ],
     data: Annotated[
@@ -69,6 +71,13 @@ def evaluate(
     calibrate: Annotated[
         str | None, typer.Option(help="Pictures on which int8 is calibrated; not those judged.")
     ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge pictures."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that its neighbour has too.")
+    ] = 0.2,
     json: Annotated[bool, typer.Option("--json", help="Print metrics.json's content.")] = False,
 ) -> None:
     """Judge a model, or anybody's COCO results file, on labelled pictures."""
@@ -88,6 +97,8 @@ def evaluate(
             precision=precision,
             backend=backend,
             calibrate=calibrate,
+            tile=tile_of(tile),
+            overlap=overlap,
             progress=show,
         )
     if folder is not None:

@@ -57,3 +57,18 @@ def resolve_recipe(
         longest = round(image_size * sides.max_size / sides.image_size)
         options += [f"data.image_size={image_size}", f"data.max_size={longest}"]
     return load_recipe(name, [*options, *(settings or [])])
+
+
+def tile_of(given: str | None) -> int | str | None:
+    """``--tile``: None, ``auto``, or pixels.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from retinanet.errors import ConfigError
+
+    if given is None or given == "auto":
+        return given
+    if given.isascii() and given.isdecimal() and int(given) > 0:
+        return int(given)
+    raise ConfigError(f"--tile {given!r} is neither a number of pixels nor auto")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -16,13 +16,27 @@ import torch
 from torch import Tensor
 
 from retinanet.config import build_recipe
-from retinanet.data.images import pad_batch, resize_to
+from retinanet.data.images import ImageSource, pad_batch, resize_to
 from retinanet.detect.found import Failure, Found
 from retinanet.detect.inference import Thresholds, choose_device, detect_batch, padding_colour
 from retinanet.detect.network import build_network
 from retinanet.detect.sources import Source, find_sources, is_single, iter_sources
 from retinanet.errors import ConfigError, ImageError
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+from retinanet.structures import Detections
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A picture as the network takes it.
+
+    Attributes:
+        pixels: (3, h, w) uint8 RGB at the network's size.
+        size: (height, width) of the whole picture, pixels.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
 
 
 class Detector:
@@ -121,6 +135,8 @@ class Detector:
         *,
         batch_size: int = 1,
         workers: int | None = None,
+        tile: int | str | None = None,
+        overlap: float = 0.2,
         **thresholds: Unpack[Thresholds],
     ) -> Iterator[Found | Failure]:
         """Search any number of pictures in memory that does not grow with their number.
@@ -132,6 +148,10 @@ class Detector:
             sources: as in :meth:`detect`, or an endless iterable of such.
             batch_size: pictures that the network takes at once.
             workers: threads that read ahead; None is one a processor, four at the most.
+            tile: also search each picture in tiles of so many pixels, as a picture with objects
+                too small for the whole wants it; ``auto``: as large as the pictures that the model
+                was trained on. None: the whole alone.
+            overlap: share of a tile's side that the next tile has too, in [0, 1).
             thresholds: as in :meth:`detect`.
 
         Yields:
@@ -153,6 +173,54 @@ class Detector:
             listed = iter(find_sources(sources))
         return self._stream(listed, batch_size, max(1, workers), settings)
 
+    def prepare(self, picture: Source | ImageSource) -> Prepared:
+        """Read and resize one picture for :meth:`search`; may be called from several threads.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        source = picture if isinstance(picture, Source) else Source(picture, "picture")
+        pixels, size = source.read_reduced(self.image_size, self.max_size)
+        resized, _ = resize_to(pixels, self.image_size, self.max_size, size)
+        return Prepared(resized, size)
+
+    def search(
+        self, pictures: Sequence[Prepared], **thresholds: Unpack[Thresholds]
+    ) -> list[Detections]:
+        """Search a batch of prepared pictures at once.
+
+        Args:
+            pictures: as :meth:`prepare` makes them; none gives an empty list.
+            thresholds: laid over :attr:`thresholds` for this call, unchecked.
+
+        Returns:
+            For each what was found, on the CPU, in the pixels of the whole picture.
+        """
+        if not pictures:
+            return []
+        images, sizes = pad_batch([one.pixels for one in pictures], fill=self._fill)
+        found = detect_batch(
+            self.network,
+            images.to(self.device),
+            sizes,
+            torch.tensor([one.size for one in pictures]),
+            **Thresholds(**{**self.thresholds, **thresholds}),
+        )
+        return [Detections(o.boxes.cpu(), o.scores.cpu(), o.labels.cpu()) for o in found]
+
+    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> Found:
+        """`objects` of a picture of `size` (height, width) with all that a person wants to know."""
+        return Found(
+            boxes=objects.boxes,
+            scores=objects.scores,
+            labels=objects.labels,
+            classes=self.classes,
+            category_ids=self.category_ids,
+            name=source.name,
+            size=size,
+            picture=source.picture,
+        )
+
     def _stream(
         self,
         sources: Iterator[Source | Failure],
@@ -172,46 +240,24 @@ class Detector:
         """Those that can be read, one by one as the network gets them."""
         for source in find_sources(sources):
             try:
-                picture = self._read(source).pixels
+                picture = self.prepare(source).pixels
             except ImageError:
                 continue  # named when it is searched
             yield pad_batch([picture], fill=self._fill)[0]
 
     def _read(self, source: Source) -> _Ready:
-        picture, size = source.read_reduced(self.image_size, self.max_size)
-        resized, _ = resize_to(picture, self.image_size, self.max_size, size)
-        return _Ready(source, resized, size)
+        return _Ready(source, self.prepare(source))
 
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds
     ) -> Iterator[Found | Failure]:
-        ready = [one for one in waiting if isinstance(one, _Ready)]
-        if ready:
-            images, sizes = pad_batch([one.pixels for one in ready], fill=self._fill)
-            found = iter(
-                detect_batch(
-                    self.network,
-                    images.to(self.device),
-                    sizes,
-                    torch.tensor([one.size for one in ready]),
-                    **thresholds,
-                )
-            )
+        ready = [one.prepared for one in waiting if isinstance(one, _Ready)]
+        found = iter(self.search(ready, **thresholds))
         for one in waiting:
             if isinstance(one, Failure):
                 yield one
             else:
-                objects = next(found)
-                yield Found(
-                    boxes=objects.boxes.cpu(),
-                    scores=objects.scores.cpu(),
-                    labels=objects.labels.cpu(),
-                    classes=self.classes,
-                    category_ids=self.category_ids,
-                    name=one.source.name,
-                    size=one.size,
-                    picture=one.source.picture,
-                )
+                yield self.found(next(found), one.source, one.prepared.size)
 
 
 def load(
@@ -250,11 +296,10 @@ def load(
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A picture read and resized: (3, h, w) uint8; `size` is (height, width) as it was."""
+    """A picture read and resized."""
 
     source: Source
-    pixels: Tensor
-    size: tuple[int, int]
+    prepared: Prepared
 
 
 def _read_ahead(

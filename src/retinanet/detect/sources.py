@@ -69,6 +69,17 @@ class Source:
         return Failure(path, " ".join(reason.split()), error)
 
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+)
+"""Lower-case suffixes of files that are searched frame by frame."""
+
+
+def is_video(given: str | Path) -> bool:
+    """Whether `given` names a video by its suffix, or a camera by its number."""
+    return Path(given).suffix.lower() in VIDEO_SUFFIXES or str(given).isdecimal()
+
+
 def is_single(given: Any) -> bool:
     """Whether `given` is one picture rather than several: neither list, folder, glob nor batch."""
     if isinstance(given, str | Path):

@@ -18,6 +18,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.detect.detector import Detector
+from retinanet.detect.found import Failure
 from retinanet.detect.inference import (
     Thresholds,
     choose_device,
@@ -33,7 +34,7 @@ from retinanet.files import write_atomic
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.model.retinanet import RetinaNet
-from retinanet.structures import Batch, Targets
+from retinanet.structures import Batch, Detections, Targets
 
 Progress = Callable[[int, int], None]
 """Told how many pictures are done, of how many."""
@@ -71,6 +72,8 @@ def evaluate(
     calibrate: Any = None,
     image_size: int | None = None,
     max_size: int | None = None,
+    tile: int | str | None = None,
+    overlap: float = 0.2,
     seed: int | None = None,
     held_out: float | None = None,
     progress: Progress | None = None,
@@ -93,6 +96,7 @@ def evaluate(
         batch_size: pictures that the network takes at once.
         workers: processes that load pictures; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
+        tile, overlap: as in :meth:`Detector.stream`; tiles, and exported files, give no loss.
         seed, held_out: how a split is made where the data has none; None is as the model was
             trained, so that nothing it has seen is judged.
         progress: told how many pictures are done.
@@ -139,19 +143,32 @@ def evaluate(
             seed=made.get("seed") if seed is None else seed,
             held_out=made.get("held_out") if held_out is None else held_out,
         )
+        label_map = match_classes(detector.classes, dataset)
         used = Thresholds(**{**detector.thresholds, **thresholds})
-        searched = search(
-            detector.network,
-            dataset,
-            image_size=detector.image_size,
-            max_size=detector.max_size,
-            batch_size=batch_size,
-            workers=default_workers() if workers is None else workers,
-            loss=info.get("loss"),
-            label_map=match_classes(detector.classes, dataset),
-            progress=progress,
-            **used,
-        )
+        if tile is None and isinstance(detector.network, Network):
+            searched = search(
+                detector.network,
+                dataset,
+                image_size=detector.image_size,
+                max_size=detector.max_size,
+                batch_size=batch_size,
+                workers=default_workers() if workers is None else workers,
+                loss=info.get("loss"),
+                label_map=label_map,
+                progress=progress,
+                **used,
+            )
+        else:
+            searched = search_pictures(
+                detector,
+                dataset,
+                batch_size=batch_size,
+                label_map=label_map,
+                tile=tile,
+                overlap=overlap,
+                progress=progress,
+                **used,
+            )
         metrics = _judge(searched, max_detections)
         results = searched.results
     if out is not None:
@@ -275,6 +292,38 @@ def search(
         box,
         len(dataset) / seconds,
     )
+
+
+def search_pictures(
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    batch_size: int = 1,
+    label_map: Sequence[int] | None = None,
+    tile: int | str | None = None,
+    overlap: float = 0.2,
+    progress: Progress | None = None,
+    **thresholds: Unpack[Thresholds],
+) -> Searched:
+    """As :func:`search`, through :meth:`Detector.stream` as a person uses it, and without a loss.
+
+    Raises:
+        ImageError: a picture cannot be read.
+        DataError: the detector says a box or a score that is not a number.
+    """
+    results = Results(dataset, label_map)
+    began = time.perf_counter()
+    paths = [image.path for image in dataset.images]
+    streamed = detector.stream(
+        paths, batch_size=batch_size, tile=tile, overlap=overlap, **thresholds
+    )
+    for index, one in enumerate(streamed):
+        if isinstance(one, Failure):
+            raise one.error
+        results.add(index, Detections(one.boxes, one.scores, one.labels))
+        if progress is not None:
+            progress(index + 1, len(dataset))
+    return Searched(results, None, None, None, len(dataset) / (time.perf_counter() - began))
 
 
 def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
