@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+# With `pytest -n` each worker takes its share of the processors, and so do the processes that its
+# tests start: threads that wait for each other would cost more than they give. Before torch.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

@@ -120,8 +120,14 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _kept(folder: Path) -> int:
-    numbers = json.loads((folder / "last" / "training.json").read_text("utf-8"))
-    return int(numbers["progress"]["step"])
+    """The step of the state that is kept, also while a worker puts a new one into its place."""
+    file = folder / "last" / "training.json"
+    for _ in range(100):
+        try:
+            return int(json.loads(file.read_text("utf-8"))["progress"]["step"])
+        except FileNotFoundError:  # between two renames
+            time.sleep(0.02)
+    raise FileNotFoundError(file)
 
 
 def _ranks(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
