@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from white_finder import Pixels
 
+from retinanet.data import read_dataset
 from retinanet.detect import Detector, Failure, Found
 from retinanet.detect.outputs import OUTPUT_FORMATS, open_outputs, write_coco, write_json
 from retinanet.errors import ConfigError, DataError
@@ -219,6 +221,8 @@ def test_all_formats_of_a_folder_with_a_broken_picture(
     pictures = ["a.png", "left/a.png", "right/a.png"]
     assert files(out) == sorted(
         ["classes.txt", "coco_results.json", "detections.csv", "detections.json"]
+        + ["cvat_annotations.xml", "cvat_labels.json"]
+        + ["label_studio_config.xml", "label_studio_tasks.json"]
         + [f"pictures/{name}" for name in pictures]
         + [f"labels/{name[:-4]}.txt" for name in pictures]
     )
@@ -244,3 +248,118 @@ def test_found_draws_on_nothing_else(square: Pixels, detector: Detector) -> None
     assert isinstance(result, Found)
     with pytest.raises(DataError, match=r"picture to draw on is 50 x 40, .* 192 x 128 pixels"):
         result.draw(np.zeros((40, 50, 3), np.uint8))
+
+
+def test_label_studio_tasks(tmp_path: Path) -> None:
+    results = [found("x/a b&c.png", boxes=TWO), FAILURE, found("b.png", boxes=())]
+    write(tmp_path, ["labelstudio"], *results, model_version="cells 3")
+    tasks = json.loads((tmp_path / "label_studio_tasks.json").read_text())
+    first, second = tasks
+    assert first["data"] == {"image": "/data/local-files/?d=x/a%20b%26c.png"}
+    (prediction,) = first["predictions"]
+    assert (prediction["model_version"], prediction["score"]) == ("cells 3", 0.5)
+    one, other = prediction["result"]
+    # (1, 2, 11, 22) in 20 x 40 pixels.
+    assert one == {
+        "id": "box0",
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": 20,
+        "original_height": 40,
+        "image_rotation": 0,
+        "score": 0.75,
+        "value": {
+            "x": 5.0,
+            "y": 5.0,
+            "width": 50.0,
+            "height": 50.0,
+            "rotation": 0,
+            "rectanglelabels": ["cat"],
+        },
+    }
+    assert other["value"]["rectanglelabels"] == ["dog, or wölf"]
+    assert second["predictions"][0]["result"] == []
+    assert "annotations" not in first  # a person has not seen it
+
+    view = ElementTree.parse(tmp_path / "label_studio_config.xml").getroot()
+    image, control = view
+    assert (image.get("name"), image.get("value")) == ("image", "$image")
+    assert (control.get("name"), control.get("toName")) == ("label", "image")
+    assert [one.get("value") for one in control] == ["cat", "dog, or wölf"]
+
+    write(tmp_path, ["labelstudio"], found("b.png"), image_root="https://host.example/x/")
+    (task,) = json.loads((tmp_path / "label_studio_tasks.json").read_text())
+    assert task["data"] == {"image": "https://host.example/x/b.png"}
+    write(tmp_path, ["labelstudio"])
+    assert json.loads((tmp_path / "label_studio_tasks.json").read_text()) == []
+
+
+def test_cvat_annotations(tmp_path: Path) -> None:
+    write(tmp_path, ["cvat"], found('x/a<&">\x01.png', boxes=TWO), FAILURE, found("b", boxes=()))
+    root = ElementTree.parse(tmp_path / "cvat_annotations.xml").getroot()
+    assert (root.tag, root.findtext("version")) == ("annotations", "1.1")
+    labels = [one.findtext("name") for one in root.iter("label")]
+    assert labels == ["cat", "dog, or wölf"]
+    first, second = root.findall("image")
+    assert first.attrib == {"id": "0", "name": 'x/a<&">�.png', "width": "20", "height": "40"}
+    assert (second.get("id"), len(second)) == ("1", 0)
+    boxes = first.findall("box")
+    assert boxes[0].attrib == {
+        "label": "cat",
+        "source": "auto",
+        "occluded": "0",
+        "xtl": "1.000",
+        "ytl": "2.000",
+        "xbr": "11.000",
+        "ybr": "22.000",
+        "z_order": "0",
+    }
+    assert boxes[1].findtext("attribute[@name='score']") == "0.250000"
+    raw = json.loads((tmp_path / "cvat_labels.json").read_text())
+    assert [(one["name"], one["type"]) for one in raw] == [(name, "rectangle") for name in labels]
+    assert raw[0]["attributes"][0]["name"] == "score"
+    write(tmp_path, ["cvat"])
+    assert len(ElementTree.parse(tmp_path / "cvat_annotations.xml").getroot()) == 1
+
+
+@pytest.mark.parametrize("form", ["labelstudio", "cvat"])
+def test_pre_annotations_come_back_as_labels(tmp_path: Path, form: str) -> None:
+    """As after a person has confirmed every box and exported the project."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(50, 2, generator=generator) * torch.tensor([10.0, 20.0])
+    boxes = torch.cat([corner, corner + 1 + torch.rand(50, 2, generator=generator) * 9], dim=1)
+    results = [found("left/a.png", boxes=boxes.tolist()), found("b.png", boxes=())]
+    for one in results:
+        (tmp_path / one.name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 40)).save(tmp_path / one.name)
+    write(tmp_path, [form], *results)
+    if form == "labelstudio":
+        file = tmp_path / "label_studio_tasks.json"
+        tasks = json.loads(file.read_text())
+        for task in tasks:
+            task["annotations"] = [{"result": task["predictions"][0]["result"]}]
+        file.write_text(json.dumps(tasks))
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.format == form
+    assert dataset.problems == ()
+    assert dataset.classes == results[0].classes
+    assert [image.path for image in dataset.images] == [tmp_path / one.name for one in results]
+    first, second = dataset.images
+    assert (first.width, first.height) == (20, 40)
+    assert second.annotations == ()
+    again = torch.tensor([a.box for a in first.annotations])
+    torch.testing.assert_close(again, boxes, rtol=0, atol=5.1e-4 if form == "cvat" else 2e-6)
+    assert [a.label for a in first.annotations] == results[0].labels.tolist()
+
+
+@pytest.mark.parametrize("form", ["labelstudio", "cvat"])
+def test_half_a_file_of_pre_annotations_is_never_there(tmp_path: Path, form: str) -> None:
+    def killed() -> None:
+        with open_outputs(tmp_path, [form]) as write_one:
+            write_one(found())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed()
+    assert [file for file in files(tmp_path) if "tasks" in file or "annotations" in file] == []

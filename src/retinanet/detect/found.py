@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,31 @@ class Found:
                 for box, score, label in self
             ],
         }
+
+    def to_supervision(self) -> Any:
+        """The same objects as ``supervision.Detections``; see :mod:`retinanet.detect.supervision`.
+
+        Raises:
+            MissingExtraError: supervision is not installed.
+        """
+        from retinanet.detect.supervision import to_supervision
+
+        return to_supervision(self)
+
+    def from_supervision(self, objects: Any) -> Found:
+        """The same picture with what became of its objects in supervision: filtered, merged, ...
+
+        Args:
+            objects: ``supervision.Detections`` in pixels of this picture, with classes and
+                confidences.
+
+        Raises:
+            DataError: it has no classes or no confidences, or classes that this detector lacks.
+        """
+        from retinanet.detect.supervision import from_supervision
+
+        kept = from_supervision(objects, num_classes=len(self.classes))
+        return replace(self, boxes=kept.boxes, scores=kept.scores, labels=kept.labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from PIL import Image
 
+from retinanet import __version__
 from retinanet.config import check_choice
+from retinanet.data.drawing import PALETTE
 from retinanet.detect.found import DRAWN_SCORE, Failure, Found
 from retinanet.errors import DataError
 from retinanet.files import open_atomic, write_atomic
@@ -27,8 +32,11 @@ from retinanet.files import open_atomic, write_atomic
 Write = Callable[[Found | Failure], None]
 """Takes what came of one picture."""
 
-OUTPUT_FORMATS = ("json", "pictures", "coco", "csv", "yolo")
+OUTPUT_FORMATS = ("json", "pictures", "coco", "csv", "yolo", "labelstudio", "cvat")
 """What :func:`open_outputs` can write."""
+
+LOCAL_FILES = "/data/local-files/?d="
+"""Where Label Studio finds a file of its own disk, by its path under the document root."""
 
 _CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -42,16 +50,20 @@ def open_outputs(
     image_ids: Mapping[Path, int | str] | None = None,
     drawn_score: float = DRAWN_SCORE,
     confidences: bool = True,
+    image_root: str = LOCAL_FILES,
+    model_version: str = f"retinanet {__version__}",
 ) -> Iterator[Write]:
     """Write what is found into `folder`, in each of `formats`.
 
-    ============  ==========================================================================
-    ``json``      ``detections.json``, see :func:`write_json`
-    ``pictures``  ``pictures/NAME``, the pictures with boxes drawn on them
-    ``coco``      ``coco_results.json``, see :func:`write_coco`
-    ``csv``       ``detections.csv``, a row an object
-    ``yolo``      ``labels/NAME.txt``, and ``classes.txt``
-    ============  ==========================================================================
+    ===============  =======================================================================
+    ``json``         ``detections.json``, see :func:`write_json`
+    ``pictures``     ``pictures/NAME``, the pictures with boxes drawn on them
+    ``coco``         ``coco_results.json``, see :func:`write_coco`
+    ``csv``          ``detections.csv``, a row an object
+    ``yolo``         ``labels/NAME.txt``, and ``classes.txt``
+    ``labelstudio``  ``label_studio_tasks.json``, see :func:`write_label_studio`
+    ``cvat``         ``cvat_annotations.xml``, see :func:`write_cvat`
+    ===============  =======================================================================
 
     Args:
         folder: made where it is missing; files of an earlier call are overwritten.
@@ -59,6 +71,7 @@ def open_outputs(
         image_ids: as in :func:`write_coco`.
         drawn_score: score from which a box is drawn.
         confidences: whether YOLO's lines end in the score.
+        image_root, model_version: as in :func:`write_label_studio`.
 
     Raises:
         ConfigError: an unknown format.
@@ -70,6 +83,10 @@ def open_outputs(
         "coco": partial(write_coco, folder / "coco_results.json", image_ids=image_ids),
         "csv": partial(write_csv, folder / "detections.csv"),
         "yolo": partial(write_yolo, folder, confidences=confidences),
+        "labelstudio": partial(
+            write_label_studio, folder, image_root=image_root, model_version=model_version
+        ),
+        "cvat": partial(write_cvat, folder),
     }
     chosen = list(dict.fromkeys(formats))
     for name in chosen:
@@ -202,6 +219,189 @@ def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Writ
         write_atomic(folder / "labels" / name, "".join(f"{line}\n" for line in lines))
 
     yield write
+
+
+@contextmanager
+def write_label_studio(
+    folder: str | Path,
+    *,
+    image_root: str = LOCAL_FILES,
+    model_version: str = f"retinanet {__version__}",
+) -> Iterator[Write]:
+    """Pre-annotations for Label Studio: ``label_studio_tasks.json``, a task a picture.
+
+    Beside it ``label_studio_config.xml``, the labelling interface with the classes, for the
+    project's settings. Sources: https://labelstud.io/guide/predictions and
+    https://labelstud.io/tags/rectanglelabels
+
+    Args:
+        folder: where both go.
+        image_root: what stands before a picture's name to make its address: the part of a URL, or
+            :data:`LOCAL_FILES` with or without a folder under the document root and a ``/``.
+        model_version: by which Label Studio tells predictions of several models apart.
+    """
+    folder = Path(folder)
+    with open_atomic(folder / "label_studio_tasks.json") as out:
+        between = "\n"
+        out.write("[")
+
+        def write(one: Found | Failure) -> None:
+            nonlocal between
+            if isinstance(one, Failure):
+                return
+            if between == "\n":
+                config = _label_studio_config(one.classes)
+                write_atomic(folder / "label_studio_config.xml", config)
+            # A name may hold bytes that are no text; an address can.
+            address = image_root + quote(one.name, safe="/", errors="surrogateescape")
+            prediction: dict[str, object] = {
+                "model_version": model_version,
+                "result": [
+                    _label_studio_region(place, box.tolist(), score, one.classes[label], one.size)
+                    for place, (box, score, label) in enumerate(one)
+                ],
+            }
+            if len(one):
+                prediction["score"] = round(float(one.scores.mean()), 6)
+            task = {"data": {"image": address}, "predictions": [prediction]}
+            out.write(f"{between}{_json(task)}")
+            between = ",\n"
+
+        yield write
+        out.write("\n]\n")
+
+
+def _label_studio_region(
+    place: int, box: list[float], score: float, name: str, size: tuple[int, int]
+) -> dict[str, object]:
+    """A rectangle in percent of the picture."""
+    height, width = size
+    x1, y1, x2, y2 = box
+    shares = {
+        "x": x1 / width,
+        "y": y1 / height,
+        "width": (x2 - x1) / width,
+        "height": (y2 - y1) / height,
+    }
+    return {
+        "id": f"box{place}",
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": round(score, 6),
+        "value": {
+            **{side: round(100 * share, 6) for side, share in shares.items()},
+            "rotation": 0,
+            "rectanglelabels": [name],
+        },
+    }
+
+
+def _label_studio_config(classes: tuple[str, ...]) -> str:
+    """The labelling interface of a project: a picture, and upright rectangles of the classes."""
+    view = ET.Element("View")
+    ET.SubElement(view, "Image", name="image", value="$image", zoom="true")
+    control = ET.SubElement(
+        view, "RectangleLabels", name="label", toName="image", canRotate="false"
+    )
+    for label, name in enumerate(classes):
+        ET.SubElement(control, "Label", value=_xml(name), background=_colour(label))
+    ET.indent(view)
+    return ET.tostring(view, encoding="unicode") + "\n"
+
+
+@contextmanager
+def write_cvat(folder: str | Path) -> Iterator[Write]:
+    """Pre-annotations for CVAT: ``cvat_annotations.xml``, "CVAT for images 1.1".
+
+    Pictures are known by their names in the task. Beside it ``cvat_labels.json``, the classes for
+    the "Raw" tab of a new task's labels; each has an attribute for the score.
+    Source: https://docs.cvat.ai/docs/manual/advanced/xml_format/
+    """
+    folder = Path(folder)
+    with open_atomic(folder / "cvat_annotations.xml") as out:
+        out.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
+        images = count()
+
+        def write(one: Found | Failure) -> None:
+            if isinstance(one, Failure):
+                return
+            place = next(images)
+            if place == 0:
+                write_atomic(folder / "cvat_labels.json", _cvat_labels(one.classes))
+                out.write(ET.tostring(_cvat_meta(one.classes), encoding="unicode") + "\n")
+            height, width = one.size
+            image = ET.Element(
+                "image", id=str(place), name=_xml(one.name), width=str(width), height=str(height)
+            )
+            for box, score, label in one:
+                sides = (f"{value:.3f}" for value in box.tolist())
+                values = {
+                    "label": _xml(one.classes[label]),
+                    "source": "auto",
+                    "occluded": "0",
+                    **dict(zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)),
+                    "z_order": "0",
+                }
+                element = ET.SubElement(image, "box", values)
+                ET.SubElement(element, "attribute", name="score").text = f"{score:.6f}"
+            ET.indent(image)
+            out.write(ET.tostring(image, encoding="unicode") + "\n")
+
+        yield write
+        out.write("</annotations>\n")
+
+
+def _cvat_meta(classes: tuple[str, ...]) -> ET.Element:
+    meta = ET.Element("meta")
+    task = ET.SubElement(meta, "task")
+    ET.SubElement(task, "mode").text = "annotation"
+    labels = ET.SubElement(task, "labels")
+    for place, name in enumerate(classes):
+        label = ET.SubElement(labels, "label")
+        ET.SubElement(label, "name").text = _xml(name)
+        ET.SubElement(label, "color").text = _colour(place)
+        ET.SubElement(label, "type").text = "rectangle"
+        attribute = ET.SubElement(ET.SubElement(label, "attributes"), "attribute")
+        for key, value in {**_CVAT_SCORE, "mutable": "False", "values": ""}.items():
+            ET.SubElement(attribute, key).text = value
+    ET.indent(meta)
+    return meta
+
+
+# CVAT has no field for a score; as text, for its numbers are whole.
+_CVAT_SCORE: dict[str, str] = {"name": "score", "input_type": "text", "default_value": ""}
+
+
+def _cvat_labels(classes: tuple[str, ...]) -> str:
+    score = {**_CVAT_SCORE, "mutable": False, "values": [""]}
+    labels = [
+        {
+            "name": _xml(name),
+            "color": _colour(place),
+            "type": "rectangle",
+            "attributes": [score],
+        }
+        for place, name in enumerate(classes)
+    ]
+    return json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
+
+
+def _colour(label: int) -> str:
+    """Of a class, as in the pictures that we draw."""
+    red, green, blue = PALETTE[label % len(PALETTE)]
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _xml(text: str) -> str:
+    """`text` without the characters that XML cannot hold, not even escaped."""
+    return _NOT_XML.sub("\ufffd", text)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from retinanet.data.splits import split_word
 
 JSON_TEXT = "segmentation"
 """The key of `extra` that is kept as JSON text: as lists, COCO's masks would fill gigabytes."""
@@ -78,10 +81,53 @@ def is_picture(name: str | Path) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def can_be_a_file(name: str) -> bool:
+    """Whether a file may have this path at all: no zero byte, no part longer than disks allow."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    parts = encoded.replace(b"\\", b"/").split(b"/")
+    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
+
+
 def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
     """The pictures in a folder, sorted by path; `deep`: and in the folders below."""
     found = folder.rglob("*") if deep else folder.glob("*")
     return sorted(file for file in found if is_picture(file.name) and file.is_file())
+
+
+def files_by_split(path: Path, suffix: str, is_one: Callable[[Path], bool]) -> dict[str, Path]:
+    """Label files of many pictures each, by split; one that names no split is the split ``""``.
+
+    Args:
+        path: such a file, or a folder that holds some: directly, in annotations/, or in a folder a
+            split.
+        suffix: lower-case extension with its dot.
+        is_one: looks into a file.
+    """
+    if path.is_file():
+        folders, listed = [], [path]
+    elif path.is_dir():
+        folders = [path, path / "annotations"]
+        listed = [file for folder in folders if folder.is_dir() for file in _sorted(folder)]
+        subs = [sub for sub in _sorted(path) if sub.is_dir() and split_word(sub.name)]
+        listed += [file for sub in subs for file in _sorted(sub)]
+    else:
+        return {}
+    found = [one for one in listed if one.suffix.lower() == suffix and one.is_file()]
+    found = [one for one in found if is_one(one)]
+    splits: dict[str, Path] = {}
+    for file in found:
+        in_own_folder = path.is_dir() and file.parent not in folders
+        word = split_word(file.stem) or (split_word(file.parent.name) if in_own_folder else None)
+        alone = word or "" if len(found) == 1 else file.stem
+        splits[word if word and word not in splits else alone] = file
+    return splits
+
+
+def _sorted(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
 
 
 def from_text(key: str, text: str) -> Any:
@@ -120,3 +166,15 @@ def to_flag(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in ("1", "true", "yes")
     return bool(value)
+
+
+def enclosing_box(
+    box: tuple[float, float, float, float], degrees: float, about: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """The upright box around `box` turned clockwise, as seen, about a point; pixels."""
+    angle = math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    corners = [(x - about[0], y - about[1]) for x in (box[0], box[2]) for y in (box[1], box[3])]
+    xs = [about[0] + x * cos - y * sin for x, y in corners]
+    ys = [about[1] + x * sin + y * cos for x, y in corners]
+    return min(xs), min(ys), max(xs), max(ys)

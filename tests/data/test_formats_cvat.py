@@ -1,0 +1,250 @@
+"""Reading CVAT for images 1.1."""
+
+from __future__ import annotations
+
+import random
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from labelled_folders import MakePicture, voc_xml, write
+
+from retinanet.data import check_datasets, convert, find_format, read_dataset, read_splits
+from retinanet.data.fix import write_fixed
+from retinanet.errors import DataError
+
+META = (
+    "<version>1.1</version><meta><task><labels>"
+    "<label><name>dog</name><attributes/></label><label><name>cat</name></label>"
+    "<label><name>ear</name><parent>dog</parent></label>"
+    "</labels></task></meta>"
+)
+
+
+def box(label: str = "cat", sides: str = 'xtl="1.25" ytl="2" xbr="11" ybr="7.5"', more: str = "",
+        inside: str = "") -> str:  # fmt: skip
+    return f'<box label="{label}" {sides} {more}>{inside}</box>'
+
+
+def image(name: str = "a.jpg", inside: str = "", id_: int = 0, more: str = "") -> str:
+    return f'<image id="{id_}" name="{name}" width="40" height="30" {more}>{inside}</image>'
+
+
+def annotations(*images: str, meta: str = META) -> str:
+    return f"<?xml version='1.0'?><annotations>{meta}{''.join(images)}</annotations>"
+
+
+def test_boxes_labels_and_background(tmp_path: Path, picture: MakePicture) -> None:
+    for seed, name in enumerate(("a.jpg", "b.jpg")):
+        picture(tmp_path / "images" / name, seed=seed)
+    text = annotations(image("a.jpg", box() + box("dog")), image("b.jpg", id_=7))
+    file = write(tmp_path / "annotations.xml", text)
+    for path in (file, tmp_path):
+        assert find_format(path) == "cvat"
+        dataset = read_dataset(path, "all")
+        assert dataset.problems == ()
+        assert dataset.classes == ("dog", "cat")  # the order of <meta>; parts of skeletons left out
+        first, second = dataset.images
+        assert first.path == tmp_path / "images" / "a.jpg"
+        assert [(a.box, a.label) for a in first.annotations] == [
+            ((1.25, 2, 11, 7.5), 1),
+            ((1.25, 2, 11, 7.5), 0),
+        ]
+        assert (second.id, second.annotations, second.width, second.height) == (7, (), 40, 30)
+    assert check_datasets(read_splits(tmp_path)).problems == ()
+
+
+def test_voc_is_still_voc(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    write(tmp_path / "a.xml", voc_xml("a.jpg", [("cat", (1, 2, 11, 7))]))
+    assert find_format(tmp_path) == "voc"
+
+
+def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, picture: MakePicture) -> None:
+    places = ("Train/day/a.jpg", "Train/night/a.jpg", "Validation/b.jpg", "default/c.jpg")
+    for seed, place in enumerate(places):
+        picture(tmp_path / "images" / place, seed=seed)
+    text = annotations(
+        image("day/a.jpg", box(), more='subset="Train"'),
+        image("night/a.jpg", box(), more='subset="Train"'),
+        image("b.jpg", box(), more='subset="Validation"'),
+        image("c.jpg", box(), more='subset="default"'),
+    )
+    write(tmp_path / "annotations.xml", text)
+    train, val = (read_dataset(tmp_path, split) for split in ("train", "val"))
+    found = [one.path.relative_to(tmp_path / "images").as_posix() for one in train.images]
+    assert found == list(places[:2])
+    assert [one.path.name for one in val.images] == ["b.jpg"]
+    every = read_dataset(tmp_path, "all").images
+    assert sorted(one.path.name for one in every) == ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]
+    assert all(one.path.is_file() for one in every)
+
+
+def test_a_file_a_split(tmp_path: Path, picture: MakePicture) -> None:
+    for split in ("train", "valid"):
+        picture(tmp_path / "images" / f"{split}.jpg")
+        write(tmp_path / f"{split}.xml", annotations(image(f"{split}.jpg", box())))
+    splits = read_splits(tmp_path)
+    assert {name: one.images[0].id for name, one in splits.items()} == {"train": 0, "val": 0}
+    assert {one.classes for one in splits.values()} == {("dog", "cat")}
+
+
+def test_extra_comes_along(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    inside = '<attribute name="score">0.5</attribute><attribute name="breed">pug</attribute>'
+    text = box(more='occluded="1" z_order="0" source="auto"', inside=inside)
+    write(tmp_path / "x.xml", annotations(image(inside=text)))
+    (one,) = read_dataset(tmp_path, "all").images[0].annotations
+    wanted = {"occluded": 1, "source": "auto", "attributes": {"score": 0.5, "breed": "pug"}}
+    assert one.extra == wanted
+    (bare,) = read_dataset(tmp_path, "all", extras=False).images[0].annotations
+    assert bare.extra == {}
+
+
+def test_outside_is_not_in_the_picture(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    write(tmp_path / "x.xml", annotations(image(inside=box(more='outside="1"') + box())))
+    dataset = read_dataset(tmp_path, "all")
+    assert [a.id for a in dataset.images[0].annotations] == [1]
+    assert dataset.problems == ()
+
+
+def test_without_meta_names_are_sorted(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    write(tmp_path / "x.xml", annotations(image(inside=box() + box("ant")), meta=""))
+    assert read_dataset(tmp_path, "all").classes == ("ant", "cat")
+
+
+def test_faults_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    inside = (
+        box()
+        + box("cow")
+        + box(sides='xtl="one" ytl="2" xbr="3" ybr="4"')
+        + box(sides='xtl="1" ytl="2" xbr="3"')
+        + box(more='rotation="nan"')
+        + box(sides='xtl="10" ytl="10" xbr="30" ybr="20"', more='rotation="90"')
+        + '<polygon label="cat" points="1,2;3,4;5,6"/><tag label="cat"/>'
+    )
+    text = annotations(image(inside=inside), image("", id_=4), image("x" * 300, id_=5))
+    dataset = read_dataset(write(tmp_path / "x.xml", text), "all")
+    assert [(p.kind, p.object, p.reason) for p in dataset.problems] == [
+        (
+            "box-not-a-number",
+            2,
+            "a.jpg, cat: xtl 'one', ytl '2', xbr '3', ybr '4', rotation None: not numbers",
+        ),
+        (
+            "box-not-a-number",
+            3,
+            "a.jpg, cat: xtl '1', ytl '2', xbr '3', ybr None, rotation None: not numbers",
+        ),
+        ("box-not-a-number", 4, "a.jpg, cat: rotation nan is not an angle"),
+        ("box-rotated", 5, "a.jpg, cat: is turned by 90 degrees"),
+        ("shape-not-box", 6, "a.jpg: 'cat' is drawn as a polygon, not as a box"),
+        ("label-unreadable", 1, "image 4 has no name"),
+        ("label-unreadable", 1, "image 5 has no file name"),
+        ("class-unknown", 1, "a.jpg: label 'cow' is not one of 2 in <meta>"),
+    ]
+    # Turned by a right angle about its centre (20, 15): 10 wide and 20 high.
+    kept = dataset.images[0].annotations
+    assert [a.id for a in kept] == [0, 5]
+    assert kept[1].box == pytest.approx((15, 5, 25, 25))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotations><image", "x.xml: not XML: unclosed token"),
+        ("<annotations><track id='0' label='cat'/></annotations>", 'it is "CVAT for video"'),
+        ("<other><annotations/></other>", "its root is not <annotations>"),
+        ("<?xml version='1.0' encoding='nonsense'?><annotations/>", "not XML|cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_splits(write(tmp_path / "x.xml", text))
+
+
+def test_a_bomb_of_entities_is_refused(tmp_path: Path) -> None:
+    entities = "".join(
+        f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+    )
+    text = f'<!DOCTYPE x [<!ENTITY a "{"lol" * 100}">{entities}]><annotations>&j;</annotations>'
+    with pytest.raises(DataError, match="amplification"):
+        read_splits(write(tmp_path / "x.xml", text))
+
+
+def test_files_of_the_machine_are_not_read_through_entities(tmp_path: Path) -> None:
+    secret = write(tmp_path / "secret.txt", "secret")
+    text = (
+        f'<!DOCTYPE x [<!ENTITY s SYSTEM "{secret.as_uri()}">]>'
+        f'<annotations>{META}<image id="0" name="&s;"/></annotations>'
+    )
+    with pytest.raises(DataError, match="not XML"):
+        read_splits(write(tmp_path / "x.xml", text))
+
+
+def test_it_is_read_alone(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "cvat" / "a.jpg")
+    sides = 'xtl="5" ytl="2" xbr="50" ybr="7"'
+    write(tmp_path / "cvat" / "x.xml", annotations(image(inside=box(sides=sides))))
+    convert(tmp_path / "cvat", tmp_path / "coco", "coco")
+    again = read_dataset(tmp_path / "coco", "all")
+    assert again.images[0].annotations[0].box == (5, 2, 50, 7)
+    with pytest.raises(DataError, match=r"cvat can be read, not written; choose .*coco, voc"):
+        convert(tmp_path / "coco", tmp_path / "other", "cvat")
+    splits = read_splits(tmp_path / "cvat")
+    written = write_fixed(splits, check_datasets(splits), tmp_path / "fixed")
+    assert written.format == "coco"
+    fixed = read_dataset(tmp_path / "fixed", "all")
+    assert fixed.images[0].annotations[0].box == (5, 2, 40, 7)
+
+
+def test_mutated_files_never_crash(tmp_path: Path, picture: MakePicture) -> None:
+    picture(tmp_path / "a.jpg")
+    inside = box(more='rotation="30" occluded="1"', inside='<attribute name="s">1</attribute>')
+    whole = annotations(image(inside=inside, more='subset="Train"'), image("b/c.jpg")).encode()
+    odd = (b"-1", b"1e999", b"\xff", b"\x00", b"&x;", b"<", b">", b'"', b"", b"nan", b"../" * 90)
+    source = random.Random(0)
+    file = tmp_path / "x.xml"
+    read = 0
+    for _ in range(600):
+        text = bytearray(whole)
+        for _ in range(source.randint(1, 3)):
+            at = source.randrange(len(text))
+            text[at : at + source.choice((0, 1, 5, 40))] = source.choice(odd)
+        file.write_bytes(text)
+        try:
+            for dataset in read_splits(file).values():
+                assert all(0 <= a.label < 9 for i in dataset.images for a in i.annotations)
+            read += 1
+        except DataError:
+            pass
+    assert read > 20
+
+
+@pytest.mark.data
+def test_a_real_data_set_as_cvat_writes_it(real_data: Path, tmp_path: Path) -> None:
+    splits = read_splits(real_data / "bccd")
+    root = ET.Element("annotations")
+    for name, dataset in splits.items():
+        for one in dataset.images:
+            size = {"width": str(one.width), "height": str(one.height)}
+            element = ET.SubElement(root, "image", name=one.path.name, subset=name, **size)
+            for annotation in one.annotations:
+                sides = zip(("xtl", "ytl", "xbr", "ybr"), annotation.box, strict=True)
+                values = {"label": dataset.classes[annotation.label], "occluded": "0"}
+                values |= {side: f"{value:.2f}" for side, value in sides}
+                ET.SubElement(element, "box", values)
+    (tmp_path / "images").symlink_to(next(iter(splits["train"].images)).path.parent)
+    ET.ElementTree(root).write(tmp_path / "annotations.xml")
+    again = read_splits(tmp_path)
+    assert list(again) == list(splits)
+    for name, dataset in splits.items():
+        assert again[name].classes == dataset.classes
+        for one, other in zip(dataset.images, again[name].images, strict=True):
+            assert other.path.is_file()
+            assert [(a.box, a.label) for a in one.annotations] == [
+                (a.box, a.label) for a in other.annotations
+            ]
