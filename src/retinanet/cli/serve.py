@@ -1,0 +1,151 @@
+"""``retinanet serve``: a page and REST about one model or several."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from retinanet.cli.console import STOPPED, note, say
+
+_KEY = "RETINANET_API_KEY"
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run folders, checkpoints, exported files, torchvision/NAME or hf://OWNER/NAME; "
+            "NAME=MODEL gives it another name. The first answers where none is named.",
+        ),
+    ],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: one that is free.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(help="Threads that run the network, which share the cores of a CPU.")
+    ] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pictures of one size that the network takes at once.",
+            show_default="1 on a CPU, else 8",
+        ),
+    ] = None,
+    max_wait_ms: Annotated[
+        float | None, typer.Option(help="Wait so long for a batch to fill.", show_default="0")
+    ] = None,
+    queue: Annotated[
+        int | None,
+        typer.Option(help="Pictures in work and waiting; over it: 503.", show_default="128"),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Of a request.", show_default="33,554,432")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of a picture.", show_default="50,000,000")
+    ] = None,
+    max_pictures: Annotated[
+        int | None, typer.Option(help="Of a request.", show_default="32")
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for a request, upload included.", show_default="60"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Ask for it. In the environment, as {_KEY}, other users of this machine do not "
+            "see it.",
+            show_default="none",
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
+    ] = None,
+    nms_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Of two boxes with more IoU the weaker goes.", show_default="the model's, .5"
+        ),
+    ] = None,
+    class_agnostic: Annotated[
+        bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
+    ] = False,
+    detections_per_image: Annotated[
+        int | None, typer.Option(help="Boxes a picture.", show_default="the model's, 100")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    calibrate: Annotated[
+        str | None, typer.Option(help="Pictures on which int8 is calibrated.")
+    ] = None,
+) -> None:
+    """Serve models to browsers (a page) and programs (REST), until Ctrl-C.
+
+    Requests that run are finished first; a second Ctrl-C ends at once.
+    """
+    from retinanet.serve import Settings, build_app, check_installed
+    from retinanet.serve.models import judged, model_names
+
+    check_installed()
+    given: dict[str, Any] = {
+        "workers": workers,
+        "batch_size": batch_size,
+        "max_wait_ms": max_wait_ms,
+        "queue": queue,
+        "max_bytes": max_bytes,
+        "max_pixels": max_pixels,
+        "max_pictures": max_pictures,
+        "timeout": timeout,
+        "api_key": os.environ.get(_KEY) if api_key is None else api_key,
+    }
+    assert given.keys() <= {one.name for one in fields(Settings)}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    named = model_names(models)
+
+    from retinanet.detect import load
+    from retinanet.serve.server import bind, serve, share_cores
+
+    thresholds: dict[str, Any] = {
+        "score_threshold": score_threshold,
+        "nms_threshold": nms_threshold,
+        "detections_per_image": detections_per_image,
+        "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
+    }
+    with bind(host, port) as listening:
+        share_cores(settings.workers)
+        detectors = {}
+        for name, path in named.items():
+            detectors[name] = load(
+                path,
+                device,
+                precision=precision,
+                backend=backend,
+                calibrate=calibrate,
+                image_size=image_size,
+                **{key: value for key, value in thresholds.items() if value is not None},
+            )
+            note(f"{name}: {detectors[name].network.description}")
+        app = build_app(
+            detectors, settings, judged={name: judged(path) for name, path in named.items()}
+        )
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+        if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            note("whoever reaches this address may use it: --api-key asks for a key")
+        ended_by = serve(
+            app, listening, settings, ready=lambda: say(f"serving at {address}; Ctrl-C ends it")
+        )
+    if ended_by == 2:  # SIGINT
+        raise typer.Exit(STOPPED)
