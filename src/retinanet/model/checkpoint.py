@@ -102,17 +102,24 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
     Args:
         path: a run folder (its best, else its last), a checkpoint folder, a ``model.safetensors``
-            in one, or ``torchvision/retinanet_resnet50_fpn`` or ``.._v2`` (fetched once, cached).
+            in one, ``torchvision/retinanet_resnet50_fpn`` or ``.._v2``, or ``hf://OWNER/NAME`` of
+            the Hugging Face hub, maybe with ``@REVISION`` (fetched once, cached).
         device: where the model goes.
 
     Raises:
         WeightsError: there is no such checkpoint, or it is damaged or made for something else.
-        MissingExtraError: its backbone needs timm.
+        MissingExtraError: its backbone needs timm, or the hub huggingface_hub.
     """
+    from retinanet.model.hub import fetch_hub, hub_source, is_hub_name  # it asks this module
+
     if str(path).startswith("torchvision/"):
         checkpoint = _from_torchvision(str(path))
+    elif is_hub_name(path):
+        folder = fetch_hub(path)
+        checkpoint = _read(folder)
+        checkpoint.info["source"] = hub_source(path, folder)
     else:
-        checkpoint = _read(_find(Path(path)))
+        checkpoint = _read(find_checkpoint(Path(path)))
     checkpoint.model.to(device).eval()
     return checkpoint
 
@@ -122,7 +129,7 @@ def _any_inside(folder: Path) -> bool:
     return not folder.is_dir() or next(folder.iterdir(), None) is not None
 
 
-def _find(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means."""
     folder = path.parent if path.name in (WEIGHTS_FILE, TEXT_FILE) else path
     for candidate in map(readable_folder, (folder, folder / "best", folder / "last")):

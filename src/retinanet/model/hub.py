@@ -1,0 +1,136 @@
+"""Checkpoints from the Hugging Face hub: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
+
+Fetched once and cached by huggingface_hub, which also knows the token (``hf auth login`` or
+``HF_TOKEN``), another hub (``HF_ENDPOINT``), and how to do without a network
+(``HF_HUB_OFFLINE=1``). Of a repository only the two files of a checkpoint are fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from retinanet.errors import MissingExtraError, WeightsError
+from retinanet.model.checkpoint import TEXT_FILE, WEIGHTS_FILE
+
+# A Path makes one slash of two.
+_NAME = re.compile(r"hf:/{1,2}(?P<repository>[^/@\s]+/[^/@\s]+)(?:@(?P<revision>[^@\s]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubName(NamedTuple):
+    """What a name on the hub says; `revision` is a branch, a tag or a commit, None the newest."""
+
+    repository: str
+    revision: str | None
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether `name` means a place on the hub rather than on this disk."""
+    return Path(name).as_posix().startswith("hf:/")
+
+
+def parse_hub_name(name: str | Path) -> HubName:
+    """The repository and the revision of ``hf://OWNER/NAME@REVISION``.
+
+    Raises:
+        WeightsError: it is not of that form.
+    """
+    found = _NAME.fullmatch(str(name) if isinstance(name, str) else name.as_posix())
+    if found is None:
+        raise WeightsError(
+            f"{name} names no model: write hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
+        )
+    return HubName(found["repository"], found["revision"])
+
+
+def fetch_hub(name: str | Path) -> Path:
+    """The folder of the cache that holds a checkpoint of the hub; its name is the commit.
+
+    Args:
+        name: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
+
+    Raises:
+        WeightsError: there is no such model or revision, or none that may be seen; it holds no
+            checkpoint of this package; or it is not in the cache and the hub cannot be reached.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    repository, revision = parse_hub_name(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtraError("huggingface_hub", "hub") from None
+    wanted = [WEIGHTS_FILE, TEXT_FILE]
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, library_name="retinanet"
+            )
+        )
+    except Exception as error:  # of the hub, the network or the disk: each has classes of its own
+        refuse_hub(error, f"hf://{repository}", revision)
+    missing = [one for one in wanted if not (folder / one).is_file()]
+    if missing:
+        raise WeightsError(
+            f"hf://{repository} holds no {' and no '.join(missing)}: it is no checkpoint of "
+            f"retinanet's"
+        )
+    return folder
+
+
+def hub_source(name: str | Path, folder: Path) -> str:
+    """The name with the commit that `folder` holds, so that it can be fetched again as it is."""
+    repository, revision = parse_hub_name(name)
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    return f"hf://{repository}@{commit}" if commit else f"hf://{repository}"
+
+
+def refuse_hub(error: Exception, name: str, revision: str | None = None) -> NoReturn:
+    """Say in one line what the hub's `error` means.
+
+    Raises:
+        WeightsError: always.
+    """
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    offline = "it is not in the cache, and HF_HUB_OFFLINE is set: fetch it once without"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        why = f"is no name on the hub: {_first(error)}"
+    elif isinstance(error, errors.GatedRepoError):
+        why = f"is gated: accept its terms at {hub}/{name.removeprefix('hf://')}, then give a token"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = f"has no revision {revision!r}"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        why = (
+            f"is not on {hub}, or is private and your token (hf auth login, or HF_TOKEN) "
+            f"does not reach it"
+        )
+    elif status == 403:
+        why = f"is not yours to change: the token has no right to it ({_first(error)})"
+    elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        why = offline
+    elif status is not None:
+        why = f"cannot be had: {hub} answered {status}: {_first(error)}"
+    elif isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
+        why = f"cannot be had: {hub} is not reached, and it is not in the cache"
+    else:
+        why = f"cannot be had: {type(error).__name__}: {_first(error)}"
+    separator = ": " if why == offline else " "
+    raise WeightsError(f"{name}{separator}{why}") from None
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether the connection failed: httpx's errors are no OSErrors, and its name has changed."""
+    return any(
+        one.__module__.startswith("httpx") or one in (ConnectionError, TimeoutError)
+        for one in type(error).__mro__
+    )
+
+
+def _first(error: Exception) -> str:
+    """The first line of a message that says something."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
