@@ -141,6 +141,8 @@ class DataConfig(_Section):
     crop: bool = False  # a random crop back to the size before jitter
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
     any_corner: bool = False  # pictures lie in any corner of the batch, not the upper left alone
+    order: Literal["pictures", "shards"] = "pictures"  # shards: each process reads its own, in turn
+    shard_window: int = Field(4, ge=1)  # shards whose pictures are shuffled together, by shards
     workers: int | Literal["auto"] = "auto"  # processes that load pictures
     held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
     split_seed: int | None = None  # which pictures those are; None: by train.seed

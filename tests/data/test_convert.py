@@ -14,9 +14,10 @@ import yaml
 from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
 
 from retinanet.data import Annotation, Dataset, LabelledImage, convert, read_dataset, read_splits
+from retinanet.data.archives import read_picture_file
 from retinanet.errors import DataError
 
-FORMATS = ("coco", "voc", "yolo", "csv")
+FORMATS = ("coco", "voc", "yolo", "csv", "webdataset")
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def _plain(splits: dict[str, Dataset], *, ids: bool = False, more: bool = False)
         name: [
             (
                 image.path.name,
-                image.path.read_bytes(),
+                read_picture_file(image.path),
                 (image.width, image.height),
                 image.id if ids else None,
                 objects(image, dataset.classes),
@@ -222,7 +223,9 @@ def test_names_that_would_meet(tmp_path: Path, picture: MakePicture) -> None:
     for to in FORMATS:
         convert({"train": read_dataset(tmp_path / "in", "all")}, tmp_path / to, to)
         found = read_dataset(tmp_path / to, "all")
-        assert sorted((i.annotations[0].box[0], i.path.read_bytes()) for i in found.images) == [
+        assert sorted(
+            (i.annotations[0].box[0], read_picture_file(i.path)) for i in found.images
+        ) == [
             (i + 1, (tmp_path / "in" / "images" / name).read_bytes())
             for i, name in enumerate(names)
         ]
@@ -273,7 +276,7 @@ def test_made_splits_are_written_and_told(tmp_path: Path, picture: MakePicture) 
 
 def test_refusals(tmp_path: Path, source: Path) -> None:
     with pytest.raises(
-        DataError, match="no format 'yolov8': coco, voc, yolo, csv; did you mean yolo"
+        DataError, match="no format 'yolov8': coco, voc, yolo, csv, webdataset; did you mean yolo"
     ):
         convert(source, tmp_path / "out", "yolov8")
     with pytest.raises(DataError, match="must not be, hold or lie in the data"):

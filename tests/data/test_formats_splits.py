@@ -107,7 +107,7 @@ def test_missing_splits_and_folders_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file or folder"):
         read_dataset(tmp_path / "gone", format="coco")
     with pytest.raises(
-        DataError, match="no format 'coca': coco, voc, yolo, csv; did you mean coco"
+        DataError, match="no format 'coca': coco, labelstudio, cvat, voc, yolo, csv, webdat"
     ):
         read_dataset(tmp_path, format="coca")
     (tmp_path / "empty").mkdir()

@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorReach, CheckReport, Dataset, Statistics
 
-Data = Annotated[Path, typer.Argument(help="A labelled folder or file: COCO, VOC, YOLO or CSV.")]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, or CVAT's or "
+        "Label Studio's export."
+    ),
+]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="coco, voc, yolo or csv.", show_default="found by itself"),
+    typer.Option(
+        "--format",
+        help="coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
+        show_default="found by itself",
+    ),
 ]
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Whose image size and anchors are looked at.")
@@ -97,9 +107,15 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A labelled folder or file.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     *,
-    to: Annotated[str, typer.Option(help="coco, voc, yolo or csv.")],
+    to: Annotated[str, typer.Option(help="coco, voc, yolo, csv or webdataset.")],
     format: Format = None,
     pictures: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
+    shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MB", help="Of webdataset: pictures (1000) or bytes (256MB) of a shard."
+        ),
+    ] = "256MB",
     seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = 0,
     held_out: Annotated[float, typer.Option(help="Share for val, where the data has none.")] = 0.2,
     json: Json = False,
@@ -118,6 +134,7 @@ def convert(
             seed=seed,
             held_out=held_out,
             pictures=pictures,  # type: ignore[arg-type]  # looked at above
+            shard_size=shard_size,
             progress=show,
         )
     if json:

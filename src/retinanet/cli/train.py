@@ -19,7 +19,7 @@ def train(
         Path | None,
         typer.Argument(
             metavar="DATA",
-            help="A labelled folder or file: COCO, VOC, YOLO or CSV.",
+            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...",
             show_default=False,
         ),
     ] = None,
@@ -43,7 +43,7 @@ def train(
     init: Annotated[
         str | None,
         typer.Option(
-            help="Start from this run, checkpoint or torchvision/NAME: what fits is kept."
+            help="Start from this run, checkpoint, torchvision/NAME or hf://OWNER/NAME."
         ),
     ] = None,
     epochs: Annotated[

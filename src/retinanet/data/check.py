@@ -16,10 +16,12 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.faults import CLIPPED, box_fault
 from retinanet.data.loading import usable_cpus
 from retinanet.data.statistics import Statistics, count_objects
+from retinanet.errors import DataError
 
 KINDS: dict[str, str] = {
     "image-missing": "the picture is not there",
@@ -28,6 +30,9 @@ KINDS: dict[str, str] = {
     "image-extension": "the file is of another format than its name says",
     "image-in-two-splits": "the same picture is in two splits",
     "image-id-duplicate": "two pictures have one id",
+    "image-changed": "a picture in a shard is not what the shard's index says",
+    "index-missing": "a shard has no index, where the others have one",
+    "key-duplicate": "two files of a shard would be one sample",
     "size-wrong": "the labels give the picture another size than it has",
     "label-missing": "a picture has no label file where its format wants one",
     "label-unreadable": "a label file, or a row of it, cannot be read",
@@ -39,6 +44,8 @@ KINDS: dict[str, str] = {
     "box-empty": "a box has no width or no height",
     "box-outside": "a box lies outside its picture, wholly or in part",
     "box-duplicate": "an object is there twice",
+    "box-rotated": "a box is turned, and boxes here are upright",
+    "shape-not-box": "an object is drawn as another shape than a box",
 }
 """Every kind of problem that can be reported, in words."""
 
@@ -141,7 +148,7 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     left_out: list[Problem] = []
     images: list[LabelledImage] = []
     for image in dataset.images:
-        if not image.path.is_file():
+        if not archives.is_picture_file(image.path):
             left_out.append(_missing(image))
             continue
         kept: list[Annotation] = []
@@ -171,11 +178,17 @@ def _open_all(paths: Sequence[Path]) -> Iterator[Picture]:
 
 def _open(path: Path) -> Picture:
     try:
-        content = path.read_bytes()
+        content = archives.read_picture_file(path)
+        held = archives.find_member(path)
     except FileNotFoundError:
         return Picture(failure=("image-missing", "no such picture"))
     except OSError as error:
         return Picture(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
+    except DataError as error:
+        return Picture(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
+    if held is not None and held.digest and held.digest != archives.digest_of(content):
+        reason = "its bytes are not those that the index was made of; copy the shard again"
+        return Picture(failure=("image-changed", reason))
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
         return _decode(path, content, digest)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retinanet.config import nearest
+from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.formats import FORMATS, read_splits
-from retinanet.data.formats.writing import Placing, Writing, new_folder, size_of
+from retinanet.data.formats import FORMATS, WRITABLE, read_splits
+from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import DataError, ImageError
 
 
@@ -21,7 +22,7 @@ class Written:
 
     Attributes:
         folder: where it lies.
-        format: ``coco``, ``voc``, ``yolo`` or ``csv``.
+        format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
         images: pictures by split.
         objects: objects by split, without those counted in `lost`.
         origins: how each split came about.
@@ -45,6 +46,7 @@ def convert(
     seed: int = 0,
     held_out: float = 0.2,
     pictures: Placing = "copy",
+    shard_size: str = SHARD_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write a data set in another format, splits and all; the source is never touched.
@@ -57,26 +59,37 @@ def convert(
     Args:
         source: a folder or file, or its splits.
         target: a new or empty folder.
-        to: ``coco``, ``voc``, ``yolo`` or ``csv``.
+        to: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
         format: of the source; None finds it.
         seed, held_out: for splits where the source has none; see
             :func:`retinanet.data.formats.read_dataset`.
         pictures: ``copy``, ``hardlink`` or ``symlink``.
+        shard_size: samples (``1000``) or bytes (``256MB``) of a WebDataset shard at the most.
         progress: is called with pictures done and in all.
 
     Raises:
         DataError: an unknown format, a source that cannot be read, or a target that is not empty or
             lies in the source.
     """
-    if to not in FORMATS:
-        raise DataError(f"no format {to!r}: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+    if to not in WRITABLE:
+        if to in FORMATS:
+            raise DataError(f"{to} can be read, not written; choose {', '.join(WRITABLE)}")
+        raise DataError(f"no format {to!r}: {', '.join(WRITABLE)}{nearest(to, WRITABLE)}")
     if isinstance(source, Mapping):
         splits = dict(source)
     else:
         splits = read_splits(source, format=format, seed=seed, held_out=held_out)
     lost: Counter[str] = Counter()
     splits = {name: _writable(dataset, lost) for name, dataset in splits.items()}
-    return write(splits, target, to, pictures=pictures, progress=progress, lost=lost)
+    return write(
+        splits,
+        target,
+        to,
+        pictures=pictures,
+        shard_size=shard_size,
+        progress=progress,
+        lost=lost,
+    )
 
 
 def write(
@@ -85,6 +98,7 @@ def write(
     to: str,
     *,
     pictures: Placing = "copy",
+    shard_size: str = SHARD_SIZE,
     suffixes: Mapping[Path, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     lost: Counter[str] | None = None,
@@ -98,9 +112,13 @@ def write(
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no picture to write")
     folder = Path(target)
+    write_format = FORMATS[to].write
+    assert write_format is not None, f"{to} cannot be written"  # callers look at WRITABLE
     with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
-        writing = Writing(splits, draft, pictures, suffixes or {}, progress, lost or Counter())
-        FORMATS[to].write(writing)
+        writing = Writing(
+            splits, draft, pictures, suffixes or {}, progress, lost or Counter(), shard_size
+        )
+        write_format(writing)
     return Written(
         folder,
         to,
@@ -117,7 +135,7 @@ def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
     for problem in dataset.problems:
         lost[f"unreadable labels ({problem.kind})"] += 1
     for image in dataset.images:
-        if not image.path.is_file():
+        if not archives.is_picture_file(image.path):
             lost["pictures that are not there"] += 1
             continue
         try:

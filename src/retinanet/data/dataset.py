@@ -42,7 +42,8 @@ class LabelledImage:
     """One picture and its objects.
 
     Attributes:
-        path: the picture's file.
+        path: the picture's file; inside a tar ``shard.tar/KEY.jpg``, which
+            :mod:`retinanet.data.archives` reads.
         id: the source's own id (COCO's image id, else the file's stem).
         annotations: its objects; none makes it a picture of pure background.
         width, height: pixels as the labels state them; None where the format does not say.
@@ -86,7 +87,7 @@ class Dataset:
         classes: names by label.
         category_ids: the source's own ids by label (COCO's 1..90; 0..K-1 or 1..K elsewhere).
         split: the split's name, such as ``train``.
-        format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``synthetic``.
+        format: one of :data:`retinanet.data.formats.FORMATS`, or ``synthetic``.
         source: the folder or file that was read.
         problems: what could not even be read into an annotation.
         split_origin: how the split came about (``the format's own``, ``seed 0, 20% held out``).

@@ -11,6 +11,7 @@ from retinanet.data.check import CheckReport, Picture, in_two_splits, labelled_a
 from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.faults import fixed_box
+from retinanet.data.formats import WRITABLE
 from retinanet.data.formats.finding import JSON_TEXT
 from retinanet.data.formats.writing import Placing
 from retinanet.errors import DataError
@@ -25,6 +26,8 @@ def write_fixed(
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write a corrected copy in the same format; the data themselves are never touched.
+
+    Of a format that can be read alone, the copy is COCO.
 
     Boxes are clipped to their picture and turned round where inverted; empty ones, those that are
     not numbers, and repeated objects are dropped, and so are pictures that are missing or cannot be
@@ -62,7 +65,7 @@ def write_fixed(
     return write(
         fixed,
         folder,
-        "coco" if form == "synthetic" else form,
+        form if form in WRITABLE else "coco",
         pictures=pictures,
         suffixes={path: one.suffix for path, one in report.pictures.items() if one.suffix},
         progress=progress,

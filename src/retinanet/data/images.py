@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from retinanet.data.archives import find_member
 from retinanet.errors import ImageError
 
 try:
@@ -78,7 +79,8 @@ def read_image(source: ImageSource) -> Tensor:
     - Animations and many pages: the first picture.
 
     Args:
-        source: a file (its format is told by its content, not by its name), the bytes of one, a PIL
+        source: a file (its format is told by its content, not by its name), also one inside a tar
+            (``shard.tar/KEY.jpg``, see :mod:`retinanet.data.archives`), the bytes of one, a PIL
             image, an array (H, W) or (H, W, 1 | 2 | 3 | 4) in the order RGB (OpenCV's is BGR:
             reverse it), or a tensor (H, W) or (1 | 2 | 3 | 4, H, W).
 
@@ -128,7 +130,7 @@ def _read(source: ImageSource, wanted: tuple[int, int] | None) -> tuple[Tensor, 
             return _whole(_from_pil(source))
     name, file = _opened(source)
     with _failures_named(name):
-        jpeg = _jpeg_bytes(source) if simplejpeg is not None else b""
+        jpeg = _jpeg_bytes(file) if simplejpeg is not None else b""
         complaint = ""
         if jpeg:
             try:
@@ -168,10 +170,11 @@ def _by_pillow(file: Any, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple
             return _from_pil(picture.crop((0, 0, columns, rows))), size
 
 
-def _jpeg_bytes(source: str | os.PathLike[str] | bytes | bytearray) -> bytes:
+def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
     """The content of a JPEG file, empty if it is of another kind."""
-    if isinstance(source, bytes | bytearray):
-        return bytes(source) if source[:3] == b"\xff\xd8\xff" else b""
+    if isinstance(source, BytesIO):
+        content = source.getvalue()
+        return content if content[:3] == b"\xff\xd8\xff" else b""
     with open(source, "rb") as file:
         start = file.read(3)
         return start + file.read() if start == b"\xff\xd8\xff" else b""
@@ -410,7 +413,8 @@ def _opened(source: str | os.PathLike[str] | bytes | bytearray) -> tuple[str, An
     """A picture's name for messages, and what Pillow opens."""
     if isinstance(source, bytes | bytearray):
         return "bytes of a picture", BytesIO(source)
-    return os.fspath(source), source
+    held = find_member(source)
+    return os.fspath(source), source if held is None else BytesIO(held.read())
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -5,32 +5,42 @@ and so on. Step s of P processes with B pictures each takes the places s * P * B
 * B of it, and rank r takes its own B of those. Every choice is drawn from (seed, epoch, picture)
 or (seed, step), so a batch depends neither on the step at which the loader was started nor on the
 number of workers, and the pictures of a step do not depend on how many processes share them.
+
+For data in shards (:mod:`retinanet.data.formats.webdataset`) there is another order, in which each
+process reads shards of its own, a few at a time. It has all of the above but the last: with another
+number of processes, or of pictures a process, an epoch goes by in another order.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
+from retinanet.data import archives
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
-from retinanet.errors import ImageError
+from retinanet.errors import DataError, ImageError
 from retinanet.structures import IGNORED, Batch, pad_targets
 
 DIVISOR = 32
 """Height and width of every batch are multiples of it: the coarsest stride of a plain backbone."""
+
+
+Order = Literal["pictures", "shards"]
+"""What an epoch is a permutation of: all pictures, or shards and then the pictures of a few."""
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -72,6 +82,8 @@ def train_loader(
     crop: bool = False,
     colour: float = 0.0,
     any_corner: bool = False,
+    order: Order = "pictures",
+    shard_window: int = 4,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -95,6 +107,13 @@ def train_loader(
         any_corner: let each picture lie in a random corner of its place in the batch, so that each
             of its borders is now the batch's and now padding. A network that sees padding below
             and at the right alone misses objects there once a picture comes without.
+        order: ``pictures``: each epoch is a permutation of all pictures, the same for any number of
+            processes. ``shards``: the shards are shuffled, dealt out to the processes in pieces of
+            as many pictures as each takes of that epoch (a shard where two pieces meet is read by
+            both, each its part), and the pictures of `shard_window` shards at a time are shuffled
+            together. Every picture still comes once an epoch over all processes.
+        shard_window: how many shards a process reads at a time: more mix better, and ask more of
+            the disk and of the memory that keeps what was read of it.
         workers: processes that load; 0: the caller's own. See :func:`default_workers`.
         rank, world_size: this process's place among those that train together.
         fill: RGB of the padding: the model's pixel mean, so that it is about 0 after normalisation.
@@ -106,9 +125,12 @@ def train_loader(
 
     Raises:
         ValueError: the data set is empty, or a number is out of range.
+        DataError: `order` is ``shards`` and a picture lies in none.
         ImageError: (from the loop) a picture cannot be read.
     """
     _check(dataset, batch_size, workers, rank, world_size)
+    if shard_window < 1:
+        raise ValueError(f"shard_window {shard_window} is not 1 or more")
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step {start_step} is not in 0..steps ({steps})")
     batches = _TrainBatches(
@@ -122,6 +144,9 @@ def train_loader(
         world_size=world_size,
         fill=tuple(fill),
         any_corner=any_corner,
+        shards=(
+            _shards(dataset, shard_window, batch_size, world_size) if order == "shards" else None
+        ),
     )
     return _loader(batches, range(start_step, steps), workers)
 
@@ -197,6 +222,7 @@ class _Pictures:
         paths = [os.fsencode(image.path) for image in dataset.images]
         self._paths = b"".join(paths)
         self._path_ends = torch.tensor([0, *accumulate(map(len, paths))])
+        self._members = _members(dataset)
         annotations = [image.annotations for image in dataset.images]
         self._ends = torch.tensor([0, *accumulate(map(len, annotations))])
         flat = [one for of_image in annotations for one in of_image]
@@ -208,14 +234,82 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def path(self, index: int) -> str:
+    def path(self, index: int) -> str | archives.Member:
+        """Where a picture is, in a shard with its place there: no worker reads an index."""
         start, end = self._path_ends[index : index + 2].tolist()
-        return os.fsdecode(self._paths[start:end])
+        path = self._paths[start:end]
+        if self._members is None:
+            return os.fsdecode(path)
+        length, offset, size = self._members[index].tolist()
+        if not length:
+            return os.fsdecode(path)
+        name = os.fsdecode(path[-length:]).replace(os.sep, "/")
+        archive = archives.address_of(os.fsdecode(path[: -length - 1]))
+        return archives.Member(archive, name, offset, size)
 
     def objects(self, index: int) -> tuple[Tensor, Tensor]:
         """(M, 4) boxes in pixels of the picture on disk, and (M,) labels."""
         start, end = self._ends[index : index + 2].tolist()
         return self._boxes[start:end], self._labels[start:end]
+
+
+def _members(dataset: Dataset) -> Tensor | None:
+    """(N, 3) length in bytes of the name in the shard, offset and size; None: there are no shards.
+
+    Zeros where a picture is in none, or not where it should be: whoever reads it will say so.
+    """
+    rows: list[tuple[int, int, int]] = []
+    for image in dataset.images:
+        try:
+            member = archives.find_member(image.path)
+        except DataError:
+            member = None
+        length = 0 if member is None else len(os.fsencode(member.name))
+        rows.append((0, 0, 0) if member is None else (length, member.offset, member.size))
+    return torch.tensor(rows) if any(length for length, _, _ in rows) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shards:
+    """The pictures by shard, and how they are dealt out.
+
+    Attributes:
+        pictures: (N,) indices, shard after shard.
+        ends: (S + 1,) where each shard begins and ends in them.
+        window: shards that are shuffled together.
+        batch_size: pictures that a process takes at a time.
+        world_size: processes.
+    """
+
+    pictures: Tensor
+    ends: Tensor
+    window: int
+    batch_size: int
+    world_size: int
+
+
+def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> _Shards:
+    """
+    Raises:
+        DataError: a picture lies in no shard.
+    """
+    by_shard: dict[str, list[int]] = {}
+    for index, image in enumerate(dataset.images):
+        archive = archives.archive_of(image.path)
+        if archive is None:
+            raise DataError(
+                f"data.order=shards: {image.path} lies in no shard; make them with "
+                f'"retinanet data convert {dataset.source} DIR --to webdataset", or leave '
+                f"data.order as it is"
+            )
+        by_shard.setdefault(archive, []).append(index)
+    return _Shards(
+        torch.tensor(list(chain.from_iterable(by_shard.values()))),
+        torch.tensor([0, *accumulate(map(len, by_shard.values()))]),
+        window,
+        batch_size,
+        world_size,
+    )
 
 
 class _TrainBatches(TorchDataset["Batch | _Failure"]):
@@ -232,6 +326,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         world_size: int,
         fill: tuple[float, ...],
         any_corner: bool,
+        shards: _Shards | None,
     ) -> None:
         self._pictures = pictures
         self._transform = transform
@@ -243,6 +338,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         self._world_size = world_size
         self._fill = fill
         self._any_corner = any_corner
+        self._shards = shards
 
     def __getitem__(self, step: int) -> Batch | _Failure:
         shorter, transform = self._image_size, self._transform
@@ -255,7 +351,10 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         chosen = []
         for place in range(first, first + self._batch_size):
             epoch, position = divmod(place, len(self._pictures))
-            index = _order(self._seed, epoch, len(self._pictures))[position]
+            if self._shards is None:
+                index = _order(self._seed, epoch, len(self._pictures))[position]
+            else:
+                index = _order_by_shards(self._seed, epoch, self._shards)[position]
             chosen.append((index, random.Random(f"{self._seed} picture {epoch} {index}")))
         return _load(self._pictures, chosen, transform, shorter, self._fill, self._any_corner)
 
@@ -292,6 +391,48 @@ def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
     order = list(range(count))
     random.Random(f"{seed} epoch {epoch}").shuffle(order)
     return order
+
+
+@lru_cache(maxsize=2)
+def _order_by_shards(seed: int, epoch: int, shards: _Shards) -> Sequence[int]:
+    """The permutation of an epoch in which each process meets a piece of the shuffled shards.
+
+    Each process takes the places of the epoch that any order gives it, and finds there the pictures
+    of its own piece: so steps, epochs and resuming are those of the order by pictures.
+    """
+    ends = shards.ends.tolist()
+    pictures = shards.pictures.tolist()
+    turns = list(range(len(ends) - 1))
+    random.Random(f"{seed} shards {epoch}").shuffle(turns)
+    sequence = [(shard, i) for shard in turns for i in pictures[ends[shard] : ends[shard + 1]]]
+    first = epoch * len(pictures)
+    ranks = [
+        place // shards.batch_size % shards.world_size
+        for place in range(first, first + len(pictures))
+    ]
+    shares = Counter(ranks)
+    pieces: list[Iterator[int]] = []
+    begin = 0
+    for rank in range(shards.world_size):
+        piece = sequence[begin : begin + shares[rank]]
+        begin += shares[rank]
+        draw = random.Random(f"{seed} windows {epoch} {rank}")
+        pieces.append(iter(_shuffled_by_windows(piece, shards.window, draw)))
+    return [next(pieces[rank]) for rank in ranks]
+
+
+def _shuffled_by_windows(
+    piece: Sequence[tuple[int, int]], window: int, draw: random.Random
+) -> list[int]:
+    """Pictures of (shard, picture) in which those of `window` shards at a time are shuffled."""
+    shards = list(dict.fromkeys(shard for shard, _ in piece))
+    turn = {shard: place // window for place, shard in enumerate(shards)}
+    windows: list[list[int]] = [[] for _ in range(-(-len(shards) // window))]
+    for shard, picture in piece:
+        windows[turn[shard]].append(picture)
+    for one in windows:
+        draw.shuffle(one)
+    return list(chain.from_iterable(windows))
 
 
 def _load(

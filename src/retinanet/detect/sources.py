@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from retinanet.data import archives
 from retinanet.data.images import IMAGE_SUFFIXES, read_image, read_reduced
 from retinanet.detect.found import Failure
 from retinanet.errors import DataError, ImageError
@@ -83,6 +84,8 @@ def is_video(given: str | Path) -> bool:
 def is_single(given: Any) -> bool:
     """Whether `given` is one picture rather than several: neither list, folder, glob nor batch."""
     if isinstance(given, str | Path):
+        if _is_archive(given):
+            return False
         return os.path.isfile(given) or not (os.path.isdir(given) or glob.has_magic(str(given)))
     if isinstance(given, Tensor | np.ndarray):
         return given.ndim != 4
@@ -93,10 +96,11 @@ def find_sources(given: Any) -> list[Source]:
     """The pictures that `given` stands for, in order; those of folders and globs sorted by name.
 
     Args:
-        given: a path, a folder (with its subfolders), a glob (``**`` goes into subfolders), an
-            array (H, W, 3) or (H, W) in RGB, a tensor (3, H, W) or (1, H, W), a batch (B, ...) of
-            those, a PIL image, the bytes of a picture file, or a sequence of any of them. For types
-            other than uint8 see :func:`retinanet.data.images.read_image`.
+        given: a path, a folder (with its subfolders), a ``.tar`` of pictures (or a folder of
+            those), a glob (``**`` goes into subfolders), an array (H, W, 3) or (H, W) in RGB, a
+            tensor (3, H, W) or (1, H, W), a batch (B, ...) of those, a PIL image, the bytes of a
+            picture file, or a sequence of any of them. For types other than uint8 see
+            :func:`retinanet.data.images.read_image`.
 
     Raises:
         DataError: a path does not exist, a folder or a glob holds no picture, or a type is unknown.
@@ -161,28 +165,66 @@ def _expand_path(given: str | Path) -> Iterator[Source]:
     path = Path(given)
     # What exists is never a glob, whatever brackets its name holds.
     if path.is_dir():
-        files = sorted(_pictures_under(path))
+        files = sorted(_files_under(path, _is_picture)) or sorted(_files_under(path, _is_archive))
         if not files:
-            raise DataError(f"{given}: no picture in this folder ({_SUFFIXES})")
-        yield from (Source(file, file.relative_to(path).as_posix()) for file in files)
+            raise DataError(f"{given}: no picture in this folder ({_SUFFIXES}), and no .tar")
+        yield from _named(files, path)
+    elif _is_archive(path):
+        yield from _members(path, "")
+    elif archives.archive_of(path) is not None:
+        yield Source(path, path.name)
     elif path.is_file():
         yield Source(given, path.name)
     elif glob.has_magic(str(given)):
         matches = (Path(match) for match in glob.iglob(str(given), recursive=True))
-        files = sorted(match for match in matches if _is_picture(match) and match.is_file())
+        files = sorted(
+            match
+            for match in matches
+            if _is_archive(match) or (_is_picture(match) and match.is_file())
+        )
         if not files:
             raise DataError(f"{given}: no picture matches ({_SUFFIXES})")
         parts = path.parts
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        yield from (Source(file, Path(*file.parts[fixed:]).as_posix()) for file in files)
+        yield from _named(files, Path(*parts[:fixed]))
     else:
         raise DataError(f"{given}: there is no such file or folder")
 
 
-def _pictures_under(folder: Path) -> Iterator[Path]:
+def _named(files: Iterable[Path], folder: Path) -> Iterator[Source]:
+    """Pictures, and those in archives, by their places under `folder`."""
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if _is_archive(file):
+            yield from _members(file, f"{name}/")
+        else:
+            yield Source(file, name)
+
+
+def _members(archive: Path, before: str) -> Iterator[Source]:
+    """The pictures of a tar, in its order."""
+    names = [
+        name
+        for name in archives.contents_of(archives.address_of(archive)).members
+        if _is_picture(Path(name))
+    ]
+    if not names:
+        raise DataError(f"{archive}: no picture in this archive ({_SUFFIXES})")
+    yield from (Source(archive / name, f"{before}{name}") for name in names)
+
+
+def _is_archive(given: str | Path) -> bool:
+    path = Path(given)
+    if path.suffix.lower() != archives.SUFFIX or path.name.startswith("."):
+        return False
+    return archives.is_remote(path) or path.is_file()
+
+
+def _files_under(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(where, name) for name in names if _is_picture(Path(name)))
+        files = (Path(where, name) for name in names)
+        yield from (file for file in files if wanted(file))
 
 
 def _is_picture(file: Path) -> bool:

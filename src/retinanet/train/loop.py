@@ -352,6 +352,8 @@ def train_subject(
         crop=recipe.data.crop,
         colour=recipe.data.colour,
         any_corner=recipe.data.any_corner,
+        order=recipe.data.order,
+        shard_window=recipe.data.shard_window,
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from retinanet.config import nearest
+from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.formats import coco, csv, voc, yolo
+from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
 from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import hold_out
 from retinanet.errors import DataError
@@ -22,23 +23,37 @@ class Format(NamedTuple):
     Attributes:
         recognise: whether a folder or file is of this format.
         read: its splits by name, each read when called; the split of no name is ``""``.
-        write: writes splits into a new folder.
+        write: writes splits into a new folder; None: the format is read alone.
         looked_for: what `recognise` looks for, in words.
     """
 
     recognise: Callable[[Path], bool]
     read: Callable[..., dict[str, Callable[[], Dataset]]]
-    write: Callable[[Writing], None]
+    write: Callable[[Writing], None] | None
     looked_for: str
 
 
-# In the order of asking: a VOC folder may well hold a CSV beside it.
+# In the order of asking: a VOC folder may well hold a CSV beside it, and CVAT's root is called all
+# but as VOC's.
 FORMATS: dict[str, Format] = {
     "coco": Format(coco.is_coco, coco.read_coco, coco.write_coco, coco.LOOKED_FOR),
+    "labelstudio": Format(
+        label_studio.is_label_studio, label_studio.read_label_studio, None, label_studio.LOOKED_FOR
+    ),
+    "cvat": Format(cvat.is_cvat, cvat.read_cvat, None, cvat.LOOKED_FOR),
     "voc": Format(voc.is_voc, voc.read_voc, voc.write_voc, voc.LOOKED_FOR),
     "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.write_yolo, yolo.LOOKED_FOR),
     "csv": Format(csv.is_csv, csv.read_csv, csv.write_csv, csv.LOOKED_FOR),
+    "webdataset": Format(
+        webdataset.is_webdataset,
+        webdataset.read_webdataset,
+        webdataset.write_webdataset,
+        webdataset.LOOKED_FOR,
+    ),
 }
+
+WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
+"""Formats that a data set can be written in."""
 
 
 def find_format(path: str | Path) -> str:
@@ -48,8 +63,7 @@ def find_format(path: str | Path) -> str:
         DataError: nothing is there, or nothing that we know; the message lists what was looked for.
     """
     place = Path(path)
-    if not place.exists():
-        raise DataError(f"{place}: there is no such file or folder")
+    _must_exist(place)
     for name, form in FORMATS.items():
         if form.recognise(place):
             return name
@@ -76,7 +90,7 @@ def read_dataset(
         split: ``train``, ``val``, ``test`` or another that the data has; ``all`` is every picture.
             Where the format has no splits, ``train`` and ``val`` are made by `seed`; where it has
             ``train`` but no ``val``, that is held out of ``train`` and ``test`` stays untouched.
-        format: ``coco``, ``voc``, ``yolo`` or ``csv``; None finds it.
+        format: one of :data:`FORMATS`, such as ``coco``; None finds it.
         seed: which pictures are held out.
         held_out: share of the pictures for ``val``, in (0, 1), where it has to be made.
         extras: keep what training does not need (masks, licences, ...); False saves memory.
@@ -124,8 +138,8 @@ def digest(dataset: Dataset) -> str:
     total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
     for image in dataset.images:
         try:
-            size = image.path.stat().st_size
-        except OSError:
+            size = archives.file_size(image.path)
+        except (OSError, DataError):
             size = -1
         boxes = [(a.box, a.label, a.crowd, a.difficult) for a in image.annotations]
         total.update(repr((image.path.name, size, boxes)).encode())
@@ -138,12 +152,18 @@ def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Calla
         format = find_format(place)
     elif format not in FORMATS:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
-    elif not place.exists():
-        raise DataError(f"{place}: there is no such file or folder")
+    else:
+        _must_exist(place)
     lazy = FORMATS[format].read(place, extras=extras)
     if not lazy:
         raise DataError(f"{place}: no {format} data here. Looked for {FORMATS[format].looked_for}")
     return lazy
+
+
+def _must_exist(place: Path) -> None:
+    """A remote store is asked by the format that reads one."""
+    if not archives.is_remote(place) and not place.exists():
+        raise DataError(f"{place}: there is no such file or folder")
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:

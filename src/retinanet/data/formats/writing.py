@@ -13,11 +13,15 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
+from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 
 Placing = Literal["copy", "hardlink", "symlink"]
 """How a picture comes into the new folder."""
+
+SHARD_SIZE = "256MB"
+"""How much a WebDataset shard holds, unless told."""
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class Writing:
         suffixes: other extensions for pictures whose own lies.
         progress: is called with pictures done and in all.
         lost: what the format cannot hold, counted by what it is.
+        shard_size: of WebDataset: samples (``1000``) or bytes (``256MB``) at the most.
     """
 
     splits: Mapping[str, Dataset]
@@ -39,6 +44,7 @@ class Writing:
     suffixes: Mapping[Path, str] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
     lost: Counter[str] = field(default_factory=Counter)
+    shard_size: str = SHARD_SIZE
 
     def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
         """A file name for each picture of each split, the picture's own where it is free.
@@ -82,7 +88,12 @@ class Writing:
 
     def _place_one(self, pair: tuple[Path, Path]) -> None:
         source, target = pair
-        if self.placing == "copy":
+        held = archives.find_member(source)
+        if held is not None:
+            if self.placing != "copy":
+                raise DataError(f"{source}: lies in an archive, so it can only be copied")
+            target.write_bytes(held.read())
+        elif self.placing == "copy":
             shutil.copyfile(source, target)
         elif self.placing == "hardlink":
             os.link(source.resolve(), target)

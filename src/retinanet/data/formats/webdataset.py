@@ -1,0 +1,548 @@
+"""WebDataset: tar shards with ``KEY.jpg`` and ``KEY.json`` of each picture.
+
+Source: https://github.com/webdataset/webdataset (files of one key are one sample; a key ends at the
+first dot of the file's name).
+
+``KEY.json`` is ``{"width": 640, "height": 480, "objects": [{"class": "cat", "box": [x1, y1, x2,
+y2]}]}``, boxes in pixels of the upright picture; ``objects`` is all that must be there.
+``retinanet.json`` beside the shards says which classes and splits there are; shards without it are
+read too, with the classes that their objects name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from retinanet.data import archives
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.formats.finding import JSON_TEXT, is_picture, to_flag, to_number
+from retinanet.data.formats.writing import Writing, size_of
+from retinanet.data.splits import split_word
+from retinanet.errors import ConfigError, DataError
+from retinanet.files import write_atomic
+
+LOOKED_FOR = "WebDataset: uncompressed .tar shards with KEY.jpg and KEY.json"
+
+CATALOGUE = "retinanet.json"
+"""Beside the shards: classes, and the shards of each split."""
+
+_LAYOUT = "retinanet-webdataset"
+_VERSION = 1
+_KEY = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
+_NUMBER = re.compile(r"[-_.]?[0-9]+$")
+_SHARD_SIZE = re.compile(r"([0-9]+)(?:(\.[0-9]+)? ?(KB|MB|GB))?", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_IN_WORDS = '{"objects": [{"class": "cat", "box": [x1, y1, x2, y2]}]}'
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalogue:
+    """What ``retinanet.json`` says, or what was found without it.
+
+    Attributes:
+        classes, category_ids: of all splits; None: its objects must be asked.
+        shards: addresses by split.
+        extra: what is said of the whole, by split.
+        file: None where there is none.
+    """
+
+    classes: tuple[str, ...] | None
+    category_ids: tuple[int, ...]
+    shards: Mapping[str, list[str]]
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    file: str | None = None
+
+
+def is_webdataset(path: Path) -> bool:
+    """Whether `path` is a shard or a folder of shards, here or at an fsspec address."""
+    address = archives.address_of(path)
+    if address.lower().endswith(archives.SUFFIX) and (
+        archives.is_remote(address) or path.is_file()
+    ):
+        return True
+    if CATALOGUE in archives.list_names(address):
+        return _load_catalogue(f"{address}/{CATALOGUE}") is not None
+    shards = [one for of_split in _find_shards(address).values() for one in of_split]
+    return bool(shards) and (archives.is_remote(address) or _begins_with_a_sample(shards[0]))
+
+
+def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+    """The splits of a folder of shards, or the one of a single shard; each is read when called.
+
+    Pictures stay where they are: ``train-000000.tar/KEY.jpg`` is their path.
+
+    Args:
+        path: the folder or the ``.tar``, or an fsspec address of either.
+        extras: keep what else is said of objects and pictures.
+
+    Raises:
+        DataError: a shard is missing, cut off or not as its index says, ``retinanet.json`` is
+            broken, or no sample has the layout.
+    """
+    catalogue = _catalogue(archives.address_of(path))
+    if catalogue.classes is None:
+        classes, category_ids = _named_classes(catalogue.shards)
+    else:
+        classes, category_ids = catalogue.classes, catalogue.category_ids
+
+    def reader(split: str) -> Callable[[], Dataset]:
+        return lambda: _read_split(catalogue, split, classes, category_ids, path, extras)
+
+    return {split: reader(split) for split in catalogue.shards}
+
+
+# ---- which shards
+
+
+def _catalogue(address: str) -> _Catalogue:
+    """Of a folder or a single shard."""
+    single = address.lower().endswith(archives.SUFFIX)
+    folder, _, name = address.rpartition("/") if single else (address, "", "")
+    if single and not archives.is_remote(address):
+        folder = os.path.dirname(address) or "."
+        name = os.path.basename(address)
+    file = f"{folder}/{CATALOGUE}"
+    told = _load_catalogue(file)
+    if told is None:
+        return _Catalogue(
+            None, (), {_split_of(name): [address]} if single else _find_shards(folder)
+        )
+    try:
+        classes = tuple(str(one) for one in told["classes"])
+        category_ids = tuple(int(one) for one in told["category_ids"])
+        listed = {str(k): [str(one) for one in v["shards"]] for k, v in told["splits"].items()}
+        extra = {str(split): dict(v.get("extra", {})) for split, v in told["splits"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file}: is broken ({type(error).__name__}: {error}); delete it to read the shards "
+            f"without"
+        ) from None
+    if len(set(category_ids)) != len(classes) or len(category_ids) != len(classes):
+        raise DataError(f"{file}: has {len(classes)} classes and category_ids {category_ids}")
+    known = {shard for shards in listed.values() for shard in shards}
+    there = {one for one in archives.list_names(folder) if one.lower().endswith(archives.SUFFIX)}
+    for strange in sorted(known ^ there):
+        how = "is not there" if strange in known else "is not listed"
+        raise DataError(
+            f"{folder}/{strange}: {how}, by {file}; bring the shards that belong together, or "
+            f"delete {CATALOGUE} to read those that are there"
+        )
+    if single and name not in known:
+        raise DataError(f"{address}: there is no such file")
+    if single:
+        listed = {split: [name] for split, shards in listed.items() if name in shards}
+    shards = {k: [f"{folder}/{one}" for one in names] for k, names in listed.items()}
+    return _Catalogue(classes, category_ids, shards, extra, file)
+
+
+def _load_catalogue(file: str) -> dict[str, Any] | None:
+    """Its content, None where it is not there or another program's.
+
+    Raises:
+        DataError: it is of a later version of this package.
+    """
+    try:
+        content = json.loads(archives.read_file(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("layout") != _LAYOUT:
+        return None
+    if content.get("version") != _VERSION:
+        raise DataError(
+            f"{file}: has version {content.get('version')!r} of the layout, and this retinanet "
+            f"reads {_VERSION}; update it"
+        )
+    return content
+
+
+def _find_shards(address: str) -> dict[str, list[str]]:
+    """Shards by split: ``train-000000.tar`` here, or any in a folder ``train``."""
+    found: dict[str, list[str]] = {}
+    names = archives.list_names(address)
+    for name in names:
+        if name.lower().endswith(archives.SUFFIX):
+            found.setdefault(_split_of(name), []).append(f"{address}/{name}")
+    for name in names:
+        word = split_word(name)
+        if word and not PurePosixPath(name).suffix:
+            inside = archives.list_names(f"{address}/{name}")
+            shards = [one for one in inside if one.lower().endswith(archives.SUFFIX)]
+            if shards:
+                found.setdefault(word, []).extend(f"{address}/{name}/{one}" for one in shards)
+    if len(found) == 1:
+        ((name, shards),) = found.items()
+        return {split_word(name) or "": shards}
+    return found
+
+
+def _split_of(name: str) -> str:
+    stem = _NUMBER.sub("", PurePosixPath(name).stem)
+    return split_word(stem) or stem
+
+
+def _begins_with_a_sample(archive: str) -> bool:
+    """Whether the first files of a tar share a key, and one is a picture."""
+    import tarfile
+
+    names: list[str] = []
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for info in tar:
+                if info.isreg() and _KEY.fullmatch(info.name):
+                    names.append(info.name)
+                if len(names) == 2:
+                    break
+    except (OSError, tarfile.TarError):
+        return False
+    keys = {found.group(1) for name in names if (found := _KEY.fullmatch(name))}
+    return len(names) == 2 and len(keys) == 1 and any(map(is_picture, names))
+
+
+# ---- samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The two files of a picture, as paths into the shard, and what the labels say."""
+
+    key: str
+    picture: Path
+    label: Path
+    content: dict[str, Any]
+
+
+def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
+    """The samples of a shard whose labels can be read, in its order."""
+    contents = archives.contents_of(archive)
+    for name in contents.repeated:
+        reason = "comes more than once in its shard; the first is read"
+        problems.append(
+            Problem("key-duplicate", _path(archive, name), None, reason, "the later are dropped")
+        )
+    files: dict[str, dict[str, str]] = {}
+    for name in contents.members:
+        if found := _KEY.fullmatch(name):
+            files.setdefault(found.group(1), {})[found.group(2).lower()] = name
+    pairs: list[tuple[str, str, str]] = []
+    for key, of_key in files.items():
+        pictures = [name for end, name in of_key.items() if "." not in end and is_picture(name)]
+        label = of_key.get("json")
+        if len(pictures) == 1 and label is not None:
+            pairs.append((key, pictures[0], label))
+        elif len(pictures) > 1:
+            reason = f"key {key!r} has {len(pictures)} pictures: {', '.join(sorted(pictures))}"
+            problems.append(
+                Problem("key-duplicate", _path(archive, pictures[0]), None, reason, _DROPPED)
+            )
+        elif pictures:
+            reason = f"key {key!r} has no .json, not even one without objects"
+            problems.append(
+                Problem("label-missing", _path(archive, pictures[0]), None, reason, _DROPPED)
+            )
+        elif label is not None:
+            reason = f"key {key!r} has labels and no picture"
+            problems.append(
+                Problem("image-missing", _path(archive, label), None, reason, "dropped")
+            )
+    labels = archives.read_members([contents.members[label] for _, _, label in pairs])
+    for (key, picture, label), text in zip(pairs, labels, strict=True):
+        content, reason = _parsed(text)
+        if content is None:
+            problems.append(
+                Problem("label-unreadable", _path(archive, label), None, reason, _DROPPED)
+            )
+        else:
+            yield _Sample(key, _path(archive, picture), _path(archive, label), content)
+
+
+_DROPPED = "the picture is dropped"
+
+
+def _path(archive: str, name: str) -> Path:
+    return Path(f"{archive}/{name}")
+
+
+def _parsed(text: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The content of a ``KEY.json``; None and what is wrong with it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
+        held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else _short(content)
+        return None, f'has no list "objects" but {held}; {_IN_WORDS} is read'
+    if not isinstance(content.get("extra", {}), dict):
+        return None, f'"extra" is no object but {_short(content["extra"])}'
+    for side in ("width", "height"):
+        value = content.get(side)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            return None, f'"{side}" is not a whole number but {_short(value)}'
+    if not isinstance(content.get("id", 0), int | str):
+        return None, f'"id" is neither number nor text but {_short(content["id"])}'
+    return content, ""
+
+
+def _named_classes(
+    shards: Mapping[str, Iterable[str]],
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The classes that the objects of all shards name, by their ids, else by name from 1 on."""
+    ids: dict[str, int | None] = {}
+    for archive in (one for of_split in shards.values() for one in of_split):
+        for sample in _samples(archive, []):
+            for thing in sample.content["objects"]:
+                name = thing.get("class") if isinstance(thing, dict) else None
+                if not isinstance(name, str):
+                    continue
+                id_ = thing.get("category_id")
+                id_ = id_ if isinstance(id_, int) and not isinstance(id_, bool) else None
+                if ids.setdefault(name, id_) != id_:
+                    raise DataError(
+                        f"{sample.label}: class {name!r} has the category_id {id_}, and "
+                        f"{ids[name]} in another sample; give each class one id, or none"
+                    )
+    known = {id_: name for name, id_ in ids.items() if id_ is not None}
+    if len(known) == len(ids):
+        return tuple(known[id_] for id_ in sorted(known)), tuple(sorted(known))
+    names = tuple(sorted(ids))
+    return names, tuple(range(1, len(names) + 1))
+
+
+def _read_split(
+    catalogue: _Catalogue,
+    split: str,
+    classes: tuple[str, ...],
+    category_ids: tuple[int, ...],
+    source: Path,
+    extras: bool,
+) -> Dataset:
+    problems: list[Problem] = []
+    images: dict[int | str, LabelledImage] = {}
+    by_id = {id_: label for label, id_ in enumerate(category_ids)}
+    by_name = {name: label for label, name in enumerate(classes)}
+    for archive in catalogue.shards[split]:
+        if catalogue.file is not None and not archives.contents_of(archive).indexed:
+            index = Path(archives.index_of(archive)).name
+            reason = f"its index {index} is not there; the shard was gone through instead"
+            problems.append(Problem("index-missing", Path(archive), None, reason, "made anew"))
+        for sample in _samples(archive, problems):
+            annotations = tuple(_objects(sample, classes, by_id, by_name, problems, extras))
+            content = sample.content
+            id_ = content.get("id", sample.key)
+            if id_ in images:
+                reason = f"image id {id_} belongs to {images[id_].path} too; results go by it"
+                problems.append(Problem("image-id-duplicate", sample.label, id_, reason, _DROPPED))
+                continue
+            images[id_] = LabelledImage(
+                path=sample.picture,
+                id=id_,
+                annotations=annotations,
+                width=content.get("width"),
+                height=content.get("height"),
+                label_file=sample.label,
+                extra=content.get("extra", {}) if extras else {},
+            )
+    unread = [one for one in problems if one.kind != "index-missing"]
+    if unread and not images:
+        first = unread[0]
+        raise DataError(f"{first.file}: {first.reason}; no sample of {split or source} can be read")
+    return Dataset(
+        images=tuple(images.values()),
+        classes=classes,
+        category_ids=category_ids,
+        split=split,
+        format="webdataset",
+        source=source,
+        problems=tuple(problems),
+        extra=catalogue.extra.get(split, {}) if extras else {},
+    )
+
+
+def _objects(
+    sample: _Sample,
+    classes: tuple[str, ...],
+    by_id: Mapping[int, int],
+    by_name: Mapping[str, int],
+    problems: list[Problem],
+    extras: bool,
+) -> Iterator[Annotation]:
+    def problem(kind: str, place: int, reason: str) -> None:
+        problems.append(Problem(kind, sample.label, place, f"object {place}: {reason}", "dropped"))
+
+    for place, thing in enumerate(sample.content["objects"]):
+        if not isinstance(thing, dict) or not isinstance(thing.get("extra", {}), dict):
+            problem("label-unreadable", place, f"is {_short(thing)}, not {_IN_WORDS[13:-2]}")
+            continue
+        name, number = thing.get("class"), thing.get("category_id")
+        label = by_id.get(number) if isinstance(number, int) else None
+        if label is None or (name is not None and classes[label] != name):
+            label = by_name.get(name) if isinstance(name, str) else None
+            if label is None or (isinstance(number, int) and number in by_id):
+                what = f"class {name!r} with category_id {number!r}"
+                problem("class-unknown", place, f"{what} is none of the {len(classes)} classes")
+                continue
+        try:
+            x1, y1, x2, y2 = (to_number(value) for value in thing["box"])
+        except (KeyError, TypeError, ValueError):
+            problem("box-not-a-number", place, f"box {_short(thing.get('box'))} is not 4 numbers")
+            continue
+        area, id_ = thing.get("area"), thing.get("id", place)
+        extra = dict(thing.get("extra", {})) if extras else {}
+        if JSON_TEXT in extra and not isinstance(extra[JSON_TEXT], str):
+            extra[JSON_TEXT] = json.dumps(extra[JSON_TEXT], separators=(",", ":"))
+        yield Annotation(
+            box=(x1, y1, x2, y2),
+            label=label,
+            id=id_ if isinstance(id_, int | str) else place,
+            crowd=to_flag(thing.get("crowd", False)),
+            difficult=to_flag(thing.get("difficult", False)),
+            area=float(area) if isinstance(area, int | float) else None,
+            extra=extra,
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- writing
+
+
+def parse_shard_size(text: str) -> tuple[int | None, int | None]:
+    """Samples, or bytes, that a shard holds at the most: of ``1000`` or ``256MB``.
+
+    Raises:
+        ConfigError: it is neither, or zero.
+    """
+    found = _SHARD_SIZE.fullmatch(text.strip())
+    if found is None or not float(f"{found.group(1)}{found.group(2) or ''}"):
+        raise ConfigError(
+            f"shard size {text!r} is neither a number of samples (1000) nor of KB, MB or GB (256MB)"
+        )
+    if found.group(3) is None:
+        return int(found.group(1)), None
+    whole = float(f"{found.group(1)}{found.group(2) or ''}")
+    return None, max(1, round(whole * _UNITS[found.group(3).upper()]))
+
+
+def write_webdataset(writing: Writing) -> None:
+    """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
+
+    A key is the name of the picture without its extension, dots turned to ``_`` since keys end at
+    one; the pictures' bytes stay as they are. The same data give the same bytes.
+
+    Raises:
+        ConfigError: the size of a shard makes no sense.
+        DataError: pictures were to be linked.
+    """
+    most, most_bytes = parse_shard_size(writing.shard_size)
+    if writing.placing != "copy":
+        raise DataError(f"pictures are copied into shards; a {writing.placing} cannot be in a tar")
+    names = writing.names(together=False, stems=True)
+    total = sum(map(len, writing.splits.values()))
+    done = 0
+    listed: dict[str, Any] = {}
+    for split, dataset in writing.splits.items():
+        shards: list[dict[str, Any]] = []
+        keys: set[str] = set()
+        with ExitStack() as stack:
+            writer: archives.ArchiveWriter | None = None
+            for image in dataset.images:
+                picture = archives.read_picture_file(image.path)
+                label = json.dumps(_content(image, dataset), ensure_ascii=False).encode()
+                if writer is None or (
+                    shards[-1]["samples"] == most
+                    or (most_bytes and writer.size + len(picture) + len(label) > most_bytes)
+                ):
+                    stack.close()
+                    file = writing.folder / f"{split or 'all'}-{len(shards):06d}.tar"
+                    writer = archives.ArchiveWriter(file)
+                    stack.callback(writer.close)
+                    shards.append({"file": file.name, "samples": 0, "objects": 0})
+                name = Path(names[split][image.path])
+                key = _free_key(name.stem.replace(".", "_"), keys)
+                writer.add(f"{key}{name.suffix or _suffix(picture)}", picture)
+                writer.add(f"{key}.json", label)
+                shards[-1]["samples"] += 1
+                shards[-1]["objects"] += len(image.annotations)
+                done += 1
+                if writing.progress:
+                    writing.progress(done, total)
+        listed[split] = {
+            "made_by": dataset.split_origin,
+            "samples": len(dataset),
+            "objects": sum(len(image.annotations) for image in dataset.images),
+            "shards": [one["file"] for one in shards],
+            "samples_by_shard": [one["samples"] for one in shards],
+            "objects_by_shard": [one["objects"] for one in shards],
+            "extra": dict(dataset.extra),
+        }
+    first = next(iter(writing.splits.values()))
+    content = {
+        "layout": _LAYOUT,
+        "version": _VERSION,
+        "classes": first.classes,
+        "category_ids": first.category_ids,
+        "splits": listed,
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_atomic(writing.folder / CATALOGUE, text + "\n")
+
+
+def _free_key(stem: str, taken: set[str]) -> str:
+    key, number = stem, 2
+    while key.lower() in taken:
+        key, number = f"{stem}_{number}", number + 1
+    taken.add(key.lower())
+    return key
+
+
+def _suffix(picture: bytes) -> str:
+    """The extension of a picture whose name has none, by its content."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    with Image.open(BytesIO(picture)) as opened:
+        form = (opened.format or "").lower()
+    return {"jpeg": ".jpg", "mpo": ".jpg", "tiff": ".tif", "jpeg2000": ".jp2"}.get(form, f".{form}")
+
+
+def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
+    """``KEY.json`` of a picture."""
+    height, width = size_of(image)
+    content: dict[str, Any] = {
+        "id": image.id,
+        "file_name": image.path.name,
+        "width": width,
+        "height": height,
+        "objects": [_object(annotation, dataset) for annotation in image.annotations],
+    }
+    return content | ({"extra": dict(image.extra)} if image.extra else {})
+
+
+def _object(annotation: Annotation, dataset: Dataset) -> dict[str, Any]:
+    thing: dict[str, Any] = {
+        "class": dataset.classes[annotation.label],
+        "category_id": dataset.category_ids[annotation.label],
+        "box": list(annotation.box),
+        "id": annotation.id,
+    }
+    if annotation.crowd:
+        thing["crowd"] = True
+    if annotation.difficult:
+        thing["difficult"] = True
+    if annotation.area is not None:
+        thing["area"] = annotation.area
+    extra = {
+        key: json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
+        for key, value in annotation.extra.items()
+    }
+    return thing | ({"extra": extra} if extra else {})

@@ -1,0 +1,666 @@
+"""Tar shards: written, read in place, by other programs and from them, and what can be wrong."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+from PIL import Image
+
+from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits, write_fixed
+from retinanet.data.formats import digest, find_format
+from retinanet.data.formats.webdataset import parse_shard_size
+from retinanet.data.images import image_size, read_image, read_reduced
+from retinanet.detect.sources import find_sources, is_single
+from retinanet.errors import ConfigError, DataError, ImageError
+
+
+@pytest.fixture
+def source(tmp_path: Path, picture: MakePicture) -> Path:
+    """Eleven pictures in two splits, with all that a label can say."""
+    root = tmp_path / "source"
+    names = [f"{number:02d}.{'png' if number % 3 else 'jpg'}" for number in range(8)]
+    for split, listed in (("train", names), ("val", ["v.one.png", "v_one.png", "V.jpg"])):
+        for seed, name in enumerate(listed):
+            picture(root / split / name, (40 + seed, 30), seed=seed + len(listed))
+    objects = [
+        coco_object(11, 1, [1.25, 2, 10.5, 5.75], 90, area=33.5, truncated=1, pose="Left"),
+        coco_object(12, 1, [0.1, 0.2, 30.7, 20.3], 7),
+        coco_object(20, 3, [4, 4, 20, 20], 7, iscrowd=1, segmentation={"counts": [1], "size": [2]}),
+        coco_object(21, 3, [5, 5, 9, 9], 7, difficult=1),
+    ]
+    images = [coco_image(i, name, (40 + i, 30)) for i, name in enumerate(names)]
+    images[1]["license"] = 3
+    categories = [{"id": 7, "name": "traffic light", "supercategory": "street"},
+                  {"id": 30, "name": "ünused"}, {"id": 90, "name": "cat"}]  # fmt: skip
+
+    def content(images: Any, annotations: Any) -> str:
+        whole = json.loads(coco_json(images, annotations))
+        return json.dumps(whole | {"categories": categories, "info": {"year": 2024}})
+
+    write(root / "train.json", content(images, objects))
+    of_val = [coco_image(50, "v.one.png"), coco_image(51, "v_one.png"), coco_image(52, "V.jpg")]
+    for seed, image in enumerate(of_val):
+        image["width"] += seed
+    write(root / "val.json", content(of_val, [coco_object(1, 51, [1, 1, 5, 5], 90)]))
+    return root
+
+
+@pytest.fixture
+def shards(tmp_path: Path, source: Path) -> Path:
+    """The same in shards of three."""
+    convert(source, tmp_path / "shards", "webdataset", shard_size="3")
+    return tmp_path / "shards"
+
+
+def make_tar(path: Path, files: list[tuple[str, bytes]], **more: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **more) as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def jpeg(size: tuple[int, int] = (40, 30), colour: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (colour, 0, 0)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def label(*objects: Any, **more: Any) -> bytes:
+    return json.dumps({"objects": list(objects), **more}).encode()
+
+
+CAT = {"class": "cat", "box": [1, 2, 11, 22]}
+
+
+# ---- writing, and there and back
+
+
+def test_what_lies_in_the_shards(shards: Path, source: Path) -> None:
+    assert sorted(file.name for file in shards.iterdir()) == [
+        "retinanet.json",
+        *(f"train-00000{i}.{end}" for i in range(3) for end in ("index.json", "tar")),
+        "val-000000.index.json",
+        "val-000000.tar",
+    ]
+    with tarfile.open(shards / "train-000001.tar") as tar:
+        assert tar.getnames() == [
+            "03.jpg", "03.json", "04.png", "04.json", "05.png", "05.json"
+        ]  # fmt: skip
+        held = tar.extractfile("04.png")
+        assert held is not None
+        assert held.read() == (source / "train" / "04.png").read_bytes()
+    with tarfile.open(shards / "train-000000.tar") as tar:
+        held = tar.extractfile("01.json")
+        assert held is not None
+        assert json.load(held) == {
+            "id": 1,
+            "file_name": "01.png",
+            "width": 41,
+            "height": 30,
+            "objects": [
+                {"class": "cat", "category_id": 90, "box": [1.25, 2, 11.75, 7.75], "id": 11,
+                 "area": 33.5, "extra": {"truncated": 1, "pose": "Left"}},
+                {"class": "traffic light", "category_id": 7, "id": 12,
+                 "box": [0.1, 0.2, 0.1 + 30.7, 0.2 + 20.3]},
+            ],
+            "extra": {"license": 3},
+        }  # fmt: skip
+    catalogue = json.loads((shards / "retinanet.json").read_text("utf-8"))
+    assert catalogue["classes"] == ["traffic light", "ünused", "cat"]
+    assert catalogue["category_ids"] == [7, 30, 90]
+    assert catalogue["splits"]["train"]["samples_by_shard"] == [3, 3, 2]
+
+
+def test_the_index_is_that_of_the_tar(shards: Path) -> None:
+    for shard in shards.glob("*.tar"):
+        index = json.loads(shard.with_suffix(".index.json").read_text())
+        assert index["bytes"] == shard.stat().st_size
+        with tarfile.open(shard) as tar:
+            members = [(one.name, one.offset_data, one.size) for one in tar]
+        assert [tuple(one[:3]) for one in index["members"]] == members
+        with_index = archives.contents_of(str(shard))
+        shard.with_suffix(".index.json").unlink()
+        without = archives.contents_of(str(shard))
+        assert (with_index.indexed, without.indexed) == (True, False)
+        assert list(without.members) == list(with_index.members)
+        for name, member in without.members.items():
+            assert member == replace(with_index.members[name], digest="")
+            assert archives.digest_of(member.read()) == with_index.members[name].digest
+
+
+def test_coco_through_shards_loses_nothing(tmp_path: Path, source: Path, shards: Path) -> None:
+    written = convert(shards, tmp_path / "back", "coco")
+    assert written.lost == {}
+    before, after = read_splits(source), read_splits(tmp_path / "back")
+    through = read_splits(shards)
+    for name, dataset in before.items():
+        assert through[name].format == "webdataset"
+        for other in (through[name], after[name]):
+            assert (other.classes, other.category_ids, other.extra, other.split) == (
+                dataset.classes, dataset.category_ids, dataset.extra, dataset.split
+            )  # fmt: skip
+            assert other.problems == ()
+            for image, copied in zip(dataset.images, other.images, strict=True):
+                same = replace(copied, path=image.path, label_file=image.label_file)
+                annotations = tuple(
+                    replace(a, area=b.area if b.area is None else a.area)
+                    for a, b in zip(copied.annotations, image.annotations, strict=True)
+                )
+                assert replace(same, annotations=annotations) == image
+                assert archives.read_picture_file(copied.path) == image.path.read_bytes()
+    names = [image.path.name for image in after["val"].images]
+    assert names == ["v_one.png", "v_one_2.png", "V.jpg"]  # a key has no dots
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path: Path, source: Path, shards: Path) -> None:
+    convert(source, tmp_path / "again", "webdataset", shard_size="3")
+    for file in shards.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file
+
+
+def test_shards_of_bytes(tmp_path: Path, source: Path) -> None:
+    convert(source, tmp_path / "one", "webdataset")
+    assert len(list((tmp_path / "one").glob("train-*.tar"))) == 1
+    convert(source, tmp_path / "small", "webdataset", shard_size="8KB")
+    sizes = [
+        sum(member[2] for member in json.loads(file.read_text())["members"])
+        for file in (tmp_path / "small").glob("train-*.index.json")
+    ]
+    assert len(sizes) > 2
+    assert max(sizes) <= 8000
+    assert digest(read_dataset(tmp_path / "small")) == digest(read_dataset(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", (1000, None)),
+        ("256MB", (None, 256_000_000)),
+        ("1.5gb", (None, 1_500_000_000)),
+        ("20 KB", (None, 20_000)),
+    ],
+)
+def test_shard_sizes(text: str, size: Any) -> None:
+    assert parse_shard_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "0MB", "many", "1.5", "-3", "10TB"])
+def test_no_shard_sizes(tmp_path: Path, source: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="is neither a number of samples"):
+        convert(source, tmp_path / "out", "webdataset", shard_size=text)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_picture_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> None:
+    dataset = read_dataset(source)
+    twice = replace(dataset, images=(dataset.images[0], replace(dataset.images[0], id=99)))
+    convert({"train": twice}, tmp_path / "out", "webdataset")
+    assert [(i.path.name, i.id) for i in read_dataset(tmp_path / "out", "all").images] == [
+        ("00.jpg", 0), ("00_2.jpg", 99)
+    ]  # fmt: skip
+
+
+def test_links_are_refused(tmp_path: Path, source: Path, shards: Path) -> None:
+    with pytest.raises(DataError, match="a symlink cannot be in a tar"):
+        convert(source, tmp_path / "out", "webdataset", pictures="symlink")
+    with pytest.raises(DataError, match=r"tar/\w+\.\w+: lies in an archive, so it can only be cop"):
+        convert(shards, tmp_path / "out", "coco", pictures="hardlink")
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        assert total == 11
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "webdataset", shard_size="2", progress=stop)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
+
+
+# ---- reading in place
+
+
+def test_pictures_are_those_of_the_folder(source: Path, shards: Path) -> None:
+    for image, other in zip(read_dataset(source).images, read_dataset(shards).images, strict=True):
+        assert other.path.parent.name.endswith(".tar")
+        assert torch.equal(read_image(other.path), read_image(image.path))
+        assert torch.equal(read_image(str(other.path)), read_image(image.path))
+        assert image_size(other.path) == image_size(image.path)
+        assert torch.equal(read_reduced(other.path, 16, 32)[0], read_reduced(image.path, 16, 32)[0])
+    assert digest(read_dataset(shards)) == digest(read_dataset(source))
+
+
+def test_threads_read_side_by_side(shards: Path) -> None:
+    paths = [image.path for image in read_dataset(shards).images]
+    expected = {path: archives.read_picture_file(path) for path in paths}
+    wrong: list[Path] = []
+
+    def read_all() -> None:
+        for path in paths * 20:
+            if archives.read_picture_file(path) != expected[path]:
+                wrong.append(path)
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_check_and_fix_of_shards(tmp_path: Path, source: Path) -> None:
+    labels = json.loads((source / "train.json").read_text("utf-8"))
+    labels["annotations"][1]["bbox"] = [5, 5, 0, 9]
+    write(source / "train.json", json.dumps(labels))
+    convert(source, tmp_path / "shards", "webdataset", shard_size="3")
+    splits = read_splits(tmp_path / "shards")
+    report = check_datasets(splits)
+    (problem,) = report.problems
+    assert (problem.kind, str(problem.file)) == (
+        "box-empty", str(tmp_path / "shards" / "train-000000.tar" / "01.json")
+    )  # fmt: skip
+    write_fixed(splits, report, tmp_path / "fixed")
+    fixed = read_splits(tmp_path / "fixed")
+    assert {one.format for one in fixed.values()} == {"webdataset"}
+    assert check_datasets(fixed).problems == ()
+
+
+def test_a_single_shard(shards: Path) -> None:
+    dataset = read_dataset(shards / "train-000001.tar", "all")
+    assert [image.path.name for image in dataset.images] == ["03.jpg", "04.png", "05.png"]
+    assert dataset.classes == ("traffic light", "ünused", "cat")
+
+
+def test_shards_as_pictures_to_search(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [source.name for source in find_sources(shards / "train-000001.tar")]
+    assert names == ["03.jpg", "04.png", "05.png"]
+    assert [one.name for one in find_sources(shards)][:2] == [
+        "train-000000.tar/00.jpg", "train-000000.tar/01.png"
+    ]  # fmt: skip
+    assert len(find_sources(str(shards / "train-*.tar"))) == 8
+    (one,) = find_sources(shards / "train-000001.tar" / "04.png")
+    assert one.read().shape == (3, 30, 44)
+    assert is_single(shards / "train-000001.tar" / "04.png")
+    assert not is_single(shards / "train-000001.tar")
+    with pytest.raises(DataError, match=r"there is no 'no.png' in this archive"):
+        find_sources(shards / "train-000001.tar" / "no.png")[0].read()
+    make_tar(shards / "empty" / "x.tar", [("a.txt", b"")])
+    with pytest.raises(DataError, match=r"x\.tar: no picture in this archive"):
+        find_sources(shards / "empty")
+
+
+def test_a_folder_named_as_a_tar_is_a_folder(tmp_path: Path, picture: MakePicture) -> None:
+    file = picture(tmp_path / "x.tar" / "a.png")
+    assert archives.archive_of(file) is None
+    assert read_image(file).shape == (3, 30, 40)
+    assert find_sources(tmp_path / "x.tar")[0].name == "a.png"
+
+
+# ---- other programs
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedReader:ResourceWarning")  # theirs
+def test_the_webdataset_library_reads_ours(shards: Path, source: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    url = str(shards / "train-{000000..000002}.tar")
+    samples = list(wds.WebDataset(url, shardshuffle=False).decode("rgb8"))
+    ours = read_dataset(shards).images
+    assert [sample["__key__"] for sample in samples] == [image.path.stem for image in ours]
+    for sample, image in zip(samples, ours, strict=True):
+        pixels = sample[image.path.suffix[1:]]
+        assert torch.equal(torch.from_numpy(pixels.copy()).permute(2, 0, 1), read_image(image.path))
+        assert [tuple(one["box"]) for one in sample["json"]["objects"]] == [
+            one.box for one in image.annotations
+        ]
+    gc.collect()  # what it left open
+
+
+def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    (tmp_path / "train").mkdir()
+    pattern = str(tmp_path / "train" / "shard-%03d.tar")
+    with wds.ShardWriter(pattern, maxcount=2, verbose=0) as sink:
+        for number in range(5):
+            objects = [{"class": "dog" if number % 2 else "cat", "box": [1, 2, 3 + number, 9]}]
+            sink.write(
+                {"__key__": f"n/{number:04d}", "jpg": jpeg(), "json": {"objects": objects},
+                 "seg.png": b"a mask", "txt": "a word"}
+            )  # fmt: skip
+    assert find_format(tmp_path) == "webdataset"
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.category_ids == (1, 2)
+    assert [image.id for image in dataset.images] == [f"n/{number:04d}" for number in range(5)]
+    assert [image.annotations[0].label for image in dataset.images] == [0, 1, 0, 1, 0]
+    assert dataset.images[4].annotations[0].box == (1, 2, 7, 9)
+    assert str(dataset.images[4].path) == str(
+        tmp_path / "train" / "shard-002.tar" / "n" / "0004.jpg"
+    )
+    assert read_image(dataset.images[4].path).shape == (3, 30, 40)
+    assert dataset.problems == ()
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_and_leading_dots(tmp_path: Path, form: int) -> None:
+    long = f"./{'d' * 90}/{'ü' * 80}"
+    make_tar(
+        tmp_path / "x.tar",
+        [(f"{long}.jpg", jpeg()), (f"{long}.json", label(CAT)), ("__init__.txt", b"")],
+        format=form,
+    )
+    (image,) = read_dataset(tmp_path, "all").images
+    assert image.annotations[0].box == (1, 2, 11, 22)
+    assert read_image(image.path).shape == (3, 30, 40)
+
+
+def test_ids_make_the_classes_where_they_are_told(tmp_path: Path) -> None:
+    things = [CAT | {"category_id": 9}, {"class": "dog", "category_id": 3, "box": [0, 0, 5, 5]}]
+    make_tar(tmp_path / "x.tar", [("a.jpg", jpeg()), ("a.json", label(*things))])
+    dataset = read_dataset(tmp_path, "all")
+    assert (dataset.classes, dataset.category_ids) == (("dog", "cat"), (3, 9))
+    assert [a.label for a in dataset.images[0].annotations] == [1, 0]
+    other = label(CAT | {"category_id": 8})
+    make_tar(tmp_path / "y.tar", [("b.jpg", jpeg()), ("b.json", other)])
+    with pytest.raises(DataError, match=r"y.tar.b.json: class 'cat' has the category_id 8, and 9"):
+        read_dataset(tmp_path, "all")
+
+
+def test_splits_by_names_and_folders(tmp_path: Path) -> None:
+    sample = [("a.jpg", jpeg()), ("a.json", label(CAT))]
+    for name in ("coco-train-0000.tar", "coco-val-0000.tar", "coco-val-0001.tar"):
+        make_tar(tmp_path / "flat" / name, [(f"{name[:-4]}.{n[2:]}", c) for n, c in sample])
+    for name in ("training", "valid"):
+        make_tar(tmp_path / "deep" / name / "00.tar", sample)
+    make_tar(
+        tmp_path / "bare" / "shard-000001.tar", [*sample, ("b.jpg", jpeg()), ("b.json", label())]
+    )
+    flat, deep = read_splits(tmp_path / "flat"), read_splits(tmp_path / "deep")
+    assert {name: len(one) for name, one in flat.items()} == {"train": 1, "val": 2}
+    assert {name: len(one) for name, one in deep.items()} == {"train": 1, "val": 1}
+    assert {k: len(v) for k, v in read_splits(tmp_path / "bare").items()} == {"train": 1, "val": 1}
+
+
+# ---- what is wrong
+
+
+def test_a_cut_off_tar(tmp_path: Path, shards: Path) -> None:
+    shard = shards / "train-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"train-000001.tar: has \d+ bytes, and \d+ when its index"):
+        read_dataset(shards)
+    for file in shards.glob("*.json"):
+        file.unlink()
+    # Within a picture, within a header, between two files, and without the end.
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    for size in (last.offset - 700, last.offset + 100, last.offset, end):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"train-000001.tar: is cut off or damaged after 0\d"):
+            read_dataset(shards)
+    shard.write_bytes(whole[:end] + b"no tar" * 100)
+    with pytest.raises(DataError, match=r"train-000001.tar: is cut off or damaged after 05.json"):
+        read_dataset(shards)
+    shard.write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-000001.tar: is no tar that can be read in place"):
+        read_dataset(shards)
+
+
+def test_a_compressed_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(DataError, match="compressed one must be uncompressed"):
+        read_dataset(tmp_path / "x.tar", "all")
+    with pytest.raises(DataError, match=r"no labelled data found.*WebDataset: uncompressed"):
+        read_dataset(tmp_path, "all")
+
+
+def test_a_missing_index_is_told(shards: Path) -> None:
+    before = digest(read_dataset(shards))
+    (shards / "train-000001.index.json").unlink()
+    dataset = read_dataset(shards)
+    (problem,) = dataset.problems
+    assert (problem.kind, problem.file) == ("index-missing", shards / "train-000001.tar")
+    assert "train-000001.index.json is not there; the shard was gone through" in problem.reason
+    assert digest(dataset) == before
+
+
+def test_an_index_of_another_tar(shards: Path) -> None:
+    first, second = shards / "train-000000.tar", shards / "train-000001.tar"
+    index = json.loads(second.with_suffix(".index.json").read_text())
+    shutil.copy(first, second)
+    with second.open("ab") as stream:
+        stream.write(bytes(10240))
+    with pytest.raises(DataError, match="when its index was made: it is cut off or has changed"):
+        read_dataset(shards)
+    # Even with the right number of bytes the headers tell.
+    index["bytes"] = second.stat().st_size
+    write(second.with_suffix(".index.json"), json.dumps(index))
+    with pytest.raises(DataError, match=r"000001.tar/0\d.json: is not at byte \d+ of the archive"):
+        read_dataset(shards)
+    member = archives.contents_of(str(second)).members["04.png"]
+    with pytest.raises(ImageError, match=r"000001.tar/04.png: is not at byte \d+ of the archive"):
+        read_image(member)
+    for content, reason in ((b"{}", "KeyError"), (b"[", "JSONDecodeError"), (b"[]", "TypeError")):
+        second.with_suffix(".index.json").write_bytes(content)
+        with pytest.raises(DataError, match=f"index.json: is no index of an archive .{reason}"):
+            read_dataset(shards)
+
+
+def test_other_bytes_of_the_same_size_are_seen_by_the_check(shards: Path) -> None:
+    shard = shards / "train-000001.tar"
+    member = archives.contents_of(str(shard)).members["04.png"]
+    content = bytearray(shard.read_bytes())
+    content[member.offset + member.size - 1] ^= 1
+    shard.write_bytes(content)
+    (problem,) = check_datasets(read_splits(shards)).problems
+    assert (problem.kind, problem.file) == ("image-changed", shard / "04.png")
+
+
+def test_a_missing_member(shards: Path) -> None:
+    missing = shards / "train-000000.tar" / "99.jpg"
+    with pytest.raises(ImageError, match=r"train-000000.tar/99.jpg: there is no '99.jpg' in this"):
+        read_image(missing)
+    assert not archives.is_picture_file(missing)
+    dataset = read_dataset(shards)
+    lost = replace(dataset, images=(replace(dataset.images[0], path=missing),))
+    (problem,) = check_datasets({"train": lost}).problems
+    assert (problem.kind, problem.file) == ("image-unreadable", missing)
+    assert problem.reason == "there is no '99.jpg' in this archive"
+
+
+def test_a_missing_or_a_strange_shard(shards: Path) -> None:
+    shutil.copy(shards / "val-000000.tar", shards / "val-000001.tar")
+    with pytest.raises(DataError, match=r"val-000001.tar: is not listed, by .*retinanet.json"):
+        read_dataset(shards)
+    (shards / "val-000001.tar").unlink()
+    (shards / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000002.tar: is not there, by .*retinanet.json"):
+        read_dataset(shards)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"classes": None}, "is broken .TypeError"),
+        ({"splits": {"train": {}}}, "is broken .KeyError: 'shards'"),
+        ({"category_ids": [1, 1, 2]}, "has 3 classes and category_ids"),
+        ({"version": 2}, "has version 2 of the layout, and this retinanet reads 1; update"),
+    ],
+)
+def test_a_broken_catalogue(shards: Path, change: Any, reason: str) -> None:
+    file = shards / "retinanet.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | change), "utf-8")
+    with pytest.raises(DataError, match=reason):
+        read_dataset(shards)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "file", "reason"),
+    [
+        ([("b.jpg", jpeg())], "label-missing", "b.jpg", "key 'b' has no .json"),
+        ([("b.json", label())], "image-missing", "b.json", "key 'b' has labels and no picture"),
+        (
+            [("b.jpg", jpeg()), ("b.png", jpeg()), ("b.json", label())],
+            "key-duplicate", "b.jpg", "key 'b' has 2 pictures: b.jpg, b.png",
+        ),
+        (
+            [("a.jpg", jpeg())],
+            "key-duplicate", "a.jpg", "comes more than once in its shard; the first is read",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", b"{")],
+            "label-unreadable", "b.json", "not JSON: Expecting property name",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", b'{"boxes": []}')],
+            "label-unreadable", "b.json", "has no list \"objects\" but keys ['boxes']",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", b"3")],
+            "label-unreadable", "b.json", 'has no list "objects" but 3',
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label(width="40"))],
+            "label-unreadable", "b.json", "\"width\" is not a whole number but '40'",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label(id=[1]))],
+            "label-unreadable", "b.json", '"id" is neither number nor text but [1]',
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label(extra=1))],
+            "label-unreadable", "b.json", '"extra" is no object but 1',
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label(id="a"))],
+            "image-id-duplicate", "b.json", "image id a belongs to",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label({"class": "cat"}))],
+            "box-not-a-number", "b.json", "object 0: box None is not 4 numbers",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label({"box": [1, 2, 3, 4]}))],
+            "class-unknown", "b.json", "object 0: class None with category_id None is none of the",
+        ),
+        (
+            [("b.jpg", jpeg()), ("b.json", label(CAT, 7))],
+            "label-unreadable", "b.json", 'object 1: is 7, not {"class": "cat", "box": [x1, y1',
+        ),
+    ],
+)  # fmt: skip
+def test_faults_of_a_sample(
+    tmp_path: Path, files: list[tuple[str, bytes]], kind: str, file: str, reason: str
+) -> None:
+    good = [("a.jpg", jpeg()), ("a.json", label(CAT))]
+    shard = make_tar(tmp_path / "x.tar", [*good, *files])
+    dataset = read_dataset(shard, "all")
+    assert dataset.images[0].path == shard / "a.jpg"
+    (problem,) = dataset.problems
+    assert (problem.kind, problem.file) == (kind, shard / file)
+    assert problem.reason.startswith(reason)
+    assert problem in check_datasets({"all": dataset}).problems
+
+
+def test_a_class_that_contradicts_its_id(shards: Path) -> None:
+    (shards / "val-000000.index.json").unlink()
+    thing = {"class": "cat", "category_id": 7, "box": [1, 2, 3, 4]}
+    files = [("a.jpg", jpeg()), ("a.json", label(thing, {"category_id": 7, "box": [1, 2, 3, 4]}))]
+    make_tar(shards / "val-000000.tar", files)
+    dataset = read_dataset(shards, "val")
+    assert dataset.problems[-1].reason == (
+        "object 0: class 'cat' with category_id 7 is none of the 3 classes"
+    )
+    (only,) = dataset.images[0].annotations
+    assert dataset.classes[only.label] == "traffic light"  # an id that is known is enough
+
+
+def test_shards_of_another_layout(tmp_path: Path) -> None:
+    files = [("a.jpg", jpeg()), ("a.json", b'{"label": 3}')]
+    make_tar(tmp_path / "json" / "x.tar", files)
+    with pytest.raises(
+        DataError, match=r"x.tar/a.json: has no list \"objects\" but keys \['label'\].*is read; no"
+    ):
+        read_dataset(tmp_path / "json", "all")
+    make_tar(tmp_path / "cls" / "x.tar", [("a.cls", b"3"), ("a.jpg", jpeg())])
+    with pytest.raises(DataError, match=r"x.tar/a.jpg: key 'a' has no .json"):
+        read_dataset(tmp_path / "cls", "all")
+    make_tar(tmp_path / "plain" / "x.tar", [("a.jpg", jpeg()), ("b.jpg", jpeg())])
+    with pytest.raises(DataError, match="no labelled data found"):
+        read_dataset(tmp_path / "plain", "all")
+
+
+def test_a_member_outside_of_the_archive(tmp_path: Path) -> None:
+    shard = make_tar(tmp_path / "x.tar", [("../a.jpg", jpeg()), ("../a.json", label())])
+    with pytest.raises(DataError, match=r"x.tar: '../a.jpg' would lie outside of it"):
+        read_dataset(shard, "all")
+
+
+# ---- remote
+
+
+@pytest.fixture
+def remote(shards: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The shards in fsspec's memory; and what takes the indices away."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(shards), "/bucket/", recursive=True)
+
+    def without() -> None:
+        for file in store.glob("/bucket/shards/*.json"):
+            store.rm(file)
+
+    yield "memory://bucket/shards", without
+    store.rm("/bucket", recursive=True)
+    archives._contents.cache_clear()
+
+
+def test_remote_shards(shards: Path, remote: tuple[str, Callable[[], None]]) -> None:
+    address, without_index = remote
+    here = read_splits(shards)
+    for again in range(2):
+        for place in (address, Path(address)):  # the command line has paths
+            there = read_splits(place)
+            for name, dataset in here.items():
+                assert there[name].problems == ()
+                assert [i.id for i in there[name].images] == [i.id for i in dataset.images]
+                if not again:
+                    assert digest(there[name]) == digest(dataset)
+                for image, other in zip(dataset.images, there[name].images, strict=True):
+                    assert len(other.annotations) == len(image.annotations)
+                    assert torch.equal(read_image(other.path), read_image(image.path))
+        without_index()
+        archives._contents.cache_clear()
+    (one, *_) = find_sources(f"{address}/train-000001.tar")
+    assert one.read().shape[0] == 3
+
+
+def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> None:
+    address, _ = remote
+    with pytest.raises(DataError, match="no labelled data found"):
+        read_splits(f"{address}/gone")
+    with pytest.raises(DataError, match=r"gone.tar: there is no such file"):
+        read_splits(f"{address}/gone.tar")
+    with pytest.raises(DataError, match=r"nostore://a/.*[Pp]rotocol not known"):
+        read_splits("nostore://a/b.tar")
+    with pytest.raises(ImageError, match=r"memory://.*/train-000001.tar/no.jpg: there is no"):
+        read_image(f"{address}/train-000001.tar/no.jpg")
