@@ -1,0 +1,246 @@
+"""``retinanet detect`` of clips and cameras."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from retinanet.cli.console import STOPPED, err, note, print_json, say, table
+
+if TYPE_CHECKING:
+    from retinanet.detect.video import VideoSummary
+
+
+def detect_videos(
+    model: str,
+    sources: list[str],
+    out: Path,
+    *,
+    every: int,
+    track: bool,
+    batch_size: int,
+    draw_threshold: float,
+    calibrate: str | None,
+    device: str,
+    json: bool,
+    precision: str,
+    backend: str,
+    image_size: int | None,
+    **thresholds: Any,
+) -> None:
+    """Search each of `sources`; one that cannot be read is named at the end.
+
+    Args:
+        model: as of ``retinanet detect``, and so are the options that follow.
+        sources: clips, globs of clips, cameras' numbers.
+
+    Raises:
+        ConfigError: pictures are among the sources.
+        DataError: there is one clip, and it cannot be read.
+        typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C.
+    """
+    from retinanet.detect import load
+    from retinanet.detect.video import detect_video
+    from retinanet.detect.video_reading import import_av
+    from retinanet.errors import DataError
+
+    clips = _clips(sources)
+    import_av()  # a missing one is said before the model is loaded
+    calibration: Any = calibrate
+    if precision == "int8" and calibrate is None:
+        calibration = _samples(clips)
+    detector = load(
+        model,
+        device,
+        calibrate=calibration,
+        precision=precision,
+        backend=backend,
+        image_size=image_size,
+        **thresholds,
+    )
+    if not json:
+        note(detector.network.description)
+    done: list[VideoSummary] = []
+    failures: list[tuple[str, str]] = []
+    with _stopped_by_ctrl_c() as stop:
+        for clip, name in zip(clips, _names(clips), strict=True):
+            if stop.is_set():
+                break
+            try:
+                with _progress(Path(clip).name) as show:
+                    summary = detect_video(
+                        detector,
+                        clip,
+                        out,
+                        name=name,
+                        every=every,
+                        track=track,
+                        batch_size=batch_size,
+                        draw_threshold=draw_threshold,
+                        stop=stop,
+                        progress=show,
+                    )
+            except DataError as error:
+                if len(clips) == 1:
+                    raise
+                failures.append((clip, str(error)))
+                continue
+            done.append(summary)
+            if not json:
+                _tell(summary)
+    if json:
+        print_json(
+            {
+                "out": out,
+                "network": detector.network.description,
+                "videos": [one.to_dict() for one in done],
+                "failures": [{"file": clip, "reason": reason} for clip, reason in failures],
+            }
+        )
+    if failures:
+        many = "clip" if len(failures) == 1 else "clips"
+        note(f"{len(failures)} {many} could not be read:", style="red")
+        for _, reason in failures:
+            note(f"  {reason}")
+    if stop.is_set():
+        raise typer.Exit(STOPPED)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _clips(sources: list[str]) -> list[str]:
+    """The clips and cameras that `sources` stand for, each once."""
+    import glob
+
+    from retinanet.detect.sources import is_video
+    from retinanet.errors import ConfigError
+
+    found: dict[str, None] = {}
+    for source in sources:
+        if not is_video(source):
+            raise ConfigError(
+                f"clips and pictures in one call ({source} is no clip); search them in two calls"
+            )
+        matches = [] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
+        found.update(dict.fromkeys(matches or [source]))
+    return list(found)
+
+
+def _names(clips: list[str]) -> list[str | None]:
+    """What the files of each are called, where two of them would be called the same."""
+    taken: set[str] = set()
+    names: list[str | None] = []
+    for clip in clips:
+        if clip.isdecimal():
+            names.append(None)
+            continue
+        stem = name = Path(clip).stem
+        number = 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _samples(clips: list[str]) -> list[Any]:
+    """Pictures to calibrate on, of the first clip that can be read."""
+    from retinanet.detect.video_reading import VideoReader
+    from retinanet.errors import DataError
+
+    for place, clip in enumerate(clips):
+        try:
+            reader = VideoReader(clip)
+        except DataError:
+            if place == len(clips) - 1:
+                raise
+            continue
+        try:
+            return list(reader.samples())
+        finally:
+            reader.close()
+    return []
+
+
+def _tell(one: VideoSummary) -> None:
+    searched = "" if one.searched == one.frames else f" ({one.searched} searched)"
+    if one.objects:
+        table("Found", ["class", "boxes"], one.objects.items())
+    tracks = "" if one.tracks is None else f", {one.tracks} tracks"
+    boxes = sum(one.objects.values())
+    say(
+        f"{one.source}: {one.frames} frames{searched}, {boxes} boxes{tracks}, "
+        f"{one.frames_a_second:.1f} frames/s, in {one.video} and {one.lines}"
+    )
+    if one.sound and set(one.sound.split("; ")) != {"copied"}:
+        note(f"{one.source}: sound {one.sound}")
+    if one.broken:
+        many = "frame" if one.broken == 1 else "frames"
+        note(f"{one.source}: {one.broken} broken {many} left out", style="yellow")
+    if one.lost_sound:
+        note(f"{one.source}: {one.lost_sound} broken packets of sound left out", style="yellow")
+    if one.cut:
+        note(f"{one.source}: ends before its end: {one.cut}", style="yellow")
+
+
+@contextmanager
+def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one is an ordinary one."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar with frames/s and the time left; of a camera the frames and frames/s alone."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} frames/s")
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+
+        def update(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
