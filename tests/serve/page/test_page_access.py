@@ -1,0 +1,289 @@
+"""The page for everybody: both themes, a phone, the keyboard alone, and screen readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
+
+Draw = Callable[..., Path]
+OpenDesk = Callable[..., Desk]
+
+CONTRAST = """() => {
+    // Of each visible text, and of the edge of each control, against what lies behind it.
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const parse = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const over = ([r, g, b, a], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+    const behind = (element) => {
+        const layers = [];
+        for (let e = element; e; e = e.parentElement) {
+            const layer = parse(getComputedStyle(e).backgroundColor);
+            layers.push(layer);
+            if (layer[3] === 1) break;
+        }
+        return layers.reduceRight((under, top) => over(top, under), [255, 255, 255]);
+    };
+    const light = (rgb) => {
+        const [r, g, b] = rgb.map((v) => v / 255).map((s) =>
+            s <= 0.04045 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const ratio = (a, b) => {
+        const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+        return (x + 0.05) / (y + 0.05);
+    };
+    const poor = [];
+    const fields = ["search", "number", "password"].map((type) => `[type=${type}]`);
+    const controls = `button:not(.quiet), select, ${fields}`;
+    const root = document.querySelector("dialog[open]") ?? document.body;
+    for (const element of root.querySelectorAll("*")) {
+        if (!element.checkVisibility({ visibilityProperty: true })) continue;
+        if (element.closest("svg") || element.disabled) continue;
+        const style = getComputedStyle(element);
+        const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        const name = element.outerHTML.slice(0, 90);
+        if (own) {
+            const paper = behind(element);
+            const value = ratio(over(parse(style.color), paper), paper);
+            if (value < 4.5) poor.push(`text ${value.toFixed(2)} ${name}`);
+        }
+        // A quiet button is told by its words; slider and boxes are the browser's own.
+        if (element.matches(controls)) {
+            const about = behind(element.parentElement);
+            const edge = over(parse(style.borderTopColor), about);
+            const value = Math.max(ratio(edge, about), ratio(behind(element), about));
+            if (value < 3) poor.push(`edge ${value.toFixed(2)} ${name}`);
+        }
+    }
+    return poor;
+}"""
+
+SCENES = ["empty", "found", "refused", "key", "compared"]
+
+
+def scene(desk: Desk, draw: Draw, name: str) -> None:
+    """Brings the page into a state that is worth looking at."""
+    if name == "empty":
+        return
+    if name == "key":
+        desk.page.evaluate("() => document.getElementById('key-dialog').showModal()")
+        return
+    if name == "refused":
+        desk.page.route("**/v1/detect*", lambda one: one.fulfill(status=413, json={"detail": "no"}))
+    files = [draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE))]
+    desk.choose(*files)
+    if name == "refused":
+        desk.transfer("paste")
+    if name == "compared":
+        desk.page.select_option("#second-model", "strict")
+        desk.wait()
+    desk.page.focus(".found") if name != "refused" else None
+    desk.settle()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast(open_desk: OpenDesk, draw: Draw, theme: str) -> None:
+    """WCAG 2.2 AA: 4.5 of text, 3 of the edges of controls."""
+    for name in SCENES:
+        desk = open_desk(color_scheme=theme, failures=True)
+        scene(desk, draw, name)
+        assert desk.page.evaluate(CONTRAST) == [], name
+
+
+def test_themes(open_desk: OpenDesk) -> None:
+    desk = open_desk(color_scheme="dark")
+    page = desk.page
+    paper = "() => getComputedStyle(document.documentElement).backgroundColor"
+    dark = page.evaluate(paper)
+    page.emulate_media(color_scheme="light")
+    light = page.evaluate(paper)
+    assert dark != light
+    button = page.get_by_role("button", name="Colours: Auto")
+    button.click()  # light
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(paper) == light
+    page.get_by_role("button", name="Colours: Light").click()
+    assert page.evaluate(paper) == dark
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(paper) == dark
+    # Kept, and there from the first moment on.
+    page.reload(wait_until="commit")
+    page.wait_for_selector("body")
+    assert page.evaluate(paper) == dark
+    page.get_by_role("button", name="Colours: Dark").click()
+    assert page.evaluate(paper) == light
+    assert page.evaluate("() => localStorage.getItem('retinanet.theme')") == "auto"
+
+
+def test_a_phone(open_desk: OpenDesk, draw: Draw) -> None:
+    desk = open_desk(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = desk.page
+    wide = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) == 0
+    desk.choose(draw("a.png", (8, 8, RED)), draw("a" * 60 + ".png", (8, 8, BLUE)))
+    assert page.evaluate(wide) == 0
+    page.select_option("#second-model", "strict")
+    desk.wait()
+    assert page.evaluate(wide) == 0
+    # One above the other, each wide enough.
+    places = [page.locator(".stage").nth(n).bounding_box() for n in (0, 1)]
+    assert places[0]["x"] == places[1]["x"]
+    assert places[0]["width"] > 340
+    # What is touched is large enough (WCAG 2.5.8 asks for 24, fingers for 44).
+    small = page.evaluate(
+        """() => [...document.querySelectorAll("button, select, .classes label, .found li")]
+            .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 43.5)
+            .map((e) => e.outerHTML.slice(0, 80))"""
+    )
+    assert small == []
+
+
+ROLES = {
+    "button",
+    "checkbox",
+    "combobox",
+    "dialog",
+    "group",
+    "image",
+    "img",
+    "link",
+    "listbox",
+    "option",
+    "progressbar",
+    "region",
+    "searchbox",
+    "slider",
+    "spinbutton",
+    "textbox",
+    "toolbar",
+}
+
+
+def test_everything_has_a_name(open_desk: OpenDesk, draw: Draw) -> None:
+    """By Chromium's own accessibility tree."""
+    for name in SCENES:
+        desk = open_desk(failures=True)
+        scene(desk, draw, name)
+        session = desk.page.context.new_cdp_session(desk.page)
+        nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+        shown = [node for node in nodes if not node["ignored"]]
+        nameless = [
+            node["role"]["value"]
+            for node in shown
+            if node["role"]["value"] in ROLES and not node.get("name", {}).get("value")
+        ]
+        assert nameless == [], name
+        roles = [node["role"]["value"] for node in shown]
+        # One heading of the first level, and the landmarks by which one leaps.
+        if name != "key":
+            assert {"banner", "main", "complementary"} <= set(roles), name
+            levels = desk.page.eval_on_selector_all("h1", "(all) => all.length")
+            assert levels == 1
+        assert desk.page.get_attribute("html", "lang") == "en"
+
+
+def test_ids_are_told_apart_and_labels_lead_somewhere(desk: Desk, draw: Draw) -> None:
+    scene(desk, draw, "compared")
+    wrong = desk.page.evaluate(
+        """() => {
+            const wrong = [];
+            const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
+            wrong.push(...ids.filter((id, n) => ids.indexOf(id) !== n));
+            for (const name of ["aria-labelledby", "aria-activedescendant", "for"]) {
+                for (const e of document.querySelectorAll(`[${name}]`)) {
+                    for (const id of e.getAttribute(name).split(" ")) {
+                        if (!document.getElementById(id)) wrong.push(`${name} ${id}`);
+                    }
+                }
+            }
+            return wrong;
+        }"""
+    )
+    assert wrong == []
+
+
+def test_by_keyboard_alone(desk: Desk, draw: Draw) -> None:
+    """Tab reaches every control, and each shows that it has the focus."""
+    desk.choose(draw("a.png", (8, 8, RED), (24, 8, DIM_RED)), draw("b.png", (8, 8, BLUE)))
+    page = desk.page
+    page.evaluate("() => document.activeElement.blur()")
+    reached = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        at: dict[str, Any] = page.evaluate(
+            """() => {
+                const e = document.activeElement;
+                const style = getComputedStyle(e);
+                const line = e.querySelector?.(".halo");
+                const seen = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
+                const stroke = line && parseFloat(getComputedStyle(line).strokeWidth) > 8;
+                return { name: e.id || e.className.baseVal || e.className || e.tagName,
+                    seen: Boolean(seen || stroke) };
+            }"""
+        )
+        if at["name"] == "BODY":
+            break
+        assert at["seen"], at
+        reached.append(at["name"])
+    wanted = ["first-model", "second-model", "theme", "help", "zoom-in", "zoom-out", "fit", "full"]
+    wanted += ["remove", "choose", "choose-folder", "paste", "camera", "clear", "picture-1"]
+    wanted += ["score", "score-number", "all", "none", "found", "save-which", "save-shown"]
+    wanted += ["save-json", "save-coco", "save-png", "box active"]
+    assert [one for one in wanted if one not in reached] == []
+    assert len(reached) == len(set(reached)) + reached.count("INPUT") - ("INPUT" in reached)
+
+
+def test_help(desk: Desk) -> None:
+    desk.page.keyboard.press("?")
+    assert desk.page.is_visible("#help-dialog")
+    desk.page.keyboard.press("Escape")
+    assert not desk.page.is_visible("#help-dialog")
+    # In a field a question mark is a question mark.
+    desk.page.focus("#score-number")
+    desk.page.keyboard.press("?")
+    assert not desk.page.is_visible("#help-dialog")
+
+
+def test_less_motion(open_desk: OpenDesk, draw: Draw) -> None:
+    hold = "window.fetch = (send => (a, o) => String(a).includes('detect')"
+    hold += " ? new Promise(() => {}) : send(a, o))(window.fetch);"
+    turns = "() => getComputedStyle(document.querySelector('.thumb'), '::after').animationName"
+    for motion, name in (("no-preference", "turn"), ("reduce", "none")):
+        desk = open_desk(script=hold, reduced_motion=motion)
+        desk.page.set_input_files("#files", str(draw("a.png")))
+        desk.page.wait_for_selector(".thumb[data-state=running]")
+        assert desk.page.evaluate(turns) == name
+
+
+def test_the_model_is_described(desk: Desk, draw: Draw) -> None:
+    facts = desk.text("#model-facts")
+    for words in ("colours", "0.578 on cells, val", "0.891", "3: red, green, <i>blue</i>"):
+        assert words in facts
+    assert "torch on cpu" in facts
+    desk.choose(draw("a.png", (8, 8, RED)))
+    desk.page.wait_for_function(
+        "() => / ms a picture/.test(document.getElementById('model-facts').textContent)"
+    )
+
+
+def test_nothing_runs_in_the_page_that_is_not_a_file_of_its_own(desk: Desk) -> None:
+    """The policy that the service sends holds: no script, style or handler inside the markup."""
+    response = desk.page.request.get(desk.address)
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    markup = response.text()
+    assert "<style" not in markup
+    assert " style=" not in markup
+    assert " onclick=" not in markup
+    assert markup.count("<script") == markup.count("<script src=") + markup.count(
+        '<script type="module" src='
+    )
+    assert "http" not in markup

@@ -1,0 +1,289 @@
+"""Score and classes filter on the page; hover, focus, zoom, and two models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
+
+Draw = Callable[..., Path]
+OpenDesk = Callable[..., Desk]
+
+# Scores by brightness, half 150: 255 .9948, 200 .9241, 170 .7311, 110 .1192.
+LADDER = [(8, 8, RED), (24, 8, (200, 0, 0)), (40, 8, (0, 170, 0)), (56, 8, DIM_RED)]
+
+
+def test_the_slider_acts_without_the_server(desk: Desk, draw: Draw) -> None:
+    desk.choose(draw("ladder.png", *LADDER))
+    asked = desk.asked()
+    assert len(desk.boxes()) == 3
+    assert desk.text("#score-hint") == "Shown: 3 of 4 objects"
+    # The slider begins where the model's answers begin.
+    assert desk.page.get_attribute("#score", "min") == "0.05"
+    desk.slide(0.05)
+    assert len(desk.boxes()) == 4
+    desk.slide(0.73)
+    assert len(desk.boxes()) == 3
+    desk.slide(0.74)
+    assert desk.boxes() == [[8, 8, 16, 16], [24, 8, 32, 16]]
+    assert desk.states() == ["2"]
+    assert desk.page.input_value("#score-number") == "0.74"
+    assert desk.page.locator(".found li:not(.off)").count() == 2
+    desk.said("ladder.png: 2 objects: 2 red")
+    desk.page.focus("#score")
+    for _ in range(19):
+        desk.page.keyboard.press("ArrowRight")
+    assert desk.page.input_value("#score") == "0.93"
+    desk.settle()
+    assert desk.states() == ["1"]
+    desk.page.fill("#score-number", "1")
+    desk.settle()
+    assert "Nothing scores 1.00 or more; 4 objects score less." in desk.text(".stage-words")
+    desk.page.click(".stage-words button")
+    desk.settle()
+    assert len(desk.boxes()) == 4
+    assert desk.asked() == asked
+
+
+def test_classes(desk: Desk, draw: Draw) -> None:
+    desk.choose(draw("three.png", (8, 8, RED), (24, 8, GREEN), (40, 8, GREEN), (56, 8, BLUE)))
+    asked = desk.asked()
+    page = desk.page
+    assert page.locator(".classes .count").all_inner_texts() == ["1", "2", "1"]
+    page.get_by_role("checkbox", name="green 2").uncheck()
+    desk.settle()
+    assert desk.boxes() == [[8, 8, 16, 16], [56, 8, 64, 16]]
+    assert desk.states() == ["2"]
+    # What is switched off is still counted beside its name.
+    assert page.locator(".classes .count").all_inner_texts() == ["1", "2", "1"]
+    desk.said("three.png: 2 objects")
+    page.click("#none")
+    desk.settle()
+    assert desk.boxes() == []
+    assert "The classes found here are switched off." in desk.text(".stage-words")
+    page.click("#all")
+    desk.settle()
+    assert len(desk.boxes()) == 4
+    assert desk.asked() == asked
+
+
+def test_many_classes_can_be_found(desk: Desk, draw: Draw, ask: Callable[..., Any]) -> None:
+    file = draw("two.png", (8, 8, RED))
+    names = ["red", *[f"thing {n}" for n in range(2, 31)]]
+    model = {"name": "colours", "default": True, "classes": names, "category_ids": []}
+    model |= {"thresholds": {"score_threshold": 0.05}, "metrics": None, "milliseconds": None}
+    model["category_ids"] = [3, *range(102, 131)]
+    page = desk.page
+    page.route("**/v1/model", lambda route: route.fulfill(json={"models": [model], "limits": {}}))
+    desk.open()
+    desk.choose(file)
+    assert page.locator("#classes .class-name").all_inner_texts() == ["red"]
+    assert desk.text("#absent-words") == "29 classes not in this picture"
+    page.fill("#class-search", "thing 3")
+    assert page.locator("#absent-classes .class-name").all_inner_texts() == ["thing 3", "thing 30"]
+    page.click("#none")
+    assert page.locator("#absent-classes input:checked").count() == 0
+    page.fill("#class-search", "")
+    assert page.locator(".classes input:not(:checked)").count() == 2
+    assert "not measured" in desk.text("#model-facts")
+
+
+def test_hover_shows_class_and_score(desk: Desk, draw: Draw) -> None:
+    desk.choose(draw("two.png", (8, 8, RED), (64, 40, GREEN)))
+    page = desk.page
+    page.mouse.move(*desk.screen(68, 44))
+    desk.settle()
+    assert page.locator(".box.active").get_attribute("aria-label") == (
+        "green, score 0.99, 8 by 8 pixels at 64, 40"
+    )
+    assert page.locator(".caption.active text").text_content() == "green 0.99"
+    assert page.locator(".found li[aria-selected=true] .class-name").inner_text() == "green"
+    page.mouse.move(*desk.screen(40, 30))
+    assert page.locator(".box.active").count() == 0
+    # And from the list to the picture.
+    page.locator(".found li").first.hover()
+    assert page.locator(".box.active").get_attribute("aria-label").startswith("red")
+
+
+def test_a_caption_is_shown_where_there_is_no_room(desk: Desk, draw: Draw) -> None:
+    """Where objects crowd, captions give way; the one pointed at has its own."""
+    squares = [(8 * i, 8 * j, RED) for i in range(12) for j in range(8)]
+    desk.choose(draw("crowd.png", *squares))
+    page = desk.page
+    shown = page.locator(".caption:not(.off)").count()
+    assert len(desk.boxes()) == 96
+    assert shown < 96
+    for _ in range(10):
+        page.mouse.move(*desk.screen(8 * _ + 4, 36))
+        desk.settle()
+        assert page.locator(".caption.active:not(.off)").count() == 1
+
+
+def test_detections_by_keyboard(desk: Desk, draw: Draw) -> None:
+    desk.choose(draw("ladder.png", *LADDER))
+    page = desk.page
+    page.focus("#remove")
+    page.keyboard.press("Tab")
+    label = "() => document.activeElement.getAttribute('aria-label')"
+    assert page.evaluate(label).startswith("red, score 0.99")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(label).startswith("red, score 0.92")
+    desk.settle()
+    assert page.locator(".caption.active text").text_content() == "red 0.92"
+    page.keyboard.press("End")
+    assert page.evaluate(label).startswith("green, score 0.73")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(label).startswith("green, score 0.73")
+    before = desk.text("#zoom")
+    page.keyboard.press("Enter")
+    assert desk.text("#zoom") != before
+    page.keyboard.press("Escape")
+    assert desk.text("#zoom") == before
+    # One Tab leaves the boxes, however many there are.
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.closest('.box')") is None
+    assert page.locator(".box.active").count() == 0
+    page.focus(".found")
+    assert page.locator(".box.active").get_attribute("aria-label").startswith("red, score 0.99")
+    page.keyboard.press("ArrowDown")
+    active = page.get_attribute(".found", "aria-activedescendant")
+    assert page.locator(f"#{active}").get_attribute("aria-label") == "red, score 0.92, 8 × 8 pixels"
+    assert page.locator(".box.active").get_attribute("aria-label").startswith("red, score 0.92")
+    page.keyboard.press("Enter")
+    assert desk.text("#zoom") != before
+
+
+def test_zoom_and_pan(desk: Desk, draw: Draw) -> None:
+    desk.choose(draw("two.png", (16, 8, RED), (64, 40, GREEN)))
+    page = desk.page
+
+    def agrees() -> bool:
+        desk.settle()
+        return desk.pixel(20, 12) == [255, 0, 0] and desk.pixel(40, 12) == [0, 0, 0]
+
+    whole = page.evaluate("() => document.querySelector('.boxes').getAttribute('transform')")
+    zoom = int(desk.text("#zoom").rstrip("%"))
+    page.click("#zoom-in")
+    assert int(desk.text("#zoom").rstrip("%")) == pytest.approx(1.4 * zoom, abs=1)
+    assert agrees()
+    page.click("#full")
+    assert desk.text("#zoom") == "100%"
+    page.keyboard.press("0")
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    page.keyboard.press("-")
+    assert int(desk.text("#zoom").rstrip("%")) == pytest.approx(1.4 * zoom, abs=1)
+    page.keyboard.press("1")
+    assert desk.text("#zoom") == "100%"
+    page.keyboard.press("0")
+    desk.settle()
+    assert page.locator(".boxes").get_attribute("transform") == whole
+    # The wheel zooms about the pointer: what is under it stays there.
+    at = desk.screen(20, 12)
+    page.mouse.move(*at)
+    page.mouse.wheel(0, -1500)
+    page.wait_for_function("(old) => document.getElementById('zoom').value !== old", arg=f"{zoom}%")
+    assert agrees()
+    assert desk.screen(20, 12) == pytest.approx(at, abs=1)
+    page.mouse.down()
+    page.mouse.move(at[0] + 30, at[1] + 20, steps=4)
+    page.mouse.up()
+    desk.settle()
+    assert desk.screen(20, 12) == pytest.approx((at[0] + 30, at[1] + 20), abs=1.5)
+    assert agrees()
+    page.keyboard.press("Shift+ArrowRight")
+    desk.settle()
+    assert desk.screen(20, 12)[0] == pytest.approx(at[0] - 30, abs=1.5)
+    # However far it is pushed, some of the picture stays in sight.
+    for _ in range(100):
+        page.keyboard.press("Shift+ArrowRight")
+    desk.settle()
+    right = desk.screen(96, 64)[0]
+    assert right > page.locator(".stage").bounding_box()["x"] + 50
+    page.keyboard.press("0")
+    desk.settle()
+    assert page.locator(".boxes").get_attribute("transform") == whole
+    page.mouse.dblclick(*at)
+    assert int(desk.text("#zoom").rstrip("%")) == pytest.approx(2.5 * zoom, abs=2)
+
+
+def test_pinch(open_desk: OpenDesk, draw: Draw) -> None:
+    desk = open_desk(has_touch=True)
+    desk.choose(draw("one.png", (16, 8, RED)))
+    zoom = int(desk.text("#zoom").rstrip("%"))
+    middle = desk.screen(48, 32)
+    session = desk.page.context.new_cdp_session(desk.page)
+
+    def touch(kind: str, *apart: int) -> None:
+        points = [
+            {"x": middle[0] + sign * gap, "y": middle[1], "id": n}
+            for gap in apart
+            for n, sign in enumerate((-1, 1))
+        ]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 40)
+    for gap in (50, 60, 70, 80):
+        touch("touchMove", gap)
+    touch("touchEnd")
+    desk.settle()
+    # The first steps go into telling a pinch from a tap.
+    assert int(desk.text("#zoom").rstrip("%")) == pytest.approx(2 * zoom, rel=0.15)
+    assert desk.screen(48, 32) == pytest.approx(middle, abs=12)
+    desk.page.touchscreen.tap(*desk.screen(20, 12))
+    desk.settle()
+    assert desk.page.locator(".caption.active text").text_content() == "red 0.99"
+
+
+def test_two_models_side_by_side(desk: Desk, draw: Draw) -> None:
+    """By brightness: 255 .9948 and .9627, 200 .9241 and .6225, 170 .7311 and .2689 (half 190)."""
+    desk.choose(draw("ladder.png", *LADDER, (72, 8, BLUE)))
+    page = desk.page
+    page.select_option("#second-model", "strict")
+    desk.wait()
+    assert [len(desk.boxes(pane)) for pane in (0, 1)] == [4, 3]
+    assert desk.states() == ["4 | 3"]
+    assert page.locator(".pane-title").all_inner_texts() == [
+        "colours · 4 objects",
+        "strict · 3 objects",
+    ]
+    rows = page.eval_on_selector_all(
+        "#difference tr", "(rows) => rows.map((row) => [...row.cells].map((c) => c.textContent))"
+    )
+    assert rows == [
+        ["class", "colours", "strict", "difference"],
+        ["red", "2", "2", "0"],
+        ["green", "1", "0", "−1"],
+        ["<i>blue</i>", "1", "0", "−1"],
+        ["violet", "0", "1", "+1"],
+        ["all", "4", "3", "−1"],
+    ]
+    desk.said(
+        "colours: 4 objects: 2 red, 1 <i>blue</i>, 1 green; strict: 3 objects: 2 red, 1 violet"
+    )
+    # One zoom for both.
+    page.keyboard.press("+")
+    stage = page.locator(".stage").nth(1).bounding_box()
+    page.mouse.move(stage["x"] + 50, stage["y"] + 60)
+    page.mouse.wheel(0, -300)
+    desk.settle()
+    views = page.eval_on_selector_all(
+        ".boxes", "(all) => all.map((e) => e.getAttribute('transform'))"
+    )
+    assert views[0] == views[1]
+    # The filter holds for both, and is said once more.
+    page.get_by_role("checkbox", name="red 2 | 2").uncheck()
+    desk.settle()
+    assert [len(desk.boxes(pane)) for pane in (0, 1)] == [2, 1]
+    asked = desk.asked()
+    page.select_option("#second-model", "")
+    desk.settle()
+    assert page.locator(".pane").count() == 1
+    page.select_option("#first-model", "strict")
+    desk.wait()
+    assert desk.states() == ["1"]
+    assert desk.asked() == asked  # both answers are kept
+    assert page.title() == "strict · retinanet"

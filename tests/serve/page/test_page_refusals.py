@@ -1,0 +1,247 @@
+"""Clear words when something is refused, and what the page does about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_desk import GREEN, KEY, RED, Desk
+
+Draw = Callable[..., Path]
+OpenDesk = Callable[..., Desk]
+
+
+@pytest.fixture
+def stern(open_desk: OpenDesk) -> Desk:
+    """A page whose requests may fail."""
+    return open_desk(failures=True)
+
+
+def unlock(desk: Desk, key: str = KEY) -> None:
+    desk.page.fill("#key", key)
+    desk.page.keyboard.press("Enter")
+
+
+def test_a_broken_picture(stern: Desk, draw: Draw, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(draw("whole.png", (8, 8, RED)).read_bytes()[:60])
+    stern.choose(broken)
+    words = stern.text(".stage-words")
+    assert words.startswith("The picture cannot be read. It says: ")
+    assert "broken.png" not in words  # the name stands above it
+    assert stern.states() == ["refused"]
+    assert "1 refused" in stern.text("#progress-words")
+    stern.said("broken.png: The picture cannot be read.")
+    # The next ones are searched all the same.
+    stern.choose(tmp_path / "whole.png")
+    assert stern.states() == ["refused", "1"]
+    assert stern.page.is_visible(".stage-words") is False
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "The server did not take the request."),
+        (404, "The server does not know this model."),
+        (408, "The upload took too long."),
+        (413, "The picture is too large for this server."),
+        (415, "The server takes no such files."),
+        (422, "The picture cannot be read."),
+        (500, "The server failed on this picture."),
+        (504, "The server took too long over this picture."),
+        (418, "Because."),
+    ],
+)
+def test_each_refusal_has_its_words(stern: Desk, draw: Draw, status: int, words: str) -> None:
+    file = draw("one.png", (8, 8, RED))
+    route = "**/v1/detect*"
+    stern.page.route(route, lambda one: one.fulfill(status=status, json={"detail": "Because."}))
+    stern.choose(file)
+    told = stern.text(".stage-words")
+    assert told.startswith(words)
+    assert "Because." in told
+    stern.page.unroute(route)
+    stern.page.click(".stage-words button")
+    stern.wait()
+    assert stern.states() == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"body": "<html>Bad gateway</html>", "status": 502}, "status 502"),
+        ({"body": "hello"}, "The server's answer is no JSON."),
+        ({"json": {"images": []}}, "The server's answer holds no picture."),
+        (
+            {"json": {"images": [{"detections": [{"category_id": 1000, "box": []}]}]}},
+            "category 1000 is none of the model's",
+        ),
+    ],
+)
+def test_answers_that_make_no_sense(
+    stern: Desk, draw: Draw, answer: dict[str, Any], words: str
+) -> None:
+    stern.page.route("**/v1/detect*", lambda one: one.fulfill(**answer))
+    stern.choose(draw("one.png", (8, 8, RED)))
+    assert words in stern.text(".stage-words")
+
+
+def test_too_many_bytes_are_not_sent(open_desk: OpenDesk, guarded: str, tmp_path: Path) -> None:
+    desk = open_desk(guarded, failures=True, opened=False)
+    desk.page.goto(guarded)
+    desk.page.wait_for_selector("#key-dialog[open]")
+    unlock(desk)
+    desk.page.wait_for_selector("#model-facts dl")
+    assert desk.text("#limits") == "Up to 4.0 kB and 0.02 million pixels a picture."
+    large = tmp_path / "large.bmp"
+    large.write_bytes(b"BM" + bytes(9000))
+    desk.choose(large)
+    assert desk.text(".stage-words") == (
+        "The picture has 9.0 kB; this server takes 4.0 kB at most. It was not sent."
+    )
+    assert desk.asked() == 0
+    assert desk.states() == ["refused"]
+
+
+def test_too_many_pixels(open_desk: OpenDesk, guarded: str, draw: Draw) -> None:
+    desk = open_desk(guarded, failures=True, opened=False)
+    desk.page.goto(guarded)
+    desk.page.wait_for_selector("#key-dialog[open]")
+    unlock(desk)
+    desk.page.wait_for_selector("#model-facts dl")
+    desk.choose(draw("wide.png", height=160, width=160))
+    words = desk.text(".stage-words")
+    assert words.startswith("The picture is too large for this server. It says: ")
+    assert "pixels" in words
+
+
+def test_the_key(open_desk: OpenDesk, guarded: str, draw: Draw) -> None:
+    desk = open_desk(guarded, failures=True, opened=False)
+    page = desk.page
+    page.goto(guarded)
+    page.wait_for_selector("#key-dialog[open]")
+    assert page.evaluate("() => document.activeElement.id") == "key"
+    page.click("#key-later")
+    assert "This server asks for a key." in desk.text("#notice")
+    page.click("#notice-act")
+    unlock(desk, "wrong")
+    page.wait_for_function("() => document.querySelector('#key-words.bad') !== null")
+    assert "did not take this key" in desk.text("#key-words")
+    unlock(desk)
+    page.wait_for_selector("#model-facts dl")
+    assert not page.is_visible("#notice")
+    desk.choose(draw("one.png", (8, 8, RED)))
+    assert desk.states() == ["1"]
+    # It outlasts a reload, in this tab alone.
+    page.reload()
+    page.wait_for_selector("#model-facts dl")
+    assert page.evaluate("() => Object.values(sessionStorage)") == [KEY]
+    assert page.evaluate("() => Object.values(localStorage)") == []
+
+
+def test_a_key_that_is_asked_for_later(stern: Desk, draw: Draw) -> None:
+    """A server that was restarted with a key: what was given to it goes on with the key."""
+    locked = "**/v1/detect*"
+    stern.page.route(locked, lambda one: one.fulfill(status=401, json={"detail": "the key"}))
+    files = [draw(f"{n}.png", (8, 8, RED)) for n in range(4)]
+    stern.page.set_input_files("#files", [str(file) for file in files])
+    stern.page.wait_for_selector("#key-dialog[open]")
+    stern.page.unroute(locked)
+    unlock(stern)
+    stern.wait()
+    assert stern.states() == ["1"] * 4
+
+
+def test_a_busy_server_is_waited_for(stern: Desk, draw: Draw) -> None:
+    times = []
+
+    def busy(route: Any) -> None:
+        times.append(route.request.url)
+        if len(times) > 4:
+            route.continue_()
+        else:
+            headers = {"Retry-After": "1"}
+            route.fulfill(status=503, headers=headers, json={"detail": "full"})
+
+    stern.page.route("**/v1/detect*", busy)
+    files = [draw(f"{n}.png", (8, 8, RED)) for n in range(2)]
+    stern.page.set_input_files("#files", [str(file) for file in files])
+    stern.page.wait_for_selector("#notice.wait")
+    assert "The server is busy." in stern.text("#notice")
+    assert stern.text("#notice-wait") == "1 s"
+    assert stern.states() == ["waiting"] * 2
+    stern.wait()
+    assert stern.states() == ["1"] * 2
+    assert not stern.page.is_visible("#notice")
+    # Two refused, a second's wait, two refused, a second's wait, two taken.
+    assert len(times) == 6
+
+
+def test_a_server_that_is_away(stern: Desk, draw: Draw) -> None:
+    stern.page.context.set_offline(True)
+    stern.page.set_input_files("#files", str(draw("one.png", (8, 8, RED))))
+    stern.page.wait_for_selector("#notice.wait")
+    assert "The server does not answer." in stern.text("#notice")
+    # It asks whether anybody is there, and uploads nothing to nobody.
+    stern.page.wait_for_timeout(1500)
+    assert stern.asked() == 1
+    assert "The server does not answer." in stern.text("#notice")
+    stern.page.context.set_offline(False)
+    stern.page.click("#notice-act")
+    stern.wait()
+    assert stern.states() == ["1"]
+    assert not stern.page.is_visible("#notice")
+
+
+def test_a_server_that_hangs_up_on_one_picture(stern: Desk, draw: Draw) -> None:
+    stern.page.route("**/v1/detect*", lambda one: one.abort("connectionreset"))
+    stern.choose(draw("one.png", (8, 8, RED)))
+    assert "The server hung up while this picture was sent" in stern.text(".stage-words")
+    assert stern.asked() == 2
+
+
+def test_a_file_that_is_gone(stern: Desk, draw: Draw) -> None:
+    stern.page.context.set_offline(True)
+    file = draw("one.png", (8, 8, GREEN))
+    stern.page.set_input_files("#files", str(file))
+    stern.page.wait_for_selector("#notice.wait")
+    file.unlink()
+    stern.page.context.set_offline(False)
+    stern.page.click("#notice-act")
+    stern.wait()
+    assert "The file can no longer be read" in stern.text(".stage-words")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "The server does not answer."),
+        (503, "The server is not ready yet."),
+        (500, "The server does not say what it can do: The server failed on this picture."),
+    ],
+)
+def test_a_server_that_is_not_there_at_first(
+    open_desk: OpenDesk, server: str, draw: Draw, status: int, words: str
+) -> None:
+    desk = open_desk(failures=True, opened=False)
+    address = "**/v1/model"
+
+    def refuse(route: Any) -> None:
+        if status == 0:
+            route.abort()
+        else:
+            route.fulfill(status=status, headers={"Retry-After": "30"}, json={"detail": "no"})
+
+    desk.page.route(address, refuse)
+    desk.page.goto(server)
+    desk.page.wait_for_selector("#notice.wait")
+    assert desk.text("#notice").startswith(words)
+    # Pictures may come before the models.
+    desk.page.set_input_files("#files", str(draw("one.png", (8, 8, RED))))
+    assert desk.states() == ["waiting"]
+    desk.page.unroute(address)
+    desk.page.click("#notice-act")
+    desk.wait()
+    assert desk.states() == ["1"]
