@@ -28,7 +28,7 @@ class HubName(NamedTuple):
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether `name` means a place on the hub rather than on this disk."""
-    return Path(name).as_posix().startswith("hf:/")
+    return _text(name).startswith("hf:/")
 
 
 def parse_hub_name(name: str | Path) -> HubName:
@@ -37,12 +37,16 @@ def parse_hub_name(name: str | Path) -> HubName:
     Raises:
         WeightsError: it is not of that form.
     """
-    found = _NAME.fullmatch(str(name) if isinstance(name, str) else name.as_posix())
+    found = _NAME.fullmatch(_text(name))
     if found is None:
         raise WeightsError(
             f"{name} names no model: write hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
         )
     return HubName(found["repository"], found["revision"])
+
+
+def _text(name: str | Path) -> str:
+    return name if isinstance(name, str) else name.as_posix()
 
 
 def fetch_hub(name: str | Path) -> Path:
@@ -86,40 +90,58 @@ def hub_source(name: str | Path, folder: Path) -> str:
     return f"hf://{repository}@{commit}" if commit else f"hf://{repository}"
 
 
-def refuse_hub(error: Exception, name: str, revision: str | None = None) -> NoReturn:
+def refuse_hub(
+    error: Exception,
+    name: str,
+    revision: str | None = None,
+    *,
+    pushing: bool = False,
+    secret: str | None = None,
+) -> NoReturn:
     """Say in one line what the hub's `error` means.
+
+    Args:
+        error: what huggingface_hub raised.
+        name: what was asked for, ``hf://OWNER/NAME``.
+        revision: of it.
+        pushing: it was to be written, not read.
+        secret: a token, which is kept out of the line.
 
     Raises:
         WeightsError: always.
     """
     from huggingface_hub import constants, errors
 
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "Error while uploading" alone says little
     hub = constants.ENDPOINT
-    offline = "it is not in the cache, and HF_HUB_OFFLINE is set: fetch it once without"
+    cannot = "cannot be pushed to" if pushing else "cannot be had"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    said = _first(error) if not secret else _first(error).replace(secret, "***")
     if isinstance(error, errors.HFValidationError):
-        why = f"is no name on the hub: {_first(error)}"
+        why = f"is no name on the hub: {said}"
     elif isinstance(error, errors.GatedRepoError):
         why = f"is gated: accept its terms at {hub}/{name.removeprefix('hf://')}, then give a token"
     elif isinstance(error, errors.RevisionNotFoundError):
         why = f"has no revision {revision!r}"
     elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        why = (
-            f"is not on {hub}, or is private and your token (hf auth login, or HF_TOKEN) "
-            f"does not reach it"
-        )
+        token = "your token (hf auth login, or HF_TOKEN)"
+        if pushing:
+            why = f"cannot be pushed to: {hub} does not know {token}"
+        else:
+            why = f"is not on {hub}, or is private and {token} does not reach it"
     elif status == 403:
-        why = f"is not yours to change: the token has no right to it ({_first(error)})"
+        why = f"may not be changed with this token: {said}"
     elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        why = offline
+        why = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        why = "cannot be pushed to: HF_HUB_OFFLINE is set" if pushing else why
     elif status is not None:
-        why = f"cannot be had: {hub} answered {status}: {_first(error)}"
+        why = f"{cannot}: {hub} answered {status}: {said}"
     elif isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
-        why = f"cannot be had: {hub} is not reached, and it is not in the cache"
+        why = f"{cannot}: {hub} is not reached{'' if pushing else ', and it is not in the cache'}"
     else:
-        why = f"cannot be had: {type(error).__name__}: {_first(error)}"
-    separator = ": " if why == offline else " "
-    raise WeightsError(f"{name}{separator}{why}") from None
+        why = f"{cannot}: {type(error).__name__}: {said}"
+    raise WeightsError(f"{name} {why}") from None
 
 
 def _is_of_the_network(error: Exception) -> bool:

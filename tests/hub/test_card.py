@@ -1,0 +1,116 @@
+"""The model card: the hub's schema, true figures, and limits that follow from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from retinanet.hub import prepare
+from retinanet.model.checkpoint import load_checkpoint, save_checkpoint
+
+hub = pytest.importorskip("huggingface_hub")
+
+NAME = "me/shapes"
+
+
+def card(run: Path, out: Path, **options: Any) -> str:
+    prepare(run, NAME, out, device="cpu", **options)
+    return (out / "README.md").read_text("utf-8")
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_the_head_is_the_hubs_schema(run: Path, tmp_path: Path) -> None:
+    text = card(run, tmp_path / "out", license="apache-2.0", dataset="me/shapes-data")
+    data = hub.ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("retinanet", "object-detection")
+    assert (data.license, data.datasets) == ("apache-2.0", ["me/shapes-data"])
+    assert "mobilenet-v2" in data.tags
+    values = {one.metric_type: one.metric_value for one in data.eval_results}
+    assert values == {"map": 0.1235, "map_50": 0.25, "map_75": 0.125}
+    for one in data.eval_results:
+        assert (one.task_type, one.dataset_split) == ("object-detection", "val")
+        assert (one.dataset_type, one.dataset_name) == ("me/shapes-data", "shapes")
+    # Without a license and an id nothing is made up.
+    head = yaml.safe_load(card(run, tmp_path / "bare").split("---")[1])
+    assert "license" not in head
+    assert "datasets" not in head
+
+
+def test_figures_data_training_and_speed(run: Path, data: Path, tmp_path: Path) -> None:
+    text = card(run, tmp_path / "out", data=data)
+    for line in (
+        "# shapes",
+        'detector = rn.load("hf://me/shapes")',
+        "| AP | mean over IoU .50 to .95 and classes | 0.123 |",
+        "| APm | from 32² to 96² | - |",
+        "Splits: seed 0, 20% held out.",
+        "| pictures | 4 | 3 |",
+        "Speed: 7.2 pictures a second",
+        "on a CPU with 3 threads",
+        "9 steps of 8 pictures (these weights are those after step 7, the best on `val`)",
+        "focal, alpha 0.25, gamma 2 for classes",
+        "from the weights backbone.safetensors",
+        "Made with retinanet 0.1.0, torch 2.7",
+        "boxes of a score of at least 0.41",
+        "(example_3.jpg)",
+    ):
+        assert line in text, line
+
+
+def test_limits_follow_from_the_run(run: Path, tmp_path: Path) -> None:
+    text = card(run, tmp_path / "few").partition("## Limits")[2]
+    for words in (
+        "trained on 4 pictures, which is few",
+        "they are not those of a test set",
+        "An AP of 0.123 is weak",
+        "drawn at random: where several show one scene",
+        "Too few objects were judged for a sure figure of:",
+        "weak on small objects: APs is 0.010",
+        "by 0.31 on average",
+    ):
+        assert words in text, words
+    many = [{"name": "x", "objects": 100, "ap": 0.5}]
+    change(run / "metrics.json", ap=0.2, ap_small=0.1, per_class=many, calibration=None)
+    change(run / "run.json", images={"train": 1000, "val": 9}, split_origin="the format's own")
+    text = card(run, tmp_path / "many").partition("## Limits")[2]
+    assert text.count("\n- ") == 2
+    assert "On other kinds of pictures than it was trained on it was not tried." in text
+
+
+def test_a_checkpoint_alone_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    (run / "best").rename(alone)
+    text = card(alone, tmp_path / "out")
+    assert "This model was not judged on labelled pictures." in text
+    assert text.count("Not recorded with this checkpoint.") == 2
+    assert "Nothing is known of how often it is right." in text
+    assert "model-index" not in text
+    files = sorted(one.name for one in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "model.json", "model.safetensors"]
+
+
+def test_the_last_weights_have_no_figures_of_the_best(run: Path, tmp_path: Path) -> None:
+    (run / "best").rename(run / "last")
+    assert "was not judged" in card(run, tmp_path / "out")
+
+
+def test_names_of_the_data_stay_text(run: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    loaded = load_checkpoint(run)
+    names = ("a|b", "<script>", "![x](http://x)", *loaded.classes[3:])
+    names = names[: len(loaded.classes)]
+    save_checkpoint(run / "best", replace(loaded, classes=names))
+    rows = [{"name": name, "objects": 5, "ap": 0.5} for name in names]
+    change(run / "metrics.json", per_class=rows)
+    text = card(run, tmp_path / "out")
+    assert "| a\\|b | 5 | 0.500 |" in text
+    assert "\\<script\\>" in text
+    assert "![x]" not in text.replace("\\![x", "")
