@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from retinanet import __version__
-from retinanet.cli import bench, data, demo, detect, evaluate, paper, report, serve, train
+from retinanet.cli import bench, data, demo, detect, evaluate, paper, push, report, serve, train
 from retinanet.cli.console import STOPPED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
@@ -58,6 +58,7 @@ app.add_typer(report_app, name="report")
 report_app.command("loss-distribution")(report.loss_distribution)
 report_app.command("speed-accuracy")(report.speed_accuracy)
 app.command("serve")(serve.serve)
+app.command("push")(push.push)
 app.command("bench")(bench.bench)
 app.add_typer(paper_app, name="paper")
 paper_app.command("list")(paper.list_experiments)
