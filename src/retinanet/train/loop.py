@@ -198,6 +198,14 @@ def train_subject(
         if stored.finished:
             tell("message", message=f"{folder.path} is finished: {stored.step} steps")
             return _result(folder, stored)
+        begun_by = json.loads(folder.info.read_text("utf-8")).get("processes")
+        if recipe.data.order == "shards" and begun_by != accelerator.num_processes:
+            tell(
+                "message",
+                message=f"warning: the run was begun by {begun_by} processes and goes on with "
+                f"{accelerator.num_processes}, which share the shards in another way: in the epoch "
+                f"at hand pictures may come twice or not at all",
+            )
     elif accelerator.is_main_process:
         machine = describe_machine(accelerator.device)
         machine |= {

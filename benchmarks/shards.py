@@ -1,0 +1,145 @@
+"""How fast pictures come out of WebDataset shards, beside the folder that they were made of.
+
+    python benchmarks/shards.py ../shared/data/coco_320 [--rounds 7] [--workers 0]
+
+Rows of one round follow each other, so that whatever else the machine does falls on all of them.
+``batches``: the loader of training, with decoding and resizing. ``bytes``: the files alone, in a
+random order, and one after another as the webdataset library reads them. ``cold``: what the kernel
+keeps of the files is dropped before (``posix_fadvise``; a disk's own memory stays).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import webdataset as wds
+
+from retinanet.data import Dataset, convert, read_dataset, usable
+from retinanet.data.archives import Member, archive_of, find_member
+from retinanet.data.loading import train_loader
+
+_SIZE, _LONGEST, _BATCH = 384, 640, 16
+
+
+def batches(dataset: Dataset, order: str, workers: int, steps: int) -> Callable[[], int]:
+    """Reads as training does."""
+
+    def read() -> int:
+        loader = train_loader(
+            dataset, batch_size=_BATCH, steps=steps, seed=0, image_size=_SIZE, max_size=_LONGEST,
+            order=order, workers=workers,
+        )  # fmt: skip
+        return sum(len(batch.images) for batch in loader)
+
+    return read
+
+
+def contents(dataset: Dataset) -> Callable[[], int]:
+    """Reads the files alone, in a random order."""
+    files = [find_member(image.path) or image.path for image in dataset.images]  # as the loader
+
+    def read() -> int:
+        random.Random(0).shuffle(files)
+        for file in files:
+            _ = file.read() if isinstance(file, Member) else file.read_bytes()
+        return len(files)
+
+    return read
+
+
+def by_library(shards: list[str]) -> Callable[[], int]:
+    """Reads all samples in turn as the webdataset library does, undecoded."""
+
+    def read() -> int:
+        return sum(1 for _ in wds.WebDataset(shards, shardshuffle=False))
+
+    return read
+
+
+def files_of(dataset: Dataset) -> list[str]:
+    """What lies on the disk."""
+    found = (archive_of(image.path) or os.fspath(image.path) for image in dataset.images)
+    return list(dict.fromkeys(found))
+
+
+def forget(files: list[str]) -> None:
+    """Let the kernel drop what it keeps of files."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.fdatasync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def measured(
+    rows: dict[str, tuple[Callable[[], int], list[str]]], rounds: int, cold: bool
+) -> Iterator[dict[str, object]]:
+    """Pictures a second of each row over the rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(rounds + 1):  # the first warms up
+        for name, (read, files) in rows.items():
+            if cold:
+                forget(files)
+            began = time.perf_counter()
+            count = read()
+            rate = count / (time.perf_counter() - began)
+            if number:
+                rates[name].append(rate)
+    for name, found in rates.items():
+        yield {
+            "what": name,
+            "cold": cold,
+            "median": round(statistics.median(found), 1),
+            "least": round(min(found), 1),
+            "most": round(max(found), 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--shard-size", default="20MB")
+    parser.add_argument("--folder", type=Path, help="Where the shards are made; a temporary one.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as made:
+        plain, _ = usable(read_dataset(given.data, "train"))
+        # The same pictures side by side on the same disk.
+        convert({"train": plain}, Path(made) / "coco", "coco")
+        convert({"train": plain}, Path(made) / "shards", "webdataset", shard_size=given.shard_size)
+        folder, _ = usable(read_dataset(Path(made) / "coco", "train"))
+        folder = replace(folder, split="train")
+        shards, _ = usable(read_dataset(Path(made) / "shards", "all"))
+        in_folder, in_shards = files_of(folder), files_of(shards)
+        for cold in (False, True):
+            rows = {
+                "batches, folder": (
+                    batches(folder, "pictures", given.workers, given.steps), in_folder
+                ),
+                "batches, shards by pictures": (
+                    batches(shards, "pictures", given.workers, given.steps), in_shards
+                ),
+                "batches, shards by shards": (
+                    batches(shards, "shards", given.workers, given.steps), in_shards
+                ),
+                "bytes, folder": (contents(folder), in_folder),
+                "bytes, shards": (contents(shards), in_shards),
+                "bytes, webdataset library in turn": (by_library(in_shards), in_shards),
+            }  # fmt: skip
+            for line in measured(rows, given.rounds, cold):
+                print(json.dumps({**line, "shards": len(in_shards), "load": os.getloadavg()[0]}))
+
+
+if __name__ == "__main__":
+    main()
