@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,17 @@ from torch import Tensor
 
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
+from retinanet.data.windows import open_windows
 from retinanet.errors import DataError
 
 DRAWN_SCORE = 0.3
 """Score from which a box is drawn: AP wants every box over .05, a person's eye does not."""
+
+DRAWN_PIXELS = 2**25
+"""Pixels of a drawn picture at the most (5,793 x 5,793): a larger one is drawn reduced."""
+
+CAPTIONED = 1000
+"""Boxes of a picture at the most that get a caption each: more would find no place."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +66,9 @@ class Found:
     def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
         """The picture with the boxes of at least `score_threshold`, their classes and scores on it.
 
+        One of more than :data:`DRAWN_PIXELS` is made smaller first, as it is read: the boxes in
+        this object stay those of the whole. Over :data:`CAPTIONED` boxes have no captions.
+
         Args:
             image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
                 None is the picture that was searched.
@@ -66,16 +77,30 @@ class Found:
             DataError: the picture is another size than the one that was searched.
             ImageError: it can no longer be read.
         """
-        pixels = read_image(self.picture if image is None else image)
-        if tuple(pixels.shape[-2:]) != self.size:
+        picture = self.picture if image is None else image
+        height, width = self.size
+        scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
+        if scale < 1:
+            windows = open_windows(picture)
+            pixels, size = None, windows.size
+        else:
+            pixels = read_image(picture)
+            size = (pixels.shape[-2], pixels.shape[-1])
+        if size != self.size:
             raise DataError(
-                f"{self.name}: the picture to draw on is {pixels.shape[-1]} x {pixels.shape[-2]}, "
-                f"the one that was searched {self.size[1]} x {self.size[0]} pixels"
+                f"{self.name}: the picture to draw on is {size[1]} x {size[0]}, "
+                f"the one that was searched {width} x {height} pixels"
             )
+        if pixels is None:
+            pixels = windows.reduced(int(height * scale) or 1, int(width * scale) or 1)
+        shrunk = self.boxes.new_tensor((pixels.shape[-1] / width, pixels.shape[-2] / height))
         kept = self.scores >= score_threshold
-        return draw_boxes(
-            pixels, self.boxes[kept], self.labels[kept], self.scores[kept], self.classes
-        )
+        boxes = self.boxes[kept] * shrunk.repeat(2)
+        labels, scores = self.labels[kept], self.scores[kept]
+        if len(boxes) > CAPTIONED:
+            names = [""] * len(self.classes)
+            return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names)
+        return draw_boxes(pixels, boxes, labels, scores, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: file, size, and each object's class, score and box."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retinanet.data import archives
 from retinanet.data.images import IMAGE_SUFFIXES, read_image, read_reduced
+from retinanet.data.windows import Windows, open_windows
 from retinanet.detect.found import Failure
 from retinanet.errors import DataError, ImageError
 
@@ -51,6 +52,14 @@ class Source:
             ImageError: as in :meth:`read`.
         """
         return self._read(read_reduced, shorter, longest)
+
+    def open_windows(self) -> Windows:
+        """As :func:`retinanet.data.windows.open_windows`: to read parts of the picture.
+
+        Raises:
+            ImageError: as in :meth:`read`.
+        """
+        return self._read(open_windows)
 
     def _read(self, read: Callable[..., _T], *sides: int) -> _T:
         if isinstance(self.picture, str | Path):

@@ -1,0 +1,289 @@
+"""A window of a picture is what the whole picture has there, for every kind of file."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from retinanet.data import windows
+from retinanet.data.archives import ArchiveWriter
+from retinanet.data.images import network_size, read_image, resize_to
+from retinanet.data.windows import open_windows
+from retinanet.errors import ImageError
+
+tifffile = pytest.importorskip("tifffile")
+
+HEIGHT, WIDTH = 201, 303
+SIDEWAYS = (5, 6, 7, 8)
+TILE = (64, 96)
+
+
+def picture(channels: int = 3) -> npt.NDArray[np.uint8]:
+    """Blocks with noise on them: JPEG has something to lose at every border."""
+    rng = np.random.default_rng(channels)
+    blocks = rng.integers(0, 236, (HEIGHT // 8 + 1, WIDTH // 8 + 1, channels))
+    whole = np.kron(blocks, np.ones((8, 8, 1), np.int64))[:HEIGHT, :WIDTH]
+    return (whole + rng.integers(0, 20, whole.shape)).astype(np.uint8)
+
+
+RGB = picture()
+GREY = RGB[:, :, 0].copy()
+DEEP = RGB.astype(np.uint16) * 256 + 77
+RGBA = picture(4)
+COLOURS = np.random.default_rng(0).integers(0, 65536, (3, 256)).astype(np.uint16)
+
+TIFFS: dict[str, tuple[npt.NDArray[Any], dict[str, Any]]] = {
+    "one strip": (RGB, {}),
+    "strips": (RGB, {"rowsperstrip": 7}),
+    "tiles": (RGB, {"tile": TILE}),
+    "big": (RGB, {"tile": TILE, "bigtiff": True}),
+    "big endian": (RGB, {"tile": TILE, "byteorder": ">"}),
+    "deflate": (RGB, {"tile": TILE, "compression": "deflate"}),
+    "predicted": (RGB, {"tile": TILE, "compression": "deflate", "predictor": True}),
+    "deflate strips": (RGB, {"rowsperstrip": 10, "compression": "deflate"}),
+    "lzw": (RGB, {"tile": TILE, "compression": "lzw", "bigtiff": True}),
+    "packbits": (RGB, {"rowsperstrip": 10, "compression": "packbits"}),
+    "zstd": (RGB, {"tile": TILE, "compression": "zstd"}),
+    "jpeg": (RGB, {"tile": TILE, "compression": "jpeg"}),
+    "jpeg strips": (RGB, {"rowsperstrip": 64, "compression": "jpeg"}),
+    "jpeg subsampled": (RGB, {"tile": TILE, "compression": "jpeg", "subsampling": (2, 2)}),
+    "planes": (RGB.transpose(2, 0, 1), {"planarconfig": "separate", "rowsperstrip": 9}),
+    "planes, one strip": (RGB.transpose(2, 0, 1), {"planarconfig": "separate"}),
+    "planes, tiles": (
+        RGB.transpose(2, 0, 1),
+        {"planarconfig": "separate", "tile": TILE, "compression": "deflate"},
+    ),
+    "16 bits": (DEEP, {"tile": TILE, "compression": "deflate"}),
+    "16 bits, big endian": (DEEP, {"byteorder": ">", "rowsperstrip": 9}),
+    "16 bits grey": (DEEP[:, :, 0].copy(), {"tile": TILE, "photometric": "minisblack"}),
+    "16 bits grey strips": (
+        DEEP[:, :, 0].copy(),
+        {"byteorder": ">", "rowsperstrip": 9, "photometric": "minisblack"},
+    ),
+    "grey": (GREY, {"tile": TILE, "photometric": "minisblack", "compression": "lzw"}),
+    "white is zero": (GREY, {"tile": TILE, "photometric": "miniswhite"}),
+    "bits": (GREY > 128, {"photometric": "minisblack"}),
+    "bits, packed": (GREY > 128, {"rowsperstrip": 9, "compression": "packbits"}),
+    "palette": (GREY, {"tile": TILE, "photometric": "palette", "colormap": COLOURS}),
+    "alpha": (RGBA, {"tile": TILE, "extrasamples": ["unassalpha"], "compression": "deflate"}),
+    "alpha multiplied": (RGBA, {"rowsperstrip": 9, "extrasamples": ["assocalpha"]}),
+    "fourth channel": (RGBA, {"tile": TILE, "extrasamples": ["unspecified"]}),
+    "cmyk": (RGBA, {"tile": TILE, "photometric": "separated", "compression": "deflate"}),
+    **{
+        f"turned {n}": (RGB, {"tile": TILE, "extratags": [(274, 3, 1, n, True)]})
+        for n in range(1, 9)
+    },
+}
+
+
+def write_tiff(file: Path, kind: str) -> Path:
+    array, options = TIFFS[kind]
+    given = {"photometric": "rgb", **options} if array.ndim == 3 else options
+    tifffile.imwrite(file, array, **given)
+    return file
+
+
+def check_windows(file: Any, whole: torch.Tensor, *, off: int = 0) -> None:
+    opened = open_windows(file)
+    height, width = whole.shape[-2:]
+    assert opened.size == (height, width)
+    for x1, y1, x2, y2 in (
+        (0, 0, width, height),
+        (95, 63, 97, 65),  # where four tiles meet
+        (10, 20, 150, 131),
+        (width - 31, height - 9, width, height),
+        (0, 0, 1, 1),
+    ):
+        assert torch.equal(opened.read((x1, y1, x2, y2)), whole[:, y1:y2, x1:x2])
+    for shorter, longest in ((50, 1000), (500, 420), (HEIGHT, WIDTH)):
+        sides = network_size(height, width, shorter, longest)
+        expected, _ = resize_to(whole, shorter, longest)
+        reduced = opened.reduced(*sides)
+        assert reduced.shape == expected.shape
+        assert (reduced.int() - expected.int()).abs().max() <= off
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_windows_of_a_tiff_are_the_whole_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(windows, "_BAND_BYTES", 4000)
+    file = write_tiff(tmp_path / "a.tif", kind)
+    assert isinstance(open_windows(file), windows._Stored)
+    # Rows first and columns then, or the other way round: each is rounded.
+    sideways = any(kind == f"turned {n}" for n in SIDEWAYS)
+    check_windows(file, read_image(file), off=int(sideways))
+    check_windows(file.read_bytes(), read_image(file), off=int(sideways))
+
+
+def test_the_pixels_themselves(tmp_path: Path) -> None:
+    # Without Pillow on the other side: lossless kinds are what was written.
+    for kind in ("tiles", "deflate strips", "planes", "lzw"):
+        file = write_tiff(tmp_path / "a.tif", kind)
+        read = open_windows(file).read((10, 20, 200, 130))
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), RGB[20:130, 10:200])
+    file = write_tiff(tmp_path / "a.tif", "turned 6")  # to be turned clockwise
+    read = open_windows(file).read((3, 50, 100, 90))
+    expected = np.rot90(RGB, -1)[50:90, 3:100]
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), expected)
+    assert open_windows(file).down_first
+
+
+def test_first_page_of_a_pyramid(tmp_path: Path) -> None:
+    file = tmp_path / "pyramid.tif"
+    with tifffile.TiffWriter(file, bigtiff=True) as writer:
+        options = {"tile": (64, 64), "photometric": "rgb", "compression": "deflate"}
+        writer.write(RGB, subifds=1, **options)
+        writer.write(RGB[::2, ::2], subfiletype=1, **options)
+    check_windows(file, torch.from_numpy(RGB).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [("a.bmp", RGB), ("grey.bmp", GREY), ("alpha.bmp", RGBA), ("a.ppm", RGB), ("a.pgm", GREY)],
+)
+def test_plain_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, array: npt.NDArray[np.uint8]
+) -> None:
+    monkeypatch.setattr(windows, "_BAND_BYTES", 4000)
+    Image.fromarray(array).save(tmp_path / name)
+    assert isinstance(open_windows(tmp_path / name), windows._Stored)
+    check_windows(tmp_path / name, read_image(tmp_path / name))
+
+
+def test_what_is_unpacked_whole(tmp_path: Path) -> None:
+    files = []
+    for suffix in (".png", ".jpg", ".webp", ".gif"):
+        files.append(tmp_path / f"a{suffix}")
+        Image.fromarray(RGB).save(files[-1])
+    files.append(tmp_path / "palette.bmp")
+    Image.fromarray(RGB).quantize(16).save(files[-1])
+    files.append(tmp_path / "float.tif")  # judged by all its values
+    tifffile.imwrite(files[-1], GREY.astype(np.float32) / 3, tile=TILE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files.append(tmp_path / "turned.jpg")
+    Image.fromarray(RGB).save(files[-1], exif=exif)
+    for file in files:
+        assert isinstance(open_windows(file), windows._Unpacked)
+        check_windows(file, read_image(file))
+        check_windows(bytearray(file.read_bytes()), read_image(file))
+    check_windows(Image.open(files[-1]), read_image(files[-1]))
+
+
+def test_arrays_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_BAND_BYTES", 4000)
+    tensor = torch.from_numpy(RGB).permute(2, 0, 1)
+    for kind in (RGB, GREY, GREY[:, :, None], RGBA, DEEP, DEEP.astype(">u2"), GREY > 9, tensor):
+        assert isinstance(open_windows(kind), windows._Pixels)
+        check_windows(kind, read_image(kind))
+    floats = GREY.astype(np.float32)
+    assert isinstance(open_windows(floats), windows._Unpacked)
+    check_windows(floats, read_image(floats))
+    with pytest.raises(ImageError, match="expected height, width and 1 to 4 channels"):
+        open_windows(np.zeros((3, 4, 5), np.uint8))
+
+
+def test_inside_an_archive(tmp_path: Path) -> None:
+    writer = ArchiveWriter(tmp_path / "a.tar")
+    write_tiff(tmp_path / "a.tif", "deflate")
+    writer.add("one.tif", (tmp_path / "a.tif").read_bytes())
+    writer.close()
+    whole = read_image(tmp_path / "a.tif")
+    check_windows(tmp_path / "a.tar" / "one.tif", whole)
+
+
+def test_over_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_tiff(tmp_path / "a.tif", "deflate")
+    whole = read_image(file)
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # a third of the picture
+    with pytest.raises(ImageError, match="exceeds limit"):
+        read_image(file)
+    check_windows(file, whole)
+    with pytest.raises(ImageError, match=r"a\.png: .*unpacked whole: save it as a TIFF"):
+        open_windows(tmp_path / "a.png")
+    tifffile.imwrite(file, RGB, compression="deflate", rowsperstrip=HEIGHT, photometric="rgb")
+    with pytest.raises(ImageError, match=r"a\.tif: one of its strips or tiles has 60903 pixels"):
+        open_windows(file)
+
+
+def test_failures(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"nowhere\.tif: there is no such file"):
+        open_windows(tmp_path / "nowhere.tif")
+    for name, content in (("no.tif", b"II*\0rubbish"), ("no.bmp", b"BM"), ("no.png", b"P6 x")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=name.replace(".", r"\.")):
+            open_windows(tmp_path / name)
+    # Cut short: what is there can be read, and the rest says what is wrong.
+    file = write_tiff(tmp_path / "a.tif", "one strip")
+    file.write_bytes(file.read_bytes()[: -50 * WIDTH * 3])
+    opened = open_windows(file)
+    with pytest.raises(ImageError, match=r"a\.tif: cannot be read: the file ends .* too early"):
+        opened.read((0, 0, WIDTH, HEIGHT))
+    with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
+        opened.reduced(20, 30)
+    file = write_tiff(tmp_path / "a.tif", "deflate")
+    content = bytearray(file.read_bytes())
+    content[-2000:] = bytes(2000)
+    file.write_bytes(content)
+    opened = open_windows(file)
+    assert torch.equal(
+        opened.read((0, 0, 96, 64)), torch.from_numpy(RGB[:64, :96]).permute(2, 0, 1)
+    )
+    for _ in range(2):  # remembered, and said again
+        with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
+            opened.read((200, 150, WIDTH, HEIGHT))
+
+
+def test_pieces_are_unpacked_once_and_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_tiff(tmp_path / "a.tif", "deflate")
+    piece = TILE[0] * TILE[1] * 3
+    monkeypatch.setattr(windows, "CACHED_BYTES", 4 * piece)
+    opened = open_windows(file)
+    assert isinstance(opened, windows._Stored)
+    asked: list[tuple[int, int]] = []
+    real = opened._unpack
+    lock = threading.Lock()
+
+    def unpack(row: int, column: int) -> torch.Tensor:
+        with lock:
+            asked.append((row, column))
+        return real(row, column)
+
+    monkeypatch.setattr(opened, "_unpack", unpack)
+    whole = read_image(file)
+    with ThreadPoolExecutor(4) as pool:  # four windows over the same four tiles
+        spots = [(50, 30, 150, 100), (60, 40, 160, 110), (90, 60, 100, 70), (0, 0, 192, 128)]
+        for (x1, y1, x2, y2), read in zip(spots, pool.map(opened.read, spots), strict=True):
+            assert torch.equal(read, whole[:, y1:y2, x1:x2])
+    assert sorted(asked) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    opened.read((290, 190, 300, 200))
+    assert len(opened._kept) <= 4 + 1
+    assert opened._kept_bytes <= 4 * piece
+    # A window that needs more than may be kept is read all the same.
+    assert torch.equal(opened.read((0, 0, WIDTH, HEIGHT)), whole)
+
+
+def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "CACHED_BYTES", 20_000)  # always too little
+    file = write_tiff(tmp_path / "a.tif", "jpeg")
+    whole, opened = read_image(file), open_windows(file)
+    rng = np.random.default_rng(0)
+    spots = []
+    for _ in range(100):
+        x1, y1 = int(rng.integers(0, WIDTH - 60)), int(rng.integers(0, HEIGHT - 60))
+        spots.append((x1, y1, x1 + 60, y1 + 60))
+    with ThreadPoolExecutor(8) as pool:
+        for (x1, y1, x2, y2), read in zip(spots, pool.map(opened.read, spots), strict=True):
+            assert torch.equal(read, whole[:, y1:y2, x1:x2])
