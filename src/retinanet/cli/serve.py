@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -144,8 +146,13 @@ def serve(
         address = f"http://{shown}:{listening.getsockname()[1]}"
         if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
             note("whoever reaches this address may use it: --api-key asks for a key")
-        ended_by = serve(
+        ended = serve(
             app, listening, settings, ready=lambda: say(f"serving at {address}; Ctrl-C ends it")
         )
-    if ended_by == 2:  # SIGINT
+    if ended.at_once:
+        # Threads are in the middle of a network: Python's own end would pull it from under them.
+        note("stopped at once: requests were left")
+        sys.stdout.flush()
+        os._exit(STOPPED)
+    if ended.signal == signal.SIGINT:
         raise typer.Exit(STOPPED)

@@ -268,6 +268,20 @@ def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
+def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Height and width of a picture as it is stored, by its header: nothing is unpacked.
+
+    :func:`image_size` exchanges them where the orientation says so, for which it may have to unpack
+    a PNG, whose notes may lie behind its pixels.
+
+    Raises:
+        ImageError: as in :func:`image_size`.
+    """
+    name, file = _opened(source)
+    with _failures_named(name), _quiet(), Image.open(file) as picture:
+        return picture.height, picture.width
+
+
 def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
     """Height and width at which a picture enters the network, its aspect ratio kept.
 

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -17,7 +17,6 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from pydantic.json_schema import SkipJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -50,6 +49,14 @@ _WHY = {
     503: "Too many pictures are waiting, or the server starts or stops; see Retry-After.",
     504: "It took too long.",
 }
+
+_OPTIONS = (
+    *("model", "score_threshold", "nms_threshold"),
+    *("class_agnostic", "detections_per_image"),
+)
+
+# A type with None would be described as one that takes null.
+_LEFT_OUT: Any = None
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -123,24 +130,24 @@ def make_app(
     async def detect(
         request: Request,
         model: Annotated[
-            str | SkipJsonSchema[None],
+            str,
             Query(description="The first if left out.", json_schema_extra={"enum": list(names)}),
-        ] = None,
+        ] = _LEFT_OUT,
         score_threshold: Annotated[
-            float | SkipJsonSchema[None],
+            float,
             Query(ge=0, lt=1, description="Boxes under it are dropped."),
-        ] = None,
+        ] = _LEFT_OUT,
         nms_threshold: Annotated[
-            float | SkipJsonSchema[None],
+            float,
             Query(gt=0, le=1, description="Of two boxes with more IoU the weaker goes."),
-        ] = None,
+        ] = _LEFT_OUT,
         class_agnostic: Annotated[
-            bool | SkipJsonSchema[None], Query(description="One box a place, whatever the class.")
-        ] = None,
+            bool, Query(description="One box a place, whatever the class.")
+        ] = _LEFT_OUT,
         detections_per_image: Annotated[
-            int | SkipJsonSchema[None],
+            int,
             Query(ge=1, le=_MOST_DETECTIONS, description="Boxes a picture."),
-        ] = None,
+        ] = _LEFT_OUT,
     ) -> Response:
         """Options that are left out are the model's own; `/v1/model` has them.
 
@@ -155,7 +162,7 @@ def make_app(
             "class_agnostic_nms": class_agnostic,
             "detections_per_image": detections_per_image,
         }
-        _check_names(request, [*thresholds, "model"])
+        _check_names(request, _OPTIONS)
         name = _model_name(model, names)
         check_bytes(_content_length(request), settings)
         batcher.check_room()
@@ -184,7 +191,7 @@ def make_app(
     )
     async def models(request: Request) -> Response:
         """Each model's name, classes, thresholds, measured quality and speed."""
-        _check_names(request, [])
+        _check_names(request, ())
         return JSONResponse(
             {
                 "models": [_described(batcher, one, names[0], judged.get(one)) for one in names],
@@ -321,7 +328,7 @@ def _request_body(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check_names(request: Request, known: list[str]) -> None:
+def _check_names(request: Request, known: Sequence[str]) -> None:
     for name in request.query_params:
         if name not in known:
             listed = f"of {', '.join(known)}" if known else "there are none here"
@@ -370,6 +377,8 @@ async def _wait(
     all_of_them = asyncio.gather(
         *(asyncio.wrap_future(answer) for answer in answers), return_exceptions=True
     )
+    # Given up, it ends with a CancelledError, which somebody has to take.
+    all_of_them.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited_for: set[asyncio.Future[Any]] = {all_of_them, gone}

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,26 @@ from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.serve.settings import Settings
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
 _HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE = 15  # seconds that a connection may be idle between requests
 _BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a server ended.
+
+    Attributes:
+        signal: that it got; None: it was told by other means.
+        at_once: whether requests were left, and with them threads that may be in the middle of a
+            network: the process should not clean up behind them.
+    """
+
+    signal: int | None
+    at_once: bool
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -67,7 +84,8 @@ def serve(
     settings: Settings,
     *,
     ready: Callable[[], None] = lambda: None,
-) -> int | None:
+    started: Callable[[uvicorn.Server], None] = lambda server: None,
+) -> Ended:
     """Serve until SIGINT or SIGTERM: what runs is finished first, but after a second SIGINT.
 
     Args:
@@ -75,9 +93,10 @@ def serve(
         listening: of :func:`bind`; closed at the end.
         settings: those of `app`.
         ready: called once the networks are warm.
+        started: called before with the server, whose ``should_exit`` ends it too.
 
     Returns:
-        The signal that ended it.
+        What ended it.
 
     Raises:
         Exception: what a network raised at its first picture.
@@ -106,6 +125,9 @@ def serve(
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             # As uvicorn's, which raises the signal again at the end: a SIGTERM would be no success.
+            if threading.current_thread() is not threading.main_thread():
+                yield  # signals are for the main thread alone
+                return
             before = {
                 one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)
             }
@@ -122,7 +144,7 @@ def serve(
             ws="none",
             lifespan="on",
             log_config=None,
-            log_level="warning",
+            log_level="critical",  # what an application raises is logged by ours
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing depends on who asks
@@ -132,10 +154,11 @@ def serve(
             backlog=_BACKLOG,
         )
     )
+    started(server)
     server.run(sockets=[listening])
     if batcher.failed is not None:
         raise batcher.failed
-    return server.ended_by
+    return Ended(server.ended_by, server.force_exit)
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:

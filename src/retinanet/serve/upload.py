@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from retinanet.config import nearest
-from retinanet.data.images import image_size
+from retinanet.data.images import stored_size
 from retinanet.errors import ImageError
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
@@ -155,7 +155,7 @@ def check_picture(data: bytes, settings: Settings) -> None:
     if not _SERVED.match(data):
         raise Refusal(422, "unreadable", f"it is no picture that is taken: send {FORMATS}")
     try:
-        height, width = image_size(data)
+        height, width = stored_size(data)
     except ImageError as error:
         if isinstance(error.__context__, Image.DecompressionBombError):
             raise _too_many_pixels("it", settings) from None

@@ -1,0 +1,103 @@
+"""The OpenAPI description is true: schemathesis asks what it allows, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from small_service import picture, running, white_detector
+
+from retinanet.serve import Settings
+
+KEY = {"X-API-Key": "open sesame"}
+
+# What is no picture is a 422, however well it follows the description: it is described as bytes.
+PICTURES = st.sampled_from(
+    [picture(), picture(64, 64, "JPEG"), picture(40, 300, "WEBP"), picture(100, 90, "GIF")]
+)
+schemathesis.openapi.format("binary", PICTURES)
+schemathesis.openapi.media_type("image/*", PICTURES)
+
+REFUSALS = ["400", "401", "404", "413", "415", "422"]  # too many pictures are a 413
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[Any]:
+    with running(white_detector(), Settings(api_key=KEY["X-API-Key"])) as one:
+        yield schemathesis.openapi.from_url(
+            f"http://127.0.0.1:{one.port}/openapi.json",
+            headers=KEY,
+            config=schemathesis.Config.from_dict(
+                {"checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}}}
+            ),
+        )
+
+
+ADDRESSES = [
+    ("/v1/detect", "post"),
+    ("/v1/model", "get"),
+    ("/healthz", "get"),
+    ("/readyz", "get"),
+    ("/metrics", "get"),
+]
+
+
+def test_every_address_is_asked(api: Any) -> None:
+    known = {(one.ok().path, one.ok().method.lower()) for one in api.get_all_operations()}
+    assert known == set(ADDRESSES)
+
+
+@pytest.mark.parametrize(
+    ("address", "method", "mode"),
+    [
+        *((*one, GenerationMode.POSITIVE) for one in ADDRESSES),
+        # The others take nothing that could be wrong.
+        ("/v1/detect", "post", GenerationMode.NEGATIVE),
+    ],
+)
+def test_the_description_is_true(api: Any, address: str, method: str, mode: GenerationMode) -> None:
+    operation = api[address][method]
+    asked = []
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def ask(case: Any) -> None:
+        asked.append(case.call_and_validate(headers=KEY).status_code)
+
+    ask()
+    assert asked
+    if mode == GenerationMode.POSITIVE:
+        assert set(asked) == {200}
+    else:
+        assert 400 in asked
+
+
+def test_each_error_that_is_described_has_its_shape(api: Any) -> None:
+    base = api.get_base_url().rstrip("/")
+    kind = {"Content-Type": "image/png"}
+    with httpx.Client(base_url=base, headers=KEY) as line:
+        answers = [
+            line.post("/v1/detect?model=none", content=picture(), headers=kind),
+            line.post("/v1/detect?score=1", content=picture(), headers=kind),
+            line.post("/v1/detect", content=b"x", headers=kind),
+            line.post("/v1/detect", content=b"x"),
+            line.post("/v1/detect", content=bytes(34_000_000), headers=kind),
+            httpx.post(f"{base}/v1/detect", content=picture(), headers=kind),
+        ]
+    assert [one.status_code for one in answers] == [404, 400, 422, 415, 413, 401]
+    operation = api["/v1/detect"]["post"]
+    for answer in answers:
+        operation.validate_response(answer)
+        assert answer.json().keys() == {"detail"}
