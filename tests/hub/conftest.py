@@ -24,7 +24,7 @@ HOST = "maria-workstation-17"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """An empty hub where ``me`` may write, with a cache of its own, and without a token at hand."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     with stand_in() as server:
         server.tokens[TOKEN] = "me"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
