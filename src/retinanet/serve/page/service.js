@@ -131,17 +131,18 @@ export function refusalWords(refusal, name = "") {
   const named = name !== "" && refusal.message.startsWith(`${name}: `);
   const said = named ? refusal.message.slice(name.length + 2) : refusal.message;
   const words = {
-    400: "The server did not take the request.",
-    404: "The server does not know this model.",
-    408: "The upload took too long.",
-    413: "The picture is too large for this server.",
-    415: "The server takes no such files.",
-    422: "The picture cannot be read.",
-    500: "The server failed on this picture.",
-    504: "The server took too long over this picture.",
+    400: "The server did not take the request",
+    404: "The server does not know this model",
+    408: "The upload took too long",
+    413: "The picture is too large for this server",
+    415: "The server takes no such files",
+    422: "The picture cannot be read",
+    500: "The server failed on this picture",
+    504: "The server took too long over this picture",
   }[refusal.status];
   if (!words) return said || `The server answered with status ${refusal.status}.`;
-  return said ? `${words} It says: ${said}` : words;
+  const reason = said.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
+  return `${words}${reason ? `: ${reason}` : ""}.`;
 }
 
 const AT_A_TIME = 3;

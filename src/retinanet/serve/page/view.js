@@ -306,6 +306,7 @@ class Pane {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     this.svg.classList.toggle("off", !view.size);
+    this.stage.classList.toggle("sized", view.size !== null);
     if (!view.size) return;
     const scale = view.scale * ratio;
     context.setTransform(scale, 0, 0, scale, view.x * ratio, view.y * ratio);
