@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from retinanet.data import images
@@ -21,6 +21,7 @@ from retinanet.data.images import (
     read_image,
     read_reduced,
     resize_to,
+    stored_size,
 )
 from retinanet.errors import ImageError
 
@@ -77,6 +78,27 @@ def test_exif_orientation(photo: Image.Image, orientation: int, format_: str) ->
     assert tuple(image.shape) == ((3, 40, 56) if orientation < 5 else (3, 56, 40))
     assert image_size(data) == tuple(image.shape[-2:])
     assert image.stride()[0] == 1  # the channels of a pixel lie side by side
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_stored_size_unpacks_nothing(
+    photo: Image.Image, format_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if format_ == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
+    data = encoded(photo, format_)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was unpacked")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert stored_size(data) == (40, 56)
+
+
+def test_stored_size_is_that_before_the_orientation(photo: Image.Image) -> None:
+    data = encoded(photo, "JPEG", exif=with_orientation(6))
+    assert stored_size(data) == (40, 56)
+    assert image_size(data) == (56, 40)
 
 
 def test_exif_orientation_turns_the_right_way() -> None:
@@ -289,20 +311,20 @@ def one_line(error: pytest.ExceptionInfo[ImageError]) -> str:
     return text
 
 
-@pytest.mark.parametrize("read", [read_image, image_size])
+@pytest.mark.parametrize("read", [read_image, image_size, stored_size])
 def test_missing_file(read: object, tmp_path: Path) -> None:
     with pytest.raises(ImageError) as error:
         read(tmp_path / "gone.jpg")  # type: ignore[operator]
     assert one_line(error) == f"{tmp_path / 'gone.jpg'}: there is no such file"
 
 
-@pytest.mark.parametrize("read", [read_image, image_size])
+@pytest.mark.parametrize("read", [read_image, image_size, stored_size])
 def test_folder(read: object, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot be read: .*[Dd]irectory"):
         read(tmp_path)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("read", [read_image, image_size])
+@pytest.mark.parametrize("read", [read_image, image_size, stored_size])
 def test_no_picture(read: object, tmp_path: Path) -> None:
     file = tmp_path / "page.jpg"
     file.write_text("<!DOCTYPE html>\n<html>")
