@@ -16,7 +16,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -47,6 +47,7 @@ class Member:
         offset: of its first byte in the archive.
         size: bytes.
         digest: of its bytes as :func:`digest_of` gives it; empty: not known.
+        content: its bytes, where they were fetched already.
     """
 
     archive: str
@@ -54,6 +55,7 @@ class Member:
     offset: int
     size: int
     digest: str = ""
+    content: bytes | None = field(default=None, repr=False, compare=False)
 
     def __fspath__(self) -> str:
         return f"{self.archive}/{self.name}"
@@ -64,6 +66,8 @@ class Member:
         Raises:
             ImageError: the archive cannot be read, or has another thing at this place.
         """
+        if self.content is not None:
+            return self.content
         (content,) = read_members([self])
         return content
 
@@ -241,32 +245,26 @@ def _failures_named(address: str) -> Iterator[None]:
 
 
 def read_members(members: Sequence[Member]) -> Iterator[bytes]:
-    """The bytes of members of one archive, which is opened once.
+    """The bytes of members of one archive, which is opened once, or of one remote store.
+
+    A remote store is asked for many at a time.
 
     Raises:
         ImageError: the archive cannot be read, or has another thing at a member's place.
     """
     if not members:
         return
-    archive = members[0].archive
     # The header before a member is read with it: an index of another archive is seen at once.
     spans = [(one.offset - _BLOCK, one.offset + one.size) for one in members]
-    if is_remote(archive):
-        for first in range(0, len(spans), _AT_ONCE):
-            chunk = spans[first : first + _AT_ONCE]
-            try:
-                with _failures_named(archive):
-                    system, path = _system(archive)
-                    starts, ends = map(list, zip(*chunk, strict=True))
-                    read = system.cat_ranges([path] * len(chunk), starts, ends, on_error="raise")
-            except (FileNotFoundError, DataError) as error:
-                raise ImageError(f"{os.fspath(members[first])}: {error}") from None
-            for member, data in zip(members[first:], read, strict=False):
+    if is_remote(members[0].archive):
+        for first in range(0, len(members), _AT_ONCE):
+            chunk = members[first : first + _AT_ONCE]
+            for member, data in zip(chunk, _ranges(chunk, spans[first:]), strict=True):
                 yield _checked(member, data)
         return
     place = 0
     try:
-        with open(archive, "rb") as file:
+        with open(members[0].archive, "rb") as file:
             for place, (start, end) in enumerate(spans):
                 file.seek(start)
                 yield _checked(members[place], file.read(end - start))
@@ -274,6 +272,42 @@ def read_members(members: Sequence[Member]) -> Iterator[bytes]:
         raise ImageError(
             f"{os.fspath(members[place])}: cannot be read: {error.strerror or error}"
         ) from None
+
+
+def _ranges(members: Sequence[Member], spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """What lies in these spans of remote archives, fetched side by side."""
+    try:
+        system, _ = _system(members[0].archive)
+        starts, ends = map(list, zip(*spans[: len(members)], strict=True))
+        paths = [_system(one.archive)[1] for one in members]
+        found = list(system.cat_ranges(paths, starts, ends, on_error="return"))
+    except DataError as error:
+        raise ImageError(str(error)) from None
+    except Exception as error:  # each store has its own
+        found = [error] * len(members)
+    for member, one in zip(members, found, strict=True):
+        if isinstance(one, Exception):
+            words = " ".join(str(one).split())
+            raise ImageError(
+                f"{os.fspath(member)}: cannot be read: {type(one).__name__}: {words}"
+            ) from None
+    return found
+
+
+def fetched(files: Sequence[str | Member]) -> list[str | Member]:
+    """The same files, those of a remote store with their bytes: one wait for all of them.
+
+    Raises:
+        ImageError: as :func:`read_members`.
+    """
+    remote = [one for one in files if isinstance(one, Member) and is_remote(one.archive)]
+    contents = iter(read_members(remote))
+    return [
+        replace(one, content=next(contents))
+        if isinstance(one, Member) and is_remote(one.archive)
+        else one
+        for one in files
+    ]
 
 
 def _checked(member: Member, data: bytes) -> bytes:
@@ -330,7 +364,7 @@ def contents_of(archive: str) -> Contents:
     return _contents(archive, index, (stat.st_size, stat.st_mtime_ns, of_index))
 
 
-@lru_cache(maxsize=64)  # pictures are asked for an archive after another
+@lru_cache(maxsize=256)  # pictures are asked for an archive after another
 def _contents(archive: str, index: str, stamp: tuple[int, ...] | None) -> Contents:
     try:
         content = read_file(index)

@@ -444,9 +444,13 @@ def _load(
     any_corner: bool = False,
 ) -> Batch | _Failure:
     images, boxes, labels, original_sizes = [], [], [], []
-    for index, generator in chosen:
+    try:
+        files = archives.fetched([pictures.path(index) for index, _ in chosen])
+    except ImageError as error:
+        return _Failure(str(error))
+    for (index, generator), file in zip(chosen, files, strict=True):
         try:
-            image, size = read_reduced(pictures.path(index), *transform.reading_size(shorter))
+            image, size = read_reduced(file, *transform.reading_size(shorter))
         except ImageError as error:
             return _Failure(str(error))
         original_sizes.append(size)
