@@ -16,11 +16,7 @@ import pytest
 from colour_finder import Square, colour_finder, picture
 from page_desk import KEY, Desk
 
-pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from retinanet.serve import Settings, build_app  # noqa: E402
+from retinanet.serve import Settings, build_app
 
 FLAGS = [
     "--no-sandbox",
@@ -33,6 +29,7 @@ FLAGS = [
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """The address of an application that runs in a thread."""
+    uvicorn = pytest.importorskip("uvicorn")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -49,6 +46,7 @@ def served(app: Any) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Two models: ``colours``, and ``strict``, which finds bright squares alone."""
+    pytest.importorskip("fastapi")
     detectors = {
         "colours": colour_finder(),
         "strict": colour_finder(190.0, ("red", "green", "violet"), (2, 4, 6)),
@@ -61,6 +59,7 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
     """A service with a key and low limits."""
+    pytest.importorskip("fastapi")
     settings = Settings(api_key=KEY, max_bytes=4000, max_pixels=20_000)
     with served(build_app({"colours": colour_finder()}, settings)) as address:
         yield address
@@ -68,6 +67,7 @@ def guarded() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
         pytest.skip("no chromium on this machine")

@@ -67,34 +67,32 @@ CONTRAST = """() => {
     return poor;
 }"""
 
-SCENES = ["empty", "found", "refused", "key", "compared"]
+SCENES = ["empty", "found", "compared", "refused", "key"]
 
 
 def scene(desk: Desk, draw: Draw, name: str) -> None:
-    """Brings the page into a state that is worth looking at."""
-    if name == "empty":
-        return
-    if name == "key":
-        desk.page.evaluate("() => document.getElementById('key-dialog').showModal()")
-        return
-    if name == "refused":
-        desk.page.route("**/v1/detect*", lambda one: one.fulfill(status=413, json={"detail": "no"}))
-    files = [draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE))]
-    desk.choose(*files)
-    if name == "refused":
-        desk.transfer("paste")
-    if name == "compared":
-        desk.page.select_option("#second-model", "strict")
+    """Brings the page from one state that is worth looking at to the next, in the order above."""
+    page = desk.page
+    if name == "found":
+        desk.choose(draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE)))
+        page.focus(".found")
+    elif name == "compared":
+        page.select_option("#second-model", "strict")
         desk.wait()
-    desk.page.focus(".found") if name != "refused" else None
+    elif name == "refused":
+        page.route("**/v1/detect*", lambda one: one.fulfill(status=413, json={"detail": "no"}))
+        desk.choose(draw("c.png"))
+        desk.transfer("paste")
+    elif name == "key":
+        page.evaluate("() => document.getElementById('key-dialog').showModal()")
     desk.settle()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_contrast(open_desk: OpenDesk, draw: Draw, theme: str) -> None:
     """WCAG 2.2 AA: 4.5 of text, 3 of the edges of controls."""
+    desk = open_desk(color_scheme=theme, failures=True)
     for name in SCENES:
-        desk = open_desk(color_scheme=theme, failures=True)
         scene(desk, draw, name)
         assert desk.page.evaluate(CONTRAST) == [], name
 
@@ -170,10 +168,10 @@ ROLES = {
 
 def test_everything_has_a_name(open_desk: OpenDesk, draw: Draw) -> None:
     """By Chromium's own accessibility tree."""
+    desk = open_desk(failures=True)
+    session = desk.page.context.new_cdp_session(desk.page)
     for name in SCENES:
-        desk = open_desk(failures=True)
         scene(desk, draw, name)
-        session = desk.page.context.new_cdp_session(desk.page)
         nodes = session.send("Accessibility.getFullAXTree")["nodes"]
         shown = [node for node in nodes if not node["ignored"]]
         nameless = [
@@ -192,7 +190,8 @@ def test_everything_has_a_name(open_desk: OpenDesk, draw: Draw) -> None:
 
 
 def test_ids_are_told_apart_and_labels_lead_somewhere(desk: Desk, draw: Draw) -> None:
-    scene(desk, draw, "compared")
+    for name in SCENES[:3]:
+        scene(desk, draw, name)
     wrong = desk.page.evaluate(
         """() => {
             const wrong = [];

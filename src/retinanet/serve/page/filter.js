@@ -119,7 +119,7 @@ export function drawCounts(answers) {
     const numbers = counts.map((one) => (one ? (one.get(box.value) ?? 0) : "")).filter((one) => one !== "");
     const label = box.closest("label");
     label.querySelector(".count").textContent = numbers.join(" | ");
-    label.classList.toggle("zero", state.current !== null && numbers.every((one) => one === 0));
+    label.classList.toggle("zero", numbers.length > 0 && numbers.every((one) => one === 0));
   }
 }
 

@@ -46,7 +46,8 @@ export function drawSave() {
   $("save-png").disabled = drawable.length === 0 || saving;
   if (saving) return;
   const hints = [];
-  if (open > 0) hints.push(`${count(open, "picture")} not searched yet, and left out.`);
+  if (open > 0 && ready.length === 0) hints.push("Nothing is searched yet.");
+  else if (open > 0) hints.push(`${count(open, "picture")} not searched yet, and left out.`);
   if (drawable.length < ready.length) {
     hints.push(
       ready.length === 1

@@ -37,6 +37,20 @@ export class View {
     this.watcher = new ResizeObserver(() => this.#resized());
     this.ruler = document.createElement("canvas").getContext("2d");
     this.widths = new Map();
+    this.#watchDensity();
+  }
+
+  /** A window that is moved to another screen keeps its size, and may change its pixels. */
+  #watchDensity() {
+    const now = matchMedia(`(resolution: ${window.devicePixelRatio}dppx)`);
+    now.addEventListener(
+      "change",
+      () => {
+        this.draw();
+        this.#watchDensity();
+      },
+      { once: true },
+    );
   }
 
   /** A pane for each title; what it holds comes by `fill`. */
