@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import importlib.util
+import inspect
 import io
 import json
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, get_type_hints
 
 import httpx
 import pytest
@@ -22,12 +23,14 @@ from small_service import client, finder, picture, running, wait_until, white_de
 from torch import nn
 
 from retinanet import __version__
+from retinanet.cli.serve import serve as serve_command
 from retinanet.config import DetectConfig
 from retinanet.detect import Detector, Source
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve import Settings, build_app
+from retinanet.serve.batching import Batcher
 from retinanet.serve.models import judged, model_names
 
 PNG = {"Content-Type": "image/png"}
@@ -318,6 +321,14 @@ def test_health_and_readiness() -> None:
         assert one.get("/healthz").status_code == 200
 
 
+def test_a_thread_that_has_ended_is_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    with client(white_detector()) as one:
+        monkeypatch.setattr(Batcher, "alive", False)
+        answer = one.get("/healthz")
+    assert answer.status_code == 503
+    assert "restart" in answer.json()["detail"]
+
+
 def test_a_network_that_fails_is_a_500_and_the_next_picture_is_searched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -579,6 +590,17 @@ def test_settings_out_of_range(options: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
         Settings(**options)
     assert "a\nb" not in str(caught.value)
+
+
+def test_the_command_line_shows_the_settings_own_defaults() -> None:
+    shown = {
+        name: hint.__metadata__[0].show_default
+        for name, hint in get_type_hints(serve_command, include_extras=True).items()
+        if name != "return"
+    }
+    for name in ("queue", "max_bytes", "max_pixels", "max_pictures", "timeout", "max_wait_ms"):
+        assert shown[name] == f"{getattr(Settings(), name):,.0f}", name
+    assert inspect.signature(serve_command).parameters["workers"].default == Settings().workers
 
 
 def test_names_of_models(tmp_path: Any) -> None:
