@@ -16,7 +16,7 @@ from PIL import Image
 from retinanet.data import windows
 from retinanet.data.archives import ArchiveWriter
 from retinanet.data.images import network_size, read_image, resize_to
-from retinanet.data.windows import open_windows
+from retinanet.data.windows import open_windows, typical_side
 from retinanet.errors import ImageError
 
 tifffile = pytest.importorskip("tifffile")
@@ -287,3 +287,16 @@ def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with ThreadPoolExecutor(8) as pool:
         for (x1, y1, x2, y2), read in zip(spots, pool.map(opened.read, spots), strict=True):
             assert torch.equal(read, whole[:, y1:y2, x1:x2])
+
+
+def test_typical_side(tmp_path: Path) -> None:
+    files = []
+    for number, (width, height) in enumerate([(30, 90), (50, 40), (70, 71), (200, 100), (9, 9)]):
+        files.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (width, height)).save(files[-1])
+    assert typical_side(files) == 40  # of 30, 40, 70, 100, 9
+    assert typical_side(files, most=3) == 30  # of 30, 70, 9: every second
+    assert typical_side(files * 100) == 40
+    assert typical_side(files[:1]) == 30
+    with pytest.raises(ValueError, match="no median"):
+        typical_side([])

@@ -8,12 +8,13 @@ which Pillow decodes by the rules that hold for every picture.
 from __future__ import annotations
 
 import os
+import statistics
 import struct
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
@@ -120,6 +121,17 @@ def open_windows(source: ImageSource) -> Windows:
                 f"{2 * most}: save it as a TIFF in tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
         return _Stored(name, stored, pieces)
+
+
+def typical_side(pictures: Sequence[ImageSource], *, most: int = 200) -> int:
+    """The median of the shorter sides of up to `most` pictures, taken evenly, by their headers.
+
+    Raises:
+        ValueError: there is no picture.
+        ImageError: one cannot be opened.
+    """
+    chosen = pictures[:: -(-len(pictures) // most) or 1]
+    return int(statistics.median(min(open_windows(one).size) for one in chosen))
 
 
 class _Unpacked(Windows):

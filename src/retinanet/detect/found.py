@@ -67,7 +67,8 @@ class Found:
         """The picture with the boxes of at least `score_threshold`, their classes and scores on it.
 
         One of more than :data:`DRAWN_PIXELS` is made smaller first, as it is read: the boxes in
-        this object stay those of the whole. Over :data:`CAPTIONED` boxes have no captions.
+        this object stay those of the whole. Over :data:`CAPTIONED` boxes have thin lines and no
+        captions.
 
         Args:
             image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
@@ -98,8 +99,10 @@ class Found:
         boxes = self.boxes[kept] * shrunk.repeat(2)
         labels, scores = self.labels[kept], self.scores[kept]
         if len(boxes) > CAPTIONED:
+            # Lines for the objects, where those for the picture would hide them.
+            line = max(1, round(float((boxes[:, 2:] - boxes[:, :2]).median()) / 12))
             names = [""] * len(self.classes)
-            return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names)
+            return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names, width=line)
         return draw_boxes(pixels, boxes, labels, scores, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
