@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
@@ -458,6 +459,9 @@ def test_an_index_of_another_tar(shards: Path) -> None:
     member = archives.contents_of(str(second)).members["04.png"]
     with pytest.raises(ImageError, match=r"000001.tar/04.png: is not at byte \d+ of the archive"):
         read_image(member)
+    # The header is of the right name, and says another size.
+    with pytest.raises(ImageError, match=r"000001.tar/00.jpg: is not at byte 512 of the archive"):
+        archives.Member(str(second), "00.jpg", 512, 99).read()
     for content, reason in ((b"{}", "KeyError"), (b"[", "JSONDecodeError"), (b"[]", "TypeError")):
         second.with_suffix(".index.json").write_bytes(content)
         with pytest.raises(DataError, match=f"index.json: is no index of an archive .{reason}"):
@@ -620,8 +624,6 @@ def test_a_member_outside_of_the_archive(tmp_path: Path) -> None:
 @pytest.fixture
 def remote(shards: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """The shards in fsspec's memory; and what takes the indices away."""
-    import fsspec
-
     store = fsspec.filesystem("memory")
     store.put(str(shards), "/bucket/", recursive=True)
 
@@ -664,3 +666,13 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
         read_splits("nostore://a/b.tar")
     with pytest.raises(ImageError, match=r"memory://.*/train-000001.tar/no.jpg: there is no"):
         read_image(f"{address}/train-000001.tar/no.jpg")
+    members = list(archives.contents_of(f"{address}/train-000001.tar").members.values())
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/shards/train-000001.tar", b"x" * 2000)
+    with pytest.raises(ImageError, match=r"memory://.*/train-000001.tar/03.jpg: is not at byte"):
+        archives.fetched(["a path.jpg", *members])
+    store.rm("/bucket/shards/train-000001.tar")
+    with pytest.raises(ImageError, match=r"train-000001.tar/03.jpg: cannot be read: FileNotFound"):
+        archives.fetched(members)
+    with pytest.raises(DataError, match=r"train-000001.tar: is not there, by memory://"):
+        read_splits(address)
