@@ -203,6 +203,9 @@ def test_pixels_of_any_kind(detector: Detector, tmp_path: Path, name: str, drawn
         stream = found.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
     assert shown[0].shape == (height + height % 2, width + width % 2, 3)
+    # An odd side is lengthened by a pixel, not stretched: the right patch ends before column 88.
+    brightness = shown[0][44:52, 86:90].mean((0, 2))
+    assert brightness[:2].min() > 2 * brightness[2:].max()
     for rows, columns in ((slice(44, 52), slice(12, 36)), (slice(44, 52), slice(60, 84))):
         wanted = picture[rows, columns].mean((0, 1))
         # The encoder blurs colours near lines; another matrix or range would be 20 off.

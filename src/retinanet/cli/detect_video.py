@@ -123,12 +123,13 @@ def _clips(sources: list[str]) -> list[str]:
 
     found: dict[str, None] = {}
     for source in sources:
-        if not is_video(source):
-            raise ConfigError(
-                f"clips and pictures in one call ({source} is no clip); search them in two calls"
-            )
         matches = [] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         found.update(dict.fromkeys(matches or [source]))
+    for clip in found:
+        if not is_video(clip):
+            raise ConfigError(
+                f"clips and pictures in one call ({clip} is no clip); search them in two calls"
+            )
     return list(found)
 
 
