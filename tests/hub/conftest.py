@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted import HOME, HOST, TOKEN
 from stand_in import Hub, stand_in
 
 from retinanet.config import load_recipe, to_toml
@@ -15,10 +16,6 @@ from retinanet.data import digest, read_splits, usable
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
-
-TOKEN = "hf_aSecretThatNobodyMaySee"
-HOME = "/home/maria.secret/projects"
-HOST = "maria-workstation-17"
 
 
 @pytest.fixture

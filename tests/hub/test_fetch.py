@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from planted import TOKEN
 from stand_in import Hub, Repository
 
-from conftest import TOKEN
 from retinanet.errors import MissingExtraError, WeightsError
 from retinanet.hub import push
 from retinanet.model.checkpoint import load_checkpoint

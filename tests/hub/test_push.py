@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from planted import HOME, HOST, TOKEN
 from stand_in import Hub, Repository
 
 import retinanet as rn
-from conftest import HOME, HOST, TOKEN
 from retinanet.cli import main
 from retinanet.config import load_recipe
 from retinanet.data import read_splits
