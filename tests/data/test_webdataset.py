@@ -207,6 +207,13 @@ def test_no_shard_sizes(tmp_path: Path, source: Path, text: str) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_shard_size_for_a_format_without_shards(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a shard size \(9\) is for webdataset; voc has no shards"
+    ):
+        convert(source, tmp_path / "out", "voc", shard_size="9")
+
+
 def test_a_picture_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> None:
     dataset = read_dataset(source)
     twice = replace(dataset, images=(dataset.images[0], replace(dataset.images[0], id=99)))
@@ -362,12 +369,22 @@ def test_long_names_and_leading_dots(tmp_path: Path, form: int) -> None:
     long = f"./{'d' * 90}/{'ü' * 80}"
     make_tar(
         tmp_path / "x.tar",
-        [(f"{long}.jpg", jpeg()), (f"{long}.json", label(CAT)), ("__init__.txt", b"")],
+        [
+            (f"{long}.jpg", jpeg()),
+            (f"{long}.json", label(CAT)),
+            ("/top/b.jpg", jpeg()),
+            ("/top/b.json", label(CAT)),
+            ("__init__.txt", b""),
+        ],
         format=form,
     )
-    (image,) = read_dataset(tmp_path, "all").images
-    assert image.annotations[0].box == (1, 2, 11, 22)
-    assert read_image(image.path).shape == (3, 30, 40)
+    images = read_dataset(tmp_path, "all").images
+    assert [image.path for image in images] == [
+        tmp_path / "x.tar" / f"{long}.jpg", tmp_path / "x.tar" / "top" / "b.jpg"
+    ]  # fmt: skip
+    for image in images:
+        assert image.annotations[0].box == (1, 2, 11, 22)
+        assert read_image(image.path).shape == (3, 30, 40)
 
 
 def test_ids_make_the_classes_where_they_are_told(tmp_path: Path) -> None:

@@ -111,11 +111,13 @@ def convert(
     format: Format = None,
     pictures: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
     shard_size: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="N|MB", help="Of webdataset: pictures (1000) or bytes (256MB) of a shard."
+            metavar="N|MB",
+            help="Of webdataset: pictures (1000) or bytes (256MB) of a shard.",
+            show_default="256MB",
         ),
-    ] = "256MB",
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = 0,
     held_out: Annotated[float, typer.Option(help="Share for val, where the data has none.")] = 0.2,
     json: Json = False,

@@ -13,7 +13,7 @@ from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.formats import FORMATS, WRITABLE, read_splits
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
-from retinanet.errors import DataError, ImageError
+from retinanet.errors import ConfigError, DataError, ImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def convert(
     seed: int = 0,
     held_out: float = 0.2,
     pictures: Placing = "copy",
-    shard_size: str = SHARD_SIZE,
+    shard_size: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write a data set in another format, splits and all; the source is never touched.
@@ -64,17 +64,21 @@ def convert(
         seed, held_out: for splits where the source has none; see
             :func:`retinanet.data.formats.read_dataset`.
         pictures: ``copy``, ``hardlink`` or ``symlink``.
-        shard_size: samples (``1000``) or bytes (``256MB``) of a WebDataset shard at the most.
+        shard_size: samples (``1000``) or bytes (``256MB``, the default) of a WebDataset shard at
+            the most.
         progress: is called with pictures done and in all.
 
     Raises:
         DataError: an unknown format, a source that cannot be read, or a target that is not empty or
             lies in the source.
+        ConfigError: a size of shards that makes no sense, or for a format without.
     """
     if to not in WRITABLE:
         if to in FORMATS:
             raise DataError(f"{to} can be read, not written; choose {', '.join(WRITABLE)}")
         raise DataError(f"no format {to!r}: {', '.join(WRITABLE)}{nearest(to, WRITABLE)}")
+    if shard_size is not None and to != "webdataset":
+        raise ConfigError(f"a shard size ({shard_size}) is for webdataset; {to} has no shards")
     if isinstance(source, Mapping):
         splits = dict(source)
     else:
@@ -86,7 +90,7 @@ def convert(
         target,
         to,
         pictures=pictures,
-        shard_size=shard_size,
+        shard_size=shard_size or SHARD_SIZE,
         progress=progress,
         lost=lost,
     )
