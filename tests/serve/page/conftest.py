@@ -45,14 +45,15 @@ def served(app: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """Two models: ``colours``, and ``strict``, which finds bright squares alone."""
+    """``colours``; ``strict``, which finds bright squares alone; ``other`` with other classes."""
     pytest.importorskip("fastapi")
     detectors = {
         "colours": colour_finder(),
         "strict": colour_finder(190.0, ("red", "green", "violet"), (2, 4, 6)),
+        "other": colour_finder(classes=("violet", "rose", "sky"), category_ids=(1, 2, 3)),
     }
     judged = {"colours": {"AP": 0.5784, "AP50": 0.8912, "data": "/x/cells", "split": "val"}}
-    with served(build_app(detectors, judged={**judged, "strict": None})) as address:
+    with served(build_app(detectors, judged={**judged, "strict": None, "other": None})) as address:
         yield address
 
 

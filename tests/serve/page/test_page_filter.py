@@ -287,3 +287,29 @@ def test_two_models_side_by_side(desk: Desk, draw: Draw) -> None:
     assert desk.states() == ["1"]
     assert desk.asked() == asked  # both answers are kept
     assert page.title() == "strict · retinanet"
+
+
+def test_colours_stay_with_the_classes(desk: Desk, draw: Draw) -> None:
+    """A class has one colour on the picture, in its list and beside its toggle."""
+    desk.choose(draw("two.png", (8, 8, RED), (24, 8, BLUE)))
+    page = desk.page
+
+    def colours() -> list[str]:
+        desk.wait()
+        stroke = "(e) => getComputedStyle(e).stroke"
+        paint = "(e) => getComputedStyle(e).backgroundColor"
+        pane = page.locator(".pane").nth(1)
+        row = page.locator(".found").nth(1).locator("li", has_text="sky")
+        toggle = page.locator(".classes li", has_text="sky")
+        return [
+            pane.locator(".box[aria-label^=sky] .line").evaluate(stroke),
+            row.locator(".swatch").evaluate(paint),
+            toggle.locator(".swatch").evaluate(paint),
+        ]
+
+    page.select_option("#second-model", "other")
+    sixth = colours()  # after red, green, blue, violet and rose
+    assert sixth == ["rgb(0, 114, 178)"] * 3
+    page.select_option("#first-model", "strict")
+    fifth = colours()  # after red, green, violet and rose
+    assert fifth == ["rgb(204, 121, 167)"] * 3

@@ -78,7 +78,24 @@ def test_drop(desk: Desk, draw: Draw, tmp_path: Path) -> None:
     assert not desk.page.is_visible("#notice")
 
 
-def test_drop_of_a_folder(open_desk: OpenDesk) -> None:
+def test_drop_of_a_folder(desk: Desk, draw: Draw, tmp_path: Path) -> None:
+    """As from a file manager, with a picture beside it."""
+    draw("shots/10.png", (8, 8, RED))
+    draw("shots/9.png")
+    draw("shots/more/a.png")
+    draw("shots/.hidden.png")
+    alone = draw("alone.png")
+    session = desk.page.context.new_cdp_session(desk.page)
+    data = {"items": [], "files": [str(tmp_path / "shots"), str(alone)], "dragOperationsMask": 1}
+    for event in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": event, "x": 300, "y": 300, "data": data})
+    desk.wait()
+    names = desk.page.eval_on_selector_all(".thumb", "(all) => all.map((one) => one.title)")
+    assert names == ["shots/9.png", "shots/10.png", "shots/more/a.png", "alone.png"]
+    assert desk.states() == ["0", "1", "0", "0"]
+
+
+def test_drop_of_a_large_folder(open_desk: OpenDesk) -> None:
     """A browser hands out a folder in batches; all of them are read, folders in it as well."""
     desk = open_desk(
         script="""

@@ -12,6 +12,7 @@ export const view = new View($("panes"), {
 });
 
 let lists = [];
+let listedFor = null;
 
 function listTitle(n, number) {
   const who = state.used.length > 1 ? `${state.used[n].name}: ` : "";
@@ -21,7 +22,8 @@ function listTitle(n, number) {
 export function drawLists(answers) {
   const known = lists.length === answers.length && lists.every((list, n) => list.answer === answers[n]);
   $("found-card").hidden = !answers.some(Boolean);
-  if (known) return;
+  if (known && listedFor === state.used) return;
+  listedFor = state.used;
   lists = answers.map((answer, n) => makeList(answer, n));
   $("lists").replaceChildren(
     ...lists.filter((list) => list.answer).flatMap((list) => [

@@ -441,9 +441,13 @@ function showAnswers() {
     const pane = view.panes[n];
     const answer = answers[n];
     const turned = answer && picture.size && !sameSize(answer, picture.size);
-    // The same answer stays as it is: the focus may be on one of its boxes.
+    // The same answer stays as it is: the focus may be on one of its boxes. Other models may have
+    // brought other colours.
     const drawn = turned ? null : answer;
-    if (pane.answer !== drawn || drawn === null) pane.fill(drawn, colourOf);
+    if (pane.answer !== drawn || drawn === null || pane.used !== state.used) {
+      pane.fill(drawn, colourOf);
+    }
+    pane.used = state.used;
     pane.job = job;
     pane.turned = turned;
   });
