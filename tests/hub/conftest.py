@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from stand_in import Hub, stand_in
 from retinanet.config import load_recipe, to_toml
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.synthetic import synthetic_dataset
+from retinanet.hub import prepare
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
 
@@ -49,7 +51,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, data: Path) -> Path:
+def run(tmp_path: Path, trained: Path) -> Path:
+    """The run for a test of its own, which may change it."""
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "shapes"))
+
+
+@pytest.fixture(scope="session")
+def prepared(trained: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What would be pushed of the run, with its data; tests do not change it."""
+    folder = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(trained, "me/shapes", folder, data=data, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A run folder as training leaves it, of a network that knows nothing."""
     splits = read_splits(data)
     classes = splits["train"].classes
@@ -68,7 +84,7 @@ def run(tmp_path: Path, data: Path) -> Path:
             "split": {"seed": 0, "held_out": 0.2},
         },
     )
-    folder = tmp_path / "runs" / "shapes"
+    folder = tmp_path_factory.mktemp("runs") / "shapes"
     save_checkpoint(folder / "best", checkpoint)
     recipe = load_recipe("quick", [f"model.backbone_weights={HOME}/backbone.safetensors"])
     (folder / "config.toml").write_text(to_toml(recipe))

@@ -80,11 +80,11 @@ def test_every_command_takes_the_name(
     assert "ap50" in capsys.readouterr().out
 
 
-def test_nothing_of_the_machine_leaves_it(run: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    prepare(run, NAME, folder, data=data, device="cpu")
+def test_nothing_of_the_machine_leaves_it(prepared: Path, trained: Path, data: Path) -> None:
+    folder = prepared
     whole = texts(folder).replace(str(folder), "")
-    for secret in (HOME, "maria", HOST, str(tmp_path), str(Path.home()) + "/", str(data.parent)):
+    places = (str(trained.parent), str(data.parent), str(Path.home()) + "/")
+    for secret in (HOME, "maria", HOST, *places):
         assert secret not in whole, secret
     assert load_recipe(folder / "config.toml").model.backbone_weights == "backbone.safetensors"
     assert json.loads((folder / "model.json").read_text())["info"]["recipe"] == "my.toml"
@@ -109,14 +109,13 @@ def test_places_are_cut_to_their_last_part(text: Any, public: Any) -> None:
     assert without_places(text) == public
 
 
-def test_pictures_only_with_the_data(run: Path, data: Path, tmp_path: Path) -> None:
+def test_pictures_only_with_the_data(run: Path, prepared: Path, tmp_path: Path) -> None:
     files = prepare(run, NAME, tmp_path / "without", device="cpu")
     assert not [one for one in files if one.endswith(".jpg")]
-    files = prepare(run, NAME, tmp_path / "with", data=data, device="cpu")
-    pictures = [one for one in files if one.endswith(".jpg")]
+    pictures = sorted(one.name for one in prepared.glob("*.jpg"))
     assert pictures == ["example_1.jpg", "example_2.jpg", "example_3.jpg"]  # val holds no more
     for one in pictures:
-        with Image.open(tmp_path / "with" / one) as picture:
+        with Image.open(prepared / one) as picture:
             assert not picture.getexif()
             assert max(picture.size) <= 1024
 
