@@ -5,7 +5,9 @@
 Rows of one round follow each other, so that whatever else the machine does falls on all of them.
 ``batches``: the loader of training, with decoding and resizing. ``bytes``: the files alone, in a
 random order, and one after another as the webdataset library reads them. ``cold``: what the kernel
-keeps of the files is dropped before (``posix_fadvise``; a disk's own memory stays).
+keeps of the files is dropped before (``posix_fadvise``; a disk's own memory stays). ``cpu_us``:
+microseconds of this process a picture (median, least, most), which tell more than rates where the
+machine is busy.
 """
 
 from __future__ import annotations
@@ -85,15 +87,17 @@ def measured(
 ) -> Iterator[dict[str, object]]:
     """Pictures a second of each row over the rounds."""
     rates: dict[str, list[float]] = {name: [] for name in rows}
+    costs: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(rounds + 1):  # the first warms up
         for name, (read, files) in rows.items():
             if cold:
                 forget(files)
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             count = read()
-            rate = count / (time.perf_counter() - began)
+            seconds, busy = time.perf_counter() - began, time.process_time() - busy
             if number:
-                rates[name].append(rate)
+                rates[name].append(count / seconds)
+                costs[name].append(busy / count * 1e6)
     for name, found in rates.items():
         yield {
             "what": name,
@@ -101,6 +105,7 @@ def measured(
             "median": round(statistics.median(found), 1),
             "least": round(min(found), 1),
             "most": round(max(found), 1),
+            "cpu_us": [round(f(costs[name]), 1) for f in (statistics.median, min, max)],
         }
 
 

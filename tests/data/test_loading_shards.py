@@ -162,6 +162,26 @@ def test_a_process_reads_a_few_shards_of_its_own_at_a_time(
         assert met[0][:12] != sorted(met[0][:12], key=met[0].index)  # mixed within the window
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pieces_are_those_of_the_processes_in_later_epochs_too(
+    shards: Dataset, world_size: int, batch_size: int
+) -> None:
+    steps = math.ceil(3 * COUNT / (world_size * batch_size))
+    by_rank = drawn(shards, world_size, batch_size, steps)
+    stream = [
+        (rank, index)
+        for of_step in zip(*by_rank, strict=True)
+        for rank, batch in enumerate(of_step)
+        for index in batch
+    ]
+    for epoch in range(3):
+        part = stream[epoch * COUNT : (epoch + 1) * COUNT]
+        numbers = archive_numbers(shards, [index for _, index in part])
+        met = {(rank, number) for (rank, _), number in zip(part, numbers, strict=True)}
+        assert len(met) <= 8 + world_size - 1
+
+
 def test_shards_come_in_another_order_each_epoch(shards: Dataset) -> None:
     (batches,) = drawn(shards, 1, 1, 2 * COUNT, shard_window=1)
     numbers = archive_numbers(shards, list(chain(*batches)))
