@@ -95,12 +95,13 @@ def sound_packets(file: Path, stream: int = 0) -> list[tuple[float, bytes]]:
         ]
 
 
-def damage(file: Path, packets: Iterable[int]) -> None:
-    """Overwrite these packets of the picture, as a bad disk would."""
+def damage(file: Path, packets: Iterable[int], *, share: float = 1) -> None:
+    """Overwrite these packets of the picture, or their last `share`, as a bad disk would."""
     with av.open(str(file)) as clip:
         places = [(one.pos, one.size) for one in clip.demux(video=0) if one.size]
     content = bytearray(file.read_bytes())
     for packet in packets:
         pos, size = places[packet]
-        content[pos : pos + size] = b"\xff" * size
+        kept = int(size * (1 - share))
+        content[pos + kept : pos + size] = b"\xff" * (size - kept)
     file.write_bytes(content)
