@@ -7,9 +7,11 @@
 ``load`` starts `retinanet serve`, a process that calls the detector directly (``Detector.stream``
 of the same encoded pictures, with the same threads), and clients in a third process. They take
 turns: in each round the direct calls, then each number of clients. What the service costs is, a
-round, 1 - (its pictures/s) / (the direct ones).
+round, 1 - (its pictures/s) / (the direct ones). "cpu" is milliseconds of processors a picture: on a
+machine that others use too it says more than the rate.
 
-Arguments of the server go behind ``--``, as in ``-- --workers 2 --batch-size 4``.
+Arguments of the server go behind ``--``, as in ``-- --batch-size 4``. ``load`` takes several, each
+for a server of its own that takes turns with the others: ``-- -- --batch-size 4 -- --workers 2``.
 """
 
 from __future__ import annotations
@@ -58,6 +60,11 @@ class Server:
         if found is None:
             raise SystemExit(f"the server did not start: {line}")
         self.port = int(found[1])
+
+    def worked(self) -> float:
+        """Seconds of processors that it has used."""
+        used = psutil.Process(self.process.pid).cpu_times()
+        return float(used.user + used.system)
 
     def memory(self) -> float:
         """Resident, MB."""
@@ -168,76 +175,81 @@ def direct(
                 yield pictures[place % len(pictures)]
                 place += 1
 
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         count = sum(1 for _ in detector.stream(endless(), batch_size=batch_size))
-        pipe.send(count / (time.perf_counter() - began))
+        rate = count / (time.perf_counter() - began)
+        pipe.send({"rate": rate, "cpu": 1000 * (time.process_time() - worked) / count})
 
 
 def measure_load(given: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of the direct calls and of each number of clients."""
+    """Rounds of the direct calls and of each number of clients at each server."""
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     pictures = pictures_of(given.pictures, 64)
-    pipes: dict[str, Any] = {}
-    with started(given.model, given.server) as server:
-        for name, work, arguments in (
-            ("clients", generator, (server.port, pictures)),
-            (
-                "direct",
-                direct,
-                (given.model, [data for _, data in pictures], given.threads, given.precision),
-            ),
-        ):
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(there, *arguments), daemon=True)
-            process.start()
-            pipes[name] = here
+    files = [data for _, data in pictures]
+    pipes: dict[Any, Any] = {}
 
-        def ask(name: str, *order: Any) -> Any:
-            pipes[name].send(order)
-            return pipes[name].recv()
+    def begin(name: Any, work: Any, *arguments: Any) -> None:
+        here, there = context.Pipe()
+        context.Process(target=work, args=(there, *arguments), daemon=True).start()
+        pipes[name] = here
 
-        ask("direct", given.batch_size, 2.0)  # both are warm
-        ask("clients", max(given.clients), 2.0)
+    def ask(name: Any, *order: Any) -> Any:
+        pipes[name].send(order)
+        return pipes[name].recv()
+
+    processes: dict[int, Server] = {}
+    with contextlib.ExitStack() as servers:
+        for i, arguments in enumerate(given.servers):
+            processes[i] = servers.enter_context(started(given.model, arguments))
+            begin(i, generator, processes[i].port, pictures)
+        begin("direct", direct, given.model, files, given.threads, given.precision)
+        turns: list[tuple[Any, int]] = [("direct", batch) for batch in given.batch_sizes]
+        turns += [(i, clients) for i in range(len(given.servers)) for clients in given.clients]
+        for name, value in turns:
+            ask(name, value, 1.5)  # all are warm
         rounds = []
         for i in range(given.rounds):
             one: dict[str, Any] = {"load": os.getloadavg()[0]}
-            for what in (["direct", *given.clients], [*given.clients, "direct"])[i % 2]:
-                if what == "direct":
-                    one["direct"] = ask("direct", given.batch_size, given.seconds)
-                else:
-                    one[str(what)] = ask("clients", what, given.seconds)
+            for name, value in turns if i % 2 == 0 else turns[::-1]:
+                before = 0.0 if name == "direct" else processes[name].worked()
+                got = ask(name, value, given.seconds)
+                if name != "direct":
+                    answers = sum(got["statuses"].values())
+                    got["cpu"] = 1000 * (processes[name].worked() - before) / answers
+                one[f"{name} {value}"] = got
             rounds.append(one)
             print(json.dumps(one), file=sys.stderr)
         for pipe in pipes.values():
             pipe.send(None)
-    return {"rounds": rounds, "summary": summary(rounds, given.clients)}
+    return {"summary": summary(rounds, given), "rounds": rounds}
 
 
-def summary(rounds: Sequence[dict[str, Any]], clients: Sequence[int]) -> list[dict[str, Any]]:
-    """Medians over the rounds, and the range of the cost."""
-    rows: list[dict[str, Any]] = [
-        {"clients": "direct", "rate": statistics.median(one["direct"] for one in rounds)}
-    ]
-    for many in clients:
-        costs = [1 - one[str(many)]["rate"] / one["direct"] for one in rounds]
-        statuses: Counter[Any] = Counter()
-        for one in rounds:
-            statuses.update(one[str(many)]["statuses"])
-        middle = {
-            key: statistics.median(one[str(many)][key] for one in rounds)
-            for key in ("rate", "p50", "p99")
+def summary(rounds: Sequence[dict[str, Any]], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians over the rounds; what each costs of the direct calls' rate, with its range."""
+    rows: list[dict[str, Any]] = []
+    for key in rounds[0]:
+        if key == "load":
+            continue
+        name, value = key.split(" ")
+        row: dict[str, Any] = {
+            "who": "direct" if name == "direct" else " ".join(given.servers[int(name)]),
+            "batch size" if name == "direct" else "clients": int(value),
         }
-        rows.append(
-            {
-                "clients": many,
-                **middle,
-                "cost": statistics.median(costs),
-                "cost_range": [min(costs), max(costs)],
-                "statuses": dict(statuses),
-            }
-        )
+        for figure in ("rate", "cpu", "p50", "p99"):
+            if figure in rounds[0][key]:
+                row[figure] = round(statistics.median(one[key][figure] for one in rounds), 1)
+        if name != "direct":
+            base = f"direct {given.batch_sizes[0]}"
+            costs = sorted(1 - one[key]["rate"] / one[base]["rate"] for one in rounds)
+            row["cost"] = round(statistics.median(costs), 3)
+            row["costs"] = [round(cost, 3) for cost in costs]
+            statuses: Counter[Any] = Counter()
+            for one in rounds:
+                statuses.update(one[key]["statuses"])
+            row["statuses"] = dict(statuses)
+        rows.append(row)
     return rows
 
 
@@ -246,7 +258,7 @@ def measure_memory(given: argparse.Namespace) -> dict[str, Any]:
     pictures = pictures_of(given.pictures, 10_000)
     requests = [request_of(*one) for one in pictures]
     samples: list[tuple[float, float]] = []
-    with started(given.model, given.server) as server:
+    with started(given.model, given.servers[0]) as server:
         ended = threading.Event()
         began = time.perf_counter()
 
@@ -366,7 +378,7 @@ def measure_mutants(given: argparse.Namespace) -> dict[str, Any]:
         kind, data = files[i % len(files)]
         requests.append(request_of(kind, mutated(data, chance)))
     seen: Counter[int] = Counter()
-    with started(given.model, given.server) as server:
+    with started(given.model, given.servers[0]) as server:
         asyncio.run(_mutants(server.port, requests[:50], Counter()))
         before = server.memory()
         failed = asyncio.run(_mutants(server.port, requests, seen))
@@ -387,13 +399,19 @@ def main() -> None:
     words.add_argument("--count", type=int, default=1000)
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--threads", type=int, default=os.cpu_count())
-    words.add_argument("--batch-size", type=int, default=1, help="of the direct calls")
+    words.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1], help="direct; the first is the measure"
+    )
     words.add_argument("--precision", default="auto")
-    arguments = sys.argv[1:]
-    behind = arguments.index("--") if "--" in arguments else len(arguments)
-    given = words.parse_args(arguments[:behind])
+    groups: list[list[str]] = [[]]
+    for one in sys.argv[1:]:
+        if one == "--":
+            groups.append([])
+        else:
+            groups[-1].append(one)
+    given = words.parse_args(groups[0])
+    given.servers = [[*one, "--precision", given.precision] for one in groups[1:] or [[]]]
     os.environ["OMP_NUM_THREADS"] = str(given.threads)  # of all that is started
-    given.server = [*arguments[behind + 1 :], "--precision", given.precision]
     import torch
 
     from retinanet.bench import describe_machine

@@ -396,9 +396,7 @@ async def _wait(
         )
     finally:
         gone.cancel()
-        all_of_them.cancel()
-        for answer in answers:
-            answer.cancel()
+        all_of_them.cancel()  # and with it each picture's answer
 
 
 async def _disconnected(request: Request) -> None:
