@@ -240,6 +240,7 @@ def test_a_picture_that_the_browser_cannot_show(desk: Desk, draw: Draw) -> None:
     desk.choose(draw("scan.tiff", (16, 8, RED), (64, 40, GREEN)))
     assert "This browser cannot show TIFF pictures" in desk.text(".stage-words")
     assert desk.boxes() == [[16, 8, 24, 16], [64, 40, 72, 48]]
+    assert desk.pixel(40, 30) == [0xC9, 0xD1, 0xD9]  # the sheet, of the light theme
     assert desk.page.locator(".found li").count() == 2
     assert desk.text(".thumb .kind") == "TIFF"
     assert desk.page.is_disabled("#save-png")

@@ -90,15 +90,16 @@ def test_answers_that_make_no_sense(
 
 
 def test_too_many_bytes_are_not_sent(open_desk: OpenDesk, guarded: str, tmp_path: Path) -> None:
+    large = tmp_path / "large.bmp"
+    large.write_bytes(b"BM" + bytes(9000))
     desk = open_desk(guarded, failures=True, opened=False)
     desk.page.goto(guarded)
     desk.page.wait_for_selector("#key-dialog[open]")
+    desk.page.set_input_files("#files", str(large))  # before the limits are known
     unlock(desk)
     desk.page.wait_for_selector("#model-facts dl")
+    desk.wait()
     assert desk.text("#limits") == "Up to 4.0 kB and 0.02 million pixels a picture."
-    large = tmp_path / "large.bmp"
-    large.write_bytes(b"BM" + bytes(9000))
-    desk.choose(large)
     assert desk.text(".stage-words") == (
         "The picture has 9.0 kB; this server takes 4.0 kB at most. It was not sent."
     )
@@ -125,6 +126,11 @@ def test_the_key(open_desk: OpenDesk, guarded: str, draw: Draw) -> None:
     page.wait_for_selector("#key-dialog[open]")
     assert page.evaluate("() => document.activeElement.id") == "key"
     page.click("#key-later")
+    assert "This server asks for a key." in desk.text("#notice")
+    # Another message does not make it forget.
+    desk.transfer("paste")
+    assert "There is no picture in the clipboard." in desk.text("#notice")
+    page.click("#notice-close")
     assert "This server asks for a key." in desk.text("#notice")
     page.click("#notice-act")
     unlock(desk, "wrong")

@@ -43,8 +43,7 @@ function imageId(name, taken) {
   // As text, for a number may have more digits than JavaScript counts.
   const own = /^[0-9]+$/.test(stem) ? stem.replace(/^0+(?=.)/, "") : JSON.stringify(stem);
   for (let number = 0; ; number++) {
-    const id =
-      number === 0 ? own : JSON.stringify(number === 1 ? name : `${name}-${number}`);
+    const id = number === 0 ? own : JSON.stringify(number === 1 ? name : `${name}-${number}`);
     if (taken.has(id)) continue;
     taken.add(id);
     return id;

@@ -28,7 +28,10 @@ export function setThreshold(value) {
   state.threshold = Math.round(100 * Math.max(low, Math.min(high, value))) / 100;
   $("score").value = state.threshold;
   $("score").setAttribute("aria-valuetext", state.threshold.toFixed(2));
-  if (document.activeElement !== $("score-number") || Number($("score-number").value) !== state.threshold) {
+  if (
+    document.activeElement !== $("score-number") ||
+    Number($("score-number").value) !== state.threshold
+  ) {
     $("score-number").value = state.threshold.toFixed(2);
   }
 }
@@ -49,7 +52,12 @@ export function drawScores(answers, shown) {
     const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const height = Math.max(2, 24 * Math.sqrt(number / most));
     const start = low + ((n + 0.5) / bins.length) * (1 - low);
-    for (const [key, value] of Object.entries({ x: 2 * n + 0.2, y: 24 - height, width: 1.6, height })) {
+    for (const [key, value] of Object.entries({
+      x: 2 * n + 0.2,
+      y: 24 - height,
+      width: 1.6,
+      height,
+    })) {
       bar.setAttribute(key, value);
     }
     if (start >= state.threshold) bar.setAttribute("class", "in");
@@ -70,7 +78,9 @@ export function drawClasses(force = false) {
   const names = classNames();
   const many = names.length > FEW;
   const here = new Set(
-    currentAnswers().flatMap((answer) => (answer ? [...answer.labels].map((label) => answer.model.classes[label]) : [])),
+    currentAnswers().flatMap((answer) =>
+      answer ? [...answer.labels].map((label) => answer.model.classes[label]) : [],
+    ),
   );
   const search = $("class-search").value.trim().toLowerCase();
   $("class-search").hidden = !many;
@@ -81,7 +91,9 @@ export function drawClasses(force = false) {
   if (key !== drawnClasses || force) {
     drawnClasses = key;
     // A toggle that has the focus keeps it.
-    const focused = document.activeElement?.closest?.(".classes") ? document.activeElement.value : null;
+    const focused = document.activeElement?.closest?.(".classes")
+      ? document.activeElement.value
+      : null;
     $("classes").replaceChildren(...present.map(classToggle));
     $("absent-classes").replaceChildren(...absent.map(classToggle));
     if (focused !== null) {
@@ -91,7 +103,8 @@ export function drawClasses(force = false) {
     }
   }
   $("absent").hidden = absent.length === 0;
-  $("absent-words").textContent = `${count(absent.length, "class", "classes")} ${state.current ? "not in this picture" : "in all"}`;
+  $("absent-words").textContent =
+    `${count(absent.length, "class", "classes")} ${state.current ? "not in this picture" : "in all"}`;
   if (search && present.length === 0 && absent.length > 0) $("absent").open = true;
   drawCounts(currentAnswers());
 }
@@ -109,14 +122,23 @@ function classToggle(name) {
   });
   const swatch = element("span", "swatch");
   swatch.style.background = css(colourOf(name));
-  const label = element("label", "", box, swatch, element("span", "class-name", name), element("span", "count"));
+  const label = element(
+    "label",
+    "",
+    box,
+    swatch,
+    element("span", "class-name", name),
+    element("span", "count"),
+  );
   return element("li", "", label);
 }
 
 export function drawCounts(answers) {
   const counts = answers.map((answer) => (answer ? countsOf(answer) : null));
   for (const box of document.querySelectorAll(".classes input")) {
-    const numbers = counts.map((one) => (one ? (one.get(box.value) ?? 0) : "")).filter((one) => one !== "");
+    const numbers = counts
+      .map((one) => (one ? (one.get(box.value) ?? 0) : ""))
+      .filter((one) => one !== "");
     const label = box.closest("label");
     label.querySelector(".count").textContent = numbers.join(" | ");
     label.classList.toggle("zero", numbers.length > 0 && numbers.every((one) => one === 0));
@@ -143,7 +165,11 @@ export function drawDifference(answers) {
     const by = b - a;
     const sign = by > 0 ? `+${by}` : by < 0 ? `−${-by}` : "0";
     const line = element("tr", className, head(name, "row"));
-    line.append(element("td", "", String(a)), element("td", "", String(b)), element("td", "", sign));
+    line.append(
+      element("td", "", String(a)),
+      element("td", "", String(b)),
+      element("td", "", sign),
+    );
     return line;
   };
   const rows = names.map((name) => row(name, counts[0].get(name) ?? 0, counts[1].get(name) ?? 0));
@@ -172,7 +198,10 @@ function switchClasses(on) {
 $("score").addEventListener("input", () => {
   setThreshold(Number($("score").value));
   filtered();
-  announce(state.current ? pictureWords(state.current) : `Least score ${state.threshold.toFixed(2)}`, 500);
+  announce(
+    state.current ? pictureWords(state.current) : `Least score ${state.threshold.toFixed(2)}`,
+    500,
+  );
 });
 $("score-number").addEventListener("input", () => {
   const value = Number.parseFloat($("score-number").value);

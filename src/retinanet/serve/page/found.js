@@ -20,15 +20,16 @@ function listTitle(n, number) {
 }
 
 export function drawLists(answers) {
-  const known = lists.length === answers.length && lists.every((list, n) => list.answer === answers[n]);
+  const known =
+    lists.length === answers.length && lists.every((list, n) => list.answer === answers[n]);
   $("found-card").hidden = !answers.some(Boolean);
   if (known && listedFor === state.used) return;
   listedFor = state.used;
   lists = answers.map((answer, n) => makeList(answer, n));
   $("lists").replaceChildren(
-    ...lists.filter((list) => list.answer).flatMap((list) => [
-      element("div", "", list.title, list.nothing, list.list),
-    ]),
+    ...lists
+      .filter((list) => list.answer)
+      .flatMap((list) => [element("div", "", list.title, list.nothing, list.list)]),
   );
 }
 

@@ -15,7 +15,10 @@ export function announce(words, delay = 150) {
 let noticeTimer = 0;
 export let noticeOfHold = false;
 
-export function tell(words, { button = "", act = null, wait = false, until = null, hold = false } = {}) {
+export function tell(
+  words,
+  { button = "", act = null, wait = false, until = null, hold = false } = {},
+) {
   clearInterval(noticeTimer);
   noticeOfHold = hold;
   const box = $("notice");

@@ -1,6 +1,13 @@
 // The page: pictures come in, answers are filtered here, everything is told in words as well.
 
-import { drawClasses, drawCounts, drawDifference, drawScores, setThreshold, whenFiltered } from "./filter.js";
+import {
+  drawClasses,
+  drawCounts,
+  drawDifference,
+  drawScores,
+  setThreshold,
+  whenFiltered,
+} from "./filter.js";
 import { drawLists, filterLists, view } from "./found.js";
 import { announce, hush, noticeOfHold, tell } from "./notice.js";
 import { decode, isPicture } from "./pictures.js";
@@ -36,33 +43,51 @@ function showHold(hold) {
     if (noticeOfHold) hush();
     return;
   }
-  const again = { button: "Try now", act: () => queue.retry(), wait: true, hold: true };
-  if (hold.kind === "key") askForKey();
-  else if (hold.kind === "busy") {
-    tell("The server is busy. The pictures wait and are tried again in", { ...again, until: hold.until });
-  } else {
-    tell("The server does not answer. The pictures wait and are tried again in", {
-      ...again,
-      until: hold.until,
-    });
+  if (hold.kind === "key") {
+    askForKey();
+    return;
   }
+  const what = hold.kind === "busy" ? "The server is busy." : "The server does not answer.";
+  tell(`${what} The pictures wait and are tried again in`, {
+    button: "Try now",
+    act: () => queue.retry(),
+    wait: true,
+    until: hold.until,
+    hold: true,
+  });
+}
+
+/** Takes a message away; what the page still waits for is told again. */
+function closeNotice() {
+  hush();
+  if (keyWanted) tellOfKey();
+  else if (queue.hold) showHold(queue.hold);
 }
 
 // --- the key --------------------------------------------------------------------------------
 
+let keyWanted = false;
+
+function tellOfKey() {
+  const more = { button: "Enter the key", act: askForKey, wait: true, hold: true };
+  tell("This server asks for a key.", more);
+}
+
 function askForKey() {
+  keyWanted = true;
   const dialog = $("key-dialog");
   const tried = service.key !== "";
   $("key-words").classList.toggle("bad", tried);
   $("key-words").textContent = tried
     ? "The server did not take this key. Look for a letter too many or too few."
     : "Whoever runs the server can give it to you. It is kept until this tab is closed.";
-  tell("This server asks for a key.", { button: "Enter the key", act: askForKey, wait: true, hold: true });
+  tellOfKey();
   if (!dialog.open) dialog.showModal();
   $("key").select();
 }
 
 $("key-form").addEventListener("submit", () => {
+  keyWanted = false;
   service.keepKey($("key").value.trim());
   hush();
   if (state.models.length === 0) connect();
@@ -92,13 +117,16 @@ async function connect() {
       0: "The server does not answer. Trying again in",
       503: "The server is not ready yet. Trying again in",
     }[status];
-    tell(words ?? `The server does not say what it can do: ${refusalWords(error)} Trying again in`, {
-      wait: true,
-      hold: true,
-      until: Date.now() + 1000 * seconds,
-      button: "Try now",
-      act: connect,
-    });
+    tell(
+      words ?? `The server does not say what it can do: ${refusalWords(error)} Trying again in`,
+      {
+        wait: true,
+        hold: true,
+        until: Date.now() + 1000 * seconds,
+        button: "Try now",
+        act: connect,
+      },
+    );
     connectTimer = setTimeout(connect, 1000 * seconds);
     return;
   }
@@ -124,7 +152,9 @@ function takeModels({ models, limits, version }) {
   const { bytes, pixels } = state.limits;
   const most = [
     bytes ? bytesWords(bytes) : "",
-    pixels ? `${(pixels / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} million pixels` : "",
+    pixels
+      ? `${(pixels / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} million pixels`
+      : "",
   ].filter(Boolean);
   $("limits").textContent = most.length > 0 ? `Up to ${most.join(" and ")} a picture.` : "";
 }
@@ -221,12 +251,13 @@ function addFiles(found) {
   if (left.length > 0) {
     const names = left.slice(0, 3).map(({ name }) => name);
     const more = left.length > 3 ? " and others" : "";
-    tell(`${count(left.length, "file")} left out, for they are no pictures: ${names.join(", ")}${more}.`);
+    const list = `${names.join(", ")}${more}`;
+    tell(`${count(left.length, "file")} left out, for they are no pictures: ${list}.`);
   } else if (found.length === 0) {
     tell("There is no picture in it.");
-  } else if (!noticeOfHold) hush();
+  } else if (!noticeOfHold) closeNotice();
   const added = pictures.map(({ file, name }) => {
-    const picture = {
+    return {
       id: `picture-${++pictureNumber}`,
       file,
       name,
@@ -235,13 +266,6 @@ function addFiles(found) {
       unseen: false, // whether this browser has no decoder for it
       tooLarge: "",
     };
-    const most = state.limits.bytes;
-    if (most && file.size > most) {
-      picture.tooLarge =
-        `The picture has ${bytesWords(file.size)}; this server takes ${bytesWords(most)} at most. ` +
-        "It was not sent.";
-    }
-    return picture;
   });
   state.pictures.push(...added);
   for (const picture of added) {
@@ -260,7 +284,13 @@ function addFiles(found) {
 
 /** Asks the models in use for what they have not yet said of a picture. */
 function want(picture) {
-  if (picture.tooLarge) return;
+  const [size, most] = [picture.file.size, state.limits.bytes];
+  if (most && size > most) {
+    picture.tooLarge =
+      `The picture has ${bytesWords(size)}; this server takes ${bytesWords(most)} at most. ` +
+      "It was not sent.";
+    return;
+  }
   for (const model of state.used) {
     const job = picture.jobs.get(model.name);
     if (job && job.state !== "cancelled") continue;
@@ -277,7 +307,6 @@ function again(picture) {
       picture.jobs.delete(model.name);
     }
   }
-  picture.tooLarge = "";
   want(picture);
   drawThumb(picture);
   if (picture === state.current) showAnswers();
@@ -466,22 +495,24 @@ function stageWords(picture, pane) {
   if (job.state === "cancelled") return ["Not searched.", { ...retry, button: "Search it" }];
   const { answer } = job;
   if (pane.turned) {
+    const [here, there] = [picture.size, answer].map(({ width, height }) => `${width} × ${height}`);
     return [
-      `This browser shows the picture as ${picture.size.width} × ${picture.size.height} pixels, the ` +
-        `server searched ${answer.width} × ${answer.height}. The boxes would lie wrong and are not drawn; ` +
-        "the list has them.",
+      `This browser shows the picture as ${here} pixels, the server searched ${there}. The boxes ` +
+        "would lie wrong and are not drawn; the list has them.",
     ];
   }
   const shown = shownOf(answer).length;
   const seenWords =
     picture.unseen && view.size
-      ? `This browser cannot show ${fileKind(picture)} pictures. The server has read it: the boxes lie on an empty sheet of its size.`
+      ? `This browser cannot show ${fileKind(picture)} pictures; the boxes lie on an empty sheet.`
       : "";
   if (shown > 0) return [seenWords];
   if (answer.length === 0) return [`${seenWords} Nothing was found in this picture.`.trim()];
   const hidden = [...answer.labels].some((label) => state.off.has(answer.model.classes[label]));
-  const lower = `Nothing scores ${state.threshold.toFixed(2)} or more; ${count(answer.length, "object")} ${answer.length === 1 ? "scores" : "score"} less.`;
-  const words = hidden && countsOf(answer).size > 0 ? "The classes found here are switched off." : lower;
+  const less = `${count(answer.length, "object")} ${answer.length === 1 ? "scores" : "score"} less`;
+  const lower = `Nothing scores ${state.threshold.toFixed(2)} or more; ${less}.`;
+  const words =
+    hidden && countsOf(answer).size > 0 ? "The classes found here are switched off." : lower;
   return [
     `${seenWords} ${words}`.trim(),
     {
@@ -532,7 +563,9 @@ function drawFacts(answers, shown) {
   parts.push(bytesWords(picture.file.size));
   const several = state.used.length > 1;
   answers.forEach((answer, n) => {
-    const title = answer ? `${answer.model.name} · ${count(shown[n].length, "object")}` : state.used[n].name;
+    const title = answer
+      ? `${answer.model.name} · ${count(shown[n].length, "object")}`
+      : state.used[n].name;
     if (several) view.panes[n].title.textContent = title;
     if (!answer) return;
     const time = answer.milliseconds.total;
@@ -558,7 +591,7 @@ $("cancel").addEventListener("click", () => {
   drawProgress();
   announce("Cancelled.");
 });
-$("notice-close").addEventListener("click", hush);
+$("notice-close").addEventListener("click", closeNotice);
 $("help").addEventListener("click", () => $("help-dialog").showModal());
 
 document.addEventListener("keydown", (event) => {
@@ -568,11 +601,17 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "?") $("help-dialog").showModal();
   else if (!state.current) return;
   else if (event.shiftKey && event.key.startsWith("Arrow")) {
-    const [dx, dy] = { ArrowLeft: [1, 0], ArrowRight: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    const [dx, dy] = {
+      ArrowLeft: [1, 0],
+      ArrowRight: [-1, 0],
+      ArrowUp: [0, 1],
+      ArrowDown: [0, -1],
+    }[event.key];
     view.pan(60 * dx, 60 * dy);
   } else if (event.key === "ArrowLeft") step(-1);
   else if (event.key === "ArrowRight") step(1);
-  else if (event.key === "Home" && $("strip").contains(event.target)) step(-state.pictures.indexOf(state.current));
+  else if (event.key === "Home" && $("strip").contains(event.target))
+    step(-state.pictures.indexOf(state.current));
   else if (event.key === "End" && $("strip").contains(event.target)) {
     step(state.pictures.length - 1 - state.pictures.indexOf(state.current));
   } else if (event.key === "+" || event.key === "=") view.zoom(1.4);

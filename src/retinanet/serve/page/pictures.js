@@ -102,7 +102,7 @@ async function forgottenOrientation(file) {
   const head = await view(file, 0, 12);
   const isWebp = head.byteLength === 12 && text(head, 0) === "RIFF" && text(head, 8) === "WEBP";
   if (!isWebp || (await heedsWebp())) return 1;
-  for (let place = 12; place + 8 <= file.size; ) {
+  for (let place = 12; place + 8 <= file.size;) {
     const chunk = await view(file, place, 8);
     const length = chunk.getUint32(4, true);
     if (text(chunk, 0) === "EXIF") return exifOrientation(await view(file, place + 8, length));
@@ -152,7 +152,8 @@ const TURNS = {
 function turned(bitmap, orientation) {
   const [a, b, c, d] = TURNS[orientation];
   const { width, height } = bitmap;
-  const canvas = orientation > 4 ? new OffscreenCanvas(height, width) : new OffscreenCanvas(width, height);
+  const canvas =
+    orientation > 4 ? new OffscreenCanvas(height, width) : new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   const e = Math.max(0, -(a * width), -(c * height));
   const f = Math.max(0, -(b * width), -(d * height));

@@ -22,7 +22,9 @@ function toSave(onlyShown = $("save-shown").checked) {
     const job = picture.jobs.get(model?.name);
     if (job?.answer) {
       const { answer } = job;
-      const shown = onlyShown ? shownOf(answer) : Array.from({ length: answer.length }, (_, i) => i);
+      const shown = onlyShown
+        ? shownOf(answer)
+        : Array.from({ length: answer.length }, (_, i) => i);
       ready.push({ picture, name: picture.name, answer, shown });
     } else if (picture.tooLarge || job?.state === "refused") {
       failures.push({ file: picture.name, reason: picture.tooLarge || job.reason });
@@ -69,7 +71,9 @@ $("save-json").addEventListener("click", () => {
   const { ready, failures } = toSave();
   saveText(detectionsJson(ready, failures), "detections.json");
 });
-$("save-coco").addEventListener("click", () => saveText(cocoResults(toSave().ready), "coco_results.json"));
+$("save-coco").addEventListener("click", () =>
+  saveText(cocoResults(toSave().ready), "coco_results.json"),
+);
 $("save-png").addEventListener("click", async () => {
   // What is drawn is what is seen; the low scores of a detector would cover the picture.
   const { ready } = toSave(true);
@@ -87,7 +91,10 @@ $("save-png").addEventListener("click", async () => {
         if (!sameSize(bitmap, answer)) throw new Error("it is shown in another size than searched");
         const blob = await drawnPicture(bitmap, answer, shown, colourOf);
         const own = ready.length > 1 ? name : name.split("/").pop();
-        files.push({ name: uniqueName(withoutSuffix(own) + "-detections.png", ".png", taken), blob });
+        files.push({
+          name: uniqueName(withoutSuffix(own) + "-detections.png", ".png", taken),
+          blob,
+        });
       } catch {
         failed.push(name);
       } finally {
@@ -96,7 +103,8 @@ $("save-png").addEventListener("click", async () => {
     }
     if (files.length === 1) save(files[0].blob, files[0].name);
     else if (files.length > 1) save(await zip(files), "pictures.zip");
-    if (files.length > 0) announce(files.length === 1 ? `${files[0].name} saved.` : `${files.length} pictures saved.`);
+    if (files.length > 0)
+      announce(files.length === 1 ? `${files[0].name} saved.` : `${files.length} pictures saved.`);
   } catch (error) {
     tell(`The pictures could not be saved: ${error.message}`);
   } finally {
@@ -104,7 +112,10 @@ $("save-png").addEventListener("click", async () => {
     drawSave();
   }
   if (failed.length > 0) {
-    tell(`This browser could not draw on ${count(failed.length, "picture")}: ${failed.slice(0, 3).join(", ")}.`);
+    tell(
+      `This browser could not draw on ${count(failed.length, "picture")}: ${failed.slice(0, 3).join(", ")}.`,
+    );
   }
 });
-for (const id of ["save-which", "save-model", "save-shown"]) $(id).addEventListener("change", drawSave);
+for (const id of ["save-which", "save-model", "save-shown"])
+  $(id).addEventListener("change", drawSave);

@@ -250,7 +250,10 @@ export class Queue {
       await this.#unanswered(job);
     } else {
       job.state = "refused";
-      job.reason = status > 0 ? refusalWords(error, job.picture.name) : `The answer is not understood: ${error.message}`;
+      job.reason =
+        status > 0
+          ? refusalWords(error, job.picture.name)
+          : `The answer is not understood: ${error.message}`;
     }
   }
 

@@ -112,7 +112,8 @@ export function pictureWords(picture) {
 export function answerWords(answer) {
   const shown = shownOf(answer);
   const counts = new Map();
-  for (const i of shown) counts.set(answer.className(i), (counts.get(answer.className(i)) ?? 0) + 1);
+  for (const i of shown)
+    counts.set(answer.className(i), (counts.get(answer.className(i)) ?? 0) + 1);
   const list = [...counts].sort((a, b) => b[1] - a[1]).map(([name, number]) => `${number} ${name}`);
   const more = list.length > 6 ? [...list.slice(0, 6), `${list.length - 6} classes more`] : list;
   return `${count(shown.length, "object")}${more.length > 0 ? `: ${more.join(", ")}` : ""}`;

@@ -34,7 +34,8 @@ export function drawThumb(picture) {
   if (label.textContent !== words) label.textContent = words;
   // Names hold what is to be read on the thing itself.
   const kind = picture.noThumb ? `${fileKind(picture)} ` : "";
-  const told = now !== "done" ? words : counts.length === 1 ? count(counts[0], "object") : `${words} objects`;
+  const told =
+    now !== "done" ? words : counts.length === 1 ? count(counts[0], "object") : `${words} objects`;
   one.setAttribute("aria-label", `${picture.name}, ${kind}${told}`);
 }
 
@@ -63,7 +64,10 @@ async function makeThumbs() {
   wantedThumbs.delete(picture);
   makingThumbs++;
   try {
-    const blob = await thumbnail(picture.file, Math.ceil(STRIP_HEIGHT * Math.min(2, devicePixelRatio)));
+    const blob = await thumbnail(
+      picture.file,
+      Math.ceil(STRIP_HEIGHT * Math.min(2, devicePixelRatio)),
+    );
     if (state.pictures.includes(picture) && !picture.thumb) {
       picture.thumb = URL.createObjectURL(blob);
       const image = element("img");

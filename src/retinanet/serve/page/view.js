@@ -69,7 +69,8 @@ export class View {
   setPicture(bitmap, size, keepView = false) {
     this.bitmap?.close();
     this.bitmap = bitmap;
-    const same = this.size && size && this.size.width === size.width && this.size.height === size.height;
+    const same =
+      this.size && size && this.size.width === size.width && this.size.height === size.height;
     this.size = size;
     if (!(keepView && same)) this.fit();
     this.draw();
@@ -312,7 +313,8 @@ class Pane {
     const { view } = this;
     const { width, height } = view.area;
     const ratio = window.devicePixelRatio || 1;
-    if (this.canvas.width !== Math.round(width * ratio)) this.canvas.width = Math.round(width * ratio);
+    if (this.canvas.width !== Math.round(width * ratio))
+      this.canvas.width = Math.round(width * ratio);
     if (this.canvas.height !== Math.round(height * ratio)) {
       this.canvas.height = Math.round(height * ratio);
     }
@@ -331,14 +333,11 @@ class Pane {
       context.fillRect(0, 0, view.size.width, view.size.height);
       context.drawImage(view.bitmap, 0, 0, view.size.width, view.size.height);
     } else {
-      context.fillStyle = getComputedStyle(this.stage).getPropertyValue("--sheet");
+      context.fillStyle = getComputedStyle(this.canvas).color;
       context.fillRect(0, 0, view.size.width, view.size.height);
     }
     this.stage.classList.toggle("zoomed", !view.fitted);
-    this.moved.setAttribute(
-      "transform",
-      `translate(${view.x} ${view.y}) scale(${view.scale})`,
-    );
+    this.moved.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
     this.#drawCaptions(width, height);
   }
 

@@ -55,7 +55,8 @@ $("paste").addEventListener("click", async () => {
     if (found.length > 0) addFiles(found);
     else tell("There is no picture in the clipboard.");
   } catch (error) {
-    const words = error.name === "NotAllowedError" ? "The browser was not allowed to read it" : error.message;
+    const words =
+      error.name === "NotAllowedError" ? "The browser was not allowed to read it" : error.message;
     tell(`The clipboard cannot be read: ${words}. Ctrl V works as well.`);
   }
 });
