@@ -60,17 +60,19 @@ def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> D
     order = np.random.default_rng(0).permutation(len(data.images))
     mosaics = []
     for number, start in enumerate(range(0, len(order) - each + 1, each)):
-        images = [data.images[i] for i in order[start : start + each]]
-        pixels = {image.path: read_image(image.path) for image in images}
-        images.sort(key=lambda image: -pixels[image.path].shape[1])
-        placed, x, y, row = [], 0, 0, 0
-        for image in images:
+        chosen = [int(i) for i in order[start : start + each]]
+        pixels = {data.images[i].path: read_image(data.images[i].path) for i in chosen}
+        chosen.sort(key=lambda i: -pixels[data.images[i].path].shape[1])
+        placed, places, x, y, row = [], [], 0, 0, 0
+        for image in (data.images[i] for i in chosen):
             high, wide = pixels[image.path].shape[1:]
             if x + wide > width:
                 x, y, row = 0, y + row, 0
             placed.append((image, x, y))
+            places.append((x, y))
             x, row = x + wide, max(row, high)
-        canvas = np.zeros((y + row, width, 3), np.uint8)
+        right = max(x + pixels[image.path].shape[2] for image, x, _ in placed)
+        canvas = np.zeros((y + row, right, 3), np.uint8)
         objects = []
         for image, x, y in placed:
             part = pixels[image.path].permute(1, 2, 0).numpy()
@@ -81,7 +83,9 @@ def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> D
                 objects.append(Annotation(box, one.label, len(objects), one.crowd, area=one.area))
         file = folder / f"mosaic_{number}.png"
         Image.fromarray(canvas).save(file)
-        mosaics.append(LabelledImage(file, number, tuple(objects), width, canvas.shape[0]))
+        laid = {"laid": list(zip(chosen, places, strict=True))}
+        high = canvas.shape[0]
+        mosaics.append(LabelledImage(file, number, tuple(objects), right, high, extra=laid))
     return Dataset(tuple(mosaics), data.classes, data.category_ids, "val", "coco", folder)
 
 
@@ -95,9 +99,20 @@ def search_parts(
     for start in range(0, len(wanted), batch_size):
         some = wanted[start : start + batch_size]
         prepared = [detector.prepare(file if one is None else windows.read(one)) for one in some]
-        found = detector.search(prepared, detections_per_image=MOST)
+        found = detector.search(prepared)
         parts += [Part(one, objects) for one, objects in zip(some, found, strict=True)]
     return windows.size, parts
+
+
+def laid_out(found: Sequence[Detections], mosaic: LabelledImage) -> Detections:
+    """What was found in single pictures, where these lie in a mosaic."""
+    moved = [
+        (found[i].boxes + torch.tensor([x, y, x, y]), found[i].scores, found[i].labels)
+        for i, (x, y) in mosaic.extra["laid"]
+    ]
+    boxes, scores, labels = (torch.cat(values) for values in zip(*moved, strict=True))
+    order = scores.argsort(descending=True)
+    return Detections(boxes[order], scores[order], labels[order])
 
 
 def placed(part: Part) -> Tensor:
@@ -224,7 +239,9 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
         return [Detections(one.boxes, one.scores, one.labels) for one in streamed]  # type: ignore[union-attr]
 
     paths = [image.path for image in data.images]
-    show("the pictures one by one", data, alone(paths))
+    single = alone(paths)
+    show("the pictures one by one", data, single)
+    reference = [laid_out(single, mosaic) for mosaic in mosaics.images]
     whole = alone([image.path for image in mosaics.images])
     show("mosaics, whole", mosaics, whole)
     for tile, overlaps in ((arguments.tile, OVERLAPS), (2 * arguments.tile, (0.2,))):
@@ -235,6 +252,7 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
             windows = [[one.window for one in some if one.window] for _, some in parts]
             count = sum(len(some) for _, some in parts)
             rate = f"{count} parts, {count / seconds:.1f}/s"
+            show(f"the pictures one by one, on the seams of {tile}", mosaics, reference, windows)
             for name, rule in RULES.items():
                 if rule in SLOW and overlap != 0.2:
                     continue

@@ -287,6 +287,9 @@ def test_a_piece_gives_way_to_the_next_tile() -> None:
     seen = part(right, (50, 10, 70, 30, 0.5))
     piece = part(left, (50, 10, 64, 30, 0.9))
     assert merged(piece, seen, size=(100, 104)) == [[50, 10, 70, 30, 0.5]]
+    # Nor to a box that shows less of it than itself.
+    less = part(right, (54, 10, 64, 30, 0.5))  # 200 of its 280 square pixels
+    assert merged(piece, less, size=(100, 104)) == [[50, 10, 64, 30, 0.9]]
     # Another object that is near, of which no part of the piece is seen, takes nothing.
     assert len(merged(piece, part(right, (70, 10, 90, 30, 0.5)), size=(100, 104))) == 2
 
