@@ -26,7 +26,7 @@ def train(
     """Train a RetinaNet on labelled pictures, or go on with a run that was stopped.
 
     Args:
-        data: a folder or file (COCO, VOC, YOLO or CSV), or splits by name.
+        data: a folder or file of any format of :mod:`retinanet.data.formats`, or splits by name.
         out: the run folder; an unfinished run of the same recipe and data in it goes on.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
         settings: such as ``"train.lr=0.005"``, laid over the recipe.

@@ -56,6 +56,26 @@ BAD_USAGE = {
         ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],
         "score_threshold",
     ),
+    "a tile": (["detect", "{run}", "{data}", "--out={new}", "--tile=big"], "nor auto"),
+    "no tile": (["detect", "{run}", "{data}", "--out={new}", "--tile=0"], "nor auto"),
+    "a tile to judge with": (["evaluate", "{run}", "{data}", "--tile=big"], "nor auto"),
+    "an engine": (["detect", "{run}", "{data}", "--out={new}", "--engine=rai"], "mean ray?"),
+    "an option of videos": (
+        ["detect", "{run}", "{data}", "--out={new}", "--every=2"],
+        "--every is for videos",
+    ),
+    "an option of collections": (
+        ["detect", "{run}", "{data}", "--out={new}", "--workers=2"],
+        "--workers is for --engine ray",
+    ),
+    "an option of pictures": (
+        ["detect", "{run}", "clip.mp4", "--out={new}", "--tile=64"],
+        "--tile is for pictures",
+    ),
+    "an option that a collection has not": (
+        ["detect", "{run}", "{data}", "--out={new}", "--engine=ray", "--format=csv"],
+        "--format is for pictures without --engine ray",
+    ),
     "a stage": (["bench", "matchin"], "did you mean matching?"),
     "a folder with other things": (
         ["train", "{data}", "--out={empty}.full", *TINY, "--steps=1"],

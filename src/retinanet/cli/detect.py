@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,28 @@ from retinanet.cli.console import note, print_json, progress, say, table
 from retinanet.cli.settings import tile_of
 
 _SHOWN_FAILURES = 20
+
+_FORMATS = "json,pictures"
+
+# What each kind of search has no use for; the message says for what it is.
+_OTHERS = {
+    "pictures": {"--every": "videos", "--track": "videos", "--workers": "--engine ray"},
+    "video": {
+        "--format": "pictures",
+        "--image-root": "pictures",
+        "--tile": "pictures",
+        "--overlap": "pictures",
+        "--workers": "--engine ray",
+    },
+    "ray": {
+        "--format": "pictures without --engine ray",
+        "--image-root": "pictures without --engine ray",
+        "--draw-threshold": "what is drawn, without --engine ray",
+        "--calibrate": "pictures and videos without --engine ray",
+        "--every": "videos",
+        "--track": "videos",
+    },
+}
 
 
 def detect(
@@ -32,12 +55,20 @@ def detect(
     *,
     out: Annotated[Path, typer.Option(help="Where the files go.")] = Path("found"),
     formats: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             help="Of json, pictures, coco, csv, yolo, labelstudio, cvat; commas between.",
+            show_default="json,pictures",
         ),
-    ] = "json,pictures",
+    ] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option(
+            help="Label Studio: what stands before a picture's name in its address.",
+            show_default="/data/local-files/?d=",
+        ),
+    ] = None,
     score_threshold: Annotated[
         float | None,
         typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
@@ -78,9 +109,13 @@ def detect(
         typer.Option(help="Search also in tiles of so many pixels, or auto: for huge pictures."),
     ] = None,
     overlap: Annotated[
-        float, typer.Option(help="Share of a tile that its neighbour has too.")
-    ] = 0.2,
-    every: Annotated[int, typer.Option(min=1, help="Video: search each so-many-th frame.")] = 1,
+        float | None,
+        typer.Option(help="Share of a tile that its neighbour has too.", show_default=".2"),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Video: search each so-many-th frame.", show_default="1"),
+    ] = None,
     track: Annotated[
         bool, typer.Option("--track", help="Video: give each object a number that it keeps.")
     ] = False,
@@ -100,10 +135,30 @@ def detect(
     from retinanet.config import check_choice
     from retinanet.detect import load
     from retinanet.detect.found import DRAWN_SCORE, Failure
-    from retinanet.detect.outputs import open_outputs
+    from retinanet.detect.outputs import LOCAL_FILES, open_outputs
     from retinanet.detect.sources import Source, is_video, iter_sources
 
     check_choice("--engine", engine, ("local", "ray"))
+    kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "pictures"
+    _refuse_others(
+        kind,
+        {
+            "--format": formats,
+            "--image-root": image_root,
+            "--draw-threshold": draw_threshold,
+            "--calibrate": calibrate,
+            "--tile": tile,
+            "--overlap": overlap,
+            "--every": every,
+            "--track": track or None,
+            "--workers": workers,
+        },
+    )
+    drawn_score = DRAWN_SCORE if draw_threshold is None else draw_threshold
+    tiles: dict[str, Any] = {
+        "tile": tile_of(tile),
+        "overlap": 0.2 if overlap is None else overlap,
+    }
     thresholds: dict[str, Any] = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
@@ -117,7 +172,7 @@ def detect(
         "image_size": image_size,
         **thresholds,
     }
-    if engine == "ray":
+    if kind == "ray":
         from retinanet.cli.detect_collection import detect_collection
 
         detect_collection(
@@ -127,23 +182,22 @@ def detect(
             device=device,
             workers=workers,
             batch_size=batch_size,
-            tile=tile_of(tile),
-            overlap=overlap,
             json=json,
+            **tiles,
             **settings,
         )
         return
-    if any(is_video(source) for source in sources):
+    if kind == "video":
         from retinanet.cli.detect_video import detect_videos
 
         detect_videos(
             model,
             sources,
             out,
-            every=every,
+            every=1 if every is None else every,
             track=track,
             batch_size=batch_size,
-            draw_threshold=DRAWN_SCORE if draw_threshold is None else draw_threshold,
+            draw_threshold=drawn_score,
             calibrate=calibrate,
             device=device,
             json=json,
@@ -164,8 +218,9 @@ def detect(
     with (
         open_outputs(
             out,
-            [name.strip() for name in formats.split(",") if name.strip()],
-            drawn_score=DRAWN_SCORE if draw_threshold is None else draw_threshold,
+            [name.strip() for name in (formats or _FORMATS).split(",") if name.strip()],
+            drawn_score=drawn_score,
+            image_root=LOCAL_FILES if image_root is None else image_root,
         ) as write,
         progress("detecting") as show,
     ):
@@ -173,9 +228,7 @@ def detect(
             note(detector.network.description)
         for failure in failures:
             write(failure)
-        streamed = detector.stream(
-            readable, batch_size=batch_size, tile=tile_of(tile), overlap=overlap
-        )
+        streamed = detector.stream(readable, batch_size=batch_size, **tiles)
         for done, one in enumerate(streamed, start=1):
             write(one)
             if isinstance(one, Failure):
@@ -210,3 +263,12 @@ def detect(
         if len(failures) > _SHOWN_FAILURES:
             note(f"  and {len(failures) - _SHOWN_FAILURES} more")
         raise typer.Exit(1)
+
+
+def _refuse_others(kind: str, given: Mapping[str, object]) -> None:
+    """Raise a ConfigError for an option that would be ignored."""
+    from retinanet.errors import ConfigError
+
+    for option, purpose in _OTHERS[kind].items():
+        if given[option] is not None:
+            raise ConfigError(f"{option} is for {purpose}: leave it out")

@@ -38,7 +38,7 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        Path, typer.Argument(help="A labelled folder or file: COCO, VOC, YOLO or CSV.")
+        Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
     ],
     *,
     split: Annotated[

@@ -39,7 +39,7 @@ def loss_distribution(
         str, typer.Argument(help="A run folder, a checkpoint, or torchvision/NAME.", metavar="RUN")
     ],
     data: Annotated[
-        Path, typer.Argument(help="A labelled folder or file: COCO, VOC, YOLO or CSV.")
+        Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
     ],
     *,
     split: Split = None,
@@ -97,7 +97,7 @@ def speed_accuracy(
         typer.Argument(metavar="RUN", help="Run folders, checkpoints, or torchvision/NAME."),
     ],
     *,
-    data: Annotated[Path, typer.Option(help="A labelled folder or file: COCO, VOC, YOLO or CSV.")],
+    data: Annotated[Path, typer.Option(help="A labelled folder or file, in any format that data check reads.")],
     split: Split = None,
     scale: Annotated[
         list[int] | None,
