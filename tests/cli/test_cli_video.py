@@ -195,17 +195,21 @@ def test_ctrl_c_ends_a_camera(
     before = signal.getsignal(signal.SIGINT)
     part = tmp_path / "camera-0.jsonl.part"
 
+    over = threading.Event()
+
     def press() -> None:
-        for _ in range(600):
+        while not over.wait(0.05):
             if part.exists() and part.read_text("utf-8").count("\n") >= 5:
-                break
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     pressing = threading.Thread(target=press)
     pressing.start()
-    code = main(["detect", str(tiny_run), "0", "--out", str(tmp_path), "--json", *QUICK])
-    pressing.join()
+    try:
+        code = main(["detect", str(tiny_run), "0", "--out", str(tmp_path), "--json", *QUICK])
+    finally:
+        over.set()
+        pressing.join()
     printed = capsys.readouterr()
     assert code == 130
     assert "stopped" in printed.err
