@@ -161,7 +161,7 @@ def search_collection(
         raise ConfigError(f"workers {workers} is under 1")
     if shard_size is not None and shard_size < 1:
         raise ConfigError(f"shard_size {shard_size} is under 1")
-    if precision == "int8" and Path(model).suffix not in EXPORTED_SUFFIXES:
+    if precision == "int8" and not _is_exported(Path(model)):
         raise ConfigError(
             "precision int8 is calibrated once, not on each machine: make a file of it with "
             "`retinanet export`, and give that as the model"
@@ -228,10 +228,10 @@ def _read_model(
 ) -> tuple[Detector, dict[str, bytes], str]:
     """The detector, the model's files by name, and which of them is to be loaded."""
     path = Path(model)
-    if path.suffix in EXPORTED_SUFFIXES:
+    if _is_exported(path):
         detector = load(path, "cpu", **options)
-        beside = (one for one in path.parent.iterdir() if one.stem == path.stem and one.is_file())
-        return detector, {one.name: one.read_bytes() for one in sorted(beside)}, path.name
+        whole = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
+        return detector, {one.name: one.read_bytes() for one in whole}, path.name
     checkpoint = load_checkpoint(model)
     with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
         write_checkpoint(Path(folder), checkpoint)
@@ -240,6 +240,10 @@ def _read_model(
     checked = {**options, "precision": "float32", "backend": "torch"}
     _check_names(str(options["precision"]), str(options["backend"]))
     return Detector(checkpoint, device="cpu", **checked), files, ""
+
+
+def _is_exported(path: Path) -> bool:
+    return path.suffix.lower() in EXPORTED_SUFFIXES and not path.is_dir()
 
 
 def _check_names(precision: str, backend: str) -> None:

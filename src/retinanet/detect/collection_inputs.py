@@ -113,10 +113,7 @@ def _members(name: str, failed: Callable[[Failure], None]) -> Iterator[Source]:
                 if member.isfile() and _is_picture(PurePosixPath(member.name)):
                     file = archive.extractfile(member)
                     assert file is not None  # it is a file
-                    data = file.read()
-                    if len(data) < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    yield Source(data, f"{name}/{member.name.removeprefix('./')}")
+                    yield Source(file.read(), f"{name}/{member.name.removeprefix('./')}")
     except Exception as error:  # of tarfile, of a decompressor, of any store
         failed(_failure(name, error))
 
