@@ -54,8 +54,10 @@ def lines_of(file: Path) -> list[Any]:
 def test_a_clip(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     out = tmp_path / "found"
+    before = signal.getsignal(signal.SIGINT)
     ended = cli("detect", tiny_run, clip, "--out", out, "--every=2", "--batch-size=2", *QUICK)
     assert ended.code == 0, ended.err
+    assert signal.getsignal(signal.SIGINT) is before
     assert f"{clip}: 6 frames (3 searched), " in ended.out
     assert f"in {out / 'clip.mp4'} and {out / 'clip.jsonl'}" in ended.out
     assert "torch on cpu, float32" in ended.err

@@ -631,6 +631,18 @@ def test_an_error_anywhere_ends_it(
     assert len(lines) > 40
 
 
+def test_an_error_at_the_first_frame_leaves_nothing(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip, walk(5))
+    monkeypatch.setattr(detector, "search", lambda *given, **named: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        detect_video(detector, clip, tmp_path / "found")
+    assert not list((tmp_path / "found").iterdir())
+    assert no_thread_left()
+
+
 def test_stopping_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(300), sound="aac", options={"crf": "10"})
