@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_recipe
 
-from retinanet.data import read_dataset, read_splits
+from retinanet.data import convert, read_dataset, read_splits
 from retinanet.data.dataset import Dataset
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import (
@@ -63,6 +63,7 @@ def test_a_run_leaves_what_the_run_folder_promises(tiny_data: Path, tmp_path: Pa
     assert info["seed"] == 0
     assert info["images"] == {"train": 12, "val": 4}
     assert len(info["data_digest"]) >= 32
+    assert load_checkpoint(run.folder / "best").info["picture_side"] == 64
     kinds = [event.kind for event in events]
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
@@ -424,3 +425,12 @@ def test_the_split_of_data_without_one_may_have_a_seed_of_its_own(tmp_path: Path
             held[seed, split_seed] = {image.path.name for image in val.images}
     assert held[0, "5"] == held[1, "5"]
     assert held[0, "none"] != held[1, "none"]
+
+
+def test_the_side_of_the_pictures_is_known_whether_labels_state_it_or_not(tmp_path: Path) -> None:
+    splits = synthetic_dataset(tmp_path / "coco", splits={"train": 3}, image_size=96)
+    convert(tmp_path / "coco", tmp_path / "yolo", "yolo")
+    unstated = read_dataset(tmp_path / "yolo", "all")
+    assert {one.width for one in unstated.images} == {None}
+    assert retinanet_subject.picture_side(splits["train"]) == 96
+    assert retinanet_subject.picture_side(unstated) == 96

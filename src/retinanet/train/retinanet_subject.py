@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
+from retinanet.data.windows import typical_side
 from retinanet.errors import ConfigError
 from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.run import evaluate_model
@@ -62,6 +64,7 @@ class RetinaNetSubject:
         self._accelerator = accelerator
         self._init = init
         self._tell = tell
+        self._picture_side = picture_side(train_set)
         self._of_loss = settings_on(accelerator.device, loss_settings(recipe))
 
     def build(self) -> nn.Module:
@@ -160,8 +163,16 @@ class RetinaNetSubject:
                 "step": step,
                 # A split that was made is made again with these: nothing trained on is judged.
                 "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
+                # What a tile is as large as, where it is to choose its size itself.
+                "picture_side": self._picture_side,
             },
         )
+
+
+def picture_side(dataset: Dataset) -> int:
+    """The median of the pictures' shorter sides: as the labels state them, else as they are."""
+    stated = [min(one.width, one.height) for one in dataset.images if one.width and one.height]
+    return int(median(stated)) if stated else typical_side([one.path for one in dataset.images])
 
 
 def _build(recipe: Recipe, num_classes: int) -> RetinaNet:
