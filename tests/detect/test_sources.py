@@ -14,7 +14,7 @@ from PIL import Image
 from white_finder import Pixels
 
 from retinanet.detect import Failure, find_sources
-from retinanet.detect.sources import Source, is_single, iter_sources
+from retinanet.detect.sources import Source, is_single, is_video, iter_sources
 from retinanet.errors import DataError, ImageError
 
 
@@ -211,3 +211,21 @@ def test_reduced_reading(tmp_path: Path, square: Pixels) -> None:
         Source(np.zeros((2, 2, 7)), "odd").read_reduced(16, 20)
     with pytest.raises(ImageError, match="there is no such file"):
         Source("gone.jpg", "gone.jpg").read_reduced(16, 20)
+
+
+def test_a_video_is_told_by_its_suffix_and_a_camera_by_its_number(tmp_path: Path) -> None:
+    assert is_video("clips/a.MP4")
+    assert is_video("0")
+    assert not is_video("a.jpg")
+    for name in ("2024", "day.mov"):
+        (tmp_path / name).mkdir()
+        assert not is_video(tmp_path / name)
+
+
+def test_a_folder_whose_name_is_a_number_is_no_camera(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_video("2024")
+    (tmp_path / "2024").mkdir()
+    assert not is_video("2024")

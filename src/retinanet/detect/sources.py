@@ -86,8 +86,15 @@ VIDEO_SUFFIXES = frozenset(
 
 
 def is_video(given: str | Path) -> bool:
-    """Whether `given` names a video by its suffix, or a camera by its number."""
-    return Path(given).suffix.lower() in VIDEO_SUFFIXES or str(given).isdecimal()
+    """Whether `given` names a video by its suffix, or a camera by its number.
+
+    What is there is a file or a folder, whatever digits its name has; so is a folder named like a
+    video.
+    """
+    path = Path(given)
+    if str(given).isdecimal():
+        return not path.exists()
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
 
 
 def is_single(given: Any) -> bool:
