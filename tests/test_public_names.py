@@ -42,6 +42,7 @@ PUBLIC = [
     "cross_entropy",
     "detection_losses",
     "evaluate",
+    "export",
     "focal_loss",
     "focal_loss_star",
     "hinge_loss",

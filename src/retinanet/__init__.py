@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from retinanet.errors import WeightsError as WeightsError
     from retinanet.evaluate.metrics import Metrics as Metrics
     from retinanet.evaluate.run import evaluate as evaluate
+    from retinanet.export.run import export as export
     from retinanet.losses.box import box_loss as box_loss
     from retinanet.losses.classification import cross_entropy as cross_entropy
     from retinanet.losses.classification import focal_loss as focal_loss
@@ -86,8 +87,12 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-# rn.train(...) and rn.evaluate(...) share their names with rooms of the package.
-_CALLED_ROOMS = {"evaluate": "retinanet.evaluate.run", "train": "retinanet.api"}
+# rn.train(...), rn.evaluate(...) and rn.export(...) share their names with rooms of the package.
+_CALLED_ROOMS = {
+    "evaluate": "retinanet.evaluate.run",
+    "export": "retinanet.export.run",
+    "train": "retinanet.api",
+}
 
 __all__ = sorted(["__version__", *_HOME, *_CALLED_ROOMS])
 

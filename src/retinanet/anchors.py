@@ -154,18 +154,26 @@ def _level_anchors(
             steps = (stride, stride)
             if spec.rounding == "torchvision":
                 steps = (height // rows, width // columns)
-            y = torch.arange(rows, dtype=torch.float64, device="cpu") * steps[0]
-            x = torch.arange(columns, dtype=torch.float64, device="cpu") * steps[1]
-            corner_y, corner_x = torch.meshgrid(y, x, indexing="ij")
-            corners = torch.stack((corner_x, corner_y, corner_x, corner_y), dim=-1)
-            anchors = corners[:, :, None] + _cell_anchors(spec, size)
+            anchors = anchor_grid(cell_anchors(spec, size), rows, columns, steps)
             # The copy waits until it is there: whoever gets it next may be on another stream.
-            levels.append(anchors.reshape(-1, 4).to(torch.float32).to(device))
+            levels.append(anchors.to(torch.float32).to(device))
         return tuple(levels)
 
 
-def _cell_anchors(spec: AnchorSpec, size: float) -> Tensor:
-    """(A, 4) float64 anchors centred on 0."""
+def anchor_grid(cell: Tensor, rows: int, columns: int, steps: tuple[int, int]) -> Tensor:
+    """One cell's anchors (A, 4) at every cell of a level, (rows * columns * A, 4) of their type.
+
+    `steps` are the pixels from row to row and from column to column.
+    """
+    y = torch.arange(rows, dtype=cell.dtype, device=cell.device) * steps[0]
+    x = torch.arange(columns, dtype=cell.dtype, device=cell.device) * steps[1]
+    corner_y, corner_x = torch.meshgrid(y, x, indexing="ij")
+    corners = torch.stack((corner_x, corner_y, corner_x, corner_y), dim=-1)
+    return (corners[:, :, None] + cell).reshape(-1, 4)
+
+
+def cell_anchors(spec: AnchorSpec, size: float) -> Tensor:
+    """(A, 4) float64 anchors centred on 0, of a level of this `size`; on the CPU."""
     sides = [size * scale for scale in spec.scales]
     if spec.rounding == "torchvision":
         sides = [float(int(side)) for side in sides]

@@ -16,11 +16,33 @@ import torch
 from torch import Tensor
 
 from retinanet.config import build_recipe
-from retinanet.data.images import ImageSource, pad_batch, resize_to
+from retinanet.data.images import ImageSource, network_size, pad_batch, resize_to
+from retinanet.detect.exported import (
+    ExportedFile,
+    ExportedNetwork,
+    check_built_in,
+    choose_exported_device,
+    is_exported,
+    read_exported,
+)
 from retinanet.detect.found import Failure, Found
-from retinanet.detect.inference import Thresholds, choose_device, detect_batch, padding_colour
-from retinanet.detect.network import build_network
+from retinanet.detect.inference import (
+    Thresholds,
+    choose_device,
+    detect_batch,
+    padding_colour,
+    to_original,
+)
+from retinanet.detect.network import Network, build_network
 from retinanet.detect.sources import Source, find_sources, is_single, iter_sources
+from retinanet.detect.tiles import (
+    Part,
+    Piece,
+    check_tiling,
+    cut_pictures,
+    merge_parts,
+    tile_side,
+)
 from retinanet.errors import ConfigError, ImageError
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.structures import Detections
@@ -43,7 +65,8 @@ class Detector:
     """A model on its device, with everything needed to search pictures.
 
     Attributes:
-        model: the network, on `device`, in eval mode.
+        model: the network, on `device`, in eval mode; not there where `network` is an exported
+            file.
         classes: class names by label.
         category_ids: the ids by label of the data that the model was trained on.
         device: where the network runs.
@@ -55,7 +78,7 @@ class Detector:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | ExportedFile,
         *,
         device: str | torch.device = "auto",
         precision: str = "auto",
@@ -68,7 +91,9 @@ class Detector:
         """Take over the checkpoint's model: it is moved to the device and set to eval mode.
 
         Args:
-            checkpoint: a trained model.
+            checkpoint: a trained model, or one that was exported: what is built into such a file
+                can be asked for and not changed, but for a higher ``score_threshold`` and fewer
+                ``detections_per_image``.
             device: a torch device; ``auto`` is the first there is of CUDA, MPS and the CPU.
             precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
                 ``float32``, ``bf16``, ``fp16``, ``int8``.
@@ -86,12 +111,27 @@ class Detector:
             ConfigError: an unknown device, precision, backend or option, or a value out of range.
             MissingExtraError: the backend is not installed.
         """
-        self.device = choose_device(device)
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
         self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
+        self._most = thresholds.get("detections_per_image")  # of a picture in tiles
         self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
+        self.network: Network | ExportedNetwork
+        if isinstance(checkpoint, ExportedFile):
+            check_built_in(
+                checkpoint,
+                precision=precision,
+                backend=backend,
+                calibrate=calibrate,
+                image_size=self.image_size,
+                max_size=self.max_size,
+            )
+            self.network = ExportedNetwork(checkpoint, choose_exported_device(checkpoint, device))
+            self.network.check(self.thresholds)
+            self.device = self.network.device
+            return
+        self.device = choose_device(device)
         self.model = checkpoint.model.eval().to(self.device)
         self._fill = padding_colour(self.model)
         self.network = build_network(
@@ -103,7 +143,13 @@ class Detector:
         )
 
     def detect(
-        self, source: Any, *, batch_size: int = 1, **thresholds: Unpack[Thresholds]
+        self,
+        source: Any,
+        *,
+        batch_size: int = 1,
+        tile: int | str | None = None,
+        overlap: float = 0.2,
+        **thresholds: Unpack[Thresholds],
     ) -> Found | list[Found]:
         """Search one picture or several.
 
@@ -112,6 +158,7 @@ class Detector:
                 glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
                 picture file, or a list of them.
             batch_size: pictures that the network takes at once.
+            tile, overlap: as in :meth:`stream`: search huge pictures in tiles too.
             thresholds: laid over :attr:`thresholds` for this call.
 
         Returns:
@@ -123,7 +170,9 @@ class Detector:
             ConfigError: an unknown option, or a value out of range.
         """
         found = []
-        for one in self.stream(find_sources(source), batch_size=batch_size, **thresholds):
+        for one in self.stream(
+            find_sources(source), batch_size=batch_size, tile=tile, overlap=overlap, **thresholds
+        ):
             if isinstance(one, Failure):
                 raise one.error
             found.append(one)
@@ -146,11 +195,13 @@ class Detector:
 
         Args:
             sources: as in :meth:`detect`, or an endless iterable of such.
-            batch_size: pictures that the network takes at once.
+            batch_size: pictures, or tiles, that the network takes at once.
             workers: threads that read ahead; None is one a processor, four at the most.
             tile: also search each picture in tiles of so many pixels, as a picture with objects
                 too small for the whole wants it; ``auto``: as large as the pictures that the model
-                was trained on. None: the whole alone.
+                was trained on (:func:`retinanet.detect.tiles.tile_side`). None: the whole alone.
+                ``detections_per_image`` then counts for a tile, and for a picture if it is given
+                here or to the detector.
             overlap: share of a tile's side that the next tile has too, in [0, 1).
             thresholds: as in :meth:`detect`.
 
@@ -166,12 +217,16 @@ class Detector:
         if workers is None:
             workers = min(4, os.cpu_count() or 1)
         settings = _thresholds(self.thresholds, thresholds)
+        check_tiling(tile, overlap)
+        side = None if tile is None else tile_side(tile, self.image_size, self.info)
         one_thing = isinstance(sources, str | bytes | Tensor | np.ndarray)
         if isinstance(sources, Iterable) and not one_thing:
             listed = iter_sources(sources)
         else:
             listed = iter(find_sources(sources))
-        return self._stream(listed, batch_size, max(1, workers), settings)
+        pieces = cut_pictures(listed, side, overlap)
+        most = thresholds.get("detections_per_image", self._most)
+        return self._stream(pieces, batch_size, max(1, workers), settings, most)
 
     def prepare(self, picture: Source | ImageSource) -> Prepared:
         """Read and resize one picture for :meth:`search`; may be called from several threads.
@@ -198,6 +253,17 @@ class Detector:
         """
         if not pictures:
             return []
+        if isinstance(self.network, ExportedNetwork):
+            laid = {**self.thresholds, **thresholds}
+            reduced = self.network.find([one.pixels for one in pictures], **laid)
+            return [
+                Detections(
+                    to_original(of.boxes, (one.pixels.shape[1], one.pixels.shape[2]), one.size),
+                    of.scores,
+                    of.labels,
+                )
+                for of, one in zip(reduced, pictures, strict=True)
+            ]
         images, sizes = pad_batch([one.pixels for one in pictures], fill=self._fill)
         found = detect_batch(
             self.network,
@@ -223,18 +289,19 @@ class Detector:
 
     def _stream(
         self,
-        sources: Iterator[Source | Failure],
+        pieces: Iterator[Piece | Failure],
         batch_size: int,
         workers: int,
         thresholds: Thresholds,
+        most: int | None,
     ) -> Iterator[Found | Failure]:
         waiting: list[_Ready | Failure] = []
-        for one in _read_ahead(sources, self._read, workers=workers, ahead=workers + batch_size):
+        for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
             waiting.append(one)
-            if sum(isinstance(item, _Ready) for item in waiting) == batch_size:
-                yield from self._search(waiting, thresholds)
+            if sum(_to_search(item) is not None for item in waiting) == batch_size:
+                yield from self._search(waiting, thresholds, most)
                 waiting = []
-        yield from self._search(waiting, thresholds)
+        yield from self._search(waiting, thresholds, most)
 
     def _pictures(self, sources: Any) -> Iterator[Tensor]:
         """Those that can be read, one by one as the network gets them."""
@@ -245,19 +312,61 @@ class Detector:
                 continue  # named when it is searched
             yield pad_batch([picture], fill=self._fill)[0]
 
-    def _read(self, source: Source) -> _Ready:
-        return _Ready(source, self.prepare(source))
+    def _read(self, piece: Piece) -> _Ready:
+        picture = piece.picture
+        if picture.failure is not None:
+            return _Ready(piece, picture.failure)
+        try:
+            return _Ready(piece, self._prepare(piece))
+        except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
+            return _Ready(piece, picture.source.failure(error))
+
+    def _prepare(self, piece: Piece) -> Prepared:
+        windows = piece.picture.windows
+        if windows is None:
+            return self.prepare(piece.picture.source)
+        if piece.window is None:
+            sides = network_size(*windows.size, self.image_size, self.max_size)
+            return Prepared(windows.reduced(*sides), windows.size)
+        pixels = windows.read(piece.window)
+        resized, _ = resize_to(pixels, self.image_size, self.max_size)
+        return Prepared(resized, (pixels.shape[-2], pixels.shape[-1]))
 
     def _search(
-        self, waiting: list[_Ready | Failure], thresholds: Thresholds
+        self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
     ) -> Iterator[Found | Failure]:
-        ready = [one.prepared for one in waiting if isinstance(one, _Ready)]
+        """`most` boxes of a picture in tiles are kept; None: all."""
+        ready = [one for one in map(_to_search, waiting) if one is not None]
         found = iter(self.search(ready, **thresholds))
         for one in waiting:
             if isinstance(one, Failure):
                 yield one
+                continue
+            picture, window = one.piece.picture, one.piece.window
+            if isinstance(one.prepared, Failure):
+                picture.failure = picture.failure or one.prepared
+                picture.parts.clear()
             else:
-                yield self.found(next(found), one.source, one.prepared.size)
+                size, objects = one.prepared.size, next(found)
+                if one.piece.window is None and one.piece.last:
+                    yield self.found(objects, picture.source, size)
+                    continue
+                picture.parts.append(Part(window, objects))
+            if not one.piece.last:
+                continue
+            if picture.failure is not None:
+                yield picture.failure
+                continue
+            assert picture.windows is not None
+            size = picture.windows.size
+            objects = merge_parts(
+                picture.parts,
+                size,
+                nms_threshold=thresholds["nms_threshold"],
+                class_agnostic_nms=thresholds["class_agnostic_nms"],
+                most=most,
+            )
+            yield self.found(objects, picture.source, size)
 
 
 def load(
@@ -275,7 +384,8 @@ def load(
 
     Args:
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
-            model.safetensors in one, or ``torchvision/retinanet_resnet50_fpn_v2``.
+            model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (which is a
+            program: open your own alone), or ``torchvision/retinanet_resnet50_fpn_v2``.
         device: as in :class:`Detector`, and so are the options that follow.
 
     Raises:
@@ -283,7 +393,7 @@ def load(
         ConfigError, MissingExtraError: as :class:`Detector`.
     """
     return Detector(
-        load_checkpoint(path_or_name),
+        open_model(path_or_name),
         device=device,
         precision=precision,
         backend=backend,
@@ -294,45 +404,59 @@ def load(
     )
 
 
+def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
+    """What :class:`Detector` is built from, of a name as :func:`load` takes it.
+
+    Raises:
+        WeightsError: as :func:`load`.
+    """
+    if is_exported(path_or_name) and not Path(path_or_name).is_dir():
+        return read_exported(path_or_name)
+    return load_checkpoint(path_or_name)
+
+
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A picture read and resized."""
+    """A piece read and resized, or why it is not."""
 
-    source: Source
-    prepared: Prepared
+    piece: Piece
+    prepared: Prepared | Failure
+
+
+def _to_search(one: _Ready | Failure) -> Prepared | None:
+    if isinstance(one, _Ready) and isinstance(one.prepared, Prepared):
+        return one.prepared
+    return None
 
 
 def _read_ahead(
-    sources: Iterator[Source | Failure],
-    read: Callable[[Source], _Ready],
+    pieces: Iterator[Piece | Failure],
+    read: Callable[[Piece], _Ready],
     *,
     workers: int,
     ahead: int,
 ) -> Iterator[_Ready | Failure]:
-    """Read pictures in threads, `ahead` of them at the most before they are asked for; in order."""
+    """Read pieces in threads, `ahead` of them at the most before they are asked for; in order."""
 
-    def attempt(source: Source | Failure) -> _Ready | Failure:
-        if isinstance(source, Failure):
-            return source
-        try:
-            return read(source)
-        except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
-            return source.failure(error)
+    def attempt(piece: Piece | Failure) -> _Ready | Failure:
+        return piece if isinstance(piece, Failure) else read(piece)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="read-picture") as pool:
         pending: deque[Future[_Ready | Failure]] = deque()
         try:
-            pending.extend(pool.submit(attempt, source) for source in islice(sources, ahead))
+            pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, ahead))
             while pending:
                 first = pending.popleft()
-                pending.extend(pool.submit(attempt, source) for source in islice(sources, 1))
+                pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, 1))
                 yield first.result()
         finally:
             for one in pending:
                 one.cancel()
 
 
-def _sizes(checkpoint: Checkpoint, image_size: int | None, max_size: int | None) -> tuple[int, int]:
+def _sizes(
+    checkpoint: Checkpoint | ExportedFile, image_size: int | None, max_size: int | None
+) -> tuple[int, int]:
     """Those of the checkpoint unless given; a new shorter side takes the longer with it."""
     shorter = checkpoint.image_size if image_size is None else image_size
     if max_size is None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 """In what torch computes; ``auto`` is bf16 where the hardware has units for it."""
 
+Sides = Tensor | tuple[int, int] | list[int]
+"""Height and width."""
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -143,18 +146,17 @@ def detections_of(
     ]
 
 
-def to_original(
-    boxes: Tensor, size: tuple[int, int] | list[int], original_size: tuple[int, int] | list[int]
-) -> Tensor:
-    """Boxes (N, 4) of a picture resized to `size` (height, width), in the pixels it had before.
+def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:
+    """Boxes (..., 4) of a picture resized to `size` (height, width), in the pixels it had before.
 
     Height and width each have their own factor: the resized sides are whole pixels, so one factor
     for both would leave large boxes off by half a pixel.
     """
-    (height, width), (original_height, original_width) = size, original_size
-    scale = boxes.new_tensor((original_width / width, original_height / height)).repeat(2)
-    limit = boxes.new_tensor((original_width, original_height)).repeat(2)
-    return torch.minimum((boxes * scale).clamp_(min=0), limit)
+    before = torch.as_tensor(original_size, dtype=torch.float64)
+    scale = (before / torch.as_tensor(size, dtype=torch.float64)).flip(0).repeat(2)
+    limit = before.flip(0).repeat(2)
+    scaled = boxes * scale.to(boxes.dtype).to(boxes.device)
+    return torch.minimum(scaled.clamp(min=0), limit.to(boxes.dtype).to(boxes.device))
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ _HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
 # Up to so many channels the last convolution of a head is kept out of int8: its error would be that
 # of scores and boxes. A wider one, of many classes, is a sixth of the network's work, and its error
 # in int8 was measured to be a tenth of that which comes with its input.
-_NARROW = 128
+NARROW = 128
 
 
 def openvino_network(
@@ -89,7 +89,7 @@ def convert(model: RetinaNet) -> Any:
     example = torch.zeros(2, 3, 128, 160, dtype=torch.uint8)
     batch, rows, columns = (torch.export.Dim(name, max=4096) for name in ("b", "h", "w"))
     shapes = {"images": {0: batch, 2: 32 * rows, 3: 32 * columns}}
-    with _any_size(), torch.no_grad(), _quiet():
+    with any_size(), torch.no_grad(), quiet():
         program = torch.export.export(
             _LastChannels(fused_copy(model, torch.float32, pack=False)),
             (example,),
@@ -108,6 +108,20 @@ def quantize(converted: Any, calibration: Iterable[Tensor] | None) -> Any:
         ConfigError: there is none.
         MissingExtraError: NNCF is not installed.
     """
+    exact = {
+        _convolution_before(output)
+        for output in converted.outputs
+        if output.get_partial_shape()[3].get_length() <= NARROW
+    }
+    return quantize_but(converted, calibration, exact)
+
+
+def quantize_but(model: Any, calibration: Iterable[Tensor] | None, exact: Iterable[str]) -> Any:
+    """An ``openvino.Model`` of pictures in int8, but for the operations named `exact`.
+
+    Raises:
+        ConfigError, MissingExtraError: as :func:`quantize`.
+    """
     try:
         import nncf
     except ImportError:
@@ -118,14 +132,9 @@ def quantize(converted: Any, calibration: Iterable[Tensor] | None) -> Any:
             "precision int8 is calibrated on pictures of the kind that will be searched: "
             "give some (--calibrate FOLDER)"
         )
-    exact = {
-        _convolution_before(output)
-        for output in converted.outputs
-        if output.get_partial_shape()[3].get_length() <= _NARROW
-    }
-    with _quiet():
+    with quiet():
         return nncf.quantize(
-            converted,
+            model,
             nncf.Dataset(pictures),
             subset_size=len(pictures),
             ignored_scope=nncf.IgnoredScope(names=sorted(exact)),
@@ -153,7 +162,7 @@ def _convolution_before(output: Any) -> str:
 
 
 @contextlib.contextmanager
-def _any_size() -> Iterator[None]:
+def any_size() -> Iterator[None]:
     """Else torch.export decides from the example that a map is larger than one cell."""
     name = "backed_size_oblivious"  # private: what a later torch lacks it does not need
     before = getattr(fx_config, name, None)
@@ -168,8 +177,8 @@ def _any_size() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Both libraries print as they go."""
+def quiet() -> Iterator[None]:
+    """These libraries print as they go."""
     silent = io.StringIO()
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

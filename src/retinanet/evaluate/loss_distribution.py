@@ -169,6 +169,11 @@ def loss_distribution(
             image_size=image_size,
             max_size=max_size,
         )
+    if not isinstance(model.network, Network):
+        raise ConfigError(
+            f"{model.network.description} gives boxes, not the scores of all anchors: "
+            "give the run that it was exported from"
+        )
     made = model.info.get("split", {})
     dataset = read_judged(
         data,

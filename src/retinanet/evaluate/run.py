@@ -17,7 +17,8 @@ from retinanet.data import find_format, read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers, eval_loader
-from retinanet.detect.detector import Detector
+from retinanet.detect.detector import Detector, open_model
+from retinanet.detect.exported import ExportedFile
 from retinanet.detect.found import Failure
 from retinanet.detect.inference import (
     Thresholds,
@@ -32,7 +33,7 @@ from retinanet.evaluate.metrics import Metrics
 from retinanet.evaluate.results import Results, ground_truth
 from retinanet.files import write_atomic
 from retinanet.losses.detection import detection_losses
-from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Detections, Targets
 
@@ -85,8 +86,9 @@ def evaluate(
     that the data does not have are left out: the data cannot judge them.
 
     Args:
-        model: a run folder, a checkpoint, a ``torchvision/..`` name, a :class:`Detector`, or a COCO
-            results file (``.json``) or list; what follows from `batch_size` on is for models.
+        model: a run folder, a checkpoint, an exported file, a ``torchvision/..`` name, a
+            :class:`Detector`, or a COCO results file (``.json``) or list; what follows from
+            `batch_size` on is for models.
         data: a labelled folder or file of any format, or a data set.
         split: which part of the data; None is ``val``, or the split that a file is of (results: all
             of the file).
@@ -121,9 +123,9 @@ def evaluate(
             dataset, results, max_detections=max_detections or MAX_DETECTIONS
         )
     else:
-        checkpoint = load_checkpoint(model) if isinstance(model, str | Path) else model
+        checkpoint = open_model(model) if isinstance(model, str | Path) else model
         info: dict[str, Any] = checkpoint.info  # type: ignore[union-attr]
-        if isinstance(checkpoint, Checkpoint):
+        if isinstance(checkpoint, Checkpoint | ExportedFile):
             detector = Detector(
                 checkpoint,
                 device=device,
@@ -167,7 +169,7 @@ def evaluate(
                 tile=tile,
                 overlap=overlap,
                 progress=progress,
-                **used,
+                **thresholds,
             )
         metrics = _judge(searched, max_detections)
         results = searched.results

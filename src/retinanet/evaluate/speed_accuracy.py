@@ -19,6 +19,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.detect.detector import Detector
 from retinanet.detect.inference import detect_batch, padding_colour
+from retinanet.detect.network import Network
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluate.coco import evaluate_detections
 from retinanet.evaluate.metrics import Metrics
@@ -178,6 +179,7 @@ def speed_accuracy(
             calibrate=calibrate,
             image_size=scale,
         )
+        assert isinstance(detector.network, Network)  # it is built from a checkpoint
         searched = search(
             detector.network,
             dataset,
@@ -276,10 +278,13 @@ def search_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
     # Pictures of one size after each other, as weights are arranged for sizes that come again.
     batches.sort(key=lambda one: tuple(one.images.shape))
 
+    network = detector.network
+    assert isinstance(network, Network)  # it is built from a checkpoint
+
     def call() -> None:
         for batch in batches:
             found = detect_batch(
-                detector.network,
+                network,
                 batch.images,
                 batch.sizes,
                 batch.original_sizes,

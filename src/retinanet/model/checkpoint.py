@@ -91,7 +91,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for name, tensor in checkpoint.model.state_dict().items()
     }
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    text = json.dumps(_to_text(checkpoint), indent=2, ensure_ascii=False)
+    text = json.dumps(checkpoint_text(checkpoint), indent=2, ensure_ascii=False)
     # Lists of plain values on one line; inside a JSON string there is no line break.
     text = re.sub(r"\[\n *([^\[\]{}]*?)\n *\]", lambda m: f"[{_SPACES.sub(' ', m[1])}]", text)
     write_atomic(folder / TEXT_FILE, text + "\n")
@@ -148,7 +148,7 @@ def _read(folder: Path) -> Checkpoint:
     for name in (TEXT_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise WeightsError(f"checkpoint {folder} has no {name}: it is not whole")
-    text = _Text(_parse(folder / TEXT_FILE), folder / TEXT_FILE)
+    text = CheckpointText(_parse(folder / TEXT_FILE), folder / TEXT_FILE)
     spec = text.spec()
     try:
         state = load_file(str(folder / WEIGHTS_FILE))
@@ -190,7 +190,7 @@ def _from_torchvision(name: str) -> Checkpoint:
     )
 
 
-def _to_text(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_text(checkpoint: Checkpoint) -> dict[str, Any]:
     """What model.json says; num_classes is not in it, for the classes are."""
     spec = checkpoint.model.spec
     elsewhere = {*PREPROCESSING, *ANCHORS, "num_classes"}
@@ -241,8 +241,8 @@ _NETWORK: dict[str, tuple[type, ...]] = {
 }
 
 
-class _Text:
-    """model.json, every value checked as it is read."""
+class CheckpointText:
+    """model.json, every value checked as it is read; a bad one is a WeightsError."""
 
     def __init__(self, values: Mapping[str, Any], file: Path) -> None:
         self.values = values
