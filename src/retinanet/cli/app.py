@@ -17,7 +17,19 @@ from typing import Annotated, Any
 import typer
 
 from retinanet import __version__
-from retinanet.cli import bench, data, demo, detect, evaluate, paper, push, report, serve, train
+from retinanet.cli import (
+    bench,
+    data,
+    demo,
+    detect,
+    evaluate,
+    export,
+    paper,
+    push,
+    report,
+    serve,
+    train,
+)
 from retinanet.cli.console import STOPPED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
@@ -59,6 +71,7 @@ report_app.command("loss-distribution")(report.loss_distribution)
 report_app.command("speed-accuracy")(report.speed_accuracy)
 app.command("serve")(serve.serve)
 app.command("push")(push.push)
+app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.add_typer(paper_app, name="paper")
 paper_app.command("list")(paper.list_experiments)
@@ -114,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(f"error: {_one_line(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
     if code == STOPPED:
-        goes_on = given[0] in ("train", "demo", "paper")
+        goes_on = given[0] in ("train", "demo", "paper") or "ray" in given
         again = f"; to go on: {shlex.join(['retinanet', *given])}" if goes_on else ""
         note(f"stopped{again}")
     return code if isinstance(code, int) else 0
