@@ -491,6 +491,23 @@ def test_many_at_once_get_what_the_detector_says(batch_size: int, workers: int) 
     }
 
 
+def test_a_batch_is_of_one_size_and_the_oldest_goes_first() -> None:
+    detector = white_detector()
+    wide, high = picture(64, 128), picture(128, 64)  # (64, 128) and (128, 64) at the network
+    with client(detector, Settings(batch_size=4)) as one, ThreadPoolExecutor(5) as pool:
+        batcher: Batcher = one.app.state.batcher  # type: ignore[attr-defined]
+        finder(detector).batches.clear()
+        finder(detector).open.clear()
+        asked = []
+        for i, data in enumerate((wide, high, wide, high, wide)):
+            asked.append(pool.submit(one.post, "/v1/detect", content=data, headers=PNG))
+            # The first is at the network, the others wait in this order.
+            wait_until(lambda i=i: batcher._at_network == 1 and len(batcher._ready) == i)
+        finder(detector).open.set()
+        assert [answer.result(20).status_code for answer in asked] == 5 * [200]
+    assert finder(detector).batches == [(1, 3, 64, 128), (2, 3, 128, 64), (2, 3, 64, 128)]
+
+
 @pytest.fixture(scope="module")
 def small_network() -> Detector:
     torch.manual_seed(0)
