@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,41 @@ def test_a_real_data_set_as_cvat_writes_it(real_data: Path, tmp_path: Path) -> N
             assert [(a.box, a.label) for a in one.annotations] == [
                 (a.box, a.label) for a in other.annotations
             ]
+
+
+def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, picture: MakePicture) -> None:
+    for seed, name in enumerate("abc"):
+        picture(tmp_path / "images" / f"{name}.jpg", seed=seed)
+        more = f'subset="test" task_id="{seed}"'
+        write(tmp_path / f"{name}.xml", annotations(image(f"{name}.jpg", box(), more=more)))
+    dataset = read_dataset(tmp_path, "test")
+    assert [(one.id, one.path.name) for one in dataset.images] == [
+        (0, "a.jpg"), ("0-2", "b.jpg"), ("0-3", "c.jpg")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "yolo", "csv", "webdataset"])
+@pytest.mark.parametrize("subset", ["../../out", "..", "a/b", "a\\b", "x" * 300])
+def test_a_subset_that_leads_outside(
+    tmp_path: Path, picture: MakePicture, to: str, subset: str
+) -> None:
+    picture(tmp_path / "in" / "images" / "a.jpg")
+    text = annotations(image("a.jpg", box(), more=f'subset="{subset}"'))
+    write(tmp_path / "in" / "annotations.xml", text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=r"a split is called .* which no file can be"):
+        convert(tmp_path / "in", tmp_path / "a" / "b", to)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_entities_do_not_unfold(tmp_path: Path) -> None:
+    names = "abcdefghij"
+    more = "".join(f'<!ENTITY {name} "{f"&{before};" * 10}">' for before, name in pairwise(names))
+    head = f'<!DOCTYPE x [<!ENTITY a "{"a" * 40}">{more}]>'
+    write(tmp_path / "a.xml", f'{head}<annotations><image name="&j;"/></annotations>')
+    with pytest.raises(DataError, match="not XML: limit on input amplification"):
+        read_splits(tmp_path)
+    head = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
+    write(tmp_path / "a.xml", f"{head}<annotations><meta>&a;</meta></annotations>")
+    with pytest.raises(DataError, match="not XML: undefined entity"):  # no file is opened for it
+        read_splits(tmp_path)

@@ -374,3 +374,21 @@ def test_mutated_files_never_crash(tmp_path: Path, picture: MakePicture) -> None
             pass
     assert problems > 300
     assert boxes > 300
+
+
+def test_two_addresses_of_one_file(tmp_path: Path, picture: MakePicture) -> None:
+    for seed, name in enumerate(("street.jpg", "a.jpg", "b.jpg")):
+        picture(tmp_path / "images" / name, seed=seed)
+    export(
+        tmp_path,
+        task("/data/upload/3/0123abcd-street.jpg", region(), id_=1),
+        task("/data/upload/3/89abcdef-street.jpg", region(), id_=2),
+        task("a.jpg", region(), id_=3),
+        task("b.jpg", region(), id_=4),
+    )
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.id for image in dataset.images] == [3, 4]
+    assert [(one.kind, one.object) for one in dataset.problems] == [
+        ("image-missing", 1), ("image-missing", 2)
+    ]  # fmt: skip
+    assert "come to this file" in dataset.problems[0].reason

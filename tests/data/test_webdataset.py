@@ -693,3 +693,99 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
         archives.fetched(members)
     with pytest.raises(DataError, match=r"train-000001.tar: is not there, by memory://"):
         read_splits(address)
+
+
+# ---- what others made
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_no_ascii(tmp_path: Path, form: int) -> None:
+    # Python's pax puts "caf?.jpg" into the header, Go's "caf.jpg".
+    keys = ("café", "日本" * 30)
+    files = [(f"{key}{end}", content) for key in keys
+             for end, content in ((".jpg", jpeg()), (".json", label(CAT)))]  # fmt: skip
+    make_tar(tmp_path / "train-0.tar", files, format=form)
+    images = read_dataset(tmp_path / "train-0.tar", "all").images
+    assert [image.path.stem for image in images] == list(keys)
+    assert all(archives.read_picture_file(image.path) == jpeg() for image in images)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (["a.jpg", 512, 10**12], "says that a.jpg has 1000000000000 bytes"),
+        (["a.jpg", 10**30, 5], "from byte 1000000000000000000000000000000 on"),
+        (["a.jpg", 512, -600], "has -600 bytes"),
+        (["a.jpg", 0, 5], "from byte 0 on"),
+        (["a.jpg", float("inf"), 5], "is no index"),
+        (["../a.jpg", 512, 5], "outside"),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, member: list[Any], reason: str) -> None:
+    tar = make_tar(tmp_path / "train-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
+    told = {"bytes": tar.stat().st_size, "members": [[*member, ""]]}
+    (tmp_path / "train-0.index.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match=reason):
+        read_splits(tmp_path)
+
+
+def test_an_index_without_a_bottom(tmp_path: Path) -> None:
+    make_tar(tmp_path / "train-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
+    (tmp_path / "train-0.index.json").write_text('{"members":' + "[" * 100_000)
+    with pytest.raises(DataError, match="is no index of an archive"):
+        read_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "size", [b"\x80" + b"\x7f" * 11, b"\xff" * 10 + b"\xfe\x00"], ids=["huge", "negative"]
+)
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME],
+    ids=["file", "pax", "long name"],
+)
+def test_a_size_that_cannot_be(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    files = [("a.jpg", jpeg()), ("a.json", label(CAT)), ("b.jpg", jpeg()), ("b.json", label(CAT))]
+    content = bytearray(make_tar(tmp_path / "train-0.tar", files).read_bytes())
+    start = archives.contents_of(str(tmp_path / "train-0.tar")).members["b.jpg"].offset - 512
+    head = content[start : start + 512]
+    head[124:136], head[156:157], head[148:156] = size, kind, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    content[start : start + 512] = head
+    (tmp_path / "train-0.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"is cut off or damaged after (a\.json|b\.jpg)"):
+        read_splits(tmp_path)
+
+
+def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
+    for number in range(2):
+        files = [("000.jpg", jpeg(colour=number)), ("000.json", label(CAT))]
+        make_tar(tmp_path / f"test-{number}.tar", files)
+    dataset = read_dataset(tmp_path, "test")
+    assert dataset.problems == ()
+    assert [image.id for image in dataset.images] == ["000", "test-1/000"]
+
+
+def test_shards_in_a_folder_named_as_a_tar(tmp_path: Path) -> None:
+    folder = tmp_path / "cells.tar"
+    make_tar(folder / "test-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
+    (image,) = read_dataset(folder, "test").images
+    assert archives.read_picture_file(image.path) == jpeg()
+
+
+def test_pictures_of_any_name_stay_samples(tmp_path: Path, picture: MakePicture) -> None:
+    names = ["img.dat", "plain", ".hidden.jpg", "x.jpg.", "caf\udce9.jpg", "broken"]
+    content = {name: jpeg(colour=10 * place) for place, name in enumerate(names)}
+    content["broken"] = b"nothing"
+    for name in names:
+        write(tmp_path / "source" / "test" / name, "").write_bytes(content[name])
+    labels = coco_json([coco_image(i, name) for i, name in enumerate(names)], [])
+    write(tmp_path / "source" / "test.json", labels)
+    convert(read_splits(tmp_path / "source"), tmp_path / "shards", "webdataset")
+    dataset = read_dataset(tmp_path / "shards", "test")
+    assert dataset.problems == ()
+    assert [archives.read_picture_file(image.path) for image in dataset.images] == list(
+        content.values()
+    )
+    told = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members
+    assert json.loads(told["caf\udce9.json"].read())["file_name"] == "caf\udce9.jpg"

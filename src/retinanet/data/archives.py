@@ -32,7 +32,7 @@ INDEX_SUFFIX = ".index.json"
 """Of the index beside an archive, in place of its own suffix."""
 
 _BLOCK = tarfile.BLOCKSIZE
-_INSIDE = re.compile(r"(.*?\.tar)[\\/]+(.+)", re.IGNORECASE | re.DOTALL)
+_INSIDE = re.compile(r"\.tar(?=[\\/]+(.+))", re.IGNORECASE | re.DOTALL)
 _REMOTE = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")  # one letter is a drive of Windows
 _AT_ONCE = 256  # ranges asked of a remote store
 
@@ -157,10 +157,12 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """Archive and name within; nothing is opened but for a look whether the archive is a file."""
     if isinstance(path, Member):
         return path.archive, path.name
-    found = _INSIDE.fullmatch(os.fspath(path))
-    if found is None or not (is_remote(found.group(1)) or os.path.isfile(found.group(1))):
-        return None
-    return address_of(found.group(1)), found.group(2).replace(os.sep, "/")
+    text = os.fspath(path)
+    for found in _INSIDE.finditer(text):
+        archive = text[: found.end()]
+        if is_remote(archive) or os.path.isfile(archive):
+            return address_of(archive), found.group(1).replace(os.sep, "/")
+    return None
 
 
 # ---- files and folders, here or remote
@@ -320,7 +322,7 @@ def _checked(member: Member, data: bytes) -> bytes:
     if (
         header is None
         or header.size != member.size
-        or (len(os.fsencode(header.name)) < 100 and _plain_name(header.name) != member.name)
+        or (len(os.fsencode(header.name)) < 100 and _bare(header.name) != _bare(member.name))
         or len(data) != _BLOCK + member.size
     ):
         raise ImageError(
@@ -329,6 +331,15 @@ def _checked(member: Member, data: bytes) -> bytes:
             f"{index_of(member.archive)} to do without"
         )
     return data[_BLOCK:]
+
+
+_NOT_IN_HEADERS = re.compile(r"[^\x20-\x7e]|\?")
+
+
+def _bare(name: str) -> str:
+    """What of a name every header says: where another holds the name itself (pax), the header has
+    ``?`` or nothing for what is not ASCII."""
+    return _NOT_IN_HEADERS.sub("", _plain_name(name))
 
 
 # ---- what there is
@@ -381,10 +392,10 @@ def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
         told = json.loads(content)
         known = int(told["bytes"])
         members = [
-            Member(archive, str(name), int(offset), int(length), str(digest))
+            Member(archive, _plain_name(str(name)), int(offset), int(length), str(digest))
             for name, offset, length, digest in told["members"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{index}: is no index of an archive ({type(error).__name__}: {error}); delete it to "
             f"do without"
@@ -394,6 +405,12 @@ def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
             f"{archive}: has {size} bytes, and {known} when its index was made: it is cut off or "
             f"has changed; copy it again, or delete {index} to do without"
         )
+    for one in members:
+        if one.offset < _BLOCK or one.size < 0 or one.offset + one.size > size:
+            raise DataError(
+                f"{index}: says that {one.name} has {one.size} bytes from byte {one.offset} on, in "
+                f"an archive of {size}; delete it to do without"
+            )
     return _contents_from(members, indexed=True)
 
 
@@ -401,6 +418,8 @@ def _contents_from(listed: list[Member], *, indexed: bool) -> Contents:
     members: dict[str, Member] = {}
     repeated: list[str] = []
     for member in listed:
+        if ".." in PurePosixPath(member.name).parts:
+            raise DataError(f"{member.archive}: {member.name!r} would lie outside of it")
         if members.setdefault(member.name, member) is not member:
             repeated.append(member.name)
     return Contents(members, tuple(dict.fromkeys(repeated)), indexed)
@@ -427,15 +446,16 @@ def _scan_open(archive: str, file: IO[bytes]) -> Contents:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                if info.size < 0:  # would lead back to itself, again and again
+                    raise tarfile.ReadError("a negative size")
                 if info.isreg() and not info.issparse():
                     name = _plain_name(info.name)
-                    if ".." in PurePosixPath(name).parts:
-                        raise DataError(f"{archive}: {info.name!r} would lie outside of it")
                     listed.append(Member(archive, name, info.offset_data, info.size))
             end = tar.offset
         file.seek(end)
         whole = file.read(_BLOCK) == bytes(_BLOCK)
-    except tarfile.TarError as error:
+    # The others are of sizes that no machine has.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         if not listed:
             raise DataError(
                 f"{archive}: is no tar that can be read in place ({error}); a compressed one must "

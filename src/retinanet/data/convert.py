@@ -12,6 +12,7 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.formats import FORMATS, WRITABLE, read_splits
+from retinanet.data.formats.finding import can_be_a_file
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import ConfigError, DataError, ImageError
 
@@ -115,6 +116,12 @@ def write(
     """
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no picture to write")
+    for name, dataset in splits.items():
+        # Files and folders are called by it, and it may come out of another's file.
+        if name in (".", "..") or set(name) & set("/\\\0") or not can_be_a_file(name):
+            raise DataError(
+                f"{dataset.source}: a split is called {name!r}, which no file can be; name it anew"
+            )
     folder = Path(target)
     write_format = FORMATS[to].write
     assert write_format is not None, f"{to} cannot be written"  # callers look at WRITABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 
@@ -54,7 +55,7 @@ def hold_out(
     if len(images) < 2:
         return tuple(images), ()
     count = min(max(1, round(share * len(images))), len(images) - 1)
-    keys = [hashlib.sha256(f"{seed}/{image.path.name}".encode()).digest() for image in images]
+    keys = [hashlib.sha256(os.fsencode(f"{seed}/{image.path.name}")).digest() for image in images]
     held = set(sorted(range(len(images)), key=lambda i: (keys[i], i))[:count])
     return (
         tuple(image for i, image in enumerate(images) if i not in held),

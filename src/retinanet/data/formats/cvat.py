@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,7 @@ def _size(text: str | None) -> int | None:
 def _dataset(split: str, parsed: list[_Parsed], labels: Mapping[str, int], source: Path) -> Dataset:
     images: list[LabelledImage] = []
     problems: list[Problem] = []
+    ids: set[int | str] = set()
     for one in parsed:
         problems += [problem for of, problem in one.problems if of == split]
         finder = PictureFinder(_picture_folders(one.file, split))
@@ -263,10 +265,12 @@ def _dataset(split: str, parsed: list[_Parsed], labels: Mapping[str, int], sourc
                     Annotation(thing.box, labels[thing.name], thing.place, extra=thing.extra)
                 )
             path = finder.find(image.name)
+            # CVAT counts from 0 in each task, and a project or a folder holds several.
+            again = (f"{image.id}-{number}" for number in count(2))
+            id_ = next(id_ for id_ in chain((image.id,), again) if id_ not in ids)
+            ids.add(id_)
             images.append(
-                LabelledImage(
-                    path, image.id, tuple(annotations), image.width, image.height, one.file
-                )
+                LabelledImage(path, id_, tuple(annotations), image.width, image.height, one.file)
             )
     return Dataset(
         images=tuple(images),

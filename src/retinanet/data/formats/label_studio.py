@@ -40,6 +40,7 @@ _PICTURE_KEYS = ("image", "img", "picture", "photo", "url")
 _MARKS = (b'"annotations"', b'"predictions"', b'"completions"')
 _BOX = ("x", "y", "width", "height")
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio puts it before a file's own name
+_DROPPED = "the picture is dropped"
 _OTHER_REGIONS = frozenset(
     f"{shape}{labels}"
     for shape in ("polygon", "brush", "ellipse", "keypoint", "vector")
@@ -223,13 +224,13 @@ def _read_task(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras:
         else:
             why = "is not labelled yet"
         reason = f"task {id_} ({_last(picture)}) {why}"
-        parsed.problem("label-missing", id_, reason, "the picture is dropped")
+        parsed.problem("label-missing", id_, reason, _DROPPED)
         return
     chosen = next((one for one in kept if one.get("ground_truth")), kept[0])
     listed = chosen.get("result")
     if not isinstance(listed, list):
         reason = f"task {id_} ({_last(picture)}): its result is no list: {_short(listed)}"
-        parsed.problem("label-unreadable", id_, reason, "the picture is dropped")
+        parsed.problem("label-unreadable", id_, reason, _DROPPED)
         return
     one = _Task(picture, id_)
     if extras:
@@ -397,8 +398,22 @@ def _dataset(split: str, parsed: _Parsed, labels: Mapping[str, int], source: Pat
     finder = _Finder(_picture_folders(parsed.file, split))
     problems = list(parsed.problems)
     images = [_image(task, parsed, finder, labels, problems) for task in parsed.tasks]
+    # Two uploads of one name, or two folders with a 1.jpg each, may come to one file here.
+    meant: dict[Path, set[str]] = {}
+    for task, image in zip(parsed.tasks, images, strict=True):
+        meant.setdefault(image.path, set()).add(task.picture)
+    kept = []
+    for image in images:
+        if len(meant[image.path]) == 1 or not image.path.is_file():
+            kept.append(image)
+            continue
+        reason = (
+            f"task {image.id} and another, of another address, come to this file; lay the pictures "
+            f"down by the names that the export gives them"
+        )
+        problems.append(Problem("image-missing", image.path, image.id, reason, _DROPPED))
     return Dataset(
-        images=tuple(images),
+        images=tuple(kept),
         classes=tuple(labels),
         category_ids=tuple(range(1, len(labels) + 1)),
         split=split,

@@ -63,9 +63,7 @@ class _Catalogue:
 def is_webdataset(path: Path) -> bool:
     """Whether `path` is a shard or a folder of shards, here or at an fsspec address."""
     address = archives.address_of(path)
-    if address.lower().endswith(archives.SUFFIX) and (
-        archives.is_remote(address) or path.is_file()
-    ):
+    if _is_shard(address):
         return True
     if CATALOGUE in archives.list_names(address):
         return _load_catalogue(f"{address}/{CATALOGUE}") is not None
@@ -101,9 +99,16 @@ def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[]
 # ---- which shards
 
 
+def _is_shard(address: str) -> bool:
+    """Whether it is a tar, and no folder that is called so."""
+    return address.lower().endswith(archives.SUFFIX) and (
+        archives.is_remote(address) or os.path.isfile(address)
+    )
+
+
 def _catalogue(address: str) -> _Catalogue:
     """Of a folder or a single shard."""
-    single = address.lower().endswith(archives.SUFFIX)
+    single = _is_shard(address)
     folder, _, name = address.rpartition("/") if single else (address, "", "")
     if single and not archives.is_remote(address):
         folder = os.path.dirname(address) or "."
@@ -199,7 +204,7 @@ def _begins_with_a_sample(archive: str) -> bool:
                     names.append(info.name)
                 if len(names) == 2:
                     break
-    except (OSError, tarfile.TarError):
+    except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError):
         return False
     keys = {found.group(1) for name in names if (found := _KEY.fullmatch(name))}
     return len(names) == 2 and len(keys) == 1 and any(map(is_picture, names))
@@ -335,6 +340,9 @@ def _read_split(
             annotations = tuple(_objects(sample, classes, by_id, by_name, problems, extras))
             content = sample.content
             id_ = content.get("id", sample.key)
+            if id_ in images and "id" not in content:
+                # Other programs' keys may begin anew in each shard.
+                id_ = f"{PurePosixPath(archive).stem}/{sample.key}"
             if id_ in images:
                 reason = f"image id {id_} belongs to {images[id_].path} too; results go by it"
                 problems.append(Problem("image-id-duplicate", sample.label, id_, reason, _DROPPED))
@@ -456,7 +464,9 @@ def write_webdataset(writing: Writing) -> None:
             writer: archives.ArchiveWriter | None = None
             for image in dataset.images:
                 picture = archives.read_picture_file(image.path)
-                label = json.dumps(_content(image, dataset), ensure_ascii=False).encode()
+                text = json.dumps(_content(image, dataset), ensure_ascii=False)
+                # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
+                label = text.encode(errors="backslashreplace")
                 if writer is None or (
                     shards[-1]["samples"] == most
                     or (most_bytes and writer.size + len(picture) + len(label) > most_bytes)
@@ -468,7 +478,8 @@ def write_webdataset(writing: Writing) -> None:
                     shards.append({"file": file.name, "samples": 0, "objects": 0})
                 name = Path(names[split][image.path])
                 key = _free_key(name.stem.replace(".", "_"), keys)
-                writer.add(f"{key}{name.suffix or _suffix(picture)}", picture)
+                suffix = name.suffix if is_picture(name) else _suffix(picture)
+                writer.add(f"{key}{suffix}", picture)
                 writer.add(f"{key}.json", label)
                 shards[-1]["samples"] += 1
                 shards[-1]["objects"] += len(image.annotations)
@@ -505,13 +516,16 @@ def _free_key(stem: str, taken: set[str]) -> str:
 
 
 def _suffix(picture: bytes) -> str:
-    """The extension of a picture whose name has none, by its content."""
+    """The extension of a picture whose name has none that is known, by its content."""
     from io import BytesIO
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(BytesIO(picture)) as opened:
-        form = (opened.format or "").lower()
+    try:
+        with Image.open(BytesIO(picture)) as opened:
+            form = (opened.format or "").lower()
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        form = "jpeg"  # so that it stays a sample, and the check says what is wrong with it
     return {"jpeg": ".jpg", "mpo": ".jpg", "tiff": ".tif", "jpeg2000": ".jp2"}.get(form, f".{form}")
 
 
