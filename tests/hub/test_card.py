@@ -114,3 +114,15 @@ def test_names_of_the_data_stay_text(run: Path, tmp_path: Path) -> None:
     assert "| a\\|b | 5 | 0.500 |" in text
     assert "\\<script\\>" in text
     assert "![x]" not in text.replace("\\![x", "")
+
+
+def test_a_class_called_like_a_path_keeps_its_name(run: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    loaded = load_checkpoint(run)
+    names = ("/m/01g317", *loaded.classes[1:])  # as in Open Images
+    save_checkpoint(run / "best", replace(loaded, classes=names))
+    change(run / "metrics.json", per_class=[{"name": names[0], "objects": 5, "ap": 0.5}])
+    assert "| /m/01g317 | 5 | 0.500 |" in card(run, tmp_path / "out")
+    (shown,) = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))["per_class"]
+    assert shown["name"] == names[0]

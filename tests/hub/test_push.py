@@ -98,6 +98,8 @@ def test_nothing_of_the_machine_leaves_it(prepared: Path, trained: Path, data: P
         ("C:\\Users\\me\\data", "data"),
         ("\\\\server\\share\\data", "data"),
         ("from ~/runs/one/best: 5 tensors", "from best: 5 tensors"),
+        ("../../maria/weights/x.pth", "x.pth"),
+        ("file:///home/maria/x.csv", "x.csv"),
         ("see '/home/me/x.csv', line 3", "see 'x.csv', line 3"),
         ("hf://me/shapes@v1", "hf://me/shapes@v1"),
         ("https://host/a/b/c", "https://host/a/b/c"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,8 +13,10 @@ from retinanet.config import Recipe, build_recipe, load_recipe
 from retinanet.errors import WeightsError
 from retinanet.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 
-# Two or more steps from a root, a home or a drive, within a longer text.
-_PLACE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:\"']+[/\\])+([^\s/\\:\"']*)")
+# Two or more steps from a root, a home, a drive, or the folder one is in, within a longer text.
+_PLACE = re.compile(
+    r"(?<![\w.:/\\])(?:file:/{0,2}|~|\.\.?|[A-Za-z]:)?[/\\](?:[^\s/\\:\"']+[/\\])+([^\s/\\:\"']*)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,16 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def without_places(value: Any) -> Any:
-    """`value` with the paths of this machine cut down to their last part, at any depth."""
+def without_places(value: Any, names: Collection[str] = ()) -> Any:
+    """`value` with the paths of this machine cut down to their last part, at any depth.
+
+    Texts that are one of `names` stay: a class may be called ``/m/01g317``, as in Open Images.
+    """
     if isinstance(value, Mapping):
-        return {without_places(key): without_places(one) for key, one in value.items()}
+        return {without_places(k, names): without_places(one, names) for k, one in value.items()}
     if isinstance(value, list | tuple):
-        return [without_places(one) for one in value]
-    if not isinstance(value, str):
+        return [without_places(one, names) for one in value]
+    if not isinstance(value, str) or value in names:
         return value
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(value).is_absolute():

@@ -154,8 +154,9 @@ def prepare(
     write_checkpoint(target, replace(facts.checkpoint, info=info))
     if facts.recipe is not None:
         write_atomic(target / "config.toml", to_toml(public_recipe(facts.recipe)))
-    if facts.metrics:
-        text = json.dumps(without_places(facts.metrics), indent=1, allow_nan=False)
+    metrics = without_places(facts.metrics, facts.checkpoint.classes)
+    if metrics:
+        text = json.dumps(metrics, indent=1, allow_nan=False)
         write_atomic(target / "metrics.json", text + "\n")
     score = facts.metrics.get("best_score")
     drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DRAWN_SCORE
@@ -171,7 +172,7 @@ def prepare(
         drawn_score=drawn_score,
         megabytes=(target / WEIGHTS_FILE).stat().st_size / 1e6,
     )
-    public = replace(facts, run=without_places(facts.run), metrics=without_places(facts.metrics))
+    public = replace(facts, run=without_places(facts.run), metrics=metrics)
     if facts.recipe is not None:
         public = replace(public, recipe=public_recipe(facts.recipe))
     write_atomic(target / "README.md", write_card(public, options))
