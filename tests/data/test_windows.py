@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -223,9 +225,13 @@ def test_failures(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match=name.replace(".", r"\.")):
             open_windows(tmp_path / name)
-    # Cut short: what is there can be read, and the rest says what is wrong.
+    # Cut short: without compression that is seen at once, else what is there can be read.
     file = write_tiff(tmp_path / "a.tif", "one strip")
     file.write_bytes(file.read_bytes()[: -50 * WIDTH * 3])
+    with pytest.raises(ImageError, match=r"a\.tif: cannot be read: the file ends .* too early"):
+        open_windows(file)
+    file = write_tiff(tmp_path / "a.tif", "deflate")
+    file.write_bytes(file.read_bytes()[:-2000])
     opened = open_windows(file)
     with pytest.raises(ImageError, match=r"a\.tif: cannot be read: the file ends .* too early"):
         opened.read((0, 0, WIDTH, HEIGHT))
@@ -242,6 +248,42 @@ def test_failures(tmp_path: Path) -> None:
     for _ in range(2):  # remembered, and said again
         with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
             opened.read((200, 150, WIDTH, HEIGHT))
+
+
+def lying_tiff(**said: int) -> bytes:
+    """A TIFF of a header alone: deflated RGB unless `said` otherwise, by tags' numbers."""
+    tags = {256: 100, 257: 100, 259: 8, 262: 2, 277: 3} | {int(k[1:]): v for k, v in said.items()}
+    rows = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())]
+    return struct.pack("<2sHIH", b"II", 42, 8, len(rows)) + b"".join(rows) + bytes(4)
+
+
+MOST = 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        lying_tiff(_257=MOST, _278=1, _273=8, _279=10),  # four thousand million strips
+        lying_tiff(_256=1000, _257=MOST, _259=1, _278=MOST, _273=8, _279=10),
+        lying_tiff(_322=70_000, _323=70_000, _324=8, _325=10),  # a small picture in a huge tile
+        lying_tiff(_322=0, _323=0, _324=8, _325=10),
+        lying_tiff(_322=112, _323=112, _324=8, _325=MOST),
+        lying_tiff(_322=112, _323=112, _324=MOST, _325=10),
+        b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 1_500_000, 2**31 - 1, 1, 24, *6 * [0]),
+        b"P6 1500000 2000000000 255 ",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_headers_that_lie(file: bytes) -> None:
+    """Refused before there is room for what they claim: a few MB, whatever the numbers are."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError):
+            open_windows(file).read((0, 0, 10, 10))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_pieces_are_unpacked_once_and_dropped(

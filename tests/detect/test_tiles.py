@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import chain, islice, pairwise, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from PIL import Image
 from white_finder import Pixels, black
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.windows import Window, Windows
 from retinanet.detect import Detector, Failure, Found
 from retinanet.detect import tiles as tiles_module
+from retinanet.detect.sources import Source
 from retinanet.detect.tiles import MIN_TILE, Part, merge_parts, tile_side, tile_windows
 from retinanet.errors import ConfigError, ImageError
 from retinanet.evaluate.run import evaluate
@@ -156,6 +158,45 @@ def test_a_broken_picture_in_tiles_is_one_failure(
     assert len(model.batches) <= 2
 
 
+class _Broken(Windows):
+    """A million million tiles, of which none can be read."""
+
+    def __init__(self) -> None:
+        self.size = (2**25, 2**25)
+
+    def read(self, window: Window) -> torch.Tensor:
+        raise ImageError("broken.tif: cannot be read")
+
+    def reduced(self, height: int, width: int) -> torch.Tensor:
+        return self.read((0, 0, width, height))
+
+
+def test_of_a_broken_picture_no_more_tiles_are_asked_for(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = black(256, 256, square(64, 64))
+    opened = Source.open_windows
+    monkeypatch.setattr(
+        Source, "open_windows", lambda one: _Broken() if one.name == "broken" else opened(one)
+    )
+    for batch_size in (1, 3, 100):
+        sources = [Source(good, "good"), Source(good, "broken"), Source(good, "good")]
+        streamed = detector.stream(sources, tile=SIDE, overlap=0, batch_size=batch_size)
+        first, second, third = streamed
+        assert whites(first) == whites(third) == [[64.0, 64.0, 72.0, 72.0]]
+        assert isinstance(second, Failure)
+
+
+def test_what_is_broken_does_not_wait_for_what_is_not(detector: Detector) -> None:
+    """Of an endless row of broken pictures each is told of: none waits for a batch to be full."""
+    streamed = detector.stream(repeat("nowhere.png"), batch_size=4)
+    assert all(isinstance(one, Failure) for one in islice(streamed, 10))
+    streamed = detector.stream(chain([black(64, 64)], repeat("nowhere.png")), batch_size=4)
+    found, *failures = islice(streamed, 10)
+    assert isinstance(found, Found)
+    assert all(isinstance(one, Failure) for one in failures)
+
+
 def test_class_agnostic_and_limits(detector: Detector, checkpoint: Checkpoint) -> None:
     spots = [square(x, y) for x, y in product(range(0, 512, 16), repeat=2)]
     picture = black(512, 512, *spots)
@@ -189,6 +230,9 @@ def test_auto(detector: Detector, checkpoint: Checkpoint) -> None:
     assert tile_side("auto", 512, {"picture_side": 256}) == 256
     assert tile_side("auto", 512, {"picture_side": 8}) == MIN_TILE
     assert tile_side(700, 512, {"picture_side": 8}) == 700
+    for wrong in (None, "large", [256], True, 0, -5, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"tile auto: .* a side of .* give --tile one"):
+            tile_side("auto", 512, {"picture_side": wrong})
 
 
 @pytest.mark.parametrize(
@@ -264,15 +308,17 @@ def merged(*parts: Part, size: tuple[int, int] = SIZE, **options: Any) -> list[l
 
 
 def test_pieces_give_way_to_the_whole() -> None:
-    whole = (30.0, 20.0, 100.0, 60.0, 0.6)
+    whole = (30.0, 20.0, 100.0, 60.0, 0.7)
     pieces = part(LEFT, (30, 20, 64, 60, 0.9)), part(RIGHT, (64, 20, 100, 60, 0.8))
-    assert merged(part(None, whole), *pieces) == [[30, 20, 100, 60, 0.6]]
-    # Not to a box that is much less sure, nor to one of another class.
+    assert merged(part(None, whole), *pieces) == [[30, 20, 100, 60, 0.7]]
+    # Not to a box that is less sure (.66 / .9 = .73), nor to one of another class.
+    unsure = part(None, (*whole[:4], 0.66))
+    assert merged(unsure, pieces[0]) == [[30, 20, 64, 60, 0.9], [30, 20, 100, 60, 0.66]]
     unsure = part(None, (*whole[:4], 0.3))
     assert merged(unsure, *pieces) == [[30, 20, 100, 60, 0.85]]  # the pieces, joined
     other = part(None, whole, label=1)
     assert len(merged(other, *pieces)) == 2
-    assert merged(other, *pieces, class_agnostic_nms=True) == [[30, 20, 100, 60, 0.6]]
+    assert merged(other, *pieces, class_agnostic_nms=True) == [[30, 20, 100, 60, 0.7]]
     # A box that no border cuts stays, whatever it lies in: a small object on a large one.
     inner = part(LEFT, (35, 25, 50, 50, 0.5))
     assert len(merged(part(None, whole), inner)) == 2

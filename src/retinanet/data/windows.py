@@ -200,6 +200,7 @@ class _Pieces:
     Attributes:
         tops, lefts: first row, and first column, of the pieces, and where the last ones end.
         orientation: EXIF's, of the whole.
+        largest: pixels that are unpacked at once.
         unpack: the piece of a row and a column of pieces, from the opened file; it may be larger
             than its place at the right and at the bottom.
     """
@@ -207,12 +208,8 @@ class _Pieces:
     tops: list[int]
     lefts: list[int]
     orientation: int
+    largest: int
     unpack: Callable[[BinaryIO, int, int], Image.Image]
-
-    @property
-    def largest(self) -> int:
-        high, wide = (max(b - a for a, b in pairwise(edges)) for edges in (self.tops, self.lefts))
-        return high * wide
 
 
 class _Stored(Windows):
@@ -340,15 +337,15 @@ def _find_pieces(file: BinaryIO) -> _Pieces | None:
         if start in TiffImagePlugin.PREFIXES:
             return _pieces_of_tiff(file)
         if start[:2] == b"BM":
-            return _pieces_of_rows(BmpImagePlugin.BmpImageFile(file))
+            return _pieces_of_rows(BmpImagePlugin.BmpImageFile(file), file)
         if start[:2] in (b"P5", b"P6"):
-            return _pieces_of_rows(PpmImagePlugin.PpmImageFile(file))
+            return _pieces_of_rows(PpmImagePlugin.PpmImageFile(file), file)
     except SyntaxError:  # Pillow's word for "not mine"
         pass
     return None
 
 
-def _pieces_of_rows(picture: Image.Image) -> _Pieces | None:
+def _pieces_of_rows(picture: Image.Image, file: BinaryIO) -> _Pieces | None:
     """Of a picture whose rows lie in the file one after the other, from either end."""
     tiles: Any = picture.tile  # type: ignore[attr-defined]
     if picture.mode not in ("L", "RGB", "RGBA") or len(tiles) != 1 or tiles[0][0] != "raw":
@@ -358,6 +355,7 @@ def _pieces_of_rows(picture: Image.Image) -> _Pieces | None:
     rawmode, stride, direction = (
         (arguments, width * len(arguments), 1) if isinstance(arguments, str) else arguments
     )
+    _check_length(file, start + stride * height)
     edges = _edges(height, max(1, _BAND_BYTES // stride))
 
     def unpack(file: BinaryIO, row: int, _: int) -> Image.Image:
@@ -367,7 +365,7 @@ def _pieces_of_rows(picture: Image.Image) -> _Pieces | None:
         size = (width, low - top)
         return Image.frombytes(mode, size, data, "raw", rawmode, stride, direction)
 
-    return _Pieces(edges, [0, width], 1, unpack)
+    return _Pieces(edges, [0, width], 1, edges[1] * width, unpack)
 
 
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _COLOURS = 256, 257, 258, 259, 262
@@ -395,25 +393,28 @@ def _pieces_of_tiff(file: BinaryIO) -> _Pieces | None:
     tiled = _TILES in tags
     offsets = tags.get(_TILES if tiled else _STRIPS, ())
     counts = tags.get(_TILE_BYTES if tiled else _STRIP_BYTES, ())
-    if tiled:
-        tops, lefts = _edges(height, tags[_TILE_LENGTH]), _edges(width, tags[_TILE_WIDTH])
-    else:
-        tops, lefts = _edges(height, min(tags.get(_STRIP_ROWS, height), height)), [0, width]
-    across, down = len(lefts) - 1, len(tops) - 1
+    # A tile has its full size at the right and at the bottom too, a strip has not.
+    high, wide = (
+        (tags[_TILE_LENGTH], tags[_TILE_WIDTH])
+        if tiled
+        else (min(tags.get(_STRIP_ROWS, height), height), width)
+    )
+    if min(high, wide) < 1:
+        return None
+    across, down = -(-width // wide), -(-height // high)
     planes = tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 else 1
+    # Before anything is made by these numbers: a header of a few bytes may say any.
     if not len(offsets) == len(counts) == across * down * planes:
         return None  # what the file says of itself does not fit together
+    tops, lefts = _edges(height, high), _edges(width, wide)
 
     def unpack(file: BinaryIO, row: int, column: int) -> Image.Image:
         places = range(row * across + column, len(offsets), across * down)
         segments = [_bytes_at(file, offsets[i], counts[i]) for i in places]
-        if tiled:
-            shape = (tags[_TILE_LENGTH], tags[_TILE_WIDTH])
-        else:
-            shape = (tops[row + 1] - tops[row], width)
+        shape = (high if tiled else tops[row + 1] - tops[row], wide)
         return _small_tiff(tags, shape, segments, tiled)
 
-    strip = _Pieces(tops, lefts, orientation, unpack)
+    strip = _Pieces(tops, lefts, orientation, high * wide, unpack)
     if tiled or compression != _RAW or tags.get(_COLOURS) == _YCBCR:
         return strip
     # Strips without compression are cut into bands of rows: often there is but one strip.
@@ -421,7 +422,8 @@ def _pieces_of_tiff(file: BinaryIO) -> _Pieces | None:
     bits = bits * tags.get(_SAMPLES, 1) if len(bits) == 1 else bits
     strides = [-(-width * one // 8) for one in (bits if planes > 1 else [sum(bits)])]
     rows = max(1, _BAND_BYTES // sum(strides))
-    if strip.largest <= rows * width:
+    _check_length(file, sum(strides) * height)
+    if high <= rows:
         return strip
     bands = [
         (number, skipped, min(skipped + rows, low - top))
@@ -438,7 +440,7 @@ def _pieces_of_tiff(file: BinaryIO) -> _Pieces | None:
         return _small_tiff(tags, (last - first, width), segments, False)
 
     band_tops = [tops[number] + first for number, first, _ in bands]
-    return _Pieces([*band_tops, height], lefts, orientation, unpack_band)
+    return _Pieces([*band_tops, height], lefts, orientation, rows * width, unpack_band)
 
 
 def _small_tiff(
@@ -480,11 +482,16 @@ def _small_tiff(
 
 
 def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
+    _check_length(file, start + count)
     file.seek(start)
-    data = file.read(count)
-    if len(data) < count:
-        raise ValueError(f"the file ends {count - len(data)} bytes too early")
-    return data
+    return file.read(count)
+
+
+def _check_length(file: BinaryIO, least: int) -> None:
+    """Whether a file has what it says, before room is made for as much."""
+    missing = least - file.seek(0, os.SEEK_END)
+    if missing > 0:
+        raise ValueError(f"the file ends {missing} bytes too early")
 
 
 def _touched(edges: list[int], first: int, last: int) -> range:

@@ -47,6 +47,8 @@ from retinanet.errors import ConfigError, ImageError
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.structures import Detections
 
+_MOST_BROKEN = 64  # pictures or tiles that wait for a batch to be full
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -225,7 +227,8 @@ class Detector:
         else:
             listed = iter(find_sources(sources))
         pieces = cut_pictures(listed, side, overlap)
-        most = thresholds.get("detections_per_image", self._most)
+        given = thresholds.get("detections_per_image")
+        most = self._most if given is None else given
         return self._stream(pieces, batch_size, max(1, workers), settings, most)
 
     def prepare(self, picture: Source | ImageSource) -> Prepared:
@@ -296,11 +299,14 @@ class Detector:
         most: int | None,
     ) -> Iterator[Found | Failure]:
         waiting: list[_Ready | Failure] = []
+        ready = 0
         for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
             waiting.append(one)
-            if sum(_to_search(item) is not None for item in waiting) == batch_size:
+            ready += _to_search(one) is not None
+            # What is broken waits for nothing but what is before it, and not without end.
+            if ready in (0, batch_size) or len(waiting) - ready > _MOST_BROKEN:
                 yield from self._search(waiting, thresholds, most)
-                waiting = []
+                waiting, ready = [], 0
         yield from self._search(waiting, thresholds, most)
 
     def _pictures(self, sources: Any) -> Iterator[Tensor]:

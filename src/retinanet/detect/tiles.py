@@ -30,10 +30,12 @@ MIN_TILE = 32
 # there: eight pixels of a network's input of 512, a cell of its finest level.
 _NEAR = 1 / 64
 
-# Of a cut box so much lies in another box, which is larger and at least half as sure: the same
-# object, seen whole there. Scores differ, for each part sees other surroundings.
+# Of a cut box so much lies in another box, which is larger and about as sure: the same object, seen
+# whole there. Scores differ, for each part sees other surroundings. In the whole picture objects
+# are smaller than in a tile and may run together: what is found there has to be surer.
 _CONTAINED = 0.7
-_HALF_AS_SURE = 0.5
+_AS_SURE_IN_A_TILE = 0.5
+_AS_SURE_IN_THE_WHOLE = 0.75
 
 # Two boxes that the same seam cuts are one object if so much of their common length is shared.
 _SAME_LENGTH = 0.7
@@ -108,10 +110,19 @@ def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
     ``auto`` is the side of the pictures that the model was trained on (the median of the shorter
     sides, ``picture_side`` in the checkpoint's `info`), so that tiles are magnified as these were.
     A checkpoint that does not say takes its input's shorter side: nothing is magnified.
+
+    Raises:
+        ConfigError: what the checkpoint says is no number of pixels.
     """
     if tile != "auto":
         return int(tile)
-    return max(MIN_TILE, int(info.get("picture_side", image_size)))
+    side = info.get("picture_side", image_size)
+    if not isinstance(side, int | float) or isinstance(side, bool) or not 0 < side < 2**31:
+        raise ConfigError(
+            f"tile auto: the model says that its pictures had a side of {side!r}, which is no "
+            "number of pixels; give --tile one"
+        )
+    return max(MIN_TILE, int(side))
 
 
 def tile_windows(
@@ -128,13 +139,20 @@ def tile_windows(
     Returns:
         None for a picture that is not larger than a tile.
     """
+    return list(_each_window(size, side, overlap, down_first))
+
+
+def _each_window(
+    size: tuple[int, int], side: int, overlap: float, down_first: bool
+) -> Iterator[Window]:
     height, width = size
     if max(size) <= side:
-        return []
+        return
     rows, columns = (_spread(length, side, overlap) for length in (height, width))
     if down_first:
-        return [(x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows]
-    return [(x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns]
+        yield from ((x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows)
+    else:
+        yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
 
 
 def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:
@@ -151,7 +169,8 @@ def cut_pictures(
 ) -> Iterator[Piece | Failure]:
     """Each picture whole and then in tiles; with `side` None, or a smaller picture, whole alone.
 
-    A picture that cannot be opened comes as a :class:`Failure`.
+    A picture that cannot be opened comes as a :class:`Failure`. Of one whose
+    :attr:`Tiled.failure` is set in between one more tile comes, its last.
     """
     for source in sources:
         if isinstance(source, Failure) or side is None:
@@ -162,11 +181,14 @@ def cut_pictures(
         except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
             yield source.failure(error)
             continue
-        tiles = tile_windows(windows.size, side, overlap, down_first=windows.down_first)
-        picture = Tiled(source, windows if tiles else None)
-        yield Piece(picture, last=not tiles)
-        for number, window in enumerate(tiles, start=1):
-            yield Piece(picture, window, last=number == len(tiles))
+        tiles = _each_window(windows.size, side, overlap, windows.down_first)
+        window = next(tiles, None)
+        picture = Tiled(source, None if window is None else windows)
+        yield Piece(picture, last=window is None)
+        while window is not None:
+            following = None if picture.failure is not None else next(tiles, None)
+            yield Piece(picture, window, last=following is None)
+            window = following
 
 
 def merge_parts(
@@ -180,8 +202,8 @@ def merge_parts(
     """What was found in a picture and its tiles, each object once.
 
     1. A box that ends at a border of its tile inside the picture may be a piece of an object. It
-       goes if .7 of it lies in a larger box of another part, of the same class, whose score is at
-       least half its own: the tile beside it, or the whole picture, has seen all of the object.
+       goes if .7 of it lies in a larger box of the same class in a tile, with half its score or
+       more, or in the whole picture, with .75 of its score: there all of the object was seen.
     2. Pieces that are left on both sides of a seam, and meet there over .7 of their common length,
        become one box with the mean of their scores: without overlap, or of an object that is larger
        than the overlap and not found in the whole.
@@ -210,7 +232,8 @@ def merge_parts(
     kinds = torch.zeros_like(labels) if class_agnostic_nms else labels
     cut = _cut_sides(boxes, windows, of, size)
     merging = _Merging(boxes, scores, kinds, cut, windows, of)
-    merging.drop_contained()
+    sure = [_AS_SURE_IN_THE_WHOLE if one.window is None else _AS_SURE_IN_A_TILE for one in parts]
+    merging.drop_contained(torch.tensor(sure)[of])
     for axis in (0, 1):
         merging.join(axis)
     kept = merging.kept.nonzero()[:, 0]
@@ -248,8 +271,12 @@ class _Merging:
         counts = of.bincount(minlength=len(windows)).tolist()
         self._rows = torch.split(torch.arange(len(of)), counts)
 
-    def drop_contained(self) -> None:
-        """Cut boxes that another part has seen more of."""
+    def drop_contained(self, sure: Tensor) -> None:
+        """Cut boxes that another part has seen more of.
+
+        Args:
+            sure: (N,) what share of a cut box's score each box needs.
+        """
         going = []
         for part, rows in enumerate(self._rows):
             pieces = rows[self.cut[rows].any(dim=1)]
@@ -261,7 +288,7 @@ class _Merging:
             seen = (
                 (inside > _CONTAINED * areas[:, None])
                 & (other_areas > areas[:, None])
-                & (self.scores[others] >= _HALF_AS_SURE * self.scores[pieces][:, None])
+                & (self.scores[others] >= sure[others] * self.scores[pieces][:, None])
                 & (self.kinds[others] == self.kinds[pieces][:, None])
             )
             going.append(pieces[seen.any(dim=1)])
