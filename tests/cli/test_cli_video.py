@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from retinanet.cli import main
-from retinanet.detect import video_reading
+from retinanet.detect import video, video_reading
 
 from .conftest import Cli
 
@@ -108,6 +108,35 @@ def test_one_bad_clip_stops_no_other(cli: Cli, tiny_run: Path, tmp_path: Path) -
     ended = cli("detect", tiny_run, bad, good, "--out", out, "--json", *QUICK)
     assert ended.code == 1
     assert [one["file"] for one in ended.json["failures"]] == [str(bad)]
+
+
+def test_one_clip_is_not_written_over_another(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    clips = [write_clip(tmp_path / name) for name in ("a.mkv", "a.mp4")]
+    before = clips[1].read_bytes()
+    ended = cli("detect", tiny_run, *clips, "--out", tmp_path, *QUICK)
+    assert ended.code == 1
+    [said] = ended.err.splitlines()
+    assert said.startswith(
+        f"error: {clips[1]}: would be written over by what is found in {clips[0]}"
+    )
+    assert clips[1].read_bytes() == before
+
+
+def test_ctrl_c_before_the_first_frame(
+    cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = video._places
+
+    def press(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return places(*given)
+
+    monkeypatch.setattr(video, "_places", press)
+    clip = write_clip(tmp_path / "clip.mp4")
+    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
+    assert ended.code == 130
+    assert "no frame was read" not in ended.err
+    assert not list((tmp_path / "found").iterdir())
 
 
 FAILED = {

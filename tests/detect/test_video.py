@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -677,6 +681,23 @@ def test_ctrl_c_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
     assert no_thread_left()
 
 
+def test_ctrl_c_before_the_first_frame(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(reader: Any, stop: Event) -> Iterator[Any]:
+        time.sleep(0.3)  # until the main thread waits for a frame
+        _thread.interrupt_main()
+        assert stop.wait(10)
+        yield from ()
+
+    monkeypatch.setattr(video_reading.VideoReader, "read", read)
+    write_clip(tmp_path / "clip.mp4", walk(3))
+    with pytest.raises(KeyboardInterrupt):
+        detect_video(detector, tmp_path / "clip.mp4", tmp_path / "found")
+    assert not list((tmp_path / "found").iterdir())
+    assert no_thread_left()
+
+
 def test_a_second_ctrl_c_gives_up(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(300))
@@ -770,6 +791,7 @@ def test_a_missing_extra(
 _ALONE = """
 import os, sys
 from pathlib import Path
+from threading import Event
 sys.path.insert(0, sys.argv[1])
 import psutil, torch
 from white_finder import WhiteFinder

@@ -51,6 +51,8 @@ def detect_videos(
     from retinanet.errors import DataError
 
     clips = _clips(sources)
+    names = _names(clips)
+    _spare(clips, names, out)
     import_av()  # a missing one is said before the model is loaded
     calibration: Any = calibrate
     if precision == "int8" and calibrate is None:
@@ -69,7 +71,7 @@ def detect_videos(
     done: list[VideoSummary] = []
     failures: list[tuple[str, str]] = []
     with _stopped_by_ctrl_c() as stop:
-        for clip, name in zip(clips, _names(clips), strict=True):
+        for clip, name in zip(clips, names, strict=True):
             if stop.is_set():
                 break
             try:
@@ -87,6 +89,8 @@ def detect_videos(
                         progress=show,
                     )
             except DataError as error:
+                if stop.is_set():
+                    break  # before a frame was written, and nothing is the matter with the clip
                 if len(clips) == 1:
                     raise
                 failures.append((clip, str(error)))
@@ -149,6 +153,24 @@ def _names(clips: list[str]) -> list[str | None]:
         taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def _spare(clips: list[str], names: list[str | None], out: Path) -> None:
+    """See that what is written for one clip is not another clip of the call.
+
+    Raises:
+        DataError: it is.
+    """
+    from retinanet.errors import DataError
+
+    places = {Path(clip).resolve(): clip for clip in clips if not clip.isdecimal()}
+    for clip, name in zip(clips, names, strict=True):
+        other = places.get((out / f"{name}.mp4").resolve())
+        if name is not None and other not in (None, clip):
+            raise DataError(
+                f"{other}: would be written over by what is found in {clip}; give another --out "
+                "than its own folder"
+            )
 
 
 def _samples(clips: list[str]) -> list[Any]:

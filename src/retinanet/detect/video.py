@@ -172,6 +172,10 @@ def detect_video(
         try:
             with parts[1].open("w", encoding="utf-8", newline="\n") as text:
                 work.run(writer, text, workers, stop, progress)
+        except DataError:
+            if work.interrupted:  # before a frame was read
+                raise KeyboardInterrupt from None
+            raise
         finally:
             writer.close()
             if not work.written:
@@ -248,10 +252,17 @@ class _Work:
         gave_up = Event()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="video-pool")
         room = self.batch_size + workers
-        read = _Ahead(self._read(pool, stop), room, gave_up, "video-read")
-        searched = _Ahead(self._search(read, pool, writer), workers + 1, gave_up, "video-search")
-        done = _Ahead(self._write(searched, writer, lines), 1, gave_up, "video-write")
+        threads: list[_Ahead[Any]] = []
+
+        def ahead(things: Iterator[_T], room: int, name: str) -> _Ahead[_T]:
+            one = _Ahead(things, room, gave_up, name)
+            threads.append(one)
+            return one
+
         try:
+            read = ahead(self._read(pool, stop), room, "video-read")
+            searched = ahead(self._search(read, pool, writer), workers + 1, "video-search")
+            done = ahead(self._write(searched, writer, lines), 1, "video-write")
             while True:
                 try:
                     for total in done:
@@ -266,7 +277,7 @@ class _Work:
         finally:
             gave_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for one in (read, searched, done):
+            for one in threads:
                 one.join()
             pool.shutdown()
 
