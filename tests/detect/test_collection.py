@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +451,71 @@ def test_a_shard_with_a_mark_is_left_alone(worker: ShardDetector, tmp_path: Path
     (tmp_path / "out" / "jsonl" / "000007.jsonl").write_text("half")
     assert worker(row) == done
     assert len(jsonl_rows(tmp_path / "out")) == 2
+
+
+def test_a_shard_that_another_has_done_meanwhile(
+    worker: ShardDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was taken for dead, and is only slow, comes last: files and mark are of one hand."""
+    out = tmp_path / "out"
+    search = worker._search
+
+    def slowly(inputs: list[str], failures: list[dict[str, str]]) -> Iterator[Any]:
+        yield from search(inputs, failures)
+        worker.work.out.write("jsonl/000000.jsonl", "the other's")
+        worker.work.out.write("done/000000.json", "the other's")
+        (out / ".drafts").rename(tmp_path / "gone")  # its call has ended too
+
+    monkeypatch.setattr(worker, "_search", slowly)
+    row = {"shard": 0, "start": 0, "end": (out / "inputs.jsonl").stat().st_size}
+    assert worker(row) == {"shard": 0, "problem": "", "fatal": False}
+    for file in ("jsonl/000000.jsonl", "done/000000.json"):
+        assert (out / file).read_text() == "the other's"
+    assert not (out / "parquet" / "000000.parquet").exists()
+
+
+def test_two_calls_that_end_together(
+    worker: ShardDetector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from retinanet.detect import collection
+
+    pictures = save_pictures(tmp_path / "some", 4)
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in worker.work.model.items():
+        (model / name).write_bytes(content)
+    store = Store(tmp_path / "together")
+
+    def searched(ray: Any, work: Any, *_: Any) -> None:
+        mark = {"pictures": 4, "objects": {}, "network": "", "errors": []}
+        store.write("done/000000.json", json.dumps(mark))
+
+    ends: list[None] = []
+
+    class Table(collection._ErrorsTable):
+        def __exit__(self, *why: object) -> None:
+            super().__exit__(*why)
+            ends.append(None)
+            if len(ends) == 1:
+                store.remove_drafts()
+
+    monkeypatch.setattr(collection, "_search_all", searched)
+    monkeypatch.setattr(collection, "_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(collection._Place, "of", lambda *_: _Place(1, 1, 0))
+    monkeypatch.setattr(collection, "_ErrorsTable", Table)
+    assert search(model, pictures, store.address).pictures == 4
+    assert len(ends) == 2
+    assert (tmp_path / "together" / "errors.jsonl").read_text() == ""
+
+
+def test_a_store_that_lists_the_folder_itself() -> None:
+    class Listed:
+        def ls(self, path: str, detail: bool) -> list[str]:
+            return [f"{path}/", f"{path}/plan.json", f"{path}/done/"]
+
+    store = Store("memory://bucket/found")
+    store._open = (Listed(), "bucket/found")
+    assert store.names() == {"plan.json", "done"}
 
 
 def test_a_shard_that_fails_is_a_problem_and_no_crash(

@@ -43,6 +43,7 @@ from retinanet.detect.collection_worker import (
     marker,
 )
 from retinanet.detect.detector import Detector, load
+from retinanet.detect.exported import is_exported
 from retinanet.detect.inference import Precision, Thresholds
 from retinanet.detect.network import Backend
 from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
@@ -52,9 +53,6 @@ PLAN = "plan.json"
 SUMMARY = "summary.json"
 ERRORS = "errors"
 VERSION = 1
-
-EXPORTED_SUFFIXES = frozenset({".onnx", ".xml", ".pt2"})
-"""Of exported models, which are files and no checkpoints."""
 
 # A shard is what a kill loses and what a worker gets at a time.
 _LEAST_SHARD, _LARGEST_SHARD, _SHARDS = 16, 256, 64
@@ -204,7 +202,14 @@ def search_collection(
             )
             missing = (shard for shard in range(total) if shard not in done)
             _search_all(ray, work, place, shards, missing, before, on_progress)
-    summary = _finish(store, total, before)
+    for tries_left in reversed(range(TRIES)):
+        try:
+            summary = _finish(store, total, before)
+            break
+        except FileNotFoundError:
+            # Another call on this folder has come to its end now, and removed all drafts.
+            if not tries_left:
+                raise
     store.remove_drafts()
     return summary
 
@@ -243,7 +248,7 @@ def _read_model(
 
 
 def _is_exported(path: Path) -> bool:
-    return path.suffix.lower() in EXPORTED_SUFFIXES and not path.is_dir()
+    return is_exported(path) and not path.is_dir()
 
 
 def _check_names(precision: str, backend: str) -> None:

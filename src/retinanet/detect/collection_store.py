@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,11 +115,13 @@ class Store:
 
     def names(self, folder: str = "") -> set[str]:
         """Names of what lies in a folder; none if there is no such folder."""
+        place = self.path(folder)
         try:
-            found = self.files.ls(self.path(folder), detail=False)
+            found = [str(one).rstrip("/") for one in self.files.ls(place, detail=False)]
         except FileNotFoundError:
             return set()
-        return {str(one).rstrip("/").rpartition("/")[2] for one in found}
+        # A store may list the mark of the folder itself.
+        return {one.rpartition("/")[2] for one in found if one.lstrip("/") != place.lstrip("/")}
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file, whole or not at all."""
@@ -133,7 +135,7 @@ class Store:
         On a disk it is synced and renamed into its place; an object store takes it in one piece,
         which is there whole or not at all; elsewhere it is sent under another name and moved.
         """
-        beside = f"{name.replace('/', '-')}.{socket.gethostname()}.{os.getpid()}"
+        beside = f"{name.replace('/', '-')}.{uuid.uuid4().hex}"  # two machines may share a name
         if self.local:
             place = Path(self.path(name))
             draft = Path(self.path(DRAFTS), beside)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ class ShardDetector:
         try:
             if not self.work.out.exists(marker(shard)):
                 self._count(shard)
-                self._do(shard, int(row["start"]), int(row["end"]))
+                with suppress(_DoneMeanwhile):
+                    self._do(shard, int(row["start"]), int(row["end"]))
         except Exception as error:  # a full disk, a network: this shard is tried again
             where = traceback.extract_tb(error.__traceback__)[-1]
             problem = (
@@ -159,6 +160,10 @@ class ShardDetector:
                 pictures += 1
                 objects.update(self.detector.classes[label] for label in one.labels.tolist())
                 write(_writable(one.to_dict()))
+            if out.exists(marker(shard)):
+                # Taken for dead, or of a second call: another has done it meanwhile. Its files and
+                # its mark belong together.
+                raise _DoneMeanwhile
         # Written last: only with it the shard counts, and its files are whole by then.
         text = {
             "shard": shard,
@@ -183,6 +188,10 @@ class ShardDetector:
                 failed(one)
             else:
                 yield one
+
+
+class _DoneMeanwhile(Exception):
+    """A shard has got its mark while it was being searched."""
 
 
 def _writable(row: dict[str, Any]) -> dict[str, Any]:
