@@ -789,3 +789,12 @@ def test_pictures_of_any_name_stay_samples(tmp_path: Path, picture: MakePicture)
     )
     told = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members
     assert json.loads(told["caf\udce9.json"].read())["file_name"] == "caf\udce9.jpg"
+
+
+def test_an_index_that_takes_one_file_for_another(tmp_path: Path) -> None:
+    files = [("a.jpg", jpeg()), ("a.json", label(CAT)), ("b.jpg", jpeg()), ("b.json", label(CAT))]
+    tar = make_tar(tmp_path / "train-0.tar", files)
+    there = archives.contents_of(str(tar)).members
+    swapped = replace(there["a.jpg"], offset=there["b.jpg"].offset)
+    with pytest.raises(ImageError, match="is not at byte"):
+        swapped.read()
