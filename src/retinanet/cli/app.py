@@ -108,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C).
     """
+    # Threads that spin while they wait for each other take the cores from all else that runs: on a
+    # busy machine a search took over thirty times as long. OpenMP reads it when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [one for one in given if one != "--debug"]
