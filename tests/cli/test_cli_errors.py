@@ -76,6 +76,10 @@ BAD_USAGE = {
         ["detect", "{run}", "{data}", "--out={new}", "--engine=ray", "--format=csv"],
         "--format is for pictures without --engine ray",
     ),
+    "an overlap of nothing": (
+        ["detect", "{run}", "{data}", "--out={new}", "--overlap=0.2"],
+        "--overlap is for tiles: give --tile too",
+    ),
     "a stage": (["bench", "matchin"], "did you mean matching?"),
     "a folder with other things": (
         ["train", "{data}", "--out={empty}.full", *TINY, "--steps=1"],

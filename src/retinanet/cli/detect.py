@@ -272,3 +272,5 @@ def _refuse_others(kind: str, given: Mapping[str, object]) -> None:
     for option, purpose in _OTHERS[kind].items():
         if given[option] is not None:
             raise ConfigError(f"{option} is for {purpose}: leave it out")
+    if given["--overlap"] is not None and given["--tile"] is None:
+        raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
