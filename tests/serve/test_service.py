@@ -446,7 +446,7 @@ def test_the_description() -> None:
     assert set(told["paths"]) == {"/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics"}
     detect = told["paths"]["/v1/detect"]["post"]
     assert set(detect["responses"]) == {
-        *("200", "400", "404", "408", "413", "415", "422", "500", "503", "504"),
+        *("200", "400", "403", "404", "408", "413", "415", "422", "500", "503", "504"),
     }
     names = {one["name"]: one["schema"] for one in detect["parameters"]}
     assert names["model"]["enum"] == ["squares"]
@@ -601,6 +601,7 @@ def test_importing_the_room_imports_no_extra() -> None:
         ({"held_bytes": 5}, "is under max_bytes"),
         ({"api_key": ""}, "the API key is empty"),
         ({"api_key": "a\nb"}, "the API key is empty"),
+        ({"api_key": "key "}, "ends with a space"),
     ],
 )
 def test_settings_out_of_range(options: Any, why: str) -> None:

@@ -8,6 +8,7 @@ import gc
 import io
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 from small_service import (
     ask,
@@ -29,9 +31,12 @@ from small_service import (
     wait_until,
     white_detector,
 )
+from torch import Tensor
 
+from retinanet.detect.exported import ExportedFile, ExportedNetwork
 from retinanet.serve import Settings
 from retinanet.serve import outside as outside_module
+from retinanet.serve.upload import Upload
 
 PNG = {"Content-Type": "image/png"}
 
@@ -526,3 +531,118 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         large = io.BytesIO(picture() + bytes(2_000_000))
         assert one.post("/v1/detect", files={"pictures": ("../x.png", large)}).status_code == 200
     assert list(tmp_path.iterdir()) == []
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 100 x 100 in one tile of side x side, packed."""
+    pack = zlib.compressobj(9)
+    row = bytes(3 * side)
+    data = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    tags = [(256, 100), (257, 100), (258, 8), (259, 8), (262, 2), (277, 3)]
+    tags += [(322, side), (323, side), (324, 0), (325, len(data))]
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b""
+    for tag, value in tags:
+        count, value = {258: (3, start), 324: (1, start + 6)}.get(tag, (1, value))
+        entries += struct.pack("<HHII", tag, 3 if tag == 258 else 4, count, value)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    return head + entries + bytes(4) + struct.pack("<3H", 8, 8, 8) + data
+
+
+def test_a_small_tiff_may_not_have_huge_tiles() -> None:
+    with client(white_detector(), Settings(max_pixels=1_000_000)) as one:
+        answer = one.post("/v1/detect", content=tiled(1008), headers={"Content-Type": "image/tiff"})
+        assert answer.status_code == 413, answer.text
+        assert "the 1,016,064 pixels of a tile in it are more than the 1,000,000" in answer.text
+        taken = one.post("/v1/detect", content=tiled(992), headers={"Content-Type": "image/tiff"})
+        assert taken.status_code == 200, taken.text
+
+
+def test_pixels_written_as_text_are_not_read() -> None:
+    with client(white_detector()) as one:
+        data = b"P3\n64 64\n255\n" + b"0 " * (3 * 64 * 64)
+        answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x-ppm"})
+    assert answer.status_code == 422
+    assert "it is no picture that is taken" in answer.json()["detail"]
+
+
+def test_what_is_given_up_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = white_detector()
+    opened = threading.Event()
+    prepare = detector.prepare
+
+    def slowly(source: Any) -> Any:
+        opened.wait(20)
+        return prepare(source)
+
+    with client(detector, Settings(readers=1)) as one:
+        monkeypatch.setattr(detector, "prepare", slowly)
+        batcher = one.app.state.batcher  # type: ignore[attr-defined]
+        data = picture()
+        uploads = [Upload(f"{i}.png", data) for i in range(6)]
+        before = sys.getrefcount(data)
+        first, *given_up = batcher.submit("model", uploads, {})
+        uploads.clear()
+        for answer in given_up:
+            answer.cancel()
+        # The first is being read; the others stand in the readers' line, and hold nothing.
+        assert sys.getrefcount(data) <= before - 4
+        opened.set()
+        assert first.result(20).found.name == "0.png"
+
+
+def test_a_page_of_another_site_cannot_send_pictures() -> None:
+    with client(white_detector()) as one:
+
+        def status(**headers: str) -> int:
+            given = {name.replace("_", "-"): value for name, value in headers.items()}
+            answer = one.post("/v1/detect", content=picture(), headers={**PNG, **given})
+            if answer.status_code == 403:
+                assert answer.json()["detail"] == "pages of other sites may not send pictures here"
+            return answer.status_code
+
+        assert status(Sec_Fetch_Site="cross-site", Origin="https://elsewhere.example") == 403
+        assert status(Sec_Fetch_Site="same-site", Origin="http://testserver:81") == 403
+        assert status(Sec_Fetch_Site="same-origin", Origin="https://behind.a.proxy") == 200
+        assert status(Sec_Fetch_Site="none") == 200
+        # Without a secure address browsers say the origin alone.
+        assert status(Origin="http://elsewhere.example") == 403
+        assert status(Origin="null") == 403
+        assert status(Origin="http://testserver") == 200
+        assert 'failures_total{reason="foreign"} 4.0' in one.get("/metrics").text
+
+
+def test_what_is_built_into_an_exported_file_cannot_be_asked_otherwise() -> None:
+    def nothing(images: Tensor) -> list[Tensor]:
+        batch = len(images)
+        empty = torch.zeros(batch, 5)
+        return [torch.zeros(batch, 5, 4), empty, empty.long(), torch.zeros(batch).long()]
+
+    detector = white_detector()
+    file = ExportedFile(
+        path=Path("white.onnx"),
+        target="onnx",
+        form="detections",
+        precision="float32",
+        classes=detector.classes,
+        category_ids=detector.category_ids,
+        image_size=64,
+        max_size=128,
+        thresholds=detector.thresholds,
+        strides=(8,),
+        per_cell=1,
+        info={},
+    )
+    network = object.__new__(ExportedNetwork)
+    network.file, network.description, network._run = file, "ONNX Runtime on cpu", nothing
+    detector.network = network
+    with client(detector) as one:
+
+        def ask(options: str) -> Any:
+            return one.post(f"/v1/detect?{options}", content=picture(), headers=PNG)
+
+        assert ask("score_threshold=0.6&detections_per_image=3").status_code == 200
+        for option in ("score_threshold=0.4", "nms_threshold=0.9", "class_agnostic=true"):
+            answer = ask(option)
+            assert answer.status_code == 400, answer.text
+            assert "white.onnx was exported with" in answer.json()["detail"]

@@ -282,6 +282,19 @@ def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
         return picture.height, picture.width
 
 
+def stored_tile(source: str | os.PathLike[str] | bytes) -> int:
+    """Pixels of a tile of a TIFF, which is unpacked whole however small the picture is; else 0.
+
+    Raises:
+        ImageError: as in :func:`image_size`.
+    """
+    name, file = _opened(source)
+    with _failures_named(name), _quiet(), Image.open(file) as picture:
+        tags = getattr(picture, "tag_v2", {})
+        width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
+        return int(width) * int(length)
+
+
 def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
     """Height and width at which a picture enters the network, its aspect ratio kept.
 

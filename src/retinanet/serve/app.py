@@ -40,6 +40,7 @@ _DESCRIPTION = (
 _WHY = {
     400: "An option or the form is not understood.",
     401: "The API key is missing or wrong.",
+    403: "A page of another site sent it.",
     404: "There is no such model.",
     408: "The upload took too long.",
     413: "Too many bytes, pixels or pictures.",
@@ -123,7 +124,9 @@ def make_app(
         "/v1/detect",
         summary="Find the objects in one picture or several",
         response_model=schema.Answer,
-        responses=_errors(400, 401, 404, 408, 413, 415, 422, 500, 503, 504, key=settings.api_key),
+        responses=_errors(
+            400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504, key=settings.api_key
+        ),
         dependencies=locked,
         openapi_extra=_request_body(settings),
     )
@@ -162,6 +165,7 @@ def make_app(
             "class_agnostic_nms": class_agnostic,
             "detections_per_image": detections_per_image,
         }
+        _check_origin(request)
         _check_names(request, _OPTIONS)
         name = _model_name(model, names)
         check_bytes(_content_length(request), settings)
@@ -326,6 +330,22 @@ def _request_body(settings: Settings) -> dict[str, Any]:
             "content": {"multipart/form-data": {"schema": form}, "image/*": {"schema": _BINARY}},
         }
     }
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what a page of another site makes a browser send, by what browsers say of it.
+
+    Sec-Fetch-Site comes with every request to https and to this machine itself, Origin with every
+    POST. Programs send neither.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is None:
+        origin = request.headers.get("origin")
+        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+    else:
+        own = site in ("same-origin", "none")
+    if not own:
+        raise Refusal(403, "foreign", "pages of other sites may not send pictures here")
 
 
 def _check_names(request: Request, known: Sequence[str]) -> None:

@@ -11,12 +11,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from retinanet.detect import Detector, Found, Source
 from retinanet.detect.detector import Prepared
+from retinanet.detect.exported import ExportedNetwork
+from retinanet.errors import ConfigError
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
@@ -142,14 +145,20 @@ class Batcher:
             or what the network raised. Cancel those that nobody waits for any more.
 
         Raises:
-            Refusal: 503, the queue is full.
+            Refusal: 503, the queue is full; 400, an exported file has other thresholds built in.
         """
+        detector = self.detectors[model]
+        if isinstance(detector.network, ExportedNetwork):
+            try:
+                detector.network.check({**detector.thresholds, **thresholds})  # type: ignore[typeddict-item]
+            except ConfigError as error:
+                raise Refusal(400, "option", str(error)) from None
         with self._changed:
             self._check_room(len(uploads))
             self._inside += len(uploads)
         jobs = [_Job(model, upload, dict(thresholds)) for upload in uploads]
         for job in jobs:
-            job.answer.add_done_callback(self._left)
+            job.answer.add_done_callback(partial(self._left, job))
             self._readers.submit(self._read, job)
         return [job.answer for job in jobs]
 
@@ -165,24 +174,28 @@ class Batcher:
                 math.ceil(seconds),
             )
 
-    def _left(self, answer: Future[Searched]) -> None:
+    def _left(self, job: _Job, answer: Future[Searched]) -> None:
+        # One that was given up may stand in line for long, where nobody counts its bytes any more.
+        job.upload = Upload(job.upload.name, b"")
         with self._changed:
             self._inside -= 1
+            if answer.cancelled():
+                job.prepared = None
 
     def _read(self, job: _Job) -> None:
+        upload = job.upload
         if job.answer.cancelled():
             return
         try:
-            check_picture(job.upload.data, self.settings)
-            detector = self.detectors[job.model]
-            job.prepared = detector.prepare(Source(job.upload.data, job.upload.name))
+            check_picture(upload.data, self.settings)
+            prepared = self.detectors[job.model].prepare(Source(upload.data, upload.name))
         except Refusal as error:
             _fail(job, error)
             return
         except Exception as error:  # of any decoder; the request's answer says it
-            _fail(job, Refusal(422, "unreadable", reason_of(error, job.upload.name)))
+            _fail(job, Refusal(422, "unreadable", reason_of(error, upload.name)))
             return
-        height, width = job.prepared.pixels.shape[-2:]
+        height, width = prepared.pixels.shape[-2:]
         canvas = (math.ceil(height / _DIVISOR), math.ceil(width / _DIVISOR))
         job.key = (job.model, canvas, tuple(sorted(job.thresholds.items())))
         job.ready = time.perf_counter()
@@ -190,6 +203,9 @@ class Batcher:
             if self._ending:
                 job.answer.cancel()
                 return
+            if job.answer.cancelled():
+                return
+            job.prepared = prepared
             self._ready.append(job)
             self._changed.notify()
 

@@ -28,6 +28,7 @@ class Refusal(Exception):
 REASONS = (
     "option",
     "key",
+    "foreign",
     "address",
     "model",
     "bytes",

@@ -75,11 +75,14 @@ class Settings:
                 "a request of so many bytes could never be taken"
             )
         if self.api_key is not None and not (
-            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip()
+            self.api_key.isascii()
+            and self.api_key.isprintable()
+            and self.api_key.strip() == self.api_key != ""
         ):
             # Its value is never said.
             raise ConfigError(
-                "the API key is empty or holds what a header cannot: give letters, digits and signs"
+                "the API key is empty, begins or ends with a space, or holds what a header cannot: "
+                "give letters, digits and signs"
             )
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from retinanet.config import nearest
-from retinanet.data.images import stored_size
+from retinanet.data.images import stored_size, stored_tile
 from retinanet.errors import ImageError
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
@@ -29,13 +29,13 @@ _BEGINNINGS = (
     rb"BM",
     rb"II[*+]\0|MM\0[*+]",  # TIFF
     rb"RIFF....WEBP",
-    rb"P[1-6]\s",  # PBM, PGM, PPM
+    rb"P[4-6]\s",  # PBM, PGM, PPM; those of text, P1 to P3, take Pillow seconds a megapixel
     rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",  # JPEG 2000
     rb"....ftyp(?:avif|avis|mif1|msf1)",
 )
 _SERVED = re.compile(b"|".join(b"(?:%s)" % one for one in _BEGINNINGS), re.DOTALL)
 
-FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, JPEG 2000 or AVIF"
+FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, binary PNM, JPEG 2000 or AVIF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +156,15 @@ def check_picture(data: bytes, settings: Settings) -> None:
         raise Refusal(422, "unreadable", f"it is no picture that is taken: send {FORMATS}")
     try:
         height, width = stored_size(data)
+        tile = stored_tile(data) if data[:2] in (b"II", b"MM") else 0
     except ImageError as error:
         if isinstance(error.__context__, Image.DecompressionBombError):
             raise _too_many_pixels("it", settings) from None
         raise Refusal(422, "unreadable", reason_of(error)) from None
     if height * width > settings.max_pixels:
         raise _too_many_pixels(f"its {width} x {height} pixels", settings)
+    if tile > settings.max_pixels:
+        raise _too_many_pixels(f"the {tile:,} pixels of a tile in it", settings)
 
 
 def _too_many_pixels(what: str, settings: Settings) -> Refusal:
