@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import torch
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.detect import Detector, load
-from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from retinanet.evaluate.loss_distribution import loss_distribution
 from retinanet.export.check import Tolerance, compare, match
-from retinanet.export.run import TOLERANCES, check_file, export
+from retinanet.export.run import TOLERANCES, _calibration, check_file, export
 from retinanet.structures import Detections
 
 onnx = pytest.importorskip("onnx")
@@ -313,6 +315,41 @@ def test_matching_by_hand() -> None:
     assert agreed.box == pytest.approx(1.0)
     assert agreed.apart == 1.0
     assert TOLERANCES["float32"].laid_over(["score=.5"]).score == 0.5
+
+
+def test_boxes_without_an_area_are_matched_by_their_corners() -> None:
+    one = Detections(
+        torch.tensor([[4, 0, 4, 9], [0, 5, 7, 5.0]]),
+        torch.tensor([0.9, 0.8]),
+        torch.zeros(2).long(),
+    )
+    left, right = match(one, Detections(one.boxes.flip(0), one.scores, one.labels))
+    assert sorted(zip(left.tolist(), right.tolist(), strict=True)) == [(0, 1), (1, 0)]
+
+
+def test_nothing_to_compare_is_no_success(checkpoint: Any, tmp_path: Path) -> None:
+    blind = replace(checkpoint, model=copy.deepcopy(checkpoint.model))
+    torch.nn.init.constant_(blind.model.class_head.last.bias, -1000.0)
+    report = export(blind, "torch", out=tmp_path / "m.pt2", pictures=2)
+    assert (report.network_size.boxes, report.network_size.found) == (0, 0)
+    assert not report.passed
+    assert "nothing was compared" in report.failures[0]
+
+
+def test_int8_is_not_calibrated_on_what_it_is_judged_by(
+    checkpoint: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def read(path: str, split: str, **options: Any) -> Any:
+        asked.append({"split": split, **options})
+        raise DataError("no labels")
+
+    monkeypatch.setattr("retinanet.export.run.read_dataset", read)
+    info = {**checkpoint.info, "split": {"seed": 5, "held_out": 0.3}}
+    detector = Detector(replace(checkpoint, info=info), device="cpu", precision="float32")
+    assert len(list(_calibration(detector, str(pictures)))) == 5
+    assert asked == [{"split": "train", "extras": False, "seed": 5, "held_out": 0.3}]
 
 
 @pytest.mark.slow

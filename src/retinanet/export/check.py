@@ -17,6 +17,9 @@ from retinanet.structures import Detections
 _SAME_OBJECT = 0.5
 """Boxes of one class with this IoU or more may be the same object's."""
 
+_SAME_PLACE = 0.1
+"""Pixels; boxes without an area, as at a picture's edge, are the same by their corners."""
+
 _NEAR_IOU = 0.05
 """So close to the threshold of NMS a small difference decides which of two boxes goes."""
 
@@ -141,6 +144,8 @@ def compare(
 def match(one: Detections, other: Detections) -> tuple[Tensor, Tensor]:
     """Places in each of the boxes that are the same object's, the greatest IoU first."""
     overlap = box_iou(one.boxes, other.boxes)
+    apart = (one.boxes[:, None] - other.boxes).abs().amax(dim=2)
+    overlap[apart <= _SAME_PLACE] = 1
     overlap[one.labels[:, None] != other.labels] = 0
     left: list[int] = []
     right: list[int] = []

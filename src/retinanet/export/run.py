@@ -277,6 +277,11 @@ def check_file(
         )
         if not agreement.apart <= limit.apart
     ]
+    if at_size.matched == 0:
+        failures.append(
+            f"in {described} the network found {at_size.boxes} boxes, the file {at_size.found}, "
+            "none of them the same: nothing was compared; give pictures with objects (--data)"
+        )
     ap = ap_file = None
     if data is not None:
         (progress or (lambda _: None))("judging both")
@@ -452,8 +457,16 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
     """Pictures as the network gets them; of a data set its training pictures."""
     sources: Sequence[Any]
     try:
+        # Not the pictures that check_file() will judge by: what was held out of training.
+        split = {
+            key: value
+            for key in ("seed", "held_out")
+            if (value := _split(detector).get(key)) is not None
+        }
         dataset = (
-            given if isinstance(given, Dataset) else read_dataset(given, "train", extras=False)
+            given
+            if isinstance(given, Dataset)
+            else read_dataset(given, "train", extras=False, **split)
         )
         sources = [image.path for image in dataset.images]
     except (DataError, TypeError):
@@ -467,6 +480,11 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
         yield pad_batch([prepared], fill=fill)[0].contiguous()
 
 
+def _split(detector: Detector) -> dict[str, Any]:
+    """How the data that the model was trained on were divided, where they came undivided."""
+    return dict(detector.info.get("split") or {})
+
+
 @contextmanager
 def _pictures(
     data: str | Path | Dataset | None,
@@ -476,7 +494,7 @@ def _pictures(
     count: int,
 ) -> Iterator[tuple[Iterator[Tensor], str]]:
     """Whole pictures to compare on, and what they are."""
-    made = detector.info.get("split", {})
+    made = _split(detector)
     dataset: Dataset | None = None
     if data is not None:
         dataset = read_judged(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
