@@ -97,7 +97,9 @@ def speed_accuracy(
         typer.Argument(metavar="RUN", help="Run folders, checkpoints, or torchvision/NAME."),
     ],
     *,
-    data: Annotated[Path, typer.Option(help="A labelled folder or file, in any format that data check reads.")],
+    data: Annotated[
+        Path, typer.Option(help="A labelled folder or file, in any format that data check reads.")
+    ],
     split: Split = None,
     scale: Annotated[
         list[int] | None,

@@ -42,9 +42,7 @@ def train(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(
-            help="Start from this run, checkpoint, torchvision/NAME or hf://OWNER/NAME."
-        ),
+        typer.Option(help="Start from this run, checkpoint, torchvision/NAME or hf://OWNER/NAME."),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(min=0, help="Exactly this many passes over the data.")
