@@ -13,7 +13,6 @@ import torch
 from retinanet import __version__
 from retinanet.detect.exported import TEXT_KEY
 from retinanet.detect.openvino_network import quiet
-from retinanet.errors import MissingExtraError
 from retinanet.export.program import OUTPUTS
 
 OPSET = 22
@@ -32,15 +31,9 @@ def onnx_model(
         form: a key of :data:`OUTPUTS`.
         text: what :func:`retinanet.detect.exported.read_exported` will read.
         properties: more metadata.
-
-    Raises:
-        MissingExtraError: onnx or onnxscript is not installed.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(error.name or "onnx", "onnx") from None
+    import onnx
+
     with quiet(), warnings.catch_warnings():
         # Of torch about itself.
         warnings.simplefilter("ignore")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from retinanet.detect.exported import TEXT_KEY
 from retinanet.detect.openvino_network import NARROW, quantize_but
-from retinanet.errors import MissingExtraError
 
 
 def openvino_model(
@@ -27,12 +26,9 @@ def openvino_model(
 
     Raises:
         ConfigError: int8 without pictures.
-        MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
+    import openvino
+
     model = openvino.convert_model(onnx_file)
     if int8:
         model = quantize_but(model, calibration, _not_quantized(model))

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -33,7 +34,13 @@ from retinanet.detect.exported import (
 from retinanet.detect.inference import Thresholds
 from retinanet.detect.openvino_network import CALIBRATION_PICTURES
 from retinanet.detect.sources import find_sources
-from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
+from retinanet.errors import (
+    ConfigError,
+    DataError,
+    ImageError,
+    MissingExtraError,
+    WeightsError,
+)
 from retinanet.evaluate.run import evaluate, read_judged
 from retinanet.export.check import Agreement, Tolerance, compare, spread
 from retinanet.export.graph import (
@@ -179,6 +186,7 @@ def export(
     precision = "int8" if int8 else "fp16" if fp16 else "float32"
     _check(to, int8, fp16, aot, calibrate, pictures)
     allowed = TOLERANCES[precision].laid_over(tolerance)
+    _need(to, int8)
     say = progress or (lambda _: None)
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
     detector = Detector(
@@ -324,6 +332,23 @@ def _check(to: str, int8: bool, fp16: bool, aot: bool, calibrate: Any, pictures:
         raise ConfigError("pictures to calibrate on are for int8: give --int8, or no --calibrate")
     if pictures < 1:
         raise ConfigError(f"pictures to compare on are 1 or more, got {pictures}")
+
+
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+    "torch": (),
+}
+
+
+def _need(to: str, int8: bool) -> None:
+    """See that what writes and runs the file is there, before the work of minutes."""
+    for package in (*_PACKAGES[to], *(("nncf",) if int8 else ())):
+        try:
+            import_module(package)
+        except ImportError:
+            extra = "openvino" if package in ("openvino", "nncf") else "onnx"
+            raise MissingExtraError(package, extra) from None
 
 
 def _place(model: Path | None, to: str, out: str | Path | None) -> Path:
