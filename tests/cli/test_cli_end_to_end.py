@@ -54,6 +54,8 @@ def test_check_train_evaluate_detect(
     found = json.loads((out / "detections.json").read_text())["images"]
     objects = sum(len(one["detections"]) for one in found)
     assert sum(ended.json["objects"].values()) == objects
+    sure = sum(box["score"] >= 0.3 for one in found for box in one["detections"])
+    assert sum(ended.json["drawn"].values()) == sure
     assert 0 < objects <= 14  # two pictures, seven boxes each
     assert len(json.loads((out / "coco_results.json").read_text())) == objects
     assert (

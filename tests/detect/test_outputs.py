@@ -363,3 +363,13 @@ def test_half_a_file_of_pre_annotations_is_never_there(tmp_path: Path, form: str
     with pytest.raises(RuntimeError):
         killed()
     assert [file for file in files(tmp_path) if "tasks" in file or "annotations" in file] == []
+
+
+def test_a_drawn_tiff_is_compressed(detector: Detector, square: Pixels, tmp_path: Path) -> None:
+    file = tmp_path / "a.tif"
+    Image.fromarray(square).save(file, compression="tiff_adobe_deflate")
+    with open_outputs(tmp_path / "out", ["pictures"]) as write:
+        for one in detector.stream([file]):
+            write(one)
+    with Image.open(tmp_path / "out" / "pictures" / "a.tif") as drawn:
+        assert drawn.info["compression"] == "tiff_adobe_deflate"

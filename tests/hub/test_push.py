@@ -180,7 +180,7 @@ def broken(hub: Hub) -> None:
         (None, {"repository": "you/shapes"}, "may not be changed with this token: 403"),
         (public, {"private": True}, "is there and public; make it private on its page first"),
         (broken, {}, "cannot be pushed to: http.* answered 500"),
-        (None, {"repository": "shapes"}, "names no model: write hf://OWNER/NAME"),
+        (None, {"repository": "shapes"}, "is no name of a repository: give OWNER/NAME"),
         (None, {"repository": "me/shapes@v1"}, "leave out @"),
         (None, {"repository": "me/-shapes--"}, "is no name on the hub"),
     ],

@@ -214,6 +214,7 @@ def detect(
         calibration = [one.picture for one in readable]
     detector = load(model, device, calibrate=calibration, **settings)
     objects: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
     searched = 0
     with (
         open_outputs(
@@ -236,6 +237,9 @@ def detect(
             else:
                 searched += 1
                 objects.update(detector.classes[label] for label in one.labels.tolist())
+                drawn.update(
+                    detector.classes[label] for _, score, label in one if score >= drawn_score
+                )
             show(done, len(readable))
 
     if json:
@@ -245,14 +249,23 @@ def detect(
                 "network": detector.network.description,
                 "pictures": searched,
                 "objects": dict(objects.most_common()),
+                "drawn": dict(drawn.most_common()),
                 "failures": [failure.to_dict() for failure in failures],
             }
         )
     else:
         if objects:
-            table("Found", ["class", "objects"], objects.most_common())
+            least = detector.thresholds["score_threshold"]
+            table(
+                "Found",
+                ["class", f"score over {least:g}", f"of {drawn_score:g} and more"],
+                [(name, count, drawn[name]) for name, count in objects.most_common()],
+            )
         many = "" if searched == 1 else "s"
-        say(f"{objects.total()} objects in {searched} picture{many}, in {out}")
+        say(
+            f"{objects.total()} boxes in {searched} picture{many}, {drawn.total()} of them with a "
+            f"score of {drawn_score:g} and more, in {out}"
+        )
     if failures:
         note(
             f"{len(failures)} picture{'' if len(failures) == 1 else 's'} could not be read:",

@@ -33,6 +33,8 @@ def detect_collection(
     """
     from retinanet.detect.collection import search_collection
 
+    if not json:
+        note("looking through the sources, then starting Ray, which takes a while")
     with progress("detecting (shards)") as show:
         try:
             summary = search_collection(

@@ -419,7 +419,10 @@ def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) 
         drawn = one.draw(score_threshold=score_threshold)
         kind = Image.registered_extensions()[suffix.lower()]
         encoded = BytesIO()
-        drawn.save(encoded, kind, quality=90)
+        if kind == "TIFF":  # which is not compressed unless it is asked for
+            drawn.save(encoded, kind, compression="tiff_adobe_deflate")
+        else:
+            drawn.save(encoded, kind, quality=90)
         write_atomic(folder / _unique(one.name, suffix, taken), encoded.getvalue())
 
     yield write

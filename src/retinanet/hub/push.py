@@ -181,7 +181,10 @@ def prepare(
 
 def _repository(given: str) -> str:
     """``OWNER/NAME``, which may stand as ``hf://OWNER/NAME`` too."""
-    name: HubName = parse_hub_name(given if given.startswith("hf:") else f"hf://{given}")
+    try:
+        name: HubName = parse_hub_name(given if given.startswith("hf:") else f"hf://{given}")
+    except WeightsError:
+        raise WeightsError(f"{given!r} is no name of a repository: give OWNER/NAME") from None
     if name.revision is not None:
         raise WeightsError(f"{given}: a push makes a revision of its own; leave out @")
     return name.repository
