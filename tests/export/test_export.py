@@ -199,20 +199,20 @@ def test_exit_code_and_report(
     sound: bool,
 ) -> None:
     def write(file: Path, *_: Any, **__: Any) -> None:
-        shutil.copy(files["torch"], file)
+        shutil.copy(files["onnx"], file)
 
-    monkeypatch.setattr(export_run, "_write_torch", write)  # the file of `checkpoint`, whatever is
+    monkeypatch.setattr(export_run, "_write_onnx", write)  # the file of `checkpoint`, whatever is
     given = replace(checkpoint, model=copy.deepcopy(checkpoint.model))
     if not sound:
         given.model.box_head.last.weight.data.mul_(1.5)
     run = save_checkpoint(tmp_path / "run", given)
-    left, kept = (tmp_path / f".m.pt2.{pid}.x" for pid in (GONE, os.getpid()))
+    left, kept = (tmp_path / f".m.onnx.{pid}.x" for pid in (GONE, os.getpid()))
     left.mkdir()
-    (left / "m.pt2").touch()
+    (left / "m.onnx").touch()
     kept.mkdir()  # of an export that is at work
-    file = tmp_path / "m.pt2"
-    code = main(["export", str(run), "--to", "torch", "--out", str(file), "--images", "2"])
-    said = json.loads((tmp_path / "m.pt2.report.json").read_text())
+    file = tmp_path / "m.onnx"
+    code = main(["export", str(run), "--to", "onnx", "--out", str(file), "--images", "2"])
+    said = json.loads((tmp_path / "m.onnx.report.json").read_text())
     shown = capsys.readouterr()
     assert code == (0 if sound else 1)
     assert said["passed"] == sound
@@ -399,7 +399,7 @@ def test_aotinductor(checkpoint: Any, tmp_path: Path, pictures: Path) -> None:
         image_size=160,
         max_size=256,
         pictures=3,
-        tolerance=WIDE,
     )
-    assert report.network_size.score < 1e-3
+    assert report.passed, report.failures
+    assert report.network_size.matched == report.network_size.boxes > 10
     assert load(report.file, device="cpu").detect(pictures)
