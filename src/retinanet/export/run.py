@@ -64,13 +64,14 @@ TARGETS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 
 TOLERANCES = {
     "float32": Tolerance(score=0.001, box=0.1, apart=0.002, ap=0.002),
-    "fp16": Tolerance(score=0.01, box=1.0, apart=0.02, ap=0.005),
+    "fp16": Tolerance(score=0.01, box=1.0, apart=0.05, ap=0.005),
     "int8": Tolerance(score=0.1, box=10.0, apart=0.25, ap=0.02),
 }
 """Of the file on pictures of the network's size, by precision.
 
-Chosen by judgement, over what files of models for blood cells and for COCO showed; not bounds that
-were measured. Whether a file beyond them is worse only AP tells.
+Chosen by judgement, over what files of models for blood cells, nuclei and COCO showed (float16: 1.7
+to 4.0% apart on four pictures, .0005 AP on BCCD); not bounds that were measured. Whether a file
+beyond them is worse only AP tells.
 """
 
 RESIZED = Tolerance(score=0.03, box=3.0, apart=0.05, ap=1.0)
