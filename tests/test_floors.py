@@ -21,7 +21,7 @@ SOURCE = Path(retinanet.__file__).parent
 # How high each room lies: it may import from what lies lower. Rooms of equal height do not meet.
 HEIGHT = {
     **dict.fromkeys(["errors", "structures"], 0),
-    **dict.fromkeys(["config", "files", "boxes", "anchors", "native"], 1),
+    **dict.fromkeys(["config", "files", "interrupts", "boxes", "anchors", "native"], 1),
     **dict.fromkeys(["matching_triton", "triton_probe"], 1),
     "matching": 2,
     **dict.fromkeys(["losses", "postprocess"], 3),
@@ -48,6 +48,7 @@ OUTSIDE = {
     "config": {"pydantic"},
     "errors": set(),
     "files": set(),
+    "interrupts": set(),
     "losses": {"torch", "torchvision.ops", "triton"},
     "matching_triton": {"torch", "triton"},
     "triton_probe": {"torch", "triton"},

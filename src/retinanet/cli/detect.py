@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
-from retinanet.cli.settings import tile_of
+from retinanet.cli.settings import (
+    Backend,
+    ClassAgnostic,
+    DetectionsPerImage,
+    Device,
+    NmsThreshold,
+    Precision,
+    ScoreThreshold,
+    thresholds_of,
+    tile_of,
+)
 
 _SHOWN_FAILURES = 20
 
@@ -69,25 +79,13 @@ def detect(
             show_default="/data/local-files/?d=",
         ),
     ] = None,
-    score_threshold: Annotated[
-        float | None,
-        typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
-    ] = None,
+    score_threshold: ScoreThreshold = None,
     draw_threshold: Annotated[
         float | None, typer.Option(help="Boxes under it are not drawn.", show_default=".3")
     ] = None,
-    nms_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Of two boxes with more IoU the weaker goes.", show_default="the model's, .5"
-        ),
-    ] = None,
-    class_agnostic: Annotated[
-        bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
-    ] = False,
-    detections_per_image: Annotated[
-        int | None, typer.Option(help="Boxes a picture.", show_default="the model's, 100")
-    ] = None,
+    nms_threshold: NmsThreshold = None,
+    class_agnostic: ClassAgnostic = False,
+    detections_per_image: DetectionsPerImage = None,
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -95,9 +93,9 @@ def detect(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    backend: Backend = "auto",
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -159,18 +157,16 @@ def detect(
         "tile": tile_of(tile),
         "overlap": 0.2 if overlap is None else overlap,
     }
-    thresholds: dict[str, Any] = {
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "detections_per_image": detections_per_image,
-        "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
-    }
-    thresholds = {name: value for name, value in thresholds.items() if value is not None}
     settings: dict[str, Any] = {
         "precision": precision,
         "backend": backend,
         "image_size": image_size,
-        **thresholds,
+        **thresholds_of(
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            class_agnostic=class_agnostic,
+            detections_per_image=detections_per_image,
+        ),
     }
     if kind == "ray":
         from retinanet.cli.detect_collection import detect_collection

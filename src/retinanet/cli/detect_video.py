@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from retinanet.cli.console import STOPPED, err, note, print_json, say, table
+from retinanet.interrupts import first_ctrl_c
 
 if TYPE_CHECKING:
     from retinanet.detect.video import VideoSummary
@@ -70,7 +69,7 @@ def detect_videos(
         note(detector.network.description)
     done: list[VideoSummary] = []
     failures: list[tuple[str, str]] = []
-    with _stopped_by_ctrl_c() as stop:
+    with first_ctrl_c() as stop:
         for clip, name in zip(clips, names, strict=True):
             if stop.is_set():
                 break
@@ -211,25 +210,6 @@ def _tell(one: VideoSummary) -> None:
         note(f"{one.source}: {one.lost_sound} broken packets of sound left out", style="yellow")
     if one.cut:
         note(f"{one.source}: ends before its end: {one.cut}", style="yellow")
-
-
-@contextmanager
-def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one is an ordinary one."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retinanet.cli.console import figure, print_json, progress, say, table
-from retinanet.cli.settings import tile_of
+from retinanet.cli.settings import Backend, Device, Precision, tile_of
 
 if TYPE_CHECKING:
     from retinanet.evaluate import Metrics
@@ -65,9 +65,9 @@ def evaluate(
         int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    backend: Backend = "auto",
     calibrate: Annotated[
         str | None, typer.Option(help="Pictures on which int8 is calibrated; not those judged.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, table
+from retinanet.cli.settings import ClassAgnostic, thresholds_of
 
 if TYPE_CHECKING:
     from retinanet.export import Agreement, ExportReport
@@ -71,9 +72,7 @@ def export(
     nms_threshold: Annotated[
         float | None, typer.Option(help="Built in.", show_default="the model's, .5")
     ] = None,
-    class_agnostic: Annotated[
-        bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
-    ] = False,
+    class_agnostic: ClassAgnostic = False,
     detections_per_image: Annotated[
         int | None, typer.Option(help="Built in.", show_default="the model's, 100")
     ] = None,
@@ -86,12 +85,6 @@ def export(
     """
     from retinanet.export.run import export as write
 
-    thresholds: dict[str, Any] = {
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "detections_per_image": detections_per_image,
-        "class_agnostic_nms": class_agnostic or None,
-    }
     report = write(
         model,
         to,
@@ -107,7 +100,12 @@ def export(
         tolerance=tolerance or (),
         image_size=image_size,
         progress=note,
-        **{name: value for name, value in thresholds.items() if value is not None},
+        **thresholds_of(
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            class_agnostic=class_agnostic,
+            detections_per_image=detections_per_image,
+        ),
     )
     if json:
         print_json(report.to_dict())

@@ -11,6 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import STOPPED, note, say
+from retinanet.cli.settings import (
+    Backend,
+    ClassAgnostic,
+    DetectionsPerImage,
+    Device,
+    NmsThreshold,
+    Precision,
+    ScoreThreshold,
+    thresholds_of,
+)
 
 _KEY = "RETINANET_API_KEY"
 
@@ -67,28 +77,16 @@ def serve(
             show_default="none",
         ),
     ] = None,
-    score_threshold: Annotated[
-        float | None,
-        typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
-    ] = None,
-    nms_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Of two boxes with more IoU the weaker goes.", show_default="the model's, .5"
-        ),
-    ] = None,
-    class_agnostic: Annotated[
-        bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
-    ] = False,
-    detections_per_image: Annotated[
-        int | None, typer.Option(help="Boxes a picture.", show_default="the model's, 100")
-    ] = None,
+    score_threshold: ScoreThreshold = None,
+    nms_threshold: NmsThreshold = None,
+    class_agnostic: ClassAgnostic = False,
+    detections_per_image: DetectionsPerImage = None,
     image_size: Annotated[
         int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, torch, compile or openvino.")] = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    backend: Backend = "auto",
     calibrate: Annotated[
         str | None, typer.Option(help="Pictures on which int8 is calibrated.")
     ] = None,
@@ -119,12 +117,12 @@ def serve(
     from retinanet.detect import load
     from retinanet.serve.server import bind, serve, share_cores
 
-    thresholds: dict[str, Any] = {
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "detections_per_image": detections_per_image,
-        "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
-    }
+    thresholds = thresholds_of(
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        class_agnostic=class_agnostic,
+        detections_per_image=detections_per_image,
+    )
     with bind(host, port) as listening:
         share_cores(settings.workers)
         detectors = {}
@@ -136,7 +134,7 @@ def serve(
                 backend=backend,
                 calibrate=calibrate,
                 image_size=image_size,
-                **{key: value for key, value in thresholds.items() if value is not None},
+                **thresholds,
             )
             note(f"{name}: {detectors[name].network.description}")
         app = build_app(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,43 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+ScoreThreshold = Annotated[
+    float | None,
+    typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
+]
+NmsThreshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Of two boxes with more IoU the weaker goes.", show_default="the model's, .5"
+    ),
+]
+ClassAgnostic = Annotated[
+    bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
+]
+DetectionsPerImage = Annotated[
+    int | None, typer.Option(help="Boxes a picture.", show_default="the model's, 100")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")]
+Backend = Annotated[str, typer.Option(help="auto, torch, compile or openvino.")]
+
+
+def thresholds_of(
+    *,
+    score_threshold: float | None,
+    nms_threshold: float | None,
+    class_agnostic: bool,
+    detections_per_image: int | None,
+) -> dict[str, Any]:
+    """Those that were given, by the names that a detector has for them."""
+    given = {
+        "score_threshold": score_threshold,
+        "nms_threshold": nms_threshold,
+        "detections_per_image": detections_per_image,
+        "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def resolve_recipe(

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
+from retinanet.data.images import network_size
 from retinanet.detect.inference import Thresholds, choose_device
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.model.checkpoint import CheckpointText
+from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
 from retinanet.structures import Detections, Outputs
 
@@ -40,8 +42,6 @@ DETECTIONS, SCORES = "detections", "scores"
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
 _TARGETS = {".onnx": ("onnx",), ".xml": ("openvino",), ".pt2": ("torch", "aotinductor")}
-_DIVISOR = 32
-
 _Run = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -298,11 +298,10 @@ class ExportedNetwork:
 
     def _suppress(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
         """By the same post-processing as for every network: the boxes are its anchors."""
-        from retinanet.data.images import network_size
-
         boxes, scores = parts
         sides = network_size(*size, self.file.image_size, self.file.max_size)
-        padded = (-(-side // _DIVISOR) * _DIVISOR for side in sides)
+        divisor = RetinaNet.size_divisor
+        padded = (-(-side // divisor) * divisor for side in sides)
         cells = feature_sizes(self.file.strides, *padded)
         counts = [rows * columns * self.file.per_cell for rows, columns in cells]
         logits = torch.split(scores.logit(), counts)

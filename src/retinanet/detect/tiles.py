@@ -137,7 +137,7 @@ def tile_windows(
         down_first: list them column by column; else row by row.
 
     Returns:
-        None for a picture that is not larger than a tile.
+        (x1, y1, x2, y2) pixels; none for a picture that is not larger than a tile.
     """
     return list(_each_window(size, side, overlap, down_first))
 

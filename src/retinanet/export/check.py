@@ -61,6 +61,12 @@ class Tolerance:
             changed[name] = number
         return replace(self, **changed)
 
+    def widened(self, by: Tolerance) -> Tolerance:
+        """With `by` added to each."""
+        return Tolerance(
+            **{one.name: getattr(self, one.name) + getattr(by, one.name) for one in fields(self)}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:

@@ -22,7 +22,7 @@ from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
-from retinanet.data.images import pad_batch, resize_to
+from retinanet.data.images import pad_batch, read_image, resize_to
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.detect.detector import Detector, Prepared
 from retinanet.detect.exported import (
@@ -34,7 +34,7 @@ from retinanet.detect.exported import (
     ExportedNetwork,
     read_exported,
 )
-from retinanet.detect.inference import Thresholds
+from retinanet.detect.inference import Thresholds, padding_colour
 from retinanet.detect.openvino_network import CALIBRATION_PICTURES
 from retinanet.detect.sources import find_sources
 from retinanet.errors import (
@@ -281,7 +281,7 @@ def check_file(
             expected = detector.search(prepared)[0]
             same.append((expected, own.search(prepared)[0]))
             whole.append((expected, network.find([picture], **detector.thresholds)[0]))
-    wider = Tolerance(*(getattr(allowed, name) + getattr(RESIZED, name) for name in _NAMES))
+    wider = allowed.widened(RESIZED)
     at_size = compare(same, allowed, detector.thresholds)
     at_whole = compare(whole, wider, detector.thresholds)
     failures = [
@@ -318,9 +318,6 @@ def check_file(
         ap_file=ap_file,
         failures=tuple(failures),
     )
-
-
-_NAMES = ("score", "box", "apart", "ap")
 
 
 def _next(exported: ExportedFile) -> str:
@@ -520,7 +517,7 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
         sources = [image.path for image in dataset.images]
     except (DataError, TypeError):
         sources = find_sources(given)
-    fill = tuple(round(float(value)) for value in detector.model.pixel_mean.flatten())
+    fill = padding_colour(detector.model)
     for source in spread(sources, CALIBRATION_PICTURES):
         try:
             prepared = detector.prepare(source).pixels
@@ -563,8 +560,6 @@ def _pictures(
 
 
 def _read(paths: Sequence[Any]) -> Iterator[Tensor]:
-    from retinanet.data.images import read_image
-
     return (read_image(path) for path in paths)
 
 

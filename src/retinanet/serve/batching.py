@@ -20,6 +20,7 @@ from retinanet.detect import Detector, Found, Source
 from retinanet.detect.detector import Prepared
 from retinanet.detect.exported import ExportedNetwork
 from retinanet.errors import ConfigError
+from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
@@ -28,7 +29,6 @@ from retinanet.serve.upload import Upload, check_picture, reason_of
 _RECENT = 200
 """Pictures over which the speed of a model is the median."""
 
-_DIVISOR = 32
 _GPU_BATCH = 8
 
 
@@ -196,7 +196,8 @@ class Batcher:
             _fail(job, Refusal(422, "unreadable", reason_of(error, upload.name)))
             return
         height, width = prepared.pixels.shape[-2:]
-        canvas = (math.ceil(height / _DIVISOR), math.ceil(width / _DIVISOR))
+        divisor = RetinaNet.size_divisor
+        canvas = (math.ceil(height / divisor), math.ceil(width / divisor))
         job.key = (job.model, canvas, tuple(sorted(job.thresholds.items())))
         job.ready = time.perf_counter()
         with self._changed:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.interrupts import first_ctrl_c
 
 
 def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
@@ -92,17 +91,8 @@ def ctrl_c(accelerator: Accelerator) -> Iterator[threading.Event]:
     With several processes each would stop at another step and the rest would wait for ever, so
     there Ctrl-C kills at once, and the last saved state is resumed.
     """
-    stop = threading.Event()
-    if accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
+    if accelerator.num_processes > 1:
+        yield threading.Event()
         return
-
-    def request(signum: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
+    with first_ctrl_c() as stop:
         yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
