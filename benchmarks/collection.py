@@ -60,8 +60,8 @@ def one(engine: str, model: str, pictures: str, out: str, workers: int, size: in
     began = time.perf_counter()
     times: list[tuple[float, int]] = []
     if engine == "local":
-        from retinanet.detect import load
-        from retinanet.detect.outputs import open_outputs
+        from retinanet.inference import load
+        from retinanet.inference.outputs import open_outputs
 
         detector = load(model, "cpu", image_size=size)
         with open_outputs(Path(out), ["json"]) as write:
@@ -70,7 +70,7 @@ def one(engine: str, model: str, pictures: str, out: str, workers: int, size: in
                 times.append((time.perf_counter(), done))
         count = len(times)
     else:
-        from retinanet.detect.collection import search_collection
+        from retinanet.batch.collection import search_collection
 
         def tick(done: int, _: int) -> None:
             times.append((time.perf_counter(), done))

@@ -39,13 +39,13 @@ from retinanet.bench.machine import Machine, describe_machine
 from retinanet.bench.run import peak_of
 from retinanet.bench.samples import anchors_for, class_work, jpeg, outputs_like, random_boxes
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.detect.detector import Detector
-from retinanet.detect.found import Failure
-from retinanet.detect.inference import autocast, choose_dtype
-from retinanet.detect.network import build_network
-from retinanet.detect.outputs import open_outputs
-from retinanet.evaluate.run import evaluate
+from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
+from retinanet.inference.detector import Detector
+from retinanet.inference.found import Failure
+from retinanet.inference.inference import autocast, choose_dtype
+from retinanet.inference.network import build_network
+from retinanet.inference.outputs import open_outputs
 from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
@@ -53,9 +53,9 @@ from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
 from retinanet.report.plots import COLOURS, GREY, open_figure
 from retinanet.structures import Outputs, Targets, flatten_level
-from retinanet.train.optimization import build_optimizer
+from retinanet.training.optim import build_optimizer
 
-_PRELOADED = ["retinanet.evaluate.run", "retinanet.report.plots", "retinanet.bench.stages"]
+_PRELOADED = ["retinanet.evaluation.run", "retinanet.report.plots", "retinanet.bench.stages"]
 
 CPU = torch.device("cpu")
 

@@ -30,9 +30,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from retinanet.bench.machine import describe_machine
-from retinanet.detect import Detector, load
-from retinanet.evaluate.run import evaluate, read_judged
-from retinanet.export.run import export
+from retinanet.evaluation.run import evaluate, read_judged
+from retinanet.exporters.run import export
+from retinanet.inference import Detector, load
 
 EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onnx": ("onnx", ".onnx", {}),

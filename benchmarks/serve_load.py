@@ -161,7 +161,7 @@ def direct(
     """The process that calls the detector itself."""
     import torch
 
-    from retinanet.detect import load as load_model
+    from retinanet.inference import load as load_model
 
     torch.set_num_threads(threads)
     detector = load_model(model, precision=precision)

@@ -2,7 +2,7 @@
 
     python benchmarks/step_syncs.py [--steps 12] [key=value ...]
 
-Trains on made-up pictures with `retinanet.train.loop.train` itself, and from the fifth step on
+Trains on synthetic images with `retinanet.training.trainer.train` and from the fifth step on
 counts two things: the waits that torch warns of (`torch.cuda.set_sync_debug_mode`), with the line
 that caused each, and the CUDA calls that wait, as the profiler sees them. One wait a step is meant:
 `cudaEventSynchronize`, for the numbers of the step before, while the GPU is at work on this one.
@@ -38,8 +38,8 @@ def main() -> int:
 
     from retinanet.config import load_recipe
     from retinanet.data.synthetic import synthetic_dataset
-    from retinanet.train.events import Event
-    from retinanet.train.loop import train
+    from retinanet.training.events import Event
+    from retinanet.training.trainer import train
 
     last = WARM_UP + arguments.steps
     recipe = load_recipe(

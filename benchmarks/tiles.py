@@ -40,9 +40,9 @@ from retinanet.data import read_dataset
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.images import read_image
 from retinanet.data.windows import open_windows
-from retinanet.detect import Detector, load
-from retinanet.detect.tiles import Part, merge_parts, tile_windows
-from retinanet.evaluate.coco import evaluate_detections
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.inference import Detector, load
+from retinanet.inference.tiles import Part, merge_parts, tile_windows
 from retinanet.structures import Detections
 
 OVERLAPS = (0.0, 0.1, 0.2, 0.3)

@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 
 from retinanet.bench.machine import describe_machine
-from retinanet.detect import Detector, load
-from retinanet.detect.sources import find_sources
-from retinanet.detect.video import _Item, _Work, detect_video
-from retinanet.detect.video_reading import Sound, VideoReader
-from retinanet.detect.video_writing import VideoWriter
+from retinanet.inference import Detector, load
+from retinanet.inference.sources import find_sources
+from retinanet.video.detect import _Item, _Work, detect_video
+from retinanet.video.reading import Sound, VideoReader
+from retinanet.video.writing import VideoWriter
 
 STAGES = ("decode", "prepare", "search", "draw", "encode")
 _RATE, _SHOWN = 25, 50  # frames a second; frames that a photo is panned over

@@ -14,7 +14,7 @@ import torch
 import retinanet as rn
 from retinanet.config import load_recipe
 from retinanet.data.synthetic import synthetic_dataset
-from retinanet.train.loop import train
+from retinanet.training.trainer import train
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BLOCKS = [

@@ -85,8 +85,7 @@ def test_type_checkers_see_the_same_names() -> None:
         for alias in node.names
     }
     homes = {name: f"{home}.{name}" for home, names in rn._HOMES.items() for name in names}
-    called = {name: f"{home}.{name}" for name, home in rn._CALLED_ROOMS.items()}
-    assert shown == homes | called
+    assert shown == homes
 
 
 def test_unknown_name() -> None:
@@ -99,37 +98,14 @@ def test_import_alone_is_light() -> None:
     assert heavy.strip() == "[]"
 
 
-USE = "assert callable(rn.train) and callable(rn.evaluate); f = rn.evaluate.__wrapped__;"
-ROOMS = """
-import retinanet.evaluate.coco, retinanet.train.loop
-import retinanet.evaluate.coco as coco
-from retinanet.train import loop
-assert retinanet.evaluate.coco is coco and coco.evaluate_detections
-assert retinanet.train.loop is loop
-"""
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        f"import retinanet as rn\n{USE}\n{ROOMS}\n{USE}",
-        f"{ROOMS}\nimport retinanet as rn\n{USE}",
-        f"from retinanet import train, evaluate\n{ROOMS}\nimport retinanet as rn\n{USE}\n"
-        "assert train is rn.train and evaluate is rn.evaluate",
-    ],
-    ids=["called first", "rooms first", "from import"],
-)
-def test_train_and_evaluate_are_rooms_and_can_be_called(code: str) -> None:
-    run(f"{code}\nfrom retinanet.evaluate.run import evaluate\nassert f is evaluate")
-
-
-def test_a_call_reaches_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retinanet.evaluate.run.evaluate", lambda *a, **k: ("evaluate", a, k))
-    monkeypatch.setattr("retinanet.api.train", lambda *a, **k: ("train", a, k))
-    assert rn.evaluate(1, data=2) == ("evaluate", (1,), {"data": 2})
-    assert rn.train(3, out=4) == ("train", (3,), {"out": 4})
-
-
-def test_called_rooms_show_their_signature() -> None:
+def test_functions_show_their_signature() -> None:
     assert list(inspect.signature(rn.train).parameters)[:2] == ["data", "out"]
     assert "data" in inspect.signature(rn.evaluate).parameters
+    assert "to" in inspect.signature(rn.export).parameters
+
+
+def test_functions_stay_callable_after_their_modules_are_imported() -> None:
+    run(
+        "import retinanet.evaluation.run, retinanet.training.trainer, retinanet as rn\n"
+        "assert callable(rn.train) and callable(rn.evaluate) and callable(rn.export)"
+    )

@@ -8,9 +8,9 @@ from pathlib import Path
 from retinanet.config import Recipe, load_recipe
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError
-from retinanet.train.events import Listener
-from retinanet.train.loop import Run
-from retinanet.train.loop import train as train_by_recipe
+from retinanet.training.events import Listener
+from retinanet.training.trainer import Run
+from retinanet.training.trainer import train as train_by_recipe
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
 
     Raises:
         ConfigError: an unknown setting or recipe, or settings beside a built recipe.
-        RetinaNetError: as :func:`retinanet.train.loop.train`.
+        RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
     if isinstance(settings, str):
         settings = [settings]

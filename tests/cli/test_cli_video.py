@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from retinanet.cli import main
-from retinanet.detect import video, video_reading
+from retinanet.video import detect as video
+from retinanet.video import reading as video_reading
 
 from .conftest import Cli
 
@@ -195,7 +196,7 @@ def test_int8_is_calibrated_on_the_clip(cli: Cli, tiny_run: Path, tmp_path: Path
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retinanet.detect.load", load)
+        patch.setattr("retinanet.inference.load", load)
         cli("detect", tiny_run, clip, "--precision=int8", "--out", tmp_path / "found")
     assert {one.shape for one in seen[0]} == {(64, 96, 3)}
 

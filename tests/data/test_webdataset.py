@@ -23,8 +23,8 @@ from retinanet.data import archives, check_datasets, convert, read_dataset, read
 from retinanet.data.formats import digest, find_format
 from retinanet.data.formats.webdataset import parse_shard_size
 from retinanet.data.images import image_size, read_image, read_reduced
-from retinanet.detect.sources import find_sources, is_single
 from retinanet.errors import ConfigError, DataError, ImageError
+from retinanet.inference.sources import find_sources, is_single
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What the paper says of the first steps, shown without training a model to its end.
 
 Sec. 3.2's numbers (p_t = .9 costs 100 times less, .968 1000 times, p_t <= .5 at most 4 times) are
-in ``tests/ground/test_losses_classification.py``.
+in ``tests/core/test_losses_classification.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from retinanet.losses.detection import detection_losses
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
-from retinanet.train.optimization import build_optimizer
-from retinanet.train.step import loss_settings
+from retinanet.training.optim import build_optimizer
+from retinanet.training.step import loss_settings
 
 CLASSES = 80  # COCO's
 

@@ -17,13 +17,13 @@ from retinanet.data import read_splits
 from retinanet.data.dataset import Dataset
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError
-from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluation.metrics import Metrics
 from retinanet.paper import rival_training, rivals
 from retinanet.paper.rival_training import evaluate_rival, train_rival
 from retinanet.paper.rivals import RIVALS, load_rival
-from retinanet.train.events import Event
-from retinanet.train.loop import train
-from retinanet.train.step import backward, micro_batches
+from retinanet.training.events import Event
+from retinanet.training.step import backward, micro_batches
+from retinanet.training.trainer import train
 
 NAMES = tuple(RIVALS)
 
@@ -121,7 +121,7 @@ def test_the_pictures_of_a_step_are_retinanets(
         seen["ours"].append(arguments[3].images)
         return backward(*arguments, **options)
 
-    monkeypatch.setattr("retinanet.train.retinanet_subject.backward", spy)
+    monkeypatch.setattr("retinanet.training.retinanet_subject.backward", spy)
     own = rival_training._Subject.backward
 
     def rivals_spy(self: Any, network: Any, model: Any, batch: Any, **options: Any) -> Any:

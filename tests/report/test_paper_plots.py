@@ -10,8 +10,8 @@ import matplotlib as mpl
 import pytest
 from PIL import Image
 
-from retinanet.evaluate.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluate.speed_accuracy import SpeedAccuracy, SpeedPoint
+from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
+from retinanet.evaluation.speed_accuracy import SpeedAccuracy, SpeedPoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.figures import (
     focal_curves,

@@ -16,8 +16,8 @@ from PIL import Image
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
-from retinanet.evaluate.coco import evaluate_detections
-from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.evaluation.metrics import Metrics
 from retinanet.report.plots import (
     _compact,
     _moving_mean,

@@ -25,8 +25,8 @@ from torch import nn
 from retinanet import __version__
 from retinanet.cli.serve import serve as serve_command
 from retinanet.config import DetectConfig
-from retinanet.detect import Detector, Source
 from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.inference import Detector, Source
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve import Settings, build_app

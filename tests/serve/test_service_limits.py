@@ -33,7 +33,7 @@ from small_service import (
 )
 from torch import Tensor
 
-from retinanet.detect.exported import ExportedFile, ExportedNetwork
+from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.serve import Settings
 from retinanet.serve import outside as outside_module
 from retinanet.serve.upload import Upload

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from retinanet.data import Dataset
-    from retinanet.evaluate import Metrics
+    from retinanet.evaluation import Metrics
 
 PICTURES = {"train": 320, "val": 40, "test": 120}
 """How many pictures are made, by split."""
@@ -92,7 +92,7 @@ def run_demo(
     """
     from retinanet.config import load_recipe
     from retinanet.data.synthetic import synthetic_dataset
-    from retinanet.evaluate.run import evaluate
+    from retinanet.evaluation.run import evaluate
 
     note(f"making {sum(pictures.values())} pictures in {out / 'data'}")
     splits = synthetic_dataset(out / "data", splits=pictures, seed=seed, **SHAPES)
@@ -148,7 +148,7 @@ def _draw(
 
     from retinanet.data.drawing import draw_boxes
     from retinanet.data.images import read_image
-    from retinanet.detect import Found, load
+    from retinanet.inference import Found, load
 
     images = [one for one in dataset.images if one.annotations][:_DRAWN]
     paths = [one.path for one in images]

@@ -131,10 +131,10 @@ def detect(
     A picture that cannot be read stops nothing: it is named at the end, and the exit code is 1.
     """
     from retinanet.config import check_choice
-    from retinanet.detect import load
-    from retinanet.detect.found import DRAWN_SCORE, Failure
-    from retinanet.detect.outputs import LOCAL_FILES, open_outputs
-    from retinanet.detect.sources import Source, is_video, iter_sources
+    from retinanet.inference import load
+    from retinanet.inference.found import DRAWN_SCORE, Failure
+    from retinanet.inference.outputs import LOCAL_FILES, open_outputs
+    from retinanet.inference.sources import Source, is_video, iter_sources
 
     check_choice("--engine", engine, ("local", "ray"))
     kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "pictures"

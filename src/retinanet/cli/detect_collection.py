@@ -31,7 +31,7 @@ def detect_collection(
     Raises:
         typer.Exit: with code 1, if pictures could not be read.
     """
-    from retinanet.detect.collection import search_collection
+    from retinanet.batch.collection import search_collection
 
     if not json:
         note("looking through the sources, then starting Ray, which takes a while")

@@ -13,7 +13,7 @@ from retinanet.cli.console import STOPPED, err, note, print_json, say, table
 from retinanet.interrupts import first_ctrl_c
 
 if TYPE_CHECKING:
-    from retinanet.detect.video import VideoSummary
+    from retinanet.video.detect import VideoSummary
 
 
 def detect_videos(
@@ -44,10 +44,10 @@ def detect_videos(
         DataError: there is one clip, and it cannot be read.
         typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C.
     """
-    from retinanet.detect import load
-    from retinanet.detect.video import detect_video
-    from retinanet.detect.video_reading import import_av
     from retinanet.errors import DataError
+    from retinanet.inference import load
+    from retinanet.video.detect import detect_video
+    from retinanet.video.reading import import_av
 
     clips = _clips(sources)
     names = _names(clips)
@@ -121,8 +121,8 @@ def _clips(sources: list[str]) -> list[str]:
     """The clips and cameras that `sources` stand for, each once."""
     import glob
 
-    from retinanet.detect.sources import is_video
     from retinanet.errors import ConfigError
+    from retinanet.inference.sources import is_video
 
     found: dict[str, None] = {}
     for source in sources:
@@ -174,8 +174,8 @@ def _spare(clips: list[str], names: list[str | None], out: Path) -> None:
 
 def _samples(clips: list[str]) -> list[Any]:
     """Pictures to calibrate on, of the first clip that can be read."""
-    from retinanet.detect.video_reading import VideoReader
     from retinanet.errors import DataError
+    from retinanet.video.reading import VideoReader
 
     for place, clip in enumerate(clips):
         try:

@@ -11,7 +11,7 @@ from retinanet.cli.console import figure, print_json, progress, say, table
 from retinanet.cli.settings import Backend, Device, Precision, tile_of
 
 if TYPE_CHECKING:
-    from retinanet.evaluate import Metrics
+    from retinanet.evaluation import Metrics
 
 _SHOWN_CLASSES = 30
 
@@ -81,7 +81,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print metrics.json's content.")] = False,
 ) -> None:
     """Judge a model, or anybody's COCO results file, on labelled pictures."""
-    from retinanet.evaluate.run import evaluate as judge
+    from retinanet.evaluation.run import evaluate as judge
 
     folder = out or _default_folder(Path(model), split or "val")
     with progress("evaluating") as show:

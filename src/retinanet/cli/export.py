@@ -11,7 +11,7 @@ from retinanet.cli.console import note, print_json, say, table
 from retinanet.cli.settings import ClassAgnostic, thresholds_of
 
 if TYPE_CHECKING:
-    from retinanet.export import Agreement, ExportReport
+    from retinanet.exporters import Agreement, ExportReport
 
 
 def export(
@@ -83,7 +83,7 @@ def export(
     The report lies beside the file, in FILE.report.json. Where the file is beyond the tolerance the
     exit code is 1.
     """
-    from retinanet.export.run import export as write
+    from retinanet.exporters.run import export as write
 
     report = write(
         model,

@@ -163,7 +163,7 @@ def run(
     Every row gets the same pictures, steps, order and start. A call that was stopped goes on where
     it was when it is given again; calls on several machines may share one --out.
     """
-    from retinanet.detect.inference import choose_device
+    from retinanet.inference.inference import choose_device
     from retinanet.paper.outputs import Trained, finish, read_foreign
     from retinanet.paper.pace import steps_within
     from retinanet.paper.plan import Terms, check_networks, check_pictures, plan, read_data
@@ -238,7 +238,7 @@ def work() -> None:
     """Do one training of a plan, told on standard input: what ``run`` starts for each."""
     from retinanet.cli.training import describe_start
     from retinanet.paper.work import work as do
-    from retinanet.train.events import Event
+    from retinanet.training.events import Event
 
     def show(event: Event) -> None:
         if event.kind in ("start", "resume"):

@@ -11,8 +11,8 @@ import typer
 from retinanet.cli.console import plain, print_json, progress, say, table
 
 if TYPE_CHECKING:
-    from retinanet.evaluate.loss_distribution import LossDistribution
-    from retinanet.evaluate.speed_accuracy import SpeedAccuracy
+    from retinanet.evaluation.loss_distribution import LossDistribution
+    from retinanet.evaluation.speed_accuracy import SpeedAccuracy
 
 Split = Annotated[
     str | None,
@@ -63,8 +63,8 @@ def loss_distribution(
     The share of the loss that the easiest anchors hold, objects and background apart, if the model
     were judged by the focal loss with each gamma.
     """
-    from retinanet.evaluate.loss_distribution import GAMMAS
-    from retinanet.evaluate.loss_distribution import loss_distribution as measure
+    from retinanet.evaluation.loss_distribution import GAMMAS
+    from retinanet.evaluation.loss_distribution import loss_distribution as measure
     from retinanet.report.paper_plots import plot_loss_distribution
 
     with progress("looking at anchors") as show:
@@ -127,8 +127,8 @@ def speed_accuracy(
     The time is that of network and post-processing for one picture that is decoded and resized.
     """
     from retinanet.bench.machine import describe_machine
-    from retinanet.detect.inference import choose_device
-    from retinanet.evaluate.speed_accuracy import speed_accuracy as measure
+    from retinanet.evaluation.speed_accuracy import speed_accuracy as measure
+    from retinanet.inference.inference import choose_device
     from retinanet.report.paper_plots import plot_speed_accuracy, speed_marks
 
     models = _named(runs)

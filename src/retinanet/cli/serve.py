@@ -114,7 +114,7 @@ def serve(
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     named = model_names(models)
 
-    from retinanet.detect import load
+    from retinanet.inference import load
     from retinanet.serve.server import bind, serve, share_cores
 
     thresholds = thresholds_of(

@@ -17,8 +17,8 @@ from retinanet.cli.console import STOPPED, err, figure, note, seconds
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
-    from retinanet.train.events import Event
-    from retinanet.train.loop import Run
+    from retinanet.training.events import Event
+    from retinanet.training.trainer import Run
 
 _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
 
@@ -37,7 +37,7 @@ def run_training(
     Raises:
         typer.Exit: it was stopped by Ctrl-C; the state is kept.
     """
-    from retinanet.train.loop import train
+    from retinanet.training.trainer import train
 
     with _Display(title) as display:
         run = train(recipe, data, folder, device=device, init=init, on_event=display.show)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from retinanet.config import to_toml
 from retinanet.data import Dataset, digest, read_splits, usable
-from retinanet.detect import Detector, Found
-from retinanet.detect.found import DRAWN_SCORE
 from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.files import write_atomic
 from retinanet.hub.card import CardOptions, Counts, Example, write_card
 from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_places
+from retinanet.inference import Detector, Found
+from retinanet.inference.found import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
 from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
 

@@ -17,13 +17,13 @@ from retinanet.bench.machine import describe_machine
 from retinanet.data import usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import eval_loader
-from retinanet.detect.detector import Detector
-from retinanet.detect.inference import choose_device, padding_colour
 from retinanet.errors import DataError
-from retinanet.evaluate.loss_distribution import loss_distribution
-from retinanet.evaluate.run import evaluate
-from retinanet.evaluate.speed_accuracy import search_call, time_in_turns
+from retinanet.evaluation.loss_distribution import loss_distribution
+from retinanet.evaluation.run import evaluate
+from retinanet.evaluation.speed_accuracy import search_call, time_in_turns
 from retinanet.files import write_atomic
+from retinanet.inference.detector import Detector
+from retinanet.inference.inference import choose_device, padding_colour
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures

@@ -50,7 +50,7 @@ class Outcome:
         seed: that it was started with.
         status: ``done``; ``diverged``: the loss was no number any more, which counts as AP 0;
             ``failed``: it ended for another reason; ``missing``: it has not been run.
-        metrics: of a done training, as :meth:`retinanet.evaluate.metrics.Metrics.to_dict` gives
+        metrics: of a done training, as :meth:`retinanet.evaluation.metrics.Metrics.to_dict` gives
             them (shares of 1).
         folder: its run folder; a relative one is under the page's.
         note: why it failed.

@@ -1,7 +1,7 @@
 """Rivals in our own training loop, and judged by our own metrics.
 
-The loop is RetinaNet's (:func:`retinanet.train.loop.train_subject`): the same data in the same
-order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision, and the
+The loop is RetinaNet's (:func:`retinanet.training.trainer.train_subject`): the same data in the
+same order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision, and the
 same rule for which checkpoint is the best.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from retinanet.config import Recipe, check_choice
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import eval_loader
-from retinanet.detect.inference import autocast, choose_device, padding_colour
 from retinanet.errors import ConfigError, NonFiniteLossError
-from retinanet.evaluate.coco import evaluate_detections
-from retinanet.evaluate.metrics import Metrics
-from retinanet.evaluate.results import Results
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.results import Results
+from retinanet.inference.inference import autocast, choose_device, padding_colour
 from retinanet.losses.detection import Losses
 from retinanet.paper.rivals import (
     RIVALS,
@@ -36,9 +36,9 @@ from retinanet.paper.rivals import (
     write_rival,
 )
 from retinanet.structures import Batch
-from retinanet.train.events import Listener
-from retinanet.train.loop import Run, train_subject
-from retinanet.train.step import micro_batches, whole_losses
+from retinanet.training.events import Listener
+from retinanet.training.step import micro_batches, whole_losses
+from retinanet.training.trainer import Run, train_subject
 
 
 def train_rival(
@@ -50,7 +50,7 @@ def train_rival(
     device: str = "auto",
     on_event: Listener | None = None,
 ) -> Run:
-    """Train a rival as :func:`retinanet.train.loop.train` trains a RetinaNet with that recipe.
+    """Train a rival with a recipe, as :func:`retinanet.training.trainer.train` trains RetinaNet.
 
     The run folder is like any other's, but for the checkpoints in ``last/`` and ``best/``
     (``rival.safetensors``, ``rival.json``; :func:`retinanet.paper.rivals.load_rival`) and for
@@ -92,9 +92,9 @@ def evaluate_rival(
 
     Args:
         network: it is moved to `device`.
-        device, precision: as in :mod:`retinanet.detect.network`.
+        device, precision: as in :mod:`retinanet.inference.network`.
 
-    The others are those of :func:`retinanet.evaluate.run.search`. There is no loss in the metrics.
+    The others are those of :func:`retinanet.evaluation.run.search`. The metrics have no loss.
 
     Raises:
         ConfigError: an unknown device or precision.
@@ -134,7 +134,7 @@ def evaluate_rival(
 
 
 class _Subject:
-    """A rival, as :class:`retinanet.train.subject.Subject`."""
+    """A rival, as :class:`retinanet.training.subject.Subject`."""
 
     def __init__(
         self, name: str, recipe: Recipe, train_set: Dataset, accelerator: Accelerator

@@ -27,10 +27,10 @@ from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
 from retinanet.paper.share import take
-from retinanet.train.events import Listener
-from retinanet.train.loop import train
-from retinanet.train.run_folder import RunFolder
-from retinanet.train.state import read_progress
+from retinanet.training.events import Listener
+from retinanet.training.run_folder import RunFolder
+from retinanet.training.state import read_progress
+from retinanet.training.trainer import train
 
 TAKEN = 75
 """Exit code where another process is at work on the same training."""
@@ -53,7 +53,7 @@ class Result:
         status: ``done``, or ``diverged``: the loss was not finite, which is a result too.
         steps: done.
         seconds: of training and validation.
-        metrics: :meth:`retinanet.evaluate.Metrics.to_dict`; None where it diverged.
+        metrics: :meth:`retinanet.evaluation.Metrics.to_dict`; None where it diverged.
         note: why it diverged.
     """
 
@@ -120,7 +120,7 @@ def work(source: int, on_event: Listener | None = None) -> int:
         source: descriptor of a pipe: a line of :func:`describe_task`, and then nothing until it is
             closed. That asks to stop and to keep the state, as Ctrl-C does; it is closed too where
             the process that asked for the work is gone, however it ended.
-        on_event: as for :func:`retinanet.train.loop.train`.
+        on_event: as for :func:`retinanet.training.trainer.train`.
 
     Returns:
         an exit code: 0; TAKEN; STOPPED, and it can go on; or that of one of several processes,

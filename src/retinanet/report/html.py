@@ -21,11 +21,11 @@ from retinanet.data import read_splits, usable
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
-from retinanet.detect.detector import Detector, load
-from retinanet.detect.found import DRAWN_SCORE, Found
 from retinanet.errors import DataError, RetinaNetError
-from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluation.metrics import Metrics
 from retinanet.files import write_atomic
+from retinanet.inference.detector import Detector, load
+from retinanet.inference.found import DRAWN_SCORE, Found
 from retinanet.report.plots import (
     plot_evaluation,
     plot_object_sizes,

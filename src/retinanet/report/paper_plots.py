@@ -1,7 +1,7 @@
 """The paper's figures, redrawn in its axes, and its tables as pictures; each as PNG and SVG.
 
 Source: Lin et al. 2017, Figures 1 to 7. What is drawn comes in as numbers: from
-:mod:`retinanet.paper.figures`, from measurements (:mod:`retinanet.evaluate`), and as published.
+:mod:`retinanet.paper.figures`, from measurements (:mod:`retinanet.evaluation`), and as published.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from retinanet.evaluate.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluate.speed_accuracy import SpeedAccuracy
+from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
+from retinanet.evaluation.speed_accuracy import SpeedAccuracy
 from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, _short, open_figure
 
 _DARK = "#333333"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from retinanet.data.dataset import Dataset
 from retinanet.errors import DataError
-from retinanet.evaluate.metrics import Metrics
+from retinanet.evaluation.metrics import Metrics
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#8A8F98"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from retinanet.detect import Detector
 from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.inference import Detector
 from retinanet.serve.settings import Settings
 
 if TYPE_CHECKING:

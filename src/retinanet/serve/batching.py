@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from retinanet.detect import Detector, Found, Source
-from retinanet.detect.detector import Prepared
-from retinanet.detect.exported import ExportedNetwork
 from retinanet.errors import ConfigError
+from retinanet.inference import Detector, Found, Source
+from retinanet.inference.detector import Prepared
+from retinanet.inference.exported import ExportedNetwork
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.refusal import Refusal, busy

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retinanet.anchors import AnchorSpec
-from retinanet.detect import Detector
+from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import Outputs
 

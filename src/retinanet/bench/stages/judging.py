@@ -15,7 +15,7 @@ import torch
 from retinanet.bench.contest import Case, Contest, Rival, Setting
 from retinanet.bench.samples import random_boxes
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.evaluate.coco import evaluate_detections
+from retinanet.evaluation.coco import evaluate_detections
 
 _OBJECTS = 7
 

@@ -24,10 +24,10 @@ from retinanet.bench.samples import (
     rms_error,
     same_networks,
 )
-from retinanet.detect.detector import Detector
-from retinanet.detect.found import Found
-from retinanet.detect.inference import DTYPES
-from retinanet.detect.network import build_network
+from retinanet.inference.detector import Detector
+from retinanet.inference.found import Found
+from retinanet.inference.inference import DTYPES
+from retinanet.inference.network import build_network
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import Outputs, flatten_levels
 

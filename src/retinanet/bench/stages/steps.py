@@ -20,10 +20,10 @@ from retinanet.bench.samples import (
     random_boxes,
     same_networks,
 )
-from retinanet.detect.inference import autocast, choose_dtype
+from retinanet.inference.inference import autocast, choose_dtype
 from retinanet.losses.detection import detection_losses
 from retinanet.structures import pad_targets
-from retinanet.train.optimization import build_optimizer
+from retinanet.training.optim import build_optimizer
 
 _LR, _MOMENTUM, _DECAY = 1e-4, 0.9, 1e-4
 

@@ -1,0 +1,1 @@
+"""Detection on large image collections with Ray."""

@@ -1,0 +1,17 @@
+"""From pictures to what is found in them: the detector, its results, the files that hold them."""
+
+from retinanet.inference.detector import Detector, load
+from retinanet.inference.found import Failure, Found
+from retinanet.inference.inference import Thresholds, detect_batch
+from retinanet.inference.sources import Source, find_sources
+
+__all__ = [
+    "Detector",
+    "Failure",
+    "Found",
+    "Source",
+    "Thresholds",
+    "detect_batch",
+    "find_sources",
+    "load",
+]

@@ -1,0 +1,432 @@
+"""Exported files as networks: ``.onnx``, OpenVINO's ``.xml`` and torch's ``.pt2``.
+
+Such a file holds the whole detector (:mod:`retinanet.exporters`): image in, boxes out.
+Here pictures are resized before they go in, as for every network; a file's own resizing leaves such
+a picture as it is. What a file is of and how it was made is a text in it, as of a checkpoint.
+
+An ONNX or OpenVINO file is data. A ``.pt2`` is a program, and one of AOTInductor is machine code:
+opening it runs what its author put there.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retinanet.anchors import feature_sizes
+from retinanet.config import build_recipe
+from retinanet.data.images import network_size
+from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.inference.inference import Thresholds, choose_device
+from retinanet.model.checkpoint import CheckpointText
+from retinanet.model.retinanet import RetinaNet
+from retinanet.postprocess import postprocess
+from retinanet.structures import Detections, Outputs
+
+FORMAT = "retinanet export"
+FORMAT_VERSION = 1
+TEXT_KEY = "retinanet"
+"""Where the text is: a metadata property (ONNX), an rt_info (OpenVINO), ``extra/retinanet``."""
+
+DETECTIONS, SCORES = "detections", "scores"
+"""Forms: with everything inside; or boxes and scores of all anchors, for another's NMS."""
+
+SUFFIXES = (".onnx", ".xml", ".pt2")
+
+_TARGETS = {".onnx": ("onnx",), ".xml": ("openvino",), ".pt2": ("torch", "aotinductor")}
+_Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """What an exported file says of itself; attributes that a Checkpoint has too mean the same.
+
+    Attributes:
+        path: the file.
+        target: "onnx", "openvino", "torch" or "aotinductor".
+        form: :data:`DETECTIONS` or :data:`SCORES`.
+        precision: "float32", "fp16" or "int8".
+        thresholds: those that are built in.
+        strides: pixels of the network's input a cell, a level.
+        per_cell: anchors a cell.
+    """
+
+    path: Path
+    target: str
+    form: str
+    precision: str
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_size: int
+    max_size: int
+    thresholds: Thresholds
+    strides: tuple[int, ...]
+    per_cell: int
+    info: dict[str, Any]
+
+
+def is_exported(path: Any) -> bool:
+    """Whether `path` names an exported file, by its suffix."""
+    return isinstance(path, str | Path) and Path(path).suffix.lower() in SUFFIXES
+
+
+def read_exported(path: str | Path) -> ExportedFile:
+    """What an exported file is of; the network in it is not made ready yet.
+
+    Raises:
+        WeightsError: there is no such file, it is damaged, another's, or of a later version.
+        MissingExtraError: what it takes to read it is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}: give an exported {', '.join(SUFFIXES)}")
+    suffix = path.suffix.lower()
+    text = {".onnx": _onnx_text, ".xml": _openvino_text, ".pt2": _torch_text}[suffix](path)
+    if not text:
+        _refuse(path, f"it holds no text {TEXT_KEY!r}: it is not of retinanet export")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        _refuse(path, f"its text is not JSON: {error}")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        _refuse(path, f'its text lacks "format": "{FORMAT}"')
+    version = values.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
+        _refuse(
+            path,
+            f"it has version {version!r}, this package reads up to {FORMAT_VERSION}: upgrade it",
+        )
+    known = {
+        "target": _TARGETS[suffix],
+        "form": (DETECTIONS, SCORES),
+        "precision": ("float32", "fp16", "int8"),
+    }
+    for key, choices in known.items():
+        if values.get(key) not in choices:
+            _refuse(path, f"{key} is {values.get(key)!r}, not one of {', '.join(choices)}")
+    checked = CheckpointText(values, path)
+    spec = checked.spec()
+    info = checked.info
+    try:
+        detect = build_recipe({"detect": info.get("detect")}, str(path)).detect
+    except ConfigError as error:
+        _refuse(path, f"info.detect has no thresholds: {error}")
+    return ExportedFile(
+        path=path,
+        target=values["target"],
+        form=values["form"],
+        precision=values["precision"],
+        classes=checked.classes,
+        category_ids=checked.category_ids,
+        image_size=checked.whole("preprocessing", "image_size"),
+        max_size=checked.whole("preprocessing", "max_size"),
+        thresholds=cast(Thresholds, detect.model_dump()),
+        strides=(4,) * spec["p2"] + (8, 16, 32, 64, 128),
+        per_cell=len(spec["scales"]) * len(spec["aspect_ratios"]),
+        info=info,
+    )
+
+
+def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torch.device:
+    """As :func:`retinanet.inference.inference.choose_device`, for what the file can run on.
+
+    ``auto`` is CUDA for ONNX where torch and ONNX Runtime both have it, else the CPU.
+
+    Raises:
+        ConfigError: as there, or the file does not run on the device that is asked for.
+    """
+    if name == "auto":
+        found = choose_device("auto")
+        fits = file.target == "onnx" and found.type == "cuda" and _onnx_has_cuda()
+        return found if fits else torch.device("cpu")
+    device = choose_device(name)
+    if file.target == "onnx" and device.type == "cuda" and not _onnx_has_cuda():
+        raise ConfigError(
+            f"this onnxruntime runs {file.path.name} on the CPU alone, the device is {device}: "
+            "pip install onnxruntime-gpu, or give --device cpu"
+        )
+    if device.type not in ("cpu", "cuda" if file.target == "onnx" else "cpu"):
+        raise ConfigError(
+            f"{file.path.name} runs on the CPU, the device is {device}: give --device cpu, or the "
+            "run that it was exported from"
+        )
+    return device
+
+
+def check_built_in(
+    file: ExportedFile,
+    *,
+    precision: str,
+    backend: str,
+    calibrate: Any,
+    image_size: int,
+    max_size: int,
+) -> None:
+    """See that what is asked for is what was built in.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    asked = {
+        "image_size": (image_size, file.image_size),
+        "max_size": (max_size, file.max_size),
+        "precision": (precision, file.precision),
+        "backend": (backend, file.target),
+    }
+    for key, (wanted, built) in asked.items():
+        if wanted not in ("auto", built):
+            raise ConfigError(
+                f"{file.path.name} was exported with {key} {built}, got {wanted}: "
+                "leave it out, or export again"
+            )
+    if calibrate is not None:
+        raise ConfigError(
+            f"{file.path.name} is exported already: calibrate where it is made "
+            "(retinanet export --int8 --calibrate)"
+        )
+
+
+class ExportedNetwork:
+    """The detector in an exported file, ready to be run.
+
+    Attributes:
+        file: what it is of.
+        device: where it runs.
+        precision: "float32", "fp16" (weights alone, on a CPU) or "int8".
+        backend: "onnx", "openvino", "torch" or "aotinductor".
+        description: both, in a few words.
+    """
+
+    def __init__(self, file: ExportedFile, device: torch.device) -> None:
+        """Make it ready; it uses as many threads as torch.
+
+        Args:
+            file: as :func:`read_exported` gives it.
+            device: as :func:`choose_exported_device` gives it.
+
+        Raises:
+            WeightsError: the file is damaged.
+            MissingExtraError: what runs it is not installed.
+        """
+        self.file = file
+        self.device = device
+        self.precision = file.precision
+        self.backend = file.target
+        build = {
+            "onnx": _onnx_run,
+            "openvino": _openvino_run,
+            "torch": _torch_run,
+            "aotinductor": _aotinductor_run,
+        }[file.target]
+        self._run: _Run = build(file.path, device)
+        name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch.export"}
+        runner = name.get(file.target, "AOTInductor")
+        self.description = f"{runner} on {device.type}, {file.precision}, {file.path.name}"
+
+    def __call__(self, images: Tensor) -> NoReturn:
+        """An exported file gives boxes, and nothing before them.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self.file.path.name} gives boxes, not the network's own outputs: "
+            "give the run that it was exported from"
+        )
+
+    def check(self, thresholds: Thresholds) -> None:
+        """See that the file can give what is asked for.
+
+        Raises:
+            ConfigError: another value is built in.
+        """
+        if self.file.form == SCORES:
+            return
+        for key, built in self.file.thresholds.items():
+            asked = thresholds.get(key, built)
+            if key == "score_threshold":
+                fits, may = cast(float, asked) >= cast(float, built), " or more"
+            elif key == "detections_per_image":
+                fits, may = cast(int, asked) <= cast(int, built), " or less"
+            else:
+                fits, may = asked == built, ""
+            if not fits:
+                raise ConfigError(
+                    f"{self.file.path.name} was exported with {key} {built}, which allows "
+                    f"{built}{may}, got {asked}: export it again with {asked}"
+                )
+
+    @torch.inference_mode()
+    def find(self, pictures: Sequence[Tensor], **thresholds: Any) -> list[Detections]:
+        """What is found in pictures of any sizes, in their own pixels.
+
+        Args:
+            pictures: (3, H, W) uint8 RGB; those of one size go through the file at once.
+            thresholds: laid over those built in.
+
+        Raises:
+            ConfigError: as :meth:`check`.
+        """
+        used = Thresholds(**{**self.file.thresholds, **thresholds})  # type: ignore[typeddict-item]
+        self.check(used)
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, picture in enumerate(pictures):
+            places.setdefault(tuple(picture.shape), []).append(place)
+        found: dict[int, Detections] = {}
+        for shape, own in places.items():
+            outputs = self._run(torch.stack([pictures[i] for i in own]).contiguous())
+            read = self._cut if self.file.form == DETECTIONS else self._suppress
+            for row, place in enumerate(own):
+                parts = [part[row].cpu() for part in outputs]
+                found[place] = read(parts, (shape[1], shape[2]), used)
+        return [found[place] for place in range(len(pictures))]
+
+    def _cut(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
+        boxes, scores, labels, count = parts
+        count = (scores[: int(count)] > used["score_threshold"]).sum()
+        last = min(int(count), used["detections_per_image"])
+        # Copies: what an engine gave may be its own memory, and is mostly padding.
+        return Detections(boxes[:last].clone(), scores[:last].clone(), labels[:last].clone())
+
+    def _suppress(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
+        """By the same post-processing as for every network: the boxes are its anchors."""
+        boxes, scores = parts
+        sides = network_size(*size, self.file.image_size, self.file.max_size)
+        divisor = RetinaNet.size_divisor
+        padded = (-(-side // divisor) * divisor for side in sides)
+        cells = feature_sizes(self.file.strides, *padded)
+        counts = [rows * columns * self.file.per_cell for rows, columns in cells]
+        logits = torch.split(scores.logit(), counts)
+        return postprocess(
+            Outputs(
+                tuple(one.t()[None, :, :, None] for one in logits),
+                tuple(one.new_zeros(1, 4, len(one), 1) for one in logits),
+            ),
+            torch.split(boxes, counts),
+            torch.tensor([size]),
+            num_classes=len(self.file.classes),
+            **used,
+        )[0]
+
+
+def _onnx_session(path: Path, providers: list[Any], *, ready: bool) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "onnx") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not ready:
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # of a damaged file: types of its own, and RuntimeError
+        _refuse(path, f"it cannot be read as ONNX: {error}")
+
+
+def _onnx_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _onnx_text(path: Path) -> str:
+    session = _onnx_session(path, ["CPUExecutionProvider"], ready=False)
+    return str(session.get_modelmeta().custom_metadata_map.get(TEXT_KEY, ""))
+
+
+def _onnx_run(path: Path, device: torch.device) -> _Run:
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    session = _onnx_session(path, providers, ready=True)
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(one) for one in session.run(None, {name: images.numpy()})]
+
+    return run
+
+
+def _openvino_model(path: Path) -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("openvino", "openvino") from None
+    core = openvino.Core()
+    try:
+        return core, core.read_model(path)
+    except Exception as error:
+        _refuse(path, f"it cannot be read by OpenVINO (a .bin lies beside it): {error}")
+
+
+def _openvino_text(path: Path) -> str:
+    _, model = _openvino_model(path)
+    return str(model.get_rt_info([TEXT_KEY]).astype(str)) if model.has_rt_info([TEXT_KEY]) else ""
+
+
+def _openvino_run(path: Path, device: torch.device) -> _Run:
+    core, model = _openvino_model(path)
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            # Of less than float32 boxes would be pixels off; int8 convolutions stay int8.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        # A request of its own for each call: several threads may call.
+        found = compiled.create_infer_request().infer([images.numpy()])
+        return [torch.from_numpy(np.array(found[one])) for one in compiled.outputs]
+
+    return run
+
+
+def _torch_text(path: Path) -> str:
+    """Read without running anything of the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(f"/extra/{TEXT_KEY}"):
+                    return archive.read(name).decode("utf-8")
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        _refuse(path, f"it is no package of torch: {error}")
+    return ""
+
+
+def _torch_run(path: Path, device: torch.device) -> _Run:
+    import torchvision  # noqa: F401  its nms is asked for by name
+
+    try:
+        module = torch.export.load(path).module()
+    except Exception as error:
+        _refuse(path, f"torch.export cannot load it: {error}")
+    return cast(_Run, module)
+
+
+def _aotinductor_run(path: Path, device: torch.device) -> _Run:
+    import torchvision  # noqa: F401  as above
+
+    try:
+        return cast(_Run, torch._inductor.aoti_load_package(str(path)))
+    except Exception as error:
+        _refuse(path, f"AOTInductor cannot load it: {error}")
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    raise WeightsError(f"{path}: {' '.join(why.split())}") from None

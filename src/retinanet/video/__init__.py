@@ -1,0 +1,1 @@
+"""Detection and tracking in videos and camera streams."""

@@ -1,0 +1,243 @@
+"""COCO's results file: written, read back to the same AP, and refused where it is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_coco_metrics import (
+    assert_same,
+    make_dataset,
+    make_detections,
+    pycocotools_numbers,
+    random_case,
+)
+
+from retinanet.data.dataset import Annotation
+from retinanet.errors import DataError
+from retinanet.evaluation import results as results_module
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.evaluation.results import Results, ground_truth, image_numbers
+from retinanet.structures import Detections
+
+GOOD = {"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+def filled(seed: int = 0) -> Results:
+    dataset, found = random_case(seed)
+    results = Results(dataset)
+    for index, detections in found:
+        results.add(index, detections)
+    return results
+
+
+def test_written_file_gives_the_same_ap_here_and_in_pycocotools(tmp_path: Path) -> None:
+    results = filled()
+    file = tmp_path / "deep" / "results.json"
+    results.write(file)
+    metrics = evaluate_detections(results.dataset, results)
+    again = Results.read(file, results.dataset)
+    assert (again.table() == results.table()).all()  # bit for bit
+    assert evaluate_detections(results.dataset, again).to_dict() == metrics.to_dict()
+    rows = json.loads(file.read_text())
+    assert_same(metrics, pycocotools_numbers(ground_truth(results.dataset), rows))
+    assert list(file.parent.iterdir()) == [file]  # nothing is left beside it
+
+
+def test_boxes_are_xywh_and_ids_the_datas_own() -> None:
+    results = Results(make_dataset([[], []]))
+    results.add(1, make_detections([([1.0, 2.0, 4.0, 8.0], 0.25, 1)]))
+    assert list(results.rows()) == [
+        {"image_id": 12, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.25}
+    ]
+
+
+def test_nothing_found_is_an_empty_list(tmp_path: Path) -> None:
+    results = Results(make_dataset([[]]))
+    results.add(0, make_detections([]))
+    results.write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == []
+    assert len(Results.read(tmp_path / "results.json", results.dataset)) == 0
+
+
+def test_labels_are_mapped_and_unknown_classes_left_out() -> None:
+    results = Results(make_dataset([[]]), label_map=(1, -1, 0))
+    rows = [([0.0, 0, 1, 1], 0.9, 0), ([0.0, 0, 1, 1], 0.8, 1), ([0.0, 0, 1, 1], 0.7, 2)]
+    results.add(0, make_detections(rows))
+    assert [row["category_id"] for row in results.rows()] == [3, 17]
+
+
+def test_ids_that_are_names_get_numbers_and_are_understood() -> None:
+    named = make_dataset([[Annotation((0, 0, 10, 10), 0)], []])
+    images = tuple(
+        type(one)(Path(f"BloodImage_{i:05}.jpg"), f"BloodImage_{i:05}", one.annotations)
+        for i, one in enumerate(named.images)
+    )
+    dataset = replace(named, images=images)
+    assert image_numbers(dataset) == (1, 2)
+    for name in ("BloodImage_00000", "BloodImage_00000.jpg", 1):
+        row = {"image_id": name, "category_id": 17, "bbox": [0, 0, 10, 10], "score": 0.5}
+        assert evaluate_detections(dataset, [row]).ap == pytest.approx(1)
+
+
+def test_a_number_that_is_not_one_is_refused() -> None:
+    results = Results(make_dataset([[]]))
+    bad = Detections(
+        torch.tensor([[0.0, 0.0, math.nan, 1.0]]), torch.tensor([0.5]), torch.tensor([0])
+    )
+    with pytest.raises(DataError, match=r"0\.png: a box or a score that was found is not a number"):
+        results.add(0, bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{**GOOD, "image_id": 99}], r"1 boxes are of images that .* does not hold: 99"),
+        ([{**GOOD, "image_id": "11"}], r"of images that .* does not hold: 11"),
+        ([{**GOOD, "image_id": [1]}], r"of images that .* does not hold: \[1\]"),
+        ([{**GOOD, "category_id": 91}], r"category_id that .* does not know: 91; did you mean 90"),
+        ([GOOD, {"image_id": 11, "score": 1}], "entry 1 has no category_id, bbox"),
+        ([3], "entry 0 has no image_id, category_id, bbox, score"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], r"entry 0 \(image 11\): bbox \[1, 2, 3\] is not"),
+        ([{**GOOD, "bbox": "big"}], "bbox big is not"),
+        ([{**GOOD, "bbox": [5]}], r"bbox \[5\] is not"),
+        ([GOOD, {**GOOD, "bbox": [1, 2, 3, 4, 5]}], r"entry 1 .*bbox \[1, 2, 3, 4, 5\] is not"),
+        ([{**GOOD, "bbox": 5}], "bbox 5 is not"),
+        ([GOOD, {**GOOD, "score": -math.inf}], "entry 1 .* is not a finite number"),
+        ([{**GOOD, "score": "high"}], "score 'high' is not a number"),
+        ([{**GOOD, "score": None}], "is not a finite number"),
+        ([{**GOOD, "bbox": [1, 2, math.nan, 3]}], "entry 0 .* is not a finite number"),
+        ([{**GOOD, "bbox": [9, 9, -3, 4]}], "has a negative size"),
+        ({"images": [], "annotations": []}, "holds labels .* not results"),
+        ({"a": 1}, "is not a COCO results file: .* a JSON object was found"),
+        ("text", "a JSON text was found"),
+        (None, "a JSON null was found"),
+        (3, "a JSON number was found"),
+    ],
+)
+def test_what_is_wrong_in_a_results_file(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as caught:
+        Results.read(file, make_dataset([[], []]))
+    assert "\n" not in str(caught.value)
+    assert "results.json" in str(caught.value)
+
+
+def by_row(rows: list[dict[str, Any]], results: Results) -> Any:
+    """The reference: every row looked at."""
+    return results_module._parse_rows(rows, results, "results")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("order", [GOOD.keys(), sorted(GOOD, reverse=True)])
+def test_plain_files_and_lists_are_read_as_row_by_row(
+    tmp_path: Path, indent: int | None, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = filled()
+    numbers = [-1.5, 2, 3e-7, 1e3]  # all that JSON may write
+    rows = [*results.rows(), {**GOOD, "bbox": numbers, "score": 1}, GOOD]
+    rows = [{key: row[key] for key in order} for row in rows]
+    expected = by_row(rows, results)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(rows, indent=indent))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the slow way was taken")
+
+    monkeypatch.setattr(results_module, "_parse_rows", never)
+    assert (Results.read(rows, results.dataset).table() == expected).all()
+    monkeypatch.setattr(results_module, "read_json", never)
+    assert (Results.read(file, results.dataset).table() == expected).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 7},  # another key
+        {"segmentation": [1, 2]},
+        {"image_id": "0"},  # the name of a picture
+        {"bbox": ["1", "2", "3", "4"]},
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_other_files_are_read_row_by_row(
+    tmp_path: Path, change: dict[str, Any], place: int
+) -> None:
+    dataset = make_dataset([[], []])
+    rows = [dict(GOOD), dict(GOOD)]
+    rows[place] |= change
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(rows))
+    for source in (file, rows):
+        assert (Results.read(source, dataset).table() == [[11, 1, 2, 3, 4, 0.5, 3]] * 2).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5},]',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
+        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": }]',
+        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
+        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5-7}]',
+    ],
+)
+def test_nearly_json(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"results\.json is not JSON"):
+        Results.read(file, make_dataset([[], []]))
+
+
+def test_numbers_that_are_names_of_other_pictures() -> None:
+    # The file's 1 is the id of a picture here: not the number that another one was given.
+    named = make_dataset([[], []])
+    images = tuple(
+        type(one)(Path(f"{name}.jpg"), name)
+        for one, name in zip(named.images, ("b", 1), strict=True)
+    )
+    dataset = replace(named, images=images)
+    assert image_numbers(dataset) == (1, 2)
+    assert Results.read([{**GOOD, "image_id": 1}], dataset).table()[0, 0] == 2
+
+
+def test_many_unknown_ids_are_counted_not_all_listed(tmp_path: Path) -> None:
+    rows = [{**GOOD, "image_id": 1000 + i // 2} for i in range(40)]
+    with pytest.raises(DataError, match=r"40 boxes .*: 1000, 1001, .* and 15 more; is it"):
+        Results.read(rows, make_dataset([[], []]))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    dataset = make_dataset([[]])
+    with pytest.raises(DataError, match=r"no\.json: there is no such file"):
+        Results.read(tmp_path / "no.json", dataset)
+    broken = tmp_path / "broken.json"
+    broken.write_text('[\n{"image_id": 1,\n')
+    with pytest.raises(DataError, match=r"broken\.json is not JSON: .* at line 3"):
+        Results.read(broken, dataset)
+    broken.write_bytes(b"\xff\xfe[")
+    with pytest.raises(DataError, match=r"broken\.json cannot be read"):
+        Results.read(broken, dataset)
+    with pytest.raises(DataError, match="cannot be read"):
+        Results.read(tmp_path, dataset)
+
+
+def test_results_are_judged_without_what_runs_a_model() -> None:
+    code = (
+        "import sys, retinanet.evaluation as room\n"
+        "room.evaluate_detections, room.Results\n"
+        "assert 'torchvision' not in sys.modules and 'retinanet.model' not in sys.modules\n"
+        "from retinanet.evaluation import search, evaluate\n"
+        "assert search.__module__ == evaluate.__module__ == 'retinanet.evaluation.run'\n"
+        "assert not hasattr(room, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

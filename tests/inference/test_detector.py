@@ -1,0 +1,315 @@
+"""From a picture of any kind to what is found in it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from white_finder import Pixels, black
+
+from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
+from retinanet.inference import Detector, Failure, Found, load
+from retinanet.model.checkpoint import Checkpoint, save_checkpoint
+from retinanet.model.retinanet import build_retinanet
+
+BOX = [32.0, 16.0, 48.0, 32.0]
+
+
+def one(found: Found | list[Found]) -> Found:
+    assert isinstance(found, Found)
+    return found
+
+
+def several(found: Found | list[Found]) -> list[Found]:
+    assert isinstance(found, list)
+    return found
+
+
+def test_found_on_the_original_pixels(detector: Detector, square: Pixels) -> None:
+    found = one(detector.detect(square))
+    # White before bright: best first, and both, as NMS is a class's own.
+    torch.testing.assert_close(found.boxes, torch.tensor([BOX, BOX]))
+    # sigmoid of 5.5 and 3.5, less what the square loses at its edge when it is halved.
+    assert 0.97 < found.scores[0] < 0.996
+    assert 0.86 < found.scores[1] < 0.971
+    assert found.labels.tolist() == [0, 1]
+    assert found.classes == ("white", "bright")
+    assert found.size == (128, 192)
+    assert len(found) == 2
+    (box, score, label), _ = found
+    assert box.tolist() == BOX
+    assert (score, label) == (float(found.scores[0]), 0)
+
+
+def test_every_kind_of_picture_gives_the_same(
+    detector: Detector, square: Pixels, folder: Path
+) -> None:
+    tensor = torch.from_numpy(square).permute(2, 0, 1)
+    file = folder / "a.png"
+    kinds = [
+        square,
+        square[:, :, 0],
+        Image.fromarray(square),
+        tensor,
+        file,
+        str(file),
+        file.read_bytes(),
+    ]
+    for found in [one(detector.detect(kind)) for kind in kinds] + several(detector.detect(kinds)):
+        assert found.boxes.tolist() == [BOX, BOX]
+
+
+def test_folder_glob_list_and_batch_give_lists(
+    detector: Detector, folder: Path, square: Pixels
+) -> None:
+    expected = ["a.png", "left/a.png", "right/a.png"]
+    assert [found.name for found in several(detector.detect(folder))] == expected
+    assert len(several(detector.detect(str(folder / "*.png")))) == 1
+    assert len(several(detector.detect([folder / "a.png"]))) == 1
+    assert len(several(detector.detect(np.stack([square] * 3), batch_size=2))) == 3
+    assert detector.detect([]) == []
+
+
+def test_batches_of_unequal_pictures_are_as_one_at_a_time(detector: Detector) -> None:
+    rng = np.random.default_rng(0)
+    pictures = []
+    for height, width in ((64, 64), (100, 260), (260, 100), (37, 64), (500, 11), (128, 192)):
+        cells = rng.random((-(-height // 16), -(-width // 16))) < 0.1
+        pixels = np.kron(cells, np.ones((16, 16)))[:height, :width, None] * 255
+        pictures.append(pixels.astype(np.uint8).repeat(3, axis=2))
+    alone = [one(detector.detect(picture)) for picture in pictures]
+    assert sum(len(found) for found in alone) > 5
+    for batch_size in (2, 4, 6):
+        together = several(detector.detect(pictures, batch_size=batch_size))
+        for lone, shared in zip(alone, together, strict=True):
+            torch.testing.assert_close(lone.boxes, shared.boxes)
+            torch.testing.assert_close(lone.scores, shared.scores)
+            assert lone.size == shared.size
+    for found, picture in zip(alone, pictures, strict=True):
+        height, width = picture.shape[:2]
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 2] <= width).all()
+        assert (found.boxes[:, 3] <= height).all()
+
+
+def test_batch_size_is_what_the_network_takes(
+    detector: Detector, checkpoint: Checkpoint, square: Pixels
+) -> None:
+    model: Any = checkpoint.model
+    detector.detect([square] * 5, batch_size=2)
+    assert [shape[0] for shape in model.batches] == [2, 2, 1]
+    assert model.batches[0] == (2, 3, 64, 96)
+    # What cannot be read takes no place in a batch.
+    model.batches.clear()
+    list(detector.stream([square, "nowhere.png", square, square], batch_size=2))
+    assert [shape[0] for shape in model.batches] == [2, 1]
+
+
+def test_exif_turned_picture(detector: Detector, tmp_path: Path, square: Pixels) -> None:
+    file = tmp_path / "turned.png"
+    picture = Image.fromarray(square)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise, for showing
+    picture.save(file, exif=exif)
+    found = one(detector.detect(file))
+    assert found.size == (192, 128)
+    # (x, y) of 192 x 128 goes to (128 - y, x).
+    assert found.boxes[0].tolist() == [128 - 32.0, 32.0, 128 - 16.0, 48.0]
+
+
+def test_image_size_can_be_changed(checkpoint: Checkpoint, square: Pixels) -> None:
+    model: Any = checkpoint.model
+    detector = Detector(checkpoint, device="cpu", image_size=128)
+    assert detector.max_size == 256  # grown with it
+    found = one(detector.detect(square))
+    assert model.batches[-1] == (1, 3, 128, 192)
+    assert len(found) == 8  # four cells of two classes
+    assert Detector(checkpoint, device="cpu", image_size=128, max_size=150).max_size == 150
+
+
+def test_thresholds_of_checkpoint_detector_and_call(checkpoint: Checkpoint, square: Pixels) -> None:
+    detector = Detector(checkpoint, device="cpu", precision="float32")
+    assert detector.thresholds["score_threshold"] == 0.5
+    assert detector.thresholds["topk_candidates"] == 1000  # the paper's, where nothing is said
+    assert len(one(detector.detect(square, score_threshold=0.95))) == 1
+    assert len(one(detector.detect(square, class_agnostic_nms=True))) == 1
+    assert len(one(detector.detect(square, detections_per_image=1))) == 1
+    assert len(one(detector.detect(square, topk_candidates=1))) == 1
+    assert len(one(detector.detect(square))) == 2
+    strict = Detector(checkpoint, device="cpu", precision="float32", score_threshold=0.95)
+    assert len(one(strict.detect(square))) == 1
+    assert len(one(strict.detect(square, score_threshold=0.5))) == 2
+
+
+def test_nms_threshold(detector: Detector) -> None:
+    # Two white cells side by side do not overlap: only at an IoU of 0 would one go. Boxes here are
+    # disjoint by construction, so the class-agnostic pair is the one that NMS can act on.
+    picture = black(64, 64, (0, 0, 8, 8))
+    assert len(one(detector.detect(picture, class_agnostic_nms=True, nms_threshold=0.5))) == 1
+    assert len(one(detector.detect(picture, class_agnostic_nms=True, nms_threshold=1.0))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_threshold": 1.5}, r"detect.score_threshold: .* \(got 1.5\)"),
+        ({"nms_threshold": 0}, "detect.nms_threshold"),
+        ({"detections_per_image": 0}, "detect.detections_per_image"),
+        ({"topk_candidates": 0}, "detect.topk_candidates"),
+        ({"score_treshold": 0.5}, "no setting .*did you mean detect.score_threshold"),
+        ({"image_size": 8}, "data.image_size"),
+        ({"max_size": 8}, "data.max_size"),
+        ({"precision": "half"}, "precision 'half'"),
+        ({"device": "gpu"}, "device 'gpu'"),
+    ],
+)
+def test_wrong_options(checkpoint: Checkpoint, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Detector(checkpoint, **{"device": "cpu", **options})
+
+
+def test_wrong_options_of_a_call(detector: Detector, square: Pixels) -> None:
+    with pytest.raises(ConfigError, match="score_threshold"):
+        detector.detect(square, score_threshold=-1)
+    with pytest.raises(ConfigError, match="batch_size 0"):
+        detector.detect(square, batch_size=0)
+
+
+def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> None:
+    for missing in ("nowhere.jpg", str(tmp_path / "*.jpg")):
+        with pytest.raises(DataError, match="no "):
+            detector.detect(missing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no picture in this folder"):
+        detector.detect(tmp_path / "empty")
+    with pytest.raises(DataError, match="cannot search a float"):
+        detector.detect(1.5)
+    broken = folder / "broken.png"
+    broken.write_bytes((folder / "a.png").read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        detector.detect(broken)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        detector.detect(folder)
+
+
+def test_a_broken_picture_stops_nothing(detector: Detector, folder: Path, square: Pixels) -> None:
+    broken = folder / "left" / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff no more of this")
+    sources = [square, broken, folder, "nowhere.png", None, square, np.zeros((2, 3, 4), "U1")]
+    for batch_size in (1, 2, 3, 100):
+        results = list(detector.stream(sources, batch_size=batch_size))
+        outcome = [one.source if isinstance(one, Failure) else one.name for one in results]
+        assert outcome[0] == "picture_000000"
+        assert outcome[1] == str(broken)
+        assert outcome[-4:] == ["nowhere.png", "picture_000004", "picture_000005", "picture_000006"]
+        failed = [one for one in results if isinstance(one, Failure)]
+        assert len(failed) == 5  # `broken` alone and again in its folder
+        assert len(results) - len(failed) == 5
+        assert str(broken) in failed[0].reason
+        assert all("\n" not in one.reason for one in failed)
+        assert failed[0].to_dict() == {"file": str(broken), "reason": failed[0].reason}
+
+
+def test_whatever_a_decoder_raises_is_reported(
+    detector: Detector, square: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([MemoryError("of all\nmemory"), None])
+
+    def read(*_: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+        error = next(calls)
+        if error is not None:
+            raise error
+        return torch.zeros(3, 64, 64, dtype=torch.uint8), (64, 64)
+
+    monkeypatch.setattr("retinanet.inference.sources.read_reduced", read)
+    first, second = detector.stream(["pyproject.toml", "pyproject.toml"], workers=1)
+    assert isinstance(first, Failure)
+    assert first.reason == "pyproject.toml: MemoryError: of all memory"
+    assert isinstance(second, Found)
+
+
+def test_errors_of_the_network_are_not_the_pictures_fault(
+    detector: Detector, checkpoint: Checkpoint, square: Pixels
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the network")
+
+    checkpoint.model.forward = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the network"):
+        list(detector.stream([square]))
+
+
+def test_stream_of_nothing_says_so_at_once(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no picture in this folder"):
+        detector.stream(tmp_path)
+    assert list(detector.stream([])) == []
+
+
+def test_stream_memory_is_flat(detector: Detector) -> None:
+    taken = 0
+    gone: list[None] = []
+
+    def pictures() -> Iterator[Pixels]:
+        nonlocal taken
+        while True:  # endless: only what is read ahead may be asked for
+            taken += 1
+            picture = black(64, 64)
+            weakref.finalize(picture, gone.append, None)
+            yield picture
+
+    stream = detector.stream(pictures(), batch_size=3, workers=2)
+    most = 0
+    for _ in range(60):
+        next(stream)
+        most = max(most, taken - len(gone))
+    # At the most a batch in the network, and ahead of it another batch and one a thread.
+    assert taken <= 60 + 3 + (3 + 2) + 1
+    assert most <= 3 + (3 + 2) + 2
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_threads_end_with_the_stream(detector: Detector, square: Pixels) -> None:
+    stream = detector.stream([square] * 50, workers=3)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-picture")]
+
+
+def test_real_network_end_to_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_retinanet(
+        backbone="mobilenet_v2",
+        num_classes=2,
+        backbone_weights="none",
+        norm="group",
+        channels=16,
+        head_depth=1,
+    )
+    saved = Checkpoint(model, ("a", "b"), (3, 5), 64, 96, {})
+    save_checkpoint(tmp_path / "run" / "best", saved)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 151, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    for precision in ("float32", "auto"):
+        detector = load(tmp_path / "run", "cpu", precision=precision, score_threshold=0.0)
+        assert not detector.model.training
+        found = one(detector.detect(tmp_path / "noise.png"))
+        assert 0 < len(found) <= 100
+        assert (found.scores.diff() <= 0).all()
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([151.0, 90, 151, 90])).all()
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+        # The prior: an untrained network gives every anchor about .01.
+        assert 0.005 < float(found.scores.median()) < 0.05
+    assert len(one(detector.detect(pixels, score_threshold=0.5))) == 0
+
+
+def test_load_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere"):
+        load(tmp_path / "nowhere")

@@ -1,0 +1,154 @@
+"""What runs the network: each backend gives the outputs of the network itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from white_finder import WhiteFinder
+
+from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.inference.network import build_network
+from retinanet.model.retinanet import RetinaNet
+from retinanet.structures import Outputs
+
+CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(
+    not (importlib.util.find_spec("openvino") and importlib.util.find_spec("nncf")),
+    reason="openvino and nncf are not installed",
+)
+
+
+@pytest.fixture
+def model() -> RetinaNet:
+    torch.manual_seed(0)
+    built = RetinaNet(backbone="resnet18", num_classes=20, channels=16, head_depth=1, norm="group")
+    for head in (built.class_head, built.box_head):
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_normal_(parameter)
+    return built
+
+
+def pictures(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def errors(got: Outputs, expected: Outputs) -> list[float]:
+    return [
+        float((one.float() - other).norm() / other.norm())
+        for part, other_part in zip(got, expected, strict=True)
+        for one, other in zip(part, other_part, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "tolerance"),
+    [
+        ("auto", "float32", 1e-4),
+        ("torch", "bf16", 0.1),
+        pytest.param("openvino", "float32", 1e-4, marks=needs_openvino),
+        pytest.param("openvino", "bf16", 0.1, marks=needs_openvino),
+        pytest.param("openvino", "int8", 0.3, marks=[needs_openvino, pytest.mark.slow]),
+        pytest.param("compile", "float32", 1e-4, marks=pytest.mark.slow),
+    ],
+)
+def test_each_backend_says_what_the_network_says(
+    model: RetinaNet, backend: str, precision: str, tolerance: float
+) -> None:
+    calibration = [pictures(1, 3, 96, 128)] * 2 if precision == "int8" else None
+    network = build_network(
+        model, CPU, precision=precision, backend=backend, calibration=calibration
+    )
+    assert network.precision == precision
+    assert network.backend == ("torch" if backend == "auto" else backend)
+    assert precision in network.description
+    for shape in ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32)):
+        images = pictures(*shape)
+        with torch.inference_mode():
+            expected = model(images)
+        got = network(images)
+        assert max(errors(got, expected)[:3]) <= tolerance, shape
+        assert [one.shape for one in got.logits] == [one.shape for one in expected.logits]
+        # In channels_last memory post-processing reads them without a copy.
+        first = got.logits[0]
+        assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_openvino
+def test_openvino_takes_pictures_that_are_not_whole_numbers(model: RetinaNet) -> None:
+    network = build_network(model, CPU, precision="float32", backend="openvino")
+    images = pictures(1, 3, 64, 64)
+    for one, other in zip(network(images.float() + 0.2), network(images), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_was_trained_later_is_not_in_it(model: RetinaNet) -> None:
+    network = build_network(model, CPU, precision="float32")
+    images = pictures(1, 3, 64, 64)
+    before = network(images)
+    with torch.no_grad():
+        model.class_head.last.bias.add_(1)
+    torch.testing.assert_close(network(images).logits, before.logits)
+    after = build_network(model, CPU, precision="float32")(images)
+    torch.testing.assert_close(after.logits[0], before.logits[0] + 1)
+
+
+def test_a_module_of_ones_own_runs_as_it_is() -> None:
+    finder = WhiteFinder()
+    network = build_network(finder, CPU)  # type: ignore[arg-type]
+    network(pictures(1, 3, 32, 32))
+    assert finder.batches == [(1, 3, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "openvin"}, r"backend 'openvin' is not .* did you mean openvino"),
+        ({"precision": "int8", "backend": "torch"}, "int8 needs backend openvino, got torch"),
+        ({"precision": "int4"}, "precision 'int4' is not one of"),
+        ({"calibration": [torch.zeros(1, 3, 32, 32)]}, "calibrate on are for precision int8"),
+        ({"precision": "int4", "backend": "openvino"}, "precision 'int4' is not one of"),
+        pytest.param(
+            {"precision": "int8"}, "int8 is calibrated on pictures .*--calibrate",
+            marks=needs_openvino,
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_exist(model: RetinaNet, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_network(model, CPU, **settings)
+
+
+def test_openvino_is_for_the_cpu(model: RetinaNet) -> None:
+    with pytest.raises(ConfigError, match="openvino runs on the CPU, the device is meta"):
+        build_network(model, torch.device("meta"), backend="openvino")
+
+
+@pytest.mark.parametrize("missing", ["openvino", pytest.param("nncf", marks=needs_openvino)])
+def test_a_missing_extra_is_named(
+    model: RetinaNet, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"{missing} is not installed.*retinanet\[openvino"
+    ):
+        build_network(model, CPU, precision="int8", calibration=[pictures(1, 3, 32, 32)])
+
+
+def test_compile_without_a_compiler(model: RetinaNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    class InvalidCxxCompiler(Exception):
+        pass
+
+    def broken(images: Tensor) -> Outputs:
+        raise InvalidCxxCompiler("No working C++ compiler found in (g++,)\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    network = build_network(model, CPU, backend="compile")
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*g\+\+,\); --backend torch"):
+        network(pictures(1, 3, 32, 32))

@@ -1,0 +1,26 @@
+"""A tiny labelled folder for the tests of training."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import retinanet.training.trainer as loop
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.training.optim import build_optimizer
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-data")
+    synthetic_dataset(folder, splits={"train": 12, "val": 4}, image_size=64, seed=3)
+    return folder
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop one step ahead of what it reads, with torch's fused kernels, which run on a CPU."""
+    monkeypatch.setattr(loop, "_steps_ahead", lambda device: 1)
+    monkeypatch.setattr(loop, "build_optimizer", partial(build_optimizer, fused=True))
