@@ -1,10 +1,10 @@
 """How fast collections are on Ray, and whether their memory stays flat.
 
-    python benchmarks/collection.py rates MODEL PICTURES [--pictures N] [--rounds N]
-    python benchmarks/collection.py memory PICTURES [--sizes 1000,20000]
+    python benchmarks/collection.py rates MODEL IMAGES [--images N] [--rounds N]
+    python benchmarks/collection.py memory IMAGES [--sizes 1000,20000]
 
-``rates`` searches the same pictures with the local engine and with 1, 2 and 4 workers on a local
-cluster of four cores, in turns; ``memory`` searches collections of each size (the pictures again
+``rates`` searches the same images with the local engine and with 1, 2 and 4 workers on a local
+cluster of four cores, in turns; ``memory`` searches collections of each size (the images again
 and again, through hard links) with a small network of random weights at 64 pixels, and samples the
 memory of the driver, of the workers, of Ray and of its object store. Each measurement is a process
 of its own. Both print a Markdown table.
@@ -33,7 +33,7 @@ CORES = 4
 
 
 def links(source: Path, folder: Path, count: int) -> Path:
-    """`count` pictures in `folder`: those of `source` again and again."""
+    """`count` images in `folder`: those of `source` again and again."""
     files = sorted(one for one in source.rglob("*") if one.suffix.lower() in (".jpg", ".png"))
     if not files:
         sys.exit(f"{source} holds no .jpg or .png")
@@ -55,7 +55,7 @@ def small_model(folder: Path) -> Path:
     return save_checkpoint(folder, Checkpoint(model, ("a", "b"), (1, 2), 64, 128, info))
 
 
-def one(engine: str, model: str, pictures: str, out: str, workers: int, size: int | None) -> None:
+def one(engine: str, model: str, images: str, out: str, workers: int, size: int | None) -> None:
     """Search once, in this process, and print the seconds as JSON."""
     began = time.perf_counter()
     times: list[tuple[float, int]] = []
@@ -65,7 +65,7 @@ def one(engine: str, model: str, pictures: str, out: str, workers: int, size: in
 
         detector = load(model, "cpu", image_size=size)
         with open_outputs(Path(out), ["json"]) as write:
-            for done, found in enumerate(detector.stream(pictures), start=1):
+            for done, found in enumerate(detector.stream(images), start=1):
                 write(found)
                 times.append((time.perf_counter(), done))
         count = len(times)
@@ -76,16 +76,16 @@ def one(engine: str, model: str, pictures: str, out: str, workers: int, size: in
             times.append((time.perf_counter(), done))
 
         summary = search_collection(
-            model, pictures, out, device="cpu", workers=workers, image_size=size, on_progress=tick
+            model, images, out, device="cpu", workers=workers, image_size=size, on_progress=tick
         )
-        count = summary.pictures
+        count = summary.images
         # Shards are of one size (but for the last); the start ends with the first round of them.
         times = [(at, round(done * count / summary.shards)) for at, done in times[workers:]]
     (first, before), (last, _) = times[0], times[-1]
     print(
         json.dumps(
             {
-                "pictures": count,
+                "images": count,
                 "seconds": time.perf_counter() - began,
                 "rate": (count - before) / (last - first),
             }
@@ -148,17 +148,17 @@ def rates(model: str, source: Path, count: int, rounds: int, size: int | None) -
     ways = [("local", 1), ("ray", 1), ("ray", 2), ("ray", 4)]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="collection-") as where:
-        folder = links(source, Path(where, "pictures"), count)
+        folder = links(source, Path(where, "images"), count)
         for round_ in range(rounds):
             for engine, workers in ways[round_ % 4 :] + ways[: round_ % 4]:
                 out = Path(where, f"out-{round_}-{engine}-{workers}")
                 arguments = [engine, model, str(folder), str(out), str(workers), str(size or 0)]
                 found[engine, workers].append(run(*arguments))
                 print(engine, workers, found[engine, workers][-1], os.getloadavg(), file=sys.stderr)
-    print("| engine | pictures/s, median (least to most) | with the start |\n|---|---|---|")
+    print("| engine | images/s, median (least to most) | with the start |\n|---|---|---|")
     for (engine, workers), results in found.items():
         steady = [one["rate"] for one in results]
-        whole = [one["pictures"] / one["seconds"] for one in results]
+        whole = [one["images"] / one["seconds"] for one in results]
         name = "local" if engine == "local" else f"ray, {workers} x {CORES // workers} cores"
         cells = [
             f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"
@@ -170,19 +170,19 @@ def rates(model: str, source: Path, count: int, rounds: int, size: int | None) -
 
 def memory(source: Path, sizes: list[int]) -> None:
     print(heading() + "\n")
-    print("| pictures | seconds | driver | workers | Ray | together |")
+    print("| images | seconds | driver | workers | Ray | together |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="collection-") as where:
         model = small_model(Path(where, "model"))
         for size in sizes:
-            folder = links(source, Path(where, f"pictures-{size}"), size)
+            folder = links(source, Path(where, f"images-{size}"), size)
             sample: list[tuple[float, ...]] = []
             arguments = ["ray", str(model), str(folder), str(Path(where, f"out-{size}")), "2", "0"]
             result = run(*arguments, sample=sample)
             peaks = [max(row[i] for row in sample) for i in range(3)]
             together = max(sum(row[:3]) for row in sample)
             cells = " | ".join(f"{peak:.0f} MB" for peak in [*peaks, together])
-            print(f"| {result['pictures']:,} | {result['seconds']:.0f} | {cells} |", flush=True)
+            print(f"| {result['images']:,} | {result['seconds']:.0f} | {cells} |", flush=True)
             print(result, sample[:: max(1, len(sample) // 10)], file=sys.stderr)
 
 
@@ -192,23 +192,23 @@ def main() -> None:
     each = what.add_parser("rates")
     each.add_argument("model")
     each.add_argument("source", type=Path)
-    each.add_argument("--pictures", type=int, default=300)
+    each.add_argument("--images", type=int, default=300)
     each.add_argument("--rounds", type=int, default=3)
     each.add_argument("--image-size", type=int)
     each = what.add_parser("memory")
     each.add_argument("source", type=Path)
     each.add_argument("--sizes", default="1000,20000")
     each = what.add_parser("one")
-    for name in ("engine", "model", "pictures", "out", "workers", "size"):
+    for name in ("engine", "model", "images", "out", "workers", "size"):
         each.add_argument(name)
     given = parser.parse_args()
     if given.what == "rates":
-        rates(given.model, given.source, given.pictures, given.rounds, given.image_size)
+        rates(given.model, given.source, given.images, given.rounds, given.image_size)
     elif given.what == "memory":
         memory(given.source, [int(size) for size in given.sizes.split(",")])
     else:
         size = int(given.size) or None
-        one(given.engine, given.model, given.pictures, given.out, int(given.workers), size)
+        one(given.engine, given.model, given.images, given.out, int(given.workers), size)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How cost grows: time and peak memory against image side, batch, classes, objects and pictures.
+"""How cost grows: time and peak memory against image side, batch, classes, objects and images.
 
     python benchmarks/curves.py [--out DIR] [--only NAME] [--quick] [--threads N]
 
 Each point is measured in a process of its own: first calls pay for what is set up once, the
 median of those that follow is the time, and one more, with an allocator that gives freed memory
 back, tells the memory at its peak beyond that before it. Where a call takes over 20 seconds, one
-call tells both. Writes a picture a curve and, after each, ``curves.json``, where other curves of
+call tells both. Writes an image a curve and, after each, ``curves.json``, where other curves of
 the same machine stay: ``--only`` does one again. About a quarter of an hour on four cores;
 ``--quick`` (tiny sizes and networks, to see that it works) half a minute.
 """
@@ -68,7 +68,7 @@ _LEAST = {"seconds": 1e-3, "memory": 10e6}
 # Calls that take longer are measured once: what varies from call to call is little beside them.
 _SLOW = 20.0
 
-# Logarithms have no zero: in the pictures less than this (ms, MB) is drawn as this.
+# Logarithms have no zero: in the images less than this (ms, MB) is drawn as this.
 _DRAWN_FROM = {"seconds": 1e-3, "memory": 0.1}
 
 
@@ -112,7 +112,7 @@ def network(backbone: str, quick: bool, classes: int = 80) -> RetinaNet:
     return to_channels_last(RetinaNet(backbone=name, num_classes=classes, **small))  # type: ignore[arg-type]
 
 
-def pictures(batch: int, side: int) -> torch.Tensor:
+def imgs(batch: int, side: int) -> torch.Tensor:
     """(B, 3, side, side) uint8 in channels_last memory."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -129,14 +129,14 @@ def objects(count: int, batch: int, height: int, width: int, classes: int) -> Ta
 
 def inference(batch: int, side: int, quick: bool) -> Work:
     built = build_network(network("resnet50", quick).eval(), CPU)
-    images = pictures(batch, side)
+    images = imgs(batch, side)
 
     return Work(lambda: built(images))
 
 
 def train_step(side: int, quick: bool) -> Work:
     model = network("resnet18", quick).train()
-    images, targets = pictures(1, side), objects(10, 1, side, side, 80)
+    images, targets = imgs(1, side), objects(10, 1, side, side, 80)
     precision = "bf16" if choose_dtype("auto", CPU) == torch.bfloat16 else "float32"
     optimizer = build_optimizer(model, optimizer="sgd", lr=1e-6, momentum=0.9, weight_decay=1e-4)
     sizes = feature_sizes(model.anchors.strides, side, side)
@@ -204,8 +204,8 @@ def detect(count: int, quick: bool) -> Work:
                     raise found.error
                 write(found)
 
-    folder = many_pictures(count)
-    return Work(lambda: search(folder), first=lambda: search(many_pictures(1)))
+    folder = many_images(count)
+    return Work(lambda: search(folder), first=lambda: search(many_images(1)))
 
 
 def judge(count: int, quick: bool) -> Work:
@@ -216,7 +216,7 @@ def judge(count: int, quick: bool) -> Work:
         generator = torch.Generator().manual_seed(0)
         boxes = random_boxes(4, 64, 64, generator).tolist()
         truth = tuple(Annotation((a, b, c, d), 0) for a, b, c, d in boxes)
-        folder = many_pictures(number)
+        folder = many_images(number)
         images = [
             LabelledImage(file, i, truth, 64, 64) for i, file in enumerate(sorted(folder.iterdir()))
         ]
@@ -225,12 +225,12 @@ def judge(count: int, quick: bool) -> Work:
         dataset = Dataset(tuple(images), names, ids, "val", "coco", folder)
         evaluate(detector, dataset, batch_size=1, workers=0)
 
-    many_pictures(count)
+    many_images(count)
     return Work(lambda: run(count), first=lambda: run(1))
 
 
 def small_detector() -> Detector:
-    """A network that takes milliseconds and finds something in any picture."""
+    """A network that takes milliseconds and finds something in any image."""
     model = network("", True, classes=3)
     torch.nn.init.normal_(model.class_head.last.weight, std=0.2)
     info = {"detect": {"detections_per_image": 20, "topk_candidates": 100}}
@@ -238,7 +238,7 @@ def small_detector() -> Detector:
     return Detector(checkpoint, device="cpu")
 
 
-def many_pictures(count: int) -> Path:
+def many_images(count: int) -> Path:
     """A folder with so many JPEG files: links to a hundred different ones."""
     folder = Path(os.environ["RETINANET_CURVES"]) / f"{count}"
     if folder.is_dir():
@@ -258,7 +258,7 @@ def many_pictures(count: int) -> Path:
 
 CURVES: dict[str, Curve] = {
     "image-side": Curve(
-        "side of a square picture, pixels",
+        "side of a square image, pixels",
         (256, 384, 512, 768, 1024, 1280, 1600),
         (64, 128),
         {
@@ -298,8 +298,8 @@ CURVES: dict[str, Curve] = {
             "both losses, 80 classes, the same": lambda x, quick: whole_loss(x, *_sides(quick)),
         },
     ),
-    "pictures": Curve(
-        "pictures in a folder",
+    "images": Curve(
+        "images in a folder",
         (1, 10, 100, 1000, 10_000),
         (1, 10),
         {"detect": detect, "evaluate": judge},

@@ -1,13 +1,13 @@
 """What each exported form of a run costs and keeps: time, AP, size, memory.
 
-    python benchmarks/export_table.py RUN DATA --split S [--formats ...] [--pictures N] [--rounds R]
+    python benchmarks/export_table.py RUN DATA --split S [--formats ...] [--images N] [--rounds R]
 
 Exports the run (a file that is in --out already is taken as it is), then searches the same prepared
-pictures one by one with each file and with the run itself through ``Detector.search``. They take
-turns: every form once a round over all pictures, in turned order every second round. Prints a
-markdown table: milliseconds a picture (median, least and most of the rounds), AP on the split, MB
+images one by one with each file and with the run itself through ``Detector.search``. They take
+turns: every form once a round over all images, in turned order every second round. Prints a
+markdown table: milliseconds an image (median, least and most of the rounds), AP on the split, MB
 of the file with what belongs to it, and the most memory that a process of its own held that loaded
-the form and searched five pictures.
+the form and searched five images.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NAMES = {
     "aot": "`.pt2`, AOTInductor",
 }
 
-_MEMORY_PICTURES = 5
+_MEMORY_IMAGES = 5
 
 
 def exported(run: str, data: str, folder: Path, formats: list[str]) -> dict[str, str]:
@@ -66,7 +66,7 @@ def exported(run: str, data: str, folder: Path, formats: list[str]) -> dict[str,
         file = folder / f"{name}{suffix}"
         if not file.is_file():
             given = {**options, "calibrate": data} if name == "int8" else options
-            report = export(run, target, out=file, pictures=4, **given)
+            report = export(run, target, out=file, images=4, **given)
             print(f"{file}: {'; '.join(report.failures) or 'as the network'}", file=sys.stderr)
         files[name] = str(file)
     return files
@@ -104,9 +104,9 @@ def own_peak() -> float:
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
 
 
-def memory(model: str, precision: str, pictures: list[str], threads: int) -> float:
-    """MB at the most of a process that opens a form and searches `pictures`."""
-    asked = {"model": model, "precision": precision, "pictures": pictures, "threads": threads}
+def memory(model: str, precision: str, images: list[str], threads: int) -> float:
+    """MB at the most of a process that opens a form and searches `images`."""
+    asked = {"model": model, "precision": precision, "images": images, "threads": threads}
     command = [sys.executable, __file__, "--tell-memory", json.dumps(asked)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
@@ -116,8 +116,8 @@ def tell_memory(asked: dict[str, Any]) -> None:
     """Of the process that :func:`memory` starts: search, and print the peak."""
     torch.set_num_threads(asked["threads"])
     detector = opened(asked["model"], asked["precision"])
-    for picture in asked["pictures"]:
-        detector.search([detector.prepare(picture)])
+    for image in asked["images"]:
+        detector.search([detector.prepare(image)])
     print(own_peak())
 
 
@@ -134,9 +134,9 @@ def main() -> None:
         default=[name for name in EXPORTS if name != "aot"],
     )
     parser.add_argument("--aot", action="store_true", help="AOTInductor too; compiles for minutes")
-    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--judged", type=int, help="pictures for AP; all of the split, or 0")
+    parser.add_argument("--judged", type=int, help="images for AP; all of the split, or 0")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("exports"), help="where the files go")
     chosen = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> None:
     dataset = read_judged(
         chosen.data, chosen.split, seed=made.get("seed"), held_out=made.get("held_out")
     )
-    paths = [str(image.path) for image in dataset.images[: chosen.pictures]]
+    paths = [str(image.path) for image in dataset.images[: chosen.images]]
     prepared = [detectors["eager float32"].prepare(path) for path in paths]
 
     device = torch.device("cpu")
@@ -173,12 +173,12 @@ def main() -> None:
     print(f"load {os.getloadavg()[0]:.1f} after it\n", flush=True)
 
     judged = dataclasses.replace(dataset, images=dataset.images[: chosen.judged])
-    on = f"AP, {len(judged)} pictures"
-    print(f"| form | ms a picture | {on} | MB of the file | MB of memory |\n|---|---|---|---|---|")
+    on = f"AP, {len(judged)} images"
+    print(f"| form | ms an image | {on} | MB of the file | MB of memory |\n|---|---|---|---|---|")
     for name, form in forms.items():
         many = times[name]
         ap = f"{evaluate(detectors[name], judged).ap:.4f}" if len(judged) else ""
-        peak = memory(*form, paths[:_MEMORY_PICTURES], chosen.threads)
+        peak = memory(*form, paths[:_MEMORY_IMAGES], chosen.threads)
         print(
             f"| {NAMES[name]} | {statistics.median(many):.1f} ({min(many):.1f} to {max(many):.1f}) "
             f"| {ap} | {size(form[0]):.1f} | {peak:.0f} |",

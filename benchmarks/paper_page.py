@@ -3,7 +3,7 @@
     python benchmarks/paper_page.py OUT...
 
 Each OUT is an ``--out`` folder. Its results are kept under ``benchmarks/results/paper/NAME/``, its
-tables become ``docs/paper-NAME.md`` and its pictures ``docs/images/paper/NAME/``, and the claims at
+tables become ``docs/paper-NAME.md`` and its images ``docs/images/paper/NAME/``, and the claims at
 a glance of all data sets take their place in docs/paper.md, between its two markers. Without OUT
 the pages are written again from what is kept.
 """
@@ -27,17 +27,17 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 
 def keep(out: Path) -> None:
-    """Copy the results and the pictures of an ``--out`` folder."""
+    """Copy the results and the images of an ``--out`` folder."""
     name = out.resolve().name
     results = read_results(out)
     if not results:
         sys.exit(f"{out} has no result of `retinanet paper run`; give its --out folder")
     for one in results:
         write_atomic(RESULTS / name / f"{one.name}.json", one.to_json())
-        picture = out / "plots" / f"{one.name}.png"
-        if picture.is_file():
+        image = out / "plots" / f"{one.name}.png"
+        if image.is_file():
             (IMAGES / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, IMAGES / name / picture.name)
+            shutil.copyfile(image, IMAGES / name / image.name)
 
 
 def page_of(name: str, results: Sequence[TableResult]) -> str:

@@ -94,7 +94,7 @@ def machines(folder: Path) -> str:
 
 
 def curves(folder: Path) -> str:
-    """Each curve's picture and what its lines say, as Markdown."""
+    """Each curve's image and what its lines say, as Markdown."""
     file = folder / "curves.json"
     if not file.is_file():
         return "No curve has been recorded yet.\n"
@@ -119,10 +119,10 @@ def between(page: str, name: str, text: str) -> str:
     return f"{head}{start}\n\n{text}\n{end}{rest.split(end)[1]}"
 
 
-def render(page: Path, results: Path, pictures: Path) -> None:
+def render(page: Path, results: Path, images: Path) -> None:
     """Write what is kept into the page."""
     text = between(page.read_text("utf-8"), "machines", machines(results))
-    page.write_text(between(text, "curves", curves(pictures)), "utf-8")
+    page.write_text(between(text, "curves", curves(images)), "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

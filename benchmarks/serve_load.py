@@ -1,13 +1,13 @@
 """What the service costs beside the model itself, whether its memory is flat, and what it bears.
 
-    python benchmarks/serve_load.py load MODEL PICTURES [--clients 1 8 32] [--rounds 5] ...
-    python benchmarks/serve_load.py soak MODEL PICTURES [--minutes 10] [--clients 8]
-    python benchmarks/serve_load.py mutants MODEL PICTURES [--count 1000]
+    python benchmarks/serve_load.py load MODEL IMAGES [--clients 1 8 32] [--rounds 5] ...
+    python benchmarks/serve_load.py soak MODEL IMAGES [--minutes 10] [--clients 8]
+    python benchmarks/serve_load.py mutants MODEL IMAGES [--count 1000]
 
 ``load`` starts `retinanet serve`, a process that calls the detector directly (``Detector.stream``
-of the same encoded pictures, with the same threads), and clients in a third process. They take
+of the same encoded images, with the same threads), and clients in a third process. They take
 turns: in each round the direct calls, then each number of clients. What the service costs is, a
-round, 1 - (its pictures/s) / (the direct ones). "cpu" is milliseconds of processors a picture: on a
+round, 1 - (its images/s) / (the direct ones). "cpu" is milliseconds of processors an image: on a
 machine that others use too it says more than the rate.
 
 Arguments of the server go behind ``--``, as in ``-- --batch-size 4``. ``load`` takes several, each
@@ -40,11 +40,11 @@ import psutil
 KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".bmp": "image/bmp"}
 
 
-def pictures_of(folder: Path, most: int) -> list[tuple[str, bytes]]:
-    """(media type, content) of the first pictures in a folder."""
+def images_of(folder: Path, most: int) -> list[tuple[str, bytes]]:
+    """(media type, content) of the first images in a folder."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS)[:most]
     if not files:
-        raise SystemExit(f"{folder}: no picture")
+        raise SystemExit(f"{folder}: no image")
     return [(KINDS[file.suffix.lower()], file.read_bytes()) for file in files]
 
 
@@ -87,7 +87,7 @@ def started(model: str, arguments: Sequence[str]) -> Iterator[Server]:
 
 
 def request_of(kind: str, data: bytes) -> bytes:
-    """One picture as a request."""
+    """One image as a request."""
     head = (
         f"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
@@ -144,9 +144,9 @@ async def load(port: int, requests: Sequence[bytes], clients: int, seconds: floa
     }
 
 
-def generator(pipe: Connection, port: int, pictures: Sequence[tuple[str, bytes]]) -> None:
+def generator(pipe: Connection, port: int, images: Sequence[tuple[str, bytes]]) -> None:
     """The process of the clients: does what it is told through the pipe."""
-    requests = [request_of(*one) for one in pictures]
+    requests = [request_of(*one) for one in images]
     while (order := pipe.recv()) is not None:
         pipe.send(asyncio.run(load(port, requests, *order)))
 
@@ -154,7 +154,7 @@ def generator(pipe: Connection, port: int, pictures: Sequence[tuple[str, bytes]]
 def direct(
     pipe: Connection,
     model: str,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     threads: int,
     precision: str,
 ) -> None:
@@ -172,7 +172,7 @@ def direct(
         def endless(until: float = until) -> Iterator[bytes]:
             place = 0
             while time.perf_counter() < until:
-                yield pictures[place % len(pictures)]
+                yield images[place % len(images)]
                 place += 1
 
         began, worked = time.perf_counter(), time.process_time()
@@ -186,8 +186,8 @@ def measure_load(given: argparse.Namespace) -> dict[str, Any]:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
-    pictures = pictures_of(given.pictures, 64)
-    files = [data for _, data in pictures]
+    images = images_of(given.images, 64)
+    files = [data for _, data in images]
     pipes: dict[Any, Any] = {}
 
     def begin(name: Any, work: Any, *arguments: Any) -> None:
@@ -203,7 +203,7 @@ def measure_load(given: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as servers:
         for i, arguments in enumerate(given.servers):
             processes[i] = servers.enter_context(started(given.model, arguments))
-            begin(i, generator, processes[i].port, pictures)
+            begin(i, generator, processes[i].port, images)
         begin("direct", direct, given.model, files, given.threads, given.precision)
         turns: list[tuple[Any, int]] = [("direct", batch) for batch in given.batch_sizes]
         turns += [(i, clients) for i in range(len(given.servers)) for clients in given.clients]
@@ -255,8 +255,8 @@ def summary(rounds: Sequence[dict[str, Any]], given: argparse.Namespace) -> list
 
 def measure_memory(given: argparse.Namespace) -> dict[str, Any]:
     """Minutes of load with the server's memory looked at."""
-    pictures = pictures_of(given.pictures, 10_000)
-    requests = [request_of(*one) for one in pictures]
+    images = images_of(given.images, 10_000)
+    requests = [request_of(*one) for one in images]
     samples: list[tuple[float, float]] = []
     with started(given.model, given.servers[0]) as server:
         ended = threading.Event()
@@ -319,8 +319,8 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-def encoded(pictures: Sequence[bytes]) -> list[tuple[str, bytes]]:
-    """The same pictures in the formats that are served."""
+def encoded(images: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """The same images in the formats that are served."""
     import io
 
     from PIL import Image
@@ -340,9 +340,9 @@ def encoded(pictures: Sequence[bytes]) -> list[tuple[str, bytes]]:
         ("AVIF", {}),
     ]
     for i, (kind, options) in enumerate(kinds):
-        with Image.open(io.BytesIO(pictures[i % len(pictures)])) as picture:
+        with Image.open(io.BytesIO(images[i % len(images)])) as image:
             file = io.BytesIO()
-            picture.resize((picture.width // 2, picture.height // 2)).save(file, kind, **options)
+            image.resize((image.width // 2, image.height // 2)).save(file, kind, **options)
         found.append((f"image/{kind.lower()}", file.getvalue()))
     return found
 
@@ -371,7 +371,7 @@ async def _mutants(port: int, requests: Sequence[bytes], seen: Counter[int]) -> 
 def measure_mutants(given: argparse.Namespace) -> dict[str, Any]:
     """Broken uploads: their statuses, and the memory before and after."""
     chance = random.Random(given.seed)
-    whole = [data for _, data in pictures_of(given.pictures, 64)]
+    whole = [data for _, data in images_of(given.images, 64)]
     files = encoded(whole) + [("image/jpeg", data) for data in whole[:4]]
     requests = []
     for i in range(given.count):
@@ -391,7 +391,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("what", choices=("load", "soak", "mutants"))
     words.add_argument("model")
-    words.add_argument("pictures", type=Path)
+    words.add_argument("images", type=Path)
     words.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     words.add_argument("--rounds", type=int, default=5)
     words.add_argument("--seconds", type=float, default=6.0)

@@ -1,4 +1,4 @@
-"""How fast pictures come out of WebDataset shards, beside the folder that they were made of.
+"""How fast images come out of WebDataset shards, beside the folder that they were made of.
 
     python benchmarks/shards.py ../shared/data/coco_320 [--rounds 7] [--workers 0]
 
@@ -6,7 +6,7 @@ Rows of one round follow each other, so that whatever else the machine does fall
 ``batches``: the loader of training, with decoding and resizing. ``bytes``: the files alone, in a
 random order, and one after another as the webdataset library reads them. ``cold``: what the kernel
 keeps of the files is dropped before (``posix_fadvise``; a disk's own memory stays). ``cpu_us``:
-microseconds of this process a picture (median, least, most), which tell more than rates where the
+microseconds of this process an image (median, least, most), which tell more than rates where the
 machine is busy.
 """
 
@@ -85,7 +85,7 @@ def forget(files: list[str]) -> None:
 def measured(
     rows: dict[str, tuple[Callable[[], int], list[str]]], rounds: int, cold: bool
 ) -> Iterator[dict[str, object]]:
-    """Pictures a second of each row over the rounds."""
+    """Images a second of each row over the rounds."""
     rates: dict[str, list[float]] = {name: [] for name in rows}
     costs: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(rounds + 1):  # the first warms up
@@ -120,7 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
         plain, _ = usable(read_dataset(given.data, "train"))
-        # The same pictures side by side on the same disk.
+        # The same images side by side on the same disk.
         convert({"train": plain}, Path(made) / "coco", "coco")
         convert({"train": plain}, Path(made) / "shards", "webdataset", shard_size=given.shard_size)
         folder, _ = usable(read_dataset(Path(made) / "coco", "train"))
@@ -130,10 +130,10 @@ def main() -> None:
         for cold in (False, True):
             rows = {
                 "batches, folder": (
-                    batches(folder, "pictures", given.workers, given.steps), in_folder
+                    batches(folder, "images", given.workers, given.steps), in_folder
                 ),
-                "batches, shards by pictures": (
-                    batches(shards, "pictures", given.workers, given.steps), in_shards
+                "batches, shards by images": (
+                    batches(shards, "images", given.workers, given.steps), in_shards
                 ),
                 "batches, shards by shards": (
                     batches(shards, "shards", given.workers, given.steps), in_shards

@@ -1,15 +1,15 @@
-"""Tiles against the whole picture: AP on mosaics, objects on seams, and what a huge TIFF costs.
+"""Tiles against the whole image: AP on mosaics, objects on seams, and what a huge TIFF costs.
 
     python benchmarks/tiles.py accuracy RUN DATA [--tile 256] [--per-mosaic 33] [--keep FOLDER]
     python benchmarks/tiles.py cost RUN DATA [--tile 1024] [--sides 5000 20000]
 
-``accuracy`` lays the validation pictures of DATA (COCO: a folder with val.json) side by side, each
+``accuracy`` lays the validation images of DATA (COCO: a folder with val.json) side by side, each
 whole, into mosaics in which the objects are too small for the network's input, and judges what the
 model of RUN finds there: in the whole alone, and in tiles too, at several overlaps and by several
-rules of merging. The same pictures, searched one by one, are the reference. A minute or two an
+rules of merging. The same images, searched one by one, are the reference. A minute or two an
 overlap on four cores.
 
-``cost`` writes TIFFs of such pictures in deflated tiles, and searches each in a process of its own:
+``cost`` writes TIFFs of such images in deflated tiles, and searches each in a process of its own:
 peak memory, and time beside a plain loop that reads the TIFF whole, cuts it and searches a crop at
 a time, in turns.
 """
@@ -56,7 +56,7 @@ Rule = Callable[[list[Part], tuple[int, int], float], Detections]
 
 
 def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> Dataset:
-    """Pictures in rows, in an order that the seed 0 gives, the higher ones of a mosaic first."""
+    """Images in rows, in an order that the seed 0 gives, the higher ones of a mosaic first."""
     order = np.random.default_rng(0).permutation(len(data.images))
     mosaics = []
     for number, start in enumerate(range(0, len(order) - each + 1, each)):
@@ -92,7 +92,7 @@ def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> D
 def search_parts(
     detector: Detector, file: Path, tile: int, overlap: float, batch_size: int = 8
 ) -> tuple[tuple[int, int], list[Part]]:
-    """The whole and the tiles of a picture, before they are merged."""
+    """The whole and the tiles of an image, before they are merged."""
     windows = open_windows(file)
     parts: list[Part] = []
     wanted = [None, *tile_windows(windows.size, tile, overlap)]
@@ -105,7 +105,7 @@ def search_parts(
 
 
 def laid_out(found: Sequence[Detections], mosaic: LabelledImage) -> Detections:
-    """What was found in single pictures, where these lie in a mosaic."""
+    """What was found in single images, where these lie in a mosaic."""
     moved = [
         (found[i].boxes + torch.tensor([x, y, x, y]), found[i].scores, found[i].labels)
         for i, (x, y) in mosaic.extra["laid"]
@@ -116,7 +116,7 @@ def laid_out(found: Sequence[Detections], mosaic: LabelledImage) -> Detections:
 
 
 def placed(part: Part) -> Tensor:
-    """Boxes in pixels of the picture."""
+    """Boxes in pixels of the image."""
     x, y = (0, 0) if part.window is None else part.window[:2]
     return part.objects.boxes + torch.tensor([x, y, x, y])
 
@@ -215,7 +215,7 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
     threshold = detector.thresholds["nms_threshold"]
     data = read_dataset(arguments.data, "val")
     mosaics = make_mosaics(data, folder, arguments.per_mosaic)
-    print(f"{len(mosaics.images)} mosaics of {arguments.per_mosaic} pictures, ", end="")
+    print(f"{len(mosaics.images)} mosaics of {arguments.per_mosaic} images, ", end="")
     sides = ", ".join(f"{image.width} x {image.height}" for image in mosaics.images)
     print(f"{sides}; {sum(len(image.annotations) for image in mosaics.images)} objects\n")
     print("| searched | AP | AP50 | AP75 | APs | APm | seams: objects | found | twice |")
@@ -240,7 +240,7 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
 
     paths = [image.path for image in data.images]
     single = alone(paths)
-    show("the pictures one by one", data, single)
+    show("the images one by one", data, single)
     reference = [laid_out(single, mosaic) for mosaic in mosaics.images]
     whole = alone([image.path for image in mosaics.images])
     show("mosaics, whole", mosaics, whole)
@@ -252,7 +252,7 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
             windows = [[one.window for one in some if one.window] for _, some in parts]
             count = sum(len(some) for _, some in parts)
             rate = f"{count} parts, {count / seconds:.1f}/s"
-            show(f"the pictures one by one, on the seams of {tile}", mosaics, reference, windows)
+            show(f"the images one by one, on the seams of {tile}", mosaics, reference, windows)
             for name, rule in RULES.items():
                 if rule in SLOW and overlap != 0.2:
                     continue
@@ -260,19 +260,19 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
                 title = f"tiles of {tile}, overlap {overlap}: {name} ({rate})"
                 show(title, mosaics, found, windows)
     for tile in (arguments.tile, 2 * arguments.tile):
-        show(f"the pictures one by one, tiles of {tile}", data, alone(paths, tile=tile))
+        show(f"the images one by one, tiles of {tile}", data, alone(paths, tile=tile))
 
 
-def write_tiff(file: Path, side: int, pictures: list[np.ndarray[Any, Any]]) -> None:
+def write_tiff(file: Path, side: int, images: list[np.ndarray[Any, Any]]) -> None:
     """The mosaics over and over, side x side, in deflated tiles of 512."""
     import tifffile
 
     def tiles() -> Iterator[np.ndarray[Any, Any]]:
         for number in range((-(-side // 512)) ** 2):
-            picture = pictures[number % len(pictures)]
-            high, wide = (length // 512 for length in picture.shape[:2])
+            image = images[number % len(images)]
+            high, wide = (length // 512 for length in image.shape[:2])
             row, column = divmod(number * 7 % (high * wide), wide)
-            yield picture[512 * row : 512 * row + 512, 512 * column : 512 * column + 512]
+            yield image[512 * row : 512 * row + 512, 512 * column : 512 * column + 512]
 
     tifffile.imwrite(
         file,
@@ -333,12 +333,12 @@ def _peak() -> float:
 def cost(arguments: argparse.Namespace, folder: Path) -> None:
     data = read_dataset(arguments.data, "val")
     mosaics = make_mosaics(data, folder, arguments.per_mosaic)
-    pictures = [read_image(one.path).permute(1, 2, 0).numpy() for one in mosaics.images]
+    images = [read_image(one.path).permute(1, 2, 0).numpy() for one in mosaics.images]
     print("| TIFF | how | s | s a Mpx | parts a second | peak MB | of it before | drawn too |")
     print("|---|---|---|---|---|---|---|---|")
     for side in arguments.sides:
         file = folder / f"{side}.tif"
-        write_tiff(file, side, pictures)
+        write_tiff(file, side, images)
         kinds = {"tiles": []} if side > arguments.plain_to else {"tiles": [], "loop": ["--plain"]}
         said: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for _ in range(arguments.rounds if side <= arguments.plain_to else 1):
@@ -371,10 +371,10 @@ def cost(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tiles against the whole picture.")
+    parser = argparse.ArgumentParser(description="Tiles against the whole image.")
     parser.add_argument("what", choices=["accuracy", "cost", "one"])
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("data", type=Path, help="a COCO data set with pictures for validation")
+    parser.add_argument("data", type=Path, help="a COCO data set with images for validation")
     parser.add_argument("--tile", type=int, help="accuracy: 256, cost: 1024")
     parser.add_argument("--overlap", type=float, default=0.1, help="cost alone")
     parser.add_argument("--per-mosaic", type=int, default=33)

@@ -57,8 +57,8 @@ def make_clip(file: Path, photos: list[Any], width: int, height: int, frames: in
                 room = np.array([pixels.shape[0] - height, pixels.shape[1] - width])
                 begin, end = random.integers(0, room + 1, (2, 2))
             y, x = (begin + (end - begin) * (i % _SHOWN) / _SHOWN).astype(int)
-            picture = np.ascontiguousarray(pixels[y : y + height, x : x + width])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image = np.ascontiguousarray(pixels[y : y + height, x : x + width])
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, _RATE)
             out.mux(video.encode(frame))
             seconds = (np.arange(48000 // _RATE) + i * (48000 // _RATE)) / 48000

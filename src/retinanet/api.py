@@ -23,7 +23,7 @@ def train(
     init: str | Path | None = None,
     on_event: Listener | None = None,
 ) -> Run:
-    """Train a RetinaNet on labelled pictures, or go on with a run that was stopped.
+    """Train a RetinaNet on labelled images, or go on with a run that was stopped.
 
     Args:
         data: a folder or file of any format of :mod:`retinanet.data.formats`, or splits by name.

@@ -130,7 +130,7 @@ class LossConfig(_Section):
 
 
 class DataConfig(_Section):
-    """How pictures reach the network (Sec. 4.1)."""
+    """How images reach the network (Sec. 4.1)."""
 
     image_size: int = Field(600, ge=32)  # Sec. 5: the shorter side, pixels
     max_size: int = Field(1000, ge=32)  # the longer side at most (Detectron)
@@ -140,12 +140,12 @@ class DataConfig(_Section):
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, an image
     crop: bool = False  # a random crop back to the size before jitter
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
-    any_corner: bool = False  # pictures lie in any corner of the batch, not the upper left alone
-    order: Literal["pictures", "shards"] = "pictures"  # shards: each process reads its own, in turn
-    shard_window: int = Field(4, ge=1)  # shards whose pictures are shuffled together, by shards
-    workers: int | Literal["auto"] = "auto"  # processes that load pictures
+    any_corner: bool = False  # images lie in any corner of the batch, not the upper left alone
+    order: Literal["images", "shards"] = "images"  # shards: each process reads its own, in turn
+    shard_window: int = Field(4, ge=1)  # shards whose images are shuffled together, by shards
+    workers: int | Literal["auto"] = "auto"  # processes that load images
     held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
-    split_seed: int | None = None  # which pictures those are; None: by train.seed
+    split_seed: int | None = None  # which images those are; None: by train.seed
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -227,7 +227,7 @@ class Recipe(_Section):
 
     @property
     def split_seed(self) -> int:
-        """What chooses the pictures that are held back where the data has no splits."""
+        """What chooses the images that are held back where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
 
 

@@ -2,8 +2,8 @@
 
 RetinaNetError                 the root: catch this one to catch them all
 ├── ConfigError                a setting is unknown, out of range or contradicts another
-├── DataError                  labels or pictures that cannot be used
-│   └── ImageError             one picture that cannot be read
+├── DataError                  labels or images that cannot be used
+│   └── ImageError             one image that cannot be read
 ├── WeightsError               a checkpoint or weights file that cannot be used
 ├── NonFiniteLossError         training met a NaN or an infinity
 └── MissingExtraError          an optional dependency is not installed
@@ -25,11 +25,11 @@ class ConfigError(RetinaNetError):
 
 
 class DataError(RetinaNetError):
-    """Labels or pictures that cannot be used."""
+    """Labels or images that cannot be used."""
 
 
 class ImageError(DataError):
-    """One picture that cannot be read."""
+    """One image that cannot be read."""
 
 
 class WeightsError(RetinaNetError):

@@ -82,7 +82,7 @@ class Batch:
         images: (B, 3, H, W) uint8 RGB, padded at the right and the bottom.
         targets: objects in the pixels of `images`.
         sizes: (B, 2) int64 height and width of each image before padding.
-        original_sizes: (B, 2) int64 height and width of the upright picture on disk.
+        original_sizes: (B, 2) int64 height and width of the upright image on disk.
         indices: (B,) int64 place of each image in its dataset.
     """
 

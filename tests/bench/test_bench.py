@@ -95,7 +95,7 @@ def test_ways_have_the_same_names_at_every_size(stage: str) -> None:
     ]
     assert len(set(names[0])) == len(names[0])
     assert names[0] == names[1]
-    # The compiler takes half a minute for its first picture: only where time was asked for.
+    # The compiler takes half a minute for its first image: only where time was asked for.
     assert names[0] == [name for name in names[2] if name != "compile"]
 
 
@@ -384,7 +384,7 @@ def test_memory_of_what_fails() -> None:
         peak_memory("class-loss", "float32, 2 images", "nobody", TINY)
 
 
-def test_pictures_go_when_they_are_no_longer_read(
+def test_images_go_when_they_are_no_longer_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

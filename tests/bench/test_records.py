@@ -73,7 +73,7 @@ def test_what_a_line_says(curves: Any) -> None:
 
 
 def test_curves_write_their_files(tmp_path: Path) -> None:
-    chosen = ("--only", "objects", "--only", "pictures", "--threads", "1")
+    chosen = ("--only", "objects", "--only", "images", "--threads", "1")
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "curves.py", "--quick", "--out", tmp_path, *chosen],
         capture_output=True,
@@ -83,7 +83,7 @@ def test_curves_write_their_files(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "curves.json").read_text("utf-8"))
-    assert list(told["curves"]) == ["objects", "pictures"]
+    assert list(told["curves"]) == ["objects", "images"]
     for name, curve in told["curves"].items():
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         for line in curve["lines"].values():

@@ -61,7 +61,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture(scope="session")
 def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same eight pictures as COCO, VOC, YOLO and CSV, by format."""
+    """The same eight images as COCO, VOC, YOLO and CSV, by format."""
     folder = tmp_path_factory.mktemp("tiny")
     synthetic_dataset(
         folder / "coco",

@@ -16,14 +16,14 @@ from .conftest import Cli
 
 @pytest.fixture
 def faulty(tiny_sets: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy with a box without width (annotation 1) and a picture cut short."""
+    """A copy with a box without width (annotation 1) and an image cut short."""
     folder = tmp_path / "faulty"
     shutil.copytree(tiny_sets["coco"], folder)
     labels = json.loads((folder / "train.json").read_text())
     labels["annotations"][0]["bbox"] = [10, 10, 0, 5]
     (folder / "train.json").write_text(json.dumps(labels))
-    picture = folder / "train" / "000003.png"
-    picture.write_bytes(picture.read_bytes()[:300])
+    image = folder / "train" / "000003.png"
+    image.write_bytes(image.read_bytes()[:300])
     return folder
 
 
@@ -31,7 +31,7 @@ def test_check_of_sound_data(cli: Cli, tiny_sets: dict[str, Path]) -> None:
     ended = cli("data", "check", tiny_sets["voc"])
     assert ended.code == 0
     assert ended.out.startswith("no problems found\n")
-    for word in ("pictures", "circle", "anchors reach"):
+    for word in ("images", "circle", "anchors reach"):
         assert word in ended.out
 
 
@@ -107,10 +107,10 @@ def test_show(
     assert ended.code == 0, ended.err
     drawn = sorted(tmp_path.glob("*.png"))
     assert len(drawn) == 3
-    # Small pictures are enlarged so that captions can be read.
+    # Small images are enlarged so that captions can be read.
     for one in drawn:
-        with Image.open(one) as picture:
-            assert picture.width >= 480
+        with Image.open(one) as image:
+            assert image.width >= 480
     assert ("anchors answer for them" in ended.out) == bool(anchors)
 
 
@@ -120,7 +120,7 @@ def test_show_counts_objects_without_an_anchor(
     arguments = ("data", "show", tiny_sets["coco"], "--anchors", "--json", "--image-size=64",
                  "--count=0")  # fmt: skip
     reached = cli(*arguments, f"--out={tmp_path / '1'}", "anchors.sizes=[16,32,64,128,256]")
-    assert reached.json["pictures"] == 4
+    assert reached.json["images"] == 4
     assert reached.json["unmatched"] == 0
     assert reached.json["anchors"] > 0
     missed = cli(*arguments, f"--out={tmp_path / '2'}", "anchors.sizes=[160,200,300,400,500]")
@@ -128,10 +128,10 @@ def test_show_counts_objects_without_an_anchor(
     assert missed.json["anchors"] == 0
 
 
-def test_show_goes_past_a_broken_picture(cli: Cli, faulty: Path, tmp_path: Path) -> None:
+def test_show_goes_past_a_broken_image(cli: Cli, faulty: Path, tmp_path: Path) -> None:
     ended = cli("data", "show", faulty, f"--out={tmp_path / 'o'}", "--json")
     assert ended.code == 1
-    assert ended.json["pictures"] == 3
+    assert ended.json["images"] == 3
     assert "000003.png" in ended.err
 
 

@@ -29,7 +29,7 @@ def test_check_train_evaluate_detect(
     ended = cli("train", data, "train.lr=0.001", *TINY, "--steps=2", f"--out={run}")
     assert ended.code == 0, ended.err
     assert f"model    {run / 'best'}" in ended.out
-    assert "training on 4 pictures, 3 classes: 2 steps of 2 pictures" in ended.err
+    assert "training on 4 images, 3 classes: 2 steps of 2 images" in ended.err
     for name in ("config.toml", "run.json", "log.jsonl", "metrics.json", "best", "last"):
         assert (run / name).exists()
     assert (run / "report.html").is_file()
@@ -47,7 +47,7 @@ def test_check_train_evaluate_detect(
     test = read_splits(data)["test"]
     out = tmp_path / "found"
     ended = cli("detect", run, *(one.path for one in test.images), f"--out={out}",
-                "--format=json,pictures,coco,csv,yolo", "--score-threshold=0.001",
+                "--format=json,images,coco,csv,yolo", "--score-threshold=0.001",
                 "--detections-per-image=7", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.json["failures"] == []
@@ -56,13 +56,13 @@ def test_check_train_evaluate_detect(
     assert sum(ended.json["objects"].values()) == objects
     sure = sum(box["score"] >= 0.3 for one in found for box in one["detections"])
     assert sum(ended.json["drawn"].values()) == sure
-    assert 0 < objects <= 14  # two pictures, seven boxes each
+    assert 0 < objects <= 14  # two images, seven boxes each
     assert len(json.loads((out / "coco_results.json").read_text())) == objects
     assert (
         len(list(csv.reader((out / "detections.csv").read_text("utf-8").splitlines())))
         == 1 + objects
     )
-    assert len(list((out / "pictures").iterdir())) == 2
+    assert len(list((out / "images").iterdir())) == 2
     assert len(list((out / "labels").iterdir())) == 2
 
 

@@ -26,8 +26,8 @@ BAD_USAGE = {
     "a recipe": (["train", "x", "--recipe", "qick"], "did you mean quick?"),
     "two lengths": (["train", "x", "--epochs", "2", "--steps", "3"], "one of them"),
     "anchors": (["data", "anchors", "{data}", "anchors.sizes=[16]"], "sizes"),
-    "a way to place pictures": (
-        ["data", "convert", "{data}", "{new}", "--to=voc", "--pictures=move"],
+    "a way to place images": (
+        ["data", "convert", "{data}", "{new}", "--to=voc", "--images=move"],
         "copy",
     ),
     "an output format": (
@@ -68,13 +68,13 @@ BAD_USAGE = {
         ["detect", "{run}", "{data}", "--out={new}", "--workers=2"],
         "--workers is for --engine ray",
     ),
-    "an option of pictures": (
+    "an option of images": (
         ["detect", "{run}", "clip.mp4", "--out={new}", "--tile=64"],
-        "--tile is for pictures",
+        "--tile is for images",
     ),
     "an option that a collection has not": (
         ["detect", "{run}", "{data}", "--out={new}", "--engine=ray", "--format=csv"],
-        "--format is for pictures without --engine ray",
+        "--format is for images without --engine ray",
     ),
     "an overlap of nothing": (
         ["detect", "{run}", "{data}", "--out={new}", "--overlap=0.2"],
@@ -92,8 +92,8 @@ FAILED = {
     "no labelled data": (["data", "check", "{empty}"], "Looked for"),
     "a split": (["evaluate", "{run}", "{data}", "--split", "tset"], "did you mean test?"),
     "no such model": (["evaluate", "{new}", "{data}"], "{new}"),
-    "no such picture": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),
-    "a folder without pictures": (["detect", "{run}", "{empty}"], "no picture in this folder"),
+    "no such image": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),
+    "a folder without images": (["detect", "{run}", "{empty}"], "no image in this folder"),
     "a format": (["data", "convert", "{data}", "{new}", "--to=coko"], "did you mean coco?"),
     "a folder that is full": (
         ["data", "convert", "{data}", "{data}", "--to=voc"],
@@ -181,21 +181,21 @@ def test_out_of_memory_says_what_to_do() -> None:
     assert "Long story" not in said
 
 
-def test_one_broken_picture_is_named_and_stops_nothing(
+def test_one_broken_image_is_named_and_stops_nothing(
     cli: Cli, tiny_run: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (70, 50), "red").save(folder / "a.png")
-    (folder / "b.png").write_bytes(b"not a picture")
+    (folder / "b.png").write_bytes(b"not an image")
     Image.new("RGB", (70, 50), "blue").save(folder / "c.png")
     ended = cli("detect", tiny_run, folder, tmp_path / "gone.png", f"--out={tmp_path / 'o'}",
                 "--json")  # fmt: skip
     assert ended.code == 1
-    assert ended.json["pictures"] == 2
+    assert ended.json["images"] == 2
     assert ended.json["network"].startswith("torch on cpu")
     assert [Path(one["file"]).name for one in ended.json["failures"]] == ["gone.png", "b.png"]
-    assert ended.err.splitlines()[0] == "2 pictures could not be read:"
+    assert ended.err.splitlines()[0] == "2 images could not be read:"
     assert "b.png" in ended.err
     written = json.loads((tmp_path / "o" / "detections.json").read_text())
     assert [Path(one["file"]).name for one in written["images"]] == ["a.png", "c.png"]

@@ -177,7 +177,7 @@ def test_a_budget_becomes_steps_once(
         ended = cli("paper", "run", "table3", *common)
         assert ended.code == 0, ended.err
         # 4 trainings, 2 at a time: a minute each, of which 10 s are not steps of half a second.
-        assert "100 steps of 4 for 90,000 steps of 16 pictures" in ended.err
+        assert "100 steps of 4 for 90,000 steps of 16 images" in ended.err
     (kept,) = (tmp_path / "steps").glob("table3-*.json")
     assert json.loads(kept.read_text("utf-8"))["steps"] == 100
 
@@ -192,7 +192,7 @@ def test_full_size_says_what_it_costs_and_asks(
     common = ("table3", "--full", f"--data={shapes}", f"--out={tmp_path}", "--jobs=1")
     ended = cli("paper", "run", *common)
     # 4 x 90,000 steps of 2 s, and 4 minutes: 200 h.
-    assert "4 trainings, 360,000 steps of 16 pictures" in ended.err
+    assert "4 trainings, 360,000 steps of 16 images" in ended.err
     assert "about 200 h in all (8.3 days)" in ended.err
     assert ended.code == 2
     assert "give --yes to begin" in ended.err
@@ -273,19 +273,19 @@ def test_results_that_do_not_fit_are_found_before_anything_is_trained(
     assert "broken.json" in ended.err
 
 
-def test_a_broken_picture_is_named_before_anything_is_trained(
+def test_a_broken_image_is_named_before_anything_is_trained(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "run_plan", lambda *_: pytest.fail("trained"))
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
-    picture = next((data / "val").glob("*.png"))
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = next((data / "val").glob("*.png"))
+    image.write_bytes(image.read_bytes()[:200])
     ended = cli(
         "paper", "run", "table3", f"--data={data}", f"--out={tmp_path}", "--steps=20", *SMALL
     )
     assert ended.code == 1
-    assert f"1 of 12 pictures cannot be read, the first: {picture}" in ended.err
+    assert f"1 of 12 images cannot be read, the first: {image}" in ended.err
 
 
 def test_steps_are_told_where_there_is_no_screen(

@@ -75,7 +75,7 @@ def test_loss_distribution_options(
     written = json.loads((tmp_path / "o" / "loss-distribution-test.json").read_text())
     assert written == ended.json
     assert (ended.json["split"], ended.json["images"]) == ("test", 2)
-    # A picture of 96 x 96: 12^2 + 6^2 + 3^2 + 2^2 + 1 cells of 9 anchors.
+    # An image of 96 x 96: 12^2 + 6^2 + 3^2 + 2^2 + 1 cells of 9 anchors.
     anchors = sum(ended.json[f"{kind}_anchors"] for kind in ("positive", "negative", "ignored"))
     assert anchors == 2 * 9 * (144 + 36 + 9 + 4 + 1)
 
@@ -87,7 +87,7 @@ def test_speed_accuracy(
     shutil.copytree(tiny_run, run)
     shutil.copytree(tiny_run, other)
     arguments = ("--data", tiny_sets["coco"], "--scale=64", "--scale", "96", "--rounds=2",
-                 "--pictures=1", *PLAIN)  # fmt: skip
+                 "--images=1", *PLAIN)  # fmt: skip
     ended = cli("report", "speed-accuracy", run, *arguments)
     assert ended.code == 0, ended.err
     assert ended.err == ""
@@ -124,7 +124,7 @@ def test_openvino(cli: Cli, tiny_run: Path, tiny_sets: dict[str, Path], tmp_path
         means, expected = ([one["mean"] for one in of.json[kind]] for of in (ended, plain))
         assert means == pytest.approx(expected, rel=1e-3)
     ended = cli("report", "speed-accuracy", tiny_run, f"--data={data}", "--precision=int8",
-                "--device=cpu", "--scale=64", "--rounds=1", "--pictures=1", out)  # fmt: skip
+                "--device=cpu", "--scale=64", "--rounds=1", "--images=1", out)  # fmt: skip
     assert ended.code == 2
     assert "--calibrate FOLDER" in ended.err
 
@@ -152,7 +152,7 @@ def test_without_objects_there_is_no_figure(
     for file in data.rglob("*.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
     ended = cli("report", "speed-accuracy", tiny_run, f"--data={data}", "--scale=64", *PLAIN,
-                "--rounds=1", "--pictures=1", f"--out={tmp_path / 'o'}")  # fmt: skip
+                "--rounds=1", "--images=1", f"--out={tmp_path / 'o'}")  # fmt: skip
     assert ended.code == 0, ended.err
     assert "nothing is drawn" in ended.out
     assert [one.name for one in (tmp_path / "o").iterdir()] == ["speed-accuracy-val.json"]

@@ -173,11 +173,11 @@ def test_broken_frames_are_a_note(cli: Cli, tiny_run: Path, tmp_path: Path) -> N
     assert f"{clip}: 4 frames, " in ended.out
 
 
-def test_clips_and_pictures_are_not_mixed(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+def test_clips_and_images_are_not_mixed(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     ended = cli("detect", tiny_run, clip, tmp_path / "a.jpg", "--out", tmp_path / "found", *QUICK)
     assert ended.code == 2
-    assert f"clips and pictures in one call ({tmp_path / 'a.jpg'} is no clip)" in ended.err
+    assert f"clips and images in one call ({tmp_path / 'a.jpg'} is no clip)" in ended.err
 
 
 def test_a_camera_that_is_not_there(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_mined_loss_is_the_mean_over_the_anchors_kept(
         x_t = np.where(own[rows, None] == np.arange(CLASSES), 1, -1) * own_logits[rows]
         means.append(np.log1p(np.exp(-x_t)).sum() / rows.sum())
     kept = (labels != IGNORED).sum(axis=1)
-    # The second picture is empty.
+    # The second image is empty.
     assert kept.tolist() == ([16, 16, 16] if mining == "ohem" else [16, 3, 16])
     assert float(losses.classification.detach()) == pytest.approx(np.mean(means), rel=1e-5)
     plain = losses_of(outputs, targets, **options)

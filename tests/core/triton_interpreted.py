@@ -160,7 +160,7 @@ def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def crowded_targets(images: int, objects: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Boxes and labels with all that matching must bear, on a picture of 224 x 160."""
+    """Boxes and labels with all that matching must bear, on an image of 224 x 160."""
     centre = torch.rand(images, objects, 2, generator=generator) * 200
     half = torch.rand(images, objects, 2, generator=generator) ** 2 * 60 + 2
     boxes = torch.cat((centre - half, centre + half), dim=2)

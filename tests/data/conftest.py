@@ -1,4 +1,4 @@
-"""Pictures for labelled folders."""
+"""Images for labelled folders."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from labelled_folders import MakePicture
+from labelled_folders import MakeImage
 from PIL import Image
 
 
 @pytest.fixture
-def picture() -> MakePicture:
-    """Makes a picture of noise, another for each seed; (width, height) as PIL has it."""
+def make_image() -> MakeImage:
+    """Makes an image of noise, another for each seed; (width, height) as PIL has it."""
 
     def make(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0, **save: Any) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MakePicture = Callable[..., Path]
-"""The fixture ``picture``: (path, (width, height), seed, **PIL's save options)."""
+MakeImage = Callable[..., Path]
+"""The fixture ``image``: (path, (width, height), seed, **PIL's save options)."""
 
 
 def coco_json(

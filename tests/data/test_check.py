@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labelled_folders import MakePicture, coco_image, coco_json, coco_object, voc_xml, write
+from labelled_folders import MakeImage, coco_image, coco_json, coco_object, voc_xml, write
 from PIL import Image
 
 from retinanet.anchors import anchor_spec, default_anchor_spec, feature_sizes, level_anchors
@@ -41,7 +41,7 @@ NAN = math.nan
 def _one(
     tmp_path: Path, *boxes: tuple[float, float, float, float], size: Any = (40, 30), **more: Any
 ) -> Dataset:
-    """A picture a.png of 40 x 30, with these boxes of class cat."""
+    """An image a.png of 40 x 30, with these boxes of class cat."""
     annotations = tuple(Annotation(box, 0, id=i) for i, box in enumerate(boxes))
     width, height = size
     image = LabelledImage(tmp_path / "a.png", 1, annotations, width, height, tmp_path / "labels")
@@ -52,7 +52,7 @@ def _problems(dataset: Dataset) -> list[Problem]:
     return list(check_datasets({dataset.split: dataset}).problems)
 
 
-# (box, kind, what the reason ends with, fix) on a picture of 40 x 30
+# (box, kind, what the reason ends with, fix) on an image of 40 x 30
 BOXES = [
     ((5, 5, 5, 9), "box-empty", "cat box [5, 5, 5, 9] has no width", "dropped"),
     ((5, 5, 8, 5), "box-empty", "cat box [5, 5, 8, 5] has no height", "dropped"),
@@ -60,10 +60,10 @@ BOXES = [
     ((9, 5, 5, 9), "box-inverted", "has left and right exchanged", "turned round"),
     ((9, 9, 5, 5), "box-inverted", "left and right and top and bottom exchanged", "turned round"),
     ((9, 5, 5, 5), "box-inverted", "has left and right exchanged", "dropped"),
-    ((-1, 5, 9, 9), "box-outside", "sticks out of the picture of 40 x 30", "clipped"),
-    ((5, 5, 41, 9), "box-outside", "sticks out of the picture of 40 x 30", "clipped"),
-    ((40, 5, 50, 9), "box-outside", "lies wholly outside the picture of 40 x 30", "dropped"),
-    ((5, -9, 9, 0), "box-outside", "lies wholly outside the picture of 40 x 30", "dropped"),
+    ((-1, 5, 9, 9), "box-outside", "sticks out of the image of 40 x 30", "clipped"),
+    ((5, 5, 41, 9), "box-outside", "sticks out of the image of 40 x 30", "clipped"),
+    ((40, 5, 50, 9), "box-outside", "lies wholly outside the image of 40 x 30", "dropped"),
+    ((5, -9, 9, 0), "box-outside", "lies wholly outside the image of 40 x 30", "dropped"),
     ((NAN, 5, 9, 9), "box-not-a-number", "[nan, 5, 9, 9] is not four finite numbers", "dropped"),
     ((5, 5, math.inf, 9), "box-not-a-number", "is not four finite numbers", "dropped"),
 ]
@@ -71,9 +71,9 @@ BOXES = [
 
 @pytest.mark.parametrize(("box", "kind", "reason", "fix"), BOXES)
 def test_faults_of_boxes(
-    tmp_path: Path, picture: MakePicture, box: Any, kind: str, reason: str, fix: str
+    tmp_path: Path, make_image: MakeImage, box: Any, kind: str, reason: str, fix: str
 ) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     (problem,) = _problems(_one(tmp_path, box))
     assert (problem.kind, problem.object, problem.fix) == (kind, 0, fix)
     assert problem.file == tmp_path / "labels"
@@ -92,8 +92,8 @@ def test_faults_of_boxes(
 @pytest.mark.parametrize(
     "box", [(0, 0, 40, 30), (-0.5, -0.5, 40.5, 30.5), (0, 0, 0.01, 0.01), (39, 29, 40, 30)]
 )
-def test_boxes_without_fault(tmp_path: Path, picture: MakePicture, box: Any) -> None:
-    picture(tmp_path / "a.png")
+def test_boxes_without_fault(tmp_path: Path, make_image: MakeImage, box: Any) -> None:
+    make_image(tmp_path / "a.png")
     assert _problems(_one(tmp_path, box)) == []
     assert fixed_box(box, 40, 30) == box
 
@@ -107,8 +107,8 @@ def test_fixed_boxes() -> None:
     assert box_fault((40, 5, 50, 9), None, None) is None
 
 
-def test_repeated_objects(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png")
+def test_repeated_objects(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png")
     dataset = _one(tmp_path, (1, 1, 5, 5), (1, 1, 5, 6), (1.001, 1, 5, 5), (NAN,) * 4, (NAN,) * 4)
     found = [p for p in _problems(dataset) if p.kind == "box-duplicate"]
     assert [(p.object, p.fix) for p in found] == [(2, "dropped")]
@@ -126,8 +126,8 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
-def test_truncated_pictures(tmp_path: Path, picture: MakePicture, suffix: str) -> None:
-    path = picture(tmp_path / f"a{suffix}", (200, 150))
+def test_truncated_images(tmp_path: Path, make_image: MakeImage, suffix: str) -> None:
+    path = make_image(tmp_path / f"a{suffix}", (200, 150))
     dataset = Dataset((LabelledImage(path, 1),), ("cat",), (1,), "train", "coco", tmp_path)
     assert _problems(dataset) == []
     _cut(path)
@@ -135,23 +135,23 @@ def test_truncated_pictures(tmp_path: Path, picture: MakePicture, suffix: str) -
     assert problem.kind in ("image-truncated", "image-unreadable")
     assert problem.kind == "image-truncated" or suffix == ".webp"  # its decoder does not say
     assert problem.reason.startswith("cannot be decoded: ")
-    assert (problem.file, problem.fix) == (path, "the picture is dropped")
+    assert (problem.file, problem.fix) == (path, "the image is dropped")
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "reason"),
     [
-        (lambda path: None, "image-missing", "no such picture; .*labels gives it 1 object$"),
+        (lambda path: None, "image-missing", "no such image; .*labels gives it 1 object$"),
         (lambda path: path.write_bytes(b""), "image-unreadable", "^is empty$"),
         (
             lambda path: path.write_text("<html>404"),
             "image-unreadable",
-            "^is no picture; it begins with b'<html>404'$",
+            "^is no image; it begins with b'<html>404'$",
         ),
         (lambda path: path.mkdir(), "image-unreadable", "^cannot be read: Is a directory$"),
     ],
 )
-def test_pictures_that_are_none(
+def test_images_that_are_none(
     tmp_path: Path, make: Callable[[Path], None], kind: str, reason: str
 ) -> None:
     make(tmp_path / "a.png")
@@ -160,51 +160,51 @@ def test_pictures_that_are_none(
     assert re.search(reason, problem.reason)
 
 
-def test_usable_leaves_out_missing_pictures(tmp_path: Path) -> None:
+def test_usable_leaves_out_missing_images(tmp_path: Path) -> None:
     trained, left_out = usable(_one(tmp_path, (1, 1, 5, 5)))
     assert len(trained) == 0
     assert [problem.kind for problem in left_out] == ["image-missing"]
 
 
-def test_usable_keeps_what_is_good_untouched(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png")
+def test_usable_keeps_what_is_good_untouched(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png")
     dataset = _one(tmp_path, (1, 1, 5, 5))
     trained, left_out = usable(dataset)
     assert trained.images[0] is dataset.images[0]
     assert left_out == []
 
 
-def test_extensions_that_lie(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png", format="JPEG")
+def test_extensions_that_lie(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png", format="JPEG")
     (problem,) = _problems(_one(tmp_path, (1, 1, 5, 5)))
     assert problem.kind == "image-extension"
     assert problem.reason == "is named .png, but its content is jpg"
     assert problem.fix == "named .jpg"
     for name in ("a.jpeg", "a.JPG", "a.jpe"):
-        path = picture(tmp_path / name, format="JPEG")
+        path = make_image(tmp_path / name, format="JPEG")
         dataset = Dataset((LabelledImage(path, 1),), ("cat",), (1,), "train", "coco", tmp_path)
         assert _problems(dataset) == []
 
 
-def test_wrong_sizes(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png")
+def test_wrong_sizes(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png")
     (problem,) = _problems(_one(tmp_path, (1, 1, 5, 5), size=(41, 30)))
     assert (problem.kind, problem.object) == ("size-wrong", "image 1")
     assert problem.reason == (
-        "a.png: the labels say 41 x 30 (width x height), the picture is 40 x 30"
+        "a.png: the labels say 41 x 30 (width x height), the image is 40 x 30"
     )
     assert _problems(_one(tmp_path, (1, 1, 5, 5), size=(None, None))) == []
-    # A box is held against the picture, not against what the labels say of it.
+    # A box is held against the image, not against what the labels say of it.
     found = _problems(_one(tmp_path, (1, 1, 60, 5), size=(100, 100)))
     assert [p.kind for p in found] == ["size-wrong", "box-outside"]
 
 
-def test_the_same_picture_in_two_splits(tmp_path: Path, picture: MakePicture) -> None:
+def test_the_same_image_in_two_splits(tmp_path: Path, make_image: MakeImage) -> None:
     root = tmp_path / "data"
-    picture(root / "train" / "a.png", seed=1)
-    picture(root / "val" / "b.png", seed=1)  # the same content
-    picture(root / "test" / "c.bmp", seed=1)  # the same pixels
-    picture(root / "train" / "d.png", seed=2)
+    make_image(root / "train" / "a.png", seed=1)
+    make_image(root / "val" / "b.png", seed=1)  # the same content
+    make_image(root / "test" / "c.bmp", seed=1)  # the same pixels
+    make_image(root / "train" / "d.png", seed=2)
     for split, names in (("train", ("a.png", "d.png")), ("val", ("b.png",)), ("test", ("c.bmp",))):
         images = [coco_image(i, name) for i, name in enumerate(names)]
         write(root / f"{split}.json", coco_json(images))
@@ -212,16 +212,16 @@ def test_the_same_picture_in_two_splits(tmp_path: Path, picture: MakePicture) ->
     report = check_datasets(splits)
     found = {p.file.name: (p.kind, p.reason, p.fix) for p in report.problems}
     kind = "image-in-two-splits"
-    test_picture = root / "test" / "c.bmp"
+    test_image = root / "test" / "c.bmp"
     assert found == {
         "a.png": (
             kind,
-            f"in split train and in split test: the same pixels as {test_picture}",
+            f"in split train and in split test: the same pixels as {test_image}",
             "dropped from train",
         ),
         "b.png": (
             kind,
-            f"in split val and in split test: the same pixels as {test_picture}",
+            f"in split val and in split test: the same pixels as {test_image}",
             "dropped from val",
         ),
     }
@@ -231,9 +231,9 @@ def test_the_same_picture_in_two_splits(tmp_path: Path, picture: MakePicture) ->
     assert {name: len(one) for name, one in fixed.items()} == {"train": 1, "val": 0, "test": 1}
 
 
-def test_a_picture_listed_in_two_splits(tmp_path: Path, picture: MakePicture) -> None:
+def test_a_image_listed_in_two_splits(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, stem in enumerate("abc"):
-        picture(tmp_path / "JPEGImages" / f"{stem}.jpg", seed=seed)
+        make_image(tmp_path / "JPEGImages" / f"{stem}.jpg", seed=seed)
         write(tmp_path / "Annotations" / f"{stem}.xml", voc_xml("", [("cat", (1, 1, 5, 5))]))
     for split, stems in (("train", "ab"), ("val", "bc"), ("trainval", "abc")):
         write(tmp_path / "ImageSets" / "Main" / f"{split}.txt", "\n".join(stems))
@@ -243,14 +243,14 @@ def test_a_picture_listed_in_two_splits(tmp_path: Path, picture: MakePicture) ->
     assert problem.reason == "in split train and in split val: the same file"
 
 
-def _faulty(root: Path, picture: MakePicture) -> Path:
+def _faulty(root: Path, make_image: MakeImage) -> Path:
     """A COCO data set with a fault of every kind that COCO can have."""
-    picture(root / "train" / "good.png", seed=1)
-    picture(root / "train" / "lies.png", seed=2, format="JPEG")
-    _cut(picture(root / "train" / "cut.jpg", (200, 150), seed=3))
+    make_image(root / "train" / "good.png", seed=1)
+    make_image(root / "train" / "lies.png", seed=2, format="JPEG")
+    _cut(make_image(root / "train" / "cut.jpg", (200, 150), seed=3))
     write(root / "train" / "text.jpg", "text")
-    picture(root / "train" / "twin.png", seed=4)
-    picture(root / "val" / "twin.png", seed=4)
+    make_image(root / "train" / "twin.png", seed=4)
+    make_image(root / "val" / "twin.png", seed=4)
     names = ["good.png", "lies.png", "cut.jpg", "text.jpg", "twin.png", "gone.png"]
     images = [coco_image(i, name) for i, name in enumerate(names)]
     images += [coco_image(1, "again.png")]
@@ -268,8 +268,8 @@ def _faulty(root: Path, picture: MakePicture) -> Path:
     return root
 
 
-def test_every_kind_at_once_and_the_fix(tmp_path: Path, picture: MakePicture) -> None:
-    source = _faulty(tmp_path / "data", picture)
+def test_every_kind_at_once_and_the_fix(tmp_path: Path, make_image: MakeImage) -> None:
+    source = _faulty(tmp_path / "data", make_image)
     before = {p: p.read_bytes() for p in source.rglob("*") if p.is_file()}
     splits = read_splits(source)
     calls: list[tuple[int, int]] = []
@@ -297,8 +297,8 @@ def test_every_kind_at_once_and_the_fix(tmp_path: Path, picture: MakePicture) ->
     assert {p: p.read_bytes() for p in source.rglob("*") if p.is_file()} == before
 
 
-def test_the_copy_never_touches_the_data(tmp_path: Path, picture: MakePicture) -> None:
-    source = _faulty(tmp_path / "data", picture)
+def test_the_copy_never_touches_the_data(tmp_path: Path, make_image: MakeImage) -> None:
+    source = _faulty(tmp_path / "data", make_image)
     splits = read_splits(source)
     report = check_datasets(splits)
     for target in (source, source / "inside", tmp_path):
@@ -320,16 +320,16 @@ def test_the_copy_never_touches_the_data(tmp_path: Path, picture: MakePicture) -
     assert sorted(p.name for p in empty.iterdir()) == ["train", "train.json", "val", "val.json"]
 
 
-def test_a_report_of_other_data_is_refused(tmp_path: Path, picture: MakePicture) -> None:
-    splits = read_splits(_faulty(tmp_path / "data", picture))
+def test_a_report_of_other_data_is_refused(tmp_path: Path, make_image: MakeImage) -> None:
+    splits = read_splits(_faulty(tmp_path / "data", make_image))
     report = check_datasets({"val": splits["val"]})
     with pytest.raises(DataError, match="was not checked; check these splits first"):
         write_fixed(splits, report, tmp_path / "fixed")
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_labels_of_a_lying_picture_are_turned(tmp_path: Path, orientation: int) -> None:
-    """Labels made on the pixels as stored, of a picture that EXIF turns."""
+def test_labels_of_a_lying_image_are_turned(tmp_path: Path, orientation: int) -> None:
+    """Labels made on the pixels as stored, of an image that EXIF turns."""
     pixels = np.zeros((30, 40, 3), dtype=np.uint8)
     pixels[4:10, 8:25] = 255  # the object, as stored
     exif = Image.Exif()
@@ -356,8 +356,8 @@ def test_labels_of_a_lying_picture_are_turned(tmp_path: Path, orientation: int) 
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo", "csv"])
-def test_the_copy_is_of_the_same_format(tmp_path: Path, picture: MakePicture, form: str) -> None:
-    source = _faulty(tmp_path / "coco", picture)
+def test_the_copy_is_of_the_same_format(tmp_path: Path, make_image: MakeImage, form: str) -> None:
+    source = _faulty(tmp_path / "coco", make_image)
     convert(source, tmp_path / form, form)
     splits = read_splits(tmp_path / form)
     report = check_datasets(splits)
@@ -372,9 +372,9 @@ def test_the_copy_is_of_the_same_format(tmp_path: Path, picture: MakePicture, fo
     ]  # fmt: skip
 
 
-def test_statistics(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png", (200, 150))
-    picture(tmp_path / "b.png", (40, 30), seed=1)
+def test_statistics(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png", (200, 150))
+    make_image(tmp_path / "b.png", (40, 30), seed=1)
     boxes = [(0, 0, 32, 32), (0, 0, 31, 32), (0, 0, 96, 96), (0, 0, 95, 96), (5, 5, 5, 9)]
     first = tuple(Annotation(box, i % 2, i) for i, box in enumerate(boxes))
     first += (Annotation((0, 0, 20, 20), 0, 9, crowd=True),)
@@ -448,8 +448,8 @@ def test_anchor_reach_without_objects(tmp_path: Path) -> None:
     assert (found.objects, found.share, found.mean_iou) == (0, 1.0, 0.0)
 
 
-def test_anchor_reach_reads_sizes_that_labels_lack(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.png")
+def test_anchor_reach_reads_sizes_that_labels_lack(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.png")
     known = anchor_reach({"a": _one(tmp_path, (3, 3, 20, 17))}, default_anchor_spec(), 64, 640)
     unknown = _one(tmp_path, (3, 3, 20, 17), size=(None, None))
     assert anchor_reach({"a": unknown}, default_anchor_spec(), 64, 640) == known
@@ -477,7 +477,7 @@ def test_real_faults_are_found(real_data: Path) -> None:
 @pytest.mark.data
 def test_real_data_fixed(real_data: Path, tmp_path: Path) -> None:
     splits = read_splits(real_data / "bccd")
-    written = write_fixed(splits, check_datasets(splits), tmp_path / "fixed", pictures="symlink")
+    written = write_fixed(splits, check_datasets(splits), tmp_path / "fixed", images="symlink")
     assert written.objects == {"train": 2804, "val": 1137, "test": 945}
     again = read_splits(tmp_path / "fixed")
     assert check_datasets(again).problems == ()

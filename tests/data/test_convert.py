@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
-from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 
 from retinanet.data import Annotation, Dataset, LabelledImage, convert, read_dataset, read_splits
-from retinanet.data.archives import read_picture_file
+from retinanet.data.archives import read_image_file
 from retinanet.errors import DataError
 
 FORMATS = ("coco", "voc", "yolo", "csv", "webdataset")
 
 
 @pytest.fixture
-def source(tmp_path: Path, picture: MakePicture) -> Path:
+def source(tmp_path: Path, make_image: MakeImage) -> Path:
     """A COCO data set that uses what formats differ in."""
     root = tmp_path / "source"
     for split, names in (("train", ("a.png", "b.jpg")), ("val", ("v.png",)), ("test", ("t.png",))):
         for name in names:
-            picture(root / split / name, (64, 48), seed=len(split) + ord(name[0]))
+            make_image(root / split / name, (64, 48), seed=len(split) + ord(name[0]))
     objects = [
         coco_object(11, 5, [1.25, 2, 10.5, 5.75], 90, area=33.5, truncated=1, pose="Left"),
         coco_object(12, 5, [0.1, 0.2, 63.9, 47.8], 7),
@@ -66,7 +66,7 @@ def _plain(splits: dict[str, Dataset], *, ids: bool = False, more: bool = False)
         name: [
             (
                 image.path.name,
-                read_picture_file(image.path),
+                read_image_file(image.path),
                 (image.width, image.height),
                 image.id if ids else None,
                 objects(image, dataset.classes),
@@ -79,7 +79,7 @@ def _plain(splits: dict[str, Dataset], *, ids: bool = False, more: bool = False)
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
 def test_there_and_back_between_all(tmp_path: Path, source: Path, first: str, second: str) -> None:
-    """Boxes, classes, splits, pictures and background pictures; each leg through another format."""
+    """Boxes, classes, splits, images and background images; each leg through another format."""
     convert(source, tmp_path / "one", first)
     convert(tmp_path / "one", tmp_path / "two", second)
     convert(tmp_path / "two", tmp_path / "back", first)
@@ -175,8 +175,8 @@ def test_voc_as_other_programs_read_it(tmp_path: Path, source: Path) -> None:
     assert len(read_dataset(tmp_path / "voc", "trainval")) == 3
 
 
-def test_voc_to_voc_keeps_nested_values(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "in" / "JPEGImages" / "a.jpg", (64, 48))
+def test_voc_to_voc_keeps_nested_values(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "in" / "JPEGImages" / "a.jpg", (64, 48))
     text = (
         "<annotation><source><database>X</database></source><segmented>0</segmented>"
         "<size><width>64</width><height>48</height><depth>1</depth></size>"
@@ -198,9 +198,9 @@ def test_voc_to_voc_keeps_nested_values(tmp_path: Path, picture: MakePicture) ->
     }
 
 
-def test_names_of_two_splits_that_meet_in_voc(tmp_path: Path, picture: MakePicture) -> None:
+def test_names_of_two_splits_that_meet_in_voc(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, split in enumerate(("train", "val")):
-        picture(tmp_path / "in" / split / "1.png", seed=seed)
+        make_image(tmp_path / "in" / split / "1.png", seed=seed)
         objects = [coco_object(1, 1, [seed + 1, 1, 5, 5])]
         write(tmp_path / "in" / f"{split}.json", coco_json([coco_image(1, "1.png")], objects))
     convert(tmp_path / "in", tmp_path / "out", "voc")
@@ -210,11 +210,11 @@ def test_names_of_two_splits_that_meet_in_voc(tmp_path: Path, picture: MakePictu
     assert [d.images[0].id for d in splits.values()] == [1, 1]
 
 
-def test_names_that_would_meet(tmp_path: Path, picture: MakePicture) -> None:
+def test_names_that_would_meet(tmp_path: Path, make_image: MakeImage) -> None:
     """a.png and a.jpg share a YOLO label file; x/a.png and y/a.png share a folder."""
     names = ["x/a.png", "y/a.png", "x/a.jpg", "x/A.png"]
     for seed, name in enumerate(names):
-        picture(tmp_path / "in" / "images" / name, seed=seed)
+        make_image(tmp_path / "in" / "images" / name, seed=seed)
     objects = [coco_object(i, i, [i + 1, 1, 5, 5]) for i in range(4)]
     write(
         tmp_path / "in" / "train.json",
@@ -223,18 +223,16 @@ def test_names_that_would_meet(tmp_path: Path, picture: MakePicture) -> None:
     for to in FORMATS:
         convert({"train": read_dataset(tmp_path / "in", "all")}, tmp_path / to, to)
         found = read_dataset(tmp_path / to, "all")
-        assert sorted(
-            (i.annotations[0].box[0], read_picture_file(i.path)) for i in found.images
-        ) == [
+        assert sorted((i.annotations[0].box[0], read_image_file(i.path)) for i in found.images) == [
             (i + 1, (tmp_path / "in" / "images" / name).read_bytes())
             for i, name in enumerate(names)
         ]
 
 
 @pytest.mark.parametrize("placing", ["copy", "hardlink", "symlink"])
-def test_how_pictures_are_placed(tmp_path: Path, source: Path, placing: Any) -> None:
+def test_how_images_are_placed(tmp_path: Path, source: Path, placing: Any) -> None:
     calls: list[tuple[int, int]] = []
-    convert(source, tmp_path / "out", "coco", pictures=placing,
+    convert(source, tmp_path / "out", "coco", images=placing,
             progress=lambda done, total: calls.append((done, total)))  # fmt: skip
     placed, original = tmp_path / "out" / "train" / "a.png", source / "train" / "a.png"
     assert placed.read_bytes() == original.read_bytes()
@@ -243,8 +241,8 @@ def test_how_pictures_are_placed(tmp_path: Path, source: Path, placing: Any) -> 
     assert calls[-1] == (2 + 1 + 1, 2 + 1 + 1)
 
 
-def test_faults_come_along_where_they_can(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "in" / "a.png")
+def test_faults_come_along_where_they_can(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "in" / "a.png")
     write(tmp_path / "in" / "broken.png", "text")
     images = [coco_image(1, "a.png"), coco_image(2, "gone.png"), coco_image(3, "broken.png")]
     del images[2]["width"]
@@ -256,17 +254,17 @@ def test_faults_come_along_where_they_can(tmp_path: Path, picture: MakePicture) 
         written = convert(splits, tmp_path / to, to)
         assert written.lost == {
             "unreadable labels (class-unknown)": 1,
-            "pictures that are not there": 1,
-            "pictures that cannot be read": 1,
+            "images that are not there": 1,
+            "images that cannot be read": 1,
             "boxes that are not numbers": 1,
         }
         (image,) = read_dataset(tmp_path / to, "all").images
         assert [a.box for a in image.annotations] == [(5, 5, 5, 9), (9, 9, 5, 79)]
 
 
-def test_made_splits_are_written_and_told(tmp_path: Path, picture: MakePicture) -> None:
+def test_made_splits_are_written_and_told(tmp_path: Path, make_image: MakeImage) -> None:
     for i in range(5):
-        picture(tmp_path / "in" / f"{i}.png", seed=i)
+        make_image(tmp_path / "in" / f"{i}.png", seed=i)
     images = [coco_image(i, f"{i}.png") for i in range(5)]
     write(tmp_path / "in" / "labels.json", coco_json(images))
     written = convert(tmp_path / "in", tmp_path / "out", "yolo", seed=1, held_out=0.4)
@@ -285,7 +283,7 @@ def test_refusals(tmp_path: Path, source: Path) -> None:
     with pytest.raises(DataError, match="is there already and not an empty folder"):
         convert(source, tmp_path / "file", "voc")
     nothing = {name: replace(d, images=()) for name, d in read_splits(source).items()}
-    with pytest.raises(DataError, match="there is no picture to write"):
+    with pytest.raises(DataError, match="there is no image to write"):
         convert(nothing, tmp_path / "out", "voc")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
 
@@ -303,8 +301,8 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
 @pytest.mark.parametrize("to", ["coco", "yolo", "csv"])
 def test_real_voc_there_and_back(real_data: Path, tmp_path: Path, to: str) -> None:
     before = read_splits(real_data / "bccd")
-    convert(before, tmp_path / "there", to, pictures="symlink")
-    convert(tmp_path / "there", tmp_path / "back", "voc", pictures="symlink")
+    convert(before, tmp_path / "there", to, images="symlink")
+    convert(tmp_path / "there", tmp_path / "back", "voc", images="symlink")
     after = read_splits(tmp_path / "back")
     for name, dataset in before.items():
         assert after[name].classes == dataset.classes

@@ -16,8 +16,8 @@ def grey(height: int = 480, width: int = 640) -> torch.Tensor:
     return torch.full((3, height, width), 100, dtype=torch.uint8)
 
 
-def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
-    return int((np.array(picture) == colour).all(axis=2).sum())
+def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.array(image) == colour).all(axis=2).sum())
 
 
 def test_box_is_drawn_where_it_lies() -> None:
@@ -32,7 +32,7 @@ def test_box_is_drawn_where_it_lies() -> None:
     assert vermilion.sum() == 100 * 100 - 96 * 96
 
 
-def test_kinds_of_picture_agree() -> None:
+def test_kinds_of_image_agree() -> None:
     tensor = torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8)
     array = tensor.permute(1, 2, 0).numpy()
     boxes = torch.tensor([[5.0, 5, 20, 20]])
@@ -41,13 +41,13 @@ def test_kinds_of_picture_agree() -> None:
     assert (np.array(draw_boxes(Image.fromarray(array), boxes.tolist())) == expected).all()
 
 
-def test_the_picture_given_stays() -> None:
+def test_the_image_given_stays() -> None:
     image = grey()
     draw_boxes(image, [[0, 0, 640, 480]])
     assert (image == 100).all()
-    picture = Image.new("RGB", (600, 500))
-    draw_boxes(picture, [[0, 0, 600, 500]])
-    assert not np.array(picture).any()
+    img = Image.new("RGB", (600, 500))
+    draw_boxes(img, [[0, 0, 600, 500]])
+    assert not np.array(img).any()
 
 
 def test_nothing_to_draw() -> None:
@@ -132,7 +132,7 @@ def test_boxes_at_and_over_the_edge_and_no_numbers() -> None:
     assert drawn.size == (640, 480)
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
+def test_small_images_are_enlarged_by_a_whole_factor() -> None:
     assert draw_boxes(grey(100, 120), []).size == (480, 400)
     assert draw_boxes(grey(100, 120), [], enlarge_to=0).size == (120, 100)
     assert draw_boxes(grey(480, 300), []).size == (300, 480)
@@ -141,7 +141,7 @@ def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (40, 80, 200, 240)
 
 
-def test_lines_grow_with_the_picture() -> None:
+def test_lines_grow_with_the_image() -> None:
     def thickness(side: int) -> int:
         drawn = np.array(draw_boxes(grey(side, side), [[0, side // 4, side, side]]))
         return int((drawn[:, side // 2] == PALETTE[0]).all(axis=1).sum()) // 2
@@ -175,11 +175,11 @@ def test_palette_is_told_apart_by_the_colour_blind() -> None:
 
 
 def test_grid_layout() -> None:
-    pictures = [
+    images = [
         Image.new("RGB", size, colour)
         for size, colour in (((20, 10), "red"), ((10, 30), "lime"), ((20, 8), "blue"))
     ]
-    sheet = draw_grid(pictures, columns=2, gap=4)
+    sheet = draw_grid(images, columns=2, gap=4)
     # Columns of 20; rows of 30 and 8: 4 + 20 + 4 + 20 + 4, 4 + 30 + 4 + 8 + 4
     assert sheet.size == (52, 50)
     assert sheet.getpixel((4, 14)) == (255, 0, 0)  # in the middle of its row
@@ -199,7 +199,7 @@ def test_grid_captions_fit() -> None:
     captioned = draw_grid([grey(50, 100)] * 2, columns=2, captions=["a", "long " * 50])
     stacked = np.array(draw_grid([grey(50, 100)] * 2, columns=1, captions=["a", "b"], gap=6))
     letters = len(stacked) - 3 * 6 - 2 * 50  # what two lines of captions are high
-    assert (stacked[6 + 50 + letters // 2 + 6 :][:50, 6:106] == 100).all()  # the second picture
+    assert (stacked[6 + 50 + letters // 2 + 6 :][:50, 6:106] == 100).all()  # the second image
     assert captioned.width == plain.width
     assert captioned.height > plain.height
     gap = np.array(captioned)[:, 106:112]  # between the cells
@@ -209,5 +209,5 @@ def test_grid_captions_fit() -> None:
 def test_grid_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one"):
         draw_grid([])
-    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+    with pytest.raises(ValueError, match="1 captions for 2 images"):
         draw_grid([grey(5, 5)] * 2, captions=["a"])

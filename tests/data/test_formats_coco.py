@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 
 from retinanet.data import find_format, read_dataset, read_splits
 from retinanet.errors import DataError
 
 
-def test_boxes_ids_and_flags(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "train" / "a.jpg")
+def test_boxes_ids_and_flags(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "train" / "a.jpg")
     objects = [
         coco_object(7, 3, [1, 2, 10, 5], 2, iscrowd=1, area=33.5, score=0.5),
         coco_object(9, 3, [0.5, 0, 4.25, 6]),
@@ -42,7 +42,7 @@ def test_boxes_ids_and_flags(tmp_path: Path, picture: MakePicture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label_file", "picture_file"),
+    ("label_file", "image_file"),
     [
         ("train.json", "train/a.jpg"),
         ("train.json", "images/train/a.jpg"),
@@ -57,18 +57,18 @@ def test_boxes_ids_and_flags(tmp_path: Path, picture: MakePicture) -> None:
         ("train.json", "train2017/a.jpg"),
     ],
 )
-def test_layouts(tmp_path: Path, picture: MakePicture, label_file: str, picture_file: str) -> None:
-    picture(tmp_path / picture_file)
+def test_layouts(tmp_path: Path, make_image: MakeImage, label_file: str, image_file: str) -> None:
+    make_image(tmp_path / image_file)
     write(tmp_path / label_file, coco_json([coco_image(1, "a.jpg")]))
     assert find_format(tmp_path) == "coco"
     train = read_splits(tmp_path)["train"]
-    assert [image.path for image in train.images] == [tmp_path / picture_file]
+    assert [image.path for image in train.images] == [tmp_path / image_file]
     assert train.images[0].path.is_file()
 
 
-def test_picture_of_the_own_split_is_preferred(tmp_path: Path, picture: MakePicture) -> None:
+def test_image_of_the_own_split_is_preferred(tmp_path: Path, make_image: MakeImage) -> None:
     for split in ("train", "val"):
-        picture(tmp_path / split / "1.jpg")
+        make_image(tmp_path / split / "1.jpg")
         write(tmp_path / f"{split}.json", coco_json([coco_image(1, "1.jpg")]))
     splits = read_splits(tmp_path)
     assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
@@ -77,9 +77,9 @@ def test_picture_of_the_own_split_is_preferred(tmp_path: Path, picture: MakePict
     }
 
 
-def test_file_name_with_folders_of_another_machine(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "images" / "a.jpg")
-    picture(tmp_path / "sub" / "b.jpg")
+def test_file_name_with_folders_of_another_machine(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "images" / "a.jpg")
+    make_image(tmp_path / "sub" / "b.jpg")
     images = [coco_image(1, "/home/x/data/a.jpg"), coco_image(2, "sub/b.jpg"),
               coco_image(3, "C:\\x\\a.jpg"), coco_image(4, "none.jpg")]  # fmt: skip
     file = write(tmp_path / "train.json", coco_json(images))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, write
+from labelled_folders import MakeImage, write
 
 from retinanet.data import find_format, read_dataset, read_splits
 from retinanet.errors import DataError
@@ -27,8 +27,8 @@ from retinanet.errors import DataError
         "\ufefffilename,class,xmin,ymin,xmax,ymax\r\n a.jpg, cat, 1, 2, 11, 7\r\n\r\n",
     ],
 )
-def test_columns_by_name(tmp_path: Path, picture: MakePicture, text: str) -> None:
-    picture(tmp_path / "images" / "a.jpg")
+def test_columns_by_name(tmp_path: Path, make_image: MakeImage, text: str) -> None:
+    make_image(tmp_path / "images" / "a.jpg")
     file = write(tmp_path / "labels.csv", text)
     for path in (file, tmp_path):
         assert find_format(path) == "csv"
@@ -41,11 +41,11 @@ def test_columns_by_name(tmp_path: Path, picture: MakePicture, text: str) -> Non
         assert annotation.box == pytest.approx((1, 2, 11, 7), abs=1e-6)
 
 
-def test_rows_of_a_picture_meet_and_others_are_background(
-    tmp_path: Path, picture: MakePicture
+def test_rows_of_a_image_meet_and_others_are_background(
+    tmp_path: Path, make_image: MakeImage
 ) -> None:
     for name in "abc":
-        picture(tmp_path / f"{name}.jpg")
+        make_image(tmp_path / f"{name}.jpg")
     text = "a.jpg,1,2,11,7,cat\nb.jpg,,,,,\na.jpg,2,2,5,5,ant\nc.jpg,1,1,2,2,cat\n"
     dataset = read_dataset(write(tmp_path / "x.csv", text), "all")
     assert dataset.classes == ("ant", "cat")
@@ -53,9 +53,9 @@ def test_rows_of_a_picture_meet_and_others_are_background(
     assert [a.id for a in dataset.images[0].annotations] == [0, 2]
 
 
-def test_splits_by_column_and_by_file(tmp_path: Path, picture: MakePicture) -> None:
+def test_splits_by_column_and_by_file(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate("abc"):
-        picture(tmp_path / "one" / f"{name}.jpg", seed=seed)
+        make_image(tmp_path / "one" / f"{name}.jpg", seed=seed)
     header = "filename,class,xmin,ymin,xmax,ymax"
     text = f"{header},split\na.jpg,cat,1,1,2,2,TRAIN\nb.jpg,dog,1,1,2,2,valid\nc.jpg,,,,,,test\n"
     write(tmp_path / "one" / "labels.csv", text)
@@ -68,7 +68,7 @@ def test_splits_by_column_and_by_file(tmp_path: Path, picture: MakePicture) -> N
     assert {one.classes for one in splits.values()} == {("cat", "dog")}
 
     for part in ("train", "valid"):
-        picture(tmp_path / "two" / part / "a.jpg")
+        make_image(tmp_path / "two" / part / "a.jpg")
         write(tmp_path / "two" / part / "_annotations.csv", f"{header}\na.jpg,cat,1,1,2,2\n")
     splits = read_splits(tmp_path / "two")
     assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
@@ -77,13 +77,13 @@ def test_splits_by_column_and_by_file(tmp_path: Path, picture: MakePicture) -> N
     }
 
     for part in ("train", "val"):
-        picture(tmp_path / "three" / "images" / f"{part}.jpg")
+        make_image(tmp_path / "three" / "images" / f"{part}.jpg")
         write(tmp_path / "three" / f"{part}.csv", f"{header}\n{part}.jpg,cat,1,1,2,2\n")
     assert list(read_splits(tmp_path / "three")) == ["train", "val"]
 
 
-def test_classes_csv_gives_ids(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_classes_csv_gives_ids(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     write(tmp_path / "labels.csv", "a.jpg,1,2,11,7,cat\na.jpg,1,2,11,8,cow\n")
     write(tmp_path / "classes.csv", "dog,3\ncat,7\n")
     dataset = read_dataset(tmp_path, "all")
@@ -93,14 +93,14 @@ def test_classes_csv_gives_ids(tmp_path: Path, picture: MakePicture) -> None:
     assert problem.reason == "line 2: a.jpg: class 'cow' is not in the list of classes"
 
 
-def test_number_classes_are_ordered_as_numbers(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_number_classes_are_ordered_as_numbers(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     file = write(tmp_path / "x.csv", "a.jpg,1,2,11,7,10\na.jpg,1,2,11,7,9\n")
     assert read_dataset(file, "all").classes == ("9", "10")
 
 
-def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     text = (
         "filename,class,xmin,ymin,xmax,ymax\n"
         "a.jpg,cat,1,2,11,7\n"
@@ -116,7 +116,7 @@ def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
         ("box-not-a-number", 1, "line 3: a.jpg, cat: 'one', '2', '11', '7': not four numbers"),
         ("box-not-a-number", 2, "line 4: a.jpg, cat: no box; leave the class empty too"),
         ("class-unknown", 3, "line 5: a.jpg: a box without a class"),
-        ("label-unreadable", 4, "line 6: names no picture"),
+        ("label-unreadable", 4, "line 6: names no image"),
     ]
 
 
@@ -124,8 +124,8 @@ def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
     ("text", "message"),
     [
         ("", "x.csv: is empty"),
-        ("a,b,c\n1,2,3\n", "no columns for the picture and its box among a, b, c"),
-        ("class,xmin,ymin,xmax,ymax\ncat,1,2,3,4\n", "no columns for the picture"),
+        ("a,b,c\n1,2,3\n", "no columns for the image and its box among a, b, c"),
+        ("class,xmin,ymin,xmax,ymax\ncat,1,2,3,4\n", "no columns for the image"),
     ],
 )
 def test_other_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:

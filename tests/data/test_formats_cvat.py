@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, voc_xml, write
+from labelled_folders import MakeImage, voc_xml, write
 
 from retinanet.data import check_datasets, convert, find_format, read_dataset, read_splits
 from retinanet.data.fix import write_fixed
@@ -35,9 +35,9 @@ def annotations(*images: str, meta: str = META) -> str:
     return f"<?xml version='1.0'?><annotations>{meta}{''.join(images)}</annotations>"
 
 
-def test_boxes_labels_and_background(tmp_path: Path, picture: MakePicture) -> None:
+def test_boxes_labels_and_background(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate(("a.jpg", "b.jpg")):
-        picture(tmp_path / "images" / name, seed=seed)
+        make_image(tmp_path / "images" / name, seed=seed)
     text = annotations(image("a.jpg", box() + box("dog")), image("b.jpg", id_=7))
     file = write(tmp_path / "annotations.xml", text)
     for path in (file, tmp_path):
@@ -55,16 +55,16 @@ def test_boxes_labels_and_background(tmp_path: Path, picture: MakePicture) -> No
     assert check_datasets(read_splits(tmp_path)).problems == ()
 
 
-def test_voc_is_still_voc(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_voc_is_still_voc(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     write(tmp_path / "a.xml", voc_xml("a.jpg", [("cat", (1, 2, 11, 7))]))
     assert find_format(tmp_path) == "voc"
 
 
-def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, picture: MakePicture) -> None:
+def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, make_image: MakeImage) -> None:
     places = ("Train/day/a.jpg", "Train/night/a.jpg", "Validation/b.jpg", "default/c.jpg")
     for seed, place in enumerate(places):
-        picture(tmp_path / "images" / place, seed=seed)
+        make_image(tmp_path / "images" / place, seed=seed)
     text = annotations(
         image("day/a.jpg", box(), more='subset="Train"'),
         image("night/a.jpg", box(), more='subset="Train"'),
@@ -81,17 +81,17 @@ def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, picture: Make
     assert all(one.path.is_file() for one in every)
 
 
-def test_a_file_a_split(tmp_path: Path, picture: MakePicture) -> None:
+def test_a_file_a_split(tmp_path: Path, make_image: MakeImage) -> None:
     for split in ("train", "valid"):
-        picture(tmp_path / "images" / f"{split}.jpg")
+        make_image(tmp_path / "images" / f"{split}.jpg")
         write(tmp_path / f"{split}.xml", annotations(image(f"{split}.jpg", box())))
     splits = read_splits(tmp_path)
     assert {name: one.images[0].id for name, one in splits.items()} == {"train": 0, "val": 0}
     assert {one.classes for one in splits.values()} == {("dog", "cat")}
 
 
-def test_extra_comes_along(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_extra_comes_along(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     inside = '<attribute name="score">0.5</attribute><attribute name="breed">pug</attribute>'
     text = box(more='occluded="1" z_order="0" source="auto"', inside=inside)
     write(tmp_path / "x.xml", annotations(image(inside=text)))
@@ -102,22 +102,22 @@ def test_extra_comes_along(tmp_path: Path, picture: MakePicture) -> None:
     assert bare.extra == {}
 
 
-def test_outside_is_not_in_the_picture(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_outside_is_not_in_the_image(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     write(tmp_path / "x.xml", annotations(image(inside=box(more='outside="1"') + box())))
     dataset = read_dataset(tmp_path, "all")
     assert [a.id for a in dataset.images[0].annotations] == [1]
     assert dataset.problems == ()
 
 
-def test_without_meta_names_are_sorted(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_without_meta_names_are_sorted(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     write(tmp_path / "x.xml", annotations(image(inside=box() + box("ant")), meta=""))
     assert read_dataset(tmp_path, "all").classes == ("ant", "cat")
 
 
-def test_faults_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     inside = (
         box()
         + box("cow")
@@ -186,8 +186,8 @@ def test_files_of_the_machine_are_not_read_through_entities(tmp_path: Path) -> N
         read_splits(write(tmp_path / "x.xml", text))
 
 
-def test_it_is_read_alone(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "cvat" / "a.jpg")
+def test_it_is_read_alone(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "cvat" / "a.jpg")
     sides = 'xtl="5" ytl="2" xbr="50" ybr="7"'
     write(tmp_path / "cvat" / "x.xml", annotations(image(inside=box(sides=sides))))
     convert(tmp_path / "cvat", tmp_path / "coco", "coco")
@@ -202,8 +202,8 @@ def test_it_is_read_alone(tmp_path: Path, picture: MakePicture) -> None:
     assert fixed.images[0].annotations[0].box == (5, 2, 40, 7)
 
 
-def test_mutated_files_never_crash(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     inside = box(more='rotation="30" occluded="1"', inside='<attribute name="s">1</attribute>')
     whole = annotations(image(inside=inside, more='subset="Train"'), image("b/c.jpg")).encode()
     odd = (b"-1", b"1e999", b"\xff", b"\x00", b"&x;", b"<", b">", b'"', b"", b"nan", b"../" * 90)
@@ -251,9 +251,9 @@ def test_a_real_data_set_as_cvat_writes_it(real_data: Path, tmp_path: Path) -> N
             ]
 
 
-def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, picture: MakePicture) -> None:
+def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate("abc"):
-        picture(tmp_path / "images" / f"{name}.jpg", seed=seed)
+        make_image(tmp_path / "images" / f"{name}.jpg", seed=seed)
         more = f'subset="test" task_id="{seed}"'
         write(tmp_path / f"{name}.xml", annotations(image(f"{name}.jpg", box(), more=more)))
     dataset = read_dataset(tmp_path, "test")
@@ -265,9 +265,9 @@ def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, picture: MakePict
 @pytest.mark.parametrize("to", ["coco", "voc", "yolo", "csv", "webdataset"])
 @pytest.mark.parametrize("subset", ["../../out", "..", "a/b", "a\\b", "x" * 300])
 def test_a_subset_that_leads_outside(
-    tmp_path: Path, picture: MakePicture, to: str, subset: str
+    tmp_path: Path, make_image: MakeImage, to: str, subset: str
 ) -> None:
-    picture(tmp_path / "in" / "images" / "a.jpg")
+    make_image(tmp_path / "in" / "images" / "a.jpg")
     text = annotations(image("a.jpg", box(), more=f'subset="{subset}"'))
     write(tmp_path / "in" / "annotations.xml", text)
     before = sorted(tmp_path.rglob("*"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelled_folders import MakePicture, write
+from labelled_folders import MakeImage, write
 
 from retinanet.data import check_datasets, convert, find_format, read_dataset, read_splits
 from retinanet.errors import DataError
@@ -44,9 +44,9 @@ def export(folder: Path, *tasks: Any, name: str = "project-1.json") -> Path:
     return write(folder / name, json.dumps(list(tasks)))
 
 
-def test_rectangles_and_background(tmp_path: Path, picture: MakePicture) -> None:
+def test_rectangles_and_background(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate(("a.jpg", "b.jpg")):
-        picture(tmp_path / name, seed=seed)
+        make_image(tmp_path / name, seed=seed)
     file = export(tmp_path, task("a.jpg", region(), region("ant", "r2")), task("b.jpg", id_=2))
     for path in (file, tmp_path):
         assert find_format(path) == "labelstudio"
@@ -63,9 +63,9 @@ def test_rectangles_and_background(tmp_path: Path, picture: MakePicture) -> None
     assert check_datasets(read_splits(tmp_path)).problems == ()
 
 
-def test_json_min(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
-    picture(tmp_path / "b.jpg", seed=1)
+def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
+    make_image(tmp_path / "b.jpg", seed=1)
     sizes = {"original_width": 40, "original_height": 30}
     one = {**SHARES, "rotation": 0, "rectanglelabels": ["cat"], **sizes}
     row = {
@@ -97,21 +97,21 @@ def test_json_min(tmp_path: Path, picture: MakePicture) -> None:
         ("s3://bucket/right/a.jpg", "right/a.jpg"),
         ("https://host.example/x/a%2B.jpg?X-Signature=1%2F2", "images/a+.jpg"),
         ("https://host.example/a.jpg", "a.png"),
-        ("C:\\pictures\\a.jpg", "a.jpg"),
+        ("C:\\images\\a.jpg", "a.jpg"),
         ("../../left/a.jpg", "left/a.jpg"),
     ],
 )
-def test_pictures_by_their_address(
-    tmp_path: Path, picture: MakePicture, address: str, place: str
+def test_images_by_their_address(
+    tmp_path: Path, make_image: MakeImage, address: str, place: str
 ) -> None:
-    picture(tmp_path / place)
+    make_image(tmp_path / place)
     export(tmp_path, task(address, region()))
     assert read_dataset(tmp_path, "all").images[0].path == tmp_path / place
 
 
-def test_folders_tell_pictures_of_one_name_apart(tmp_path: Path, picture: MakePicture) -> None:
+def test_folders_tell_images_of_one_name_apart(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, place in enumerate(("a.jpg", "left/a.jpg", "right/a.jpg")):
-        picture(tmp_path / place, seed=seed)
+        make_image(tmp_path / place, seed=seed)
     address = "/data/local-files/?d=project/"
     tasks = [task(f"{address}{side}/a.jpg", id_=i) for i, side in enumerate(("left", "right"))]
     export(tmp_path, *tasks)
@@ -119,14 +119,14 @@ def test_folders_tell_pictures_of_one_name_apart(tmp_path: Path, picture: MakePi
     assert found == [tmp_path / "left" / "a.jpg", tmp_path / "right" / "a.jpg"]
 
 
-def test_a_picture_of_no_file_is_missing(tmp_path: Path) -> None:
+def test_a_image_of_no_file_is_missing(tmp_path: Path) -> None:
     export(tmp_path, task("s3://bucket/x/a.jpg", region()))
     (problem,) = check_datasets(read_splits(tmp_path)).problems
     assert (problem.kind, problem.file) == ("image-missing", tmp_path / "a.jpg")
 
 
-def test_the_picture_under_another_key(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_the_image_under_another_key(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     one = task("")
     one["data"] = {"note": "seen at noon", "photograph": "s3://x/a.jpg", "patient": 7}
     export(tmp_path, one)
@@ -135,8 +135,8 @@ def test_the_picture_under_another_key(tmp_path: Path, picture: MakePicture) -> 
     assert image.extra == {"note": "seen at noon", "patient": 7}
 
 
-def test_whose_annotation_counts(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_whose_annotation_counts(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
 
     def by(label: str, **more: Any) -> dict[str, Any]:
         return {"result": [region(label)], **more}
@@ -152,9 +152,9 @@ def test_whose_annotation_counts(tmp_path: Path, picture: MakePicture) -> None:
         assert read_dataset(tmp_path, "all").classes == (wanted,)
 
 
-def test_tasks_that_nobody_labelled(tmp_path: Path, picture: MakePicture) -> None:
+def test_tasks_that_nobody_labelled(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate("abcd"):
-        picture(tmp_path / f"{name}.jpg", seed=seed)
+        make_image(tmp_path / f"{name}.jpg", seed=seed)
     predicted = [{"result": [region()], "model_version": "retinanet"}]
     export(
         tmp_path,
@@ -176,10 +176,10 @@ def test_tasks_that_nobody_labelled(tmp_path: Path, picture: MakePicture) -> Non
     ]
 
 
-def test_the_size_of_the_picture_where_the_region_has_none(
-    tmp_path: Path, picture: MakePicture
+def test_the_size_of_the_image_where_the_region_has_none(
+    tmp_path: Path, make_image: MakeImage
 ) -> None:
-    picture(tmp_path / "a.jpg", size=(80, 60))
+    make_image(tmp_path / "a.jpg", size=(80, 60))
     one = region()
     del one["original_width"], one["original_height"]
     export(tmp_path, task("a.jpg", one))
@@ -189,20 +189,20 @@ def test_the_size_of_the_picture_where_the_region_has_none(
 
 
 def test_a_size_that_cannot_be_known(tmp_path: Path) -> None:
-    write(tmp_path / "a.jpg", "no picture")
+    write(tmp_path / "a.jpg", "no image")
     one = region(original_width="wide", original_height=None)
     export(tmp_path, task("a.jpg", one))
     dataset = read_dataset(tmp_path, "all")
     assert dataset.images[0].annotations == ()
     (problem,) = dataset.problems
     assert problem.kind == "image-unreadable"
-    assert "percents of a picture whose size cannot be read" in problem.reason
+    assert "percents of an image whose size cannot be read" in problem.reason
 
 
 def test_several_labels_and_a_rectangle_with_labels_beside_it(
-    tmp_path: Path, picture: MakePicture
+    tmp_path: Path, make_image: MakeImage
 ) -> None:
-    picture(tmp_path / "a.jpg")
+    make_image(tmp_path / "a.jpg")
     both = region(value={**SHARES, "rectanglelabels": ["cat", "ant"]})
     bare = region(type="rectangle", value=SHARES, id_="r2")
     named = region(type="labels", value={**SHARES, "labels": ["bee"]}, id_="r2")
@@ -214,8 +214,8 @@ def test_several_labels_and_a_rectangle_with_labels_beside_it(
     assert found == [("cat", "r1"), ("ant", "r1-2"), ("bee", "r2")]
 
 
-def test_classes_of_the_labelling_interface(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_classes_of_the_labelling_interface(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     labels = "".join(f'<Label value="{name}"/>' for name in ("dog", "cat"))
     config = (
         '<View><Image name="image" value="$image"/>'
@@ -236,8 +236,8 @@ def test_classes_of_the_labelling_interface(tmp_path: Path, picture: MakePicture
     assert read_dataset(tmp_path, "all").classes == ("cow", "cat")
 
 
-def test_turned_rectangles(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_turned_rectangles(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     turned = region(value={**SHARES, "rotation": 90, "rectanglelabels": ["cat"]})
     viewed = region(id_="r2", image_rotation=90)
     export(tmp_path, task("a.jpg", turned, viewed))
@@ -251,8 +251,8 @@ def test_turned_rectangles(tmp_path: Path, picture: MakePicture) -> None:
     assert one.box == pytest.approx((-11, 6, 4, 16))
 
 
-def test_faults_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     export(
         tmp_path,
         task(
@@ -267,7 +267,7 @@ def test_faults_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
             region(id_="r7", type=["list"]),
         ),
         "nonsense",
-        {"id": 3, "data": {"text": "no picture"}, "annotations": []},
+        {"id": 3, "data": {"text": "no image"}, "annotations": []},
         {"id": 4, "data": {"image": "data:image/png;base64,AAAA"}, "annotations": []},
         task("a.jpg", region()),
         task("b.jpg", id_=6, annotations=[{"result": "nonsense"}]),
@@ -315,17 +315,17 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
         find_format(tmp_path)
 
 
-def test_a_file_a_split(tmp_path: Path, picture: MakePicture) -> None:
+def test_a_file_a_split(tmp_path: Path, make_image: MakeImage) -> None:
     for name in ("train", "val"):
-        picture(tmp_path / "images" / f"{name}.jpg")
+        make_image(tmp_path / "images" / f"{name}.jpg")
         export(tmp_path, task(f"{name}.jpg", region(name)), name=f"{name}.json")
     splits = read_splits(tmp_path)
     assert list(splits) == ["train", "val"]
     assert {one.classes for one in splits.values()} == {("train", "val")}
 
 
-def test_it_is_converted(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "ls" / "a.jpg")
+def test_it_is_converted(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "ls" / "a.jpg")
     export(tmp_path / "ls", task("a.jpg", region(score=0.5)))
     convert(tmp_path / "ls", tmp_path / "coco", "coco")
     (one,) = read_dataset(tmp_path / "coco", "all").images[0].annotations
@@ -351,8 +351,8 @@ def mutated(value: Any, source: random.Random) -> Any:
     return value
 
 
-def test_mutated_files_never_crash(tmp_path: Path, picture: MakePicture) -> None:
-    picture(tmp_path / "a.jpg")
+def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
     sizes = {"original_width": 40, "original_height": 30}
     least = {"id": 3, "image": "a.jpg", "label": [{**SHARES, "rectanglelabels": ["cat"], **sizes}]}
     turned = region("ant", "r2", {**SHARES, "rotation": 30, "rectanglelabels": ["ant", "bee"]})
@@ -376,9 +376,9 @@ def test_mutated_files_never_crash(tmp_path: Path, picture: MakePicture) -> None
     assert boxes > 300
 
 
-def test_two_addresses_of_one_file(tmp_path: Path, picture: MakePicture) -> None:
+def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate(("street.jpg", "a.jpg", "b.jpg")):
-        picture(tmp_path / "images" / name, seed=seed)
+        make_image(tmp_path / "images" / name, seed=seed)
     export(
         tmp_path,
         task("/data/upload/3/0123abcd-street.jpg", region(), id_=1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 
 from retinanet.data import LabelledImage, digest, read_dataset, read_splits
 from retinanet.data.splits import hold_out, split_word
@@ -118,9 +118,9 @@ def test_missing_splits_and_folders_are_told(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_digest_follows_labels_and_files(tmp_path: Path, picture: MakePicture) -> None:
+def test_digest_follows_labels_and_files(tmp_path: Path, make_image: MakeImage) -> None:
     def make(folder: str, box: list[float], seed: int, size: tuple[int, int] = (40, 30)) -> str:
-        picture(tmp_path / folder / "a.png", size, seed)
+        make_image(tmp_path / folder / "a.png", size, seed)
         text = coco_json([coco_image(1, "a.png")], [coco_object(1, 1, box)])
         write(tmp_path / folder / "train.json", text)
         return digest(read_dataset(tmp_path / folder / "train.json", "all"))

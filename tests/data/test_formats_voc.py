@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, voc_xml, write
+from labelled_folders import MakeImage, voc_xml, write
 
 from retinanet.data import find_format, read_dataset, read_splits
 
 
-def _make(root: Path, picture: MakePicture, stems: str = "abc") -> None:
+def _make(root: Path, make_image: MakeImage, stems: str = "abc") -> None:
     for seed, stem in enumerate(stems):
-        picture(root / "JPEGImages" / f"{stem}.jpg", seed=seed)
+        make_image(root / "JPEGImages" / f"{stem}.jpg", seed=seed)
         text = voc_xml(f"{stem}.jpg", [("dog" if stem == "a" else "cat", (1, 2, 11, 7))])
         write(root / "Annotations" / f"{stem}.xml", text)
 
@@ -22,8 +22,8 @@ def _lists(root: Path, **lists: str) -> None:
         write(root / "ImageSets" / "Main" / f"{name}.txt", "".join(f"{s}\n" for s in stems))
 
 
-def test_coordinates_as_they_stand(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture, "a")
+def test_coordinates_as_they_stand(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image, "a")
     more = "<pose>Left</pose><truncated>1</truncated><difficult>1</difficult>"
     text = voc_xml("a.jpg", [("cat", (1, 2.5, 11, 7)), ("dog", (1, 1, 2, 2))], more=more)
     write(tmp_path / "Annotations" / "a.xml", text)
@@ -38,8 +38,8 @@ def test_coordinates_as_they_stand(tmp_path: Path, picture: MakePicture) -> None
     assert image.label_file == tmp_path / "Annotations" / "a.xml"
 
 
-def test_splits_share_one_list_of_classes(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture)
+def test_splits_share_one_list_of_classes(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image)
     _lists(tmp_path, train="a", val="b", trainval="ab", test="c", dog_train="a")
     splits = read_splits(tmp_path)
     assert list(splits) == ["train", "val", "test"]
@@ -49,8 +49,8 @@ def test_splits_share_one_list_of_classes(tmp_path: Path, picture: MakePicture) 
     assert len(read_dataset(tmp_path, "all")) == 3  # not five: trainval is train and val again
 
 
-def test_val_is_held_out_of_trainval(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture, "abcdef")
+def test_val_is_held_out_of_trainval(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image, "abcdef")
     _lists(tmp_path, trainval="abcde", test="f")
     splits = read_splits(tmp_path)
     assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1, "test": 1}
@@ -59,15 +59,15 @@ def test_val_is_held_out_of_trainval(tmp_path: Path, picture: MakePicture) -> No
     assert [i.id for i in read_dataset(tmp_path, "trainval").images] == list("abcde")
 
 
-def test_layouts(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path / "VOCdevkit" / "VOC2012", picture)
+def test_layouts(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path / "VOCdevkit" / "VOC2012", make_image)
     _lists(tmp_path / "VOCdevkit" / "VOC2012", train="ab", val="c")
     assert len(read_dataset(tmp_path, "train")) == 2
     assert len(read_dataset(tmp_path / "VOCdevkit" / "VOC2012" / "Annotations", "train")) == 2
 
     flat = tmp_path / "flat"
     for seed, stem in enumerate("xyz"):
-        picture(flat / f"{stem}.png", seed=seed)
+        make_image(flat / f"{stem}.png", seed=seed)
         write(flat / f"{stem}.xml", voc_xml(f"{stem}.jpg", [("cat", (1, 1, 5, 5))]))
     assert find_format(flat) == "voc"
     assert [image.path.name for image in read_dataset(flat, "all").images] == [
@@ -78,15 +78,15 @@ def test_layouts(tmp_path: Path, picture: MakePicture) -> None:
 
     split = tmp_path / "split"
     for seed, part in enumerate(("train", "valid", "test")):
-        picture(split / part / "same.jpg", seed=seed)
+        make_image(split / part / "same.jpg", seed=seed)
         write(split / part / "same.xml", voc_xml("same.jpg", [("cat", (1, 1, 5, 5))]))
     splits = read_splits(split)
     assert list(splits) == ["train", "val", "test"]
     assert splits["val"].images[0].path == split / "valid" / "same.jpg"
 
 
-def test_classes_txt_gives_order_and_bounds(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture)
+def test_classes_txt_gives_order_and_bounds(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image)
     write(tmp_path / "classes.txt", "zebra\ncat\n")
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("zebra", "cat")
@@ -96,8 +96,8 @@ def test_classes_txt_gives_order_and_bounds(tmp_path: Path, picture: MakePicture
     assert problem.reason == "object 0: class 'dog' is not one of 2 known"
 
 
-def test_faulty_files_and_objects_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture, "abc")
+def test_faulty_files_and_objects_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image, "abc")
     _lists(tmp_path, train="abc", val="q")
     write(tmp_path / "Annotations" / "b.xml", "<annotation><object></annotation>")
     text = voc_xml("c.jpg", [("cat", ("wide", 1, 5, 5)), ("cat", (1, 1, 5, 5)), ("", (1, 1, 5, 5))])
@@ -120,9 +120,9 @@ def test_faulty_files_and_objects_are_recorded(tmp_path: Path, picture: MakePict
     assert missing.file == tmp_path / "ImageSets" / "Main" / "val.txt"
 
 
-def test_a_picture_without_xml_is_no_background(tmp_path: Path, picture: MakePicture) -> None:
-    _make(tmp_path, picture, "ab")
-    picture(tmp_path / "JPEGImages" / "c.jpg")
+def test_a_image_without_xml_is_no_background(tmp_path: Path, make_image: MakeImage) -> None:
+    _make(tmp_path, make_image, "ab")
+    make_image(tmp_path / "JPEGImages" / "c.jpg")
     dataset = read_dataset(tmp_path, "all")
     assert [image.id for image in dataset.images] == ["a", "b"]
     (problem,) = dataset.problems

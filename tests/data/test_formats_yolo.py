@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from labelled_folders import MakePicture, write
+from labelled_folders import MakeImage, write
 
 from retinanet.data import find_format, read_dataset, read_splits
 from retinanet.errors import DataError
@@ -13,8 +13,8 @@ from retinanet.errors import DataError
 ROW = "1 0.5 0.5 0.25 0.2\n"  # of 40 x 30: centre (20, 15), 10 wide, 6 high
 
 
-def _pair(root: Path, picture: MakePicture, images: str, labels: str, stem: str = "a") -> Path:
-    path = picture(root / images / f"{stem}.jpg", seed=ord(stem[0]))
+def _pair(root: Path, make_image: MakeImage, images: str, labels: str, stem: str = "a") -> Path:
+    path = make_image(root / images / f"{stem}.jpg", seed=ord(stem[0]))
     write(root / labels / f"{stem}.txt", ROW)
     return path
 
@@ -31,10 +31,10 @@ def _pair(root: Path, picture: MakePicture, images: str, labels: str, stem: str 
     ],
 )
 def test_data_yaml(
-    tmp_path: Path, picture: MakePicture, names: str, header: str, train: str, val: str
+    tmp_path: Path, make_image: MakeImage, names: str, header: str, train: str, val: str
 ) -> None:
-    first = _pair(tmp_path, picture, "images/train", "labels/train")
-    other = _pair(tmp_path, picture, "images/val", "labels/val", "b")
+    first = _pair(tmp_path, make_image, "images/train", "labels/train")
+    other = _pair(tmp_path, make_image, "images/val", "labels/val", "b")
     write(tmp_path / "train_list.txt", "./images/val/b.jpg\n")
     file = write(tmp_path / "data.yaml", f"{header}train: {train}\nval: {val}\nnames: {names}\n")
     for path in (tmp_path, file):
@@ -52,9 +52,9 @@ def test_data_yaml(
         assert splits["val"].images[0].path.samefile(other)
 
 
-def test_roboflow_layout(tmp_path: Path, picture: MakePicture) -> None:
+def test_roboflow_layout(tmp_path: Path, make_image: MakeImage) -> None:
     for part in ("train", "valid", "test"):
-        _pair(tmp_path, picture, f"{part}/images", f"{part}/labels", part)
+        _pair(tmp_path, make_image, f"{part}/images", f"{part}/labels", part)
     text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\n"
     write(tmp_path / "data.yaml", text + "names: ['a', 'b']\n")
     splits = read_splits(tmp_path)
@@ -70,13 +70,13 @@ def test_roboflow_layout(tmp_path: Path, picture: MakePicture) -> None:
     assert len(again["val"].images[0].annotations) == 1
 
 
-def test_trees_without_yaml(tmp_path: Path, picture: MakePicture) -> None:
-    _pair(tmp_path / "split", picture, "images/train2017", "labels/train2017")
-    _pair(tmp_path / "split", picture, "images/val2017", "labels/val2017", "b")
+def test_trees_without_yaml(tmp_path: Path, make_image: MakeImage) -> None:
+    _pair(tmp_path / "split", make_image, "images/train2017", "labels/train2017")
+    _pair(tmp_path / "split", make_image, "images/val2017", "labels/val2017", "b")
     assert list(read_splits(tmp_path / "split")) == ["train", "val"]
 
     for stem in "abcde":
-        _pair(tmp_path / "whole", picture, "images", "labels", stem)
+        _pair(tmp_path / "whole", make_image, "images", "labels", stem)
     write(tmp_path / "whole" / "classes.txt", "cat\ndog\n")
     splits = read_splits(tmp_path / "whole")
     assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1}
@@ -84,7 +84,7 @@ def test_trees_without_yaml(tmp_path: Path, picture: MakePicture) -> None:
     assert splits["train"].split_origin == "seed 0, 20% held out"
 
     for stem in "ab":
-        _pair(tmp_path / "flat", picture, ".", ".", stem)
+        _pair(tmp_path / "flat", make_image, ".", ".", stem)
     write(tmp_path / "flat" / "classes.txt", "cat\ndog\n")
     assert find_format(tmp_path / "flat") == "yolo"
     dataset = read_dataset(tmp_path / "flat", "all")
@@ -92,10 +92,10 @@ def test_trees_without_yaml(tmp_path: Path, picture: MakePicture) -> None:
     assert [len(image.annotations) for image in dataset.images] == [1, 1]
 
 
-def test_no_file_and_an_empty_file_are_background(tmp_path: Path, picture: MakePicture) -> None:
-    _pair(tmp_path, picture, "images", "labels")
-    picture(tmp_path / "images" / "b.jpg")
-    picture(tmp_path / "images" / "c.jpg")
+def test_no_file_and_an_empty_file_are_background(tmp_path: Path, make_image: MakeImage) -> None:
+    _pair(tmp_path, make_image, "images", "labels")
+    make_image(tmp_path / "images" / "b.jpg")
+    make_image(tmp_path / "images" / "c.jpg")
     write(tmp_path / "labels" / "c.txt", "\n")
     dataset = read_dataset(tmp_path, "all")
     assert [len(image.annotations) for image in dataset.images] == [1, 0, 0]
@@ -104,16 +104,16 @@ def test_no_file_and_an_empty_file_are_background(tmp_path: Path, picture: MakeP
     assert dataset.images[2].label_file == tmp_path / "labels" / "c.txt"
 
 
-def test_polygons_become_boxes(tmp_path: Path, picture: MakePicture) -> None:
-    _pair(tmp_path, picture, "images", "labels")
+def test_polygons_become_boxes(tmp_path: Path, make_image: MakeImage) -> None:
+    _pair(tmp_path, make_image, "images", "labels")
     write(tmp_path / "labels" / "a.txt", "0 0.25 0.5 0.5 0.1 0.75 0.9\n")
     (annotation,) = read_dataset(tmp_path, "all").images[0].annotations
     assert annotation.box == (10, 3, 30, 27)
     assert annotation.extra == {"segmentation": "[[10.0,15.0,20.0,3.0,30.0,27.0]]"}
 
 
-def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
-    _pair(tmp_path, picture, "images", "labels")
+def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
+    _pair(tmp_path, make_image, "images", "labels")
     rows = [ROW, "0 0.5 0.5 0.1", "0 x 0.5 0.1 0.1", "5 0.5 0.5 0.1 0.1", "-1 .5 .5 .1 .1",
             "0 nan 0.5 0.1 0.1"]  # fmt: skip
     write(tmp_path / "labels" / "a.txt", "\n".join(row.strip() for row in rows))
@@ -136,18 +136,16 @@ def test_faulty_rows_are_recorded(tmp_path: Path, picture: MakePicture) -> None:
     assert dataset.problems[1].reason.endswith("holds a word that is no number")
     assert dataset.problems[2].reason == "row 4: class 5 is not one of 0 to 1"
     assert dataset.problems[3].reason.endswith("class -1 is not a whole number from 0")
-    assert dataset.problems[4].reason == "labels 1 objects, but has no picture gone.*"
+    assert dataset.problems[4].reason == "labels 1 objects, but has no image gone.*"
 
 
-def test_boxes_of_an_unreadable_picture_are_told(tmp_path: Path, picture: MakePicture) -> None:
-    _pair(tmp_path, picture, "images", "labels")
-    _pair(tmp_path, picture, "images", "labels", "b")
+def test_boxes_of_an_unreadable_image_are_told(tmp_path: Path, make_image: MakeImage) -> None:
+    _pair(tmp_path, make_image, "images", "labels")
+    _pair(tmp_path, make_image, "images", "labels", "b")
     write(tmp_path / "images" / "b.jpg", "a web page")
     (problem,) = read_dataset(tmp_path, "all").problems
     assert (problem.kind, problem.file.name) == ("image-unreadable", "b.jpg")
-    assert problem.reason.startswith(
-        "its 1 boxes are shares of a picture whose size cannot be read"
-    )
+    assert problem.reason.startswith("its 1 boxes are shares of an image whose size cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -158,14 +156,14 @@ def test_boxes_of_an_unreadable_picture_are_told(tmp_path: Path, picture: MakePi
         ("train: images\nnames: {a: b}\n", "names must go by number"),
         ("train: images\nnames:\n", "has no names"),
         ("train: nowhere\nnames: [a, b]\n", "train: nowhere is not a folder or a list"),
-        ("train: empty\nnames: [a, b]\n", "no pictures in the folders of its splits"),
+        ("train: empty\nnames: [a, b]\n", "no images in the folders of its splits"),
     ],
 )
 def test_a_broken_data_yaml_is_one_line(
-    tmp_path: Path, picture: MakePicture, text: str, message: str
+    tmp_path: Path, make_image: MakeImage, text: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    picture(tmp_path / "images" / "a.jpg")
+    make_image(tmp_path / "images" / "a.jpg")
     write(tmp_path / "data.yaml", text)
     with pytest.raises(DataError, match=message) as caught:
         read_dataset(tmp_path, "train")
@@ -188,7 +186,7 @@ def test_real_yolo(real_data: Path) -> None:
     assert splits["train"].classes[0] == "person"
     assert len(splits["train"].classes) == 80
     assert any(not image.annotations for image in splits["train"].images)
-    # Two label files of the original have no picture.
+    # Two label files of the original have no image.
     assert [p.file.name for p in splits["train"].problems] == [
         "000000000656.txt",
         "000000000659.txt",

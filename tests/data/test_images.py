@@ -1,4 +1,4 @@
-"""Pictures of every kind come out upright, RGB and uint8, or as one line that says why not."""
+"""Images of every kind come out upright, RGB and uint8, or as one line that says why not."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def photo() -> Image.Image:
 
 
 def by_pillow(source: Path | bytes) -> Tensor:
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
+    with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
         return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
-def encoded(picture: Image.Image, format_: str, **options: object) -> bytes:
+def encoded(image: Image.Image, format_: str, **options: object) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, format_, **options)
+    image.save(buffer, format_, **options)
     return buffer.getvalue()
 
 
@@ -102,7 +102,7 @@ def test_stored_size_is_that_before_the_orientation(photo: Image.Image) -> None:
 
 
 def test_exif_orientation_turns_the_right_way() -> None:
-    # 6: "the 0th row is the right-hand side": the picture is to be turned clockwise.
+    # 6: "the 0th row is the right-hand side": the image is to be turned clockwise.
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = 255  # top left on disk: top right when upright
     image = read_image(encoded(Image.fromarray(pixels), "PNG", exif=with_orientation(6)))
@@ -130,36 +130,36 @@ def test_greyscale_has_three_equal_channels(photo: Image.Image) -> None:
 
 
 def test_one_bit() -> None:
-    picture = Image.new("1", (3, 2), 0)
-    picture.putpixel((2, 1), 1)
-    image = read_image(encoded(picture, "PNG"))
+    img = Image.new("1", (3, 2), 0)
+    img.putpixel((2, 1), 1)
+    image = read_image(encoded(img, "PNG"))
     assert image[1].tolist() == [[0, 0, 0], [0, 0, 255]]
 
 
 def test_palette(photo: Image.Image) -> None:
-    picture = photo.quantize(16)
-    image = read_image(encoded(picture, "PNG"))
-    assert torch.equal(image, torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+    img = photo.quantize(16)
+    image = read_image(encoded(img, "PNG"))
+    assert torch.equal(image, torch.from_numpy(np.array(img.convert("RGB"))).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("format_", ["PNG", "GIF"])
 def test_transparent_palette_entry_is_white(format_: str) -> None:
-    picture = Image.new("P", (2, 1), 0)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.putpixel((1, 0), 1)
+    img = Image.new("P", (2, 1), 0)
+    img.putpalette([10, 20, 30, 200, 100, 50])
+    img.putpixel((1, 0), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = read_image(encoded(picture, format_, transparency=0))
+        image = read_image(encoded(img, format_, transparency=0))
     assert image[:, 0, 0].tolist() == [255, 255, 255]
     assert image[:, 0, 1].tolist() == [200, 100, 50]
 
 
 def test_transparent_bytes_of_a_palette_warn_nobody() -> None:
-    picture = Image.new("P", (2, 1), 0)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
+    img = Image.new("P", (2, 1), 0)
+    img.putpalette([10, 20, 30, 200, 100, 50])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = read_image(encoded(picture, "PNG", transparency=bytes([0, 255])))
+        image = read_image(encoded(img, "PNG", transparency=bytes([0, 255])))
     assert image[:, 0, 0].tolist() == [255, 255, 255]
 
 
@@ -182,9 +182,9 @@ def test_grey_with_alpha() -> None:
 
 
 def test_transparent_colour_of_plain_rgb() -> None:
-    picture = Image.new("RGB", (2, 1), (1, 2, 3))
-    picture.putpixel((1, 0), (9, 9, 9))
-    image = read_image(encoded(picture, "PNG", transparency=(1, 2, 3)))
+    img = Image.new("RGB", (2, 1), (1, 2, 3))
+    img.putpixel((1, 0), (9, 9, 9))
+    image = read_image(encoded(img, "PNG", transparency=(1, 2, 3)))
     assert image[:, 0].T.tolist() == [[255, 255, 255], [9, 9, 9]]
 
 
@@ -196,8 +196,8 @@ def test_sixteen_bits_keep_the_high_byte(format_: str) -> None:
 
 
 def test_sixteen_bits_big_endian() -> None:
-    picture = Image.frombytes("I;16B", (2, 1), bytes([0x80, 0x01, 0xFF, 0xFF]))
-    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [[128, 255]]
+    image = Image.frombytes("I;16B", (2, 1), bytes([0x80, 0x01, 0xFF, 0xFF]))
+    assert read_image(encoded(image, "TIFF"))[0].tolist() == [[128, 255]]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_sixteen_bits_big_endian() -> None:
     ],
 )
 def test_float_tiff(values: list[float], expected: list[int]) -> None:
-    picture = Image.fromarray(np.array([values], np.float32))
-    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [expected]
+    image = Image.fromarray(np.array([values], np.float32))
+    assert read_image(encoded(image, "TIFF"))[0].tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_float_tiff(values: list[float], expected: list[int]) -> None:
 )
 def test_wide_integers(values: list[int], expected: list[int]) -> None:
     assert read_image(np.array([values], np.int32))[0].tolist() == [expected]
-    picture = Image.fromarray(np.array([values], np.int32))
-    assert read_image(encoded(picture, "TIFF"))[0].tolist() == [expected]
+    image = Image.fromarray(np.array([values], np.int32))
+    assert read_image(encoded(image, "TIFF"))[0].tolist() == [expected]
 
 
 def test_cmyk_is_pillows(photo: Image.Image) -> None:
     data = encoded(photo.convert("CMYK"), "JPEG", quality=95)
     assert torch.equal(read_image(data), by_pillow(data))
-    # And close to the picture that it was made of.
+    # And close to the image that it was made of.
     original = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float()
     assert (read_image(data).float() - original).abs().mean() < 6
 
@@ -248,7 +248,7 @@ def test_content_tells_the_format(photo: Image.Image, tmp_path: Path) -> None:
     assert torch.equal(read_image(str(other)), by_pillow(other))
 
 
-def test_first_picture_of_an_animation() -> None:
+def test_first_image_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
@@ -264,10 +264,10 @@ def test_paths_with_any_letters(photo: Image.Image, tmp_path: Path) -> None:
 
 
 def test_pil_image_with_orientation(photo: Image.Image) -> None:
-    picture = Image.open(BytesIO(encoded(photo, "JPEG", exif=with_orientation(6))))
-    assert read_image(picture).shape == (3, 56, 40)
+    image = Image.open(BytesIO(encoded(photo, "JPEG", exif=with_orientation(6))))
+    assert read_image(image).shape == (3, 56, 40)
     # One that has been turned already is not turned again.
-    assert read_image(ImageOps.exif_transpose(picture)).shape == (3, 56, 40)
+    assert read_image(ImageOps.exif_transpose(image)).shape == (3, 56, 40)
 
 
 def test_array_and_tensor_agree(photo: Image.Image) -> None:
@@ -325,12 +325,12 @@ def test_folder(read: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [read_image, image_size, stored_size])
-def test_no_picture(read: object, tmp_path: Path) -> None:
+def test_no_image(read: object, tmp_path: Path) -> None:
     file = tmp_path / "page.jpg"
     file.write_text("<!DOCTYPE html>\n<html>")
     with pytest.raises(ImageError) as error:
         read(file)  # type: ignore[operator]
-    assert one_line(error).startswith(f"{file}: not a picture of any known format")
+    assert one_line(error).startswith(f"{file}: not an image of any known format")
     assert "<!DOCTYPE html>" in one_line(error)
 
 
@@ -380,7 +380,7 @@ def test_damage_raises_nothing_else(
     assert capfd.readouterr().err == ""
 
 
-def test_huge_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_image(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.new("L", (60, 60)), "PNG")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -404,8 +404,8 @@ def test_header_that_promises_too_much(tmp_path: Path) -> None:
         read_image(file)
 
 
-def test_garbage_in_the_middle_is_no_picture(photo: Image.Image, tmp_path: Path) -> None:
-    # Pillow would fill the rest of the picture with whatever comes.
+def test_garbage_in_the_middle_is_no_image(photo: Image.Image, tmp_path: Path) -> None:
+    # Pillow would fill the rest of the image with whatever comes.
     data = encoded(photo.resize((400, 400)), "JPEG", quality=95)
     middle = len(data) // 2
     noise = np.random.default_rng(0).integers(0, 255, 500, np.uint8).tobytes()
@@ -505,7 +505,7 @@ def test_only_jpegs_are_reduced(photo: Image.Image) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # the fast decoder, and Pillow
 @pytest.mark.parametrize(("height", "width"), [(400, 560), (405, 569), (403, 563)])
-def test_reduced_picture_is_the_whole_one_resized(
+def test_reduced_image_is_the_whole_one_resized(
     photo: Image.Image, orientation: int, mode: str, height: int, width: int
 ) -> None:
     smooth = photo.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -523,8 +523,8 @@ def test_reduced_picture_is_the_whole_one_resized(
 
 
 @pytest.mark.parametrize("orientation", [1, 3])
-def test_reduced_picture_has_no_margin(orientation: int) -> None:
-    # 513 columns make 65 at an eighth, of which the last holds one column of the picture; it
+def test_reduced_image_has_no_margin(orientation: int) -> None:
+    # 513 columns make 65 at an eighth, of which the last holds one column of the image; it
     # would move all others by up to 7 pixels of the whole.
     pixels = np.zeros((512, 513, 3), np.uint8)
     pixels[:, 256:] = 255
@@ -599,11 +599,11 @@ def test_resize_is_torchvisions(photo: Image.Image, size: tuple[int, int]) -> No
 
 
 def test_pad_batch() -> None:
-    pictures = [
+    images = [
         torch.full((3, 33, 20), 1, dtype=torch.uint8),
         torch.full((3, 10, 64), 2, dtype=torch.uint8),
     ]
-    batch, sizes = pad_batch(pictures, (123.7, 116.3, 104.0))
+    batch, sizes = pad_batch(images, (123.7, 116.3, 104.0))
     assert tuple(batch.shape) == (2, 3, 64, 64)
     assert sizes.tolist() == [[33, 20], [10, 64]]
     assert batch.is_contiguous(memory_format=torch.channels_last)
@@ -615,9 +615,9 @@ def test_pad_batch() -> None:
 
 
 def test_shared_batch_is_the_same_and_crosses_to_another_process() -> None:
-    pictures = [torch.full((3, 33, 20), 1, dtype=torch.uint8)]
-    batch, _ = pad_batch(pictures, (9, 8, 7))
-    shared, _ = pad_batch(pictures, (9, 8, 7), shared=True)
+    images = [torch.full((3, 33, 20), 1, dtype=torch.uint8)]
+    batch, _ = pad_batch(images, (9, 8, 7))
+    shared, _ = pad_batch(images, (9, 8, 7), shared=True)
     assert shared.is_shared()
     assert not batch.is_shared()
     assert torch.equal(batch, shared)
@@ -625,8 +625,8 @@ def test_shared_batch_is_the_same_and_crosses_to_another_process() -> None:
     assert shared.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_pad_batch_without_pictures() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+def test_pad_batch_without_images() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
         pad_batch([])
 
 

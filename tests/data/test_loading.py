@@ -22,11 +22,11 @@ from retinanet.structures import BACKGROUND, IGNORED, Batch
 
 
 def make_dataset(folder: Path, sizes: Iterable[tuple[int, int]], objects: int = 2) -> Dataset:
-    """Pictures of (height, width); picture i holds i % (objects + 1) objects."""
+    """Images of (height, width); image i holds i % (objects + 1) objects."""
     draw = random.Random(0)
     images = []
     for i, (height, width) in enumerate(sizes):
-        path = folder / f"picture {i}.png"
+        path = folder / f"image {i}.png"
         Image.frombytes("RGB", (width, height), draw.randbytes(width * height * 3)).save(path)
         annotations = tuple(
             Annotation((1.0 + n, 2.0, 11.0 + n, 14.0), label=n % 3)
@@ -38,9 +38,9 @@ def make_dataset(folder: Path, sizes: Iterable[tuple[int, int]], objects: int = 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Ten small pictures of several sizes."""
+    """Ten small images of several sizes."""
     sizes = [(30 + 3 * i, 48 - 2 * i) for i in range(10)]
-    return make_dataset(tmp_path_factory.mktemp("pictures"), sizes)
+    return make_dataset(tmp_path_factory.mktemp("images"), sizes)
 
 
 def training(dataset: Dataset, **changes: Any) -> list[Batch]:
@@ -65,8 +65,8 @@ def assert_same(first: Batch, second: Batch) -> None:
     assert torch.equal(first.targets.labels, second.targets.labels)
 
 
-def pictures(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
-    """Each picture of the batches without its padding, with its objects, comparable."""
+def images(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
+    """Each image of the batches without its padding, with its objects, comparable."""
     found = []
     for batch in batches:
         for i, (height, width) in enumerate(batch.sizes.tolist()):
@@ -108,9 +108,9 @@ def test_batch_layout(dataset: Dataset) -> None:
 
 def test_large_jpegs_are_read_reduced_with_boxes_and_sizes_of_the_whole(tmp_path: Path) -> None:
     path = tmp_path / "large.jpg"
-    picture = Image.new("RGB", (800, 600), (0, 0, 0))
-    picture.paste((255, 255, 255), (200, 100, 400, 300))
-    picture.save(path)
+    img = Image.new("RGB", (800, 600), (0, 0, 0))
+    img.paste((255, 255, 255), (200, 100, 400, 300))
+    img.save(path)
     image = LabelledImage(path, 0, (Annotation((200.0, 100.0, 400.0, 300.0), 0),))
     dataset = Dataset((image,), ("a",), (1,), "train", "coco", tmp_path)
     (batch,) = eval_loader(dataset, batch_size=1, image_size=60, max_size=100)
@@ -197,7 +197,7 @@ def test_spawned_workers(dataset: Dataset) -> None:
         assert_same(one, other)
 
 
-def test_each_epoch_holds_each_picture_once(dataset: Dataset) -> None:
+def test_each_epoch_holds_each_image_once(dataset: Dataset) -> None:
     indices = torch.cat([batch.indices for batch in training(dataset, steps=10)]).tolist()
     epochs = [indices[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -211,8 +211,8 @@ def test_batch_larger_than_the_data(dataset: Dataset) -> None:
     assert set(counts.values()) == {2, 3}  # two epochs and a half
 
 
-def test_a_picture_changes_from_epoch_to_epoch(dataset: Dataset) -> None:
-    seen = [one for one in pictures(training(dataset, steps=10)) if one[0] == 3]
+def test_a_image_changes_from_epoch_to_epoch(dataset: Dataset) -> None:
+    seen = [one for one in images(training(dataset, steps=10)) if one[0] == 3]
     assert len({str(one) for one in seen}) == len(seen) == 4
 
 
@@ -230,7 +230,7 @@ def test_ranks_share_the_batch_of_one_process(dataset: Dataset, world_size: int)
         for rank in range(world_size)
     ]
     for step, batch in enumerate(whole):
-        assert pictures([batch]) == pictures([rank[step] for rank in ranks])
+        assert images([batch]) == images([rank[step] for rank in ranks])
 
 
 def test_multi_scale_draws_a_side_a_step(dataset: Dataset) -> None:
@@ -256,7 +256,7 @@ def test_flip_and_boxes(dataset: Dataset) -> None:
     common = {"image_size": 30, "max_size": 1000, "steps": 3} | plain
     left = training(dataset, horizontal_flip=0.0, **common)
     right = training(dataset, horizontal_flip=1.0, **common)
-    for one, other in zip(pictures(left), pictures(right), strict=True):
+    for one, other in zip(images(left), images(right), strict=True):
         assert one[:2] == other[:2]
         for (x1, y1, x2, y2), flipped in zip(one[3], other[3], strict=True):
             width = one[1][1]
@@ -286,14 +286,14 @@ def test_labels_of_ignored_regions_and_faulty_boxes(tmp_path: Path) -> None:
     ]
 
 
-def test_picture_without_objects(tmp_path: Path) -> None:
+def test_image_without_objects(tmp_path: Path) -> None:
     background = make_dataset(tmp_path, [(40, 40)], objects=0)
     (batch,) = training(background, batch_size=1, steps=1)
     assert tuple(batch.targets.boxes.shape) == (1, 0, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_in_order_every_picture_once(dataset: Dataset, workers: int) -> None:
+def test_evaluation_in_order_every_image_once(dataset: Dataset, workers: int) -> None:
     loader = eval_loader(dataset, batch_size=4, image_size=32, max_size=64, workers=workers)
     for _ in range(2):  # again with the same workers
         batches = list(loader)
@@ -306,7 +306,7 @@ def test_evaluation_in_order_every_picture_once(dataset: Dataset, workers: int) 
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_evaluation_ranks_part_the_pictures(dataset: Dataset, world_size: int) -> None:
+def test_evaluation_ranks_part_the_images(dataset: Dataset, world_size: int) -> None:
     indices = [
         index
         for rank in range(world_size)
@@ -320,7 +320,7 @@ def test_evaluation_ranks_part_the_pictures(dataset: Dataset, world_size: int) -
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["train", "eval"])
-def test_unreadable_picture_is_one_clean_line(tmp_path: Path, workers: int, kind: str) -> None:
+def test_unreadable_image_is_one_clean_line(tmp_path: Path, workers: int, kind: str) -> None:
     broken = make_dataset(tmp_path, [(40, 40)] * 3)
     path = broken.images[1].path
     path.write_bytes(path.read_bytes()[:200])
@@ -341,12 +341,12 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
     annotations = tuple(Annotation((1.0, 2.0, 3.0, 4.0), 0) for _ in range(10))
     images = tuple(LabelledImage(tmp_path / f"größe {i}.jpg", i, annotations) for i in range(1000))
     many = Dataset(images, ("a",), (1,), "train", "coco", tmp_path)
-    pictures_ = loading._Pictures(many)
-    size = len(pickle.dumps(pictures_))
-    # Per object four float32 and an int64; per picture a path, and two int64.
+    images_ = loading._Images(many)
+    size = len(pickle.dumps(images_))
+    # Per object four float32 and an int64; per image a path, and two int64.
     assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 5 + 16) + 4000
-    assert pictures_.path(999) == str(images[999].path)
-    assert pictures_.objects(999)[0].tolist() == [[1, 2, 3, 4]] * 10
+    assert images_.path(999) == str(images[999].path)
+    assert images_.objects(999)[0].tolist() == [[1, 2, 3, 4]] * 10
 
 
 @pytest.mark.parametrize(
@@ -367,9 +367,9 @@ def test_numbers_out_of_range(dataset: Dataset, changes: dict[str, Any], message
 
 def test_empty_data(tmp_path: Path) -> None:
     empty = make_dataset(tmp_path, [])
-    with pytest.raises(ValueError, match=r"split 'train' of .* has no picture"):
+    with pytest.raises(ValueError, match=r"split 'train' of .* has no image"):
         training(empty)
-    with pytest.raises(ValueError, match="has no picture"):
+    with pytest.raises(ValueError, match="has no image"):
         eval_loader(empty, batch_size=1, image_size=32, max_size=64)
 
 
@@ -413,7 +413,7 @@ def test_pinned_memory(dataset: Dataset) -> None:
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_any_corner_moves_pictures_and_boxes_together(dataset: Dataset) -> None:
+def test_any_corner_moves_images_and_boxes_together(dataset: Dataset) -> None:
     plain: dict[str, Any] = {
         "batch_size": 4,
         "steps": 8,
@@ -432,17 +432,17 @@ def test_any_corner_moves_pictures_and_boxes_together(dataset: Dataset) -> None:
         assert torch.equal(still.targets.labels, moved.targets.labels)
         height, width = still.images.shape[-2:]
         for i, (h, w) in enumerate(still.sizes.tolist()):
-            picture = still.images[i, :, :h, :w]
+            image = still.images[i, :, :h, :w]
             found = [
                 (top, left)
                 for top in {0, height - h}
                 for left in {0, width - w}
-                if torch.equal(moved.images[i, :, top : top + h, left : left + w], picture)
+                if torch.equal(moved.images[i, :, top : top + h, left : left + w], image)
             ]
             assert len(found) == 1
             top, left = found[0]
-            # What is not the picture is padding.
-            rest = int(moved.images[i].sum()) - int(picture.sum())
+            # What is not the image is padding.
+            rest = int(moved.images[i].sum()) - int(image.sum())
             assert rest == 9 * 3 * (height * width - h * w)
             real = still.targets.labels[i] != BACKGROUND
             shift = torch.tensor([left, top, left, top], dtype=torch.float32)

@@ -28,11 +28,11 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """23 small pictures of several sizes, some without objects."""
-    root = tmp_path_factory.mktemp("pictures")
+    """23 small images of several sizes, some without objects."""
+    root = tmp_path_factory.mktemp("images")
     images = []
     for i in range(COUNT):
-        path = root / f"picture {i:02d}.{'jpg' if i % 2 else 'png'}"
+        path = root / f"image {i:02d}.{'jpg' if i % 2 else 'png'}"
         size = (30 + 2 * i, 60 - i)
         noise = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
@@ -109,7 +109,7 @@ def test_the_loader_needs_no_index_in_its_workers(shards: Dataset, tmp_path: Pat
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_every_picture_once_an_epoch_over_all_processes(
+def test_every_image_once_an_epoch_over_all_processes(
     shards: Dataset, world_size: int, batch_size: int
 ) -> None:
     epochs = 3
@@ -117,7 +117,7 @@ def test_every_picture_once_an_epoch_over_all_processes(
     by_rank = drawn(shards, world_size, batch_size, steps)
     assert {len(batches) for batches in by_rank} == {steps}
     assert {len(batch) for batches in by_rank for batch in batches} == {batch_size}
-    # Place s * P * B + r * B + i of the whole stream, as by pictures.
+    # Place s * P * B + r * B + i of the whole stream, as by images.
     stream = [
         index for of_step in zip(*by_rank, strict=True) for batch in of_step for index in batch
     ]
@@ -127,7 +127,7 @@ def test_every_picture_once_an_epoch_over_all_processes(
 
 
 def test_two_processes_share_nothing_in_an_epoch(shards: Dataset) -> None:
-    # 22 of 23 pictures: 11 steps of one picture each, all within epoch 0
+    # 22 of 23 images: 11 steps of one image each, all within epoch 0
     first, second = (list(chain(*batches)) for batches in drawn(shards, 2, 1, 11))
     assert len({*first, *second}) == 22
 
@@ -207,11 +207,11 @@ def test_the_order_by_shards_depends_on_the_seed(shards: Dataset) -> None:
 
     assert order(1) == order(1)
     assert order(1) != order(2)
-    assert order(1) != order(1, "pictures")
+    assert order(1) != order(1, "images")
 
 
-def test_pictures_outside_of_shards_are_refused(folder: Dataset, shards: Dataset) -> None:
-    with pytest.raises(DataError, match=r"data.order=shards: .*picture 00.png lies in no shard; m"):
+def test_images_outside_of_shards_are_refused(folder: Dataset, shards: Dataset) -> None:
+    with pytest.raises(DataError, match=r"data.order=shards: .*image 00.png lies in no shard; m"):
         training(folder, order="shards")
     with pytest.raises(ValueError, match="shard_window 0 is not 1 or more"):
         training(shards, order="shards", shard_window=0)
@@ -228,17 +228,17 @@ def test_a_shard_that_changes_while_it_is_read(
     )
     shard = tmp_path / "out" / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(ImageError, match=r"train-000000.tar/picture \d\d.\w+: is not at byte \d+"):
+    with pytest.raises(ImageError, match=r"train-000000.tar/image \d\d.\w+: is not at byte \d+"):
         list(loader)
     shard.unlink()
     loader = train_loader(
         dataset, batch_size=4, steps=9, seed=0, image_size=32, max_size=32, workers=workers
     )
-    with pytest.raises(ImageError, match=r"train-000000.tar/picture \d\d.\w+: .*[Nn]o such file"):
+    with pytest.raises(ImageError, match=r"train-000000.tar/image \d\d.\w+: .*[Nn]o such file"):
         list(loader)
 
 
-def test_a_picture_that_is_not_in_its_shard(shards: Dataset) -> None:
+def test_a_image_that_is_not_in_its_shard(shards: Dataset) -> None:
     gone = replace(shards.images[0], path=shards.images[0].path.with_name("gone.png"))
     dataset = replace(shards, images=(gone, *shards.images[1:]))
     with pytest.raises(ImageError, match=r"train-000000.tar/gone.png: there is no 'gone.png' in"):

@@ -1,4 +1,4 @@
-"""The made-up pictures: always the same, truly labelled, and with the paper's imbalance."""
+"""The made-up images: always the same, truly labelled, and with the paper's imbalance."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from retinanet.data.synthetic import CLASSES, synthetic_dataset
 
 
 def pixels(dataset: Dataset, index: int) -> np.ndarray:
-    with Image.open(dataset.images[index].path) as picture:
-        return np.array(picture)
+    with Image.open(dataset.images[index].path) as image:
+        return np.array(image)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_box_and_area_are_those_of_the_pixels() -> None:
     assert labels == {0, 1, 2}
 
 
-def test_objects_are_in_the_pictures_where_the_labels_say(tmp_path: Path) -> None:
+def test_objects_are_in_the_images_where_the_labels_say(tmp_path: Path) -> None:
     plain = synthetic_dataset(
         tmp_path, splits={"train": 20}, objects=(1, 1), clutter=0.0, empty=0.0
     )["train"]
@@ -125,7 +125,7 @@ def test_objects_are_in_the_pictures_where_the_labels_say(tmp_path: Path) -> Non
         (one,) = image.annotations
         array = pixels(plain, i).astype(float)
         x1, y1, x2, y2 = (int(value) for value in one.box)
-        # The strongest edges of the picture are those of the object.
+        # The strongest edges of the image are those of the object.
         edges = np.zeros((160, 160))
         edges[1:] += np.abs(np.diff(array, axis=0)).sum(axis=2)
         edges[:, 1:] += np.abs(np.diff(array, axis=1)).sum(axis=2)

@@ -1,4 +1,4 @@
-"""Boxes follow the picture through every change."""
+"""Boxes follow the image through every change."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_visible_share(x2: float, left: float, label: int) -> None:
     assert labels == [label]
 
 
-def test_crop_leaves_smaller_pictures_whole() -> None:
+def test_crop_leaves_smaller_images_whole() -> None:
     transform = Transform(1000, scale_jitter=(0.5, 0.5), crop=True)
     out, boxes, _ = run(
         transform, painted(40, 40, []), [(0, 0, 40, 40)], [0], 40, [0, 0.9, 0.9, NO, NO]
@@ -207,7 +207,7 @@ def test_ignored_regions_follow_and_stay_ignored() -> None:
     assert labels == [IGNORED]
 
 
-def test_boxes_are_cut_to_the_picture_and_dropped_where_nothing_is_left() -> None:
+def test_boxes_are_cut_to_the_image_and_dropped_where_nothing_is_left() -> None:
     nan, inf = float("nan"), float("inf")
     _, boxes, labels = run(
         Transform(1000),
@@ -238,7 +238,7 @@ def test_no_boxes() -> None:
     assert boxes == labels == []
 
 
-def test_same_generator_same_picture() -> None:
+def test_same_generator_same_image() -> None:
     image = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
     boxes = [(3.0, 4.0, 20.0, 22.0)]
     transform = Transform(100, 0.5, 0.5, (0.5, 2.0), crop=True, colour=0.5)

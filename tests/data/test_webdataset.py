@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from labelled_folders import MakePicture, coco_image, coco_json, coco_object, write
+from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 from PIL import Image
 
 from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits, write_fixed
@@ -28,13 +28,13 @@ from retinanet.inference.sources import find_sources, is_single
 
 
 @pytest.fixture
-def source(tmp_path: Path, picture: MakePicture) -> Path:
-    """Eleven pictures in two splits, with all that a label can say."""
+def source(tmp_path: Path, make_image: MakeImage) -> Path:
+    """Eleven images in two splits, with all that a label can say."""
     root = tmp_path / "source"
     names = [f"{number:02d}.{'png' if number % 3 else 'jpg'}" for number in range(8)]
     for split, listed in (("train", names), ("val", ["v.one.png", "v_one.png", "V.jpg"])):
         for seed, name in enumerate(listed):
-            picture(root / split / name, (40 + seed, 30), seed=seed + len(listed))
+            make_image(root / split / name, (40 + seed, 30), seed=seed + len(listed))
     objects = [
         coco_object(11, 1, [1.25, 2, 10.5, 5.75], 90, area=33.5, truncated=1, pose="Left"),
         coco_object(12, 1, [0.1, 0.2, 30.7, 20.3], 7),
@@ -163,7 +163,7 @@ def test_coco_through_shards_loses_nothing(tmp_path: Path, source: Path, shards:
                     for a, b in zip(copied.annotations, image.annotations, strict=True)
                 )
                 assert replace(same, annotations=annotations) == image
-                assert archives.read_picture_file(copied.path) == image.path.read_bytes()
+                assert archives.read_image_file(copied.path) == image.path.read_bytes()
     names = [image.path.name for image in after["val"].images]
     assert names == ["v_one.png", "v_one_2.png", "V.jpg"]  # a key has no dots
 
@@ -214,7 +214,7 @@ def test_a_shard_size_for_a_format_without_shards(tmp_path: Path, source: Path) 
         convert(source, tmp_path / "out", "voc", shard_size="9")
 
 
-def test_a_picture_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> None:
+def test_a_image_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> None:
     dataset = read_dataset(source)
     twice = replace(dataset, images=(dataset.images[0], replace(dataset.images[0], id=99)))
     convert({"train": twice}, tmp_path / "out", "webdataset")
@@ -225,9 +225,9 @@ def test_a_picture_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> 
 
 def test_links_are_refused(tmp_path: Path, source: Path, shards: Path) -> None:
     with pytest.raises(DataError, match="a symlink cannot be in a tar"):
-        convert(source, tmp_path / "out", "webdataset", pictures="symlink")
+        convert(source, tmp_path / "out", "webdataset", images="symlink")
     with pytest.raises(DataError, match=r"tar/\w+\.\w+: lies in an archive, so it can only be cop"):
-        convert(shards, tmp_path / "out", "coco", pictures="hardlink")
+        convert(shards, tmp_path / "out", "coco", images="hardlink")
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
 # ---- reading in place
 
 
-def test_pictures_are_those_of_the_folder(source: Path, shards: Path) -> None:
+def test_images_are_those_of_the_folder(source: Path, shards: Path) -> None:
     for image, other in zip(read_dataset(source).images, read_dataset(shards).images, strict=True):
         assert other.path.parent.name.endswith(".tar")
         assert torch.equal(read_image(other.path), read_image(image.path))
@@ -256,12 +256,12 @@ def test_pictures_are_those_of_the_folder(source: Path, shards: Path) -> None:
 
 def test_threads_read_side_by_side(shards: Path) -> None:
     paths = [image.path for image in read_dataset(shards).images]
-    expected = {path: archives.read_picture_file(path) for path in paths}
+    expected = {path: archives.read_image_file(path) for path in paths}
     wrong: list[Path] = []
 
     def read_all() -> None:
         for path in paths * 20:
-            if archives.read_picture_file(path) != expected[path]:
+            if archives.read_image_file(path) != expected[path]:
                 wrong.append(path)
 
     threads = [threading.Thread(target=read_all) for _ in range(4)]
@@ -295,7 +295,7 @@ def test_a_single_shard(shards: Path) -> None:
     assert dataset.classes == ("traffic light", "ünused", "cat")
 
 
-def test_shards_as_pictures_to_search(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_as_images_to_search(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [source.name for source in find_sources(shards / "train-000001.tar")]
     assert names == ["03.jpg", "04.png", "05.png"]
     assert [one.name for one in find_sources(shards)][:2] == [
@@ -309,12 +309,12 @@ def test_shards_as_pictures_to_search(shards: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match=r"there is no 'no.png' in this archive"):
         find_sources(shards / "train-000001.tar" / "no.png")[0].read()
     make_tar(shards / "empty" / "x.tar", [("a.txt", b"")])
-    with pytest.raises(DataError, match=r"x\.tar: no picture in this archive"):
+    with pytest.raises(DataError, match=r"x\.tar: no image in this archive"):
         find_sources(shards / "empty")
 
 
-def test_a_folder_named_as_a_tar_is_a_folder(tmp_path: Path, picture: MakePicture) -> None:
-    file = picture(tmp_path / "x.tar" / "a.png")
+def test_a_folder_named_as_a_tar_is_a_folder(tmp_path: Path, make_image: MakeImage) -> None:
+    file = make_image(tmp_path / "x.tar" / "a.png")
     assert archives.archive_of(file) is None
     assert read_image(file).shape == (3, 30, 40)
     assert find_sources(tmp_path / "x.tar")[0].name == "a.png"
@@ -425,7 +425,7 @@ def test_a_cut_off_tar(tmp_path: Path, shards: Path) -> None:
         read_dataset(shards)
     for file in shards.glob("*.json"):
         file.unlink()
-    # Within a picture, within a header, between two files, and without the end.
+    # Within an image, within a header, between two files, and without the end.
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         last = tar.getmembers()[-1]
     end = last.offset_data + -(-last.size // 512) * 512
@@ -499,7 +499,7 @@ def test_a_missing_member(shards: Path) -> None:
     missing = shards / "train-000000.tar" / "99.jpg"
     with pytest.raises(ImageError, match=r"train-000000.tar/99.jpg: there is no '99.jpg' in this"):
         read_image(missing)
-    assert not archives.is_picture_file(missing)
+    assert not archives.is_image_file(missing)
     dataset = read_dataset(shards)
     lost = replace(dataset, images=(replace(dataset.images[0], path=missing),))
     (problem,) = check_datasets({"train": lost}).problems
@@ -537,10 +537,10 @@ def test_a_broken_catalogue(shards: Path, change: Any, reason: str) -> None:
     ("files", "kind", "file", "reason"),
     [
         ([("b.jpg", jpeg())], "label-missing", "b.jpg", "key 'b' has no .json"),
-        ([("b.json", label())], "image-missing", "b.json", "key 'b' has labels and no picture"),
+        ([("b.json", label())], "image-missing", "b.json", "key 'b' has labels and no image"),
         (
             [("b.jpg", jpeg()), ("b.png", jpeg()), ("b.json", label())],
-            "key-duplicate", "b.jpg", "key 'b' has 2 pictures: b.jpg, b.png",
+            "key-duplicate", "b.jpg", "key 'b' has 2 images: b.jpg, b.png",
         ),
         (
             [("a.jpg", jpeg())],
@@ -707,7 +707,7 @@ def test_names_that_are_no_ascii(tmp_path: Path, form: int) -> None:
     make_tar(tmp_path / "train-0.tar", files, format=form)
     images = read_dataset(tmp_path / "train-0.tar", "all").images
     assert [image.path.stem for image in images] == list(keys)
-    assert all(archives.read_picture_file(image.path) == jpeg() for image in images)
+    assert all(archives.read_image_file(image.path) == jpeg() for image in images)
 
 
 @pytest.mark.parametrize(
@@ -770,10 +770,10 @@ def test_shards_in_a_folder_named_as_a_tar(tmp_path: Path) -> None:
     folder = tmp_path / "cells.tar"
     make_tar(folder / "test-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
     (image,) = read_dataset(folder, "test").images
-    assert archives.read_picture_file(image.path) == jpeg()
+    assert archives.read_image_file(image.path) == jpeg()
 
 
-def test_pictures_of_any_name_stay_samples(tmp_path: Path, picture: MakePicture) -> None:
+def test_images_of_any_name_stay_samples(tmp_path: Path, make_image: MakeImage) -> None:
     names = ["img.dat", "plain", ".hidden.jpg", "x.jpg.", "caf\udce9.jpg", "broken"]
     content = {name: jpeg(colour=10 * place) for place, name in enumerate(names)}
     content["broken"] = b"nothing"
@@ -784,7 +784,7 @@ def test_pictures_of_any_name_stay_samples(tmp_path: Path, picture: MakePicture)
     convert(read_splits(tmp_path / "source"), tmp_path / "shards", "webdataset")
     dataset = read_dataset(tmp_path / "shards", "test")
     assert dataset.problems == ()
-    assert [archives.read_picture_file(image.path) for image in dataset.images] == list(
+    assert [archives.read_image_file(image.path) for image in dataset.images] == list(
         content.values()
     )
     told = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members

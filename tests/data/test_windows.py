@@ -1,4 +1,4 @@
-"""A window of a picture is what the whole picture has there, for every kind of file."""
+"""A window of an image is what the whole image has there, for every kind of file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIDEWAYS = (5, 6, 7, 8)
 TILE = (64, 96)
 
 
-def picture(channels: int = 3) -> npt.NDArray[np.uint8]:
+def image(channels: int = 3) -> npt.NDArray[np.uint8]:
     """Blocks with noise on them: JPEG has something to lose at every border."""
     rng = np.random.default_rng(channels)
     blocks = rng.integers(0, 236, (HEIGHT // 8 + 1, WIDTH // 8 + 1, channels))
@@ -36,10 +36,10 @@ def picture(channels: int = 3) -> npt.NDArray[np.uint8]:
     return (whole + rng.integers(0, 20, whole.shape)).astype(np.uint8)
 
 
-RGB = picture()
+RGB = image()
 GREY = RGB[:, :, 0].copy()
 DEEP = RGB.astype(np.uint16) * 256 + 77
-RGBA = picture(4)
+RGBA = image(4)
 COLOURS = np.random.default_rng(0).integers(0, 65536, (3, 256)).astype(np.uint16)
 
 TIFFS: dict[str, tuple[npt.NDArray[Any], dict[str, Any]]] = {
@@ -207,7 +207,7 @@ def test_over_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = write_tiff(tmp_path / "a.tif", "deflate")
     whole = read_image(file)
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # a third of the picture
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # a third of the image
     with pytest.raises(ImageError, match="exceeds limit"):
         read_image(file)
     check_windows(file, whole)
@@ -265,7 +265,7 @@ MOST = 2**32 - 1
     [
         lying_tiff(_257=MOST, _278=1, _273=8, _279=10),  # four thousand million strips
         lying_tiff(_256=1000, _257=MOST, _259=1, _278=MOST, _273=8, _279=10),
-        lying_tiff(_322=70_000, _323=70_000, _324=8, _325=10),  # a small picture in a huge tile
+        lying_tiff(_322=70_000, _323=70_000, _324=8, _325=10),  # a small image in a huge tile
         lying_tiff(_322=0, _323=0, _324=8, _325=10),
         lying_tiff(_322=112, _323=112, _324=8, _325=MOST),
         lying_tiff(_322=112, _323=112, _324=MOST, _325=10),

@@ -65,7 +65,7 @@ def random_case(
     truth: list[list[Annotation]] = []
     found: list[tuple[int, Detections]] = []
     for i in range(images):
-        # Class 3 has no object; every fifth picture has none; every seventh no detection.
+        # Class 3 has no object; every fifth image has none; every seventh no detection.
         count = 0 if i % 5 == 0 else int(rng.integers(1, most))
         boxes = random_boxes(rng, count)
         annotations = [
@@ -88,7 +88,7 @@ def random_case(
         labels = [one.label for one in annotations]
         labels = [*labels, *labels[: count // 2], *rng.integers(0, 4, 4).tolist()]
         labels = [int(rng.integers(0, 4)) if rng.random() < 0.2 else one for one in labels]
-        # Two digits make many scores equal, within pictures and between them.
+        # Two digits make many scores equal, within images and between them.
         scores = rng.uniform(0.05, 1, len(labels)).round(2)
         scores[count:] /= 2
         rows = [(box.tolist(), float(s), k) for box, s, k in zip(both, scores, labels, strict=True)]

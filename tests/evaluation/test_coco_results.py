@@ -163,7 +163,7 @@ def test_plain_files_and_lists_are_read_as_row_by_row(
     [
         {"id": 7},  # another key
         {"segmentation": [1, 2]},
-        {"image_id": "0"},  # the name of a picture
+        {"image_id": "0"},  # the name of an image
         {"bbox": ["1", "2", "3", "4"]},
     ],
 )
@@ -198,8 +198,8 @@ def test_nearly_json(tmp_path: Path, text: str) -> None:
         Results.read(file, make_dataset([[], []]))
 
 
-def test_numbers_that_are_names_of_other_pictures() -> None:
-    # The file's 1 is the id of a picture here: not the number that another one was given.
+def test_numbers_that_are_names_of_other_images() -> None:
+    # The file's 1 is the id of an image here: not the number that another one was given.
     named = make_dataset([[], []])
     images = tuple(
         type(one)(Path(f"{name}.jpg"), name)

@@ -1,4 +1,4 @@
-"""A model judged on pictures: boxes on original pixels, classes by name, the loss of training."""
+"""A model judged on images: boxes on original pixels, classes by name, the loss of training."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Painter(nn.Module):
 
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO folder of four pictures: a red and a green rectangle in each, a blue one in one."""
+    """A COCO folder of four images: a red and a green rectangle in each, a blue one in one."""
     folder = tmp_path_factory.mktemp("painted")
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -175,7 +175,7 @@ def test_validation_loss_follows_the_classes_order(val: Dataset) -> None:
 @pytest.mark.parametrize("normalizer", ["image", "batch", "running"])
 @pytest.mark.parametrize("mining", ["none", "ohem", "ohem_1_3"])
 def test_validation_loss_is_that_of_training(val: Dataset, normalizer: str, mining: str) -> None:
-    # Pictures of one size, so that batches are padded alike; the last one has no object.
+    # Images of one size, so that batches are padded alike; the last one has no object.
     same = [val.images[0], val.images[2], replace(val.images[0], annotations=())]
     dataset = replace(val, images=tuple(same))
     model = Painter()
@@ -231,15 +231,15 @@ def test_progress_mode_and_limit(val: Dataset) -> None:
     assert judge(model, val, score_threshold=0.995).detections == 1  # sigmoid(6) is .998
 
 
-def test_no_picture_at_all(val: Dataset) -> None:
+def test_no_image_at_all(val: Dataset) -> None:
     metrics = judge(Painter(), replace(val, images=()), loss={})
     assert np.isnan(metrics.ap)
     assert metrics.loss is None
 
 
-def test_a_picture_that_cannot_be_read_is_named(val: Dataset, tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_read_is_named(val: Dataset, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     dataset = replace(val, images=(*val.images, LabelledImage(broken, 7)))
     model = Painter().train()
     with pytest.raises(ImageError, match=r"broken\.png"):
@@ -314,7 +314,7 @@ def test_made_split_is_that_of_the_training(tmp_path: Path, painted: Path) -> No
         (folder / f"{i}.png").write_bytes((painted / f"{i}.png").read_bytes())
     (folder / "labels.json").write_text(json.dumps(content))
     options: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
-    # Picture 102 has three objects, so a seed that holds it out is told from one that does not.
+    # Image 102 has three objects, so a seed that holds it out is told from one that does not.
     counts = {
         seed: objects_in(read_dataset(folder, "val", seed=seed, held_out=0.5)) for seed in range(20)
     }

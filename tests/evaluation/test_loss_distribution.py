@@ -211,7 +211,7 @@ def test_sample_is_even_bounded_and_seeded(val: Dataset) -> None:
 
 
 def sample_of(most: int, keys: Sequence[NDArray[np.int32]]) -> _Sample:
-    """A sample of pictures, in which each anchor's loss is the number of its picture."""
+    """A sample of images, in which each anchor's loss is the number of its image."""
     sample = _Sample(most)
     for number, own in enumerate(keys):
         own = own[own < sample.limit]
@@ -240,8 +240,8 @@ def test_sample_of_equal_keys_is_not_empty() -> None:
         assert sample_of(most, [np.zeros(5, np.int32)] * 6).taken == most
 
 
-def test_every_picture_gives_its_part(val: Dataset, tmp_path: Path) -> None:
-    # First empty pictures, of no loss, then crowded ones, of much: each kind gives half, though the
+def test_every_image_gives_its_part(val: Dataset, tmp_path: Path) -> None:
+    # First empty images, of no loss, then crowded ones, of much: each kind gives half, though the
     # sample is full before the first crowded one comes.
     images = []
     for name, colour in (("empty", 0), ("crowded", 255)):
@@ -249,9 +249,9 @@ def test_every_picture_gives_its_part(val: Dataset, tmp_path: Path) -> None:
         images += [replace(val.images[0], path=tmp_path / f"{name}.png")] * 6
     network = network_of()
 
-    def run(pictures: Tensor) -> Outputs:
-        outputs = network(pictures)
-        score = 9.0 if pictures.float().mean() > 100 else -30.0
+    def run(imgs: Tensor) -> Outputs:
+        outputs = network(imgs)
+        score = 9.0 if imgs.float().mean() > 100 else -30.0
         return Outputs(tuple(torch.full_like(one, score) for one in outputs.logits), outputs.deltas)
 
     judge = Network(network.model, torch.device("cpu"), "float32", "torch", "by brightness", run)

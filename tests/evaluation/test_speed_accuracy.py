@@ -19,7 +19,7 @@ from retinanet.evaluation.speed_accuracy import (
     SpeedAccuracy,
     Timed,
     _evenly,
-    _same_pictures,
+    _same_images,
     paper_scales,
     search_call,
     speed_accuracy,
@@ -58,7 +58,7 @@ def test_scales_of_the_paper() -> None:
     assert paper_scales(40) == (32, 33, 40, 47, 53)
 
 
-def test_pictures_are_spread_evenly() -> None:
+def test_images_are_spread_evenly() -> None:
     assert _evenly(range(3), 5) == range(3)
     assert list(_evenly(range(9), 3)) == [0, 4, 8]
     assert list(_evenly(range(9), 1)) == [0]
@@ -72,7 +72,7 @@ def test_points(val: Dataset) -> None:
         val,
         scales=[96, 64],
         rounds=3,
-        pictures=2,
+        images=2,
         workers=0,
         machine={"name": "this"},
         progress=lambda done, of: seen.append((done, of)),
@@ -101,7 +101,7 @@ def test_points(val: Dataset) -> None:
 def test_no_loss_is_computed(val: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retinanet.evaluation.run.detection_losses", None)
     models = {"one": tiny_checkpoint(loss={"gamma": 2.0})}
-    found = speed_accuracy(models, val, scales=[64], rounds=1, pictures=1, workers=0, **PLAIN)
+    found = speed_accuracy(models, val, scales=[64], rounds=1, images=1, workers=0, **PLAIN)
     assert len(found.points) == 1
 
 
@@ -117,7 +117,7 @@ def test_default_scales_are_each_models_own(val: Dataset) -> None:
     small = replace(tiny_checkpoint(), image_size=48, max_size=72)
     one = replace(val, images=val.images[:1])
     found = speed_accuracy(
-        {"a": small, "b": tiny_checkpoint()}, one, rounds=1, pictures=1, workers=0, **PLAIN
+        {"a": small, "b": tiny_checkpoint()}, one, rounds=1, images=1, workers=0, **PLAIN
     )
     assert [one.scale for one in found.points if one.model == "a"] == [32, 40, 48, 56, 64]
     assert [one.scale for one in found.points if one.model == "b"] == [43, 53, 64, 75, 85]
@@ -139,7 +139,7 @@ def test_what_is_timed_is_the_search_alone(
     monkeypatch.setattr("retinanet.evaluation.speed_accuracy.detect_batch", search)
     monkeypatch.setattr("retinanet.evaluation.speed_accuracy.eval_loader", None)
     call()
-    # One by one, padded to multiples of 32, pictures of one size after each other.
+    # One by one, padded to multiples of 32, images of one size after each other.
     assert seen == [
         ((1, 3, 64, 64), 0.3), ((1, 3, 64, 96), 0.3), ((1, 3, 64, 96), 0.3), ((1, 3, 96, 64), 0.3),
     ]  # fmt: skip
@@ -163,15 +163,15 @@ def test_what_is_refused(val: Dataset, painted: Path, tmp_path: Path) -> None:
             refused(model, val, scales=scales)
     with pytest.raises(ConfigError, match="rounds is 1 or more, got 0"):
         refused(model, val, rounds=0)
-    with pytest.raises(ConfigError, match="pictures is 1 or more, got 0"):
-        refused(model, val, pictures=0)
+    with pytest.raises(ConfigError, match="images is 1 or more, got 0"):
+        refused(model, val, images=0)
     with pytest.raises(WeightsError, match="there is no checkpoint"):
         refused({"gone": tmp_path / "gone"}, val)
     with pytest.raises(DataError, match="no split 'tset'"):
         refused(model, painted, split="tset")
 
 
-def test_models_that_held_out_other_pictures(painted: Path, tmp_path: Path) -> None:
+def test_models_that_held_out_other_images(painted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for file in painted.glob("*.png"):
@@ -180,7 +180,7 @@ def test_models_that_held_out_other_pictures(painted: Path, tmp_path: Path) -> N
     models = {
         f"seed {seed}": tiny_checkpoint(split={"seed": seed, "held_out": 0.25}) for seed in range(6)
     }
-    with pytest.raises(DataError, match=r"seed 0 and seed \d held out different pictures"):
+    with pytest.raises(DataError, match=r"seed 0 and seed \d held out different images"):
         refused(models, folder, scales=[64])
     same = dict.fromkeys(("a", "b"), models["seed 0"])
     assert refused(same, folder, scales=[64], workers=0).images == 1
@@ -193,5 +193,5 @@ def test_models_that_held_out_other_pictures(painted: Path, tmp_path: Path) -> N
             {"published": published, "run": run},
             {"run": run, "published": blank},
         ):
-            assert _same_pictures(order, folder, None).images == held.images
-    assert len(_same_pictures({"a": published, "b": blank}, folder, None)) == 1
+            assert _same_images(order, folder, None).images == held.images
+    assert len(_same_images({"a": published, "b": blank}, folder, None)) == 1

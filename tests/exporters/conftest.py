@@ -47,9 +47,9 @@ def eager(checkpoint: Checkpoint) -> Detector:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of noise: wide, tall, small, of the network's size, limited by the longer side."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of noise: wide, tall, small, of the network's size, limited by the longer side."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i, (height, width) in enumerate([(120, 170), (170, 120), (20, 24), (64, 64), (40, 300)]):
         pixels = random.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)

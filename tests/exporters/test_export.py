@@ -36,8 +36,8 @@ GONE = 2**31 - 1  # no process has it: Linux has fewer
 
 
 @pytest.fixture(scope="module")
-def files(run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each kind; whole pictures of noise are not judged: their resizing differs."""
+def files(run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind; whole images of noise are not judged: their resizing differs."""
     folder = tmp_path_factory.mktemp("files")
     made: dict[str, Path] = {}
 
@@ -51,11 +51,11 @@ def files(run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -
             ("onnx", "onnx", {}),
             ("openvino", "openvino", {}),
             ("fp16", "openvino", {"fp16": True}),
-            ("int8", "openvino", {"int8": True, "calibrate": str(pictures)}),
+            ("int8", "openvino", {"int8": True, "calibrate": str(images)}),
         ):
             suffix = {"onnx": "onnx", "openvino": "xml", "torch": "pt2"}[to]
             report = export(
-                run, to, out=folder / f"{name}.{suffix}", pictures=4, tolerance=WIDE, **options
+                run, to, out=folder / f"{name}.{suffix}", images=4, tolerance=WIDE, **options
             )
             assert report.passed
             made[name] = report.file
@@ -70,14 +70,14 @@ def files(run: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("name", ["onnx", "raw", "openvino", "torch"])
 def test_file_finds_what_the_network_finds(
-    files: dict[str, Path], eager: Detector, pictures: Path, name: str
+    files: dict[str, Path], eager: Detector, images: Path, name: str
 ) -> None:
     detector = load(files[name], device="cpu")
     assert detector.classes == eager.classes
     assert detector.category_ids == eager.category_ids
     for batch_size in (1, 3):
         both = zip(
-            detector.detect(pictures, batch_size=batch_size), eager.detect(pictures), strict=True
+            detector.detect(images, batch_size=batch_size), eager.detect(images), strict=True
         )
         for got, want in both:
             assert len(got.scores) == len(want.scores) > 0
@@ -120,22 +120,22 @@ def test_fp16_is_half_and_int8_is_quantized(files: dict[str, Path]) -> None:
 
 
 def test_openvino_resizes_as_the_detector_does(
-    files: dict[str, Path], eager: Detector, pictures: Path
+    files: dict[str, Path], eager: Detector, images: Path
 ) -> None:
-    """Its own resize is none: a picture made four times smaller tells."""
-    picture = read_image(pictures / "4.png")
+    """Its own resize is none: an image made four times smaller tells."""
+    image = read_image(images / "4.png")
     network: Any = load(files["openvino"], device="cpu").network
     agreed = compare(
-        [(eager.search([eager.prepare(picture)])[0], network.find([picture])[0])],
+        [(eager.search([eager.prepare(image)])[0], network.find([image])[0])],
         Tolerance(0.05, 3, 0.1, 1),
         eager.thresholds,
     )
     assert agreed.apart <= 0.1
 
 
-def test_thresholds_that_are_built_in(files: dict[str, Path], pictures: Path) -> None:
+def test_thresholds_that_are_built_in(files: dict[str, Path], images: Path) -> None:
     detector = load(files["onnx"], score_threshold=0.9, detections_per_image=5, device="cpu")
-    for one in detector.detect(pictures):
+    for one in detector.detect(images):
         assert len(one.scores) <= 5
         assert not len(one.scores) or float(one.scores.min()) > 0.9
     for asked, why in (
@@ -151,24 +151,24 @@ def test_thresholds_that_are_built_in(files: dict[str, Path], pictures: Path) ->
         with pytest.raises(ConfigError, match=why):
             load(files["onnx"], **{"device": "cpu", **asked})
     with pytest.raises(ConfigError, match="nms_threshold"):
-        detector.detect(pictures, nms_threshold=0.7)
+        detector.detect(images, nms_threshold=0.7)
     # Scores of all anchors take any.
     assert load(files["raw"], device="cpu", nms_threshold=0.7, score_threshold=0.1)
 
 
-def test_what_needs_the_network_itself_says_so(files: dict[str, Path], pictures: Path) -> None:
+def test_what_needs_the_network_itself_says_so(files: dict[str, Path], images: Path) -> None:
     detector = load(files["onnx"], device="cpu")
     with pytest.raises(ConfigError, match="give the run that it was exported from"):
-        loss_distribution(detector, pictures)
+        loss_distribution(detector, images)
     with pytest.raises(ConfigError, match="not the network's own outputs"):
         detector.network(torch.zeros(1, 3, 64, 64))
 
 
 def test_command_line(
-    files: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "found"), "--format", "json"]
-    assert main(["detect", str(files["onnx"]), str(pictures), "--device", "cpu", *out]) == 0
+    assert main(["detect", str(files["onnx"]), str(images), "--device", "cpu", *out]) == 0
     assert (tmp_path / "found" / "detections.json").is_file()
     assert main(["export", "nowhere", "--to", "onnx"]) == 1
     assert main(["export", "nowhere", "--to", "onx"]) == 2
@@ -184,7 +184,7 @@ def test_a_file_that_differs_is_a_failure(
     values[::2] *= 1.5
     weights.raw_data = values.tobytes()
     onnx.save(model, tmp_path / "broken.onnx")
-    report = check_file(tmp_path / "broken.onnx", eager, pictures=4)
+    report = check_file(tmp_path / "broken.onnx", eager, images=4)
     assert not report.passed
     assert "at the network's size" in report.failures[0]
 
@@ -230,10 +230,10 @@ def test_exit_code_and_report(
         ({"to": "onnx", "int8": True, "calibrate": "x"}, "int8 is for --to openvino, got onnx"),
         ({"to": "torch", "fp16": True}, "fp16 is for --to openvino"),
         ({"to": "onnx", "aot": True}, "aot is for --to torch"),
-        ({"to": "openvino", "int8": True}, "int8 is calibrated on pictures"),
+        ({"to": "openvino", "int8": True}, "int8 is calibrated on images"),
         ({"to": "openvino", "int8": True, "fp16": True}, "choose one"),
         ({"to": "openvino", "calibrate": "x"}, "are for int8"),
-        ({"to": "onnx", "pictures": 0}, "1 or more, got 0"),
+        ({"to": "onnx", "images": 0}, "1 or more, got 0"),
         ({"to": "onnx", "out": "m.pt2"}, "a file for onnx ends in .onnx, got m.pt2"),
         ({"to": "onnx", "tolerance": ["scor=1"]}, "tolerance 'scor=1' is not name=number"),
         ({"to": "onnx", "tolerance": ["box=-1"]}, "tolerance 'box=-1'"),
@@ -365,14 +365,14 @@ def test_nothing_to_compare_is_no_success(
     blind = Detector(
         replace(checkpoint, info={"detect": detect}), device="cpu", precision="float32"
     )
-    report = check_file(file, blind, pictures=2)
+    report = check_file(file, blind, images=2)
     assert (report.network_size.boxes, report.network_size.found) == (0, 0)
     assert not report.passed
     assert "nothing was compared" in report.failures[0]
 
 
 def test_int8_is_not_calibrated_on_what_it_is_judged_by(
-    checkpoint: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Any, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -383,12 +383,12 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_by(
     monkeypatch.setattr("retinanet.exporters.run.read_dataset", read)
     info = {**checkpoint.info, "split": {"seed": 5, "held_out": 0.3}}
     detector = Detector(replace(checkpoint, info=info), device="cpu", precision="float32")
-    assert len(list(_calibration(detector, str(pictures)))) == 5
+    assert len(list(_calibration(detector, str(images)))) == 5
     assert asked == [{"split": "train", "extras": False, "seed": 5, "held_out": 0.3}]
 
 
 @pytest.mark.slow
-def test_aotinductor(checkpoint: Any, tmp_path: Path, pictures: Path) -> None:
+def test_aotinductor(checkpoint: Any, tmp_path: Path, images: Path) -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
     report = export(
@@ -398,8 +398,8 @@ def test_aotinductor(checkpoint: Any, tmp_path: Path, pictures: Path) -> None:
         out=tmp_path / "m.pt2",
         image_size=160,
         max_size=256,
-        pictures=3,
+        images=3,
     )
     assert report.passed, report.failures
     assert report.network_size.matched == report.network_size.boxes > 10
-    assert load(report.file, device="cpu").detect(pictures)
+    assert load(report.file, device="cpu").detect(images)

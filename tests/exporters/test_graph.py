@@ -99,7 +99,7 @@ def test_sizes_are_those_of_the_definition(sides: tuple[int, int]) -> None:
         assert network_size_of_tensors(*shape, *sides) == definition(*shape, *sides), shape
 
 
-def test_a_resized_picture_is_not_resized_again() -> None:
+def test_a_resized_image_is_not_resized_again() -> None:
     random.seed(1)
     for _ in range(20000):
         shorter = random.randint(32, 1000)

@@ -42,7 +42,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small pictures with squares, round things and so on, in three splits."""
+    """Small images with squares, round things and so on, in three splits."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     synthetic_dataset(
         folder, splits={"train": 4, "val": 3}, image_size=64, objects=(1, 3), object_size=(16, 24)

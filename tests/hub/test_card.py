@@ -51,10 +51,10 @@ def test_figures_data_training_and_speed(prepared: Path) -> None:
         "| AP | mean over IoU .50 to .95 and classes | 0.123 |",
         "| APm | from 32² to 96² | - |",
         "Splits: seed 0, 20% held out.",
-        "| pictures | 4 | 3 |",
-        "Speed: 7.2 pictures a second",
+        "| images | 4 | 3 |",
+        "Speed: 7.2 images a second",
         "on a CPU with 3 threads",
-        "9 steps of 8 pictures (these weights are those after step 7, the best on `val`)",
+        "9 steps of 8 images (these weights are those after step 7, the best on `val`)",
         "focal, alpha 0.25, gamma 2 for classes",
         "from the weights backbone.safetensors",
         "Made with retinanet 0.1.0, torch 2.7",
@@ -67,7 +67,7 @@ def test_figures_data_training_and_speed(prepared: Path) -> None:
 def test_limits_follow_from_the_run(run: Path, tmp_path: Path) -> None:
     text = card(run, tmp_path / "few").partition("## Limits")[2]
     for words in (
-        "trained on 4 pictures, which is few",
+        "trained on 4 images, which is few",
         "they are not those of a test set",
         "An AP of 0.123 is weak",
         "drawn at random: where several show one scene",
@@ -81,14 +81,14 @@ def test_limits_follow_from_the_run(run: Path, tmp_path: Path) -> None:
     change(run / "run.json", images={"train": 1000, "val": 9}, split_origin="the format's own")
     text = card(run, tmp_path / "many").partition("## Limits")[2]
     assert text.count("\n- ") == 2
-    assert "On other kinds of pictures than it was trained on it was not tried." in text
+    assert "On other kinds of images than it was trained on it was not tried." in text
 
 
 def test_a_checkpoint_alone_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     (run / "best").rename(alone)
     text = card(alone, tmp_path / "out")
-    assert "This model was not judged on labelled pictures." in text
+    assert "This model was not judged on labelled images." in text
     assert text.count("Not recorded with this checkpoint.") == 2
     assert "Nothing is known of how often it is right." in text
     assert "model-index" not in text

@@ -111,15 +111,15 @@ def test_places_are_cut_to_their_last_part(text: Any, public: Any) -> None:
     assert without_places(text) == public
 
 
-def test_pictures_only_with_the_data(run: Path, prepared: Path, tmp_path: Path) -> None:
+def test_images_only_with_the_data(run: Path, prepared: Path, tmp_path: Path) -> None:
     files = prepare(run, NAME, tmp_path / "without", device="cpu")
     assert not [one for one in files if one.endswith(".jpg")]
-    pictures = sorted(one.name for one in prepared.glob("*.jpg"))
-    assert pictures == ["example_1.jpg", "example_2.jpg", "example_3.jpg"]  # val holds no more
-    for one in pictures:
-        with Image.open(prepared / one) as picture:
-            assert not picture.getexif()
-            assert max(picture.size) <= 1024
+    images = sorted(one.name for one in prepared.glob("*.jpg"))
+    assert images == ["example_1.jpg", "example_2.jpg", "example_3.jpg"]  # val holds no more
+    for one in images:
+        with Image.open(prepared / one) as image:
+            assert not image.getexif()
+            assert max(image.size) <= 1024
 
 
 def test_a_dry_run_writes_and_sends_nothing(

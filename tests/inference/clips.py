@@ -18,7 +18,7 @@ TICKS = Fraction(1, 12800)
 
 def write_clip(
     file: Path,
-    pictures: Iterable[Pixels],
+    images: Iterable[Pixels],
     *,
     times: Sequence[int] | None = None,
     time_base: Fraction = TICKS,
@@ -28,14 +28,14 @@ def write_clip(
     options: dict[str, str] | None = None,
     change: Callable[[Any], None] = lambda stream: None,
 ) -> list[float]:
-    """Write RGB pictures and a tone as long; gives their times in seconds."""
+    """Write RGB images and a tone as long; gives their times in seconds."""
     seconds = []
     with av.open(str(file), "w") as out:
         video = audio = None
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             if video is None:
                 video = out.add_stream(codec, rate=25, options=options or {})
-                video.height, video.width = picture.shape[:2]
+                video.height, video.width = image.shape[:2]
                 video.pix_fmt = form
                 video.codec_context.time_base = time_base
                 change(video)
@@ -43,7 +43,7 @@ def write_clip(
                     audio = out.add_stream(sound, rate=48000)
                     audio.layout = "mono"
                     audio.bit_rate = 96000
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = frame.reformat(
                 format=form,
                 dst_colorspace=video.codec_context.colorspace if form != "gray" else None,
@@ -76,13 +76,13 @@ def box_at(frame: int, width: int = 96) -> tuple[int, int, int, int]:
 
 
 def read_clip(file: Path) -> tuple[list[Pixels], list[float]]:
-    """RGB pictures and times in seconds, as players see them."""
-    pictures, seconds = [], []
+    """RGB images and times in seconds, as players see them."""
+    images, seconds = [], []
     with av.open(str(file)) as clip:
         for frame in clip.decode(video=0):
-            pictures.append(frame.to_ndarray(format="rgb24"))
+            images.append(frame.to_ndarray(format="rgb24"))
             seconds.append(float(frame.pts * frame.time_base))
-    return pictures, seconds
+    return images, seconds
 
 
 def sound_packets(file: Path, stream: int = 0) -> list[tuple[float, bytes]]:
@@ -96,7 +96,7 @@ def sound_packets(file: Path, stream: int = 0) -> list[tuple[float, bytes]]:
 
 
 def damage(file: Path, packets: Iterable[int], *, share: float = 1) -> None:
-    """Overwrite these packets of the picture, or their last `share`, as a bad disk would."""
+    """Overwrite these packets of the image, or their last `share`, as a bad disk would."""
     with av.open(str(file)) as clip:
         places = [(one.pos, one.size) for one in clip.demux(video=0) if one.size]
     content = bytearray(file.read_bytes())

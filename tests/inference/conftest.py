@@ -1,4 +1,4 @@
-"""A detector of white squares, and pictures that hold them."""
+"""A detector of white squares, and images that hold them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def square() -> Pixels:
 
 @pytest.fixture
 def folder(tmp_path: Path, square: Pixels) -> Path:
-    """Two pictures of the same name in two folders, one beside them, and what is no picture."""
-    root = tmp_path / "pictures"
+    """Two images of the same name in two folders, one beside them, and what is no image."""
+    root = tmp_path / "images"
     for name in ("a.png", "left/a.png", "right/a.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(square).save(root / name)
-    (root / "notes.txt").write_text("not a picture")
+    (root / "notes.txt").write_text("not an image")
     (root / "._a.png").write_text("what macOS leaves")
     return root

@@ -1,4 +1,4 @@
-"""A real checkpoint of a small network, pictures for it, and what it finds in them."""
+"""A real checkpoint of a small network, images for it, and what it finds in them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def save_small_model(folder: Path, seed: int = 0) -> Path:
     return save_checkpoint(folder, Checkpoint(model, ("white", "bright"), (7, 9), 64, 128, info))
 
 
-def save_pictures(folder: Path, count: int, seed: int = 0) -> Path:
+def save_images(folder: Path, count: int, seed: int = 0) -> Path:
     """Of noise, each another size."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from small_collection import (
     jsonl_rows,
     local_rows,
     parquet_rows,
-    save_pictures,
+    save_images,
     save_small_model,
 )
 
@@ -72,8 +72,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pictures(tmp_path_factory.mktemp("collection") / "pictures", 20)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("collection") / "images", 20)
 
 
 def search(
@@ -85,16 +85,16 @@ def search(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_finds_what_the_local_engine_finds(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_finds_what_the_local_engine_finds(model: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown: list[tuple[int, int]] = []
-    summary = search(model, pictures, out, batch_size=2, on_progress=lambda *now: shown.append(now))
+    summary = search(model, images, out, batch_size=2, on_progress=lambda *now: shown.append(now))
     # Two of a batch are padded to one size: shards of four have the same batches as the whole.
-    expected = local_rows(model, pictures, batch_size=2)
+    expected = local_rows(model, images, batch_size=2)
     assert_same_rows(jsonl_rows(out), expected)
     assert parquet_rows(out) == jsonl_rows(out)
     assert shown == [(done, 5) for done in range(6)]
-    assert (summary.pictures, summary.errors, summary.shards, summary.done_before) == (20, 0, 5, 0)
+    assert (summary.images, summary.errors, summary.shards, summary.done_before) == (20, 0, 5, 0)
     counts = [one["class"] for row in expected for one in row["detections"]]
     assert summary.objects == {name: counts.count(name) for name in summary.objects}
     assert sum(summary.objects.values()) == len(counts)
@@ -108,13 +108,13 @@ def test_finds_what_the_local_engine_finds(model: Path, pictures: Path, tmp_path
 
 
 @pytest.mark.usefixtures("cluster")
-def test_broken_pictures_go_to_the_errors_table(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_broken_images_go_to_the_errors_table(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow.parquet as pq
 
     monkeypatch.chdir(tmp_path)
-    broken = save_pictures(tmp_path / "some", 6)
+    broken = save_images(tmp_path / "some", 6)
     (broken / "002.png").write_bytes(b"<html>")
     whole = (broken / "004.png").read_bytes()
     (broken / "004.png").write_bytes(whole[: len(whole) // 2])
@@ -134,13 +134,13 @@ def test_broken_pictures_go_to_the_errors_table(
     assert [one["file"] for one in errors] == broken_files
     assert all(one["reason"].startswith(one["file"]) for one in errors)
     assert pq.read_table("out/errors.parquet").to_pylist() == errors
-    assert (summary.pictures, summary.errors) == (4, 4)
+    assert (summary.images, summary.errors) == (4, 4)
     assert list(summary.failures) == errors
 
 
 @pytest.mark.usefixtures("cluster")
-def test_webdataset_shards_and_globs(model: Path, pictures: Path, tmp_path: Path) -> None:
-    files = sorted(pictures.iterdir())
+def test_webdataset_shards_and_globs(model: Path, images: Path, tmp_path: Path) -> None:
+    files = sorted(images.iterdir())
     for i in range(2):
         with tarfile.open(tmp_path / f"shard-{i:03d}.tar", "w") as archive:
             for file in files[7 * i : 7 * (i + 1)]:
@@ -148,18 +148,18 @@ def test_webdataset_shards_and_globs(model: Path, pictures: Path, tmp_path: Path
                 entry = tarfile.TarInfo(f"{file.stem}.json")
                 entry.size = 2
                 archive.addfile(entry, io.BytesIO(b"{}"))
-    given = [f"{tmp_path}/shard-{{000..001}}.tar", f"{pictures}/01[4-9].png"]
+    given = [f"{tmp_path}/shard-{{000..001}}.tar", f"{images}/01[4-9].png"]
     summary = search(model, given, tmp_path / "out")
-    # A tar file is a shard of its own; six pictures are two of four at the most.
-    assert (summary.pictures, summary.shards, summary.errors) == (20, 4, 0)
+    # A tar file is a shard of its own; six images are two of four at the most.
+    assert (summary.images, summary.shards, summary.errors) == (20, 4, 0)
     rows = jsonl_rows(tmp_path / "out")
-    assert_same_rows(rows, local_rows(model, pictures), names=False)
+    assert_same_rows(rows, local_rows(model, images), names=False)
     names = [f"{tmp_path}/shard-{i // 7:03d}.tar/{files[i].name}" for i in range(14)]
     assert [row["file"] for row in rows] == [*names, *map(str, files[14:])]
 
 
 def test_s3(
-    cluster: Any, model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec
     from moto.server import ThreadedMotoServer
@@ -173,13 +173,13 @@ def test_s3(
     try:
         files = fsspec.filesystem("s3")
         files.mkdir("bucket")
-        for i, file in enumerate(sorted(pictures.iterdir())):
-            files.put_file(str(file), f"bucket/pictures/{'late/' * (i >= 10)}{file.name}")
-        files.pipe_file("bucket/pictures/broken.jpg", b"\xff\xd8\xffbroken")
+        for i, file in enumerate(sorted(images.iterdir())):
+            files.put_file(str(file), f"bucket/images/{'late/' * (i >= 10)}{file.name}")
+        files.pipe_file("bucket/images/broken.jpg", b"\xff\xd8\xffbroken")
         out = "s3://bucket/out"
-        given = ["s3://bucket/pictures/", "s3://bucket/pictures/late/01?.png"]
+        given = ["s3://bucket/images/", "s3://bucket/images/late/01?.png"]
         summary = search(model, given, out, shard_size=8)
-        assert (summary.pictures, summary.errors, summary.shards) == (30, 1, 4)
+        assert (summary.images, summary.errors, summary.shards) == (30, 1, 4)
         names = files.find("bucket/out")
         assert {name.split("/")[2] for name in names} == {
             *("done", "parquet", "jsonl", "errors.parquet", "errors.jsonl"),
@@ -188,12 +188,12 @@ def test_s3(
         found = tmp_path / "out"
         files.get("bucket/out", str(found), recursive=True)
         rows = jsonl_rows(found)
-        whole = sorted(pictures.iterdir())
+        whole = sorted(images.iterdir())
         assert_same_rows(rows, local_rows(model, [*whole, *whole[10:]]), names=False)
-        assert rows[0]["file"] == "s3://bucket/pictures/000.png"
+        assert rows[0]["file"] == "s3://bucket/images/000.png"
         assert parquet_rows(found) == rows
         (error,) = summary.failures
-        assert error["file"] == "s3://bucket/pictures/broken.jpg"
+        assert error["file"] == "s3://bucket/images/broken.jpg"
         assert error["reason"].startswith(error["file"])
         # A mark is lost: that shard alone is done again.
         files.rm("bucket/out/done/000002.json")
@@ -204,16 +204,16 @@ def test_s3(
         assert files.modified("bucket/out/jsonl/000001.jsonl") == before
         with pytest.raises(DataError, match="there is no such file or folder"):
             search(model, "s3://bucket/nothing", out)
-        with pytest.raises(DataError, match="no picture in this folder"):
+        with pytest.raises(DataError, match="no image in this folder"):
             search(model, "s3://bucket/out/done", out)
         with pytest.raises(DataError, match="s3://nowhere/out cannot be written to: "):
-            search(model, str(pictures), "s3://nowhere/out")
+            search(model, str(images), "s3://nowhere/out")
     finally:
         server.stop()
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_detector_killed_with_9_is_replaced(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_detector_killed_with_9_is_replaced(model: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed: list[int] = []
 
@@ -223,14 +223,14 @@ def test_a_detector_killed_with_9_is_replaced(model: Path, pictures: Path, tmp_p
             killed.append(int(mark["process"].partition(":")[2]))
             os.kill(killed[0], signal.SIGKILL)
 
-    summary = search(model, pictures, out, shard_size=1, on_progress=kill)
+    summary = search(model, images, out, shard_size=1, on_progress=kill)
     assert len(killed) == 1
-    assert (summary.pictures, summary.shards) == (20, 20)
-    assert_same_rows(jsonl_rows(out), local_rows(model, pictures))
+    assert (summary.images, summary.shards) == (20, 20)
+    assert_same_rows(jsonl_rows(out), local_rows(model, images))
 
 
 def test_a_killed_call_goes_on(model: Path, tmp_path: Path) -> None:
-    folder = save_pictures(tmp_path / "pictures", 40, seed=1)
+    folder = save_images(tmp_path / "images", 40, seed=1)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "retinanet", "detect", str(model), str(folder)]
     command += ["--engine", "ray", "--workers", "2", "--device", "cpu", "--out", str(out)]
@@ -238,7 +238,7 @@ def test_a_killed_call_goes_on(model: Path, tmp_path: Path) -> None:
     # A cluster of its own, which is to go with it.
     environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    # Shards of one picture, so that a kill comes between two.
+    # Shards of one image, so that a kill comes between two.
     start = (
         "import sys; import retinanet.batch.collection as c; c._LEAST_SHARD = 1; c._SHARDS = 99;"
     )
@@ -259,7 +259,7 @@ def test_a_killed_call_goes_on(model: Path, tmp_path: Path) -> None:
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     said = json.loads(second.stdout)
-    assert (said["pictures"], said["shards"], said["errors"]) == (40, 40, 0)
+    assert (said["images"], said["shards"], said["errors"]) == (40, 40, 0)
     # No shard was done twice, and none is missing.
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert_same_rows(jsonl_rows(out), local_rows(model, folder))
@@ -275,10 +275,10 @@ def wait_until(true: Any, seconds: float = 60) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_another_call_on_the_same_folder(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    some = save_pictures(tmp_path / "some", 4)
+    some = save_images(tmp_path / "some", 4)
     search(model, some, out)
     with monkeypatch.context() as patch:
         # Nothing is left to do: no detector is made.
@@ -298,8 +298,8 @@ def test_another_call_on_the_same_folder(
     assert "begun with shard_size 4, not 3" in refused(shard_size=3)
     other = save_small_model(tmp_path / "other", seed=1)
     assert "begun with another model" in refused(model=other)
-    save_pictures(some, 5)
-    assert "begun for other pictures (4 inputs then, 5 now)" in refused()
+    save_images(some, 5)
+    assert "begun for other images (4 inputs then, 5 now)" in refused()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert "holds other files" in refused(out=tmp_path / "full")
@@ -324,9 +324,9 @@ def test_another_call_on_the_same_folder(
     ],
 )
 def test_what_is_wrong_is_said_before_a_cluster_is_asked(
-    model: Path, pictures: Path, tmp_path: Path, more: dict[str, Any], kind: type, why: str
+    model: Path, images: Path, tmp_path: Path, more: dict[str, Any], kind: type, why: str
 ) -> None:
-    given: dict[str, Any] = {"model": model, "sources": pictures, "out": tmp_path / "out", **more}
+    given: dict[str, Any] = {"model": model, "sources": images, "out": tmp_path / "out", **more}
     with pytest.raises(kind) as caught:
         search(given.pop("model"), given.pop("sources"), given.pop("out"), **given)
     assert why in str(caught.value)
@@ -334,21 +334,21 @@ def test_what_is_wrong_is_said_before_a_cluster_is_asked(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_what_only_a_worker_can_say(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_only_a_worker_can_say(model: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device 'meta:7'"):
-        search(model, pictures, tmp_path / "b", device="meta:7")
+        search(model, images, tmp_path / "b", device="meta:7")
 
 
 def test_missing_ray(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"ray is not installed.*retinanet\[ray\]"):
-        search(model, pictures, tmp_path / "out")
+        search(model, images, tmp_path / "out")
 
 
 def test_a_cluster_that_does_not_answer(
-    model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -359,7 +359,7 @@ def test_a_cluster_that_does_not_answer(
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(DataError, match=r"RAY_ADDRESS 10\.0\.0\.1:6379: nobody at .*; unset it"):
-        search(model, pictures, tmp_path / "out")
+        search(model, images, tmp_path / "out")
 
 
 class Nodes:
@@ -415,12 +415,12 @@ def test_more_workers_than_cores_is_said() -> None:
 
 
 @pytest.fixture
-def worker(model: Path, pictures: Path, tmp_path: Path) -> ShardDetector:
-    """A worker in this process, with a shard of two pictures."""
+def worker(model: Path, images: Path, tmp_path: Path) -> ShardDetector:
+    """A worker in this process, with a shard of two images."""
     import torch
 
     store = Store(tmp_path / "out")
-    store.write("inputs.jsonl", "".join(f'"{file}"\n' for file in sorted(pictures.iterdir())[:2]))
+    store.write("inputs.jsonl", "".join(f'"{file}"\n' for file in sorted(images.iterdir())[:2]))
     work = Work(
         model={one.name: one.read_bytes() for one in model.iterdir()},
         model_name="",
@@ -479,7 +479,7 @@ def test_two_calls_that_end_together(
 ) -> None:
     from retinanet.batch import collection
 
-    pictures = save_pictures(tmp_path / "some", 4)
+    images = save_images(tmp_path / "some", 4)
     model = tmp_path / "model"
     model.mkdir()
     for name, content in worker.work.model.items():
@@ -487,7 +487,7 @@ def test_two_calls_that_end_together(
     store = Store(tmp_path / "together")
 
     def searched(ray: Any, work: Any, *_: Any) -> None:
-        mark = {"pictures": 4, "objects": {}, "network": "", "errors": []}
+        mark = {"images": 4, "objects": {}, "network": "", "errors": []}
         store.write("done/000000.json", json.dumps(mark))
 
     ends: list[None] = []
@@ -503,7 +503,7 @@ def test_two_calls_that_end_together(
     monkeypatch.setattr(collection, "_cluster", lambda *_: nullcontext())
     monkeypatch.setattr(collection._Place, "of", lambda *_: _Place(1, 1, 0))
     monkeypatch.setattr(collection, "_ErrorsTable", Table)
-    assert search(model, pictures, store.address).pictures == 4
+    assert search(model, images, store.address).images == 4
     assert len(ends) == 2
     assert (tmp_path / "together" / "errors.jsonl").read_text() == ""
 
@@ -629,19 +629,19 @@ def test_command_line(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_pictures(Path("pictures"), 3)
-    Path("pictures", "002.png").write_text("x")
-    command = ["detect", str(model), "pictures", "--engine", "ray", "--out", "out"]
+    save_images(Path("images"), 3)
+    Path("images", "002.png").write_text("x")
+    command = ["detect", str(model), "images", "--engine", "ray", "--out", "out"]
     command += ["--precision", "float32", "--device", "cpu"]
     assert main(command) == 1
     said = capfd.readouterr()
-    assert f"objects in 2 pictures, in {tmp_path}/out" in said.out
+    assert f"objects in 2 images, in {tmp_path}/out" in said.out
     assert "then starting Ray" in said.err
-    assert "1 file could not be read:\n  pictures/002.png: not a picture" in said.err
+    assert "1 file could not be read:\n  images/002.png: not an image" in said.err
     assert main([*command, "--json"]) == 1
     said = json.loads(capfd.readouterr().out)
-    assert (said["out"], said["pictures"], said["errors"]) == (f"{tmp_path}/out", 2, 1)
-    assert [one["file"] for one in said["failures"]] == ["pictures/002.png"]
+    assert (said["out"], said["images"], said["errors"]) == (f"{tmp_path}/out", 2, 1)
+    assert [one["file"] for one in said["failures"]] == ["images/002.png"]
     assert main([*command, "--score-threshold", ".9"]) == 2
     assert "was begun with score_threshold 0.2, not 0.9" in capfd.readouterr().err
 

@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from small_collection import save_pictures
+from small_collection import save_images
 
-from retinanet.batch.inputs import iter_inputs, iter_pictures
+from retinanet.batch.inputs import iter_images, iter_inputs
 from retinanet.batch.store import Store, is_address, open_files, whole_address
 from retinanet.errors import DataError, MissingExtraError
 from retinanet.inference.found import Failure
@@ -20,7 +20,7 @@ from retinanet.inference.sources import find_sources
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for name in ("b.png", "a.png", "left/a.png", "left/deep/c.JPG", ".hidden/a.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
@@ -34,33 +34,33 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_with_all_below_it(tree: Path) -> None:
     expected = ["a.png", "b.png", "left/a.png", "left/one.tar", "left/deep/c.JPG"]
     assert list(iter_inputs([str(tree)])) == [f"{tree}/{name}" for name in expected]
-    assert list(iter_inputs(["pictures/"])) == [f"pictures/{name}" for name in expected]
-    # The same pictures as those of the local engine.
-    local = {str(one.picture) for one in find_sources(tree)}
+    assert list(iter_inputs(["images/"])) == [f"images/{name}" for name in expected]
+    # The same images as those of the local engine.
+    local = {str(one.image) for one in find_sources(tree)}
     assert local == {name for name in iter_inputs([str(tree)]) if not name.endswith(".tar")}
 
 
 def test_globs(tree: Path) -> None:
-    assert list(iter_inputs(["pictures/*.png"])) == ["pictures/a.png", "pictures/b.png"]
+    assert list(iter_inputs(["images/*.png"])) == ["images/a.png", "images/b.png"]
     assert list(iter_inputs([f"{tree}/*/a.png"])) == [f"{tree}/left/a.png"]
-    assert list(iter_inputs(["pict*/**/*.JPG"])) == ["pictures/left/deep/c.JPG"]
+    assert list(iter_inputs(["pict*/**/*.JPG"])) == ["images/left/deep/c.JPG"]
     assert list(iter_inputs([f"file://{tree}/b.*"])) == [f"file://{tree}/b.png"]
     (tree / "[a].png").write_bytes(b"")  # what exists is no glob
-    assert list(iter_inputs(["pictures/[a].png"])) == ["pictures/[a].png"]
+    assert list(iter_inputs(["images/[a].png"])) == ["images/[a].png"]
 
 
 def test_braces(tree: Path) -> None:
-    given = ["pictures/{b,a}.png", "pictures/left/{one..one}.tar"]
+    given = ["images/{b,a}.png", "images/left/{one..one}.tar"]
     (tree / "left" / "{one..one}.tar").write_bytes(b"")
     assert list(iter_inputs(given)) == [
-        "pictures/b.png",
-        "pictures/a.png",
-        "pictures/left/{one..one}.tar",
+        "images/b.png",
+        "images/a.png",
+        "images/left/{one..one}.tar",
     ]
     for i in range(9, 12):
         (tree / f"s{i:02d}.tar").write_bytes(b"")
-    expected = [f"pictures/s{i:02d}.tar" for i in range(9, 12)]
-    assert list(iter_inputs(["pictures/s{09..11}.tar"])) == expected
+    expected = [f"images/s{i:02d}.tar" for i in range(9, 12)]
+    assert list(iter_inputs(["images/s{09..11}.tar"])) == expected
 
 
 def test_a_list_is_not_looked_into(tree: Path) -> None:
@@ -70,8 +70,8 @@ def test_a_list_is_not_looked_into(tree: Path) -> None:
 
 
 def test_a_listing_is_lazy(tree: Path) -> None:
-    inputs = iter_inputs(["pictures/a.png", "nowhere.png"])
-    assert next(inputs) == "pictures/a.png"
+    inputs = iter_inputs(["images/a.png", "nowhere.png"])
+    assert next(inputs) == "images/a.png"
     with pytest.raises(DataError, match=r"nowhere\.png: there is no such file"):
         next(inputs)
 
@@ -80,8 +80,8 @@ def test_a_listing_is_lazy(tree: Path) -> None:
     ("given", "why"),
     [
         ("nowhere", "nowhere: there is no such file or folder"),
-        ("pictures/*.gif", "pictures/*.gif: no picture matches (.avif"),
-        ("empty", "empty: no picture in this folder"),
+        ("images/*.gif", "images/*.gif: no image matches (.avif"),
+        ("empty", "empty: no image in this folder"),
         ("empty.txt", "empty.txt: this list is empty"),
         ("gs://bucket/a.jpg", "gs://bucket/a.jpg: what opens gs:// addresses is not installed: "),
         ("nonsense://a", "nonsense://a: Protocol not known: nonsense"),
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match=r"left/deep: cannot be listed: .*Permission denied"):
-        list(iter_inputs(["pictures"]))
+        list(iter_inputs(["images"]))
 
 
 def test_missing_extras(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +135,8 @@ def tar(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return file
 
 
-def test_pictures_of_each_kind_of_input(tmp_path: Path) -> None:
-    folder = save_pictures(tmp_path / "pictures", 3)
+def test_images_of_each_kind_of_input(tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "images", 3)
     first, second, third = sorted(folder.iterdir())
     data = second.read_bytes()
     shard = tar(tmp_path / "shard.tar", {"x.png": data, "x.json": b"{}", "./d/y.v2.PNG": data})
@@ -144,7 +144,7 @@ def test_pictures_of_each_kind_of_input(tmp_path: Path) -> None:
     failures: list[Failure] = []
     inputs = [str(first), f"file://{second}", str(shard), f"file://{packed}", str(third)]
     inputs[4:4] = [f"file://{tmp_path}/gone.png", str(tmp_path / "gone.tar")]
-    found = list(iter_pictures(inputs, failures.append))
+    found = list(iter_images(inputs, failures.append))
     assert [one.name for one in found] == [
         str(first),
         f"file://{second}",
@@ -153,8 +153,8 @@ def test_pictures_of_each_kind_of_input(tmp_path: Path) -> None:
         f"file://{packed}/z.png",
         str(third),
     ]
-    assert found[0].picture == str(first)  # read by the detector's threads
-    assert [one.picture for one in found[1:5]] == [data] * 4
+    assert found[0].image == str(first)  # read by the detector's threads
+    assert [one.image for one in found[1:5]] == [data] * 4
     assert [one.to_dict() for one in failures] == [
         {"file": name, "reason": f"{name}: there is no such file"} for name in inputs[4:6]
     ]
@@ -164,22 +164,22 @@ def test_more_addresses_than_are_fetched_at_once(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03d}.png").write_text(str(i))
     inputs = list(iter_inputs([f"file://{tmp_path}"]))
-    found = list(iter_pictures(inputs, lambda failure: pytest.fail(str(failure))))
-    assert [int(one.picture) for one in found] == list(range(100))
+    found = list(iter_images(inputs, lambda failure: pytest.fail(str(failure))))
+    assert [int(one.image) for one in found] == list(range(100))
 
 
 def test_a_tar_file_that_is_cut_short(tmp_path: Path) -> None:
-    data = save_pictures(tmp_path, 1).joinpath("000.png").read_bytes()
+    data = save_images(tmp_path, 1).joinpath("000.png").read_bytes()
     shard = tar(tmp_path / "shard.tar", {f"{i}.png": data for i in range(3)})
     whole = shard.read_bytes()
     shard.write_bytes(whole[: 2 * 512 + len(data) + len(data) // 2])
     failures: list[Failure] = []
-    found = list(iter_pictures([str(shard)], failures.append))
+    found = list(iter_images([str(shard)], failures.append))
     assert [one.name for one in found] == [f"{shard}/0.png"]
     assert len(failures) == 1
     assert failures[0].reason.startswith(f"{shard}: cannot be read: unexpected end of data")
     shard.write_text("no tar file")
-    assert list(iter_pictures([str(shard)], failures.append)) == []
+    assert list(iter_images([str(shard)], failures.append)) == []
     assert "cannot be read" in failures[1].reason
 
 

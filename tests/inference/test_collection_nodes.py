@@ -14,7 +14,7 @@ from small_collection import (
     jsonl_rows,
     local_rows,
     parquet_rows,
-    save_pictures,
+    save_images,
     save_small_model,
 )
 
@@ -37,7 +37,7 @@ def test_a_node_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     model = save_small_model(tmp_path / "model")
-    pictures = save_pictures(tmp_path / "pictures", 60)
+    images = save_images(tmp_path / "images", 60)
     out = tmp_path / "out"
     node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -55,7 +55,7 @@ def test_a_node_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             cluster.remove_node(lost, allow_graceful=False)
 
         summary = search_collection(
-            model, pictures, out, workers=3, shard_size=1, on_progress=kill, **SETTINGS
+            model, images, out, workers=3, shard_size=1, on_progress=kill, **SETTINGS
         )
         alive = [one for one in ray.nodes() if one["Alive"]]
     finally:
@@ -65,7 +65,7 @@ def test_a_node_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert before, "no node was killed"
     assert before[0] < 60
     assert len(alive) == 2
-    assert (summary.pictures, summary.errors, summary.shards) == (60, 0, 60)
-    assert_same_rows(jsonl_rows(out), local_rows(model, pictures))
+    assert (summary.images, summary.errors, summary.shards) == (60, 0, 60)
+    assert_same_rows(jsonl_rows(out), local_rows(model, images))
     assert parquet_rows(out) == jsonl_rows(out)
     assert len(list((out / "done").iterdir())) == 60

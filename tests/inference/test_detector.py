@@ -1,4 +1,4 @@
-"""From a picture of any kind to what is found in it."""
+"""From an image of any kind to what is found in it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_found_on_the_original_pixels(detector: Detector, square: Pixels) -> Non
     assert (score, label) == (float(found.scores[0]), 0)
 
 
-def test_every_kind_of_picture_gives_the_same(
+def test_every_kind_of_image_gives_the_same(
     detector: Detector, square: Pixels, folder: Path
 ) -> None:
     tensor = torch.from_numpy(square).permute(2, 0, 1)
@@ -77,23 +77,23 @@ def test_folder_glob_list_and_batch_give_lists(
     assert detector.detect([]) == []
 
 
-def test_batches_of_unequal_pictures_are_as_one_at_a_time(detector: Detector) -> None:
+def test_batches_of_unequal_images_are_as_one_at_a_time(detector: Detector) -> None:
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for height, width in ((64, 64), (100, 260), (260, 100), (37, 64), (500, 11), (128, 192)):
         cells = rng.random((-(-height // 16), -(-width // 16))) < 0.1
         pixels = np.kron(cells, np.ones((16, 16)))[:height, :width, None] * 255
-        pictures.append(pixels.astype(np.uint8).repeat(3, axis=2))
-    alone = [one(detector.detect(picture)) for picture in pictures]
+        images.append(pixels.astype(np.uint8).repeat(3, axis=2))
+    alone = [one(detector.detect(image)) for image in images]
     assert sum(len(found) for found in alone) > 5
     for batch_size in (2, 4, 6):
-        together = several(detector.detect(pictures, batch_size=batch_size))
+        together = several(detector.detect(images, batch_size=batch_size))
         for lone, shared in zip(alone, together, strict=True):
             torch.testing.assert_close(lone.boxes, shared.boxes)
             torch.testing.assert_close(lone.scores, shared.scores)
             assert lone.size == shared.size
-    for found, picture in zip(alone, pictures, strict=True):
-        height, width = picture.shape[:2]
+    for found, image in zip(alone, images, strict=True):
+        height, width = image.shape[:2]
         assert (found.boxes >= 0).all()
         assert (found.boxes[:, 2] <= width).all()
         assert (found.boxes[:, 3] <= height).all()
@@ -112,12 +112,12 @@ def test_batch_size_is_what_the_network_takes(
     assert [shape[0] for shape in model.batches] == [2, 1]
 
 
-def test_exif_turned_picture(detector: Detector, tmp_path: Path, square: Pixels) -> None:
+def test_exif_turned_image(detector: Detector, tmp_path: Path, square: Pixels) -> None:
     file = tmp_path / "turned.png"
-    picture = Image.fromarray(square)
-    exif = picture.getexif()
+    image = Image.fromarray(square)
+    exif = image.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise, for showing
-    picture.save(file, exif=exif)
+    image.save(file, exif=exif)
     found = one(detector.detect(file))
     assert found.size == (192, 128)
     # (x, y) of 192 x 128 goes to (128 - y, x).
@@ -151,9 +151,9 @@ def test_thresholds_of_checkpoint_detector_and_call(checkpoint: Checkpoint, squa
 def test_nms_threshold(detector: Detector) -> None:
     # Two white cells side by side do not overlap: only at an IoU of 0 would one go. Boxes here are
     # disjoint by construction, so the class-agnostic pair is the one that NMS can act on.
-    picture = black(64, 64, (0, 0, 8, 8))
-    assert len(one(detector.detect(picture, class_agnostic_nms=True, nms_threshold=0.5))) == 1
-    assert len(one(detector.detect(picture, class_agnostic_nms=True, nms_threshold=1.0))) == 2
+    image = black(64, 64, (0, 0, 8, 8))
+    assert len(one(detector.detect(image, class_agnostic_nms=True, nms_threshold=0.5))) == 1
+    assert len(one(detector.detect(image, class_agnostic_nms=True, nms_threshold=1.0))) == 2
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> N
         with pytest.raises(DataError, match="no "):
             detector.detect(missing)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no picture in this folder"):
+    with pytest.raises(DataError, match="no image in this folder"):
         detector.detect(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot search a float"):
         detector.detect(1.5)
@@ -199,16 +199,16 @@ def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> N
         detector.detect(folder)
 
 
-def test_a_broken_picture_stops_nothing(detector: Detector, folder: Path, square: Pixels) -> None:
+def test_a_broken_image_stops_nothing(detector: Detector, folder: Path, square: Pixels) -> None:
     broken = folder / "left" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff no more of this")
     sources = [square, broken, folder, "nowhere.png", None, square, np.zeros((2, 3, 4), "U1")]
     for batch_size in (1, 2, 3, 100):
         results = list(detector.stream(sources, batch_size=batch_size))
         outcome = [one.source if isinstance(one, Failure) else one.name for one in results]
-        assert outcome[0] == "picture_000000"
+        assert outcome[0] == "image_000000"
         assert outcome[1] == str(broken)
-        assert outcome[-4:] == ["nowhere.png", "picture_000004", "picture_000005", "picture_000006"]
+        assert outcome[-4:] == ["nowhere.png", "image_000004", "image_000005", "image_000006"]
         failed = [one for one in results if isinstance(one, Failure)]
         assert len(failed) == 5  # `broken` alone and again in its folder
         assert len(results) - len(failed) == 5
@@ -235,7 +235,7 @@ def test_whatever_a_decoder_raises_is_reported(
     assert isinstance(second, Found)
 
 
-def test_errors_of_the_network_are_not_the_pictures_fault(
+def test_errors_of_the_network_are_not_the_images_fault(
     detector: Detector, checkpoint: Checkpoint, square: Pixels
 ) -> None:
     def fail(*_: Any) -> None:
@@ -247,7 +247,7 @@ def test_errors_of_the_network_are_not_the_pictures_fault(
 
 
 def test_stream_of_nothing_says_so_at_once(detector: Detector, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no picture in this folder"):
+    with pytest.raises(DataError, match="no image in this folder"):
         detector.stream(tmp_path)
     assert list(detector.stream([])) == []
 
@@ -256,15 +256,15 @@ def test_stream_memory_is_flat(detector: Detector) -> None:
     taken = 0
     gone: list[None] = []
 
-    def pictures() -> Iterator[Pixels]:
+    def images() -> Iterator[Pixels]:
         nonlocal taken
         while True:  # endless: only what is read ahead may be asked for
             taken += 1
-            picture = black(64, 64)
-            weakref.finalize(picture, gone.append, None)
-            yield picture
+            image = black(64, 64)
+            weakref.finalize(image, gone.append, None)
+            yield image
 
-    stream = detector.stream(pictures(), batch_size=3, workers=2)
+    stream = detector.stream(images(), batch_size=3, workers=2)
     most = 0
     for _ in range(60):
         next(stream)
@@ -279,7 +279,7 @@ def test_threads_end_with_the_stream(detector: Detector, square: Pixels) -> None
     stream = detector.stream([square] * 50, workers=3)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert not [t for t in threading.enumerate() if t.name.startswith("read-picture")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-image")]
 
 
 def test_real_network_end_to_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Devices, precision, and the way from a batch to boxes on the original pictures."""
+"""Devices, precision, and the way from a batch to boxes on the original images."""
 
 from __future__ import annotations
 

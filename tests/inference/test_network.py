@@ -34,7 +34,7 @@ def model() -> RetinaNet:
     return built
 
 
-def pictures(*shape: int) -> Tensor:
+def random_images(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
@@ -61,7 +61,7 @@ def errors(got: Outputs, expected: Outputs) -> list[float]:
 def test_each_backend_says_what_the_network_says(
     model: RetinaNet, backend: str, precision: str, tolerance: float
 ) -> None:
-    calibration = [pictures(1, 3, 96, 128)] * 2 if precision == "int8" else None
+    calibration = [random_images(1, 3, 96, 128)] * 2 if precision == "int8" else None
     network = build_network(
         model, CPU, precision=precision, backend=backend, calibration=calibration
     )
@@ -69,7 +69,7 @@ def test_each_backend_says_what_the_network_says(
     assert network.backend == ("torch" if backend == "auto" else backend)
     assert precision in network.description
     for shape in ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32)):
-        images = pictures(*shape)
+        images = random_images(*shape)
         with torch.inference_mode():
             expected = model(images)
         got = network(images)
@@ -81,16 +81,16 @@ def test_each_backend_says_what_the_network_says(
 
 
 @needs_openvino
-def test_openvino_takes_pictures_that_are_not_whole_numbers(model: RetinaNet) -> None:
+def test_openvino_takes_images_that_are_not_whole_numbers(model: RetinaNet) -> None:
     network = build_network(model, CPU, precision="float32", backend="openvino")
-    images = pictures(1, 3, 64, 64)
+    images = random_images(1, 3, 64, 64)
     for one, other in zip(network(images.float() + 0.2), network(images), strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_what_was_trained_later_is_not_in_it(model: RetinaNet) -> None:
     network = build_network(model, CPU, precision="float32")
-    images = pictures(1, 3, 64, 64)
+    images = random_images(1, 3, 64, 64)
     before = network(images)
     with torch.no_grad():
         model.class_head.last.bias.add_(1)
@@ -102,7 +102,7 @@ def test_what_was_trained_later_is_not_in_it(model: RetinaNet) -> None:
 def test_a_module_of_ones_own_runs_as_it_is() -> None:
     finder = WhiteFinder()
     network = build_network(finder, CPU)  # type: ignore[arg-type]
-    network(pictures(1, 3, 32, 32))
+    network(random_images(1, 3, 32, 32))
     assert finder.batches == [(1, 3, 32, 32)]
 
 
@@ -115,7 +115,7 @@ def test_a_module_of_ones_own_runs_as_it_is() -> None:
         ({"calibration": [torch.zeros(1, 3, 32, 32)]}, "calibrate on are for precision int8"),
         ({"precision": "int4", "backend": "openvino"}, "precision 'int4' is not one of"),
         pytest.param(
-            {"precision": "int8"}, "int8 is calibrated on pictures .*--calibrate",
+            {"precision": "int8"}, "int8 is calibrated on images .*--calibrate",
             marks=needs_openvino,
         ),
     ],
@@ -138,7 +138,7 @@ def test_a_missing_extra_is_named(
     with pytest.raises(
         MissingExtraError, match=rf"{missing} is not installed.*retinanet\[openvino"
     ):
-        build_network(model, CPU, precision="int8", calibration=[pictures(1, 3, 32, 32)])
+        build_network(model, CPU, precision="int8", calibration=[random_images(1, 3, 32, 32)])
 
 
 def test_compile_without_a_compiler(model: RetinaNet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +151,4 @@ def test_compile_without_a_compiler(model: RetinaNet, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     network = build_network(model, CPU, backend="compile")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*g\+\+,\); --backend torch"):
-        network(pictures(1, 3, 32, 32))
+        network(random_images(1, 3, 32, 32))

@@ -23,8 +23,8 @@ from retinanet.inference.outputs import OUTPUT_FORMATS, open_outputs, write_coco
 FAILURE = Failure("b/broken.jpg", "b/broken.jpg: cut short", ValueError())
 
 
-def found(name: str = "a.png", picture: Any = None, boxes: Any = ((1, 2, 11, 22),)) -> Found:
-    """Objects of falling score in a picture of 40 x 20."""
+def found(name: str = "a.png", image: Any = None, boxes: Any = ((1, 2, 11, 22),)) -> Found:
+    """Objects of falling score in an image of 40 x 20."""
     count = len(boxes)
     return Found(
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -34,7 +34,7 @@ def found(name: str = "a.png", picture: Any = None, boxes: Any = ((1, 2, 11, 22)
         category_ids=(17, 90),
         name=name,
         size=(40, 20),
-        picture=name if picture is None else picture,
+        image=name if image is None else image,
     )
 
 
@@ -95,7 +95,7 @@ def test_coco_results(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "coco_results.json").read_text()) == []
 
 
-def test_pictures_of_the_same_stem_have_their_own_coco_ids(tmp_path: Path) -> None:
+def test_images_of_the_same_stem_have_their_own_coco_ids(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     names = ("139.jpg", "0139.png", "a.jpg", "a.png", "a.png")
     with write_coco(file) as write:
@@ -108,10 +108,10 @@ def test_pictures_of_the_same_stem_have_their_own_coco_ids(tmp_path: Path) -> No
 def test_coco_results_with_the_ids_of_a_data_set(tmp_path: Path) -> None:
     ids = {tmp_path / "a.png": 4}
     with write_coco(tmp_path / "r.json", image_ids=ids) as write_one:
-        write_one(found(picture=tmp_path / "sub" / ".." / "a.png"))
+        write_one(found(image=tmp_path / "sub" / ".." / "a.png"))
     assert [one["image_id"] for one in json.loads((tmp_path / "r.json").read_text())] == [4]
     with (
-        pytest.raises(DataError, match=r"b\.png: the data set has no id for this picture"),
+        pytest.raises(DataError, match=r"b\.png: the data set has no id for this image"),
         write_coco(tmp_path / "r.json", image_ids=ids) as write_one,
     ):
         write_one(found("b.png"))
@@ -163,32 +163,32 @@ def test_yolo(tmp_path: Path) -> None:
     assert (tmp_path / "labels/a.txt").read_text() == "0 0.300000 0.300000 0.500000 0.500000\n"
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     pixels = np.zeros((40, 20, 3), np.uint8)
     results = [
-        found(name, pixels, boxes=((2, 4, 18, 36),)) for name in ("x/a.png", "a.gif", "picture_0")
+        found(name, pixels, boxes=((2, 4, 18, 36),)) for name in ("x/a.png", "a.gif", "image_0")
     ]
-    write(tmp_path, ["pictures"], *results, FAILURE)
-    assert files(tmp_path / "pictures") == ["a.jpg", "picture_0.jpg", "x/a.png"]
-    drawn = np.asarray(Image.open(tmp_path / "pictures/x/a.png"))
+    write(tmp_path, ["images"], *results, FAILURE)
+    assert files(tmp_path / "images") == ["a.jpg", "image_0.jpg", "x/a.png"]
+    drawn = np.asarray(Image.open(tmp_path / "images/x/a.png"))
     assert drawn.shape == (480, 240, 3)  # enlarged, so that captions can be read
     assert drawn.any()
-    write(tmp_path, ["pictures"], results[0], drawn_score=0.8)
-    assert not np.asarray(Image.open(tmp_path / "pictures/x/a.png")).any()
+    write(tmp_path, ["images"], results[0], drawn_score=0.8)
+    assert not np.asarray(Image.open(tmp_path / "images/x/a.png")).any()
 
 
 def test_names_never_meet(tmp_path: Path) -> None:
     pixels = np.zeros((40, 20, 3), np.uint8)
     names = ["1.jpg", "1.png", "x/1.jpg", "1.JPG", "1.jpg", "../1.jpg", "/1.jpg", "a.jpg", "A.jpg"]
-    write(tmp_path / "out", ["yolo", "pictures"], *[found(name, pixels) for name in names])
-    labels, pictures = files(tmp_path / "out/labels"), files(tmp_path / "out/pictures")
-    assert len(labels) == len(pictures) == len(names)
+    write(tmp_path / "out", ["yolo", "images"], *[found(name, pixels) for name in names])
+    labels, images = files(tmp_path / "out/labels"), files(tmp_path / "out/images")
+    assert len(labels) == len(images) == len(names)
     assert {"1.txt", "1.png.txt", "x/1.txt", "1.JPG.txt", "a.txt", "A.jpg.txt"} < set(labels)
-    assert {"1.jpg", "1.png", "x/1.jpg"} < set(pictures)
+    assert {"1.jpg", "1.png", "x/1.jpg"} < set(images)
     assert len({name.casefold() for name in labels}) == len(names)
     assert files(tmp_path) == sorted(
         ["out/classes.txt", *(f"out/labels/{n}" for n in labels)]
-        + [f"out/pictures/{n}" for n in pictures]
+        + [f"out/images/{n}" for n in images]
     )
 
 
@@ -212,22 +212,22 @@ def test_unknown_format(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_all_formats_of_a_folder_with_a_broken_picture(
+def test_all_formats_of_a_folder_with_a_broken_image(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG and no more")
     out = tmp_path / "found"
     write(out, list(OUTPUT_FORMATS), *detector.stream(folder, batch_size=2))
-    pictures = ["a.png", "left/a.png", "right/a.png"]
+    images = ["a.png", "left/a.png", "right/a.png"]
     assert files(out) == sorted(
         ["classes.txt", "coco_results.json", "detections.csv", "detections.json"]
         + ["cvat_annotations.xml", "cvat_labels.json"]
         + ["label_studio_config.xml", "label_studio_tasks.json"]
-        + [f"pictures/{name}" for name in pictures]
-        + [f"labels/{name[:-4]}.txt" for name in pictures]
+        + [f"images/{name}" for name in images]
+        + [f"labels/{name[:-4]}.txt" for name in images]
     )
     told = json.loads((out / "detections.json").read_text())
-    assert [one["file"] for one in told["images"]] == [str(folder / name) for name in pictures]
+    assert [one["file"] for one in told["images"]] == [str(folder / name) for name in images]
     assert [one["file"] for one in told["failures"]] == [str(folder / "broken.png")]
     assert len(json.loads((out / "coco_results.json").read_text())) == 6
 
@@ -246,7 +246,7 @@ def test_found_draws(square: Pixels, folder: Path, detector: Detector) -> None:
 def test_found_draws_on_nothing_else(square: Pixels, detector: Detector) -> None:
     result = detector.detect(square)
     assert isinstance(result, Found)
-    with pytest.raises(DataError, match=r"picture to draw on is 50 x 40, .* 192 x 128 pixels"):
+    with pytest.raises(DataError, match=r"image to draw on is 50 x 40, .* 192 x 128 pixels"):
         result.draw(np.zeros((40, 50, 3), np.uint8))
 
 
@@ -368,8 +368,8 @@ def test_half_a_file_of_pre_annotations_is_never_there(tmp_path: Path, form: str
 def test_a_drawn_tiff_is_compressed(detector: Detector, square: Pixels, tmp_path: Path) -> None:
     file = tmp_path / "a.tif"
     Image.fromarray(square).save(file, compression="tiff_adobe_deflate")
-    with open_outputs(tmp_path / "out", ["pictures"]) as write:
+    with open_outputs(tmp_path / "out", ["images"]) as write:
         for one in detector.stream([file]):
             write(one)
-    with Image.open(tmp_path / "out" / "pictures" / "a.tif") as drawn:
+    with Image.open(tmp_path / "out" / "images" / "a.tif") as drawn:
         assert drawn.info["compression"] == "tiff_adobe_deflate"

@@ -1,4 +1,4 @@
-"""What counts as a picture, and what is said where there is none."""
+"""What counts as an image, and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_file_whose_name_looks_like_a_glob(folder: Path) -> None:
 
 
 def test_file_of_another_suffix_is_taken_when_named(folder: Path) -> None:
-    file = folder / "picture.dat"
+    file = folder / "image.dat"
     file.write_bytes((folder / "a.png").read_bytes())
     (source,) = find_sources(file)
     assert source.read().shape == (3, 128, 192)
@@ -74,7 +74,7 @@ def test_pixels(square: Pixels, folder: Path) -> None:
     ]
     for source in find_sources(given):
         torch.testing.assert_close(source.read(), tensor, rtol=0, atol=0)
-        assert is_single(source.picture)
+        assert is_single(source.image)
     grey = square[:, :, 0]
     for one in (grey, grey[:, :, None], tensor[:1], Image.fromarray(grey)):
         (source,) = find_sources(one)
@@ -98,7 +98,7 @@ def test_encoded_bytes() -> None:
     ("given", "message"),
     [
         ("nowhere/a.jpg", "nowhere/a.jpg: there is no such file or folder"),
-        ("nowhere/*.jpg", r"nowhere/\*.jpg: no picture matches"),
+        ("nowhere/*.jpg", r"nowhere/\*.jpg: no image matches"),
         (17, "cannot search a int; give a path"),
         ({"a": 1}, "cannot search a dict"),
         (["nowhere/a.jpg"], "nowhere/a.jpg: there is no such file"),
@@ -110,30 +110,30 @@ def test_nothing_to_search(given: Any, message: str) -> None:
         find_sources(given)
 
 
-def test_folder_without_pictures(tmp_path: Path) -> None:
+def test_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"no picture in this folder \(.*\.jpg"):
+    with pytest.raises(DataError, match=r"no image in this folder \(.*\.jpg"):
         find_sources(tmp_path)
 
 
-def test_glob_that_matches_no_picture(folder: Path) -> None:
-    with pytest.raises(DataError, match="no picture matches"):
+def test_glob_that_matches_no_image(folder: Path) -> None:
+    with pytest.raises(DataError, match="no image matches"):
         find_sources(str(folder / "*.txt"))
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (np.zeros((3, 48, 64), np.uint8), r"picture_000000: .*\(3, 48, 64\)"),
-        (np.zeros(12, np.uint8), r"picture_000000: .*\(12,\)"),
+        (np.zeros((3, 48, 64), np.uint8), r"image_000000: .*\(3, 48, 64\)"),
+        (np.zeros(12, np.uint8), r"image_000000: .*\(12,\)"),
         (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
-        (np.full((4, 4), "x", dtype=object), "picture_000000: "),
-        (torch.zeros(48, 64, 3), "picture_000000: "),
-        (b"these bytes are no picture", "picture_000000: "),
+        (np.full((4, 4), "x", dtype=object), "image_000000: "),
+        (torch.zeros(48, 64, 3), "image_000000: "),
+        (b"these bytes are no image", "image_000000: "),
     ],
 )
-def test_pixels_that_are_no_picture(picture: Any, message: str) -> None:
-    (source,) = find_sources(picture)
+def test_pixels_that_are_no_image(image: Any, message: str) -> None:
+    (source,) = find_sources(image)
     with pytest.raises(ImageError, match=message):
         source.read()
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_found_is_a_failure_in_its_place(folder: Path) -> None:
     assert found[1:] == [
         Failure("nowhere.png", "nowhere.png: there is no such file or folder", DataError()),
         Failure(
-            "picture_000002",
+            "image_000002",
             "cannot search a int; give a path, a folder, a glob, an array, a tensor, a PIL image, "
             "or a list of them",
             DataError(),
@@ -155,13 +155,13 @@ def test_what_cannot_be_found_is_a_failure_in_its_place(folder: Path) -> None:
 def test_an_iterator_is_not_run_ahead_of() -> None:
     taken = 0
 
-    def pictures() -> Any:
+    def images() -> Any:
         nonlocal taken
         for _ in range(10):
             taken += 1
             yield np.zeros((4, 4), np.uint8)
 
-    lazily = iter_sources(pictures())
+    lazily = iter_sources(images())
     next(lazily)
     assert taken == 1
 
@@ -170,9 +170,7 @@ def test_relative_paths_stay_as_they_were_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    assert [str(source.picture) for source in find_sources("left")] == [
-        os.path.join("left", "a.png")
-    ]
+    assert [str(source.image) for source in find_sources("left")] == [os.path.join("left", "a.png")]
 
 
 def test_a_file_given_twice_is_searched_once_where_asked(folder: Path) -> None:
@@ -184,10 +182,10 @@ def test_a_file_given_twice_is_searched_once_where_asked(folder: Path) -> None:
         "right/a.png",
     ]
     assert isinstance(found[-1], Failure)
-    assert len(list(iter_sources(given))) == 6  # a list of n pictures has n answers
+    assert len(list(iter_sources(given))) == 6  # a list of n images has n answers
 
 
-def test_a_link_to_a_file_is_a_picture_of_its_own(folder: Path) -> None:
+def test_a_link_to_a_file_is_a_image_of_its_own(folder: Path) -> None:
     """Stores without duplicates are full of links: each name wants its answer."""
     link = folder / "b.png"
     link.symlink_to(folder / "a.png")

@@ -30,7 +30,7 @@ def found(count: int = 3) -> Found:
         category_ids=(17, 90),
         name="x/a.png",
         size=(60, 60),
-        picture="x/a.png",
+        image="x/a.png",
     )
 
 

@@ -1,4 +1,4 @@
-"""Objects of a picture that is searched whole and in tiles: each found once, in its place."""
+"""Objects of an image that is searched whole and in tiles: each found once, in its place."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from retinanet.inference.tiles import MIN_TILE, Part, merge_parts, tile_side, ti
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import Detections
 
-# The detector's input is 64 x 64: in a tile of 64 its squares are 8 x 8 pixels of the picture, on a
-# grid that starts at the tile's corner. In a picture of 512 x 512, seen whole, they are 64 x 64.
+# The detector's input is 64 x 64: in a tile of 64 its squares are 8 x 8 pixels of the image, on a
+# grid that starts at the tile's corner. In an image of 512 x 512, seen whole, they are 64 x 64.
 SIDE = 64
 
 
@@ -46,17 +46,17 @@ def square(x: int, y: int, side: int = 8) -> tuple[int, int, int, int]:
 
 def test_small_objects_are_found_in_tiles_alone(detector: Detector) -> None:
     spots = [square(16, 24), square(200, 96), square(504, 504), square(0, 0)]
-    picture = black(512, 512, *spots)
-    assert whites(detector.detect(picture)) == []
-    found = whites(detector.detect(picture, tile=SIDE, overlap=0))
+    image = black(512, 512, *spots)
+    assert whites(detector.detect(image)) == []
+    found = whites(detector.detect(image, tile=SIDE, overlap=0))
     assert found == sorted([*map(float, spot)] for spot in spots)
 
 
 def test_large_objects_come_from_the_whole(detector: Detector) -> None:
     big = square(128, 192, 64)  # a tile's size: a tile sees 64 squares in it, or parts of them
-    picture = black(512, 512, big, square(16, 24))
+    image = black(512, 512, big, square(16, 24))
     detector.thresholds["detections_per_image"] = 200  # of a tile: two classes in 64 cells
-    found = detector.detect(picture, tile=SIDE, overlap=0)
+    found = detector.detect(image, tile=SIDE, overlap=0)
     assert [128.0, 192.0, 192.0, 256.0] in whites(found)
     assert [16.0, 24.0, 24.0, 32.0] in whites(found)
     # Most of its pieces lie in the tile that it fills; those at the tile's border are cut, and go.
@@ -75,46 +75,46 @@ def test_an_object_on_any_seam_or_corner_is_found_once(detector: Detector, overl
     windows = tile_windows((side, side), SIDE, overlap)
     assert [window[:2] for window in windows[:4]] == [(i * step, 0) for i in range(4)]
     for x, y in product((step - 8, step, SIDE - 8, SIDE, SIDE + 8, side - 8), repeat=2):
-        picture = black(side, side, square(x, y))
-        assert whites(detector.detect(picture, tile=SIDE, overlap=overlap)) == [
+        image = black(side, side, square(x, y))
+        assert whites(detector.detect(image, tile=SIDE, overlap=overlap)) == [
             [float(x), float(y), x + 8.0, y + 8.0]
         ]
 
 
 def test_odd_sizes(detector: Detector) -> None:
     for height, width in ((65, 64), (64, 200), (130, 71), (64, 65), (333, 129)):
-        picture = black(height, width, square(0, 0), square(width - 8, height - 8))
-        found = whites(detector.detect(picture, tile=SIDE, overlap=0.5))
+        image = black(height, width, square(0, 0), square(width - 8, height - 8))
+        found = whites(detector.detect(image, tile=SIDE, overlap=0.5))
         assert found == sorted([[0.0, 0.0, 8.0, 8.0], [width - 8.0, height - 8.0, width, height]])
 
 
 def test_no_larger_than_a_tile_is_as_ever(detector: Detector, checkpoint: Checkpoint) -> None:
     model: Any = checkpoint.model
-    picture = black(64, 60, square(8, 8))
+    image = black(64, 60, square(8, 8))
     for tile in (64, 1000):
         model.batches.clear()
-        found = detector.detect(picture, tile=tile)
+        found = detector.detect(image, tile=tile)
         assert len(model.batches) == 1
         assert isinstance(found, Found)
-        plain = detector.detect(picture)
+        plain = detector.detect(image)
         assert isinstance(plain, Found)
         assert torch.equal(found.boxes, plain.boxes)
         assert torch.equal(found.scores, plain.scores)
 
 
-def test_tiles_of_several_pictures_share_batches(
+def test_tiles_of_several_images_share_batches(
     detector: Detector, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     model: Any = checkpoint.model
     spots = [[square(8 * i, 64)] for i in range(6)]
     sides = [(128, 128), (40, 40), (256, 64), (128, 192), (64, 64), (300, 100)]
-    pictures: list[Any] = [
+    images: list[Any] = [
         black(h, w, *some) for (h, w), some in zip(sides, spots, strict=True) if h > 64
     ]
     small = [black(h, w) for h, w in sides if h <= 64]
-    Image.fromarray(pictures[1]).save(tmp_path / "a.png")
-    pictures[1] = tmp_path / "a.png"
-    sources = [pictures[0], small[0], *pictures[1:3], "nowhere.png", small[1], pictures[3]]
+    Image.fromarray(images[1]).save(tmp_path / "a.png")
+    images[1] = tmp_path / "a.png"
+    sources = [images[0], small[0], *images[1:3], "nowhere.png", small[1], images[3]]
     alone = [next(iter(detector.stream([one], tile=SIDE, overlap=0.5))) for one in sources]
     for batch_size in (1, 3, 7, 100):
         model.batches.clear()
@@ -130,7 +130,7 @@ def test_tiles_of_several_pictures_share_batches(
     assert len(whites(together[0])) == 1
 
 
-def test_a_broken_picture_in_tiles_is_one_failure(
+def test_a_broken_image_in_tiles_is_one_failure(
     detector: Detector, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     tifffile = pytest.importorskip("tifffile")
@@ -171,7 +171,7 @@ class _Broken(Windows):
         return self.read((0, 0, width, height))
 
 
-def test_of_a_broken_picture_no_more_tiles_are_asked_for(
+def test_of_a_broken_image_no_more_tiles_are_asked_for(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = black(256, 256, square(64, 64))
@@ -188,7 +188,7 @@ def test_of_a_broken_picture_no_more_tiles_are_asked_for(
 
 
 def test_what_is_broken_does_not_wait_for_what_is_not(detector: Detector) -> None:
-    """Of an endless row of broken pictures each is told of: none waits for a batch to be full."""
+    """Of an endless row of broken images each is told of: none waits for a batch to be full."""
     streamed = detector.stream(repeat("nowhere.png"), batch_size=4)
     assert all(isinstance(one, Failure) for one in islice(streamed, 10))
     streamed = detector.stream(chain([black(64, 64)], repeat("nowhere.png")), batch_size=4)
@@ -199,10 +199,10 @@ def test_what_is_broken_does_not_wait_for_what_is_not(detector: Detector) -> Non
 
 def test_class_agnostic_and_limits(detector: Detector, checkpoint: Checkpoint) -> None:
     spots = [square(x, y) for x, y in product(range(0, 512, 16), repeat=2)]
-    picture = black(512, 512, *spots)
+    image = black(512, 512, *spots)
 
     def count(one: Detector, **options: Any) -> int:
-        found = one.detect(picture, tile=SIDE, overlap=0, **options)
+        found = one.detect(image, tile=SIDE, overlap=0, **options)
         assert isinstance(found, Found)
         return len(found)
 
@@ -220,19 +220,19 @@ def test_class_agnostic_and_limits(detector: Detector, checkpoint: Checkpoint) -
 
 def test_auto(detector: Detector, checkpoint: Checkpoint) -> None:
     model: Any = checkpoint.model
-    picture = black(130, 64)
-    detector.detect(picture, tile="auto", overlap=0, batch_size=100)
+    image = black(130, 64)
+    detector.detect(image, tile="auto", overlap=0, batch_size=100)
     assert model.batches.pop()[0] == 1 + 3  # 64 is the model's size
-    checkpoint.info["picture_side"] = 33
-    detector.detect(picture, tile="auto", overlap=0, batch_size=100)
+    checkpoint.info["image_side"] = 33
+    detector.detect(image, tile="auto", overlap=0, batch_size=100)
     assert model.batches.pop()[0] == 1 + 4 * 2
     assert tile_side("auto", 512, {}) == 512
-    assert tile_side("auto", 512, {"picture_side": 256}) == 256
-    assert tile_side("auto", 512, {"picture_side": 8}) == MIN_TILE
-    assert tile_side(700, 512, {"picture_side": 8}) == 700
+    assert tile_side("auto", 512, {"image_side": 256}) == 256
+    assert tile_side("auto", 512, {"image_side": 8}) == MIN_TILE
+    assert tile_side(700, 512, {"image_side": 8}) == 700
     for wrong in (None, "large", [256], True, 0, -5, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=r"tile auto: .* a side of .* give --tile one"):
-            tile_side("auto", 512, {"picture_side": wrong})
+            tile_side("auto", 512, {"image_side": wrong})
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_wrong_values(detector: Detector, options: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("overlap", [0, 0.1, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("size", [(64, 65), (1000, 333), (129, 64), (640, 640), (7, 90)])
-def test_windows_cover_the_picture(size: tuple[int, int], overlap: float) -> None:
+def test_windows_cover_the_image(size: tuple[int, int], overlap: float) -> None:
     height, width = size
     windows = tile_windows(size, SIDE, overlap)
     covered = np.zeros(size, np.int64)
@@ -292,7 +292,7 @@ SIZE = (100, 128)
 def part(
     window: tuple[int, int, int, int] | None, *rows: tuple[float, ...], label: int = 0
 ) -> Part:
-    """Rows of x1, y1, x2, y2 in pixels of the picture, and score."""
+    """Rows of x1, y1, x2, y2 in pixels of the image, and score."""
     values = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
     x, y = (0, 0) if window is None else window[:2]
     boxes = values[:, :4] - torch.tensor([x, y, x, y])
@@ -322,7 +322,7 @@ def test_pieces_give_way_to_the_whole() -> None:
     # A box that no border cuts stays, whatever it lies in: a small object on a large one.
     inner = part(LEFT, (35, 25, 50, 50, 0.5))
     assert len(merged(part(None, whole), inner)) == 2
-    # The picture's own border cuts nothing that another part could know.
+    # The image's own border cuts nothing that another part could know.
     at_border = part(LEFT, (0, 0, 20, 40, 0.9))
     assert len(merged(part(None, (0, 0, 90, 60, 0.9)), at_border)) == 2
 
@@ -455,14 +455,14 @@ def test_evaluate_in_tiles(detector: Detector, tmp_path: Path) -> None:
     assert metrics.loss is None
     assert metrics.detections == 6
     assert done == [1, 2]
-    # A limit that is given holds for the picture; the detector's own for a tile.
+    # A limit that is given holds for the image; the detector's own for a tile.
     options: dict[str, Any] = {"tile": SIDE, "overlap": 0, "detections_per_image": 1}
     assert evaluate(detector, dataset, **options).detections == 2
 
 
 def test_drawn_reduced(detector: Detector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    picture = black(800, 1200, square(400, 200, 160))
-    Image.fromarray(picture).save(tmp_path / "a.bmp")
+    image = black(800, 1200, square(400, 200, 160))
+    Image.fromarray(image).save(tmp_path / "a.bmp")
     found = detector.detect(tmp_path / "a.bmp", tile=400, overlap=0)
     assert isinstance(found, Found)
     assert found.draw().size == (1200, 800)
@@ -476,9 +476,9 @@ def test_drawn_reduced(detector: Detector, monkeypatch: pytest.MonkeyPatch, tmp_
     assert found.boxes.max() > 400  # those of the whole
 
 
-def endless(picture: Pixels) -> Iterator[Pixels]:
+def endless(image: Pixels) -> Iterator[Pixels]:
     while True:
-        yield picture
+        yield image
 
 
 def test_stream_in_tiles_takes_what_it_needs(detector: Detector) -> None:
@@ -505,7 +505,7 @@ print(len(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     used = {}
     for side in (2048, 10_240):  # 12 and 315 MB of pixels

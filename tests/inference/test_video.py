@@ -72,19 +72,19 @@ def test_each_frame_has_its_own_boxes(detector: Detector, tmp_path: Path, batch_
 def test_boxes_are_drawn_where_they_were_found(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     # Twice the size of the network's input: boxes of 16 x 16, with room inside of the lines.
-    pictures = [np.kron(one, np.ones((4, 4, 1), np.uint8)) for one in walk(6)]
-    write_clip(clip, pictures, options={"crf": "10"})
+    images = [np.kron(one, np.ones((4, 4, 1), np.uint8)) for one in walk(6)]
+    write_clip(clip, images, options={"crf": "10"})
     detect_video(detector, clip, tmp_path / "found", score_threshold=0.98)
     shown, _ = read_clip(tmp_path / "found" / "clip.mp4")
     assert len(shown) == 6
-    for i, picture in enumerate(shown):
+    for i, image in enumerate(shown):
         x1, y1, x2, y2 = (4 * value for value in box_at(i))
         middle = (y1 + y2) // 2
-        assert picture.shape == (256, 384, 3)
-        assert picture[middle, (x1 + x2) // 2].min() > 230
+        assert image.shape == (256, 384, 3)
+        assert image[middle, (x1 + x2) // 2].min() > 230
         for x in (x1 + 1, x2 - 2):  # a line two pixels wide in the colour of class 0
-            assert np.abs(picture[middle, x].astype(int) - PALETTE[0]).max() < 60
-        assert picture[middle, (x1 - 40) % 384].max() < 30
+            assert np.abs(image[middle, x].astype(int) - PALETTE[0]).max() < 60
+        assert image[middle, (x1 - 40) % 384].max() < 30
 
 
 def test_times_and_sound_are_the_clips_own(detector: Detector, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_containers(detector: Detector, tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("degrees", "mirrored"), [(0, False), (90, False), (180, False), (-90, False), (90, True)]
 )
-def test_pictures_are_upright(
+def test_images_are_upright(
     detector: Detector, tmp_path: Path, degrees: int, mirrored: bool
 ) -> None:
     clip = tmp_path / "clip.mp4"
@@ -192,12 +192,12 @@ FORMS = {
 def test_pixels_of_any_kind(detector: Detector, tmp_path: Path, name: str, drawn: bool) -> None:
     codec, form, (height, width) = FORMS[name]
     clip = tmp_path / "clip.mkv"
-    picture = black(height, width, (16, 8, 24, 16))
-    picture[40:56, 8:40] = (200, 60, 60) if "grey" not in name else (90, 90, 90)
-    picture[40:56, 56:88] = (40, 120, 170) if "grey" not in name else (60, 60, 60)
+    image = black(height, width, (16, 8, 24, 16))
+    image[40:56, 8:40] = (200, 60, 60) if "grey" not in name else (90, 90, 90)
+    image[40:56, 56:88] = (40, 120, 170) if "grey" not in name else (60, 60, 60)
     base = Fraction(1, 25) if codec == "mjpeg" else Fraction(1, 1000)
     options = {"crf": "5"} if codec == "libx264" else {}
-    write_clip(clip, [picture] * 3, codec=codec, form=form, time_base=base, options=options)
+    write_clip(clip, [image] * 3, codec=codec, form=form, time_base=base, options=options)
     summary = detect_video(
         detector, clip, tmp_path / "found", draw_threshold=0.99 if drawn else 1.0
     )
@@ -213,7 +213,7 @@ def test_pixels_of_any_kind(detector: Detector, tmp_path: Path, name: str, drawn
     brightness = shown[0][44:52, 86:90].mean((0, 2))
     assert brightness[:2].min() > 2 * brightness[2:].max()
     for rows, columns in ((slice(44, 52), slice(12, 36)), (slice(44, 52), slice(60, 84))):
-        wanted = picture[rows, columns].mean((0, 1))
+        wanted = image[rows, columns].mean((0, 1))
         # The encoder blurs colours near lines; another matrix or range would be 20 off.
         assert shown[0][rows, columns].mean((0, 1)) == pytest.approx(wanted, abs=10)
 
@@ -229,9 +229,9 @@ def test_colours_keep_their_matrix(
         stream.codec_context.color_trc = 1
 
     clip = tmp_path / "clip.mp4"
-    picture = black(64, 96, (16, 8, 24, 16))
-    picture[40:56, 8:40] = (40, 200, 30)
-    write_clip(clip, [picture] * 3, options={"crf": "5"}, change=tagged)
+    image = black(64, 96, (16, 8, 24, 16))
+    image[40:56, 8:40] = (40, 200, 30)
+    write_clip(clip, [image] * 3, options={"crf": "5"}, change=tagged)
     given, _ = read_clip(clip)
     assert given[0][48, 24].tolist() == pytest.approx((40, 200, 30), abs=4)
     summary = detect_video(
@@ -276,9 +276,9 @@ def test_frames_in_memory_are_few_however_few_are_searched(
     batches: list[int] = []
     search = detector.search
 
-    def counted(pictures: Any, **thresholds: Any) -> Any:
-        batches.append(len(pictures))
-        return search(pictures, **thresholds)
+    def counted(images: Any, **thresholds: Any) -> Any:
+        batches.append(len(images))
+        return search(images, **thresholds)
 
     detector.search = counted  # type: ignore[method-assign]
     summary = detect_video(detector, clip, tmp_path / "found", every=16, batch_size=5)
@@ -424,11 +424,11 @@ def test_tracks_in_a_clip(tmp_path: Path) -> None:
     checkpoint = Checkpoint(model, ("white", "bright"), (7, 9), 128, 256, {})
     detector = Detector(checkpoint, device="cpu", precision="float32")
     clip = tmp_path / "clip.mp4"
-    pictures = []
+    images = []
     for i in range(16):
         x = 32 + 8 * i
-        pictures.append(black(128, 256, (x, 32, x + 8, 40), (216 - x, 80, 224 - x, 88)))
-    write_clip(clip, pictures, options={"crf": "10"})
+        images.append(black(128, 256, (x, 32, x + 8, 40), (216 - x, 80, 224 - x, 88)))
+    write_clip(clip, images, options={"crf": "10"})
     summary = detect_video(
         detector, clip, tmp_path / "found", track=True, score_threshold=0.98, draw_threshold=0.5
     )
@@ -501,8 +501,8 @@ def test_frames_that_are_half_there_are_broken_too(detector: Detector, tmp_path:
 def test_a_clip_that_was_cut_off(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mkv"
     noise = np.random.default_rng(0).integers(0, 60, (64, 96, 3), np.uint8)
-    pictures = [np.maximum(one, np.roll(noise, i)) for i, one in enumerate(walk(40))]
-    write_clip(clip, pictures, options={"crf": "10", "g": "5"})
+    images = [np.maximum(one, np.roll(noise, i)) for i, one in enumerate(walk(40))]
+    write_clip(clip, images, options={"crf": "10", "g": "5"})
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) // 2])
     summary = detect_video(detector, clip, tmp_path / "found")
@@ -539,7 +539,7 @@ def test_clips_that_cannot_be_read(detector: Detector, tmp_path: Path) -> None:
     assert refused(detector, folder, out) == f"{folder}: is a folder, not a video"
 
 
-def test_clips_without_a_picture(detector: Detector, tmp_path: Path) -> None:
+def test_clips_without_a_image(detector: Detector, tmp_path: Path) -> None:
     out = tmp_path / "found"
     clip = tmp_path / "clip.mp4"
     with av.open(str(clip), "w") as file:
@@ -579,12 +579,12 @@ def test_frames_are_searched_while_others_are_written(
     searches = 0
     search, write = detector.search, video_writing.VideoWriter.write
 
-    def counted(pictures: Any, **thresholds: Any) -> Any:
+    def counted(images: Any, **thresholds: Any) -> Any:
         nonlocal searches
-        searches += len(pictures)
+        searches += len(images)
         if searches == 3:
             third.set()
-        return search(pictures, **thresholds)
+        return search(images, **thresholds)
 
     def waiting(self: Any, *frame: Any) -> None:
         assert third.wait(20)  # the first frame is not written before the third is searched
@@ -715,7 +715,7 @@ def test_a_second_ctrl_c_gives_up(detector: Detector, tmp_path: Path) -> None:
 
 
 def test_a_camera(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ffmpeg's endless test picture in the place of the camera, its clock long running."""
+    """ffmpeg's endless test image in the place of the camera, its clock long running."""
     opened = []
 
     def endless(library: Any, number: int) -> Any:
@@ -742,7 +742,7 @@ def test_a_camera(detector: Detector, tmp_path: Path, monkeypatch: pytest.Monkey
     shown, _ = read_clip(summary.video)
     assert 20 <= len(shown) == summary.frames < 60
     reader = VideoReader("3")
-    with pytest.raises(DataError, match="name a folder of such pictures with --calibrate"):
+    with pytest.raises(DataError, match="name a folder of such images with --calibrate"):
         reader.samples()
     reader.close()
 
@@ -872,9 +872,9 @@ print(*held)
 
 def test_pixels_are_the_frames_own(tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    pictures: list[Pixels] = walk(3)
-    write_clip(clip, pictures, options={"crf": "5"})
+    images: list[Pixels] = walk(3)
+    write_clip(clip, images, options={"crf": "5"})
     reader = VideoReader(clip)
     read = [reader.rgb(one.frame) for one in reader.read(threading.Event())]  # type: ignore[union-attr]
     reader.close()
-    assert all(np.abs(a.astype(int) - b).max() < 12 for a, b in zip(read, pictures, strict=True))
+    assert all(np.abs(a.astype(int) - b).max() < 12 for a, b in zip(read, images, strict=True))

@@ -42,8 +42,8 @@ class WhiteFinder(nn.Module):
 
 
 def black(height: int, width: int, *squares: tuple[int, int, int, int]) -> Pixels:
-    """A black picture with white (x1, y1, x2, y2)."""
-    picture = np.zeros((height, width, 3), np.uint8)
+    """A black image with white (x1, y1, x2, y2)."""
+    image = np.zeros((height, width, 3), np.uint8)
     for x1, y1, x2, y2 in squares:
-        picture[y1:y2, x1:x2] = 255
-    return picture
+        image[y1:y2, x1:x2] = 255
+    return image

@@ -83,9 +83,9 @@ def test_same_padding_is_tensorflows_at_the_right_and_bottom() -> None:
     torch.testing.assert_close(convolution(image)[0, 0], expected)
     # A 7x7 kernel pads 2 before and 3 after (5 in all).
     stem = build_backbone("resnet18", stride_padding="same").conv1
-    picture = torch.rand(1, 3, 32, 32)
-    by_hand = F.conv2d(F.pad(picture, (2, 3, 2, 3)), stem.weight, stride=2)
-    torch.testing.assert_close(stem(picture), by_hand)
+    img = torch.rand(1, 3, 32, 32)
+    by_hand = F.conv2d(F.pad(img, (2, 3, 2, 3)), stem.weight, stride=2)
+    torch.testing.assert_close(stem(img), by_hand)
 
 
 @pytest.mark.parametrize("stages", range(6))

@@ -39,7 +39,7 @@ def network(**settings: Any) -> RetinaNet:
     return model
 
 
-def pictures(*shape: int) -> Tensor:
+def random_images(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     given = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return given.contiguous(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ def test_says_what_the_network_says(settings: dict[str, Any], pack: bool) -> Non
     model = network(**settings)
     fused = fused_copy(model, torch.float32, pack=pack)
     for _ in range(3):  # oneDNN's weights are arranged from the second time on
-        assert_same(model, fused, pictures(2, 3, 64, 96), 2e-5)
+        assert_same(model, fused, random_images(2, 3, 64, 96), 2e-5)
 
 
 @pytest.mark.parametrize("pack", PACK)
@@ -94,7 +94,7 @@ def test_no_batch_norm_and_no_separate_relu_is_left(backbone: str, pack: bool) -
 
 def test_bfloat16_is_as_near_as_autocast() -> None:
     model = network(backbone="resnet50")
-    images = pictures(1, 3, 64, 64)
+    images = random_images(1, 3, 64, 64)
     assert_same(model, fused_copy(model, torch.bfloat16), images, 0.05)
     outputs = fused_copy(model, torch.bfloat16)(images)
     assert {one.dtype for part in outputs for one in part} == {torch.bfloat16}
@@ -109,7 +109,7 @@ def test_sizes_come_and_go() -> None:
     for _ in range(3):
         for size in sizes:
             for _ in range(2):
-                assert_same(model, fused, pictures(1, 3, *size), 2e-5)
+                assert_same(model, fused, random_images(1, 3, *size), 2e-5)
     for module in fused.backbone.modules():
         if isinstance(module, FusedConv2d):
             assert len(module._packed) == fused_module._SHAPES_KEPT
@@ -123,7 +123,7 @@ def test_the_network_stays_as_it_is() -> None:
     model = network().train()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     fused = fused_copy(model, torch.bfloat16)
-    fused(pictures(1, 3, 64, 64))
+    fused(random_images(1, 3, 64, 64))
     assert model.training
     assert not fused.training
     assert any(one.requires_grad for one in model.parameters())
@@ -155,7 +155,7 @@ def test_a_backbone_that_cannot_be_traced_is_run_as_it_is() -> None:
     for i, conv in enumerate(model.pyramid.lateral):
         model.pyramid.lateral[i] = nn.Conv2d(8, conv.out_channels, 1)  # type: ignore[arg-type]
     model.pyramid.p6 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
-    assert_same(model, fused_copy(model, torch.float32), pictures(1, 3, 64, 64), 2e-5)
+    assert_same(model, fused_copy(model, torch.float32), random_images(1, 3, 64, 64), 2e-5)
 
 
 class Sums(Backbone):
@@ -192,7 +192,7 @@ def test_sums_that_a_convolution_cannot_make_in_place(kind: str, pack: bool) -> 
     model.pyramid.p6 = nn.Conv2d(16, 16, 3, stride=2, padding=1)
     fused = fused_copy(model, torch.float32, pack=pack)
     for _ in range(3):
-        assert_same(model, fused, pictures(1, 3, 64, 64), 2e-5)
+        assert_same(model, fused, random_images(1, 3, 64, 64), 2e-5)
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDNN")
@@ -201,13 +201,13 @@ def test_several_threads_run_one_network() -> None:
     fused = fused_copy(model, torch.float32)
     sizes = [(32 * rows, 32 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3)]
     with torch.inference_mode():
-        expected = {size: model(pictures(1, 3, *size)).logits[0] for size in sizes}
+        expected = {size: model(random_images(1, 3, *size)).logits[0] for size in sizes}
 
     def run(place: int) -> None:
         for i in range(40):
             size = sizes[(place * 5 + i * (1 + place)) % len(sizes)]
             with torch.inference_mode():
-                got = fused(pictures(1, 3, *size)).logits[0]
+                got = fused(random_images(1, 3, *size)).logits[0]
             torch.testing.assert_close(got, expected[size], rtol=1e-3, atol=1e-3)
 
     interval = sys.getswitchinterval()

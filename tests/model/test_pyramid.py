@@ -17,7 +17,7 @@ def _dirty_the_heap() -> None:
 def test_bf16_gradients_of_single_cells_are_those_of_float32() -> None:
     torch.manual_seed(0)
     pyramid = FeaturePyramid((8, 8, 8), 16, "c5")
-    maps = [torch.randn(2, 8, side, side) for side in (4, 2, 1)]  # a picture of 32 pixels
+    maps = [torch.randn(2, 8, side, side) for side in (4, 2, 1)]  # an image of 32 pixels
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         pyramid.zero_grad()

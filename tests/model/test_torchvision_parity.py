@@ -37,7 +37,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def theirs(name: str) -> nn.Module:
     """torchvision's model, with weights that find something."""
     torch.manual_seed(0)
-    # Resizing is the data's part: at this size torchvision's transform leaves pictures as they are.
+    # Resizing is the data's part: at this size torchvision's transform leaves images as they are.
     model = BUILDERS[name](
         weights=None, weights_backbone=None, min_size=HEIGHT, max_size=max(WIDTHS)
     )

@@ -45,7 +45,7 @@ def batch_of(
     ),
     labels: tuple[tuple[int, ...], ...] = ((0, 2), (1,)),
 ) -> Batch:
-    """Random pictures of the same size, without padding, with these objects."""
+    """Random images of the same size, without padding, with these objects."""
     pixels = torch.Generator().manual_seed(1)
     images = torch.randint(
         0, 256, (len(boxes), 3, height, width), dtype=torch.uint8, generator=pixels

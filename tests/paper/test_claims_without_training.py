@@ -30,17 +30,17 @@ CLASSES = 80  # COCO's
 def dark_squares(
     side: int, count: int, sizes: tuple[int, int], seed: int
 ) -> tuple[Tensor, Targets]:
-    """A picture of noise with darker squares, (1, 3, side, side) uint8, and where they are."""
+    """An image of noise with darker squares, (1, 3, side, side) uint8, and where they are."""
     rng = np.random.default_rng(seed)
-    picture = rng.integers(0, 256, (3, side, side), dtype=np.uint8)
+    image = rng.integers(0, 256, (3, side, side), dtype=np.uint8)
     boxes = []
     for size in rng.integers(*sizes, count):
         x, y = rng.integers(0, side - size, 2)
-        picture[:, y : y + size, x : x + size] //= 4
+        image[:, y : y + size, x : x + size] //= 4
         boxes.append([x, y, x + size, y + size])
     labels = torch.from_numpy(rng.integers(0, CLASSES, count))
     targets = pad_targets([torch.tensor(np.array(boxes), dtype=torch.float32)], [labels])
-    return torch.from_numpy(picture)[None], targets
+    return torch.from_numpy(image)[None], targets
 
 
 # --- Sec. 3.3 and 5.1: cross entropy with and without the prior ---------------------------------
@@ -50,9 +50,9 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
     """The class loss of the first steps, as far as it is a number.
 
     The paper's loss, heads (four convolutions and the last), initial weights, SGD, learning rate
-    and momentum, on a picture of 3,069 anchors, of which about 100 are assigned to an object: far
+    and momentum, on an image of 3,069 anchors, of which about 100 are assigned to an object: far
     fewer negatives to a positive than in the paper, so that divergence is not made easier. Other
-    than there: one picture a step, a ResNet-18 from nothing (group norm) and 64 channels.
+    than there: one image a step, a ResNet-18 from nothing (group norm) and 64 channels.
     """
     recipe = load_recipe("paper_1x", ["loss.classification=cross_entropy", "loss.alpha=none"])
     torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def test_cross_entropy_without_the_prior_diverges_where_the_prior_keeps_it_finit
 
 @pytest.fixture(scope="module")
 def start() -> Tensor:
-    """(1, R) labels of the paper's anchors in a picture of 600 x 1000 px with 36 objects."""
+    """(1, R) labels of the paper's anchors in an image of 600 x 1000 px with 36 objects."""
     rng = np.random.default_rng(0)
     sides = np.exp(rng.uniform(np.log(24), np.log(320), (36, 2)))
     corners = rng.uniform(0, 1, (36, 2)) * (np.array([1000, 600]) - sides)

@@ -25,7 +25,7 @@ ABOUT = {
 
 
 class Read(HTMLParser):
-    """Tables as cells, links, embedded pictures, and all text of a page."""
+    """Tables as cells, links, embedded images, and all text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def table(name: str, data: str, **aps: float) -> TableResult:
 
 
 def measured(out: Path, *results: TableResult) -> Path:
-    """An ``--out`` folder with those results and a picture of the first."""
+    """An ``--out`` folder with those results and an image of the first."""
     for one in results:
         write_atomic(out / f"{one.name}.json", one.to_json())
     (out / "plots").mkdir()
@@ -96,7 +96,7 @@ def test_claims_of_two_data_sets_take_their_place(
     ]
 
 
-def test_tables_and_pictures_are_kept(program: Any, tmp_path: Path, cells: Path) -> None:
+def test_tables_and_images_are_kept(program: Any, tmp_path: Path, cells: Path) -> None:
     program.main([str(cells)])
     kept = tmp_path / "benchmarks" / "results" / "paper" / "cells"
     assert sorted(one.name for one in kept.iterdir()) == ["table2.json", "table3.json"]
@@ -104,12 +104,10 @@ def test_tables_and_pictures_are_kept(program: Any, tmp_path: Path, cells: Path)
     page = (tmp_path / "docs" / "paper-cells.md").read_text("utf-8")
     assert page.startswith("# The paper's tables on cells\n")
     assert page.index("## Table 2: ") < page.index("## Table 3: ")
-    picture = "images/paper/cells/table3.png"
-    assert f"![Table 3: FL* against focal loss]({picture})" in page
+    image = "images/paper/cells/table3.png"
+    assert f"![Table 3: FL* against focal loss]({image})" in page
     assert page.count("![") == 1  # table 2 has none
-    assert (tmp_path / "docs" / picture).read_bytes() == (
-        cells / "plots" / "table3.png"
-    ).read_bytes()
+    assert (tmp_path / "docs" / image).read_bytes() == (cells / "plots" / "table3.png").read_bytes()
 
 
 def test_without_a_folder_the_pages_come_out_the_same(

@@ -51,7 +51,7 @@ def test_the_same_settings_in_several_tables_are_one_training(terms: Terms) -> N
     assert len(folders) == len(planned.trainings)
 
 
-def test_seeds_are_trainings_of_one_name_on_the_same_pictures(terms: Terms) -> None:
+def test_seeds_are_trainings_of_one_name_on_the_same_images(terms: Terms) -> None:
     terms = replace(terms, seeds=3)
     planned = plan([EXPERIMENTS["table3"]], terms, read_data(terms))
     of_row = planned.rows["table3", "focal"]
@@ -159,7 +159,7 @@ def test_other_data_is_another_training(terms: Terms, tmp_path: Path) -> None:
 
 
 def test_a_row_whose_anchors_reach_nothing_is_refused(terms: Terms) -> None:
-    # One square anchor of 512 px a cell and less than 100 px of picture.
+    # One square anchor of 512 px a cell and less than 100 px of image.
     large = replace(terms, settings=("anchors.sizes=[512,512,512,512,512]",))
     planned = plan([EXPERIMENTS["table1c"]], large, read_data(large))
     assert planned.trainings == ()
@@ -168,7 +168,7 @@ def test_a_row_whose_anchors_reach_nothing_is_refused(terms: Terms) -> None:
     assert "anchors.sizes" in why
 
 
-def test_a_minibatch_larger_than_a_picture_is_refused(terms: Terms) -> None:
+def test_a_minibatch_larger_than_a_image_is_refused(terms: Terms) -> None:
     # 32 px: 4x4 + 2x2 + 1 + 1 + 1 = 23 cells of 9 anchors, 207: enough for 128, not for 256.
     small = replace(terms, image_size=32, settings=("anchors.sizes=[8,16,32,64,128]",))
     planned = plan([EXPERIMENTS["table1d"]], small, read_data(small))
@@ -238,7 +238,7 @@ def test_what_is_in_small_is_said(terms: Terms) -> None:
         [EXPERIMENTS["table3"]], replace(terms, backbones=("resnet18",)), read_data(terms)
     )
     said = size_changes(planned, replace(terms, backbones=("resnet18",)))
-    assert said[0] == "40 steps of 8 for 90,000 steps of 16 pictures"
+    assert said[0] == "40 steps of 8 for 90,000 steps of 16 images"
     assert said[1].startswith("96 px for 600 px")
     assert "resnet18 for resnet50" in said
 
@@ -262,7 +262,7 @@ def test_data_without_a_split_is_split_the_same_for_every_seed(tmp_path: Path) -
 
 def test_nothing_to_judge_by_is_said(tmp_path: Path) -> None:
     synthetic_dataset(tmp_path / "d", splits={"train": 4, "val": 2}, image_size=64, objects=(0, 0))
-    with pytest.raises(DataError, match="no object to train on in 4 pictures"):
+    with pytest.raises(DataError, match="no object to train on in 4 images"):
         read_data(Terms(tmp_path / "d"))
 
 

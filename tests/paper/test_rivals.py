@@ -50,7 +50,7 @@ class _Maps(nn.Module):
 
 
 def _pixels(network: RivalNetwork) -> dict[str, list[float]]:
-    """torchvision's pictures are 0..1."""
+    """torchvision's images are 0..1."""
     return {
         "image_mean": (network.pixel_mean.flatten() / 255).tolist(),
         "image_std": (network.pixel_std.flatten() / 255).tolist(),
@@ -178,7 +178,7 @@ def test_an_ignored_object_counts_for_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("labels", [((), ()), ((), (1,))])
-def test_pictures_without_objects_train(name: str, labels: tuple[tuple[int, ...], ...]) -> None:
+def test_images_without_objects_train(name: str, labels: tuple[tuple[int, ...], ...]) -> None:
     network = tiny_rival(name).train()
     boxes = tuple(((10.0, 8.0, 40.0, 36.0),) * len(one) for one in labels)
     losses = network.losses(batch_of(boxes=boxes, labels=labels))
@@ -235,7 +235,7 @@ def test_with_p2_the_sizes_are_given_from_p2_on() -> None:
 
 
 def _default_boxes(network: RivalNetwork) -> Tensor:
-    """(R, 4) of a square picture with sides of `image_size`, padded as a batch is."""
+    """(R, 4) of a square image with sides of `image_size`, padded as a batch is."""
     side = network.settings.image_size
     padded = -(-side // 32) * 32
     batch = batch_of(padded, padded, ((),), ((),))
@@ -278,7 +278,7 @@ def test_ssds_smallest_box_goes_with_retinanets_smallest_anchor(side: int, small
 
 @pytest.mark.parametrize("sizes", [SMALL, "none"])
 @pytest.mark.parametrize("side", [128, 192, 320, 384, 500, 512, 600])
-def test_ssds_default_boxes_lie_in_the_picture_and_fill_it(side: int, sizes: str) -> None:
+def test_ssds_default_boxes_lie_in_the_image_and_fill_it(side: int, sizes: str) -> None:
     network = _ssd_of(side, sizes)
     boxes = _default_boxes(network)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -318,7 +318,7 @@ def test_ssd_is_built_again_from_its_settings() -> None:
     assert torch.equal(_default_boxes(again), _default_boxes(network))
 
 
-def test_the_strides_of_the_levels_are_not_read_from_a_small_picture() -> None:
+def test_the_strides_of_the_levels_are_not_read_from_a_small_image() -> None:
     """33 px in a batch of 64: 16 cells at P2 would be taken for a stride of 2."""
     network = tiny_rival("faster_rcnn").eval()
     batch = batch_of()

@@ -112,7 +112,7 @@ def test_killed_and_resumed_equals_unstopped(
     ]
 
 
-def test_the_pictures_of_a_step_are_retinanets(
+def test_the_images_of_a_step_are_retinanets(
     splits: dict[str, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {"rival": [], "ours": []}
@@ -142,7 +142,7 @@ def test_the_pictures_of_a_step_are_retinanets(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_and_pictures_without_objects_train(
+def test_micro_batches_and_images_without_objects_train(
     name: str, splits: dict[str, Dataset], tmp_path: Path
 ) -> None:
     some = _first(splits["train"], 2)
@@ -176,7 +176,7 @@ def test_micro_batches_are_averaged(splits: dict[str, Dataset]) -> None:
 
 
 @pytest.mark.parametrize(("name", "steps"), [("faster_rcnn", 25), ("ssd", 60)])
-def test_one_picture_is_learned_by_heart(
+def test_one_image_is_learned_by_heart(
     name: str, steps: int, splits: dict[str, Dataset], tmp_path: Path
 ) -> None:
     two = next(image for image in splits["train"].images if len(image.annotations) == 2)
@@ -224,7 +224,7 @@ def test_errors_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"rival 'sdd' is not one of .*; did you mean ssd\?"):
         train_rival("sdd", rival_recipe(), splits, out, device="cpu")
     bare = {"train": _first(splits["train"], 5, bare=True)}
-    with pytest.raises(DataError, match="no object to train on in 5 pictures"):
+    with pytest.raises(DataError, match="no object to train on in 5 images"):
         train_rival("ssd", rival_recipe(), bare, out, device="cpu")
     agnostic = rival_recipe("detect.class_agnostic_nms=true")
     with pytest.raises(ConfigError, match=r"set detect\.class_agnostic_nms=false"):

@@ -274,7 +274,7 @@ def test_two_calls_at_once_train_each_row_once(shapes: Path, tmp_path: Path) -> 
     for folder in folders:
         assert _steps(folder) == [*range(1, 21)]
         words = folder.with_name("seed-0.log").read_text("utf-8")
-        assert words.count("training on 8 pictures") == 1
+        assert words.count("training on 8 images") == 1
         assert "going on from" not in words
         for words in said:
             assert f"{folder.parent.name}, seed 0: AP " in words
@@ -334,7 +334,7 @@ def test_a_run_goes_on_wherever_its_weights_lie(shapes: Path, tmp_path: Path) ->
     assert _as_begun(moved, folder).model.backbone_weights == "none"
 
 
-def test_a_picture_that_is_missing_from_val_is_not_judged(shapes: Path, tmp_path: Path) -> None:
+def test_a_image_that_is_missing_from_val_is_not_judged(shapes: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     next((data / "val").glob("*.png")).unlink()

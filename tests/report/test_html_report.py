@@ -54,7 +54,7 @@ def assert_self_contained(page: str) -> Seen:
     return seen
 
 
-def picture(width: int = 30) -> Image.Image:
+def image(width: int = 30) -> Image.Image:
     pixels = np.zeros((20, width, 3), np.uint8)
     pixels[5:15, 5:15] = 255
     return Image.fromarray(pixels)
@@ -82,7 +82,7 @@ def make_data(folder: Path) -> Path:
         images, annotations = [], []
         for i in range(8):
             name = f"{split}{i}.png"
-            picture(64).save(folder / name)
+            image(64).save(folder / name)
             images.append({"id": i, "file_name": name, "width": 64, "height": 20})
             if i:
                 annotations.append(
@@ -123,14 +123,14 @@ def test_page_holds_what_it_was_given(tmp_path: Path) -> None:
     assert seen.tags.count("details") == 1
 
 
-def test_pictures_are_embedded(tmp_path: Path) -> None:
+def test_images_are_embedded(tmp_path: Path) -> None:
     png, bmp = tmp_path / "a.png", tmp_path / "a.bmp"
-    picture().save(png)
-    picture().save(bmp)
+    image().save(png)
+    image().save(bmp)
     jpeg = io.BytesIO()
-    picture().save(jpeg, "JPEG")
-    items = [(png, "a & b"), (bmp, ""), (jpeg.getvalue(), ""), (picture(), ""), (str(png), "")]
-    page = Page("Pictures").section("All").pictures(items, columns=2)
+    image().save(jpeg, "JPEG")
+    items = [(png, "a & b"), (bmp, ""), (jpeg.getvalue(), ""), (image(), ""), (str(png), "")]
+    page = Page("Images").section("All").images(items, columns=2)
     seen = assert_self_contained(page.html())
     kinds = [re.match(r"data:image/(\w+);base64,(.*)", one) for one in seen.addresses]
     assert [one.group(1) for one in kinds if one] == ["png", "jpeg", "jpeg", "jpeg", "png"]
@@ -139,12 +139,12 @@ def test_pictures_are_embedded(tmp_path: Path) -> None:
     assert "a & b" in seen.text
 
 
-def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
-    page = Page("Pictures").section("All")
-    with pytest.raises(DataError, match="a picture of the report cannot be read"):
-        page.pictures([(tmp_path / "none.png", "")])
+def test_a_image_that_cannot_be_read(tmp_path: Path) -> None:
+    page = Page("Images").section("All")
+    with pytest.raises(DataError, match="an image of the report cannot be read"):
+        page.images([(tmp_path / "none.png", "")])
     with pytest.raises(DataError, match="cannot be read"):
-        page.pictures([(b"not a picture", "")])
+        page.images([(b"not an image", "")])
 
 
 def test_content_needs_a_section() -> None:
@@ -174,7 +174,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     for words in (
         *("Run run", "recipe quick", "Summary", "Training", "Validation", "Evaluation: test"),
         *("Detections", "Data", "Settings", "after step 60, the best of the run"),
-        *("AP, best, at step 60", "0.300", "[train]", "12345", "pictures without any"),
+        *("AP, best, at step 60", "0.300", "[train]", "12345", "images without any"),
         *("3 validations", "val2.png: 1 object", "val6.png: 1 object", "found"),
     ):
         assert words in seen.text
@@ -203,10 +203,10 @@ def test_report_without_model_or_with_given_data(tmp_path: Path) -> None:
     splits = read_splits(make_data(tmp_path / "data"))
     run = make_run(tmp_path / "run")
     text = assert_self_contained(write_report(run, data=splits).read_text("utf-8")).text
-    assert "There is no model to search pictures with" in text
-    assert "pictures without any" in text
+    assert "There is no model to search images with" in text
+    assert "images without any" in text
     text = assert_self_contained(write_report(run, data=splits, samples=0).read_text("utf-8")).text
-    assert "There is no picture to show" in text
+    assert "There is no image to show" in text
 
 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:

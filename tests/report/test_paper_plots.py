@@ -138,9 +138,9 @@ def test_both_files_are_written(name: str, tmp_path: Path) -> None:
     files = PLOTS[name](tmp_path / "new" / "figure")
     assert files == (tmp_path / "new" / "figure.png", tmp_path / "new" / "figure.svg")
     assert {one.name for one in files.png.parent.iterdir()} == {"figure.png", "figure.svg"}
-    with Image.open(files.png) as picture:
-        assert min(picture.size) > 200
-        assert len(picture.convert("RGB").getcolors(maxcolors=2**24) or []) > 3
+    with Image.open(files.png) as image:
+        assert min(image.size) > 200
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 3
     svg = files.svg.read_text("utf-8")
     assert svg.startswith("<?xml")
     assert "<path" in svg

@@ -35,7 +35,7 @@ from retinanet.structures import Detections
 def judged(classes: tuple[str, ...], *, seed: int = 0, images: int = 6) -> tuple[Dataset, Metrics]:
     """A data set, and figures of boxes that are mostly right."""
     rng = np.random.default_rng(seed)
-    pictures, found = [], []
+    imgs, found = [], []
     for i in range(images):
         corners = rng.uniform(0, 300, (6, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(10, 150, (6, 2))], axis=1)
@@ -44,7 +44,7 @@ def judged(classes: tuple[str, ...], *, seed: int = 0, images: int = 6) -> tuple
             Annotation(tuple(box.tolist()), int(label))
             for box, label in zip(boxes, labels, strict=True)
         )
-        pictures.append(LabelledImage(Path(f"{i}.png"), i + 1, objects, 450, 450))
+        imgs.append(LabelledImage(Path(f"{i}.png"), i + 1, objects, 450, 450))
         wrong = rng.random(6) < 0.3
         said = np.where(wrong, rng.integers(0, len(classes), 6), labels)
         found.append(
@@ -58,7 +58,7 @@ def judged(classes: tuple[str, ...], *, seed: int = 0, images: int = 6) -> tuple
             )
         )
     dataset = Dataset(
-        tuple(pictures), classes, tuple(range(len(classes))), "val", "coco", Path("labels.json")
+        tuple(imgs), classes, tuple(range(len(classes))), "val", "coco", Path("labels.json")
     )
     return dataset, evaluate_detections(dataset, found)
 
@@ -87,9 +87,9 @@ def log_lines(steps: int = 60) -> list[dict[str, Any]]:
 
 
 def is_drawn(file: Path) -> bool:
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("L"))
-    return picture.format == "PNG" and pixels.shape[1] > 500 and (pixels < 200).mean() > 0.002
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("L"))
+    return image.format == "PNG" and pixels.shape[1] > 500 and (pixels < 200).mean() > 0.002
 
 
 def test_every_plot_of_an_evaluation_is_drawn(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_many_classes_and_names_that_are_hard_to_draw(tmp_path: Path) -> None:
     _, metrics = judged(classes, images=40)
     files = plot_evaluation(metrics, tmp_path)
     assert all(is_drawn(file) for file in files.values())
-    with Image.open(files["confusion"]) as picture:
-        assert picture.height < 2500  # twenty classes and not sixty-four
+    with Image.open(files["confusion"]) as image:
+        assert image.height < 2500  # twenty classes and not sixty-four
 
 
 def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def finder(detector: Detector) -> WhiteFinder:
     return model
 
 
-def picture(
+def png_image(
     height: int = 128, width: int = 192, kind: str = "PNG", x: int = 32, **options: Any
 ) -> bytes:
     """A file: black, with a white square of 16 pixels at (x, 16)."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from small_service import client, finder, picture, running, wait_until, white_detector
+from small_service import client, finder, png_image, running, wait_until, white_detector
 from torch import nn
 
 from retinanet import __version__
@@ -37,19 +37,23 @@ PNG = {"Content-Type": "image/png"}
 
 
 def files(*given: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("pictures", one) for one in given]
+    return [("images", one) for one in given]
 
 
 def said(detector: Detector, name: str, data: bytes, **thresholds: Any) -> dict[str, Any]:
-    """What the detector itself says of a picture."""
+    """What the detector itself says of an image."""
     [found] = detector.stream([Source(data, name)], **thresholds)
     return found.to_dict()
 
 
-def test_pictures_of_a_form_come_back_in_order() -> None:
+def test_images_of_a_form_come_back_in_order() -> None:
     detector = white_detector()
     with client({"squares": detector}) as one:
-        given = [("b.png", picture(x=48)), ("sub/a.png", picture(96, 96)), ("ü.png", picture())]
+        given = [
+            ("b.png", png_image(x=48)),
+            ("sub/a.png", png_image(96, 96)),
+            ("ü.png", png_image()),
+        ]
         answer = one.post("/v1/detect", files=files(*given))
     assert answer.status_code == 200
     assert answer.json()["model"] == "squares"
@@ -66,28 +70,28 @@ def test_pictures_of_a_form_come_back_in_order() -> None:
     assert times["queue"] >= 0
 
 
-def test_a_body_is_one_picture() -> None:
+def test_a_body_is_one_image() -> None:
     detector = white_detector()
     with client(detector) as one:
-        answer = one.post("/v1/detect", content=picture(), headers=PNG)
+        answer = one.post("/v1/detect", content=png_image(), headers=PNG)
     assert answer.json()["model"] == "model"
-    assert answer.json()["images"] == [said(detector, "picture", picture())]
+    assert answer.json()["images"] == [said(detector, "image", png_image())]
 
 
-def test_pictures_without_names_are_numbered() -> None:
+def test_images_without_names_are_numbered() -> None:
     boundary = "x"
-    part = b'--x\r\nContent-Disposition: form-data; name="pictures"\r\n\r\n' + picture() + b"\r\n"
+    part = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n' + png_image() + b"\r\n"
     with client(white_detector()) as one:
         answer = one.post(
             "/v1/detect",
             content=2 * part + b"--x--\r\n",
             headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
         )
-    assert [one["file"] for one in answer.json()["images"]] == ["picture_000000", "picture_000001"]
+    assert [one["file"] for one in answer.json()["images"]] == ["image_000000", "image_000001"]
 
 
-def test_one_broken_picture_stops_no_other() -> None:
-    good, cut = picture(), picture()[:60]
+def test_one_broken_image_stops_no_other() -> None:
+    good, cut = png_image(), png_image()[:60]
     with client(white_detector()) as one:
         answer = one.post(
             "/v1/detect", files=files(("a", good), ("cut", cut), ("b", good), ("no", b""))
@@ -103,19 +107,19 @@ def test_one_broken_picture_stops_no_other() -> None:
 @pytest.mark.parametrize(
     ("given", "detail"),
     [
-        ([("cut.png", picture()[:60])], "cut.png: cannot be read"),
-        ([("a.txt", b"hello")], "a.txt: it is no picture that is taken"),
-        ([("a.txt", b"hello"), ("b.png", b"")], "a.txt: it is no picture .* \\(and 1 more\\)"),
+        ([("cut.png", png_image()[:60])], "cut.png: cannot be read"),
+        ([("a.txt", b"hello")], "a.txt: it is no image that is taken"),
+        ([("a.txt", b"hello"), ("b.png", b"")], "a.txt: it is no image .* \\(and 1 more\\)"),
         ([("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")], "a.eps: it is no pic"),
     ],
 )
-def test_nothing_but_broken_pictures_is_a_422(given: Any, detail: str) -> None:
+def test_nothing_but_broken_images_is_a_422(given: Any, detail: str) -> None:
     with client(white_detector()) as one:
         answer = one.post("/v1/detect", files=files(*given))
     assert answer.status_code == 422
     assert answer.json().keys() == {"detail"}
     assert re.match(detail, answer.json()["detail"]), answer.json()
-    assert "bytes of a picture" not in answer.json()["detail"]
+    assert "bytes of an image" not in answer.json()["detail"]
     assert "/" not in answer.json()["detail"]
 
 
@@ -128,10 +132,10 @@ def test_options_reach_the_search() -> None:
             "detections_per_image=1": {"detections_per_image": 1},
             "nms_threshold=0.1&score_threshold=0": {"nms_threshold": 0.1, "score_threshold": 0.0},
         }.items():
-            answer = one.post(f"/v1/detect?{query}", content=picture(), headers=PNG)
-            assert answer.json()["images"] == [said(detector, "picture", picture(), **options)]
-    assert len(said(detector, "picture", picture())["detections"]) == 2
-    assert len(said(detector, "picture", picture(), score_threshold=0.9)["detections"]) == 1
+            answer = one.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
+            assert answer.json()["images"] == [said(detector, "image", png_image(), **options)]
+    assert len(said(detector, "image", png_image())["detections"]) == 2
+    assert len(said(detector, "image", png_image(), score_threshold=0.9)["detections"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def test_options_reach_the_search() -> None:
 )
 def test_options_that_are_not_understood(query: str, status: int, detail: str) -> None:
     with client({"squares": white_detector()}) as one:
-        answer = one.post(f"/v1/detect?{query}", content=picture(), headers=PNG)
+        answer = one.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
     assert answer.status_code == status
     assert detail in answer.json()["detail"]
 
@@ -160,18 +164,18 @@ def test_options_that_are_not_understood(query: str, status: int, detail: str) -
     [
         ("text/plain", b"hello", 415, "got 'text/plain'"),
         ("application/json", b'{"url": "http://example.com/a.png"}', 415, "multipart/form-data"),
-        ("", picture(), 415, "no Content-Type"),
+        ("", png_image(), 415, "no Content-Type"),
         ("image/png", b"", 422, "its body is empty"),
         ("multipart/form-data", b"", 400, "no boundary"),
         ("multipart/form-data; boundary=" + 300 * "x", b"", 400, "broken"),
         ("multipart/form-data; boundary=x", b"", 400, "ends before"),
-        ("multipart/form-data; boundary=x", b"--x--\r\n", 422, "no picture"),
+        ("multipart/form-data; boundary=x", b"--x--\r\n", 422, "no image"),
         ("multipart/form-data; boundary=x", b"hello", 400, "broken"),
         (
             "multipart/form-data; boundary=x",
-            b'--x\r\nContent-Disposition: form-data; name="picture"\r\n\r\na\r\n--x--\r\n',
+            b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\na\r\n--x--\r\n',
             400,
-            "did you mean pictures",
+            "did you mean images",
         ),
         (
             "multipart/form-data; boundary=x",
@@ -181,7 +185,7 @@ def test_options_that_are_not_understood(query: str, status: int, detail: str) -
         ),
         (
             "multipart/form-data; boundary=x",
-            b'--x\r\nContent-Disposition: form-data; name="pictures"\r\n\r\na',
+            b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\na',
             400,
             "ends before",
         ),
@@ -198,8 +202,8 @@ def test_bodies_that_are_not_understood(
 
 def test_names_are_labels_and_nothing_else() -> None:
     part = (
-        b'--x\r\nContent-Disposition: form-data; name="pictures"; filename="%s"\r\n\r\n'
-        + picture().replace(b"%", b"%%")
+        b'--x\r\nContent-Disposition: form-data; name="images"; filename="%s"\r\n\r\n'
+        + png_image().replace(b"%", b"%%")
         + b"\r\n--x--\r\n"
     )
     with client(white_detector()) as one:
@@ -223,7 +227,7 @@ def test_two_models() -> None:
     known = {"AP": 0.5, "AP50": 0.75, "data": "squares", "split": "val"}
     with client({"first": first, "second": second}, judged={"second": known}) as one:
         answers = [
-            one.post(f"/v1/detect{query}", content=picture(), headers=PNG).json()
+            one.post(f"/v1/detect{query}", content=png_image(), headers=PNG).json()
             for query in ("", "?model=first", "?model=second")
         ]
         told = one.get("/v1/model").json()
@@ -233,7 +237,7 @@ def test_two_models() -> None:
     assert told["limits"] == {
         "bytes": 33554432,
         "pixels": 50_000_000,
-        "pictures": 32,
+        "images": 32,
         "seconds": 60.0,
     }
     assert [one["name"] for one in told["models"]] == ["first", "second"]
@@ -311,7 +315,7 @@ def test_health_and_readiness() -> None:
         assert one.get("/healthz").json() == {"status": "alive"}
         answer = one.get("/readyz")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-        busy = one.post("/v1/detect", content=picture(), headers=PNG)
+        busy = one.post("/v1/detect", content=png_image(), headers=PNG)
         assert (busy.status_code, "starting" in busy.json()["detail"]) == (503, True)
         finder(detector).open.set()
         wait_until(lambda: app.state.batcher.warm)
@@ -329,7 +333,7 @@ def test_a_thread_that_has_ended_is_no_health(monkeypatch: pytest.MonkeyPatch) -
     assert "restart" in answer.json()["detail"]
 
 
-def test_a_network_that_fails_is_a_500_and_the_next_picture_is_searched(
+def test_a_network_that_fails_is_a_500_and_the_next_image_is_searched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     detector = white_detector()
@@ -340,12 +344,12 @@ def test_a_network_that_fails_is_a_500_and_the_next_picture_is_searched(
                 raise RuntimeError("secret place")
 
             broken.setattr(detector, "search", fail)
-            answer = one.post("/v1/detect", content=picture(), headers=PNG)
+            answer = one.post("/v1/detect", content=png_image(), headers=PNG)
         assert answer.status_code == 500
         assert answer.json() == {"detail": "the server failed; its log says where"}
         assert "content-security-policy" in answer.headers
         assert "secret place" in caplog.text
-        assert one.post("/v1/detect", content=picture(), headers=PNG).status_code == 200
+        assert one.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
         assert 'retinanet_failures_total{reason="internal"} 1.0' in one.get("/metrics").text
 
 
@@ -365,8 +369,8 @@ def test_a_network_that_fails_from_the_start_is_told() -> None:
 
 def test_metrics() -> None:
     with client({"squares": white_detector()}) as one:
-        one.post("/v1/detect", files=files(("a", picture()), ("b", b"x")))
-        one.post("/v1/detect?score=1", content=picture(), headers=PNG)
+        one.post("/v1/detect", files=files(("a", png_image()), ("b", b"x")))
+        one.post("/v1/detect?score=1", content=png_image(), headers=PNG)
         one.get("/page/theme.js")
         one.get("/random/address")
         one.request("BREW", "/v1/detect")
@@ -383,15 +387,15 @@ def test_metrics() -> None:
         'retinanet_failures_total{reason="unreadable"} 1.0',
         'retinanet_failures_total{reason="option"} 1.0',
         'retinanet_failures_total{reason="busy"} 0.0',
-        "retinanet_batch_pictures_count 1.0",
-        'retinanet_pictures_total{model="squares"} 1.0',
-        "retinanet_queue_pictures 0.0",
+        "retinanet_batch_images_count 1.0",
+        'retinanet_images_total{model="squares"} 1.0',
+        "retinanet_queue_images 0.0",
     ):
         assert line in text, line
     assert "random" not in text
     # Two services in one process count each for itself.
     with client(white_detector()) as other:
-        assert "retinanet_batch_pictures_count 0.0" in other.get("/metrics").text
+        assert "retinanet_batch_images_count 0.0" in other.get("/metrics").text
 
 
 def test_the_key() -> None:
@@ -420,7 +424,7 @@ def test_the_key() -> None:
                 assert answer.status_code == 401, headers
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert "sesame" not in answer.text
-        missing = one.post("/v1/detect?score=1", content=picture(), headers=PNG)
+        missing = one.post("/v1/detect?score=1", content=png_image(), headers=PNG)
         assert missing.status_code == 401
         assert "is missing" in missing.json()["detail"]
         schemes = one.get("/openapi.json", headers={"X-API-Key": "open sesame"}).json()
@@ -463,7 +467,7 @@ def test_the_description() -> None:
 def test_many_at_once_get_what_the_detector_says(batch_size: int, workers: int) -> None:
     detector = white_detector()
     given = [
-        (f"{i}.png", picture(96 + 32 * (i % 3), 96 + 16 * (i % 5), x=8 * (i % 7)))
+        (f"{i}.png", png_image(96 + 32 * (i % 3), 96 + 16 * (i % 5), x=8 * (i % 7)))
         for i in range(48)
     ]
     expected = [said(detector, *one) for one in given]
@@ -493,7 +497,7 @@ def test_many_at_once_get_what_the_detector_says(batch_size: int, workers: int) 
 
 def test_a_batch_is_of_one_size_and_the_oldest_goes_first() -> None:
     detector = white_detector()
-    wide, high = picture(64, 128), picture(128, 64)  # (64, 128) and (128, 64) at the network
+    wide, high = png_image(64, 128), png_image(128, 64)  # (64, 128) and (128, 64) at the network
     with client(detector, Settings(batch_size=4)) as one, ThreadPoolExecutor(5) as pool:
         batcher: Batcher = one.app.state.batcher  # type: ignore[attr-defined]
         finder(detector).batches.clear()
@@ -597,7 +601,7 @@ def test_importing_the_room_imports_no_extra() -> None:
         ({"timeout": 0}, "--timeout 0 is not over 0 seconds"),
         ({"timeout": float("nan")}, "--timeout nan"),
         ({"workers": 0}, "--workers 0 is under 1"),
-        ({"queue": 31}, "--queue 31 is under --max-pictures 32"),
+        ({"queue": 31}, "--queue 31 is under --max-images 32"),
         ({"held_bytes": 5}, "is under max_bytes"),
         ({"api_key": ""}, "the API key is empty"),
         ({"api_key": "a\nb"}, "the API key is empty"),
@@ -616,7 +620,7 @@ def test_the_command_line_shows_the_settings_own_defaults() -> None:
         for name, hint in get_type_hints(serve_command, include_extras=True).items()
         if name != "return"
     }
-    for name in ("queue", "max_bytes", "max_pixels", "max_pictures", "timeout", "max_wait_ms"):
+    for name in ("queue", "max_bytes", "max_pixels", "max_images", "timeout", "max_wait_ms"):
         assert shown[name] == f"{getattr(Settings(), name):,.0f}", name
     assert inspect.signature(serve_command).parameters["workers"].default == Settings().workers
 
@@ -673,7 +677,7 @@ def test_how_good_a_model_is(tmp_path: Any) -> None:
 def test_a_service_over_a_socket() -> None:
     detector = white_detector()
     with running(detector) as one, httpx.Client(base_url=f"http://127.0.0.1:{one.port}") as line:
-        answer = line.post("/v1/detect", files=files(("a.png", picture())))
-        assert answer.json()["images"] == [said(detector, "a.png", picture())]
+        answer = line.post("/v1/detect", files=files(("a.png", png_image())))
+        assert answer.json()["images"] == [said(detector, "a.png", png_image())]
         assert "server" not in answer.headers
         assert line.get("/readyz").status_code == 200

@@ -86,7 +86,7 @@ def test_broken_files_are_no_failure(recwarn: pytest.WarningsRecorder) -> None:
             if answer.status_code != 200:
                 detail = answer.json()["detail"]
                 assert detail == " ".join(detail.split())
-                assert "bytes of a picture" not in detail
+                assert "bytes of an image" not in detail
         text = one.get("/metrics").text
         assert 'reason="internal"} 0.0' in text
         assert 'reason="timeout"} 0.0' in text
@@ -97,7 +97,7 @@ def test_broken_files_are_no_failure(recwarn: pytest.WarningsRecorder) -> None:
 def test_broken_forms_are_no_failure() -> None:
     chance = random.Random(6)
     form = (
-        b'--bound\r\nContent-Disposition: form-data; name="pictures"; filename="a.png"\r\n'
+        b'--bound\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n'
         b"Content-Type: image/png\r\n\r\n" + whole_files()[3] + b"\r\n--bound--\r\n"
     )
     kind = {"Content-Type": "multipart/form-data; boundary=bound"}

@@ -25,7 +25,7 @@ from small_service import (
     ask,
     client,
     finder,
-    picture,
+    png_image,
     post,
     running,
     wait_until,
@@ -50,15 +50,15 @@ def nothing_is_spooled(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, name, refuse)
 
 
-def form(*pictures: bytes) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("pictures", (f"{i}.png", one)) for i, one in enumerate(pictures)]
+def form(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (f"{i}.png", one)) for i, one in enumerate(images)]
 
 
 # Bytes.
 
 
 def test_a_body_may_have_so_many_bytes_and_not_one_more() -> None:
-    data = picture()
+    data = png_image()
     with client(white_detector(), Settings(max_bytes=len(data))) as one:
         assert one.post("/v1/detect", content=data, headers=PNG).status_code == 200
         answer = one.post("/v1/detect", content=data + b"x", headers=PNG)
@@ -75,7 +75,7 @@ def test_a_body_may_have_so_many_bytes_and_not_one_more() -> None:
 
 
 def test_a_large_form_stays_in_memory() -> None:
-    large = picture() + bytes(3_000_000)  # over the size at which Starlette takes to the disk
+    large = png_image() + bytes(3_000_000)  # over the size at which Starlette takes to the disk
     with client(white_detector()) as one:
         answer = one.post("/v1/detect", files=form(large, large))
     assert answer.status_code == 200
@@ -84,7 +84,7 @@ def test_a_large_form_stays_in_memory() -> None:
 
 def test_no_more_is_read_than_is_taken() -> None:
     # The client says 10 bytes less than it sends, or nothing, or ten times more, or sends for ever.
-    data = picture()
+    data = png_image()
 
     async def endless(port: int) -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -147,7 +147,7 @@ def test_a_refused_body_is_read_so_that_its_sender_hears_why() -> None:
 
 
 def test_all_bodies_together_have_a_limit() -> None:
-    data = picture()
+    data = png_image()
     settings = Settings(max_bytes=len(data) + 10, held_bytes=len(data) + 10)
     detector = white_detector()
     with client(detector, settings) as one, ThreadPoolExecutor(1) as pool:
@@ -168,7 +168,7 @@ def test_all_bodies_together_have_a_limit() -> None:
 
 
 def png_that_says(width: int, height: int) -> bytes:
-    """A few bytes that unpack to a picture of any size."""
+    """A few bytes that unpack to an image of any size."""
     body = zlib.compress(bytes(1000))
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -182,7 +182,7 @@ def png_that_says(width: int, height: int) -> bytes:
 
 def resized(kind: str, width: int, height: int, **options: Any) -> bytes:
     """A file of this format whose header says another size than it has."""
-    data = bytearray(picture(64, 64, kind, **options))
+    data = bytearray(png_image(64, 64, kind, **options))
     if kind == "JPEG":
         place = data.index(b"\xff\xc0") + 5
         data[place : place + 4] = struct.pack(">HH", height, width)
@@ -208,15 +208,15 @@ def resized(kind: str, width: int, height: int, **options: Any) -> bytes:
     return bytes(data)
 
 
-def test_a_picture_may_have_so_many_pixels_and_not_one_more() -> None:
+def test_a_image_may_have_so_many_pixels_and_not_one_more() -> None:
     with client(white_detector(), Settings(max_pixels=100 * 100)) as one:
         for height, width, status in ((100, 100, 200), (50, 200, 200), (101, 100, 413)):
-            answer = one.post("/v1/detect", content=picture(height, width), headers=PNG)
+            answer = one.post("/v1/detect", content=png_image(height, width), headers=PNG)
             assert answer.status_code == status, answer.json()
         assert answer.json()["detail"] == (
-            "picture: its 100 x 101 pixels are more than the 10,000 that are taken: make it smaller"
+            "image: its 100 x 101 pixels are more than the 10,000 that are taken: make it smaller"
         )
-        mixed = one.post("/v1/detect", files=form(picture(101, 100), picture(100, 100)))
+        mixed = one.post("/v1/detect", files=form(png_image(101, 100), png_image(100, 100)))
         assert mixed.status_code == 200
         assert [one["file"] for one in mixed.json()["failures"]] == ["0.png"]
         assert "more than the 10,000" in mixed.json()["failures"][0]["reason"]
@@ -240,7 +240,7 @@ BOMBS = {
 def test_a_bomb_is_refused_before_it_is_unpacked(name: str) -> None:
     process = psutil.Process()
     with client(white_detector()) as one:
-        one.post("/v1/detect", content=picture(), headers=PNG)
+        one.post("/v1/detect", content=png_image(), headers=PNG)
         before = process.memory_info().rss
         most = [before]
         ended = threading.Event()
@@ -263,7 +263,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(name: str) -> None:
 
 
 def test_what_unpacks_to_more_than_its_header_says() -> None:
-    # A frame larger than its GIF: Pillow enlarges the picture to it, before the pixels are counted.
+    # A frame larger than its GIF: Pillow enlarges the image to it, before the pixels are counted.
     data = bytearray(resized("GIF", 8, 8))
     place = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
     assert struct.unpack_from("<HHHH", data, place + 1) == (0, 0, 64, 64)
@@ -273,7 +273,7 @@ def test_what_unpacks_to_more_than_its_header_says() -> None:
     assert answer.status_code == 413
 
 
-def test_text_that_unpacks_to_much_is_no_picture() -> None:
+def test_text_that_unpacks_to_much_is_no_image() -> None:
     packed = zlib.compress(bytes(300_000_000), 9)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -281,7 +281,7 @@ def test_text_that_unpacks_to_much_is_no_picture() -> None:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    whole = picture()
+    whole = png_image()
     end = whole.index(b"IDAT") - 4
     bomb = whole[:end] + chunk(b"zTXt", b"Comment\0\0" + packed) + whole[end:]
     before = psutil.Process().memory_info().rss
@@ -295,7 +295,7 @@ def test_large_notes_in_a_jpeg_are_carried() -> None:
     exif = Image.Exif()
     exif[0x010E] = "x" * 60_000
     with client(white_detector()) as one:
-        data = picture(kind="JPEG", exif=exif.tobytes())
+        data = png_image(kind="JPEG", exif=exif.tobytes())
         assert one.post("/v1/detect", content=data, headers=PNG).status_code == 200
 
 
@@ -304,7 +304,7 @@ def test_large_notes_in_a_jpeg_are_carried() -> None:
 )
 def test_every_format_that_is_promised(kind: str) -> None:
     with client(white_detector()) as one:
-        data = picture(kind=kind)
+        data = png_image(kind=kind)
         answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x"})
     assert answer.status_code == 200, answer.json()
     assert answer.json()["images"][0]["detections"][0]["box"] == pytest.approx(
@@ -314,49 +314,49 @@ def test_every_format_that_is_promised(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "TGA", "ICO", "PCX", "DDS", "SGI", "ICNS"])
 def test_no_other_format_is_opened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = picture(128, 128, kind)
+    data = png_image(128, 128, kind)
     opened: list[Any] = []
     with client(white_detector()) as one:
         monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a))
         answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x"})
     assert answer.status_code == 422
-    assert "it is no picture that is taken: send JPEG, PNG" in answer.json()["detail"]
+    assert "it is no image that is taken: send JPEG, PNG" in answer.json()["detail"]
     assert opened == []
 
 
 # How many.
 
 
-def test_a_request_may_have_so_many_pictures_and_not_one_more() -> None:
-    with client(white_detector(), Settings(max_pictures=3)) as one:
-        assert one.post("/v1/detect", files=form(*3 * [picture()])).status_code == 200
-        answer = one.post("/v1/detect", files=form(*4 * [picture()]))
+def test_a_request_may_have_so_many_images_and_not_one_more() -> None:
+    with client(white_detector(), Settings(max_images=3)) as one:
+        assert one.post("/v1/detect", files=form(*3 * [png_image()])).status_code == 200
+        answer = one.post("/v1/detect", files=form(*4 * [png_image()]))
     assert answer.status_code == 413
-    assert answer.json()["detail"] == "more than 3 pictures in one request: send fewer"
+    assert answer.json()["detail"] == "more than 3 images in one request: send fewer"
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
     detector = white_detector()
-    with client(detector, Settings(queue=3, max_pictures=2)) as one, ThreadPoolExecutor(4) as pool:
-        assert one.post("/v1/detect", content=picture(), headers=PNG).status_code == 200
+    with client(detector, Settings(queue=3, max_images=2)) as one, ThreadPoolExecutor(4) as pool:
+        assert one.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
         finder(detector).open.clear()
         batcher = one.app.state.batcher  # type: ignore[attr-defined]
         first = [
-            pool.submit(one.post, "/v1/detect", content=picture(), headers=PNG) for _ in range(2)
+            pool.submit(one.post, "/v1/detect", content=png_image(), headers=PNG) for _ in range(2)
         ]
         wait_until(lambda: batcher._inside == 2)
         wait_until(lambda: batcher.waiting == 1)
-        assert "retinanet_queue_pictures 1.0" in one.get("/metrics").text
-        two = one.post("/v1/detect", files=form(picture(), picture()))
+        assert "retinanet_queue_images 1.0" in one.get("/metrics").text
+        two = one.post("/v1/detect", files=form(png_image(), png_image()))
         assert two.status_code == 503
-        assert two.json()["detail"] == "2 pictures are waiting, of 3 that may: try again"
+        assert two.json()["detail"] == "2 images are waiting, of 3 that may: try again"
         assert int(two.headers["retry-after"]) >= 1
-        first.append(pool.submit(one.post, "/v1/detect", content=picture(), headers=PNG))
+        first.append(pool.submit(one.post, "/v1/detect", content=png_image(), headers=PNG))
         wait_until(lambda: batcher._inside == 3)
-        assert one.post("/v1/detect", content=picture(), headers=PNG).status_code == 503
+        assert one.post("/v1/detect", content=png_image(), headers=PNG).status_code == 503
         finder(detector).open.set()
         assert [one.result(20).status_code for one in first] == 3 * [200]
-        assert one.post("/v1/detect", files=form(picture(), picture())).status_code == 200
+        assert one.post("/v1/detect", files=form(png_image(), png_image())).status_code == 200
         assert batcher._inside == 0
         assert 'failures_total{reason="busy"} 2.0' in one.get("/metrics").text
 
@@ -371,7 +371,7 @@ def test_what_takes_too_long_is_given_up_and_dropped() -> None:
         finder(detector).batches.clear()
         finder(detector).open.clear()
         asked = [
-            pool.submit(one.post, "/v1/detect", content=picture(), headers=PNG) for _ in range(4)
+            pool.submit(one.post, "/v1/detect", content=png_image(), headers=PNG) for _ in range(4)
         ]
         answers = [one.result(20) for one in asked]
         assert [answer.status_code for answer in answers] == 4 * [504]
@@ -379,7 +379,7 @@ def test_what_takes_too_long_is_given_up_and_dropped() -> None:
         assert batcher._inside <= 1  # the network has one; the others have left the queue
         finder(detector).open.set()
         wait_until(lambda: batcher._inside == 0 and batcher._at_network == 0)
-        assert one.post("/v1/detect", content=picture(), headers=PNG).status_code == 200
+        assert one.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
     assert len(finder(detector).batches) == 2  # those that nobody waited for were not searched
 
 
@@ -388,7 +388,7 @@ def test_who_has_gone_is_not_searched_for() -> None:
 
     async def leave(port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(post(picture()))
+        writer.write(post(png_image()))
         await writer.drain()
         while one.app.state.batcher._inside < 2:
             await asyncio.sleep(0.005)
@@ -398,7 +398,7 @@ def test_who_has_gone_is_not_searched_for() -> None:
         batcher = one.app.state.batcher
         finder(detector).batches.clear()
         finder(detector).open.clear()
-        stays = pool.submit(lambda: asyncio.run(ask(one.port, post(picture()))))
+        stays = pool.submit(lambda: asyncio.run(ask(one.port, post(png_image()))))
         wait_until(lambda: batcher._at_network == 1)
         asyncio.run(leave(one.port))
         wait_until(lambda: batcher._inside == 1)
@@ -413,7 +413,7 @@ def test_who_has_gone_is_not_searched_for() -> None:
 def test_who_leaves_in_the_middle_of_an_upload() -> None:
     async def leave(port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(post(picture())[:-20])
+        writer.write(post(png_image())[:-20])
         await writer.drain()
         await asyncio.sleep(0.05)
         writer.close()
@@ -421,12 +421,12 @@ def test_who_leaves_in_the_middle_of_an_upload() -> None:
     with running(white_detector()) as one:
         asyncio.run(leave(one.port))
         wait_until(lambda: 'status="499"} 1.0' in one.app.state.batcher.metrics.text()[0].decode())
-        assert asyncio.run(ask(one.port, post(picture())))[0] == 200
+        assert asyncio.run(ask(one.port, post(png_image())))[0] == 200
 
 
 def test_a_slow_upload_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside_module, "_DRAIN_SECONDS", 0.1)
-    whole = post(picture())
+    whole = post(png_image())
     with running(white_detector(), Settings(timeout=0.4)) as one:
         began = time.monotonic()
         status, headers, body = asyncio.run(ask(one.port, whole[:-30]))
@@ -466,7 +466,7 @@ def test_slow_and_endless_headers_have_an_end() -> None:
         seconds, got = asyncio.run(hang(one.port, *many))
         assert b" 200 " not in got
         # The time of a request itself is not that of headers.
-        detector_slow = asyncio.run(ask(one.port, *_thirds(post(picture())), pause=0.3))
+        detector_slow = asyncio.run(ask(one.port, *_thirds(post(png_image())), pause=0.3))
         assert detector_slow[0] == 200
 
 
@@ -501,7 +501,7 @@ def test_no_answer_is_left_unread(caplog: pytest.LogCaptureFixture) -> None:
     with client(detector, Settings(timeout=0.2)) as one:
         finder(detector).open.clear()
         for _ in range(3):
-            assert one.post("/v1/detect", files=form(picture(), b"x")).status_code == 504
+            assert one.post("/v1/detect", files=form(png_image(), b"x")).status_code == 504
         finder(detector).open.set()
     gc.collect()
     assert "never retrieved" not in caplog.text
@@ -518,7 +518,7 @@ def test_an_address_in_the_body_is_not_fetched(monkeypatch: pytest.MonkeyPatch) 
         for content in (b"http://example.com/a.png", b"file:///etc/passwd", b"/etc/passwd"):
             answer = one.post("/v1/detect", content=content, headers=PNG)
             assert answer.status_code == 422
-            answer = one.post("/v1/detect", files={"pictures": ("http://a/b.png", content)})
+            answer = one.post("/v1/detect", files={"images": ("http://a/b.png", content)})
             assert answer.status_code == 422
             assert "root:" not in answer.text
 
@@ -527,9 +527,9 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     with client(white_detector()) as one:
         name = str(tmp_path / "made.png")
-        assert one.post("/v1/detect", files={"pictures": (name, picture())}).status_code == 200
-        large = io.BytesIO(picture() + bytes(2_000_000))
-        assert one.post("/v1/detect", files={"pictures": ("../x.png", large)}).status_code == 200
+        assert one.post("/v1/detect", files={"images": (name, png_image())}).status_code == 200
+        large = io.BytesIO(png_image() + bytes(2_000_000))
+        assert one.post("/v1/detect", files={"images": ("../x.png", large)}).status_code == 200
     assert list(tmp_path.iterdir()) == []
 
 
@@ -563,7 +563,7 @@ def test_pixels_written_as_text_are_not_read() -> None:
         data = b"P3\n64 64\n255\n" + b"0 " * (3 * 64 * 64)
         answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x-ppm"})
     assert answer.status_code == 422
-    assert "it is no picture that is taken" in answer.json()["detail"]
+    assert "it is no image that is taken" in answer.json()["detail"]
 
 
 def test_what_is_given_up_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,7 +578,7 @@ def test_what_is_given_up_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> No
     with client(detector, Settings(readers=1)) as one:
         monkeypatch.setattr(detector, "prepare", slowly)
         batcher = one.app.state.batcher  # type: ignore[attr-defined]
-        data = picture()
+        data = png_image()
         uploads = [Upload(f"{i}.png", data) for i in range(6)]
         before = sys.getrefcount(data)
         first, *given_up = batcher.submit("model", uploads, {})
@@ -591,14 +591,14 @@ def test_what_is_given_up_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> No
         assert first.result(20).found.name == "0.png"
 
 
-def test_a_page_of_another_site_cannot_send_pictures() -> None:
+def test_a_page_of_another_site_cannot_send_images() -> None:
     with client(white_detector()) as one:
 
         def status(**headers: str) -> int:
             given = {name.replace("_", "-"): value for name, value in headers.items()}
-            answer = one.post("/v1/detect", content=picture(), headers={**PNG, **given})
+            answer = one.post("/v1/detect", content=png_image(), headers={**PNG, **given})
             if answer.status_code == 403:
-                assert answer.json()["detail"] == "pages of other sites may not send pictures here"
+                assert answer.json()["detail"] == "pages of other sites may not send images here"
             return answer.status_code
 
         assert status(Sec_Fetch_Site="cross-site", Origin="https://elsewhere.example") == 403
@@ -639,7 +639,7 @@ def test_what_is_built_into_an_exported_file_cannot_be_asked_otherwise() -> None
     with client(detector) as one:
 
         def ask(options: str) -> Any:
-            return one.post(f"/v1/detect?{options}", content=picture(), headers=PNG)
+            return one.post(f"/v1/detect?{options}", content=png_image(), headers=PNG)
 
         assert ask("score_threshold=0.6&detections_per_image=3").status_code == 200
         for option in ("score_threshold=0.4", "nms_threshold=0.9", "class_agnostic=true"):

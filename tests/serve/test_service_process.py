@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from small_service import picture
+from small_service import png_image
 
 from retinanet.cli import main
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
@@ -88,9 +88,9 @@ def serving(*arguments: object, **environment: str) -> Iterator[Process]:
 def test_a_request_that_runs_is_finished(
     model: Path, sent: signal.Signals, host: str, code: int, says: list[str]
 ) -> None:
-    # Many pictures, so that the signal comes while they are searched.
-    many = [("pictures", (f"{i}.png", picture(256, 256 + 32 * (i % 9)))) for i in range(40)]
-    options = ("--max-pictures", 40, "--image-size", 256, "--host", host)
+    # Many images, so that the signal comes while they are searched.
+    many = [("images", (f"{i}.png", png_image(256, 256 + 32 * (i % 9)))) for i in range(40)]
+    options = ("--max-images", 40, "--image-size", 256, "--host", host)
     with serving(model, *options) as one:
         address = one.ready().replace("0.0.0.0", "127.0.0.1")
         answers: list[httpx.Response] = []
@@ -101,7 +101,7 @@ def test_a_request_that_runs_is_finished(
         )
         thread.start()
         with httpx.Client() as line:
-            while "retinanet_pictures_total" not in (text := line.get(f"{address}/metrics").text):
+            while "retinanet_images_total" not in (text := line.get(f"{address}/metrics").text):
                 time.sleep(0.01)
             assert 'route="/v1/detect"' not in re.sub("(?m)^#.*", "", text)
         ended, err = one.end(sent)
@@ -114,8 +114,8 @@ def test_a_request_that_runs_is_finished(
 
 
 def test_a_second_signal_ends_at_once(model: Path) -> None:
-    many = [("pictures", (f"{i}.png", picture(512, 512))) for i in range(100)]
-    with serving(model, "--max-pictures", 100, "--image-size", 640) as one:
+    many = [("images", (f"{i}.png", png_image(512, 512))) for i in range(100)]
+    with serving(model, "--max-images", 100, "--image-size", 640) as one:
         address = one.ready()
 
         def ask() -> None:
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
         thread = threading.Thread(target=ask)
         thread.start()
         with httpx.Client() as line:
-            while "retinanet_pictures_total" not in line.get(f"{address}/metrics").text:
+            while "retinanet_images_total" not in line.get(f"{address}/metrics").text:
                 time.sleep(0.01)
         began = time.monotonic()
         one.process.send_signal(signal.SIGINT)
@@ -150,7 +150,7 @@ def test_it_serves_what_it_says(model: Path) -> None:
             assert [model["name"] for model in told["models"]] == ["first", "second"]
             assert told["models"][0]["thresholds"]["score_threshold"] == 0.25
             assert line.get("/openapi.json").json()["info"]["title"] == "retinanet"
-            answer = line.post("/v1/detect", files={"pictures": ("a.png", picture())})
+            answer = line.post("/v1/detect", files={"images": ("a.png", png_image())})
             assert answer.json()["images"][0]["width"] == 192
             assert line.get("/").status_code == 200
         code, err = one.end(signal.SIGTERM)
@@ -178,7 +178,7 @@ def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str
         (["{model}", "--port=-1"], 2, "--port -1 is not in 0..65535"),
         (["{model}", "--host=256.256.256.256", "--port=0"], 2, "--host 256.256.256.256: "),
         (["{model}", "{model}"], 2, "would both be called squares"),
-        (["{model}", "--queue=3"], 2, "--queue 3 is under --max-pictures 32"),
+        (["{model}", "--queue=3"], 2, "--queue 3 is under --max-images 32"),
         (["{model}", "--max-bytes=0"], 2, "--max-bytes 0 is under 1"),
         (["{model}", "--api-key="], 2, "the API key is empty"),
         (["{model}", "--port=0", "--score-threshold=2"], 2, "score_threshold"),

@@ -11,20 +11,20 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from small_service import picture, running, white_detector
+from small_service import png_image, running, white_detector
 
 from retinanet.serve import Settings
 
 KEY = {"X-API-Key": "open sesame"}
 
-# What is no picture is a 422, however well it follows the description: it is described as bytes.
-PICTURES = st.sampled_from(
-    [picture(), picture(64, 64, "JPEG"), picture(40, 300, "WEBP"), picture(100, 90, "GIF")]
+# What is no image is a 422, however well it follows the description: it is described as bytes.
+IMAGES = st.sampled_from(
+    [png_image(), png_image(64, 64, "JPEG"), png_image(40, 300, "WEBP"), png_image(100, 90, "GIF")]
 )
-schemathesis.openapi.format("binary", PICTURES)
-schemathesis.openapi.media_type("image/*", PICTURES)
+schemathesis.openapi.format("binary", IMAGES)
+schemathesis.openapi.media_type("image/*", IMAGES)
 
-REFUSALS = ["400", "401", "404", "413", "415", "422"]  # too many pictures are a 413
+REFUSALS = ["400", "401", "404", "413", "415", "422"]  # too many images are a 413
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def test_each_error_that_is_described_has_its_shape(api: Any) -> None:
     kind = {"Content-Type": "image/png"}
     with httpx.Client(base_url=base, headers=KEY) as line:
         answers = [
-            line.post("/v1/detect?model=none", content=picture(), headers=kind),
-            line.post("/v1/detect?score=1", content=picture(), headers=kind),
+            line.post("/v1/detect?model=none", content=png_image(), headers=kind),
+            line.post("/v1/detect?score=1", content=png_image(), headers=kind),
             line.post("/v1/detect", content=b"x", headers=kind),
             line.post("/v1/detect", content=b"x"),
             line.post("/v1/detect", content=bytes(34_000_000), headers=kind),
-            httpx.post(f"{base}/v1/detect", content=picture(), headers=kind),
+            httpx.post(f"{base}/v1/detect", content=png_image(), headers=kind),
         ]
     assert [one.status_code for one in answers] == [404, 400, 422, 415, 413, 401]
     operation = api["/v1/detect"]["post"]

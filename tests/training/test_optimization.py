@@ -29,7 +29,7 @@ def test_examples_in_docstrings() -> None:
     [
         (10, 100),  # 2 x 10 / 4 = 5, under min_steps
         (400, 200),  # 2 x 400 / 4
-        (401, 201),  # 200.5 rounded up: the last pictures count
+        (401, 201),  # 200.5 rounded up: the last images count
         (10_000, 300),  # 5,000, over max_steps
     ],
 )

@@ -90,7 +90,7 @@ def test_two_ranks_one_without_objects_equal_one_process(
         "data.horizontal_flip=0",
         *loss,
     )
-    # A batch is the whole set; the first step's order says which two pictures fall to rank 1.
+    # A batch is the whole set; the first step's order says which two images fall to rank 1.
     order = _first_batch(data)
     labels = json.loads((data / "train.json").read_text())
     bare = {labels["images"][i]["id"] for i in order[2:]}

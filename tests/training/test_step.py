@@ -263,7 +263,7 @@ def test_a_step_ahead_loses_no_line_and_saves_what_it_says(tiny_data: Path, tmp_
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
-    """Make the gradient of a step (from 0) NaN; the list fills with each step's pictures."""
+    """Make the gradient of a step (from 0) NaN; the list fills with each step's images."""
     seen: list[list[int]] = []
 
     def spoiled(*arguments: Any, **options: Any) -> tuple[Losses, Tensor]:

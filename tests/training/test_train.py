@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_run_folder_promises(tiny_data: Path, tmp_path: Pa
     assert info["seed"] == 0
     assert info["images"] == {"train": 12, "val": 4}
     assert len(info["data_digest"]) >= 32
-    assert load_checkpoint(run.folder / "best").info["picture_side"] == 64
+    assert load_checkpoint(run.folder / "best").info["image_side"] == 64
     kinds = [event.kind for event in events]
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
@@ -317,12 +317,12 @@ def test_frozen_norm_may_start_from_another_run(tiny_data: Path, tmp_path: Path)
     assert run.step == 1
 
 
-def test_pictures_in_both_splits_are_told(tiny_data: Path, tmp_path: Path) -> None:
+def test_images_in_both_splits_are_told(tiny_data: Path, tmp_path: Path) -> None:
     splits = read_splits(tiny_data)
     events: list[Event] = []
     leaky = {"train": splits["train"], "val": splits["train"]}
     train(tiny_recipe("train.steps=1"), leaky, tmp_path / "r", device="cpu", on_event=events.append)
-    assert any("12 pictures are in train and in val" in str(one.data) for one in events)
+    assert any("12 images are in train and in val" in str(one.data) for one in events)
 
 
 def test_splits_of_other_classes_and_alphas_are_refused(tiny_data: Path, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_start_from_another_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(_weights(second.folder)[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_one_picture_is_learned_by_heart(tiny_data: Path, tmp_path: Path) -> None:
+def test_one_image_is_learned_by_heart(tiny_data: Path, tmp_path: Path) -> None:
     splits = read_splits(tiny_data)
     most = max(splits["train"].images, key=lambda image: len(image.annotations))
     one = _with(splits["train"], (most,))
@@ -375,7 +375,7 @@ def test_errors_before_anything_is_written(tiny_data: Path, tmp_path: Path) -> N
     out = tmp_path / "run"
     splits = read_splits(tiny_data)
     bare = tuple(type(i)(path=i.path, id=i.id) for i in splits["train"].images)
-    with pytest.raises(DataError, match="no object to train on in 12 pictures"):
+    with pytest.raises(DataError, match="no object to train on in 12 images"):
         train(tiny_recipe(), {"train": _with(splits["train"], bare)}, out, device="cpu")
     with pytest.raises(DataError, match="no split named 'train'; there is val"):
         train(tiny_recipe(), {"val": splits["val"]}, out, device="cpu")
@@ -425,9 +425,9 @@ def test_the_split_of_data_without_one_may_have_a_seed_of_its_own(tmp_path: Path
     assert held[0, "none"] != held[1, "none"]
 
 
-def test_the_side_of_the_pictures_is_known_whether_labels_state_it_or_not(tmp_path: Path) -> None:
+def test_the_side_of_the_images_is_known_whether_labels_state_it_or_not(tmp_path: Path) -> None:
     splits = synthetic_dataset(tmp_path / "coco", splits={"train": 3}, image_size=96)
     images = [dataclasses.replace(one, width=None, height=None) for one in splits["train"].images]
     unstated = _with(splits["train"], tuple(images))
-    assert retinanet_subject.picture_side(splits["train"]) == 96
-    assert retinanet_subject.picture_side(unstated) == 96
+    assert retinanet_subject.image_side(splits["train"]) == 96
+    assert retinanet_subject.image_side(unstated) == 96

@@ -1,12 +1,12 @@
-"""Collections past one machine: detections of any number of pictures, on a Ray cluster.
+"""Collections past one machine: detections of any number of images, on a Ray cluster.
 
 The inputs are listed once and cut into shards. A shard is done wholly by one detector, an actor of
 Ray Data's pool, which reads ahead in threads, writes the shard's files and last its mark. A shard
 with a mark is never done again; one without is not done, whatever else is there. So a run that is
 killed, with a process or with a machine, goes on where it was.
 
-Ray Data is not asked to carry pictures from readers to detectors: the blocks of a shard would be
-spread over the cluster, and one that died would have to be put together again; and a picture would
+Ray Data is not asked to carry images from readers to detectors: the blocks of a shard would be
+spread over the cluster, and one that died would have to be put together again; and an image would
 be copied twice, for a detector that waits for its network, not for its readers.
 """
 
@@ -71,9 +71,9 @@ class CollectionSummary:
 
     Attributes:
         out: where the files are.
-        pictures: that were searched.
+        images: that were searched.
         objects: how many of each class, most frequent first.
-        errors: pictures and tar files that could not be read.
+        errors: images and tar files that could not be read.
         failures: the first of them, with ``file`` and ``reason``.
         shards: of the collection.
         done_before: those that an earlier call had done.
@@ -81,7 +81,7 @@ class CollectionSummary:
     """
 
     out: str
-    pictures: int
+    images: int
     objects: dict[str, int]
     errors: int
     failures: tuple[dict[str, str], ...]
@@ -92,7 +92,7 @@ class CollectionSummary:
     def to_dict(self) -> dict[str, Any]:
         """What summary.json says, however many calls it took."""
         return {
-            "pictures": self.pictures,
+            "images": self.images,
             "objects": self.objects,
             "errors": self.errors,
             "shards": self.shards,
@@ -126,14 +126,14 @@ def search_collection(
 
     Args:
         model: as :func:`retinanet.inference.load` takes it, on this machine.
-        sources: pictures, folders, globs, list files (.txt: a path or an address a line),
+        sources: images, folders, globs, list files (.txt: a path or an address a line),
             WebDataset shards (.tar), also with braces; on a disk that all machines share or under
             an fsspec address (``s3://``, ``gs://``, ``hf://``).
         out: a folder on such a disk, or an address.
         device: as for :func:`retinanet.inference.load`, on the machine of each detector.
         workers: detectors at once; None: one a GPU of the cluster, or without any one for 4 cores.
             The cores are shared out among them.
-        batch_size: pictures that the network takes at once.
+        batch_size: images that the network takes at once.
         tile, overlap: as in :meth:`retinanet.inference.Detector.stream`.
         shard_size: inputs of a shard; None: 16 to 256, as many as there are inputs, or as it began.
             A tar file is a shard of its own.
@@ -147,7 +147,7 @@ def search_collection(
 
     Raises:
         ConfigError: a setting out of range, or `out` was begun with others, with another model or
-            for other pictures.
+            for other images.
         DataError: a source stands for nothing, or a shard could not be done in three tries.
         WeightsError: there is no such model.
         MissingExtraError: Ray, or what a source needs, is not installed.
@@ -262,7 +262,7 @@ def _identity(
     options: Mapping[str, Any],
     search: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that the detections depend on beside the pictures."""
+    """All that the detections depend on beside the images."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode())
@@ -404,7 +404,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         if settings.get(key) != wanted.get(key):
             return f"with {key} {settings.get(key)}, not {wanted.get(key)}"
     if old["listing"] != new["listing"]:
-        return f"for other pictures ({old['inputs']} inputs then, {new['inputs']} now)"
+        return f"for other images ({old['inputs']} inputs then, {new['inputs']} now)"
     return ""
 
 
@@ -623,7 +623,7 @@ def _finish(store: Store, total: int, before: int) -> CollectionSummary:
     """Put the marks together: the table of errors and the summary."""
     objects: Counter[str] = Counter()
     network: Counter[str] = Counter()
-    pictures = failed = 0
+    images = failed = 0
     first: list[dict[str, str]] = []
     with (
         store.draft(f"{ERRORS}.parquet") as parquet,
@@ -631,7 +631,7 @@ def _finish(store: Store, total: int, before: int) -> CollectionSummary:
         _ErrorsTable(parquet, jsonl) as write,
     ):
         for one in _marks(store, total):
-            pictures += one["pictures"]
+            images += one["images"]
             objects.update(one["objects"])
             network[one["network"]] += 1
             failed += len(one["errors"])
@@ -639,7 +639,7 @@ def _finish(store: Store, total: int, before: int) -> CollectionSummary:
             write(one["errors"])
     summary = CollectionSummary(
         out=store.address,
-        pictures=pictures,
+        images=images,
         objects=dict(objects.most_common()),
         errors=failed,
         failures=tuple(first),

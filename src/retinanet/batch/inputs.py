@@ -1,4 +1,4 @@
-"""What a collection consists of: a list of addresses, made lazily, and the pictures behind each."""
+"""What a collection consists of: a list of addresses, made lazily, and the images behind each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from retinanet.inference.found import Failure
 from retinanet.inference.sources import Source
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
-"""Of files that name pictures or tar files, one a line."""
+"""Of files that name images or tar files, one a line."""
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """Of WebDataset shards."""
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES | set(ARCHIVE_SUFFIXES)))
 
-# Pictures fetched at once from an address: what counts there is not the processor but the wait.
+# Images fetched at once from an address: what counts there is not the processor but the wait.
 _FETCHES = 16
 
 # Bytes of a tar file fetched at once: s3fs takes 50 MB unless told.
@@ -41,13 +41,13 @@ def is_archive(name: str) -> bool:
 
 
 def iter_inputs(given: Iterable[str]) -> Iterator[str]:
-    """Paths and addresses of the pictures and tar files that `given` stands for.
+    """Paths and addresses of the images and tar files that `given` stands for.
 
     In order: folders and globs by name, a folder at a time, so that a listing takes the memory of
     its largest folder. Paths stay relative where they were given so.
 
     Args:
-        given: pictures, folders, globs, list files (one path or address a line) and WebDataset
+        given: images, folders, globs, list files (one path or address a line) and WebDataset
             shards, with braces (``shard-{000..127}.tar``) too; on a disk or at an address.
 
     Raises:
@@ -59,18 +59,18 @@ def iter_inputs(given: Iterable[str]) -> Iterator[str]:
             yield from _expand(expanded)
 
 
-def iter_pictures(inputs: Iterable[str], failed: Callable[[Failure], None]) -> Iterator[Source]:
-    """The pictures of some inputs, one after the other, those of addresses fetched ahead.
+def iter_images(inputs: Iterable[str], failed: Callable[[Failure], None]) -> Iterator[Source]:
+    """The images of some inputs, one after the other, those of addresses fetched ahead.
 
     Args:
         inputs: of :func:`iter_inputs`.
-        failed: told of each picture that cannot be fetched, and of a tar file that is damaged.
+        failed: told of each image that cannot be fetched, and of a tar file that is damaged.
 
     Yields:
-        Each picture under its path or address; in a tar file, that of the file and its own name.
+        Each image under its path or address; in a tar file, that of the file and its own name.
         What is on a disk is not read yet.
     """
-    with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-picture") as pool:
+    with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-image") as pool:
         waiting: deque[Callable[[], Iterable[Source]]] = deque()
         steps = (_step(one, failed, pool) for one in inputs)
         while True:
@@ -105,12 +105,12 @@ def _fetched(name: str, data: Future[bytes], failed: Callable[[Failure], None]) 
 
 
 def _members(name: str, failed: Callable[[Failure], None]) -> Iterator[Source]:
-    """The pictures in a tar file, read from its beginning to its end."""
+    """The images in a tar file, read from its beginning to its end."""
     files, path = open_files(name)
     try:
         with _opened(files, path) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
-                if member.isfile() and _is_picture(PurePosixPath(member.name)):
+                if member.isfile() and _is_image(PurePosixPath(member.name)):
                     file = archive.extractfile(member)
                     assert file is not None  # it is a file
                     yield Source(file.read(), f"{name}/{member.name.removeprefix('./')}")
@@ -152,10 +152,10 @@ def _expand(given: str) -> Iterator[str]:
         # What exists is never a glob, whatever brackets its name holds.
         if not glob.has_magic(path):
             raise DataError(f"{given}: there is no such file or folder")
-        yield from _some(_matches(files, given, path), f"{given}: no picture matches ({_SUFFIXES})")
+        yield from _some(_matches(files, given, path), f"{given}: no image matches ({_SUFFIXES})")
     elif _asked(given, files.isdir, path):
         under = (f"{given.rstrip('/')}/{rest}" for rest in _walk(files, path.rstrip("/")))
-        yield from _some(under, f"{given}: no picture in this folder ({_SUFFIXES})")
+        yield from _some(under, f"{given}: no image in this folder ({_SUFFIXES})")
     elif PurePosixPath(path).suffix.lower() in LIST_SUFFIXES:
         lines = _lines(files, path)
         yield from _some(lines, f"{given}: this list is empty; one path or address a line")
@@ -205,7 +205,7 @@ def _matches(files: Any, given: str, path: str) -> Iterator[str]:
 
 
 def _walk(files: Any, root: str, deep: int | None = None) -> Iterator[str]:
-    """Pictures and tar files under a folder, relative to it; sorted, and `deep` levels at most."""
+    """Images and tar files under a folder, relative to it; sorted, and `deep` levels at most."""
     folders, names = _listed(files, root)
     for name in sorted(names):
         if _is_input(PurePosixPath(name)):
@@ -220,7 +220,7 @@ def _listed(files: Any, folder: str) -> tuple[list[str], list[str]]:
     """Names of the folders and of the files in a folder.
 
     Raises:
-        DataError: it cannot be listed: a part left out would be pictures lost without a word.
+        DataError: it cannot be listed: a part left out would be images lost without a word.
     """
     from fsspec.implementations.local import LocalFileSystem
 
@@ -245,9 +245,9 @@ def _listed(files: Any, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _is_input(path: PurePosixPath) -> bool:
-    return _is_picture(path) or (is_archive(path.name) and not path.name.startswith("."))
+    return _is_image(path) or (is_archive(path.name) and not path.name.startswith("."))
 
 
-def _is_picture(path: PurePosixPath) -> bool:
-    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not a picture.
+def _is_image(path: PurePosixPath) -> bool:
+    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not an image.
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")

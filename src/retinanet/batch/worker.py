@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from retinanet.batch.inputs import iter_pictures
+from retinanet.batch.inputs import iter_images
 from retinanet.batch.store import DRAFTS, Store
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.inference.detector import load
@@ -32,7 +32,7 @@ DONE, PARQUET, JSONL = "done", "parquet", "jsonl"
 TRIES = 3
 """How often a shard is tried in one call."""
 
-_ROWS = 256  # pictures held before they are written: a tar file may hold any number
+_ROWS = 256  # images held before they are written: a tar file may hold any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +152,12 @@ class ShardDetector:
         inputs = [json.loads(line) for line in lines]
         failures: list[dict[str, str]] = []
         objects: Counter[str] = Counter()
-        pictures = 0
+        images = 0
         with ExitStack() as stack:
             drafts = [stack.enter_context(out.draft(name)) for name in outputs(shard)]
             write = stack.enter_context(_Writer(*drafts))
             for one in self._search(inputs, failures):
-                pictures += 1
+                images += 1
                 objects.update(self.detector.classes[label] for label in one.labels.tolist())
                 write(_writable(one.to_dict()))
             if out.exists(marker(shard)):
@@ -167,7 +167,7 @@ class ShardDetector:
         # Written last: only with it the shard counts, and its files are whole by then.
         text = {
             "shard": shard,
-            "pictures": pictures,
+            "images": images,
             "objects": dict(objects),
             "errors": failures,
             "seconds": round(time.perf_counter() - began, 3),
@@ -181,7 +181,7 @@ class ShardDetector:
             failures.append(_writable(failure.to_dict()))
 
         streamed = self.detector.stream(
-            iter_pictures(inputs, failed), workers=max(2, self.work.threads), **self.work.search
+            iter_images(inputs, failed), workers=max(2, self.work.threads), **self.work.search
         )
         for one in streamed:
             if isinstance(one, Failure):
@@ -214,7 +214,7 @@ def outputs(shard: int) -> tuple[str, str]:
 
 
 def detections_schema() -> Any:
-    """Columns of the Parquet shards, a row a picture: what :meth:`Found.to_dict` says."""
+    """Columns of the Parquet shards, a row an image: what :meth:`Found.to_dict` says."""
     import pyarrow as pa
 
     detection = pa.struct(
@@ -236,7 +236,7 @@ def detections_schema() -> Any:
 
 
 class _Writer:
-    """Both files of a shard, written as pictures come."""
+    """Both files of a shard, written as images come."""
 
     def __init__(self, parquet: Path, jsonl: Path) -> None:
         import pyarrow.parquet as pq

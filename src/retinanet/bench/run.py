@@ -36,7 +36,7 @@ _ROUNDS: dict[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: dict[Size, float] = {"tiny": 1, "small": 5, "full": 40}
 _LEAST_ROUNDS = 3
 
-# Calls of each side after its first and before any that counts: a size of picture that comes again
+# Calls of each side after its first and before any that counts: a size of image that comes again
 # has the network's weights arranged for it. A rival whose first call took long gets none of them.
 _WARM = 2
 _LONG = 2.0

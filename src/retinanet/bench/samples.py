@@ -28,7 +28,7 @@ TORCHVISION_CLASSES = 91
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(count, 4) boxes within the picture; sides from 10 pixels to half of it, log-uniform."""
+    """(count, 4) boxes within the image; sides from 10 pixels to half of it, log-uniform."""
     limits = torch.tensor([width, height], dtype=torch.float32)
     sides = 10 * (limits / 2 / 10) ** torch.rand(count, 2, generator=generator)
     corner = torch.rand(count, 2, generator=generator) * (limits - sides)
@@ -38,8 +38,8 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
 def jpeg(height: int, width: int, generator: np.random.Generator) -> bytes:
     """A JPEG file of soft blots of colour, with a little grain, of quality 90."""
     small = generator.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3))
-    picture = Image.fromarray(small.astype(np.uint8))
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    image = Image.fromarray(small.astype(np.uint8))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     grain = generator.integers(-4, 5, pixels.shape)
     encoded = io.BytesIO()
     Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(
@@ -155,7 +155,7 @@ def same_networks(
     rival = torchvision_network(extractor, TORCHVISION_CLASSES)
     for layer in rival.head.modules():
         if isinstance(layer, nn.Conv2d) and layer.out_channels == 256:
-            # At their start the heads say nearly the same of any picture: nothing to compare.
+            # At their start the heads say nearly the same of any image: nothing to compare.
             nn.init.kaiming_normal_(layer.weight)
     nn.init.normal_(rival.head.classification_head.cls_logits.weight, std=contrast)
     model = RetinaNet(

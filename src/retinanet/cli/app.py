@@ -46,7 +46,7 @@ _SETTINGS: dict[str, Any] = {
 
 app = typer.Typer(
     name="retinanet",
-    help="RetinaNet and Focal Loss: train, evaluate and use a detector on your own pictures.",
+    help="RetinaNet and Focal Loss: train, evaluate and use a detector on your own images.",
     **_SETTINGS,
 )
 data_app = typer.Typer(help="Look at labelled data: check, convert, show, anchors.", **_SETTINGS)

@@ -61,7 +61,7 @@ def check(
     image_size: ImageSize = None,
     json: Json = False,
 ) -> None:
-    """Find what is wrong with labels and pictures, and count what there is.
+    """Find what is wrong with labels and images, and count what there is.
 
     The exit code is 1 where problems were found, 0 where there are none or --fix wrote a copy.
     """
@@ -70,7 +70,7 @@ def check(
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     splits = read_splits(data, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out)
-    with progress("opening pictures") as show:
+    with progress("opening images") as show:
         report = check_datasets(splits, progress=show)
     reach = None
     if any(one.objects for one in report.statistics.values()):
@@ -98,7 +98,7 @@ def check(
             _show_reach(reach)
         if written is not None:
             say(f"a corrected copy is in {written.folder}: {_total(written.objects)} objects in "
-                f"{_total(written.images)} pictures")  # fmt: skip
+                f"{_total(written.images)} images")  # fmt: skip
     if report.problems and written is None:
         raise typer.Exit(1)
 
@@ -109,12 +109,12 @@ def convert(
     *,
     to: Annotated[str, typer.Option(help="coco, voc, yolo, csv or webdataset.")],
     format: Format = None,
-    pictures: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
+    images: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
     shard_size: Annotated[
         str | None,
         typer.Option(
             metavar="N|MB",
-            help="Of webdataset: pictures (1000) or bytes (256MB) of a shard.",
+            help="Of webdataset: images (1000) or bytes (256MB) of a shard.",
             show_default="256MB",
         ),
     ] = None,
@@ -126,7 +126,7 @@ def convert(
     from retinanet.config import check_choice
     from retinanet.data import convert as write
 
-    check_choice("--pictures", pictures, ("copy", "hardlink", "symlink"))
+    check_choice("--images", images, ("copy", "hardlink", "symlink"))
     with progress("writing") as show:
         written = write(
             source,
@@ -135,7 +135,7 @@ def convert(
             format=format,
             seed=seed,
             held_out=held_out,
-            pictures=pictures,  # type: ignore[arg-type]  # looked at above
+            images=images,  # type: ignore[arg-type]  # looked at above
             shard_size=shard_size,
             progress=show,
         )
@@ -144,7 +144,7 @@ def convert(
         return
     table(
         f"{written.folder}: {written.format}",
-        ["split", "made by", "pictures", "objects"],
+        ["split", "made by", "images", "objects"],
         [
             (name, written.origins[name], count, written.objects[name])
             for name, count in written.images.items()
@@ -160,19 +160,19 @@ def show(
     data: Data,
     settings: Settings = None,
     *,
-    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("shown"),
+    out: Annotated[Path, typer.Option(help="Where the images go.")] = Path("shown"),
     split: Annotated[str, typer.Option(help="train, val, test, all, ...")] = "train",
-    count: Annotated[int, typer.Option(min=0, help="Pictures, drawn by the seed; 0: all.")] = 20,
+    count: Annotated[int, typer.Option(min=0, help="Images, drawn by the seed; 0: all.")] = 20,
     with_anchors: Annotated[
         bool, typer.Option("--anchors", help="Also the anchors that answer for each object.")
     ] = False,
     format: Format = None,
     recipe: RecipeName = "quick",
     image_size: ImageSize = None,
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
     json: Json = False,
 ) -> None:
-    """Draw labelled pictures, with --anchors as the network meets them.
+    """Draw labelled images, with --anchors as the network meets them.
 
     Anchors are drawn in white; an object that none answers for cannot be learned, and is marked.
     """
@@ -191,7 +191,7 @@ def show(
     if json:
         print_json({"out": out, **drawn.to_dict()})
     else:
-        say(f"{drawn.pictures} pictures of {dataset.split} with {drawn.objects} objects, in {out}")
+        say(f"{drawn.images} images of {dataset.split} with {drawn.objects} objects, in {out}")
         if with_anchors:
             say(
                 f"{drawn.anchors} anchors answer for them; "
@@ -306,11 +306,11 @@ def _candidates(recipe: Recipe) -> Iterator[_Candidate]:
 
 
 def _readable(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
-    """Without the pictures whose size neither the labels nor the file can tell."""
+    """Without the images whose size neither the labels nor the file can tell."""
     from dataclasses import replace
 
     def has_size(image: Any) -> bool:
-        return bool(image.width and image.height) or not report.pictures[image.path].failure
+        return bool(image.width and image.height) or not report.image_info[image.path].failure
 
     return {
         name: replace(dataset, images=tuple(one for one in dataset.images if has_size(one)))
@@ -343,7 +343,7 @@ def _show_problems(report: CheckReport, data: Path, most: int | None) -> None:
 
 def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
     rows: list[Sequence[object]] = [
-        ("pictures", *(one.images for one in statistics.values())),
+        ("images", *(one.images for one in statistics.values())),
         ("without objects", *(one.background_images for one in statistics.values())),
         ("objects", *(one.objects for one in statistics.values())),
         ("crowd or difficult", *(one.ignored for one in statistics.values())),
@@ -351,9 +351,9 @@ def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
             (f"{size} objects", *(one.sizes[size] for one in statistics.values()))
             for size in ("small", "medium", "large")
         ),
-        ("a picture: median",
+        ("an image: median",
          *(_number(one.boxes_an_image, "median") for one in statistics.values())),
-        ("a picture: most", *(_number(one.boxes_an_image, "most") for one in statistics.values())),
+        ("an image: most", *(_number(one.boxes_an_image, "most") for one in statistics.values())),
         ("side, median px", *(_number(one.side, "50") for one in statistics.values())),
         ("side, 5% to 95% px", *(f"{_number(one.side, '5')} - {_number(one.side, '95')}"
                                  for one in statistics.values())),

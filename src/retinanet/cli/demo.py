@@ -1,4 +1,4 @@
-"""``retinanet demo``: the main job, with two losses, on pictures that it makes itself."""
+"""``retinanet demo``: the main job, with two losses, on images that it makes itself."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from retinanet.data import Dataset
     from retinanet.evaluation import Metrics
 
-PICTURES = {"train": 320, "val": 40, "test": 120}
-"""How many pictures are made, by split."""
+IMAGES = {"train": 320, "val": 40, "test": 120}
+"""How many images are made, by split."""
 
 SHAPES: Mapping[str, Any] = {
     "image_size": 128,
@@ -36,35 +36,35 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
 }
 """What is compared, as settings over the recipe ``demo``; everything else is the same."""
 
-_DRAWN = 12  # pictures
+_DRAWN = 12  # images
 
 
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the pictures and of both trainings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the images and of both trainings.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train with the focal loss and with cross entropy on made-up pictures, and compare.
+    """Train with the focal loss and with cross entropy on made-up images, and compare.
 
     Needs neither data nor the internet, and under four minutes on two processor cores.
     """
     began = time.monotonic()
-    result = run_demo(out, PICTURES, (), seed=seed, device=device)
+    result = run_demo(out, IMAGES, (), seed=seed, device=device)
     took = time.monotonic() - began
     if json:
         print_json(result | {"seconds": round(took, 1)})
         return
     table(
-        f"The same network on the same budget, {PICTURES['test']} held-out pictures",
+        f"The same network on the same budget, {IMAGES['test']} held-out images",
         ["loss", "AP", "AP50", "AP75", "AP of small objects"],
         [
             (name, *(one[key] for key in ("ap", "ap50", "ap75", "ap_small")))
             for name, one in result["losses"].items()
         ],
     )
-    say(f"pictures  {result['pictures']}")
+    say(f"images  {result['images']}")
     say(f"report    {result['report']}")
     say(f"model     {result['model']}")
     note(f"all of it took {seconds(took)}")
@@ -72,7 +72,7 @@ def demo(
 
 def run_demo(
     out: Path,
-    pictures: Mapping[str, int],
+    images: Mapping[str, int],
     settings: tuple[str, ...],
     *,
     seed: int,
@@ -82,9 +82,9 @@ def run_demo(
 
     Args:
         out: the folder; what an earlier call finished there is not done again.
-        pictures: how many to make, by split.
+        images: how many to make, by split.
         settings: laid over the recipe ``demo``.
-        seed: of the pictures and of both trainings.
+        seed: of the images and of both trainings.
         device: where to train.
 
     Returns:
@@ -94,8 +94,8 @@ def run_demo(
     from retinanet.data.synthetic import synthetic_dataset
     from retinanet.evaluation.run import evaluate
 
-    note(f"making {sum(pictures.values())} pictures in {out / 'data'}")
-    splits = synthetic_dataset(out / "data", splits=pictures, seed=seed, **SHAPES)
+    note(f"making {sum(images.values())} images in {out / 'data'}")
+    splits = synthetic_dataset(out / "data", splits=images, seed=seed, **SHAPES)
     judged: list[_Judged] = []
     for name, changes in LOSSES.items():
         recipe = load_recipe("demo", (f"train.seed={seed}", *changes, *settings))
@@ -111,11 +111,11 @@ def run_demo(
             )
         write_report(run)
         judged.append(_Judged(name, folder, run.model, metrics))
-    drawn = _draw(judged, splits["test"], out / "pictures", device)
+    drawn = _draw(judged, splits["test"], out / "images", device)
     report = _write_comparison(judged, drawn, out)
     return {
         "losses": {one.name: _figures(one.metrics) for one in judged},
-        "pictures": out / "pictures",
+        "images": out / "images",
         "report": report,
         "model": judged[0].model,
     }
@@ -139,10 +139,10 @@ def _figures(metrics: Metrics) -> dict[str, float]:
 def _draw(
     judged: list[_Judged], dataset: Dataset, folder: Path, device: str
 ) -> list[tuple[Image.Image, str]]:
-    """The labels of some held-out pictures and what each model found in them, side by side.
+    """The labels of some held-out images and what each model found in them, side by side.
 
     Returns:
-        the pictures with their captions, a row of the labels and each model after another.
+        the images with their captions, a row of the labels and each model after another.
     """
     import torch
 
@@ -163,12 +163,12 @@ def _draw(
             names=dataset.classes,
         )
         rows.append((truth, f"{image.path.name}: labels"))
-        for one, pictures in zip(judged, found, strict=True):
-            of_picture = pictures[place]
-            if isinstance(of_picture, Found):
+        for one, imgs in zip(judged, found, strict=True):
+            of_image = imgs[place]
+            if isinstance(of_image, Found):
                 # The score from which this model is at its best, as its own evaluation found it.
                 threshold = max(0.05, one.metrics.best_score)
-                drawn = of_picture.draw(score_threshold=threshold)
+                drawn = of_image.draw(score_threshold=threshold)
                 drawn.save(folder / f"{image.path.stem}_{one.folder.name}.png")
                 rows.append((drawn, f"{one.name}, scores over {threshold:.2f}"))
         truth.save(folder / f"{image.path.stem}_labels.png")
@@ -178,17 +178,17 @@ def _draw(
 def _write_comparison(
     judged: list[_Judged], drawn: list[tuple[Image.Image, str]], out: Path
 ) -> Path:
-    """``report.html``: the table, the pictures, and each evaluation in full."""
+    """``report.html``: the table, the images, and each evaluation in full."""
     from retinanet.report.html import Page, add_metrics
 
     page = Page(
         "Focal loss and cross entropy",
-        "The same network, pictures, order and number of steps; only the loss differs.",
+        "The same network, images, order and number of steps; only the loss differs.",
     )
     page.section("Result")
     page.text(
-        f"AP on {judged[0].metrics.images} pictures that neither training nor the choice of the "
-        "checkpoint has seen. In each picture about a thousand anchors see background for one that "
+        f"AP on {judged[0].metrics.images} images that neither training nor the choice of the "
+        "checkpoint has seen. In each image about a thousand anchors see background for one that "
         "sees an object: the imbalance that the focal loss is made for."
     )
     columns = ["AP", "AP50", "AP75", "APs", "APm"]
@@ -204,7 +204,7 @@ def _write_comparison(
         ],
     )
     page.section("Detections")
-    page.pictures(drawn, columns=1 + len(judged))
+    page.images(drawn, columns=1 + len(judged))
     for one in judged:
         page.section(one.name.capitalize())
         page.text(f"Its training: {one.folder.name}/report.html")

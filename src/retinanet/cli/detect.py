@@ -1,4 +1,4 @@
-"""``retinanet detect``: pictures, videos or collections in, boxes out."""
+"""``retinanet detect``: images, videos or collections in, boxes out."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from retinanet.cli.settings import (
 
 _SHOWN_FAILURES = 20
 
-_FORMATS = "json,pictures"
+_FORMATS = "json,images"
 
 # What each kind of search has no use for; the message says for what it is.
 _OTHERS = {
-    "pictures": {"--every": "videos", "--track": "videos", "--workers": "--engine ray"},
+    "images": {"--every": "videos", "--track": "videos", "--workers": "--engine ray"},
     "video": {
-        "--format": "pictures",
-        "--image-root": "pictures",
-        "--tile": "pictures",
-        "--overlap": "pictures",
+        "--format": "images",
+        "--image-root": "images",
+        "--tile": "images",
+        "--overlap": "images",
         "--workers": "--engine ray",
     },
     "ray": {
-        "--format": "pictures without --engine ray",
-        "--image-root": "pictures without --engine ray",
+        "--format": "images without --engine ray",
+        "--image-root": "images without --engine ray",
         "--draw-threshold": "what is drawn, without --engine ray",
-        "--calibrate": "pictures and videos without --engine ray",
+        "--calibrate": "images and videos without --engine ray",
         "--every": "videos",
         "--track": "videos",
     },
@@ -58,7 +58,7 @@ def detect(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Pictures, folders, globs; videos or a camera's number; with --engine ray also "
+            help="Images, folders, globs; videos or a camera's number; with --engine ray also "
             "list files, WebDataset shards and s3://, gs://, hf:// addresses.",
         ),
     ],
@@ -68,14 +68,14 @@ def detect(
         str | None,
         typer.Option(
             "--format",
-            help="Of json, pictures, coco, csv, yolo, labelstudio, cvat; commas between.",
-            show_default="json,pictures",
+            help="Of json, images, coco, csv, yolo, labelstudio, cvat; commas between.",
+            show_default="json,images",
         ),
     ] = None,
     image_root: Annotated[
         str | None,
         typer.Option(
-            help="Label Studio: what stands before a picture's name in its address.",
+            help="Label Studio: what stands before an image's name in its address.",
             show_default="/data/local-files/?d=",
         ),
     ] = None,
@@ -92,19 +92,19 @@ def detect(
             help="Shorter side in pixels; larger finds smaller.", show_default="the model's"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: Backend = "auto",
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="Pictures on which int8 is calibrated.", show_default="those to be searched"
+            help="Images on which int8 is calibrated.", show_default="those to be searched"
         ),
     ] = None,
     tile: Annotated[
         str | None,
-        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge pictures."),
+        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge images."),
     ] = None,
     overlap: Annotated[
         float | None,
@@ -126,9 +126,9 @@ def detect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Find objects in pictures, in videos, or in collections of any size.
+    """Find objects in images, in videos, or in collections of any size.
 
-    A picture that cannot be read stops nothing: it is named at the end, and the exit code is 1.
+    An image that cannot be read stops nothing: it is named at the end, and the exit code is 1.
     """
     from retinanet.config import check_choice
     from retinanet.inference import load
@@ -137,7 +137,7 @@ def detect(
     from retinanet.inference.sources import Source, is_video, iter_sources
 
     check_choice("--engine", engine, ("local", "ray"))
-    kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "pictures"
+    kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "images"
     _refuse_others(
         kind,
         {
@@ -207,7 +207,7 @@ def detect(
         raise failures[0].error
     calibration: Any = calibrate
     if precision == "int8" and calibrate is None:
-        calibration = [one.picture for one in readable]
+        calibration = [one.image for one in readable]
     detector = load(model, device, calibrate=calibration, **settings)
     objects: Counter[str] = Counter()
     drawn: Counter[str] = Counter()
@@ -243,7 +243,7 @@ def detect(
             {
                 "out": out,
                 "network": detector.network.description,
-                "pictures": searched,
+                "images": searched,
                 "objects": dict(objects.most_common()),
                 "drawn": dict(drawn.most_common()),
                 "failures": [failure.to_dict() for failure in failures],
@@ -259,12 +259,12 @@ def detect(
             )
         many = "" if searched == 1 else "s"
         say(
-            f"{objects.total()} boxes in {searched} picture{many}, {drawn.total()} of them with a "
+            f"{objects.total()} boxes in {searched} image{many}, {drawn.total()} of them with a "
             f"score of {drawn_score:g} and more, in {out}"
         )
     if failures:
         note(
-            f"{len(failures)} picture{'' if len(failures) == 1 else 's'} could not be read:",
+            f"{len(failures)} image{'' if len(failures) == 1 else 's'} could not be read:",
             style="red",
         )
         for failure in failures[:_SHOWN_FAILURES]:

@@ -29,7 +29,7 @@ def detect_collection(
     """Search a collection and say what was found.
 
     Raises:
-        typer.Exit: with code 1, if pictures could not be read.
+        typer.Exit: with code 1, if images could not be read.
     """
     from retinanet.batch.collection import search_collection
 
@@ -61,9 +61,9 @@ def detect_collection(
     else:
         if summary.objects:
             table("Found", ["class", "objects"], summary.objects.items())
-        many = "" if summary.pictures == 1 else "s"
+        many = "" if summary.images == 1 else "s"
         objects = sum(summary.objects.values())
-        say(f"{objects} objects in {summary.pictures} picture{many}, in {summary.out}")
+        say(f"{objects} objects in {summary.images} image{many}, in {summary.out}")
         if summary.done_before:
             note(f"{summary.done_before} of {summary.shards} shards were there already")
     if summary.errors:

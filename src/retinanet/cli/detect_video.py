@@ -40,7 +40,7 @@ def detect_videos(
         sources: clips, globs of clips, cameras' numbers.
 
     Raises:
-        ConfigError: pictures are among the sources.
+        ConfigError: images are among the sources.
         DataError: there is one clip, and it cannot be read.
         typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C.
     """
@@ -131,7 +131,7 @@ def _clips(sources: list[str]) -> list[str]:
     for clip in found:
         if not is_video(clip):
             raise ConfigError(
-                f"clips and pictures in one call ({clip} is no clip); search them in two calls"
+                f"clips and images in one call ({clip} is no clip); search them in two calls"
             )
     return list(found)
 
@@ -173,7 +173,7 @@ def _spare(clips: list[str], names: list[str | None], out: Path) -> None:
 
 
 def _samples(clips: list[str]) -> list[Any]:
-    """Pictures to calibrate on, of the first clip that can be read."""
+    """Images to calibrate on, of the first clip that can be read."""
     from retinanet.errors import DataError
     from retinanet.video.reading import VideoReader
 

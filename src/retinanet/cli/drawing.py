@@ -1,4 +1,4 @@
-"""Labelled pictures as ``data show`` draws them."""
+"""Labelled images as ``data show`` draws them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Drawn:
     """What was drawn.
 
     Attributes:
-        pictures, objects: how many.
+        images, objects: how many.
         anchors: that answer for an object; `unmatched`: objects without any.
-        failures: why pictures could not be drawn.
+        failures: why images could not be drawn.
     """
 
-    pictures: int
+    images: int
     objects: int
     anchors: int
     unmatched: int
@@ -56,7 +56,7 @@ def draw_labels(
     recipe: Recipe,
     progress: Callable[[int, int], None],
 ) -> Drawn:
-    """Draw `count` pictures (0: all), with `spec` at the network's size and with its anchors."""
+    """Draw `count` images (0: all), with `spec` at the network's size and with its anchors."""
     images = list(dataset.images)
     if 0 < count < len(images):
         places = sorted(random.Random(seed).sample(range(len(images)), count))
@@ -65,7 +65,7 @@ def draw_labels(
     drawn = Drawn(0, 0, 0, 0, [])
     for done, image in enumerate(images, start=1):
         try:
-            picture = (
+            img = (
                 _draw(image, dataset.classes)
                 if spec is None
                 else _draw_matched(image, dataset.classes, spec, recipe, drawn)
@@ -73,8 +73,8 @@ def draw_labels(
         except DataError as error:
             drawn.failures.append(str(error))
         else:
-            picture.save(folder / f"{done:04d}_{image.path.stem}.png")
-            drawn.pictures += 1
+            img.save(folder / f"{done:04d}_{image.path.stem}.png")
+            drawn.images += 1
             drawn.objects += len(image.annotations)
         progress(done, len(images))
     return drawn
@@ -117,7 +117,7 @@ def _draw_matched(
     drawn.unmatched += int(missing.sum())
 
     below = draw_boxes(pixels, anchors[matched], colours=(_WHITE,), width=1)
-    factor = below.width // pixels.shape[-1]  # small pictures are enlarged by a whole factor
+    factor = below.width // pixels.shape[-1]  # small images are enlarged by a whole factor
     count = len(classes)
     names = [*classes, *(f"{name}: no anchor" for name in classes)]
     colours = [PALETTE[i % len(PALETTE)] for i in range(count)] + [_RED] * count

@@ -58,29 +58,29 @@ def evaluate(
     max_detections: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Boxes of a class in a picture that count.", show_default="COCO's 100"
+            min=1, help="Boxes of a class in an image that count.", show_default="COCO's 100"
         ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: Backend = "auto",
     calibrate: Annotated[
-        str | None, typer.Option(help="Pictures on which int8 is calibrated; not those judged.")
+        str | None, typer.Option(help="Images on which int8 is calibrated; not those judged.")
     ] = None,
     tile: Annotated[
         str | None,
-        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge pictures."),
+        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge images."),
     ] = None,
     overlap: Annotated[
         float, typer.Option(help="Share of a tile that its neighbour has too.")
     ] = 0.2,
     json: Annotated[bool, typer.Option("--json", help="Print metrics.json's content.")] = False,
 ) -> None:
-    """Judge a model, or anybody's COCO results file, on labelled pictures."""
+    """Judge a model, or anybody's COCO results file, on labelled images."""
     from retinanet.evaluation.run import evaluate as judge
 
     folder = out or _default_folder(Path(model), split or "val")
@@ -116,10 +116,10 @@ def evaluate(
 def show_metrics(metrics: Metrics) -> None:
     """The twelve numbers, the classes, and the kinds of error."""
     table(
-        f"{metrics.images} pictures, {metrics.objects} objects",
+        f"{metrics.images} images, {metrics.objects} objects",
         ["", "what", "value"],
         [
-            (name, _MEANING.get(name, f"recall with {name[2:]} boxes a class and picture"), value)
+            (name, _MEANING.get(name, f"recall with {name[2:]} boxes a class and image"), value)
             for name, value in metrics.summary().items()
         ],
         left=2,

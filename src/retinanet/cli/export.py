@@ -30,7 +30,7 @@ def export(
     ] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option(help="A data set (its training pictures) or pictures to calibrate int8 on."),
+        typer.Option(help="A data set (its training images) or images to calibrate int8 on."),
     ] = None,
     fp16: Annotated[
         bool, typer.Option("--fp16", help="OpenVINO: weights in float16, half the size.")
@@ -46,14 +46,14 @@ def export(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Labelled pictures to compare on, and to judge both by AP.",
-            show_default="pictures of the run's own data, without AP",
+            help="Labelled images to compare on, and to judge both by AP.",
+            show_default="images of the run's own data, without AP",
         ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Of --data.", show_default="val, or what a file holds")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures to compare on.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 20,
     tolerance: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,7 +96,7 @@ def export(
         aot=aot,
         data=data,
         split=split,
-        pictures=images,
+        images=images,
         tolerance=tolerance or (),
         image_size=image_size,
         progress=note,
@@ -120,7 +120,7 @@ def export(
 
 def _show(report: ExportReport) -> None:
     rows: list[tuple[str, Any]] = [
-        ("pictures", lambda one: one.pictures),
+        ("images", lambda one: one.images),
         ("boxes of the network", lambda one: one.boxes),
         ("boxes of the file", lambda one: one.found),
         ("matched", lambda one: one.matched),
@@ -134,8 +134,8 @@ def _show(report: ExportReport) -> None:
     ]
     sides: list[Agreement] = [report.network_size, report.whole]
     table(
-        f"The file beside the network, on {report.pictures}",
-        ["", "at the network's size", "whole pictures"],
+        f"The file beside the network, on {report.images}",
+        ["", "at the network's size", "whole images"],
         [(name, *(value(one) for one in sides)) for name, value in rows],
     )
     if report.ap is not None and report.ap_file is not None:

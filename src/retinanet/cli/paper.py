@@ -160,13 +160,13 @@ def run(
 ) -> None:
     """Run one of the paper's tables or figures, or all.
 
-    Every row gets the same pictures, steps, order and start. A call that was stopped goes on where
+    Every row gets the same images, steps, order and start. A call that was stopped goes on where
     it was when it is given again; calls on several machines may share one --out.
     """
     from retinanet.inference.inference import choose_device
     from retinanet.paper.outputs import Trained, finish, read_foreign
     from retinanet.paper.pace import steps_within
-    from retinanet.paper.plan import Terms, check_networks, check_pictures, plan, read_data
+    from retinanet.paper.plan import Terms, check_images, check_networks, plan, read_data
     from retinanet.paper.run import find_workplace, run_plan
 
     experiments = _experiments(name)
@@ -197,8 +197,8 @@ def run(
         splits = read_data(terms)
         foreign = read_foreign(given, splits)  # now, and not after hours of training
         choose_device(device)
-        with progress("opening pictures") as show:
-            check_pictures(splits, ["val"] if full else ["train", "val"], show)
+        with progress("opening images") as show:
+            check_images(splits, ["val"] if full else ["train", "val"], show)
         place = find_workplace(data, folder, jobs=jobs, device=device, full=full)
         if not full and steps is None:
             seconds = _seconds(budget or "20min")
@@ -348,7 +348,7 @@ def _agree(planned: Plan, place: Workplace, yes: bool) -> None:
     hours = seconds_of(lengths, paces, place.jobs) / 3600
     batch = left[0].recipe.train.batch_size
     note(
-        f"{len(left)} trainings, {sum(lengths):,} steps of {batch} pictures. In the paper each "
+        f"{len(left)} trainings, {sum(lengths):,} steps of {batch} images. In the paper each "
         f"took 10 to 35 h on 8 GPUs; here {min(one.step for one in paces):.2g} to "
         f"{max(one.step for one in paces):.2g} s a step were measured: about {hours:,.0f} h in all "
         f"({hours / 24:,.1f} days)"

@@ -17,7 +17,7 @@ def push(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="What the run was trained on: its counts and example pictures go into the card.",
+            help="What the run was trained on: its counts and example images go into the card.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -41,15 +41,13 @@ def push(
             show_default="huggingface_hub's own",
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="For the example pictures: auto, cpu, cuda.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="For the example images: auto, cpu, cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Put a trained model on the Hugging Face hub; others then load it as hf://OWNER/NAME.
 
     The weights, the settings, the metrics and a model card go in one commit. Paths of this machine
-    do not; pictures do only with --data. Look at it first with --dry-run.
+    do not; images do only with --data. Look at it first with --dry-run.
     """
     from retinanet.hub.push import prepare
     from retinanet.hub.push import push as push_run

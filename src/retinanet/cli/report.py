@@ -29,7 +29,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")]
 Backend = Annotated[str, typer.Option(help="auto, torch, compile or openvino.")]
 Calibrate = Annotated[
-    str | None, typer.Option(help="Pictures on which int8 is calibrated; not those judged.")
+    str | None, typer.Option(help="Images on which int8 is calibrated; not those judged.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the written JSON file's content.")]
 
@@ -111,10 +111,10 @@ def speed_accuracy(
     rounds: Annotated[
         int, typer.Option(min=1, help="How often each is timed; they take turns.")
     ] = 7,
-    pictures: Annotated[int, typer.Option(min=1, help="How many are timed.")] = 8,
+    images: Annotated[int, typer.Option(min=1, help="How many are timed.")] = 8,
     out: Out = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Pictures at once, for AP; single ones are timed.")
+        int, typer.Option(min=1, help="Images at once, for AP; single ones are timed.")
     ] = 4,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -124,7 +124,7 @@ def speed_accuracy(
 ) -> None:
     """AP against time over scales on this machine: the paper's Figure 2.
 
-    The time is that of network and post-processing for one picture that is decoded and resized.
+    The time is that of network and post-processing for one image that is decoded and resized.
     """
     from retinanet.bench.machine import describe_machine
     from retinanet.evaluation.speed_accuracy import speed_accuracy as measure
@@ -140,7 +140,7 @@ def speed_accuracy(
             split=split,
             scales=scale,
             rounds=rounds,
-            pictures=pictures,
+            images=images,
             batch_size=batch_size,
             device=device,
             precision=precision,
@@ -154,7 +154,7 @@ def speed_accuracy(
     written = [_write_json(stem, answer)]
     marks = speed_marks(result)
     if marks:
-        where = f"{Path(result.source).name} ({result.split}), {result.images} pictures"
+        where = f"{Path(result.source).name} ({result.split}), {result.images} images"
         written = [*plot_speed_accuracy(marks, stem, where=where, machine=machine.name), *written]
     if json:
         print_json(answer)
@@ -174,7 +174,7 @@ def _show_distribution(result: LossDistribution) -> None:
         parts = list(curves[0].hardest)
         share = "" if taken == every else f" of {every:,}"
         table(
-            f"{kind}: {taken:,} anchors{share} in {result.images} pictures; "
+            f"{kind}: {taken:,} anchors{share} in {result.images} images; "
             "share of the loss held by the hardest",
             ["gamma", *(f"{part:.0%}" for part in parts), "mean loss"],
             [
@@ -190,7 +190,7 @@ def _show_distribution(result: LossDistribution) -> None:
 
 def _show_speed(result: SpeedAccuracy) -> None:
     table(
-        f"{result.images} pictures; {result.timed} timed one by one, {result.rounds} rounds",
+        f"{result.images} images; {result.timed} timed one by one, {result.rounds} rounds",
         ["model", "scale", "AP", "AP50", "APs", "APm", "APl", "ms (quartiles)"],
         [
             (

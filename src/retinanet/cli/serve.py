@@ -45,7 +45,7 @@ def serve(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Pictures of one size that the network takes at once.",
+            help="Images of one size that the network takes at once.",
             show_default="1 on a CPU, else 8",
         ),
     ] = None,
@@ -54,17 +54,15 @@ def serve(
     ] = None,
     queue: Annotated[
         int | None,
-        typer.Option(help="Pictures in work and waiting; over it: 503.", show_default="128"),
+        typer.Option(help="Images in work and waiting; over it: 503.", show_default="128"),
     ] = None,
     max_bytes: Annotated[
         int | None, typer.Option(help="Of a request.", show_default="33,554,432")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Of a picture.", show_default="50,000,000")
+        int | None, typer.Option(help="Of an image.", show_default="50,000,000")
     ] = None,
-    max_pictures: Annotated[
-        int | None, typer.Option(help="Of a request.", show_default="32")
-    ] = None,
+    max_images: Annotated[int | None, typer.Option(help="Of a request.", show_default="32")] = None,
     timeout: Annotated[
         float | None,
         typer.Option(help="Seconds for a request, upload included.", show_default="60"),
@@ -88,7 +86,7 @@ def serve(
     precision: Precision = "auto",
     backend: Backend = "auto",
     calibrate: Annotated[
-        str | None, typer.Option(help="Pictures on which int8 is calibrated.")
+        str | None, typer.Option(help="Images on which int8 is calibrated.")
     ] = None,
 ) -> None:
     """Serve models to browsers (a page) and programs (REST), until Ctrl-C.
@@ -106,7 +104,7 @@ def serve(
         "queue": queue,
         "max_bytes": max_bytes,
         "max_pixels": max_pixels,
-        "max_pictures": max_pictures,
+        "max_images": max_images,
         "timeout": timeout,
         "api_key": os.environ.get(_KEY) if api_key is None else api_key,
     }

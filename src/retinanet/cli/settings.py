@@ -33,7 +33,7 @@ ClassAgnostic = Annotated[
     bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
 ]
 DetectionsPerImage = Annotated[
-    int | None, typer.Option(help="Boxes a picture.", show_default="the model's, 100")
+    int | None, typer.Option(help="Boxes an image.", show_default="the model's, 100")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")]

@@ -49,7 +49,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Exactly this many steps.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures a step; the learning rate follows.")
+        int | None, typer.Option(min=1, help="Images a step; the learning rate follows.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=32, help="Shorter side in pixels.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -62,7 +62,7 @@ def train(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a detector on your pictures.
+    """Train a detector on your images.
 
     A run that was stopped goes on where it was when the same command is given again.
     """
@@ -94,8 +94,8 @@ def train(
         print_json({"folder": run.folder, "model": run.model, "metrics": run.metrics})
         return
     if run.metrics:
-        say(f"result   {describe_figures(run.metrics)}, on the pictures held back as val")
+        say(f"result   {describe_figures(run.metrics)}, on the images held back as val")
     say(f"model    {run.model}")
     if report is not None:
         say(f"report   {report}")
-    say(f"next     retinanet detect {shlex.quote(str(run.folder))} PICTURES --out found")
+    say(f"next     retinanet detect {shlex.quote(str(run.folder))} IMAGES --out found")

@@ -95,7 +95,7 @@ class _Display:
                 self._step(data)
             case "validating":
                 self._bar.update(self._task, description="validating", left="")
-                self._figures.plain = f"picture {data['done']} of {data['total']}"
+                self._figures.plain = f"image {data['done']} of {data['total']}"
             case "validation":
                 note(f"step {data['step']}: {describe_figures(data)}")
             case "message":
@@ -122,8 +122,8 @@ def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """What is about to be trained, in a line."""
     begins = "training" if kind == "start" else f"going on from step {data['step']}:"
     return (
-        f"{begins} on {data['images']} pictures, {data['classes']} classes: {data['steps']} steps "
-        f"of {data['batch_size']} pictures, learning rate {data['lr']:.2g}, "
+        f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
+        f"of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
         f"{data['device']}, {data['precision']}; split: {data['split_origin']}"
     )
 

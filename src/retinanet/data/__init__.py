@@ -1,4 +1,4 @@
-"""Labelled pictures: reading, checking, converting, and on to batches."""
+"""Labelled images: reading, checking, converting, and on to batches."""
 
 from retinanet.data.check import CheckReport, check_datasets, usable
 from retinanet.data.convert import Written, convert

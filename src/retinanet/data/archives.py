@@ -1,4 +1,4 @@
-"""Pictures inside tar archives, read in place: ``train-000000.tar/KEY.jpg`` is an address as any.
+"""Images inside tar archives, read in place: ``train-000000.tar/KEY.jpg`` is an address as any.
 
 A member lies in a tar as it is, so its place and size are all that reading it takes. They come from
 an index beside the archive (``train-000000.index.json``), else from going through its headers once.
@@ -39,7 +39,7 @@ _AT_ONCE = 256  # ranges asked of a remote store
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive; a path to whoever reads pictures.
+    """A file inside an archive; a path to whoever reads images.
 
     Attributes:
         archive: the archive's address.
@@ -127,13 +127,13 @@ def find_member(path: str | os.PathLike[str]) -> Member | None:
     return member
 
 
-def is_picture_file(path: Path) -> bool:
+def is_image_file(path: Path) -> bool:
     """As :meth:`pathlib.Path.is_file`, also inside an archive."""
     inside = _split(path)
     return path.is_file() if inside is None else inside[1] in contents_of(inside[0]).members
 
 
-def read_picture_file(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """The bytes of a file, also inside an archive.
 
     Raises:
@@ -375,7 +375,7 @@ def contents_of(archive: str) -> Contents:
     return _contents(archive, index, (stat.st_size, stat.st_mtime_ns, of_index))
 
 
-@lru_cache(maxsize=256)  # pictures are asked for an archive after another
+@lru_cache(maxsize=256)  # images are asked for an archive after another
 def _contents(archive: str, index: str, stamp: tuple[int, ...] | None) -> Contents:
     try:
         content = read_file(index)

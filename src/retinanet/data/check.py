@@ -24,40 +24,40 @@ from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 
 KINDS: dict[str, str] = {
-    "image-missing": "the picture is not there",
-    "image-unreadable": "the file is no picture, or damaged",
-    "image-truncated": "the file ends before its picture does",
+    "image-missing": "the image is not there",
+    "image-unreadable": "the file is no image, or damaged",
+    "image-truncated": "the file ends before its image does",
     "image-extension": "the file is of another format than its name says",
-    "image-in-two-splits": "the same picture is in two splits",
-    "image-id-duplicate": "two pictures have one id",
-    "image-changed": "a picture in a shard is not what the shard's index says",
+    "image-in-two-splits": "the same image is in two splits",
+    "image-id-duplicate": "two images have one id",
+    "image-changed": "an image in a shard is not what the shard's index says",
     "index-missing": "a shard has no index, where the others have one",
     "key-duplicate": "two files of a shard would be one sample",
-    "size-wrong": "the labels give the picture another size than it has",
-    "label-missing": "a picture has no label file where its format wants one",
+    "size-wrong": "the labels give the image another size than it has",
+    "label-missing": "an image has no label file where its format wants one",
     "label-unreadable": "a label file, or a row of it, cannot be read",
-    "annotation-orphan": "an object belongs to no picture",
+    "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
     "class-unknown": "an object's class is not in the list of classes",
     "box-not-a-number": "a box is not four finite numbers",
     "box-inverted": "left and right, or top and bottom, are exchanged",
     "box-empty": "a box has no width or no height",
-    "box-outside": "a box lies outside its picture, wholly or in part",
+    "box-outside": "a box lies outside its image, wholly or in part",
     "box-duplicate": "an object is there twice",
     "box-rotated": "a box is turned, and boxes here are upright",
     "shape-not-box": "an object is drawn as another shape than a box",
 }
 """Every kind of problem that can be reported, in words."""
 
-_CHUNK = 512  # pictures at a time: what waits for a thread stays small, however many there are
+_CHUNK = 512  # images at a time: what waits for a thread stays small, however many there are
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """What a picture's file turned out to be.
+class ImageInfo:
+    """What an image's file turned out to be.
 
     Attributes:
-        height, width: of the upright picture; None: it cannot be read.
+        height, width: of the upright image; None: it cannot be read.
         orientation: EXIF's, 1..8.
         suffix: the extension that its content should have; empty: its own is right.
         file_digest, pixel_digest: of its bytes and of its pixels; empty: it cannot be read.
@@ -78,14 +78,14 @@ class CheckReport:
     """What :func:`check_datasets` found.
 
     Attributes:
-        problems: in the order of splits and pictures.
+        problems: in the order of splits and images.
         statistics: by split.
-        pictures: what each file turned out to be.
+        image_info: what each file turned out to be.
     """
 
     problems: tuple[Problem, ...]
     statistics: Mapping[str, Statistics]
-    pictures: Mapping[Path, Picture]
+    image_info: Mapping[Path, ImageInfo]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,41 +104,43 @@ class CheckReport:
 def check_datasets(
     splits: Mapping[str, Dataset], *, progress: Callable[[int, int], None] | None = None
 ) -> CheckReport:
-    """Open every picture and look at every object.
+    """Open every image and look at every object.
 
-    Pictures are decoded in as many threads as there are processors, and forgotten at once: a few
+    Images are decoded in as many threads as there are processors, and forgotten at once: a few
     hundred bytes of each stay in memory.
 
     Args:
         splits: as :func:`retinanet.data.formats.read_splits` gives them; overlapping ones (VOC's
-            trainval) would be reported as sharing pictures.
-        progress: is called with pictures done and in all.
+            trainval) would be reported as sharing images.
+        progress: is called with images done and in all.
     """
     paths = list(dict.fromkeys(i.path for dataset in splits.values() for i in dataset.images))
-    pictures: dict[Path, Picture] = {}
-    for picture in _open_all(paths):
-        pictures[paths[len(pictures)]] = picture
+    image_info: dict[Path, ImageInfo] = {}
+    for info in _open_all(paths):
+        image_info[paths[len(image_info)]] = info
         if progress:
-            progress(len(pictures), len(paths))
+            progress(len(image_info), len(paths))
     problems: list[Problem] = []
     for dataset in splits.values():
         problems += dataset.problems
         for image in dataset.images:
-            problems += _image_problems(dataset, image, pictures[image.path])
-    problems += [problem for _, _, problem in in_two_splits(splits, pictures)]
-    sizes = {p: (one.height, one.width) for p, one in pictures.items() if one.height and one.width}
+            problems += _image_problems(dataset, image, image_info[image.path])
+    problems += [problem for _, _, problem in in_two_splits(splits, image_info)]
+    sizes = {
+        p: (one.height, one.width) for p, one in image_info.items() if one.height and one.width
+    }
     return CheckReport(
         tuple(dict.fromkeys(problems)),
         {name: count_objects(dataset, sizes) for name, dataset in splits.items()},
-        pictures,
+        image_info,
     )
 
 
 def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
-    """The part of a data set that can be trained and evaluated on. No picture is opened.
+    """The part of a data set that can be trained and evaluated on. No image is opened.
 
-    Left out are pictures whose file is not there, and objects without a size: empty, inverted, not
-    a number, or wholly outside the picture (by the labels' size). Boxes partly outside stay as they
+    Left out are images whose file is not there, and objects without a size: empty, inverted, not
+    a number, or wholly outside the image (by the labels' size). Boxes partly outside stay as they
     are.
 
     Returns:
@@ -148,7 +150,7 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     left_out: list[Problem] = []
     images: list[LabelledImage] = []
     for image in dataset.images:
-        if not archives.is_picture_file(image.path):
+        if not archives.is_image_file(image.path):
             left_out.append(_missing(image))
             continue
         kept: list[Annotation] = []
@@ -163,61 +165,61 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     return replace(dataset, images=tuple(images)), left_out
 
 
-# ---- pictures
+# ---- images
 
 
-def _open_all(paths: Sequence[Path]) -> Iterator[Picture]:
-    """Each file's :class:`Picture`, in order."""
+def _open_all(paths: Sequence[Path]) -> Iterator[ImageInfo]:
+    """Each file's :class:`ImageInfo`, in order."""
     waiting = iter(paths)
     with ThreadPoolExecutor(usable_cpus()) as pool, warnings.catch_warnings():
-        # Pillow warns of huge pictures and odd EXIF; what hinders reading is raised.
+        # Pillow warns of huge images and odd EXIF; what hinders reading is raised.
         warnings.simplefilter("ignore")
         while chunk := list(islice(waiting, _CHUNK)):
             yield from pool.map(_open, chunk)
 
 
-def _open(path: Path) -> Picture:
+def _open(path: Path) -> ImageInfo:
     try:
-        content = archives.read_picture_file(path)
+        content = archives.read_image_file(path)
         held = archives.find_member(path)
     except FileNotFoundError:
-        return Picture(failure=("image-missing", "no such picture"))
+        return ImageInfo(failure=("image-missing", "no such image"))
     except OSError as error:
-        return Picture(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
+        return ImageInfo(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
     except DataError as error:
-        return Picture(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
+        return ImageInfo(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
     if held is not None and held.digest and held.digest != archives.digest_of(content):
         reason = "its bytes are not those that the index was made of; copy the shard again"
-        return Picture(failure=("image-changed", reason))
+        return ImageInfo(failure=("image-changed", reason))
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
         return _decode(path, content, digest)
     except UnidentifiedImageError:
-        reason = f"is no picture; it begins with {content[:16]!r}" if content else "is empty"
-        return Picture(failure=("image-unreadable", reason), file_digest=digest)
+        reason = f"is no image; it begins with {content[:16]!r}" if content else "is empty"
+        return ImageInfo(failure=("image-unreadable", reason), file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
         cut = any(word in words.lower() for word in ("truncated", "unexpected end", "eof"))
         kind = "image-truncated" if cut else "image-unreadable"
-        return Picture(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
+        return ImageInfo(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
 
 
-def _decode(path: Path, content: bytes, digest: bytes) -> Picture:
-    with Image.open(BytesIO(content)) as picture:
-        form = picture.format or ""
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        picture.load()
-        upright = ImageOps.exif_transpose(picture)
+def _decode(path: Path, content: bytes, digest: bytes) -> ImageInfo:
+    with Image.open(BytesIO(content)) as image:
+        form = image.format or ""
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
         # Indices into palettes say nothing; colours do.
         pixels = upright.convert("RGBA") if upright.mode == "P" else upright
         total = hashlib.blake2b(f"{pixels.mode} {pixels.size}".encode(), digest_size=16)
         total.update(pixels.tobytes())
         width, height = upright.size
     named = Image.registered_extensions().get(path.suffix.lower(), "")
-    same = {"MPO": "JPEG"}  # a JPEG with more pictures after the first
+    same = {"MPO": "JPEG"}  # a JPEG with more images after the first
     lies = named != "" and same.get(named, named) != same.get(form, form)
-    return Picture(
+    return ImageInfo(
         height=height,
         width=width,
         orientation=orientation if orientation in range(1, 9) else 1,
@@ -231,22 +233,22 @@ _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 
 
 def in_two_splits(
-    splits: Mapping[str, Dataset], pictures: Mapping[Path, Picture]
+    splits: Mapping[str, Dataset], image_info: Mapping[Path, ImageInfo]
 ) -> Iterator[tuple[str, int, Problem]]:
-    """Split and place of each picture that another split keeps, with the problem to report."""
+    """Split and place of each image that another split keeps, with the problem to report."""
     keeping = ["test", *(name for name in splits if name not in ("train", "val", "test"))]
     keeping += ["val", "train"]
     first: dict[bytes, tuple[str, Path]] = {}
     for name in keeping:
         for place, image in enumerate(splits[name].images if name in splits else ()):
-            picture = pictures[image.path]
-            key = picture.pixel_digest or picture.file_digest or str(image.path).encode()
+            info = image_info[image.path]
+            key = info.pixel_digest or info.file_digest or str(image.path).encode()
             split, path = first.setdefault(key, (name, image.path))
             if split == name:
                 continue
             how = "the same file"
             if path != image.path:
-                same_bytes = pictures[path].file_digest == picture.file_digest
+                same_bytes = image_info[path].file_digest == info.file_digest
                 how = f"the same {'content' if same_bytes else 'pixels'} as {path}"
             reason = f"in split {name} and in split {split}: {how}"
             yield (
@@ -259,21 +261,21 @@ def in_two_splits(
 # ---- objects
 
 
-def _image_problems(dataset: Dataset, image: LabelledImage, picture: Picture) -> Iterator[Problem]:
-    if picture.failure:
-        kind, reason = picture.failure
+def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> Iterator[Problem]:
+    if info.failure:
+        kind, reason = info.failure
         if kind == "image-missing":
             yield _missing(image)
         else:
-            yield Problem(kind, image.path, None, reason, "the picture is dropped")
-    if picture.suffix:
-        reason = f"is named {image.path.suffix}, but its content is {picture.suffix[1:]}"
-        yield Problem("image-extension", image.path, None, reason, f"named {picture.suffix}")
-    height, width = picture.height, picture.width
+            yield Problem(kind, image.path, None, reason, "the image is dropped")
+    if info.suffix:
+        reason = f"is named {image.path.suffix}, but its content is {info.suffix[1:]}"
+        yield Problem("image-extension", image.path, None, reason, f"named {info.suffix}")
+    height, width = info.height, info.width
     if height is None or width is None:
         height, width = image.height, image.width
     elif (image.height or height, image.width or width) != (height, width):
-        yield _size_problem(image, picture)
+        yield _size_problem(image, info)
     seen: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         fault = box_fault(annotation.box, width, height)
@@ -294,26 +296,26 @@ def same_key(annotation: Annotation) -> tuple[object, ...]:
     return (annotation.label, annotation.crowd, *(round(side, 2) for side in box))
 
 
-def _size_problem(image: LabelledImage, picture: Picture) -> Problem:
+def _size_problem(image: LabelledImage, info: ImageInfo) -> Problem:
     told = f"{image.path.name}: the labels say {image.width} x {image.height} (width x height)"
-    reason, fix = f"{told}, the picture is {picture.width} x {picture.height}", "size put right"
-    if labelled_as_stored(image, picture):
-        reason += f" after its EXIF orientation {picture.orientation}: it was labelled lying"
+    reason, fix = f"{told}, the image is {info.width} x {info.height}", "size put right"
+    if labelled_as_stored(image, info):
+        reason += f" after its EXIF orientation {info.orientation}: it was labelled lying"
         fix = "size and boxes turned upright"
     return Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
 
 
-def labelled_as_stored(image: LabelledImage, picture: Picture) -> bool:
-    return picture.orientation >= 5 and (image.width, image.height) == (
-        picture.height,
-        picture.width,
+def labelled_as_stored(image: LabelledImage, info: ImageInfo) -> bool:
+    return info.orientation >= 5 and (image.width, image.height) == (
+        info.height,
+        info.width,
     )
 
 
 def _missing(image: LabelledImage) -> Problem:
     count = len(image.annotations)
-    reason = f"no such picture; {_label_file(image)} gives it {count} object{'s' * (count != 1)}"
-    return Problem("image-missing", image.path, None, reason, "the picture is dropped")
+    reason = f"no such image; {_label_file(image)} gives it {count} object{'s' * (count != 1)}"
+    return Problem("image-missing", image.path, None, reason, "the image is dropped")
 
 
 def _label_file(image: LabelledImage) -> Path:
@@ -328,7 +330,7 @@ def _box_problem(
     dataset: Dataset, image: LabelledImage, annotation: Annotation, fault: tuple[str, str, str]
 ) -> Problem:
     kind, what, fix = fault
-    # A file that labels many pictures does not say which one this is of.
+    # A file that labels many images does not say which one this is of.
     many = dataset.format not in ("voc", "yolo")
     of = f" of image {image.id} ({image.path.name})" if many else ""
     box = ", ".join(f"{side:.6g}" for side in annotation.box)

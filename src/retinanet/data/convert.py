@@ -24,7 +24,7 @@ class Written:
     Attributes:
         folder: where it lies.
         format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
-        images: pictures by split.
+        images: images by split.
         objects: objects by split, without those counted in `lost`.
         origins: how each split came about.
         lost: what did not come along, in words, with its count.
@@ -46,13 +46,13 @@ def convert(
     format: str | None = None,
     seed: int = 0,
     held_out: float = 0.2,
-    pictures: Placing = "copy",
+    images: Placing = "copy",
     shard_size: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write a data set in another format, splits and all; the source is never touched.
 
-    What both formats can hold comes through there and back: boxes, classes, splits, pictures
+    What both formats can hold comes through there and back: boxes, classes, splits, images
     without objects, and, but for YOLO, ids, crowds, difficult objects, areas and other values.
     Faults of the labels come along where the format can state them; see
     :func:`retinanet.data.fix.write_fixed` to mend them.
@@ -64,10 +64,10 @@ def convert(
         format: of the source; None finds it.
         seed, held_out: for splits where the source has none; see
             :func:`retinanet.data.formats.read_dataset`.
-        pictures: ``copy``, ``hardlink`` or ``symlink``.
+        images: ``copy``, ``hardlink`` or ``symlink``.
         shard_size: samples (``1000``) or bytes (``256MB``, the default) of a WebDataset shard at
             the most.
-        progress: is called with pictures done and in all.
+        progress: is called with images done and in all.
 
     Raises:
         DataError: an unknown format, a source that cannot be read, or a target that is not empty or
@@ -90,7 +90,7 @@ def convert(
         splits,
         target,
         to,
-        pictures=pictures,
+        images=images,
         shard_size=shard_size or SHARD_SIZE,
         progress=progress,
         lost=lost,
@@ -102,20 +102,20 @@ def write(
     target: str | Path,
     to: str,
     *,
-    pictures: Placing = "copy",
+    images: Placing = "copy",
     shard_size: str = SHARD_SIZE,
     suffixes: Mapping[Path, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     lost: Counter[str] | None = None,
 ) -> Written:
-    """Write splits whose pictures are all there into a new folder; arguments as :func:`convert`.
+    """Write splits whose images are all there into a new folder; arguments as :func:`convert`.
 
     Args:
-        suffixes: other extensions for some pictures.
+        suffixes: other extensions for some images.
         lost: what is already known not to come along.
     """
     if not splits or not any(len(dataset) for dataset in splits.values()):
-        raise DataError(f"{target}: there is no picture to write")
+        raise DataError(f"{target}: there is no image to write")
     for name, dataset in splits.items():
         # Files and folders are called by it, and it may come out of another's file.
         if name in (".", "..") or set(name) & set("/\\\0") or not can_be_a_file(name):
@@ -127,7 +127,7 @@ def write(
     assert write_format is not None, f"{to} cannot be written"  # callers look at WRITABLE
     with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
         writing = Writing(
-            splits, draft, pictures, suffixes or {}, progress, lost or Counter(), shard_size
+            splits, draft, images, suffixes or {}, progress, lost or Counter(), shard_size
         )
         write_format(writing)
     return Written(
@@ -141,18 +141,18 @@ def write(
 
 
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
-    """What can be written at all: pictures that are there, boxes of four numbers."""
+    """What can be written at all: images that are there, boxes of four numbers."""
     images: list[LabelledImage] = []
     for problem in dataset.problems:
         lost[f"unreadable labels ({problem.kind})"] += 1
     for image in dataset.images:
-        if not archives.is_picture_file(image.path):
-            lost["pictures that are not there"] += 1
+        if not archives.is_image_file(image.path):
+            lost["images that are not there"] += 1
             continue
         try:
             height, width = size_of(image)
         except ImageError:
-            lost["pictures that cannot be read"] += 1
+            lost["images that cannot be read"] += 1
             continue
         kept = tuple(a for a in image.annotations if all(map(math.isfinite, a.box)))
         lost["boxes that are not numbers"] += len(image.annotations) - len(kept)

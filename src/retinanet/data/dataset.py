@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One object of a picture, as its label file states it: faults included.
+    """One object of an image, as its label file states it: faults included.
 
     Attributes:
-        box: (x1, y1, x2, y2) pixels of the picture; may be empty, inverted, outside or not a number
+        box: (x1, y1, x2, y2) pixels of the image; may be empty, inverted, outside or not a number
             until the data is checked.
         label: class 0..K-1, the place in :attr:`Dataset.classes`.
         id: the source's own id, or the object's place (from 0) in its file.
@@ -39,15 +39,15 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One picture and its objects.
+    """One image and its objects.
 
     Attributes:
-        path: the picture's file; inside a tar ``shard.tar/KEY.jpg``, which
+        path: the image's file; inside a tar ``shard.tar/KEY.jpg``, which
             :mod:`retinanet.data.archives` reads.
         id: the source's own id (COCO's image id, else the file's stem).
-        annotations: its objects; none makes it a picture of pure background.
+        annotations: its objects; none makes it an image of pure background.
         width, height: pixels as the labels state them; None where the format does not say.
-        label_file: the file that holds the labels (None: there is none, the picture is background).
+        label_file: the file that holds the labels (None: there is none, the image is background).
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Problem:
 
     Attributes:
         kind: a short constant name, such as ``box-empty`` or ``image-missing``.
-        file: the label file or the picture where it is.
+        file: the label file or the image where it is.
         object: the object's id or place in that file; None: the whole file.
         reason: one line: what is wrong, with the values found.
         fix: what ``data check --fix`` does about it; empty: a person must decide.
@@ -83,7 +83,7 @@ class Dataset:
     """One split of a labelled data set.
 
     Attributes:
-        images: the pictures, in the source's order.
+        images: the images, in the source's order.
         classes: names by label.
         category_ids: the source's own ids by label (COCO's 1..90; 0..K-1 or 1..K elsewhere).
         split: the split's name, such as ``train``.

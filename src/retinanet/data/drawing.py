@@ -1,4 +1,4 @@
-"""Boxes drawn on pictures, and pictures side by side."""
+"""Boxes drawn on images, and images side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from retinanet.data.images import read_image
 from retinanet.structures import BACKGROUND, IGNORED
 
 Colour = tuple[int, int, int]
-Picture = Tensor | Image.Image | npt.NDArray[Any]
+ImageLike = Tensor | Image.Image | npt.NDArray[Any]
 
 PALETTE: tuple[Colour, ...] = (
     (213, 94, 0),  # vermilion
@@ -38,7 +38,7 @@ _GREY: Colour = (160, 160, 160)  # of regions that are ignored
 
 
 def draw_boxes(
-    image: Picture,
+    image: ImageLike,
     boxes: Tensor | npt.ArrayLike,
     labels: Tensor | npt.ArrayLike | None = None,
     scores: Tensor | npt.ArrayLike | None = None,
@@ -48,9 +48,9 @@ def draw_boxes(
     width: int | None = None,
     enlarge_to: int = 480,
 ) -> Image.Image:
-    """A picture with boxes, coloured by class, and a caption at each.
+    """An image with boxes, coloured by class, and a caption at each.
 
-    Lines and letters grow with the picture, and a small picture is enlarged by a whole factor
+    Lines and letters grow with the image, and a small image is enlarged by a whole factor
     first, so that captions can be read. Where objects crowd, a caption that finds no place
     without hiding another caption or over a quarter of an object is left out, those of low scores
     first; the box's colour still tells its class.
@@ -63,15 +63,15 @@ def draw_boxes(
         scores: (N,) shown as two decimals; the best are drawn on top.
         names: of the classes; None: their numbers, or no name where `labels` is None.
         colours: by class, repeated where there are more classes.
-        width: of the lines in pixels of the result; None: by the size of the picture.
-        enlarge_to: pictures whose longer side is shorter than this are enlarged; 0: never.
+        width: of the lines in pixels of the result; None: by the size of the image.
+        enlarge_to: images whose longer side is shorter than this are enlarged; 0: never.
 
     Returns:
-        An RGB picture; the one given is unchanged.
+        An RGB image; the one given is unchanged.
 
     Raises:
         ValueError: boxes, labels and scores differ in number.
-        ImageError: the picture has a shape that is none of a picture.
+        ImageError: the image has a shape that is none of an image.
     """
     corners = _array(boxes, np.float64).reshape(-1, 4)
     count = len(corners)
@@ -82,20 +82,18 @@ def draw_boxes(
             f"{count} boxes, {len(classes)} labels and "
             f"{'no' if points is None else len(points)} scores differ in number"
         )
-    picture = Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
-    longer = max(picture.size)
+    img = Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
+    longer = max(img.size)
     factor = max(1, math.ceil(enlarge_to / longer))
     if factor > 1:
-        picture = picture.resize(
-            (picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC
-        )
+        img = img.resize((img.width * factor, img.height * factor), Image.Resampling.BICUBIC)
     corners = corners * factor
-    line = width or max(2, round(max(picture.size) / 256))
-    font = ImageFont.load_default(size=max(12, round(max(picture.size) / 48)))
+    line = width or max(2, round(max(img.size) / 256))
+    font = ImageFont.load_default(size=max(12, round(max(img.size) / 48)))
 
     kept = [i for i in range(count) if classes[i] != BACKGROUND and np.isfinite(corners[i]).all()]
     best_last = sorted(kept, key=lambda i: 0.0 if points is None else points[i])
-    canvas = ImageDraw.Draw(picture)
+    canvas = ImageDraw.Draw(img)
     for i in best_last:
         colour = _colour(int(classes[i]), colours)
         _draw_box(canvas, corners[i], colour, line, dashed=classes[i] == IGNORED)
@@ -106,42 +104,42 @@ def draw_boxes(
         if text:
             colour = _colour(int(classes[i]), colours)
             _draw_caption(canvas, corners[i], text, colour, font, line, taken, objects)
-    return picture
+    return img
 
 
 def draw_grid(
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
     gap: int = 6,
     background: Colour = (255, 255, 255),
 ) -> Image.Image:
-    """Pictures side by side in rows, each row as high as its highest picture.
+    """Images side by side in rows, each row as high as its highest image.
 
     Args:
         images: one or more, as :func:`draw_boxes` takes or returns them.
         columns: None: about as many as rows.
-        captions: a line under each picture.
+        captions: a line under each image.
         gap: pixels between cells and around them.
-        background: colour behind the pictures.
+        background: colour behind the images.
 
     Raises:
-        ValueError: there is no picture, or captions differ from pictures in number.
+        ValueError: there is no image, or captions differ from images in number.
     """
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures")
-    pictures = [
+        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+    imgs = [
         one.convert("RGB")
         if isinstance(one, Image.Image)
         else Image.fromarray(read_image(one).permute(1, 2, 0).contiguous().numpy())
         for one in images
     ]
-    columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    cell_width = max(one.width for one in pictures)
+    columns = min(len(imgs), columns or math.ceil(math.sqrt(len(imgs))))
+    rows = [imgs[i : i + columns] for i in range(0, len(imgs), columns)]
+    cell_width = max(one.width for one in imgs)
     heights = [max(one.height for one in row) for row in rows]
     letter = max(12, round(cell_width / 40))
     font = ImageFont.load_default(size=letter)
@@ -157,10 +155,10 @@ def draw_grid(
     canvas = ImageDraw.Draw(sheet)
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             left = gap + c * (cell_width + gap)
-            middle = left + (cell_width - picture.width) // 2
-            sheet.paste(picture, (middle, top + (height - picture.height) // 2))
+            middle = left + (cell_width - image.width) // 2
+            sheet.paste(image, (middle, top + (height - image.height) // 2))
             if captions:
                 canvas.text(
                     (left + cell_width / 2, top + height + letter * 0.2),
@@ -244,7 +242,7 @@ def _draw_caption(
     objects: npt.NDArray[Any],
 ) -> None:
     """Write above the box, else below, else inside it: the first place that is free."""
-    picture_width, picture_height = canvas.im.size
+    image_width, image_height = canvas.im.size
     pad = max(2, line)
     width = math.ceil(font.getlength(text)) + 2 * pad
     ascent, descent = font.getmetrics()
@@ -258,11 +256,11 @@ def _draw_caption(
         (x1 + line, y1 + line),
         (x1 + line, y2 - height - line),
     ):
-        left = min(max(0, left), picture_width - width)
+        left = min(max(0, left), image_width - width)
         place = (left, top, left + width, top + height)
         if (
             left >= 0
-            and 0 <= top <= picture_height - height
+            and 0 <= top <= image_height - height
             and not any(_overlap(place, other) for other in taken)
             and _hidden(place, objects) <= 0.25
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 EDGE = 0.5
-"""Pixels that a box may stick out of its picture: less is a rounding of the labels."""
+"""Pixels that a box may stick out of its image: less is a rounding of the labels."""
 
 CLIPPED = "clipped"
 """The fix of a box of which part stays."""
@@ -28,7 +28,7 @@ def box_fault(
             name for name, bad in (("width", x2 == x1), ("height", y2 == y1)) if bad
         )
         return "box-empty", f"has no {lacks}", "dropped"
-    size = f"the picture of {width} x {height}"
+    size = f"the image of {width} x {height}"
     if fixed is None:
         return "box-outside", f"lies wholly outside {size}", "dropped"
     if fixed != box:
@@ -43,7 +43,7 @@ def fixed_box(
 
     Args:
         box: pixels.
-        width, height: of the picture; None: not known.
+        width, height: of the image; None: not known.
 
     Returns:
         the box, unchanged where nothing is wrong, or None where nothing of it is left.

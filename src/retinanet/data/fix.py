@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from retinanet.data.check import CheckReport, Picture, in_two_splits, labelled_as_stored, same_key
+from retinanet.data.check import CheckReport, ImageInfo, in_two_splits, labelled_as_stored, same_key
 from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.faults import fixed_box
@@ -22,40 +22,40 @@ def write_fixed(
     report: CheckReport,
     folder: str | Path,
     *,
-    pictures: Placing = "copy",
+    images: Placing = "copy",
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Write a corrected copy in the same format; the data themselves are never touched.
 
     Of a format that can be read alone, the copy is COCO.
 
-    Boxes are clipped to their picture and turned round where inverted; empty ones, those that are
-    not numbers, and repeated objects are dropped, and so are pictures that are missing or cannot be
-    read. Sizes are put right, extensions that lie are changed, and a picture that is in two splits
+    Boxes are clipped to their image and turned round where inverted; empty ones, those that are
+    not numbers, and repeated objects are dropped, and so are images that are missing or cannot be
+    read. Sizes are put right, extensions that lie are changed, and an image that is in two splits
     stays in that which measures (test, then val, then the others). Where labels were made on the
-    picture as stored, before its EXIF orientation, boxes are turned with it. What could not be read
+    image as stored, before its EXIF orientation, boxes are turned with it. What could not be read
     at all (:attr:`Dataset.problems`) does not come along.
 
     Args:
         splits: those that were checked.
         report: what :func:`check_datasets` said of them.
         folder: a new or empty folder, outside the data.
-        pictures: ``copy``, ``hardlink`` or ``symlink``.
-        progress: is called with pictures done and in all.
+        images: ``copy``, ``hardlink`` or ``symlink``.
+        progress: is called with images done and in all.
 
     Raises:
         DataError: the folder holds something or lies in the data, or the report is of other data.
     """
-    unknown = [i.path for d in splits.values() for i in d.images if i.path not in report.pictures]
+    unknown = [i.path for d in splits.values() for i in d.images if i.path not in report.image_info]
     if unknown:
         raise DataError(f"{unknown[0]}: was not checked; check these splits first")
-    repeated = {(split, place) for split, place, _ in in_two_splits(splits, report.pictures)}
+    repeated = {(split, place) for split, place, _ in in_two_splits(splits, report.image_info)}
     fixed: dict[str, Dataset] = {}
     for name, dataset in splits.items():
         images = [
-            _fixed_image(image, report.pictures[image.path])
+            _fixed_image(image, report.image_info[image.path])
             for place, image in enumerate(dataset.images)
-            if (name, place) not in repeated and not report.pictures[image.path].failure
+            if (name, place) not in repeated and not report.image_info[image.path].failure
         ]
         fixed[name] = replace(dataset, images=tuple(images), problems=())
     formats = {dataset.format for dataset in splits.values()}
@@ -66,30 +66,28 @@ def write_fixed(
         fixed,
         folder,
         form if form in WRITABLE else "coco",
-        pictures=pictures,
-        suffixes={path: one.suffix for path, one in report.pictures.items() if one.suffix},
+        images=images,
+        suffixes={path: one.suffix for path, one in report.image_info.items() if one.suffix},
         progress=progress,
     )
 
 
-def _fixed_image(image: LabelledImage, picture: Picture) -> LabelledImage:
-    turned = labelled_as_stored(image, picture)
+def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:
+    turned = labelled_as_stored(image, info)
     kept: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         stored = annotation.box
         if turned:
             assert image.width is not None
             assert image.height is not None
-            stored = _turned(stored, image.width, image.height, picture.orientation)
-        box = fixed_box(stored, picture.width, picture.height)
+            stored = _turned(stored, image.width, image.height, info.orientation)
+        box = fixed_box(stored, info.width, info.height)
         if box is None:
             continue
         if box != annotation.box:
             annotation = _with_box(annotation, box, keep_mask=not turned)
         kept.setdefault(same_key(annotation), annotation)
-    return replace(
-        image, annotations=tuple(kept.values()), width=picture.width, height=picture.height
-    )
+    return replace(image, annotations=tuple(kept.values()), width=info.width, height=info.height)
 
 
 def _with_box(
@@ -107,7 +105,7 @@ def _with_box(
 def _turned(
     box: tuple[float, float, float, float], width: int, height: int, orientation: int
 ) -> tuple[float, float, float, float]:
-    """A box of the picture as stored (`width` x `height`) in the upright one; EXIF 5 to 8."""
+    """A box of the image as stored (`width` x `height`) in the upright one; EXIF 5 to 8."""
     x1, y1, x2, y2 = box
     left, right = (y1, y2) if orientation in (5, 8) else (height - y2, height - y1)
     top, bottom = (x1, x2) if orientation in (5, 6) else (width - x2, width - x1)

@@ -1,4 +1,4 @@
-"""Pictures from files, bytes and arrays to upright RGB tensors, and tensors to batches."""
+"""Images from files, bytes and arrays to upright RGB tensors, and tensors to batches."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
 )
-"""Lower-case suffixes by which pictures are found in a folder; formats are told by content."""
+"""Lower-case suffixes by which images are found in a folder; formats are told by content."""
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | Image.Image | npt.NDArray[Any] | Tensor
 """What :func:`read_image` takes."""
 
 _ROOM = 2
-"""A picture is decoded at a reduced size that is at least so many times the wanted one."""
+"""An image is decoded at a reduced size that is at least so many times the wanted one."""
 
 _REDUCTIONS = (8, 4, 2)
-"""Those that libjpeg-turbo has fast code for; 5/8 takes longer than the whole picture."""
+"""Those that libjpeg-turbo has fast code for; 5/8 takes longer than the whole image."""
 
 _DAMAGE = re.compile(r"premature end of data|bad Huffman code|[0-9]{3,} extraneous bytes")
 """What a JPEG decoder says where pixels are lost. It says other things of harmless oddities: fewer
@@ -63,20 +63,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def read_image(source: ImageSource) -> Tensor:
-    """A picture as RGB, upright.
+    """An image as RGB, upright.
 
-    What a picture holds beside plain 8-bit RGB is brought to it by fixed rules:
+    What an image holds beside plain 8-bit RGB is brought to it by fixed rules:
 
     - EXIF orientation (JPEG, PNG, WebP, TIFF; PIL images that still carry it) is applied.
     - Greyscale, palette, CMYK, YCbCr: converted by Pillow.
     - Transparency (RGBA, LA, a palette with it): laid over white, as on a page.
     - 16 bits a channel: the high byte, so 65535 becomes 255. Where a camera fills 12 of the 16 bits
-      the picture stays dark: scale such pictures before.
+      the image stays dark: scale such images before.
     - Floating point and wider integers say nothing of their range, so it is judged by the values:
       in 0..1 (floats) they are multiplied by 255, in 0..255 they stay, in 0..65535 (integers)
       they count as 16 bits, and any other range is stretched from the least value to the largest.
       Not-a-number becomes the least value.
-    - Animations and many pages: the first picture.
+    - Animations and many pages: the first image.
 
     Args:
         source: a file (its format is told by its content, not by its name), also one inside a tar
@@ -89,7 +89,7 @@ def read_image(source: ImageSource) -> Tensor:
         which resizing is 2.6 times faster.
 
     Raises:
-        ImageError: there is no such file, or it is no picture, damaged or cut short, or of more
+        ImageError: there is no such file, or it is no image, damaged or cut short, or of more
             than 2 x ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (179 million).
     """
     return _read(source, None)[0]
@@ -100,7 +100,7 @@ def read_reduced(source: ImageSource, shorter: int, longest: int) -> tuple[Tenso
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size: the largest of these
     reductions at which it stays twice its :func:`network_size` or more. What the resize then gives
-    differs from that of the whole picture by about one level of 255 a pixel in the mean, less than
+    differs from that of the whole image by about one level of 255 a pixel in the mean, less than
     bilinear from bicubic, and objects move by less than a quarter of a pixel.
 
     Args:
@@ -109,7 +109,7 @@ def read_reduced(source: ImageSource, shorter: int, longest: int) -> tuple[Tenso
         longest: pixels that the longer side may have.
 
     Returns:
-        (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole picture, to be
+        (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
         given to :func:`resize_to`.
 
     Raises:
@@ -119,7 +119,7 @@ def read_reduced(source: ImageSource, shorter: int, longest: int) -> tuple[Tenso
 
 
 def _read(source: ImageSource, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
-    """The picture, and its size when whole; `wanted` are shorter and longest of read_reduced."""
+    """The image, and its size when whole; `wanted` are shorter and longest of read_reduced."""
     if isinstance(source, Tensor):
         return _whole(_from_array(_channels_last(source), "tensor"))
     if isinstance(source, np.ndarray):
@@ -149,25 +149,25 @@ def _read(source: ImageSource, wanted: tuple[int, int] | None) -> tuple[Tensor, 
 
 
 def _by_pillow(file: Any, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
-    """Any format, and the definition of what a picture's pixels are."""
+    """Any format, and the definition of what an image's pixels are."""
     with _quiet():
-        picture = Image.open(file)
-    with picture:
-        width, height = picture.size
+        image = Image.open(file)
+    with image:
+        width, height = image.size
         factor = 1
-        if wanted is not None and picture.format in ("JPEG", "MPO"):
+        if wanted is not None and image.format in ("JPEG", "MPO"):
             factor = _reduction(height, width, *wanted)
-            picture.draft(None, (width // factor, height // factor))
+            image.draft(None, (width // factor, height // factor))
         # Threads decode side by side, outside of the lock; TIFF alone may warn at this point.
-        with _quiet() if picture.format == "TIFF" else nullcontext():
-            picture.load()
+        with _quiet() if image.format == "TIFF" else nullcontext():
+            image.load()
         with _quiet():
             if factor == 1:
-                return _whole(_from_pil(picture))
-            sideways = _orientation(picture) in _SIDEWAYS
+                return _whole(_from_pil(image))
+            sideways = _orientation(image) in _SIDEWAYS
             size = (width, height) if sideways else (height, width)
             rows, columns = _without_margin(height, width, factor)
-            return _from_pil(picture.crop((0, 0, columns, rows))), size
+            return _from_pil(image.crop((0, 0, columns, rows))), size
 
 
 def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
@@ -223,8 +223,8 @@ def _jpeg_orientation(data: bytes) -> int:
     place = 2
     while (start := data[place : place + 2]) and start[0] == 0xFF and start != b"\xff\xda":
         if start == b"\xff\xe1":
-            with _quiet(), Image.open(BytesIO(data)) as picture:
-                return _orientation(picture)
+            with _quiet(), Image.open(BytesIO(data)) as image:
+                return _orientation(image)
         if start == b"\xff\xff":  # padding
             place += 1
         else:
@@ -233,7 +233,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
-    """How many times smaller a picture may be decoded: 1, 2, 4 or 8."""
+    """How many times smaller an image may be decoded: 1, 2, 4 or 8."""
     new_height, new_width = network_size(height, width, shorter, longest)
     for factor in _REDUCTIONS:
         if height >= factor * _ROOM * new_height and width >= factor * _ROOM * new_width:
@@ -242,7 +242,7 @@ def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
 
 
 def _without_margin(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Sides of a reduced picture without a last row or column that is mostly no picture.
+    """Sides of a reduced image without a last row or column that is mostly no image.
 
     The decoder rounds up: of 4,001 columns an eighth is 501, of whose last one seven eighths are
     repeated. Rounding to the nearest keeps the grid within half a reduced pixel of its place.
@@ -250,26 +250,26 @@ def _without_margin(height: int, width: int, factor: int) -> tuple[int, int]:
     return max(1, (height + factor // 2) // factor), max(1, (width + factor // 2) // factor)
 
 
-def _whole(picture: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    return picture, (picture.shape[-2], picture.shape[-1])
+def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return image, (image.shape[-2], image.shape[-1])
 
 
 def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
-    """Height and width of a picture as :func:`read_image` gives it, without decoding its pixels.
+    """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
 
     Raises:
-        ImageError: there is no such file, or it is no picture. Damage to the pixels is not seen.
+        ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
     """
     name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as picture:
-        width, height = picture.size
+    with _failures_named(name), _quiet(), Image.open(file) as image:
+        width, height = image.size
         # Pillow states the size of a TIFF after its orientation, of all others before it.
-        sideways = picture.format != "TIFF" and _orientation(picture) in _SIDEWAYS
+        sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
     return (width, height) if sideways else (height, width)
 
 
 def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
-    """Height and width of a picture as it is stored, by its header: nothing is unpacked.
+    """Height and width of an image as it is stored, by its header: nothing is unpacked.
 
     :func:`image_size` exchanges them where the orientation says so, for which it may have to unpack
     a PNG, whose notes may lie behind its pixels.
@@ -278,25 +278,25 @@ def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
         ImageError: as in :func:`image_size`.
     """
     name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as picture:
-        return picture.height, picture.width
+    with _failures_named(name), _quiet(), Image.open(file) as image:
+        return image.height, image.width
 
 
 def stored_tile(source: str | os.PathLike[str] | bytes) -> int:
-    """Pixels of a tile of a TIFF, which is unpacked whole however small the picture is; else 0.
+    """Pixels of a tile of a TIFF, which is unpacked whole however small the image is; else 0.
 
     Raises:
         ImageError: as in :func:`image_size`.
     """
     name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as picture:
-        tags = getattr(picture, "tag_v2", {})
+    with _failures_named(name), _quiet(), Image.open(file) as image:
+        tags = getattr(image, "tag_v2", {})
         width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
         return int(width) * int(length)
 
 
 def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
-    """Height and width at which a picture enters the network, its aspect ratio kept.
+    """Height and width at which an image enters the network, its aspect ratio kept.
 
     The shorter side becomes `shorter`, or less where the longer side would exceed `longest`.
     Neither becomes less than one pixel.
@@ -308,17 +308,17 @@ def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[i
 def resize_to(
     image: Tensor, shorter: int, longest: int, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, tuple[float, float]]:
-    """A picture at its :func:`network_size`, bilinear with antialiasing.
+    """An image at its :func:`network_size`, bilinear with antialiasing.
 
     Args:
         image: (3, H, W) uint8; fastest as :func:`read_image` gives it.
         shorter: pixels of the shorter side wanted.
         longest: pixels that the longer side may have.
-        size: (height, width) of the whole picture, where :func:`read_reduced` made it smaller;
+        size: (height, width) of the whole image, where :func:`read_reduced` made it smaller;
             None: `image` is whole.
 
     Returns:
-        (3, h, w) uint8, and what y and x of a box in the whole picture are multiplied by.
+        (3, h, w) uint8, and what y and x of a box in the whole image are multiplied by.
     """
     height, width = size or image.shape[-2:]
     new_height, new_width = network_size(height, width, shorter, longest)
@@ -347,13 +347,13 @@ def pad_batch(
     *,
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pictures of any sizes to one batch, padded at the right and the bottom.
+    """Images of any sizes to one batch, padded at the right and the bottom.
 
     Args:
         images: (3, h, w) uint8, one or more.
         fill: RGB of the padding; the model's pixel mean makes it about 0 after normalisation.
         divisor: height and width of the batch are multiples of it.
-        corners: for each picture whether it lies at the bottom, and whether at the right, of its
+        corners: for each image whether it lies at the bottom, and whether at the right, of its
             place in the batch; None: all lie at the top and the left.
         shared: put the batch into memory that another process can read, as a DataLoader's worker
             would do by copying it.
@@ -362,10 +362,10 @@ def pad_batch(
         (B, 3, H, W) uint8 in channels_last memory, and (B, 2) int64 heights and widths before.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     if not images:
-        raise ValueError("a batch needs at least one picture")
+        raise ValueError("a batch needs at least one image")
     sizes = torch.tensor([tuple(image.shape[-2:]) for image in images], dtype=torch.int64)
     height, width = (math.ceil(int(side) / divisor) * divisor for side in sizes.amax(dim=0))
     batch = _room_for((len(images), height, width, 3), shared).permute(0, 3, 1, 2)
@@ -396,7 +396,7 @@ def _room_for(shape: tuple[int, ...], shared: bool) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of big pictures, broken EXIF and the like; what matters is raised by us."""
+    """Pillow warns of big images, broken EXIF and the like; what matters is raised by us."""
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -404,7 +404,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _failures_named(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one line with the picture's name."""
+    """Turn whatever a decoder raises into one line with the image's name."""
     try:
         yield
     except ImageError:
@@ -413,7 +413,7 @@ def _failures_named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"{name}: not a picture of any known format{_beginning(name)}; replace or remove it"
+            f"{name}: not an image of any known format{_beginning(name)}; replace or remove it"
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageError(
@@ -427,7 +427,7 @@ def _failures_named(name: str) -> Iterator[None]:
 
 
 def _beginning(name: str) -> str:
-    """What a file that is no picture starts with: a web page or an LFS pointer is told at once."""
+    """What a file that is no image starts with: a web page or an LFS pointer is told at once."""
     try:
         with open(name, "rb") as file:
             start = file.read(20)
@@ -437,24 +437,24 @@ def _beginning(name: str) -> str:
 
 
 def _opened(source: str | os.PathLike[str] | bytes | bytearray) -> tuple[str, Any]:
-    """A picture's name for messages, and what Pillow opens."""
+    """An image's name for messages, and what Pillow opens."""
     if isinstance(source, bytes | bytearray):
-        return "bytes of a picture", BytesIO(source)
+        return "bytes of an image", BytesIO(source)
     held = find_member(source)
     return os.fspath(source), source if held is None else BytesIO(held.read())
 
 
-def _orientation(picture: Image.Image) -> int:
-    return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+def _orientation(image: Image.Image) -> int:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
-def _from_pil(picture: Image.Image) -> Tensor:
-    upright = ImageOps.exif_transpose(picture)
+def _from_pil(image: Image.Image) -> Tensor:
+    upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
-        return _from_array(np.asarray(upright), "picture")
+        return _from_array(np.asarray(upright), "image")
     if upright.has_transparency_data:
-        return _from_array(np.asarray(upright.convert("RGBA")), "picture")
-    return _from_array(np.asarray(upright.convert("RGB")), "picture")
+        return _from_array(np.asarray(upright.convert("RGBA")), "image")
+    return _from_array(np.asarray(upright.convert("RGB")), "image")
 
 
 def _channels_last(source: Tensor) -> npt.NDArray[Any]:

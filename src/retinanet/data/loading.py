@@ -1,14 +1,14 @@
 """Batches for training and evaluation.
 
 The order of training is a stream without end: the permutation of epoch 0, then that of epoch 1,
-and so on. Step s of P processes with B pictures each takes the places s * P * B up to (s + 1) * P
-* B of it, and rank r takes its own B of those. Every choice is drawn from (seed, epoch, picture)
+and so on. Step s of P processes with B images each takes the places s * P * B up to (s + 1) * P
+* B of it, and rank r takes its own B of those. Every choice is drawn from (seed, epoch, image)
 or (seed, step), so a batch depends neither on the step at which the loader was started nor on the
-number of workers, and the pictures of a step do not depend on how many processes share them.
+number of workers, and the images of a step do not depend on how many processes share them.
 
 For data in shards (:mod:`retinanet.data.formats.webdataset`) there is another order, in which each
 process reads shards of its own, a few at a time. It has all of the above but the last: with another
-number of processes, or of pictures a process, an epoch goes by in another order.
+number of processes, or of images a process, an epoch goes by in another order.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ DIVISOR = 32
 """Height and width of every batch are multiples of it: the coarsest stride of a plain backbone."""
 
 
-Order = Literal["pictures", "shards"]
-"""What an epoch is a permutation of: all pictures, or shards and then the pictures of a few."""
+Order = Literal["images", "shards"]
+"""What an epoch is a permutation of: all images, or shards and then the images of a few."""
 
 
 class BatchLoader(DataLoader[Batch]):
     """A DataLoader of :class:`~retinanet.structures.Batch`, one an item.
 
-    A picture that cannot be read raises :class:`~retinanet.errors.ImageError` with its own one-line
+    An image that cannot be read raises :class:`~retinanet.errors.ImageError` with its own one-line
     message, also out of a worker process.
     """
 
@@ -82,7 +82,7 @@ def train_loader(
     crop: bool = False,
     colour: float = 0.0,
     any_corner: bool = False,
-    order: Order = "pictures",
+    order: Order = "images",
     shard_window: int = 4,
     workers: int = 0,
     rank: int = 0,
@@ -92,8 +92,8 @@ def train_loader(
     """Batches of steps `start_step` to `steps` - 1, in order.
 
     Args:
-        dataset: one or more pictures; those without an object are background.
-        batch_size: pictures a batch, of one process. May exceed the data set: its epochs follow
+        dataset: one or more images; those without an object are background.
+        batch_size: images a batch, of one process. May exceed the data set: its epochs follow
             each other without a gap.
         steps: the step after the last.
         seed: of order, flips, jitter, crops, colours and sides.
@@ -104,14 +104,14 @@ def train_loader(
             grows and shrinks with it. Empty: `image_size` always.
         horizontal_flip, vertical_flip, scale_jitter, crop, colour: see
             :class:`~retinanet.data.transforms.Transform`.
-        any_corner: let each picture lie in a random corner of its place in the batch, so that each
+        any_corner: let each image lie in a random corner of its place in the batch, so that each
             of its borders is now the batch's and now padding. A network that sees padding below
-            and at the right alone misses objects there once a picture comes without.
-        order: ``pictures``: each epoch is a permutation of all pictures, the same for any number of
+            and at the right alone misses objects there once an image comes without.
+        order: ``images``: each epoch is a permutation of all images, the same for any number of
             processes. ``shards``: the shards are shuffled, dealt out to the processes in pieces of
-            as many pictures as each takes of that epoch (a shard where two pieces meet is read by
-            both, each its part), and the pictures of `shard_window` shards at a time are shuffled
-            together. Every picture still comes once an epoch over all processes.
+            as many images as each takes of that epoch (a shard where two pieces meet is read by
+            both, each its part), and the images of `shard_window` shards at a time are shuffled
+            together. Every image still comes once an epoch over all processes.
         shard_window: how many shards a process reads at a time: more mix better, and ask more of
             the disk and of the memory that keeps what was read of it.
         workers: processes that load; 0: the caller's own. See :func:`default_workers`.
@@ -120,13 +120,13 @@ def train_loader(
 
     Returns:
         `steps` - `start_step` batches. Annotations that are ignored have the label IGNORED; boxes
-        are cut to the picture, and dropped where nothing is left. Each process pads to the
-        largest of its own pictures.
+        are cut to the image, and dropped where nothing is left. Each process pads to the
+        largest of its own images.
 
     Raises:
         ValueError: the data set is empty, or a number is out of range.
-        DataError: `order` is ``shards`` and a picture lies in none.
-        ImageError: (from the loop) a picture cannot be read.
+        DataError: `order` is ``shards`` and an image lies in none.
+        ImageError: (from the loop) an image cannot be read.
     """
     _check(dataset, batch_size, workers, rank, world_size)
     if shard_window < 1:
@@ -134,7 +134,7 @@ def train_loader(
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step {start_step} is not in 0..steps ({steps})")
     batches = _TrainBatches(
-        _Pictures(dataset),
+        _Images(dataset),
         Transform(max_size, horizontal_flip, vertical_flip, scale_jitter, crop, colour),
         batch_size=batch_size,
         seed=seed,
@@ -162,14 +162,14 @@ def eval_loader(
     world_size: int = 1,
     fill: Sequence[float] = (0, 0, 0),
 ) -> BatchLoader:
-    """Every picture once, in the data set's order, unchanged but for the resize.
+    """Every image once, in the data set's order, unchanged but for the resize.
 
     Of several processes each takes every `world_size`-th batch, from batch `rank` on. The
     arguments and errors are those of :func:`train_loader`; the last batch may be smaller.
     """
     _check(dataset, batch_size, workers, rank, world_size)
     batches = _EvalBatches(
-        _Pictures(dataset),
+        _Images(dataset),
         Transform(max_size),
         batch_size=batch_size,
         image_size=image_size,
@@ -179,12 +179,12 @@ def eval_loader(
 
 
 def default_workers() -> int:
-    """How many processes should load pictures for this one, without crowding the machine.
+    """How many processes should load images for this one, without crowding the machine.
 
     The processors that this process may use (affinity and container limits) are shared among the
     processes that train on this machine (LOCAL_WORLD_SIZE). With a GPU each keeps one for itself
     and loads with the others, eight at the most; without one the network needs them all and a
-    single process loads ahead, since one core reads pictures many times faster than the rest
+    single process loads ahead, since one core reads images many times faster than the rest
     train on them.
     """
     share = usable_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -205,13 +205,13 @@ def usable_cpus() -> int:
 
 
 class _Failure:
-    """A picture that could not be read, on its way out of a worker."""
+    """An image that could not be read, on its way out of a worker."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
-class _Pictures:
+class _Images:
     """Paths and objects of a data set in a few flat buffers.
 
     Worker processes copy a page of memory once they touch a Python object on it; a hundred thousand
@@ -235,7 +235,7 @@ class _Pictures:
         return len(self._ends) - 1
 
     def path(self, index: int) -> str | archives.Member:
-        """Where a picture is, in a shard with its place there: no worker reads an index."""
+        """Where an image is, in a shard with its place there: no worker reads an index."""
         start, end = self._path_ends[index : index + 2].tolist()
         path = self._paths[start:end]
         if self._members is None:
@@ -248,7 +248,7 @@ class _Pictures:
         return archives.Member(archive, name, offset, size)
 
     def objects(self, index: int) -> tuple[Tensor, Tensor]:
-        """(M, 4) boxes in pixels of the picture on disk, and (M,) labels."""
+        """(M, 4) boxes in pixels of the image on disk, and (M,) labels."""
         start, end = self._ends[index : index + 2].tolist()
         return self._boxes[start:end], self._labels[start:end]
 
@@ -256,7 +256,7 @@ class _Pictures:
 def _members(dataset: Dataset) -> Tensor | None:
     """(N, 3) length in bytes of the name in the shard, offset and size; None: there are no shards.
 
-    Zeros where a picture is in none, or not where it should be: whoever reads it will say so.
+    Zeros where an image is in none, or not where it should be: whoever reads it will say so.
     """
     rows: list[tuple[int, int, int]] = []
     for image in dataset.images:
@@ -271,17 +271,17 @@ def _members(dataset: Dataset) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Shards:
-    """The pictures by shard, and how they are dealt out.
+    """The images by shard, and how they are dealt out.
 
     Attributes:
-        pictures: (N,) indices, shard after shard.
+        images: (N,) indices, shard after shard.
         ends: (S + 1,) where each shard begins and ends in them.
         window: shards that are shuffled together.
-        batch_size: pictures that a process takes at a time.
+        batch_size: images that a process takes at a time.
         world_size: processes.
     """
 
-    pictures: Tensor
+    images: Tensor
     ends: Tensor
     window: int
     batch_size: int
@@ -291,7 +291,7 @@ class _Shards:
 def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> _Shards:
     """
     Raises:
-        DataError: a picture lies in no shard.
+        DataError: an image lies in no shard.
     """
     by_shard: dict[str, list[int]] = {}
     for index, image in enumerate(dataset.images):
@@ -315,7 +315,7 @@ def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> 
 class _TrainBatches(TorchDataset["Batch | _Failure"]):
     def __init__(
         self,
-        pictures: _Pictures,
+        images: _Images,
         transform: Transform,
         *,
         batch_size: int,
@@ -328,7 +328,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         any_corner: bool,
         shards: _Shards | None,
     ) -> None:
-        self._pictures = pictures
+        self._images = images
         self._transform = transform
         self._batch_size = batch_size
         self._seed = seed
@@ -350,39 +350,39 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         first = (step * self._world_size + self._rank) * self._batch_size
         chosen = []
         for place in range(first, first + self._batch_size):
-            epoch, position = divmod(place, len(self._pictures))
+            epoch, position = divmod(place, len(self._images))
             if self._shards is None:
-                index = _order(self._seed, epoch, len(self._pictures))[position]
+                index = _order(self._seed, epoch, len(self._images))[position]
             else:
                 index = _order_by_shards(self._seed, epoch, self._shards)[position]
-            chosen.append((index, random.Random(f"{self._seed} picture {epoch} {index}")))
-        return _load(self._pictures, chosen, transform, shorter, self._fill, self._any_corner)
+            chosen.append((index, random.Random(f"{self._seed} image {epoch} {index}")))
+        return _load(self._images, chosen, transform, shorter, self._fill, self._any_corner)
 
 
 class _EvalBatches(TorchDataset["Batch | _Failure"]):
     def __init__(
         self,
-        pictures: _Pictures,
+        images: _Images,
         transform: Transform,
         *,
         batch_size: int,
         image_size: int,
         fill: tuple[float, ...],
     ) -> None:
-        self._pictures = pictures
+        self._images = images
         self._transform = transform
         self._batch_size = batch_size
         self._image_size = image_size
         self._fill = fill
 
     def __len__(self) -> int:
-        return -(-len(self._pictures) // self._batch_size)
+        return -(-len(self._images) // self._batch_size)
 
     def __getitem__(self, batch: int) -> Batch | _Failure:
         first = batch * self._batch_size
-        last = min(first + self._batch_size, len(self._pictures))
+        last = min(first + self._batch_size, len(self._images))
         chosen = [(index, random.Random(0)) for index in range(first, last)]
-        return _load(self._pictures, chosen, self._transform, self._image_size, self._fill)
+        return _load(self._images, chosen, self._transform, self._image_size, self._fill)
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
@@ -397,18 +397,18 @@ def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
 def _order_by_shards(seed: int, epoch: int, shards: _Shards) -> Sequence[int]:
     """The permutation of an epoch in which each process meets a piece of the shuffled shards.
 
-    Each process takes the places of the epoch that any order gives it, and finds there the pictures
-    of its own piece: so steps, epochs and resuming are those of the order by pictures.
+    Each process takes the places of the epoch that any order gives it, and finds there the images
+    of its own piece: so steps, epochs and resuming are those of the order by images.
     """
     ends = shards.ends.tolist()
-    pictures = shards.pictures.tolist()
+    images = shards.images.tolist()
     turns = list(range(len(ends) - 1))
     random.Random(f"{seed} shards {epoch}").shuffle(turns)
-    sequence = [(shard, i) for shard in turns for i in pictures[ends[shard] : ends[shard + 1]]]
-    first = epoch * len(pictures)
+    sequence = [(shard, i) for shard in turns for i in images[ends[shard] : ends[shard + 1]]]
+    first = epoch * len(images)
     ranks = [
         place // shards.batch_size % shards.world_size
-        for place in range(first, first + len(pictures))
+        for place in range(first, first + len(images))
     ]
     shares = Counter(ranks)
     pieces: list[Iterator[int]] = []
@@ -424,19 +424,19 @@ def _order_by_shards(seed: int, epoch: int, shards: _Shards) -> Sequence[int]:
 def _shuffled_by_windows(
     piece: Sequence[tuple[int, int]], window: int, draw: random.Random
 ) -> list[int]:
-    """Pictures of (shard, picture) in which those of `window` shards at a time are shuffled."""
+    """Images of (shard, image) in which those of `window` shards at a time are shuffled."""
     shards = list(dict.fromkeys(shard for shard, _ in piece))
     turn = {shard: place // window for place, shard in enumerate(shards)}
     windows: list[list[int]] = [[] for _ in range(-(-len(shards) // window))]
-    for shard, picture in piece:
-        windows[turn[shard]].append(picture)
+    for shard, image in piece:
+        windows[turn[shard]].append(image)
     for one in windows:
         draw.shuffle(one)
     return list(chain.from_iterable(windows))
 
 
 def _load(
-    pictures: _Pictures,
+    samples: _Images,
     chosen: Sequence[tuple[int, random.Random]],
     transform: Transform,
     shorter: int,
@@ -445,7 +445,7 @@ def _load(
 ) -> Batch | _Failure:
     images, boxes, labels, original_sizes = [], [], [], []
     try:
-        files = archives.fetched([pictures.path(index) for index, _ in chosen])
+        files = archives.fetched([samples.path(index) for index, _ in chosen])
     except ImageError as error:
         return _Failure(str(error))
     for (index, generator), file in zip(chosen, files, strict=True):
@@ -455,7 +455,7 @@ def _load(
             return _Failure(str(error))
         original_sizes.append(size)
         image, image_boxes, image_labels = transform(
-            image, *pictures.objects(index), shorter=shorter, generator=generator, size=size
+            image, *samples.objects(index), shorter=shorter, generator=generator, size=size
         )
         images.append(image)
         boxes.append(image_boxes)
@@ -481,7 +481,7 @@ def _load(
 
 def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
     if not len(dataset):
-        raise ValueError(f"split {dataset.split!r} of {dataset.source} has no picture")
+        raise ValueError(f"split {dataset.split!r} of {dataset.source} has no image")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is not 1 or more")
     if workers < 0:

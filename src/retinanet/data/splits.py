@@ -1,4 +1,4 @@
-"""Which pictures train and which are held back: by the format's word, else by a seed."""
+"""Which images train and which are held back: by the format's word, else by a seed."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def split_word(name: str) -> str | None:
 def hold_out(
     images: Sequence[LabelledImage], share: float, seed: int
 ) -> tuple[tuple[LabelledImage, ...], tuple[LabelledImage, ...]]:
-    """Parts pictures into those that train and those held back, each in the order given.
+    """Parts images into those that train and those held back, each in the order given.
 
-    A picture's side depends on the seed and its file name alone: it is the same on every machine
-    and in every order of listing, and pictures added later move few of the others.
+    An image's side depends on the seed and its file name alone: it is the same on every machine
+    and in every order of listing, and images added later move few of the others.
 
     Args:
-        images: M pictures.
-        share: of them to hold back, in (0, 1); at least one picture is on each side where M > 1.
+        images: M images.
+        share: of them to hold back, in (0, 1); at least one image is on each side where M > 1.
         seed: any whole number.
 
     Returns:
-        (kept, held back); with a single picture nothing is held back.
+        (kept, held back); with a single image nothing is held back.
     """
     if not 0 < share < 1:
         raise ValueError(f"share {share} is not in (0, 1)")

@@ -17,12 +17,12 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.faults import CLIPPED, box_fault
 
 SMALL, MEDIUM = 32**2, 96**2
-"""COCO's borders of small, medium and large objects, in square pixels of the picture."""
+"""COCO's borders of small, medium and large objects, in square pixels of the image."""
 
 SIZE_NAMES = ("small", "medium", "large")
 
 Sizes = Mapping[Path, tuple[int, int]]
-"""Height and width of pictures as they are on disk."""
+"""Height and width of images as they are on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,18 @@ class Statistics:
     """How much of everything there is in a split; ignored objects and faulty boxes do not count.
 
     Attributes:
-        images: pictures.
+        images: images.
         background_images: of them without any object.
         objects: objects.
         ignored: crowds and difficult objects.
         classes: objects by class name, of every class.
-        images_of_class: pictures that hold the class, by name.
+        images_of_class: images that hold the class, by name.
         sizes: objects by ``small``, ``medium`` (32 x 32 pixels on) and ``large`` (96 x 96 on), as
             COCO counts them.
         side: percentiles of the square root of the boxes' areas in pixels.
         aspect_ratio: percentiles of height / width of the boxes.
         boxes_an_image: least, median, mean and most.
-        image_sizes: pictures by "width x height", the ten most frequent.
+        image_sizes: images by "width x height", the ten most frequent.
         image_height, image_width: least, median and most, pixels.
         origin: how the split came about.
     """
@@ -63,7 +63,7 @@ class Statistics:
 
 
 def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
-    """The statistics of a split; `sizes` may lack pictures, whose labels then count."""
+    """The statistics of a split; `sizes` may lack images, whose labels then count."""
     by_class = Counter(dict.fromkeys(range(len(dataset.classes)), 0))
     images_of_class = Counter(by_class)
     counts: list[int] = []
@@ -101,7 +101,7 @@ def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
 
 
 def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
-    """The objects of each picture that count: not ignored, and with a box that can be used."""
+    """The objects of each image that count: not ignored, and with a box that can be used."""
     for image in dataset.images:
         height, width = _size(image, sizes)
         faults = ((a, box_fault(a.box, width, height)) for a in image.annotations if not a.ignored)
@@ -148,7 +148,7 @@ class AnchorReach:
         reached: those whose best anchor has that IoU.
         mean_iou: of the objects' best anchors.
         by_class, by_size: (reached, objects) by class name, and by ``small``, ``medium`` and
-            ``large`` (in pixels of the picture on disk).
+            ``large`` (in pixels of the image on disk).
     """
 
     image_size: int
@@ -190,10 +190,10 @@ def anchor_reach(
         image_size: pixels of the shorter side at the network's input.
         max_size: pixels that the longer side may have.
         foreground_iou: IoU from which an anchor answers for an object.
-        divisor: pictures are padded to multiples of it.
+        divisor: images are padded to multiples of it.
 
     Raises:
-        DataError: a picture whose size the labels do not say cannot be read.
+        DataError: an image whose size the labels do not say cannot be read.
     """
     from retinanet.data.images import image_size as size_on_disk
     from retinanet.data.images import network_size

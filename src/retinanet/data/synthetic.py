@@ -1,10 +1,10 @@
-"""Made-up pictures for the demo and the tests: few small shapes in much clutter.
+"""Made-up images for the demo and the tests: few small shapes in much clutter.
 
 Circles, squares and triangles lie among lines, bars, rings, crosses and long ellipses of the same
 colours, on cloudy and noisy ground, so neither colour nor brightness alone tells an object; which
 of the three it is, colour helps to tell (warm, cool, violet to cream), as in most real data.
-Objects cover a few hundredths of a picture, and of its anchors about one in a thousand answers for
-one: the imbalance that the paper is about. Some pictures hold no object at all.
+Objects cover a few hundredths of an image, and of its anchors about one in a thousand answers for
+one: the imbalance that the paper is about. Some images hold no object at all.
 
 Pixels are computed here with additions, products and square roots, which are the same on every
 platform, rather than by a drawing library, which may change.
@@ -60,19 +60,19 @@ def synthetic_dataset(
 ) -> dict[str, Dataset]:
     """Write a data set of shapes in clutter as PNG and COCO JSON.
 
-    Picture i of a split depends on the seed, the split's name and i alone: a larger data set begins
+    Image i of a split depends on the seed, the split's name and i alone: a larger data set begins
     with the smaller one.
 
     Args:
         folder: where to write; ``SPLIT.json`` and ``SPLIT/000000.png`` ... Files of these names are
             overwritten.
-        splits: pictures by split; None: 200 in ``train`` and 50 in ``val``.
+        splits: images by split; None: 200 in ``train`` and 50 in ``val``.
         image_size: pixels of both sides, 32 or more.
-        objects: least and largest number in a picture; fewer where there is no room for more, since
+        objects: least and largest number in an image; fewer where there is no room for more, since
             objects do not overlap.
         object_size: least and largest diameter or side, pixels.
         clutter: 0 for plain shapes on plain ground, 1 for a thicket.
-        empty: share of the pictures without objects, in [0, 1].
+        empty: share of the images without objects, in [0, 1].
         seed: any whole number.
 
     Returns:
@@ -100,7 +100,7 @@ def synthetic_dataset(
         images = []
         for number in range(count):
             draw = random.Random(f"{seed} {split} {number}")
-            pixels, shapes = _picture(draw, image_size, objects, object_size, clutter, empty)
+            pixels, shapes = _image(draw, image_size, objects, object_size, clutter, empty)
             file = folder / split / f"{number:06}.png"
             Image.fromarray(pixels).save(file, compress_level=1)  # noise hardly shrinks
             annotations = tuple(
@@ -163,7 +163,7 @@ def _write_labels(
     return Dataset(tuple(numbered), CLASSES, ids, split, "coco", source)
 
 
-def _picture(
+def _image(
     draw: random.Random,
     size: int,
     objects: tuple[int, int],
@@ -182,7 +182,7 @@ def _picture(
             shapes.append(shape)
 
     canvas = _ground(draw, size, clutter)
-    # As many pieces an area whatever the size of the picture.
+    # As many pieces an area whatever the size of the image.
     pieces = round(clutter * draw.uniform(0.6, 1.4) * 26 * (size / 160) ** 2)
     for _ in range(pieces):
         _distract(draw, canvas, object_size)
@@ -195,7 +195,7 @@ def _picture(
 
 
 def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> _Shape:
-    """A shape that lies wholly in the picture."""
+    """A shape that lies wholly in the image."""
     label = draw.randrange(len(CLASSES))
     # Log-uniform: as many from 10 to 14 pixels as from 20 to 28.
     side = object_size[0] * (object_size[1] / object_size[0]) ** draw.random()

@@ -1,4 +1,4 @@
-"""Random changes to a picture, with its boxes following exactly."""
+"""Random changes to an image, with its boxes following exactly."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """Resizes a picture to the network's input and, for training, changes it at random.
+    """Resizes an image to the network's input and, for training, changes it at random.
 
     In this order: scale jitter with the resize, crop, flips, colour. The defaults only resize. It
     holds no random state: what is drawn comes from the generator that the caller passes, so the
-    same generator gives the same picture on every machine and in every process.
+    same generator gives the same image on every machine and in every process.
 
     Attributes:
         max_size: pixels that the longer side may have (times the jitter's factor).
         horizontal_flip, vertical_flip: probability of each.
         scale_jitter: the least and the largest factor of the size, drawn log-uniformly.
-        crop: whether a picture that the jitter made larger is cut back, at a random place, to the
+        crop: whether an image that the jitter made larger is cut back, at a random place, to the
             size without jitter. An object stays with what is left of its box if that is at least
             MIN_VISIBLE of its area; with less it becomes IGNORED, since a part in sight is
             neither a good example of the object nor background; out of sight it is dropped.
@@ -60,15 +60,15 @@ class Transform:
         generator: random.Random | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One picture with its objects.
+        """One image with its objects.
 
         Args:
             image: (3, H, W) uint8.
-            boxes: (M, 4) pixels of the whole picture; what lies outside of it is cut off.
+            boxes: (M, 4) pixels of the whole image; what lies outside of it is cut off.
             labels: (M,) class 0..K-1, or IGNORED.
             shorter: pixels of the shorter side wanted, before jitter.
             generator: where random numbers come from; None: a fresh one.
-            size: (height, width) of the whole picture, where it was read at a reduced one (see
+            size: (height, width) of the whole image, where it was read at a reduced one (see
                 :meth:`reading_size`).
 
         Returns:
@@ -103,13 +103,13 @@ class Transform:
         return image, boxes, labels
 
     def reading_size(self, shorter: int) -> tuple[int, int]:
-        """Shorter and longest side for which to read a picture, before the jitter is drawn."""
+        """Shorter and longest side for which to read an image, before the jitter is drawn."""
         most = max(1.0, self.scale_jitter[1])
         return math.ceil(shorter * most), math.ceil(self.max_size * most)
 
 
 def _clip(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut off what lies outside of the picture, and drop boxes of which nothing is left."""
+    """Cut off what lies outside of the image, and drop boxes of which nothing is left."""
     clipped = _cut(boxes, image)
     sides = clipped[:, 2:] - clipped[:, :2]
     keep = (sides >= MIN_SIDE).all(dim=1)  # False for not-a-number too

@@ -1,8 +1,8 @@
-"""Pictures too large to unpack, read a window at a time.
+"""Images too large to unpack, read a window at a time.
 
 The pixels of a window are those that :func:`retinanet.data.images.read_image` gives of the whole
-picture, for the same code makes them: each tile or strip of a TIFF becomes a small TIFF of its own,
-which Pillow decodes by the rules that hold for every picture.
+image, for the same code makes them: each tile or strip of a TIFF becomes a small TIFF of its own,
+which Pillow decodes by the rules that hold for every image.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from retinanet.data.images import (
 from retinanet.errors import ImageError
 
 Window = tuple[int, int, int, int]
-"""x1, y1, x2, y2 in whole pixels of the upright picture, within it."""
+"""x1, y1, x2, y2 in whole pixels of the upright image, within it."""
 
 CACHED_BYTES = 2**26
-"""Unpacked pieces of a picture that are kept for the next window; at the least those of one."""
+"""Unpacked pieces of an image that are kept for the next window; at the least those of one."""
 
 _BAND_BYTES = 2**22
 """Rows that lie in a file as they are, without compression, are read about so many at a time."""
 
 
 class Windows(ABC):
-    """A picture of which parts are read; may be used from several threads.
+    """An image of which parts are read; may be used from several threads.
 
     Attributes:
-        size: (height, width) of the upright picture.
+        size: (height, width) of the upright image.
         down_first: whether windows below each other, rather than side by side, share what has to
-            be unpacked: the picture is stored on its side.
+            be unpacked: the image is stored on its side.
     """
 
     size: tuple[int, int]
@@ -74,10 +74,10 @@ class Windows(ABC):
 
     @abstractmethod
     def reduced(self, height: int, width: int) -> Tensor:
-        """(3, height, width) uint8: what ``resize_to`` makes of the whole picture.
+        """(3, height, width) uint8: what ``resize_to`` makes of the whole image.
 
-        Rows are made narrow as they come, so that the picture's height times the new width is the
-        most that is held. Equal to the last bit; of a picture that is stored turned, to one level.
+        Rows are made narrow as they come, so that the image's height times the new width is the
+        most that is held. Equal to the last bit; of an image that is stored turned, to one level.
 
         Raises:
             ImageError: as in :meth:`read`.
@@ -85,7 +85,7 @@ class Windows(ABC):
 
 
 def open_windows(source: ImageSource) -> Windows:
-    """Look into a picture without unpacking it.
+    """Look into an image without unpacking it.
 
     ==================  ========================================================================
     TIFF, BigTIFF       a tile or a strip at a time, in any compression that Pillow reads; strips
@@ -95,13 +95,13 @@ def open_windows(source: ImageSource) -> Windows:
     all else            JPEG, PNG, WebP, ..: unpacked once, when the first window is read
     ==================  ========================================================================
 
-    What is unpacked at once, a picture or one strip of it, may have as many pixels as
+    What is unpacked at once, an image or one strip of it, may have as many pixels as
     ``read_image`` takes: 2 x ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million. Values without a range
-    (floating point, 32 bits) are judged by the whole picture and unpacked with it. A file is opened
+    (floating point, 32 bits) are judged by the whole image and unpacked with it. A file is opened
     for each read: it must stay where it is.
 
     Raises:
-        ImageError: there is no such file, it is no picture, or it is too large and of a kind that
+        ImageError: there is no such file, it is no image, or it is too large and of a kind that
             has to be unpacked whole.
     """
     if isinstance(source, Tensor | np.ndarray):
@@ -123,19 +123,19 @@ def open_windows(source: ImageSource) -> Windows:
         return _Stored(name, stored, pieces)
 
 
-def typical_side(pictures: Sequence[ImageSource], *, most: int = 200) -> int:
-    """The median of the shorter sides of up to `most` pictures, taken evenly, by their headers.
+def typical_side(images: Sequence[ImageSource], *, most: int = 200) -> int:
+    """The median of the shorter sides of up to `most` images, taken evenly, by their headers.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
         ImageError: one cannot be opened.
     """
-    chosen = pictures[:: -(-len(pictures) // most) or 1]
+    chosen = images[:: -(-len(images) // most) or 1]
     return int(statistics.median(min(open_windows(one).size) for one in chosen))
 
 
 class _Unpacked(Windows):
-    """A picture that is read as ever, when it is first needed."""
+    """An image that is read as ever, when it is first needed."""
 
     def __init__(self, source: ImageSource) -> None:
         self._lock = threading.Lock()
@@ -151,7 +151,7 @@ class _Unpacked(Windows):
                 pass
         except Image.DecompressionBombError as error:
             raise ImageError(
-                f"{name}: {error}; a picture of this kind is unpacked whole: save it as a TIFF of "
+                f"{name}: {error}; an image of this kind is unpacked whole: save it as a TIFF of "
                 "8 or 16 bits, which is read in windows, or raise PIL.Image.MAX_IMAGE_PIXELS"
             ) from None
         self.size = image_size(bytes(source) if isinstance(source, bytearray) else source)
@@ -195,7 +195,7 @@ class _Pixels(Windows):
 
 @dataclass(frozen=True)
 class _Pieces:
-    """How a picture is stored.
+    """How an image is stored.
 
     Attributes:
         tops, lefts: first row, and first column, of the pieces, and where the last ones end.
@@ -213,7 +213,7 @@ class _Pieces:
 
 
 class _Stored(Windows):
-    """A picture in pieces, those of the last windows kept."""
+    """An image in pieces, those of the last windows kept."""
 
     def __init__(
         self, name: str, stored: str | os.PathLike[str] | BytesIO, pieces: _Pieces
@@ -283,9 +283,9 @@ class _Stored(Windows):
     def _unpack(self, row: int, column: int) -> Tensor:
         """(h, w, 3) of a piece."""
         with _file(self._stored) as file:
-            picture = self._pieces.unpack(file, row, column)
+            image = self._pieces.unpack(file, row, column)
         tops, lefts = self._pieces.tops, self._pieces.lefts
-        pixels = _from_pil(picture).permute(1, 2, 0)
+        pixels = _from_pil(image).permute(1, 2, 0)
         return pixels[: tops[row + 1] - tops[row], : lefts[column + 1] - lefts[column]]
 
     def _bytes(self, place: tuple[int, int]) -> int:
@@ -294,7 +294,7 @@ class _Stored(Windows):
         return 3 * (tops[row + 1] - tops[row]) * (lefts[column + 1] - lefts[column])
 
     def _as_stored(self, window: Window) -> Window:
-        """Where in the file a window of the upright picture lies."""
+        """Where in the file a window of the upright image lies."""
         x1, y1, x2, y2 = window
         orientation = self._pieces.orientation
         height, width = self._pieces.tops[-1], self._pieces.lefts[-1]
@@ -314,7 +314,7 @@ class _Stored(Windows):
 
 
 def _reduced(bands: Iterable[Tensor], size: tuple[int, int], height: int, width: int) -> Tensor:
-    """A picture of `size` that comes as (3, h, W) from top to bottom, at a new size.
+    """An image of `size` that comes as (3, h, W) from top to bottom, at a new size.
 
     As torch does it: first each row for itself, rounded, then the columns.
     """
@@ -330,7 +330,7 @@ def _reduced(bands: Iterable[Tensor], size: tuple[int, int], height: int, width:
 
 
 def _find_pieces(file: BinaryIO) -> _Pieces | None:
-    """How the picture in `file` is stored; None: it has to be unpacked whole, or is no picture."""
+    """How the image in `file` is stored; None: it has to be unpacked whole, or is no image."""
     start = file.read(4)
     file.seek(0)
     try:
@@ -345,13 +345,13 @@ def _find_pieces(file: BinaryIO) -> _Pieces | None:
     return None
 
 
-def _pieces_of_rows(picture: Image.Image, file: BinaryIO) -> _Pieces | None:
-    """Of a picture whose rows lie in the file one after the other, from either end."""
-    tiles: Any = picture.tile  # type: ignore[attr-defined]
-    if picture.mode not in ("L", "RGB", "RGBA") or len(tiles) != 1 or tiles[0][0] != "raw":
+def _pieces_of_rows(image: Image.Image, file: BinaryIO) -> _Pieces | None:
+    """Of an image whose rows lie in the file one after the other, from either end."""
+    tiles: Any = image.tile  # type: ignore[attr-defined]
+    if image.mode not in ("L", "RGB", "RGBA") or len(tiles) != 1 or tiles[0][0] != "raw":
         return None
     _, _, start, arguments = tiles[0]
-    mode, (width, height) = picture.mode, picture.size
+    mode, (width, height) = image.mode, image.size
     rawmode, stride, direction = (
         (arguments, width * len(arguments), 1) if isinstance(arguments, str) else arguments
     )
@@ -382,13 +382,13 @@ _RAW, _OLD_JPEG, _YCBCR = 1, 6, 6
 
 def _pieces_of_tiff(file: BinaryIO) -> _Pieces | None:
     with _quiet():
-        picture = TiffImagePlugin.TiffImageFile(file)
-        orientation = _orientation(picture)
-    tags = picture.tag_v2
+        image = TiffImagePlugin.TiffImageFile(file)
+        orientation = _orientation(image)
+    tags = image.tag_v2
     width, height = tags[_WIDTH], tags[_LENGTH]
     compression = tags.get(_COMPRESSION, _RAW)
-    # Mode I and F: their values have no range but that of the whole picture.
-    if picture.mode in ("I", "F") or compression == _OLD_JPEG:
+    # Mode I and F: their values have no range but that of the whole image.
+    if image.mode in ("I", "F") or compression == _OLD_JPEG:
         return None
     tiled = _TILES in tags
     offsets = tags.get(_TILES if tiled else _STRIPS, ())
@@ -449,7 +449,7 @@ def _small_tiff(
     segments: list[bytes],
     tiled: bool,
 ) -> Image.Image:
-    """The picture in a single tile or strip (one a plane), by the tags of the picture it is of."""
+    """The image in a single tile or strip (one a plane), by the tags of the image it is of."""
     order = "<" if tags.prefix == b"II" else ">"
     head = tags.prefix + struct.pack(f"{order}HL", 42, 8)  # not BigTIFF; the directory follows
     directory = TiffImagePlugin.ImageFileDirectory_v2(head)
@@ -476,9 +476,9 @@ def _small_tiff(
         length = len(head) + len(directory.tobytes(len(head)))
         directory[where] = tuple(length + start for start in starts)
     packed = BytesIO(b"".join([head, directory.tobytes(len(head)), *segments]))
-    picture = TiffImagePlugin.TiffImageFile(packed)
-    picture.load()
-    return picture
+    image = TiffImagePlugin.TiffImageFile(packed)
+    image.load()
+    return image
 
 
 def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
@@ -504,7 +504,7 @@ def _edges(length: int, step: int) -> list[int]:
 
 
 def _each_for_itself(source: npt.NDArray[Any] | Tensor) -> bool:
-    """Whether a picture in memory has the shape of one, and values that need no others."""
+    """Whether an image in memory has the shape of one, and values that need no others."""
     if isinstance(source, Tensor):
         channels = source.shape[0] if source.dim() == 3 else 1
         known = source.dtype in (torch.uint8, torch.bool)

@@ -59,8 +59,8 @@ def evaluate_detections(
     Crowd and difficult objects neither count as objects nor against the boxes on them.
 
     Args:
-        dataset: pictures and their objects; a picture without detections counts too.
-        detections: (place in the data set, boxes in the picture's pixels) pairs, or COCO results
+        dataset: images and their objects; an image without detections counts too.
+        detections: (place in the data set, boxes in the image's pixels) pairs, or COCO results
             (a list of dicts), or :class:`Results`.
         max_detections: boxes of a class in an image that count, best first. COCO's 100 is too few
             for data with more objects than that in an image.

@@ -73,11 +73,11 @@ class LossDistribution:
     """Figure 4 of one model on one split.
 
     Attributes:
-        images: pictures looked at.
+        images: images looked at.
         fractions: of the anchors, 0 to 1, evenly spaced: the x of every curve.
         positives: curves of anchors that answer for an object, one a gamma.
         negatives: of background anchors, one a gamma.
-        positive_anchors, negative_anchors, ignored_anchors: how many the pictures have.
+        positive_anchors, negative_anchors, ignored_anchors: how many the images have.
         positives_taken, negatives_taken: how many of those were sampled for the curves.
         classes: sigmoids of an anchor, whose losses are summed.
         foreground_iou, background_iou, low_quality_matches: by which anchors were assigned.
@@ -144,17 +144,17 @@ def loss_distribution(
             many are taken, each with the same chance. Beside the model's memory they take 500 MB
             at the defaults, however large the data is.
         sample_seed: which are taken.
-        workers: processes that load pictures; None: chosen for this machine.
+        workers: processes that load images; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
         seed, held_out: as in :func:`retinanet.evaluation.evaluate`.
-        progress: told how many pictures are done.
+        progress: told how many images are done.
 
     Raises:
         ConfigError: gammas are missing, given twice or out of range, or as :class:`Detector`.
         DataError: the data cannot be read or no anchor answers for an object in it, or the model
             says what is not a number.
         WeightsError: the model cannot be read, or lacks classes that the data has objects of.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     check_gammas(gammas)
     if isinstance(model, str | Path):
@@ -215,7 +215,7 @@ def distribution_of(
 ) -> LossDistribution:
     """As :func:`loss_distribution`, of a network that is there and a data set that was read.
 
-    Pictures go through one by one, so that hardly any anchor lies in padding.
+    Images go through one by one, so that hardly any anchor lies in padding.
 
     Args:
         network: as :func:`retinanet.inference.network.build_network` makes it.
@@ -407,7 +407,7 @@ class _Sample:
         self._losses: list[NDArray[np.float32]] = []
 
     def add(self, keys: NDArray[np.int32], losses: NDArray[np.float32], seen: int) -> None:
-        """(N,) keys under the limit and (N, G) losses of anchors, of `seen` in the picture."""
+        """(N,) keys under the limit and (N, G) losses of anchors, of `seen` in the image."""
         self.seen += seen
         self.taken += len(keys)
         self._keys.append(keys)

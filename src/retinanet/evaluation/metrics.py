@@ -135,7 +135,7 @@ class Metrics:
             NaN where that is over `max_detections`.
         ar, ar_small, ar_medium, ar_large: recall with `max_detections`.
         max_detections: boxes of a class in an image that count, best first (COCO: 100).
-        images: pictures that were judged.
+        images: images that were judged.
         objects: objects that count; `ignored`: crowd and difficult ones, which do not.
         left_out: objects whose box is not a box (not a number, inverted).
         detections: boxes that were judged.

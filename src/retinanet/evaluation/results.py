@@ -32,10 +32,10 @@ _NUMBERS = b"0123456789+-.eE"
 
 
 class Results:
-    """Boxes found in a data set: 56 bytes a box, whatever the pictures' size.
+    """Boxes found in a data set: 56 bytes a box, whatever the images' size.
 
     Args:
-        dataset: the pictures that were searched.
+        dataset: the images that were searched.
         label_map: (K,) the data's label of each label of the detector, -1: the data has no such
             class and its boxes are left out; None: they are the same.
     """
@@ -48,7 +48,7 @@ class Results:
         self._parts: list[NDArray[np.float64]] = []
 
     def add(self, index: int, detections: Detections) -> None:
-        """Keep what was found in picture `index` of the data set, boxes in that picture's pixels.
+        """Keep what was found in image `index` of the data set, boxes in that image's pixels.
 
         Raises:
             DataError: a box or a score is not a number.
@@ -147,7 +147,7 @@ class Results:
 
 
 def image_numbers(dataset: Dataset) -> tuple[int, ...]:
-    """COCO's image id of each picture: the data's own where they serve, else 1, 2, 3, ..."""
+    """COCO's image id of each image: the data's own where they serve, else 1, 2, 3, ..."""
     own = [image.id for image in dataset.images]
     # Doubles carry the ids through the evaluator: exact up to 2^53.
     if all(isinstance(one, int) and 0 <= one < 2**53 for one in own) and len(set(own)) == len(own):
@@ -354,7 +354,7 @@ def _known_rows(table: NDArray[np.float64], dataset: Dataset) -> NDArray[np.floa
     """The table with the data's image numbers; None: something in it needs a closer look."""
     numbers = image_numbers(dataset)
     if any(image.id != number for image, number in zip(dataset.images, numbers, strict=True)):
-        return None  # the file may call pictures by names that look like numbers
+        return None  # the file may call images by names that look like numbers
     fits = (
         np.isfinite(table).all()
         and (table[:, 3:5] >= 0).all()
@@ -423,7 +423,7 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
 
 
 def _known_images(dataset: Dataset, numbers: tuple[int, ...]) -> dict[int | str, int]:
-    """Number by whatever a results file may call a picture; the data's own id goes first."""
+    """Number by whatever a results file may call an image; the data's own id goes first."""
     known: dict[int | str, int] = {}
     for image, number in zip(dataset.images, numbers, strict=True):
         known.setdefault(image.path.stem, number)

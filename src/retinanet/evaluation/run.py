@@ -38,7 +38,7 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Detections, Targets
 
 Progress = Callable[[int, int], None]
-"""Told how many pictures are done, of how many."""
+"""Told how many images are done, of how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,13 @@ def evaluate(
         out: a folder for ``metrics.json`` and ``results.json`` (:func:`write_results`).
         max_detections: boxes of a class in an image that count. None is COCO's 100, also
             where ``detections_per_image`` is higher: AP is then what pycocotools makes of it.
-        batch_size: pictures that the network takes at once.
-        workers: processes that load pictures; None: chosen for this machine.
+        batch_size: images that the network takes at once.
+        workers: processes that load images; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
         tile, overlap: as in :meth:`Detector.stream`; tiles, and exported files, give no loss.
         seed, held_out: how a split is made where the data has none; None is as the model was
             trained, so that nothing it has seen is judged.
-        progress: told how many pictures are done.
+        progress: told how many images are done.
         thresholds: laid over the model's own.
 
     Raises:
@@ -109,7 +109,7 @@ def evaluate(
         WeightsError: the model cannot be read, or lacks classes that the data has objects of.
         ConfigError: an unknown device, precision or backend, or a threshold out of range.
         MissingExtraError: the backend is not installed.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     if _is_results(model):
         if (precision, backend, calibrate) != ("auto", "auto", None):
@@ -161,7 +161,7 @@ def evaluate(
                 **used,
             )
         else:
-            searched = search_pictures(
+            searched = search_images(
                 detector,
                 dataset,
                 batch_size=batch_size,
@@ -236,7 +236,7 @@ def search(
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> Searched:
-    """Run a model over every picture once; pictures are let go as soon as they are searched.
+    """Run a model over every image once; images are let go as soon as they are searched.
 
     The loss is that of training on the same forward: its mean over images, or, for the normalizers
     ``batch`` and ``running``, the sum over all images divided by all their foreground anchors
@@ -245,17 +245,17 @@ def search(
 
     Args:
         network: as :func:`retinanet.inference.network.build_network` makes it.
-        dataset: the pictures and their objects.
+        dataset: the images and their objects.
         image_size, max_size: shorter side, and longer side at most, pixels.
-        batch_size: pictures at once.
-        workers: processes that load pictures; 0: this one.
+        batch_size: images at once.
+        workers: processes that load images; 0: this one.
         loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
-        progress: told how many pictures are done.
+        progress: told how many images are done.
         thresholds: as in :func:`retinanet.inference.inference.detect_batch`.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         DataError: the model says a box or a score that is not a number.
     """
     model = network.model
@@ -296,7 +296,7 @@ def search(
     )
 
 
-def search_pictures(
+def search_images(
     detector: Detector,
     dataset: Dataset,
     *,
@@ -310,7 +310,7 @@ def search_pictures(
     """As :func:`search`, through :meth:`Detector.stream` as a person uses it, and without a loss.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         DataError: the detector says a box or a score that is not a number.
     """
     results = Results(dataset, label_map)
@@ -419,7 +419,7 @@ class _LossSums:
         )
 
     def means(self) -> tuple[float | None, float | None]:
-        """Classification and box loss; None where there is no picture."""
+        """Classification and box loss; None where there is no image."""
         if not self._parts:
             return None, None
         sums = torch.stack(self._parts).sum(dim=0).tolist()
@@ -469,7 +469,7 @@ def read_judged(
     seed: int | None = None,
     held_out: float | None = None,
 ) -> Dataset:
-    """The pictures that something is judged on; arguments and errors as :func:`evaluate`."""
+    """The images that something is judged on; arguments and errors as :func:`evaluate`."""
     if isinstance(data, Dataset):
         return data
     path = Path(data)
@@ -479,7 +479,7 @@ def read_judged(
     known = {name: value for name, value in made.items() if value is not None}
     dataset = read_dataset(path, split, extras=False, **known)
     if not len(dataset):
-        raise DataError(f"{path}: split {dataset.split!r} has no picture")
+        raise DataError(f"{path}: split {dataset.split!r} has no image")
     return dataset
 
 

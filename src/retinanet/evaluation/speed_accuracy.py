@@ -52,7 +52,7 @@ class SpeedPoint:
         scale, max_size: shorter side, and longer side at most, pixels.
         ap, ap50, ap75, ap_small, ap_medium, ap_large: as :class:`retinanet.evaluation.Metrics`; NaN
             where the data has no such object.
-        milliseconds: an image at batch size 1: network and post-processing of pictures that are
+        milliseconds: an image at batch size 1: network and post-processing of images that are
             decoded and resized already; the median over rounds.
         milliseconds_low, milliseconds_high: its quartiles.
         network: what ran it, in a few words.
@@ -79,7 +79,7 @@ class SpeedAccuracy:
 
     Attributes:
         points: model by model, scales from small to large.
-        images: pictures that were judged; `timed`: how many of them were timed.
+        images: images that were judged; `timed`: how many of them were timed.
         rounds: how often each setting was timed.
         source, split: the data.
         machine: what it was measured on, as the caller says.
@@ -110,7 +110,7 @@ def speed_accuracy(
     split: str | None = None,
     scales: Sequence[int] | None = None,
     rounds: int = 7,
-    pictures: int = 8,
+    images: int = 8,
     batch_size: int = 4,
     workers: int | None = None,
     device: str = "auto",
@@ -127,14 +127,14 @@ def speed_accuracy(
             get.
         data: a labelled folder or file of any format, or a data set.
         split: as in :func:`retinanet.evaluation.evaluate`; every model is judged on the same
-            pictures.
+            images.
         scales: shorter sides, pixels; None: the paper's, from 4/6 to 8/6 of what each model was
             trained with. The longer side's limit keeps its ratio to it.
         rounds: how often each setting is timed; they take turns, so that what else the machine
             does meets all of them.
-        pictures: how many of the split are timed, evenly spread over it; a round of a setting is
+        images: how many of the split are timed, evenly spread over it; a round of a setting is
             all of them, one by one.
-        batch_size, workers: for AP; the times are those of single pictures.
+        batch_size, workers: for AP; the times are those of single images.
         device, precision, backend, calibrate: as in :class:`Detector`.
         machine: goes into the result.
         progress: told how many settings have their AP.
@@ -142,14 +142,14 @@ def speed_accuracy(
     Raises:
         ConfigError: there is no model, a scale or a count is out of range, or as
             :class:`Detector`.
-        DataError: the data cannot be read, or the models held out different pictures of it.
+        DataError: the data cannot be read, or the models held out different images of it.
         WeightsError: a model cannot be read, or lacks classes that the data has objects of.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         MissingExtraError: the backend is not installed.
     """
     if not models:
         raise ConfigError("there is no model to measure: give one or more run folders")
-    for name, count in (("rounds", rounds), ("pictures", pictures)):
+    for name, count in (("rounds", rounds), ("images", images)):
         if count < 1:
             raise ConfigError(f"{name} is 1 or more, got {count}")
     check_scales(scales)
@@ -157,7 +157,7 @@ def speed_accuracy(
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
     }
-    dataset = _same_pictures(checkpoints, data, split)
+    dataset = _same_images(checkpoints, data, split)
     # All of them before the first is measured: an error tells at once.
     label_maps = {
         name: match_classes(checkpoint.classes, dataset) for name, checkpoint in checkpoints.items()
@@ -169,7 +169,7 @@ def speed_accuracy(
     ]
     judged: list[tuple[str, Detector, Metrics]] = []
     calls: dict[str, Callable[[], object]] = {}
-    chosen = _spread(dataset, pictures)
+    chosen = _spread(dataset, images)
     for name, checkpoint, scale in settings:
         detector = Detector(
             checkpoint,
@@ -260,12 +260,12 @@ def time_in_turns(
 
 
 def search_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
-    """A call that searches every picture of `dataset`, one by one, and waits for the boxes.
+    """A call that searches every image of `dataset`, one by one, and waits for the boxes.
 
-    The pictures are decoded, resized, padded and put on the device here, once.
+    The images are decoded, resized, padded and put on the device here, once.
 
     Raises:
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     loader = eval_loader(
         dataset,
@@ -275,7 +275,7 @@ def search_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
         fill=padding_colour(detector.model),
     )
     batches = [batch.to(detector.device) for batch in loader]
-    # Pictures of one size after each other, as weights are arranged for sizes that come again.
+    # Images of one size after each other, as weights are arranged for sizes that come again.
     batches.sort(key=lambda one: tuple(one.images.shape))
 
     network = detector.network
@@ -310,7 +310,7 @@ def paper_scales(trained: int) -> tuple[int, ...]:
 
 
 def check_scales(scales: Sequence[int] | None) -> None:
-    """Raise a ConfigError unless there are scales, each once, that a picture can be resized to."""
+    """Raise a ConfigError unless there are scales, each once, that an image can be resized to."""
     if scales is None:
         return
     if not scales or len(set(scales)) != len(scales):
@@ -329,7 +329,7 @@ def _timed(seconds: list[float]) -> Timed:
     return Timed(statistics.median(seconds), low, high)
 
 
-def _same_pictures(
+def _same_images(
     checkpoints: Mapping[str, Checkpoint], data: str | Path | Dataset, split: str | None
 ) -> Dataset:
     """The split on which all models can be judged: what none of them has trained on.
@@ -346,7 +346,7 @@ def _same_pictures(
             first = name, dataset
         elif [one.path for one in dataset.images] != [one.path for one in first[1].images]:
             raise DataError(
-                f"{dataset.source}: {first[0]} and {name} held out different pictures of it "
+                f"{dataset.source}: {first[0]} and {name} held out different images of it "
                 f"({first[1].split_origin}; {dataset.split_origin}); "
                 "give a split that neither has trained on, such as a label file of its own"
             )

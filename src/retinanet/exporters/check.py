@@ -18,7 +18,7 @@ _SAME_OBJECT = 0.5
 """Boxes of one class with this IoU or more may be the same object's."""
 
 _SAME_PLACE = 0.1
-"""Pixels; boxes without an area, as at a picture's edge, are the same by their corners."""
+"""Pixels; boxes without an area, as at an image's edge, are the same by their corners."""
 
 _NEAR_IOU = 0.05
 """So close to the threshold of NMS a small difference decides which of two boxes goes."""
@@ -30,7 +30,7 @@ class Tolerance:
 
     Attributes:
         score: largest difference of a matched box's score that is none.
-        box: largest difference of a corner that is none, pixels of the picture.
+        box: largest difference of a corner that is none, pixels of the image.
         apart: share of the boxes that may differ by more, or have no match.
         ap: by how much AP may be lower.
     """
@@ -70,10 +70,10 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What two searches of the same pictures have in common.
+    """What two searches of the same images have in common.
 
     Attributes:
-        pictures: how many were searched.
+        images: how many were searched.
         boxes: found by the network itself.
         found: found by the file.
         matched: pairs of the same class with an IoU of .5 or more.
@@ -86,7 +86,7 @@ class Agreement:
         score_median, box_median: of the differences.
     """
 
-    pictures: int
+    images: int
     boxes: int
     found: int
     matched: int
@@ -111,15 +111,15 @@ class Agreement:
 def compare(
     pairs: Iterable[tuple[Detections, Detections]], tolerance: Tolerance, thresholds: Thresholds
 ) -> Agreement:
-    """Compare what the network and the file found in each picture.
+    """Compare what the network and the file found in each image.
 
     Args:
-        pairs: for each picture the network's detections and the file's.
+        pairs: for each image the network's detections and the file's.
         tolerance: what counts as a difference.
         thresholds: those in use, all of them.
     """
     counts = dict.fromkeys(
-        ("pictures", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond"), 0
+        ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond"), 0
     )
     scores, corners = [torch.zeros(0)], [torch.zeros(0)]
     for expected, got in pairs:
@@ -128,7 +128,7 @@ def compare(
         corner = (expected.boxes[left] - got.boxes[right]).abs().amax(dim=1)
         scores.append(score)
         corners.append(corner)
-        counts["pictures"] += 1
+        counts["images"] += 1
         counts["boxes"] += len(expected)
         counts["found"] += len(got)
         counts["matched"] += len(left)

@@ -1,8 +1,8 @@
-"""The whole detector as one graph: a picture of any size in, boxes in its own pixels out.
+"""The whole detector as one graph: an image of any size in, boxes in its own pixels out.
 
 What surrounds the network elsewhere (:mod:`retinanet.data.images` before it,
 :mod:`retinanet.postprocess` behind it) is written here for tensors of fixed rank alone, so that
-``torch.export`` can follow it: there is no list of pictures, and what was found is padded to a
+``torch.export`` can follow it: there is no list of images, and what was found is padded to a
 fixed number. Those rooms are the definition; tests hold this one to them.
 """
 
@@ -50,7 +50,7 @@ Suppress = Callable[[Tensor, Tensor, Tensor, Suppression], Tensor]
 
 
 class WholeDetector(nn.Module):
-    """Pictures to what is found in them, in one piece.
+    """Images to what is found in them, in one piece.
 
     Args:
         network: as :func:`retinanet.model.fused.fused_copy` makes it, without packing.
@@ -97,10 +97,10 @@ class WholeDetector(nn.Module):
         """Find objects.
 
         Args:
-            images: (B, 3, H, W) uint8 RGB, whole pictures of one size.
+            images: (B, 3, H, W) uint8 RGB, whole images of one size.
 
         Returns:
-            (B, D, 4) float32 boxes in pixels of the pictures, (B, D) float32 scores, (B, D) int64
+            (B, D, 4) float32 boxes in pixels of the images, (B, D) float32 scores, (B, D) int64
             labels, best first, D = ``detections_per_image``, and (B,) int64 how many there are:
             behind them boxes and scores are 0 and labels :data:`NOTHING`.
         """
@@ -118,7 +118,7 @@ class WholeDetector(nn.Module):
         stays = self.suppress(boxes, scores, labels, self.suppression)
         scores = torch.where(stays, scores, _NO_SCORE)
         missing = self.detections_per_image - scores.shape[1]
-        if missing > 0:  # more are asked for than there are candidates: known before any picture
+        if missing > 0:  # more are asked for than there are candidates: known before any image
             scores = F.pad(scores, (0, missing), value=_NO_SCORE)
             boxes, labels = F.pad(boxes, (0, 0, 0, missing)), F.pad(labels, (0, missing))
         scores, place = scores.topk(self.detections_per_image, dim=1)
@@ -136,7 +136,7 @@ class WholeDetector(nn.Module):
 
         Returns:
             (B, 3, h, w) float32 0..255, h and w multiples of 32; (2,) float64 height and width
-            without the padding; (2,) of the pictures.
+            without the padding; (2,) of the images.
         """
         height, width = images.shape[-2:]
         rows, columns = self.size(height, width, self.image_size, self.max_size)
@@ -182,7 +182,7 @@ class RawDetector(WholeDetector):
             images: as :meth:`WholeDetector.forward`.
 
         Returns:
-            (B, R, 4) float32 boxes in pixels of the pictures and within them, and (B, R, K) float32
+            (B, R, 4) float32 boxes in pixels of the images and within them, and (B, R, K) float32
             scores, in the order of the anchors, level by level.
         """
         padded, size, original = self.prepare(images)

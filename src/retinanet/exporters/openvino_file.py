@@ -22,10 +22,10 @@ def openvino_model(
         onnx_file: where it is.
         text: what :func:`retinanet.inference.exported.read_exported` will read.
         int8: whether to quantise the network in it.
-        calibration: for int8: (1, 3, H, W) uint8 pictures of the network's size.
+        calibration: for int8: (1, 3, H, W) uint8 images of the network's size.
 
     Raises:
-        ConfigError: int8 without pictures.
+        ConfigError: int8 without images.
     """
     import openvino
 
@@ -79,9 +79,9 @@ def _not_quantized(model: Any) -> set[str]:
 def _resize_exactly(node: Any) -> None:
     """Replace a bilinear resize with antialiasing by one that does it.
 
-    OpenVINO's CPU code samples four pixels however small the picture becomes. Two products of
+    OpenVINO's CPU code samples four pixels however small the image becomes. Two products of
     matrices give what the definition asks for, width before height and rounded between as in torch
-    and Pillow; a picture that has its size already passes by.
+    and Pillow; an image that has its size already passes by.
     """
     from openvino import Model, opset8
     from openvino import opset13 as op
@@ -91,13 +91,13 @@ def _resize_exactly(node: Any) -> None:
     sizes = op.gather(wanted, np.array([-2, -1]), np.array(0))
 
     def body(resize: bool) -> tuple[Any, Any, Any]:
-        picture = op.parameter(given.get_partial_shape(), np.uint8)
+        image = op.parameter(given.get_partial_shape(), np.uint8)
         sides = op.parameter([2], np.int64)
         # A branch that only hands on its input gave, in OpenVINO 2026.4, at the first call whatever
         # lay in memory.
-        result = op.convert(picture, "f32")
+        result = op.convert(image, "f32")
         if resize:
-            shape = op.shape_of(picture, "i64")
+            shape = op.shape_of(image, "i64")
             for axis in (3, 2):
                 source = op.gather(shape, np.array(axis), np.array(0))
                 target = op.gather(sides, np.array(axis - 2), np.array(0))
@@ -107,18 +107,18 @@ def _resize_exactly(node: Any) -> None:
                 else:
                     result = op.matmul(weights, result, False, False)
                 result = op.round(result, "half_to_even")
-        return Model([op.result(result)], [picture, sides]), picture, sides
+        return Model([op.result(result)], [image, sides]), image, sides
 
     same = op.reduce_logical_and(
         op.equal(op.gather(op.shape_of(given, "i64"), np.array([2, 3]), np.array(0)), sizes),
         np.array([0]),
     )
     branch = opset8.if_op(same.output(0))  # a node, as elsewhere, would be left out
-    kept, kept_picture, kept_sides = body(False)
-    resized, picture, sides = body(True)
+    kept, kept_image, kept_sides = body(False)
+    resized, image, sides = body(True)
     branch.set_then_body(kept)
     branch.set_else_body(resized)
-    branch.set_input(given, kept_picture, picture)
+    branch.set_input(given, kept_image, image)
     branch.set_input(sizes.output(0), kept_sides, sides)
     found = branch.set_output(kept.results[0], resized.results[0])
     node.output(0).replace(found)

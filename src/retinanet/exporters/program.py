@@ -22,7 +22,7 @@ def export_program(
 ) -> torch.export.ExportedProgram:
     """Follow a :class:`retinanet.exporters.graph.WholeDetector` for any batch, height and width."""
     # An example of another size than the network's, whose coarsest level has more than one cell if
-    # any picture's has: what compiles the program takes a side of 1 for one that stays 1.
+    # any image's has: what compiles the program takes a side of 1 for one that stays 1.
     longer = min(max_size, 2 * image_size)
     example = torch.zeros(2, 3, image_size - 7, longer - 5, dtype=torch.uint8)
     batch = torch.export.Dim("batch", max=MAX_BATCH)

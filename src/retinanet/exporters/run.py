@@ -54,7 +54,7 @@ from retinanet.inference.exported import (
     read_exported,
 )
 from retinanet.inference.inference import Thresholds, padding_colour
-from retinanet.inference.openvino_network import CALIBRATION_PICTURES
+from retinanet.inference.openvino_network import CALIBRATION_IMAGES
 from retinanet.inference.sources import find_sources
 from retinanet.model.checkpoint import Checkpoint, checkpoint_text, load_checkpoint
 from retinanet.model.fused import fused_copy
@@ -67,15 +67,15 @@ TOLERANCES = {
     "fp16": Tolerance(score=0.01, box=1.0, apart=0.05, ap=0.005),
     "int8": Tolerance(score=0.1, box=10.0, apart=0.25, ap=0.02),
 }
-"""Of the file on pictures of the network's size, by precision.
+"""Of the file on images of the network's size, by precision.
 
 Chosen by judgement, over what files of models for blood cells, nuclei and COCO showed (float16: 1.7
-to 4.0% apart on four pictures, .0005 AP on BCCD); not bounds that were measured. Whether a file
+to 4.0% apart on four images, .0005 AP on BCCD); not bounds that were measured. Whether a file
 beyond them is worse only AP tells.
 """
 
 RESIZED = Tolerance(score=0.03, box=3.0, apart=0.05, ap=1.0)
-"""What is added on whole pictures, which an engine resizes itself: a pixel may round otherwise."""
+"""What is added on whole images, which an engine resizes itself: a pixel may round otherwise."""
 
 _AOT_SIDE = 128  # the coarsest level's stride: see export_program
 
@@ -91,10 +91,10 @@ class ExportReport:
         file: the file; OpenVINO's weights lie beside it in a ``.bin``.
         target, precision, form: as of :class:`retinanet.inference.exported.ExportedFile`.
         bytes: of the file, weights included.
-        pictures: which were compared.
-        tolerance: of pictures at the network's size.
-        network_size: pictures that have the network's size, as ``retinanet detect`` gives them.
-        whole: whole pictures, which the file resizes itself.
+        images: which were compared.
+        tolerance: of images at the network's size.
+        network_size: images that have the network's size, as ``retinanet detect`` gives them.
+        whole: whole images, which the file resizes itself.
         ap, ap_file: of the network and of the file; None: no data was given.
         failures: what is beyond the tolerance, in words; empty: the file is good.
     """
@@ -104,7 +104,7 @@ class ExportReport:
     precision: str
     form: str
     bytes: int
-    pictures: str
+    images: str
     tolerance: Tolerance
     network_size: Agreement
     whole: Agreement
@@ -126,7 +126,7 @@ class ExportReport:
             "precision": self.precision,
             "form": self.form,
             "bytes": self.bytes,
-            "pictures": self.pictures,
+            "images": self.images,
             "tolerance": asdict(self.tolerance),
             "network_size": self.network_size.to_dict(),
             "whole": self.whole.to_dict(),
@@ -149,7 +149,7 @@ def export(
     aot: bool = False,
     data: str | Path | Dataset | None = None,
     split: str | None = None,
-    pictures: int = 20,
+    images: int = 20,
     tolerance: Iterable[str] = (),
     image_size: int | None = None,
     max_size: int | None = None,
@@ -158,7 +158,7 @@ def export(
 ) -> ExportReport:
     """Write a model as a file that other engines run, and compare the file with the model.
 
-    The file holds everything from the uint8 picture to boxes in its pixels. It is written beside
+    The file holds everything from the uint8 image to boxes in its pixels. It is written beside
     its place and renamed into it, then read again from there and run. ``FILE.report.json`` says
     what came of it.
 
@@ -168,13 +168,13 @@ def export(
         out: the file, with the suffix of `to`; None: ``model.onnx``, ``model.xml``, ``model.pt2``
             in the run folder.
         int8: OpenVINO: the network in int8, calibrated on `calibrate`.
-        calibrate: a data set (its training pictures) or what :meth:`Detector.detect` takes.
+        calibrate: a data set (its training images) or what :meth:`Detector.detect` takes.
         fp16: OpenVINO: weights in float16, computed with in float32: half the size.
         nms: False: boxes and scores of all anchors, for an engine that has its own NMS.
         aot: torch: compiled to machine code by AOTInductor, for this kind of processor.
-        data: labelled pictures to compare on, and to judge both by AP.
+        data: labelled images to compare on, and to judge both by AP.
         split: of `data`; None: as in :func:`retinanet.evaluation.evaluate`.
-        pictures: how many are compared.
+        images: how many are compared.
         tolerance: ``score=``, ``box=``, ``apart=``, ``ap=`` laid over that of the precision
             (:class:`retinanet.exporters.check.Tolerance`).
         image_size, max_size: as in :class:`Detector`; built into the file.
@@ -192,7 +192,7 @@ def export(
     """
     check_choice("--to", to, tuple(TARGETS))
     precision = "int8" if int8 else "fp16" if fp16 else "float32"
-    _check(to, int8, fp16, aot, calibrate, pictures)
+    _check(to, int8, fp16, aot, calibrate, images)
     allowed = TOLERANCES[precision].laid_over(tolerance)
     _need(to, int8)
     say = progress or (lambda _: None)
@@ -227,7 +227,7 @@ def export(
         detector,
         data=data,
         split=split,
-        pictures=pictures,
+        images=images,
         tolerance=allowed,
         of=None if isinstance(model, Checkpoint) else Path(model),
         progress=progress,
@@ -247,7 +247,7 @@ def check_file(
     *,
     data: str | Path | Dataset | None = None,
     split: str | None = None,
-    pictures: int = 20,
+    images: int = 20,
     tolerance: Tolerance | None = None,
     of: Path | None = None,
     progress: Progress | None = None,
@@ -257,7 +257,7 @@ def check_file(
     Args:
         file: the exported file.
         detector: the network, in float32 on the CPU, with the file's sizes and thresholds.
-        data, split, pictures: as in :func:`export`.
+        data, split, images: as in :func:`export`.
         tolerance: None: that of the file's precision.
         of: the run folder, whose own data serves where there is no `data`.
         progress: told what is being done.
@@ -273,14 +273,14 @@ def check_file(
     assert isinstance(network, ExportedNetwork)
     whole: list[tuple[Detections, Detections]] = []
     same: list[tuple[Detections, Detections]] = []
-    with _pictures(data, split, of, detector, pictures) as (chosen, described):
-        for picture in chosen:
-            size = (picture.shape[1], picture.shape[2])
-            resized, _ = resize_to(picture, detector.image_size, detector.max_size)
+    with _images(data, split, of, detector, images) as (chosen, described):
+        for image in chosen:
+            size = (image.shape[1], image.shape[2])
+            resized, _ = resize_to(image, detector.image_size, detector.max_size)
             prepared = [Prepared(resized, size)]
             expected = detector.search(prepared)[0]
             same.append((expected, own.search(prepared)[0]))
-            whole.append((expected, network.find([picture], **detector.thresholds)[0]))
+            whole.append((expected, network.find([image], **detector.thresholds)[0]))
     wider = allowed.widened(RESIZED)
     at_size = compare(same, allowed, detector.thresholds)
     at_whole = compare(whole, wider, detector.thresholds)
@@ -289,14 +289,14 @@ def check_file(
         f"or {limit.box:g} pixels or have no match, over {limit.apart:.2%}: {_next(exported)}"
         for what, agreement, limit in (
             ("at the network's size", at_size, allowed),
-            ("whole pictures", at_whole, wider),
+            ("whole images", at_whole, wider),
         )
         if not agreement.apart <= limit.apart
     ]
     if at_size.matched == 0:
         failures.append(
             f"in {described} the network found {at_size.boxes} boxes, the file {at_size.found}, "
-            "none of them the same: nothing was compared; give pictures with objects (--data)"
+            "none of them the same: nothing was compared; give images with objects (--data)"
         )
     ap = ap_file = None
     if data is not None:
@@ -310,7 +310,7 @@ def check_file(
         precision=exported.precision,
         form=exported.form,
         bytes=sum(one.stat().st_size for one in _files(Path(file))),
-        pictures=described,
+        images=described,
         tolerance=allowed,
         network_size=at_size,
         whole=at_whole,
@@ -327,7 +327,7 @@ def _next(exported: ExportedFile) -> str:
     )
 
 
-def _check(to: str, int8: bool, fp16: bool, aot: bool, calibrate: Any, pictures: int) -> None:
+def _check(to: str, int8: bool, fp16: bool, aot: bool, calibrate: Any, images: int) -> None:
     if int8 and fp16:
         raise ConfigError("int8 and fp16 are two precisions: choose one")
     for name, given, home in (("int8", int8, "openvino"), ("fp16", fp16, "openvino")):
@@ -337,13 +337,13 @@ def _check(to: str, int8: bool, fp16: bool, aot: bool, calibrate: Any, pictures:
         raise ConfigError(f"aot is for --to torch, got {to}")
     if int8 and calibrate is None:
         raise ConfigError(
-            "int8 is calibrated on pictures of the kind that will be searched: "
+            "int8 is calibrated on images of the kind that will be searched: "
             "give a data set or a folder (--calibrate)"
         )
     if calibrate is not None and not int8:
-        raise ConfigError("pictures to calibrate on are for int8: give --int8, or no --calibrate")
-    if pictures < 1:
-        raise ConfigError(f"pictures to compare on are 1 or more, got {pictures}")
+        raise ConfigError("images to calibrate on are for int8: give --int8, or no --calibrate")
+    if images < 1:
+        raise ConfigError(f"images to compare on are 1 or more, got {images}")
 
 
 _PACKAGES = {
@@ -500,10 +500,10 @@ def _write_torch(
 
 
 def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
-    """Pictures as the network gets them; of a data set its training pictures."""
+    """Images as the network gets them; of a data set its training images."""
     sources: Sequence[Any]
     try:
-        # Not the pictures that check_file() will judge by: what was held out of training.
+        # Not the images that check_file() will judge by: what was held out of training.
         split = {
             key: value
             for key in ("seed", "held_out")
@@ -518,7 +518,7 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
     except (DataError, TypeError):
         sources = find_sources(given)
     fill = padding_colour(detector.model)
-    for source in spread(sources, CALIBRATION_PICTURES):
+    for source in spread(sources, CALIBRATION_IMAGES):
         try:
             prepared = detector.prepare(source).pixels
         except ImageError:
@@ -532,14 +532,14 @@ def _split(detector: Detector) -> dict[str, Any]:
 
 
 @contextmanager
-def _pictures(
+def _images(
     data: str | Path | Dataset | None,
     split: str | None,
     of: Path | None,
     detector: Detector,
     count: int,
 ) -> Iterator[tuple[Iterator[Tensor], str]]:
-    """Whole pictures to compare on, and what they are."""
+    """Whole images to compare on, and what they are."""
     made = _split(detector)
     dataset: Dataset | None = None
     if data is not None:
@@ -555,7 +555,7 @@ def _pictures(
         drawn = synthetic_dataset(
             Path(folder), splits={"val": count}, image_size=detector.image_size
         )["val"]
-        described = f"{count} synthetic pictures, as there is no data of the model's here"
+        described = f"{count} synthetic images, as there is no data of the model's here"
         yield _read([image.path for image in drawn.images]), described
 
 

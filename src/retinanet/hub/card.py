@@ -11,8 +11,8 @@ from retinanet import __version__
 from retinanet.config import LossConfig, Recipe
 from retinanet.hub.facts import RunFacts
 
-FEW_PICTURES = 1000
-"""Training pictures under which the card warns of what the model has not seen."""
+FEW_IMAGES = 1000
+"""Training images under which the card warns of what the model has not seen."""
 
 FEW_OBJECTS = 100
 """Objects of a class that was judged, under which its AP is called uncertain."""
@@ -28,7 +28,7 @@ _SUMMARY = (
     ("ap_small", "APs", "objects under 32² square pixels"),
     ("ap_medium", "APm", "from 32² to 96²"),
     ("ap_large", "APl", "over 96²"),
-    ("ar100", "AR100", "recall with 100 boxes a class and picture"),
+    ("ar100", "AR100", "recall with 100 boxes a class and image"),
 )
 _METRICS = (("ap", "map"), ("ap50", "map_50"), ("ap75", "map_75"))
 _SPLIT = "val"  # training judges by it
@@ -39,17 +39,17 @@ class Counts:
     """What a split holds.
 
     Attributes:
-        pictures: in all.
+        images: in all.
         objects: by class name; those that are ignored are not counted.
     """
 
-    pictures: int
+    images: int
     objects: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture with what the model found in it.
+    """An image with what the model found in it.
 
     Attributes:
         file: its name beside the card.
@@ -69,7 +69,7 @@ class CardOptions:
         license: of the weights, by its name on the hub, such as ``apache-2.0``.
         dataset: id of the data on the hub.
         counts: by split, from the data.
-        examples: pictures.
+        examples: images.
         drawn_score: score from which their boxes are drawn.
         megabytes: of the file of weights.
     """
@@ -93,7 +93,7 @@ def write_card(facts: RunFacts, options: CardOptions) -> str:
         _what(facts, options),
         _use(facts, options),
         _results(facts),
-        _pictures(options),
+        _images(options),
         _data(facts, options),
         _training(facts),
         _limits(facts, options),
@@ -143,9 +143,9 @@ def _what(facts: RunFacts, options: CardOptions) -> list[str]:
         f"# {_plain(options.repository.rpartition('/')[2])}",
         "",
         f"A RetinaNet with the backbone {_backbone(facts)} that finds {many} of object in "
-        f"pictures: {shown}.",
+        f"images: {shown}.",
         "",
-        f"{parameters / 1e6:.1f} million parameters{size}; pictures are searched at "
+        f"{parameters / 1e6:.1f} million parameters{size}; images are searched at "
         f"{facts.checkpoint.image_size} pixels of the shorter side (at most "
         f"{facts.checkpoint.max_size} of the longer). Focal loss and network are those of Lin et "
         f"al. 2017, [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).",
@@ -163,7 +163,7 @@ def _use(facts: RunFacts, options: CardOptions) -> list[str]:
         if score is None
         else [
             "",
-            f"Scores are no probabilities of being right. On the pictures held back the threshold "
+            f"Scores are no probabilities of being right. On the images held back the threshold "
             f"of the best F1 was {score:.2f} (`--score-threshold`, or `score_threshold=` in "
             f"Python); without it every box over the model's own threshold comes out.",
         ]
@@ -177,14 +177,14 @@ def _use(facts: RunFacts, options: CardOptions) -> list[str]:
         "import retinanet as rn",
         "",
         f'detector = rn.load("{address}")',
-        'found = detector.detect("picture.jpg")',
+        'found = detector.detect("image.jpg")',
         "for box, score, label in found:",
         '    print(detector.classes[label], f"{score:.2f}", box.tolist())',
         'found.draw().save("drawn.jpg")',
         "```",
         "",
         "```",
-        f"retinanet detect {address} pictures/ --out found",
+        f"retinanet detect {address} images/ --out found",
         f"retinanet train data/ --init {address} --out my_run",
         "```",
         *advice,
@@ -194,11 +194,11 @@ def _use(facts: RunFacts, options: CardOptions) -> list[str]:
 def _results(facts: RunFacts) -> list[str]:
     metrics = facts.metrics
     if _number(metrics.get("ap")) is None:
-        return ["## Results", "", "This model was not judged on labelled pictures."]
+        return ["## Results", "", "This model was not judged on labelled images."]
     lines = [
         "## Results",
         "",
-        f"COCO's figures on {metrics.get('images', '?')} pictures ({_SPLIT}) with "
+        f"COCO's figures on {metrics.get('images', '?')} images ({_SPLIT}) with "
         f"{metrics.get('objects', '?')} objects:",
         "",
         *_table(
@@ -227,18 +227,18 @@ def _results(facts: RunFacts) -> list[str]:
     if speed:
         lines += [
             "",
-            f"Speed: {speed:.1f} pictures a second while these were judged, reading and resizing "
+            f"Speed: {speed:.1f} images a second while these were judged, reading and resizing "
             f"them included, on {_machine(facts.run)}; a measure of that machine, with other work "
             f"on it or not.",
         ]
     return lines
 
 
-def _pictures(options: CardOptions) -> list[str]:
+def _images(options: CardOptions) -> list[str]:
     if not options.examples:
         return []
     lines = [
-        "## Pictures",
+        "## Images",
         "",
         f"Drawn at random from those held back, none left out; boxes of a score of at least "
         f"{options.drawn_score:.2f}.",
@@ -260,7 +260,7 @@ def _data(facts: RunFacts, options: CardOptions) -> list[str]:
         lines += ["", f"Splits: {_plain(origin)}."]
     if options.counts:
         names = list(facts.checkpoint.classes)
-        rows = [["pictures", *(str(one.pictures) for one in options.counts.values())]]
+        rows = [["images", *(str(one.images) for one in options.counts.values())]]
         rows += [
             [
                 f"objects: {_cell(one)}",
@@ -273,7 +273,7 @@ def _data(facts: RunFacts, options: CardOptions) -> list[str]:
             lines += ["", f"and {len(names) - _SHOWN_CLASSES} more classes."]
     elif isinstance(run.get("images"), dict):
         rows = [[_cell(split), str(count)] for split, count in run["images"].items()]
-        lines += ["", *_table(["split", "pictures"], rows)]
+        lines += ["", *_table(["split", "images"], rows)]
     return lines
 
 
@@ -283,7 +283,7 @@ def _training(facts: RunFacts) -> list[str]:
         return ["## Training", "", "Not recorded with this checkpoint."]
     step = facts.checkpoint.info.get("step")
     train = recipe.train
-    length = f"{facts.run.get('steps', train.steps)} steps of {train.batch_size} pictures"
+    length = f"{facts.run.get('steps', train.steps)} steps of {train.batch_size} images"
     if isinstance(step, int) and step != facts.run.get("steps"):
         length += f" (these weights are those after step {step}, the best on `{_SPLIT}`)"
     decay = f", weight decay {train.weight_decay:g}"
@@ -294,10 +294,10 @@ def _training(facts: RunFacts) -> list[str]:
         "## Training",
         "",
         f"- {length}; {optimizer}{decay}; learning rate {train.lr:g} for {train.reference_batch} "
-        f"pictures a step, {schedule}{warmup}.",
+        f"images a step, {schedule}{warmup}.",
         f"- Loss: {_loss(recipe.loss)}.",
         f"- Network: {_network(recipe)}.",
-        f"- Pictures: {_augmentation(recipe)}.",
+        f"- Images: {_augmentation(recipe)}.",
     ]
     more = []
     if train.ema:
@@ -368,13 +368,13 @@ def _limits(facts: RunFacts, options: CardOptions) -> list[str]:
     told: list[str] = []
     metrics, run = facts.metrics, facts.run
     trained = _trained_on(facts, options)
-    if trained is not None and trained < FEW_PICTURES:
+    if trained is not None and trained < FEW_IMAGES:
         told.append(
-            f"It was trained on {trained} pictures, which is few: expect it to fail on pictures "
+            f"It was trained on {trained} images, which is few: expect it to fail on images "
             f"from another camera, place or day than those."
         )
     else:
-        told.append("On other kinds of pictures than it was trained on it was not tried.")
+        told.append("On other kinds of images than it was trained on it was not tried.")
     ap = _number(metrics.get("ap"))
     if ap is None:
         told.append("Nothing is known of how often it is right.")
@@ -388,7 +388,7 @@ def _limits(facts: RunFacts, options: CardOptions) -> list[str]:
     origin = str(run.get("split_origin") or "")
     if "held out" in origin:
         told.append(
-            "The pictures held back were drawn at random: where several show one scene, some may "
+            "The images held back were drawn at random: where several show one scene, some may "
             "lie on either side, and the figures are then too good."
         )
     uncertain = [
@@ -413,7 +413,7 @@ def _limits(facts: RunFacts, options: CardOptions) -> list[str]:
 
 def _trained_on(facts: RunFacts, options: CardOptions) -> int | None:
     if "train" in options.counts:
-        return options.counts["train"].pictures
+        return options.counts["train"].images
     images = facts.run.get("images")
     count = images.get("train") if isinstance(images, dict) else None
     return count if isinstance(count, int) else None
@@ -426,7 +426,7 @@ def _backbone(facts: RunFacts) -> str:
 def _data_name(facts: RunFacts) -> str:
     """The last part of where the data lay, whatever the system."""
     path = str(facts.run.get("data") or "").replace("\\", "/").rstrip("/")
-    return path.rpartition("/")[2] or "the author's pictures"
+    return path.rpartition("/")[2] or "the author's images"
 
 
 def _machine(run: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ class RunFacts:
         folder: the checkpoint's folder.
         recipe: how it was trained; None: not known, as of a checkpoint without its run.
         run: ``run.json``, what it was trained on and with; empty where not known.
-        metrics: ``metrics.json``, of the pictures held back; empty where not known.
+        metrics: ``metrics.json``, of the images held back; empty where not known.
     """
 
     checkpoint: Checkpoint

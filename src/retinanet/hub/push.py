@@ -20,8 +20,8 @@ from retinanet.inference.found import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
 from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
 
-PICTURES = 4
-"""Example pictures in a card."""
+IMAGES = 4
+"""Example images in a card."""
 
 _LONGEST = 1024  # pixels of an example's longer side
 
@@ -111,7 +111,7 @@ def prepare(
     data: str | Path | None = None,
     license: str | None = None,
     dataset: str | None = None,
-    pictures: int = PICTURES,
+    images: int = IMAGES,
     device: str = "auto",
 ) -> list[str]:
     """Write what :func:`push` would upload into `folder`, and nothing else.
@@ -123,11 +123,11 @@ def prepare(
         run: a run or checkpoint folder.
         repository: ``OWNER/NAME``.
         folder: a new or empty folder.
-        data: what the run was trained on, for the counts and for example pictures of ``val``, which
+        data: what the run was trained on, for the counts and for example images of ``val``, which
             are then public with the card. None: neither.
         license: of the weights, by its name on the hub.
         dataset: id of the data on the hub.
-        pictures: how many examples.
+        images: how many examples.
         device: on which they are searched.
 
     Returns:
@@ -162,7 +162,7 @@ def prepare(
     drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DRAWN_SCORE
     examples: list[Example] = []
     if splits is not None and "val" in splits:
-        examples = _draw(facts, splits["val"], target, pictures, drawn_score, device)
+        examples = _draw(facts, splits["val"], target, images, drawn_score, device)
     options = CardOptions(
         where,
         license=license,
@@ -226,7 +226,7 @@ def _counts(splits: Mapping[str, Dataset]) -> dict[str, Counts]:
 def _draw(
     facts: RunFacts, dataset: Dataset, folder: Path, count: int, score: float, device: str
 ) -> list[Example]:
-    """Pictures drawn by lot, not chosen; named by number, for their own names may tell much."""
+    """Images drawn by lot, not chosen; named by number, for their own names may tell much."""
     images = random.Random(0).sample(dataset.images, min(count, len(dataset)))
     detector = Detector(facts.checkpoint, device=device)
     examples = []

@@ -1,4 +1,4 @@
-"""From pictures to what is found in them: the detector, its results, the files that hold them."""
+"""From images to what is found in them: the detector, its results, the files that hold them."""
 
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.found import Failure, Found

@@ -1,4 +1,4 @@
-"""A trained model as a person uses it: a picture in, what is found in it out."""
+"""A trained model as a person uses it: an image in, what is found in it out."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from retinanet.inference.tiles import (
     Part,
     Piece,
     check_tiling,
-    cut_pictures,
+    cut_images,
     merge_parts,
     tile_side,
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.structures import Detections
 
-_MOST_BROKEN = 64  # pictures or tiles that wait for a batch to be full
+_MOST_BROKEN = 64  # images or tiles that wait for a batch to be full
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A picture as the network takes it.
+    """An image as the network takes it.
 
     Attributes:
         pixels: (3, h, w) uint8 RGB at the network's size.
-        size: (height, width) of the whole picture, pixels.
+        size: (height, width) of the whole image, pixels.
     """
 
     pixels: Tensor
@@ -64,7 +64,7 @@ class Prepared:
 
 
 class Detector:
-    """A model on its device, with everything needed to search pictures.
+    """A model on its device, with everything needed to search images.
 
     Attributes:
         model: the network, on `device`, in eval mode; not there where `network` is an exported
@@ -74,7 +74,7 @@ class Detector:
         device: where the network runs.
         network: what runs it: its ``precision``, ``backend`` and ``description`` say how.
         image_size, max_size: pixels of the shorter side and at most of the longer side to which
-            pictures are resized for the network.
+            images are resized for the network.
         thresholds: what becomes of the scores, by name.
     """
 
@@ -101,7 +101,7 @@ class Detector:
                 ``float32``, ``bf16``, ``fp16``, ``int8``.
             backend: ``auto``, ``torch``, ``compile`` or ``openvino``
                 (:mod:`retinanet.inference.network`).
-            calibrate: for int8: pictures as :meth:`detect` takes them, of the kind that will be
+            calibrate: for int8: images as :meth:`detect` takes them, of the kind that will be
                 searched; 300 of them are looked at.
             image_size: None is what the model was trained with; larger finds smaller objects.
             max_size: None is what the model was trained with, and grown with `image_size`.
@@ -115,7 +115,7 @@ class Detector:
         """
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
         self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
-        self._most = thresholds.get("detections_per_image")  # of a picture in tiles
+        self._most = thresholds.get("detections_per_image")  # of an image in tiles
         self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
@@ -141,7 +141,7 @@ class Detector:
             self.device,
             precision=precision,
             backend=backend,
-            calibration=None if calibrate is None else self._pictures(calibrate),
+            calibration=None if calibrate is None else self._images(calibrate),
         )
 
     def detect(
@@ -153,22 +153,22 @@ class Detector:
         overlap: float = 0.2,
         **thresholds: Unpack[Thresholds],
     ) -> Found | list[Found]:
-        """Search one picture or several.
+        """Search one image or several.
 
         Args:
             source: what :func:`retinanet.inference.sources.find_sources` takes: a path, a folder, a
                 glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
-                picture file, or a list of them.
-            batch_size: pictures that the network takes at once.
-            tile, overlap: as in :meth:`stream`: search huge pictures in tiles too.
+                image file, or a list of them.
+            batch_size: images that the network takes at once.
+            tile, overlap: as in :meth:`stream`: search huge images in tiles too.
             thresholds: laid over :attr:`thresholds` for this call.
 
         Returns:
-            A :class:`Found` for one picture; a list for a folder, a glob, a batch or a list.
+            A :class:`Found` for one image; a list for a folder, a glob, a batch or a list.
 
         Raises:
-            DataError: a path does not exist, a folder or glob holds no picture, a type is unknown.
-            ImageError: a picture cannot be read (:meth:`stream` names it and goes on).
+            DataError: a path does not exist, a folder or glob holds no image, a type is unknown.
+            ImageError: an image cannot be read (:meth:`stream` names it and goes on).
             ConfigError: an unknown option, or a value out of range.
         """
         found = []
@@ -190,28 +190,28 @@ class Detector:
         overlap: float = 0.2,
         **thresholds: Unpack[Thresholds],
     ) -> Iterator[Found | Failure]:
-        """Search any number of pictures in memory that does not grow with their number.
+        """Search any number of images in memory that does not grow with their number.
 
-        Pictures are read ahead in threads while the network runs. One that cannot be read comes out
+        Images are read ahead in threads while the network runs. One that cannot be read comes out
         as a :class:`Failure` in its place; the others are not touched by it.
 
         Args:
             sources: as in :meth:`detect`, or an endless iterable of such.
-            batch_size: pictures, or tiles, that the network takes at once.
+            batch_size: images, or tiles, that the network takes at once.
             workers: threads that read ahead; None is one a processor, four at the most.
-            tile: also search each picture in tiles of so many pixels, as a picture with objects
-                too small for the whole wants it; ``auto``: as large as the pictures that the model
+            tile: also search each image in tiles of so many pixels, as an image with objects
+                too small for the whole wants it; ``auto``: as large as the images that the model
                 was trained on (:func:`retinanet.inference.tiles.tile_side`). None: the whole alone.
-                ``detections_per_image`` then counts for a tile, and for a picture if it is given
+                ``detections_per_image`` then counts for a tile, and for an image if it is given
                 here or to the detector.
             overlap: share of a tile's side that the next tile has too, in [0, 1).
             thresholds: as in :meth:`detect`.
 
         Yields:
-            For each picture, in order, what was found or why nothing could be.
+            For each image, in order, what was found or why nothing could be.
 
         Raises:
-            DataError: `sources` is a single path, folder or glob that stands for no picture.
+            DataError: `sources` is a single path, folder or glob that stands for no image.
             ConfigError: an unknown option, or a value out of range.
         """
         if batch_size < 1:
@@ -226,59 +226,59 @@ class Detector:
             listed = iter_sources(sources)
         else:
             listed = iter(find_sources(sources))
-        pieces = cut_pictures(listed, side, overlap)
+        pieces = cut_images(listed, side, overlap)
         given = thresholds.get("detections_per_image")
         most = self._most if given is None else given
         return self._stream(pieces, batch_size, max(1, workers), settings, most)
 
-    def prepare(self, picture: Source | ImageSource) -> Prepared:
-        """Read and resize one picture for :meth:`search`; may be called from several threads.
+    def prepare(self, image: Source | ImageSource) -> Prepared:
+        """Read and resize one image for :meth:`search`; may be called from several threads.
 
         Raises:
             ImageError: it cannot be read.
         """
-        source = picture if isinstance(picture, Source) else Source(picture, "picture")
+        source = image if isinstance(image, Source) else Source(image, "image")
         pixels, size = source.read_reduced(self.image_size, self.max_size)
         resized, _ = resize_to(pixels, self.image_size, self.max_size, size)
         return Prepared(resized, size)
 
     def search(
-        self, pictures: Sequence[Prepared], **thresholds: Unpack[Thresholds]
+        self, prepared: Sequence[Prepared], **thresholds: Unpack[Thresholds]
     ) -> list[Detections]:
-        """Search a batch of prepared pictures at once.
+        """Search a batch of prepared images at once.
 
         Args:
-            pictures: as :meth:`prepare` makes them; none gives an empty list.
+            images: as :meth:`prepare` makes them; none gives an empty list.
             thresholds: laid over :attr:`thresholds` for this call, unchecked.
 
         Returns:
-            For each what was found, on the CPU, in the pixels of the whole picture.
+            For each what was found, on the CPU, in the pixels of the whole image.
         """
-        if not pictures:
+        if not prepared:
             return []
         if isinstance(self.network, ExportedNetwork):
             laid = {**self.thresholds, **thresholds}
-            reduced = self.network.find([one.pixels for one in pictures], **laid)
+            reduced = self.network.find([one.pixels for one in prepared], **laid)
             return [
                 Detections(
                     to_original(of.boxes, (one.pixels.shape[1], one.pixels.shape[2]), one.size),
                     of.scores,
                     of.labels,
                 )
-                for of, one in zip(reduced, pictures, strict=True)
+                for of, one in zip(reduced, prepared, strict=True)
             ]
-        images, sizes = pad_batch([one.pixels for one in pictures], fill=self._fill)
+        images, sizes = pad_batch([one.pixels for one in prepared], fill=self._fill)
         found = detect_batch(
             self.network,
             images.to(self.device),
             sizes,
-            torch.tensor([one.size for one in pictures]),
+            torch.tensor([one.size for one in prepared]),
             **Thresholds(**{**self.thresholds, **thresholds}),
         )
         return [Detections(o.boxes.cpu(), o.scores.cpu(), o.labels.cpu()) for o in found]
 
     def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> Found:
-        """`objects` of a picture of `size` (height, width) with all that a person wants to know."""
+        """`objects` of an image of `size` (height, width) with all that a person wants to know."""
         return Found(
             boxes=objects.boxes,
             scores=objects.scores,
@@ -287,7 +287,7 @@ class Detector:
             category_ids=self.category_ids,
             name=source.name,
             size=size,
-            picture=source.picture,
+            image=source.image,
         )
 
     def _stream(
@@ -309,28 +309,28 @@ class Detector:
                 waiting, ready = [], 0
         yield from self._search(waiting, thresholds, most)
 
-    def _pictures(self, sources: Any) -> Iterator[Tensor]:
+    def _images(self, sources: Any) -> Iterator[Tensor]:
         """Those that can be read, one by one as the network gets them."""
         for source in find_sources(sources):
             try:
-                picture = self.prepare(source).pixels
+                image = self.prepare(source).pixels
             except ImageError:
                 continue  # named when it is searched
-            yield pad_batch([picture], fill=self._fill)[0]
+            yield pad_batch([image], fill=self._fill)[0]
 
     def _read(self, piece: Piece) -> _Ready:
-        picture = piece.picture
-        if picture.failure is not None:
-            return _Ready(piece, picture.failure)
+        image = piece.image
+        if image.failure is not None:
+            return _Ready(piece, image.failure)
         try:
             return _Ready(piece, self._prepare(piece))
         except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
-            return _Ready(piece, picture.source.failure(error))
+            return _Ready(piece, image.source.failure(error))
 
     def _prepare(self, piece: Piece) -> Prepared:
-        windows = piece.picture.windows
+        windows = piece.image.windows
         if windows is None:
-            return self.prepare(piece.picture.source)
+            return self.prepare(piece.image.source)
         if piece.window is None:
             sides = network_size(*windows.size, self.image_size, self.max_size)
             return Prepared(windows.reduced(*sides), windows.size)
@@ -341,38 +341,38 @@ class Detector:
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
     ) -> Iterator[Found | Failure]:
-        """`most` boxes of a picture in tiles are kept; None: all."""
+        """`most` boxes of an image in tiles are kept; None: all."""
         ready = [one for one in map(_to_search, waiting) if one is not None]
         found = iter(self.search(ready, **thresholds))
         for one in waiting:
             if isinstance(one, Failure):
                 yield one
                 continue
-            picture, window = one.piece.picture, one.piece.window
+            image, window = one.piece.image, one.piece.window
             if isinstance(one.prepared, Failure):
-                picture.failure = picture.failure or one.prepared
-                picture.parts.clear()
+                image.failure = image.failure or one.prepared
+                image.parts.clear()
             else:
                 size, objects = one.prepared.size, next(found)
                 if one.piece.window is None and one.piece.last:
-                    yield self.found(objects, picture.source, size)
+                    yield self.found(objects, image.source, size)
                     continue
-                picture.parts.append(Part(window, objects))
+                image.parts.append(Part(window, objects))
             if not one.piece.last:
                 continue
-            if picture.failure is not None:
-                yield picture.failure
+            if image.failure is not None:
+                yield image.failure
                 continue
-            assert picture.windows is not None
-            size = picture.windows.size
+            assert image.windows is not None
+            size = image.windows.size
             objects = merge_parts(
-                picture.parts,
+                image.parts,
                 size,
                 nms_threshold=thresholds["nms_threshold"],
                 class_agnostic_nms=thresholds["class_agnostic_nms"],
                 most=most,
             )
-            yield self.found(objects, picture.source, size)
+            yield self.found(objects, image.source, size)
 
 
 def load(
@@ -447,7 +447,7 @@ def _read_ahead(
     def attempt(piece: Piece | Failure) -> _Ready | Failure:
         return piece if isinstance(piece, Failure) else read(piece)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="read-picture") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="read-image") as pool:
         pending: deque[Future[_Ready | Failure]] = deque()
         try:
             pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, ahead))

@@ -1,8 +1,8 @@
 """Exported files as networks: ``.onnx``, OpenVINO's ``.xml`` and torch's ``.pt2``.
 
 Such a file holds the whole detector (:mod:`retinanet.exporters`): image in, boxes out.
-Here pictures are resized before they go in, as for every network; a file's own resizing leaves such
-a picture as it is. What a file is of and how it was made is a text in it, as of a checkpoint.
+Here images are resized before they go in, as for every network; a file's own resizing leaves such
+an image as it is. What a file is of and how it was made is a text in it, as of a checkpoint.
 
 An ONNX or OpenVINO file is data. A ``.pt2`` is a program, and one of AOTInductor is machine code:
 opening it runs what its author put there.
@@ -265,11 +265,11 @@ class ExportedNetwork:
                 )
 
     @torch.inference_mode()
-    def find(self, pictures: Sequence[Tensor], **thresholds: Any) -> list[Detections]:
-        """What is found in pictures of any sizes, in their own pixels.
+    def find(self, images: Sequence[Tensor], **thresholds: Any) -> list[Detections]:
+        """What is found in images of any sizes, in their own pixels.
 
         Args:
-            pictures: (3, H, W) uint8 RGB; those of one size go through the file at once.
+            images: (3, H, W) uint8 RGB; those of one size go through the file at once.
             thresholds: laid over those built in.
 
         Raises:
@@ -278,16 +278,16 @@ class ExportedNetwork:
         used = Thresholds(**{**self.file.thresholds, **thresholds})  # type: ignore[typeddict-item]
         self.check(used)
         places: dict[tuple[int, ...], list[int]] = {}
-        for place, picture in enumerate(pictures):
-            places.setdefault(tuple(picture.shape), []).append(place)
+        for place, image in enumerate(images):
+            places.setdefault(tuple(image.shape), []).append(place)
         found: dict[int, Detections] = {}
         for shape, own in places.items():
-            outputs = self._run(torch.stack([pictures[i] for i in own]).contiguous())
+            outputs = self._run(torch.stack([images[i] for i in own]).contiguous())
             read = self._cut if self.file.form == DETECTIONS else self._suppress
             for row, place in enumerate(own):
                 parts = [part[row].cpu() for part in outputs]
                 found[place] = read(parts, (shape[1], shape[2]), used)
-        return [found[place] for place in range(len(pictures))]
+        return [found[place] for place in range(len(images))]
 
     def _cut(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
         boxes, scores, labels, count = parts

@@ -1,4 +1,4 @@
-"""What a detector says of one picture."""
+"""What a detector says of one image."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ DRAWN_SCORE = 0.3
 """Score from which a box is drawn: AP wants every box over .05, a person's eye does not."""
 
 DRAWN_PIXELS = 2**25
-"""Pixels of a drawn picture at the most (5,793 x 5,793): a larger one is drawn reduced."""
+"""Pixels of a drawn image at the most (5,793 x 5,793): a larger one is drawn reduced."""
 
 CAPTIONED = 1000
-"""Boxes of a picture at the most that get a caption each: more would find no place."""
+"""Boxes of an image at the most that get a caption each: more would find no place."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """The objects found in one picture, best first.
+    """The objects found in one image, best first.
 
     Attributes:
-        boxes: (N, 4) float32 (x1, y1, x2, y2) pixels of the upright picture as it was given.
+        boxes: (N, 4) float32 (x1, y1, x2, y2) pixels of the upright image as it was given.
         scores: (N,) float32 in [0, 1].
         labels: (N,) int64, the place in `classes`.
         classes: the detector's class names.
         category_ids: the ids by label of the data that it was trained on.
-        name: a relative path that tells it from the other pictures of the same call, such as
+        name: a relative path that tells it from the other images of the same call, such as
             ``street/1.jpg``.
-        size: (height, width) of the picture in pixels.
-        picture: what was given: a path, or the picture itself.
+        size: (height, width) of the image in pixels.
+        image: what was given: a path, or the image itself.
     """
 
     boxes: Tensor
@@ -49,7 +49,7 @@ class Found:
     category_ids: tuple[int, ...] = field(repr=False)
     name: str
     size: tuple[int, int]
-    picture: Any = field(repr=False)
+    image: Any = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -60,11 +60,11 @@ class Found:
 
     @property
     def source(self) -> str:
-        """The picture's path as it was given; its name where it came as pixels."""
-        return str(self.picture) if isinstance(self.picture, str | Path) else self.name
+        """The image's path as it was given; its name where it came as pixels."""
+        return str(self.image) if isinstance(self.image, str | Path) else self.name
 
     def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
-        """The picture with the boxes of at least `score_threshold`, their classes and scores on it.
+        """The image with the boxes of at least `score_threshold`, their classes and scores on it.
 
         One of more than :data:`DRAWN_PIXELS` is made smaller first, as it is read: the boxes in
         this object stay those of the whole. Over :data:`CAPTIONED` boxes have thin lines and no
@@ -72,24 +72,24 @@ class Found:
 
         Args:
             image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
-                None is the picture that was searched.
+                None is the image that was searched.
 
         Raises:
-            DataError: the picture is another size than the one that was searched.
+            DataError: the image is another size than the one that was searched.
             ImageError: it can no longer be read.
         """
-        picture = self.picture if image is None else image
+        img = self.image if image is None else image
         height, width = self.size
         scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
         if scale < 1:
-            windows = open_windows(picture)
+            windows = open_windows(img)
             pixels, size = None, windows.size
         else:
-            pixels = read_image(picture)
+            pixels = read_image(img)
             size = (pixels.shape[-2], pixels.shape[-1])
         if size != self.size:
             raise DataError(
-                f"{self.name}: the picture to draw on is {size[1]} x {size[0]}, "
+                f"{self.name}: the image to draw on is {size[1]} x {size[0]}, "
                 f"the one that was searched {width} x {height} pixels"
             )
         if pixels is None:
@@ -99,7 +99,7 @@ class Found:
         boxes = self.boxes[kept] * shrunk.repeat(2)
         labels, scores = self.labels[kept], self.scores[kept]
         if len(boxes) > CAPTIONED:
-            # Lines for the objects, where those for the picture would hide them.
+            # Lines for the objects, where those for the image would hide them.
             line = max(1, round(float((boxes[:, 2:] - boxes[:, :2]).median()) / 12))
             names = [""] * len(self.classes)
             return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names, width=line)
@@ -133,10 +133,10 @@ class Found:
         return to_supervision(self)
 
     def from_supervision(self, objects: Any) -> Found:
-        """The same picture with what became of its objects in supervision: filtered, merged, ...
+        """The same image with what became of its objects in supervision: filtered, merged, ...
 
         Args:
-            objects: ``supervision.Detections`` in pixels of this picture, with classes and
+            objects: ``supervision.Detections`` in pixels of this image, with classes and
                 confidences.
 
         Raises:
@@ -150,7 +150,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A picture that could not be searched.
+    """An image that could not be searched.
 
     Attributes:
         source: its path as it was given, or its name where it came as pixels.

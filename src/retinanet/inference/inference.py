@@ -1,4 +1,4 @@
-"""From a batch of pictures to what is found in them: shared by detection and evaluation."""
+"""From a batch of images to what is found in them: shared by detection and evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 class Normalising(Protocol):
-    """A network that takes the mean from its pictures itself."""
+    """A network that takes the mean from its images itself."""
 
     @property
     def pixel_mean(self) -> Tensor: ...
@@ -114,11 +114,11 @@ def detect_batch(
         network: as :func:`retinanet.inference.network.build_network` makes it.
         images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
         sizes: (B, 2) height and width of each image before padding.
-        original_sizes: (B, 2) height and width of each picture before resizing.
+        original_sizes: (B, 2) height and width of each image before resizing.
         thresholds: those that are not :func:`retinanet.postprocess.postprocess`'s own.
 
     Returns:
-        For each image its detections, in the pixels of the original picture and within it.
+        For each image its detections, in the pixels of the original image and within it.
     """
     outputs = network(images)
     return detections_of(network.model, outputs, sizes, original_sizes, **thresholds)
@@ -147,7 +147,7 @@ def detections_of(
 
 
 def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:
-    """Boxes (..., 4) of a picture resized to `size` (height, width), in the pixels it had before.
+    """Boxes (..., 4) of an image resized to `size` (height, width), in the pixels it had before.
 
     Height and width each have their own factor: the resized sides are whole pixels, so one factor
     for both would leave large boxes off by half a pixel.

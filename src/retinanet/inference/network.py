@@ -1,7 +1,7 @@
 """The network as it is run for detection: its precision, and what runs it.
 
 Three backends give the same outputs: ``torch`` (:mod:`retinanet.model.fused`, at once), ``compile``
-(the same through torch.compile, half a minute at the first picture of a size) and ``openvino`` (an
+(the same through torch.compile, half a minute at the first image of a size) and ``openvino`` (an
 extra; the one with int8).
 """
 
@@ -78,7 +78,7 @@ def build_network(
         precision: ``auto``: bf16 where the hardware has units for it, else float32; or float32,
             bf16, fp16, int8 (OpenVINO on a CPU).
         backend: a :data:`Backend`.
-        calibration: for int8: pictures as the network gets them, (1, 3, H, W) uint8; 100 to 300 of
+        calibration: for int8: images as the network gets them, (1, 3, H, W) uint8; 100 to 300 of
             the kind that will be searched.
 
     Raises:
@@ -89,7 +89,7 @@ def build_network(
     check_choice("precision", precision, (*get_args(Precision), "int8"))
     if calibration is not None and precision != "int8":
         raise ConfigError(
-            f"pictures to calibrate on are for precision int8, got {precision}: "
+            f"images to calibrate on are for precision int8, got {precision}: "
             "give --precision int8, or no --calibrate"
         )
     if backend == "auto":

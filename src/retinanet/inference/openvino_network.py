@@ -1,4 +1,4 @@
-"""The network in OpenVINO on a CPU, in int8 too: quantised by NNCF on the user's own pictures."""
+"""The network in OpenVINO on a CPU, in int8 too: quantised by NNCF on the user's own images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retinanet.model.fused import fused_copy
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Outputs
 
-CALIBRATION_PICTURES = 300
+CALIBRATION_IMAGES = 300
 """NNCF's own number; more change little."""
 
 _HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -33,7 +33,7 @@ NARROW = 128
 def openvino_network(
     model: RetinaNet, precision: str, calibration: Iterable[Tensor] | None = None
 ) -> Callable[[Tensor], Outputs]:
-    """The network as a function of pictures, run by OpenVINO with torch's number of threads.
+    """The network as a function of images, run by OpenVINO with torch's number of threads.
 
     Args:
         model: on the CPU, in eval mode.
@@ -42,7 +42,7 @@ def openvino_network(
         calibration: as for :func:`retinanet.inference.network.build_network`.
 
     Raises:
-        ConfigError: int8 without pictures.
+        ConfigError: int8 without images.
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
     try:
@@ -102,7 +102,7 @@ def quantize(converted: Any, calibration: Iterable[Tensor] | None) -> Any:
     """The model of :func:`convert` in int8, but for the last convolution of narrow heads.
 
     Args:
-        calibration: (1, 3, H, W) uint8 pictures; :data:`CALIBRATION_PICTURES` are looked at.
+        calibration: (1, 3, H, W) uint8 images; :data:`CALIBRATION_IMAGES` are looked at.
 
     Raises:
         ConfigError: there is none.
@@ -117,7 +117,7 @@ def quantize(converted: Any, calibration: Iterable[Tensor] | None) -> Any:
 
 
 def quantize_but(model: Any, calibration: Iterable[Tensor] | None, exact: Iterable[str]) -> Any:
-    """An ``openvino.Model`` of pictures in int8, but for the operations named `exact`.
+    """An ``openvino.Model`` of images in int8, but for the operations named `exact`.
 
     Raises:
         ConfigError, MissingExtraError: as :func:`quantize`.
@@ -126,17 +126,17 @@ def quantize_but(model: Any, calibration: Iterable[Tensor] | None, exact: Iterab
         import nncf
     except ImportError:
         raise MissingExtraError("nncf", "openvino") from None
-    pictures = [one.numpy() for one in islice(calibration or (), CALIBRATION_PICTURES)]
-    if not pictures:
+    images = [one.numpy() for one in islice(calibration or (), CALIBRATION_IMAGES)]
+    if not images:
         raise ConfigError(
-            "precision int8 is calibrated on pictures of the kind that will be searched: "
+            "precision int8 is calibrated on images of the kind that will be searched: "
             "give some (--calibrate FOLDER)"
         )
     with quiet():
         return nncf.quantize(
             model,
-            nncf.Dataset(pictures),
-            subset_size=len(pictures),
+            nncf.Dataset(images),
+            subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=sorted(exact)),
         )
 

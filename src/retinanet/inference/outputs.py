@@ -1,7 +1,7 @@
-"""Files of what was found, written as it comes: memory does not grow with the number of pictures.
+"""Files of what was found, written as it comes: memory does not grow with the number of images.
 
 Every writer is a context that gives a function to call with each :class:`Found` or
-:class:`Failure`. A file that holds many pictures is written beside its place and renamed into it
+:class:`Failure`. A file that holds many images is written beside its place and renamed into it
 when the context ends well, so a reader never meets half of one.
 """
 
@@ -30,22 +30,22 @@ from retinanet.files import open_atomic, write_atomic
 from retinanet.inference.found import DRAWN_SCORE, Failure, Found
 
 Write = Callable[[Found | Failure], None]
-"""Takes what came of one picture."""
+"""Takes what came of one image."""
 
-OUTPUT_FORMATS = ("json", "pictures", "coco", "csv", "yolo", "labelstudio", "cvat")
+OUTPUT_FORMATS = ("json", "images", "coco", "csv", "yolo", "labelstudio", "cvat")
 """What :func:`open_outputs` can write."""
 
 LOCAL_FILES = "/data/local-files/?d="
 """Where Label Studio finds a file of its own disk, by its path under the document root."""
 
 _CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @contextmanager
 def open_outputs(
     folder: str | Path,
-    formats: Iterable[str] = ("json", "pictures"),
+    formats: Iterable[str] = ("json", "images"),
     *,
     image_ids: Mapping[Path, int | str] | None = None,
     drawn_score: float = DRAWN_SCORE,
@@ -57,7 +57,7 @@ def open_outputs(
 
     ===============  =======================================================================
     ``json``         ``detections.json``, see :func:`write_json`
-    ``pictures``     ``pictures/NAME``, the pictures with boxes drawn on them
+    ``images``     ``images/NAME``, the images with boxes drawn on them
     ``coco``         ``coco_results.json``, see :func:`write_coco`
     ``csv``          ``detections.csv``, a row an object
     ``yolo``         ``labels/NAME.txt``, and ``classes.txt``
@@ -79,7 +79,7 @@ def open_outputs(
     folder = Path(folder)
     openers: dict[str, Callable[[], AbstractContextManager[Write]]] = {
         "json": partial(write_json, folder / "detections.json"),
-        "pictures": partial(write_pictures, folder / "pictures", score_threshold=drawn_score),
+        "images": partial(write_images, folder / "images", score_threshold=drawn_score),
         "coco": partial(write_coco, folder / "coco_results.json", image_ids=image_ids),
         "csv": partial(write_csv, folder / "detections.csv"),
         "yolo": partial(write_yolo, folder, confidences=confidences),
@@ -135,12 +135,12 @@ def write_coco(
 
     Args:
         file: where it goes.
-        image_ids: the data set's image id by the absolute path of the picture. None: the picture's
+        image_ids: the data set's image id by the absolute path of the image. None: the image's
             name without its suffix, a number where it is one (COCO's ``000000000139.jpg`` is 139);
-            its whole name where an earlier picture has taken that.
+            its whole name where an earlier image has taken that.
 
     Raises:
-        DataError: a picture has no id in `image_ids`.
+        DataError: an image has no id in `image_ids`.
     """
     taken: set[int | str] = set()
     with open_atomic(file) as out:
@@ -188,10 +188,10 @@ def write_csv(file: str | Path) -> Iterator[Write]:
 
 @contextmanager
 def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Write]:
-    """``labels/NAME.txt``: a line an object: class, and centre and size in shares of the picture.
+    """``labels/NAME.txt``: a line an object: class, and centre and size in shares of the image.
 
     Args:
-        folder: ``labels`` is made in it, with the subfolders of the pictures; ``classes.txt`` names
+        folder: ``labels`` is made in it, with the subfolders of the images; ``classes.txt`` names
             the classes, a line each.
         confidences: whether lines end in the score.
     """
@@ -228,7 +228,7 @@ def write_label_studio(
     image_root: str = LOCAL_FILES,
     model_version: str = f"retinanet {__version__}",
 ) -> Iterator[Write]:
-    """Pre-annotations for Label Studio: ``label_studio_tasks.json``, a task a picture.
+    """Pre-annotations for Label Studio: ``label_studio_tasks.json``, a task an image.
 
     Beside it ``label_studio_config.xml``, the labelling interface with the classes, for the
     project's settings. Sources: https://labelstud.io/guide/predictions and
@@ -236,7 +236,7 @@ def write_label_studio(
 
     Args:
         folder: where both go.
-        image_root: what stands before a picture's name to make its address: the part of a URL, or
+        image_root: what stands before an image's name to make its address: the part of a URL, or
             :data:`LOCAL_FILES` with or without a folder under the document root and a ``/``.
         model_version: by which Label Studio tells predictions of several models apart.
     """
@@ -274,7 +274,7 @@ def write_label_studio(
 def _label_studio_region(
     place: int, box: list[float], score: float, name: str, size: tuple[int, int]
 ) -> dict[str, object]:
-    """A rectangle in percent of the picture."""
+    """A rectangle in percent of the image."""
     height, width = size
     x1, y1, x2, y2 = box
     shares = {
@@ -301,7 +301,7 @@ def _label_studio_region(
 
 
 def _label_studio_config(classes: tuple[str, ...]) -> str:
-    """The labelling interface of a project: a picture, and upright rectangles of the classes."""
+    """The labelling interface of a project: an image, and upright rectangles of the classes."""
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image", zoom="true")
     control = ET.SubElement(
@@ -317,7 +317,7 @@ def _label_studio_config(classes: tuple[str, ...]) -> str:
 def write_cvat(folder: str | Path) -> Iterator[Write]:
     """Pre-annotations for CVAT: ``cvat_annotations.xml``, "CVAT for images 1.1".
 
-    Pictures are known by their names in the task. Beside it ``cvat_labels.json``, the classes for
+    Images are known by their names in the task. Beside it ``cvat_labels.json``, the classes for
     the "Raw" tab of a new task's labels; each has an attribute for the score.
     Source: https://docs.cvat.ai/docs/manual/advanced/xml_format/
     """
@@ -391,7 +391,7 @@ def _cvat_labels(classes: tuple[str, ...]) -> str:
 
 
 def _colour(label: int) -> str:
-    """Of a class, as in the pictures that we draw."""
+    """Of a class, as in the images that we draw."""
     red, green, blue = PALETTE[label % len(PALETTE)]
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -405,8 +405,8 @@ def _xml(text: str) -> str:
 
 
 @contextmanager
-def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) -> Iterator[Write]:
-    """Each picture with its boxes of at least `score_threshold` drawn on it, by its name."""
+def write_images(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) -> Iterator[Write]:
+    """Each image with its boxes of at least `score_threshold` drawn on it, by its name."""
     folder = Path(folder)
     taken: set[str] = set()
 
@@ -414,7 +414,7 @@ def write_pictures(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) 
         if isinstance(one, Failure):
             return
         suffix = PurePosixPath(one.name).suffix
-        if suffix.lower() not in _PICTURE_SUFFIXES:
+        if suffix.lower() not in _IMAGE_SUFFIXES:
             suffix = ".jpg"
         drawn = one.draw(score_threshold=score_threshold)
         kind = Image.registered_extensions()[suffix.lower()]
@@ -438,7 +438,7 @@ def _image_id(
     if image_ids is not None:
         file = Path(os.path.abspath(found.source))
         if file not in image_ids:
-            raise DataError(f"{found.source}: the data set has no id for this picture")
+            raise DataError(f"{found.source}: the data set has no id for this image")
         return image_ids[file]
     stem = str(PurePosixPath(found.name).with_suffix(""))
     own = int(stem) if stem.isascii() and stem.isdecimal() else stem

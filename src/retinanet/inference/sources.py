@@ -1,4 +1,4 @@
-"""What a person points the detector at, as single pictures: paths, folders, globs, pixels."""
+"""What a person points the detector at, as single images: paths, folders, globs, pixels."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One picture to search.
+    """One image to search.
 
     Attributes:
-        picture: its path, or its pixels or encoded bytes in a form that :meth:`read` takes.
-        name: a relative path that no other picture of the same call has.
+        image: its path, or its pixels or encoded bytes in a form that :meth:`read` takes.
+        name: a relative path that no other image of the same call has.
     """
 
-    picture: Any
+    image: Any
     name: str
 
     def read(self) -> Tensor:
-        """The picture, (3, H, W) uint8 RGB, upright.
+        """The image, (3, H, W) uint8 RGB, upright.
 
         Raises:
-            ImageError: it cannot be read, or is no picture.
+            ImageError: it cannot be read, or is no image.
         """
         return self._read(read_image)
 
@@ -54,7 +54,7 @@ class Source:
         return self._read(read_reduced, shorter, longest)
 
     def open_windows(self) -> Windows:
-        """As :func:`retinanet.data.windows.open_windows`: to read parts of the picture.
+        """As :func:`retinanet.data.windows.open_windows`: to read parts of the image.
 
         Raises:
             ImageError: as in :meth:`read`.
@@ -62,17 +62,17 @@ class Source:
         return self._read(open_windows)
 
     def _read(self, read: Callable[..., _T], *sides: int) -> _T:
-        if isinstance(self.picture, str | Path):
-            return read(self.picture, *sides)  # its errors name the file
+        if isinstance(self.image, str | Path):
+            return read(self.image, *sides)  # its errors name the file
         try:
-            return read(self.picture, *sides)
+            return read(self.image, *sides)
         except Exception as error:  # such as an array of objects
             raise ImageError(f"{self.name}: {error}") from error
 
     def failure(self, error: Exception) -> Failure:
         """That reading or searching it raised `error`."""
-        path = str(self.picture) if isinstance(self.picture, str | Path) else self.name
-        # Our own errors name the picture; those of the libraries below say neither that nor what
+        path = str(self.image) if isinstance(self.image, str | Path) else self.name
+        # Our own errors name the image; those of the libraries below say neither that nor what
         # they are.
         own = isinstance(error, DataError)
         reason = str(error) if own else f"{path}: {type(error).__name__}: {error}"
@@ -98,7 +98,7 @@ def is_video(given: str | Path) -> bool:
 
 
 def is_single(given: Any) -> bool:
-    """Whether `given` is one picture rather than several: neither list, folder, glob nor batch."""
+    """Whether `given` is one image rather than several: neither list, folder, glob nor batch."""
     if isinstance(given, str | Path):
         if _is_archive(given):
             return False
@@ -109,17 +109,17 @@ def is_single(given: Any) -> bool:
 
 
 def find_sources(given: Any) -> list[Source]:
-    """The pictures that `given` stands for, in order; those of folders and globs sorted by name.
+    """The images that `given` stands for, in order; those of folders and globs sorted by name.
 
     Args:
-        given: a path, a folder (with its subfolders), a ``.tar`` of pictures (or a folder of
+        given: a path, a folder (with its subfolders), a ``.tar`` of images (or a folder of
             those), a glob (``**`` goes into subfolders), an array (H, W, 3) or (H, W) in RGB, a
             tensor (3, H, W) or (1, H, W), a batch (B, ...) of those, a PIL image, the bytes of a
-            picture file, or a sequence of any of them. For types other than uint8 see
+            image file, or a sequence of any of them. For types other than uint8 see
             :func:`retinanet.data.images.read_image`.
 
     Raises:
-        DataError: a path does not exist, a folder or a glob holds no picture, or a type is unknown.
+        DataError: a path does not exist, a folder or a glob holds no image, or a type is unknown.
     """
     found = list(iter_sources(given if is_sequence(given) else [given]))
     for one in found:
@@ -129,7 +129,7 @@ def find_sources(given: Any) -> list[Source]:
 
 
 def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source | Failure]:
-    """As :func:`find_sources` of each item, where one that stands for no picture is a Failure.
+    """As :func:`find_sources` of each item, where one that stands for no image is a Failure.
 
     A sequence is looked through at once, so that files of the same name in two folders can be told
     apart by the folders; anything else is looked at an item at a time.
@@ -181,9 +181,9 @@ def _expand_path(given: str | Path) -> Iterator[Source]:
     path = Path(given)
     # What exists is never a glob, whatever brackets its name holds.
     if path.is_dir():
-        files = sorted(_files_under(path, _is_picture)) or sorted(_files_under(path, _is_archive))
+        files = sorted(_files_under(path, _is_image)) or sorted(_files_under(path, _is_archive))
         if not files:
-            raise DataError(f"{given}: no picture in this folder ({_SUFFIXES}), and no .tar")
+            raise DataError(f"{given}: no image in this folder ({_SUFFIXES}), and no .tar")
         yield from _named(files, path)
     elif _is_archive(path):
         yield from _members(path, "")
@@ -196,10 +196,10 @@ def _expand_path(given: str | Path) -> Iterator[Source]:
         files = sorted(
             match
             for match in matches
-            if _is_archive(match) or (_is_picture(match) and match.is_file())
+            if _is_archive(match) or (_is_image(match) and match.is_file())
         )
         if not files:
-            raise DataError(f"{given}: no picture matches ({_SUFFIXES})")
+            raise DataError(f"{given}: no image matches ({_SUFFIXES})")
         parts = path.parts
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         yield from _named(files, Path(*parts[:fixed]))
@@ -208,7 +208,7 @@ def _expand_path(given: str | Path) -> Iterator[Source]:
 
 
 def _named(files: Iterable[Path], folder: Path) -> Iterator[Source]:
-    """Pictures, and those in archives, by their places under `folder`."""
+    """Images, and those in archives, by their places under `folder`."""
     for file in files:
         name = file.relative_to(folder).as_posix()
         if _is_archive(file):
@@ -218,14 +218,14 @@ def _named(files: Iterable[Path], folder: Path) -> Iterator[Source]:
 
 
 def _members(archive: Path, before: str) -> Iterator[Source]:
-    """The pictures of a tar, in its order."""
+    """The images of a tar, in its order."""
     names = [
         name
         for name in archives.contents_of(archives.address_of(archive)).members
-        if _is_picture(Path(name))
+        if _is_image(Path(name))
     ]
     if not names:
-        raise DataError(f"{archive}: no picture in this archive ({_SUFFIXES})")
+        raise DataError(f"{archive}: no image in this archive ({_SUFFIXES})")
     yield from (Source(archive / name, f"{before}{name}") for name in names)
 
 
@@ -243,16 +243,16 @@ def _files_under(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]
         yield from (file for file in files if wanted(file))
 
 
-def _is_picture(file: Path) -> bool:
-    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not a picture.
+def _is_image(file: Path) -> bool:
+    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not an image.
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def _without_repeats(found: list[Source | Failure]) -> list[Source | Failure]:
     kept, seen = [], set()
     for one in found:
-        if isinstance(one, Source) and isinstance(one.picture, str | Path):
-            file = os.path.abspath(one.picture)
+        if isinstance(one, Source) and isinstance(one.image, str | Path):
+            file = os.path.abspath(one.image)
             if file in seen:
                 continue
             seen.add(file)
@@ -266,9 +266,9 @@ def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
     if len(set(names)) == len(names):
         return found
     files = {
-        i: os.path.abspath(one.picture)
+        i: os.path.abspath(one.image)
         for i, one in enumerate(found)
-        if isinstance(one, Source) and isinstance(one.picture, str | Path)
+        if isinstance(one, Source) and isinstance(one.image, str | Path)
     }
     try:
         root = os.path.commonpath({os.path.dirname(file) for file in files.values()})
@@ -283,4 +283,4 @@ def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
 
 
 def _name(place: int) -> str:
-    return f"picture_{place:06d}"
+    return f"image_{place:06d}"

@@ -31,7 +31,7 @@ def to_supervision(
     arrays are copies. ``metadata`` stays empty: supervision refuses to merge what differs in it.
 
     Args:
-        objects: of one picture.
+        objects: of one image.
         classes: names by label; None: those of a :class:`Found`.
         tracks: (N,) a number that an object keeps from frame to frame: ``tracker_id``.
 

@@ -1,7 +1,7 @@
-"""A picture searched whole and in tiles, and the two made one.
+"""An image searched whole and in tiles, and the two made one.
 
-A tile goes through the network like a picture of its own, at the size to which pictures are brought
-for it: what is small in a huge picture is large in a tile. What a tile's border cuts looks like an
+A tile goes through the network like an image of its own, at the size to which images are brought
+for it: what is small in a huge image is large in a tile. What a tile's border cuts looks like an
 object too; :func:`merge_parts` tells these pieces from objects.
 """
 
@@ -26,12 +26,12 @@ from retinanet.structures import Detections
 MIN_TILE = 32
 """Pixels of a tile's side; in less there is nothing to see."""
 
-# A box this near to a border inside the picture, in shares of the tile's side, may have been cut
+# A box this near to a border inside the image, in shares of the tile's side, may have been cut
 # there: eight pixels of a network's input of 512, a cell of its finest level.
 _NEAR = 1 / 64
 
 # Of a cut box so much lies in another box, which is larger and about as sure: the same object, seen
-# whole there. Scores differ, for each part sees other surroundings. In the whole picture objects
+# whole there. Scores differ, for each part sees other surroundings. In the whole image objects
 # are smaller than in a tile and may run together: what is found there has to be surer.
 _CONTAINED = 0.7
 _AS_SURE_IN_A_TILE = 0.5
@@ -46,10 +46,10 @@ _LOW, _HIGH = (0, 1), (2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What was found in a part of a picture.
+    """What was found in a part of an image.
 
     Attributes:
-        window: the tile; None: the whole picture.
+        window: the tile; None: the whole image.
         objects: in the pixels of the part.
     """
 
@@ -59,10 +59,10 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class Tiled:
-    """A picture that is searched in parts.
+    """An image that is searched in parts.
 
     Attributes:
-        source: the picture.
+        source: the image.
         windows: opened for reading; None: it is no larger than a tile and read as ever.
         parts: what was found so far.
         failure: why it is not searched any further.
@@ -79,12 +79,12 @@ class Piece:
     """One part to be read and searched.
 
     Attributes:
-        picture: what it is a part of.
+        image: what it is a part of.
         window: the tile; None: the whole.
-        last: whether no part of this picture follows.
+        last: whether no part of this image follows.
     """
 
-    picture: Tiled
+    image: Tiled
     window: Window | None = None
     last: bool = True
 
@@ -107,8 +107,8 @@ def check_tiling(tile: int | str | None, overlap: float) -> None:
 def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
     """A tile's side in pixels.
 
-    ``auto`` is the side of the pictures that the model was trained on (the median of the shorter
-    sides, ``picture_side`` in the checkpoint's `info`), so that tiles are magnified as these were.
+    ``auto`` is the side of the images that the model was trained on (the median of the shorter
+    sides, ``image_side`` in the checkpoint's `info`), so that tiles are magnified as these were.
     A checkpoint that does not say takes its input's shorter side: nothing is magnified.
 
     Raises:
@@ -116,10 +116,10 @@ def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
     """
     if tile != "auto":
         return int(tile)
-    side = info.get("picture_side", image_size)
+    side = info.get("image_side", image_size)
     if not isinstance(side, int | float) or isinstance(side, bool) or not 0 < side < 2**31:
         raise ConfigError(
-            f"tile auto: the model says that its pictures had a side of {side!r}, which is no "
+            f"tile auto: the model says that its images had a side of {side!r}, which is no "
             "number of pixels; give --tile one"
         )
     return max(MIN_TILE, int(side))
@@ -128,16 +128,16 @@ def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
 def tile_windows(
     size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
 ) -> list[Window]:
-    """Tiles that cover a picture, all of one size, spread evenly.
+    """Tiles that cover an image, all of one size, spread evenly.
 
     Args:
         size: height and width.
-        side: of a tile, pixels; a picture less high, or less wide, has tiles of its own height.
+        side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
         overlap: share of the side that neighbours have in common at the least.
         down_first: list them column by column; else row by row.
 
     Returns:
-        (x1, y1, x2, y2) pixels; none for a picture that is not larger than a tile.
+        (x1, y1, x2, y2) pixels; none for an image that is not larger than a tile.
     """
     return list(_each_window(size, side, overlap, down_first))
 
@@ -164,12 +164,12 @@ def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:
     return [(start, start + side) for start in starts]
 
 
-def cut_pictures(
+def cut_images(
     sources: Iterator[Source | Failure], side: int | None, overlap: float
 ) -> Iterator[Piece | Failure]:
-    """Each picture whole and then in tiles; with `side` None, or a smaller picture, whole alone.
+    """Each image whole and then in tiles; with `side` None, or a smaller image, whole alone.
 
-    A picture that cannot be opened comes as a :class:`Failure`. Of one whose
+    An image that cannot be opened comes as a :class:`Failure`. Of one whose
     :attr:`Tiled.failure` is set in between one more tile comes, its last.
     """
     for source in sources:
@@ -183,11 +183,11 @@ def cut_pictures(
             continue
         tiles = _each_window(windows.size, side, overlap, windows.down_first)
         window = next(tiles, None)
-        picture = Tiled(source, None if window is None else windows)
-        yield Piece(picture, last=window is None)
+        image = Tiled(source, None if window is None else windows)
+        yield Piece(image, last=window is None)
         while window is not None:
-            following = None if picture.failure is not None else next(tiles, None)
-            yield Piece(picture, window, last=following is None)
+            following = None if image.failure is not None else next(tiles, None)
+            yield Piece(image, window, last=following is None)
             window = following
 
 
@@ -199,11 +199,11 @@ def merge_parts(
     class_agnostic_nms: bool = False,
     most: int | None = None,
 ) -> Detections:
-    """What was found in a picture and its tiles, each object once.
+    """What was found in an image and its tiles, each object once.
 
-    1. A box that ends at a border of its tile inside the picture may be a piece of an object. It
+    1. A box that ends at a border of its tile inside the image may be a piece of an object. It
        goes if .7 of it lies in a larger box of the same class in a tile, with half its score or
-       more, or in the whole picture, with .75 of its score: there all of the object was seen.
+       more, or in the whole image, with .75 of its score: there all of the object was seen.
     2. Pieces that are left on both sides of a seam, and meet there over .7 of their common length,
        become one box with the mean of their scores: without overlap, or of an object that is larger
        than the overlap and not found in the whole.
@@ -212,14 +212,14 @@ def merge_parts(
     docs/tiles.md has the AP of this beside NMS alone and other rules.
 
     Args:
-        parts: of one picture, boxes in the pixels of each part.
-        size: height and width of the picture.
+        parts: of one image, boxes in the pixels of each part.
+        size: height and width of the image.
         nms_threshold: of two boxes of a class with a greater IoU the one of less score goes.
         class_agnostic_nms: boxes of different classes count as those of one.
         most: boxes that are kept, the best ones; None: all.
 
     Returns:
-        Best first, in pixels of the picture.
+        Best first, in pixels of the image.
     """
     height, width = size
     windows = torch.tensor([one.window or (0, 0, width, height) for one in parts]).reshape(-1, 4)
@@ -245,7 +245,7 @@ def merge_parts(
 
 
 def _cut_sides(boxes: Tensor, windows: Tensor, of: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4) which sides of a box lie at its part's border, where the picture goes on."""
+    """(N, 4) which sides of a box lie at its part's border, where the image goes on."""
     height, width = size
     inner = windows != torch.tensor([0, 0, width, height])
     side = (windows[:, 2:] - windows[:, :2]).amax(dim=1)
@@ -254,7 +254,7 @@ def _cut_sides(boxes: Tensor, windows: Tensor, of: Tensor, size: tuple[int, int]
 
 
 class _Merging:
-    """Boxes of all parts of a picture, part by part, while they become fewer."""
+    """Boxes of all parts of an image, part by part, while they become fewer."""
 
     def __init__(
         self,

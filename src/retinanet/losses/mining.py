@@ -47,13 +47,13 @@ def hard_examples(
     two anchors whose predicted boxes overlap by more than the threshold the one of lower score
     goes, whatever their labels. Of equal scores chance decides, drawn for each image from its own
     boxes: near the prior bfloat16 has hardly two different logits, and the first anchors in a row
-    would be the upper edge of each picture. Then the `size` best of each image are kept.
+    would be the upper edge of each image. Then the `size` best of each image are kept.
 
     With a ratio r the best are kept of each kind: at most size / (1 + r) positives, and r negatives
     for each positive kept ("a variant of OHEM used in SSD ... to help ensure each minibatch has
     enough positives", Sec. 5.1). Below the last negative that a full minibatch holds only positives
     are looked at: the many negatives there can neither be kept nor suppress. An image that keeps no
-    positive keeps as many negatives (1 at least) as if it had one: so an empty picture is still
+    positive keeps as many negatives (1 at least) as if it had one: so an empty image is still
     learned from, and not from more of it than of one that holds an object.
 
     Args:

@@ -1,4 +1,4 @@
-"""Backbones: pictures to feature maps C2..C5, and where their ImageNet weights come from.
+"""Backbones: images to feature maps C2..C5, and where their ImageNet weights come from.
 
 Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet); the networks are torchvision's, or timm's as
 an extra. C2..C5 are the last feature maps at strides 4, 8, 16 and 32.
@@ -36,7 +36,7 @@ CHOICES = (
 
 
 class Backbone(nn.Module):
-    """Feature maps of a picture.
+    """Feature maps of an image.
 
     Attributes:
         channels: of C2, C3, C4, C5; 0 for a C2 that the network does not have.
@@ -301,7 +301,7 @@ class SamePadConv2d(FoldingConv2d):
     def margins(self) -> tuple[int, int, int, int]:
         """Pixels of zeros at the left, the right, the top and the bottom.
 
-        SAME on an even size pads kernel - 2 in all, the odd pixel of it after the picture.
+        SAME on an even size pads kernel - 2 in all, the odd pixel of it after the image.
         """
         vertical, horizontal = self.kernel_size[0] - 2, self.kernel_size[1] - 2
         top, left = vertical // 2, horizontal // 2

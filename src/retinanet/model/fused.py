@@ -48,7 +48,7 @@ _ONEDNN: dict[str, tuple[str, list[float]]] = {
 _CONVOLUTIONS = (nn.Conv2d, FoldingConv2d, SamePadConv2d)
 _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
-# Sizes of picture for which the backbone's weights are kept arranged: landscape and portrait. The
+# Sizes of image for which the backbone's weights are kept arranged: landscape and portrait. The
 # heads' are kept for the levels of one: five arrangements of theirs are as large as the backbone's.
 _SHAPES_KEPT = 2
 
@@ -66,7 +66,7 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
         model: stays as it is. What was trained goes in: call this again after more training.
         dtype: of weights and feature maps; logits and deltas come out in it.
         pack: run oneDNN's fused convolutions where the device is a CPU and torch has them, with
-            weights arranged for the last sizes of picture that came twice. Leave the network where
+            weights arranged for the last sizes of image that came twice. Leave the network where
             it is and as it is then.
 
     Returns:

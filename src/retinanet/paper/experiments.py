@@ -44,7 +44,7 @@ class Row:
         label: as the table shows it.
         settings: ``key=value`` laid over the recipe.
         depth: the backbone's.
-        scale: shorter side of the picture in the paper, pixels; in small the recipe's size times
+        scale: shorter side of the image in the paper, pixels; in small the recipe's size times
             scale / 600.
         rival: which other detector is trained (a name of :data:`retinanet.paper.rivals.RIVALS`);
             empty: RetinaNet.

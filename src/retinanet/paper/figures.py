@@ -153,8 +153,8 @@ class Level:
 
     Attributes:
         name: ``C3`` or ``P3``.
-        stride: pixels of the picture a cell.
-        channels, height, width: its shape for the picture.
+        stride: pixels of the image a cell.
+        channels, height, width: its shape for the image.
         source: what it is made of: ``C3`` for P3, with ``P4`` above where it is added top-down.
         convolution: the one that makes it of `source`; None for the backbone's own maps.
         output: the one after the top-down sum; None where there is none.
@@ -191,11 +191,11 @@ class Architecture:
 
     Attributes:
         backbone: its name.
-        height, width: pixels of the picture, padded to multiples of 32.
+        height, width: pixels of the image, padded to multiples of 32.
         maps: the backbone's, finest first; those that the pyramid takes.
         levels: the pyramid's, finest first.
         class_subnet, box_subnet: the heads.
-        anchors: of the picture, all levels together.
+        anchors: of the image, all levels together.
         parameters: weights in all.
     """
 
@@ -211,19 +211,19 @@ class Architecture:
 
 
 def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) -> Architecture:
-    """Levels, channels, shapes and heads of a model, from what its modules do with a picture.
+    """Levels, channels, shapes and heads of a model, from what its modules do with an image.
 
     A forward on the meta device computes nothing; the model is the same afterwards.
 
     Args:
         model: any RetinaNet.
-        height, width: of the picture, pixels; padded as the network needs it.
+        height, width: of the image, pixels; padded as the network needs it.
 
     Raises:
-        ValueError: the picture has no pixels.
+        ValueError: the image has no pixels.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"a picture has pixels: got {height} x {width}")
+        raise ValueError(f"an image has pixels: got {height} x {width}")
     height, width = (
         math.ceil(side / model.size_divisor) * model.size_divisor for side in (height, width)
     )
@@ -316,8 +316,8 @@ def _trace(model: RetinaNet, height: int, width: int) -> _Trace:
                 name: tensor.to("meta")
                 for name, tensor in (*model.named_parameters(), *model.named_buffers())
             }
-            picture = torch.empty(1, 3, height, width, device="meta")
-            torch.func.functional_call(model, state, (picture,))
+            image = torch.empty(1, 3, height, width, device="meta")
+            torch.func.functional_call(model, state, (image,))
     finally:
         for hook in hooks:
             hook.remove()

@@ -38,9 +38,9 @@ from retinanet.paper.work import Result
 from retinanet.report import paper_plots
 from retinanet.report.paper_plots import SpeedMark, TableRow
 
-_TIMED_PICTURES = 8
+_TIMED_IMAGES = 8
 _ROUNDS = 7
-_COCO_CLASSES, _COCO_PICTURES = 80, 100_000  # less is not COCO's training set
+_COCO_CLASSES, _COCO_IMAGES = 80, 100_000  # less is not COCO's training set
 _FOREIGN = "results:"  # before the name of another detector: no row of ours has such a key
 _EFFECTIVE = 0.5  # Figure 7: AP over 33.5, where FL has 34.0
 
@@ -94,7 +94,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What :func:`finish` wrote: the results, pictures of figures and tables, and the page."""
+    """What :func:`finish` wrote: the results, images of figures and tables, and the page."""
 
     tables: tuple[TableResult, ...]
     figures: tuple[Path, ...]
@@ -214,11 +214,11 @@ def _about(trained: Trained) -> dict[str, Any]:
     terms, splits = trained.terms, trained.splits
     counts = {name: len(usable(one)[0]) for name, one in splits.items()}
     first = trained.planned.trainings[0].recipe if trained.planned.trainings else None
-    coco = len(splits["train"].classes) == _COCO_CLASSES and counts["train"] > _COCO_PICTURES
+    coco = len(splits["train"].classes) == _COCO_CLASSES and counts["train"] > _COCO_IMAGES
     machine = describe_machine(choose_device(trained.place.device))
     about: dict[str, Any] = {
         "command": trained.command,
-        "data": f"{terms.data.resolve().name}: {counts['train']:,} pictures to train on, "
+        "data": f"{terms.data.resolve().name}: {counts['train']:,} images to train on, "
         f"{counts['val']:,} to judge by",
         "steps": None if first is None else first.train.steps,
         "seeds": terms.seeds,
@@ -262,14 +262,14 @@ def _outcome(training: Training, result: Result | str, out: Path) -> Outcome:
 
 
 def _time(experiment: Experiment, trained: Trained) -> dict[str, float]:
-    """Milliseconds an image by row: network and post-processing, one picture at a time, float32.
+    """Milliseconds an image by row: network and post-processing, one image at a time, float32.
 
-    All rows take turns, on the same pictures; rows that are one training share its figure.
+    All rows take turns, on the same images; rows that are one training share its figure.
     """
     val = usable(trained.splits["val"])[0]
-    count = min(_TIMED_PICTURES, len(val))
+    count = min(_TIMED_IMAGES, len(val))
     chosen = tuple(val.images[i * len(val) // count] for i in range(count))
-    pictures = replace(val, images=chosen)
+    images = replace(val, images=chosen)
     of_row = {
         row.key: one
         for row in experiment.rows
@@ -278,24 +278,24 @@ def _time(experiment: Experiment, trained: Trained) -> dict[str, float]:
     calls = {}
     for one in of_row.values():
         if one.name not in calls:
-            calls[one.name] = _call(one, trained, pictures)
+            calls[one.name] = _call(one, trained, images)
     if not calls:
         return {}
     timed = time_in_turns(calls, _ROUNDS)
     return {key: 1000 * timed[one.name].median / count for key, one in of_row.items()}
 
 
-def _call(training: Training, trained: Trained, pictures: Dataset) -> Callable[[], object]:
+def _call(training: Training, trained: Trained, images: Dataset) -> Callable[[], object]:
     folder, device = training.folder(trained.place.out), trained.place.device
     if not training.rival:
         detector = Detector(load_checkpoint(folder), device=device, precision="float32")
-        return search_call(detector, pictures)
+        return search_call(detector, images)
     rival = load_rival(folder, choose_device(device))
     recipe = training.recipe
     batches = [
         batch.to(choose_device(device))
         for batch in eval_loader(
-            pictures,
+            images,
             batch_size=1,
             image_size=recipe.data.image_size,
             max_size=recipe.data.max_size,

@@ -37,7 +37,7 @@ class Pace(NamedTuple):
 def measure_paces(trainings: Sequence[Training], place: Workplace) -> list[Pace]:
     """The pace of each training, side by side as they will be.
 
-    A few steps are made of one for each backbone, picture size and detector; the loss and the
+    A few steps are made of one for each backbone, image size and detector; the loss and the
     anchors of a row hardly count beside those.
 
     Raises:
@@ -103,7 +103,7 @@ def steps_for(budget: float, paces: Sequence[Pace], jobs: int) -> int:
             f"a budget of {budget:.0f} s is too small for {len(paces)} trainings: under "
             f"{FEWEST_STEPS} steps nothing can be seen; give at least "
             f"--budget {taken(FEWEST_STEPS) / 60 + 0.5:.0f}min, or fewer --seeds, or smaller "
-            "pictures"
+            "images"
         )
     low, high = FEWEST_STEPS, FEWEST_STEPS * 2
     while taken(high) <= budget and high < _MOST_STEPS:

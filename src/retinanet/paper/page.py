@@ -187,7 +187,7 @@ def _add_result(page: _Page, one: TableResult, out: Path, plots: Sequence[Path])
         page.text(one.not_coco)
     shown = [plot for plot in plots if plot.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if shown:
-        page.pictures([(plot, "") for plot in shown])
+        page.images([(plot, "") for plot in shown])
     if plots:
         page.links("Files", [(_address(plot, out), plot.name) for plot in plots])
     if one.lines:

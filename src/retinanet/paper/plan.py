@@ -130,7 +130,7 @@ class Plan:
 
 
 def read_data(terms: Terms) -> dict[str, Dataset]:
-    """The splits that every row trains on and is judged on: the same pictures for every seed.
+    """The splits that every row trains on and is judged on: the same images for every seed.
 
     Raises:
         DataError: there is nothing to train on or nothing to judge by.
@@ -147,27 +147,27 @@ def read_data(terms: Terms) -> dict[str, Dataset]:
             )
         clean, _ = usable(splits[name])
         if not any(not one.ignored for image in clean.images for one in image.annotations):
-            few = "; a single picture cannot be split" if not len(clean) else ""
-            raise DataError(f"{terms.data}: no object to {purpose} in {len(clean)} pictures{few}")
+            few = "; a single image cannot be split" if not len(clean) else ""
+            raise DataError(f"{terms.data}: no object to {purpose} in {len(clean)} images{few}")
     return {name: splits[name] for name in ("train", "val")}
 
 
-def check_pictures(
+def check_images(
     splits: Mapping[str, Dataset],
     names: Collection[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Open every picture of some splits: one that is broken would end each row, one by one.
+    """Open every image of some splits: one that is broken would end each row, one by one.
 
     Raises:
         DataError: names the first that cannot be read.
     """
     found = check_datasets({name: usable(splits[name])[0] for name in names}, progress=progress)
-    broken = [(path, one.failure) for path, one in found.pictures.items() if one.failure]
+    broken = [(path, one.failure) for path, one in found.image_info.items() if one.failure]
     if broken:
         path, (_, why) = broken[0]
         raise DataError(
-            f"{len(broken)} of {len(found.pictures)} pictures cannot be read, the first: {path}: "
+            f"{len(broken)} of {len(found.image_info)} images cannot be read, the first: {path}: "
             f"{why}; see retinanet data check"
         )
 
@@ -230,7 +230,7 @@ def resolve(experiment: Experiment, row: Row, terms: Terms, seed: int = 0) -> Re
 
     In small the paper's 600 px are `terms.image_size`, other scales in proportion, and the warm-up
     is a quarter of the steps at most. Every row is validated once, at its end, so that no row's
-    weights are chosen by the pictures that it is judged on.
+    weights are chosen by the images that it is judged on.
     """
     named = {one.partition("=")[0].strip() for one in terms.settings}
     _check_settings(named)
@@ -250,7 +250,7 @@ def resolve(experiment: Experiment, row: Row, terms: Terms, seed: int = 0) -> Re
         side = round(usual * row.scale / _reference_scale(experiment))
         if side < _SMALLEST:
             raise ConfigError(
-                f"pictures of {usual} px in the place of the paper's "
+                f"images of {usual} px in the place of the paper's "
                 f"{_reference_scale(experiment)} px: row {row.key} of {experiment.name} would have "
                 f"{side} px, and {_SMALLEST} is the least; give a larger --image-size"
             )
@@ -312,7 +312,7 @@ def size_changes(planned: Plan, terms: Terms) -> list[str]:
         f"{' and '.join(f'{one:,}' for one in steps)} steps" if steps else "the recipe's epochs"
     )
     said = [
-        f"{length} of {batch} for {paper.train.steps:,} steps of {paper.train.batch_size} pictures"
+        f"{length} of {batch} for {paper.train.steps:,} steps of {paper.train.batch_size} images"
     ]
     usual = terms.image_size or load_recipe(terms.recipe, terms.settings).data.image_size
     references = {
@@ -341,9 +341,9 @@ def _of_depth(given: Sequence[str], depth: Depth) -> str:
 
 
 def _reference_scale(experiment: Experiment) -> int:
-    """The scale of the experiment that the recipe's picture size stands for.
+    """The scale of the experiment that the recipe's image size stands for.
 
-    Table 2 has 800 px alone: in small there is no reason to make its pictures larger.
+    Table 2 has 800 px alone: in small there is no reason to make its images larger.
     """
     scales = [row.scale for row in experiment.rows if row.trained]
     return _PAPER_SIZE if _PAPER_SIZE in scales or not scales else max(scales)
@@ -439,7 +439,7 @@ def _too_small(row: Row, recipe: Recipe, train: Dataset, reached: dict[object, A
         anchors = spec.per_cell * sum(height * width for height, width in cells)
         if anchors < recipe.loss.mining_size:
             return (
-                f"a picture of {side} px has {anchors} anchors, fewer than the "
-                f"{recipe.loss.mining_size} of a minibatch: use larger pictures"
+                f"an image of {side} px has {anchors} anchors, fewer than the "
+                f"{recipe.loss.mining_size} of a minibatch: use larger images"
             )
     return ""

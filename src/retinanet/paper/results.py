@@ -456,7 +456,7 @@ def judge(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     that point:
 
     - Rows with the same seeds are compared seed by seed, as trainings of one seed start alike and
-      see the pictures in the same order: chance is Student's t (two-sided, 95%, n - 1 degrees of
+      see the images in the same order: chance is Student's t (two-sided, 95%, n - 1 degrees of
       freedom) times the standard error of the mean of the n differences. Rows with other seeds:
       Welch's t.
     - The best of k rows may be the best by luck. Where the sides have k1 and k2 rows, chance is

@@ -1,8 +1,8 @@
 """Rivals in our own training loop, and judged by our own metrics.
 
 The loop is RetinaNet's (:func:`retinanet.training.trainer.train_subject`): the same data in the
-same order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision, and the
-same rule for which checkpoint is the best.
+same order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision,
+and the same rule for which checkpoint is the best.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def train_rival(
     Raises:
         ConfigError: there is no such rival, a setting does not go with it, `out` holds another run,
             or there are several processes.
-        DataError: the data has no picture or no object to train on.
+        DataError: the data has no image or no object to train on.
         NonFiniteLossError: the loss or its gradient is NaN or infinite.
         WeightsError: the backbone's weights cannot be used.
     """
@@ -98,7 +98,7 @@ def evaluate_rival(
 
     Raises:
         ConfigError: an unknown device or precision.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         DataError: the network says a box or a score that is not a number.
     """
     place = choose_device(device)

@@ -1,7 +1,7 @@
 """Other detectors on our backbone: Faster R-CNN with a pyramid (two stages), and SSD (one).
 
 Lin et al. 2017, Table 2, sets RetinaNet against the published figures of such detectors. Here they
-are trained on the same pictures for as many steps (:mod:`retinanet.paper.rival_training`), so that
+are trained on the same images for as many steps (:mod:`retinanet.paper.rival_training`), so that
 the claim can be tested anywhere. Proposals, heads, matching, sampling, losses and post-processing
 are torchvision's (``torchvision.models.detection``); around them stand our backbone with our
 weights, our batches and our :class:`~retinanet.structures.Detections`. torchvision counts the
@@ -48,10 +48,10 @@ FORMAT = "retinanet rival"
 FORMAT_VERSION = 1
 
 _PAPER_SHARE = 32 / 600
-"""Side of the paper's smallest anchors as a share of the picture's; SSD's go with it."""
+"""Side of the paper's smallest anchors as a share of the image's; SSD's go with it."""
 
 # SSD512 as trained on COCO (Liu et al. 2016, arXiv:1512.02325, Sec. 3.4, and its published code):
-# sides of the default boxes as shares of the picture's. The first level has one of its own; from
+# sides of the default boxes as shares of the image's. The first level has one of its own; from
 # the second to the last they rise evenly, and a further one belongs to the last level's larger
 # square.
 _SSD_FIRST = 0.04
@@ -73,7 +73,7 @@ class RivalSettings(BaseModel):
             as in :class:`retinanet.model.retinanet.RetinaNet`.
         sizes: square root of the anchors' area in pixels, a level from P2 to P6.
         aspect_ratios: height / width, of Faster R-CNN's anchors.
-        image_size: shorter side of the pictures, pixels; SSD's boxes are shares of it.
+        image_size: shorter side of the images, pixels; SSD's boxes are shares of it.
         score_threshold, nms_threshold, detections_per_image: of what is found.
         topk_candidates: SSD's boxes of a class that NMS looks at.
     """
@@ -100,7 +100,7 @@ class RivalSettings(BaseModel):
 
 
 class RivalNetwork(nn.Module, ABC):
-    """Another detector, on our backbone, pictures and labels.
+    """Another detector, on our backbone, images and labels.
 
     Attributes:
         settings: what builds it again; the weights are then random.
@@ -163,7 +163,7 @@ class RivalNetwork(nn.Module, ABC):
                 its targets are not looked at.
 
         Returns:
-            Boxes in the pixels of the original picture and within it, labels 0..K-1.
+            Boxes in the pixels of the original image and within it, labels 0..K-1.
 
         Raises:
             ValueError: the network is in training mode.
@@ -227,7 +227,7 @@ class FasterRCNNRival(RivalNetwork):
             )
 
     def _losses(self, batch: Batch) -> Losses:
-        # In training a picture may lie in any corner of the batch, so that no size says where it
+        # In training an image may lie in any corner of the batch, so that no size says where it
         # ends; boxes are cut to the batch.
         sizes = [_padded_size(batch)] * len(batch.images)
         targets = as_torchvision(batch.targets)
@@ -260,7 +260,7 @@ class FasterRCNNRival(RivalNetwork):
     ) -> tuple[Tensor, Tensor]:
         """(N, K + 1) logits and (N, 4 (K + 1)) deltas of all proposals, float32."""
         # torchvision infers the levels' strides from the first sizes that it is given and keeps
-        # them: those of the batch, which the maps are of, and not those of the pictures in it.
+        # them: those of the batch, which the maps are of, and not those of the images in it.
         pooled = self.roi_heads.box_roi_pool(features, proposals, [_padded_size(batch)])
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
         return logits.float(), deltas.float()
@@ -271,12 +271,12 @@ class SSDRival(RivalNetwork):
 
     Source: Liu et al. 2016 (arXiv:1512.02325): three hard negatives for each positive, smooth L1,
     box sizes and aspect ratios of SSD512. Where it departs: our backbone instead of VGG-16 (as
-    SSD513 of Fu et al. 2017 has ResNet-101), no L2 norm of the first map, pictures that keep their
+    SSD513 of Fu et al. 2017 has ResNet-101), no L2 norm of the first map, images that keep their
     aspect ratio, and our augmentation. Levels, each half as large as the one before, are added
-    until one cell holds a picture (:func:`ssd_strides`). Default boxes are those of a square
-    picture with sides of ``image_size``, tiled on over whatever the batch holds, so that padding
+    until one cell holds an image (:func:`ssd_strides`). Default boxes are those of a square
+    image with sides of ``image_size``, tiled on over whatever the batch holds, so that padding
     does not change them. The small ones go with RetinaNet's smallest anchor, the largest always
-    cover the picture (:func:`ssd_shares`).
+    cover the image (:func:`ssd_shares`).
     """
 
     def __init__(self, settings: RivalSettings) -> None:
@@ -351,7 +351,7 @@ class SSDRival(RivalNetwork):
 
 
 def ssd_strides(image_size: int) -> list[int]:
-    """Strides of SSD's levels, pixels: C3 to C5, then doubled until one reaches the picture's side.
+    """Strides of SSD's levels, pixels: C3 to C5, then doubled until one reaches the image's side.
 
     So the coarsest level is a single cell, as SSD300's and SSD512's are.
     """
@@ -362,18 +362,18 @@ def ssd_strides(image_size: int) -> list[int]:
 
 
 def ssd_shares(levels: int, smallest: float) -> list[float]:
-    """Sides of SSD's default boxes as shares of the picture's, one a level and one beyond.
+    """Sides of SSD's default boxes as shares of the image's, one a level and one beyond.
 
     The first two are SSD512's, scaled so that the smallest box is 3/4 of RetinaNet's smallest
     anchor, as the two papers' are (.04 x 600 px and 32 px). The last is SSD512's whatever the
-    number of levels, so that one box is as large as the picture; between them they rise evenly.
+    number of levels, so that one box is as large as the image; between them they rise evenly.
 
     Args:
         levels: at least 3.
-        smallest: side of RetinaNet's smallest anchor as a share of the picture's.
+        smallest: side of RetinaNet's smallest anchor as a share of the image's.
     """
     factor = smallest / _PAPER_SHARE
-    # Never falling, where the smallest anchor is nearly as large as the picture.
+    # Never falling, where the smallest anchor is nearly as large as the image.
     first = min(factor * _SSD_FIRST, _SSD_LAST)
     second = min(factor * _SSD_SECOND, _SSD_LAST)
     rise = (_SSD_LAST - second) / (levels - 2)
@@ -383,8 +383,8 @@ def ssd_shares(levels: int, smallest: float) -> list[float]:
 def _centred(strides: Sequence[int], side: int) -> tuple[list[float], list[float]]:
     """Steps between the default boxes of each level, and how far the level is moved, pixels.
 
-    Maps are rounded up, so that the cells of a level reach beyond a picture of `side`: they are
-    moved until they stick out as far on both sides, and all their centres lie in the picture.
+    Maps are rounded up, so that the cells of a level reach beyond an image of `side`: they are
+    moved until they stick out as far on both sides, and all their centres lie in the image.
     """
     padded = math.ceil(side / DIVISOR) * DIVISOR
     steps, shifts = [], []

@@ -280,7 +280,7 @@ def _depth_scale_rows() -> tuple[Row, ...]:
 def _table1e() -> Experiment:
     return Experiment(
         "table1e",
-        "Depth and picture size: accuracy and time",
+        "Depth and image size: accuracy and time",
         "Sec. 5.2, Table 1e",
         setting=f"{_TEST_DEV}; ms an image on an Nvidia M40",
         columns=(*_FULL_COLUMNS, "ms"),
@@ -357,10 +357,10 @@ def _table2() -> Experiment:
         ),
         recipe="paper_table2",
         note="Faster R-CNN with FPN and SSD are torchvision's, trained here with the same data, "
-        "backbone, picture size and steps as RetinaNet; the paper takes their figures from where "
+        "backbone, image size and steps as RetinaNet; the paper takes their figures from where "
         "they were published (SSD513: 513 px). Of the other rows only those figures stand here. "
         "Times are printed in Figure 2 alone: RetinaNet-101's at 600 px, where it has 36.0 AP and "
-        "FPN FRCN 36.2 (at 800 px it takes 198 ms). Here both are timed at one picture size.",
+        "FPN FRCN 36.2 (at 800 px it takes 198 ms). Here both are timed at one image size.",
     )
 
 

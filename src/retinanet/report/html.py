@@ -1,4 +1,4 @@
-"""Reports as one HTML file: styles and pictures inside, nothing is fetched from anywhere."""
+"""Reports as one HTML file: styles and images inside, nothing is fetched from anywhere."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from retinanet.report.plots import (
     read_log,
 )
 
-Picture = Path | str | bytes | Image.Image
-"""A picture to embed: a file, the bytes of one, or a PIL image."""
+ImageLike = Path | str | bytes | Image.Image
+"""An image to embed: a file, the bytes of one, or a PIL image."""
 
 _PLOT_DOTS = 115  # pixels of the page for an inch of a plot
 
@@ -70,7 +70,7 @@ th { color: #59636e; font-weight: 600; border-bottom-color: #cfd5db; }
 th.text, td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tbody tr:hover { background: #f6f9fc; }
 tr.strong td { font-weight: 600; }
-.pictures { display: grid; gap: 16px; margin: 12px 0; align-items: start; }
+.images { display: grid; gap: 16px; margin: 12px 0; align-items: start; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figcaption { color: #59636e; font-size: 13px; margin-top: 4px; overflow-wrap: anywhere; }
@@ -78,7 +78,7 @@ details { margin: 10px 0; }
 summary { cursor: pointer; color: #0072b2; }
 pre { background: #f6f7f9; border-radius: 6px; padding: 12px 14px; overflow-x: auto;
   font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-@media (max-width: 720px) { .pictures { grid-template-columns: 1fr !important; } }
+@media (max-width: 720px) { .images { grid-template-columns: 1fr !important; } }
 @media print { body { background: #fff; } section { break-inside: avoid; border: 0; } }
 """
 
@@ -155,22 +155,22 @@ class Page:
         table = f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
         return self._add(_fold(table, folded))
 
-    def pictures(
-        self, pictures: Iterable[tuple[Picture, str]], *, columns: int = 1, folded: str = ""
+    def images(
+        self, images: Iterable[tuple[ImageLike, str]], *, columns: int = 1, folded: str = ""
     ) -> Self:
-        """Pictures with captions, side by side in so many columns.
+        """Images with captions, side by side in so many columns.
 
         Raises:
-            DataError: a picture cannot be read.
+            DataError: an image cannot be read.
         """
         figures = "".join(
-            f'<figure><img {_embed(picture)} alt="{escape(caption or "picture")}">'
+            f'<figure><img {_embed(image)} alt="{escape(caption or "image")}">'
             + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "")
             + "</figure>"
-            for picture, caption in pictures
+            for image, caption in images
         )
         style = f"grid-template-columns: repeat({columns}, minmax(0, 1fr))"
-        return self._add(_fold(f'<div class="pictures" style="{style}">{figures}</div>', folded))
+        return self._add(_fold(f'<div class="images" style="{style}">{figures}</div>', folded))
 
     def code(self, text: str, *, folded: str = "") -> Self:
         """A text as it is, in letters of one width."""
@@ -220,7 +220,7 @@ def write_report(
     Args:
         folder: a run folder, of a finished or an unfinished run.
         data: its splits; None: read again from where they were.
-        samples: validation pictures to search and draw.
+        samples: validation images to search and draw.
         device: where to search them.
 
     Returns:
@@ -238,7 +238,7 @@ def write_report(
         best = _best_validation(run)
         page.section("Validation")
         when = f" after step {best['step']:,}, the best of the run" if best else ""
-        page.text(f"Figures of the validation pictures{when}.")
+        page.text(f"Figures of the validation images{when}.")
         add_metrics(page, run.metrics, run.folder / "plots" / "validation")
     for name, metrics in run.evaluations.items():
         page.section(f"Evaluation: {name}")
@@ -256,31 +256,31 @@ def write_report(
 
 
 def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
-    """The figures and pictures of an evaluation; the pictures are drawn into the folder `plots`."""
+    """The figures and images of an evaluation; the images are drawn into the folder `plots`."""
     if math.isnan(metrics.ap):
-        page.text(f"There is no object to find in {metrics.images} pictures.")
+        page.text(f"There is no object to find in {metrics.images} images.")
         return
     summary = metrics.summary()
     page.facts(
         {
             **{name: summary[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
-            "pictures": metrics.images,
+            "images": metrics.images,
             "objects": metrics.objects,
             f"best mean F1, at score {metrics.best_score:.2f}": metrics.best_f1,
             **({"loss": metrics.loss} if metrics.loss is not None else {}),
             **(
-                {"pictures a second": round(metrics.images_per_second, 1)}
+                {"images a second": round(metrics.images_per_second, 1)}
                 if metrics.images_per_second is not None
                 else {}
             ),
         }
     )
     drawn = plot_evaluation(metrics, plots)
-    page.pictures([(drawn["precision_recall"], "")])
-    page.pictures([(drawn["sizes"], ""), (drawn["calibration"], "")], columns=2)
-    page.pictures([(drawn["errors"], "")])
-    page.pictures([(drawn["classes"], "")])
-    page.pictures([(drawn["confusion"], "")], columns=1)
+    page.images([(drawn["precision_recall"], "")])
+    page.images([(drawn["sizes"], ""), (drawn["calibration"], "")], columns=2)
+    page.images([(drawn["errors"], "")])
+    page.images([(drawn["classes"], "")])
+    page.images([(drawn["confusion"], "")], columns=1)
     columns = ["", *(name for name in summary if name.startswith("AR"))]
     page.table(columns, [["recall", *(summary[name] for name in columns[1:])]])
     classes = [one for one in metrics.per_class if one.objects or one.detections]
@@ -353,7 +353,7 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
     """The splits of a run, or None and why not."""
     source = run.info.get("data")
     if not source:
-        return None, "The run does not say where its data is, so no picture is drawn."
+        return None, "The run does not say where its data is, so no image is drawn."
     settings = _settings(run)
     of_data, of_training = settings.get("data", {}), settings.get("train", {})
     try:
@@ -367,7 +367,7 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
             "",
         )
     except RetinaNetError as error:
-        return None, f"The data cannot be read any more, so no picture is drawn: {error}"
+        return None, f"The data cannot be read any more, so no image is drawn: {error}"
 
 
 def _settings(run: _Run) -> dict[str, Any]:
@@ -414,7 +414,7 @@ def _add_summary(page: Page, run: _Run) -> None:
             facts["of training, without validation"] = _duration(seconds)
         facts["images a second"] = round(steps[-1].get("images_per_second") or math.nan, 1)
     for name, count in run.info.get("images", {}).items():
-        facts[f"pictures in {name}"] = f"{count:,}"
+        facts[f"images in {name}"] = f"{count:,}"
     if facts:
         page.facts(facts)
     else:
@@ -427,9 +427,9 @@ def _add_training(page: Page, run: _Run) -> None:
         page.text("The log is empty.")
         return
     plots = run.folder / "plots"
-    page.pictures([(plot_training(run.log, plots / "training.png"), "")])
+    page.images([(plot_training(run.log, plots / "training.png"), "")])
     running = plot_running(run.log, plots / "running.png")
-    page.pictures([(running, "")], folded="Speed, waiting, memory, foreground anchors")
+    page.images([(running, "")], folded="Speed, waiting, memory, foreground anchors")
     validations = _validations(run)
     if validations:
         best = max(range(len(validations)), key=lambda i: _or_low(validations[i].get("ap")))
@@ -447,38 +447,38 @@ def _add_samples(
 ) -> None:
     split = next((name for name in ("val", "test", "train") if name in splits), None)
     if split is None or samples < 1:
-        page.text("There is no picture to show.")
+        page.text("There is no image to show.")
         return
     dataset, _ = usable(splits[split])
     chosen = _spread([one for one in dataset.images if one.annotations], samples)
     if not chosen:
-        page.text(f"There is no picture with an object in {split}.")
+        page.text(f"There is no image with an object in {split}.")
         return
     try:
         detector = load(run.folder, device)
     except RetinaNetError as error:
-        page.text(f"There is no model to search pictures with: {error}")
+        page.text(f"There is no model to search images with: {error}")
         return
     threshold = DRAWN_SCORE
     if run.metrics is not None and not math.isnan(run.metrics.best_score):
         threshold = max(0.05, run.metrics.best_score)
     page.text(
-        f"Pictures of {split}, chosen by their place in it and not by how they came out: on the "
+        f"Images of {split}, chosen by their place in it and not by how they came out: on the "
         "left what the labels say, on the right what was found with a score of "
         f"{threshold:.2f} or more."
     )
-    page.pictures(_sample_pairs(detector, dataset, chosen, threshold), columns=2)
+    page.images(_sample_pairs(detector, dataset, chosen, threshold), columns=2)
 
 
 def _sample_pairs(
     detector: Detector, dataset: Dataset, chosen: Sequence[LabelledImage], threshold: float
-) -> list[tuple[Picture, str]]:
-    pairs: list[tuple[Picture, str]] = []
+) -> list[tuple[ImageLike, str]]:
+    pairs: list[tuple[ImageLike, str]] = []
     for image, found in zip(
         chosen, detector.stream([one.path for one in chosen], batch_size=1), strict=True
     ):
         if not isinstance(found, Found):
-            continue  # `data check` names pictures that cannot be read
+            continue  # `data check` names images that cannot be read
         objects = [one for one in image.annotations if not one.ignored]
         truth = draw_boxes(
             read_image(image.path),
@@ -503,10 +503,10 @@ def _add_data(page: Page, run: _Run, splits: Mapping[str, Dataset]) -> None:
             [name, len(dataset), len(objects) - ignored, ignored, empty, dataset.split_origin]
         )
     page.table(
-        ["split", "pictures", "objects", "crowd or difficult", "pictures without any", "made by"],
+        ["split", "images", "objects", "crowd or difficult", "images without any", "made by"],
         rows,
     )
-    page.pictures([(plot_object_sizes(splits, run.folder / "plots" / "object_sizes.png"), "")])
+    page.images([(plot_object_sizes(splits, run.folder / "plots" / "object_sizes.png"), "")])
     classes = next(iter(splits.values())).classes
     counts = {
         name: Counter(a.label for i in one.images for a in i.annotations if not a.ignored)
@@ -573,27 +573,27 @@ def _fold(content: str, title: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def _embed(picture: Picture) -> str:
+def _embed(image: ImageLike) -> str:
     """The attributes of an img: PNG and JPEG as they are, anything else made a JPEG."""
     try:
-        if isinstance(picture, Path | str):
-            picture = Path(picture).read_bytes()
-        if isinstance(picture, bytes):
-            opened = Image.open(io.BytesIO(picture))
+        if isinstance(image, Path | str):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            opened = Image.open(io.BytesIO(image))
             if opened.format in ("PNG", "JPEG"):
-                return _attributes(picture, opened)
-            picture = opened
+                return _attributes(image, opened)
+            image = opened
         out = io.BytesIO()
-        picture.convert("RGB").save(out, "JPEG", quality=88)
+        image.convert("RGB").save(out, "JPEG", quality=88)
     except OSError as error:
-        raise DataError(f"a picture of the report cannot be read: {error}") from None
+        raise DataError(f"an image of the report cannot be read: {error}") from None
     return _attributes(out.getvalue(), Image.open(out))
 
 
-def _attributes(content: bytes, picture: Image.Image) -> str:
-    address = f"data:image/{picture.format.lower()};base64," if picture.format else ""
+def _attributes(content: bytes, image: Image.Image) -> str:
+    address = f"data:image/{image.format.lower()};base64," if image.format else ""
     address += base64.b64encode(content).decode("ascii")
-    width, dots = picture.width, picture.info.get("dpi", (0, 0))[0]
-    if picture.format == "PNG" and dots:
+    width, dots = image.width, image.info.get("dpi", (0, 0))[0]
+    if image.format == "PNG" and dots:
         width = round(width * _PLOT_DOTS / dots)  # letters of all plots come out equally large
     return f'src="{address}" width="{width}"'

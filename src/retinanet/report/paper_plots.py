@@ -1,4 +1,4 @@
-"""The paper's figures, redrawn in its axes, and its tables as pictures; each as PNG and SVG.
+"""The paper's figures, redrawn in its axes, and its tables as images; each as PNG and SVG.
 
 Source: Lin et al. 2017, Figures 1 to 7. What is drawn comes in as numbers: from
 :mod:`retinanet.paper.figures`, from measurements (:mod:`retinanet.evaluation`), and as published.
@@ -266,7 +266,7 @@ def plot_architecture(network: Architecture, file: str | Path) -> Files:
         _draw_subnets(axis, network)
         axis.set(xlim=(-0.2, 26.2), ylim=(-1.25, _ROW * (len(network.levels) - 1) + 1.1))
         axis.set_title(
-            f"{network.backbone}, a picture of {network.height} x {network.width} pixels: "
+            f"{network.backbone}, an image of {network.height} x {network.width} pixels: "
             f"{network.anchors:,} anchors, {network.parameters / 1e6:.1f} million weights"
         )
     return files
@@ -604,7 +604,7 @@ def _draw_pyramid(axis: Any, network: Architecture) -> None:
             _arrow(axis, (_MAPS, beside[one.name] - _ROW + _BOX / 2),
                    (_MAPS, beside[one.name] - _BOX / 2), GREY)  # fmt: skip
     _arrow(axis, (_MAPS, -1.05), (_MAPS, -_BOX / 2), GREY)
-    axis.text(_MAPS + 0.2, -0.95, f"picture 3 x {network.height} x {network.width}", color=_DARK,
+    axis.text(_MAPS + 0.2, -0.95, f"image 3 x {network.height} x {network.width}", color=_DARK,
               fontsize=_SMALL)  # fmt: skip
     for place, one in enumerate(network.levels):
         middle[one.name] = (_LEVELS, rows[one.name], 4.4 - 0.25 * place)

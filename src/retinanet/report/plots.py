@@ -1,4 +1,4 @@
-"""Pictures of a training and of an evaluation, as PNG files; any figure can be an SVG too.
+"""Images of a training and of an evaluation, as PNG files; any figure can be an SVG too.
 
 Colours are those of Okabe and Ito, which people who see colours differently tell apart.
 """
@@ -65,7 +65,7 @@ _Array = NDArray[np.float64]
 
 
 def plot_evaluation(metrics: Metrics, folder: str | Path) -> dict[str, Path]:
-    """All pictures of an evaluation, into `folder`.
+    """All images of an evaluation, into `folder`.
 
     Returns:
         the files by what they show: ``precision_recall``, ``classes``, ``sizes``, ``errors``,
@@ -104,7 +104,7 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_training(log: str | Path | Sequence[Mapping[str, Any]], file: str | Path) -> Path:
-    """Losses, AP on the validation pictures, and learning rate, by step.
+    """Losses, AP on the validation images, and learning rate, by step.
 
     Args:
         log: a ``log.jsonl`` or its lines.
@@ -358,7 +358,7 @@ def plot_calibration(metrics: Metrics, file: str | Path) -> Path:
 
 
 def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
-    """How large the objects of each split are, and how many are in a picture."""
+    """How large the objects of each split are, and how many are in an image."""
     with open_figure(9.0, 3.2, file) as figure:
         sizes, crowding = figure.subplots(1, 2)
         sides = {name: _sides(dataset) for name, dataset in splits.items()}
@@ -381,7 +381,7 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
                 )
             if counts[name]:
                 weights = np.full(len(counts[name]), 1 / len(counts[name]))
-                label = f"{name} ({_count(len(counts[name]), 'picture')})"
+                label = f"{name} ({_count(len(counts[name]), 'image')})"
                 crowding.hist(
                     counts[name],
                     steps,
@@ -397,7 +397,7 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
         sizes.set_xticks([one for one in ticks if edges[0] <= one <= edges[-1]], minor=False)
         sizes.set_xticks([], minor=True)
         sizes.xaxis.set_major_formatter("{x:.0f}")
-        crowding.set(xlabel="objects", title="Objects in a picture")
+        crowding.set(xlabel="objects", title="Objects in an image")
         crowding.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in (sizes, crowding):
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -482,7 +482,7 @@ def _moving_mean(values: _Array, width: int) -> _Array:
 
 
 def _validation(axis: Any, validations: Sequence[Mapping[str, Any]]) -> None:
-    axis.set_title("AP on the validation pictures")
+    axis.set_title("AP on the validation images")
     judged = [one for one in validations if one.get("ap") is not None]
     if not judged:
         axis.text(0.5, 0.5, "not validated", ha="center", color=GREY, transform=axis.transAxes)

@@ -28,12 +28,12 @@ from retinanet.serve.outside import Outside
 from retinanet.serve.page_files import page_files
 from retinanet.serve.refusal import Refusal
 from retinanet.serve.settings import Settings
-from retinanet.serve.upload import FIELD, Room, Upload, check_bytes, read_pictures
+from retinanet.serve.upload import FIELD, Room, Upload, check_bytes, read_images
 
 _MOST_DETECTIONS = 10_000
 
 _DESCRIPTION = (
-    "Finds objects in pictures. Every answer that is not 200 holds one line for a person: "
+    "Finds objects in images. Every answer that is not 200 holds one line for a person: "
     '`{"detail": "..."}`.'
 )
 
@@ -43,11 +43,11 @@ _WHY = {
     403: "A page of another site sent it.",
     404: "There is no such model.",
     408: "The upload took too long.",
-    413: "Too many bytes, pixels or pictures.",
+    413: "Too many bytes, pixels or images.",
     415: "The body is neither multipart/form-data nor image/*.",
-    422: "A picture cannot be read.",
+    422: "An image cannot be read.",
     500: "The server failed.",
-    503: "Too many pictures are waiting, or the server starts or stops; see Retry-After.",
+    503: "Too many images are waiting, or the server starts or stops; see Retry-After.",
     504: "It took too long.",
 }
 
@@ -122,7 +122,7 @@ def make_app(
 
     @app.post(
         "/v1/detect",
-        summary="Find the objects in one picture or several",
+        summary="Find the objects in one image or several",
         response_model=schema.Answer,
         responses=_errors(
             400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504, key=settings.api_key
@@ -149,12 +149,12 @@ def make_app(
         ] = _LEFT_OUT,
         detections_per_image: Annotated[
             int,
-            Query(ge=1, le=_MOST_DETECTIONS, description="Boxes a picture."),
+            Query(ge=1, le=_MOST_DETECTIONS, description="Boxes an image."),
         ] = _LEFT_OUT,
     ) -> Response:
         """Options that are left out are the model's own; `/v1/model` has them.
 
-        One picture that cannot be read stops no other: it stands in `failures`. Where none can be
+        One image that cannot be read stops no other: it stands in `failures`. Where none can be
         read the answer is 422.
         """
         began = time.perf_counter()
@@ -173,7 +173,7 @@ def make_app(
         with room.lent() as take:
             try:
                 async with asyncio.timeout_at(deadline):
-                    uploads = await read_pictures(
+                    uploads = await read_images(
                         request.headers.get("content-type", ""), request.stream(), settings, take
                     )
             except TimeoutError:
@@ -202,7 +202,7 @@ def make_app(
                 "limits": {
                     "bytes": settings.max_bytes,
                     "pixels": settings.max_pixels,
-                    "pictures": settings.max_pictures,
+                    "images": settings.max_images,
                     "seconds": settings.timeout,
                 },
                 "version": __version__,
@@ -317,7 +317,7 @@ def _request_body(settings: Settings) -> dict[str, Any]:
             FIELD: {
                 "type": "array",
                 "minItems": 1,
-                "maxItems": settings.max_pictures,
+                "maxItems": settings.max_images,
                 "items": _BINARY,
             }
         },
@@ -325,7 +325,7 @@ def _request_body(settings: Settings) -> dict[str, Any]:
     return {
         "requestBody": {
             "required": True,
-            "description": f"At most {settings.max_bytes:,} bytes; a picture has at most "
+            "description": f"At most {settings.max_bytes:,} bytes; an image has at most "
             f"{settings.max_pixels:,} pixels.",
             "content": {"multipart/form-data": {"schema": form}, "image/*": {"schema": _BINARY}},
         }
@@ -345,7 +345,7 @@ def _check_origin(request: Request) -> None:
     else:
         own = site in ("same-origin", "none")
     if not own:
-        raise Refusal(403, "foreign", "pages of other sites may not send pictures here")
+        raise Refusal(403, "foreign", "pages of other sites may not send images here")
 
 
 def _check_names(request: Request, known: Sequence[str]) -> None:
@@ -388,7 +388,7 @@ def _content_length(request: Request) -> int:
 async def _wait(
     request: Request, answers: list[Future[Searched]], deadline: float, seconds: float
 ) -> list[Searched | BaseException]:
-    """What came of each picture; those that nobody will get are given up.
+    """What came of each image; those that nobody will get are given up.
 
     Raises:
         Refusal: 504 it took too long, 499 the client has gone.
@@ -412,11 +412,11 @@ async def _wait(
         if gone in done:
             raise Refusal(499, "gone", "the client has gone")
         raise Refusal(
-            504, "timeout", f"it took over {seconds:g} seconds: send fewer pictures, or try again"
+            504, "timeout", f"it took over {seconds:g} seconds: send fewer images, or try again"
         )
     finally:
         gone.cancel()
-        all_of_them.cancel()  # and with it each picture's answer
+        all_of_them.cancel()  # and with it each image's answer
 
 
 async def _disconnected(request: Request) -> None:

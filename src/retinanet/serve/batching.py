@@ -1,4 +1,4 @@
-"""Pictures of many requests through one network: unpacked in threads, searched in batches."""
+"""Images of many requests through one network: unpacked in threads, searched in batches."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
-from retinanet.serve.upload import Upload, check_picture, reason_of
+from retinanet.serve.upload import Upload, check_image, reason_of
 
 _RECENT = 200
-"""Pictures over which the speed of a model is the median."""
+"""Images over which the speed of a model is the median."""
 
 _GPU_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
         found: what is in it.
@@ -60,11 +60,11 @@ class _Job:
 
 
 class Batcher:
-    """The way of pictures through the detectors; :meth:`start` it before the first.
+    """The way of images through the detectors; :meth:`start` it before the first.
 
-    A batch holds pictures of one model, one size (at the network, padded to multiples of 32) and
-    the same thresholds alone: nothing is spent on padding, and what is found in a picture does not
-    depend on what else was in its batch, but for rounding. The oldest picture's batch goes first.
+    A batch holds images of one model, one size (at the network, padded to multiples of 32) and
+    the same thresholds alone: nothing is spent on padding, and what is found in an image does not
+    depend on what else was in its batch, but for rounding. The oldest image's batch goes first.
     While the network runs, the next ones gather.
 
     Args:
@@ -86,7 +86,7 @@ class Batcher:
         self._seconds: dict[str, deque[float]] = {name: deque(maxlen=_RECENT) for name in detectors}
         self._threads: list[threading.Thread] = []
         readers = settings.readers or min(4, os.cpu_count() or 1)
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="read-picture")
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="read-image")
 
     @property
     def alive(self) -> bool:
@@ -95,11 +95,11 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Pictures that are not yet at the network."""
+        """Images that are not yet at the network."""
         return max(0, self._inside - self._at_network)
 
     def seconds(self, model: str) -> float | None:
-        """Of the network for one picture, the median of the last; None: it has seen none."""
+        """Of the network for one image, the median of the last; None: it has seen none."""
         known = list(self._seconds[model])
         return statistics.median(known) if known else None
 
@@ -125,23 +125,23 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def check_room(self, pictures: int = 1) -> None:
-        """Raise a 503 where so many more pictures would be more than the queue takes."""
+    def check_room(self, images: int = 1) -> None:
+        """Raise a 503 where so many more images would be more than the queue takes."""
         with self._changed:
-            self._check_room(pictures)
+            self._check_room(images)
 
     def submit(
         self, model: str, uploads: Sequence[Upload], thresholds: Mapping[str, Any]
     ) -> list[Future[Searched]]:
-        """Take pictures in, all or none.
+        """Take images in, all or none.
 
         Args:
             model: its name.
-            uploads: the pictures.
+            uploads: the images.
             thresholds: laid over the model's, checked.
 
         Returns:
-            For each its future: what was found; as its exception a :class:`Refusal` of the picture,
+            For each its future: what was found; as its exception a :class:`Refusal` of the image,
             or what the network raised. Cancel those that nobody waits for any more.
 
         Raises:
@@ -162,15 +162,14 @@ class Batcher:
             self._readers.submit(self._read, job)
         return [job.answer for job in jobs]
 
-    def _check_room(self, pictures: int) -> None:
+    def _check_room(self, images: int) -> None:
         if self._ending or not self.warm:
             raise busy("the server is starting or stopping: try again", 2)
-        if self._inside + pictures > self.settings.queue:
+        if self._inside + images > self.settings.queue:
             known = [one for name in self.detectors if (one := self.seconds(name)) is not None]
             seconds = max(known, default=1.0) * self._inside / self.settings.workers
             raise busy(
-                f"{self._inside} pictures are waiting, of {self.settings.queue} that may: "
-                "try again",
+                f"{self._inside} images are waiting, of {self.settings.queue} that may: try again",
                 math.ceil(seconds),
             )
 
@@ -187,7 +186,7 @@ class Batcher:
         if job.answer.cancelled():
             return
         try:
-            check_picture(upload.data, self.settings)
+            check_image(upload.data, self.settings)
             prepared = self.detectors[job.model].prepare(Source(upload.data, upload.name))
         except Refusal as error:
             _fail(job, error)
@@ -225,10 +224,10 @@ class Batcher:
             if not jobs:
                 return
             self._search(jobs)
-            del jobs  # the pictures' memory is free while the next ones are waited for
+            del jobs  # the images' memory is free while the next ones are waited for
 
     def _next(self) -> list[_Job]:
-        """The oldest picture and those that go with it; empty: it is time to end."""
+        """The oldest image and those that go with it; empty: it is time to end."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._ready or self._ending)
@@ -258,14 +257,14 @@ class Batcher:
     def _search(self, jobs: list[_Job]) -> None:
         model = jobs[0].model
         detector = self.detectors[model]
-        pictures = [job.prepared for job in jobs if job.prepared is not None]
+        images = [job.prepared for job in jobs if job.prepared is not None]
         began = time.perf_counter()
         try:
-            objects = detector.search(pictures, **jobs[0].thresholds)
+            objects = detector.search(images, **jobs[0].thresholds)
             seconds = time.perf_counter() - began
             self.metrics.batch(model, len(jobs), seconds)
             self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
-            for job, prepared, one in zip(jobs, pictures, objects, strict=True):
+            for job, prepared, one in zip(jobs, images, objects, strict=True):
                 found = detector.found(one, Source(None, job.upload.name), prepared.size)
                 job.answer.set_result(Searched(found, began - job.ready, seconds / len(jobs)))
         except Exception as error:  # such as no memory on a GPU: these fail, the next may not
@@ -283,7 +282,7 @@ def _fail(job: _Job, error: Exception) -> None:
 
 
 def _warm_up(detector: Detector) -> None:
-    """A blank picture twice: kernels are chosen, compiled, and their weights arranged."""
+    """A blank image twice: kernels are chosen, compiled, and their weights arranged."""
     pixels = torch.zeros((3, detector.image_size, detector.image_size), dtype=torch.uint8)
     for _ in range(2):
         detector.search([Prepared(pixels, (detector.image_size, detector.image_size))])

@@ -15,7 +15,7 @@ class Metrics:
     """Counters of one service.
 
     Args:
-        queue_length: gives the number of pictures that wait for the network or to be unpacked.
+        queue_length: gives the number of images that wait for the network or to be unpacked.
     """
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
@@ -30,13 +30,13 @@ class Metrics:
         self._latency = made(
             Histogram, "request_seconds", "From headers to answer.", "route", buckets=_SECONDS
         )
-        self._failures = made(Counter, "failures", "Requests or pictures refused.", "reason")
+        self._failures = made(Counter, "failures", "Requests or images refused.", "reason")
         self._batches = made(
-            Histogram, "batch_pictures", "Pictures a run of the network.", buckets=_BATCHES
+            Histogram, "batch_images", "Images a run of the network.", buckets=_BATCHES
         )
-        self._pictures = made(Counter, "pictures", "Pictures searched.", "model")
+        self._images = made(Counter, "images", "Images searched.", "model")
         self._network = made(Counter, "network_seconds", "That the network ran.", "model")
-        made(Gauge, "queue_pictures", "Pictures that wait.").set_function(queue_length)
+        made(Gauge, "queue_images", "Images that wait.").set_function(queue_length)
         for reason in REASONS:
             self._failures.labels(reason)  # 0 from the start: a rate of it can be taken
 
@@ -46,13 +46,13 @@ class Metrics:
         self._latency.labels(route).observe(seconds)
 
     def failure(self, reason: str) -> None:
-        """A request or a picture was refused, for one of `REASONS`."""
+        """A request or an image was refused, for one of `REASONS`."""
         self._failures.labels(reason).inc()
 
-    def batch(self, model: str, pictures: int, seconds: float) -> None:
+    def batch(self, model: str, images: int, seconds: float) -> None:
         """The network of a model ran."""
-        self._batches.observe(pictures)
-        self._pictures.labels(model).inc(pictures)
+        self._batches.observe(images)
+        self._images.labels(model).inc(images)
         self._network.labels(model).inc(seconds)
 
     def text(self) -> tuple[bytes, str]:

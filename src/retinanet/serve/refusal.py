@@ -33,7 +33,7 @@ REASONS = (
     "model",
     "bytes",
     "pixels",
-    "pictures",
+    "images",
     "kind",
     "unreadable",
     "slow_client",

@@ -20,12 +20,12 @@ class Detection(BaseModel):
     box: list[float] = Field(
         min_length=4,
         max_length=4,
-        description="x1, y1, x2, y2 in pixels of the upright picture as it was sent.",
+        description="x1, y1, x2, y2 in pixels of the upright image as it was sent.",
     )
 
 
 class Image(BaseModel):
-    """What is in one picture, best first."""
+    """What is in one image, best first."""
 
     file: str = Field(description="The name that was sent with it.")
     height: int = Field(ge=1)
@@ -34,7 +34,7 @@ class Image(BaseModel):
 
 
 class Failed(BaseModel):
-    """A picture that could not be searched."""
+    """An image that could not be searched."""
 
     file: str
     reason: str
@@ -44,12 +44,12 @@ class Milliseconds(BaseModel):
     """Where a request's time went."""
 
     total: float = Field(ge=0, description="From its headers to its answer, the upload included.")
-    queue: float = Field(ge=0, description="The longest that a picture waited for the network.")
-    network: float = Field(ge=0, description="Its pictures' shares of the network's time.")
+    queue: float = Field(ge=0, description="The longest that an image waited for the network.")
+    network: float = Field(ge=0, description="Its images' shares of the network's time.")
 
 
 class Answer(BaseModel):
-    """What was found, in the order of the pictures sent."""
+    """What was found, in the order of the images sent."""
 
     model: str
     images: list[Image]
@@ -73,13 +73,13 @@ class Model(BaseModel):
     default: bool = Field(description="Whether it answers where none is named.")
     classes: list[str]
     category_ids: list[int]
-    image_size: int = Field(description="Pixels of a picture's shorter side at the network.")
+    image_size: int = Field(description="Pixels of an image's shorter side at the network.")
     max_size: int = Field(description="Pixels of its longer side at most.")
     thresholds: dict[str, float | int | bool]
     network: str = Field(description="What runs it, and in which precision.")
     metrics: Judged | None
     milliseconds: float | None = Field(
-        description="Median time of the network for one of the last pictures."
+        description="Median time of the network for one of the last images."
     )
 
 
@@ -87,8 +87,8 @@ class Limits(BaseModel):
     """What a request may be."""
 
     bytes: int
-    pixels: int = Field(description="Of one picture.")
-    pictures: int
+    pixels: int = Field(description="Of one image.")
+    images: int
     seconds: float
 
 

@@ -99,7 +99,7 @@ def serve(
         What ended it.
 
     Raises:
-        Exception: what a network raised at its first picture.
+        Exception: what a network raised at its first image.
     """
     import uvicorn
 

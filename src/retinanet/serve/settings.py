@@ -15,18 +15,18 @@ class Settings:
 
     Attributes:
         max_bytes: of a request's body.
-        max_pixels: of a picture, height times width, read from its header before it is unpacked.
-        max_pictures: of a request.
-        queue: pictures that may wait or be worked on at once; further requests are told to come
+        max_pixels: of an image, height times width, read from its header before it is unpacked.
+        max_images: of a request.
+        queue: images that may wait or be worked on at once; further requests are told to come
             again.
         timeout: seconds from the start of a request to its answer, the upload included.
         header_timeout: seconds that a client may take for a request's headers.
         held_bytes: of all bodies together that are held at once; None: eight of `max_bytes`.
-        batch_size: pictures of the same size that the network takes at once; None: 1 on a CPU and
+        batch_size: images of the same size that the network takes at once; None: 1 on a CPU and
             8 elsewhere.
         max_wait_ms: milliseconds that the network waits for a batch to fill.
         workers: threads that run the network; the cores are shared between them.
-        readers: threads that unpack and resize pictures; None: one a processor, four at the most.
+        readers: threads that unpack and resize images; None: one a processor, four at the most.
         api_key: asked of every request but those for the page and the health; None: of none.
 
     Raises:
@@ -35,7 +35,7 @@ class Settings:
 
     max_bytes: int = 32 * _MEGABYTE
     max_pixels: int = 50_000_000
-    max_pictures: int = 32
+    max_images: int = 32
     queue: int = 128
     timeout: float = 60.0
     header_timeout: float = 10.0
@@ -50,7 +50,7 @@ class Settings:
         least = {
             "max_bytes": 1,
             "max_pixels": 1,
-            "max_pictures": 1,
+            "max_images": 1,
             "queue": 1,
             "batch_size": 1,
             "max_wait_ms": 0,
@@ -64,10 +64,10 @@ class Settings:
         for name in ("timeout", "header_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} is not over 0 seconds")
-        if self.queue < self.max_pictures:
+        if self.queue < self.max_images:
             raise ConfigError(
-                f"{_option('queue')} {self.queue} is under {_option('max_pictures')} "
-                f"{self.max_pictures}: a request of so many pictures could never be taken"
+                f"{_option('queue')} {self.queue} is under {_option('max_images')} "
+                f"{self.max_images}: a request of so many images could never be taken"
             )
         if self.held_bytes is not None and self.held_bytes < self.max_bytes:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The pictures in a request's body: read within limits, in memory alone."""
+"""The images in a request's body: read within limits, in memory alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from retinanet.errors import ImageError
 from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
 
-FIELD = "pictures"
-"""The form field of the pictures."""
+FIELD = "images"
+"""The form field of the images."""
 
 _LONGEST_NAME = 255
 
@@ -40,7 +40,7 @@ FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, binary PNM, JPEG 2000 or AVIF"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A picture as it came.
+    """An image as it came.
 
     Attributes:
         name: what the client calls it: a label, never a path of this machine.
@@ -80,45 +80,42 @@ class Room:
             self.held -= mine
 
 
-async def read_pictures(
+async def read_images(
     content_type: str,
     chunks: AsyncIterator[bytes],
     settings: Settings,
     take: Callable[[int], None],
 ) -> list[Upload]:
-    """The pictures of a body, no more of which is read than is allowed.
+    """The images of a body, no more of which is read than is allowed.
 
     Args:
-        content_type: the header: ``multipart/form-data`` with pictures in :data:`FIELD`, or
-            ``image/*`` for a body that is one picture.
+        content_type: the header: ``multipart/form-data`` with images in :data:`FIELD`, or
+            ``image/*`` for a body that is one image.
         chunks: the body as it comes.
-        settings: how many bytes and pictures there may be.
+        settings: how many bytes and images there may be.
         take: told of each chunk's bytes before they are kept.
 
     Raises:
-        Refusal: 400 the form is broken, 413 too much, 415 neither kind, 422 no picture in it.
+        Refusal: 400 the form is broken, 413 too much, 415 neither kind, 422 no image in it.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         form = _Form(content_type, settings)
         async for chunk in _limited(chunks, settings, take):
             form.write(chunk)
-        return form.pictures()
+        return form.images()
     if kind.startswith("image/"):
         body = bytearray()
         async for chunk in _limited(chunks, settings, take):
             body += chunk
         if not body:
-            raise Refusal(
-                422, "unreadable", "there is no picture in the request: its body is empty"
-            )
-        return [Upload("picture", bytes(body))]
+            raise Refusal(422, "unreadable", "there is no image in the request: its body is empty")
+        return [Upload("image", bytes(body))]
     got = f"{_plain(kind)!r}" if kind else "no Content-Type"
     raise Refusal(
         415,
         "kind",
-        f"send pictures as multipart/form-data in the field {FIELD!r}, or one as image/*; "
-        f"got {got}",
+        f"send images as multipart/form-data in the field {FIELD!r}, or one as image/*; got {got}",
     )
 
 
@@ -139,12 +136,12 @@ def check_bytes(size: int, settings: Settings) -> None:
         raise Refusal(
             413,
             "bytes",
-            f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller pictures",
+            f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller images",
         )
 
 
-def check_picture(data: bytes, settings: Settings) -> None:
-    """Look at a picture's header, before anything is unpacked.
+def check_image(data: bytes, settings: Settings) -> None:
+    """Look at an image's header, before anything is unpacked.
 
     Raises:
         Refusal: 413 too many pixels; 422 it is of a kind that is not served, or has no sound
@@ -153,7 +150,7 @@ def check_picture(data: bytes, settings: Settings) -> None:
     if not data:
         raise Refusal(422, "unreadable", "the file is empty")
     if not _SERVED.match(data):
-        raise Refusal(422, "unreadable", f"it is no picture that is taken: send {FORMATS}")
+        raise Refusal(422, "unreadable", f"it is no image that is taken: send {FORMATS}")
     try:
         height, width = stored_size(data)
         tile = stored_tile(data) if data[:2] in (b"II", b"MM") else 0
@@ -177,11 +174,11 @@ def _too_many_pixels(what: str, settings: Settings) -> Refusal:
 
 
 def reason_of(error: Exception, name: str = "") -> str:
-    """Why a picture could not be read, without its name, which the answer has beside it."""
+    """Why an image could not be read, without its name, which the answer has beside it."""
     if not isinstance(error, ImageError):
         return f"it cannot be unpacked: {type(error).__name__}"
     reason = " ".join(str(error).removeprefix(f"{name}: ").split())
-    return reason.removeprefix("bytes of a picture: ")
+    return reason.removeprefix("bytes of an image: ")
 
 
 def _plain(text: str) -> str:
@@ -198,7 +195,7 @@ class _Form:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise Refusal(400, "kind", "the multipart form has no boundary in its Content-Type")
-        self._most = settings.max_pictures
+        self._most = settings.max_images
         self._uploads: list[Upload] = []
         self._parse_options = parse_options_header
         self._headers: dict[bytes, bytes] = {}
@@ -229,11 +226,11 @@ class _Form:
         except ValueError as error:  # every error of the parser is one
             raise _broken_form(error) from None
 
-    def pictures(self) -> list[Upload]:
+    def images(self) -> list[Upload]:
         if not self._finished:
             raise _broken_form("it ends before its last boundary")
         if not self._uploads:
-            raise Refusal(422, "unreadable", f"there is no picture in the form's field {FIELD!r}")
+            raise Refusal(422, "unreadable", f"there is no image in the form's field {FIELD!r}")
         return self._uploads
 
     def _begin(self) -> None:
@@ -251,15 +248,15 @@ class _Form:
             raise Refusal(
                 400,
                 "option",
-                f"unknown form field {field!r}: pictures go into {FIELD!r}, "
+                f"unknown form field {field!r}: images go into {FIELD!r}, "
                 f"options behind the address, as in ?score_threshold=0.5{nearest(field, [FIELD])}",
             )
         if len(self._uploads) == self._most:
             raise Refusal(
-                413, "pictures", f"more than {self._most} pictures in one request: send fewer"
+                413, "images", f"more than {self._most} images in one request: send fewer"
             )
         name = _plain(options.get(b"filename", b"").decode("utf-8", "replace"))
-        self._label = name or f"picture_{len(self._uploads):06d}"
+        self._label = name or f"image_{len(self._uploads):06d}"
         self._part = bytearray()
 
     def _data(self, data: bytes, start: int, end: int) -> None:

@@ -43,7 +43,7 @@ class FiguresInFlight:
         if self._values.device.type == "cuda":
             pinned = torch.empty(self._values.shape, device="cpu", pin_memory=True)
             self._values = pinned.copy_(self._values, non_blocking=True)
-            # Whoever waits for it leaves the processor to the workers that load pictures.
+            # Whoever waits for it leaves the processor to the workers that load images.
             self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._arrived.record()
 

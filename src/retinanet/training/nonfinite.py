@@ -38,10 +38,10 @@ def report_nonfinite(
     The optimiser has skipped the step and each after it (:class:`retinanet.training.guard.Guard`),
     so the weights kept are the last good ones. The running statistics of norms that train
     (``model.norm=trained``) have no such guard: they have seen the bad batch, and on a GPU the one
-    after it. Of several processes one writes (`write`); each names its own pictures.
+    after it. Of several processes one writes (`write`); each names its own images.
 
     Raises:
-        NonFiniteLossError: always; names the pictures, the learning rate and the gradient's norm.
+        NonFiniteLossError: always; names the images, the learning rate and the gradient's norm.
     """
     images = [dataset.images[int(i)] for i in batch.indices]
 

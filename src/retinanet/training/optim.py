@@ -20,7 +20,7 @@ def resolve_steps(
     max_steps: int,
     batch_size: int,
 ) -> int:
-    """`steps` itself, or as many as `epochs` passes over `images` pictures need, within the limits.
+    """`steps` itself, or as many as `epochs` passes over `images` images need, within the limits.
 
     Example:
         >>> resolve_steps(205, steps=90_000, epochs=24, min_steps=400, max_steps=4000, batch_size=8)

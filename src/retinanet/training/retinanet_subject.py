@@ -64,7 +64,7 @@ class RetinaNetSubject:
         self._accelerator = accelerator
         self._init = init
         self._tell = tell
-        self._picture_side = picture_side(train_set)
+        self._image_side = image_side(train_set)
         self._of_loss = settings_on(accelerator.device, loss_settings(recipe))
 
     def build(self) -> nn.Module:
@@ -164,13 +164,13 @@ class RetinaNetSubject:
                 # A split that was made is made again with these: nothing trained on is judged.
                 "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
                 # What a tile is as large as, where it is to choose its size itself.
-                "picture_side": self._picture_side,
+                "image_side": self._image_side,
             },
         )
 
 
-def picture_side(dataset: Dataset) -> int:
-    """The median of the pictures' shorter sides: as the labels state them, else as they are."""
+def image_side(dataset: Dataset) -> int:
+    """The median of the images' shorter sides: as the labels state them, else as they are."""
     stated = [min(one.width, one.height) for one in dataset.images if one.width and one.height]
     return int(median(stated)) if stated else typical_side([one.path for one in dataset.images])
 

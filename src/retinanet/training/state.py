@@ -33,7 +33,7 @@ class Progress:
         best_step: the step it was reached at.
         bad_validations: validations in a row without a better AP.
         stopped_early: whether the run ended by that.
-        left_out: objects and pictures that training could not use.
+        left_out: objects and images that training could not use.
         seconds: time spent training, validation included.
         metrics: the last validation's figures.
         best_metrics: those of the best.

@@ -23,7 +23,7 @@ from retinanet.structures import Batch
 class Subject(Protocol):
     """A kind of detector, for one run of the loop.
 
-    Its networks have a ``pixel_mean`` (3, 1, 1) of 0..255 RGB, with which pictures are padded, and
+    Its networks have a ``pixel_mean`` (3, 1, 1) of 0..255 RGB, with which images are padded, and
     a part named ``backbone``, which has its own share of the learning rate.
 
     Attributes:

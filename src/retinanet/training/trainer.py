@@ -72,7 +72,7 @@ class _Step:
     Attributes:
         number: from 0.
         lr: its learning rate.
-        batch: its pictures, on the host.
+        batch: its images, on the host.
         running: () the running normaliser before it.
         figures: what came of it.
         speed: how fast it was.
@@ -110,7 +110,7 @@ def train(
 
     Raises:
         ConfigError: settings contradict each other, or `out` holds another run.
-        DataError: the data has no picture or no object to train on.
+        DataError: the data has no image or no object to train on.
         NonFiniteLossError: the loss or its gradient is NaN or infinite; what reproduces it is kept.
         WeightsError: `init` or the backbone's weights cannot be used.
     """
@@ -145,7 +145,7 @@ def train_subject(
     val_set = splits.get("val")
     if not any(not one.ignored for image in train_set.images for one in image.annotations):
         raise DataError(
-            f"{train_set.source}: no object to train on in {len(train_set)} pictures; "
+            f"{train_set.source}: no object to train on in {len(train_set)} images; "
             "see retinanet data check"
         )
     if val_set is not None and val_set.classes != train_set.classes:
@@ -159,7 +159,7 @@ def train_subject(
     if shared:
         tell(
             "message",
-            message=f"warning: {len(shared)} pictures are in train and in val, the first: "
+            message=f"warning: {len(shared)} images are in train and in val, the first: "
             f"{min(shared)}; the AP on val is not honest",
         )
     subject = make(accelerator, train_set, tell)
@@ -167,7 +167,7 @@ def train_subject(
         first = f"{left_out[0].file}: {left_out[0].reason}"
         tell(
             "message",
-            message=f"left out {len(left_out)} faulty objects or pictures of the training data, "
+            message=f"left out {len(left_out)} faulty objects or images of the training data, "
             f"the first: {first}; see retinanet data check",
         )
 
@@ -204,7 +204,7 @@ def train_subject(
                 "message",
                 message=f"warning: the run was begun by {begun_by} processes and goes on with "
                 f"{accelerator.num_processes}, which share the shards in another way: in the epoch "
-                f"at hand pictures may come twice or not at all",
+                f"at hand images may come twice or not at all",
             )
     elif accelerator.is_main_process:
         machine = describe_machine(accelerator.device)

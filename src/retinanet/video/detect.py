@@ -51,7 +51,7 @@ class VideoSummary:
         broken: frames that could not be read; they are in neither file.
         objects: boxes found in searched frames, by class.
         tracks: numbers given; None: nothing was tracked.
-        codec: what encoded the picture.
+        codec: what encoded the image.
         sound: what became of the sound, such as ``copied``; empty: there was none.
         lost_sound: damaged packets of sound, left out.
         cut: why reading ended before the clip did; empty: it did not.

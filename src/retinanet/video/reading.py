@@ -1,4 +1,4 @@
-"""A clip or a camera, frame by frame: pictures upright, times as stored, damage counted."""
+"""A clip or a camera, frame by frame: images upright, times as stored, damage counted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from retinanet.errors import DataError, MissingExtraError
 Pixels = npt.NDArray[np.uint8]
 
 _CAMERA_WAIT = 10.0  # seconds for a camera to answer, and between two of its frames
-_MOST_SAMPLES = 32  # pictures of a clip that int8 is calibrated on; held in memory together
+_MOST_SAMPLES = 32  # images of a clip that int8 is calibrated on; held in memory together
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What makes the stored picture upright: first exchange x and y, then mirror.
+    """What makes the stored image upright: first exchange x and y, then mirror.
 
     Attributes:
         transposed: rows become columns.
@@ -84,7 +84,7 @@ class VideoReader:
 
     Attributes:
         source: as given; ``camera 0`` for a camera.
-        size: (height, width) in pixels of the upright picture; a clip that changes it on the way is
+        size: (height, width) in pixels of the upright image; a clip that changes it on the way is
             resized to that of its first frame.
         turn: what makes a stored frame upright.
         time_base: seconds a unit of `pts`.
@@ -191,31 +191,31 @@ class VideoReader:
         return self.turn.apply(pixels) if self.turn != UPRIGHT else np.ascontiguousarray(pixels)
 
     def samples(self, most: int = _MOST_SAMPLES) -> list[Pixels]:
-        """Pictures from all over the clip, at most so many.
+        """Images from all over the clip, at most so many.
 
         Raises:
-            DataError: it is a camera, whose pictures are not there yet.
+            DataError: it is a camera, whose images are not there yet.
         """
         if self.live:
             raise DataError(
                 f"{self.source}: there is nothing to calibrate int8 on yet; "
-                "name a folder of such pictures with --calibrate"
+                "name a folder of such images with --calibrate"
             )
         av = import_av()
-        pictures: list[Pixels] = []
+        images: list[Pixels] = []
         with av.open(self.source) as container:
             stream = _video_stream(container, self.source)
             length = container.duration or 0  # microseconds
             for i in range(most if length else 1):
                 try:
                     container.seek(i * length // most)
-                    pictures.append(self.rgb(next(container.decode(stream))))
+                    images.append(self.rgb(next(container.decode(stream))))
                 except (av.FFmpegError, StopIteration):
                     continue
-        return pictures or [self.rgb(self.first)]
+        return images or [self.rgb(self.first)]
 
     def _packets(self, av: Any) -> Iterator[Any]:
-        """Packets of the picture as they are, of sound as :class:`Sound`."""
+        """Packets of the image as they are, of sound as :class:`Sound`."""
         wanted = [self._stream, *self.sounds]
         try:
             for packet in self._container.demux(wanted):

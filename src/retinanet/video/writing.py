@@ -14,7 +14,7 @@ from retinanet.errors import DataError
 from retinanet.video.reading import Pixels, Sound, VideoReader, import_av
 
 ENCODERS = ("libx264", "libopenh264", "mpeg4")
-"""Those that may write the picture, the first that PyAV has; all play everywhere, the last is
+"""Those that may write the image, the first that PyAV has; all play everywhere, the last is
 twice the size."""
 
 COPIED_SOUND = frozenset({"aac", "mp3", "mp2", "ac3", "eac3", "opus", "flac", "alac"})
@@ -39,10 +39,10 @@ _own = local()
 
 
 class VideoWriter:
-    """Writes what a :class:`VideoReader` reads, with other pictures.
+    """Writes what a :class:`VideoReader` reads, with other images.
 
     Attributes:
-        codec: what encodes the picture.
+        codec: what encodes the image.
         sound: a few words on what becomes of each stream of sound; empty: there is none.
         lost_sound: packets of sound that could not be written.
     """
@@ -116,10 +116,8 @@ class VideoWriter:
                 )
         if any(self._margin):
             drawn = np.pad(drawn, ((0, self._margin[0]), (0, self._margin[1]), (0, 0)), "edge")
-        picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")
-        return _reformatter().reformat(
-            picture, format="yuv420p", dst_color_range=_LIMITED, **matrix
-        )
+        image = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")
+        return _reformatter().reformat(image, format="yuv420p", dst_color_range=_LIMITED, **matrix)
 
     def write(self, frame: Any, pts: int) -> None:
         """The next frame, of :meth:`encodable`, at `pts` of the clip's time base."""

@@ -49,14 +49,14 @@ def colour_finder(
     classes: Sequence[str] = ("red", "green", "<i>blue</i>"),
     category_ids: Sequence[int] = (3, 7, 9),
 ) -> Detector:
-    """Pictures of 64 x 96 pixels reach the network as they are."""
+    """Images of 64 x 96 pixels reach the network as they are."""
     model: Any = ColourFinder(half)
     settings = {"detect": {"score_threshold": 0.05}}
     checkpoint = Checkpoint(model, tuple(classes), tuple(category_ids), 64, 128, settings)
     return Detector(checkpoint, device="cpu", precision="float32")
 
 
-def picture(*squares: Square, height: int = 64, width: int = 96) -> Image.Image:
+def image(*squares: Square, height: int = 64, width: int = 96) -> Image.Image:
     """Black, with squares of 8 x 8 pixels at (x, y) in a colour."""
     pixels = np.zeros((height, width, 3), np.uint8)
     for x, y, colour in squares:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colour_finder import Square, colour_finder, picture
+from colour_finder import Square, colour_finder, image
 from page_desk import KEY, Desk
 
 from retinanet.serve import Settings, build_app
@@ -119,13 +119,13 @@ def desk(open_desk: Callable[..., Desk]) -> Desk:
 
 @pytest.fixture
 def draw(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a picture with squares, and gives its path."""
+    """Writes an image with squares, and gives its path."""
 
     def write(name: str, *squares: Square, **options: Any) -> Path:
         size = {key: options.pop(key) for key in ("height", "width") if key in options}
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture(*squares, **size).save(file, **options)
+        image(*squares, **size).save(file, **options)
         return file
 
     return write
@@ -133,7 +133,7 @@ def draw(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def ask(server: str) -> Callable[..., dict[str, Any]]:
-    """What the service says of a picture, asked without the page."""
+    """What the service says of an image, asked without the page."""
 
     def post(file: Path, model: str = "colours") -> dict[str, Any]:
         request = urllib.request.Request(

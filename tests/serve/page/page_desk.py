@@ -42,7 +42,7 @@ class Desk:
         return self.wait()
 
     def wait(self) -> Desk:
-        """Until every picture is done or refused, and drawn."""
+        """Until every image is done or refused, and drawn."""
         self.page.wait_for_function(
             """() => {
                 const states = [...document.querySelectorAll(".thumb")].map((t) => t.dataset.state);
@@ -86,7 +86,7 @@ class Desk:
         )
 
     def boxes(self, pane: int = 0) -> list[list[float]]:
-        """(x1, y1, x2, y2) on the picture of the boxes that are shown, best first."""
+        """(x1, y1, x2, y2) on the image of the boxes that are shown, best first."""
         return self.page.evaluate(
             """(pane) => {
                 const boxes = document.querySelectorAll(".pane")[pane].querySelectorAll(".box");
@@ -121,7 +121,7 @@ class Desk:
         )
 
     def screen(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the picture is in the window."""
+        """Where a point of the image is in the window."""
         at = self.page.evaluate(
             """([x, y]) => {
                 const at = new DOMPoint(x, y).matrixTransform(

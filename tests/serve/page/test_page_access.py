@@ -234,7 +234,7 @@ def test_by_keyboard_alone(desk: Desk, draw: Draw) -> None:
         assert at["seen"], at
         reached.append(at["name"])
     wanted = ["first-model", "second-model", "theme", "help", "zoom-in", "zoom-out", "fit", "full"]
-    wanted += ["remove", "choose", "choose-folder", "paste", "camera", "clear", "picture-1"]
+    wanted += ["remove", "choose", "choose-folder", "paste", "camera", "clear", "image-1"]
     wanted += ["score", "score-number", "all", "none", "found", "save-which", "save-shown"]
     wanted += ["save-json", "save-coco", "save-png", "box active"]
     assert [one for one in wanted if one not in reached] == []
@@ -270,7 +270,7 @@ def test_the_model_is_described(desk: Desk, draw: Draw) -> None:
     assert "torch on cpu" in facts
     desk.choose(draw("a.png", (8, 8, RED)))
     desk.page.wait_for_function(
-        "() => / ms a picture/.test(document.getElementById('model-facts').textContent)"
+        "() => / ms an image/.test(document.getElementById('model-facts').textContent)"
     )
 
 

@@ -81,7 +81,7 @@ def test_many_classes_can_be_found(desk: Desk, draw: Draw, ask: Callable[..., An
     desk.open()
     desk.choose(file)
     assert page.locator("#classes .class-name").all_inner_texts() == ["red"]
-    assert desk.text("#absent-words") == "29 classes not in this picture"
+    assert desk.text("#absent-words") == "29 classes not in this image"
     page.fill("#class-search", "thing 3")
     assert page.locator("#absent-classes .class-name").all_inner_texts() == ["thing 3", "thing 30"]
     page.click("#none")
@@ -103,7 +103,7 @@ def test_hover_shows_class_and_score(desk: Desk, draw: Draw) -> None:
     assert page.locator(".found li[aria-selected=true] .class-name").inner_text() == "green"
     page.mouse.move(*desk.screen(40, 30))
     assert page.locator(".box.active").count() == 0
-    # And from the list to the picture.
+    # And from the list to the image.
     page.locator(".found li").first.hover()
     assert page.locator(".box.active").get_attribute("aria-label").startswith("red")
 
@@ -197,7 +197,7 @@ def test_zoom_and_pan(desk: Desk, draw: Draw) -> None:
     page.keyboard.press("Shift+ArrowRight")
     desk.settle()
     assert desk.screen(20, 12)[0] == pytest.approx(at[0] - 30, abs=1.5)
-    # However far it is pushed, some of the picture stays in sight.
+    # However far it is pushed, some of the image stays in sight.
     for _ in range(100):
         page.keyboard.press("Shift+ArrowRight")
     desk.settle()
@@ -290,7 +290,7 @@ def test_two_models_side_by_side(desk: Desk, draw: Draw) -> None:
 
 
 def test_colours_stay_with_the_classes(desk: Desk, draw: Draw) -> None:
-    """A class has one colour on the picture, in its list and beside its toggle."""
+    """A class has one colour on the image, in its list and beside its toggle."""
     desk.choose(draw("two.png", (8, 8, RED), (24, 8, BLUE)))
     page = desk.page
 

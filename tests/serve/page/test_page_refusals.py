@@ -25,17 +25,17 @@ def unlock(desk: Desk, key: str = KEY) -> None:
     desk.page.keyboard.press("Enter")
 
 
-def test_a_broken_picture(stern: Desk, draw: Draw, tmp_path: Path) -> None:
+def test_a_broken_image(stern: Desk, draw: Draw, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(draw("whole.png", (8, 8, RED)).read_bytes()[:60])
     stern.choose(broken)
     words = stern.text(".stage-words")
-    assert words.startswith("The picture cannot be read: ")
+    assert words.startswith("The image cannot be read: ")
     assert "broken.png" not in words  # the name stands above it
     assert stern.states() == ["refused"]
     assert "1 refused" in stern.text("#progress-words")
     assert words.count("cannot be read") == 1
-    stern.said("broken.png: The picture cannot be read: ")
+    stern.said("broken.png: The image cannot be read: ")
     # The next ones are searched all the same.
     stern.choose(tmp_path / "whole.png")
     assert stern.states() == ["refused", "1"]
@@ -47,11 +47,11 @@ def test_each_refusal_has_its_words(stern: Desk, draw: Draw) -> None:
         400: "The server did not take the request: Because.",
         404: "The server does not know this model: Because.",
         408: "The upload took too long: Because.",
-        413: "The picture is too large for this server: Because.",
+        413: "The image is too large for this server: Because.",
         415: "The server takes no such files: Because.",
-        422: "The picture cannot be read: Because.",
-        500: "The server failed on this picture: Because.",
-        504: "The server took too long over this picture: Because.",
+        422: "The image cannot be read: Because.",
+        500: "The server failed on this image: Because.",
+        504: "The server took too long over this image: Because.",
         418: "Because.",
     }
     statuses = iter(told)
@@ -74,7 +74,7 @@ def test_each_refusal_has_its_words(stern: Desk, draw: Draw) -> None:
     [
         ({"body": "<html>Bad gateway</html>", "status": 502}, "status 502"),
         ({"body": "hello"}, "The server's answer is no JSON."),
-        ({"json": {"images": []}}, "The server's answer holds no picture."),
+        ({"json": {"images": []}}, "The server's answer holds no image."),
         (
             {"json": {"images": [{"detections": [{"category_id": 1000, "box": []}]}]}},
             "category 1000 is none of the model's",
@@ -99,9 +99,9 @@ def test_too_many_bytes_are_not_sent(open_desk: OpenDesk, guarded: str, tmp_path
     unlock(desk)
     desk.page.wait_for_selector("#model-facts dl")
     desk.wait()
-    assert desk.text("#limits") == "Up to 4.0 kB and 0.02 million pixels a picture."
+    assert desk.text("#limits") == "Up to 4.0 kB and 0.02 million pixels an image."
     assert desk.text(".stage-words") == (
-        "The picture has 9.0 kB; this server takes 4.0 kB at most. It was not sent."
+        "The image has 9.0 kB; this server takes 4.0 kB at most. It was not sent."
     )
     assert desk.asked() == 0
     assert desk.states() == ["refused"]
@@ -115,7 +115,7 @@ def test_too_many_pixels(open_desk: OpenDesk, guarded: str, draw: Draw) -> None:
     desk.page.wait_for_selector("#model-facts dl")
     desk.choose(draw("wide.png", height=160, width=160))
     words = desk.text(".stage-words")
-    assert words.startswith("The picture is too large for this server: ")
+    assert words.startswith("The image is too large for this server: ")
     assert "pixels" in words
 
 
@@ -129,7 +129,7 @@ def test_the_key(open_desk: OpenDesk, guarded: str, draw: Draw) -> None:
     assert "This server asks for a key." in desk.text("#notice")
     # Another message does not make it forget.
     desk.transfer("paste")
-    assert "There is no picture in the clipboard." in desk.text("#notice")
+    assert "There is no image in the clipboard." in desk.text("#notice")
     page.click("#notice-close")
     assert "This server asks for a key." in desk.text("#notice")
     page.click("#notice-act")
@@ -204,10 +204,10 @@ def test_a_server_that_is_away(stern: Desk, draw: Draw) -> None:
     assert not stern.page.is_visible("#notice")
 
 
-def test_a_server_that_hangs_up_on_one_picture(stern: Desk, draw: Draw) -> None:
+def test_a_server_that_hangs_up_on_one_image(stern: Desk, draw: Draw) -> None:
     stern.page.route("**/v1/detect*", lambda one: one.abort("connectionreset"))
     stern.choose(draw("one.png", (8, 8, RED)))
-    assert "The server hung up while this picture was sent" in stern.text(".stage-words")
+    assert "The server hung up while this image was sent" in stern.text(".stage-words")
     assert stern.asked() == 2
 
 
@@ -247,7 +247,7 @@ def test_a_server_that_is_not_there_at_first(
     desk.page.goto(server)
     desk.page.wait_for_selector("#notice.wait")
     assert desk.text("#notice").startswith(words)
-    # Pictures may come before the models.
+    # Images may come before the models.
     desk.page.set_input_files("#files", str(draw("one.png", (8, 8, RED))))
     assert desk.states() == ["waiting"]
     desk.page.unroute(address)

@@ -63,7 +63,7 @@ def test_json_of_all_is_what_the_command_line_writes(
     saved = json.loads(content)
     assert saved["images"] == reference["images"]
     assert [one["file"] for one in saved["failures"]] == ["shots/3.png"]
-    assert "The picture cannot be read" in saved["failures"][0]["reason"]
+    assert "The image cannot be read" in saved["failures"][0]["reason"]
 
 
 def test_coco_is_what_the_command_line_writes(desk: Desk, draw: Draw, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_coco_is_what_the_command_line_writes(desk: Desk, draw: Draw, tmp_path: 
     }
 
 
-def test_the_drawn_picture(desk: Desk, draw: Draw) -> None:
+def test_the_drawn_image(desk: Desk, draw: Draw) -> None:
     file = draw("large.png", (16, 8, RED), (64, 40, GREEN), (80, 40, DIM_RED))
     with Image.open(file) as small:
         small.resize((960, 640), Image.Resampling.NEAREST).save(file)
@@ -108,7 +108,7 @@ def test_the_drawn_picture(desk: Desk, draw: Draw) -> None:
     assert drawn.getpixel((800, 440)) == (110, 0, 0)
 
 
-def test_all_drawn_pictures(desk: Desk, draw: Draw, tmp_path: Path) -> None:
+def test_all_drawn_images(desk: Desk, draw: Draw, tmp_path: Path) -> None:
     draw("shots/a.png", (16, 8, RED))
     draw("shots/a.webp", (16, 8, RED))
     draw("shots/b.tiff", (16, 8, RED))
@@ -116,13 +116,13 @@ def test_all_drawn_pictures(desk: Desk, draw: Draw, tmp_path: Path) -> None:
     desk.wait()
     desk.page.select_option("#save-which", "all")
     name, content = desk.save("#save-png")
-    assert name == "pictures.zip"
+    assert name == "images.zip"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.testzip() is None  # every checksum holds
         assert archive.namelist() == ["shots/a-detections.png", "shots/a-detections-2.png"]
         with Image.open(archive.open("shots/a-detections.png")) as drawn:
             assert drawn.size == (96, 64)
-    assert "could not draw on 1 picture: shots/b.tiff" in desk.text("#notice")
+    assert "could not draw on 1 image: shots/b.tiff" in desk.text("#notice")
 
 
 def test_the_second_model_is_saved_on_its_own(desk: Desk, draw: Draw, ask: Ask) -> None:

@@ -8,9 +8,9 @@ from retinanet.bench.contest import Case, Setting
 from retinanet.bench.stages.assignment import matching
 from retinanet.bench.stages.classes import class_loss
 from retinanet.bench.stages.finding import postprocessing
+from retinanet.bench.stages.images import data
 from retinanet.bench.stages.judging import evaluation
 from retinanet.bench.stages.networks import detection, inference
-from retinanet.bench.stages.pictures import data
 from retinanet.bench.stages.starting import startup
 from retinanet.bench.stages.steps import train_step
 

@@ -42,7 +42,7 @@ def class_loss(setting: Setting) -> list[Case]:
 
 
 def class_rows(height: int, width: int) -> int:
-    """Anchors of a picture of that size, nine a cell."""
+    """Anchors of an image of that size, nine a cell."""
     sides = [(-(-height // s), -(-width // s)) for s in (8, 16, 32, 64, 128)]
     return sum(9 * h * w for h, w in sides)
 

@@ -1,4 +1,4 @@
-"""The network in inference, and from a picture file to what is found in it."""
+"""The network in inference, and from an image file to what is found in it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inference(setting: Setting) -> list[Case]:
     height, width = _side(setting)
     on_gpu = setting.device.type == "cuda"
     # Weights are kept arranged for few sizes: one again and again, as in the other ways, is the
-    # best case, and a folder of pictures is not like that.
+    # best case, and a folder of images is not like that.
     several = [
         (height, width),
         (width, height),
@@ -230,5 +230,5 @@ def _detection(setting: Setting, precision: str) -> Contest:
 
 def _pixels(file: bytes) -> Tensor:
     """(3, H, W) uint8, as people read it."""
-    picture = np.array(Image.open(io.BytesIO(file)).convert("RGB"))
-    return torch.from_numpy(picture).permute(2, 0, 1)
+    image = np.array(Image.open(io.BytesIO(file)).convert("RGB"))
+    return torch.from_numpy(image).permute(2, 0, 1)

@@ -87,12 +87,12 @@ def read_dataset(
 
     Args:
         path: a folder, or a COCO JSON, data.yaml or CSV file.
-        split: ``train``, ``val``, ``test`` or another that the data has; ``all`` is every picture.
+        split: ``train``, ``val``, ``test`` or another that the data has; ``all`` is every image.
             Where the format has no splits, ``train`` and ``val`` are made by `seed`; where it has
             ``train`` but no ``val``, that is held out of ``train`` and ``test`` stays untouched.
         format: one of :data:`FORMATS`, such as ``coco``; None finds it.
-        seed: which pictures are held out.
-        held_out: share of the pictures for ``val``, in (0, 1), where it has to be made.
+        seed: which images are held out.
+        held_out: share of the images for ``val``, in (0, 1), where it has to be made.
         extras: keep what training does not need (masks, licences, ...); False saves memory.
 
     Raises:
@@ -167,7 +167,7 @@ def _must_exist(place: Path) -> None:
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
-    """Names of the splits that share no pictures: VOC's trainval is train and val again."""
+    """Names of the splits that share no images: VOC's trainval is train and val again."""
     return [name for name in lazy if name != "trainval" or not {"train", "val"} & set(lazy)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import JSON_TEXT, PictureFinder, to_flag, to_number
+from retinanet.data.formats.finding import JSON_TEXT, ImageFinder, to_flag, to_number
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -48,7 +48,7 @@ def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
 
     Args:
         path: the JSON file, or its folder.
-        extras: keep what else is said of objects and pictures (masks, licences, ...).
+        extras: keep what else is said of objects and images (masks, licences, ...).
 
     Raises:
         DataError: a file is not JSON (with line and column) or not COCO's, or two splits name one
@@ -86,7 +86,7 @@ def _files(path: Path) -> dict[str, Path]:
             for file in sorted(folder.glob("*.json"))
             if _looks_like_coco(file)
         ]
-        # Beside COCO's instances_*.json lie captions and keypoints of the same pictures.
+        # Beside COCO's instances_*.json lie captions and keypoints of the same images.
         found = [file for file in found if file.name.startswith("instances")] or found
     else:
         found = []
@@ -187,7 +187,7 @@ def _read_file(
     labels = {id_: label for label, id_ in enumerate(categories)}
     objects = _annotations(file, content["annotations"], images, labels, problems, extras)
 
-    finder = PictureFinder(_picture_folders(file, split))
+    finder = ImageFinder(_image_folders(file, split))
     dataset_images = []
     for id_, image in images.items():
         dataset_images.append(
@@ -315,12 +315,12 @@ def _annotations(
 
 
 def write_coco(writing: Writing) -> None:
-    """Write ``SPLIT.json`` and the pictures in ``SPLIT/``.
+    """Write ``SPLIT.json`` and the images in ``SPLIT/``.
 
     Ids stay where they are whole numbers and no two alike, else they count from 1.
     """
     names = writing.names(together=False, stems=False)
-    pictures: list[tuple[Path, Path]] = []
+    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         if not _distinct([image.id for image in dataset.images]):
             image_ids = list(range(1, len(dataset) + 1))
@@ -329,8 +329,8 @@ def write_coco(writing: Writing) -> None:
         of_split = names[split]
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
             _write_file(stream, dataset, of_split, image_ids)
-        pictures += [(path, writing.folder / split / name) for path, name in of_split.items()]
-    writing.place(pictures)
+        images += [(path, writing.folder / split / name) for path, name in of_split.items()]
+    writing.place(images)
 
 
 def _distinct(ids: list[int | str]) -> bool:
@@ -415,8 +415,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _picture_folders(file: Path, split: str) -> list[Path]:
-    """Where the pictures of an annotation file may lie: the split's own folders come first."""
+def _image_folders(file: Path, split: str) -> list[Path]:
+    """Where the images of an annotation file may lie: the split's own folders come first."""
     beside = file.parent
     root = beside.parent if beside.name in ("annotations", "labels") else beside
     own = file.stem.removeprefix("instances_")

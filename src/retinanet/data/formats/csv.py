@@ -3,7 +3,7 @@
 There is no one CSV format, so this reads what exporters, spreadsheets and keras-retinanet write:
 corners, or a corner and a size, or one ``bbox`` column of [x, y, width, height]; pixels, or
 shares where every coordinate of the file is in [0, 1]; a ``split`` column, or a file a split. A
-file without a header is read as path, x1, y1, x2, y2, class. A row without a box is a picture of
+file without a header is read as path, x1, y1, x2, y2, class. A row without a box is an image of
 pure background.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import PictureFinder, from_text, to_flag, to_number, to_text
+from retinanet.data.formats.finding import ImageFinder, from_text, to_flag, to_number, to_text
 from retinanet.data.formats.writing import Writing, number_text, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
 LOOKED_FOR = (
-    "CSV: a .csv with columns for the picture and the box (such as filename, class, xmin, ymin, "
+    "CSV: a .csv with columns for the image and the box (such as filename, class, xmin, ymin, "
     "xmax, ymax)"
 )
 
@@ -32,7 +32,7 @@ LOOKED_FOR = (
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "image": (
         *("filename", "filepath", "file", "path", "image", "imagepath", "imagename", "imagefile"),
-        *("imagefilename", "img", "imgpath", "imgname", "picture", "fname", "imageid", "imgid"),
+        *("imagefilename", "img", "imgpath", "imgname", "image", "fname", "imageid", "imgid"),
     ),
     "class": (
         *("class", "classname", "label", "labelname", "celltype", "category", "categoryname"),
@@ -103,7 +103,7 @@ def read_csv(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Datas
 
 @dataclass(slots=True)
 class _Row:
-    """One row, before classes are known; `sides` None: a picture of pure background."""
+    """One row, before classes are known; `sides` None: an image of pure background."""
 
     image: str
     place: int
@@ -237,7 +237,7 @@ def _read_table(file: Path, split: str, extras: bool) -> _Table:
     columns = _columns(first[1])
     if columns is None:
         raise DataError(
-            f"{file}: no columns for the picture and its box among {', '.join(first[1])[:200]}; "
+            f"{file}: no columns for the image and its box among {', '.join(first[1])[:200]}; "
             f"name them filename, class, xmin, ymin, xmax, ymax"
         )
     headerless = len(first[1]) == len(_NO_HEADER) and _is_row(first[1][1:5])
@@ -255,7 +255,7 @@ def _read_table(file: Path, split: str, extras: bool) -> _Table:
         _read_row(table, columns, others, line, cells, place)
         place += 1
     sides = [side for row in table.rows if row.sides for side in row.sides]
-    # A picture of one pixel aside, boxes in pixels do not all lie within [0, 1].
+    # An image of one pixel aside, boxes in pixels do not all lie within [0, 1].
     table.relative = bool(sides) and all(0 <= side <= 1 for side in sides) and any(sides)
     return table
 
@@ -281,7 +281,7 @@ def _read_row(
         table.problems.append((split, Problem(kind, table.file, place, reason, "dropped")))
 
     if not image:
-        problem("label-unreadable", "names no picture")
+        problem("label-unreadable", "names no image")
         return
     row = _Row(image, place, line, split)
     row.width, row.height = _size(cell("width")), _size(cell("height"))
@@ -379,7 +379,7 @@ def _dataset(
     images: list[LabelledImage] = []
     problems: list[Problem] = []
     for table, rows in parts:
-        finder = PictureFinder(_picture_folders(table.file, split))
+        finder = ImageFinder(_image_folders(table.file, split))
         by_image: dict[str, list[_Row]] = {}
         for row in rows:
             by_image.setdefault(row.image, []).append(row)
@@ -416,7 +416,7 @@ def _image(
             across, down = float(width), float(height)
         except (DataError, OSError) as error:
             if path.is_file():
-                reason = f"its boxes are shares of a picture whose size cannot be read: {error}"
+                reason = f"its boxes are shares of an image whose size cannot be read: {error}"
                 problems.append(Problem("image-unreadable", path, None, reason, "dropped"))
             rows = []
     annotations = []
@@ -436,7 +436,7 @@ def _image(
     return LabelledImage(path, id_, tuple(annotations), width, height, table.file)
 
 
-def _picture_folders(file: Path, split: str) -> list[Path]:
+def _image_folders(file: Path, split: str) -> list[Path]:
     root = file.parent
     if root.name == "annotations":
         root = root.parent
@@ -447,25 +447,25 @@ def _picture_folders(file: Path, split: str) -> list[Path]:
 
 
 def write_csv(writing: Writing) -> None:
-    """Write ``SPLIT.csv``, the pictures in ``SPLIT/``, and ``classes.csv`` (class, id).
+    """Write ``SPLIT.csv``, the images in ``SPLIT/``, and ``classes.csv`` (class, id).
 
-    Columns beside picture, size, class and box are written where some object has such a value.
+    Columns beside image, size, class and box are written where some object has such a value.
     """
     names = writing.names(together=False, stems=False)
-    pictures: list[tuple[Path, Path]] = []
+    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         if dataset.extra:
             writing.lost["what is said of the whole data set (info, licences)"] += 1
         if any(image.extra for image in dataset.images):
-            writing.lost["what is said of a picture beside its size"] += 1
+            writing.lost["what is said of an image beside its size"] += 1
         _write_split(dataset, split, names[split], writing)
-        pictures += [(path, writing.folder / split / name) for path, name in names[split].items()]
+        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     first = next(iter(writing.splits.values()))
     with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )
-    writing.place(pictures)
+    writing.place(images)
 
 
 def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writing: Writing) -> None:

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: one XML file of many pictures, boxes as corners in pixels.
+"""CVAT for images 1.1: one XML file of many images, boxes as corners in pixels.
 
 Source: https://docs.cvat.ai/docs/manual/advanced/xml_format/
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.finding import (
-    PictureFinder,
+    ImageFinder,
     can_be_a_file,
     enclosing_box,
     files_by_split,
@@ -52,7 +52,7 @@ def read_cvat(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
     a box of any other label is a problem. Where there is no ``<meta>``: all names, sorted.
 
     A rotated box is a problem, and the upright box around it is taken; polygons and other shapes
-    are problems and left out. A box marked ``outside`` is not in the picture and left out.
+    are problems and left out. A box marked ``outside`` is not in the image and left out.
 
     Args:
         path: the XML file, or its folder.
@@ -60,7 +60,7 @@ def read_cvat(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
 
     Raises:
         DataError: a file is no XML, or holds the tracks of "CVAT for video", which name no
-            pictures.
+            images.
     """
     parsed = [_parse(file, split, extras) for split, file in _files(path).items()]
     listed = list(dict.fromkeys(name for one in parsed for name in one.labels))
@@ -130,7 +130,7 @@ def _parse(file: Path, split: str, extras: bool) -> _Parsed:
             if element.tag == "track":
                 raise DataError(
                     f'{file}: holds tracks, so it is "CVAT for video", which names frames and no '
-                    f'pictures; export it as "CVAT for images 1.1", with pictures'
+                    f'images; export it as "CVAT for images 1.1", with images'
                 )
             if element.tag == "meta":
                 parsed.labels += _labels(element)
@@ -247,7 +247,7 @@ def _dataset(split: str, parsed: list[_Parsed], labels: Mapping[str, int], sourc
     ids: set[int | str] = set()
     for one in parsed:
         problems += [problem for of, problem in one.problems if of == split]
-        finder = PictureFinder(_picture_folders(one.file, split))
+        finder = ImageFinder(_image_folders(one.file, split))
         for image in one.images:
             if image.split != split:
                 continue
@@ -283,8 +283,8 @@ def _dataset(split: str, parsed: list[_Parsed], labels: Mapping[str, int], sourc
     )
 
 
-def _picture_folders(file: Path, split: str) -> list[Path]:
-    """Where the pictures of a file may lie: CVAT's own images/, with a folder a subset or not."""
+def _image_folders(file: Path, split: str) -> list[Path]:
+    """Where the images of a file may lie: CVAT's own images/, with a folder a subset or not."""
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
     bases = [root / "images", root]
     subs = [

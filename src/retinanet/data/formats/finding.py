@@ -1,4 +1,4 @@
-"""Finding what a label names: the picture in one of several folders, the values beside the box."""
+"""Finding what a label names: the image in one of several folders, the values beside the box."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ JSON_TEXT = "segmentation"
 """The key of `extra` that is kept as JSON text: as lists, COCO's masks would fill gigabytes."""
 
 
-class PictureFinder:
-    """Finds pictures in the folders where they may lie; each folder is listed once.
+class ImageFinder:
+    """Finds images in the folders where they may lie; each folder is listed once.
 
     Args:
         folders: in order of preference; those that do not exist are passed over.
@@ -32,7 +32,7 @@ class PictureFinder:
         """The file that `name` means; where there is none, the place where it should have been.
 
         Tried in each folder in turn: the name as it stands, then its last part (labels often hold
-        a path of the machine they were made on), then a picture of the same stem and another
+        a path of the machine they were made on), then an image of the same stem and another
         extension.
         """
         relative = PurePosixPath(name.replace("\\", "/"))
@@ -69,13 +69,13 @@ class PictureFinder:
             self._stems[folder] = {
                 name.rpartition(".")[0]: name
                 for name in sorted(self._listed(folder), reverse=True)
-                if is_picture(name)
+                if is_image(name)
             }
         return self._stems[folder]
 
 
-def is_picture(name: str | Path) -> bool:
-    """Whether a file's extension is one of a picture that we read."""
+def is_image(name: str | Path) -> bool:
+    """Whether a file's extension is one of an image that we read."""
     from retinanet.data.images import IMAGE_SUFFIXES
 
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
@@ -91,14 +91,14 @@ def can_be_a_file(name: str) -> bool:
     return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
 
 
-def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """The pictures in a folder, sorted by path; `deep`: and in the folders below."""
+def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The images in a folder, sorted by path; `deep`: and in the folders below."""
     found = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(file for file in found if is_picture(file.name) and file.is_file())
+    return sorted(file for file in found if is_image(file.name) and file.is_file())
 
 
 def files_by_split(path: Path, suffix: str, is_one: Callable[[Path], bool]) -> dict[str, Path]:
-    """Label files of many pictures each, by split; one that names no split is the split ``""``.
+    """Label files of many images each, by split; one that names no split is the split ``""``.
 
     Args:
         path: such a file, or a folder that holds some: directly, in annotations/, or in a folder a

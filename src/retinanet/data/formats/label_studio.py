@@ -1,4 +1,4 @@
-"""Label Studio's JSON and JSON-MIN exports: a list of tasks, rectangles in percent of the picture.
+"""Label Studio's JSON and JSON-MIN exports: a list of tasks, rectangles in percent of the image.
 
 Sources: https://labelstud.io/guide/task_format, https://labelstud.io/guide/export and
 https://labelstud.io/tags/rectanglelabels
@@ -19,11 +19,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.finding import (
-    PictureFinder,
+    ImageFinder,
     can_be_a_file,
     enclosing_box,
     files_by_split,
-    is_picture,
+    is_image,
     to_number,
 )
 from retinanet.data.splits import split_word
@@ -36,11 +36,11 @@ LOOKED_FOR = (
 CONFIG_FILE = "label_studio_config.xml"
 """The labelling interface, where it lies beside the export: its labels are the classes."""
 
-_PICTURE_KEYS = ("image", "img", "picture", "photo", "url")
+_IMAGE_KEYS = ("image", "img", "image", "photo", "url")
 _MARKS = (b'"annotations"', b'"predictions"', b'"completions"')
 _BOX = ("x", "y", "width", "height")
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio puts it before a file's own name
-_DROPPED = "the picture is dropped"
+_DROPPED = "the image is dropped"
 _OTHER_REGIONS = frozenset(
     f"{shape}{labels}"
     for shape in ("polygon", "brush", "ellipse", "keypoint", "vector")
@@ -101,7 +101,7 @@ class _Thing:
 
 @dataclass(slots=True)
 class _Task:
-    picture: str
+    image: str
     id: int | str
     width: int | None = None
     height: int | None = None
@@ -208,9 +208,9 @@ def _own_id(value: Any) -> int | str | None:
 def _read_task(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras: bool) -> None:
     """A task of the JSON export."""
     data = task["data"]
-    picture = _picture_of(data)
-    if picture is None:
-        reason = f"task {id_}: its data name no picture: {_short(data)}"
+    image = _image_of(data)
+    if image is None:
+        reason = f"task {id_}: its data name no image: {_short(data)}"
         parsed.problem("label-unreadable", id_, reason)
         return
     given = task.get("annotations", task.get("completions"))
@@ -223,18 +223,18 @@ def _read_task(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras:
             why = "has predictions alone, which no person has confirmed"
         else:
             why = "is not labelled yet"
-        reason = f"task {id_} ({_last(picture)}) {why}"
+        reason = f"task {id_} ({_last(image)}) {why}"
         parsed.problem("label-missing", id_, reason, _DROPPED)
         return
     chosen = next((one for one in kept if one.get("ground_truth")), kept[0])
     listed = chosen.get("result")
     if not isinstance(listed, list):
-        reason = f"task {id_} ({_last(picture)}): its result is no list: {_short(listed)}"
+        reason = f"task {id_} ({_last(image)}): its result is no list: {_short(listed)}"
         parsed.problem("label-unreadable", id_, reason, _DROPPED)
         return
-    one = _Task(picture, id_)
+    one = _Task(image, id_)
     if extras:
-        known = {key for key, value in data.items() if value == picture}
+        known = {key for key, value in data.items() if value == image}
         one.extra = {key: value for key, value in data.items() if key not in known}
     parsed.tasks.append(one)
     regions = [region for region in listed if isinstance(region, dict)]
@@ -247,7 +247,7 @@ def _read_task(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras:
         kind = str(region.get("type"))
         key = _key(region.get("id"))
         if kind in _OTHER_REGIONS:
-            reason = f"{_last(picture)}: region {key or place} is a {kind}, not a rectangle"
+            reason = f"{_last(image)}: region {key or place} is a {kind}, not a rectangle"
             parsed.problem("shape-not-box", key or place, reason)
         elif kind == "rectangle" and key in labelled:
             continue
@@ -261,12 +261,12 @@ def _read_task(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras:
 
 def _read_min(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras: bool) -> None:
     """A task of the JSON-MIN export: data and regions side by side, regions by control."""
-    picture = _picture_of(task)
-    if picture is None:
-        reason = f"task {id_} names no picture: {_short(task)}"
+    image = _image_of(task)
+    if image is None:
+        reason = f"task {id_} names no image: {_short(task)}"
         parsed.problem("label-unreadable", id_, reason)
         return
-    one = _Task(picture, id_)
+    one = _Task(image, id_)
     parsed.tasks.append(one)
     place = 0
     for value in task.values():
@@ -279,7 +279,7 @@ def _read_min(parsed: _Parsed, task: Mapping[str, Any], id_: int | str, extras: 
                 key = _key(region.get("id"))
                 _read_region(parsed, one, region, region, key or place, extras)
             elif any(kind in region for kind in _OTHER_REGIONS) or "points" in region:
-                reason = f"{_last(picture)}: region {place} is not a rectangle: {_short(region)}"
+                reason = f"{_last(image)}: region {place} is not a rectangle: {_short(region)}"
                 parsed.problem("shape-not-box", place, reason)
             place += 1
 
@@ -290,7 +290,7 @@ def _key(value: Any) -> int | str:
 
 
 def _bad_region(parsed: _Parsed, task: _Task, place: int, region: Any) -> None:
-    reason = f"{_last(task.picture)}: region {place} is no rectangle: {_short(region)}"
+    reason = f"{_last(task.image)}: region {place} is no rectangle: {_short(region)}"
     parsed.problem("label-unreadable", place, reason)
 
 
@@ -302,7 +302,7 @@ def _read_region(
     key: int | str,
     extras: bool,
 ) -> None:
-    where = f"{_last(task.picture)}: region {key}"
+    where = f"{_last(task.image)}: region {key}"
     if task.width is None and task.height is None:
         task.width = _whole(region.get("original_width"))
         task.height = _whole(region.get("original_height"))
@@ -326,7 +326,7 @@ def _read_region(
         parsed.problem("box-not-a-number", key, f"{where}: rotation {turned} is not an angle")
         return
     if viewed % 360:
-        reason = f"{where} was drawn on the picture turned by {viewed:g} degrees"
+        reason = f"{where} was drawn on the image turned by {viewed:g} degrees"
         parsed.problem("box-rotated", key, reason)
         return
     if turned % 360:
@@ -348,23 +348,23 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _picture_of(data: Mapping[str, Any]) -> str | None:
-    """The address of the picture: by its key, else the one text that ends as a picture's name."""
+def _image_of(data: Mapping[str, Any]) -> str | None:
+    """The address of the image: by its key, else the one text that ends as an image's name."""
     texts = {
         key: value
         for key, value in data.items()
-        # A picture may also be written out within the JSON, as data:image/png;base64,...
+        # An image may also be written out within the JSON, as data:image/png;base64,...
         if isinstance(value, str) and not value.startswith("data:") and can_be_a_file(value)
     }
-    for key in _PICTURE_KEYS:
+    for key in _IMAGE_KEYS:
         if texts.get(key):
             return texts[key]
-    addresses = [value for value in texts.values() if is_picture(_names(value)[0])]
+    addresses = [value for value in texts.values() if is_image(_names(value)[0])]
     return addresses[0] if addresses else None
 
 
 def _names(address: str) -> list[str]:
-    """Relative names that a picture's address may mean on this disk, the likeliest first.
+    """Relative names that an image's address may mean on this disk, the likeliest first.
 
     Addresses are ``/data/local-files/?d=a/1.jpg``, ``/data/upload/3/0123abcd-1.jpg``,
     ``s3://bucket/a/1.jpg``, ``https://host/a/1.jpg?signature``, or a plain path.
@@ -385,7 +385,7 @@ def _names(address: str) -> list[str]:
 
 
 def _last(address: str) -> str:
-    """The picture's name, for a message."""
+    """The image's name, for a message."""
     return _short(_names(address)[0].rpartition("/")[2], text=True)
 
 
@@ -395,20 +395,20 @@ def _short(value: Any, *, text: bool = False) -> str:
 
 
 def _dataset(split: str, parsed: _Parsed, labels: Mapping[str, int], source: Path) -> Dataset:
-    finder = _Finder(_picture_folders(parsed.file, split))
+    finder = _Finder(_image_folders(parsed.file, split))
     problems = list(parsed.problems)
     images = [_image(task, parsed, finder, labels, problems) for task in parsed.tasks]
     # Two uploads of one name, or two folders with a 1.jpg each, may come to one file here.
     meant: dict[Path, set[str]] = {}
     for task, image in zip(parsed.tasks, images, strict=True):
-        meant.setdefault(image.path, set()).add(task.picture)
+        meant.setdefault(image.path, set()).add(task.image)
     kept = []
     for image in images:
         if len(meant[image.path]) == 1 or not image.path.is_file():
             kept.append(image)
             continue
         reason = (
-            f"task {image.id} and another, of another address, come to this file; lay the pictures "
+            f"task {image.id} and another, of another address, come to this file; lay the images "
             f"down by the names that the export gives them"
         )
         problems.append(Problem("image-missing", image.path, image.id, reason, _DROPPED))
@@ -430,7 +430,7 @@ def _image(
     labels: Mapping[str, int],
     problems: list[Problem],
 ) -> LabelledImage:
-    path = finder.find(_names(task.picture))
+    path = finder.find(_names(task.image))
     width, height = task.width, task.height
     things = task.things
     if things and (width is None or height is None):
@@ -440,7 +440,7 @@ def _image(
             height, width = image_size(path)
         except (ImageError, OSError) as error:
             if path.is_file():
-                reason = f"its boxes are percents of a picture whose size cannot be read: {error}"
+                reason = f"its boxes are percents of an image whose size cannot be read: {error}"
                 problems.append(Problem("image-unreadable", path, None, reason, "dropped"))
             things = []
     annotations = []
@@ -449,7 +449,7 @@ def _image(
         assert height is not None
         if thing.name not in labels:
             reason = (
-                f"{_last(task.picture)}: region {thing.id}: label {_short(thing.name)} is not one "
+                f"{_last(task.image)}: region {thing.id}: label {_short(thing.name)} is not one "
                 f"of {len(labels)} known"
             )
             problems.append(Problem("class-unknown", parsed.file, thing.id, reason, "dropped"))
@@ -466,18 +466,18 @@ def _image(
 
 
 class _Finder:
-    """Finds the picture of an address: by as much of its path as there is, then by its name."""
+    """Finds the image of an address: by as much of its path as there is, then by its name."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self._folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-        self._finder = PictureFinder(self._folders)
+        self._finder = ImageFinder(self._folders)
 
     def find(self, names: list[str]) -> Path:
         """The file; where there is none, the place where it should have been."""
         for path in self._places(names):
             if path.is_file():
                 return path
-        # Last, a picture of that stem and another extension.
+        # Last, an image of that stem and another extension.
         last = names[-1]
         return self._finder.find(last)
 
@@ -485,7 +485,7 @@ class _Finder:
         return (folder / name for name in names for folder in self._folders)
 
 
-def _picture_folders(file: Path, split: str) -> list[Path]:
+def _image_folders(file: Path, split: str) -> list[Path]:
     root = file.parent
     if root.name == "annotations":
         root = root.parent

@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file a picture, splits as lists of names.
+"""Pascal VOC: one XML file an image, splits as lists of names.
 
 Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html
 
@@ -18,9 +18,9 @@ from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.finding import (
-    PictureFinder,
+    ImageFinder,
     from_text,
-    pictures_in,
+    images_in,
     to_flag,
     to_number,
     to_text,
@@ -29,7 +29,7 @@ from retinanet.data.formats.writing import Writing, number_text, own_area, size_
 from retinanet.data.splits import split_word
 
 LOOKED_FOR = (
-    "Pascal VOC: Annotations/*.xml with JPEGImages/, or .xml files beside pictures, here or in "
+    "Pascal VOC: Annotations/*.xml with JPEGImages/, or .xml files beside images, here or in "
     "a folder a split"
 )
 
@@ -49,8 +49,8 @@ def read_voc(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Datas
     """The splits of a VOC data set; each is made when called, the XML files are read once.
 
     Classes are those of ``classes.txt`` where there is one (then any other name is a problem),
-    else all names in all XML files, sorted: the same for every split. A picture of a split
-    without an XML file is a problem and left out: VOC writes a file without objects for a picture
+    else all names in all XML files, sorted: the same for every split. An image of a split
+    without an XML file is a problem and left out: VOC writes a file without objects for an image
     of pure background.
 
     Args:
@@ -148,7 +148,7 @@ def _label_files(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_annotation(files: list[Path]) -> bool:
-    """Whether the first files are annotations: other programs keep XML beside pictures too."""
+    """Whether the first files are annotations: other programs keep XML beside images too."""
     for file in files[:5]:
         try:
             head = file.read_bytes()[:4096]
@@ -161,7 +161,7 @@ def _is_annotation(files: list[Path]) -> bool:
 
 def _split_lists(root: Path) -> dict[str, Path]:
     lists = {file.stem: file for file in sorted((root / "ImageSets" / "Main").glob("*.txt"))}
-    # Beside train.txt VOC has a list a class, such as dog_train.txt, of the same pictures.
+    # Beside train.txt VOC has a list a class, such as dog_train.txt, of the same images.
     return {name: file for name, file in lists.items() if not name.endswith(_LIST_OF_A_CLASS)}
 
 
@@ -188,7 +188,7 @@ def _parse(file: Path, extras: bool) -> _Parsed:
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
         parsed.problems.append(
-            Problem("label-unreadable", file, None, reason, "the picture is dropped")
+            Problem("label-unreadable", file, None, reason, "the image is dropped")
         )
         parsed.broken = True
         return parsed
@@ -274,14 +274,14 @@ def _dataset(
     source: Path,
 ) -> Dataset:
     folders = [root / "JPEGImages", root / "images", root]
-    finder = PictureFinder(folders)
+    finder = ImageFinder(folders)
     images: list[LabelledImage] = []
     problems: list[Problem] = []
     for member in members:
         if isinstance(member, str):
             reason = f"{member} is in the split {split}, but has no Annotations/{_stem(member)}.xml"
             problems.append(
-                Problem("label-missing", origin, member, reason, "the picture is dropped")
+                Problem("label-missing", origin, member, reason, "the image is dropped")
             )
             continue
         one = parsed[member]
@@ -290,9 +290,9 @@ def _dataset(
             continue
         if member.parent.name != "Annotations" or member.parent.parent != root:
             finder = _finder_beside(member, finder, folders)
-        picture = finder.find(f"{member.stem}.jpg")
-        if not picture.is_file() and one.filename:
-            picture = finder.find(one.filename)
+        image = finder.find(f"{member.stem}.jpg")
+        if not image.is_file() and one.filename:
+            image = finder.find(one.filename)
         annotations = []
         for thing in one.objects:
             if thing.name not in labels:
@@ -304,7 +304,7 @@ def _dataset(
             annotations.append(Annotation(box=thing.box, label=labels[thing.name], **thing.values))
         images.append(
             LabelledImage(
-                path=picture,
+                path=image,
                 id=member.stem if one.id is None else one.id,
                 annotations=tuple(annotations),
                 width=one.width,
@@ -325,26 +325,26 @@ def _dataset(
 
 
 def _unlabelled(members: Iterable[Path], dataset: Dataset) -> Iterator[Problem]:
-    """Pictures in the folders of the others that no XML file speaks of."""
+    """Images in the folders of the others that no XML file speaks of."""
     labelled = {image.path for image in dataset.images} | {
         problem.file for problem in dataset.problems
     }
     stems = {member.stem for member in members}
     for folder in sorted({image.path.parent for image in dataset.images}):
         if folder.is_dir():
-            for picture in pictures_in(folder):
-                if picture not in labelled and picture.stem not in stems:
-                    reason = f"has no {picture.stem}.xml, not even one without objects"
-                    yield Problem("label-missing", picture, None, reason, "the picture is dropped")
+            for img in images_in(folder):
+                if img not in labelled and img.stem not in stems:
+                    reason = f"has no {img.stem}.xml, not even one without objects"
+                    yield Problem("label-missing", img, None, reason, "the image is dropped")
 
 
-def _finder_beside(member: Path, finder: PictureFinder, folders: list[Path]) -> PictureFinder:
+def _finder_beside(member: Path, finder: ImageFinder, folders: list[Path]) -> ImageFinder:
     """A finder that looks beside the label file first; the one at hand where it already does."""
     beside = member.parent.parent if member.parent.name == "Annotations" else member.parent
     if folders[0] == beside:
         return finder
     folders[:] = [beside, beside / "JPEGImages", beside / "images"]
-    return PictureFinder(folders)
+    return ImageFinder(folders)
 
 
 def write_voc(writing: Writing) -> None:
@@ -359,7 +359,7 @@ def write_voc(writing: Writing) -> None:
     lists = writing.folder / "ImageSets" / "Main"
     for folder in (labels, lists):
         folder.mkdir(parents=True)
-    pictures: list[tuple[Path, Path]] = []
+    images: list[tuple[Path, Path]] = []
     stems: dict[str, list[str]] = {}
     for split, dataset in writing.splits.items():
         stems[split] = []
@@ -371,14 +371,14 @@ def write_voc(writing: Writing) -> None:
             tree = _image_element(image, name, dataset.classes, writing)
             ET.indent(tree, "\t")
             ET.ElementTree(tree).write(labels / f"{Path(name).stem}.xml", encoding="utf-8")
-            pictures.append((image.path, writing.folder / "JPEGImages" / name))
+            images.append((image.path, writing.folder / "JPEGImages" / name))
     if {"train", "val"} <= set(stems) and "trainval" not in stems:
         stems["trainval"] = sorted({*stems["train"], *stems["val"]})
     for split, members in stems.items():
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in members), "utf-8")
     classes = next(iter(writing.splits.values())).classes
     (writing.folder / "classes.txt").write_text("".join(f"{c}\n" for c in classes), "utf-8")
-    writing.place(pictures)
+    writing.place(images)
 
 
 def _image_element(

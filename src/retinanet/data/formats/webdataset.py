@@ -1,10 +1,10 @@
-"""WebDataset: tar shards with ``KEY.jpg`` and ``KEY.json`` of each picture.
+"""WebDataset: tar shards with ``KEY.jpg`` and ``KEY.json`` of each image.
 
 Source: https://github.com/webdataset/webdataset (files of one key are one sample; a key ends at the
 first dot of the file's name).
 
 ``KEY.json`` is ``{"width": 640, "height": 480, "objects": [{"class": "cat", "box": [x1, y1, x2,
-y2]}]}``, boxes in pixels of the upright picture; ``objects`` is all that must be there.
+y2]}]}``, boxes in pixels of the upright image; ``objects`` is all that must be there.
 ``retinanet.json`` beside the shards says which classes and splits there are; shards without it are
 read too, with the classes that their objects name.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import JSON_TEXT, is_picture, to_flag, to_number
+from retinanet.data.formats.finding import JSON_TEXT, is_image, to_flag, to_number
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
@@ -74,11 +74,11 @@ def is_webdataset(path: Path) -> bool:
 def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
     """The splits of a folder of shards, or the one of a single shard; each is read when called.
 
-    Pictures stay where they are: ``train-000000.tar/KEY.jpg`` is their path.
+    Images stay where they are: ``train-000000.tar/KEY.jpg`` is their path.
 
     Args:
         path: the folder or the ``.tar``, or an fsspec address of either.
-        extras: keep what else is said of objects and pictures.
+        extras: keep what else is said of objects and images.
 
     Raises:
         DataError: a shard is missing, cut off or not as its index says, ``retinanet.json`` is
@@ -193,7 +193,7 @@ def _split_of(name: str) -> str:
 
 
 def _begins_with_a_sample(archive: str) -> bool:
-    """Whether the first files of a tar share a key, and one is a picture."""
+    """Whether the first files of a tar share a key, and one is an image."""
     import tarfile
 
     names: list[str] = []
@@ -207,7 +207,7 @@ def _begins_with_a_sample(archive: str) -> bool:
     except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError):
         return False
     keys = {found.group(1) for name in names if (found := _KEY.fullmatch(name))}
-    return len(names) == 2 and len(keys) == 1 and any(map(is_picture, names))
+    return len(names) == 2 and len(keys) == 1 and any(map(is_image, names))
 
 
 # ---- samples
@@ -215,10 +215,10 @@ def _begins_with_a_sample(archive: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """The two files of a picture, as paths into the shard, and what the labels say."""
+    """The two files of an image, as paths into the shard, and what the labels say."""
 
     key: str
-    picture: Path
+    image: Path
     label: Path
     content: dict[str, Any]
 
@@ -237,37 +237,37 @@ def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
             files.setdefault(found.group(1), {})[found.group(2).lower()] = name
     pairs: list[tuple[str, str, str]] = []
     for key, of_key in files.items():
-        pictures = [name for end, name in of_key.items() if "." not in end and is_picture(name)]
+        images = [name for end, name in of_key.items() if "." not in end and is_image(name)]
         label = of_key.get("json")
-        if len(pictures) == 1 and label is not None:
-            pairs.append((key, pictures[0], label))
-        elif len(pictures) > 1:
-            reason = f"key {key!r} has {len(pictures)} pictures: {', '.join(sorted(pictures))}"
+        if len(images) == 1 and label is not None:
+            pairs.append((key, images[0], label))
+        elif len(images) > 1:
+            reason = f"key {key!r} has {len(images)} images: {', '.join(sorted(images))}"
             problems.append(
-                Problem("key-duplicate", _path(archive, pictures[0]), None, reason, _DROPPED)
+                Problem("key-duplicate", _path(archive, images[0]), None, reason, _DROPPED)
             )
-        elif pictures:
+        elif images:
             reason = f"key {key!r} has no .json, not even one without objects"
             problems.append(
-                Problem("label-missing", _path(archive, pictures[0]), None, reason, _DROPPED)
+                Problem("label-missing", _path(archive, images[0]), None, reason, _DROPPED)
             )
         elif label is not None:
-            reason = f"key {key!r} has labels and no picture"
+            reason = f"key {key!r} has labels and no image"
             problems.append(
                 Problem("image-missing", _path(archive, label), None, reason, "dropped")
             )
     labels = archives.read_members([contents.members[label] for _, _, label in pairs])
-    for (key, picture, label), text in zip(pairs, labels, strict=True):
+    for (key, image, label), text in zip(pairs, labels, strict=True):
         content, reason = _parsed(text)
         if content is None:
             problems.append(
                 Problem("label-unreadable", _path(archive, label), None, reason, _DROPPED)
             )
         else:
-            yield _Sample(key, _path(archive, picture), _path(archive, label), content)
+            yield _Sample(key, _path(archive, image), _path(archive, label), content)
 
 
-_DROPPED = "the picture is dropped"
+_DROPPED = "the image is dropped"
 
 
 def _path(archive: str, name: str) -> Path:
@@ -348,7 +348,7 @@ def _read_split(
                 problems.append(Problem("image-id-duplicate", sample.label, id_, reason, _DROPPED))
                 continue
             images[id_] = LabelledImage(
-                path=sample.picture,
+                path=sample.image,
                 id=id_,
                 annotations=annotations,
                 width=content.get("width"),
@@ -443,16 +443,16 @@ def parse_shard_size(text: str) -> tuple[int | None, int | None]:
 def write_webdataset(writing: Writing) -> None:
     """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
 
-    A key is the name of the picture without its extension, dots turned to ``_`` since keys end at
-    one; the pictures' bytes stay as they are. The same data give the same bytes.
+    A key is the name of the image without its extension, dots turned to ``_`` since keys end at
+    one; the images' bytes stay as they are. The same data give the same bytes.
 
     Raises:
         ConfigError: the size of a shard makes no sense.
-        DataError: pictures were to be linked.
+        DataError: images were to be linked.
     """
     most, most_bytes = parse_shard_size(writing.shard_size)
     if writing.placing != "copy":
-        raise DataError(f"pictures are copied into shards; a {writing.placing} cannot be in a tar")
+        raise DataError(f"images are copied into shards; a {writing.placing} cannot be in a tar")
     names = writing.names(together=False, stems=True)
     total = sum(map(len, writing.splits.values()))
     done = 0
@@ -463,13 +463,13 @@ def write_webdataset(writing: Writing) -> None:
         with ExitStack() as stack:
             writer: archives.ArchiveWriter | None = None
             for image in dataset.images:
-                picture = archives.read_picture_file(image.path)
+                img = archives.read_image_file(image.path)
                 text = json.dumps(_content(image, dataset), ensure_ascii=False)
                 # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
                 label = text.encode(errors="backslashreplace")
                 if writer is None or (
                     shards[-1]["samples"] == most
-                    or (most_bytes and writer.size + len(picture) + len(label) > most_bytes)
+                    or (most_bytes and writer.size + len(img) + len(label) > most_bytes)
                 ):
                     stack.close()
                     file = writing.folder / f"{split or 'all'}-{len(shards):06d}.tar"
@@ -478,8 +478,8 @@ def write_webdataset(writing: Writing) -> None:
                     shards.append({"file": file.name, "samples": 0, "objects": 0})
                 name = Path(names[split][image.path])
                 key = _free_key(name.stem.replace(".", "_"), keys)
-                suffix = name.suffix if is_picture(name) else _suffix(picture)
-                writer.add(f"{key}{suffix}", picture)
+                suffix = name.suffix if is_image(name) else _suffix(img)
+                writer.add(f"{key}{suffix}", img)
                 writer.add(f"{key}.json", label)
                 shards[-1]["samples"] += 1
                 shards[-1]["objects"] += len(image.annotations)
@@ -515,14 +515,14 @@ def _free_key(stem: str, taken: set[str]) -> str:
     return key
 
 
-def _suffix(picture: bytes) -> str:
-    """The extension of a picture whose name has none that is known, by its content."""
+def _suffix(image: bytes) -> str:
+    """The extension of an image whose name has none that is known, by its content."""
     from io import BytesIO
 
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(BytesIO(picture)) as opened:
+        with Image.open(BytesIO(image)) as opened:
             form = (opened.format or "").lower()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         form = "jpeg"  # so that it stays a sample, and the check says what is wrong with it
@@ -530,7 +530,7 @@ def _suffix(picture: bytes) -> str:
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
-    """``KEY.json`` of a picture."""
+    """``KEY.json`` of an image."""
     height, width = size_of(image)
     content: dict[str, Any] = {
         "id": image.id,

@@ -1,4 +1,4 @@
-"""What all writers share: a new folder, names for the pictures, numbers as text."""
+"""What all writers share: a new folder, names for the images, numbers as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 
 Placing = Literal["copy", "hardlink", "symlink"]
-"""How a picture comes into the new folder."""
+"""How an image comes into the new folder."""
 
 SHARD_SIZE = "256MB"
 """How much a WebDataset shard holds, unless told."""
@@ -31,9 +31,9 @@ class Writing:
     Attributes:
         splits: by name.
         folder: where to.
-        placing: how pictures get there.
-        suffixes: other extensions for pictures whose own lies.
-        progress: is called with pictures done and in all.
+        placing: how images get there.
+        suffixes: other extensions for images whose own lies.
+        progress: is called with images done and in all.
         lost: what the format cannot hold, counted by what it is.
         shard_size: of WebDataset: samples (``1000``) or bytes (``256MB``) at the most.
     """
@@ -47,7 +47,7 @@ class Writing:
     shard_size: str = SHARD_SIZE
 
     def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
-        """A file name for each picture of each split, the picture's own where it is free.
+        """A file name for each image of each split, the image's own where it is free.
 
         Args:
             together: all splits share a folder.
@@ -76,9 +76,9 @@ class Writing:
         taken.add(key)
         return f"{stem}{suffix}"
 
-    def place(self, pictures: Iterable[tuple[Path, Path]]) -> None:
-        """Copy or link pictures: pairs of source and target; several threads, in any order."""
-        pairs = list(dict.fromkeys(pictures))
+    def place(self, images: Iterable[tuple[Path, Path]]) -> None:
+        """Copy or link images: pairs of source and target; several threads, in any order."""
+        pairs = list(dict.fromkeys(images))
         for folder in {target.parent for _, target in pairs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool:
@@ -132,10 +132,10 @@ def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
 
 
 def size_of(image: LabelledImage) -> tuple[int, int]:
-    """(height, width) by the labels, else by the picture.
+    """(height, width) by the labels, else by the image.
 
     Raises:
-        ImageError: the labels do not say and the picture cannot be read.
+        ImageError: the labels do not say and the image cannot be read.
     """
     if image.width and image.height:
         return image.height, image.width

@@ -1,8 +1,8 @@
-"""YOLO txt: one text file a picture, a row an object, centre and size as shares of the picture.
+"""YOLO txt: one text file an image, a row an object, centre and size as shares of the image.
 
 Source: https://docs.ultralytics.com/datasets/detect/ and /segment/ (rows of polygons become boxes).
 
-A picture without a text file, or with an empty one, is pure background. Pixel coordinates are
+An image without a text file, or with an empty one, is pure background. Pixel coordinates are
 rounded to a ten-thousandth, so that a box written with ten decimals comes back as it was.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import pictures_in
+from retinanet.data.formats.finding import images_in
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
 LOOKED_FOR = (
     "YOLO: a data.yaml with names and train, or images/ with labels/*.txt, or .txt files beside "
-    "pictures"
+    "images"
 )
 
 _NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
@@ -32,7 +32,7 @@ _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 
 def is_yolo(path: Path) -> bool:
-    """Whether `path` is a YOLO data.yaml or a folder of pictures with YOLO rows."""
+    """Whether `path` is a YOLO data.yaml or a folder of images with YOLO rows."""
     if path.is_file():
         return path.suffix.lower() in (".yaml", ".yml") and _is_data_yaml(path)
     return path.is_dir() and (_find_yaml(path) is not None or bool(_folders(path)))
@@ -46,7 +46,7 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
         extras: keep polygons.
 
     Raises:
-        DataError: data.yaml is not YAML, or has no names or no pictures where it says.
+        DataError: data.yaml is not YAML, or has no names or no images where it says.
     """
     file = path if path.is_file() else _find_yaml(path)
     if file is not None:
@@ -59,23 +59,23 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
     if not names:
         names = _numbers(splits.values())
 
-    def reader(split: str, pictures: list[Path]) -> Callable[[], Dataset]:
-        return lambda: _read_split(split, pictures, names, path, extras)
+    def reader(split: str, images: list[Path]) -> Callable[[], Dataset]:
+        return lambda: _read_split(split, images, names, path, extras)
 
-    return {split: reader(split, pictures) for split, pictures in splits.items()}
+    return {split: reader(split, images) for split, images in splits.items()}
 
 
-def label_path(picture: Path) -> Path:
-    """The text file of a picture: the last ``images`` of its path is ``labels``, or beside it."""
-    parts = list(picture.parts)
+def label_path(image: Path) -> Path:
+    """The text file of an image: the last ``images`` of its path is ``labels``, or beside it."""
+    parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
             parts[i] = "labels"
             mirrored = Path(*parts).with_suffix(".txt")
-            # In a flat folder that happens to be called images the rows lie beside the pictures.
-            beside = picture.with_suffix(".txt")
+            # In a flat folder that happens to be called images the rows lie beside the images.
+            beside = image.with_suffix(".txt")
             return beside if beside.is_file() and not mirrored.is_file() else mirrored
-    return picture.with_suffix(".txt")
+    return image.with_suffix(".txt")
 
 
 def _find_yaml(folder: Path) -> Path | None:
@@ -116,13 +116,13 @@ def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
         if not entries:
             continue
         for entry in entries if isinstance(entries, list) else [entries]:
-            found = _yaml_pictures(file, base, str(entry))
+            found = _yaml_images(file, base, str(entry))
             if found is not None:
                 splits.setdefault(split, []).extend(found)
             else:
                 raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
     if not any(splits.values()):
-        raise DataError(f"{file}: no pictures in the folders of its splits, looked for in {base}")
+        raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
     return names, splits
 
 
@@ -157,8 +157,8 @@ def _yaml_base(file: Path, path: Any) -> Path:
     return file.parent
 
 
-def _yaml_pictures(file: Path, base: Path, entry: str) -> list[Path] | None:
-    """Pictures of a folder or of a list file; None where there is neither."""
+def _yaml_images(file: Path, base: Path, entry: str) -> list[Path] | None:
+    """Images of a folder or of a list file; None where there is neither."""
     # Exporters write ../train/images for what lies beside the file.
     plain = entry.replace("\\", "/")
     stripped = plain
@@ -182,35 +182,35 @@ def _listed(line: str, list_file: Path, base: Path) -> Path:
 
 def _below(folder: Path) -> list[Path]:
     images = folder / "images"
-    return pictures_in(images if images.is_dir() else folder, deep=True)
+    return images_in(images if images.is_dir() else folder, deep=True)
 
 
 def _folders(root: Path) -> dict[str, list[Path]]:
-    """Pictures by split of a data set without data.yaml; those of no split are the split ``""``."""
+    """Images by split of a data set without data.yaml; those of no split are the split ``""``."""
     groups: dict[str, list[Path]] = {}
     if (root / "images").is_dir() and (root / "labels").is_dir():
         for sub in sorted((root / "images").iterdir()):
             word = split_word(sub.name) if sub.is_dir() else None
             if word:
-                groups.setdefault(word, []).extend(pictures_in(sub, deep=True))
+                groups.setdefault(word, []).extend(images_in(sub, deep=True))
         if not groups:
-            groups[""] = pictures_in(root / "images", deep=True)
+            groups[""] = images_in(root / "images", deep=True)
     else:
         for sub in sorted(root.iterdir()):
             word = split_word(sub.name) if sub.is_dir() else None
             if word:
                 groups.setdefault(word, []).extend(_below(sub))
         if not any(groups.values()):
-            groups = {"": pictures_in(root)}
-    groups = {split: pictures for split, pictures in groups.items() if pictures}
-    every = [picture for pictures in groups.values() for picture in pictures]
+            groups = {"": images_in(root)}
+    groups = {split: images for split, images in groups.items() if images}
+    every = [image for images in groups.values() for image in images]
     return groups if _any_rows(every) else {}
 
 
-def _any_rows(pictures: Iterable[Path]) -> bool:
-    """Whether some picture has a text file with a row that reads as YOLO's."""
-    for picture in pictures:
-        file = label_path(picture)
+def _any_rows(images: Iterable[Path]) -> bool:
+    """Whether some image has a text file with a row that reads as YOLO's."""
+    for image in images:
+        file = label_path(image)
         if file.is_file():
             for line in _lines(file):
                 if _is_row(line):
@@ -235,9 +235,9 @@ def _names_beside(root: Path) -> tuple[str, ...]:
 def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
     """Classes that nobody named are called by their numbers."""
     last = -1
-    for pictures in groups:
-        for picture in pictures:
-            file = label_path(picture)
+    for images in groups:
+        for image in images:
+            file = label_path(image)
             if file.is_file():
                 for line in _lines(file):
                     try:
@@ -269,10 +269,10 @@ def _row(line: str) -> tuple[int, list[float]]:
 
 
 def _read_split(
-    split: str, pictures: list[Path], names: tuple[str, ...], source: Path, extras: bool
+    split: str, images: list[Path], names: tuple[str, ...], source: Path, extras: bool
 ) -> Dataset:
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        read = list(pool.map(lambda picture: _read_picture(picture, names, extras), pictures))
+        read = list(pool.map(lambda img: _read_image(img, names, extras), images))
     return Dataset(
         images=tuple(image for image, _ in read),
         classes=names,
@@ -282,25 +282,25 @@ def _read_split(
         source=source,
         problems=(
             *(problem for _, problems in read for problem in problems),
-            *_without_picture(pictures),
+            *_without_image(images),
         ),
     )
 
 
-def _without_picture(pictures: Iterable[Path]) -> Iterator[Problem]:
-    """Label files, in the folders of the others, whose picture is not there."""
+def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
+    """Label files, in the folders of the others, whose image is not there."""
     expected: dict[Path, set[str]] = {}
-    for picture in pictures:
-        file = label_path(picture)
+    for image in images:
+        file = label_path(image)
         expected.setdefault(file.parent, set()).add(file.name)
     for folder, names in sorted(expected.items()):
         for file in sorted(folder.glob("*.txt")):
             if file.name in names or file.name in _NAME_FILES:
                 continue
             lines = _lines(file)
-            # Lists of pictures and notes lie there too: only rows make a label file.
+            # Lists of images and notes lie there too: only rows make a label file.
             if lines and _is_row(lines[0]):
-                reason = f"labels {len(lines)} objects, but has no picture {file.stem}.*"
+                reason = f"labels {len(lines)} objects, but has no image {file.stem}.*"
                 yield Problem("image-missing", file, None, reason, "dropped")
 
 
@@ -312,24 +312,24 @@ def _is_row(line: str) -> bool:
     return True
 
 
-def _read_picture(
-    picture: Path, names: tuple[str, ...], extras: bool
+def _read_image(
+    image: Path, names: tuple[str, ...], extras: bool
 ) -> tuple[LabelledImage, list[Problem]]:
     from retinanet.data.images import image_size
 
-    file = label_path(picture)
+    file = label_path(image)
     lines = _lines(file) if file.is_file() else []
     label_file = file if file.is_file() else None
     problems: list[Problem] = []
     try:
-        height, width = image_size(picture)
+        height, width = image_size(image)
     except (DataError, OSError) as error:
-        if lines and picture.is_file():
+        if lines and image.is_file():
             reason = (
-                f"its {len(lines)} boxes are shares of a picture whose size cannot be read: {error}"
+                f"its {len(lines)} boxes are shares of an image whose size cannot be read: {error}"
             )
-            problems.append(Problem("image-unreadable", picture, None, reason, "dropped"))
-        return LabelledImage(picture, picture.stem, label_file=label_file), problems
+            problems.append(Problem("image-unreadable", image, None, reason, "dropped"))
+        return LabelledImage(image, image.stem, label_file=label_file), problems
     annotations = []
     for place, line in enumerate(lines):
         try:
@@ -345,7 +345,7 @@ def _read_picture(
         box, extra = _to_pixels(values, width, height)
         annotations.append(Annotation(box, number, place, extra=extra if extras else {}))
     return (
-        LabelledImage(picture, picture.stem, tuple(annotations), width, height, label_file),
+        LabelledImage(image, image.stem, tuple(annotations), width, height, label_file),
         problems,
     )
 
@@ -378,7 +378,7 @@ def write_yolo(writing: Writing) -> None:
     plain rows they would be trained on.
     """
     names = writing.names(together=False, stems=True)
-    pictures: list[tuple[Path, Path]] = []
+    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
         folder.mkdir(parents=True)
@@ -393,13 +393,13 @@ def write_yolo(writing: Writing) -> None:
                     rows.append(_row_text(annotation, width, height))
                     _count_lost(annotation, writing)
             (folder / f"{Path(name).stem}.txt").write_text("".join(rows), "utf-8")
-            pictures.append((image.path, writing.folder / "images" / split / name))
+            images.append((image.path, writing.folder / "images" / split / name))
     classes = next(iter(writing.splits.values())).classes
     content: dict[str, Any] = {split: f"images/{split}" for split in writing.splits}
     content["names"] = dict(enumerate(classes))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (writing.folder / "data.yaml").write_text(text, "utf-8")
-    writing.place(pictures)
+    writing.place(images)
 
 
 def _row_text(annotation: Annotation, width: int, height: int) -> str:

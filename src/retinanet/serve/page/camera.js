@@ -1,4 +1,4 @@
-// One picture from the camera.
+// One image from the camera.
 
 const WORDS = {
   NotAllowedError:
@@ -16,7 +16,7 @@ export function cameraWords(error) {
   return WORDS[error.name] ?? `The camera cannot be used: ${error.message}`;
 }
 
-/** The dialog with the camera's picture; `taken` gets a File. */
+/** The dialog with the camera's image; `taken` gets a File. */
 export class Camera {
   constructor(dialog, taken) {
     this.dialog = dialog;

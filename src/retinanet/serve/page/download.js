@@ -1,8 +1,8 @@
 // Files to keep: the layouts that `retinanet detect` writes.
 
 /** detections.json: {"images": [...], "failures": [...]}, a line an object. */
-export function detectionsJson(pictures, failures) {
-  const images = pictures.map(({ name, answer, shown }) => {
+export function detectionsJson(images, failures) {
+  const images = images.map(({ name, answer, shown }) => {
     const head = JSON.stringify({ file: name, height: answer.height, width: answer.width });
     const objects = [...shown].map((i) =>
       JSON.stringify({
@@ -20,10 +20,10 @@ export function detectionsJson(pictures, failures) {
 }
 
 /** COCO's results: a list of image_id, category_id, bbox (x, y, w, h) and score. */
-export function cocoResults(pictures) {
+export function cocoResults(images) {
   const taken = new Set();
   const lines = [];
-  for (const { name, answer, shown } of pictures) {
+  for (const { name, answer, shown } of images) {
     const id = imageId(name, taken);
     for (const i of shown) {
       const [x1, y1, x2, y2] = answer.box(i);
@@ -112,7 +112,7 @@ export async function zip(files) {
     tail.setUint32(10, place, true);
     directory.push(new Uint8Array([0x50, 0x4b, 1, 2, 20, 0]), fields.buffer, tail.buffer, path);
     place += 30 + path.length + blob.size;
-    if (place > 0xffffffff) throw new Error("more than 4 GiB of pictures; save fewer at a time");
+    if (place > 0xffffffff) throw new Error("more than 4 GiB of images; save fewer at a time");
   }
   const length = new Blob(directory).size;
   const end = new DataView(new ArrayBuffer(22));

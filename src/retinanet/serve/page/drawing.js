@@ -1,4 +1,4 @@
-// Colours and captions, on the screen and on pictures to keep.
+// Colours and captions, on the screen and on images to keep.
 
 /** As `retinanet detect` draws them; the first seven are Okabe and Ito's. */
 export const PALETTE = [
@@ -72,20 +72,20 @@ function quarter(box) {
 }
 
 /**
- * The picture at full size with boxes and captions on it, as a PNG.
+ * The image at full size with boxes and captions on it, as a PNG.
  *
- * @param bitmap the picture's pixels.
+ * @param bitmap the image's pixels.
  * @param answer what was found in it.
  * @param shown the numbers of the detections to draw, best first.
  * @param colour gives the (r, g, b) of a class name.
  */
-export async function drawnPicture(bitmap, answer, shown, colour) {
+export async function drawnImage(bitmap, answer, shown, colour) {
   const canvas = document.createElement("canvas");
   canvas.width = bitmap.width;
   canvas.height = bitmap.height;
   const context = canvas.getContext("2d");
-  if (!context) throw new Error("the picture is larger than this browser can draw");
-  context.fillStyle = "#fff"; // transparent pictures lie on white, as the model sees them
+  if (!context) throw new Error("the image is larger than this browser can draw");
+  context.fillStyle = "#fff"; // transparent images lie on white, as the model sees them
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0);
 
@@ -119,6 +119,6 @@ export async function drawnPicture(bitmap, answer, shown, colour) {
     context.fillText(captionOf(answer, shown[n]), place[0] + pad, place[1] + height / 2);
   });
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-  if (!blob) throw new Error("the picture is larger than this browser can draw");
+  if (!blob) throw new Error("the image is larger than this browser can draw");
   return blob;
 }

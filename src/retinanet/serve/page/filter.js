@@ -10,7 +10,7 @@ import {
   countsOf,
   currentAnswers,
   element,
-  pictureWords,
+  imageWords,
   state,
 } from "./state.js";
 
@@ -73,7 +73,7 @@ export function drawScores(answers, shown) {
 
 let drawnClasses = "";
 
-/** A toggle for each class; of many classes, those in this picture come first. */
+/** A toggle for each class; of many classes, those in this image come first. */
 export function drawClasses(force = false) {
   const names = classNames();
   const many = names.length > FEW;
@@ -104,7 +104,7 @@ export function drawClasses(force = false) {
   }
   $("absent").hidden = absent.length === 0;
   $("absent-words").textContent =
-    `${count(absent.length, "class", "classes")} ${state.current ? "not in this picture" : "in all"}`;
+    `${count(absent.length, "class", "classes")} ${state.current ? "not in this image" : "in all"}`;
   if (search && present.length === 0 && absent.length > 0) $("absent").open = true;
   drawCounts(currentAnswers());
 }
@@ -118,7 +118,7 @@ function classToggle(name) {
     if (box.checked) state.off.delete(name);
     else state.off.add(name);
     filtered();
-    if (state.current) announce(pictureWords(state.current), 400);
+    if (state.current) announce(imageWords(state.current), 400);
   });
   const swatch = element("span", "swatch");
   swatch.style.background = css(colourOf(name));
@@ -192,14 +192,14 @@ function switchClasses(on) {
   }
   drawClasses(true);
   filtered();
-  if (state.current) announce(pictureWords(state.current), 400);
+  if (state.current) announce(imageWords(state.current), 400);
 }
 
 $("score").addEventListener("input", () => {
   setThreshold(Number($("score").value));
   filtered();
   announce(
-    state.current ? pictureWords(state.current) : `Least score ${state.threshold.toFixed(2)}`,
+    state.current ? imageWords(state.current) : `Least score ${state.threshold.toFixed(2)}`,
     500,
   );
 });
@@ -208,7 +208,7 @@ $("score-number").addEventListener("input", () => {
   if (!Number.isFinite(value) || value < Number($("score").min) || value > 1) return;
   setThreshold(value);
   filtered();
-  if (state.current) announce(pictureWords(state.current), 500);
+  if (state.current) announce(imageWords(state.current), 500);
 });
 $("score-number").addEventListener("change", () => {
   const value = Number.parseFloat($("score-number").value);

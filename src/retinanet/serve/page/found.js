@@ -1,4 +1,4 @@
-// Detections: on the picture and in lists beside it, of which one may be lifted out.
+// Detections: on the image and in lists beside it, of which one may be lifted out.
 
 import { css } from "./drawing.js";
 import { $, colourOf, count, element, shownOf, state } from "./state.js";
@@ -103,7 +103,7 @@ function listKey(event, n, answer) {
 
 const active = { pane: -1, i: -1 };
 
-/** Lifts out a detection on the picture and in its list; i is -1 for none. */
+/** Lifts out a detection on the image and in its list; i is -1 for none. */
 export function activate(pane, i, pressed = false) {
   if (active.pane !== pane || active.i !== i) {
     const old = lists[active.pane];
@@ -133,7 +133,7 @@ function scrollWithin(list, item) {
   }
 }
 
-/** Shows in the lists what is shown on the picture. */
+/** Shows in the lists what is shown on the image. */
 export function filterLists(shown) {
   for (const [n, list] of lists.entries()) {
     const kept = new Set(shown[n]);

@@ -1,4 +1,4 @@
-// The page: pictures come in, answers are filtered here, everything is told in words as well.
+// The page: images come in, answers are filtered here, everything is told in words as well.
 
 import {
   drawClasses,
@@ -10,7 +10,7 @@ import {
 } from "./filter.js";
 import { drawLists, filterLists, view } from "./found.js";
 import { announce, hush, noticeOfHold, tell } from "./notice.js";
-import { decode, isPicture } from "./pictures.js";
+import { decode, isImage } from "./images.js";
 import { drawSave } from "./saving.js";
 import { Queue, Refusal, Service, refusalWords } from "./service.js";
 import {
@@ -22,7 +22,7 @@ import {
   currentAnswers,
   element,
   fileKind,
-  pictureWords,
+  imageWords,
   sameSize,
   shownOf,
   state,
@@ -35,7 +35,7 @@ const service = new Service();
 const queue = new Queue(service, {
   changed: jobChanged,
   held: showHold,
-  first: (job) => job.picture === state.current,
+  first: (job) => job.image === state.current,
 });
 
 function showHold(hold) {
@@ -48,7 +48,7 @@ function showHold(hold) {
     return;
   }
   const what = hold.kind === "busy" ? "The server is busy." : "The server does not answer.";
-  tell(`${what} The pictures wait and are tried again in`, {
+  tell(`${what} The images wait and are tried again in`, {
     button: "Try now",
     act: () => queue.retry(),
     wait: true,
@@ -156,10 +156,10 @@ function takeModels({ models, limits, version }) {
       ? `${(pixels / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} million pixels`
       : "",
   ].filter(Boolean);
-  $("limits").textContent = most.length > 0 ? `Up to ${most.join(" and ")} a picture.` : "";
+  $("limits").textContent = most.length > 0 ? `Up to ${most.join(" and ")} an image.` : "";
 }
 
-/** Puts the chosen models to use: every picture is wanted from each of them. */
+/** Puts the chosen models to use: every image is wanted from each of them. */
 function useModels() {
   const first = state.models.find((model) => model.name === $("first-model").value);
   const others = state.models.filter((model) => model !== first);
@@ -185,14 +185,14 @@ function useModels() {
   for (const job of [...queue.waiting, ...queue.running]) {
     if (!state.used.includes(job.model)) queue.cancel(job);
   }
-  for (const picture of state.pictures) want(picture);
+  for (const image of state.images) want(image);
   drawModels();
-  if (state.current) showPicture(state.current, true);
+  if (state.current) showImage(state.current, true);
   else {
     drawClasses();
     applyFilter();
   }
-  for (const picture of state.pictures) drawThumb(picture);
+  for (const image of state.images) drawThumb(image);
   drawProgress();
 }
 
@@ -228,37 +228,37 @@ function drawModels() {
 
 function speedWords(milliseconds) {
   if (milliseconds === null || milliseconds === undefined) return "not yet measured";
-  return `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms a picture`;
+  return `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms an image`;
 }
 
-/** The median of the server's recent pictures moves while it works. */
+/** The median of the server's recent images moves while it works. */
 async function refreshSpeed() {
   try {
     takeModels(await service.describe());
     drawModels();
   } catch {
-    // It is an ornament; the next picture tells what is wrong.
+    // It is an ornament; the next image tells what is wrong.
   }
 }
 
-// --- pictures -------------------------------------------------------------------------------
+// --- images -------------------------------------------------------------------------------
 
-let pictureNumber = 0;
+let imageNumber = 0;
 
 function addFiles(found) {
-  const pictures = found.filter(({ file }) => isPicture(file));
-  const left = found.filter(({ file }) => !isPicture(file));
+  const images = found.filter(({ file }) => isImage(file));
+  const left = found.filter(({ file }) => !isImage(file));
   if (left.length > 0) {
     const names = left.slice(0, 3).map(({ name }) => name);
     const more = left.length > 3 ? " and others" : "";
     const list = `${names.join(", ")}${more}`;
-    tell(`${count(left.length, "file")} left out, for they are no pictures: ${list}.`);
+    tell(`${count(left.length, "file")} left out, for they are no images: ${list}.`);
   } else if (found.length === 0) {
-    tell("There is no picture in it.");
+    tell("There is no image in it.");
   } else if (!noticeOfHold) closeNotice();
-  const added = pictures.map(({ file, name }) => {
+  const added = images.map(({ file, name }) => {
     return {
-      id: `picture-${++pictureNumber}`,
+      id: `image-${++imageNumber}`,
       file,
       name,
       jobs: new Map(), // by the model's name
@@ -267,62 +267,62 @@ function addFiles(found) {
       tooLarge: "",
     };
   });
-  state.pictures.push(...added);
-  for (const picture of added) {
-    picture.element = makeThumb(picture, select);
-    want(picture);
+  state.images.push(...added);
+  for (const image of added) {
+    image.element = makeThumb(image, select);
+    want(image);
   }
-  $("strip").append(...added.map((picture) => picture.element));
-  for (const picture of added) {
-    drawThumb(picture);
-    seen.observe(picture.element);
+  $("strip").append(...added.map((image) => image.element));
+  for (const image of added) {
+    drawThumb(image);
+    seen.observe(image.element);
   }
   drawFrame();
   if (added.length > 0) select(added[0]);
   drawProgress();
 }
 
-/** Asks the models in use for what they have not yet said of a picture. */
-function want(picture) {
-  const [size, most] = [picture.file.size, state.limits.bytes];
+/** Asks the models in use for what they have not yet said of an image. */
+function want(image) {
+  const [size, most] = [image.file.size, state.limits.bytes];
   if (most && size > most) {
-    picture.tooLarge =
-      `The picture has ${bytesWords(size)}; this server takes ${bytesWords(most)} at most. ` +
+    image.tooLarge =
+      `The image has ${bytesWords(size)}; this server takes ${bytesWords(most)} at most. ` +
       "It was not sent.";
     return;
   }
   for (const model of state.used) {
-    const job = picture.jobs.get(model.name);
+    const job = image.jobs.get(model.name);
     if (job && job.state !== "cancelled") continue;
-    const fresh = { picture, model, state: "waiting", reason: "", answer: null };
-    picture.jobs.set(model.name, fresh);
+    const fresh = { image, model, state: "waiting", reason: "", answer: null };
+    image.jobs.set(model.name, fresh);
     queue.add(fresh);
   }
 }
 
-function again(picture) {
+function again(image) {
   for (const model of state.used) {
-    const job = picture.jobs.get(model.name);
+    const job = image.jobs.get(model.name);
     if (job && (job.state === "refused" || job.state === "cancelled")) {
-      picture.jobs.delete(model.name);
+      image.jobs.delete(model.name);
     }
   }
-  want(picture);
-  drawThumb(picture);
-  if (picture === state.current) showAnswers();
+  want(image);
+  drawThumb(image);
+  if (image === state.current) showAnswers();
   drawProgress();
 }
 
-function remove(picture) {
-  const place = state.pictures.indexOf(picture);
+function remove(image) {
+  const place = state.images.indexOf(image);
   if (place < 0) return;
-  for (const job of picture.jobs.values()) queue.cancel(job);
-  const focused = picture.element.contains(document.activeElement);
-  forget(picture);
-  state.pictures.splice(place, 1);
-  if (state.current === picture) {
+  for (const job of image.jobs.values()) queue.cancel(job);
+  const focused = image.element.contains(document.activeElement);
+  forget(image);
+  state.images.splice(place, 1);
+  if (state.current === image) {
     state.current = null;
-    const next = state.pictures[Math.min(place, state.pictures.length - 1)];
+    const next = state.images[Math.min(place, state.images.length - 1)];
     if (next) {
       select(next);
       if (focused) next.element.focus();
@@ -333,27 +333,27 @@ function remove(picture) {
   if (!state.current) $("choose").focus();
 }
 
-function forget(picture) {
-  seen.unobserve(picture.element);
-  picture.element.remove();
-  if (picture.thumb) URL.revokeObjectURL(picture.thumb);
-  picture.thumb = "";
+function forget(image) {
+  seen.unobserve(image.element);
+  image.element.remove();
+  if (image.thumb) URL.revokeObjectURL(image.thumb);
+  image.thumb = "";
 }
 
 function clearAll() {
   queue.cancelAll();
-  for (const picture of state.pictures) forget(picture);
-  state.pictures = [];
+  for (const image of state.images) forget(image);
+  state.images = [];
   state.current = null;
   drawFrame();
   drawProgress();
   $("choose").focus();
-  announce("All pictures removed.");
+  announce("All images removed.");
 }
 
-/** What is on the page with pictures and without. */
+/** What is on the page with images and without. */
 function drawFrame() {
-  const any = state.pictures.length > 0;
+  const any = state.images.length > 0;
   for (const id of ["bar", "panes", "strip-bar", "save-card"]) $(id).hidden = !any;
   $("empty").hidden = any;
   const ways = ["choose", "choose-folder", "paste", "camera"].map($);
@@ -361,7 +361,7 @@ function drawFrame() {
   if (ways[0].parentElement !== home) home.append(...ways);
   if (!any) {
     showTurn++;
-    view.setPicture(null, null);
+    view.setImage(null, null);
     view.panes.forEach((pane) => pane.fill(null, colourOf));
     $("found-card").hidden = true;
     drawClasses();
@@ -372,22 +372,22 @@ function drawFrame() {
 let unfinishedBefore = 0;
 
 function drawProgress() {
-  const { pictures } = state;
+  const { images } = state;
   const numbers = { waiting: 0, running: 0, done: 0, refused: 0, cancelled: 0 };
-  for (const picture of pictures) numbers[stateOf(picture)]++;
+  for (const image of images) numbers[stateOf(image)]++;
   const unfinished = numbers.waiting + numbers.running;
-  const parts = [count(pictures.length, "picture")];
-  if (unfinished > 0) parts.push(`${pictures.length - unfinished} searched`);
+  const parts = [count(images.length, "image")];
+  if (unfinished > 0) parts.push(`${images.length - unfinished} searched`);
   if (numbers.refused > 0) parts.push(`${numbers.refused} refused`);
   if (numbers.cancelled > 0) parts.push(`${numbers.cancelled} not searched`);
   $("progress-words").textContent = parts.join(" · ");
   $("progress").hidden = $("cancel").hidden = unfinished === 0;
-  $("progress").max = Math.max(1, pictures.length);
-  $("progress").value = pictures.length - unfinished;
+  $("progress").max = Math.max(1, images.length);
+  $("progress").value = images.length - unfinished;
   if (unfinished === 0 && unfinishedBefore > 0) {
     refreshSpeed();
-    if (pictures.length > 1) {
-      announce(`All searched. ${parts.join(", ")}. ${pictureWords(state.current)}`);
+    if (images.length > 1) {
+      announce(`All searched. ${parts.join(", ")}. ${imageWords(state.current)}`);
     }
   }
   unfinishedBefore = unfinished;
@@ -395,53 +395,53 @@ function drawProgress() {
 }
 
 function jobChanged(job) {
-  const { picture } = job;
-  if (!state.pictures.includes(picture) || !state.used.includes(job.model)) return;
-  drawThumb(picture);
-  if (picture === state.current) {
+  const { image } = job;
+  if (!state.images.includes(image) || !state.used.includes(job.model)) return;
+  drawThumb(image);
+  if (image === state.current) {
     showAnswers();
-    if (job.state === "done" || job.state === "refused") announce(pictureWords(picture));
+    if (job.state === "done" || job.state === "refused") announce(imageWords(image));
   }
   drawProgress();
 }
 
-// --- the picture in view --------------------------------------------------------------------
+// --- the image in view --------------------------------------------------------------------
 
 let showTurn = 0;
 
-function select(picture) {
-  if (!picture) return;
+function select(image) {
+  if (!image) return;
   const before = state.current;
-  state.current = picture;
+  state.current = image;
   if (before) {
     before.element.setAttribute("aria-selected", "false");
     before.element.tabIndex = -1;
   }
-  picture.element.setAttribute("aria-selected", "true");
-  picture.element.tabIndex = 0;
-  picture.element.scrollIntoView({ block: "nearest", inline: "nearest" });
-  if (before !== picture) showPicture(picture, false);
-  announce(pictureWords(picture));
+  image.element.setAttribute("aria-selected", "true");
+  image.element.tabIndex = 0;
+  image.element.scrollIntoView({ block: "nearest", inline: "nearest" });
+  if (before !== image) showImage(image, false);
+  announce(imageWords(image));
 }
 
 function step(by) {
-  const place = state.pictures.indexOf(state.current) + by;
-  if (place < 0 || place >= state.pictures.length) return;
+  const place = state.images.indexOf(state.current) + by;
+  if (place < 0 || place >= state.images.length) return;
   const inStrip = $("strip").contains(document.activeElement);
-  select(state.pictures[place]);
+  select(state.images[place]);
   if (inStrip) state.current.element.focus();
 }
 
-async function showPicture(picture, keepView) {
+async function showImage(image, keepView) {
   const turn = ++showTurn;
   $("view").setAttribute("aria-busy", "true");
-  $("name").textContent = picture.name;
-  $("name").title = picture.name;
-  if (!keepView) view.setPicture(null, null);
+  $("name").textContent = image.name;
+  $("name").title = image.name;
+  if (!keepView) view.setImage(null, null);
   showAnswers();
   let bitmap = null;
   try {
-    bitmap = await decode(picture.file);
+    bitmap = await decode(image.file);
   } catch {
     // No decoder for it here, or no pixels in it; the server says which.
   }
@@ -449,27 +449,27 @@ async function showPicture(picture, keepView) {
     bitmap?.close();
     return;
   }
-  picture.unseen = bitmap === null;
-  picture.size = bitmap ? { width: bitmap.width, height: bitmap.height } : null;
-  view.setPicture(bitmap, picture.size, keepView);
+  image.unseen = bitmap === null;
+  image.size = bitmap ? { width: bitmap.width, height: bitmap.height } : null;
+  view.setImage(bitmap, image.size, keepView);
   showAnswers();
   $("view").removeAttribute("aria-busy");
 }
 
 /** Fills the panes and the lists from the answers that are there. */
 function showAnswers() {
-  const picture = state.current;
-  if (!picture) return;
-  const jobs = state.used.map((model) => picture.jobs.get(model.name) ?? null);
+  const image = state.current;
+  if (!image) return;
+  const jobs = state.used.map((model) => image.jobs.get(model.name) ?? null);
   const answers = jobs.map((job) => job?.answer ?? null);
-  if (picture.unseen && !view.size) {
+  if (image.unseen && !view.size) {
     const known = answers.find(Boolean);
-    if (known) view.setPicture(null, { width: known.width, height: known.height });
+    if (known) view.setImage(null, { width: known.width, height: known.height });
   }
   jobs.forEach((job, n) => {
     const pane = view.panes[n];
     const answer = answers[n];
-    const turned = answer && picture.size && !sameSize(answer, picture.size);
+    const turned = answer && image.size && !sameSize(answer, image.size);
     // The same answer stays as it is: the focus may be on one of its boxes. Other models may have
     // brought other colours.
     const drawn = turned ? null : answer;
@@ -485,29 +485,29 @@ function showAnswers() {
   applyFilter();
 }
 
-function stageWords(picture, pane) {
+function stageWords(image, pane) {
   const { job } = pane;
-  const retry = { button: "Try again", act: () => again(picture) };
-  if (picture.tooLarge) return [picture.tooLarge, { bad: true }];
+  const retry = { button: "Try again", act: () => again(image) };
+  if (image.tooLarge) return [image.tooLarge, { bad: true }];
   if (!job || job.state === "waiting") return ["Waiting for its turn"];
   if (job.state === "running") return ["Searching…"];
   if (job.state === "refused") return [job.reason, { bad: true, ...retry }];
   if (job.state === "cancelled") return ["Not searched.", { ...retry, button: "Search it" }];
   const { answer } = job;
   if (pane.turned) {
-    const [here, there] = [picture.size, answer].map(({ width, height }) => `${width} × ${height}`);
+    const [here, there] = [image.size, answer].map(({ width, height }) => `${width} × ${height}`);
     return [
-      `This browser shows the picture as ${here} pixels, the server searched ${there}. The boxes ` +
+      `This browser shows the image as ${here} pixels, the server searched ${there}. The boxes ` +
         "would lie wrong and are not drawn; the list has them.",
     ];
   }
   const shown = shownOf(answer).length;
   const seenWords =
-    picture.unseen && view.size
-      ? `This browser cannot show ${fileKind(picture)} pictures; the boxes lie on an empty sheet.`
+    image.unseen && view.size
+      ? `This browser cannot show ${fileKind(image)} images; the boxes lie on an empty sheet.`
       : "";
   if (shown > 0) return [seenWords];
-  if (answer.length === 0) return [`${seenWords} Nothing was found in this picture.`.trim()];
+  if (answer.length === 0) return [`${seenWords} Nothing was found in this image.`.trim()];
   const hidden = [...answer.labels].some((label) => state.off.has(answer.model.classes[label]));
   const less = `${count(answer.length, "object")} ${answer.length === 1 ? "scores" : "score"} less`;
   const lower = `Nothing scores ${state.threshold.toFixed(2)} or more; ${less}.`;
@@ -547,20 +547,20 @@ function applyFilter() {
   drawFacts(answers, shown);
   drawSave();
   if (filterFrame) return;
-  // Of a thousand pictures the strip may follow a moment later.
+  // Of a thousand images the strip may follow a moment later.
   filterFrame = requestAnimationFrame(() => {
     filterFrame = 0;
-    for (const picture of state.pictures) drawThumb(picture);
+    for (const image of state.images) drawThumb(image);
   });
 }
 
 function drawFacts(answers, shown) {
-  const picture = state.current;
-  if (!picture) return;
-  const size = picture.size ?? answers.find(Boolean);
+  const image = state.current;
+  if (!image) return;
+  const size = image.size ?? answers.find(Boolean);
   const parts = [];
   if (size) parts.push(`${size.width} × ${size.height} px`);
-  parts.push(bytesWords(picture.file.size));
+  parts.push(bytesWords(image.file.size));
   const several = state.used.length > 1;
   answers.forEach((answer, n) => {
     const title = answer
@@ -611,9 +611,9 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "ArrowLeft") step(-1);
   else if (event.key === "ArrowRight") step(1);
   else if (event.key === "Home" && $("strip").contains(event.target))
-    step(-state.pictures.indexOf(state.current));
+    step(-state.images.indexOf(state.current));
   else if (event.key === "End" && $("strip").contains(event.target)) {
-    step(state.pictures.length - 1 - state.pictures.indexOf(state.current));
+    step(state.images.length - 1 - state.images.indexOf(state.current));
   } else if (event.key === "+" || event.key === "=") view.zoom(1.4);
   else if (event.key === "-" || event.key === "−") view.zoom(1 / 1.4);
   else if (event.key === "0") view.fit();

@@ -1,4 +1,4 @@
-// The service: its models, its answers, and the queue of pictures that wait for them.
+// The service: its models, its answers, and the queue of images that wait for them.
 
 const KEY = "retinanet.key";
 
@@ -11,7 +11,7 @@ export class Refusal extends Error {
   }
 }
 
-/** What one model found in one picture, in flat arrays: many pictures fit into memory. */
+/** What one model found in one image, in flat arrays: many images fit into memory. */
 export class Answer {
   constructor(model, image, milliseconds) {
     const found = image.detections;
@@ -72,16 +72,16 @@ export class Service {
     return this.#ask("v1/model", { signal });
   }
 
-  /** Answers for one picture; the service's own thresholds hold, the page filters further. */
+  /** Answers for one image; the service's own thresholds hold, the page filters further. */
   async detect(file, name, model, signal) {
     const form = new FormData();
-    form.append("pictures", file, name);
+    form.append("images", file, name);
     const query = new URLSearchParams({ model: model.name });
     const said = await this.#ask(`v1/detect?${query}`, { method: "POST", body: form, signal });
     const failure = said?.failures?.[0];
     if (failure) throw new Refusal(422, failure.reason);
     const image = said?.images?.[0];
-    if (!image) throw new Refusal(500, "The server's answer holds no picture.");
+    if (!image) throw new Refusal(500, "The server's answer holds no image.");
     return new Answer(model, image, said.milliseconds ?? {});
   }
 
@@ -125,20 +125,20 @@ export class Service {
   }
 }
 
-/** Clear words for a person about a picture that was refused. */
+/** Clear words for a person about an image that was refused. */
 export function refusalWords(refusal, name = "") {
-  // The server puts the picture's name first, which the page has said.
+  // The server puts the image's name first, which the page has said.
   const named = name !== "" && refusal.message.startsWith(`${name}: `);
   const said = named ? refusal.message.slice(name.length + 2) : refusal.message;
   const words = {
     400: "The server did not take the request",
     404: "The server does not know this model",
     408: "The upload took too long",
-    413: "The picture is too large for this server",
+    413: "The image is too large for this server",
     415: "The server takes no such files",
-    422: "The picture cannot be read",
-    500: "The server failed on this picture",
-    504: "The server took too long over this picture",
+    422: "The image cannot be read",
+    500: "The server failed on this image",
+    504: "The server took too long over this image",
   }[refusal.status];
   if (!words) return said || `The server answered with status ${refusal.status}.`;
   const reason = said.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
@@ -148,9 +148,9 @@ export function refusalWords(refusal, name = "") {
 const AT_A_TIME = 3;
 
 /**
- * Pictures wait here for models, a few uploads at a time, those of the picture in view first.
+ * Images wait here for models, a few uploads at a time, those of the image in view first.
  *
- * A job is {picture, model, state, reason, answer}; its state is waiting, running, done, refused or
+ * A job is {image, model, state, reason, answer}; its state is waiting, running, done, refused or
  * cancelled. `hold` says why nothing is sent just now: {kind: "key" | "busy" | "away", until}.
  */
 export class Queue {
@@ -166,7 +166,7 @@ export class Queue {
     this.timer = 0;
   }
 
-  /** Wakes the queue a tick later, so that a thousand pictures are all listed before any is sent. */
+  /** Wakes the queue a tick later, so that a thousand images are all listed before any is sent. */
   add(job) {
     job.state = "waiting";
     job.reason = "";
@@ -219,8 +219,8 @@ export class Queue {
     this.changed(job);
     try {
       const answer = await this.service.detect(
-        job.picture.file,
-        job.picture.name,
+        job.image.file,
+        job.image.name,
         job.model,
         abort.signal,
       );
@@ -252,15 +252,15 @@ export class Queue {
       job.state = "refused";
       job.reason =
         status > 0
-          ? refusalWords(error, job.picture.name)
+          ? refusalWords(error, job.image.name)
           : `The answer is not understood: ${error.message}`;
     }
   }
 
-  /** The file is gone, the server is away, or it hung up on this one picture. */
+  /** The file is gone, the server is away, or it hung up on this one image. */
   async #unanswered(job) {
     try {
-      await job.picture.file.slice(0, 1).arrayBuffer();
+      await job.image.file.slice(0, 1).arrayBuffer();
     } catch {
       job.state = "refused";
       job.reason = "The file can no longer be read; it was moved, changed or deleted.";
@@ -271,7 +271,7 @@ export class Queue {
     job.hangUps = alive ? (job.hangUps ?? 0) + 1 : (job.hangUps ?? 0);
     if (job.hangUps >= 2) {
       job.state = "refused";
-      job.reason = "The server hung up while this picture was sent; it may be too large for it.";
+      job.reason = "The server hung up while this image was sent; it may be too large for it.";
       return;
     }
     this.#again(job);

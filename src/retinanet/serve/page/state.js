@@ -1,4 +1,4 @@
-// What the page knows: models, pictures, and what the slider and the classes let through.
+// What the page knows: models, images, and what the slider and the classes let through.
 
 import { PALETTE } from "./drawing.js";
 
@@ -13,7 +13,7 @@ export const state = {
   used: [], // the model, and the one beside it where there is one
   threshold: DRAWN_SCORE,
   off: new Set(), // names of classes that are not shown
-  pictures: [],
+  images: [],
   current: null,
 };
 
@@ -35,23 +35,23 @@ export function bytesWords(bytes) {
   return `${value.toFixed(value < 10 ? 1 : 0)} ${["", "kB", "MB", "GB"][power]}`;
 }
 
-export function fileKind(picture) {
-  const suffix = /\.([a-z0-9]{1,5})$/i.exec(picture.name)?.[1];
-  return (suffix ?? (picture.file.type.split("/")[1] || "picture")).toUpperCase();
+export function fileKind(image) {
+  const suffix = /\.([a-z0-9]{1,5})$/i.exec(image.name)?.[1];
+  return (suffix ?? (image.file.type.split("/")[1] || "image")).toUpperCase();
 }
 
 export function sameSize(a, b) {
   return a.width === b.width && a.height === b.height;
 }
 
-export function jobsOf(picture) {
-  return state.used.map((model) => picture.jobs.get(model.name)).filter(Boolean);
+export function jobsOf(image) {
+  return state.used.map((model) => image.jobs.get(model.name)).filter(Boolean);
 }
 
 /** waiting, running, done, refused or cancelled, for all models in use together. */
-export function stateOf(picture) {
-  if (picture.tooLarge) return "refused";
-  const states = jobsOf(picture).map((job) => job.state);
+export function stateOf(image) {
+  if (image.tooLarge) return "refused";
+  const states = jobsOf(image).map((job) => job.state);
   const order = ["running", "waiting", "refused", "cancelled", "done"];
   return order.find((one) => states.includes(one)) ?? "waiting";
 }
@@ -95,17 +95,17 @@ export function colourOf(name) {
   return colours.map.get(name) ?? PALETTE[0];
 }
 
-export function pictureWords(picture) {
-  if (!picture) return "";
-  if (picture.tooLarge) return `${picture.name}: ${picture.tooLarge}`;
+export function imageWords(image) {
+  if (!image) return "";
+  if (image.tooLarge) return `${image.name}: ${image.tooLarge}`;
   const several = state.used.length > 1;
   const parts = state.used.map((model) => {
-    const job = picture.jobs.get(model.name);
+    const job = image.jobs.get(model.name);
     const who = several ? `${model.name}: ` : "";
     if (job?.answer) return `${who}${answerWords(job.answer)}`;
-    return `${who}${job?.state === "refused" ? job.reason : stateOf(picture)}`;
+    return `${who}${job?.state === "refused" ? job.reason : stateOf(image)}`;
   });
-  return `${picture.name}: ${parts.join("; ")}`;
+  return `${image.name}: ${parts.join("; ")}`;
 }
 
 /** "12 objects: 9 RBC, 3 WBC" of what is shown. */

@@ -1,27 +1,27 @@
 // The strip of thumbnails.
 
-import { thumbnail } from "./pictures.js";
+import { thumbnail } from "./images.js";
 import { $, count, element, fileKind, jobsOf, shownOf, state, stateOf } from "./state.js";
 
 const STRIP_HEIGHT = 66; // CSS pixels of a thumbnail
 
-/** The place of a picture in the strip; `select` is called when it is pressed. */
-export function makeThumb(picture, select) {
+/** The place of an image in the strip; `select` is called when it is pressed. */
+export function makeThumb(image, select) {
   const one = element("li", "thumb", element("span", "kind"), element("span", "state"));
-  one.id = picture.id;
+  one.id = image.id;
   one.setAttribute("role", "option");
   one.setAttribute("aria-selected", "false");
   one.tabIndex = -1;
-  one.title = picture.name;
-  one.addEventListener("click", () => select(picture));
+  one.title = image.name;
+  one.addEventListener("click", () => select(image));
   return one;
 }
 
-export function drawThumb(picture) {
-  const now = stateOf(picture);
-  const one = picture.element;
+export function drawThumb(image) {
+  const now = stateOf(image);
+  const one = image.element;
   one.dataset.state = now;
-  const found = jobsOf(picture).filter((job) => job.answer);
+  const found = jobsOf(image).filter((job) => job.answer);
   const counts = found.map((job) => shownOf(job.answer).length);
   const words = {
     waiting: "waiting",
@@ -33,10 +33,10 @@ export function drawThumb(picture) {
   const label = one.querySelector(".state");
   if (label.textContent !== words) label.textContent = words;
   // Names hold what is to be read on the thing itself.
-  const kind = picture.noThumb ? `${fileKind(picture)} ` : "";
+  const kind = image.noThumb ? `${fileKind(image)} ` : "";
   const told =
     now !== "done" ? words : counts.length === 1 ? count(counts[0], "object") : `${words} objects`;
-  one.setAttribute("aria-label", `${picture.name}, ${kind}${told}`);
+  one.setAttribute("aria-label", `${image.name}, ${kind}${told}`);
 }
 
 // Thumbnails are made for what is in sight, two at a time: each is decoded once and kept small.
@@ -47,10 +47,10 @@ let makingThumbs = 0;
 export const seen = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {
-      const picture = state.pictures.find((one) => one.element === target);
-      if (!picture || picture.thumb || picture.noThumb) continue;
-      if (isIntersecting) wantedThumbs.add(picture);
-      else wantedThumbs.delete(picture);
+      const image = state.images.find((one) => one.element === target);
+      if (!image || image.thumb || image.noThumb) continue;
+      if (isIntersecting) wantedThumbs.add(image);
+      else wantedThumbs.delete(image);
     }
     makeThumbs();
   },
@@ -59,27 +59,27 @@ export const seen = new IntersectionObserver(
 
 async function makeThumbs() {
   if (makingThumbs >= 2) return;
-  const [picture] = wantedThumbs;
-  if (!picture) return;
-  wantedThumbs.delete(picture);
+  const [image] = wantedThumbs;
+  if (!image) return;
+  wantedThumbs.delete(image);
   makingThumbs++;
   try {
     const blob = await thumbnail(
-      picture.file,
+      image.file,
       Math.ceil(STRIP_HEIGHT * Math.min(2, devicePixelRatio)),
     );
-    if (state.pictures.includes(picture) && !picture.thumb) {
-      picture.thumb = URL.createObjectURL(blob);
+    if (state.images.includes(image) && !image.thumb) {
+      image.thumb = URL.createObjectURL(blob);
       const image = element("img");
       image.alt = "";
-      image.src = picture.thumb;
-      picture.element.querySelector(".kind, img").replaceWith(image);
+      image.src = image.thumb;
+      image.element.querySelector(".kind, img").replaceWith(image);
     }
   } catch {
-    picture.noThumb = true;
-    const kind = picture.element.querySelector(".kind");
-    if (kind) kind.textContent = fileKind(picture);
-    drawThumb(picture);
+    image.noThumb = true;
+    const kind = image.element.querySelector(".kind");
+    if (kind) kind.textContent = fileKind(image);
+    drawThumb(image);
   } finally {
     makingThumbs--;
     makeThumbs();

@@ -1,9 +1,9 @@
-// The picture in view: one pane a model, all with the same zoom.
+// The image in view: one pane a model, all with the same zoom.
 
 import { captionOf, css, inkOn, placeCaptions } from "./drawing.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const CLOSEST = 40; // CSS pixels that one pixel of a picture may fill
+const CLOSEST = 40; // CSS pixels that one pixel of an image may fill
 const NEAR = 4; // CSS pixels by which a pointer may miss a box
 const CAPTION = 18; // CSS pixels of height
 
@@ -15,7 +15,7 @@ function make(name, className, parent) {
 }
 
 /**
- * Zoom and place of the picture, and the boxes on it.
+ * Zoom and place of the image, and the boxes on it.
  *
  * @param root where the panes go.
  * @param actions {activate(pane, i), zoomed(scale)}: a box was pointed at or focused (i is -1 where
@@ -66,7 +66,7 @@ export class View {
   }
 
   /** What is shown: a bitmap (null where the browser has none) and its size, once it is known. */
-  setPicture(bitmap, size, keepView = false) {
+  setImage(bitmap, size, keepView = false) {
     this.bitmap?.close();
     this.bitmap = bitmap;
     const same =
@@ -89,7 +89,7 @@ export class View {
     return Math.min(
       (width - 2 * margin) / this.size.width,
       (height - 2 * margin) / this.size.height,
-      4, // a small picture is enlarged, but stays a picture
+      4, // a small image is enlarged, but stays an image
     );
   }
 
@@ -146,7 +146,7 @@ export class View {
     if (dx || dy) this.pan(dx, dy);
   }
 
-  /** Keeps the picture in view: in the middle where it is smaller than the stage. */
+  /** Keeps the image in view: in the middle where it is smaller than the stage. */
   #place() {
     if (!this.size) return;
     const { width, height } = this.area;
@@ -291,7 +291,7 @@ class Pane {
     this.boxes.forEach((box, i) => box.setAttribute("tabindex", i === reached ? "0" : "-1"));
   }
 
-  /** Words over the picture, and a button where something can be done; "" takes them away. */
+  /** Words over the image, and a button where something can be done; "" takes them away. */
   say(words, { bad = false, button = "", act = null } = {}) {
     this.act = act;
     const now = JSON.stringify([words, bad, button]);

@@ -2,7 +2,7 @@
 
 import { Camera } from "./camera.js";
 import { tell } from "./notice.js";
-import { chosen, dropped } from "./pictures.js";
+import { chosen, dropped } from "./images.js";
 import { $ } from "./state.js";
 
 let addFiles = () => {};
@@ -28,7 +28,7 @@ for (const id of ["files", "folder"]) {
 let pasted = 0;
 
 function namedPaste(file) {
-  // A browser calls every picture from the clipboard image.png.
+  // A browser calls every image from the clipboard image.png.
   const own = file.name && !/^image\.\w+$/.test(file.name);
   const suffix = (file.type.split("/")[1] || "png").replace("jpeg", "jpg").replace("+xml", "");
   return { file, name: own ? file.name : `pasted-${++pasted}.${suffix}` };
@@ -39,7 +39,7 @@ document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
   event.preventDefault();
   if (files.length > 0) addFiles(files.map(namedPaste));
-  else tell("There is no picture in the clipboard.");
+  else tell("There is no image in the clipboard.");
 });
 $("paste").addEventListener("click", async () => {
   if (!navigator.clipboard?.read) {
@@ -53,7 +53,7 @@ $("paste").addEventListener("click", async () => {
       if (type) found.push(namedPaste(new File([await item.getType(type)], "", { type })));
     }
     if (found.length > 0) addFiles(found);
-    else tell("There is no picture in the clipboard.");
+    else tell("There is no image in the clipboard.");
   } catch (error) {
     const words =
       error.name === "NotAllowedError" ? "The browser was not allowed to read it" : error.message;

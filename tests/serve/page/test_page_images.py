@@ -1,4 +1,4 @@
-"""Pictures on the page: every way in, upright, in the strip, and within bounds."""
+"""Images on the page: every way in, upright, in the strip, and within bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colour_finder import picture
+from colour_finder import image
 from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
 from PIL import Image
 
@@ -66,20 +66,20 @@ def test_sharp_on_screens_of_any_density(open_desk: OpenDesk, draw: Draw) -> Non
 
 def test_drop(desk: Desk, draw: Draw, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
-    notes.write_text("no picture")
+    notes.write_text("no image")
     desk.transfer("dragenter", draw("a.png", (8, 8, RED)))
     assert desk.page.is_visible("#drop-sheet")
     desk.transfer("drop", draw("a.png", (8, 8, RED)), notes, draw("b.png"))
     desk.wait()
     assert not desk.page.is_visible("#drop-sheet")
     assert desk.states() == ["1", "0"]
-    assert "1 file left out, for they are no pictures: notes.txt" in desk.text("#notice")
+    assert "1 file left out, for they are no images: notes.txt" in desk.text("#notice")
     desk.page.click("#notice-close")
     assert not desk.page.is_visible("#notice")
 
 
 def test_drop_of_a_folder(desk: Desk, draw: Draw, tmp_path: Path) -> None:
-    """As from a file manager, with a picture beside it."""
+    """As from a file manager, with an image beside it."""
     draw("shots/10.png", (8, 8, RED))
     draw("shots/9.png")
     draw("shots/more/a.png")
@@ -140,7 +140,7 @@ def test_a_folder_chosen(desk: Desk, draw: Draw, tmp_path: Path) -> None:
 
 def test_paste(desk: Desk, draw: Draw) -> None:
     desk.transfer("paste")
-    assert "There is no picture in the clipboard" in desk.text("#notice")
+    assert "There is no image in the clipboard" in desk.text("#notice")
     desk.transfer("paste", draw("image.png", (8, 8, RED)))
     desk.wait()
     assert desk.text("#name") == "pasted-1.png"
@@ -210,7 +210,7 @@ def test_no_camera(open_desk: OpenDesk, script: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_shown_upright(desk: Desk, tmp_path: Path, kind: str) -> None:
+def test_images_are_shown_upright(desk: Desk, tmp_path: Path, kind: str) -> None:
     """Browsers turn most formats by themselves; Chromium leaves WebP as it lies."""
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     if kind == "JPEG":
@@ -223,7 +223,7 @@ def test_pictures_are_shown_upright(desk: Desk, tmp_path: Path, kind: str) -> No
         exif = Image.Exif()
         exif[0x0112] = orientation
         files.append(tmp_path / f"{orientation}.{kind.lower()}")
-        whole = picture((8, 40, RED), (80, 40, BLUE))
+        whole = image((8, 40, RED), (80, 40, BLUE))
         whole.save(files[-1], kind, exif=exif.tobytes(), **options)
     desk.choose(*files)
     for orientation, (x, y) in places.items():
@@ -236,21 +236,21 @@ def test_pictures_are_shown_upright(desk: Desk, tmp_path: Path, kind: str) -> No
         desk.wait()
 
 
-def test_a_picture_that_the_browser_cannot_show(desk: Desk, draw: Draw) -> None:
+def test_a_image_that_the_browser_cannot_show(desk: Desk, draw: Draw) -> None:
     desk.choose(draw("scan.tiff", (16, 8, RED), (64, 40, GREEN)))
-    assert "This browser cannot show TIFF pictures" in desk.text(".stage-words")
+    assert "This browser cannot show TIFF images" in desk.text(".stage-words")
     assert desk.boxes() == [[16, 8, 24, 16], [64, 40, 72, 48]]
     assert desk.pixel(40, 30) == [0xC9, 0xD1, 0xD9]  # the sheet, of the light theme
     assert desk.page.locator(".found li").count() == 2
     assert desk.text(".thumb .kind") == "TIFF"
     assert desk.page.is_disabled("#save-png")
-    assert "cannot show the picture, and so not draw on it" in desk.text("#save-hint")
+    assert "cannot show the image, and so not draw on it" in desk.text("#save-hint")
 
 
-def test_an_animation_shows_the_picture_that_was_searched(desk: Desk, tmp_path: Path) -> None:
+def test_an_animation_shows_the_image_that_was_searched(desk: Desk, tmp_path: Path) -> None:
     file = tmp_path / "moving.gif"
-    later = [picture((64, 40, BLUE))]
-    picture((16, 8, RED)).save(file, save_all=True, append_images=later, duration=20, loop=0)
+    later = [image((64, 40, BLUE))]
+    image((16, 8, RED)).save(file, save_all=True, append_images=later, duration=20, loop=0)
     desk.choose(file)
     assert desk.boxes()[0] == [16, 8, 24, 16]
     desk.page.wait_for_timeout(100)
@@ -266,7 +266,7 @@ def test_transparency_lies_on_white(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_a_wrong_size_draws_no_boxes(desk: Desk, draw: Draw, ask: Callable[..., Any]) -> None:
-    """Should a browser turn a picture otherwise than the server, boxes would lie anywhere."""
+    """Should a browser turn an image otherwise than the server, boxes would lie anywhere."""
     file = draw("one.png", (16, 8, RED))
     said = ask(file)
     said["images"][0].update(height=96, width=64)
@@ -281,7 +281,7 @@ def test_the_strip(desk: Desk, draw: Draw) -> None:
     files = [draw(f"{n}.png", *[(8 * k, 8, RED) for k in range(n)]) for n in range(4)]
     desk.choose(*files)
     assert desk.states() == ["0", "1", "2", "3"]
-    assert "4 pictures" in desk.text("#progress-words")
+    assert "4 images" in desk.text("#progress-words")
     page = desk.page
     assert page.locator(".thumb").first.get_attribute("aria-label") == "0.png, 0 objects"
     assert desk.text("#name") == "0.png"
@@ -298,7 +298,7 @@ def test_the_strip(desk: Desk, draw: Draw) -> None:
     assert desk.text("#name") == "3.png"
     page.keyboard.press("ArrowRight")
     assert desk.text("#name") == "3.png"
-    # In the strip itself the focus goes with the picture.
+    # In the strip itself the focus goes with the image.
     page.locator(".thumb").last.focus()
     page.keyboard.press("Home")
     assert page.evaluate("() => document.activeElement.title") == "0.png"
@@ -327,7 +327,7 @@ def test_a_few_uploads_at_a_time_which_can_be_cancelled(open_desk: OpenDesk, dra
     assert desk.states().count("searching") == 3
     assert desk.states().count("waiting") == 5
     assert desk.page.is_visible("#progress")
-    # The picture in view goes before those that came earlier.
+    # The image in view goes before those that came earlier.
     desk.page.locator(".thumb").last.click()
     desk.page.evaluate("() => window.letGo[0]()")
     desk.page.wait_for_function("() => window.letGo.length === 4")
@@ -375,7 +375,7 @@ def test_what_is_removed_is_let_go(open_desk: OpenDesk, draw: Draw) -> None:
     for _ in range(5):
         desk.page.keyboard.press("ArrowRight")
     desk.page.wait_for_function("() => window.kept.size === 6")
-    # Of all pictures one is unpacked: that in view.
+    # Of all images one is unpacked: that in view.
     desk.page.wait_for_function("() => window.bitmaps === 1")
     desk.page.click("#remove")
     desk.page.wait_for_function("() => window.kept.size === 5")

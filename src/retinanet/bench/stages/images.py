@@ -1,4 +1,4 @@
-"""Picture files with their objects to a batch for the network."""
+"""Image files with their objects to a batch for the network."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _Theirs = list[tuple[Tensor, Tensor]]
 
 def data(setting: Setting) -> list[Case]:
     """JPEG files to a flipped and padded batch on one core, beside torchvision's reference."""
-    pictures = setting.pick(2, 8, 32)
+    images = setting.pick(2, 8, 32)
     shorter, longest = setting.pick((240, 400), (480, 800), (800, 1333))
-    size = f"{pictures} JPEG of {_WIDTH} x {_HEIGHT} to {shorter} px"
-    return [Case("one core", size, partial(_contest, setting, pictures, shorter, longest))]
+    size = f"{images} JPEG of {_WIDTH} x {_HEIGHT} to {shorter} px"
+    return [Case("one core", size, partial(_contest, setting, images, shorter, longest))]
 
 
-def _contest(setting: Setting, pictures: int, shorter: int, longest: int) -> Contest:
+def _contest(setting: Setting, images: int, shorter: int, longest: int) -> Contest:
     folder = Path(tempfile.mkdtemp(prefix="retinanet-bench-"))
-    dataset = _dataset(folder, pictures)
-    # With as many pictures as the data set has, each batch is all of them, in an order of its own.
+    dataset = _dataset(folder, images)
+    # With as many images as the data set has, each batch is all of them, in an order of its own.
     loader = train_loader(
         dataset,
-        batch_size=pictures,
+        batch_size=images,
         steps=10**6,
         seed=0,
         image_size=shorter,
@@ -62,10 +62,10 @@ def _contest(setting: Setting, pictures: int, shorter: int, longest: int) -> Con
     return Contest(ours, rivals, memory=False, note="ours leaves normalising to the network")
 
 
-def _dataset(folder: Path, pictures: int) -> Dataset:
+def _dataset(folder: Path, count: int) -> Dataset:
     generator, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
     images = []
-    for i in range(pictures):
+    for i in range(count):
         file = folder / f"{i}.jpg"
         file.write_bytes(jpeg(_HEIGHT, _WIDTH, generator))
         objects = tuple(
@@ -79,23 +79,23 @@ def _dataset(folder: Path, pictures: int) -> Dataset:
 def _reference(dataset: Dataset, shorter: int, longest: int) -> Callable[[], _Theirs]:
     """torchvision's reference for detection: flip of the PIL image, float, then its model's part.
 
-    That part normalises, resizes and batches pictures and boxes (``GeneralizedRCNNTransform``).
+    That part normalises, resizes and batches images and boxes (``GeneralizedRCNNTransform``).
     """
     mean, deviation = ([value / 255 for value in one] for one in (IMAGENET_MEAN, IMAGENET_STD))
     transform = GeneralizedRCNNTransform(shorter, longest, mean, deviation)
     boxes = [torch.tensor([one.box for one in image.annotations]) for image in dataset.images]
 
     def call() -> _Theirs:
-        pictures, targets = [], []
+        images, targets = [], []
         with _one_thread():
             for image, own in zip(dataset.images, boxes, strict=True):
                 with Image.open(image.path) as file:
-                    picture = F.horizontal_flip(file.convert("RGB"))
-                pictures.append(F.pil_to_tensor(picture).float().div_(255))
+                    img = F.horizontal_flip(file.convert("RGB"))
+                images.append(F.pil_to_tensor(img).float().div_(255))
                 flipped = own.clone()
                 flipped[:, [0, 2]] = _WIDTH - own[:, [2, 0]]
                 targets.append({"boxes": flipped})
-            batch, resized = transform(pictures, targets)
+            batch, resized = transform(images, targets)
         return [(one, target["boxes"]) for one, target in zip(batch.tensors, resized, strict=True)]
 
     return call

@@ -1,10 +1,10 @@
-// Pictures as they come: from files, folders, the clipboard; decoded upright.
+// Images as they come: from files, folders, the clipboard; decoded upright.
 
 const SUFFIX = /\.(jpe?g|jpe|jfif|mpo|png|bmp|tiff?|webp|gif|p[pgb]m|jp2|avif|hei[cf])$/i;
 const inOrder = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" }).compare;
 
-/** Whether a file may be a picture; the server has the last word. */
-export function isPicture(file) {
+/** Whether a file may be an image; the server has the last word. */
+export function isImage(file) {
   if (SUFFIX.test(file.name)) return true;
   return file.type.startsWith("image/") && !file.type.startsWith("image/svg");
 }
@@ -54,7 +54,7 @@ export function chosen(input) {
 }
 
 /**
- * A file's pixels, upright as the server sees them, and of an animation the first picture.
+ * A file's pixels, upright as the server sees them, and of an animation the first image.
  *
  * Rejects where the browser has no decoder for the format.
  */
@@ -64,7 +64,7 @@ export async function decode(file, options = {}) {
   return orientation > 1 ? turned(bitmap, orientation) : bitmap;
 }
 
-/** A small picture for the strip as a Blob. */
+/** A small image for the strip as a Blob. */
 export async function thumbnail(file, height) {
   const bitmap = await decode(file, { resizeHeight: height, resizeQuality: "medium" });
   try {
