@@ -52,12 +52,12 @@ def write_fixed(
     repeated = {(split, place) for split, place, _ in in_two_splits(splits, report.image_info)}
     fixed: dict[str, Dataset] = {}
     for name, dataset in splits.items():
-        images = [
+        kept = [
             _fixed_image(image, report.image_info[image.path])
             for place, image in enumerate(dataset.images)
             if (name, place) not in repeated and not report.image_info[image.path].failure
         ]
-        fixed[name] = replace(dataset, images=tuple(images), problems=())
+        fixed[name] = replace(dataset, images=tuple(kept), problems=())
     formats = {dataset.format for dataset in splits.values()}
     if len(formats) != 1:
         raise DataError(f"the splits are of several formats: {', '.join(sorted(formats))}")
