@@ -216,15 +216,56 @@ def test_threads_are_set_for_the_run_alone(
     assert torch.get_num_threads() == 1
 
 
-def test_outputs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compare(got: int, expected: int) -> str:
-        assert got == expected, f"{got}\nis not {expected}"
-        return ""
+def equal(got: int, expected: int) -> str:
+    if got != expected:
+        raise AssertionError(f"{got}\nis not {expected}")
+    return "equal"
 
-    monkeypatch.setattr(run, "STAGES", toy(lambda: 1, lambda: 2, compare))
-    with pytest.raises(RetinaNetError, match="toy: ours and other differ: 1 is not 2") as caught:
-        next(bench(["toy"], memory=False, device="cpu"))
-    assert "\n" not in str(caught.value)
+
+def crash() -> Any:
+    raise RuntimeError("out\nof memory")
+
+
+def test_bench_outputs_differ_row_fails_and_the_rest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[int] = []
+    wrong = [Rival("other", lambda: 2, equal)]
+    two = [Rival("other", lambda: 2, equal), Rival("crashing", crash, equal),
+           Rival("right", lambda: 1, equal)]  # fmt: skip
+    cases = [
+        Case("wrong", "1", lambda: Contest(lambda: ours.append(1) or 1, wrong)),  # type: ignore[func-returns-value]
+        Case("two wrong", "1", lambda: Contest(lambda: 1, two)),
+        Case("no setup", "1", crash),
+        Case("ours crashes", "1", lambda: Contest(crash, [])),
+        Case("right", "1", lambda: Contest(lambda: 1, [Rival("right", lambda: 1, equal)])),
+    ]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+    rows = list(bench(["toy"], rounds=3, memory=False, device="cpu"))
+    differ = "ours and other differ: 1 is not 2"
+    assert [(row.way, row.rival, row.error) for row in rows] == [
+        ("wrong", "other", differ),
+        ("two wrong", "right", ""),
+        ("two wrong", "crashing", "RuntimeError: out of memory"),
+        ("two wrong", "other", differ),
+        ("no setup", "", "RuntimeError: out of memory"),
+        ("ours crashes", "", "RuntimeError: out of memory"),
+        ("right", "right", ""),
+    ]
+    assert ours == [1]  # an output that nothing confirms is not timed
+    assert [row.ours is None for row in rows] == [bool(row.error) for row in rows]
+
+
+def test_bench_memory_process_fails_times_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(stage: str, way: str, rival: str, setting: Setting) -> int:
+        if rival:
+            raise RetinaNetError("toy: measuring the memory of other failed: killed")
+        return 7
+
+    monkeypatch.setattr(run, "STAGES", toy(lambda: 1, lambda: 1))
+    monkeypatch.setattr(run, "peak_memory", fail)
+    (row,) = bench(["toy"], rounds=3, device="cpu")
+    assert (row.memory, row.rival_memory) == (7, None)
+    assert row.error == "toy: measuring the memory of other failed: killed"
+    assert row.speedup is not None
 
 
 def test_a_way_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,36 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 100 objects, 8 images: 245,520 anchors x 80 (equal); in float32 |" in told
 
 
+@pytest.mark.parametrize("form", [(), ("--json",), ("--markdown",)])
+def test_bench_command_a_row_fails_others_are_printed_and_exit_code_is_1(
+    form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> Contest:
+        raise RuntimeError("no int8 here")
+
+    cases = [Case("int8", "1 x 1", crash), Case("float32", "1 x 1", lambda: Contest(lambda: 1))]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+    assert main(["bench", "--no-memory", "--device", "cpu", *form]) == 1
+    printed = capsys.readouterr()
+    assert "no int8 here" in " ".join(printed.out.split())
+    assert "float32" in printed.out
+    assert "toy, int8, 1 x 1: failed: RuntimeError: no int8 here" in printed.err
+    assert "error: 1 of 2 rows failed: toy, int8" in printed.err
+
+
+@pytest.mark.parametrize("form", ["--json", "--markdown"])
+def test_bench_command_ctrl_c_prints_what_was_measured(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> Contest:
+        raise KeyboardInterrupt
+
+    cases = [Case("done", "1 x 1", lambda: Contest(lambda: 1)), Case("later", "", interrupt)]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+    assert main(["bench", "--no-memory", "--device", "cpu", form]) == 130
+    assert "done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

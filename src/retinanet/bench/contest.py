@@ -142,6 +142,7 @@ class Row:
         input_bytes: of the logits, where memory is judged by them.
         difference: how far the two outputs are apart.
         note: how ours was done, or why it was not.
+        error: why the row failed; empty: it did not. A rival whose output differs is not timed.
         goals: figure by figure what it should reach (:mod:`retinanet.bench.goals`).
         met: figure by figure whether it does; only at full size.
     """
@@ -165,6 +166,7 @@ class Row:
     input_bytes: int | None = None
     difference: str = ""
     note: str = ""
+    error: str = ""
     goals: Mapping[str, float] = field(default_factory=dict)
     met: Mapping[str, bool] = field(default_factory=dict)
 

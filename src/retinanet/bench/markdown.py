@@ -78,7 +78,7 @@ def _cells(row: Row, rivals: Sequence[str]) -> list[str]:
         what += f" / {row.rival}"
     if row.difference:
         what += f" ({row.difference})"
-    for more in (row.note, held(row)):
+    for more in (row.note, held(row), f"**failed**: {row.error}" if row.error else ""):
         if more:
             what += f"; {more}"
     if row.first is not None and row.ours is not None and row.first > 1 + 5 * row.ours.median:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,9 @@ def bench(
 
     Raises:
         ConfigError: an unknown stage, rival or device, or a rival that is not installed.
-        RetinaNetError: outputs differ by more than the stage allows.
+
+    A case that fails, or a rival whose output differs by more than the stage allows, gives a row
+    with `error` set; the other cases still run.
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
     for name in names:
@@ -104,7 +106,11 @@ def _bench(
 ) -> Iterator[Row]:
     for stage in names:
         for case in STAGES[stage](setting):
-            for row in hold(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory):
+            try:
+                rows = hold(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory)
+            except Exception as error:  # the other cases still run
+                rows = [Row(stage, case.way, case.size, error=_reason(error))]
+            for row in rows:
                 yield _judged(row, setting)
 
 
@@ -131,15 +137,20 @@ def hold(
         case: of that stage.
         setting, rounds, seconds, memory: as in :func:`bench`.
 
-    Raises:
-        RetinaNetError: outputs differ by more than the stage allows.
+    Returns:
+        rows; a rival that fails, or whose output differs by more than the stage allows, has a row
+        with `error` and no times.
     """
     row = Row(stage, case.way, case.size)
     try:
         contest = case.make()
     except MissingExtraError as error:
         return [replace(row, note=" ".join(str(error).split()))]
-    firsts, differences = _agree(contest, stage, setting.device)
+    firsts, differences, errors = _agree(contest, setting.device)
+    contest = replace(contest, rivals=[one for one in contest.rivals if one.name in differences])
+    failed = [replace(row, rival=name, error=error) for name, error in errors.items()]
+    if failed and not contest.rivals:
+        return failed  # nothing confirms our output: it is not timed
     times = _measure(contest, firsts, setting.device, rounds, seconds)
     ours = times[_OURS]
     row = replace(row, ours=_timing(ours), first=firsts[_OURS], note=contest.note)
@@ -154,24 +165,31 @@ def hold(
     del contest  # its tensors, before others' processes want memory
     gc.collect()
     if wanted:
-        row = replace(row, memory=peak_memory(stage, case.way, "", setting))
+        row = _with_memory(row, setting, "memory")
     rows = []
     for name in names:
         low, middle, high = _quartiles([b / a for a, b in zip(ours, times[name], strict=True)])
-        rows.append(
-            replace(
-                row,
-                rival=name,
-                theirs=_timing(times[name]),
-                speedup=middle,
-                speedup_low=low,
-                speedup_high=high,
-                difference=differences[name],
-                rival_held=rivals_held[name],
-                rival_memory=peak_memory(stage, case.way, name, setting) if wanted else None,
-            )
+        of_rival = replace(
+            row,
+            rival=name,
+            theirs=_timing(times[name]),
+            speedup=middle,
+            speedup_low=low,
+            speedup_high=high,
+            difference=differences[name],
+            rival_held=rivals_held[name],
         )
-    return rows or [row]
+        rows.append(_with_memory(of_rival, setting, "rival_memory") if wanted else of_rival)
+    return (rows or [row]) + failed
+
+
+def _with_memory(row: Row, setting: Setting, name: Literal["memory", "rival_memory"]) -> Row:
+    """The row with that peak; if measuring it fails, with the error, and its times stay."""
+    side = row.rival if name == "rival_memory" else ""
+    try:
+        return replace(row, **{name: peak_memory(row.stage, row.way, side, setting)})
+    except RetinaNetError as error:
+        return replace(row, error=row.error or _reason(error))
 
 
 _OURS, _LIMIT = "", "the limit"  # keys beside the rivals' names
@@ -182,25 +200,39 @@ def _told(held: Callable[[], int] | None) -> int | None:
 
 
 def _agree(
-    contest: Contest, stage: str, device: torch.device
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of the first call of each side, and by rival how far its result is from ours.
+    contest: Contest, device: torch.device
+) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+    """Call each side once and compare the outputs.
 
     The rivals go first: ours may write over what it is given.
+
+    Returns:
+        seconds of each side's first call; by rival how far its output is from ours; by rival why
+        it failed or that its output differs too much.
     """
-    calls = {**{rival.name: rival.call for rival in contest.rivals}, _OURS: contest.ours}
     results: dict[str, Any] = {}
-    firsts = {}
-    for name, call in calls.items():
-        firsts[name] = clock(partial(_keep, results, name, call), device)
-    differences = {}
+    firsts, differences, errors = {}, {}, {}
     for rival in contest.rivals:
+        try:
+            firsts[rival.name] = clock(partial(_keep, results, rival.name, rival.call), device)
+        except Exception as error:  # ours is timed all the same
+            errors[rival.name] = _reason(error)
+    firsts[_OURS] = clock(partial(_keep, results, _OURS, contest.ours), device)
+    for rival in contest.rivals:
+        if rival.name in errors:
+            continue
         try:
             differences[rival.name] = rival.compare(results[_OURS], results[rival.name])
         except AssertionError as error:
-            reason = " ".join(str(error).split())
-            raise RetinaNetError(f"{stage}: ours and {rival.name} differ: {reason}") from None
-    return firsts, differences
+            errors[rival.name] = f"ours and {rival.name} differ: {_reason(error)}"
+    return firsts, differences, errors
+
+
+def _reason(error: Exception) -> str:
+    """An exception in a line; without a message, its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, RetinaNetError | AssertionError)
+    return text if expected else f"{type(error).__name__}: {text}"
 
 
 def _keep(results: dict[str, Any], name: str, call: Callable[[], Any]) -> None:

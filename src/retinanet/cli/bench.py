@@ -87,18 +87,24 @@ def bench(
         for line in machine.lines():
             say(line)
     rows: list[Row] = []
-    for stage, of_stage in groupby(measured, key=lambda row: row.stage):
-        own = []
-        for row in of_stage:
-            own.append(row)
-            note(_line(row))
-        rows += own
-        if not (json or markdown):
-            _print(stage, own)
-    if json:
-        print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
-    elif markdown:
-        say(to_markdown(machine.lines(), rows).rstrip())
+    try:
+        for stage, of_stage in groupby(measured, key=lambda row: row.stage):
+            own = []
+            for row in of_stage:
+                rows.append(row)
+                own.append(row)
+                note(_line(row))
+            if not (json or markdown):
+                _print(stage, own)
+    finally:  # after Ctrl-C too: what was measured is not lost
+        if json:
+            print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
+        elif markdown:
+            say(to_markdown(machine.lines(), rows).rstrip())
+    failed = [f"{row.stage}, {row.way}" for row in rows if row.error]
+    if failed:
+        note(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
+        raise typer.Exit(1)
 
 
 def _line(row: Row) -> str:
@@ -107,12 +113,12 @@ def _line(row: Row) -> str:
 
     line = f"{row.stage}, {row.way}, {row.size}: "
     if row.ours is None:
-        return line + row.note
+        return line + (f"failed: {row.error}" if row.error else row.note)
     line += seconds(row.ours.median)
     if row.theirs is not None:
         line += f"; {row.rival} {seconds(row.theirs.median)}, {ratio(row)} times as long"
         line += f" ({row.difference})"
-    for more in (row.note, held(row)):
+    for more in (row.note, held(row), f"failed: {row.error}" if row.error else ""):
         if more:
             line += f"; {more}"
     if row.first is not None and row.first > 1 + 5 * row.ours.median:
@@ -145,7 +151,9 @@ def _print(stage: str, rows: list[Row]) -> None:
     for row in rows:
         what = row.way + (f" / {row.rival}" if len(rivals) > 1 and row.rival else "")
         # The size is said where it changes.
-        beneath = ([row.size] if row.size != size else []) + ([] if row.ours else [row.note])
+        beneath = ([row.size] if row.size != size else []) + (
+            [] if row.ours else [f"failed: {row.error}" if row.error else row.note]
+        )
         size = row.size
         table.add_row(
             "\n".join([what, *(f"[dim]{escape(line)}[/dim]" for line in beneath)]),
