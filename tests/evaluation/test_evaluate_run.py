@@ -23,8 +23,8 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate, evaluate_model, match_classes, search, write_results
+from retinanet.inference.backends import Network, build_network
 from retinanet.inference.detector import Detector
-from retinanet.inference.network import Network, build_network
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet, build_retinanet

@@ -17,7 +17,7 @@ from retinanet.data import archives
 from retinanet.data.images import IMAGE_SUFFIXES, read_image, read_reduced
 from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, ImageError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
