@@ -61,9 +61,30 @@ def test_every_kind_of_image_gives_the_same(
         file,
         str(file),
         file.read_bytes(),
+        bytearray(file.read_bytes()),
+        memoryview(file.read_bytes()),
     ]
     for found in [one(detector.detect(kind)) for kind in kinds] + several(detector.detect(kinds)):
         assert found.boxes.tolist() == [BOX, BOX]
+
+
+def test_detect_with_value_range_scales_pixels_of_other_ranges(
+    detector: Detector, square: Pixels, tmp_path: Path
+) -> None:
+    deep = square.astype(np.int32) * 16  # of a 12-bit camera
+    expected = one(detector.detect(square))
+    found = one(detector.detect(deep, value_range=(0, 4080)))
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.scores, expected.scores)
+    assert found.draw().tobytes() == expected.draw().tobytes()
+    tiled = one(detector.detect(deep, tile=64, value_range=(0, 4080)))
+    assert torch.equal(tiled.boxes, one(detector.detect(square, tile=64)).boxes)
+    with pytest.raises(
+        ImageError, match=r"ambiguous value range: int32 values from .*value_range="
+    ):
+        detector.detect(deep)
+    with pytest.raises(ConfigError, match=r"invalid value_range: \(1, 0\)"):
+        detector.detect(square, value_range=(1, 0))
 
 
 def test_folder_glob_list_and_batch_give_lists(
@@ -222,7 +243,7 @@ def test_whatever_a_decoder_raises_is_reported(
 ) -> None:
     calls = iter([MemoryError("of all\nmemory"), None])
 
-    def read(*_: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+    def read(*_: Any, value_range: Any) -> tuple[torch.Tensor, tuple[int, int]]:
         error = next(calls)
         if error is not None:
             raise error
