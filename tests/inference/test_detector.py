@@ -334,3 +334,29 @@ def test_real_network_end_to_end(tmp_path: Path) -> None:
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    model = build_retinanet(
+        backbone="resnet18",
+        num_classes=1,
+        backbone_weights="none",
+        norm="group",
+        channels=16,
+        head_depth=1,
+    )
+    torch.nn.init.normal_(model.class_head.last.weight, std=0.5)
+    checkpoint = Checkpoint(model, ("a",), (0,), 64, 96, {"detect": {"score_threshold": 0.02}})
+    detector = Detector(checkpoint, device="cpu", precision="float32")
+    random = np.random.default_rng(0)
+    sizes = [(64, 64), (64, 96), (96, 64), (60, 64), (64, 90)]
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    for alone, joined in zip(
+        several(detector.detect(images)),
+        several(detector.detect(images, batch_size=5)),
+        strict=True,
+    ):
+        assert len(alone) == len(joined) > 10
+        torch.testing.assert_close(alone.scores, joined.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.boxes, joined.boxes, atol=1e-3, rtol=1e-5)

@@ -54,6 +54,7 @@ from retinanet.inference.tiles import (
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.model.precision import choose_device
+from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
 _MOST_BROKEN = 64  # images or tiles that wait for a batch to be full
@@ -169,7 +170,8 @@ class Detector:
             source: what :func:`retinanet.inference.sources.find_sources` takes: a path, a folder, a
                 glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
                 image file, or a list of them.
-            batch_size: images that the network takes at once.
+            batch_size: images that the network takes at once, where they have the same size for it:
+                others go in batches of their own, so that no result depends on this number.
             tile, overlap: as in :meth:`stream`: search huge images in tiles too.
             value_range: the values of black and of full intensity of the images, where
                 :func:`retinanet.data.images.read_image` cannot know them.
@@ -292,15 +294,20 @@ class Detector:
                 )
                 for of, one in zip(reduced, prepared, strict=True)
             ]
-        images, sizes = pad_batch([one.pixels for one in prepared], fill=self._fill)
-        found = detect_batch(
-            self.network,
-            images.to(self.device),
-            sizes,
-            torch.tensor([one.size for one in prepared]),
-            **Thresholds(**{**self.thresholds, **thresholds}),
-        )
-        return [Detections(o.boxes.cpu(), o.scores.cpu(), o.labels.cpu()) for o in found]
+        used = Thresholds(**{**self.thresholds, **thresholds})
+        found: list[Detections | None] = [None] * len(prepared)
+        for positions in _of_one_padded_size(prepared):
+            same = [prepared[position] for position in positions]
+            images, sizes = pad_batch([image.pixels for image in same], fill=self._fill)
+            original_sizes = torch.tensor([image.size for image in same])
+            batch = detect_batch(
+                self.network, images.to(self.device), sizes, original_sizes, **used
+            )
+            for position, objects in zip(positions, batch, strict=True):
+                found[position] = Detections(
+                    objects.boxes.cpu(), objects.scores.cpu(), objects.labels.cpu()
+                )
+        return cast(list[Detections], found)
 
     def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> ImageDetections:
         """`objects` of an image of `size` (height, width) with all that a person wants to know."""
@@ -453,6 +460,20 @@ class _Ready:
 
     piece: Piece
     prepared: Prepared | Failure
+
+
+def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
+    """Positions of the images by their height and width padded to multiples of 32.
+
+    Padding reaches the features: padded to the largest of a batch, the scores of an image would
+    depend on the other images.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, image in enumerate(images):
+        divisor = RetinaNet.size_divisor
+        padded = tuple(-(-side // divisor) * divisor for side in image.pixels.shape[-2:])
+        groups.setdefault(padded, []).append(position)
+    return list(groups.values())
 
 
 def _to_search(one: _Ready | Failure) -> Prepared | None:
