@@ -41,14 +41,14 @@ from retinanet.bench.samples import anchors_for, class_work, jpeg, outputs_like,
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
+from retinanet.inference.backends import build_network
+from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
-from retinanet.inference.found import Failure
-from retinanet.inference.inference import autocast, choose_dtype
-from retinanet.inference.network import build_network
-from retinanet.inference.outputs import open_outputs
+from retinanet.inference.writers import open_outputs
 from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
 from retinanet.report.plots import COLOURS, GREY, open_figure

@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -341,6 +342,11 @@ def setting_of(name: str) -> str | None:
     meant = [setting for setting in setting_names() if setting.split(".")[1] == name]
     meant += [setting for setting, others in _OTHER_NAMES.items() if name in others]
     return meant[0] if meant else None
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, each listed once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:

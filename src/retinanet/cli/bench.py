@@ -65,7 +65,7 @@ def bench(
     from retinanet.bench import bench as measure
     from retinanet.bench import describe_machine
     from retinanet.bench.markdown import to_markdown
-    from retinanet.inference.inference import choose_device
+    from retinanet.model.precision import choose_device
 
     if json and markdown:
         raise typer.BadParameter("--json and --markdown are two forms of one output: give one")

@@ -24,11 +24,11 @@ from retinanet.bench.samples import (
     rms_error,
     same_networks,
 )
+from retinanet.inference.backends import build_network
+from retinanet.inference.detections import ImageDetections
 from retinanet.inference.detector import Detector
-from retinanet.inference.found import Found
-from retinanet.inference.inference import DTYPES
-from retinanet.inference.network import build_network
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import DTYPES
 from retinanet.structures import Outputs, flatten_levels
 
 # Of the logits and of the deltas, relative rms. bf16 keeps 8 bits, fp16 11; int8 has 256 steps a
@@ -200,9 +200,9 @@ def _detection(setting: Setting, precision: str) -> Contest:
     )
     detector = Detector(checkpoint, device=setting.device, precision=precision)
 
-    def ours() -> Found:
+    def ours() -> ImageDetections:
         found = detector.detect(file)
-        assert isinstance(found, Found)
+        assert isinstance(found, ImageDetections)
         return found
 
     @torch.inference_mode()
@@ -210,7 +210,7 @@ def _detection(setting: Setting, precision: str) -> Contest:
         found: dict[str, Tensor] = rival([(_pixels(file).float() / 255).to(setting.device)])[0]
         return found
 
-    def compare(got: Found, expected: dict[str, Tensor]) -> str:
+    def compare(got: ImageDetections, expected: dict[str, Tensor]) -> str:
         # Pixels differ by rounding to whole levels, which moves scores near each other past the
         # other: nearly all of the better half must be found, in the same places.
         best = len(expected["scores"]) // 2
