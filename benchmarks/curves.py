@@ -43,12 +43,12 @@ from retinanet.bench.stages.postprocess import outputs_like
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
+from retinanet.inference.backends import build_network
 from retinanet.inference.detector import Detector
-from retinanet.inference.inference import autocast, choose_dtype
-from retinanet.inference.network import build_network
 from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
 from retinanet.report.plots import COLOURS, GREY, open_figure

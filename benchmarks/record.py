@@ -28,7 +28,7 @@ from goals import describe_goals, goals_of
 from retinanet.bench import STAGES, Machine, Row, bench, describe_machine
 from retinanet.bench.tables import to_markdown
 from retinanet.files import write_atomic
-from retinanet.inference.inference import choose_device
+from retinanet.model.precision import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -26,7 +26,7 @@ from retinanet.bench.rivals import choose_rivals
 from retinanet.bench.stages import STAGES
 from retinanet.config import nearest
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
-from retinanet.inference.inference import choose_device
+from retinanet.model.precision import choose_device
 
 _ROUNDS: Mapping[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: Mapping[Size, float] = {"tiny": 1, "small": 5, "full": 40}

@@ -70,7 +70,7 @@ def bench(
     from retinanet.bench import bench as run
     from retinanet.bench import describe_machine
     from retinanet.bench.tables import remarks, to_markdown
-    from retinanet.inference.inference import choose_device
+    from retinanet.model.precision import choose_device
 
     if json and markdown:
         raise typer.BadParameter("--json and --markdown exclude each other: give only one")

@@ -25,11 +25,11 @@ from retinanet.bench.samples import (
     same_networks,
     torchvision_outputs,
 )
+from retinanet.inference.backends import build_network
+from retinanet.inference.detections import ImageDetections
 from retinanet.inference.detector import Detector
-from retinanet.inference.found import Found
-from retinanet.inference.inference import DTYPES
-from retinanet.inference.network import build_network
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import DTYPES
 from retinanet.structures import Outputs, flatten_levels
 
 # Relative rms of logits and of deltas. bf16 keeps 8 bits, fp16 11; int8 has 256 steps per channel.
@@ -210,7 +210,9 @@ def _detection(setting: Setting, precision: str) -> Benchmark:
     return Benchmark(partial(detector.detect, file), rivals, retained=retained)
 
 
-def _compare_detections(min_fraction: float, output: Found, expected: dict[str, Tensor]) -> str:
+def _compare_detections(
+    min_fraction: float, output: ImageDetections, expected: dict[str, Tensor]
+) -> str:
     # Rounding of pixels changes the order of close scores, so only the better half is compared.
     half = len(expected["scores"]) // 2
     boxes, labels = (expected[name][:half].cpu() for name in ("boxes", "labels"))

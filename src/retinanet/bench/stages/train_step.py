@@ -20,8 +20,8 @@ from retinanet.bench.samples import (
     torchvision_outputs,
 )
 from retinanet.bench.tables import count
-from retinanet.inference.inference import autocast, choose_dtype
 from retinanet.losses.detection import detection_losses
+from retinanet.model.precision import autocast, choose_dtype
 from retinanet.structures import pad_targets
 from retinanet.training.optim import build_optimizer
 
