@@ -229,6 +229,7 @@ class TrainConfig(_Section):
     deterministic: bool = False  # bit for bit repeatable, and slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 

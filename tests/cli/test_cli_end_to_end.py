@@ -191,6 +191,6 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
 
     ended = cli(*arguments)
     assert ended.code == 0, ended.err
-    assert f"going on from step {steps[-1]}" in ended.err
+    assert f"resuming from step {steps[-1]}" in ended.err
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

@@ -275,7 +275,7 @@ def test_two_calls_at_once_train_each_row_once(shapes: Path, tmp_path: Path) -> 
         assert _steps(folder) == [*range(1, 21)]
         words = folder.with_name("seed-0.log").read_text("utf-8")
         assert words.count("training on 8 images") == 1
-        assert "going on from" not in words
+        assert "resuming from" not in words
         for words in said:
             assert f"{folder.parent.name}, seed 0: AP " in words
     assert "".join(said).count("finished before") == 2  # each was the other's

@@ -66,7 +66,7 @@ def check(
     The exit code is 1 where problems were found, 0 where there are none or --fix wrote a copy.
     """
     from retinanet.data import anchor_reach, check_datasets, read_splits, write_fixed
-    from retinanet.training.step import recipe_anchors
+    from retinanet.training.data import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     splits = read_splits(data, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out)
@@ -178,7 +178,7 @@ def show(
     """
     from retinanet.cli.drawing import draw_labels
     from retinanet.data import read_dataset
-    from retinanet.training.step import recipe_anchors
+    from retinanet.training.data import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     dataset = read_dataset(
@@ -218,7 +218,7 @@ def anchors(
     An object is reached where an anchor overlaps it enough to answer for it (an IoU of .5).
     """
     from retinanet.data import anchor_reach, read_dataset, usable
-    from retinanet.training.step import recipe_anchors
+    from retinanet.training.data import recipe_anchors
 
     chosen = resolve_recipe(recipe, settings, image_size=image_size)
     whole = read_dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from retinanet.cli.console import TERMINATED, err, figure, note, seconds
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.training.events import Event
+    from retinanet.training.overfit import OverfitResult
     from retinanet.training.trainer import Run
 
 _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
@@ -46,6 +48,32 @@ def run_training(
         note(f"stopped by {by} after step {run.step}; the state is saved in {run.folder}")
         raise typer.Exit(run.exit_code)
     return run
+
+
+def run_overfit(
+    recipe: Recipe,
+    data: str | Path,
+    folder: Path | None,
+    *,
+    num_images: int,
+    steps: int | None,
+    device: str,
+    init: str | None,
+) -> OverfitResult:
+    """Learn a few images with a progress bar; without a folder the run is deleted afterwards."""
+    from retinanet.training.overfit import overfit
+
+    with tempfile.TemporaryDirectory() as scratch, _Display("overfitting") as display:
+        return overfit(
+            recipe,
+            data,
+            folder or Path(scratch) / "run",
+            num_images=num_images,
+            steps=steps,
+            device=device,
+            init=init,
+            on_event=display.show,
+        )
 
 
 def write_report(run: Run) -> Path | None:
@@ -121,11 +149,13 @@ class _Display:
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """What is about to be trained, in a line."""
-    begins = "training" if kind == "start" else f"going on from step {data['step']}:"
+    begins = "training" if kind == "start" else f"resuming from step {data['step']}:"
+    many = "process" if data["processes"] == 1 else "processes"
     return (
         f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
         f"of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
-        f"{data['device']}, {data['precision']}; split: {data['split_origin']}"
+        f"{data['processes']} {many} on {data['device']}, {data['precision']}; "
+        f"split: {data['split_origin']}"
     )
 
 

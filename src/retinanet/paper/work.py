@@ -27,9 +27,8 @@ from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
 from retinanet.paper.share import take
-from retinanet.training.events import Listener
-from retinanet.training.run_folder import RunFolder
-from retinanet.training.state import read_progress
+from retinanet.training.events import EventCallback
+from retinanet.training.run_folder import RunFolder, read_progress
 from retinanet.training.trainer import train
 
 TAKEN = 75
@@ -113,7 +112,7 @@ def describe_task(
     return json.dumps(task) + "\n"
 
 
-def work(source: int, on_event: Listener | None = None) -> int:
+def work(source: int, on_event: EventCallback | None = None) -> int:
     """Do a task, or go on with it, and leave its result.
 
     Args:
@@ -247,7 +246,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _train(task: Mapping[str, Any], folder: Path, on_event: Listener | None) -> int:
+def _train(task: Mapping[str, Any], folder: Path, on_event: EventCallback | None) -> int:
     torch.set_num_threads(task["threads"])
     recipe = build_recipe(tomllib.loads(task["recipe"]), "the task")
     made = {"seed": recipe.split_seed, "held_out": recipe.data.held_out}
