@@ -60,7 +60,7 @@ def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path
         "data.split_seed=5", "data.held_out=0.3",
     )  # fmt: skip
     run = train_rival(name, recipe, splits, tmp_path / "run", device="cpu", on_event=events.append)
-    names = {one.name for one in run.folder.iterdir()}
+    names = {path.name for path in run.folder.iterdir() if path.name[0] != "."}
     assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
     lines = _log(run.folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]

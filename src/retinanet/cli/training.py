@@ -1,4 +1,4 @@
-"""What training looks like while it runs, for ``train`` and ``demo`` alike."""
+"""Progress display of ``train`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run_overfit(
 
 
 def write_report(run: Run) -> Path | None:
-    """The run's ``report.html`` and plots; a report that fails costs a line, not the run."""
+    """Write ``report.html`` and plots; warn where that fails, since the run itself succeeded."""
     from retinanet.report.html import write_report as write
 
     try:
@@ -88,7 +88,7 @@ def write_report(run: Run) -> Path | None:
 
 
 class _Display:
-    """A bar and a line of figures on a terminal; elsewhere a line now and then."""
+    """A progress bar and a line of metrics on a terminal; elsewhere a line every 30 seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -115,7 +115,7 @@ class _Display:
             self._live.stop()
 
     def show(self, event: Event) -> None:
-        """Draw what training says of itself."""
+        """Display an event."""
         data = event.data
         match event.kind:
             case "start" | "resume":
@@ -148,7 +148,7 @@ class _Display:
 
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
-    """What is about to be trained, in a line."""
+    """Describe the training in a line."""
     begins = "training" if kind == "start" else f"resuming from step {data['step']}:"
     many = "process" if data["processes"] == 1 else "processes"
     return (
@@ -160,7 +160,7 @@ def describe_start(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def describe_step(data: Mapping[str, Any]) -> str:
-    """One step's figures, in a line."""
+    """Describe a step's metrics in a line."""
     return ", ".join(
         (
             f"loss {data['loss']:.3f} (class {data['loss_classification']:.3f}, "

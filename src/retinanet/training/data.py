@@ -154,7 +154,7 @@ def has_object(image: LabelledImage) -> bool:
 
 
 def _with_size(image: LabelledImage) -> LabelledImage | None:
-    """The image with its size from the file where the labels do not state it; None: unreadable."""
+    """Add the size from the file where the labels do not state it; None: unreadable."""
     if image.width and image.height:
         return image
     try:

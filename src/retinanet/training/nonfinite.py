@@ -41,7 +41,7 @@ class NonFiniteStep:
     write: bool = True
 
     def message(self, dataset: Dataset, next_step: str, of: str = "") -> str:
-        """The error message; `of` names the detector, `next_step` says what to look at."""
+        """Compose the error; `of` names the detector, `next_step` says what to look at."""
         numbers = self.numbers
         names = ", ".join(str(dataset.images[int(i)].id) for i in self.batch.indices)
         return (

@@ -14,7 +14,7 @@ from retinanet.config import TrainConfig
 
 
 def resolve_steps(images: int, settings: TrainConfig) -> int:
-    """Number of steps: ``steps``, or ``epochs`` passes over `images` images within the limits.
+    """Compute the number of steps: ``steps``, or ``epochs`` over `images` within the limits.
 
     Example:
         >>> resolve_steps(205, TrainConfig(epochs=24, min_steps=400, max_steps=4000, batch_size=8))

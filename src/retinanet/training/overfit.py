@@ -106,7 +106,7 @@ def overfit(
 
 
 def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
-    """The recipe without augmentation and with a constant learning rate, for a few images."""
+    """Remove augmentation and schedule from a recipe, for a few images."""
     values = recipe.model_dump()
     values["data"] |= {
         "multi_scale": (),

@@ -67,7 +67,7 @@ def _require_tracker(name: str) -> None:
 
 
 def from_main(accelerator: Accelerator, value: bool) -> bool:
-    """The main process's value, on every process."""
+    """Broadcast the main process's value."""
     if accelerator.num_processes == 1:
         return value
     mine = float(value and accelerator.is_main_process)

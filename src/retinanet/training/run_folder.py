@@ -205,7 +205,7 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that are complete."""
+    """Read the complete lines of a JSONL file."""
     lines = []
     for text in file.read_text("utf-8").splitlines():
         try:
@@ -231,7 +231,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The revision of the source tree that this package runs from; None for an installed one."""
+    """Describe the source tree's revision; None for an installed package."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -353,7 +353,7 @@ def _match_strides(optimizer: torch.optim.Optimizer) -> None:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """The progress saved in a ``last/`` folder, or None where there is none."""
+    """Read the progress saved in a ``last/`` folder; None where there is none."""
     try:
         return Progress(**json.loads((folder / _NUMBERS).read_text("utf-8"))["progress"])
     except FileNotFoundError:

@@ -205,7 +205,7 @@ class StepMetrics:
     grad_norm: float
 
     def as_dict(self) -> dict[str, float]:
-        """The values by the names of the log."""
+        """Return the values by the names of the log."""
         return asdict(self)
 
 

@@ -441,7 +441,7 @@ class Trainer:
         )
 
     def _eval_model(self) -> nn.Module:
-        """The EMA weights if enabled, else the model."""
+        """Return the EMA weights if enabled, else the model."""
         return self.model if self.ema is None else self.ema.module
 
     def _val_metrics(self) -> Metrics:
@@ -587,7 +587,7 @@ class Trainer:
 
 
 def steps_ahead(device: torch.device) -> int:
-    """Steps queued on the device before the results of an earlier one are read.
+    """Return the number of steps queued on the device before earlier results are read.
 
     With one a GPU never waits for the host, and the host hardly for the GPU.
     """
@@ -601,7 +601,7 @@ def _resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def _period(setting: float, steps: int) -> int:
-    """A period in steps, from a number of them or, under 1, a share of all."""
+    """Convert a period to steps: a number of them or, under 1, a share of all."""
     return max(1, round(setting * steps if setting < 1 else setting))
 
 
