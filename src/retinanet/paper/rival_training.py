@@ -28,7 +28,7 @@ from retinanet.inference.inference import autocast, choose_device, padding_colou
 from retinanet.losses.detection import Losses
 from retinanet.paper.rivals import (
     RIVALS,
-    Rival,
+    RivalInfo,
     RivalNetwork,
     build_rival,
     check_rival,
@@ -155,7 +155,7 @@ class _Subject:
         return build_rival(self._name, self._recipe, len(self._train_set.classes))
 
     def restore(self, folder: Path) -> nn.Module:
-        return load_rival(folder).network
+        return load_rival(folder)[0]
 
     def backward(
         self,
@@ -204,15 +204,15 @@ class _Subject:
 
     def write(self, folder: Path, model: nn.Module, step: int) -> None:
         data = self._recipe.data
-        rival = Rival(
-            cast(RivalNetwork, model),
-            self._train_set.classes,
-            self._train_set.category_ids,
-            data.image_size,
-            data.max_size,
-            {"seed": self._recipe.split_seed, "held_out": data.held_out},
+        network = cast(RivalNetwork, model)
+        info = RivalInfo(
+            settings=network.settings,
+            classes=self._train_set.classes,
+            category_ids=self._train_set.category_ids,
+            max_size=data.max_size,
+            split={"seed": self._recipe.split_seed, "held_out": data.held_out},
         )
-        write_rival(folder, rival)
+        write_rival(folder, network, info)
 
     def report_nonfinite(
         self,
