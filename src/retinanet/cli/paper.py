@@ -150,8 +150,16 @@ def run(
 
     All rows have the same images, steps, order and initial weights. Rerun the command to resume.
     """
+<<<<<<< HEAD
     from retinanet.paper.outputs import write_outputs
     from retinanet.paper.plan import Settings
+=======
+    from retinanet.model.precision import choose_device
+    from retinanet.paper.outputs import Trained, finish, read_foreign
+    from retinanet.paper.pace import steps_within
+    from retinanet.paper.plan import Terms, check_images, check_networks, plan, read_data
+    from retinanet.paper.run import find_workplace, run_plan
+>>>>>>> main
 
     experiments = _find_experiments(name)
     _check_rows(name, experiments, row or ())
@@ -221,7 +229,7 @@ def _train(
     external: dict[str, Path],
 ) -> Trainings:
     """Check everything, then run the trainings of some experiments."""
-    from retinanet.inference.inference import choose_device
+    from retinanet.model.precision import choose_device
     from retinanet.paper.budget import with_budget
     from retinanet.paper.outputs import Trainings, read_external
     from retinanet.paper.plan import check_images, check_networks, make_plan, read_data

@@ -16,6 +16,7 @@ import torch
 from retinanet.bench.machine import describe_machine
 from retinanet.data import usable
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
 from retinanet.evaluation.loss_distribution import loss_distribution
@@ -23,8 +24,8 @@ from retinanet.evaluation.run import evaluate
 from retinanet.evaluation.speed_accuracy import search_call, time_in_turns
 from retinanet.files import write_atomic
 from retinanet.inference.detector import Detector
-from retinanet.inference.inference import choose_device, padding_colour
 from retinanet.model.checkpoint import load_checkpoint
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
 from retinanet.paper.claims import Outcome, collect_results, evaluate_loss_shares
@@ -287,7 +288,7 @@ def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable
         batch_size=1,
         image_size=info.settings.image_size,
         max_size=info.max_size,
-        fill=padding_colour(network),
+        fill=padding_colour(network.pixel_mean),
     )
     batches = [batch.to(choose_device(device)) for batch in loader]
 
