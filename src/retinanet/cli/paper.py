@@ -150,16 +150,8 @@ def run(
 
     All rows have the same images, steps, order and initial weights. Rerun the command to resume.
     """
-<<<<<<< HEAD
     from retinanet.paper.outputs import write_outputs
     from retinanet.paper.plan import Settings
-=======
-    from retinanet.model.precision import choose_device
-    from retinanet.paper.outputs import Trained, finish, read_foreign
-    from retinanet.paper.pace import steps_within
-    from retinanet.paper.plan import Terms, check_images, check_networks, plan, read_data
-    from retinanet.paper.run import find_workplace, run_plan
->>>>>>> main
 
     experiments = _find_experiments(name)
     _check_rows(name, experiments, row or ())
