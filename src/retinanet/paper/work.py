@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from retinanet.config import Recipe, build_recipe, load_recipe, to_toml
 from retinanet.data import read_splits, usable
@@ -235,11 +235,11 @@ def _train_together(task: Task, on_event: Listener | None) -> int:
     """Train with several processes; a stop kills them, and their last state is resumed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    context = multiprocessing.spawn(_train_rank, (task, port, on_event), task.processes, join=False)
+    context = spawn(_train_rank, (task, port, on_event), task.processes, join=False)
     try:
         while not context.join():
             pass
-    except multiprocessing.ProcessExitedException as error:
+    except ProcessExitedException as error:
         return 128 - error.exit_code if error.exit_code < 0 else error.exit_code
     except KeyboardInterrupt:
         return EXIT_STOPPED
@@ -257,8 +257,7 @@ def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> 
     try:
         _train(task, on_event if rank == 0 else None)
     except RetinaNetError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
 
 
 def _train(task: Task, on_event: Listener | None) -> int:
