@@ -23,9 +23,18 @@ from retinanet.data.images import (
     check_value_range,
     network_size,
     pad_batch,
+    padding_colour,
     resize_to,
 )
 from retinanet.errors import ConfigError, ImageError
+from retinanet.inference.backends import (
+    Network,
+    Thresholds,
+    build_network,
+    detect_batch,
+    to_original,
+)
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.exported import (
     ExportedFile,
     ExportedNetwork,
@@ -34,15 +43,6 @@ from retinanet.inference.exported import (
     is_exported,
     read_exported,
 )
-from retinanet.inference.found import Failure, Found
-from retinanet.inference.inference import (
-    Thresholds,
-    choose_device,
-    detect_batch,
-    padding_colour,
-    to_original,
-)
-from retinanet.inference.network import Network, build_network
 from retinanet.inference.sources import Source, find_sources, is_single, iter_sources
 from retinanet.inference.tiles import (
     Part,
@@ -53,6 +53,8 @@ from retinanet.inference.tiles import (
     tile_side,
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+from retinanet.model.precision import choose_device
+from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
 _MOST_BROKEN = 64  # images or tiles that wait for a batch to be full
@@ -108,7 +110,7 @@ class Detector:
             precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
                 ``float32``, ``bf16``, ``fp16``, ``int8``.
             backend: ``auto``, ``torch``, ``compile`` or ``openvino``
-                (:mod:`retinanet.inference.network`).
+                (:mod:`retinanet.inference.backends`).
             calibrate: for int8: images as :meth:`detect` takes them, of the kind that will be
                 searched; 300 of them are looked at.
             image_size: None is what the model was trained with; larger finds smaller objects.
@@ -143,7 +145,7 @@ class Detector:
             return
         self.device = choose_device(device)
         self.model = checkpoint.model.eval().to(self.device)
-        self._fill = padding_colour(self.model)
+        self._fill = padding_colour(self.model.pixel_mean)
         self.network = build_network(
             self.model,
             self.device,
@@ -161,21 +163,22 @@ class Detector:
         overlap: float = 0.2,
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Found | list[Found]:
+    ) -> ImageDetections | list[ImageDetections]:
         """Search one image or several.
 
         Args:
             source: what :func:`retinanet.inference.sources.find_sources` takes: a path, a folder, a
                 glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
                 image file, or a list of them.
-            batch_size: images that the network takes at once.
+            batch_size: images that the network takes at once, where they have the same size for it:
+                others go in batches of their own, so that no result depends on this number.
             tile, overlap: as in :meth:`stream`: search huge images in tiles too.
             value_range: the values of black and of full intensity of the images, where
                 :func:`retinanet.data.images.read_image` cannot know them.
             thresholds: laid over :attr:`thresholds` for this call.
 
         Returns:
-            A :class:`Found` for one image; a list for a folder, a glob, a batch or a list.
+            :class:`ImageDetections` for one image; a list for a folder, a glob, a batch or a list.
 
         Raises:
             DataError: a path does not exist, a folder or glob holds no image, a type is unknown.
@@ -206,7 +209,7 @@ class Detector:
         overlap: float = 0.2,
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """Search any number of images in memory that does not grow with their number.
 
         Images are read ahead in threads while the network runs. One that cannot be read comes out
@@ -291,19 +294,24 @@ class Detector:
                 )
                 for of, one in zip(reduced, prepared, strict=True)
             ]
-        images, sizes = pad_batch([one.pixels for one in prepared], fill=self._fill)
-        found = detect_batch(
-            self.network,
-            images.to(self.device),
-            sizes,
-            torch.tensor([one.size for one in prepared]),
-            **Thresholds(**{**self.thresholds, **thresholds}),
-        )
-        return [Detections(o.boxes.cpu(), o.scores.cpu(), o.labels.cpu()) for o in found]
+        used = Thresholds(**{**self.thresholds, **thresholds})
+        found: list[Detections | None] = [None] * len(prepared)
+        for positions in _of_one_padded_size(prepared):
+            same = [prepared[position] for position in positions]
+            images, sizes = pad_batch([image.pixels for image in same], fill=self._fill)
+            original_sizes = torch.tensor([image.size for image in same])
+            batch = detect_batch(
+                self.network, images.to(self.device), sizes, original_sizes, **used
+            )
+            for position, objects in zip(positions, batch, strict=True):
+                found[position] = Detections(
+                    objects.boxes.cpu(), objects.scores.cpu(), objects.labels.cpu()
+                )
+        return cast(list[Detections], found)
 
-    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> Found:
+    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> ImageDetections:
         """`objects` of an image of `size` (height, width) with all that a person wants to know."""
-        return Found(
+        return ImageDetections(
             boxes=objects.boxes,
             scores=objects.scores,
             labels=objects.labels,
@@ -322,7 +330,7 @@ class Detector:
         workers: int,
         thresholds: Thresholds,
         most: int | None,
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         waiting: list[_Ready | Failure] = []
         ready = 0
         for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
@@ -365,7 +373,7 @@ class Detector:
 
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """`most` boxes of an image in tiles are kept; None: all."""
         ready = [one for one in map(_to_search, waiting) if one is not None]
         found = iter(self.search(ready, **thresholds))
@@ -452,6 +460,20 @@ class _Ready:
 
     piece: Piece
     prepared: Prepared | Failure
+
+
+def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
+    """Positions of the images by their height and width padded to multiples of 32.
+
+    Padding reaches the features: padded to the largest of a batch, the scores of an image would
+    depend on the other images.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, image in enumerate(images):
+        divisor = RetinaNet.size_divisor
+        padded = tuple(-(-side // divisor) * divisor for side in image.pixels.shape[-2:])
+        groups.setdefault(padded, []).append(position)
+    return list(groups.values())
 
 
 def _to_search(one: _Ready | Failure) -> Prepared | None:
