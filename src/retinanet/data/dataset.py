@@ -93,7 +93,7 @@ class Dataset:
         format: one of :data:`retinanet.data.formats.FORMATS`, or ``synthetic``.
         source: the folder or file that was read.
         problems: what could not even be read into an annotation.
-        split_origin: how the split came about (``the format's own``, ``seed 0, 20% held out``).
+        split_origin: how the split came about (such as ``seed 0, 20% for validation``).
         extra: what else the source says of the whole (COCO's info, licences, supercategories).
     """
 
