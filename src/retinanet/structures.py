@@ -130,3 +130,17 @@ class Detections:
     def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
         for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True):
             yield box, float(score), int(label)
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return True if Python may look at the values: a CPU tensor outside compilation and torch.func.
+
+    Reading from another device would synchronise with it; under ``torch.compile`` and inside
+    ``torch.func`` transforms (grad, vmap, jvp, ...) there may be no values yet, and no memory that C
+    could work on.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

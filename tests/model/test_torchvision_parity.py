@@ -102,9 +102,9 @@ def test_logits_and_deltas(theirs: nn.Module, images: list[Tensor], outputs: Out
 def test_detections(theirs: nn.Module, ours: RetinaNet, outputs: Outputs) -> None:
     """Post-processing of the same outputs: what is left are float32 roundings of the decoding."""
     anchors = level_anchors(ours.anchors, feature_sizes(ours.anchors.strides, HEIGHT, max(WIDTHS)))
-    # Decoding a coordinate takes six operations (exp, two products for the side, one product and two
-    # sums for the centre and the corner), each off by half a step of the largest anchor coordinate
-    # at most, and both implementations may be off.
+    # Decoding a coordinate takes six operations (exp, two products for the side, a product and two
+    # sums for the centre and the corner). Each rounds by half a step of the largest anchor
+    # coordinate at most, in both implementations.
     tolerance = 6 * EPS * float(torch.cat(anchors).abs().max())
     sizes = torch.tensor([(HEIGHT, width) for width in WIDTHS])
     detections = postprocess(outputs, anchors, sizes, num_classes=91, detections_per_image=300)
@@ -115,7 +115,7 @@ def test_detections(theirs: nn.Module, ours: RetinaNet, outputs: Outputs) -> Non
     expected = theirs.postprocess_detections(levels, [anchors, anchors], sizes.tolist())
     for image, reference in zip(detections, expected, strict=True):
         assert len(image) == len(reference["scores"]) > 20
-        # In order but for scores that rounding makes equal: find the box of ours for each of theirs.
+        # In order but for scores that rounding makes equal: find our box for each of theirs.
         distance = torch.cdist(reference["boxes"], image.boxes, p=float("inf"))
         distance += 1e4 * (reference["labels"][:, None] != image.labels)
         same = distance.argmin(1)

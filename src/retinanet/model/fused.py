@@ -153,6 +153,10 @@ class FusedConv2d(nn.Module):
         self.shapes_kept: int | None = None
         self._packed: dict[torch.Size, Tensor | None] = {}  # the last used last
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors in oneDNN's layout can be neither copied nor pickled: a copy packs its own.
+        return {**self.__dict__, "_packed": {}}
+
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """The weight in the layout that oneDNN wants for an input of this shape.
 
