@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -285,6 +286,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known name nearest to `word`, or an empty text."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Names that occur more than once, each listed once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:

@@ -330,6 +330,18 @@ def test_transfer_with_other_anchors_leaves_the_last_convolutions() -> None:
     assert "class_head.tower.0.0.weight" in report.loaded
 
 
+@pytest.mark.parametrize(
+    ("target", "given", "which"),
+    [(("a", "a"), ("a", "b"), "the data"), (("a", "b"), ("b", "b"), "the source")],
+)
+def test_transfer_with_two_classes_of_one_name_raises(
+    target: tuple[str, ...], given: tuple[str, ...], which: str
+) -> None:
+    source = Checkpoint(_model(2), given, (0, 1), 64, 96)
+    with pytest.raises(WeightsError, match=f"{which} has several classes named"):
+        transfer_weights(_model(2), target, source)
+
+
 def test_transfer_of_nothing_is_an_error() -> None:
     source = Checkpoint(_model(1, backbone="resnet18", norm="group"), ("a",), (1,), 64, 64)
     model = _model(1, channels=24, head_norm="group", norm="group")

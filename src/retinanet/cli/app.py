@@ -30,7 +30,7 @@ from retinanet.cli import (
     serve,
     train,
 )
-from retinanet.cli.console import STOPPED, note, say
+from retinanet.cli.console import STOPPED, TERMINATED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
 # typer exports BadParameter alone; its parent is what every badly written command raises, whether
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None: this process's own.
 
     Returns:
-        The exit code: 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C).
+        The exit code: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     # Threads that spin while they wait for each other take the cores from all else that runs: on a
     # busy machine a search took over thirty times as long. OpenMP reads it when torch is loaded.
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         note(f"error: {_one_line(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
-    if code == STOPPED:
+    if code in (STOPPED, TERMINATED):
         goes_on = given[0] in ("train", "demo", "paper") or "ray" in given
         again = f"; to go on: {shlex.join(['retinanet', *given])}" if goes_on else ""
         note(f"stopped{again}")

@@ -301,7 +301,11 @@ def check_file(
     ap = ap_file = None
     if data is not None:
         (progress or (lambda _: None))("judging both")
-        ap, ap_file = (evaluate(one, data, split=split).ap for one in (detector, own))
+        most = detector.thresholds["detections_per_image"]  # the file cannot give more
+        ap, ap_file = (
+            evaluate(either, data, split=split, detections_per_image=most).ap
+            for either in (detector, own)
+        )
         if not ap_file >= ap - allowed.ap:
             failures.append(f"AP {ap_file:.4f} is under {ap:.4f} by more than {allowed.ap:g}")
     return ExportReport(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from retinanet.data.drawing import draw_boxes
-from retinanet.data.images import read_image
+from retinanet.data.images import ValueRange, read_image
 from retinanet.data.windows import open_windows
 from retinanet.errors import DataError
 
@@ -40,6 +40,7 @@ class Found:
             ``street/1.jpg``.
         size: (height, width) of the image in pixels.
         image: what was given: a path, or the image itself.
+        value_range: of `image`, as in :func:`retinanet.data.images.read_image`.
     """
 
     boxes: Tensor
@@ -50,6 +51,7 @@ class Found:
     name: str
     size: tuple[int, int]
     image: Any = field(repr=False)
+    value_range: ValueRange | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -78,14 +80,14 @@ class Found:
             DataError: the image is another size than the one that was searched.
             ImageError: it can no longer be read.
         """
-        img = self.image if image is None else image
+        img, value_range = (self.image, self.value_range) if image is None else (image, None)
         height, width = self.size
         scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
         if scale < 1:
-            windows = open_windows(img)
+            windows = open_windows(img, value_range=value_range)
             pixels, size = None, windows.size
         else:
-            pixels = read_image(img)
+            pixels = read_image(img, value_range=value_range)
             size = (pixels.shape[-2], pixels.shape[-1])
         if size != self.size:
             raise DataError(

@@ -2,7 +2,7 @@
 
 /** detections.json: {"images": [...], "failures": [...]}, a line an object. */
 export function detectionsJson(images, failures) {
-  const images = images.map(({ name, answer, shown }) => {
+  const lines = images.map(({ name, answer, shown }) => {
     const head = JSON.stringify({ file: name, height: answer.height, width: answer.width });
     const objects = [...shown].map((i) =>
       JSON.stringify({
@@ -16,7 +16,7 @@ export function detectionsJson(images, failures) {
     return `\n${head.slice(0, -1)}, "detections": [${list}]}`;
   });
   const refused = failures.map((one) => `\n${JSON.stringify(one)}`);
-  return `{"images": [${images.join(",")}\n],\n"failures": [${refused.join(",")}${refused.length > 0 ? "\n" : ""}]}\n`;
+  return `{"images": [${lines.join(",")}\n],\n"failures": [${refused.join(",")}${refused.length > 0 ? "\n" : ""}]}\n`;
 }
 
 /** COCO's results: a list of image_id, category_id, bbox (x, y, w, h) and score. */

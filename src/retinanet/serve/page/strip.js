@@ -70,10 +70,10 @@ async function makeThumbs() {
     );
     if (state.images.includes(image) && !image.thumb) {
       image.thumb = URL.createObjectURL(blob);
-      const image = element("img");
-      image.alt = "";
-      image.src = image.thumb;
-      image.element.querySelector(".kind, img").replaceWith(image);
+      const shown = element("img");
+      shown.alt = "";
+      shown.src = image.thumb;
+      image.element.querySelector(".kind, img").replaceWith(shown);
     }
   } catch {
     image.noThumb = true;
