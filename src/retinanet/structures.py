@@ -153,11 +153,10 @@ class Detections:
 
 
 def is_readable(values: Tensor) -> bool:
-    """Return True if Python may look at the values: a CPU tensor outside compilation and torch.func.
+    """Return True if Python may read the values without a device sync.
 
-    Reading from another device would synchronise with it; under ``torch.compile`` and inside
-    ``torch.func`` transforms (grad, vmap, jvp, ...) there may be no values yet, and no memory that C
-    could work on.
+    False on other devices than the CPU, under ``torch.compile``, and inside ``torch.func``
+    transforms (grad, vmap, jvp, ...), whose tensors may have no values and no memory of their own.
     """
     return (
         values.device.type == "cpu"

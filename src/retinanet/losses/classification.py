@@ -234,8 +234,7 @@ def _weighted_sum(
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
     labels = labels.long()
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # The compiler fuses the formula as it stands; torch.func's transforms (grad, vmap, jvp) take
-        # it apart themselves.
+        # The compiler fuses the formula as written; torch.func's transforms trace it.
         return _reference_sum(logits, labels, weights, positive, negative, formula)
     want_gradient = torch.is_grad_enabled() and logits.requires_grad
     result: Tensor = _LabelLoss.apply(
