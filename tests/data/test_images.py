@@ -19,6 +19,7 @@ from retinanet.data.images import (
     image_size,
     network_size,
     pad_batch,
+    padding_colour,
     read_image,
     read_reduced,
     resize_to,
@@ -725,3 +726,7 @@ def test_real_photos_are_pillows(real_data: Path) -> None:
     for file in files:
         assert torch.equal(read_image(file), by_pillow(file)), file
         assert image_size(file) == tuple(by_pillow(file).shape[-2:])
+
+
+def test_padding_colour_is_the_mean() -> None:
+    assert padding_colour(torch.full((3, 1, 1), 100.4)) == (100, 100, 100)

@@ -30,8 +30,8 @@ from retinanet.evaluation.run import (
     search,
     write_results,
 )
+from retinanet.inference.backends import Network, build_network
 from retinanet.inference.detector import Detector
-from retinanet.inference.network import Network, build_network
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet, build_retinanet

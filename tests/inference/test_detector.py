@@ -15,19 +15,19 @@ from PIL import Image
 from white_finder import Pixels, black
 
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
-from retinanet.inference import Detector, Failure, Found, load
+from retinanet.inference import Detector, Failure, ImageDetections, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import build_retinanet
 
 BOX = [32.0, 16.0, 48.0, 32.0]
 
 
-def one(found: Found | list[Found]) -> Found:
-    assert isinstance(found, Found)
+def one(found: ImageDetections | list[ImageDetections]) -> ImageDetections:
+    assert isinstance(found, ImageDetections)
     return found
 
 
-def several(found: Found | list[Found]) -> list[Found]:
+def several(found: ImageDetections | list[ImageDetections]) -> list[ImageDetections]:
     assert isinstance(found, list)
     return found
 
@@ -253,7 +253,7 @@ def test_whatever_a_decoder_raises_is_reported(
     first, second = detector.stream(["pyproject.toml", "pyproject.toml"], workers=1)
     assert isinstance(first, Failure)
     assert first.reason == "pyproject.toml: MemoryError: of all memory"
-    assert isinstance(second, Found)
+    assert isinstance(second, ImageDetections)
 
 
 def test_errors_of_the_network_are_not_the_images_fault(

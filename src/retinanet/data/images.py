@@ -421,6 +421,12 @@ def pad_batch(
     return batch, sizes
 
 
+def padding_colour(pixel_mean: Tensor) -> tuple[int, int, int]:
+    """Return the RGB colour that is about zero after normalisation by `pixel_mean` (3 values)."""
+    red, green, blue = (round(value) for value in pixel_mean.flatten().tolist())
+    return red, green, blue
+
+
 def _room_for(shape: tuple[int, ...], shared: bool) -> Tensor:
     """Uninitialised uint8."""
     if shared:

@@ -17,24 +17,20 @@ from retinanet.config import repeated_names
 from retinanet.data import find_format, read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
+from retinanet.inference.backends import Network, Thresholds, build_network, detections_of
+from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
-from retinanet.inference.found import Failure
-from retinanet.inference.inference import (
-    Thresholds,
-    choose_device,
-    detections_of,
-    padding_colour,
-)
-from retinanet.inference.network import Network, build_network
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Detections, Targets, concatenate_batches
 
@@ -206,7 +202,7 @@ def evaluate_model(
 
     Args:
         model: it is moved to `device`.
-        device, precision: as in :mod:`retinanet.inference.network`.
+        device, precision: as in :mod:`retinanet.inference.backends`.
         max_detections: as in :func:`evaluate`; `thresholds` are raised to it.
 
     The others are those of :func:`search`.
@@ -269,7 +265,7 @@ def search(
     divided by all their foreground anchors (with mining that of the boxes alone).
 
     Args:
-        network: as :func:`retinanet.inference.network.build_network` makes it.
+        network: as :func:`retinanet.inference.backends.build_network` makes it.
         dataset: the images and their objects.
         image_size, max_size: shorter side, and longer side at most, pixels.
         batch_size: images at once.
@@ -277,7 +273,7 @@ def search(
         loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
         progress: told how many images are done.
-        thresholds: as in :func:`retinanet.inference.inference.detect_batch`.
+        thresholds: as in :func:`retinanet.inference.backends.detect_batch`.
 
     Raises:
         ImageError: an image cannot be read.
@@ -294,7 +290,7 @@ def search(
             image_size=image_size,
             max_size=max_size,
             workers=workers,
-            fill=padding_colour(model),
+            fill=padding_colour(model.pixel_mean),
         )
         loaded = (batch.to(network.device, non_blocking=True) for batch in loader)
         done = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from retinanet.errors import ConfigError
-from retinanet.inference.inference import Thresholds
+from retinanet.inference.backends import Thresholds
 from retinanet.structures import Detections
 
 _SAME_OBJECT = 0.5

@@ -23,9 +23,18 @@ from retinanet.data.images import (
     check_value_range,
     network_size,
     pad_batch,
+    padding_colour,
     resize_to,
 )
 from retinanet.errors import ConfigError, ImageError
+from retinanet.inference.backends import (
+    Network,
+    Thresholds,
+    build_network,
+    detect_batch,
+    to_original,
+)
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.exported import (
     ExportedFile,
     ExportedNetwork,
@@ -34,15 +43,6 @@ from retinanet.inference.exported import (
     is_exported,
     read_exported,
 )
-from retinanet.inference.found import Failure, Found
-from retinanet.inference.inference import (
-    Thresholds,
-    choose_device,
-    detect_batch,
-    padding_colour,
-    to_original,
-)
-from retinanet.inference.network import Network, build_network
 from retinanet.inference.sources import Source, find_sources, is_single, iter_sources
 from retinanet.inference.tiles import (
     Part,
@@ -53,6 +53,7 @@ from retinanet.inference.tiles import (
     tile_side,
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
@@ -109,7 +110,7 @@ class Detector:
             precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
                 ``float32``, ``bf16``, ``fp16``, ``int8``.
             backend: ``auto``, ``torch``, ``compile`` or ``openvino``
-                (:mod:`retinanet.inference.network`).
+                (:mod:`retinanet.inference.backends`).
             calibrate: for int8: images as :meth:`detect` takes them, of the kind that will be
                 searched; 300 of them are looked at.
             image_size: None is what the model was trained with; larger finds smaller objects.
@@ -144,7 +145,7 @@ class Detector:
             return
         self.device = choose_device(device)
         self.model = checkpoint.model.eval().to(self.device)
-        self._fill = padding_colour(self.model)
+        self._fill = padding_colour(self.model.pixel_mean)
         self.network = build_network(
             self.model,
             self.device,
@@ -162,7 +163,7 @@ class Detector:
         overlap: float = 0.2,
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Found | list[Found]:
+    ) -> ImageDetections | list[ImageDetections]:
         """Search one image or several.
 
         Args:
@@ -177,7 +178,7 @@ class Detector:
             thresholds: laid over :attr:`thresholds` for this call.
 
         Returns:
-            A :class:`Found` for one image; a list for a folder, a glob, a batch or a list.
+            :class:`ImageDetections` for one image; a list for a folder, a glob, a batch or a list.
 
         Raises:
             DataError: a path does not exist, a folder or glob holds no image, a type is unknown.
@@ -208,7 +209,7 @@ class Detector:
         overlap: float = 0.2,
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """Search any number of images in memory that does not grow with their number.
 
         Images are read ahead in threads while the network runs. One that cannot be read comes out
@@ -308,9 +309,9 @@ class Detector:
                 )
         return cast(list[Detections], found)
 
-    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> Found:
+    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> ImageDetections:
         """`objects` of an image of `size` (height, width) with all that a person wants to know."""
-        return Found(
+        return ImageDetections(
             boxes=objects.boxes,
             scores=objects.scores,
             labels=objects.labels,
@@ -329,7 +330,7 @@ class Detector:
         workers: int,
         thresholds: Thresholds,
         most: int | None,
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         waiting: list[_Ready | Failure] = []
         ready = 0
         for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
@@ -372,7 +373,7 @@ class Detector:
 
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """`most` boxes of an image in tiles are kept; None: all."""
         ready = [one for one in map(_to_search, waiting) if one is not None]
         found = iter(self.search(ready, **thresholds))

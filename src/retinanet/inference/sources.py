@@ -23,7 +23,7 @@ from retinanet.data.images import (
 )
 from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, ImageError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 

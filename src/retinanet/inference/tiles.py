@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 from retinanet import native
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
 from retinanet.structures import Detections
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from retinanet.anchors import AnchorSpec, anchor_spec, feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
-from retinanet.inference.inference import autocast
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
+from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 from retinanet.training.processes import sync_if

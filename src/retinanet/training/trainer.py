@@ -19,11 +19,12 @@ from torch.optim.swa_utils import AveragedModel
 from retinanet.config import Recipe
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, train_loader
 from retinanet.errors import ConfigError, DataError
 from retinanet.files import replace_folder, write_atomic
-from retinanet.inference.inference import Normalising, choose_dtype, padding_colour
 from retinanet.losses.detection import RUNNING_START
+from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.events import Event, Listener
 from retinanet.training.figures import FiguresInFlight, Meter
@@ -367,7 +368,7 @@ def train_subject(
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        fill=padding_colour(cast(Normalising, model)),
+        fill=padding_colour(cast(Tensor, model.pixel_mean)),
     )
     tell(
         "resume" if stored is not None else "start",
