@@ -90,7 +90,7 @@ def _draw_matched(
     pixels, (scale_y, scale_x) = resize_to(
         read_image(image.path), recipe.data.image_size, recipe.data.max_size
     )
-    boxes = boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y])
+    boxes = boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
     padded, _ = pad_batch([pixels])
     sizes = feature_sizes(spec.strides, padded.shape[-2], padded.shape[-1])
     anchors = torch.cat(level_anchors(spec, sizes))

@@ -247,7 +247,7 @@ def train_subject(
         backbone_lr_factor=settings.backbone_lr_factor,
     )
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
-    running = torch.tensor(RUNNING_START, device=accelerator.device)
+    running = torch.tensor(RUNNING_START, dtype=torch.float32, device=accelerator.device)
 
     # --- where to begin -----------------------------------------------------------------------
     progress = Progress(steps=steps, left_out=len(left_out))
