@@ -342,7 +342,7 @@ def write(folder: Path, name: str = "ssd") -> RivalNetwork:
     network = tiny_rival(name)
     info = RivalInfo(
         settings=network.settings, classes=("a", "b", "c"), category_ids=(4, 5, 9), max_size=96,
-        split={"seed": 7, "held_out": 0.3},
+        split={"seed": 7, "val_fraction": 0.3},
     )  # fmt: skip
     write_rival(folder, network, info)
     return network
@@ -353,7 +353,7 @@ def test_loaded_rival_detects_the_same(name: str, tmp_path: Path) -> None:
     network = write(tmp_path / "best", name).eval()
     loaded, info = load_rival(tmp_path)
     assert (info.classes, info.category_ids, info.max_size) == (("a", "b", "c"), (4, 5, 9), 96)
-    assert info.split == {"seed": 7, "held_out": 0.3}
+    assert info.split == {"seed": 7, "val_fraction": 0.3}
     assert isinstance(info.split["seed"], int)
     assert loaded.settings == network.settings
     assert not loaded.training

@@ -158,7 +158,7 @@ def _draw(
     for place, image in enumerate(images):
         truth = draw_boxes(
             read_image(image.path),
-            torch.tensor([one.box for one in image.annotations]),
+            torch.tensor([one.box for one in image.annotations], dtype=torch.float32),
             torch.tensor([one.label for one in image.annotations]),
             names=dataset.classes,
         )

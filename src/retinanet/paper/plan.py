@@ -17,7 +17,7 @@ from typing import Any
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import Recipe, load_recipe
-from retinanet.data import AnchorReach, anchor_reach, check_datasets, digest, read_splits, usable
+from retinanet.data import AnchorRecall, anchor_recall, check_datasets, digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, DataError
@@ -156,7 +156,7 @@ def read_data(settings: Settings) -> dict[str, Dataset]:
     # The base recipe, without a row's seed: the validation split must not change with the seed.
     recipe = settings.load_recipe()
     splits = read_splits(
-        settings.data, extras=False, seed=recipe.split_seed, held_out=recipe.data.held_out
+        settings.data, extras=False, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction
     )
     for name, purpose in (("train", "train on"), ("val", "validate on")):
         if name not in splits:
@@ -221,7 +221,7 @@ def make_plan(
     data_digest = digest(usable(splits["train"])[0]) + digest(usable(splits["val"])[0])
     rows: dict[tuple[str, str], tuple[Training, ...]] = {}
     rejected: dict[tuple[str, str], str] = {}
-    anchor_stats: dict[object, AnchorReach] = {}
+    anchor_stats: dict[object, AnchorRecall] = {}
     for experiment in experiments:
         for row in experiment.rows:
             if not row.trained:
@@ -398,7 +398,7 @@ def _loss_name(recipe: Recipe) -> str:
 
 
 def _why_rejected(
-    row: Row, recipe: Recipe, train: Dataset, anchor_stats: dict[object, AnchorReach]
+    row: Row, recipe: Recipe, train: Dataset, anchor_stats: dict[object, AnchorRecall]
 ) -> str:
     """Return why a data set cannot train a row; empty: it can.
 
@@ -412,9 +412,9 @@ def _why_rejected(
     spec, iou = recipe_anchors(recipe), recipe.matching.foreground_iou
     key = (spec, side, longest, iou)
     if key not in anchor_stats:
-        anchor_stats[key] = anchor_reach({"train": train}, spec, side, longest, foreground_iou=iou)
+        anchor_stats[key] = anchor_recall({"train": train}, spec, side, longest, foreground_iou=iou)
     stats = anchor_stats[key]
-    if not stats.reached and not recipe.matching.low_quality_matches:
+    if not stats.matched and not recipe.matching.low_quality_matches:
         return (
             f"none of {stats.objects} objects overlaps an anchor by {iou:g} at {side} px: set "
             "anchors.sizes to fit them (retinanet data anchors)"

@@ -211,7 +211,7 @@ class _Subject:
             classes=self._train_set.classes,
             category_ids=self._train_set.category_ids,
             max_size=data.max_size,
-            split={"seed": self._recipe.split_seed, "held_out": data.held_out},
+            split={"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
         )
         write_rival(folder, network, info)
 

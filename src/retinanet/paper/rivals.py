@@ -476,7 +476,7 @@ class RivalInfo(BaseModel):
         classes: names in the order of the labels 0..K-1.
         category_ids: the data's own id of each class.
         max_size: longer side of the input at most, pixels.
-        split: ``seed`` and ``held_out`` of the validation split.
+        split: ``seed`` and ``val_fraction`` of the validation split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

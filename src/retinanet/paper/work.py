@@ -235,7 +235,9 @@ def _train_together(task: Task, on_event: Listener | None) -> int:
     """Train with several processes; a stop kills them, and their last state is resumed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    context = spawn(_train_rank, (task, port, on_event), task.processes, join=False)
+    context = spawn(  # type: ignore[no-untyped-call]
+        _train_rank, (task, port, on_event), task.processes, join=False
+    )
     try:
         while not context.join():
             pass
@@ -265,7 +267,7 @@ def _train(task: Task, on_event: Listener | None) -> int:
     folder = Path(task.folder)
     recipe = build_recipe(tomllib.loads(task.recipe), "the task")
     splits = read_splits(
-        task.data, extras=False, seed=recipe.split_seed, held_out=recipe.data.held_out
+        task.data, extras=False, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction
     )
     splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
     recipe = _with_first_weights(recipe, folder)
