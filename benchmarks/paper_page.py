@@ -4,8 +4,8 @@
 
 Each OUT is an ``--out`` folder. Its results are copied to ``benchmarks/results/paper/NAME/``, its
 tables are written to ``docs/paper-NAME.md`` and its plots to ``docs/images/paper/NAME/``. The
-claims of all data sets are written between the two markers of docs/paper.md. Without OUT the pages are
-written again from the kept results.
+claims of all data sets are written between the two markers of docs/paper.md. Without OUT the
+pages are written again from the kept results.
 """
 
 from __future__ import annotations
