@@ -115,7 +115,7 @@ class _Page(Page):
             style = f"font-weight: 600; color: {_COLOURS[claim.verdict]}"
             said = f'<td class="text" style="{style}">{_verdict(sign, claim)}</td>'
             body += f"<tr>{''.join(map(_cell, cells))}{said}</tr>"
-        return self._add(
+        return self.add(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
@@ -131,14 +131,14 @@ class _Page(Page):
         for label, *cells in one.wide_rows:
             first = f'<td class="text" style="white-space: nowrap">{escape(label)}</td>'
             body += f"<tr>{first}{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        return self._add(
+        return self.add(
             f'<div class="scroll"><table><thead><tr><th></th>{groups}</tr>'
             f"<tr><th></th>{names}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
     def links(self, title: str, links: Iterable[tuple[str, str]]) -> Self:
         """(address, text) in a paragraph behind a title."""
-        return self._add(f"<p>{escape(title)}: {_anchors(links)}</p>")
+        return self.add(f"<p>{escape(title)}: {_anchors(links)}</p>")
 
     def folded_links(
         self, title: str, rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]
@@ -148,7 +148,7 @@ class _Page(Page):
             f'<tr><td class="text">{escape(name)}</td><td class="text">{_anchors(links)}</td></tr>'
             for name, links in rows
         )
-        return self._add(
+        return self.add(
             f'<details><summary>{escape(title)}</summary><div class="scroll"><table><tbody>{body}'
             "</tbody></table></div></details>"
         )
