@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_plots import judged, log_lines
+from test_plots import evaluated, log_lines
 
 from retinanet.config import load_recipe, to_toml
 from retinanet.data import read_splits
@@ -157,7 +157,7 @@ def test_page_content_before_a_section_is_an_error() -> None:
 def test_write_report_complete_run(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     run = make_run(tmp_path / "run", data)
-    _, metrics = judged(("cat", "dog"))
+    _, metrics = evaluated(("cat", "dog"))
     for file in (run / "metrics.json", run / "evaluation" / "test" / "metrics.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics.to_dict()))
