@@ -334,7 +334,7 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
             read_splits(
                 source,
                 seed=data.get("split_seed", training.get("seed", 0)),
-                held_out=data.get("held_out", 0.2),
+                val_fraction=data.get("val_fraction", 0.2),
                 extras=False,
             ),
             "",
