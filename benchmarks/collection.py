@@ -61,7 +61,7 @@ def one(engine: str, model: str, images: str, out: str, workers: int, size: int 
     times: list[tuple[float, int]] = []
     if engine == "local":
         from retinanet.inference import load
-        from retinanet.inference.outputs import open_outputs
+        from retinanet.inference.writers import open_outputs
 
         detector = load(model, "cpu", image_size=size)
         with open_outputs(Path(out), ["json"]) as write:

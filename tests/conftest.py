@@ -1,23 +1,50 @@
-"""Fixtures that every test may use."""
+"""Shared fixtures, test order, and the peak memory of each worker."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# With `pytest -n` each worker takes its share of the processors, and so do the processes that its
-# tests start: threads that wait for each other would cost more than they give. Before torch.
+# With `pytest -n` each worker, and each process that its tests start, uses its share of the cores:
+# oversubscribed threads would slow each other down. Must be set before torch is imported.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_PEAKS: dict[str, int] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests marked ``slow`` last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None and sys.platform == "linux":
+        import resource
+
+        output["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _PEAKS[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak_kib", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for worker, peak in sorted(_PEAKS.items()):
+        terminalreporter.write_line(f"peak memory of worker {worker}: {peak / 2**20:.2f} GiB")
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data sets; tests that read it are marked ``data`` and skip without it."""
+    """Return the folder of real data sets; tests that use it are marked ``data``."""
     default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
     folder = Path(os.environ.get("RETINANET_DATA", default)).resolve()
     if not (folder / "bccd").is_dir():
@@ -27,7 +54,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def real_weights(real_data: Path) -> Path:
-    """An ImageNet MobileNetV2 backbone, kept beside the real data."""
+    """Return the ImageNet MobileNetV2 weights next to the real data."""
     file = real_data.parent / "weights" / "mobilenet_v2_imagenet.safetensors"
     if not file.is_file():
         pytest.skip(f"no backbone weights at {file}")

@@ -23,7 +23,7 @@ PUBLIC = [
     "Detections",
     "Detector",
     "Failure",
-    "Found",
+    "ImageDetections",
     "IGNORED",
     "ImageError",
     "Metrics",

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from retinanet.evaluation.metrics import Metrics as Metrics
     from retinanet.evaluation.run import evaluate as evaluate
     from retinanet.exporters.run import export as export
+    from retinanet.inference.detections import Failure as Failure
+    from retinanet.inference.detections import ImageDetections as ImageDetections
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
-    from retinanet.inference.found import Failure as Failure
-    from retinanet.inference.found import Found as Found
     from retinanet.losses.box import box_loss as box_loss
     from retinanet.losses.classification import cross_entropy as cross_entropy
     from retinanet.losses.classification import focal_loss as focal_loss
@@ -60,7 +60,7 @@ _HOMES = {
     "retinanet.data.dataset": ("Dataset",),
     "retinanet.data.synthetic": ("synthetic_dataset",),
     "retinanet.inference.detector": ("Detector", "load"),
-    "retinanet.inference.found": ("Failure", "Found"),
+    "retinanet.inference.detections": ("Failure", "ImageDetections"),
     "retinanet.errors": (
         "ConfigError",
         "DataError",

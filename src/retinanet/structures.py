@@ -6,12 +6,13 @@ M objects, H and W rows and columns. Boxes are always (x1, y1, x2, y2) in pixels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BACKGROUND = -1
 """Label or match of an anchor that holds no object; as a label of an object row: padding."""
@@ -110,6 +111,25 @@ class Batch:
         )
 
 
+def concatenate_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch of the images of several, all padded to the same height and width."""
+    if len(batches) == 1:
+        return batches[0]
+    largest = max(batch.targets.labels.shape[1] for batch in batches)
+    boxes, labels = [], []
+    for batch in batches:
+        missing = largest - batch.targets.labels.shape[1]
+        boxes.append(F.pad(batch.targets.boxes, (0, 0, 0, missing)))
+        labels.append(F.pad(batch.targets.labels, (0, missing), value=BACKGROUND))
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        Targets(torch.cat(boxes), torch.cat(labels)),
+        torch.cat([batch.sizes for batch in batches]),
+        torch.cat([batch.original_sizes for batch in batches]),
+        torch.cat([batch.indices for batch in batches]),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Detections:
     """What was found in one image, best first.
@@ -130,3 +150,16 @@ class Detections:
     def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
         for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True):
             yield box, float(score), int(label)
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return True if Python may read the values without a device sync.
+
+    False on other devices than the CPU, under ``torch.compile``, and inside ``torch.func``
+    transforms (grad, vmap, jvp, ...), whose tensors may have no values and no memory of their own.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

@@ -6,8 +6,7 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -152,31 +151,46 @@ def test_the_run_is_named_after_the_data(
     assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
-def test_ctrl_c_and_again_resumes(tiny_sets: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_train_stopped_by_a_signal_saves_and_resumes(
+    cli: Cli,
+    tiny_sets: dict[str, Path],
+    tmp_path: Path,
+    number: signal.Signals,
+    name: str,
+    code: int,
+) -> None:
     run = tmp_path / "run"
-    arguments = ["train", str(tiny_sets["coco"]), *TINY, "--steps=40", f"--out={run}",
-                 "train.validate_every=40"]  # fmt: skip
-    command = [sys.executable, "-m", "retinanet", *arguments]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     log = run / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= 2):
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 130, err
-    last = err.splitlines()[-1]
-    assert last.startswith("stopped; to go on: retinanet train ")
-    assert f"--out={run}" in last
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert 2 <= steps[-1] < 40
-    assert steps == list(range(1, steps[-1] + 1))
+    arguments = ("train", tiny_sets["coco"], *TINY, "--steps=12", f"--out={run}",
+                 "train.validate_every=12")  # fmt: skip
 
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step {steps[-1]}" in done.stderr
+    def send() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if log.is_file() and log.read_text().count("\n") >= 2:
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.005)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    ended = cli(*arguments)
+    sender.join()
+    assert ended.code == code, ended.err
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert 2 <= steps[-1] < 12
+    assert steps == list(range(1, steps[-1] + 1))
+    stopped, again = ended.err.splitlines()[-2:]
+    assert stopped == f"stopped by {name} after step {steps[-1]}; the state is saved in {run}"
+    assert again.startswith("stopped; to go on: retinanet train ")
+    assert f"--out={run}" in again
+
+    ended = cli(*arguments)
+    assert ended.code == 0, ended.err
+    assert f"going on from step {steps[-1]}" in ended.err
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [one["step"] for one in lines if "loss" in one] == list(range(1, 41))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

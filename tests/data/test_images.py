@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from retinanet.data.images import (
     image_size,
     network_size,
     pad_batch,
+    padding_colour,
     read_image,
     read_reduced,
     resize_to,
     stored_size,
 )
-from retinanet.errors import ImageError
+from retinanet.data.windows import open_windows
+from retinanet.errors import ConfigError, ImageError
 
 
 @pytest.fixture
@@ -204,30 +207,82 @@ def test_sixteen_bits_big_endian() -> None:
     ("values", "expected"),
     [
         ([0.0, 0.5, 1.0], [0, 128, 255]),  # 0..1: 127.5 rounds to the even 128
+        ([0.0, 0.5, 1.0000002], [0, 128, 255]),  # a rounding error over 1
+        ([-0.06, 0.5, 1.08], [0, 128, 255]),  # bicubic resizing overshoots on both sides
         ([0.0, 64.4, 255.0], [0, 64, 255]),  # 0..255
-        ([-1.0, 0.0, 3.0], [0, 64, 255]),  # any other: (0 + 1) / 4 * 255 = 63.75
+        ([-9.0, 64.4, 267.0], [0, 64, 255]),
         ([0.0, float("nan"), 1.0], [0, 0, 255]),
-        ([7e4, 7e4, 7e4], [0, 0, 0]),  # nothing to stretch
+        ([float("-inf"), 0.5, float("inf")], [0, 128, 255]),
         ([float("nan")] * 3, [0, 0, 0]),
     ],
 )
-def test_float_tiff(values: list[float], expected: list[int]) -> None:
-    image = Image.fromarray(np.array([values], np.float32))
-    assert read_image(encoded(image, "TIFF"))[0].tolist() == [expected]
+def test_read_image_of_floats_in_a_known_range_scales_and_clamps(
+    values: list[float], expected: list[int]
+) -> None:
+    array = np.array([values], np.float32)
+    assert read_image(array)[0].tolist() == [expected]
+    assert read_image(torch.from_numpy(array).double())[0].tolist() == [expected]
+    assert read_image(encoded(Image.fromarray(array), "TIFF"))[0].tolist() == [expected]
+
+
+def test_read_image_of_integers_of_8_bits_keeps_them() -> None:
+    array = np.array([[0, 100, 255]], np.int32)
+    assert read_image(array)[0].tolist() == [[0, 100, 255]]
+    assert read_image(torch.tensor(array).long())[0].tolist() == [[0, 100, 255]]
+    assert read_image(encoded(Image.fromarray(array), "TIFF"))[0].tolist() == [[0, 100, 255]]
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("array", "words"),
     [
-        ([0, 100, 255], [0, 100, 255]),
-        ([0, 256, 65535], [0, 1, 255]),
-        ([-100, 0, 100], [0, 128, 255]),  # stretched: 127.5 rounds to 128
+        (np.float32([[-2.1, 0, 2.6]]), "float32 values from -2.1 to 2.6"),  # normalised
+        (np.float64([[0, 0.5, 1.2]]), "float64 values from 0 to 1.2"),
+        (np.float32([[-123, 0, 151]]), "float32 values from -123 to 151"),  # mean subtracted
+        (np.float32([[0, 1000, 4095]]), "float32 values from 0 to 4095"),
+        (np.int32([[0, 256, 1000]]), "int32 values from 0 to 1000"),
+        (np.int16([[-1, 0, 200]]), "int16 values from -1 to 200"),
     ],
 )
-def test_wide_integers(values: list[int], expected: list[int]) -> None:
-    assert read_image(np.array([values], np.int32))[0].tolist() == [expected]
-    image = Image.fromarray(np.array([values], np.int32))
-    assert read_image(encoded(image, "TIFF"))[0].tolist() == [expected]
+def test_read_image_of_an_ambiguous_range_names_value_range(array: np.ndarray, words: str) -> None:
+    sources = [array, torch.from_numpy(array)]
+    if array.dtype in (np.float32, np.int32):
+        sources.append(encoded(Image.fromarray(array), "TIFF"))
+    for source in sources:
+        with pytest.raises(ImageError, match=r"ambiguous value range: .* value_range=") as error:
+            read_image(source)
+        assert words in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("array", "value_range", "expected"),
+    [
+        (np.float32([[-2, 0, 2, 9]]), (-2, 2), [0, 128, 255, 255]),  # 2/4 * 255 = 127.5
+        (np.int32([[0, 500, 1000]]), (0, 1000), [0, 128, 255]),
+        (np.uint16([[0, 819, 4095]]), (0, 4095), [0, 51, 255]),  # 819 / 4095 = 1/5
+        (np.uint8([[0, 1]]), (0, 1), [0, 255]),
+        (np.float32([[0, 0.2, 1]]), (0, 255), [0, 0, 1]),  # a dark image
+    ],
+)
+def test_read_image_with_value_range_scales_and_clamps(
+    array: np.ndarray, value_range: tuple[float, float], expected: list[int]
+) -> None:
+    for source in (array, torch.from_numpy(array)):
+        assert read_image(source, value_range=value_range)[0].tolist() == [expected]
+        small, _ = read_reduced(source, 1, 9, value_range=value_range)
+        assert small[0].tolist() == [expected]
+        opened = open_windows(source, value_range=value_range)
+        assert opened.read((1, 0, 2, 1))[0].tolist() == [expected[1:2]]
+    if array.dtype != np.uint8:
+        file = encoded(Image.fromarray(array), "TIFF")
+        assert read_image(file, value_range=value_range)[0].tolist() == [expected]
+        opened = open_windows(file, value_range=value_range)
+        assert opened.read((1, 0, 2, 1))[0].tolist() == [expected[1:2]]
+
+
+@pytest.mark.parametrize("value_range", [(1, 0), (0, 0), (0, float("inf")), (0,), 255, "ab"])
+def test_read_image_with_an_invalid_value_range_raises(value_range: Any) -> None:
+    with pytest.raises(ConfigError, match=r"invalid value_range: .*; give \(low, high\)"):
+        read_image(np.zeros((2, 2), np.uint8), value_range=value_range)
 
 
 def test_cmyk_is_pillows(photo: Image.Image) -> None:
@@ -296,10 +351,44 @@ def test_callers_memory_is_not_shared(photo: Image.Image) -> None:
     assert (tensor == 7).all()
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2, 5), (2, 2, 2, 2), (0, 4, 3), (0, 0)])
-def test_array_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ImageError, match=r"array of shape .*expected height, width and 1 to 4"):
-        read_image(np.zeros(shape, np.uint8))
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (np.zeros(3, np.uint8), "array layout: shape (3,)"),
+        (np.zeros((9, 9, 5), np.uint8), "array layout: shape (9, 9, 5)"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "array layout: shape (2, 2, 2, 2)"),
+        (np.zeros((0, 4, 3), np.uint8), "array layout: shape (0, 4, 3)"),
+        (np.zeros((3, 8, 8), np.uint8), "4 channels, as transpose(1, 2, 0) makes it"),
+        (
+            torch.zeros(8, 8, 3),
+            "tensor layout: shape (8, 8, 3); expected (height, width) or (channels, height, "
+            "width) with 1 to 4 channels, as permute(2, 0, 1) makes it",
+        ),
+        (torch.zeros(5, 8, 8), "tensor layout: shape (5, 8, 8)"),
+    ],
+)
+def test_read_image_of_another_layout_names_its_shape_and_the_accepted(
+    source: Any, words: str
+) -> None:
+    for read in (read_image, open_windows):
+        with pytest.raises(ImageError, match=r"unsupported (array|tensor) layout") as error:
+            read(source)
+        assert words in one_line(error)
+
+
+def test_read_image_of_other_types_than_numbers_names_them() -> None:
+    with pytest.raises(ImageError, match="unsupported pixel type: complex64; expected numbers"):
+        read_image(np.zeros((2, 2), np.complex64))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_encoded_images_in_any_kind_of_bytes_are_read(photo: Image.Image, kind: Any) -> None:
+    for format_ in ("PNG", "JPEG"):
+        data = encoded(photo, format_)
+        expected = read_image(data)
+        assert torch.equal(read_image(kind(data)), expected)
+        assert image_size(kind(data)) == stored_size(kind(data)) == (40, 56)
+        assert torch.equal(open_windows(kind(data)).read((0, 0, 56, 40)), expected)
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -637,3 +726,7 @@ def test_real_photos_are_pillows(real_data: Path) -> None:
     for file in files:
         assert torch.equal(read_image(file), by_pillow(file)), file
         assert image_size(file) == tuple(by_pillow(file).shape[-2:])
+
+
+def test_padding_colour_is_the_mean() -> None:
+    assert padding_colour(torch.full((3, 1, 1), 100.4)) == (100, 100, 100)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,20 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.run import evaluate, evaluate_model, match_classes, search, write_results
+from retinanet.evaluation.run import (
+    batches_of_one_size,
+    evaluate,
+    evaluate_model,
+    match_classes,
+    search,
+    write_results,
+)
+from retinanet.inference.backends import Network, build_network
 from retinanet.inference.detector import Detector
-from retinanet.inference.network import Network, build_network
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet, build_retinanet
-from retinanet.structures import Outputs
+from retinanet.structures import Batch, Outputs, pad_targets
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 SIZES = ((64, 96), (96, 64), (64, 96), (80, 80))  # (height, width)
@@ -223,7 +230,7 @@ def test_progress_mode_and_limit(val: Dataset) -> None:
     seen: list[tuple[int, int]] = []
     model = Painter().train()
     metrics = judge(model, val, progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(3, 4), (4, 4)]
+    assert seen == [(2, 4), (3, 4), (4, 4)]  # batches of one size: two wide, a tall, a square
     assert model.training
     assert metrics.max_detections == 100
     assert judge(model, val, detections_per_image=300).max_detections == 100
@@ -385,3 +392,147 @@ def test_published_figures_from_the_two_files(real_data: Path) -> None:
         *("0.505", "0.697", "0.573", "0.586", "0.519", "0.501"),
         *("0.387", "0.594", "0.595", "0.640", "0.566", "0.564"),
     ]
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """One image with 144 squares, half of them red and half green."""
+    folder = tmp_path_factory.mktemp("crowded")
+    pixels = np.zeros((192, 192, 3), np.uint8)
+    annotations = []
+    for i in range(144):
+        x, y, label = 16 * (i % 12), 16 * (i // 12), i % 2
+        pixels[y + 2 : y + 14, x + 2 : x + 14, label] = 255
+        annotations.append(Annotation((x + 2.0, y + 2.0, x + 14.0, y + 14.0), label))
+    Image.fromarray(pixels).save(folder / "0.png")
+    image = LabelledImage(folder / "0.png", 1, tuple(annotations), 192, 192)
+    return Dataset((image,), ("red", "green"), (1, 2), "val", "coco", folder)
+
+
+class SquareFinder(Painter):
+    """Detect each of the squares of `crowded` by the anchor of its cell of the finest level."""
+
+    def __init__(self) -> None:
+        super().__init__((0, 1))
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs = super().forward(torch.zeros_like(images))
+        anchors = torch.cat(
+            level_anchors(self.anchors, [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)])
+        )
+        logits, deltas = outputs.logits[0], outputs.deltas[0]
+        for i in range(144):
+            row, column = 2 * (i // 12), 2 * (i % 12)
+            x, y = 16 * (i % 12), 16 * (i // 12)
+            box = torch.tensor([x + 2.0, y + 2.0, x + 14.0, y + 14.0])
+            logits[0, i % 2, row, column] = 3.0 + i / 100
+            deltas[0, :4, row, column] = encode_boxes(anchors[9 * (24 * row + column)], box)
+        return outputs
+
+
+def square_finder(**detect: Any) -> Checkpoint:
+    model: Any = SquareFinder()
+    return Checkpoint(model, ("red", "green"), (1, 2), 192, 192, {"detect": detect})
+
+
+PLAIN: dict[str, Any] = {"device": "cpu", "precision": "float32"}
+
+
+def test_max_detections_default_is_raised_to_the_objects_of_an_image(crowded: Dataset) -> None:
+    # 144 objects, all found exactly: with 100 detections recall is at most 100/144.
+    for metrics in (
+        evaluate(square_finder(), crowded, workers=0, **PLAIN),
+        judge(SquareFinder(), crowded, image_size=192, max_size=192, detections_per_image=100),
+    ):
+        assert (metrics.max_detections, metrics.detections) == (144, 144)
+        assert metrics.ap == pytest.approx(1)
+        assert (metrics.objects_over_limit, metrics.detections_over_limit) == (0, 0)
+
+
+def test_max_detections_given_raises_the_models_own_limits(crowded: Dataset) -> None:
+    few = square_finder(detections_per_image=10, topk_candidates=20)
+    metrics = evaluate(few, crowded, max_detections=150, workers=0, **PLAIN)
+    assert (metrics.max_detections, metrics.detections, metrics.ar) == (150, 144, 1)
+    tiled = evaluate(few, crowded, max_detections=150, tile=192, **PLAIN)
+    assert (tiled.detections, tiled.ar) == (144, 1)
+    # A limit that is given for this call is not raised, and what it cuts is counted.
+    cut = evaluate(few, crowded, max_detections=150, detections_per_image=90, workers=0, **PLAIN)
+    assert (cut.detections, cut.objects_over_limit) == (90, 54)
+
+
+def test_max_detections_below_the_objects_counts_what_is_cut(crowded: Dataset) -> None:
+    # 72 red and 72 green: 60 of each class can be matched, 12 of each cannot.
+    metrics = evaluate(square_finder(), crowded, max_detections=60, workers=0, **PLAIN)
+    assert metrics.objects_over_limit == 44  # of 144 objects the model gives 100
+    results = json.loads(json.dumps(metrics.to_dict()))
+    assert results["objects_over_limit"] == 44
+    plenty = evaluate(
+        square_finder(detections_per_image=200), crowded, max_detections=60, workers=0, **PLAIN
+    )
+    assert (plenty.objects_over_limit, plenty.detections_over_limit) == (24, 24)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Nine images of noise in five sizes, each with the squares that a random network sees."""
+    folder = tmp_path_factory.mktemp("mixed")
+    random = np.random.default_rng(0)
+    images = []
+    for i, (height, width) in enumerate([(64, 64), (64, 96), (90, 64), (50, 64), (64, 90)] * 2):
+        pixels = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / f"{i}.png")
+        box = Annotation((4.0, 4.0, 44.0, 40.0), 0)
+        images.append(LabelledImage(folder / f"{i}.png", i + 1, (box,), width, height))
+    return Dataset(tuple(images), ("red",), (1,), "val", "coco", folder)
+
+
+def test_batch_size_changes_no_detection_and_no_loss(mixed: Dataset) -> None:
+    torch.manual_seed(0)
+    model = build_retinanet(
+        backbone="resnet18", num_classes=1, backbone_weights="none", channels=16, head_depth=1,
+        norm="group",
+    )  # fmt: skip
+    torch.nn.init.normal_(model.class_head.last.weight, std=0.5)
+    options: dict[str, Any] = {"image_size": 64, "max_size": 96, "score_threshold": 0.02}
+    network = build_network(model, torch.device("cpu"))
+    alone = search(network, mixed, batch_size=1, loss={}, **options)
+    expected = alone.results.table()
+    assert len(expected) > 100
+    for batch_size in (2, 4, 10):
+        joined = search(network, mixed, batch_size=batch_size, loss={}, **options)
+        table = joined.results.table()
+        assert table[:, 0].tolist() == expected[:, 0].tolist()  # in the order of the data
+        np.testing.assert_allclose(table, expected, rtol=0, atol=2e-4)
+        assert joined.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_batches_of_one_size_hold_back_a_bounded_number_of_images() -> None:
+    def image(index: int, side: int) -> Batch:
+        targets = pad_targets([torch.zeros(index % 3, 4)], [torch.zeros(index % 3).long()])
+        size = torch.tensor([[side, side]])
+        pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        return Batch(pixels, targets, size, size, torch.tensor([index]))
+
+    taken = 0
+
+    def images() -> Iterator[Batch]:
+        nonlocal taken
+        for index in range(100):
+            taken += 1
+            yield image(index, 32 * (1 + index % 50))
+
+    given: list[int] = []
+    for batch in batches_of_one_size(images(), 2):
+        assert len(batch.images) in (1, 2)
+        assert len(set(batch.indices.div(50, rounding_mode="floor").tolist())) <= 2
+        given += batch.indices.tolist()
+        assert taken - len(given) <= 8
+    assert sorted(given) == list(range(100))
+
+
+def test_match_classes_with_two_classes_of_one_name_raises(val: Dataset) -> None:
+    with pytest.raises(WeightsError, match="the model has several named 'red': rename or merge"):
+        match_classes(("red", "green", "red", "blue"), val)
+    twice = replace(val, classes=("red", "green", "green"))
+    with pytest.raises(DataError, match="has several named 'green': rename or merge them"):
+        match_classes(("red", "green"), twice)

@@ -32,7 +32,7 @@ from retinanet.evaluation.loss_distribution import (
     easy_negative_share,
     loss_distribution,
 )
-from retinanet.inference.network import Network, build_network
+from retinanet.inference.backends import Network, build_network
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import save_checkpoint
 from retinanet.model.retinanet import RetinaNet

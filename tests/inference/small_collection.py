@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from retinanet.inference import load
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
 

@@ -14,7 +14,7 @@ from small_collection import save_images
 from retinanet.batch.inputs import iter_images, iter_inputs
 from retinanet.batch.store import Store, is_address, open_files, whole_address
 from retinanet.errors import DataError, MissingExtraError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 from retinanet.inference.sources import find_sources
 
 

@@ -15,19 +15,19 @@ from PIL import Image
 from white_finder import Pixels, black
 
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
-from retinanet.inference import Detector, Failure, Found, load
+from retinanet.inference import Detector, Failure, ImageDetections, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import build_retinanet
 
 BOX = [32.0, 16.0, 48.0, 32.0]
 
 
-def one(found: Found | list[Found]) -> Found:
-    assert isinstance(found, Found)
+def one(found: ImageDetections | list[ImageDetections]) -> ImageDetections:
+    assert isinstance(found, ImageDetections)
     return found
 
 
-def several(found: Found | list[Found]) -> list[Found]:
+def several(found: ImageDetections | list[ImageDetections]) -> list[ImageDetections]:
     assert isinstance(found, list)
     return found
 
@@ -61,9 +61,30 @@ def test_every_kind_of_image_gives_the_same(
         file,
         str(file),
         file.read_bytes(),
+        bytearray(file.read_bytes()),
+        memoryview(file.read_bytes()),
     ]
     for found in [one(detector.detect(kind)) for kind in kinds] + several(detector.detect(kinds)):
         assert found.boxes.tolist() == [BOX, BOX]
+
+
+def test_detect_with_value_range_scales_pixels_of_other_ranges(
+    detector: Detector, square: Pixels, tmp_path: Path
+) -> None:
+    deep = square.astype(np.int32) * 16  # of a 12-bit camera
+    expected = one(detector.detect(square))
+    found = one(detector.detect(deep, value_range=(0, 4080)))
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.scores, expected.scores)
+    assert found.draw().tobytes() == expected.draw().tobytes()
+    tiled = one(detector.detect(deep, tile=64, value_range=(0, 4080)))
+    assert torch.equal(tiled.boxes, one(detector.detect(square, tile=64)).boxes)
+    with pytest.raises(
+        ImageError, match=r"ambiguous value range: int32 values from .*value_range="
+    ):
+        detector.detect(deep)
+    with pytest.raises(ConfigError, match=r"invalid value_range: \(1, 0\)"):
+        detector.detect(square, value_range=(1, 0))
 
 
 def test_folder_glob_list_and_batch_give_lists(
@@ -222,7 +243,7 @@ def test_whatever_a_decoder_raises_is_reported(
 ) -> None:
     calls = iter([MemoryError("of all\nmemory"), None])
 
-    def read(*_: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+    def read(*_: Any, value_range: Any) -> tuple[torch.Tensor, tuple[int, int]]:
         error = next(calls)
         if error is not None:
             raise error
@@ -232,7 +253,7 @@ def test_whatever_a_decoder_raises_is_reported(
     first, second = detector.stream(["pyproject.toml", "pyproject.toml"], workers=1)
     assert isinstance(first, Failure)
     assert first.reason == "pyproject.toml: MemoryError: of all memory"
-    assert isinstance(second, Found)
+    assert isinstance(second, ImageDetections)
 
 
 def test_errors_of_the_network_are_not_the_images_fault(
@@ -313,3 +334,29 @@ def test_real_network_end_to_end(tmp_path: Path) -> None:
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    model = build_retinanet(
+        backbone="resnet18",
+        num_classes=1,
+        backbone_weights="none",
+        norm="group",
+        channels=16,
+        head_depth=1,
+    )
+    torch.nn.init.normal_(model.class_head.last.weight, std=0.5)
+    checkpoint = Checkpoint(model, ("a",), (0,), 64, 96, {"detect": {"score_threshold": 0.02}})
+    detector = Detector(checkpoint, device="cpu", precision="float32")
+    random = np.random.default_rng(0)
+    sizes = [(64, 64), (64, 96), (96, 64), (60, 64), (64, 90)]
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    for alone, joined in zip(
+        several(detector.detect(images)),
+        several(detector.detect(images, batch_size=5)),
+        strict=True,
+    ):
+        assert len(alone) == len(joined) > 10
+        torch.testing.assert_close(alone.scores, joined.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.boxes, joined.boxes, atol=1e-3, rtol=1e-5)

@@ -11,18 +11,18 @@ import torch
 from white_finder import Pixels, black
 
 from retinanet.errors import DataError, MissingExtraError
-from retinanet.inference import Detector, Found
-from retinanet.inference.supervision import from_supervision, to_supervision
+from retinanet.inference import Detector, ImageDetections
+from retinanet.inference.detections import from_supervision, to_supervision
 from retinanet.structures import Detections
 
 sv = pytest.importorskip("supervision")
 
 
-def found(count: int = 3) -> Found:
+def found(count: int = 3) -> ImageDetections:
     """Objects of odd numbers, that no rounding leaves as they are."""
     generator = torch.Generator().manual_seed(count)
     corner = torch.rand(count, 2, generator=generator) * 50
-    return Found(
+    return ImageDetections(
         boxes=torch.cat([corner, corner + 1 + torch.rand(count, 2, generator=generator)], dim=1),
         scores=torch.rand(count, generator=generator).sort(descending=True).values,
         labels=torch.arange(count) % 2,
@@ -100,7 +100,7 @@ def test_a_class_of_another_detector_is_refused(label: int) -> None:
 
 def test_annotators_draw_where_the_object_is(detector: Detector, square: Pixels) -> None:
     one = detector.detect(square)
-    assert isinstance(one, Found)
+    assert isinstance(one, ImageDetections)
     objects = one.to_supervision()
     drawn = sv.BoxAnnotator(thickness=1).annotate(black(128, 192), objects)
     rows, columns = np.nonzero(drawn.any(axis=2))

@@ -19,7 +19,7 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError, ImageError
 from retinanet.evaluation.run import evaluate
-from retinanet.inference import Detector, Failure, Found
+from retinanet.inference import Detector, Failure, ImageDetections
 from retinanet.inference import tiles as tiles_module
 from retinanet.inference.sources import Source
 from retinanet.inference.tiles import MIN_TILE, Part, merge_parts, tile_side, tile_windows
@@ -31,9 +31,9 @@ from retinanet.structures import Detections
 SIDE = 64
 
 
-def whites(found: Found | list[Found] | Failure) -> list[list[float]]:
+def whites(found: ImageDetections | list[ImageDetections] | Failure) -> list[list[float]]:
     """Boxes of class 0 in order of place; each comes with one of class 1."""
-    assert isinstance(found, Found)
+    assert isinstance(found, ImageDetections)
     assert (found.scores.diff() <= 0).all()
     boxes = found.boxes[found.labels == 0].tolist()
     assert sorted(boxes) == sorted(found.boxes[found.labels == 1].tolist())
@@ -95,9 +95,9 @@ def test_no_larger_than_a_tile_is_as_ever(detector: Detector, checkpoint: Checkp
         model.batches.clear()
         found = detector.detect(image, tile=tile)
         assert len(model.batches) == 1
-        assert isinstance(found, Found)
+        assert isinstance(found, ImageDetections)
         plain = detector.detect(image)
-        assert isinstance(plain, Found)
+        assert isinstance(plain, ImageDetections)
         assert torch.equal(found.boxes, plain.boxes)
         assert torch.equal(found.scores, plain.scores)
 
@@ -125,7 +125,7 @@ def test_tiles_of_several_images_share_batches(
                 assert isinstance(other, Failure)
             else:
                 assert whites(other) == whites(one)
-                assert isinstance(other, Found)
+                assert isinstance(other, ImageDetections)
                 assert other.size == one.size
     assert len(whites(together[0])) == 1
 
@@ -193,7 +193,7 @@ def test_what_is_broken_does_not_wait_for_what_is_not(detector: Detector) -> Non
     assert all(isinstance(one, Failure) for one in islice(streamed, 10))
     streamed = detector.stream(chain([black(64, 64)], repeat("nowhere.png")), batch_size=4)
     found, *failures = islice(streamed, 10)
-    assert isinstance(found, Found)
+    assert isinstance(found, ImageDetections)
     assert all(isinstance(one, Failure) for one in failures)
 
 
@@ -203,7 +203,7 @@ def test_class_agnostic_and_limits(detector: Detector, checkpoint: Checkpoint) -
 
     def count(one: Detector, **options: Any) -> int:
         found = one.detect(image, tile=SIDE, overlap=0, **options)
-        assert isinstance(found, Found)
+        assert isinstance(found, ImageDetections)
         return len(found)
 
     assert count(detector) == 2 * 32 * 32  # of 100 a tile: 16 squares in each
@@ -464,14 +464,14 @@ def test_drawn_reduced(detector: Detector, monkeypatch: pytest.MonkeyPatch, tmp_
     image = black(800, 1200, square(400, 200, 160))
     Image.fromarray(image).save(tmp_path / "a.bmp")
     found = detector.detect(tmp_path / "a.bmp", tile=400, overlap=0)
-    assert isinstance(found, Found)
+    assert isinstance(found, ImageDetections)
     assert found.draw().size == (1200, 800)
-    monkeypatch.setattr("retinanet.inference.found.DRAWN_PIXELS", 600 * 400)
+    monkeypatch.setattr("retinanet.inference.detections.DRAWN_PIXELS", 600 * 400)
     drawn = np.asarray(found.draw())
     assert drawn.shape == (400, 600, 3)
     assert (drawn[110:170, 210:270] > 0).mean() > 0.8  # the square in its place, boxes on it
     assert (drawn[:80] == 0).all()
-    monkeypatch.setattr("retinanet.inference.found.CAPTIONED", 0)
+    monkeypatch.setattr("retinanet.inference.detections.CAPTIONED", 0)
     assert np.asarray(found.draw()).any()
     assert found.boxes.max() > 400  # those of the whole
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +332,18 @@ def test_transfer_with_other_anchors_leaves_the_last_convolutions() -> None:
     assert "class_head.tower.0.0.weight" in report.loaded
 
 
+@pytest.mark.parametrize(
+    ("target", "given", "which"),
+    [(("a", "a"), ("a", "b"), "the data"), (("a", "b"), ("b", "b"), "the source")],
+)
+def test_transfer_with_two_classes_of_one_name_raises(
+    target: tuple[str, ...], given: tuple[str, ...], which: str
+) -> None:
+    source = Checkpoint(_model(2), given, (0, 1), 64, 96)
+    with pytest.raises(WeightsError, match=f"{which} has several classes named"):
+        transfer_weights(_model(2), target, source)
+
+
 def test_transfer_of_nothing_is_an_error() -> None:
     source = Checkpoint(_model(1, backbone="resnet18", norm="group"), ("a",), (1,), 64, 64)
     model = _model(1, channels=24, head_norm="group", norm="group")
@@ -337,3 +351,22 @@ def test_transfer_of_nothing_is_an_error() -> None:
         transfer_weights(model, ("a",), source)
     with pytest.raises(ValueError, match="2 class names for a model of 1"):
         transfer_weights(model, ("a", "b"), source)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_load_checkpoint_without_permission_says_so(name: str) -> None:
+    with tempfile.TemporaryDirectory() as made:  # pytest's own folders are closed to other users
+        folder = Path(made)
+        folder.chmod(0o755)
+        for file in ("model.safetensors", "model.json"):
+            (folder / file).write_text("{}")
+        (folder / name).chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(WeightsError, match=f"{name} cannot be read: Permission denied"):
+                load_checkpoint(folder)
+        finally:
+            os.seteuid(user)

@@ -43,11 +43,11 @@ from retinanet.batch.worker import (
 )
 from retinanet.config import check_choice
 from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
+from retinanet.inference.backends import Backend, Thresholds
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.exported import is_exported
-from retinanet.inference.inference import Precision, Thresholds
-from retinanet.inference.network import Backend
 from retinanet.model.checkpoint import load_checkpoint, write_checkpoint
+from retinanet.model.precision import Precision
 
 PLAN = "plan.json"
 SUMMARY = "summary.json"

@@ -17,7 +17,7 @@ from typing import Any
 from retinanet.batch.store import is_address, open_files
 from retinanet.data.images import IMAGE_SUFFIXES
 from retinanet.errors import DataError, MissingExtraError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})

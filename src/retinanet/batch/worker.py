@@ -20,8 +20,8 @@ import torch
 from retinanet.batch.inputs import iter_images
 from retinanet.batch.store import DRAFTS, Store
 from retinanet.errors import DataError, RetinaNetError
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import load
-from retinanet.inference.found import Failure, Found
 
 INPUTS = "inputs.jsonl"
 """The listing, a JSON string a line; a shard is some of its lines."""
@@ -176,7 +176,9 @@ class ShardDetector:
         }
         out.write(marker(shard), json.dumps(text, ensure_ascii=False))
 
-    def _search(self, inputs: list[str], failures: list[dict[str, str]]) -> Iterator[Found]:
+    def _search(
+        self, inputs: list[str], failures: list[dict[str, str]]
+    ) -> Iterator[ImageDetections]:
         def failed(failure: Failure) -> None:
             failures.append(_writable(failure.to_dict()))
 
@@ -214,7 +216,7 @@ def outputs(shard: int) -> tuple[str, str]:
 
 
 def detections_schema() -> Any:
-    """Columns of the Parquet shards, a row an image: what :meth:`Found.to_dict` says."""
+    """Columns of the Parquet shards, a row an image: what :meth:`ImageDetections.to_dict` says."""
     import pyarrow as pa
 
     detection = pa.struct(

@@ -7,6 +7,7 @@ command was not understood: an unknown option or setting. An error is one line o
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -30,7 +31,7 @@ from retinanet.cli import (
     serve,
     train,
 )
-from retinanet.cli.console import STOPPED, note, say
+from retinanet.cli.console import STOPPED, TERMINATED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
 # typer exports BadParameter alone; its parent is what every badly written command raises, whether
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None: this process's own.
 
     Returns:
-        The exit code: 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C).
+        The exit code: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     # Threads that spin while they wait for each other take the cores from all else that runs: on a
     # busy machine a search took over thirty times as long. OpenMP reads it when torch is loaded.
@@ -129,22 +130,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         note(f"error: {_one_line(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
-    if code == STOPPED:
+    if code in (STOPPED, TERMINATED):
         goes_on = given[0] in ("train", "demo", "paper") or "ray" in given
         again = f"; to go on: {shlex.join(['retinanet', *given])}" if goes_on else ""
         note(f"stopped{again}")
     return code if isinstance(code, int) else 0
 
 
+_OTHER_OPTIONS = {
+    "conf": "--score-threshold",
+    "conf-thres": "--score-threshold",
+    "confidence": "--score-threshold",
+    "confidence-threshold": "--score-threshold",
+    "score-thr": "--score-threshold",
+    "iou": "--nms-threshold",
+    "iou-thres": "--nms-threshold",
+    "nms": "--nms-threshold",
+    "max-det": "--detections-per-image",
+    "agnostic-nms": "--class-agnostic",
+    "imgsz": "--image-size",
+    "img-size": "--image-size",
+    "size": "--image-size",
+    "batch": "--batch-size",
+    "output": "--out",
+    "output-dir": "--out",
+    "work-dir": "--out",
+    "project": "--out",
+    "name": "--out",
+    "config": "--recipe",
+    "config-file": "--recipe",
+    "cfg": "--recipe",
+    "weights": "--init",
+    "pretrained": "--init",
+    "vid-stride": "--every",
+    "half": "--precision",
+    "format": "--to",
+}
+"""What other tools call an option of ours."""
+
+
+def _unknown_option(error: Any) -> str | None:
+    """The message for an option that does not exist but that another tool has."""
+    name = getattr(error, "option_name", None)
+    if name is None or error.ctx is None:
+        return None
+    from retinanet.config import setting_of
+
+    bare = name.lstrip("-").replace("_", "-")
+    known = [option for param in error.ctx.command.params for option in param.opts]
+    if _OTHER_OPTIONS.get(bare) in known:
+        return f"no such option: {name}; did you mean {_OTHER_OPTIONS[bare]}?"
+    setting = setting_of(bare.replace("-", "_"))
+    if setting and "settings" in (param.name for param in error.ctx.command.params):
+        return f"no such option: {name}; give the setting, without dashes: {setting}=VALUE"
+    return None
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         where = f' (see "{context.command_path} --help")' if context else ""
-        return " ".join(error.format_message().split()) + where
+        return " ".join((_unknown_option(error) or error.format_message()).split()) + where
     if isinstance(error, RetinaNetError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        next_step = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            next_step = "; free space, then give the same command again"
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}{next_step}"
     first = next(iter(str(error).splitlines()), "")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"out of memory: {first}; lower --batch-size, or raise train.accumulate"

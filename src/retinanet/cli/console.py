@@ -31,7 +31,10 @@ err = Console(stderr=True, highlight=False)
 _LEAST = 18  # letters of a table's first column, where it has as many
 
 STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C (128 + SIGINT), as shells report it."""
+
+TERMINATED = 143
+"""Exit code after SIGTERM (128 + SIGTERM)."""
 
 
 def say(text: str = "", *, style: str | None = None) -> None:

@@ -148,7 +148,7 @@ def _draw(
 
     from retinanet.data.drawing import draw_boxes
     from retinanet.data.images import read_image
-    from retinanet.inference import Found, load
+    from retinanet.inference import ImageDetections, load
 
     images = [one for one in dataset.images if one.annotations][:_DRAWN]
     paths = [one.path for one in images]
@@ -158,14 +158,14 @@ def _draw(
     for place, image in enumerate(images):
         truth = draw_boxes(
             read_image(image.path),
-            torch.tensor([one.box for one in image.annotations]),
+            torch.tensor([one.box for one in image.annotations], dtype=torch.float32),
             torch.tensor([one.label for one in image.annotations]),
             names=dataset.classes,
         )
         rows.append((truth, f"{image.path.name}: labels"))
         for one, imgs in zip(judged, found, strict=True):
             of_image = imgs[place]
-            if isinstance(of_image, Found):
+            if isinstance(of_image, ImageDetections):
                 # The score from which this model is at its best, as its own evaluation found it.
                 threshold = max(0.05, one.metrics.best_score)
                 drawn = of_image.draw(score_threshold=threshold)

@@ -132,9 +132,9 @@ def detect(
     """
     from retinanet.config import check_choice
     from retinanet.inference import load
-    from retinanet.inference.found import DRAWN_SCORE, Failure
-    from retinanet.inference.outputs import LOCAL_FILES, open_outputs
+    from retinanet.inference.detections import DRAWN_SCORE, Failure
     from retinanet.inference.sources import Source, is_video, iter_sources
+    from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
     check_choice("--engine", engine, ("local", "ray"))
     kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "images"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from retinanet.cli.console import STOPPED, err, note, print_json, say, table
-from retinanet.interrupts import first_ctrl_c
+from retinanet.cli.console import err, note, print_json, say, table
+from retinanet.interrupts import stop_on_signal
 
 if TYPE_CHECKING:
     from retinanet.video.detect import VideoSummary
@@ -42,7 +42,7 @@ def detect_videos(
     Raises:
         ConfigError: images are among the sources.
         DataError: there is one clip, and it cannot be read.
-        typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C.
+        typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from retinanet.errors import DataError
     from retinanet.inference import load
@@ -69,7 +69,7 @@ def detect_videos(
         note(detector.network.description)
     done: list[VideoSummary] = []
     failures: list[tuple[str, str]] = []
-    with first_ctrl_c() as stop:
+    with stop_on_signal() as stop:
         for clip, name in zip(clips, names, strict=True):
             if stop.is_set():
                 break
@@ -112,7 +112,7 @@ def detect_videos(
         for _, reason in failures:
             note(f"  {reason}")
     if stop.is_set():
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(stop.exit_code)
     if failures:
         raise typer.Exit(1)
 

@@ -96,7 +96,7 @@ def _draw_matched(
     pixels, (down, across) = resize_to(
         read_image(image.path), recipe.data.image_size, recipe.data.max_size
     )
-    boxes = boxes * torch.tensor([across, down, across, down])
+    boxes = boxes * torch.tensor([across, down, across, down], dtype=torch.float32)
     padded, _ = pad_batch([pixels])
     anchors = torch.cat(
         level_anchors(spec, feature_sizes(spec.strides, padded.shape[-2], padded.shape[-1]))

@@ -58,7 +58,9 @@ def evaluate(
     max_detections: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Boxes of a class in an image that count.", show_default="COCO's 100"
+            min=1,
+            help="Detections per class and image that count; the model gives as many.",
+            show_default="COCO's 100, or the most objects in an image",
         ),
     ] = None,
     image_size: Annotated[
@@ -114,7 +116,7 @@ def evaluate(
 
 
 def show_metrics(metrics: Metrics) -> None:
-    """The twelve numbers, the classes, and the kinds of error."""
+    """Print the twelve numbers, the classes, the kinds of error, and what a limit cut."""
     table(
         f"{metrics.images} images, {metrics.objects} objects",
         ["", "what", "value"],
@@ -149,6 +151,16 @@ def show_metrics(metrics: Metrics) -> None:
         f"{figure(metrics.best_score)}; "
         f"calibration error {figure(metrics.calibration.expected_error)}"
     )
+    if metrics.objects_over_limit:
+        say(
+            f"{metrics.objects_over_limit} of {metrics.objects} objects cannot be matched: their "
+            f"images have more objects than the model or the metrics take; raise --max-detections"
+        )
+    if metrics.detections_over_limit:
+        say(
+            f"{metrics.detections_over_limit} of {metrics.detections} detections are not counted: "
+            f"beyond {metrics.max_detections} of their class and image"
+        )
     if metrics.loss is not None:
         say(
             f"loss {figure(metrics.loss)} (class {figure(metrics.loss_classification)}, "

@@ -163,7 +163,7 @@ def run(
     Every row gets the same images, steps, order and start. A call that was stopped goes on where
     it was when it is given again; calls on several machines may share one --out.
     """
-    from retinanet.inference.inference import choose_device
+    from retinanet.model.precision import choose_device
     from retinanet.paper.outputs import Trained, finish, read_foreign
     from retinanet.paper.pace import steps_within
     from retinanet.paper.plan import Terms, check_images, check_networks, plan, read_data

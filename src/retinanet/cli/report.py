@@ -128,7 +128,7 @@ def speed_accuracy(
     """
     from retinanet.bench.machine import describe_machine
     from retinanet.evaluation.speed_accuracy import speed_accuracy as measure
-    from retinanet.inference.inference import choose_device
+    from retinanet.model.precision import choose_device
     from retinanet.report.paper_plots import plot_speed_accuracy, speed_marks
 
     models = _named(runs)

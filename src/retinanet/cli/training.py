@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from retinanet.cli.console import STOPPED, err, figure, note, seconds
+from retinanet.cli.console import TERMINATED, err, figure, note, seconds
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -35,15 +35,16 @@ def run_training(
     """Train with a progress bar.
 
     Raises:
-        typer.Exit: it was stopped by Ctrl-C; the state is kept.
+        typer.Exit: Ctrl-C (130) or SIGTERM (143) stopped it; the state is saved.
     """
     from retinanet.training.trainer import train
 
     with _Display(title) as display:
         run = train(recipe, data, folder, device=device, init=init, on_event=display.show)
     if run.interrupted:
-        note(f"stopped after step {run.step}; its state is in {run.folder}")
-        raise typer.Exit(STOPPED)
+        by = "SIGTERM" if run.exit_code == TERMINATED else "Ctrl-C"
+        note(f"stopped by {by} after step {run.step}; the state is saved in {run.folder}")
+        raise typer.Exit(run.exit_code)
     return run
 
 

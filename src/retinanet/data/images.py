@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from retinanet.data.archives import find_member
-from retinanet.errors import ImageError
+from retinanet.errors import ConfigError, ImageError
 
 try:
     import simplejpeg
@@ -33,8 +33,17 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Lower-case suffixes by which images are found in a folder; formats are told by content."""
 
-ImageSource = str | os.PathLike[str] | bytes | bytearray | Image.Image | npt.NDArray[Any] | Tensor
-"""What :func:`read_image` takes."""
+EncodedImage = bytes | bytearray | memoryview
+"""The bytes of an image file."""
+
+ImageSource = str | os.PathLike[str] | EncodedImage | Image.Image | npt.NDArray[Any] | Tensor
+"""Image types accepted by :func:`read_image`."""
+
+ValueRange = tuple[float, float]
+"""The values of black and of full intensity, such as ``(0, 1)`` or ``(0, 4095)``."""
+
+_OVERSHOOT = 0.1
+"""Fraction of its range by which values may lie outside: bicubic resizing overshoots."""
 
 _ROOM = 2
 """An image is decoded at a reduced size that is at least so many times the wanted one."""
@@ -62,20 +71,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def read_image(source: ImageSource) -> Tensor:
-    """An image as RGB, upright.
+def read_image(source: ImageSource, *, value_range: ValueRange | None = None) -> Tensor:
+    """Read an image as upright 8-bit RGB.
 
-    What an image holds beside plain 8-bit RGB is brought to it by fixed rules:
+    Other image types are converted by fixed rules:
 
     - EXIF orientation (JPEG, PNG, WebP, TIFF; PIL images that still carry it) is applied.
     - Greyscale, palette, CMYK, YCbCr: converted by Pillow.
     - Transparency (RGBA, LA, a palette with it): laid over white, as on a page.
-    - 16 bits a channel: the high byte, so 65535 becomes 255. Where a camera fills 12 of the 16 bits
-      the image stays dark: scale such images before.
-    - Floating point and wider integers say nothing of their range, so it is judged by the values:
-      in 0..1 (floats) they are multiplied by 255, in 0..255 they stay, in 0..65535 (integers)
-      they count as 16 bits, and any other range is stretched from the least value to the largest.
-      Not-a-number becomes the least value.
+    - 16 bits per channel (unsigned): the high byte, so 65535 becomes 255. An image of a 12-bit
+      camera stays dark without ``value_range=(0, 4095)``.
+    - Floats of -0.1..1.1 are clamped to 0..1 and multiplied by 255. Floats of which none is under
+      -25.5 and the largest is in 25.5..280.5 are clamped to 0..255. (These margins are a tenth of
+      the range: bicubic resizing overshoots.) Other integers must lie in 0..255. Any other range
+      is ambiguous and an error; state it with `value_range`.
+    - NaN becomes black; infinities are clamped.
     - Animations and many pages: the first image.
 
     Args:
@@ -83,6 +93,9 @@ def read_image(source: ImageSource) -> Tensor:
             (``shard.tar/KEY.jpg``, see :mod:`retinanet.data.archives`), the bytes of one, a PIL
             image, an array (H, W) or (H, W, 1 | 2 | 3 | 4) in the order RGB (OpenCV's is BGR:
             reverse it), or a tensor (H, W) or (1 | 2 | 3 | 4, H, W).
+        value_range: the values of black and of full intensity, for arrays and tensors of any type
+            and for image files of more than 8 bits per channel; values outside are clamped. None:
+            by the rules above.
 
     Returns:
         (3, H, W) uint8. In memory the channels of a pixel lie side by side (channels_last), in
@@ -90,12 +103,16 @@ def read_image(source: ImageSource) -> Tensor:
 
     Raises:
         ImageError: there is no such file, or it is no image, damaged or cut short, or of more
-            than 2 x ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (179 million).
+            than 2 x ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (179 million); an array or tensor has
+            another shape, or its range is ambiguous.
+        ConfigError: `value_range` is not (low, high) with low < high.
     """
-    return _read(source, None)[0]
+    return _read(source, None, value_range)[0]
 
 
-def read_reduced(source: ImageSource, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+def read_reduced(
+    source: ImageSource, shorter: int, longest: int, *, value_range: ValueRange | None = None
+) -> tuple[Tensor, tuple[int, int]]:
     """As :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size: the largest of these
@@ -107,27 +124,45 @@ def read_reduced(source: ImageSource, shorter: int, longest: int) -> tuple[Tenso
         source: as in :func:`read_image`.
         shorter: pixels of the shorter side wanted.
         longest: pixels that the longer side may have.
+        value_range: as in :func:`read_image`.
 
     Returns:
         (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
         given to :func:`resize_to`.
 
     Raises:
-        ImageError: as in :func:`read_image`.
+        ImageError, ConfigError: as in :func:`read_image`.
     """
-    return _read(source, (shorter, longest))
+    return _read(source, (shorter, longest), value_range)
 
 
-def _read(source: ImageSource, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+def check_value_range(value_range: ValueRange | None) -> None:
+    """Raise ConfigError unless `value_range` is None or (low, high) with low < high."""
+    if value_range is None:
+        return
+    try:
+        low, high = map(float, value_range)
+        valid = math.isfinite(low) and math.isfinite(high) and low < high
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f"invalid value_range: {value_range!r}; give (low, high) with low < high, such as "
+            f"(0, 1), (0, 255) or (0, 65535)"
+        )
+
+
+def _read(
+    source: ImageSource, wanted: tuple[int, int] | None, value_range: ValueRange | None
+) -> tuple[Tensor, tuple[int, int]]:
     """The image, and its size when whole; `wanted` are shorter and longest of read_reduced."""
-    if isinstance(source, Tensor):
-        return _whole(_from_array(_channels_last(source), "tensor"))
-    if isinstance(source, np.ndarray):
-        return _whole(_from_array(source, "array"))
+    check_value_range(value_range)
+    if isinstance(source, Tensor | np.ndarray):
+        return _whole(_from_pixels(source, value_range))
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "PIL image")
         with _failures_named(name), _quiet():
-            return _whole(_from_pil(source))
+            return _whole(_from_pil(source, value_range))
     name, file = _opened(source)
     with _failures_named(name):
         jpeg = _jpeg_bytes(file) if simplejpeg is not None else b""
@@ -142,13 +177,15 @@ def _read(source: ImageSource, wanted: tuple[int, int] | None) -> tuple[Tensor, 
                 if fast is not None:
                     return fast
             file = BytesIO(jpeg)
-        read = _by_pillow(file, wanted)
+        read = _by_pillow(file, wanted, value_range)
         if _DAMAGE.search(complaint):
             raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
         return read
 
 
-def _by_pillow(file: Any, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+def _by_pillow(
+    file: Any, wanted: tuple[int, int] | None, value_range: ValueRange | None
+) -> tuple[Tensor, tuple[int, int]]:
     """Any format, and the definition of what an image's pixels are."""
     with _quiet():
         image = Image.open(file)
@@ -163,11 +200,11 @@ def _by_pillow(file: Any, wanted: tuple[int, int] | None) -> tuple[Tensor, tuple
             image.load()
         with _quiet():
             if factor == 1:
-                return _whole(_from_pil(image))
+                return _whole(_from_pil(image, value_range))
             sideways = _orientation(image) in _SIDEWAYS
             size = (width, height) if sideways else (height, width)
             rows, columns = _without_margin(height, width, factor)
-            return _from_pil(image.crop((0, 0, columns, rows))), size
+            return _from_pil(image.crop((0, 0, columns, rows)), value_range), size
 
 
 def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
@@ -254,7 +291,7 @@ def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return image, (image.shape[-2], image.shape[-1])
 
 
-def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
     """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
 
     Raises:
@@ -268,7 +305,7 @@ def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
     """Height and width of an image as it is stored, by its header: nothing is unpacked.
 
     :func:`image_size` exchanges them where the orientation says so, for which it may have to unpack
@@ -282,7 +319,7 @@ def stored_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def stored_tile(source: str | os.PathLike[str] | bytes) -> int:
+def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
     """Pixels of a tile of a TIFF, which is unpacked whole however small the image is; else 0.
 
     Raises:
@@ -384,6 +421,12 @@ def pad_batch(
     return batch, sizes
 
 
+def padding_colour(pixel_mean: Tensor) -> tuple[int, int, int]:
+    """Return the RGB colour that is about zero after normalisation by `pixel_mean` (3 values)."""
+    red, green, blue = (round(value) for value in pixel_mean.flatten().tolist())
+    return red, green, blue
+
+
 def _room_for(shape: tuple[int, ...], shared: bool) -> Tensor:
     """Uninitialised uint8."""
     if shared:
@@ -436,9 +479,9 @@ def _beginning(name: str) -> str:
     return f" (it begins with {start!r})" if start else " (it is empty)"
 
 
-def _opened(source: str | os.PathLike[str] | bytes | bytearray) -> tuple[str, Any]:
+def _opened(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
     """An image's name for messages, and what Pillow opens."""
-    if isinstance(source, bytes | bytearray):
+    if isinstance(source, bytes | bytearray | memoryview):
         return "bytes of an image", BytesIO(source)
     held = find_member(source)
     return os.fspath(source), source if held is None else BytesIO(held.read())
@@ -448,63 +491,96 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _from_pil(image: Image.Image, value_range: ValueRange | None = None) -> Tensor:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
-        return _from_array(np.asarray(upright), "image")
+        return _to_rgb(np.asarray(upright), value_range)
     if upright.has_transparency_data:
-        return _from_array(np.asarray(upright.convert("RGBA")), "image")
-    return _from_array(np.asarray(upright.convert("RGB")), "image")
+        return _to_rgb(np.asarray(upright.convert("RGBA")), None)
+    return _to_rgb(np.asarray(upright.convert("RGB")), None)
 
 
-def _channels_last(source: Tensor) -> npt.NDArray[Any]:
-    source = source.detach().cpu()
-    if source.is_floating_point():
-        source = source.float()  # numpy has no bfloat16
-    array: npt.NDArray[Any] = (source.permute(1, 2, 0) if source.dim() == 3 else source).numpy()
-    return array
+def array_size(source: npt.NDArray[Any] | Tensor) -> tuple[int, int]:
+    """Height and width of an array or a tensor in the layout of an image.
+
+    Raises:
+        ImageError: it has another layout.
+    """
+    shape, is_tensor = tuple(source.shape), isinstance(source, Tensor)
+    axis = 0 if is_tensor else 2
+    if len(shape) == 2 or (len(shape) == 3 and shape[axis] in (1, 2, 3, 4)):
+        height, width = [side for i, side in enumerate(shape) if len(shape) == 2 or i != axis]
+        if height and width:
+            return int(height), int(width)
+    name, layout, fix = (
+        ("tensor", "(channels, height, width)", "permute(2, 0, 1)")
+        if is_tensor
+        else ("array", "(height, width, channels)", "transpose(1, 2, 0)")
+    )
+    is_swapped = len(shape) == 3 and shape[2 - axis] in (1, 3, 4)
+    raise ImageError(
+        f"unsupported {name} layout: shape {shape}; expected (height, width) or {layout} with 1 to "
+        f"4 channels{f', as {fix} makes it' if is_swapped else ''}"
+    )
 
 
-def _from_array(source: npt.NDArray[Any], name: str) -> Tensor:
-    """(H, W) or (H, W, 1 | 2 | 3 | 4) of any type to (3, H, W) uint8."""
-    array = source
+def _from_pixels(source: npt.NDArray[Any] | Tensor, value_range: ValueRange | None) -> Tensor:
+    """Convert an array or a tensor in memory, which is not shared with the result."""
+    array_size(source)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu()
+        if source.dtype in (torch.bfloat16, torch.float16):
+            source = source.float()  # numpy has no bfloat16
+        source = (source.permute(1, 2, 0) if source.dim() == 3 else source).numpy()
+    rgb = _to_rgb(source, value_range)
+    return rgb.clone() if np.may_share_memory(rgb.numpy(), source) else rgb
+
+
+def _to_rgb(array: npt.NDArray[Any], value_range: ValueRange | None) -> Tensor:
+    """(H, W) or (H, W, 1 | 2 | 3 | 4) of any type to (3, H, W) uint8 in channels_last memory."""
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or array.size == 0:
-        raise ImageError(
-            f"{name} of shape {array.shape}: expected height, width and 1 to 4 channels"
-        )
-    array = _to_uint8(array)
+    array = _to_uint8(array, value_range)
     if array.shape[2] in (2, 4):
         array = _over_white(array)
     if array.shape[2] == 1:
         array = np.repeat(array, 3, axis=2)
-    flags = array.flags
-    if not (flags.c_contiguous and flags.writeable) or np.may_share_memory(array, source):
-        array = array.copy(order="C")  # the caller's own memory stays the caller's
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = array.copy(order="C")
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _to_uint8(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if array.dtype == np.uint8:
-        return array
+def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.NDArray[np.uint8]:
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"unsupported pixel type: {array.dtype}; expected numbers or booleans")
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
-        return (array >> 8).astype(np.uint8)
+    if value_range is None:
+        if array.dtype == np.uint8:
+            return array
+        if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
+            return (array >> 8).astype(np.uint8)
+        value_range = _find_range(array)
+    low, high = value_range
+    values = (array.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(np.clip(np.nan_to_num(values, posinf=255), 0, 255)).astype(np.uint8)
+
+
+def _find_range(array: npt.NDArray[Any]) -> ValueRange:
+    """The range of floats or wide integers where the values leave no doubt about it."""
     is_float = array.dtype.kind == "f"
-    values = array.astype(np.float64)
-    finite = values[np.isfinite(values)]
+    finite = array[np.isfinite(array)] if is_float else array
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if is_float:
-        values = np.nan_to_num(values, nan=low, neginf=low, posinf=high)
-    if low >= 0 and high <= 255:
-        values = values * 255 if is_float and high <= 1 else values
-    elif low >= 0 and high <= 65535 and not is_float:
-        values = values // 256
-    else:
-        values = (values - low) * 255 / (high - low) if high > low else values * 0
-    return np.rint(values).astype(np.uint8)
+    if not is_float and low >= 0 and high <= 255:
+        return 0, 255
+    if is_float and low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return 0, 1
+    if is_float and low >= -255 * _OVERSHOOT and 255 * _OVERSHOOT <= high <= 255 + 255 * _OVERSHOOT:
+        return 0, 255
+    raise ImageError(
+        f"ambiguous value range: {array.dtype} values from {low:.6g} to {high:.6g}; state the "
+        f"range, as in value_range=(0, 1), (0, 255) or (0, 65535)"
+    )
 
 
 def _over_white(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -31,12 +31,14 @@ from retinanet.data.images import (
     _SIDEWAYS,
     _TURNS,
     ImageSource,
+    ValueRange,
     _failures_named,
     _from_pil,
     _opened,
     _orientation,
     _quiet,
     _resized,
+    array_size,
     image_size,
     read_image,
 )
@@ -84,7 +86,7 @@ class Windows(ABC):
         """
 
 
-def open_windows(source: ImageSource) -> Windows:
+def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) -> Windows:
     """Look into an image without unpacking it.
 
     ==================  ========================================================================
@@ -105,22 +107,24 @@ def open_windows(source: ImageSource) -> Windows:
             has to be unpacked whole.
     """
     if isinstance(source, Tensor | np.ndarray):
-        return _Pixels(source) if _each_for_itself(source) else _Unpacked(source)
+        if _each_for_itself(source, value_range):
+            return _Pixels(source, value_range)
+        return _Unpacked(source, value_range)
     if isinstance(source, Image.Image):
-        return _Unpacked(source)
+        return _Unpacked(source, value_range)
     name, stored = _opened(source)
     with _failures_named(name):
         with _file(stored) as file:
             pieces = _find_pieces(file)
         if pieces is None:
-            return _Unpacked(source)
+            return _Unpacked(source, value_range)
         most = Image.MAX_IMAGE_PIXELS
         if most and pieces.largest > 2 * most:
             raise ImageError(
                 f"{name}: one of its strips or tiles has {pieces.largest} pixels, over "
                 f"{2 * most}: save it as a TIFF in tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
-        return _Stored(name, stored, pieces)
+        return _Stored(name, stored, pieces, value_range)
 
 
 def typical_side(images: Sequence[ImageSource], *, most: int = 200) -> int:
@@ -137,12 +141,13 @@ def typical_side(images: Sequence[ImageSource], *, most: int = 200) -> int:
 class _Unpacked(Windows):
     """An image that is read as ever, when it is first needed."""
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: ImageSource, value_range: ValueRange | None) -> None:
         self._lock = threading.Lock()
         self._source = source
+        self._value_range = value_range
         self._pixels: Tensor | None = None
         if isinstance(source, Tensor | np.ndarray | Image.Image):
-            self._pixels = read_image(source)
+            self._pixels = read_image(source, value_range=value_range)
             self.size = (self._pixels.shape[-2], self._pixels.shape[-1])
             return
         name, stored = _opened(source)
@@ -154,7 +159,7 @@ class _Unpacked(Windows):
                 f"{name}: {error}; an image of this kind is unpacked whole: save it as a TIFF of "
                 "8 or 16 bits, which is read in windows, or raise PIL.Image.MAX_IMAGE_PIXELS"
             ) from None
-        self.size = image_size(bytes(source) if isinstance(source, bytearray) else source)
+        self.size = image_size(source)
 
     def read(self, window: Window) -> Tensor:
         x1, y1, x2, y2 = window
@@ -168,23 +173,23 @@ class _Unpacked(Windows):
     def _whole(self) -> Tensor:
         with self._lock:
             if self._pixels is None:
-                self._pixels = read_image(self._source)
+                self._pixels = read_image(self._source, value_range=self._value_range)
             return self._pixels
 
 
 class _Pixels(Windows):
     """An array or a tensor of which each pixel is converted for itself."""
 
-    def __init__(self, source: npt.NDArray[Any] | Tensor) -> None:
+    def __init__(self, source: npt.NDArray[Any] | Tensor, value_range: ValueRange | None) -> None:
+        self.size = array_size(source)
         self._source = source
-        shape = source.shape[-2:] if isinstance(source, Tensor) else source.shape[:2]
-        self.size = (int(shape[0]), int(shape[1]))
+        self._value_range = value_range
 
     def read(self, window: Window) -> Tensor:
         x1, y1, x2, y2 = window
         if isinstance(self._source, Tensor):
-            return read_image(self._source[..., y1:y2, x1:x2])
-        return read_image(self._source[y1:y2, x1:x2])
+            return read_image(self._source[..., y1:y2, x1:x2], value_range=self._value_range)
+        return read_image(self._source[y1:y2, x1:x2], value_range=self._value_range)
 
     def reduced(self, height: int, width: int) -> Tensor:
         rows, columns = self.size
@@ -216,9 +221,14 @@ class _Stored(Windows):
     """An image in pieces, those of the last windows kept."""
 
     def __init__(
-        self, name: str, stored: str | os.PathLike[str] | BytesIO, pieces: _Pieces
+        self,
+        name: str,
+        stored: str | os.PathLike[str] | BytesIO,
+        pieces: _Pieces,
+        value_range: ValueRange | None,
     ) -> None:
         self._name = name
+        self._value_range = value_range
         self._stored = stored
         self._pieces = pieces
         self._lock = threading.Lock()
@@ -285,7 +295,7 @@ class _Stored(Windows):
         with _file(self._stored) as file:
             image = self._pieces.unpack(file, row, column)
         tops, lefts = self._pieces.tops, self._pieces.lefts
-        pixels = _from_pil(image).permute(1, 2, 0)
+        pixels = _from_pil(image, self._value_range).permute(1, 2, 0)
         return pixels[: tops[row + 1] - tops[row], : lefts[column + 1] - lefts[column]]
 
     def _bytes(self, place: tuple[int, int]) -> int:
@@ -503,17 +513,14 @@ def _edges(length: int, step: int) -> list[int]:
     return [*range(0, length, step), length]
 
 
-def _each_for_itself(source: npt.NDArray[Any] | Tensor) -> bool:
-    """Whether an image in memory has the shape of one, and values that need no others."""
-    if isinstance(source, Tensor):
-        channels = source.shape[0] if source.dim() == 3 else 1
-        known = source.dtype in (torch.uint8, torch.bool)
-        return source.dim() in (2, 3) and known and channels in (1, 2, 3, 4) and source.numel() > 0
-    channels = source.shape[2] if source.ndim == 3 else 1
-    known = source.dtype in (np.uint8, np.bool_) or (
-        source.dtype.kind == "u" and source.dtype.itemsize == 2
+def _each_for_itself(source: npt.NDArray[Any] | Tensor, value_range: ValueRange | None) -> bool:
+    """Whether the pixels of an image in memory can be converted without the others."""
+    if value_range is not None or source.dtype in (torch.uint8, torch.bool, torch.uint16):
+        return True
+    return isinstance(source, np.ndarray) and (
+        source.dtype in (np.uint8, np.bool_)
+        or (source.dtype.kind == "u" and source.dtype.itemsize == 2)
     )
-    return source.ndim in (2, 3) and known and channels in (1, 2, 3, 4) and source.size > 0
 
 
 def _file(stored: str | os.PathLike[str] | BytesIO) -> BinaryIO:

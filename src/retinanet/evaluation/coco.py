@@ -28,7 +28,7 @@ from retinanet.evaluation.results import Results, Truth, coco_categories, coco_i
 from retinanet.structures import Detections
 
 MAX_DETECTIONS = 100
-"""Boxes of a class in an image that count (COCO's limit)."""
+"""Detections per class and image that COCO counts."""
 
 _Array = NDArray[np.float64]
 # Places in its arrays: precision (T, R, K, areas, limits), recall (T, K, areas, limits).
@@ -51,7 +51,8 @@ def evaluate_detections(
     dataset: Dataset,
     detections: Results | Iterable[tuple[int, Detections]] | Sequence[Mapping[str, Any]],
     *,
-    max_detections: int = MAX_DETECTIONS,
+    max_detections: int | None = None,
+    detections_per_image: int | None = None,
     analysis: bool = True,
 ) -> Metrics:
     """Judge what was found in a data set as COCO does.
@@ -62,8 +63,10 @@ def evaluate_detections(
         dataset: images and their objects; an image without detections counts too.
         detections: (place in the data set, boxes in the image's pixels) pairs, or COCO results
             (a list of dicts), or :class:`Results`.
-        max_detections: boxes of a class in an image that count, best first. COCO's 100 is too few
-            for data with more objects than that in an image.
+        max_detections: detections per class and image that count, best first; None is
+            :func:`max_detections_for`: COCO's 100 unless an image has more objects.
+        detections_per_image: the detector's own limit over all classes; None: unknown. It only
+            enters :attr:`Metrics.objects_over_limit`.
         analysis: whether to look into the errors too: a third of the time. Without it ``errors``,
             ``confusion`` and ``calibration`` are empty.
 
@@ -71,6 +74,8 @@ def evaluate_detections(
         DataError: the results do not fit the data (see :meth:`Results.read`).
         ValueError: max_detections is under 1.
     """
+    if max_detections is None:
+        max_detections = max_detections_for(dataset)
     if max_detections < 1:
         raise ValueError(f"max_detections {max_detections} is under 1")
     results = _as_results(dataset, detections)
@@ -111,6 +116,8 @@ def evaluate_detections(
         ignored=ignored,
         left_out=truth.left_out,
         detections=len(table),
+        objects_over_limit=_objects_over_limit(dataset, max_detections, detections_per_image),
+        detections_over_limit=_detections_over_limit(table, max_detections),
         per_class=_per_class(evaluator, dataset, truth, table),
         best_f1=best_f1,
         best_score=threshold,
@@ -121,6 +128,32 @@ def evaluate_detections(
         else Confusion((), (), math.nan),
         calibration=_calibration(evaluator) if analysis else Calibration(math.nan, math.nan, ()),
     )
+
+
+def max_detections_for(dataset: Dataset) -> int:
+    """Detections per image that are enough for a data set.
+
+    COCO's 100, or the largest number of objects (crowd and difficult excluded) in an image where
+    that is more: with fewer detections some objects could never be matched.
+    """
+    largest = max((sum(not a.ignored for a in i.annotations) for i in dataset.images), default=0)
+    return max(MAX_DETECTIONS, largest)
+
+
+def _objects_over_limit(dataset: Dataset, per_class: int, per_image: int | None) -> int:
+    """Count the objects for which their image can have no counted detection."""
+    total = 0
+    for image in dataset.images:
+        counts = Counter(a.label for a in image.annotations if not a.ignored)
+        over = sum(max(0, count - per_class) for count in counts.values())
+        total += over if per_image is None else max(over, counts.total() - per_image)
+    return total
+
+
+def _detections_over_limit(table: _Array, limit: int) -> int:
+    """Count the detections beyond `limit` of their class and image."""
+    _, counts = np.unique(table[:, [0, 6]], axis=0, return_counts=True)
+    return int((counts - limit).clip(min=0).sum())
 
 
 def _as_results(

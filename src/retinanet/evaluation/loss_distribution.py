@@ -21,12 +21,12 @@ from torch import Tensor
 
 from retinanet.anchors import level_anchors
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluation.run import Progress, inverse_labels, match_classes, read_judged
+from retinanet.inference.backends import Network
 from retinanet.inference.detector import Detector
-from retinanet.inference.inference import padding_colour
-from retinanet.inference.network import Network
 from retinanet.losses import focal_loss
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
@@ -218,7 +218,7 @@ def distribution_of(
     Images go through one by one, so that hardly any anchor lies in padding.
 
     Args:
-        network: as :func:`retinanet.inference.network.build_network` makes it.
+        network: as :func:`retinanet.inference.backends.build_network` makes it.
         image_size, max_size: shorter side, and longer side at most, pixels.
         matching: has ``foreground_iou``, ``background_iou`` and ``low_quality_matches`` among
             others (a checkpoint's ``info["loss"]``); what it lacks is the paper's.
@@ -246,7 +246,7 @@ def distribution_of(
         image_size=image_size,
         max_size=max_size,
         workers=workers,
-        fill=padding_colour(model),
+        fill=padding_colour(model.pixel_mean),
     )
     for done, loaded in enumerate(loader, start=1):
         batch = loaded.to(network.device, non_blocking=True)

@@ -138,7 +138,10 @@ class Metrics:
         images: images that were judged.
         objects: objects that count; `ignored`: crowd and difficult ones, which do not.
         left_out: objects whose box is not a box (not a number, inverted).
-        detections: boxes that were judged.
+        detections: detections, counted or not.
+        objects_over_limit: objects that cannot be matched, as their image has more than
+            `max_detections` of a class, or more than the detector's ``detections_per_image``.
+        detections_over_limit: detections beyond `max_detections` of a class and image: not counted.
         per_class: in the order of the data's classes.
         best_f1: best mean over classes of F1 at IoU .50; `best_score`: the highest score threshold
             (in hundredths) that gives it.
@@ -177,6 +180,8 @@ class Metrics:
     loss_classification: float | None = None
     loss_box: float | None = None
     images_per_second: float | None = None
+    objects_over_limit: int = 0
+    detections_over_limit: int = 0
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their usual short names, in the usual order."""

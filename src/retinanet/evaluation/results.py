@@ -45,7 +45,7 @@ class Results:
         self.image_numbers = image_numbers(dataset)
         self._category_ids = np.asarray(dataset.category_ids, dtype=np.float64)
         self._label_map = None if label_map is None else np.asarray(label_map, dtype=np.int64)
-        self._parts: list[NDArray[np.float64]] = []
+        self._parts: list[tuple[int, NDArray[np.float64]]] = []  # index of the image, its rows
 
     def add(self, index: int, detections: Detections) -> None:
         """Keep what was found in image `index` of the data set, boxes in that image's pixels.
@@ -69,16 +69,17 @@ class Results:
         if not np.isfinite(part).all():
             path = self.dataset.images[index].path
             raise DataError(f"{path.name}: a box or a score that was found is not a number")
-        self._parts.append(part)
+        self._parts.append((index, part))
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self._parts)
+        return sum(len(part) for _, part in self._parts)
 
     def table(self) -> NDArray[np.float64]:
-        """(N, 7) image number, x, y, width, height, score, category id, in the order of adding."""
+        """(N, 7) image number, x, y, width, height, score, category id, in the data's order."""
         if len(self._parts) != 1:
-            self._parts = [np.concatenate([np.empty((0, COLUMNS)), *self._parts])]
-        return self._parts[0]
+            parts = [part for _, part in sorted(self._parts, key=itemgetter(0))]
+            self._parts = [(-1, np.concatenate([np.empty((0, COLUMNS)), *parts]))]
+        return self._parts[0][1]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """COCO's results: a dict a box. Numbers are exact, so that they give the same AP."""
@@ -124,7 +125,7 @@ class Results:
             table = _read_plain(source)
             if table is not None and (known := _known_rows(table, dataset)) is not None:
                 results = cls(dataset)
-                results._parts = [known]
+                results._parts = [(-1, known)]
                 return results
             rows = read_json(source)
         if isinstance(rows, Mapping) and "annotations" in rows and "images" in rows:
@@ -142,7 +143,7 @@ class Results:
         plain = _plain_rows(rows)
         known = None if plain is None else _known_rows(plain, dataset)
         # Whatever is unusual is looked at row by row, and the first wrong place is named.
-        results._parts = [_parse_rows(rows, results, where) if known is None else known]
+        results._parts = [(-1, _parse_rows(rows, results, where) if known is None else known)]
         return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
+from retinanet.config import repeated_names
 from retinanet.data import find_format, read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections
+from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
+from retinanet.inference.backends import Network, Thresholds, build_network, detections_of
+from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector, open_model
-from retinanet.inference.exported import ExportedFile
-from retinanet.inference.found import Failure
-from retinanet.inference.inference import (
-    Thresholds,
-    choose_device,
-    detections_of,
-    padding_colour,
-)
-from retinanet.inference.network import Network, build_network
+from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
-from retinanet.structures import Batch, Detections, Targets
+from retinanet.structures import Batch, Detections, Targets, concatenate_batches
+
+_MAX_WAITING = 4
+"""Batches of images that wait for others of their padded size."""
 
 Progress = Callable[[int, int], None]
 """Told how many images are done, of how many."""
@@ -93,8 +93,10 @@ def evaluate(
         split: which part of the data; None is ``val``, or the split that a file is of (results: all
             of the file).
         out: a folder for ``metrics.json`` and ``results.json`` (:func:`write_results`).
-        max_detections: boxes of a class in an image that count. None is COCO's 100, also
-            where ``detections_per_image`` is higher: AP is then what pycocotools makes of it.
+        max_detections: detections per class and image that count. None is COCO's 100, or the
+            largest number of objects in an image of the data where that is more. The model's
+            ``detections_per_image`` and ``topk_candidates`` are raised to it, unless they are among
+            `thresholds`.
         batch_size: images that the network takes at once.
         workers: processes that load images; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
@@ -119,9 +121,7 @@ def evaluate(
         source = Path(model) if isinstance(model, str | Path) else model
         dataset = read_judged(data, split, of_results=True, seed=seed, held_out=held_out)
         results = Results.read(source, dataset)  # type: ignore[arg-type]
-        metrics = evaluate_detections(
-            dataset, results, max_detections=max_detections or MAX_DETECTIONS
-        )
+        metrics = evaluate_detections(dataset, results, max_detections=max_detections)
     else:
         checkpoint = open_model(model) if isinstance(model, str | Path) else model
         info: dict[str, Any] = checkpoint.info  # type: ignore[union-attr]
@@ -146,7 +146,11 @@ def evaluate(
             held_out=made.get("held_out") if held_out is None else held_out,
         )
         label_map = match_classes(detector.classes, dataset)
-        used = Thresholds(**{**detector.thresholds, **thresholds})
+        limit, raised = _raised_limits(dataset, max_detections, detector.thresholds)
+        if isinstance(detector.network, ExportedNetwork) and max_detections is None:
+            raised = {}  # a file gives the detections that were built in, and no more
+        changes: dict[str, Any] = {**raised, **thresholds}
+        used = Thresholds(**{**detector.thresholds, **changes})  # type: ignore[typeddict-item]
         if tile is None and isinstance(detector.network, Network):
             searched = search(
                 detector.network,
@@ -169,9 +173,9 @@ def evaluate(
                 tile=tile,
                 overlap=overlap,
                 progress=progress,
-                **thresholds,
+                **changes,
             )
-        metrics = _judge(searched, max_detections)
+        metrics = _judge(searched, limit, used["detections_per_image"])
         results = searched.results
     if out is not None:
         write_results(out, metrics, results)
@@ -198,11 +202,13 @@ def evaluate_model(
 
     Args:
         model: it is moved to `device`.
-        device, precision: as in :mod:`retinanet.inference.network`.
-        max_detections: None is COCO's 100.
+        device, precision: as in :mod:`retinanet.inference.backends`.
+        max_detections: as in :func:`evaluate`; `thresholds` are raised to it.
 
     The others are those of :func:`search`.
     """
+    limit, raised = _raised_limits(dataset, max_detections, thresholds)
+    used = Thresholds(**{**thresholds, **raised})  # type: ignore[typeddict-item]
     was_training = model.training
     try:
         searched = search(
@@ -215,11 +221,26 @@ def evaluate_model(
             loss=loss,
             label_map=label_map,
             progress=progress,
-            **thresholds,
+            **used,
         )
     finally:
         model.train(was_training)
-    return _judge(searched, max_detections)
+    return _judge(searched, limit, used.get("detections_per_image", MAX_DETECTIONS))
+
+
+def _raised_limits(
+    dataset: Dataset, max_detections: int | None, thresholds: Thresholds
+) -> tuple[int, dict[str, int]]:
+    """How many detections count, and the thresholds raised to let the model give as many.
+
+    Up to COCO's 100 the model's own limits are kept, unless `max_detections` is given.
+    """
+    limit = max_detections_for(dataset) if max_detections is None else max_detections
+    if max_detections is None and limit <= MAX_DETECTIONS:
+        return limit, {}
+    defaults = {"detections_per_image": MAX_DETECTIONS, "topk_candidates": 1000}
+    current = {name: int(thresholds.get(name, value)) for name, value in defaults.items()}  # type: ignore[call-overload]
+    return limit, {name: limit for name, value in current.items() if value < limit}
 
 
 @torch.inference_mode()
@@ -238,13 +259,13 @@ def search(
 ) -> Searched:
     """Run a model over every image once; images are let go as soon as they are searched.
 
-    The loss is that of training on the same forward: its mean over images, or, for the normalizers
-    ``batch`` and ``running``, the sum over all images divided by all their foreground anchors
-    (with mining that of the boxes alone). So `batch_size` changes it only by the padding, whose
-    anchors are background.
+    Images are padded to a multiple of 32 and batched with others of the same padded size, so
+    `batch_size` does not change the results. The loss is that of training on the same forward: its
+    mean over images, or, for the normalizers ``batch`` and ``running``, the sum over all images
+    divided by all their foreground anchors (with mining that of the boxes alone).
 
     Args:
-        network: as :func:`retinanet.inference.network.build_network` makes it.
+        network: as :func:`retinanet.inference.backends.build_network` makes it.
         dataset: the images and their objects.
         image_size, max_size: shorter side, and longer side at most, pixels.
         batch_size: images at once.
@@ -252,7 +273,7 @@ def search(
         loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
         progress: told how many images are done.
-        thresholds: as in :func:`retinanet.inference.inference.detect_batch`.
+        thresholds: as in :func:`retinanet.inference.backends.detect_batch`.
 
     Raises:
         ImageError: an image cannot be read.
@@ -265,15 +286,15 @@ def search(
     if len(dataset):
         loader = eval_loader(
             dataset,
-            batch_size=batch_size,
+            batch_size=1,
             image_size=image_size,
             max_size=max_size,
             workers=workers,
-            fill=padding_colour(model),
+            fill=padding_colour(model.pixel_mean),
         )
+        loaded = (batch.to(network.device, non_blocking=True) for batch in loader)
         done = 0
-        for loaded in loader:
-            batch = loaded.to(network.device, non_blocking=True)
+        for batch in batches_of_one_size(loaded, batch_size):
             outputs = network(batch.images)
             if sums is not None:
                 shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
@@ -294,6 +315,32 @@ def search(
         box,
         len(dataset) / seconds,
     )
+
+
+def batches_of_one_size(images: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """Join batches of a single image to batches of images with the same padded size.
+
+    Batches come as they fill up, the rest at the end, so images change places;
+    :attr:`Batch.indices` keeps track. At most four batches of images are held back: beyond that the
+    largest incomplete batch is given.
+
+    Args:
+        images: batches of one image each, padded on its own.
+        batch_size: images per batch.
+    """
+    waiting: dict[tuple[int, ...], list[Batch]] = {}
+    for image in images:
+        same = waiting.setdefault(tuple(image.images.shape), [])
+        same.append(image)
+        held = sum(map(len, waiting.values()))
+        if len(same) < batch_size and held > _MAX_WAITING * batch_size:
+            same = max(waiting.values(), key=len)
+        if len(same) == batch_size or held > _MAX_WAITING * batch_size:
+            yield concatenate_batches(same)
+            same.clear()
+    for rest in waiting.values():
+        if rest:
+            yield concatenate_batches(rest)
 
 
 def search_images(
@@ -332,8 +379,19 @@ def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
     """The data's label of each class of a model, by name; -1: the data has no such class.
 
     Raises:
-        WeightsError: the data has objects of classes that the model does not know.
+        WeightsError: the data has objects of classes that the model does not know, or several
+            classes of the model have the same name.
+        DataError: several classes of the data have the same name.
     """
+    for what, names, error in (
+        ("the model", classes, WeightsError),
+        (f"{dataset.source}", dataset.classes, DataError),
+    ):
+        if repeated := repeated_names(names):
+            raise error(
+                f"classes are matched by name, and {what} has several named "
+                f"{', '.join(map(repr, repeated[:5]))}: rename or merge them"
+            )
     held = {one.label for image in dataset.images for one in image.annotations if not one.ignored}
     missing = [
         dataset.classes[label] for label in sorted(held) if dataset.classes[label] not in classes
@@ -439,11 +497,12 @@ def inverse_labels(label_map: Sequence[int]) -> Tensor:
     return inverse
 
 
-def _judge(searched: Searched, max_detections: int | None) -> Metrics:
+def _judge(searched: Searched, max_detections: int, detections_per_image: int) -> Metrics:
     metrics = evaluate_detections(
         searched.results.dataset,
         searched.results,
-        max_detections=MAX_DETECTIONS if max_detections is None else max_detections,
+        max_detections=max_detections,
+        detections_per_image=detections_per_image,
     )
     return replace(
         metrics,

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import Progress, match_classes, read_judged, search
+from retinanet.inference.backends import Network, detect_batch
 from retinanet.inference.detector import Detector
-from retinanet.inference.inference import detect_batch, padding_colour
-from retinanet.inference.network import Network
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 
 SCALES = (400, 500, 600, 700, 800)
@@ -272,7 +272,7 @@ def search_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
         batch_size=1,
         image_size=detector.image_size,
         max_size=detector.max_size,
-        fill=padding_colour(detector.model),
+        fill=padding_colour(detector.model.pixel_mean),
     )
     batches = [batch.to(detector.device) for batch in loader]
     # Images of one size after each other, as weights are arranged for sizes that come again.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from retinanet.errors import ConfigError
-from retinanet.inference.inference import Thresholds
+from retinanet.inference.backends import Thresholds
 from retinanet.structures import Detections
 
 _SAME_OBJECT = 0.5
@@ -121,7 +121,7 @@ def compare(
     counts = dict.fromkeys(
         ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond"), 0
     )
-    scores, corners = [torch.zeros(0)], [torch.zeros(0)]
+    scores, corners = ([torch.zeros(0, dtype=torch.float32)] for _ in range(2))
     for expected, got in pairs:
         left, right = match(expected, got)
         score = (expected.scores[left] - got.scores[right]).abs()

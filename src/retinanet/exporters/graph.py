@@ -19,7 +19,8 @@ from torchvision.ops import nms
 
 from retinanet.anchors import anchor_grid, cell_anchors
 from retinanet.boxes import clip_boxes, decode_boxes
-from retinanet.inference.inference import Thresholds, padding_colour, to_original
+from retinanet.data.images import padding_colour
+from retinanet.inference.backends import Thresholds, to_original
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Outputs, flatten_level
 
@@ -55,7 +56,7 @@ class WholeDetector(nn.Module):
     Args:
         network: as :func:`retinanet.model.fused.fused_copy` makes it, without packing.
         image_size, max_size: pixels of the shorter side, and of the longer one at most.
-        thresholds: all of :class:`retinanet.inference.inference.Thresholds`.
+        thresholds: all of :class:`retinanet.inference.backends.Thresholds`.
         suppress: what does the suppression; engines differ in what they have for it.
         size: :func:`network_size`, or :func:`network_size_of_tensors`.
     """
@@ -87,7 +88,7 @@ class WholeDetector(nn.Module):
             max_size,
         )
         self.suppress = suppress
-        colour = torch.tensor(padding_colour(network), dtype=torch.float32)
+        colour = torch.tensor(padding_colour(network.pixel_mean), dtype=torch.float32)
         self.register_buffer("colour", colour.view(3, 1, 1), persistent=False)
         for level, root in enumerate(network.anchors.sizes):
             cell = cell_anchors(network.anchors, root).float()

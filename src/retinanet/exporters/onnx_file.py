@@ -13,7 +13,7 @@ import torch
 from retinanet import __version__
 from retinanet.exporters.program import OUTPUTS
 from retinanet.inference.exported import TEXT_KEY
-from retinanet.inference.openvino_network import quiet
+from retinanet.inference.openvino_backend import quiet
 
 OPSET = 22
 """The latest that ONNX Runtime 1.22, the oldest that is asked for, takes."""

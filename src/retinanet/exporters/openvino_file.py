@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from retinanet.inference.exported import TEXT_KEY
-from retinanet.inference.openvino_network import NARROW, quantize_but
+from retinanet.inference.openvino_backend import NARROW, quantize_but
 
 
 def openvino_model(

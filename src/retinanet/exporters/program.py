@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from retinanet.inference.openvino_network import any_size
+from retinanet.inference.openvino_backend import any_size
 
 MAX_BATCH, MAX_SIDE = 4096, 65535
 

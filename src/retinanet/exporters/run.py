@@ -22,7 +22,7 @@ from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
-from retinanet.data.images import pad_batch, read_image, resize_to
+from retinanet.data.images import pad_batch, padding_colour, read_image, resize_to
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import (
     ConfigError,
@@ -43,6 +43,7 @@ from retinanet.exporters.graph import (
 )
 from retinanet.exporters.program import export_program
 from retinanet.files import write_atomic
+from retinanet.inference.backends import Thresholds
 from retinanet.inference.detector import Detector, Prepared
 from retinanet.inference.exported import (
     DETECTIONS,
@@ -53,8 +54,7 @@ from retinanet.inference.exported import (
     ExportedNetwork,
     read_exported,
 )
-from retinanet.inference.inference import Thresholds, padding_colour
-from retinanet.inference.openvino_network import CALIBRATION_IMAGES
+from retinanet.inference.openvino_backend import CALIBRATION_IMAGES
 from retinanet.inference.sources import find_sources
 from retinanet.model.checkpoint import Checkpoint, checkpoint_text, load_checkpoint
 from retinanet.model.fused import fused_copy
@@ -301,7 +301,11 @@ def check_file(
     ap = ap_file = None
     if data is not None:
         (progress or (lambda _: None))("judging both")
-        ap, ap_file = (evaluate(one, data, split=split).ap for one in (detector, own))
+        most = detector.thresholds["detections_per_image"]  # the file cannot give more
+        ap, ap_file = (
+            evaluate(either, data, split=split, detections_per_image=most).ap
+            for either in (detector, own)
+        )
         if not ap_file >= ap - allowed.ap:
             failures.append(f"AP {ap_file:.4f} is under {ap:.4f} by more than {allowed.ap:g}")
     return ExportReport(
@@ -517,7 +521,7 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
         sources = [image.path for image in dataset.images]
     except (DataError, TypeError):
         sources = find_sources(given)
-    fill = padding_colour(detector.model)
+    fill = padding_colour(detector.model.pixel_mean)
     for source in spread(sources, CALIBRATION_IMAGES):
         try:
             prepared = detector.prepare(source).pixels

@@ -11,7 +11,7 @@ import torch
 
 from retinanet.errors import ConfigError
 from retinanet.inference.exported import TEXT_KEY
-from retinanet.inference.openvino_network import quiet
+from retinanet.inference.openvino_backend import quiet
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path, text: str) -> None:

@@ -15,8 +15,8 @@ from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.files import write_atomic
 from retinanet.hub.card import CardOptions, Counts, Example, write_card
 from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_places
-from retinanet.inference import Detector, Found
-from retinanet.inference.found import DRAWN_SCORE
+from retinanet.inference import Detector, ImageDetections
+from retinanet.inference.detections import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
 from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
 
@@ -232,7 +232,7 @@ def _draw(
     examples = []
     for number, image in enumerate(images, start=1):
         found = detector.detect(image.path)
-        assert isinstance(found, Found)
+        assert isinstance(found, ImageDetections)
         drawn = found.draw(score_threshold=score)
         drawn.thumbnail((_LONGEST, _LONGEST))
         name = f"example_{number}.jpg"

@@ -1,14 +1,14 @@
 """From images to what is found in them: the detector, its results, the files that hold them."""
 
+from retinanet.inference.backends import Thresholds, detect_batch
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import Detector, load
-from retinanet.inference.found import Failure, Found
-from retinanet.inference.inference import Thresholds, detect_batch
 from retinanet.inference.sources import Source, find_sources
 
 __all__ = [
     "Detector",
     "Failure",
-    "Found",
+    "ImageDetections",
     "Source",
     "Thresholds",
     "detect_batch",

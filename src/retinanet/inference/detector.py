@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -16,8 +16,25 @@ import torch
 from torch import Tensor
 
 from retinanet.config import build_recipe
-from retinanet.data.images import ImageSource, network_size, pad_batch, resize_to
+from retinanet.data.images import (
+    EncodedImage,
+    ImageSource,
+    ValueRange,
+    check_value_range,
+    network_size,
+    pad_batch,
+    padding_colour,
+    resize_to,
+)
 from retinanet.errors import ConfigError, ImageError
+from retinanet.inference.backends import (
+    Network,
+    Thresholds,
+    build_network,
+    detect_batch,
+    to_original,
+)
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.exported import (
     ExportedFile,
     ExportedNetwork,
@@ -26,15 +43,6 @@ from retinanet.inference.exported import (
     is_exported,
     read_exported,
 )
-from retinanet.inference.found import Failure, Found
-from retinanet.inference.inference import (
-    Thresholds,
-    choose_device,
-    detect_batch,
-    padding_colour,
-    to_original,
-)
-from retinanet.inference.network import Network, build_network
 from retinanet.inference.sources import Source, find_sources, is_single, iter_sources
 from retinanet.inference.tiles import (
     Part,
@@ -45,6 +53,8 @@ from retinanet.inference.tiles import (
     tile_side,
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+from retinanet.model.precision import choose_device
+from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
 _MOST_BROKEN = 64  # images or tiles that wait for a batch to be full
@@ -100,7 +110,7 @@ class Detector:
             precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
                 ``float32``, ``bf16``, ``fp16``, ``int8``.
             backend: ``auto``, ``torch``, ``compile`` or ``openvino``
-                (:mod:`retinanet.inference.network`).
+                (:mod:`retinanet.inference.backends`).
             calibrate: for int8: images as :meth:`detect` takes them, of the kind that will be
                 searched; 300 of them are looked at.
             image_size: None is what the model was trained with; larger finds smaller objects.
@@ -135,7 +145,7 @@ class Detector:
             return
         self.device = choose_device(device)
         self.model = checkpoint.model.eval().to(self.device)
-        self._fill = padding_colour(self.model)
+        self._fill = padding_colour(self.model.pixel_mean)
         self.network = build_network(
             self.model,
             self.device,
@@ -151,20 +161,24 @@ class Detector:
         batch_size: int = 1,
         tile: int | str | None = None,
         overlap: float = 0.2,
+        value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Found | list[Found]:
+    ) -> ImageDetections | list[ImageDetections]:
         """Search one image or several.
 
         Args:
             source: what :func:`retinanet.inference.sources.find_sources` takes: a path, a folder, a
                 glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
                 image file, or a list of them.
-            batch_size: images that the network takes at once.
+            batch_size: images that the network takes at once, where they have the same size for it:
+                others go in batches of their own, so that no result depends on this number.
             tile, overlap: as in :meth:`stream`: search huge images in tiles too.
+            value_range: the values of black and of full intensity of the images, where
+                :func:`retinanet.data.images.read_image` cannot know them.
             thresholds: laid over :attr:`thresholds` for this call.
 
         Returns:
-            A :class:`Found` for one image; a list for a folder, a glob, a batch or a list.
+            :class:`ImageDetections` for one image; a list for a folder, a glob, a batch or a list.
 
         Raises:
             DataError: a path does not exist, a folder or glob holds no image, a type is unknown.
@@ -173,7 +187,12 @@ class Detector:
         """
         found = []
         for one in self.stream(
-            find_sources(source), batch_size=batch_size, tile=tile, overlap=overlap, **thresholds
+            find_sources(source),
+            batch_size=batch_size,
+            tile=tile,
+            overlap=overlap,
+            value_range=value_range,
+            **thresholds,
         ):
             if isinstance(one, Failure):
                 raise one.error
@@ -188,8 +207,9 @@ class Detector:
         workers: int | None = None,
         tile: int | str | None = None,
         overlap: float = 0.2,
+        value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """Search any number of images in memory that does not grow with their number.
 
         Images are read ahead in threads while the network runs. One that cannot be read comes out
@@ -205,6 +225,7 @@ class Detector:
                 ``detections_per_image`` then counts for a tile, and for an image if it is given
                 here or to the detector.
             overlap: share of a tile's side that the next tile has too, in [0, 1).
+            value_range: as in :meth:`detect`.
             thresholds: as in :meth:`detect`.
 
         Yields:
@@ -221,11 +242,17 @@ class Detector:
         settings = _thresholds(self.thresholds, thresholds)
         check_tiling(tile, overlap)
         side = None if tile is None else tile_side(tile, self.image_size, self.info)
-        one_thing = isinstance(sources, str | bytes | Tensor | np.ndarray)
+        check_value_range(value_range)
+        one_thing = isinstance(sources, str | EncodedImage | Tensor | np.ndarray)
         if isinstance(sources, Iterable) and not one_thing:
             listed = iter_sources(sources)
         else:
             listed = iter(find_sources(sources))
+        if value_range is not None:
+            listed = (
+                replace(source, value_range=value_range) if isinstance(source, Source) else source
+                for source in listed
+            )
         pieces = cut_images(listed, side, overlap)
         given = thresholds.get("detections_per_image")
         most = self._most if given is None else given
@@ -267,19 +294,24 @@ class Detector:
                 )
                 for of, one in zip(reduced, prepared, strict=True)
             ]
-        images, sizes = pad_batch([one.pixels for one in prepared], fill=self._fill)
-        found = detect_batch(
-            self.network,
-            images.to(self.device),
-            sizes,
-            torch.tensor([one.size for one in prepared]),
-            **Thresholds(**{**self.thresholds, **thresholds}),
-        )
-        return [Detections(o.boxes.cpu(), o.scores.cpu(), o.labels.cpu()) for o in found]
+        used = Thresholds(**{**self.thresholds, **thresholds})
+        found: list[Detections | None] = [None] * len(prepared)
+        for positions in _of_one_padded_size(prepared):
+            same = [prepared[position] for position in positions]
+            images, sizes = pad_batch([image.pixels for image in same], fill=self._fill)
+            original_sizes = torch.tensor([image.size for image in same])
+            batch = detect_batch(
+                self.network, images.to(self.device), sizes, original_sizes, **used
+            )
+            for position, objects in zip(positions, batch, strict=True):
+                found[position] = Detections(
+                    objects.boxes.cpu(), objects.scores.cpu(), objects.labels.cpu()
+                )
+        return cast(list[Detections], found)
 
-    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> Found:
+    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> ImageDetections:
         """`objects` of an image of `size` (height, width) with all that a person wants to know."""
-        return Found(
+        return ImageDetections(
             boxes=objects.boxes,
             scores=objects.scores,
             labels=objects.labels,
@@ -288,6 +320,7 @@ class Detector:
             name=source.name,
             size=size,
             image=source.image,
+            value_range=source.value_range,
         )
 
     def _stream(
@@ -297,7 +330,7 @@ class Detector:
         workers: int,
         thresholds: Thresholds,
         most: int | None,
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         waiting: list[_Ready | Failure] = []
         ready = 0
         for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
@@ -340,7 +373,7 @@ class Detector:
 
     def _search(
         self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
-    ) -> Iterator[Found | Failure]:
+    ) -> Iterator[ImageDetections | Failure]:
         """`most` boxes of an image in tiles are kept; None: all."""
         ready = [one for one in map(_to_search, waiting) if one is not None]
         found = iter(self.search(ready, **thresholds))
@@ -427,6 +460,20 @@ class _Ready:
 
     piece: Piece
     prepared: Prepared | Failure
+
+
+def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
+    """Positions of the images by their height and width padded to multiples of 32.
+
+    Padding reaches the features: padded to the largest of a batch, the scores of an image would
+    depend on the other images.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, image in enumerate(images):
+        divisor = RetinaNet.size_divisor
+        padded = tuple(-(-side // divisor) * divisor for side in image.pixels.shape[-2:])
+        groups.setdefault(padded, []).append(position)
+    return list(groups.values())
 
 
 def _to_search(one: _Ready | Failure) -> Prepared | None:

@@ -25,8 +25,9 @@ from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
 from retinanet.data.images import network_size
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
-from retinanet.inference.inference import Thresholds, choose_device
+from retinanet.inference.backends import Thresholds
 from retinanet.model.checkpoint import CheckpointText
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
 from retinanet.structures import Detections, Outputs
@@ -136,7 +137,7 @@ def read_exported(path: str | Path) -> ExportedFile:
 
 
 def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torch.device:
-    """As :func:`retinanet.inference.inference.choose_device`, for what the file can run on.
+    """As :func:`retinanet.model.precision.choose_device`, for what the file can run on.
 
     ``auto`` is CUDA for ONNX where torch and ONNX Runtime both have it, else the CPU.
 

@@ -14,10 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from retinanet.data import archives
-from retinanet.data.images import IMAGE_SUFFIXES, read_image, read_reduced
+from retinanet.data.images import (
+    IMAGE_SUFFIXES,
+    EncodedImage,
+    ValueRange,
+    read_image,
+    read_reduced,
+)
 from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, ImageError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
@@ -32,10 +38,13 @@ class Source:
     Attributes:
         image: its path, or its pixels or encoded bytes in a form that :meth:`read` takes.
         name: a relative path that no other image of the same call has.
+        value_range: the values of black and of full intensity, as in
+            :func:`retinanet.data.images.read_image`.
     """
 
     image: Any
     name: str
+    value_range: ValueRange | None = None
 
     def read(self) -> Tensor:
         """The image, (3, H, W) uint8 RGB, upright.
@@ -63,9 +72,10 @@ class Source:
 
     def _read(self, read: Callable[..., _T], *sides: int) -> _T:
         if isinstance(self.image, str | Path):
-            return read(self.image, *sides)  # its errors name the file
+            # Errors name the file.
+            return read(self.image, *sides, value_range=self.value_range)
         try:
-            return read(self.image, *sides)
+            return read(self.image, *sides, value_range=self.value_range)
         except Exception as error:  # such as an array of objects
             raise ImageError(f"{self.name}: {error}") from error
 
@@ -105,7 +115,7 @@ def is_single(given: Any) -> bool:
         return os.path.isfile(given) or not (os.path.isdir(given) or glob.has_magic(str(given)))
     if isinstance(given, Tensor | np.ndarray):
         return given.ndim != 4
-    return isinstance(given, Source | Image.Image | bytes)
+    return isinstance(given, Source | Image.Image | EncodedImage)
 
 
 def find_sources(given: Any) -> list[Source]:
@@ -150,7 +160,7 @@ def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source
 
 def is_sequence(given: Any) -> bool:
     """Whether `given` is a list of things to search, rather than one thing."""
-    return isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    return isinstance(given, Sequence) and not isinstance(given, str | EncodedImage)
 
 
 def _expand_or_fail(item: Any, place: int) -> list[Source | Failure]:
@@ -168,12 +178,12 @@ def _expand(item: Any, place: int) -> Iterator[Source]:
         yield from _expand_path(item)
     elif isinstance(item, Tensor | np.ndarray) and item.ndim == 4:
         yield from (Source(one, f"{_name(place)}_{i:06d}") for i, one in enumerate(item))
-    elif isinstance(item, Tensor | np.ndarray | Image.Image | bytes):
+    elif isinstance(item, Tensor | np.ndarray | Image.Image | EncodedImage):
         yield Source(item, _name(place))
     else:
         raise DataError(
             f"cannot search a {type(item).__name__}; give a path, a folder, a glob, an array, "
-            "a tensor, a PIL image, or a list of them"
+            "a tensor, a PIL image, the bytes of an image file, or a list of them"
         )
 
 

@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 from retinanet import native
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
-from retinanet.inference.found import Failure
+from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
 from retinanet.structures import Detections
 
@@ -233,7 +233,7 @@ def merge_parts(
     cut = _cut_sides(boxes, windows, of, size)
     merging = _Merging(boxes, scores, kinds, cut, windows, of)
     sure = [_AS_SURE_IN_THE_WHOLE if one.window is None else _AS_SURE_IN_A_TILE for one in parts]
-    merging.drop_contained(torch.tensor(sure)[of])
+    merging.drop_contained(torch.tensor(sure, dtype=torch.float32)[of])
     for axis in (0, 1):
         merging.join(axis)
     kept = merging.kept.nonzero()[:, 0]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from retinanet.config import repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
@@ -148,6 +149,10 @@ def _read(folder: Path) -> Checkpoint:
     for name in (TEXT_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise WeightsError(f"checkpoint {folder} has no {name}: it is not whole")
+        try:
+            (folder / name).open("rb").close()  # safetensors reports any failure as a missing file
+        except OSError as error:
+            raise WeightsError(f"{folder / name} cannot be read: {error.strerror}") from None
     text = CheckpointText(_parse(folder / TEXT_FILE), folder / TEXT_FILE)
     spec = text.spec()
     try:
@@ -335,8 +340,14 @@ def transfer_weights(
 
     Raises:
         ValueError: `classes` are not as many as the model's.
-        WeightsError: nothing fits.
+        WeightsError: nothing fits, or several classes of either have the same name.
     """
+    for what, names in (("the source", source.classes), ("the data", classes)):
+        if repeated := repeated_names(names):
+            raise WeightsError(
+                f"rows of the class head are taken by class name, and {what} has several classes "
+                f"named {', '.join(map(repr, repeated[:5]))}: rename or merge them"
+            )
     if len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a model of {model.num_classes} classes")
     target, given = model.state_dict(), source.model.state_dict()

@@ -16,6 +16,7 @@ import torch
 from retinanet.bench.machine import describe_machine
 from retinanet.data import usable
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
 from retinanet.evaluation.loss_distribution import loss_distribution
@@ -23,8 +24,8 @@ from retinanet.evaluation.run import evaluate
 from retinanet.evaluation.speed_accuracy import search_call, time_in_turns
 from retinanet.files import write_atomic
 from retinanet.inference.detector import Detector
-from retinanet.inference.inference import choose_device, padding_colour
 from retinanet.model.checkpoint import load_checkpoint
+from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
 from retinanet.paper.experiments import Experiment, Row
@@ -299,7 +300,7 @@ def _call(training: Training, trained: Trained, images: Dataset) -> Callable[[],
             batch_size=1,
             image_size=recipe.data.image_size,
             max_size=recipe.data.max_size,
-            fill=padding_colour(rival.network),
+            fill=padding_colour(rival.network.pixel_mean),
         )
     ]
 

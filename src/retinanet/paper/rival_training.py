@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from retinanet.config import Recipe, check_choice
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, NonFiniteLossError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results
-from retinanet.inference.inference import autocast, choose_device, padding_colour
 from retinanet.losses.detection import Losses
+from retinanet.model.precision import autocast, choose_device
 from retinanet.paper.rivals import (
     RIVALS,
     Rival,
@@ -92,7 +93,7 @@ def evaluate_rival(
 
     Args:
         network: it is moved to `device`.
-        device, precision: as in :mod:`retinanet.inference.network`.
+        device, precision: as in :mod:`retinanet.inference.backends`.
 
     The others are those of :func:`retinanet.evaluation.run.search`. The metrics have no loss.
 
@@ -114,7 +115,7 @@ def evaluate_rival(
                 image_size=image_size,
                 max_size=max_size,
                 workers=workers,
-                fill=padding_colour(network),
+                fill=padding_colour(network.pixel_mean),
             )
             done = 0
             for loaded in loader:

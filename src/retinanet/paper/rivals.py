@@ -36,7 +36,7 @@ from retinanet.config import Recipe, check_choice
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder, write_atomic
-from retinanet.inference.inference import to_original
+from retinanet.inference.backends import to_original
 from retinanet.losses.detection import Losses
 from retinanet.model.backbone import Backbone, build_backbone, check_state
 from retinanet.model.retinanet import build_retinanet

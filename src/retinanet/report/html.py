@@ -24,8 +24,8 @@ from retinanet.data.images import read_image
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import write_atomic
+from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
 from retinanet.inference.detector import Detector, load
-from retinanet.inference.found import DRAWN_SCORE, Found
 from retinanet.report.plots import (
     plot_evaluation,
     plot_object_sizes,
@@ -477,7 +477,7 @@ def _sample_pairs(
     for image, found in zip(
         chosen, detector.stream([one.path for one in chosen], batch_size=1), strict=True
     ):
-        if not isinstance(found, Found):
+        if not isinstance(found, ImageDetections):
             continue  # `data check` names images that cannot be read
         objects = [one for one in image.annotations if not one.ignored]
         truth = draw_boxes(

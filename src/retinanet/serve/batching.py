@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from retinanet.errors import ConfigError
-from retinanet.inference import Detector, Found, Source
+from retinanet.inference import Detector, ImageDetections, Source
 from retinanet.inference.detector import Prepared
 from retinanet.inference.exported import ExportedNetwork
 from retinanet.model.retinanet import RetinaNet
@@ -42,7 +42,7 @@ class Searched:
         network_seconds: its share of the time of its batch.
     """
 
-    found: Found
+    found: ImageDetections
     queue_seconds: float
     network_seconds: float
 

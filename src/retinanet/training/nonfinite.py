@@ -15,9 +15,9 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.data.dataset import Dataset
 from retinanet.errors import NonFiniteLossError, WeightsError
 from retinanet.files import replace_folder
-from retinanet.inference.inference import autocast
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
+from retinanet.model.precision import autocast
 from retinanet.structures import Batch, Targets
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from retinanet.errors import ConfigError, MissingExtraError
-from retinanet.interrupts import first_ctrl_c
+from retinanet.interrupts import StopRequest, stop_on_signal
 
 
 def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
@@ -85,14 +84,14 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def ctrl_c(accelerator: Accelerator) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after this step; the second one kills.
+def stop_after_step(accelerator: Accelerator) -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step.
 
-    With several processes each would stop at another step and the rest would wait for ever, so
-    there Ctrl-C kills at once, and the last saved state is resumed.
+    With several processes each would stop at another step and the rest would wait for it forever,
+    so there a signal ends the process at once, and the run resumes from the last saved state.
     """
     if accelerator.num_processes > 1:
-        yield threading.Event()
+        yield StopRequest()
         return
-    with first_ctrl_c() as stop:
+    with stop_on_signal() as stop:
         yield stop

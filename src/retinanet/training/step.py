@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from retinanet.anchors import AnchorSpec, anchor_spec, feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
-from retinanet.inference.inference import autocast
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
+from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 from retinanet.training.processes import sync_if
@@ -45,7 +45,7 @@ def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
     """:func:`loss_settings` with alpha on the device: sending it anew each step would wait."""
     settings = dict(settings)
     if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], device=device)
+        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
     return settings
 
 

@@ -19,11 +19,12 @@ from torch.optim.swa_utils import AveragedModel
 from retinanet.config import Recipe
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, train_loader
 from retinanet.errors import ConfigError, DataError
 from retinanet.files import replace_folder, write_atomic
-from retinanet.inference.inference import Normalising, choose_dtype, padding_colour
 from retinanet.losses.detection import RUNNING_START
+from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.events import Event, Listener
 from retinanet.training.figures import FiguresInFlight, Meter
@@ -36,7 +37,7 @@ from retinanet.training.optim import (
     set_lr,
     update_average,
 )
-from retinanet.training.processes import ctrl_c, deterministic, from_main, open_accelerator
+from retinanet.training.processes import deterministic, from_main, open_accelerator, stop_after_step
 from retinanet.training.retinanet_subject import RetinaNetSubject
 from retinanet.training.run_folder import RunFolder, describe_machine
 from retinanet.training.state import Progress, load_state, read_progress, save_state
@@ -54,7 +55,8 @@ class Run:
         metrics: figures of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
-        interrupted: whether it was stopped by Ctrl-C; the same call goes on.
+        interrupted: whether Ctrl-C or SIGTERM stopped it; the same call resumes it.
+        exit_code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Run:
     best_ap: float
     step: int
     interrupted: bool = False
+    exit_code: int = 0
 
 
 @dataclass(slots=True)
@@ -244,7 +247,7 @@ def train_subject(
         backbone_lr_factor=settings.backbone_lr_factor,
     )
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
-    running = torch.tensor(RUNNING_START, device=accelerator.device)
+    running = torch.tensor(RUNNING_START, dtype=torch.float32, device=accelerator.device)
 
     # --- where to begin -----------------------------------------------------------------------
     progress = Progress(steps=steps, left_out=len(left_out))
@@ -365,7 +368,7 @@ def train_subject(
         workers=workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        fill=padding_colour(cast(Normalising, model)),
+        fill=padding_colour(cast(Tensor, model.pixel_mean)),
     )
     tell(
         "resume" if stored is not None else "start",
@@ -388,7 +391,7 @@ def train_subject(
     network.train()
     if stored is None:
         keep()  # from here on a kill at any instant can be resumed
-    with deterministic(settings.deterministic), ctrl_c(accelerator) as stop:
+    with deterministic(settings.deterministic), stop_after_step(accelerator) as stop:
         batches = iter(loader)
         while not progress.finished and not interrupted:
             meter.begin()
@@ -454,7 +457,7 @@ def train_subject(
         accelerator.end_training()
     tell("end", step=progress.step, best_ap=progress.best_ap, best_step=progress.best_step,
          seconds=progress.seconds, interrupted=interrupted, **progress.metrics)  # fmt: skip
-    return _result(folder, progress, interrupted)
+    return _result(folder, progress, stop.exit_code if interrupted else 0)
 
 
 def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
@@ -486,8 +489,13 @@ def _every(setting: float, steps: int) -> int:
     return max(1, round(setting * steps if setting < 1 else setting))
 
 
-def _result(folder: RunFolder, progress: Progress, interrupted: bool = False) -> Run:
-    model = folder.best if folder.best.is_dir() else folder.last
+def _result(folder: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
     return Run(
-        folder.path, model, progress.best_metrics, progress.best_ap, progress.step, interrupted
+        folder=folder.path,
+        model=folder.best if folder.best.is_dir() else folder.last,
+        metrics=progress.best_metrics,
+        best_ap=progress.best_ap,
+        step=progress.step,
+        interrupted=exit_code != 0,
+        exit_code=exit_code,
     )

@@ -24,9 +24,9 @@ import numpy as np
 from retinanet.config import build_recipe
 from retinanet.data.drawing import PALETTE, Colour, draw_boxes
 from retinanet.errors import ConfigError, DataError
+from retinanet.inference.backends import Thresholds
+from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
 from retinanet.inference.detector import Detector, Prepared
-from retinanet.inference.found import DRAWN_SCORE, Found
-from retinanet.inference.inference import Thresholds
 from retinanet.inference.sources import Source
 from retinanet.video.reading import Pixels, Sound, Stamped, VideoReader
 from retinanet.video.tracking import Tracker
@@ -118,7 +118,7 @@ def detect_video(
     """Search a video or a camera; write an annotated mp4 and a JSON line a frame.
 
     ``out/NAME.mp4`` has the clip's frames at their own times, upright, and its sound;
-    ``out/NAME.jsonl`` for each what :meth:`Found.to_dict` gives, and ``frame`` (0, 1, ...),
+    ``out/NAME.jsonl`` for each :meth:`ImageDetections.to_dict`, and ``frame`` (0, 1, ...),
     ``time`` (seconds), ``searched``; with `track` each detection has ``track`` (a number, or null).
     Both are written as ``NAME.mp4.part`` and ``NAME.jsonl.part``, readable up to the last key frame
     and the last line at any time, and renamed when the clip ends.
@@ -219,7 +219,7 @@ class _Item:
 
     stamped: Stamped
     ready: Future[tuple[Pixels, Prepared]] | None
-    found: Found | None = None
+    found: ImageDetections | None = None
     tracks: Sequence[int | None] = ()
     encodable: Future[Any] | None = None
 
@@ -294,7 +294,7 @@ class _Work:
         self, items: Iterator[_Item | Sound], pool: ThreadPoolExecutor, writer: VideoWriter
     ) -> Iterator[_Item | Sound]:
         waiting: list[_Item] = []
-        last: tuple[Found, Sequence[int | None]] | None = None
+        last: tuple[ImageDetections, Sequence[int | None]] | None = None
 
         def flush() -> Iterator[_Item]:
             nonlocal last

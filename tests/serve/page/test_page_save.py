@@ -14,7 +14,7 @@ from colour_finder import colour_finder
 from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
 from PIL import Image
 
-from retinanet.inference.outputs import write_coco, write_json
+from retinanet.inference.writers import write_coco, write_json
 
 Draw = Callable[..., Path]
 Ask = Callable[..., Any]

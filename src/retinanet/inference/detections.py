@@ -1,20 +1,27 @@
-"""What a detector says of one image."""
+"""Detections of one image, and their conversion to and from supervision.
+
+Source of the other side: https://supervision.roboflow.com/ (its annotators, zones and trackers).
+Boxes are (x1, y1, x2, y2) pixels, float32, on both sides, so a round trip changes nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from retinanet.data.drawing import draw_boxes
-from retinanet.data.images import read_image
+from retinanet.data.images import ValueRange, read_image
 from retinanet.data.windows import open_windows
-from retinanet.errors import DataError
+from retinanet.errors import DataError, MissingExtraError
+from retinanet.structures import Detections
 
 DRAWN_SCORE = 0.3
 """Score from which a box is drawn: AP wants every box over .05, a person's eye does not."""
@@ -27,7 +34,7 @@ CAPTIONED = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class ImageDetections:
     """The objects found in one image, best first.
 
     Attributes:
@@ -40,6 +47,7 @@ class Found:
             ``street/1.jpg``.
         size: (height, width) of the image in pixels.
         image: what was given: a path, or the image itself.
+        value_range: of `image`, as in :func:`retinanet.data.images.read_image`.
     """
 
     boxes: Tensor
@@ -50,6 +58,7 @@ class Found:
     name: str
     size: tuple[int, int]
     image: Any = field(repr=False)
+    value_range: ValueRange | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -78,14 +87,14 @@ class Found:
             DataError: the image is another size than the one that was searched.
             ImageError: it can no longer be read.
         """
-        img = self.image if image is None else image
+        img, value_range = (self.image, self.value_range) if image is None else (image, None)
         height, width = self.size
         scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
         if scale < 1:
-            windows = open_windows(img)
+            windows = open_windows(img, value_range=value_range)
             pixels, size = None, windows.size
         else:
-            pixels = read_image(img)
+            pixels = read_image(img, value_range=value_range)
             size = (pixels.shape[-2], pixels.shape[-1])
         if size != self.size:
             raise DataError(
@@ -123,16 +132,14 @@ class Found:
         }
 
     def to_supervision(self) -> Any:
-        """Convert to ``supervision.Detections`` (:mod:`retinanet.inference.supervision`).
+        """Convert to ``supervision.Detections`` (:func:`to_supervision`).
 
         Raises:
             MissingExtraError: supervision is not installed.
         """
-        from retinanet.inference.supervision import to_supervision
-
         return to_supervision(self)
 
-    def from_supervision(self, objects: Any) -> Found:
+    def from_supervision(self, objects: Any) -> ImageDetections:
         """The same image with what became of its objects in supervision: filtered, merged, ...
 
         Args:
@@ -142,8 +149,6 @@ class Found:
         Raises:
             DataError: it has no classes or no confidences, or classes that this detector lacks.
         """
-        from retinanet.inference.supervision import from_supervision
-
         kept = from_supervision(objects, num_classes=len(self.classes))
         return replace(self, boxes=kept.boxes, scores=kept.scores, labels=kept.labels)
 
@@ -165,3 +170,79 @@ class Failure:
     def to_dict(self) -> dict[str, str]:
         """Plain values for JSON."""
         return {"file": self.source, "reason": self.reason}
+
+
+def to_supervision(
+    objects: ImageDetections | Detections,
+    classes: Sequence[str] | None = None,
+    *,
+    tracks: Sequence[int] | None = None,
+) -> Any:
+    """`objects` as ``supervision.Detections``, in their order.
+
+    ``xyxy`` (N, 4) float32, ``confidence`` (N,) float32, ``class_id`` (N,) int64, and
+    ``data["class_name"]`` (N,) where the names are known, which supervision's annotators show. The
+    arrays are copies. ``metadata`` stays empty: supervision refuses to merge what differs in it.
+
+    Args:
+        objects: of one image.
+        classes: names by label; None: those of a :class:`ImageDetections`.
+        tracks: (N,) a number that an object keeps from frame to frame: ``tracker_id``.
+
+    Raises:
+        MissingExtraError: supervision is not installed.
+        ValueError: `tracks` are not as many as the objects.
+    """
+    try:
+        import supervision
+    except ImportError:
+        raise MissingExtraError("supervision", "supervision") from None
+    if classes is None and isinstance(objects, ImageDetections):
+        classes = objects.classes
+    if tracks is not None and len(tracks) != len(objects):
+        raise ValueError(f"{len(tracks)} tracks of {len(objects)} objects")
+    labels = objects.labels.cpu().numpy().astype(np.int64)
+    data: dict[str, Any] = {}
+    if classes is not None:
+        data["class_name"] = np.array([classes[label] for label in labels], dtype=np.str_)
+    return supervision.Detections(
+        xyxy=objects.boxes.cpu().numpy().astype(np.float32).reshape(-1, 4),
+        confidence=objects.scores.cpu().numpy().astype(np.float32),
+        class_id=labels,
+        tracker_id=None if tracks is None else np.array(tracks, dtype=np.int64),
+        data=data,
+    )
+
+
+def from_supervision(objects: Any, *, num_classes: int | None = None) -> Detections:
+    """``supervision.Detections`` as ours, best first; those of one score keep their order.
+
+    Masks, tracks and other data have no place in ours and stay behind.
+
+    Args:
+        objects: with ``class_id`` and ``confidence``, unless it is empty.
+        num_classes: K; labels must be under it. None: any.
+
+    Raises:
+        DataError: there are no classes or confidences, or a label that is not 0..K-1.
+    """
+    count = len(objects)
+    if count:
+        for name in ("class_id", "confidence"):
+            if getattr(objects, name) is None:
+                raise DataError(
+                    f"supervision's Detections of {count} objects have no {name}; set it first"
+                )
+    boxes = np.asarray(objects.xyxy, dtype=np.float32).reshape(-1, 4)
+    scores = np.asarray([] if not count else objects.confidence, dtype=np.float32)
+    labels = np.asarray([] if not count else objects.class_id, dtype=np.int64)
+    if count and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
+        odd = labels.min() if labels.min() < 0 else labels.max()
+        known = "any class" if num_classes is None else f"the classes 0 to {num_classes - 1}"
+        raise DataError(f"supervision's class_id {odd} is not one of {known}")
+    order = np.argsort(-scores, kind="stable")
+    return Detections(
+        torch.from_numpy(boxes[order]),
+        torch.from_numpy(scores[order]),
+        torch.from_numpy(labels[order]),
+    )

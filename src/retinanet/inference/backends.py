@@ -8,23 +8,38 @@ extra; the one with int8).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retinanet.anchors import level_anchors
 from retinanet.config import check_choice
 from retinanet.errors import ConfigError
-from retinanet.inference.inference import DTYPES, Precision, autocast, choose_dtype
 from retinanet.model.fused import can_pack, fused_copy
+from retinanet.model.precision import DTYPES, Precision, autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet
-from retinanet.structures import Outputs
+from retinanet.postprocess import postprocess
+from retinanet.structures import Detections, Outputs
 
 Backend = Literal["auto", "torch", "compile", "openvino"]
 """What runs the network; ``auto`` is torch, and OpenVINO for int8."""
 
+Sides = Tensor | tuple[int, int] | list[int]
+"""Height and width."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Thresholds(TypedDict, total=False):
+    """What becomes of the scores; :func:`retinanet.postprocess.postprocess` has the defaults."""
+
+    score_threshold: float
+    topk_candidates: int
+    nms_threshold: float
+    detections_per_image: int
+    class_agnostic_nms: bool
 
 
 class Network:
@@ -102,7 +117,7 @@ def build_network(
                 f"backend openvino runs on the CPU, the device is {device}: give --device cpu, "
                 "or --backend torch"
             )
-        from retinanet.inference.openvino_network import openvino_network
+        from retinanet.inference.openvino_backend import openvino_network
 
         chosen = precision
         if precision == "auto":
@@ -163,3 +178,61 @@ def _compiled(model: RetinaNet, device: torch.device) -> Callable[[Tensor], Outp
         return outputs
 
     return run
+
+
+def detect_batch(
+    network: Network,
+    images: Tensor,
+    sizes: Tensor,
+    original_sizes: Tensor,
+    **thresholds: Unpack[Thresholds],
+) -> list[Detections]:
+    """Find the objects in a batch.
+
+    Args:
+        network: as :func:`retinanet.inference.backends.build_network` makes it.
+        images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
+        sizes: (B, 2) height and width of each image before padding.
+        original_sizes: (B, 2) height and width of each image before resizing.
+        thresholds: those that are not :func:`retinanet.postprocess.postprocess`'s own.
+
+    Returns:
+        For each image its detections, in the pixels of the original image and within it.
+    """
+    outputs = network(images)
+    return detections_of(network.model, outputs, sizes, original_sizes, **thresholds)
+
+
+def detections_of(
+    model: RetinaNet,
+    outputs: Outputs,
+    sizes: Tensor,
+    original_sizes: Tensor,
+    **thresholds: Unpack[Thresholds],
+) -> list[Detections]:
+    """As :func:`detect_batch`, of outputs that are there already (the loss wants them too)."""
+    feature_sizes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
+    found = postprocess(
+        outputs,
+        level_anchors(model.anchors, feature_sizes, device=outputs.logits[0].device),
+        sizes,
+        num_classes=model.num_classes,
+        **thresholds,
+    )
+    return [
+        Detections(to_original(one.boxes, size, original), one.scores, one.labels)
+        for one, size, original in zip(found, sizes.tolist(), original_sizes.tolist(), strict=True)
+    ]
+
+
+def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:
+    """Boxes (..., 4) of an image resized to `size` (height, width), in the pixels it had before.
+
+    Height and width each have their own factor: the resized sides are whole pixels, so one factor
+    for both would leave large boxes off by half a pixel.
+    """
+    before = torch.as_tensor(original_size, dtype=torch.float64)
+    scale = (before / torch.as_tensor(size, dtype=torch.float64)).flip(0).repeat(2)
+    limit = before.flip(0).repeat(2)
+    scaled = boxes * scale.to(boxes.dtype).to(boxes.device)
+    return torch.minimum(scaled.clamp(min=0), limit.to(boxes.dtype).to(boxes.device))

@@ -1,6 +1,6 @@
 """Files of what was found, written as it comes: memory does not grow with the number of images.
 
-Every writer is a context that gives a function to call with each :class:`Found` or
+Every writer is a context that gives a function to call with each :class:`ImageDetections` or
 :class:`Failure`. A file that holds many images is written beside its place and renamed into it
 when the context ends well, so a reader never meets half of one.
 """
@@ -27,9 +27,9 @@ from retinanet.config import check_choice
 from retinanet.data.drawing import PALETTE
 from retinanet.errors import DataError
 from retinanet.files import open_atomic, write_atomic
-from retinanet.inference.found import DRAWN_SCORE, Failure, Found
+from retinanet.inference.detections import DRAWN_SCORE, Failure, ImageDetections
 
-Write = Callable[[Found | Failure], None]
+Write = Callable[[ImageDetections | Failure], None]
 """Takes what came of one image."""
 
 OUTPUT_FORMATS = ("json", "images", "coco", "csv", "yolo", "labelstudio", "cvat")
@@ -94,7 +94,7 @@ def open_outputs(
     with ExitStack() as stack:
         writes = [stack.enter_context(openers[name]()) for name in chosen]
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             for write_one in writes:
                 write_one(one)
 
@@ -109,7 +109,7 @@ def write_json(file: str | Path) -> Iterator[Write]:
         between = "\n"
         out.write('{"images": [')
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             nonlocal between
             if isinstance(one, Failure):
                 failures.append(_json(one.to_dict()))
@@ -147,7 +147,7 @@ def write_coco(
         between = "\n"
         out.write("[")
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             nonlocal between
             if isinstance(one, Failure):
                 return
@@ -174,7 +174,7 @@ def write_csv(file: str | Path) -> Iterator[Write]:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(_CSV_COLUMNS)
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             if isinstance(one, Failure):
                 return
             height, width = one.size
@@ -198,7 +198,7 @@ def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Writ
     folder = Path(folder)
     taken: set[str] = set()
 
-    def write(one: Found | Failure) -> None:
+    def write(one: ImageDetections | Failure) -> None:
         if isinstance(one, Failure):
             return
         if not taken:
@@ -245,7 +245,7 @@ def write_label_studio(
         between = "\n"
         out.write("[")
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             nonlocal between
             if isinstance(one, Failure):
                 return
@@ -326,7 +326,7 @@ def write_cvat(folder: str | Path) -> Iterator[Write]:
         out.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
         images = count()
 
-        def write(one: Found | Failure) -> None:
+        def write(one: ImageDetections | Failure) -> None:
             if isinstance(one, Failure):
                 return
             place = next(images)
@@ -410,7 +410,7 @@ def write_images(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) ->
     folder = Path(folder)
     taken: set[str] = set()
 
-    def write(one: Found | Failure) -> None:
+    def write(one: ImageDetections | Failure) -> None:
         if isinstance(one, Failure):
             return
         suffix = PurePosixPath(one.name).suffix
@@ -433,7 +433,7 @@ def _json(value: object) -> str:
 
 
 def _image_id(
-    found: Found, image_ids: Mapping[Path, int | str] | None, taken: set[int | str]
+    found: ImageDetections, image_ids: Mapping[Path, int | str] | None, taken: set[int | str]
 ) -> int | str:
     if image_ids is not None:
         file = Path(os.path.abspath(found.source))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from retinanet.errors import ConfigError, MissingExtraError
-from retinanet.inference.inference import choose_dtype
 from retinanet.model.fused import fused_copy
+from retinanet.model.precision import choose_dtype
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Outputs
 
@@ -39,7 +39,7 @@ def openvino_network(
         model: on the CPU, in eval mode.
         precision: "float32", "bf16", "fp16" or "int8"; what int8 leaves out is in bf16 where the
             processor has units for it.
-        calibration: as for :func:`retinanet.inference.network.build_network`.
+        calibration: as for :func:`retinanet.inference.backends.build_network`.
 
     Raises:
         ConfigError: int8 without images.

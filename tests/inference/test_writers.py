@@ -17,16 +17,18 @@ from white_finder import Pixels
 
 from retinanet.data import read_dataset
 from retinanet.errors import ConfigError, DataError
-from retinanet.inference import Detector, Failure, Found
-from retinanet.inference.outputs import OUTPUT_FORMATS, open_outputs, write_coco, write_json
+from retinanet.inference import Detector, Failure, ImageDetections
+from retinanet.inference.writers import OUTPUT_FORMATS, open_outputs, write_coco, write_json
 
 FAILURE = Failure("b/broken.jpg", "b/broken.jpg: cut short", ValueError())
 
 
-def found(name: str = "a.png", image: Any = None, boxes: Any = ((1, 2, 11, 22),)) -> Found:
+def found(
+    name: str = "a.png", image: Any = None, boxes: Any = ((1, 2, 11, 22),)
+) -> ImageDetections:
     """Objects of falling score in an image of 40 x 20."""
     count = len(boxes)
-    return Found(
+    return ImageDetections(
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         scores=torch.linspace(0.75, 0.25, count) if count > 1 else torch.full((count,), 0.75),
         labels=torch.arange(count) % 2,
@@ -38,7 +40,9 @@ def found(name: str = "a.png", image: Any = None, boxes: Any = ((1, 2, 11, 22),)
     )
 
 
-def write(folder: Path, formats: list[str], *results: Found | Failure, **options: Any) -> None:
+def write(
+    folder: Path, formats: list[str], *results: ImageDetections | Failure, **options: Any
+) -> None:
     with open_outputs(folder, formats, **options) as write_one:
         for one in results:
             write_one(one)
@@ -234,7 +238,7 @@ def test_all_formats_of_a_folder_with_a_broken_image(
 
 def test_found_draws(square: Pixels, folder: Path, detector: Detector) -> None:
     result = detector.detect(folder / "a.png")
-    assert isinstance(result, Found)
+    assert isinstance(result, ImageDetections)
     for drawn in (result.draw(), result.draw(square), result.draw(Image.fromarray(square))):
         assert drawn.size == (576, 384)  # enlarged threefold, so that captions can be read
         colours = np.asarray(drawn).astype(int)
@@ -245,7 +249,7 @@ def test_found_draws(square: Pixels, folder: Path, detector: Detector) -> None:
 
 def test_found_draws_on_nothing_else(square: Pixels, detector: Detector) -> None:
     result = detector.detect(square)
-    assert isinstance(result, Found)
+    assert isinstance(result, ImageDetections)
     with pytest.raises(DataError, match=r"image to draw on is 50 x 40, .* 192 x 128 pixels"):
         result.draw(np.zeros((40, 50, 3), np.uint8))
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from white_finder import WhiteFinder
+from white_finder import WhiteFinder, black
 
 from retinanet.errors import ConfigError, MissingExtraError
-from retinanet.inference.network import build_network
-from retinanet.model.retinanet import RetinaNet
+from retinanet.inference.backends import build_network, detect_batch, to_original
+from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Outputs
 
 CPU = torch.device("cpu")
@@ -152,3 +152,62 @@ def test_compile_without_a_compiler(model: RetinaNet, monkeypatch: pytest.Monkey
     network = build_network(model, CPU, backend="compile")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*g\+\+,\); --backend torch"):
         network(random_images(1, 3, 32, 32))
+
+
+def test_to_original_scales_each_side_by_its_own_factor() -> None:
+    # 100 x 301 resized to 33 x 100: y by 100 / 33, x by 301 / 100; the last box reaches outside.
+    boxes = torch.tensor([[10.0, 3.3, 50.0, 33.0], [-2.0, -1.0, 104.0, 40.0]])
+    expected = torch.tensor([[30.1, 10.0, 150.5, 100.0], [0.0, 0.0, 301.0, 100.0]])
+    torch.testing.assert_close(to_original(boxes, (33, 100), (100, 301)), expected)
+
+
+def test_to_original_of_nothing() -> None:
+    assert to_original(torch.zeros(0, 4), (10, 10), (20, 20)).shape == (0, 4)
+
+
+def test_detect_batch_maps_each_image_by_its_own_size() -> None:
+    model = WhiteFinder()
+    images = torch.stack(
+        [
+            torch.from_numpy(black(64, 96, (16, 8, 24, 16))),
+            torch.from_numpy(black(64, 96, (0, 0, 8, 8), (40, 32, 48, 40))),
+        ]
+    ).permute(0, 3, 1, 2)
+    # The second image ends at 36 of 64 rows and 44 of 96 columns: its second cell is cut there.
+    sizes = torch.tensor([[64, 96], [36, 44]])
+    first, second = detect_batch(
+        build_network(model, CPU),
+        images,
+        sizes,
+        torch.tensor([[128, 96], [72, 176]]),
+        score_threshold=0.99,
+    )
+    torch.testing.assert_close(first.boxes, torch.tensor([[16.0, 16, 24, 32]]))
+    torch.testing.assert_close(second.boxes, torch.tensor([[0.0, 0, 32, 16], [160, 64, 176, 72]]))
+    assert first.labels.tolist() == [0]
+    torch.testing.assert_close(first.scores, torch.sigmoid(torch.tensor([5.5])))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_finds_about_the_same(precision: str) -> None:
+    torch.manual_seed(0)
+    model = build_retinanet(
+        backbone="mobilenet_v2",
+        num_classes=3,
+        backbone_weights="none",
+        norm="group",
+        channels=16,
+        head_depth=1,
+    ).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 96], [60, 90]])
+    options = {"score_threshold": 0.0, "nms_threshold": 1.0, "detections_per_image": 100}
+    full, half = (
+        detect_batch(build_network(model, CPU, precision=one), images, sizes, sizes, **options)
+        for one in ("float32", precision)
+    )
+    for one, other in zip(full, half, strict=True):
+        assert len(one) == len(other) == 100
+        assert other.boxes.dtype == other.scores.dtype == torch.float32
+        # Eight bits of mantissa: a score of .01 is right to a few parts in a hundred.
+        torch.testing.assert_close(one.scores, other.scores, rtol=0.1, atol=0)
