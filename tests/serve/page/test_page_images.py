@@ -179,8 +179,10 @@ def test_camera(open_desk: OpenDesk) -> None:
 
 
 def test_no_camera(desk: Desk) -> None:
-    failing = """navigator.mediaDevices.getUserMedia = async () => {
-        throw new DOMException('reason', '%s');
+    failing = """() => {
+        navigator.mediaDevices.getUserMedia = async () => {
+            throw new DOMException('reason', '%s');
+        };
     }"""
     for script, words in (
         ("0", "was not allowed to use the camera"),

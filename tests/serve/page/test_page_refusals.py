@@ -227,7 +227,7 @@ def test_a_server_that_is_not_there_at_first(open_desk: OpenDesk, server: str, d
         (500, "The server does not say what it can do: "),
     ):
 
-        def refuse(route: Any, status: int = status) -> None:
+        def refuse(route: Any, _: Any, status: int = status) -> None:
             if status == 0:
                 route.abort()
             else:
