@@ -23,9 +23,9 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluation.speed_accuracy import SpeedAccuracy
+from retinanet.report.loss_distribution import LossCurve, LossDistribution
 from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, _short, open_figure
+from retinanet.report.speed_accuracy import SpeedAccuracy
 
 _DARK = "#333333"
 _WELL_CLASSIFIED = 0.6  # where Figure 1's brace begins
