@@ -117,14 +117,14 @@ class _Page(Page):
             style = f"font-weight: 600; color: {_COLOURS[claim.verdict]}"
             verdict = escape(_unbroken(sign + claim.verdict) + marks)
             body += f'<tr>{texts}<td class="text" style="{style}">{verdict}</td></tr>'
-        return self._add(
+        return self.add(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
 
     def links(self, title: str, links: Iterable[tuple[str, str]]) -> Self:
         """Add a paragraph with a title and (address, text) links."""
-        return self._add(f"<p>{escape(title)}: {_anchors(links)}</p>")
+        return self.add(f"<p>{escape(title)}: {_anchors(links)}</p>")
 
     def folded_links(
         self, title: str, rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]
@@ -134,7 +134,7 @@ class _Page(Page):
             f'<tr><td class="text">{escape(name)}</td><td class="text">{_anchors(links)}</td></tr>'
             for name, links in rows
         )
-        return self._add(
+        return self.add(
             f'<details><summary>{escape(title)}</summary><div class="scroll"><table><tbody>{body}'
             "</tbody></table></div></details>"
         )

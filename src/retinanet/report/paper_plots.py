@@ -23,8 +23,18 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from retinanet.report.figure import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SKY,
+    open_figure,
+    shorten,
+)
 from retinanet.report.loss_distribution import LossCurve, LossDistribution
-from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, _short, open_figure
 from retinanet.report.speed_accuracy import SpeedAccuracy
 
 _DARK = "#333333"
@@ -379,7 +389,7 @@ def plot_table(
         places = np.arange(len(rows))
         _table_panel(here, [(one.measured, one.deviation) for one in rows], BLUE, "not run")
         _table_panel(paper, [(one.published, None) for one in rows], RED, "not in the paper")
-        here.set_yticks(places, [_short(one.label, 40) for one in rows])
+        here.set_yticks(places, [shorten(one.label, 40) for one in rows])
         here.set_ylim(len(rows) - 0.4, -0.6)
         here.set_title("Measured here")
         paper.set_title("The paper")
