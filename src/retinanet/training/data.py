@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
-from retinanet.data import anchor_reach, digest, read_splits, usable
+from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.images import image_size
 from retinanet.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ def read_training_data(
         splits = data
     else:
         splits = read_splits(
-            data, seed=recipe.split_seed, held_out=recipe.data.held_out, extras=False
+            data, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction, extras=False
         )
     if "train" not in splits:
         raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
@@ -102,18 +102,18 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
         raise ConfigError(f"anchors: {error}") from None
 
 
-def anchor_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
+def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
     """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
     images = tuple(image for image in dataset.images if has_object(image))
     sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
     sized = tuple(image for image in map(_with_size, sampled) if image is not None)
-    return anchor_reach(
+    return anchor_recall(
         {"train": replace(dataset, images=sized)},
         anchors or recipe_anchors(recipe),
         recipe.data.image_size,
         recipe.data.max_size,
         foreground_iou=recipe.matching.foreground_iou,
-    ).share
+    ).recall
 
 
 def anchor_advice(recipe: Recipe, dataset: Dataset) -> str:
@@ -124,21 +124,21 @@ def anchor_advice(recipe: Recipe, dataset: Dataset) -> str:
         sizes = tuple(size * factor for size in spec.sizes)
         smaller = replace(spec, sizes=sizes)
         shown = ",".join(f"{size:g}" for size in sizes)
-        candidates[f"anchors.sizes=[{shown}]"] = anchor_recall(recipe, dataset, smaller)
+        candidates[f"anchors.sizes=[{shown}]"] = recipe_recall(recipe, dataset, smaller)
     side, longest = 2 * recipe.data.image_size, 2 * recipe.data.max_size
     larger = recipe.data.model_copy(update={"image_size": side, "max_size": longest})
-    candidates[f"data.image_size={side} data.max_size={longest}"] = anchor_recall(
+    candidates[f"data.image_size={side} data.max_size={longest}"] = recipe_recall(
         recipe.model_copy(update={"data": larger}), dataset
     )
     setting, recall = max(candidates.items(), key=lambda item: item[1])
-    if recall <= anchor_recall(recipe, dataset):
+    if recall <= recipe_recall(recipe, dataset):
         return "matching.low_quality_matches=true matches every object to its best anchor"
     return f"{setting} matches {recall:.0%}"
 
 
 def anchor_warning(recipe: Recipe, dataset: Dataset) -> str | None:
     """Warning where most objects match no anchor; None: more than half of them do."""
-    recall = anchor_recall(recipe, dataset)
+    recall = recipe_recall(recipe, dataset)
     if recall >= MIN_ANCHOR_RECALL or recipe.matching.low_quality_matches:
         return None
     return (

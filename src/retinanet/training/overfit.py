@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retinanet.config import Recipe, build_recipe
 from retinanet.data.dataset import Dataset
-from retinanet.training.data import anchor_advice, anchor_recall, has_object, read_training_data
+from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, Kind
 from retinanet.training.trainer import train
 
@@ -98,7 +98,7 @@ def overfit(
     )
     if result.learned:
         return result
-    recall = anchor_recall(recipe, chosen)
+    recall = recipe_recall(recipe, chosen)
     hint = "run retinanet data check, try another train.lr or more --steps"
     if recall < TARGET_AP50:
         hint = f"anchor recall is {recall:.0%}: {anchor_advice(recipe, chosen)}"

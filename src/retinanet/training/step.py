@@ -37,7 +37,7 @@ def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
     """Copy :func:`loss_settings` with alpha on the device: copying it each step would sync."""
     settings = dict(settings)
     if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], device=device)
+        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
     return settings
 
 
@@ -181,7 +181,7 @@ class NonFiniteGuard:
 
     def __init__(self, device: torch.device, *, scaled: bool) -> None:
         self._max_in_a_row = MAX_CONSECUTIVE_SKIPPED_STEPS if scaled else 1
-        self._in_a_row = torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.float32, device=device)
         self.stopped = torch.zeros((), dtype=torch.bool, device=device)
 
     def check(self, losses: Losses, grad_norm: Tensor) -> Tensor:

@@ -247,7 +247,7 @@ class RetinaNetTask:
                 "recipe": recipe.name,
                 "step": step,
                 # A split that was made is made again with these: no training image is evaluated.
-                "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
+                "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # The tile size where it is chosen automatically.
                 "image_side": self._image_side,
             },

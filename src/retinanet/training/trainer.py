@@ -272,7 +272,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
         self.guard = NonFiniteGuard(self._device, scaled=self.scaler.is_enabled())
-        self.running = torch.tensor(RUNNING_START, device=self._device)
+        self.running = torch.tensor(RUNNING_START, dtype=torch.float32, device=self._device)
         steps = resolve_steps(len(data.train), settings)
         self.progress = Progress(steps=steps, left_out=data.num_left_out)
         if resume:
@@ -422,7 +422,7 @@ class Trainer:
             self.run.truncate_log(self.progress.step)
 
     def _train_loader(self) -> BatchLoader:
-        sections = self._recipe.data.model_dump(exclude={"workers", "held_out", "split_seed"})
+        sections = self._recipe.data.model_dump(exclude={"workers", "val_fraction", "split_seed"})
         return train_loader(
             self._data.train,
             batch_size=self._settings.batch_size // self._accelerator.num_processes,
