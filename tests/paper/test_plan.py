@@ -12,10 +12,10 @@ from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, DataError
 from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.plan import (
-    Terms,
+    Settings,
     common_differences,
     differences,
-    plan,
+    make_plan,
     read_data,
     resolve,
     size_changes,
@@ -31,14 +31,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def terms(data: Path) -> Terms:
-    return Terms(data, image_size=96, steps=40, settings=("anchors.sizes=[16,32,64,128,256]",))
+def settings(data: Path) -> Settings:
+    return Settings(data, image_size=96, steps=40, overrides=("anchors.sizes=[16,32,64,128,256]",))
 
 
-def test_the_same_settings_in_several_tables_are_one_training(terms: Terms) -> None:
-    splits = read_data(terms)
+def test_the_same_settings_in_several_tables_are_one_training(settings: Settings) -> None:
+    splits = read_data(settings)
     names = ["table1b", "table1c", "table3"]
-    planned = plan([EXPERIMENTS[name] for name in names], terms, splits)
+    planned = make_plan([EXPERIMENTS[name] for name in names], settings, splits)
     focal = {
         planned.rows[place][0].name
         for place in (("table1b", "gamma=2"), ("table1c", "3x3"), ("table3", "focal"))
@@ -51,9 +51,9 @@ def test_the_same_settings_in_several_tables_are_one_training(terms: Terms) -> N
     assert len(folders) == len(planned.trainings)
 
 
-def test_seeds_are_trainings_of_one_name_on_the_same_images(terms: Terms) -> None:
-    terms = replace(terms, seeds=3)
-    planned = plan([EXPERIMENTS["table3"]], terms, read_data(terms))
+def test_seeds_are_trainings_of_one_name_on_the_same_images(settings: Settings) -> None:
+    settings = replace(settings, seeds=3)
+    planned = make_plan([EXPERIMENTS["table3"]], settings, read_data(settings))
     of_row = planned.rows["table3", "focal"]
     assert [one.seed for one in of_row] == [0, 1, 2]
     assert [one.recipe.train.seed for one in of_row] == [0, 1, 2]
@@ -63,10 +63,10 @@ def test_seeds_are_trainings_of_one_name_on_the_same_images(terms: Terms) -> Non
     assert [one.seed for one in planned.trainings] == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_rows_differ_in_what_they_are_about_alone(terms: Terms) -> None:
+def test_rows_differ_in_what_they_are_about_alone(settings: Settings) -> None:
     experiment = EXPERIMENTS["table1b"]
     one, other = (
-        resolve(experiment, row, terms).model_dump()
+        resolve(experiment, row, settings).model_dump()
         for row in experiment.rows
         if row.key in ("gamma=.5", "gamma=5")
     )
@@ -75,42 +75,42 @@ def test_rows_differ_in_what_they_are_about_alone(terms: Terms) -> None:
 
 
 def test_in_small_the_sizes_keep_their_ratio(data: Path) -> None:
-    terms = Terms(data, image_size=192, steps=100)
+    settings = Settings(data, image_size=192, steps=100)
     experiment = EXPERIMENTS["table1e"]
-    sides = {row.key: resolve(experiment, row, terms).data for row in experiment.rows}
+    sides = {row.key: resolve(experiment, row, settings).data for row in experiment.rows}
     # 400, 600 and 800 of 600, times 192; the longer side at most keeps quick's 640 / 384.
     assert [sides[key].image_size for key in ("R50-400", "R50-600", "R50-800")] == [128, 192, 256]
     assert sides["R50-600"].max_size == 320
     table2 = EXPERIMENTS["table2"]
     for row in table2.rows:
         if row.trained:  # the paper's 800 px alone: nothing to be larger than
-            assert resolve(table2, row, terms).data.image_size == 192
+            assert resolve(table2, row, settings).data.image_size == 192
 
 
 def test_the_warm_up_is_a_quarter_at_most(data: Path) -> None:
     experiment = EXPERIMENTS["table3"]
     row = experiment.rows[0]
-    assert resolve(experiment, row, Terms(data, steps=40)).train.warmup_steps == 10
-    assert resolve(experiment, row, Terms(data, steps=4000)).train.warmup_steps == 100
-    own = Terms(data, steps=40, settings=("train.warmup_steps=3",))
+    assert resolve(experiment, row, Settings(data, steps=40)).train.warmup_steps == 10
+    assert resolve(experiment, row, Settings(data, steps=4000)).train.warmup_steps == 100
+    own = Settings(data, steps=40, overrides=("train.warmup_steps=3",))
     assert resolve(experiment, row, own).train.warmup_steps == 3
 
 
 def test_at_full_size_it_is_the_papers_recipe(data: Path) -> None:
-    terms = Terms(data, full=True)
+    settings = Settings(data, full=True)
     experiment = EXPERIMENTS["table1b"]
     focal = next(row for row in experiment.rows if row.key == "gamma=2")
-    changed = {name: here for name, _, here in differences(resolve(experiment, focal, terms))}
+    changed = {name: here for name, _, here in differences(resolve(experiment, focal, settings))}
     # Judged at the end alone, on the split that every seed has.
     assert changed == {"data.split_seed": 0, "train.validate_every": 90_000.0}
     table1e = EXPERIMENTS["table1e"]
     deep = next(row for row in table1e.rows if row.key == "R101-800")
-    recipe = resolve(table1e, deep, terms)
+    recipe = resolve(table1e, deep, settings)
     assert (recipe.data.image_size, recipe.data.max_size) == (800, 1334)
     assert recipe.model.backbone == "resnet101"
     table2 = EXPERIMENTS["table2"]
     widest = next(row for row in table2.rows if row.depth == "x101")
-    recipe = resolve(table2, widest, terms)
+    recipe = resolve(table2, widest, settings)
     assert recipe.model.backbone == "resnext101_32x8d"
     assert recipe.train.steps == 135_000
     assert recipe.data.multi_scale == load_recipe("paper_table2").data.multi_scale
@@ -122,23 +122,23 @@ def test_backbones_in_their_order(data: Path) -> None:
     assert rows["x101"].depth == "x101"
 
     def of(*names: str) -> list[str]:
-        terms = Terms(data, steps=40, backbones=names)
-        return [resolve(table1e, row, terms).model.backbone for row in rows.values()]
+        settings = Settings(data, steps=40, backbones=names)
+        return [resolve(table1e, row, settings).model.backbone for row in rows.values()]
 
     assert of() == ["resnet50", "resnet101", "resnext101_32x8d"]
     assert of("mobilenet_v2") == ["mobilenet_v2"] * 3
     assert of("resnet18", "resnet34") == ["resnet18", "resnet34", "resnet34"]
-    weights = Terms(data, steps=40, backbone_weights=("a.safetensors", "b.safetensors"))
+    weights = Settings(data, steps=40, backbone_weights=("a.safetensors", "b.safetensors"))
     assert resolve(table1e, rows["101"], weights).model.backbone_weights == "b.safetensors"
 
 
-def test_what_does_not_change_the_result_does_not_change_the_name(terms: Terms) -> None:
-    splits = read_data(terms)
+def test_what_does_not_change_the_result_does_not_change_the_name(settings: Settings) -> None:
+    splits = read_data(settings)
     experiment = replace(EXPERIMENTS["table3"], rows=EXPERIMENTS["table3"].rows[:1])
 
-    def name(*settings: str) -> str:
-        more = replace(terms, settings=(*terms.settings, *settings))
-        return plan([experiment], more, splits).trainings[0].name
+    def name(*more: str) -> str:
+        changed = replace(settings, overrides=(*settings.overrides, *more))
+        return make_plan([experiment], changed, splits).trainings[0].name
 
     usual = name()
     assert name("data.workers=3", "train.save_every=7") == usual
@@ -146,98 +146,100 @@ def test_what_does_not_change_the_result_does_not_change_the_name(terms: Terms) 
     assert name("model.prior=0.5") != usual
 
 
-def test_other_data_is_another_training(terms: Terms, tmp_path: Path) -> None:
+def test_other_data_is_another_training(settings: Settings, tmp_path: Path) -> None:
     synthetic_dataset(
         tmp_path / "b", splits={"train": 6, "val": 3}, image_size=96, empty=0.0, seed=2
     )
-    other = replace(terms, data=tmp_path / "b")
+    other = replace(settings, data=tmp_path / "b")
     names = [
-        plan([EXPERIMENTS["table3"]], one, read_data(one)).trainings[0].name
-        for one in (terms, other)
+        make_plan([EXPERIMENTS["table3"]], one, read_data(one)).trainings[0].name
+        for one in (settings, other)
     ]
     assert names[0] != names[1]
 
 
-def test_a_row_without_anchor_recall_is_refused(terms: Terms) -> None:
+def test_a_row_whose_anchors_reach_nothing_is_refused(settings: Settings) -> None:
     # One square anchor of 512 px a cell and less than 100 px of image.
-    large = replace(terms, settings=("anchors.sizes=[512,512,512,512,512]",))
-    planned = plan([EXPERIMENTS["table1c"]], large, read_data(large))
+    large = replace(settings, overrides=("anchors.sizes=[512,512,512,512,512]",))
+    planned = make_plan([EXPERIMENTS["table1c"]], large, read_data(large))
     assert planned.trainings == ()
-    why = planned.refused["table1c", "1x1"]
+    why = planned.rejected["table1c", "1x1"]
     assert "overlaps an anchor by 0.5 at 96 px" in why
     assert "anchors.sizes" in why
 
 
-def test_a_minibatch_larger_than_a_image_is_refused(terms: Terms) -> None:
+def test_a_minibatch_larger_than_a_image_is_refused(settings: Settings) -> None:
     # 32 px: 4x4 + 2x2 + 1 + 1 + 1 = 23 cells of 9 anchors, 207: enough for 128, not for 256.
-    small = replace(terms, image_size=32, settings=("anchors.sizes=[8,16,32,64,128]",))
-    planned = plan([EXPERIMENTS["table1d"]], small, read_data(small))
-    refused = {key for _, key in planned.refused}
+    small = replace(settings, image_size=32, overrides=("anchors.sizes=[8,16,32,64,128]",))
+    planned = make_plan([EXPERIMENTS["table1d"]], small, read_data(small))
+    refused = {key for _, key in planned.rejected}
     assert refused == {
         row.key
         for row in EXPERIMENTS["table1d"].rows
         if any(f"mining_size={size}" in one for one in row.settings for size in (256, 512))
     }
-    assert "has 207 anchors, fewer than the 256" in planned.refused["table1d", "ohem-256-.7"]
+    assert "has 207 anchors, fewer than the 256" in planned.rejected["table1d", "ohem-256-.7"]
 
 
-def test_weights_are_told_apart_by_what_is_in_them(terms: Terms, tmp_path: Path) -> None:
-    splits = read_data(terms)
+def test_weights_are_told_apart_by_what_is_in_them(settings: Settings, tmp_path: Path) -> None:
+    splits = read_data(settings)
     experiment = replace(EXPERIMENTS["table3"], rows=EXPERIMENTS["table3"].rows[:1])
     names = []
     for place, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         file = tmp_path / place / "model.safetensors"
         file.parent.mkdir()
         file.write_bytes(content)
-        more = replace(terms, backbone_weights=(str(file),))
-        names.append(plan([experiment], more, splits).trainings[0].name)
+        more = replace(settings, backbone_weights=(str(file),))
+        names.append(make_plan([experiment], more, splits).trainings[0].name)
     assert names[0] == names[1] != names[2]
 
 
-def test_settings_that_would_be_overridden_are_refused(terms: Terms) -> None:
+def test_settings_that_would_be_overridden_are_refused(settings: Settings) -> None:
     row = EXPERIMENTS["table3"].rows[0]
     for setting, said in (
-        ("model.backbone=mobilenet_v2", "model.backbone is said by --backbone"),
-        ("train.seed=7", "train.seed is said by --seeds"),
-        ("train.epochs=3", "train.epochs is said by --steps or --budget"),
-        ("loss.alpha=0.5", "loss.alpha is what rows are about"),
-        ("anchors.scales=[1]", "anchors.scales is what rows are about"),
+        ("model.backbone=mobilenet_v2", "model.backbone is set by --backbone"),
+        ("train.seed=7", "train.seed is set by --seeds"),
+        ("train.epochs=3", "train.epochs is set by --steps or --budget"),
+        ("loss.alpha=0.5", "loss.alpha is set by the rows"),
+        ("anchors.scales=[1]", "anchors.scales is set by the rows"),
     ):
         with pytest.raises(ConfigError, match=said):
-            resolve(EXPERIMENTS["table3"], row, replace(terms, settings=(setting,)))
+            resolve(EXPERIMENTS["table3"], row, replace(settings, overrides=(setting,)))
 
 
 def test_sides_to_draw_from_keep_their_ratio(data: Path) -> None:
-    terms = Terms(data, steps=40, settings=("data.multi_scale=[384, 480]",))
+    settings = Settings(data, steps=40, overrides=("data.multi_scale=[384, 480]",))
     row = next(row for row in EXPERIMENTS["table1e"].rows if row.key == "R50-800")
-    assert resolve(EXPERIMENTS["table1e"], row, terms).data.multi_scale == (512, 640)
+    assert resolve(EXPERIMENTS["table1e"], row, settings).data.multi_scale == (512, 640)
 
 
 def test_a_side_too_small_is_said_in_words_of_the_call(data: Path) -> None:
-    terms = Terms(data, steps=40, image_size=40)
+    settings = Settings(data, steps=40, image_size=40)
     row = EXPERIMENTS["table1e"].rows[0]
     with pytest.raises(ConfigError, match="row R50-400 of table1e would have 27 px"):
-        resolve(EXPERIMENTS["table1e"], row, terms)
+        resolve(EXPERIMENTS["table1e"], row, settings)
 
 
 def test_settings_in_common_are_those_of_every_row(data: Path) -> None:
-    terms = Terms(data, steps=40, backbones=("resnet18", "resnet34"))
+    settings = Settings(data, steps=40, backbones=("resnet18", "resnet34"))
     common = {name for name, _, _ in common_differences(
-        plan([EXPERIMENTS["table1e"]], terms, read_data(terms)))}  # fmt: skip
+        make_plan([EXPERIMENTS["table1e"]], settings, read_data(settings)))}  # fmt: skip
     assert "train.optimizer" in common
     assert not common & {"model.backbone", "data.image_size", "data.max_size"}
 
 
-def test_table_2_stands_for_800_pixels(terms: Terms) -> None:
-    planned = plan([EXPERIMENTS["table2"]], terms, read_data(terms))
-    assert "96 px for 800 px (table2), other scales in proportion" in size_changes(planned, terms)
-
-
-def test_what_is_in_small_is_said(terms: Terms) -> None:
-    planned = plan(
-        [EXPERIMENTS["table3"]], replace(terms, backbones=("resnet18",)), read_data(terms)
+def test_table_2_stands_for_800_pixels(settings: Settings) -> None:
+    planned = make_plan([EXPERIMENTS["table2"]], settings, read_data(settings))
+    assert "96 px for 800 px (table2), other scales in proportion" in size_changes(
+        planned, settings
     )
-    said = size_changes(planned, replace(terms, backbones=("resnet18",)))
+
+
+def test_what_is_in_small_is_said(settings: Settings) -> None:
+    planned = make_plan(
+        [EXPERIMENTS["table3"]], replace(settings, backbones=("resnet18",)), read_data(settings)
+    )
+    said = size_changes(planned, replace(settings, backbones=("resnet18",)))
     assert said[0] == "40 steps of 8 for 90,000 steps of 16 images"
     assert said[1].startswith("96 px for 600 px")
     assert "resnet18 for resnet50" in said
@@ -249,11 +251,12 @@ def test_no_difference_from_the_paper_is_none() -> None:
 
 def test_data_without_a_split_is_split_the_same_for_every_seed(tmp_path: Path) -> None:
     synthetic_dataset(tmp_path / "d", splits={"train": 12}, image_size=64, empty=0.0)
-    terms = Terms(tmp_path / "d", steps=40, seeds=2)
-    assert {name: len(one) for name, one in read_data(terms).items()} == {"train": 10, "val": 2}
-    other = replace(terms, settings=("data.split_seed=5",))
+    settings = Settings(tmp_path / "d", steps=40, seeds=2)
+    assert {name: len(one) for name, one in read_data(settings).items()} == {"train": 10, "val": 2}
+    other = replace(settings, overrides=("data.split_seed=5",))
     names = [
-        [image.path.name for image in read_data(one)["val"].images] for one in (terms, other, terms)
+        [image.path.name for image in read_data(one)["val"].images]
+        for one in (settings, other, settings)
     ]
     assert names[0] == names[2]
     row = EXPERIMENTS["table3"].rows[0]
@@ -263,15 +266,15 @@ def test_data_without_a_split_is_split_the_same_for_every_seed(tmp_path: Path) -
 def test_nothing_to_judge_by_is_said(tmp_path: Path) -> None:
     synthetic_dataset(tmp_path / "d", splits={"train": 4, "val": 2}, image_size=64, objects=(0, 0))
     with pytest.raises(DataError, match="no object to train on in 4 images"):
-        read_data(Terms(tmp_path / "d"))
+        read_data(Settings(tmp_path / "d"))
 
 
-def test_an_unknown_setting_is_said(terms: Terms) -> None:
+def test_an_unknown_setting_is_said(settings: Settings) -> None:
     with pytest.raises(ConfigError, match=r"did you mean train.lr\?"):
-        read_data(replace(terms, settings=("train.lrr=1",)))
+        read_data(replace(settings, overrides=("train.lrr=1",)))
 
 
-def test_rows_that_stand_for_their_figures_are_not_trained(terms: Terms) -> None:
+def test_rows_that_stand_for_their_figures_are_not_trained(settings: Settings) -> None:
     experiment = Experiment("x", "", "", rows=(Row("a", "a", trained=False), Row("b", "b")))
-    planned = plan([experiment], terms, read_data(terms))
+    planned = make_plan([experiment], settings, read_data(settings))
     assert set(planned.rows) == {("x", "b")}

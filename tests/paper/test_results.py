@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 
-from retinanet.paper.experiments import Claim, Experiment, Kind, Published, Row
-from retinanet.paper.results import (
-    ClaimResult,
-    Figure,
+from retinanet.paper.claims import (
     Outcome,
-    RowResult,
-    TableResult,
-    gather,
-    judge,
-    judge_distribution,
+    collect_results,
+    evaluate_claim,
+    evaluate_loss_shares,
     t_quantile,
 )
+from retinanet.paper.experiments import Claim, Experiment, Kind, Published, Row
+from retinanet.paper.results import ClaimResult, RowResult, Score, TableResult
 from retinanet.paper.tables import EXPERIMENTS
 
 ABOUT = {
@@ -79,7 +76,7 @@ def verdict(
     first: Sequence[float], second: Sequence[float], kind: Kind = "over", within: float = 0.0
 ) -> ClaimResult:
     claim = Claim("it", kind, ("a",), ("b",), within)
-    (found,) = gather(table(claim), trainings(a=first, b=second), ABOUT).claims
+    (found,) = collect_results(table(claim), trainings(a=first, b=second), ABOUT).claims
     return found
 
 
@@ -87,13 +84,13 @@ def verdict(
 
 
 def test_mean_and_deviation_in_points() -> None:
-    row = gather(table(), {"a": done(0.30, 0.32, 0.37)}, ABOUT).lines[0]
+    row = collect_results(table(), {"a": done(0.30, 0.32, 0.37)}, ABOUT).rows[0]
     # Mean 33; deviations -3, -1, 4: squares 9 + 1 + 16 = 26, over n - 1 = 2: 13.
-    assert row.figures["AP"].mean == pytest.approx(33.0)
-    assert row.figures["AP"].deviation == pytest.approx(math.sqrt(13))
-    assert row.figures["AP50"].mean == pytest.approx(66.0)
-    assert row.figures["AP75"].deviation == pytest.approx(math.sqrt(13) / 2)
-    assert row.figures["APl"] == Figure(50.0, 0.0)
+    assert row.scores["AP"].mean == pytest.approx(33.0)
+    assert row.scores["AP"].std == pytest.approx(math.sqrt(13))
+    assert row.scores["AP50"].mean == pytest.approx(66.0)
+    assert row.scores["AP75"].std == pytest.approx(math.sqrt(13) / 2)
+    assert row.scores["APl"] == Score(50.0, 0.0)
     assert row.by_seed == pytest.approx({0: 30.0, 1: 32.0, 2: 37.0})
     assert (row.seeds, row.diverged, row.notes) == (3, 0, ())
     assert row.measured("AP") == "33.0 ± 3.6"
@@ -101,19 +98,19 @@ def test_mean_and_deviation_in_points() -> None:
 
 
 def test_one_seed_has_no_deviation() -> None:
-    row = gather(table(), {"a": done(0.304)}, ABOUT).lines[0]
-    assert row.figures["AP"].mean == pytest.approx(30.4)
-    assert row.figures["AP"].deviation is None
+    row = collect_results(table(), {"a": done(0.304)}, ABOUT).rows[0]
+    assert row.scores["AP"].mean == pytest.approx(30.4)
+    assert row.scores["AP"].std is None
     assert row.measured("AP") == "30.4"
 
 
 def test_a_diverged_training_counts_as_0() -> None:
     outcomes = [*done(0.30, 0.30), Outcome(2, "diverged", None, "runs/x/seed-2")]
-    result = gather(table(), {"a": outcomes}, ABOUT)
-    row = result.lines[0]
+    result = collect_results(table(), {"a": outcomes}, ABOUT)
+    row = result.rows[0]
     # (30 + 30 + 0) / 3 = 20; squares 100 + 100 + 400 over 2: 300.
-    assert row.figures["AP"].mean == pytest.approx(20.0)
-    assert row.figures["AP"].deviation == pytest.approx(math.sqrt(300))
+    assert row.scores["AP"].mean == pytest.approx(20.0)
+    assert row.scores["AP"].std == pytest.approx(math.sqrt(300))
     assert (row.seeds, row.diverged) == (3, 1)
     assert row.measured("AP") == "20.0 ± 17.3†"
     assert row.by_seed == pytest.approx({0: 30.0, 1: 30.0, 2: 0.0})
@@ -121,8 +118,10 @@ def test_a_diverged_training_counts_as_0() -> None:
 
 
 def test_all_diverged_is_0() -> None:
-    result = gather(table(), {"c": [Outcome(0, "diverged"), Outcome(1, "diverged")]}, ABOUT)
-    assert result.lines[2].measured("APl") == "0.0 ± 0.0†"
+    result = collect_results(
+        table(), {"c": [Outcome(0, "diverged"), Outcome(1, "diverged")]}, ABOUT
+    )
+    assert result.rows[2].measured("APl") == "0.0 ± 0.0†"
     assert result.footnotes == ["† hinge: 2 of 2 trainings diverged and count as 0"]
 
 
@@ -132,40 +131,36 @@ def test_a_size_without_objects_is_no_0() -> None:
         Outcome(1, "done", metrics(0.3, math.nan)),
         Outcome(2, "diverged"),
     ]
-    row = gather(table(), {"a": outcomes}, ABOUT).lines[0]
-    assert "APl" not in row.figures
+    row = collect_results(table(), {"a": outcomes}, ABOUT).rows[0]
+    assert "APl" not in row.scores
     assert row.measured("APl") == "-"
-    assert row.figures["AP"].mean == pytest.approx(20.0)
+    assert row.scores["AP"].mean == pytest.approx(20.0)
 
 
 def test_failed_and_missing_trainings_are_named_and_not_counted() -> None:
     outcomes = [
         *done(0.3),
         Outcome(1, "failed", None, "runs/x/seed-1", "no memory left"),
-        Outcome(2, "missing", None, "runs/x/seed-2"),
     ]
-    result = gather(table(), {"a": outcomes}, ABOUT)
-    row = result.lines[0]
-    assert (row.seeds, row.figures["AP"].deviation) == (1, None)
+    result = collect_results(table(), {"a": outcomes}, ABOUT)
+    row = result.rows[0]
+    assert (row.seeds, row.scores["AP"].std) == (1, None)
     assert row.folders == ("runs/x/seed-0", "runs/x/seed-1")
-    assert result.footnotes == [
-        "gamma 2: seed 1 failed: no memory left",
-        "gamma 2: seed 2 is missing",
-    ]
+    assert result.footnotes == ["gamma 2: seed 1 failed: no memory left"]
 
 
 def test_an_unknown_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"table1b has no row 'd': a, b, c"):
-        gather(table(), {"d": done(0.1)}, ABOUT)
+        collect_results(table(), {"d": done(0.1)}, ABOUT)
     with pytest.raises(ValueError, match=r"table1b has no row 'e': a, b, c"):
-        gather(table(), {}, ABOUT, milliseconds={"e": 3.0})
+        collect_results(table(), {}, ABOUT, milliseconds={"e": 3.0})
 
 
 @pytest.mark.parametrize("numbers", [None, {"ap": 0.3}])
 def test_a_done_training_without_figures_is_refused(numbers: Mapping[str, Any] | None) -> None:
     outcome = Outcome(4, "done", numbers, "runs/y")
     with pytest.raises(ValueError, match=r"gamma 2, seed 4: done, but .* \(runs/y\): evaluate"):
-        gather(table(), {"a": [outcome]}, ABOUT)
+        collect_results(table(), {"a": [outcome]}, ABOUT)
 
 
 # --- verdicts ------------------------------------------------------------------------------------
@@ -209,7 +204,7 @@ def test_t_quantile(beyond: float, degrees: int, expected: float) -> None:
 )
 def test_over(first: Sequence[float], second: Sequence[float], expected: str) -> None:
     found = verdict(first, second)
-    assert (found.verdict, found.said) == (expected, expected)
+    assert (found.verdict, found.marked_verdict) == (expected, expected)
 
 
 def test_rows_with_other_seeds_are_compared_by_welchs_t() -> None:
@@ -218,18 +213,18 @@ def test_rows_with_other_seeds_are_compared_by_welchs_t() -> None:
     found = verdict((0.30, 0.31, 0.32, 0.33), (0.20, 0.21, 0.22))
     assert found.here is not None
     assert found.here.difference == pytest.approx(10.5)
-    assert found.here.chance == pytest.approx(2.404, abs=1e-3)
+    assert found.here.half_width == pytest.approx(2.404, abs=1e-3)
     assert found.verdict == "holds"
     assert verdict((0.30, 0.31, 0.32, 0.33), (0.281, 0.291, 0.301)).verdict == "not separated"
     assert verdict((0.30, 0.31, 0.32, 0.33), (0.280, 0.290, 0.300)).verdict == "holds"  # 2.5
     # As many seeds, but not the same ones: 1/3 + 1/3 with 4 degrees: 2.776 * .8165 = 2.267.
     others = [Outcome(seed + 5, "done", metrics(ap)) for seed, ap in enumerate((0.3, 0.31, 0.32))]
     measured = trainings(a=(0.33, 0.34, 0.35)) | {"b": others}
-    (found,) = gather(table(OVER), measured, ABOUT).claims
+    (found,) = collect_results(table(OVER), measured, ABOUT).claims
     assert found.here is not None
-    assert found.here.chance == pytest.approx(2.267, abs=1e-3)
+    assert found.here.half_width == pytest.approx(2.267, abs=1e-3)
     # Without any deviation there is nothing to take the degrees from.
-    assert verdict((0.3, 0.3, 0.3), (0.2, 0.2)).said == "holds"
+    assert verdict((0.3, 0.3, 0.3), (0.2, 0.2)).marked_verdict == "holds"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +238,7 @@ def test_rows_with_other_seeds_are_compared_by_welchs_t() -> None:
 )
 def test_over_with_one_seed(first: Sequence[float], second: Sequence[float], expected: str) -> None:
     found = verdict(first, second)
-    assert (found.verdict, found.said) == (expected, f"{expected} (one seed)")
+    assert (found.verdict, found.marked_verdict) == (expected, f"{expected} (one seed)")
 
 
 @pytest.mark.parametrize(
@@ -280,28 +275,30 @@ def test_at_least(difference: float, expected: str) -> None:
 
 
 def test_borders_are_within() -> None:
-    assert verdict((0.35,), (0.34,), "about", 1.0).said == "holds (one seed)"
+    assert verdict((0.35,), (0.34,), "about", 1.0).marked_verdict == "holds (one seed)"
     # 100 * .28 - 100 * .27 is 1.0000000000000036 in floating point.
-    assert verdict((0.28,), (0.27,), "about", 1.0).said == "holds (one seed)"
-    assert verdict((0.3501,), (0.34,), "about", 1.0).said == "does not hold (one seed)"
-    assert verdict((0.27,), (0.28,), "at_least", 1.0).said == "holds (one seed)"
-    assert verdict((0.2699,), (0.28,), "at_least", 1.0).said == "does not hold (one seed)"
+    assert verdict((0.28,), (0.27,), "about", 1.0).marked_verdict == "holds (one seed)"
+    assert verdict((0.3501,), (0.34,), "about", 1.0).marked_verdict == "does not hold (one seed)"
+    assert verdict((0.27,), (0.28,), "at_least", 1.0).marked_verdict == "holds (one seed)"
+    assert verdict((0.2699,), (0.28,), "at_least", 1.0).marked_verdict == "does not hold (one seed)"
 
 
 @pytest.mark.parametrize("kind", ["over", "at_least", "about"])
 def test_rows_that_found_nothing_have_no_order(kind: Kind) -> None:
     found = verdict((0.0004,), (0.0006,), kind, 1.0)  # 0.0 and 0.1 are printed
-    assert found.said == "not separated (one seed, nothing found)"
+    assert found.marked_verdict == "not separated (one seed, nothing found)"
     assert found.cells()[2].endswith("; nothing found: both under 0.15 points")
     assert verdict((0.00149,), (0.0001,), kind, 1.0).verdict == "not separated"
     assert verdict((0.0016,), (0.0001,), kind, 1.0).verdict == "holds"
 
 
 def test_not_measured() -> None:
-    (found,) = gather(table(OVER), {"a": done(0.3)}, ABOUT).claims
-    assert (found.verdict, found.said) == ("not measured", "not measured")
-    assert found.cells() == (OVER.text, "34.0 (gamma 2) against 31.1 (gamma 0): +2.9", "-")
-    (found,) = gather(table(OVER), {"a": done(0.3), "b": [Outcome(0, "failed")]}, ABOUT).claims
+    (found,) = collect_results(table(OVER), {"a": done(0.3)}, ABOUT).claims
+    assert (found.verdict, found.marked_verdict) == ("not measured", "not measured")
+    assert found.cells() == (OVER.text, "34.0 (gamma 2) vs 31.1 (gamma 0): +2.9", "-")
+    (found,) = collect_results(
+        table(OVER), {"a": done(0.3), "b": [Outcome(0, "failed")]}, ABOUT
+    ).claims
     assert found.verdict == "not measured"
 
 
@@ -310,22 +307,22 @@ def test_one_training_on_both_sides_measures_nothing(kind: Kind) -> None:
     claim = Claim("it", kind, ("a",), ("b", "c"), 1.0)
     measured = {"a": done(0.3, 0.31), "b": done(0.3, 0.31)}
     times = {"a": 20.0, "b": 20.0}
-    (found,) = gather(table(claim), measured, ABOUT, milliseconds=times).claims
-    assert found.said == "not measured (one training)"
+    (found,) = collect_results(table(claim), measured, ABOUT, milliseconds=times).claims
+    assert found.marked_verdict == "not measured (one training)"
     assert found.cells()[2] == "one training on both sides"
-    assert found.brief_cells()[2] == "-"
+    assert found.cells(labels=False)[2] == "-"
 
 
 def test_words() -> None:
     outcomes = trainings(a=(0.30, 0.32), b=(0.25, 0.265))
-    (found,) = gather(table(OVER), outcomes, ABOUT).claims
+    (found,) = collect_results(table(OVER), outcomes, ABOUT).claims
     # Differences 5 and 5.5: deviation .354, over sqrt(2) .25, times 12.706: 3.18.
     assert found.cells() == (
         "gamma 2 over gamma 0",
-        "34.0 (gamma 2) against 31.1 (gamma 0): +2.9",
-        "31.0 ± 1.4 (gamma 2) against 25.8 ± 1.1 (gamma 0): +5.2 ± 3.2",
+        "34.0 (gamma 2) vs 31.1 (gamma 0): +2.9",
+        "31.0 ± 1.4 (gamma 2) vs 25.8 ± 1.1 (gamma 0): +5.2 ± 3.2",
     )
-    assert found.brief_cells() == (
+    assert found.cells(labels=False) == (
         "gamma 2 over gamma 0",
         "34.0 vs 31.1: +2.9",
         "31.0 ± 1.4 vs 25.8 ± 1.1: +5.2 ± 3.2",
@@ -333,17 +330,17 @@ def test_words() -> None:
 
 
 def test_a_difference_that_rounds_to_0_has_no_minus() -> None:
-    assert verdict((0.3,), (0.3003,)).brief_cells()[2] == "30.0 vs 30.0: +0.0"
-    assert verdict((0.3, 0.3), (0.301, 0.302)).brief_cells()[2].endswith(": -0.1 ± 0.6")
+    assert verdict((0.3,), (0.3003,)).cells(labels=False)[2] == "30.0 vs 30.0: +0.0"
+    assert verdict((0.3, 0.3), (0.301, 0.302)).cells(labels=False)[2].endswith(": -0.1 ± 0.6")
 
 
 def test_the_best_row_of_a_side_counts() -> None:
     claim = Claim("FL over the rest", "over", ("a",), ("b", "c"))
     outcomes = trainings(a=(0.30,), b=(0.20,), c=(0.31,))
-    (found,) = gather(table(claim), outcomes, ABOUT).claims
+    (found,) = collect_results(table(claim), outcomes, ABOUT).claims
     assert found.verdict == "does not hold"
-    assert found.cells()[2] == "30.0 (gamma 2) against 31.0 (hinge, the best of 2 rows): -1.0"
-    assert found.brief_cells()[2] == "30.0 vs 31.0 (best of 2): -1.0"
+    assert found.cells()[2] == "30.0 (gamma 2) vs 31.0 (hinge, best of 2): -1.0"
+    assert found.cells(labels=False)[2] == "30.0 vs 31.0 (best of 2): -1.0"
     assert found.note == ""
 
 
@@ -352,18 +349,18 @@ def test_the_best_of_several_rows_has_to_be_further_off() -> None:
     # 6.205: times .577 it is 3.583.
     claim = Claim("it", "over", ("a",), ("b", "c"))
     alone = trainings(a=(0.32, 0.33, 0.34), b=(0.30, 0.30, 0.30))
-    (found,) = gather(table(claim), alone, ABOUT).claims
-    assert found.said == "holds (rows missing)"
+    (found,) = collect_results(table(claim), alone, ABOUT).claims
+    assert found.marked_verdict == "holds (rows missing)"
     both = alone | trainings(c=(0.29, 0.29, 0.29))
-    (found,) = gather(table(claim), both, ABOUT).claims
-    assert found.said == "not separated"
+    (found,) = collect_results(table(claim), both, ABOUT).claims
+    assert found.marked_verdict == "not separated"
     assert found.here is not None
-    assert found.here.chance == pytest.approx(3.583, abs=1e-3)
+    assert found.here.half_width == pytest.approx(3.583, abs=1e-3)
     # Two rows that are one training are one choice.
-    (found,) = gather(table(claim), alone | {"c": alone["b"]}, ABOUT).claims
-    assert found.said == "holds"
+    (found,) = collect_results(table(claim), alone | {"c": alone["b"]}, ABOUT).claims
+    assert found.marked_verdict == "holds"
     assert found.here is not None
-    assert (found.here.first_of, found.here.second_of) == (1, 1)
+    assert (found.here.first.num_rows, found.here.second.num_rows) == (1, 1)
 
 
 @pytest.mark.parametrize(("seeds", "rows"), [(2, 1), (3, 1), (3, 6), (5, 3)])
@@ -377,25 +374,25 @@ def test_equal_rows_are_seldom_separated(seeds: int, rows: int) -> None:
         for key in (*claim.first, *claim.second):
             aps = {seed: ap + drawn.gauss(0, 1) for seed, ap in enumerate(start)}
             mean = sum(aps.values()) / seeds
-            lines[key] = RowResult(key, key, figures={"AP": Figure(mean, 1.0)}, by_seed=aps)
-        separated += judge(claim, lines).verdict != "not separated"
+            lines[key] = RowResult(key, key, scores={"AP": Score(mean, 1.0)}, by_seed=aps)
+        separated += evaluate_claim(claim, lines).verdict != "not separated"
     # 5%, and three times its own deviation of .9%.
     assert separated / tries < 0.077
 
 
 def test_rows_of_a_claim_that_are_missing_are_named() -> None:
     claim = Claim("FL over the rest", "over", ("a",), ("b", "c"))
-    (found,) = gather(table(claim), trainings(a=(0.3,), b=(0.2,)), ABOUT).claims
-    assert found.said == "holds (one seed, rows missing)"
+    (found,) = collect_results(table(claim), trainings(a=(0.3,), b=(0.2,)), ABOUT).claims
+    assert found.marked_verdict == "holds (one seed, rows missing)"
     assert found.cells()[2].endswith(": +10.0; without hinge: not measured")
 
 
 def test_a_side_without_published_figures() -> None:
     rows = {
-        "a": RowResult("a", "A", figures={"AP": Figure(3.0)}, published=Published(1.0)),
-        "b": RowResult("b", "B", figures={"AP": Figure(2.0)}),
+        "a": RowResult("a", "A", scores={"AP": Score(3.0)}, published=Published(1.0)),
+        "b": RowResult("b", "B", scores={"AP": Score(2.0)}),
     }
-    assert judge(OVER, rows).cells()[1:] == ("-", "3.0 (A) against 2.0 (B): +1.0")
+    assert evaluate_claim(OVER, rows).cells()[1:] == ("-", "3.0 (A) vs 2.0 (B): +1.0")
 
 
 FASTER = Claim(
@@ -415,35 +412,35 @@ FASTER = Claim(
 def test_faster(first: float, second: float, expected: str) -> None:
     times = {"a": first, "b": second}
     # Neither AP nor the number of seeds has a say.
-    (found,) = gather(table(FASTER), trainings(a=(0.1,)), ABOUT, milliseconds=times).claims
-    assert found.said == expected
+    (found,) = collect_results(table(FASTER), trainings(a=(0.1,)), ABOUT, milliseconds=times).claims
+    assert found.marked_verdict == expected
 
 
 def test_words_of_times() -> None:
     times = {"a": 90.04, "b": 100.0}
-    (found,) = gather(table(FASTER), {}, ABOUT, milliseconds=times).claims
+    (found,) = collect_results(table(FASTER), {}, ABOUT, milliseconds=times).claims
     assert found.cells()[1:] == (
-        "122 ms (A-101) against 172 ms (B-101): -50 ms",
-        "90.0 ms (gamma 2) against 100.0 ms (gamma 0): -10.0 ± 5.0 ms",
+        "122 ms (A-101) vs 172 ms (B-101): -50 ms",
+        "90.0 ms (gamma 2) vs 100.0 ms (gamma 0): -10.0 ± 5.0 ms",
     )
-    assert found.brief_cells()[2] == "90.0 ms vs 100.0 ms: -10.0 ± 5.0 ms"
+    assert found.cells(labels=False)[2] == "90.0 ms vs 100.0 ms: -10.0 ± 5.0 ms"
 
 
 def test_the_fastest_row_of_a_side_counts() -> None:
     claim = Claim("it", "faster", ("a",), ("b", "c"))
     times = {"a": 90.0, "b": 100.0, "c": 80.0}
-    (found,) = gather(table(claim), {}, ABOUT, milliseconds=times).claims
+    (found,) = collect_results(table(claim), {}, ABOUT, milliseconds=times).claims
     assert found.verdict == "does not hold"
     assert found.cells()[1:] == (
         "-",
-        "90.0 ms (gamma 2) against 80.0 ms (hinge, the best of 2 rows): +10.0 ± 4.5 ms",
+        "90.0 ms (gamma 2) vs 80.0 ms (hinge, best of 2): +10.0 ± 4.5 ms",
     )
 
 
 def test_times_that_are_missing_are_not_measured() -> None:
     outcomes = trainings(a=(0.3,), b=(0.2,))
-    (found,) = gather(table(FASTER), outcomes, ABOUT, milliseconds={"a": 3.0}).claims
-    assert found.said == "not measured"
+    (found,) = collect_results(table(FASTER), outcomes, ABOUT, milliseconds={"a": 3.0}).claims
+    assert found.marked_verdict == "not measured"
 
 
 # --- figure 4 ------------------------------------------------------------------------------------
@@ -455,17 +452,17 @@ def shares(positives: tuple[float, float], negatives: tuple[float, float]) -> li
         "positives": {0.0: positives[0], 1.0: 0.5, 2.0: positives[1]},
         "negatives": {0.0: negatives[0], 1.0: 0.5, 2.0: negatives[1]},
     }
-    return list(judge_distribution(hardest))
+    return list(evaluate_loss_shares(hardest))
 
 
 def test_figure_4_holds() -> None:
     positives, negatives = shares((0.42, 0.65), (0.56, 0.996))
-    assert positives.said == negatives.said == "holds (one seed)"
+    assert positives.marked_verdict == negatives.marked_verdict == "holds (one seed)"
     assert positives.cells()[1:] == (
         "-",
-        "65% (the hardest 20% of positives, gamma 2) against 42% (gamma 0): +23%",
+        "65% (hardest 20% of positives, gamma 2) vs 42% (gamma 0): +23%",
     )
-    assert negatives.brief_cells()[2] == "100% vs 56%: +44%"
+    assert negatives.cells(labels=False)[2] == "100% vs 56%: +44%"
 
 
 def test_figure_4_turns_where_the_easier_part_keeps_half() -> None:
@@ -479,16 +476,22 @@ def test_figure_4_turns_where_the_easier_part_keeps_half() -> None:
 
 def test_figure_4_of_a_model_without_loss() -> None:
     positives, negatives = shares((math.nan, math.nan), (0.5, math.nan))
-    assert (positives.said, positives.cells()[2]) == ("not measured", "the positives have no loss")
-    assert (negatives.said, negatives.cells()[2]) == ("not measured", "the negatives have no loss")
+    assert (positives.marked_verdict, positives.cells()[2]) == (
+        "not measured",
+        "the positives have no loss",
+    )
+    assert (negatives.marked_verdict, negatives.cells()[2]) == (
+        "not measured",
+        "the negatives have no loss",
+    )
 
 
 def test_figure_4_needs_gamma_0_and_2() -> None:
     good = {0.0: 0.4, 2.0: 0.5}
-    with pytest.raises(ValueError, match=r"gamma 0 and 2, got negatives of gamma 0, 1$"):
-        judge_distribution({"positives": good, "negatives": {0.0: 0.4, 1.0: 0.5}})
-    with pytest.raises(ValueError, match="got positives of gamma none"):
-        judge_distribution({"negatives": good})
+    with pytest.raises(ValueError, match=r"gamma 0 and 2: found negatives with gamma 0, 1$"):
+        evaluate_loss_shares({"positives": good, "negatives": {0.0: 0.4, 1.0: 0.5}})
+    with pytest.raises(ValueError, match="found positives with gamma none"):
+        evaluate_loss_shares({"negatives": good})
 
 
 def test_claims_of_figure_4_come_back_from_json() -> None:
@@ -504,7 +507,7 @@ def example() -> TableResult:
         **trainings(a=(0.30, 0.32), b=(0.25,)),
         "c": [Outcome(0, "diverged"), Outcome(1, "failed", note="disk | full")],
     }
-    return gather(table(OVER), outcomes, ABOUT, milliseconds={"a": 12.34})
+    return collect_results(table(OVER), outcomes, ABOUT, milliseconds={"a": 12.34})
 
 
 def cells(line: str) -> list[str]:
@@ -521,11 +524,9 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 def test_rows_for_a_terminal() -> None:
     result = example()
     assert result.heading == "Table 1b: Gamma"
-    assert result.columns == (
-        *("", "AP", "AP50", "AP75", "ms", "seeds"),
-        *("paper AP", "paper ms"),
-    )
-    assert result.rows == [
+    columns, rows = result.table(wide=False)
+    assert columns == ["", "AP", "AP50", "AP75", "ms", "seeds", "paper AP", "paper ms"]
+    assert rows == [
         [
             *("gamma 2", "31.0 ± 1.4", "62.0 ± 2.8", "15.5 ± 0.7"),
             *("12.3", "2", "34.0", "98"),
@@ -546,13 +547,13 @@ def test_markdown() -> None:
     assert all(len(row) == 12 for row in figures)
     assert claims[2] == [
         "gamma 2 over gamma 0",
-        "34.0 (gamma 2) against 31.1 (gamma 0): +2.9",
-        "31.0 ± 1.4 (gamma 2) against 25.0 (gamma 0): +6.0",
+        "34.0 (gamma 2) vs 31.1 (gamma 0): +2.9",
+        "31.0 ± 1.4 (gamma 2) vs 25.0 (gamma 0): +6.0",
         "holds (one seed)",
     ]
     assert settings[2] == ["data.image\\_size", "600", "256"]
     assert settings[3] == ["loss.box", "smooth\\_l1", "l1|giou"]
-    assert "**Not a COCO result: measured on nuclei, 1,200 steps a row." in text
+    assert "**Not a COCO result: measured on nuclei, 1,200 steps per row." in text
     assert "- † hinge: 1 of 1 training diverged and counts as 0\n" in text
     assert "- hinge: seed 1 failed: disk \\| full\n" in text
     assert "```sh\nretinanet paper run table3 --data nuclei\n```" in text
@@ -562,14 +563,17 @@ def test_markdown() -> None:
 
 def test_markdown_says_which_rows_a_claim_lacks() -> None:
     claim = Claim("FL over the rest", "over", ("a",), ("b", "c"))
-    text = gather(table(claim), trainings(a=(0.3,), b=(0.2,)), ABOUT).to_markdown()
+    text = collect_results(table(claim), trainings(a=(0.3,), b=(0.2,)), ABOUT).to_markdown()
     assert markdown_tables(text)[1][2][2].endswith("; without hinge: not measured")
 
 
 def test_coco_at_full_length_is_a_coco_result() -> None:
-    result = gather(table(), {}, {**ABOUT, "coco": True})
+    result = collect_results(table(), {}, {**ABOUT, "coco": True})
     assert "Not a COCO result" not in result.to_markdown()
-    assert "Not a COCO result: measured on other data." in gather(table(), {}, {}).to_markdown()
+    assert (
+        "Not a COCO result: measured on other data."
+        in collect_results(table(), {}, {}).to_markdown()
+    )
 
 
 def test_csv() -> None:
@@ -577,10 +581,10 @@ def test_csv() -> None:
     assert [line["key"] for line in lines] == ["a", "b", "c"]
     first, second, third = lines
     assert float(first["AP"]) == pytest.approx(31.0)
-    assert float(first["AP_deviation"]) == pytest.approx(math.sqrt(2), abs=1e-3)
+    assert float(first["AP_std"]) == pytest.approx(math.sqrt(2), abs=1e-3)
     assert (first["ms"], first["seeds"], first["paper_ms"]) == ("12.340", "2", "98")
     assert (first["paper_AP"], first["paper_AP50"], first["paper_APs"]) == ("34", "52.5", "")
-    assert (second["AP"], second["AP_deviation"], second["ms"]) == ("25.000", "", "")
+    assert (second["AP"], second["AP_std"], second["ms"]) == ("25.000", "", "")
     assert (third["AP"], third["diverged"], third["paper_AP"]) == ("0.000", "1", "")
     assert {(line["data"], line["coco"]) for line in lines} == {("nuclei", "no")}
     assert {line["experiment"] for line in lines} == {"table1b"}
@@ -589,16 +593,16 @@ def test_csv() -> None:
 def test_json_comes_back_equal() -> None:
     result = example()
     assert TableResult.from_json(result.to_json()) == result
-    assert json.loads(result.to_json())["lines"][0]["figures"]["AP"]["mean"] == pytest.approx(31.0)
-    assert TableResult.from_json(result.to_json()).lines[0].by_seed == {0: 30.0, 1: 32.0}
+    assert json.loads(result.to_json())["rows"][0]["scores"]["AP"]["mean"] == pytest.approx(31.0)
+    assert TableResult.from_json(result.to_json()).rows[0].by_seed == {0: 30.0, 1: 32.0}
 
 
-def test_json_of_a_version_without_seeds_is_refused() -> None:
-    values = json.loads(example().to_json())
-    for line in values["lines"]:
-        del line["by_seed"]
-    with pytest.raises(KeyError, match="by_seed"):
-        TableResult.from_json(json.dumps(values))
+def test_json_of_another_version_is_rejected() -> None:
+    text = example().to_json()
+    with pytest.raises(ValueError, match="lines"):
+        TableResult.from_json(text.replace('"rows": [', '"lines": ['))
+    with pytest.raises(ValueError, match="figures"):
+        TableResult.from_json(text.replace('"scores": {', '"figures": {'))
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
@@ -606,17 +610,18 @@ def test_every_experiment_in_every_form(name: str) -> None:
     experiment = EXPERIMENTS[name]
     outcomes = {row.key: done(0.3, 0.31, name=row.key) for row in experiment.rows if row.trained}
     times = dict.fromkeys(outcomes, 40.0)
-    result = gather(experiment, outcomes, ABOUT, milliseconds=times)
+    result = collect_results(experiment, outcomes, ABOUT, milliseconds=times)
     assert TableResult.from_json(result.to_json()) == result
     assert len(list(csv.DictReader(io.StringIO(result.to_csv())))) == len(experiment.rows)
     assert result.heading in result.to_markdown()
     assert ("Not a COCO result" in result.to_markdown()) == bool(experiment.rows)
-    assert all(len(row) == len(result.columns) for row in result.rows)
-    assert all(len(row) == len(result.wide_columns) for row in result.wide_rows)
+    for wide in (False, True):
+        columns, rows = result.table(wide=wide)
+        assert all(len(row) == len(columns) for row in rows)
     # Every row of this table comes out alike, so that no order is found and every "about" holds.
     assert {claim.verdict for claim in result.claims} <= {"not separated", "holds"}
 
 
 def test_things_that_json_does_not_know_are_kept_as_text(tmp_path: Any) -> None:
-    result = gather(table(), {}, {"data": tmp_path})
+    result = collect_results(table(), {}, {"data": tmp_path})
     assert result.about == {"data": str(tmp_path)}
