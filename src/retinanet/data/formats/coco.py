@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     JSON_TEXT,
     ClassList,
     ImageFinder,

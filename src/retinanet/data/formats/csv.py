@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     Box,
     LabelFile,
     ReadImage,

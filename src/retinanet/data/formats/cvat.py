@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Dataset
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     LabelFile,
     ReadImage,
     ReadObject,

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from retinanet.data.dataset import Dataset, Problem
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     ImageFinder,
     LabelFile,
     ReadImage,

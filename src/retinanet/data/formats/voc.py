@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Dataset, LabelledImage, Problem
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     ClassList,
     ImageFinder,
     LabelFile,

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.common import (
+from retinanet.data.formats.labels import (
     ClassList,
     cut,
     images_in,
