@@ -299,14 +299,14 @@ class _Work:
         def flush() -> Iterator[_Item]:
             nonlocal last
             ready = [one.ready.result()[1] for one in waiting if one.ready is not None]
-            found = iter(self.detector.search(ready, **self.thresholds))
+            found = iter(self.detector.detect_prepared(ready, **self.thresholds))
             for one in waiting:
                 if one.ready is not None:
                     size = self.reader.size
                     objects = next(found)
                     source = Source(self.reader.source, Path(self.reader.source).name)
                     tracks = self.tracker.update(objects, one.stamped.time) if self.tracker else ()
-                    last = (self.detector.found(objects, source, size), tracks)
+                    last = (self.detector.image_detections(objects, source, size), tracks)
                     self.searched += 1
                     self.objects.update(self.detector.classes[i] for i in objects.labels.tolist())
                 assert last is not None  # the first frame is searched
