@@ -41,7 +41,7 @@ def test_detect_in_one_folder_three_times_finds_the_same_images(
     text = json.loads(Path(out, "detections.json").read_text())
     assert len(text["images"]) == 3
     drawn = {f"images/{name}" for name in names}
-    lines = Path(out, "manifest.jsonl").read_text().splitlines()[1:]
+    lines = Path(out, ".retinanet-outputs").read_text().splitlines()[1:]
     listed = [json.loads(line)["file"] for line in lines]
     assert set(listed) == {*drawn, "detections.json"}
 
@@ -56,7 +56,7 @@ def test_reused_folder_loses_the_earlier_outputs_and_nothing_else(
     detect_into(detector, folder / "a.png", out, "csv,images")
     files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     assert files == {
-        *("images/a.png", "images/mine.png", "notes.txt", "detections.csv", "manifest.jsonl")
+        *("images/a.png", "images/mine.png", "notes.txt", "detections.csv", ".retinanet-outputs")
     }
     assert not (out / "labels").exists()
     assert not (out / "images" / "left").exists()
@@ -74,11 +74,11 @@ def test_killed_run_is_cleaned_by_the_next(
 
     with pytest.raises(KeyboardInterrupt):
         killed()
-    with (out / "manifest.jsonl").open("a") as file:
+    with (out / ".retinanet-outputs").open("a") as file:
         file.write('\n{"file": "ima')  # the process died here
     assert (out / "images" / "a.png").is_file()
     detect_into(detector, folder / "left", out, "json")
-    assert sorted(file.name for file in out.iterdir()) == ["detections.json", "manifest.jsonl"]
+    assert sorted(file.name for file in out.iterdir()) == [".retinanet-outputs", "detections.json"]
 
 
 def test_file_of_another_program_is_not_overwritten(
@@ -89,7 +89,7 @@ def test_file_of_another_program_is_not_overwritten(
     with pytest.raises(DataError, match=r"was not written by retinanet detect: images/a\.png"):
         detect_into(detector, "images", Path(), "images")
     assert (folder / "a.png").read_bytes() == before
-    (folder / "manifest.jsonl").write_text('{"name": "a web app"}\n')
+    (folder / ".retinanet-outputs").write_text('{"name": "a web app"}\n')
     with pytest.raises(DataError, match=r"not a manifest of retinanet detect: .*another --out"):
         detect_into(detector, "images", folder, "json")
     assert len(find_sources("images")) == 3  # reading minds no such file
@@ -100,7 +100,7 @@ def test_manifest_that_leads_outside_deletes_nothing(
 ) -> None:
     out = tmp_path / "out"
     detect_into(detector, folder / "a.png", out, "json")
-    with (out / "manifest.jsonl").open("a") as file:
+    with (out / ".retinanet-outputs").open("a") as file:
         for name in ("../images/a.png", str(folder / "a.png")):
             file.write("\n" + json.dumps({"file": name, "kind": "images"}))
     detect_into(detector, folder / "left", out, "json")

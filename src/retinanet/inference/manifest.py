@@ -10,8 +10,11 @@ from pathlib import Path
 from retinanet.errors import DataError
 from retinanet.files import write_atomic
 
-MANIFEST = "manifest.jsonl"
-"""Name of the record: a header line, then a JSON object per file, written before the file is."""
+MANIFEST = ".retinanet-outputs"
+"""Name of the record: a header line, then a JSON object per file, written before the file is.
+
+Hidden, so that it is in the way of no pattern and no name of an output.
+"""
 
 _HEADER = json.dumps({"format": "retinanet detect", "version": 1})
 
@@ -94,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     """Return the kind of each file that detection wrote into `folder`, by its relative path.
 
     Raises:
-        DataError: the folder's manifest.jsonl is not of retinanet detect.
+        DataError: the folder's .retinanet-outputs is not of retinanet detect.
     """
     file = folder / MANIFEST
     if not file.is_file():

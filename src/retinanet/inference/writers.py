@@ -77,9 +77,9 @@ def open_outputs(
     ``cvat``         ``cvat_annotations.xml``, see :func:`write_cvat`
     ===============  =======================================================================
 
-    ``manifest.jsonl`` lists these files. In a folder that is used again they replace those of the
-    earlier call, of which the rest is deleted when the context ends without an error; no other file
-    is deleted or overwritten.
+    ``.retinanet-outputs`` lists these files. In a folder that is used again they replace those
+    of an earlier call, whose other files are deleted when the context ends without an error; no
+    other file is deleted or overwritten.
 
     Args:
         folder: created if missing.
