@@ -1,13 +1,12 @@
-"""How cost grows: time and peak memory against image side, batch, classes, objects and images.
+"""Measure how time and peak memory grow with image side, batch, classes, objects and images.
 
     python benchmarks/curves.py [--out DIR] [--only NAME] [--quick] [--threads N]
 
-Each point is measured in a process of its own: first calls pay for what is set up once, the
-median of those that follow is the time, and one more, with an allocator that gives freed memory
-back, tells the memory at its peak beyond that before it. Where a call takes over 20 seconds, one
-call tells both. Writes an image a curve and, after each, ``curves.json``, where other curves of
-the same machine stay: ``--only`` does one again. About a quarter of an hour on four cores;
-``--quick`` (tiny sizes and networks, to see that it works) half a minute.
+Each point is measured in a process of its own: the median time after the first calls, and the peak
+memory of one more call, with an allocator that returns freed memory to the system. Calls over 20
+seconds are measured once. Writes an image per curve and ``curves.json``, which keeps the other
+curves of the same machine: ``--only`` measures one again. Takes a quarter of an hour on four cores;
+``--quick`` (tiny sizes and networks) half a minute.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,54 +35,32 @@ import torch
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.limits import clock
-from retinanet.bench.machine import Machine, describe_machine
+from retinanet.bench.machine import describe_machine
 from retinanet.bench.run import peak_of
-from retinanet.bench.samples import anchors_for, class_work, jpeg, outputs_like, random_boxes
+from retinanet.bench.samples import anchors_for, jpeg, random_boxes
+from retinanet.bench.stages.class_loss import class_loss_input
+from retinanet.bench.stages.postprocess import outputs_like
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
 from retinanet.inference.backends import build_network
-from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
-from retinanet.inference.writers import open_outputs
 from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.precision import autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
-from retinanet.report.plots import COLOURS, GREY, open_figure
+from retinanet.report.figure import COLOURS, GREY, open_figure
 from retinanet.structures import Outputs, Targets, flatten_level
 from retinanet.training.optim import build_optimizer
 
-_PRELOADED = ["retinanet.evaluation.run", "retinanet.report.plots", "retinanet.bench.stages"]
-
 CPU = torch.device("cpu")
-
-WORSE_FROM = 1.15
-"""Exponents over it are called worse than linear; below is what a noisy machine may do."""
-
-# A time or memory under these says more of the process than of the work.
-_LEAST = {"seconds": 1e-3, "memory": 10e6}
-
-# Calls that take longer are measured once: what varies from call to call is little beside them.
-_SLOW = 20.0
-
-# Logarithms have no zero: in the images less than this (ms, MB) is drawn as this.
-_DRAWN_FROM = {"seconds": 1e-3, "memory": 0.1}
-
-
-@dataclass(frozen=True)
-class Work:
-    """A call to measure.
-
-    Attributes:
-        call: does it once.
-        first: what is done before the first measured call; None: the call itself.
-    """
-
-    call: Callable[[], Any]
-    first: Callable[[], Any] | None = None
+MAX_LINEAR_EXPONENT = 1.15  # above it growth is called faster than linear; below may be noise
+MIN_VALUES = {"seconds": 1e-3, "memory": 10e6}  # smaller values depend on the process
+SLOW = 20.0  # seconds of a call that is measured once
+MIN_DRAWN = {"seconds": 1e-3, "memory": 0.1}  # ms, MB: a logarithmic axis has no zero
+Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -90,11 +68,11 @@ class Curve:
     """Cost against one quantity.
 
     Attributes:
-        axis: what the quantity is.
-        points: where it is measured.
-        quick: the same for a look.
-        lines: what is measured: makes the work at a point, in small if asked.
-        power: work grows with this power of the quantity (pixels with the square of a side).
+        axis: label of the quantity.
+        points: its values.
+        quick: its values with ``--quick``.
+        lines: functions of (value, quick) that set a computation up.
+        power: the work grows with this power of the quantity (pixels: square of the side).
     """
 
     axis: str
@@ -105,38 +83,36 @@ class Curve:
 
 
 def network(backbone: str, quick: bool, classes: int = 80) -> RetinaNet:
-    """A network with random weights; a small one if asked."""
+    """Build a network with random weights."""
     torch.manual_seed(0)
-    small = {"channels": 16, "head_depth": 1, "norm": "group"} if quick else {}
+    small: dict[str, Any] = {"channels": 16, "head_depth": 1, "norm": "group"} if quick else {}
     name = "mobilenet_v2" if quick else backbone
-    return to_channels_last(RetinaNet(backbone=name, num_classes=classes, **small))  # type: ignore[arg-type]
+    return to_channels_last(RetinaNet(backbone=name, num_classes=classes, **small))
 
 
-def imgs(batch: int, side: int) -> torch.Tensor:
+def random_images(batch: int, side: int) -> torch.Tensor:
     """(B, 3, side, side) uint8 in channels_last memory."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def objects(count: int, batch: int, height: int, width: int, classes: int) -> Targets:
-    """So many objects in each of `batch` images."""
+def random_targets(count: int, batch: int, height: int, width: int) -> Targets:
+    """`count` ground-truth boxes of 80 classes per image."""
     generator = torch.Generator().manual_seed(0)
     boxes = torch.stack([random_boxes(count, height, width, generator) for _ in range(batch)])
-    labels = torch.randint(0, classes, (batch, count), generator=generator)
-    return Targets(boxes, labels)
+    return Targets(boxes, torch.randint(0, 80, (batch, count), generator=generator))
 
 
 def inference(batch: int, side: int, quick: bool) -> Work:
+    """ResNet-50's forward pass."""
     built = build_network(network("resnet50", quick).eval(), CPU)
-    images = imgs(batch, side)
-
-    return Work(lambda: built(images))
+    return partial(built, random_images(batch, side))
 
 
 def train_step(side: int, quick: bool) -> Work:
+    """A training step of ResNet-18 on one image."""
     model = network("resnet18", quick).train()
-    images, targets = imgs(1, side), objects(10, 1, side, side, 80)
+    images, targets = random_images(1, side), random_targets(10, 1, side, side)
     precision = "bf16" if choose_dtype("auto", CPU) == torch.bfloat16 else "float32"
     optimizer = build_optimizer(model, optimizer="sgd", lr=1e-6, momentum=0.9, weight_decay=1e-4)
     sizes = feature_sizes(model.anchors.strides, side, side)
@@ -150,110 +126,95 @@ def train_step(side: int, quick: bool) -> Work:
         torch.autograd.backward(losses.total)
         optimizer.step()
 
-    return Work(call)
+    return call
 
 
 def class_loss(batch: int, classes: int, side: int) -> Work:
-    work = class_work(side, side, batch, classes, 20, CPU)
-    levels = [level.requires_grad_() for level in work.levels]
-    labels, weights = work.labels, torch.ones(batch)
+    """The class loss and its gradient."""
+    levels, labels = class_loss_input(side, side, batch, classes, 20, CPU)
+    levels = [level.requires_grad_() for level in levels]
+    weights = torch.ones(batch)
 
     def call() -> Any:
         flat = [flatten_level(level, classes) for level in levels]
         loss = CLASSIFICATION_LOSSES["focal"](flat, labels, weights, 0.25, 2.0, 0.0)
         return torch.autograd.grad(loss, levels)
 
-    return Work(call)
+    return call
 
 
 def post_processing(classes: int, side: int) -> Work:
-    outputs = outputs_like(side, side, 1, classes, CPU)
-    anchors, sizes = anchors_for(side, side, CPU), torch.tensor([[side, side]])
-    return Work(lambda: postprocess(outputs, anchors, sizes, num_classes=classes))
+    """Post-processing of one image."""
+    outputs, anchors = outputs_like(side, side, 1, classes, CPU), anchors_for(side, side, CPU)
+    sizes = torch.tensor([[side, side]])
+    return partial(postprocess, outputs, anchors, sizes, num_classes=classes)
 
 
-def matching(count: int, height: int, width: int) -> Work:
+def matching(objects: int, height: int, width: int) -> Work:
+    """Matching of two images."""
     anchors = torch.cat(anchors_for(height, width, CPU))
-    targets = objects(count, 2, height, width, 80)
-    return Work(lambda: match_anchors(anchors, targets))
+    return partial(match_anchors, anchors, random_targets(objects, 2, height, width))
 
 
-def whole_loss(count: int, height: int, width: int) -> Work:
+def both_losses(objects: int, height: int, width: int) -> Work:
+    """Matching and both losses of two images, and their gradients."""
     like = outputs_like(height, width, 2, 80, CPU)
-    outputs = Outputs(*(tuple(one.requires_grad_() for one in kind) for kind in like))
-    anchors, targets = anchors_for(height, width, CPU), objects(count, 2, height, width, 80)
+    outputs = Outputs(*(tuple(level.requires_grad_() for level in kind) for kind in like))
+    anchors, targets = anchors_for(height, width, CPU), random_targets(objects, 2, height, width)
 
     def call() -> None:
         losses = detection_losses(outputs, anchors, targets, num_classes=80)
         torch.autograd.grad(losses.total, [*outputs.logits, *outputs.deltas])
 
-    return Work(call)
+    return call
 
 
 def detect(count: int, quick: bool) -> Work:
-    """``retinanet detect`` of a folder, without the command line around it."""
-    detector = small_detector()
-
-    def search(folder: Path) -> None:
-        with (
-            tempfile.TemporaryDirectory() as out,
-            open_outputs(Path(out), ["json"], drawn_score=0.3) as write,
-        ):
-            for found in detector.stream(folder):
-                if isinstance(found, Failure):
-                    raise found.error
-                write(found)
-
-    folder = many_images(count)
-    return Work(lambda: search(folder), first=lambda: search(many_images(1)))
+    """Detection in a folder."""
+    detector, folder = small_detector(), folder_of_images(count)
+    return lambda: sum(1 for _ in detector.stream(folder))
 
 
-def judge(count: int, quick: bool) -> Work:
-    """``retinanet evaluate`` of a folder, in this process alone."""
-    detector = small_detector()
-
-    def run(number: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        boxes = random_boxes(4, 64, 64, generator).tolist()
-        truth = tuple(Annotation((a, b, c, d), 0) for a, b, c, d in boxes)
-        folder = many_images(number)
-        images = [
-            LabelledImage(file, i, truth, 64, 64) for i, file in enumerate(sorted(folder.iterdir()))
-        ]
-        names = detector.classes
-        ids = tuple(range(len(names)))
-        dataset = Dataset(tuple(images), names, ids, "val", "coco", folder)
-        evaluate(detector, dataset, batch_size=1, workers=0)
-
-    many_images(count)
-    return Work(lambda: run(count), first=lambda: run(1))
+def evaluation(count: int, quick: bool) -> Work:
+    """Evaluation on a folder."""
+    boxes = random_boxes(4, 64, 64, torch.Generator().manual_seed(0)).tolist()
+    truth = tuple(Annotation(tuple(box), 0) for box in boxes)
+    folder = folder_of_images(count)
+    files = sorted(folder.iterdir())
+    images = tuple(LabelledImage(file, i, truth, 64, 64) for i, file in enumerate(files))
+    dataset = Dataset(images, ("a", "b", "c"), (0, 1, 2), "val", "coco", folder)
+    return partial(evaluate, small_detector(), dataset, batch_size=1, workers=0)
 
 
 def small_detector() -> Detector:
-    """A network that takes milliseconds and finds something in any image."""
+    """A detector that takes milliseconds and finds something in any image."""
     model = network("", True, classes=3)
     torch.nn.init.normal_(model.class_head.last.weight, std=0.2)
     info = {"detect": {"detections_per_image": 20, "topk_candidates": 100}}
-    checkpoint = Checkpoint(model, ("a", "b", "c"), (0, 1, 2), 64, 64, info)
-    return Detector(checkpoint, device="cpu")
+    return Detector(Checkpoint(model, ("a", "b", "c"), (0, 1, 2), 64, 64, info), device="cpu")
 
 
-def many_images(count: int) -> Path:
-    """A folder with so many JPEG files: links to a hundred different ones."""
+def folder_of_images(count: int) -> Path:
+    """Make a folder of JPEG files: links to a hundred different ones."""
     folder = Path(os.environ["RETINANET_CURVES"]) / f"{count}"
     if folder.is_dir():
         return folder
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    originals: list[Path] = []
     for i in range(count):
-        file = folder / f"{i:06}.jpg"
         if i < 100:
-            file.write_bytes(jpeg(64, 64, generator))
-            originals.append(file)
+            (folder / f"{i:06}.jpg").write_bytes(jpeg(64, 64, rng))
         else:
-            os.link(originals[i % 100], file)
+            os.link(folder / f"{i % 100:06}.jpg", folder / f"{i:06}.jpg")
     return folder
+
+
+def _side(quick: bool, full: int = 512) -> int:
+    return 64 if quick else full
+
+
+def _sides(quick: bool) -> tuple[int, int]:
+    return (64, 96) if quick else (800, 1088)
 
 
 CURVES: dict[str, Curve] = {
@@ -272,12 +233,8 @@ CURVES: dict[str, Curve] = {
         (1, 2, 4, 8, 16, 32),
         (1, 4),
         {
-            "inference, ResNet-50, 256 px": lambda x, quick: inference(
-                x, 64 if quick else 256, quick
-            ),
-            "class loss, 80 classes, 512 px": lambda x, quick: class_loss(
-                x, 80, 64 if quick else 512
-            ),
+            "inference, ResNet-50, 256 px": lambda x, q: inference(x, _side(q, 256), q),
+            "class loss, 80 classes, 512 px": lambda x, q: class_loss(x, 80, _side(q)),
         },
     ),
     "classes": Curve(
@@ -285,8 +242,8 @@ CURVES: dict[str, Curve] = {
         (1, 3, 10, 30, 100, 300, 1000),
         (1, 100),
         {
-            "class loss, 512 px": lambda x, quick: class_loss(1, x, _side(quick)),
-            "post-processing, 512 px": lambda x, quick: post_processing(x, _side(quick)),
+            "class loss, 512 px": lambda x, q: class_loss(1, x, _side(q)),
+            "post-processing, 512 px": lambda x, q: post_processing(x, _side(q)),
         },
     ),
     "objects": Curve(
@@ -294,57 +251,41 @@ CURVES: dict[str, Curve] = {
         (0, 1, 10, 100, 500, 2000),
         (0, 10, 100),
         {
-            "matching, 800 x 1088 px, 2 images": lambda x, quick: matching(x, *_sides(quick)),
-            "both losses, 80 classes, the same": lambda x, quick: whole_loss(x, *_sides(quick)),
+            "matching, 800 x 1088 px, 2 images": lambda x, q: matching(x, *_sides(q)),
+            "both losses, 80 classes, the same": lambda x, q: both_losses(x, *_sides(q)),
         },
     ),
     "images": Curve(
         "images in a folder",
         (1, 10, 100, 1000, 10_000),
         (1, 10),
-        {"detect": detect, "evaluate": judge},
+        {"detect": detect, "evaluate": evaluation},
     ),
 }
 
 
-def _side(quick: bool, full: int = 512) -> int:
-    return 64 if quick else full
-
-
-def _sides(quick: bool) -> tuple[int, int]:
-    return (64, 96) if quick else (800, 1088)
-
-
 def measure(curve: str, line: str, x: int, quick: bool, threads: int) -> dict[str, Any]:
-    """A point: runs in a process of its own."""
+    """Measure a point in this process."""
     torch.set_num_threads(threads)
-    work = CURVES[curve].lines[line](x, quick)
-    slow = False
-    for _ in range(3):  # a size that comes again may have something arranged for it
-        slow = clock(work.first or work.call) > _SLOW
+    call = CURVES[curve].lines[line](x, quick)
+    for _ in range(3):  # weights are packed when a size comes again
+        slow = clock(call) > SLOW
         if slow:
             break
     times: list[float] = []
-    together = slow or work.first is not None  # as long as it takes: once, for both figures
-    if together:
-        if slow:  # what clearing pages takes is little beside it
-            gc.collect()
-            give_back_memory()
-        memory = peak_of(lambda: times.append(clock(work.call)), CPU)
     end = time.perf_counter() + (0 if quick else 2)
-    while not times or (times[0] <= _SLOW and time.perf_counter() < end and len(times) < 15):
-        times.append(clock(work.call))
-    if not together:
-        gc.collect()
-        give_back_memory()
-        memory = peak_of(work.call, CPU)
+    while not slow and (not times or (time.perf_counter() < end and len(times) < 15)):
+        times.append(clock(call))
+    gc.collect()
+    return_freed_memory()
+    memory = peak_of(lambda: times.append(clock(call)) if slow else call(), CPU)
     return {"x": x, "seconds": statistics.median(times), "rounds": len(times), "memory": memory}
 
 
-def give_back_memory() -> None:
-    """Freed memory goes back to the system, now and from here on, so that the peak is what is used.
+def return_freed_memory() -> None:
+    """Return freed memory to the system, now and later, so that the peak is what is in use.
 
-    Not while the clock runs: memory that comes again has to be cleared page by page.
+    Not while timing: the system clears returned pages before it lends them again.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # glibc
@@ -353,153 +294,127 @@ def give_back_memory() -> None:
         libc.malloc_trim(0)
 
 
-def exponents(points: Sequence[dict[str, Any]], figure: str, power: float) -> list[float | None]:
-    """By which power of the work a figure grows from each point to the next; None: not known."""
-    found: list[float | None] = []
-    for one, other in pairwise(points):
-        low, high = one[figure], other[figure]
-        if not (one["x"] and low and high and high > _LEAST[figure]):
-            found.append(None)
+def exponents(points: Sequence[dict[str, Any]], key: str, power: float) -> list[float | None]:
+    """Exponent of the work with which `key` grows between neighbouring points; None: unknown."""
+    values: list[float | None] = []
+    for a, b in pairwise(points):
+        low, high = a[key], b[key]
+        if not (a["x"] and low and high and high > MIN_VALUES[key]):
+            values.append(None)
             continue
-        low = max(low, _LEAST[figure])
-        found.append(math.log(high / low) / (power * math.log(other["x"] / one["x"])))
-    return found
+        low = max(low, MIN_VALUES[key])
+        values.append(math.log(high / low) / (power * math.log(b["x"] / a["x"])))
+    return values
 
 
-def sentences(curve: Curve, line: str, points: Sequence[dict[str, Any]]) -> list[str]:
-    """What a line says: its ends, and where it is worse than linear in the work."""
+def summary(curve: Curve, line: str, points: Sequence[dict[str, Any]]) -> str:
+    """Describe a line's ends, and where it grows faster than the work."""
     first, last = points[0], points[-1]
-    said = [
-        f"{line}: {_both(first)} at {first['x']:,}, {_both(last)} at {last['x']:,}",
-    ]
-    for figure, name in (("seconds", "time"), ("memory", "memory")):
-        grown = exponents(points, figure, curve.power)
-        worse = [
-            f"{one['x']:,} to {other['x']:,} ({power:.2f})"
-            for one, other, power in zip(points, points[1:], grown, strict=False)
-            if power is not None and power > WORSE_FROM
+    texts = [f"{line}: {_costs(first)} at {first['x']:,}, {_costs(last)} at {last['x']:,}"]
+    for key, name in (("seconds", "time"), ("memory", "memory")):
+        faster = [
+            f"{a['x']:,} to {b['x']:,} ({exponent:.2f})"
+            for (a, b), exponent in zip(
+                pairwise(points), exponents(points, key, curve.power), strict=True
+            )
+            if exponent is not None and exponent > MAX_LINEAR_EXPONENT
         ]
-        if worse:
-            said.append(f"{name} grows faster than the work from {', '.join(worse)}")
-    return said
+        if faster:
+            texts.append(f"{name} grows faster than the work from {', '.join(faster)}")
+    return "; ".join(texts)
 
 
-def _both(point: dict[str, Any]) -> str:
+def _costs(point: dict[str, Any]) -> str:
     seconds, memory = point["seconds"], point["memory"]
-    took = f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-    return took if memory is None else f"{took} and {memory / 1e6:.3g} MB"
+    text = f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return text if memory is None else f"{text} and {memory / 1e6:.3g} MB"
 
 
-def draw(name: str, curve: Curve, lines: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Time and memory in two panels, logarithmic both ways, beside growth in step with the work."""
+def draw(curve: Curve, lines: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Draw time and memory on logarithmic axes, with dashed lines proportional to the work."""
     with open_figure(9.0, 3.4, file) as figure:
-        panels = zip(
-            figure.subplots(1, 2), (("seconds", 1e3, "ms"), ("memory", 1e-6, "MB")), strict=True
-        )
-        for axis, (key, scale, unit) in panels:
-            drawn: list[tuple[list[int], list[float]]] = []
+        keys = (("seconds", 1e3, "ms", "Time"), ("memory", 1e-6, "MB", "Peak memory of a call"))
+        for axis, (key, scale, unit, title) in zip(figure.subplots(1, 2), keys, strict=True):
             for colour, (line, points) in zip(COLOURS, lines.items(), strict=False):
-                kept = [one for one in points if one[key] is not None]
-                x = [one["x"] for one in kept]
-                y = [max(scale * one[key], _DRAWN_FROM[key]) for one in kept]
+                known = [point for point in points if point[key] is not None]
+                x = [point["x"] for point in known]
+                y = [max(scale * point[key], MIN_DRAWN[key]) for point in known]
                 axis.plot(x, y, "o-", color=colour, markersize=3.5, label=line)
-                if any(x):
-                    drawn.append((x, y))
-            for i, (x, y) in enumerate(drawn):
-                # From each line's last point back: where the line lies over it, growth was slower.
-                start = next(one for one in x if one)
-                thin = [y[-1] * (one / x[-1]) ** curve.power for one in (start, x[-1])]
-                label = "in step with the work" if i == 0 else None
-                axis.plot(
-                    (start, x[-1]), thin, "--", color=GREY, linewidth=0.8, zorder=1, label=label
-                )
-            points_x = sorted({one["x"] for points in lines.values() for one in points})
-            axis.set_xscale("symlog", linthresh=1) if 0 in points_x else axis.set_xscale("log")
+                ends = [x[1] if x[0] == 0 else x[0], x[-1]] if len(x) > 1 else []
+                linear = [y[-1] * (end / x[-1]) ** curve.power for end in ends]
+                first = colour == COLOURS[0]
+                axis.plot(ends, linear, "--", color=GREY, linewidth=0.8, zorder=1,
+                          label="proportional to the work" if first else None)  # fmt: skip
+            ticks = sorted({point["x"] for points in lines.values() for point in points})
+            axis.set_xscale("symlog", linthresh=1) if 0 in ticks else axis.set_xscale("log")
             axis.set_yscale("log")
-            low, high = axis.get_ylim()
-            own = [value for _, y in drawn for value in y] or [low, high]
-            axis.set_ylim(min(own) / 2, max(own) * 2)
-            axis.set_xticks(points_x, [f"{one:,}" for one in points_x])
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axis.set_xticks([], minor=True)
             axis.yaxis.set_major_formatter("{x:,g}")
-            axis.set(xlabel=curve.axis, ylabel=unit)
-            axis.set_title("Time" if key == "seconds" else "Peak memory beyond the input")
+            axis.set(xlabel=curve.axis, ylabel=unit, title=title)
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 @contextmanager
-def processes() -> Iterator[Any]:
-    """Where points are measured: each in a fresh process that has imported all it needs.
-
-    A fork server has done so once and computed nothing, so forking it is safe and takes no time.
-    """
+def process_pool() -> Iterator[Any]:
+    """Measure each point in a new process, forked from one that has imported what it needs."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(["retinanet.report.figure", "retinanet.bench.stages"])
     with tempfile.TemporaryDirectory(prefix="retinanet-curves-") as folder:
         os.environ["RETINANET_CURVES"] = folder
-        # One task a process, so that nothing is left over from the last.
         with context.Pool(1, maxtasksperchild=1) as pool:
             yield pool
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def store(file: Path, machine: dict[str, Any], name: str, result: Any, *, quick: bool) -> None:
+    """Write a curve into the file, next to the others of the same machine."""
+    curves: dict[str, Any] = {}
+    if file.is_file():
+        stored = json.loads(file.read_text("utf-8"))
+        if stored["machine"] == machine and stored["quick"] == quick:
+            curves = stored["curves"]
+    curves[name] = result
+    ordered = {curve: curves[curve] for curve in CURVES if curve in curves}
+    content = {"machine": machine, "quick": quick, "curves": ordered}
+    write_atomic(file, json.dumps(content, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("curves"), help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("curves"), help="output folder")
     parser.add_argument("--only", choices=sorted(CURVES), action="append", help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    chosen = {name: CURVES[name] for name in CURVES if name in (given.only or CURVES)}
-    torch.set_num_threads(given.threads)
-    machine = describe_machine(CPU)
-    with processes() as pool:
-        for name, curve in chosen.items():
-            lines: dict[str, list[dict[str, Any]]] = {}
-            for line in curve.lines:
-                lines[line] = []
-                for x in curve.quick if given.quick else curve.points:
-                    task = (name, line, x, given.quick, given.threads)
-                    point = pool.apply(measure, task)
-                    lines[line].append(point)
-                    print(f"{name}, {line}, {x:,}: {_both(point)}", file=sys.stderr, flush=True)
-            draw(name, curve, lines, given.out / f"{name}.png")
-            result: dict[str, Any] = {
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    machine = describe_machine(CPU).to_dict()
+    with process_pool() as pool:
+        for name, curve in CURVES.items():
+            if name not in (options.only or CURVES):
+                continue
+            lines: dict[str, list[dict[str, Any]]] = {line: [] for line in curve.lines}
+            for line, points in lines.items():
+                for x in curve.quick if options.quick else curve.points:
+                    task = (name, line, x, options.quick, options.threads)
+                    points.append(pool.apply(measure, task))
+                    print(f"{name}, {line}, {x:,}: {_costs(points[-1])}", file=sys.stderr)
+            draw(curve, lines, options.out / f"{name}.png")
+            texts = {line: summary(curve, line, points) for line, points in lines.items()}
+            result = {
                 "axis": curve.axis,
-                "work": f"x^{curve.power:g}",
                 "lines": {
-                    line: {
-                        "points": points,
-                        "time_exponents": exponents(points, "seconds", curve.power),
-                        "memory_exponents": exponents(points, "memory", curve.power),
-                        "says": sentences(curve, line, points),
-                    }
+                    line: {"points": points, "summary": texts[line]}
                     for line, points in lines.items()
                 },
             }
-            keep(given.out / "curves.json", machine, name, result, quick=given.quick)
-            for said in result["lines"].values():
-                print("; ".join(said["says"]), flush=True)
+            store(options.out / "curves.json", machine, name, result, quick=options.quick)
+            print("\n".join(texts.values()), flush=True)
     return 0
-
-
-def keep(file: Path, machine: Machine, name: str, result: dict[str, Any], *, quick: bool) -> None:
-    """Put a curve into the file, beside the others that it has of the same machine."""
-    curves: dict[str, Any] = {}
-    if file.is_file():
-        before = json.loads(file.read_text("utf-8"))
-        if Machine(**before["machine"]).same_as(machine) and before["quick"] == quick:
-            curves = before["curves"]
-    curves[name] = result
-    told = {
-        "machine": machine.to_dict(),
-        "quick": quick,
-        "curves": {one: curves[one] for one in CURVES if one in curves},
-    }
-    write_atomic(file, json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Measure at full size on this machine, keep the figures, and write them into docs/performance.md.
+"""Run the benchmarks at full size, store the rows, and write them into docs/performance.md.
 
     python benchmarks/record.py [STAGE...] [--threads N] [--device D] [--name NAME]
     python benchmarks/record.py --curves [--threads N]
     python benchmarks/record.py --render
 
-The first times the stages (none: all) and keeps their rows under ``benchmarks/results/``, beside
+The first runs the stages (none: all) and stores their rows in ``benchmarks/results/``, next to
 those of other stages and machines; the second draws the curves; the third only writes the page.
 """
 
@@ -16,13 +16,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file
+from goals import describe_goals, goals_of
+
 from retinanet.bench import STAGES, Machine, Row, bench, describe_machine
-from retinanet.bench.markdown import to_markdown
+from retinanet.bench.tables import to_markdown
 from retinanet.files import write_atomic
 from retinanet.model.precision import choose_device
 
@@ -32,85 +36,94 @@ PAGE = ROOT / "docs" / "performance.md"
 CURVES = ROOT / "docs" / "images" / "curves"
 
 
-def keep(
-    folder: Path,
-    name: str,
-    machine: Machine,
-    rows: Sequence[Row],
-    seconds: float | None = None,
+def store(
+    folder: Path, name: str, machine: Machine, rows: Sequence[Row], seconds: float | None = None
 ) -> Path:
-    """Put the rows into the machine's file, in the place of those of the same stages.
+    """Write the rows into the machine's file, replacing those of the same stages.
 
-    Rows of a machine that has changed since (:meth:`Machine.same_as`) go: the page has one
-    description for all of them.
+    Rows of a machine that has changed since are dropped: the page describes it once.
 
     Args:
-        folder: of the machines' files.
-        name: of the machine.
-        machine: where `rows` were measured.
-        rows: of whole stages.
-        seconds: after which each of their contests ended; None: the bench's own.
+        folder: folder of the machines' files.
+        name: name of the machine.
+        machine: machine of `rows`.
+        rows: rows of whole stages.
+        seconds: time limit per case; None: the default.
 
     Returns:
         the file.
     """
     file = folder / f"{slug(name)}.json"
-    before: list[dict[str, Any]] = []
-    times: dict[str, float | None] = {}
+    others: list[dict[str, Any]] = []
+    limits: dict[str, float | None] = {}
     if file.is_file():
-        kept = json.loads(file.read_text("utf-8"))
-        if Machine(**kept["machine"]).same_as(machine):
-            before, times = kept["rows"], kept.get("seconds", {})
+        stored = json.loads(file.read_text("utf-8"))
+        if same_machine(Machine(**stored["machine"]), machine):
+            others, limits = stored["rows"], stored.get("seconds", {})
         else:
-            print(f"{file.name} was of another machine: its rows are dropped", file=sys.stderr)
-    again = {row.stage for row in rows}
-    times = {**times, **dict.fromkeys(again, seconds)}
-    every = [one for one in before if one["stage"] not in again]
-    every += [row.to_dict() for row in rows]
-    every.sort(key=lambda one: list(STAGES).index(one["stage"]))
-    told = {
+            print(f"{file.name}: the machine has changed; its rows are dropped", file=sys.stderr)
+    stages = {row.stage for row in rows}
+    limits = {**limits, **dict.fromkeys(stages, seconds)}
+    merged = [row for row in others if row["stage"] not in stages]
+    merged += [row.to_dict() for row in rows]
+    merged.sort(key=lambda row: list(STAGES).index(row["stage"]))
+    content = {
         "name": name,
         "machine": machine.to_dict(),
-        "seconds": {stage: times[stage] for stage in STAGES if stage in times},
-        "rows": every,
+        "seconds": {stage: limits[stage] for stage in STAGES if stage in limits},
+        "rows": merged,
     }
-    return write_atomic(file, json.dumps(told, indent=1) + "\n")
+    return write_atomic(file, json.dumps(content, indent=1) + "\n")
+
+
+def same_machine(a: Machine, b: Machine) -> bool:
+    """Whether rows of both are comparable; RAM and packages that only one has do not count."""
+    shared = a.versions.keys() & b.versions.keys()
+    same = all(a.versions[name] == b.versions[name] for name in shared)
+    return same and replace(a, memory=None, versions={}) == replace(b, memory=None, versions={})
 
 
 def slug(name: str) -> str:
-    """A file's name for a machine's."""
+    """File name of a machine."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def machines(folder: Path) -> str:
-    """A section a machine, as Markdown."""
+def machines_markdown(folder: Path) -> str:
+    """Format a section per machine, with the goals in the last column."""
     sections = []
     for file in sorted(folder.glob("*.json")):
-        kept = json.loads(file.read_text("utf-8"))
-        rows = [Row.from_dict(one) for one in kept["rows"]]
-        text = to_markdown(Machine(**kept["machine"]).lines(), rows)
-        sections.append(f"### {kept['name']}\n\n{text}")
+        stored = json.loads(file.read_text("utf-8"))
+        machine = Machine(**stored["machine"])
+        rows = [Row.from_dict(row) for row in stored["rows"]]
+        on_gpu, bf16 = bool(machine.gpu), bool(machine.gpu) or "BF16" in machine.instructions
+
+        def goals(row: Row, machine: Machine = machine, on_gpu: bool = on_gpu,
+                  bf16: bool = bf16) -> str:  # fmt: skip
+            options = {"on_gpu": on_gpu, "native": machine.native, "bf16": bf16}
+            return describe_goals(row, goals_of(row, **options))
+
+        sections.append(f"### {stored['name']}\n\n{to_markdown(machine.lines(), rows, goals)}")
     return "\n".join(sections) or "No machine has been recorded yet.\n"
 
 
-def curves(folder: Path) -> str:
-    """Each curve's image and what its lines say, as Markdown."""
+def curves_markdown(folder: Path) -> str:
+    """Format each curve's image and the summary of its lines."""
     file = folder / "curves.json"
     if not file.is_file():
         return "No curve has been recorded yet.\n"
-    kept = json.loads(file.read_text("utf-8"))
-    parts = ["Measured on: " + "; ".join(Machine(**kept["machine"]).lines()) + "."]
-    for name, curve in kept["curves"].items():
+    stored = json.loads(file.read_text("utf-8"))
+    parts = ["Measured on: " + "; ".join(Machine(**stored["machine"]).lines()) + "."]
+    for name, curve in stored["curves"].items():
         parts.append(f"![Time and memory against {curve['axis']}](images/curves/{name}.png)")
-        parts.append("\n".join(f"- {'; '.join(one['says'])}." for one in curve["lines"].values()))
+        parts.append("\n".join(f"- {line['summary']}." for line in curve["lines"].values()))
     return "\n\n".join(parts) + "\n"
 
 
-def between(page: str, name: str, text: str) -> str:
-    """The page with `text` in the place of what stands between two marks.
+def replace_between(page: str, name: str, text: str) -> str:
+    """Replace the text between the two markers of a page.
 
     Raises:
-        ValueError: the marks are not there.
+        ValueError: the page lacks the markers.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(start) != 1 or page.count(end) != 1:
@@ -120,42 +133,44 @@ def between(page: str, name: str, text: str) -> str:
 
 
 def render(page: Path, results: Path, images: Path) -> None:
-    """Write what is kept into the page."""
-    text = between(page.read_text("utf-8"), "machines", machines(results))
-    page.write_text(between(text, "curves", curves(images)), "utf-8")
+    """Write the stored rows and curves into the page."""
+    text = replace_between(page.read_text("utf-8"), "machines", machines_markdown(results))
+    page.write_text(replace_between(text, "curves", curves_markdown(images)), "utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seconds", type=float, default=None, help="after which a row ends")
-    parser.add_argument("--name", help="of the machine; else its processor's or GPU's")
+    parser.add_argument("--seconds", type=float, default=None, help="time limit per row")
+    parser.add_argument("--name", help="machine name; default: its processor's or GPU's")
     parser.add_argument("--curves", action="store_true", help="draw the curves instead")
     parser.add_argument("--render", action="store_true", help="only write the page")
-    given = parser.parse_args(arguments)
-    if given.curves:
-        # A program of its own: here nothing may be computed before its processes are forked.
+    arguments = parser.parse_args()
+    failed = 0
+    if arguments.curves:
+        # A process of its own: torch must not have computed anything before it forks.
         script = Path(__file__).with_name("curves.py")
-        command: list[Any] = [sys.executable, script, "--out", CURVES, "--threads", given.threads]
-        subprocess.run([str(one) for one in command], check=True)
-    elif not given.render:
-        torch.set_num_threads(given.threads)
-        machine = describe_machine(choose_device(given.device))
-        name = given.name or machine.name
-        # Stage by stage, so that what is done is kept if a later one fails.
-        for stage in given.stages or STAGES:
+        command = [sys.executable, script, "--out", CURVES, "--threads", arguments.threads]
+        subprocess.run([str(part) for part in command], check=True)
+    elif not arguments.render:
+        torch.set_num_threads(arguments.threads)
+        machine = describe_machine(choose_device(arguments.device))
+        name = arguments.name or machine.name
+        options = {name: getattr(arguments, name) for name in ("device", "threads", "seconds")}
+        for stage in arguments.stages or STAGES:  # stored stage by stage
             rows = []
-            options = {"device": given.device, "threads": given.threads, "seconds": given.seconds}
             for row in bench([stage], size="full", **options):
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-            file = keep(RESULTS, name, machine, rows, given.seconds)
-            print(f"kept in {file}", file=sys.stderr)
+            failed += sum(bool(row.error) for row in rows)
+            file = store(RESULTS, name, machine, rows, arguments.seconds)
+            print(f"stored in {file}", file=sys.stderr)
             render(PAGE, RESULTS, CURVES)
     render(PAGE, RESULTS, CURVES)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,47 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from retinanet.errors import ConfigError
 
+_OTHER_NAMES = {
+    "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
+    "train.batch_size": ("batch", "ims_per_batch", "samples_per_gpu"),
+    "train.steps": ("max_iter", "iterations", "num_steps", "max_steps_total"),
+    "train.epochs": ("max_epochs", "num_epochs"),
+    "train.early_stop": ("patience", "early_stopping"),
+    "train.warmup_steps": ("warmup_iters", "warmup_epochs", "warmup"),
+    "train.milestones": ("lr_steps", "lr_step", "milestone"),
+    "train.schedule": ("lr_scheduler", "lr_policy", "scheduler", "cos_lr"),
+    "train.clip_norm": ("grad_clip", "clip_grad", "max_norm", "clip_gradients"),
+    "train.accumulate": ("accumulation_steps", "gradient_accumulation_steps", "nbs"),
+    "train.precision": ("amp", "mixed_precision", "fp16", "half", "dtype"),
+    "train.validate_every": ("eval_period", "val_interval", "eval_interval"),
+    "train.save_every": ("checkpoint_period", "save_period", "checkpoint_interval"),
+    "train.weight_decay": ("wd",),
+    "train.ema": ("ema_decay", "model_ema"),
+    "data.image_size": ("imgsz", "img_size", "min_size", "min_size_train", "img_scale"),
+    "data.max_size": ("max_size_train", "longest_side"),
+    "data.horizontal_flip": ("fliplr", "hflip", "flip_ratio", "flip"),
+    "data.vertical_flip": ("flipud", "vflip"),
+    "data.workers": ("num_workers", "workers_per_gpu"),
+    "data.colour": ("color", "hsv_h", "hsv_s", "hsv_v", "color_jitter"),
+    "data.scale_jitter": ("scale", "scale_range"),
+    "model.backbone": ("arch", "depth", "weights"),
+    "model.backbone_weights": ("pretrained", "weights_backbone"),
+    "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
+    "anchors.sizes": ("anchor_sizes", "anchor_size"),
+    "anchors.aspect_ratios": ("ratios", "anchor_ratios"),
+    "matching.foreground_iou": ("fg_iou_thresh", "pos_iou_thr"),
+    "matching.background_iou": ("bg_iou_thresh", "neg_iou_thr"),
+    "loss.alpha": ("focal_loss_alpha", "focal_alpha"),
+    "loss.gamma": ("focal_loss_gamma", "focal_gamma", "fl_gamma"),
+    "loss.box_beta": ("smooth_l1_beta", "smooth_l1_loss_beta"),
+    "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
+    "detect.nms_threshold": ("iou", "nms_thresh", "iou_threshold", "nms_thresh_test"),
+    "detect.detections_per_image": ("max_det", "max_per_img", "detections_per_img"),
+    "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),
+    "detect.class_agnostic_nms": ("agnostic_nms", "class_agnostic"),
+}
+"""What torchvision, detectron2, mmdetection and Ultralytics call a setting of ours."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -145,7 +186,9 @@ class DataConfig(_Section):
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own, in turn
     shard_window: int = Field(4, ge=1)  # shards whose images are shuffled together, by shards
     workers: int | Literal["auto"] = "auto"  # processes that load images
-    held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
+    val_fraction: float = Field(
+        0.2, gt=0, lt=1
+    )  # share kept for "val" where the data has no splits
     split_seed: int | None = None  # which images those are; None: by train.seed
 
     @model_validator(mode="after")
@@ -288,6 +331,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def unknown_setting(key: str) -> str:
+    """The message for a setting that does not exist, with the one that was probably meant."""
+    meant = setting_of(key.split(".")[-1])
+    hint = f"; did you mean {meant}?" if meant else nearest(key, setting_names())
+    return f"unknown setting {key!r}{hint}"
+
+
+def setting_of(name: str) -> str | None:
+    """The setting whose last part, or whose name in another tool, is `name`."""
+    name = name.lower()
+    meant = [setting for setting in setting_names() if setting.split(".")[1] == name]
+    meant += [setting for setting, others in _OTHER_NAMES.items() if name in others]
+    return meant[0] if meant else None
+
+
 def repeated_names(names: Iterable[str]) -> list[str]:
     """Names that occur more than once, each listed once."""
     return [name for name, count in Counter(names).items() if count > 1]
@@ -362,10 +420,7 @@ def _parse_value(text: str) -> Any:
 
 def _lay_over(values: dict[str, Any], key: str, value: Any) -> None:
     if key not in setting_names():
-        # A bare last part is enough to find what was meant: lr -> train.lr.
-        same_end = [known for known in setting_names() if known.split(".")[1] == key.split(".")[-1]]
-        hint = f"; did you mean {same_end[0]}?" if same_end else nearest(key, setting_names())
-        raise ConfigError(f"there is no setting {key!r}{hint}")
+        raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
     values.setdefault(section, {})[name] = value
 
@@ -374,7 +429,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     if first["type"] == "extra_forbidden":
-        return f"there is no setting {where!r}{nearest(where, setting_names())}"
+        return unknown_setting(where)
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f" (got {got!r})"
     return f"{where}: {first['msg']}{shown}" + (

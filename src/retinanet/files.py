@@ -6,6 +6,7 @@ A process killed at any instant leaves the old content or the new, never a half.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,24 +36,48 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[BufferedWriter]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with beside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Name `path` in a system error that names no file, and turn safetensors' errors into OSError.
+
+    Raises:
+        OSError: with ``errno`` and ``filename``, such as ENOSPC where the disk is full.
+    """
     try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        code = re.search(r"Os \{ code: (\d+)", str(error))  # as Rust shows a system error
+        if type(error).__name__ != "SafetensorError" or code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
-    """Make `folder` hold exactly what `fill` writes into the folder that it is handed.
+    """Make `folder` hold exactly what `fill` writes into the folder that it is passed.
 
     A folder cannot be renamed over a full one, so there are two renames; a kill between them is
-    made good by :func:`recover_folder`, which this function calls first. Readers, who may come
-    while a writer is at work, ask :func:`readable_folder`.
+    repaired by :func:`recover_folder`, which this function calls first. Concurrent readers use
+    :func:`readable_folder`. Permissions follow the umask.
+
+    Raises:
+        OSError: a file cannot be written; `folder` keeps its old content.
     """
     folder = Path(folder)
     recover_folder(folder)
@@ -60,7 +85,9 @@ def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
     draft, ready, old = _stages(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    fill(draft)
+    with write_errors(folder):
+        fill(draft)
+    follow_umask(draft)
     for file in draft.rglob("*"):
         if file.is_file():
             with file.open("r+b") as opened:  # Windows syncs only what may be written
@@ -71,6 +98,19 @@ def replace_folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
     ready.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files and folders within `folder` the permissions of newly created ones.
+
+    safetensors and tempfile create files that only their owner may read.
+    """
+    probe = folder / ".mode"
+    probe.mkdir()  # the umask can only be read by setting it, which another thread would see
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def recover_folder(folder: str | Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retinanet import triton_probe
-from retinanet.structures import BACKGROUND, IGNORED, Targets
+from retinanet.structures import BACKGROUND, IGNORED, Targets, is_readable
 
 _RUN = 8192  # neighbouring anchors that are ruled in or out together, on a CPU
 _USUAL_IOU = 0.5  # what an object's best anchor usually reaches
@@ -70,7 +70,7 @@ def match_anchors(
     way = _match_image_by_image
     if _triton_serves(anchors):
         from retinanet.matching_triton import match as way
-    elif anchors.device.type != "cpu":
+    elif not is_readable(boxes):
         # Looking which pairs can meet would wait for the device: all are taken, without a look.
         way = _match_all_images
     return way(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
@@ -177,7 +177,7 @@ def _match_all_images(
             columns = slice(first, min(first + tile, most))
             chunk, kind = boxes[:, columns, None], kinds[:, columns, None]
             corner = torch.minimum(some[:, 2:], chunk[..., 2:])
-            sides = corner.sub_(torch.maximum(some[:, :2], chunk[..., :2])).clamp_(min=0)
+            sides = corner.sub_(torch.maximum(some[:, :2], chunk[..., :2])).clamp(min=0)
             overlap = sides[..., 0] * sides[..., 1]
             iou = overlap / (anchor_area + _area(chunk) - overlap)
             covered = overlap.div_(anchor_area)

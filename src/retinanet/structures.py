@@ -150,3 +150,16 @@ class Detections:
     def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
         for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True):
             yield box, float(score), int(label)
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return True if Python may read the values without a device sync.
+
+    False on other devices than the CPU, under ``torch.compile``, and inside ``torch.func``
+    transforms (grad, vmap, jvp, ...), whose tensors may have no values and no memory of their own.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

@@ -1,41 +1,40 @@
-"""``retinanet bench`` as a person sees it."""
+"""``retinanet bench``: tables, JSON, Markdown and errors."""
 
 from __future__ import annotations
 
 import io
 import json
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from retinanet.bench import Case, Contest, Limit, Rival, Row, run
+from retinanet.bench import Benchmark, Case, Limit, Rival, Row, Timing, run
 from retinanet.cli import bench as command
 from retinanet.cli import main
 from retinanet.errors import MissingExtraError
 
 
-def missing() -> Contest:
+def missing() -> Benchmark:
     raise MissingExtraError("openvino", "openvino")
 
 
 @pytest.fixture(autouse=True)
 def stages(monkeypatch: pytest.MonkeyPatch) -> None:
     rival = Rival("torchvision", lambda: 1, lambda *_: "equal")
-    contest = Contest(lambda: 1, [rival], limit=Limit("copy", lambda: 1), note="in float32")
+    benchmark = Benchmark(lambda: 1, [rival], limit=Limit("copy", lambda: 1), note="in float32")
     cases = [
-        Case("2,000 objects, 8 images", "245,520 anchors x 80", lambda: contest),
-        Case("100 objects, 8 images", "245,520 anchors x 80", lambda: contest),
+        Case("2,000 objects, 8 images", "245,520 anchors x 80", lambda: benchmark),
+        Case("100 objects, 8 images", "245,520 anchors x 80", lambda: benchmark),
         Case("int8", "245,520 anchors x 80", missing),
     ]
     monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
-    """The lines of a table of large figures on a terminal of that width."""
+def table_lines(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
+    """The lines of a table with long numbers on a terminal of that width."""
     screen = io.StringIO()
     monkeypatch.setattr(command, "out", Console(file=screen, width=width, highlight=False))
-    timing: Any = run.Timing(0.9876, 0.9, 1.0, 7)
+    timing = Timing(0.9876, 0.9, 1.0, 7)
     row = Row(
         "class-loss",
         "2,000 objects, 8 images",
@@ -47,74 +46,104 @@ def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
         speedup_low=98.7,
         speedup_high=123.4,
         limit="copy",
-        share=1.02,
+        limit_fraction=1.02,
         memory=1_234_000_000,
         rival_memory=12_345_000_000,
     )
-    command._print("class-loss", [row, row])
+    command.print_table("class-loss", [row, row])
     return screen.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = printed(monkeypatch, width)
+def test_print_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = table_lines(monkeypatch, width)
     assert max(len(line) for line in lines) <= width
     text = "\n".join(lines)
-    assert "class-loss beside torchvision" in text
+    assert "class-loss against torchvision" in text
     for figure in ("988 ms", "99.9 (98.7-123)", "102%", "1,234", "12,345"):
         assert text.count(figure) >= 2  # a row each, whole
     assert text.count("245,520") == 1  # the size, where it changes
 
 
-def test_answer_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_prints_tables_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--no-memory", "--rounds", "1", "--device", "cpu"]) == 0
-    told = capsys.readouterr()
-    assert "toy beside torchvision" in told.out
-    assert "threads" in told.out or "thread" in told.out
-    assert "toy, 100 objects, 8 images, 245,520 anchors x 80: " in told.err
-    assert "times as long (equal); in float32" in told.err
-    assert "toy, int8, 245,520 anchors x 80: openvino is not installed" in told.err
+    printed = capsys.readouterr()
+    assert "toy against torchvision" in printed.out
+    assert "threads" in printed.out or "thread" in printed.out
+    assert "toy, 100 objects, 8 images, 245,520 anchors x 80: " in printed.err
+    assert "times as long (equal); in float32" in printed.err
+    assert "toy, int8, 245,520 anchors x 80: openvino is not installed" in printed.err
 
 
-def test_json_holds_machine_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_json_has_machine_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--no-memory", "--json", "--threads", "1", "--device", "cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["machine"]["threads"] == 1
-    assert [row["way"] for row in told["rows"]][2] == "int8"
-    assert told["rows"][0]["limit"] == "copy"
-    assert Row.from_dict(told["rows"][0]).rival == "torchvision"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["machine"]["threads"] == 1
+    assert [row["case"] for row in printed["rows"]][2] == "int8"
+    assert printed["rows"][0]["limit"] == "copy"
+    assert Row.from_dict(printed["rows"][0]).rival == "torchvision"
 
 
-def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--no-memory", "--markdown", "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "**toy** beside torchvision\n\n|  | ours |" in told
-    assert "| 100 objects, 8 images: 245,520 anchors x 80 (equal); in float32 |" in told
+    printed = capsys.readouterr().out
+    assert "**toy** against torchvision\n\n|  | ours |" in printed
+    assert "| 100 objects, 8 images: 245,520 anchors x 80 (equal); in float32 |" in printed
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--markdown",)])
+def test_bench_command_a_row_fails_others_are_printed_and_exit_code_is_1(
+    form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> Benchmark:
+        raise RuntimeError("no int8 here")
+
+    cases = [Case("int8", "1 x 1", crash), Case("float32", "1 x 1", lambda: Benchmark(lambda: 1))]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+    assert main(["bench", "--no-memory", "--device", "cpu", *form]) == 1
+    printed = capsys.readouterr()
+    assert "no int8 here" in " ".join(printed.out.split())
+    assert "float32" in printed.out
+    assert "toy, int8, 1 x 1: failed: RuntimeError: no int8 here" in printed.err
+    assert "error: 1 of 2 rows failed: toy, int8" in printed.err
+
+
+@pytest.mark.parametrize("form", ["--json", "--markdown"])
+def test_bench_command_ctrl_c_prints_what_was_measured(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> Benchmark:
+        raise KeyboardInterrupt
+
+    cases = [Case("done", "1 x 1", lambda: Benchmark(lambda: 1)), Case("later", "", interrupt)]
+    monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
+    assert main(["bench", "--no-memory", "--device", "cpu", form]) == 130
+    assert "done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--vs", "torchvison"], "did you mean torchvision?"),
-        (["--json", "--markdown"], "give one"),
+        (["--json", "--markdown"], "give only one"),
         (["tooy"], "did you mean toy?"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_bench_command_bad_option_error_is_one_line(
     given: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--device", "cpu", *given]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert said in told.err
-    assert len(told.err.strip().splitlines()) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_every_stage_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_help_lists_stages_and_rivals(capsys: pytest.CaptureFixture[str]) -> None:
     from retinanet.bench import RIVALS
     from retinanet.bench.stages import STAGES
 
     assert main(["bench", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*STAGES, *RIVALS, "none"):
-        assert name in told
+        assert name in printed

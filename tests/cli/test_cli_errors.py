@@ -15,6 +15,15 @@ from .conftest import TINY, Cli
 BAD_USAGE = {
     "a command": (["trian"], "train"),
     "an option": (["train", "x", "--stesp", "3"], "--steps"),
+    "an option of another tool": (
+        ["detect", "{run}", "{data}", "--conf=0.5"],
+        "no such option: --conf; did you mean --score-threshold?",
+    ),
+    "a setting as an option": (
+        ["train", "x", "--lr0", "0.1"],
+        "no such option: --lr0; give the setting, without dashes: train.lr=VALUE",
+    ),
+    "a setting of another tool": (["train", "x", "lr0=0.1"], "did you mean train.lr?"),
     "an option's value": (["train", "x", "--steps", "three"], "--steps"),
     "an option's range": (["train", "x", "--steps", "0"], "--steps"),
     "a missing argument": (["detect", "x"], "SOURCE"),
@@ -171,7 +180,9 @@ def test_an_error_that_nobody_expected_is_one_line_too(
 
 def test_a_full_disk_is_said_as_the_system_says_it() -> None:
     error = OSError(28, "No space left on device", "runs/x")
-    assert app._one_line(error) == "No space left on device: runs/x"
+    assert app._one_line(error) == (
+        "No space left on device: runs/x; free space, then give the same command again"
+    )
 
 
 def test_out_of_memory_says_what_to_do() -> None:

@@ -153,13 +153,21 @@ def test_settings_cannot_be_changed() -> None:
     ("override", "message"),
     [
         ("train.lr", "'train.lr' is not a setting: write key=value, as in train.lr=0.005"),
-        ("lr=1", "there is no setting 'lr'; did you mean train.lr?"),
-        ("train.lrr=1", "there is no setting 'train.lrr'; did you mean train.lr?"),
-        ("trian.momentum=1", "no setting 'trian.momentum'; did you mean train.momentum?"),
+        ("lr=1", "unknown setting 'lr'; did you mean train.lr?"),
+        ("train.lrr=1", "unknown setting 'train.lrr'; did you mean train.lr?"),
+        ("trian.momentum=1", "unknown setting 'trian.momentum'; did you mean train.momentum?"),
         ("score_threshold=1", "did you mean detect.score_threshold?"),
-        ("qqqqqqqqqqqqqqqqq=1", "there is no setting 'qqqqqqqqqqqqqqqqq'"),
-        ("=1", "there is no setting ''"),
-        ("train=1", "there is no setting 'train'"),
+        ("lr0=1", "unknown setting 'lr0'; did you mean train.lr?"),
+        ("train.learning_rate=1", "did you mean train.lr?"),
+        ("SOLVER.BASE_LR=1", "did you mean train.lr?"),
+        ("imgsz=640", "did you mean data.image_size?"),
+        ("conf=.3", "did you mean detect.score_threshold?"),
+        ("model.test_cfg.score_thr=.3", "did you mean detect.score_threshold?"),
+        ("max_det=300", "did you mean detect.detections_per_image?"),
+        ("patience=5", "did you mean train.early_stop?"),
+        ("qqqqqqqqqqqqqqqqq=1", "unknown setting 'qqqqqqqqqqqqqqqqq'"),
+        ("=1", "unknown setting ''"),
+        ("train=1", "unknown setting 'train'"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
         ("train.lr=fast", "(got 'fast')"),
         ("train.lr=0", "train.lr: Input should be greater than 0 (got 0)"),
@@ -217,9 +225,9 @@ def test_refused_files(tmp_path: Path) -> None:
     for text, message in (
         (b"[train\n", "is not TOML: "),
         (b"\xff\xfe\x00", "cannot be read: "),
-        (b"[train]\nlearning = 1\n", "there is no setting 'train.learning'"),
-        (b"[train]\nlrr = 1\n", "there is no setting 'train.lrr'; did you mean train.lr?"),
-        (b"[trian]\nlr = 1\n", "there is no setting 'trian'"),
+        (b"[train]\nlearning = 1\n", "unknown setting 'train.learning'"),
+        (b"[train]\nlrr = 1\n", "unknown setting 'train.lrr'; did you mean train.lr?"),
+        (b"[trian]\nlr = 1\n", "unknown setting 'trian'"),
         (b"train = 5\n", "train: Input should be a valid dictionary"),
         (b"[train]\nlr = -1\nmomentum = 7\n", "; 1 more"),
     ):
@@ -231,7 +239,7 @@ def test_refused_files(tmp_path: Path) -> None:
 
 
 def test_errors_say_where(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^run\.json: there is no setting 'loss\.gama'"):
+    with pytest.raises(ConfigError, match=r"^run\.json: unknown setting 'loss\.gama'"):
         build_recipe({"loss": {"gama": 2}}, "run.json")
 
 
@@ -240,6 +248,15 @@ def test_errors_say_where(tmp_path: Path) -> None:
 )
 def test_nearest(word: str, answer: str) -> None:
     assert nearest(word, setting_names()) == answer
+
+
+def test_other_tools_names_are_of_settings_that_exist() -> None:
+    from retinanet import config
+
+    for name, others in config._OTHER_NAMES.items():
+        assert name in setting_names()
+        for other in others:
+            assert f"did you mean {name}?" in config.unknown_setting(other), other
 
 
 # --- TOML there and back --------------------------------------------------------------------

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from retinanet.files import readable_folder, recover_folder, replace_folder, write_atomic
+from retinanet.files import (
+    readable_folder,
+    recover_folder,
+    replace_folder,
+    write_atomic,
+    write_errors,
+)
 
 
 def _fill(text: str):  # type: ignore[no-untyped-def]
@@ -92,3 +100,46 @@ def test_a_kill_at_each_rename_leaves_old_or_new(
     recover_folder(folder)
     expected = "one" if renames_before_the_kill == 0 else "two"
     assert (folder / "a.txt").read_text() == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_written_files_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+
+        def fill(draft: Path) -> None:
+            (draft / "inner").mkdir(0o700)
+            # safetensors and tempfile create files with mode 0600
+            os.close(os.open(draft / "inner" / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+
+        folder = replace_folder(tmp_path / "a" / "best", fill)
+        file = write_atomic(tmp_path / "b" / "x.json", "{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777
+             for path in (folder, *folder.rglob("*"), file, file.parent)}  # fmt: skip
+    # 0777 and 0666 without 027
+    assert modes == {"best": 0o750, "inner": 0o750, "weights": 0o640, "x.json": 0o640, "b": 0o750}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_write_atomic_full_disk_names_the_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with write_errors(tmp_path / "x"), open("/dev/full", "w") as full:
+            full.write("a")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write()
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "x"))
+
+
+def test_replace_folder_safetensors_on_a_full_disk_names_the_folder(tmp_path: Path) -> None:
+    def fill(draft: Path) -> None:
+        raise SafetensorError(
+            "Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "
+            '"No space left on device" }'
+        )
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        replace_folder(tmp_path / "last", fill)
+    assert caught.value.filename == str(tmp_path / "last")

@@ -105,6 +105,23 @@ def test_start_without_the_prior() -> None:
     assert float(loss) / 100 == pytest.approx(80 * math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [100, pytest.param(1_250_000, marks=pytest.mark.slow)],
+    ids=["8 thousand", "100 million"],
+)
+@pytest.mark.parametrize("logit", [0.0, -4.595, 1.3, 0.7])
+def test_sum_error_does_not_grow_with_number_of_elements(rows: int, logit: float) -> None:
+    """The docstring's bound. Equal elements are the worst case: all roundings go the same way."""
+    logits = torch.full((rows, 80), logit, dtype=torch.bfloat16)  # 200 MB for 100 million
+    labels = torch.full((rows,), BACKGROUND)
+    exact = torch.tensor(float(logits[0, 0]), dtype=torch.float64)
+    for gamma in (0.0, 2.0):
+        loss = focal_loss(logits, labels, alpha=None, gamma=gamma)
+        expected = rows * 80 * float(exact.sigmoid() ** gamma * torch.log1p(exact.exp()))
+        assert float(loss) == pytest.approx(expected, rel=2e-6)
+
+
 def test_start_with_the_prior() -> None:
     """Sec. 3.3: with every sigmoid at .01 an anchor costs -K ln .99."""
     logits = torch.full((100, 80), -math.log(0.99 / 0.01))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import pickle
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +18,14 @@ from PIL import Image
 
 from retinanet.data import loading
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.loading import default_workers, eval_loader, train_loader, usable_cpus
-from retinanet.errors import ImageError
+from retinanet.data.loading import (
+    default_workers,
+    eval_loader,
+    readable_part,
+    train_loader,
+    usable_cpus,
+)
+from retinanet.errors import DataError, ImageError
 from retinanet.structures import BACKGROUND, IGNORED, Batch
 
 
@@ -143,8 +151,8 @@ def test_a_worker_uses_one_thread() -> None:
 class _Threads(torch.utils.data.Dataset[int]):
     """In place of a data set: says with how many threads its process computes."""
 
-    def __getitem__(self, place: int) -> int:
-        return torch.get_num_threads()
+    def __getitem__(self, place: int) -> tuple[int, tuple[()]]:
+        return torch.get_num_threads(), ()
 
 
 def test_same_seed_same_batches(dataset: Dataset) -> None:
@@ -316,6 +324,94 @@ def test_evaluation_ranks_part_the_images(dataset: Dataset, world_size: int) -> 
         for index in batch.indices.tolist()
     ]
     assert sorted(indices) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_train_loader_unreadable_image_is_replaced_and_reported_once(
+    tmp_path: Path, workers: int
+) -> None:
+    broken = make_dataset(tmp_path, [(40, 40)] * 12)
+    path = broken.images[5].path
+    path.write_bytes(path.read_bytes()[:200])
+    reported: list[tuple[int, str]] = []
+    batches = training(
+        broken,
+        steps=9,  # three epochs
+        workers=workers,
+        skip_unreadable=True,
+        on_unreadable=lambda index, message: reported.append((index, message)),
+    )
+    indices = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(indices) == 36
+    assert 5 not in indices
+    (failure,) = reported
+    assert failure[0] == 5
+    assert str(path) in failure[1]
+    path.write_bytes(broken.images[0].path.read_bytes())
+    # Only the unreadable image's positions differ from those of the repaired data.
+    repaired = torch.cat([batch.indices for batch in training(broken, steps=9)]).tolist()
+    assert [i for i, (one, other) in enumerate(zip(indices, repaired, strict=True))
+            if one != other] == [i for i, index in enumerate(repaired) if index == 5]  # fmt: skip
+
+
+def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
+    broken = make_dataset(tmp_path, [(40, 40)] * 12)
+    broken.images[3].path.write_bytes(b"no image")
+    loader = eval_loader(
+        broken, batch_size=1, image_size=32, max_size=64, workers=1, skip_unreadable=True
+    )
+    assert [int(batch.indices[0]) for batch in loader] == [0, 1, 2, *range(4, 12)]
+    assert list(loader.unreadable) == [3]
+    kept, unreadable = readable_part(broken, image_size=32, max_size=64)
+    assert [image.id for image in kept.images] == [0, 1, 2, *range(4, 12)]
+    assert str(broken.images[3].path) in unreadable[3]
+
+
+def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
+    broken = make_dataset(tmp_path, [(40, 40)] * 12)
+    for index in (3, 7):  # 2 of 12 are over a tenth
+        broken.images[index].path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"too many unreadable images: 2 of 12, .*image 7"):
+        readable_part(broken, image_size=32, max_size=64)
+    (one,) = make_dataset(tmp_path, [(40, 40)]).images
+    one.path.write_bytes(b"no image")
+    alone = dataclasses.replace(broken, images=(one,))
+    with pytest.raises(DataError, match="1 of 1"):
+        training(alone, batch_size=1, skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "script", "workers"),
+    [
+        ("fork", "f()", 1),
+        ("spawn", "f()", 0),
+        ("spawn", "if __name__ == '__main__':\n    f()", 1),
+        ("forkserver", "import sys\nif 1: f()", 0),
+        ("spawn", "no Python (", 1),  # a launcher's binary
+        ("spawn", None, 1),  # an interactive session
+    ],
+)
+def test_loader_without_main_guard_uses_no_spawned_workers(
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    script: str | None,
+    workers: int,
+) -> None:
+    file = tmp_path / "script.py"
+    if script is not None:
+        file.write_text(script)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", None if script is None else str(file), raising=False
+    )
+    options: dict[str, Any] = {"batch_size": 1, "image_size": 32, "max_size": 64, "workers": 1}
+    if workers:
+        assert eval_loader(dataset, **options).num_workers == 1
+    else:
+        with pytest.warns(UserWarning, match=r'put its code under if __name__ == "__main__":'):
+            assert eval_loader(dataset, **options).num_workers == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,12 +18,12 @@ import torch
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
-from retinanet.evaluation.loss_distribution import loss_distribution
 from retinanet.exporters import run as export_run
 from retinanet.exporters.check import Tolerance, compare, match
 from retinanet.exporters.run import TOLERANCES, _calibration, check_file, export
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
+from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 
 onnx = pytest.importorskip("onnx")
@@ -381,10 +381,10 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_by(
         raise DataError("no labels")
 
     monkeypatch.setattr("retinanet.exporters.run.read_dataset", read)
-    info = {**checkpoint.info, "split": {"seed": 5, "held_out": 0.3}}
+    info = {**checkpoint.info, "split": {"seed": 5, "val_fraction": 0.3}}
     detector = Detector(replace(checkpoint, info=info), device="cpu", precision="float32")
     assert len(list(_calibration(detector, str(images)))) == 5
-    assert asked == [{"split": "train", "extras": False, "seed": 5, "held_out": 0.3}]
+    assert asked == [{"split": "train", "extras": False, "seed": 5, "val_fraction": 0.3}]
 
 
 @pytest.mark.slow

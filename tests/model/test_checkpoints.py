@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,3 +351,22 @@ def test_transfer_of_nothing_is_an_error() -> None:
         transfer_weights(model, ("a",), source)
     with pytest.raises(ValueError, match="2 class names for a model of 1"):
         transfer_weights(model, ("a", "b"), source)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_load_checkpoint_without_permission_says_so(name: str) -> None:
+    with tempfile.TemporaryDirectory() as made:  # pytest's own folders are closed to other users
+        folder = Path(made)
+        folder.chmod(0o755)
+        for file in ("model.safetensors", "model.json"):
+            (folder / file).write_text("{}")
+        (folder / name).chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(WeightsError, match=f"{name} cannot be read: Permission denied"):
+                load_checkpoint(folder)
+        finally:
+            os.seteuid(user)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import retinanet as rn
+from retinanet.model import Checkpoint
 from retinanet.model import fused as fused_module
 from retinanet.model.backbone import Backbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
@@ -217,3 +224,44 @@ def test_several_threads_run_one_network() -> None:
             list(pool.map(run, range(4)))
     finally:
         sys.setswitchinterval(interval)
+
+
+def copy_by_pickle(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def copy_by_torch_save(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle, copy_by_torch_save])
+def test_fused_network_copied_after_packing_gives_same_outputs(
+    duplicate: Callable[[Any], Any],
+) -> None:
+    model = network()
+    fused = fused_copy(model, torch.float32)
+    images = random_images(1, 3, 64, 64)
+    for _ in range(3):
+        fused(images)
+    duplicated = duplicate(fused)
+    for _ in range(3):
+        assert_same(model, duplicated, images, 2e-5)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle, copy_by_torch_save])
+def test_detector_copied_after_detection_gives_same_detections(
+    duplicate: Callable[[Any], Any],
+) -> None:
+    checkpoint = Checkpoint(network(), ("a", "b", "c"), (1, 2, 3), 64, 96)
+    detector = rn.Detector(checkpoint, device="cpu", score_threshold=0.01)
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    for _ in range(3):
+        expected = detector.detect(image)
+    duplicated = duplicate(detector)
+    result = duplicated.detect(image)
+    assert len(expected.scores) > 0
+    for name in ("boxes", "scores", "labels"):
+        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), atol=1e-4)

@@ -1,19 +1,16 @@
-"""How long each part takes beside the one that people would use otherwise, on this machine."""
+"""Benchmarks of each stage against the implementations in common use, on this machine."""
 
-from retinanet.bench.contest import Case, Contest, Limit, Rival, Row, Setting, Timing
-from retinanet.bench.goals import GOALS, GPU_GOALS
+from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Row, Setting, Timing
 from retinanet.bench.machine import Machine, describe_machine
 from retinanet.bench.rivals import RIVALS
 from retinanet.bench.run import bench, peak_memory
 from retinanet.bench.stages import STAGES
 
 __all__ = [
-    "GOALS",
-    "GPU_GOALS",
     "RIVALS",
     "STAGES",
+    "Benchmark",
     "Case",
-    "Contest",
     "Limit",
     "Machine",
     "Rival",

@@ -1,4 +1,4 @@
-"""What the machine allows at most, measured beside what is judged by it."""
+"""Lower bounds of the time on this machine, measured together with what is compared to them."""
 
 from __future__ import annotations
 
@@ -11,76 +11,69 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retinanet.bench.contest import Limit
+from retinanet.bench.benchmark import Limit
 from retinanet.model.fused import FusedConv2d, can_pack
 
 
 def copy_limit(tensors: Sequence[Tensor]) -> Limit:
-    """Read the tensors once, and write as much once, into memory that is there already."""
-    sources = [one.detach() for one in tensors]
-    copies = [torch.empty_like(one) for one in sources]
+    """Time of reading the tensors once and writing as much into allocated memory."""
+    sources = [tensor.detach() for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in sources]
 
     def copy() -> list[Tensor]:
-        return [to.copy_(of) for to, of in zip(copies, sources, strict=True)]
+        return [target.copy_(source) for target, source in zip(copies, sources, strict=True)]
 
     return Limit("copy", copy)
 
 
 def read_limit(tensors: Sequence[Tensor]) -> Limit:
-    """Read the tensors once: their sums, or largest values, whichever torch has faster."""
-    # Flat views: a reduction over permuted memory would be another one.
-    flat = [one.detach().as_strided((one.numel(),), (1,)) for one in tensors]
-    call = fastest(
-        [
-            lambda: [one.sum() for one in flat],
-            lambda: [one.amax() for one in flat],
-        ]
-    )
-    return Limit("read", call)
+    """Time of reading the tensors once: the faster of torch's sum and maximum."""
+    # Flat views: a reduction over permuted memory is slower.
+    flat = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    sums, maxima = (lambda: [x.sum() for x in flat]), (lambda: [x.amax() for x in flat])
+    return Limit("read", fastest([sums, maxima]))
 
 
 def matrix_limit(
     flops: float, height: int, width: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Limit:
-    """So many operations at the pace of the pyramid's and the heads' own convolution.
+    """Time of `flops` operations at the rate of the pyramid's and the heads' convolution.
 
-    That is 256 channels to 256, 3x3, over a map of P3's size, in the layout or packing of the
-    weights in which it runs fastest here.
+    That is a 3x3 convolution from 256 to 256 channels over a map of P3's size, in the fastest
+    memory layout or weight packing on this machine.
 
     Args:
-        flops: operations of the work (a multiplication and an addition are two).
-        height, width: of the map.
+        flops: operations of the benchmark; a multiply-add counts as two.
+        height, width: size of the map.
         batch: images.
-        dtype: in which the work is done.
-        device: where.
+        dtype: precision of the benchmark.
+        device: device of the benchmark.
     """
     convolution = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype).eval()
     last = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype).eval()
     last = last.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 256, height, width).to(device, dtype)
     x_last = x.contiguous(memory_format=torch.channels_last)
-    ways = [lambda: convolution(x), lambda: last(x_last)]
-    if device.type == "cpu" and can_pack(dtype):
-        arranged = FusedConv2d(convolution)
-        arranged.shapes_kept = 1
-        ways.append(lambda: arranged(x_last))
-        with torch.inference_mode():
-            arranged(x_last)  # its weights are arranged at the next call, which is the first try
+    implementations = [lambda: convolution(x), lambda: last(x_last)]
     with torch.inference_mode():
-        best = fastest(ways, device)
+        if device.type == "cpu" and can_pack(dtype):
+            packed = FusedConv2d(convolution)
+            packed.shapes_kept = 1
+            implementations.append(lambda: packed(x_last))
+            packed(x_last)  # packs its weights at the next call, which is not timed
+        best = fastest(implementations, device)
 
     @torch.inference_mode()
     def convolve() -> None:
         best()
 
-    own = 2 * 9 * 256 * 256 * height * width * batch
-    return Limit("matrix peak", convolve, flops / own)
+    return Limit("matrix peak", convolve, flops / (2 * 9 * 256 * 256 * height * width * batch))
 
 
 def count_flops(call: Callable[[], Any]) -> float:
-    """Floating-point operations of the convolutions and matrix products in `call`.
+    """Count floating-point operations of convolutions and matrix products, backward included.
 
-    A backward pass counts too; on the meta device nothing is computed.
+    On the meta device nothing is computed.
     """
     with FlopCounterMode(display=False) as counter:
         call()
@@ -88,28 +81,25 @@ def count_flops(call: Callable[[], Any]) -> float:
 
 
 def fastest(
-    ways: Sequence[Callable[[], Any]], device: torch.device | None = None
+    calls: Sequence[Callable[[], Any]], device: torch.device | None = None
 ) -> Callable[[], Any]:
-    """Of several calls the one that takes least, of five tries each after a first."""
-    for way in ways:
-        way()
-    seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(5):
-        for own, way in zip(seconds, ways, strict=True):
-            own.append(clock(way, device))
-    medians = [statistics.median(own) for own in seconds]
-    return ways[medians.index(min(medians))]
+    """Return the call with the smallest median of five interleaved runs after a warm-up."""
+    for call in calls:
+        call()
+    rounds = [[clock(call, device) for call in calls] for _ in range(5)]
+    medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return calls[medians.index(min(medians))]
 
 
 def clock(call: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Seconds of one call, until the device has done it."""
-    _wait(device)
+    """Seconds of one call, with a device sync before and after it."""
+    _synchronize(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device | None) -> None:
+def _synchronize(device: torch.device | None) -> None:
     if device is not None and device.type != "cpu":
         torch.get_device_module(device.type).synchronize()

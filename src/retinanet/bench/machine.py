@@ -1,4 +1,4 @@
-"""What this machine is, as far as speed goes."""
+"""The machine that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from retinanet import native, triton_probe
-from retinanet.bench.markdown import count
+from retinanet.bench.tables import count
 from retinanet.data.loading import usable_cpus
+
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino")
+_UNITS = {
+    "_is_avx512_bf16_supported": "AVX-512 BF16",
+    "_is_avx512_vnni_supported": "VNNI",
+    "_is_amx_tile_supported": "AMX",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Of what a row's figures depend on.
+    """What the results depend on.
 
     Attributes:
         processor: its name.
-        cores: that this process may use.
-        threads: that torch computes with.
-        instructions: the widest set that torch uses, and units for bfloat16 where there are any.
-        memory: bytes; None: not known here.
+        cores: cores available to this process.
+        threads: torch's threads.
+        instructions: widest instruction set that torch uses, and units for bf16 and int8.
+        memory: bytes of RAM.
         gpu: its name; empty: the run was on the CPU.
-        kernel: what runs where this package has kernels of its own.
-        native: whether those do.
-        versions: of Python, torch and what else is timed.
+        kernel: kernels in use where this package has its own.
+        native: whether those are this package's own.
+        versions: of Python, torch and the other packages that are timed.
     """
 
     processor: str
@@ -43,61 +51,52 @@ class Machine:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The machine in a few lines."""
+        """Describe the machine in a few lines."""
         cores = f"{count(self.cores, 'core')}, {count(self.threads, 'thread')}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.processor}, {cores}, {self.instructions}", self.kernel, versions]
         return ([self.gpu] if self.gpu else []) + lines
 
-    def same_as(self, other: Machine) -> bool:
-        """Whether figures of both may stand under one heading: all that they depend on is equal.
-
-        How much memory there is does not count, nor a package that one of them lacks.
-        """
-        kept = [{**one.to_dict(), "memory": None, "versions": None} for one in (self, other)]
-        both = self.versions.keys() & other.versions.keys()
-        return kept[0] == kept[1] and all(self.versions[x] == other.versions[x] for x in both)
-
     @property
     def name(self) -> str:
-        """What tells it from others: the GPU, or the processor with its threads."""
+        """Name of the GPU, or of the processor with its threads."""
         return self.gpu or f"{self.processor}, {count(self.threads, 'thread')}"
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """This machine, with `device` as the place where things run."""
-    kernel, native = describe_kernel(device)
-    names = ["torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino"]
+    """Describe this machine for computations on `device`."""
+    kernel, is_native = describe_kernel(device)
     versions = {"Python": sys.version.split()[0]}
-    for name in names:
+    for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    units = [name for query, name in _UNITS.items() if getattr(torch.cpu, query, bool)()]
     return Machine(
         processor=_processor(),
         cores=usable_cpus(),
         threads=torch.get_num_threads(),
-        instructions=_instructions(),
-        memory=_memory(),
+        instructions=", ".join([torch.backends.cpu.get_cpu_capability(), *units]),
+        memory=int(psutil.virtual_memory().total),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         kernel=kernel,
-        native=native,
+        native=is_native,
         versions=versions,
     )
 
 
 def describe_kernel(device: torch.device) -> tuple[str, bool]:
-    """Which code runs where the package has kernels of its own, and whether those do."""
+    """Kernels used on the device, and whether they are this package's own."""
     if device.type == "cpu":
         text = f"class loss and post-processing: {native.description()}"
         return text, native.available()
-    served = device.type == "cuda" and triton_probe.usable(device)
-    return f"class loss and matching: {'Triton' if served else 'pure torch'}", served
+    has_triton = device.type == "cuda" and triton_probe.usable(device)
+    return f"class loss and matching: {'Triton' if has_triton else 'pure torch'}", has_triton
 
 
 def _processor() -> str:
@@ -108,20 +107,3 @@ def _processor() -> str:
     except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
-
-
-def _instructions() -> str:
-    found = [torch.backends.cpu.get_cpu_capability()]
-    units = {
-        "_is_avx512_bf16_supported": "AVX-512 BF16",
-        "_is_avx512_vnni_supported": "VNNI",
-        "_is_amx_tile_supported": "AMX",
-    }
-    found += [name for ask, name in units.items() if getattr(torch.cpu, ask, bool)()]
-    return ", ".join(found)
-
-
-def _memory() -> int | None:
-    import psutil
-
-    return int(psutil.virtual_memory().total)

@@ -1,74 +1,54 @@
-"""Whom this package is compared with: packages that are installed; none is part of it."""
+"""Packages to compare with; none is a dependency for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from retinanet.config import nearest
 from retinanet.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class Package:
-    """A package with something to compare with.
-
-    Attributes:
-        module: what is imported.
-        stages: where it has something.
-    """
-
-    module: str
-    stages: tuple[str, ...]
-
-
 RIVALS = {
-    "torchvision": Package(
-        "torchvision",
-        ("class-loss", "matching", "postprocess", "inference", "detect", "train-step", "data"),
-    ),
-    "pycocotools": Package("pycocotools", ("evaluation",)),
-    "fvcore": Package("fvcore", ("class-loss",)),
-    "apex": Package("apex.contrib.focal_loss", ("class-loss",)),
+    "torchvision": "torchvision",
+    "pycocotools": "pycocotools",
+    "fvcore": "fvcore",
+    "apex": "apex.contrib.focal_loss",
 }
-"""Rivals by the name that ``--vs`` takes."""
+"""Module to import, by the name that ``--vs`` takes."""
 
 NONE = "none"
 
 
 def choose_rivals(names: Iterable[str]) -> tuple[str, ...]:
-    """The rivals of those names, each once; ``torchvision`` brings pycocotools where it is there.
+    """Check the names and drop repeated ones; ``torchvision`` adds pycocotools if installed.
 
     Raises:
         ConfigError: a name is unknown, or its package is not installed.
     """
     chosen: list[str] = []
     for name in names:
-        if name == NONE:
-            continue
-        if name not in RIVALS:
+        if name != NONE and name not in RIVALS:
             raise ConfigError(
-                f"there is no rival {name!r}: {_listed()}{nearest(name, [*RIVALS, NONE])}"
+                f"unknown rival {name!r}; {_available()}{nearest(name, [*RIVALS, NONE])}"
             )
-        if not installed(name):
-            raise ConfigError(f"rival {name!r} is not installed: {_listed()}")
+        if name != NONE and not is_installed(name):
+            raise ConfigError(f"rival {name!r} is not installed; {_available()}")
         chosen.append(name)
-    if "torchvision" in chosen and installed("pycocotools"):
+    if "torchvision" in chosen and is_installed("pycocotools"):
         chosen.append("pycocotools")
-    return tuple(dict.fromkeys(chosen))
+    return tuple(name for name in dict.fromkeys(chosen) if name != NONE)
 
 
-def installed(name: str) -> bool:
-    """Whether the rival of that name can be imported."""
+def is_installed(name: str) -> bool:
+    """Whether the rival's module can be imported."""
     try:
-        return find_spec(RIVALS[name].module) is not None
-    except ModuleNotFoundError:  # of a parent
+        return find_spec(RIVALS[name]) is not None
+    except ModuleNotFoundError:  # its parent package
         return False
 
 
-def _listed() -> str:
-    here = [name for name in RIVALS if installed(name)]
-    missing = [name for name in RIVALS if name not in here]
-    text = f"here are {', '.join([*here, NONE])}"
+def _available() -> str:
+    installed = [name for name in RIVALS if is_installed(name)]
+    missing = [name for name in RIVALS if name not in installed]
+    text = f"available: {', '.join([*installed, NONE])}"
     return text + (f"; not installed: {', '.join(missing)}" if missing else "")

@@ -1,8 +1,7 @@
-"""Contests held and measured.
+"""Run benchmarks: compare the outputs, then time all sides in interleaved rounds.
 
-All sides of a contest get the same input, their outputs are compared before a clock runs, and they
-take turns with each other and with the machine's limit, so that a machine that slows down does so
-for all. Memory is measured in a process of its own, with an allocator that gives freed memory back.
+Interleaving exposes all sides to the same changes of the machine's speed. Peak memory is measured
+in a process of its own, with an allocator that returns freed memory to the system.
 """
 
 from __future__ import annotations
@@ -16,30 +15,29 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from retinanet.bench.contest import Case, Contest, Rival, Row, Setting, Size, Timing
-from retinanet.bench.goals import goals_of, judge
+from retinanet.bench.benchmark import Benchmark, Case, Row, Setting, Size, Timing
 from retinanet.bench.limits import clock
-from retinanet.bench.machine import describe_kernel
 from retinanet.bench.rivals import choose_rivals
 from retinanet.bench.stages import STAGES
 from retinanet.config import nearest
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
-from retinanet.model.precision import choose_device, choose_dtype
+from retinanet.model.precision import choose_device
 
-_ROUNDS: dict[Size, int] = {"tiny": 3, "small": 7, "full": 15}
-_SECONDS: dict[Size, float] = {"tiny": 1, "small": 5, "full": 40}
-_LEAST_ROUNDS = 3
+_ROUNDS: Mapping[Size, int] = {"tiny": 3, "small": 7, "full": 15}
+_SECONDS: Mapping[Size, float] = {"tiny": 1, "small": 5, "full": 40}
+_MIN_ROUNDS = 3
 
-# Calls of each side after its first and before any that counts: a size of image that comes again
-# has the network's weights arranged for it. A rival whose first call took long gets none of them.
-_WARM = 2
-_LONG = 2.0
+# Warm-up calls of each side after its first: weights are packed when an image size comes again.
+# A rival whose first call takes longer than _SLOW seconds gets none.
+_WARM_UP = 2
+_SLOW = 2.0
+
+_OURS, _LIMIT = "", "limit"  # keys next to the rivals' names
 
 
 def bench(
@@ -53,203 +51,181 @@ def bench(
     seconds: float | None = None,
     memory: bool = True,
 ) -> Iterator[Row]:
-    """Measure, and give each row as soon as it is there.
+    """Run stages and yield each row as soon as it is measured.
+
+    A case that fails, or a rival whose output differs by more than the tolerance, yields a row
+    with `error` set; the other cases still run.
 
     Args:
-        stages: names of :data:`STAGES`; none: all of them.
-        size: ``small`` for a look, ``full`` for the sizes of the paper's training and of COCO,
-            ``tiny`` for tests.
-        vs: whom to compare with: names of :data:`retinanet.bench.rivals.RIVALS`, or ``none``.
-        device: where networks, losses and post-processing run.
-        threads: that torch computes with; None: as it is set.
-        rounds: at the most, a contest; None: 7, or 15 at full size.
-        seconds: after which a contest ends, though not before its third round; None: 5, or 40.
-        memory: measure memory too (every contest is set up again for each side, in processes of
-            their own).
+        stages: names of :data:`STAGES`; empty: all.
+        size: ``small`` for a quick run, ``full`` for the paper's and COCO's sizes, ``tiny`` for
+            tests.
+        vs: rivals, names of :data:`retinanet.bench.rivals.RIVALS`, or ``none``.
+        device: device of networks, losses and post-processing.
+        threads: torch's threads; None: unchanged.
+        rounds: maximum rounds per case; None: 7, or 15 at full size.
+        seconds: time limit per case, with at least three rounds; None: 5, or 40 at full size.
+        memory: measure peak memory too (each side is set up again in a process of its own).
 
     Raises:
         ConfigError: an unknown stage, rival or device, or a rival that is not installed.
-        RetinaNetError: outputs differ by more than the stage allows.
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
     for name in names:
         if name not in STAGES:
             raise ConfigError(
-                f"there is no stage {name!r} to time: {', '.join(STAGES)}{nearest(name, STAGES)}"
+                f"unknown stage {name!r}; available: {', '.join(STAGES)}{nearest(name, STAGES)}"
             )
     setting = Setting(size, choose_device(device), choose_rivals(vs))
-    return _with_threads(
-        threads,
-        _bench(
-            names,
-            setting,
-            _ROUNDS[size] if rounds is None else rounds,
-            _SECONDS[size] if seconds is None else seconds,
-            memory,
-        ),
-    )
+    rounds = _ROUNDS[size] if rounds is None else rounds
+    seconds = _SECONDS[size] if seconds is None else seconds
+    return _run_stages(names, setting, threads, rounds, seconds, memory)
 
 
-def _with_threads(threads: int | None, rows: Iterator[Row]) -> Iterator[Row]:
+def _run_stages(
+    names: Sequence[str],
+    setting: Setting,
+    threads: int | None,
+    rounds: int,
+    seconds: float,
+    memory: bool,
+) -> Iterator[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        yield from rows
+        for stage in names:
+            for case in STAGES[stage](setting):
+                try:
+                    rows = run(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory)
+                except Exception as error:  # the other cases still run
+                    rows = [Row(stage, case.name, case.size, error=_reason(error))]
+                yield from rows
     finally:
         torch.set_num_threads(before)
 
 
-def _bench(
-    names: Sequence[str], setting: Setting, rounds: int, seconds: float, memory: bool
-) -> Iterator[Row]:
-    for stage in names:
-        for case in STAGES[stage](setting):
-            for row in hold(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory):
-                yield _judged(row, setting)
-
-
-def _judged(row: Row, setting: Setting) -> Row:
-    goals = goals_of(
-        row.stage,
-        row.way,
-        on_gpu=setting.device.type == "cuda",
-        rival=row.rival,
-        native=describe_kernel(setting.device)[1],
-        bf16=choose_dtype("auto", setting.device) == torch.bfloat16,
-    )
-    row = replace(row, goals=goals)
-    return replace(row, met=judge(row)) if setting.size == "full" else row
-
-
-def hold(
+def run(
     stage: str, case: Case, setting: Setting, *, rounds: int, seconds: float, memory: bool
 ) -> list[Row]:
-    """One contest: a row a rival, or one row where there is none.
+    """Run one case.
 
     Args:
-        stage: its name, for the rows and for what goes wrong.
-        case: of that stage.
-        setting, rounds, seconds, memory: as in :func:`bench`.
+        stage: its name, for the rows.
+        case: a case of that stage.
+        setting, rounds, seconds, memory: as for :func:`bench`.
 
-    Raises:
-        RetinaNetError: outputs differ by more than the stage allows.
+    Returns:
+        a row per rival, or one row if there is none. A rival that fails, or whose output differs
+        by more than the tolerance, has a row with `error` and no times.
     """
-    row = Row(stage, case.way, case.size)
+    row = Row(stage, case.name, case.size)
     try:
-        contest = case.make()
+        benchmark = case.make()
     except MissingExtraError as error:
-        return [replace(row, note=" ".join(str(error).split()))]
-    firsts, differences = _agree(contest, stage, setting.device)
-    times = _measure(contest, firsts, setting.device, rounds, seconds)
+        return [replace(row, note=_reason(error))]
+    first_calls, differences, errors = _compare(benchmark, setting.device)
+    rivals = [rival for rival in benchmark.rivals if rival.name in differences]
+    failed = [replace(row, rival=name, error=error) for name, error in errors.items()]
+    if failed and not rivals:
+        return failed  # no rival confirms our output: it is not timed
+    benchmark = replace(benchmark, rivals=rivals)
+    times = _measure(benchmark, first_calls, setting.device, rounds, seconds)
     ours = times[_OURS]
-    row = replace(row, ours=_timing(ours), first=firsts[_OURS], note=contest.note)
-    if contest.limit is not None:
-        least = [contest.limit.factor * one for one in times[_LIMIT]]
-        share = statistics.median(a / b for a, b in zip(least, ours, strict=True))
-        row = replace(row, limit=contest.limit.name, share=share)
-    names = [rival.name for rival in contest.rivals]
-    row = replace(row, input_bytes=contest.input_bytes, held=_told(contest.held))
-    rivals_held = {rival.name: _told(rival.held) for rival in contest.rivals}
-    wanted = memory and contest.memory
-    del contest  # its tensors, before others' processes want memory
+    row = replace(
+        row,
+        ours=_timing(ours),
+        first_call=first_calls[_OURS],
+        note=benchmark.note,
+        input_bytes=benchmark.input_bytes,
+        retained=benchmark.retained and benchmark.retained(),
+    )
+    if benchmark.limit is not None:
+        fractions = [benchmark.limit.factor * a / b for a, b in _pairs(times[_LIMIT], ours)]
+        median = statistics.median(fractions)
+        row = replace(row, limit=benchmark.limit.name, limit_fraction=median)
+    retained = {rival.name: rival.retained and rival.retained() for rival in rivals}
+    memory = memory and benchmark.memory
+    del benchmark, rivals  # free their tensors before other processes are measured
     gc.collect()
-    if wanted:
-        row = replace(row, memory=peak_memory(stage, case.way, "", setting))
+    if memory:
+        row = _with_memory(row, setting, "memory")
     rows = []
-    for name in names:
-        low, middle, high = _quartiles([b / a for a, b in zip(ours, times[name], strict=True)])
-        rows.append(
-            replace(
-                row,
-                rival=name,
-                theirs=_timing(times[name]),
-                speedup=middle,
-                speedup_low=low,
-                speedup_high=high,
-                difference=differences[name],
-                rival_held=rivals_held[name],
-                rival_memory=peak_memory(stage, case.way, name, setting) if wanted else None,
-            )
+    for name, amount in retained.items():
+        low, median, high = _quartiles([b / a for a, b in _pairs(ours, times[name])])
+        of_rival = replace(
+            row,
+            rival=name,
+            theirs=_timing(times[name]),
+            speedup=median,
+            speedup_low=low,
+            speedup_high=high,
+            difference=differences[name],
+            rival_retained=amount,
         )
-    return rows or [row]
+        rows.append(_with_memory(of_rival, setting, "rival_memory") if memory else of_rival)
+    return (rows or [row]) + failed
 
 
-_OURS, _LIMIT = "", "the limit"  # keys beside the rivals' names
+def _compare(
+    benchmark: Benchmark, device: torch.device
+) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+    """Call each side once and compare the outputs; rivals first, as ours may overwrite its input.
 
-
-def _told(held: Callable[[], int] | None) -> int | None:
-    return None if held is None else held()
-
-
-def _agree(
-    contest: Contest, stage: str, device: torch.device
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of the first call of each side, and by rival how far its result is from ours.
-
-    The rivals go first: ours may write over what it is given.
+    Returns:
+        seconds of each side's first call; each rival's difference; errors of the other rivals.
     """
-    calls = {**{rival.name: rival.call for rival in contest.rivals}, _OURS: contest.ours}
-    results: dict[str, Any] = {}
-    firsts = {}
-    for name, call in calls.items():
-        firsts[name] = clock(partial(_keep, results, name, call), device)
-    differences = {}
-    for rival in contest.rivals:
+    outputs: dict[str, Any] = {}
+    first_calls, differences, errors = {}, {}, {}
+
+    def call_once(name: str, call: Callable[[], Any]) -> None:
+        first_calls[name] = clock(lambda: outputs.__setitem__(name, call()), device)
+
+    for rival in benchmark.rivals:
         try:
-            differences[rival.name] = rival.compare(results[_OURS], results[rival.name])
-        except AssertionError as error:
-            reason = " ".join(str(error).split())
-            raise RetinaNetError(f"{stage}: ours and {rival.name} differ: {reason}") from None
-    return firsts, differences
-
-
-def _keep(results: dict[str, Any], name: str, call: Callable[[], Any]) -> None:
-    results[name] = call()
-
-
-def _warm(call: Callable[[], Any], first: float = 0.0) -> None:
-    """Again after the first call, unless that took so long that nobody would wait for more."""
-    for _ in range(_WARM if first <= _LONG else 0):
-        call()
+            call_once(rival.name, rival.call)
+        except Exception as error:  # ours and the other rivals are timed all the same
+            errors[rival.name] = _reason(error)
+    call_once(_OURS, benchmark.ours)
+    for rival in benchmark.rivals:
+        if rival.name in outputs:
+            try:
+                differences[rival.name] = rival.compare(outputs[_OURS], outputs[rival.name])
+            except AssertionError as error:
+                errors[rival.name] = f"ours and {rival.name} differ: {_reason(error)}"
+    return first_calls, differences, errors
 
 
 def _measure(
-    contest: Contest,
-    firsts: Mapping[str, float],
+    benchmark: Benchmark,
+    first_calls: Mapping[str, float],
     device: torch.device,
     rounds: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Seconds of each round of ours, of each rival's and of the limit, taken in turns."""
-    for rival in contest.rivals:
-        _warm(rival.call, firsts[rival.name])
-    _warm(contest.ours)
-    turns: dict[str, Callable[[], float]] = {_OURS: _turn(contest, device)}
-    for rival in contest.rivals:
-        turns[rival.name] = _plain_turn(rival, device)
-    if contest.limit is not None:
-        limit = contest.limit.call
-        limit()
-        turns[_LIMIT] = lambda: clock(limit, device)
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    """Time ours, each rival and the limit in interleaved rounds; seconds of each round."""
+    for rival in benchmark.rivals:
+        _warm_up(rival.call, first_calls[rival.name])
+    _warm_up(benchmark.ours)
+    calls = {_OURS: benchmark.ours, **{rival.name: rival.call for rival in benchmark.rivals}}
+    if benchmark.limit is not None:
+        benchmark.limit.call()
+        calls[_LIMIT] = benchmark.limit.call
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     done = 0
-    while done < rounds and (done < _LEAST_ROUNDS or time.perf_counter() < end):
-        for name, turn in turns.items():
-            times[name].append(turn())
+    while done < rounds and (done < _MIN_ROUNDS or time.perf_counter() < end):
+        for name, call in calls.items():
+            if name == _OURS and benchmark.seconds is not None:
+                times[name].append(benchmark.seconds(call()))
+            else:
+                times[name].append(clock(call, device))
         done += 1
     return times
 
 
-def _turn(contest: Contest, device: torch.device) -> Callable[[], float]:
-    if contest.seconds is None:
-        return lambda: clock(contest.ours, device)
-    told = contest.seconds
-    return lambda: told(contest.ours())
-
-
-def _plain_turn(rival: Rival, device: torch.device) -> Callable[[], float]:
-    return lambda: clock(rival.call, device)
+def _warm_up(call: Callable[[], Any], first_call: float = 0.0) -> None:
+    for _ in range(_WARM_UP if first_call <= _SLOW else 0):
+        call()
 
 
 def _timing(seconds: list[float]) -> Timing:
@@ -260,30 +236,50 @@ def _timing(seconds: list[float]) -> Timing:
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
     if len(values) == 1:
         return values[0], values[0], values[0]
-    low, _, high = statistics.quantiles(values, method="inclusive")
-    return low, statistics.median(values), high
+    low, median, high = statistics.quantiles(values, method="inclusive")
+    return low, median, high
 
 
-def peak_memory(stage: str, way: str, rival: str, setting: Setting) -> int | None:
-    """Bytes that one call needs at its peak beyond those that are held before it.
+def _pairs(a: list[float], b: list[float]) -> Iterator[tuple[float, float]]:
+    return zip(a, b, strict=True)
 
-    The call is made in a fresh process, is warmed there as before a clock, and then measured: the
-    first pays for what is set up once. On a GPU this is torch's count, on Linux the resident
-    memory, elsewhere None.
+
+def _reason(error: Exception) -> str:
+    """Format an exception as one line; an unexpected one with its type."""
+    text = " ".join(str(error).split()) or "no message"
+    expected = isinstance(error, RetinaNetError | AssertionError)
+    return text if expected else f"{type(error).__name__}: {text}"
+
+
+def _with_memory(row: Row, setting: Setting, name: Literal["memory", "rival_memory"]) -> Row:
+    """Add a peak memory; if measuring it fails, the error, and the times stay."""
+    side = row.rival if name == "rival_memory" else ""
+    try:
+        peak: dict[str, Any] = {name: peak_memory(row.stage, row.case, side, setting)}
+        return replace(row, **peak)
+    except RetinaNetError as error:
+        return replace(row, error=row.error or _reason(error))
+
+
+def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | None:
+    """Peak memory of one call in bytes, above the memory before it, in a process of its own.
+
+    The process warms up first. On a GPU this is torch's count, on Linux the resident memory, else
+    None.
 
     Args:
         stage: a name of :data:`STAGES`.
-        way: of the case in it.
-        rival: whose call; empty: ours.
-        setting: as the case was made with.
+        case: name of a case in it.
+        rival: side to measure; empty: ours.
+        setting: as for the case.
 
     Raises:
         RetinaNetError: the process failed.
     """
-    code = "import sys; from retinanet.bench import run; run.tell_memory(sys.argv[1])"
-    asked = {
+    code = "import sys; from retinanet.bench import run; run.print_peak_memory(sys.argv[1])"
+    arguments = {
         "stage": stage,
-        "way": way,
+        "case": case,
         "rival": rival,
         "size": setting.size,
         "device": str(setting.device),
@@ -291,59 +287,59 @@ def peak_memory(stage: str, way: str, rival: str, setting: Setting) -> int | Non
         "threads": torch.get_num_threads(),
     }
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(asked)],
+        [sys.executable, "-c", code, json.dumps(arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **ALLOCATOR},
         check=False,
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it died"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         side = rival or "ours"
-        raise RetinaNetError(f"{stage}: measuring the memory of {side} failed: {last}")
-    told = done.stdout.split()[-1]
-    return None if told == "None" else int(told)
+        raise RetinaNetError(f"{stage}: cannot measure the memory of {side}: {last}")
+    printed = done.stdout.split()[-1]
+    return None if printed == "None" else int(printed)
 
 
-# glibc keeps freed blocks under a threshold that grows by itself; fixed, large ones go back.
+# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """Environment of a process whose memory is measured."""
 
 
-def tell_memory(asked: str) -> None:
-    """The other end of :func:`peak_memory`."""
-    given = json.loads(asked)
-    torch.set_num_threads(given["threads"])
-    setting = Setting(given["size"], torch.device(given["device"]), tuple(given["vs"]))
-    case = next(one for one in STAGES[given["stage"]](setting) if one.way == given["way"])
-    contest = case.make()
-    if given["rival"]:
-        call = next(one.call for one in contest.rivals if one.name == given["rival"])
-        _warm(call, clock(call, setting.device))
+def print_peak_memory(arguments: str) -> None:
+    """Measure in the process that :func:`peak_memory` starts."""
+    values = json.loads(arguments)
+    torch.set_num_threads(values["threads"])
+    setting = Setting(values["size"], torch.device(values["device"]), tuple(values["vs"]))
+    cases = {case.name: case for case in STAGES[values["stage"]](setting)}
+    benchmark = cases[values["case"]].make()
+    call, first_call = benchmark.ours, 0.0
+    if values["rival"]:
+        call = {rival.name: rival.call for rival in benchmark.rivals}[values["rival"]]
+        first_call = clock(call, setting.device)
     else:
-        call = contest.ours
         call()
-        _warm(call)
+    _warm_up(call, first_call)
     gc.collect()
     sys.stdout.write(f"{peak_of(call, setting.device)}\n")
 
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes at the peak of a call beyond those before it; None where that cannot be asked."""
+    """Peak memory of a call in bytes, above the memory before it; None if it cannot be read."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    reset.write_text("5")  # the peak starts again from what is held now (proc(5))
-    before = _kilobytes(status, "VmRSS")
+    reset.write_text("5")  # reset the peak to the current resident memory, see proc(5)
+    before = _kilobytes("VmRSS")
     call()
-    return 1024 * (_kilobytes(status, "VmHWM") - before)
+    return 1024 * (_kilobytes("VmHWM") - before)
 
 
-def _kilobytes(status: Path, field: str) -> int:
-    line = next(one for one in status.read_text().splitlines() if one.startswith(field))
-    return int(line.split()[1])
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -7,6 +7,7 @@ command was not understood: an unknown option or setting. An error is one line o
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -136,15 +137,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+_OTHER_OPTIONS = {
+    "conf": "--score-threshold",
+    "conf-thres": "--score-threshold",
+    "confidence": "--score-threshold",
+    "confidence-threshold": "--score-threshold",
+    "score-thr": "--score-threshold",
+    "iou": "--nms-threshold",
+    "iou-thres": "--nms-threshold",
+    "nms": "--nms-threshold",
+    "max-det": "--detections-per-image",
+    "agnostic-nms": "--class-agnostic",
+    "imgsz": "--image-size",
+    "img-size": "--image-size",
+    "size": "--image-size",
+    "batch": "--batch-size",
+    "output": "--out",
+    "output-dir": "--out",
+    "work-dir": "--out",
+    "project": "--out",
+    "name": "--out",
+    "config": "--recipe",
+    "config-file": "--recipe",
+    "cfg": "--recipe",
+    "weights": "--init",
+    "pretrained": "--init",
+    "vid-stride": "--every",
+    "half": "--precision",
+    "format": "--to",
+}
+"""What other tools call an option of ours."""
+
+
+def _unknown_option(error: Any) -> str | None:
+    """The message for an option that does not exist but that another tool has."""
+    name = getattr(error, "option_name", None)
+    if name is None or error.ctx is None:
+        return None
+    from retinanet.config import setting_of
+
+    bare = name.lstrip("-").replace("_", "-")
+    known = [option for param in error.ctx.command.params for option in param.opts]
+    if _OTHER_OPTIONS.get(bare) in known:
+        return f"no such option: {name}; did you mean {_OTHER_OPTIONS[bare]}?"
+    setting = setting_of(bare.replace("-", "_"))
+    if setting and "settings" in (param.name for param in error.ctx.command.params):
+        return f"no such option: {name}; give the setting, without dashes: {setting}=VALUE"
+    return None
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         where = f' (see "{context.command_path} --help")' if context else ""
-        return " ".join(error.format_message().split()) + where
+        return " ".join((_unknown_option(error) or error.format_message()).split()) + where
     if isinstance(error, RetinaNetError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        next_step = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            next_step = "; free space, then give the same command again"
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}{next_step}"
     first = next(iter(str(error).splitlines()), "")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"out of memory: {first}; lower --batch-size, or raise train.accumulate"

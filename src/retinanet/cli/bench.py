@@ -1,4 +1,4 @@
-"""``retinanet bench``: how fast the parts are on this machine, beside what others use."""
+"""``retinanet bench``: time each stage on this machine."""
 
 from __future__ import annotations
 
@@ -25,51 +25,56 @@ def bench(
     ] = None,
     *,
     full: Annotated[
-        bool, typer.Option("--full", help="The paper's and COCO's sizes: an hour, not minutes.")
+        bool, typer.Option("--full", help="The paper's and COCO's sizes; takes an hour.")
     ] = False,
     vs: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Whom to compare with, of what is installed: torchvision (and pycocotools), "
-            "fvcore, apex, none. May be given again.",
+            help="Installed package to compare with: torchvision (and pycocotools), fvcore, apex, "
+            "or none. May be repeated.",
             show_default="torchvision",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="That torch computes with.", show_default="torch's")
+        int | None, typer.Option(min=1, help="Number of threads.", show_default="torch's")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="At the most, a contest.", show_default="7 or 15")
+        int | None,
+        typer.Option(min=1, help="Maximum number of rounds per row.", show_default="7 or 15"),
     ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Of rounds, a contest; three are made always.", show_default="5 or 40"
+            min=0,
+            help="Time limit per row in seconds; at least three rounds run.",
+            show_default="5 or 40",
         ),
     ] = None,
-    memory: Annotated[bool, typer.Option(help="Measure memory too.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print machine and rows as JSON.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the machine and the rows as JSON.")
+    ] = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print machine and rows as Markdown.")
+        bool, typer.Option("--markdown", help="Print the machine and the rows as Markdown.")
     ] = False,
 ) -> None:
-    """Time the parts on this machine, beside what others use for the same.
+    """Benchmark each stage on this machine against torchvision.
 
-    All sides get the same input, their outputs are compared first, and they take turns. The limit
-    is what the machine allows at most: a copy, or its fastest convolution, timed in the same turns.
+    All sides get the same input and run in interleaved rounds after their outputs are compared. The
+    limit is a lower bound on this machine: a copy, or its fastest convolution.
     """
     import torch
 
-    from retinanet.bench import bench as measure
+    from retinanet.bench import bench as run
     from retinanet.bench import describe_machine
-    from retinanet.bench.markdown import to_markdown
+    from retinanet.bench.tables import remarks, to_markdown
     from retinanet.model.precision import choose_device
 
     if json and markdown:
-        raise typer.BadParameter("--json and --markdown are two forms of one output: give one")
-    measured = measure(
+        raise typer.BadParameter("--json and --markdown exclude each other: give only one")
+    results = run(
         stages or (),
         size="full" if full else "small",
         vs=vs or ("torchvision",),
@@ -87,50 +92,49 @@ def bench(
         for line in machine.lines():
             say(line)
     rows: list[Row] = []
-    for stage, of_stage in groupby(measured, key=lambda row: row.stage):
-        own = []
-        for row in of_stage:
-            own.append(row)
-            note(_line(row))
-        rows += own
-        if not (json or markdown):
-            _print(stage, own)
-    if json:
-        print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
-    elif markdown:
-        say(to_markdown(machine.lines(), rows).rstrip())
+    try:
+        for stage, of_stage in groupby(results, key=lambda row: row.stage):
+            start = len(rows)
+            for row in of_stage:
+                rows.append(row)
+                note(
+                    f"{row.stage}, {row.case}, {row.size}: {'; '.join(_times(row) + remarks(row))}"
+                )
+            if not (json or markdown):
+                print_table(stage, rows[start:])
+    finally:  # after Ctrl-C too: print what was measured
+        if json:
+            print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
+        elif markdown:
+            say(to_markdown(machine.lines(), rows).rstrip())
+    failed = [f"{row.stage}, {row.case}" for row in rows if row.error]
+    if failed:
+        note(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
+        raise typer.Exit(1)
 
 
-def _line(row: Row) -> str:
-    """A row as it comes, with what the table leaves out."""
-    from retinanet.bench.markdown import held, ratio, seconds
+def _times(row: Row) -> list[str]:
+    from retinanet.bench.tables import median, ratio
 
-    line = f"{row.stage}, {row.way}, {row.size}: "
-    if row.ours is None:
-        return line + row.note
-    line += seconds(row.ours.median)
-    if row.theirs is not None:
-        line += f"; {row.rival} {seconds(row.theirs.median)}, {ratio(row)} times as long"
-        line += f" ({row.difference})"
-    for more in (row.note, held(row)):
-        if more:
-            line += f"; {more}"
-    if row.first is not None and row.first > 1 + 5 * row.ours.median:
-        line += f"; the first call took {seconds(row.first)}"
-    return line
+    texts = [median(row)] if row.ours else []
+    if row.theirs:
+        texts.append(
+            f"{row.rival} {median(row, 'theirs')}, {ratio(row)} times as long ({row.difference})"
+        )
+    return texts
 
 
-def _print(stage: str, rows: list[Row]) -> None:
-    """A stage's table: of 80 columns, 25 are left for what was worked on."""
+def print_table(stage: str, rows: list[Row]) -> None:
+    """Print the table of a stage; of 80 columns it leaves 25 for the case."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from retinanet.bench.markdown import megabytes, ratio, seconds, share
+    from retinanet.bench.tables import limit_fraction, median, megabytes, ratio
 
     rivals = list(dict.fromkeys(row.rival for row in rows if row.rival))
     table = Table(
-        title=stage + (f" beside {', '.join(rivals)}" if rivals else ""),
+        title=stage + (f" against {', '.join(rivals)}" if rivals else ""),
         title_justify="left",
         title_style="bold",
         header_style="bold",
@@ -143,16 +147,19 @@ def _print(stage: str, rows: list[Row]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     size = ""
     for row in rows:
-        what = row.way + (f" / {row.rival}" if len(rivals) > 1 and row.rival else "")
-        # The size is said where it changes.
-        beneath = ([row.size] if row.size != size else []) + ([] if row.ours else [row.note])
+        case = row.case + (f" / {row.rival}" if len(rivals) > 1 and row.rival else "")
+        details = [row.size] if row.size != size else []  # only where it changes
         size = row.size
+        if row.error:
+            details.append(f"failed: {row.error}")
+        elif row.ours is None:
+            details.append(row.note)
         table.add_row(
-            "\n".join([what, *(f"[dim]{escape(line)}[/dim]" for line in beneath)]),
-            seconds(row.ours.median) if row.ours else "-",
-            seconds(row.theirs.median) if row.theirs else "-",
+            "\n".join([escape(case), *(f"[dim]{escape(line)}[/dim]" for line in details)]),
+            median(row),
+            median(row, "theirs"),
             ratio(row),
-            share(row),
+            limit_fraction(row),
             megabytes(row.memory),
             megabytes(row.rival_memory),
         )

@@ -13,10 +13,14 @@ number of processes, or of images a process, an epoch goes by in another order.
 
 from __future__ import annotations
 
+import ast
+import multiprocessing
 import os
 import random
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -43,27 +47,69 @@ Order = Literal["images", "shards"]
 """What an epoch is a permutation of: all images, or shards and then the images of a few."""
 
 
-class BatchLoader(DataLoader[Batch]):
-    """A DataLoader of :class:`~retinanet.structures.Batch`, one an item.
+Unreadable = tuple[int, str]
+"""Index of an image in its data set, and the error message."""
 
-    An image that cannot be read raises :class:`~retinanet.errors.ImageError` with its own one-line
-    message, also out of a worker process.
+MAX_UNREADABLE = 0.1
+"""Share of a data set's images that may be skipped as unreadable (one image always may)."""
+
+_MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader that yields :class:`~retinanet.structures.Batch`.
+
+    Attributes:
+        skip_unreadable: whether to skip images that cannot be read; otherwise the first one raises
+            :class:`~retinanet.errors.ImageError` with its one-line message, also from a worker.
+        on_unreadable: called once per skipped image, in the main process.
+        num_images: images in the data set.
+        unreadable: error message of each skipped image by its index in the data set.
     """
 
+    skip_unreadable: bool
+    on_unreadable: Callable[[int, str], None] | None
+    num_images: int
+    unreadable: dict[int, str]
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        failure = None
-        for item in super().__iter__():
-            # A DataLoader puts the worker's traceback into the message of what it re-raises, so the
-            # failure travels as a value.
-            if isinstance(item, _Failure):
-                failure = item
-                break
-            yield item
-        if failure is not None:
-            # Ends the workers now. Left to the garbage collector, with the traceback that refers to
-            # them, they are waited for in vain: five seconds each.
-            self._iterator = None
-            raise ImageError(failure.message)
+        for batch, failures in super().__iter__():
+            try:
+                self._check_unreadable(failures)
+            except DataError:
+                # Ends the workers now. Left to the garbage collector, with the traceback that
+                # refers to them, they are waited for in vain: five seconds each.
+                self._iterator = None
+                raise
+            if batch is not None:
+                yield batch
+
+    def check_worker_number_rationality(self) -> None:
+        """Accept more workers than processors: reading from slow storage waits more than it works.
+
+        DataLoader warns of it.
+        """
+
+    def _check_unreadable(self, failures: Sequence[Unreadable]) -> None:
+        """
+        Raises:
+            ImageError: an image is unreadable, and unreadable images are not skipped.
+            DataError: more than :data:`MAX_UNREADABLE` of the images are unreadable.
+        """
+        for index, message in failures:
+            if not self.skip_unreadable:
+                raise ImageError(message)
+            if index in self.unreadable:
+                continue
+            self.unreadable[index] = message
+            if self.on_unreadable is not None:
+                self.on_unreadable(index, message)
+            limit = max(1, MAX_UNREADABLE * self.num_images)
+            if len(self.unreadable) > limit or len(self.unreadable) == self.num_images:
+                raise DataError(
+                    f"too many unreadable images: {len(self.unreadable)} of {self.num_images}, "
+                    f"the last: {message}; run retinanet data check"
+                )
 
 
 def train_loader(
@@ -88,6 +134,8 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     fill: Sequence[float] = (0, 0, 0),
+    skip_unreadable: bool = False,
+    on_unreadable: Callable[[int, str], None] | None = None,
 ) -> BatchLoader:
     """Batches of steps `start_step` to `steps` - 1, in order.
 
@@ -118,6 +166,10 @@ def train_loader(
         rank, world_size: this process's place among those that train together.
         fill: RGB of the padding: the model's pixel mean, so that it is about 0 after normalisation.
 
+        skip_unreadable: use the next readable image of the epoch in place of one that cannot be
+            read; False: raise.
+        on_unreadable: called with index and message of each skipped image, once.
+
     Returns:
         `steps` - `start_step` batches. Annotations that are ignored have the label IGNORED; boxes
         are cut to the image, and dropped where nothing is left. Each process pads to the
@@ -126,7 +178,8 @@ def train_loader(
     Raises:
         ValueError: the data set is empty, or a number is out of range.
         DataError: `order` is ``shards`` and an image lies in none.
-        ImageError: (from the loop) an image cannot be read.
+        ImageError: (while iterating) an image cannot be read.
+        DataError: (while iterating) more than :data:`MAX_UNREADABLE` of the images cannot be read.
     """
     _check(dataset, batch_size, workers, rank, world_size)
     if shard_window < 1:
@@ -148,7 +201,8 @@ def train_loader(
             _shards(dataset, shard_window, batch_size, world_size) if order == "shards" else None
         ),
     )
-    return _loader(batches, range(start_step, steps), workers)
+    loader = _loader(batches, range(start_step, steps), workers)
+    return _skipping(loader, dataset, skip_unreadable, on_unreadable)
 
 
 def eval_loader(
@@ -161,6 +215,8 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     fill: Sequence[float] = (0, 0, 0),
+    skip_unreadable: bool = False,
+    on_unreadable: Callable[[int, str], None] | None = None,
 ) -> BatchLoader:
     """Every image once, in the data set's order, unchanged but for the resize.
 
@@ -175,7 +231,33 @@ def eval_loader(
         image_size=image_size,
         fill=tuple(fill),
     )
-    return _loader(batches, range(rank, len(batches), world_size), workers)
+    loader = _loader(batches, range(rank, len(batches), world_size), workers)
+    return _skipping(loader, dataset, skip_unreadable, on_unreadable)
+
+
+def readable_part(
+    dataset: Dataset, *, image_size: int, max_size: int, workers: int = 0
+) -> tuple[Dataset, dict[int, str]]:
+    """Read every image once, and leave out those that cannot be read.
+
+    Returns:
+        The data set without them, and the error messages by their index in `dataset`.
+
+    Raises:
+        DataError: more than :data:`MAX_UNREADABLE` of the images cannot be read.
+    """
+    loader = eval_loader(
+        dataset,
+        batch_size=1,
+        image_size=image_size,
+        max_size=max_size,
+        workers=workers,
+        skip_unreadable=True,
+    )
+    for _ in loader:
+        pass
+    kept = tuple(image for i, image in enumerate(dataset.images) if i not in loader.unreadable)
+    return replace(dataset, images=kept), loader.unreadable
 
 
 def default_workers() -> int:
@@ -202,13 +284,6 @@ def usable_cpus() -> int:
         return max(1, min(cpus, int(quota) // int(period)))
     except (OSError, ValueError):  # no such limit ("max"), or no Linux
         return cpus
-
-
-class _Failure:
-    """An image that could not be read, on its way out of a worker."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
 
 
 class _Images:
@@ -312,7 +387,7 @@ def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> 
     )
 
 
-class _TrainBatches(TorchDataset["Batch | _Failure"]):
+class _TrainBatches(TorchDataset[Any]):
     def __init__(
         self,
         images: _Images,
@@ -340,7 +415,7 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
         self._any_corner = any_corner
         self._shards = shards
 
-    def __getitem__(self, step: int) -> Batch | _Failure:
+    def __getitem__(self, step: int) -> tuple[Batch | None, list[Unreadable]]:
         shorter, transform = self._image_size, self._transform
         if self._multi_scale:
             draw = random.Random(f"{self._seed} side {step}")
@@ -348,18 +423,34 @@ class _TrainBatches(TorchDataset["Batch | _Failure"]):
             longest = round(transform.max_size * shorter / self._image_size)
             transform = replace(transform, max_size=longest)
         first = (step * self._world_size + self._rank) * self._batch_size
-        chosen = []
-        for place in range(first, first + self._batch_size):
-            epoch, position = divmod(place, len(self._images))
-            if self._shards is None:
-                index = _order(self._seed, epoch, len(self._images))[position]
-            else:
-                index = _order_by_shards(self._seed, epoch, self._shards)[position]
-            chosen.append((index, random.Random(f"{self._seed} image {epoch} {index}")))
-        return _load(self._images, chosen, transform, shorter, self._fill, self._any_corner)
+        positions = range(first, first + self._batch_size)
+        samples, failures = _read_samples(
+            self._images, [self._chosen(position) for position in positions], transform, shorter
+        )
+        for i, position in enumerate(positions):
+            for further in range(1, min(_MAX_SUBSTITUTES, len(self._images) - 1) + 1):
+                if samples[i] is not None:
+                    break
+                # Of the same epoch, so that the choice depends on the data and the seed alone.
+                epoch, place = divmod(position, len(self._images))
+                substitute = epoch * len(self._images) + (place + further) % len(self._images)
+                (samples[i],), more = _read_samples(
+                    self._images, [self._chosen(substitute)], transform, shorter
+                )
+                failures += more
+        return _collate(samples, self._fill, self._any_corner), failures
+
+    def _chosen(self, position: int) -> tuple[int, random.Random]:
+        """The image at a position of the endless stream, and what its augmentation draws from."""
+        epoch, place = divmod(position, len(self._images))
+        if self._shards is None:
+            index = _order(self._seed, epoch, len(self._images))[place]
+        else:
+            index = _order_by_shards(self._seed, epoch, self._shards)[place]
+        return index, random.Random(f"{self._seed} image {epoch} {index}")
 
 
-class _EvalBatches(TorchDataset["Batch | _Failure"]):
+class _EvalBatches(TorchDataset[Any]):
     def __init__(
         self,
         images: _Images,
@@ -378,11 +469,12 @@ class _EvalBatches(TorchDataset["Batch | _Failure"]):
     def __len__(self) -> int:
         return -(-len(self._images) // self._batch_size)
 
-    def __getitem__(self, batch: int) -> Batch | _Failure:
+    def __getitem__(self, batch: int) -> tuple[Batch | None, list[Unreadable]]:
         first = batch * self._batch_size
         last = min(first + self._batch_size, len(self._images))
         chosen = [(index, random.Random(0)) for index in range(first, last)]
-        return _load(self._images, chosen, self._transform, self._image_size, self._fill)
+        samples, failures = _read_samples(self._images, chosen, self._transform, self._image_size)
+        return _collate([sample for sample in samples if sample], self._fill), failures
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
@@ -435,47 +527,82 @@ def _shuffled_by_windows(
     return list(chain.from_iterable(windows))
 
 
-def _load(
-    samples: _Images,
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """One image after the transform, and what it draws its corner from."""
+
+    index: int
+    draw: random.Random
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    original_size: tuple[int, int]
+
+
+def _read_samples(
+    images: _Images,
     chosen: Sequence[tuple[int, random.Random]],
     transform: Transform,
     shorter: int,
-    fill: Sequence[float],
-    any_corner: bool = False,
-) -> Batch | _Failure:
-    images, boxes, labels, original_sizes = [], [], [], []
-    try:
-        files = archives.fetched([samples.path(index) for index, _ in chosen])
-    except ImageError as error:
-        return _Failure(str(error))
-    for (index, generator), file in zip(chosen, files, strict=True):
+) -> tuple[list[_Sample | None], list[Unreadable]]:
+    """Read and transform images; None and a message for each that cannot be read."""
+    samples: list[_Sample | None] = []
+    failures: list[Unreadable] = []
+    for (index, draw), file in zip(
+        chosen, _fetched([images.path(index) for index, _ in chosen]), strict=True
+    ):
         try:
+            if isinstance(file, ImageError):
+                raise file
             image, size = read_reduced(file, *transform.reading_size(shorter))
         except ImageError as error:
-            return _Failure(str(error))
-        original_sizes.append(size)
-        image, image_boxes, image_labels = transform(
-            image, *samples.objects(index), shorter=shorter, generator=generator, size=size
+            samples.append(None)
+            failures.append((index, str(error)))
+            continue
+        image, boxes, labels = transform(
+            image, *images.objects(index), shorter=shorter, generator=draw, size=size
         )
-        images.append(image)
-        boxes.append(image_boxes)
-        labels.append(image_labels)
+        samples.append(_Sample(index, draw, image, boxes, labels, size))
+    return samples, failures
+
+
+def _fetched(
+    files: list[str | archives.Member],
+) -> Sequence[str | archives.Member | ImageError]:
+    """Remote files with their bytes, fetched together; where that fails, each by itself."""
+    try:
+        return archives.fetched(files)
+    except ImageError as error:
+        if len(files) == 1:
+            return [error]
+        return [_fetched([file])[0] for file in files]
+
+
+def _collate(
+    samples: Sequence[_Sample | None], fill: Sequence[float], any_corner: bool = False
+) -> Batch | None:
+    """The batch of some images; None: there is none, or one is missing."""
+    present = [sample for sample in samples if sample is not None]
+    if not present or len(present) < len(samples):
+        return None
+    boxes = [sample.boxes for sample in present]
     corners = None
     if any_corner:
-        corners = [(draw.random() < 0.5, draw.random() < 0.5) for _, draw in chosen]
+        corners = [(sample.draw.random() < 0.5, sample.draw.random() < 0.5) for sample in present]
     in_worker = get_worker_info() is not None  # plain memory would be copied on its way
+    images = [sample.image for sample in present]
     padded, sizes = pad_batch(images, fill, DIVISOR, corners, shared=in_worker)
     if corners is not None:
-        room = torch.tensor(padded.shape[-2:]) - sizes
-        for place, (low, right) in enumerate(corners):
-            down, across = room[place] * torch.tensor([low, right])
-            boxes[place] = boxes[place] + torch.stack([across, down]).repeat(2)
+        free = torch.tensor(padded.shape[-2:]) - sizes
+        for i, (low, right) in enumerate(corners):
+            down, across = free[i] * torch.tensor([low, right])
+            boxes[i] = boxes[i] + torch.stack([across, down]).repeat(2)
     return Batch(
         padded,
-        pad_targets(boxes, labels),
+        pad_targets(boxes, [sample.labels for sample in present]),
         sizes,
-        torch.tensor(original_sizes, dtype=torch.int64),
-        torch.tensor([index for index, _ in chosen], dtype=torch.int64),
+        torch.tensor([sample.original_size for sample in present], dtype=torch.int64),
+        torch.tensor([sample.index for sample in present], dtype=torch.int64),
     )
 
 
@@ -491,7 +618,14 @@ def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_siz
 
 
 def _loader(batches: TorchDataset[Any], numbers: range, workers: int) -> BatchLoader:
-    return BatchLoader(
+    if workers and _workers_would_rerun_script():
+        warnings.warn(
+            "images are loaded in this process, without workers: they would run the script "
+            'again; put its code under if __name__ == "__main__":, or set workers to 0',
+            stacklevel=3,
+        )
+        workers = 0
+    loader = BatchLoader(
         batches,
         batch_size=None,  # an item is a batch already
         sampler=numbers,
@@ -499,4 +633,45 @@ def _loader(batches: TorchDataset[Any], numbers: range, workers: int) -> BatchLo
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+    )
+    loader.skip_unreadable, loader.on_unreadable = False, None
+    loader.num_images, loader.unreadable = len(numbers), {}
+    return loader
+
+
+def _skipping(
+    loader: BatchLoader,
+    dataset: Dataset,
+    skip_unreadable: bool,
+    on_unreadable: Callable[[int, str], None] | None,
+) -> BatchLoader:
+    loader.skip_unreadable, loader.on_unreadable = skip_unreadable, on_unreadable
+    loader.num_images = len(dataset)
+    return loader
+
+
+def _workers_would_rerun_script() -> bool:
+    """Whether a worker process would execute the user's script from its first line.
+
+    Under the start methods spawn and forkserver (macOS, Windows, Linux from Python 3.14 on) a
+    worker imports the main module, and multiprocessing raises RuntimeError where that starts
+    workers itself.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    if (method or multiprocessing.get_all_start_methods()[0]) == "fork":
+        return False
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is None:  # an interactive session is not imported again
+        return False
+    try:
+        tree = ast.parse(Path(script).read_bytes())
+    except (OSError, SyntaxError, ValueError):  # a launcher, which is no Python source
+        return False
+    return not any(
+        isinstance(statement, ast.If)
+        and any(
+            isinstance(node, ast.Name) and node.id == "__name__"
+            for node in ast.walk(statement.test)
+        )
+        for statement in tree.body
     )

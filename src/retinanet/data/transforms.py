@@ -162,6 +162,6 @@ def _change_colour(image: Tensor, strength: float, draw: random.Random) -> Tenso
     matrix = torch.linalg.solve(luma_chroma, change @ luma_chroma) * (brightness * contrast)
     values = image.contiguous().flatten(1).float()  # planes: a fast product
     mean_luma = luma_chroma[0] @ values.mean(dim=1).double()
-    offset = torch.full((3, 1), float(brightness * (1 - contrast) * mean_luma))
+    offset = torch.full((3, 1), float(brightness * (1 - contrast) * mean_luma), dtype=torch.float32)
     changed = torch.addmm(offset, matrix.float(), values)
     return changed.clamp_(0, 255).round_().to(torch.uint8).reshape(image.shape)

@@ -121,7 +121,7 @@ def compare(
     counts = dict.fromkeys(
         ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond"), 0
     )
-    scores, corners = [torch.zeros(0)], [torch.zeros(0)]
+    scores, corners = ([torch.zeros(0, dtype=torch.float32)] for _ in range(2))
     for expected, got in pairs:
         left, right = match(expected, got)
         score = (expected.scores[left] - got.scores[right]).abs()

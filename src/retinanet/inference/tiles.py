@@ -233,7 +233,7 @@ def merge_parts(
     cut = _cut_sides(boxes, windows, of, size)
     merging = _Merging(boxes, scores, kinds, cut, windows, of)
     sure = [_AS_SURE_IN_THE_WHOLE if one.window is None else _AS_SURE_IN_A_TILE for one in parts]
-    merging.drop_contained(torch.tensor(sure)[of])
+    merging.drop_contained(torch.tensor(sure, dtype=torch.float32)[of])
     for axis in (0, 1):
         merging.join(axis)
     kept = merging.kept.nonzero()[:, 0]

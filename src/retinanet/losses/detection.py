@@ -14,7 +14,14 @@ from retinanet.losses.box import box_loss
 from retinanet.losses.classification import Alpha, Kind, weighted_label_loss
 from retinanet.losses.mining import NEGATIVES_PER_POSITIVE, hard_examples
 from retinanet.matching import anchor_labels, match_anchors
-from retinanet.structures import IGNORED, Outputs, Targets, flatten_level, flatten_levels
+from retinanet.structures import (
+    IGNORED,
+    Outputs,
+    Targets,
+    flatten_level,
+    flatten_levels,
+    is_readable,
+)
 
 RUNNING_START = 100.0
 """Where detectron2 starts the running count of foreground anchors."""
@@ -292,8 +299,8 @@ def _box_losses(
 ) -> Tensor:
     """The weighted box losses of the foreground anchors; an empty sum still has a gradient."""
     deltas = flatten_levels(outputs.deltas, 4)
-    # A GPU would have to be waited for until it says which anchors those are.
-    way = _of_foreground if deltas.device.type == "cpu" else _of_all_anchors
+    # Selecting the foreground anchors reads values: a GPU would have to be waited for.
+    way = _of_foreground if is_readable(matches) else _of_all_anchors
     return way(deltas, anchors, targets, matches, weights, kind, beta)
 
 

@@ -99,7 +99,7 @@ def sum_and_gradient(
                 num_warps=_WARPS,
                 enable_fp_fusion=True,
             )
-    return sums.sum()
+    return sums.sum(dtype=torch.float64).float()
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:

@@ -149,6 +149,10 @@ def _read(folder: Path) -> Checkpoint:
     for name in (TEXT_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise WeightsError(f"checkpoint {folder} has no {name}: it is not whole")
+        try:
+            (folder / name).open("rb").close()  # safetensors reports any failure as a missing file
+        except OSError as error:
+            raise WeightsError(f"{folder / name} cannot be read: {error.strerror}") from None
     text = CheckpointText(_parse(folder / TEXT_FILE), folder / TEXT_FILE)
     spec = text.spec()
     try:

@@ -106,9 +106,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return False
-    plain, sums = (FusedConv2d(nn.Conv2d(16, 16, 1), None, "relu").to(dtype) for _ in range(2))
+    plain, sums = (
+        FusedConv2d(nn.Conv2d(16, 16, 1, dtype=torch.float32), None, "relu").to(dtype)
+        for _ in range(2)
+    )
     plain.shapes_kept = sums.shapes_kept = 1
-    plain.bias = nn.Parameter(torch.zeros(16), requires_grad=False)
+    plain.bias = nn.Parameter(torch.zeros(16, dtype=torch.float32), requires_grad=False)
     x = torch.zeros(1, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
@@ -152,6 +155,10 @@ class FusedConv2d(nn.Module):
         self.activation = activation
         self.shapes_kept: int | None = None
         self._packed: dict[torch.Size, Tensor | None] = {}  # the last used last
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors in oneDNN's layout can be neither copied nor pickled: a copy packs its own.
+        return {**self.__dict__, "_packed": {}}
 
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """The weight in the layout that oneDNN wants for an input of this shape.

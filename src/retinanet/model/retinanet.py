@@ -5,7 +5,8 @@ Source: Lin et al. 2017, Sec. 4, Figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ from retinanet.model.heads import Head, prior_bias
 from retinanet.structures import Outputs
 
 
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Let modules be created in float32 whatever torch's default type is; also a decorator."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class RetinaNet(nn.Module):
     """A one-stage detector: the same outputs in training and in evaluation.
 
@@ -44,6 +56,7 @@ class RetinaNet(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
+    @_default_float32()
     def __init__(
         self,
         *,

@@ -90,21 +90,35 @@ TARGET static INLINE float NAMED(element)(
 }
 
 /* Sum of weights[i] * loss(u[i]); slopes[i] = weights[i] * loss'(u[i]). */
+TARGET static INLINE float NAMED(block)(
+    int curve, const float *restrict u, const float *restrict weights, float *restrict slopes,
+    int count, float gamma, float beta, float inverse, float shift
+) {
+    float sum = 0.0f;
+    SIMD_SUM(sum)
+    for (int i = 0; i < count; i++) {
+        float slope;
+        sum += NAMED(element)(curve, u[i], weights[i], gamma, beta, inverse, shift, &slope);
+        slopes[i] = slope;
+    }
+    return sum;
+}
+
+/* The same for any count: in float32 within a block, in float64 over the blocks. */
 #define CURVE(name, curve)                                                                         \
-    TARGET static float NAMED(name)(                                                               \
+    TARGET static double NAMED(name)(                                                              \
         const float *restrict u, const float *restrict weights, float *restrict slopes,            \
         int count, float gamma, float beta, float inverse, float shift                             \
     ) {                                                                                            \
-        float sum = 0.0f;                                                                          \
-        SIMD_SUM(sum)                                                                              \
-        for (int i = 0; i < count; i++) {                                                          \
-            float slope;                                                                           \
-            sum += NAMED(element)(                                                                 \
-                curve, u[i], weights[i], gamma, beta, inverse, shift, &slope                       \
+        double sum = 0.0;                                                                          \
+        int i = 0;                                                                                 \
+        for (; i + SUM_BLOCK <= count; i += SUM_BLOCK)                                             \
+            sum += NAMED(block)(                                                                   \
+                curve, u + i, weights + i, slopes + i, SUM_BLOCK, gamma, beta, inverse, shift      \
             );                                                                                     \
-            slopes[i] = slope;                                                                     \
-        }                                                                                          \
-        return sum;                                                                                \
+        return sum + NAMED(block)(                                                                 \
+            curve, u + i, weights + i, slopes + i, count - i, gamma, beta, inverse, shift          \
+        );                                                                                         \
     }
 
 CURVE(cross_entropy, CROSS_ENTROPY)

@@ -39,9 +39,12 @@
 #define VERSION 0
 #endif
 
+/* Elements summed in float32 before the sum goes into a float64: a longer float32 sum rounds more. */
+#define SUM_BLOCK 256
+
 enum { CROSS_ENTROPY, FOCAL_1, FOCAL_2, FOCAL, STAR };
 
-typedef float (*Curve)(
+typedef double (*Curve)(
     const float *, const float *, float *, int, float gamma, float beta, float inverse, float shift
 );
 

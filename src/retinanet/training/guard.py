@@ -26,7 +26,7 @@ class Guard:
 
     def __init__(self, device: torch.device, *, scaled: bool) -> None:
         self._patience = PATIENCE if scaled else 1
-        self._in_a_row = torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.float32, device=device)
         self.stopped = torch.zeros((), dtype=torch.bool, device=device)
 
     def refuses(self, losses: Losses, grad_norm: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
     """:func:`loss_settings` with alpha on the device: sending it anew each step would wait."""
     settings = dict(settings)
     if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], device=device)
+        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
     return settings
 
 

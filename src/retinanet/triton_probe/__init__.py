@@ -54,6 +54,6 @@ def _run_one_element(device: torch.device) -> None:
     """Compile and start a kernel; its end is not waited for, as what can fail comes before."""
     from retinanet.triton_probe.kernel import set_to_one
 
-    value = torch.zeros(1, device=device)
+    value = torch.zeros(1, dtype=torch.float32, device=device)
     with torch.cuda.device_of(value):  # type: ignore[no-untyped-call]
         set_to_one[(1,)](value)

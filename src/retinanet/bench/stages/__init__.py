@@ -1,18 +1,18 @@
-"""The stages: each part of this package beside the one that people would use otherwise."""
+"""Stages: functions that list the benchmarks of one part of the package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from retinanet.bench.contest import Case, Setting
-from retinanet.bench.stages.assignment import matching
-from retinanet.bench.stages.classes import class_loss
-from retinanet.bench.stages.finding import postprocessing
-from retinanet.bench.stages.images import data
-from retinanet.bench.stages.judging import evaluation
-from retinanet.bench.stages.networks import detection, inference
-from retinanet.bench.stages.starting import startup
-from retinanet.bench.stages.steps import train_step
+from retinanet.bench.benchmark import Case, Setting
+from retinanet.bench.stages.class_loss import class_loss
+from retinanet.bench.stages.data import data
+from retinanet.bench.stages.evaluation import evaluation
+from retinanet.bench.stages.inference import detection, inference
+from retinanet.bench.stages.matching import matching
+from retinanet.bench.stages.postprocess import postprocessing
+from retinanet.bench.stages.startup import startup
+from retinanet.bench.stages.train_step import train_step
 
 STAGES: dict[str, Callable[[Setting], list[Case]]] = {
     "class-loss": class_loss,
@@ -25,4 +25,4 @@ STAGES: dict[str, Callable[[Setting], list[Case]]] = {
     "evaluation": evaluation,
     "startup": startup,
 }
-"""What is timed: each gives its cases, which are set up one at a time."""
+"""Cases of each stage; a case is set up when it runs."""

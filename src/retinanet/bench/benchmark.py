@@ -1,0 +1,177 @@
+"""A benchmark, its settings and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+Size = Literal["tiny", "small", "full"]
+"""Input sizes: for tests, for a quick run, and the paper's and COCO's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Settings of a stage.
+
+    Attributes:
+        size: input size.
+        device: device of networks, losses and post-processing.
+        vs: rivals, names of :data:`retinanet.bench.rivals.RIVALS`.
+    """
+
+    size: Size
+    device: torch.device
+    vs: tuple[str, ...] = ("torchvision",)
+
+    def pick(self, tiny: Any, small: Any, full: Any) -> Any:
+        """Return the value for the size."""
+        return {"tiny": tiny, "small": small, "full": full}[self.size]
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another implementation of the same computation.
+
+    Attributes:
+        name: package, and its mode if that is not the default.
+        call: runs it once.
+        compare: takes our output and the rival's and returns their difference as text; raises
+            AssertionError if it exceeds the tolerance.
+        retained: bytes kept between calls; None: not counted.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    compare: Callable[[Any, Any], str]
+    retained: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Lower bound of the time on this machine: `factor` times that of `call`.
+
+    Attributes:
+        name: such as ``copy`` or ``matrix peak``.
+        call: a plain operation bound by that limit alone.
+        factor: number of such operations in the benchmark.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A computation with everything it is compared to.
+
+    Attributes:
+        ours: runs ours once.
+        rivals: other implementations; may be empty.
+        limit: lower bound of the time on this machine; None: none is known.
+        input_bytes: bytes of the logits, to which the peak memory is compared; None: not compared.
+        seconds: reads the time from our output; None: the time of the call.
+        note: implementation that ran.
+        memory: whether to measure peak memory.
+        retained: bytes that ours keeps between calls; None: not counted.
+    """
+
+    ours: Callable[[], Any]
+    rivals: Sequence[Rival] = ()
+    limit: Limit | None = None
+    input_bytes: int | None = None
+    seconds: Callable[[Any], float] | None = None
+    note: str = ""
+    memory: bool = True
+    retained: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A benchmark that is set up when it runs.
+
+    Attributes:
+        name: unique within the stage and the same at every size.
+        size: description of the input.
+        make: sets the benchmark up; raises MissingExtraError if an extra is not installed.
+    """
+
+    name: str
+    size: str
+    make: Callable[[], Benchmark]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call.
+
+    Attributes:
+        median: over all rounds.
+        low, high: quartiles.
+        rounds: number of rounds.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Result of a benchmark against one rival.
+
+    Attributes:
+        stage: a name of :data:`retinanet.bench.STAGES`.
+        case: name of the case in the stage.
+        size: description of the input.
+        rival: name of the rival; empty: none.
+        ours: our time; None: it did not run, see `note` or `error`.
+        theirs: time of the rival.
+        first_call: seconds of our first call, which compiles and allocates.
+        speedup: theirs / ours, median over rounds.
+        speedup_low, speedup_high: its quartiles.
+        limit: name of the machine's limit; empty: none.
+        limit_fraction: the limit's time / ours, median over rounds; 1 is the limit.
+        memory, rival_memory: peak memory of a call in bytes, above the memory before it; None: not
+            measured.
+        retained, rival_retained: bytes kept between calls; None: not counted.
+        input_bytes: bytes of the logits.
+        difference: difference of the two outputs.
+        note: implementation that ran, or why the case was skipped.
+        error: why the row failed; empty: it did not. A rival whose output differs is not timed.
+    """
+
+    stage: str
+    case: str
+    size: str
+    rival: str = ""
+    ours: Timing | None = None
+    theirs: Timing | None = None
+    first_call: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    limit: str = ""
+    limit_fraction: float | None = None
+    memory: int | None = None
+    rival_memory: int | None = None
+    retained: int | None = None
+    rival_retained: int | None = None
+    input_bytes: int | None = None
+    difference: str = ""
+    note: str = ""
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Read the values of :meth:`to_dict`."""
+        timings = {name: values[name] and Timing(**values[name]) for name in ("ours", "theirs")}
+        return cls(**{**values, **timings})
