@@ -1,9 +1,9 @@
 """Read images inside tar archives in place: ``train-000000.tar/KEY.jpg`` is a path like any other.
 
 A member of a tar is stored as is, so that its offset and size suffice to read it. They come from an
-index beside the archive (``train-000000.index.json``), else from its headers. The archive may be a local
-file or at an fsspec address (``s3://bucket/train-000000.tar``), of which only the bytes of the
-member are fetched. A file is opened per read, so nothing is shared between threads and forked
+index beside the archive (``train-000000.index.json``), else from its headers. The archive may be a
+local file or at an fsspec address (``s3://bucket/train-000000.tar``), of which only the bytes of
+the member are fetched. A file is opened per read, so nothing is shared between threads and forked
 processes.
 """
 
