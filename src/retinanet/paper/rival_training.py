@@ -24,8 +24,8 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, NonFiniteLossError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.results import Results
 from retinanet.evaluation.predict import group_by_size
+from retinanet.evaluation.results import Results
 from retinanet.losses.detection import Losses
 from retinanet.model.precision import autocast, choose_device
 from retinanet.paper.rivals import (
