@@ -291,7 +291,7 @@ def test_network_failure_is_500_for_its_request_only(
 
     with client(detector) as service:
         with monkeypatch.context() as broken:
-            broken.setattr(detector, "search", fail)
+            broken.setattr(detector, "detect_prepared", fail)
             response = service.post("/v1/detect", content=png_image(), headers=PNG)
         assert response.status_code == 500
         assert response.json() == {"detail": "internal server error; see the log"}
@@ -308,7 +308,7 @@ def test_network_failure_at_start_is_raised(monkeypatch: pytest.MonkeyPatch, wor
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(detector, "search", fail)
+    monkeypatch.setattr(detector, "detect_prepared", fail)
     app = build_app(detector, Settings(workers=workers))
     with pytest.raises(RuntimeError, match="no memory"):
         app.state.batcher.start()

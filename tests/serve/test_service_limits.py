@@ -392,14 +392,10 @@ def tiled(side: int) -> bytes:
 
 def test_tiff_tile_pixels_are_limited() -> None:
     with client(settings=Settings(max_pixels=1_000_000)) as service:
-        response = service.post(
-            "/v1/detect", content=tiled(1008), headers=PNG
-        )
+        response = service.post("/v1/detect", content=tiled(1008), headers=PNG)
         assert response.status_code == 413, response.text
         assert "a tile of 1,016,064; at most 1,000,000" in response.text
-        accepted = service.post(
-            "/v1/detect", content=tiled(992), headers=PNG
-        )
+        accepted = service.post("/v1/detect", content=tiled(992), headers=PNG)
         assert accepted.status_code == 200, accepted.text
 
 

@@ -107,21 +107,21 @@ def test_a_request_that_runs_is_finished(
     says: list[str],
 ) -> None:
     entered, resume = threading.Event(), threading.Event()
-    search = Detector.search
+    detect = Detector.detect_prepared
     answers: list[httpx.Response] = []
     files = [("images", (f"{i}.png", png_image())) for i in range(3)]
 
     def slow(*given: Any, **options: Any) -> Any:
         entered.set()
         resume.wait(120)
-        return search(*given, **options)
+        return detect(*given, **options)
 
     def post(address: str) -> None:
         answers.append(httpx.post(f"{address}/v1/detect", files=files, timeout=120))
         resume_late.join()
 
     def use(address: str) -> None:
-        monkeypatch.setattr(Detector, "search", slow)  # the networks are warm
+        monkeypatch.setattr(Detector, "detect_prepared", slow)  # the networks are warm
         threads.append(threading.Thread(target=post, args=(address,)))
         threads[0].start()
         assert entered.wait(120)

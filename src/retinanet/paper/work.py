@@ -22,16 +22,15 @@ import torch
 from filelock import FileLock, Timeout
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from retinanet.config import Recipe, build_recipe, load_recipe, to_toml
+from retinanet.config import build_recipe, to_toml
 from retinanet.data import read_splits, usable
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError, RetinaNetError
 from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
 from retinanet.paper.rival_training import train_rival
 from retinanet.report.plots import read_log
-from retinanet.training.events import Listener
+from retinanet.training.events import EventCallback
 from retinanet.training.run_folder import RunFolder
-from retinanet.training.state import read_progress
 from retinanet.training.trainer import train
 
 EXIT_LOCKED = 75
@@ -163,7 +162,7 @@ def is_locked(folder: Path) -> bool:
     return True
 
 
-def work(source: int, on_event: Listener | None = None) -> int:
+def work(source: int, on_event: EventCallback | None = None) -> int:
     """Run or resume the task that is read from a pipe, and write its result.
 
     Args:
@@ -231,7 +230,7 @@ def _interrupt() -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
 
-def _train_together(task: Task, on_event: Listener | None) -> int:
+def _train_together(task: Task, on_event: EventCallback | None) -> int:
     """Train with several processes; a stop kills them, and their last state is resumed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -252,7 +251,7 @@ def _train_together(task: Task, on_event: Listener | None) -> int:
     return 0
 
 
-def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> None:
+def _train_rank(rank: int, task: Task, port: int, on_event: EventCallback | None) -> None:
     sizes = {"WORLD_SIZE": task.processes, "LOCAL_WORLD_SIZE": task.processes}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in (sizes | ranks).items()})
@@ -262,7 +261,7 @@ def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> 
         sys.exit(f"error: {error}")
 
 
-def _train(task: Task, on_event: Listener | None) -> int:
+def _train(task: Task, on_event: EventCallback | None) -> int:
     torch.set_num_threads(task.threads)
     folder = Path(task.folder)
     recipe = build_recipe(tomllib.loads(task.recipe), "the task")
@@ -270,7 +269,6 @@ def _train(task: Task, on_event: Listener | None) -> int:
         task.data, extras=False, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction
     )
     splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
-    recipe = _with_first_weights(recipe, folder)
     try:
         if task.rival:
             run = train_rival(
@@ -289,19 +287,6 @@ def _train(task: Task, on_event: Listener | None) -> int:
     if _is_main_process():
         _drop_state(folder)
     return 0
-
-
-def _with_first_weights(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with the file of weights that its run started with, if it was moved.
-
-    The run resumes from its own state; the name of the training contains the weights' digest.
-    """
-    run = RunFolder(folder)
-    if read_progress(run.last) is None:
-        return recipe
-    weights = load_recipe(run.config).model.backbone_weights
-    model = recipe.model.model_copy(update={"backbone_weights": weights})
-    return recipe.model_copy(update={"model": model})
 
 
 def _drop_state(folder: Path) -> None:

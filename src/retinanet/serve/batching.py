@@ -271,12 +271,14 @@ class Batcher:
         images = [job.prepared for job in jobs if job.prepared is not None]
         start = time.perf_counter()
         try:
-            outputs = detector.search(images, **jobs[0].thresholds)
+            outputs = detector.detect_prepared(images, **jobs[0].thresholds)
             seconds = time.perf_counter() - start
             self.metrics.count_batch(model, len(jobs), seconds)
             self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
             for job, image, output in zip(jobs, images, outputs, strict=True):
-                detections = detector.found(output, Source(None, job.upload.name), image.size)
+                detections = detector.image_detections(
+                    output, Source(None, job.upload.name), image.size
+                )
                 queue_seconds = start - job.decoded_at
                 job.future.set_result(Result(detections, queue_seconds, seconds / len(jobs)))
         except Exception as error:  # such as a GPU out of memory: the next batch may succeed
@@ -292,4 +294,6 @@ def _warm_up(detector: Detector) -> None:
     """Run a blank image twice, so that kernels are chosen and compiled and weights are packed."""
     size = detector.image_size
     for _ in range(2):
-        detector.search([Prepared(torch.zeros((3, size, size), dtype=torch.uint8), (size, size))])
+        detector.detect_prepared(
+            [Prepared(torch.zeros((3, size, size), dtype=torch.uint8), (size, size))]
+        )
