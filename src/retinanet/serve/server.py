@@ -68,7 +68,8 @@ class Server(uvicorn.Server):
         # with code 0.
         self.exit_signal = sig
         self._app.state.stopping = True
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
         self.should_exit = True
 
 
