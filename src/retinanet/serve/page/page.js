@@ -217,7 +217,7 @@ function remove(image) {
   release(image);
   state.images.splice(index, 1);
   select(state.images[Math.min(index, state.images.length - 1)] ?? null);
-  if (!state.current) $("choose").focus();
+  if (!state.current) focusInputs();
   else if (isFocused) state.current.element.focus();
 }
 
@@ -232,9 +232,12 @@ function clear() {
   state.images.forEach(release);
   state.images = [];
   select(null);
-  $("choose").focus();
+  focusInputs();
   announce("All images removed.");
 }
+
+/** Focus the inputs after they were moved, as moving them loses the focus. */
+const focusInputs = () => queueMicrotask(() => $("choose").focus());
 
 function select(image) {
   const previous = state.current;
