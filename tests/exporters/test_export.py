@@ -18,12 +18,12 @@ import torch
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
-from retinanet.evaluation.loss_distribution import loss_distribution
 from retinanet.exporters import run as export_run
 from retinanet.exporters.check import Tolerance, compare, match
 from retinanet.exporters.run import TOLERANCES, _calibration, check_file, export
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
+from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 
 onnx = pytest.importorskip("onnx")

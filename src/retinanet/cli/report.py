@@ -12,8 +12,8 @@ from retinanet.cli.console import plain, print_json, progress, say, table
 from retinanet.cli.settings import Backend, Device, Precision
 
 if TYPE_CHECKING:
-    from retinanet.evaluation.loss_distribution import LossDistribution
-    from retinanet.evaluation.speed_accuracy import SpeedAccuracy
+    from retinanet.report.loss_distribution import LossDistribution
+    from retinanet.report.speed_accuracy import SpeedAccuracy
 
 _DATA_HELP = "Labelled folder or file, in any format that data check reads."
 
@@ -63,8 +63,8 @@ def loss_distribution(
     The cumulative share of the focal loss over anchors sorted by their loss, for positives and
     negatives, with each gamma.
     """
-    from retinanet.evaluation.loss_distribution import GAMMAS
-    from retinanet.evaluation.loss_distribution import loss_distribution as measure
+    from retinanet.report.loss_distribution import GAMMAS
+    from retinanet.report.loss_distribution import loss_distribution as measure
     from retinanet.report.paper_plots import plot_loss_distribution
 
     with progress("computing losses") as show:
@@ -123,9 +123,9 @@ def speed_accuracy(
     The time is that of network and post-processing for one decoded and resized image.
     """
     from retinanet.bench.machine import describe_machine
-    from retinanet.evaluation.speed_accuracy import speed_accuracy as measure
     from retinanet.model.precision import choose_device
     from retinanet.report.paper_plots import plot_speed_accuracy, speed_marks
+    from retinanet.report.speed_accuracy import speed_accuracy as measure
 
     models = name_models(runs)
     machine = describe_machine(choose_device(device))

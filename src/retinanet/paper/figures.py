@@ -1,8 +1,8 @@
 """Data of the figures that need no training, from this package's losses and networks.
 
 Source: Lin et al. 2017: Figure 1 (Sec. 3.2), Figure 3 (Sec. 4), Figures 5 to 7 (Appendix A and B).
-Figures 2 and 4 are measured: :mod:`retinanet.evaluation.speed_accuracy` and
-:mod:`retinanet.evaluation.loss_distribution`.
+Figures 2 and 4 are measured: :mod:`retinanet.report.speed_accuracy` and
+:mod:`retinanet.report.loss_distribution`.
 """
 
 from __future__ import annotations

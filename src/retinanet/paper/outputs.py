@@ -19,9 +19,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
-from retinanet.evaluation.loss_distribution import loss_distribution
 from retinanet.evaluation.run import evaluate
-from retinanet.evaluation.speed_accuracy import search_call, time_in_turns
 from retinanet.files import write_atomic
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import load_checkpoint
@@ -38,7 +36,9 @@ from retinanet.paper.run import Workers
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 from retinanet.report import paper_plots
+from retinanet.report.loss_distribution import loss_distribution
 from retinanet.report.paper_plots import SpeedMark, TableRow
+from retinanet.report.speed_accuracy import detection_call, time_in_turns
 
 _TIMED_IMAGES = 8
 _ROUNDS = 7
@@ -281,7 +281,7 @@ def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable
     folder, device = training.folder(trainings.workers.out), trainings.workers.device
     if not training.rival:
         detector = Detector(load_checkpoint(folder), device=device, precision="float32")
-        return search_call(detector, images)
+        return detection_call(detector, images)
     network, info = load_rival(folder, choose_device(device))
     loader = eval_loader(
         images,

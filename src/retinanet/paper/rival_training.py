@@ -95,7 +95,8 @@ def evaluate_rival(
         network: it is moved to `device`.
         device, precision: as in :mod:`retinanet.inference.backends`.
 
-    The others are those of :func:`retinanet.evaluation.run.search`. The metrics have no loss.
+    The others are those of :func:`retinanet.evaluation.predict.run_inference`; the metrics have no
+    loss.
 
     Raises:
         ConfigError: an unknown device or precision.

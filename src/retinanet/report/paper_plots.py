@@ -23,8 +23,6 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluation.speed_accuracy import SpeedAccuracy
 from retinanet.report.figure import (
     BLUE,
     COLOURS,
@@ -36,6 +34,8 @@ from retinanet.report.figure import (
     open_figure,
     shorten,
 )
+from retinanet.report.loss_distribution import LossCurve, LossDistribution
+from retinanet.report.speed_accuracy import SpeedAccuracy
 
 _DARK = "#333333"
 _WELL_CLASSIFIED = 0.6  # where Figure 1's brace begins
