@@ -117,7 +117,7 @@ def tell_memory(asked: dict[str, Any]) -> None:
     torch.set_num_threads(asked["threads"])
     detector = opened(asked["model"], asked["precision"])
     for image in asked["images"]:
-        detector.search([detector.prepare(image)])
+        detector.detect_prepared([detector.prepare(image)])
     print(own_peak())
 
 
@@ -162,7 +162,7 @@ def main() -> None:
         for name in list(forms)[:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
             for one in prepared:
-                detectors[name].search([one])
+                detectors[name].detect_prepared([one])
             took = time.perf_counter() - began
             if turn:  # first calls set things up
                 times[name].append(1000 * took / len(prepared))

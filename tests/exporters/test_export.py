@@ -126,7 +126,7 @@ def test_openvino_resizes_as_the_detector_does(
     image = read_image(images / "4.png")
     network: Any = load(files["openvino"], device="cpu").network
     agreed = compare(
-        [(eager.search([eager.prepare(image)])[0], network.find([image])[0])],
+        [(eager.detect_prepared([eager.prepare(image)])[0], network.detect([image])[0])],
         Tolerance(0.05, 3, 0.1, 1),
         eager.thresholds,
     )

@@ -12,13 +12,13 @@ import torch
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.figures import (
     PAPER_EFFECTIVE,
-    Convolution,
     focal_curves,
     read_architecture,
     star_curves,
     variant_curves,
     variant_slopes,
 )
+from retinanet.report.paper_plots import Convolution
 
 
 def sigmoid(x: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rivals_setup import batch_of, rival_recipe, tiny_rival
 from safetensors.torch import load_file
 
@@ -20,7 +21,8 @@ from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.paper import rival_training, rivals
 from retinanet.paper.rival_training import evaluate_rival, train_rival
-from retinanet.paper.rivals import RIVALS, load_rival
+from retinanet.paper.rivals import RIVALS, RivalNetwork, load_rival
+from retinanet.structures import Batch, Detections
 from retinanet.training.events import Event
 from retinanet.training.step import backward, micro_batches
 from retinanet.training.trainer import train
@@ -240,6 +242,31 @@ def test_errors_before_anything_is_written(
     several: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="ssd trains in one process on one device, got 2"):
         rival_training._Subject("ssd", rival_recipe(), splits["train"], several)
+
+
+def test_evaluation_batches_images_of_one_padded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, widths = tmp_path / "mixed", (64, 40, 64, 30)
+    synthetic_dataset(folder, splits={"val": 4}, image_size=64)
+    labels = folder / "val.json"
+    values = json.loads(labels.read_text())
+    for image, width in zip(values["images"], widths, strict=True):
+        Image.new("RGB", (width, 64)).save(next(folder.rglob(Path(image["file_name"]).name)))
+        image["width"] = width
+    labels.write_text(json.dumps({**values, "annotations": []}))
+    shapes: list[tuple[int, ...]] = []
+    detect = RivalNetwork.detect
+
+    def spy(self: RivalNetwork, batch: Batch) -> list[Detections]:
+        shapes.append(tuple(batch.images.shape))
+        return detect(self, batch)
+
+    monkeypatch.setattr(RivalNetwork, "detect", spy)
+    val = read_splits(folder)["val"]
+    evaluate_rival(tiny_rival("ssd"), val, image_size=64, max_size=64, batch_size=4, device="cpu")
+    # 64 x 64 twice, 64 x 40 padded to 64 x 64, 64 x 30 to 64 x 32.
+    assert sorted(shapes) == [(1, 3, 64, 32), (3, 3, 64, 64)]
 
 
 def test_evaluation_leaves_the_mode_and_tells_its_progress(splits: dict[str, Dataset]) -> None:

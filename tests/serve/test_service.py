@@ -346,7 +346,7 @@ def test_a_network_that_fails_is_a_500_and_the_next_image_is_searched(
             def fail(*_: Any, **__: Any) -> None:
                 raise RuntimeError("secret place")
 
-            broken.setattr(detector, "search", fail)
+            broken.setattr(detector, "detect_prepared", fail)
             answer = one.post("/v1/detect", content=png_image(), headers=PNG)
         assert answer.status_code == 500
         assert answer.json() == {"detail": "the server failed; its log says where"}
@@ -362,7 +362,7 @@ def test_a_network_that_fails_from_the_start_is_told() -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
 
-    detector.search = fail  # type: ignore[method-assign]
+    detector.detect_prepared = fail  # type: ignore[method-assign]
     app = build_app(detector, Settings(workers=2))
     with TestClient(app) as one:
         wait_until(lambda: app.state.batcher.failed is not None)

@@ -278,9 +278,9 @@ def check_file(
             size = (image.shape[1], image.shape[2])
             resized, _ = resize_to(image, detector.image_size, detector.max_size)
             prepared = [Prepared(resized, size)]
-            expected = detector.search(prepared)[0]
-            same.append((expected, own.search(prepared)[0]))
-            whole.append((expected, network.find([image], **detector.thresholds)[0]))
+            expected = detector.detect_prepared(prepared)[0]
+            same.append((expected, own.detect_prepared(prepared)[0]))
+            whole.append((expected, network.detect([image], **detector.thresholds)[0]))
     wider = allowed.widened(RESIZED)
     at_size = compare(same, allowed, detector.thresholds)
     at_whole = compare(whole, wider, detector.thresholds)

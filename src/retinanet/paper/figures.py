@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +18,14 @@ from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
 from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.tables import STAR_BETAS, STAR_GAMMAS
+from retinanet.report.paper_plots import (
+    Architecture,
+    Convolution,
+    Curve,
+    Level,
+    StarCurve,
+    Subnet,
+)
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 """Gammas of Figure 1."""
@@ -40,32 +47,6 @@ _LOSSES: Mapping[str, Callable[..., Tensor]] = {
     },
 }
 """Losses of Figures 5 and 6 by their labels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A curve of a figure: label of the legend, and points."""
-
-    label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StarCurve:
-    """FL* with one setting.
-
-    Attributes:
-        gamma, beta: the setting.
-        x, y: x_t and loss.
-        effective: True if AP was over 33.5 in the paper, or the equivalent here; None: unknown.
-    """
-
-    gamma: float
-    beta: float
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    effective: bool | None
 
 
 def focal_curves(points: int = _POINTS) -> tuple[Curve, ...]:
@@ -134,79 +115,6 @@ def _losses(loss: Callable[..., Tensor], logits: Tensor) -> tuple[float, ...]:
 
 def _positives(logits: Tensor) -> Tensor:
     return torch.zeros(len(logits), dtype=torch.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """A convolution with a kernel of `kernel` x `kernel` pixels."""
-
-    kernel: int
-    stride: int
-    in_channels: int
-    out_channels: int
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """A feature map.
-
-    Attributes:
-        name: ``C3`` or ``P3``.
-        stride: pixels of the image per cell.
-        channels, height, width: shape for the image.
-        source: name of its input: ``C3`` for P3, besides the top-down one; empty for C levels.
-        convolution: applied to `source`; None for C levels.
-        output: applied after the top-down sum; None without one.
-    """
-
-    name: str
-    stride: int
-    channels: int
-    height: int
-    width: int
-    source: str = ""
-    convolution: Convolution | None = None
-    output: Convolution | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Subnet:
-    """A head, shared by all levels.
-
-    Attributes:
-        convolutions: in order.
-        per_cell: anchors per cell.
-        outputs: values per anchor: K classes, or 4 of a box.
-    """
-
-    convolutions: tuple[Convolution, ...]
-    per_cell: int
-    outputs: int
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """A network as Figure 3 shows it.
-
-    Attributes:
-        backbone: name.
-        height, width: of the image, padded to multiples of 32.
-        maps: of the backbone that the pyramid takes, finest first.
-        levels: of the pyramid, finest first.
-        class_subnet, box_subnet: the heads.
-        anchors: in the image, all levels together.
-        parameters: of the network.
-    """
-
-    backbone: str
-    height: int
-    width: int
-    maps: tuple[Level, ...]
-    levels: tuple[Level, ...]
-    class_subnet: Subnet
-    box_subnet: Subnet
-    anchors: int
-    parameters: int
 
 
 def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) -> Architecture:

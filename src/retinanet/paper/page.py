@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Self
-from urllib.parse import quote
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
 
 from retinanet.paper.results import (
     CLAIM_COLUMNS,
@@ -24,6 +24,11 @@ OVERVIEW_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
 """Columns of the overview of all claims."""
 
 _MAX_UNBROKEN = 30  # characters of a cell that stays on one line
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("retinanet.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_BLOCKS: Any = _TEMPLATES.get_template("paper_blocks.html").module
 
 # Contrast over 4.5 on white.
 _COLOURS: Mapping[Verdict, str] = {
@@ -69,7 +74,7 @@ def write_page(
     unknown = plots.keys() - {result.name for result in results}
     if unknown:
         raise ValueError(f"plots without a result: {', '.join(sorted(unknown))}")
-    page = _Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
+    page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
     page.section("Overview")
     for line in dict.fromkeys(result.not_coco for result in results if result.not_coco):
         page.text(line)
@@ -77,7 +82,7 @@ def write_page(
     if claims:
         page.facts(_counts([claim for _, claim in claims]))
         rows = [([result.number, *claim.cells(labels=False)], claim) for result, claim in claims]
-        page.claims(OVERVIEW_COLUMNS, rows)
+        page.add(_claims_table(OVERVIEW_COLUMNS, rows))
         page.text(_LEGEND)
     else:
         page.text("No claim was tested.")
@@ -100,44 +105,16 @@ def claims_markdown(results: Sequence[TableResult]) -> str:
     return "\n\n".join([*(f"**{line}**" for line in lines), table]) + "\n"
 
 
-class _Page(Page):
-    """A page with coloured verdicts and links."""
-
-    def claims(
-        self, columns: Sequence[str], rows: Iterable[tuple[Sequence[str], ClaimResult]]
-    ) -> Self:
-        """Add a table of text with the verdict of each row's claim in the last column."""
-        head = "".join(f'<th class="text">{escape(name)}</th>' for name in columns)
-        body = ""
-        for cells, claim in rows:
-            texts = "".join(f'<td class="text">{escape(_unbroken(cell))}</td>' for cell in cells)
-            # A sign besides the colour, for colour-blind readers.
-            sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-            marks = f" ({', '.join(map(_unbroken, claim.marks))})" if claim.marks else ""
-            style = f"font-weight: 600; color: {_COLOURS[claim.verdict]}"
-            verdict = escape(_unbroken(sign + claim.verdict) + marks)
-            body += f'<tr>{texts}<td class="text" style="{style}">{verdict}</td></tr>'
-        return self.add(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-        )
-
-    def links(self, title: str, links: Iterable[tuple[str, str]]) -> Self:
-        """Add a paragraph with a title and (address, text) links."""
-        return self.add(f"<p>{escape(title)}: {_anchors(links)}</p>")
-
-    def folded_links(
-        self, title: str, rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]
-    ) -> Self:
-        """Add lines of links under a title that unfolds."""
-        body = "".join(
-            f'<tr><td class="text">{escape(name)}</td><td class="text">{_anchors(links)}</td></tr>'
-            for name, links in rows
-        )
-        return self.add(
-            f'<details><summary>{escape(title)}</summary><div class="scroll"><table><tbody>{body}'
-            "</tbody></table></div></details>"
-        )
+def _claims_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], ClaimResult]]) -> str:
+    """Render a table of text with the verdict of each row's claim in the last column."""
+    lines = []
+    for cells, claim in rows:
+        # A sign besides the colour, for colour-blind readers.
+        sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
+        marks = f" ({', '.join(map(_unbroken, claim.marks))})" if claim.marks else ""
+        verdict = _unbroken(sign + claim.verdict) + marks
+        lines.append(([*map(_unbroken, cells)], _COLOURS[claim.verdict], verdict))
+    return str(_BLOCKS.claims(columns, lines))
 
 
 def _unbroken(text: str) -> str:
@@ -149,13 +126,7 @@ def _unbroken(text: str) -> str:
     return text
 
 
-def _anchors(links: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(
-        f'<a href="{escape(quote(address))}">{escape(text)}</a>' for address, text in links
-    )
-
-
-def _add_result(page: _Page, result: TableResult, out: Path, plots: Sequence[Path]) -> None:
+def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path]) -> None:
     setting = f" In the paper: {result.setting}." if result.setting else ""
     page.text(f"{result.section}.{setting}")
     if result.not_coco:
@@ -164,20 +135,21 @@ def _add_result(page: _Page, result: TableResult, out: Path, plots: Sequence[Pat
     if shown:
         page.images([(plot, "") for plot in shown])
     if plots:
-        page.links("Files", [(_address(plot, out), plot.name) for plot in plots])
+        page.add(_BLOCKS.links("Files", [(_address(plot, out), plot.name) for plot in plots]))
     if result.rows:
         page.table(*result.table(wide=True))
     for line in result.footnotes:
         page.text(line)
     if result.claims:
         page.heading("The paper's conclusions")
-        page.claims(CLAIM_COLUMNS, [(claim.cells(), claim) for claim in result.claims])
+        rows = [(claim.cells(), claim) for claim in result.claims]
+        page.add(_claims_table(CLAIM_COLUMNS, rows))
     if result.note:
         page.text(result.note)
     _add_about(page, result, out)
 
 
-def _add_about(page: _Page, result: TableResult, out: Path) -> None:
+def _add_about(page: Page, result: TableResult, out: Path) -> None:
     command, facts, settings = result.about.get("command"), result.facts, result.settings
     folders = [(row.label, row.folders) for row in result.rows if row.folders]
     if not (command or facts or settings or folders):
@@ -196,7 +168,7 @@ def _add_about(page: _Page, result: TableResult, out: Path) -> None:
             (label, [(_address(_run_page(out / one), out), Path(one).name) for one in of_row])
             for label, of_row in folders
         ]
-        page.folded_links("Run folders", rows)
+        page.add(_BLOCKS.folded_links("Run folders", rows))
 
 
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:

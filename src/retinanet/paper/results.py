@@ -51,10 +51,6 @@ class Score:
     mean: float
     std: float | None = None
 
-    def __str__(self) -> str:
-        """Format with one decimal: ``34.0 ± 0.3``."""
-        return self.format()
-
     def format(self, digits: int = 1, unit: str = "") -> str:
         """Format as ``34.0 ± 0.3``, with `digits` decimals of the mean, and a unit."""
         spread = "" if self.std is None else f" ± {self.std:.1f}"
@@ -144,9 +140,8 @@ class RowResult:
         """Format a measured value; ``-`` if there is none."""
         if column == "ms":
             return "-" if self.milliseconds is None else f"{self.milliseconds:.1f}"
-        if column not in self.scores:
-            return "-"
-        return f"{self.scores[column]}{_DIVERGED if self.diverged else ''}"
+        score = self.scores.get(column)
+        return "-" if score is None else score.format() + _DIVERGED * bool(self.diverged)
 
     def in_paper(self, column: str) -> str:
         """Format a published value as the paper prints it; ``-`` if there is none."""
@@ -160,14 +155,12 @@ class RowResult:
         values: dict[str, object] = {"key": self.key, "label": self.label}
         for column in METRICS:
             score = self.scores.get(column)
-            values[column] = None if score is None else f"{score.mean:.3f}"
-            known = score is not None and score.std is not None
-            values[f"{column}_std"] = f"{score.std:.3f}" if known and score else None
-        values["ms"] = None if self.milliseconds is None else f"{self.milliseconds:.3f}"
+            values[column] = score and f"{score.mean:.3f}"
+            values[f"{column}_std"] = score and _format(score.std, ".3f")
+        values["ms"] = _format(self.milliseconds, ".3f")
         values |= {"seeds": self.seeds, "diverged": self.diverged}
         for column in _PUBLISHED:
-            value = self._published(column)
-            values[f"paper_{column}"] = None if value is None else f"{value:g}"
+            values[f"paper_{column}"] = _format(self._published(column), "g")
         return values
 
     def _published(self, column: str) -> float | None:
@@ -352,6 +345,10 @@ class TableResult:
         """
         result: Self = TypeAdapter(cls).validate_json(text)
         return result
+
+
+def _format(value: float | None, spec: str) -> str | None:
+    return None if value is None else format(value, spec)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:

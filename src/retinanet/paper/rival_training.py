@@ -24,6 +24,7 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, NonFiniteLossError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.predict import group_by_size
 from retinanet.evaluation.results import Results
 from retinanet.losses.detection import Losses
 from retinanet.model.precision import autocast, choose_device
@@ -112,15 +113,16 @@ def evaluate_rival(
         if len(dataset):
             loader = eval_loader(
                 dataset,
-                batch_size=batch_size,
+                batch_size=1,
                 image_size=image_size,
                 max_size=max_size,
                 workers=workers,
                 fill=padding_colour(network.pixel_mean),
             )
             done = 0
-            for loaded in loader:
-                batch = loaded.to(place, non_blocking=True)
+            loaded = (image.to(place, non_blocking=True) for image in loader)
+            # Padding reaches the features: a batch has images of one padded size.
+            for batch in group_by_size(loaded, batch_size):
                 with autocast(precision, place):
                     found = network.detect(batch)
                 for index, detections in zip(batch.indices.tolist(), found, strict=True):

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from retinanet.config import Recipe, build_recipe, load_recipe, to_toml
+from retinanet.config import build_recipe, to_toml
 from retinanet.data import read_splits, usable
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError, RetinaNetError
 from retinanet.files import replace_folder, write_atomic
@@ -31,7 +31,6 @@ from retinanet.paper.rival_training import train_rival
 from retinanet.report.plots import read_log
 from retinanet.training.events import Listener
 from retinanet.training.run_folder import RunFolder
-from retinanet.training.state import read_progress
 from retinanet.training.trainer import train
 
 EXIT_LOCKED = 75
@@ -270,7 +269,6 @@ def _train(task: Task, on_event: Listener | None) -> int:
         task.data, extras=False, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction
     )
     splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
-    recipe = _with_first_weights(recipe, folder)
     try:
         if task.rival:
             run = train_rival(
@@ -289,19 +287,6 @@ def _train(task: Task, on_event: Listener | None) -> int:
     if _is_main_process():
         _drop_state(folder)
     return 0
-
-
-def _with_first_weights(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with the file of weights that its run started with, if it was moved.
-
-    The run resumes from its own state; the name of the training contains the weights' digest.
-    """
-    run = RunFolder(folder)
-    if read_progress(run.last) is None:
-        return recipe
-    weights = load_recipe(run.config).model.backbone_weights
-    model = recipe.model.model_copy(update={"backbone_weights": weights})
-    return recipe.model_copy(update={"model": model})
 
 
 def _drop_state(folder: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,30 +50,103 @@ class Files(NamedTuple):
     svg: Path
 
 
-class Line(Protocol):
-    """A curve with its label in the legend."""
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A curve of a figure: label of the legend, and points."""
 
-    @property
-    def label(self) -> str: ...
-    @property
-    def x(self) -> Sequence[float]: ...
-    @property
-    def y(self) -> Sequence[float]: ...
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
 
 
-class StarLine(Protocol):
-    """FL* at one gamma and beta; effective None: unknown."""
+@dataclass(frozen=True, slots=True)
+class StarCurve:
+    """FL* with one setting.
 
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def beta(self) -> float: ...
-    @property
-    def x(self) -> Sequence[float]: ...
-    @property
-    def y(self) -> Sequence[float]: ...
-    @property
-    def effective(self) -> bool | None: ...
+    Attributes:
+        gamma, beta: the setting.
+        x, y: x_t and loss.
+        effective: True if AP was over 33.5 in the paper, or the equivalent here; None: unknown.
+    """
+
+    gamma: float
+    beta: float
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    effective: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution with a kernel of `kernel` x `kernel` pixels."""
+
+    kernel: int
+    stride: int
+    in_channels: int
+    out_channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A feature map.
+
+    Attributes:
+        name: ``C3`` or ``P3``.
+        stride: pixels of the image per cell.
+        channels, height, width: shape for the image.
+        source: name of its input: ``C3`` for P3, besides the top-down one; empty for C levels.
+        convolution: applied to `source`; None for C levels.
+        output: applied after the top-down sum; None without one.
+    """
+
+    name: str
+    stride: int
+    channels: int
+    height: int
+    width: int
+    source: str = ""
+    convolution: Convolution | None = None
+    output: Convolution | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """A head, shared by all levels.
+
+    Attributes:
+        convolutions: in order.
+        per_cell: anchors per cell.
+        outputs: values per anchor: K classes, or 4 of a box.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    per_cell: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A network as Figure 3 shows it.
+
+    Attributes:
+        backbone: name.
+        height, width: of the image, padded to multiples of 32.
+        maps: of the backbone that the pyramid takes, finest first.
+        levels: of the pyramid, finest first.
+        class_subnet, box_subnet: the heads.
+        anchors: in the image, all levels together.
+        parameters: of the network.
+    """
+
+    backbone: str
+    height: int
+    width: int
+    maps: tuple[Level, ...]
+    levels: tuple[Level, ...]
+    class_subnet: Subnet
+    box_subnet: Subnet
+    anchors: int
+    parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +186,7 @@ class TableRow:
     published: float | None = None
 
 
-def plot_focal_loss(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_focal_loss(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 1: loss against the probability of the ground truth class.
 
     Args:
@@ -197,13 +270,8 @@ def speed_marks(result: SpeedAccuracy) -> tuple[SpeedMark, ...]:
     )
 
 
-def plot_architecture(network: Any, file: str | Path) -> Files:
-    """Figure 3: backbone, pyramid with its top-down path, and the two subnets.
-
-    Args:
-        network: :class:`retinanet.paper.figures.Architecture`.
-        file: path of both files.
-    """
+def plot_architecture(network: Architecture, file: str | Path) -> Files:
+    """Figure 3: backbone, pyramid with its top-down path, and the two subnets."""
     with _open(13.0, 1.5 + 0.95 * len(network.levels), file) as (figure, files):
         axis = figure.subplots()
         axis.axis("off")
@@ -254,7 +322,7 @@ def plot_loss_distribution(
     return files
 
 
-def plot_loss_variants(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_loss_variants(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 5: losses against x_t = y x."""
     with _open(5.4, 4.1, file) as (figure, files):
         axis = figure.subplots()
@@ -263,7 +331,7 @@ def plot_loss_variants(curves: Sequence[Line], file: str | Path) -> Files:
     return files
 
 
-def plot_loss_slopes(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_loss_slopes(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 6: derivatives of the losses with respect to x, for y = 1."""
     with _open(5.4, 4.1, file) as (figure, files):
         axis = figure.subplots()
@@ -273,7 +341,7 @@ def plot_loss_slopes(curves: Sequence[Line], file: str | Path) -> Files:
     return files
 
 
-def plot_star_grid(curves: Sequence[StarLine], file: str | Path, bar: str = "") -> Files:
+def plot_star_grid(curves: Sequence[StarCurve], file: str | Path, bar: str = "") -> Files:
     """Figure 7: FL* over a grid of gamma and beta, by whether training with it is effective.
 
     Args:
@@ -342,7 +410,7 @@ def _wrapped(label: str, text: str) -> str:
     return "\n".join([label, *textwrap.wrap(text, 60)])
 
 
-def _plot_lines(axis: Any, curves: Sequence[Line]) -> None:
+def _plot_lines(axis: Any, curves: Sequence[Curve]) -> None:
     for i, (curve, colour) in enumerate(zip(curves, cycle_colours(len(curves)), strict=True)):
         # Dashes show a curve below another.
         style = ("-", "-", "--", "-.")[i % 4]
@@ -540,7 +608,7 @@ def _level_width(index: int) -> float:
     return 4.4 - 0.25 * index
 
 
-def _draw_maps(drawing: _Drawing, network: Any) -> None:
+def _draw_maps(drawing: _Drawing, network: Architecture) -> None:
     """Draw the backbone's maps, each next to the level of the same stride."""
     rows = {level.name[1:]: _ROW * i for i, level in enumerate(network.levels)}
     drawing.arrow((_MAPS, -1.05), (_MAPS, -_HEIGHT / 2), GREY)
@@ -553,7 +621,7 @@ def _draw_maps(drawing: _Drawing, network: Any) -> None:
     drawing.title(0.0, max(rows.values()) + _HEIGHT / 2 + 0.25, "backbone")
 
 
-def _draw_levels(drawing: _Drawing, network: Any) -> None:
+def _draw_levels(drawing: _Drawing, network: Architecture) -> None:
     """Draw the pyramid's levels, their sources, and the heads."""
     rows = {level.name: _ROW * i for i, level in enumerate(network.levels)}
     rights = {f"C{level.name[1:]}": _MAPS + _map_width(i) / 2
@@ -588,7 +656,7 @@ def _draw_levels(drawing: _Drawing, network: Any) -> None:
     drawing.title(_HEADS, top, "shared by all levels", ha="center")
 
 
-def _draw_subnets(drawing: _Drawing, network: Any) -> None:
+def _draw_subnets(drawing: _Drawing, network: Architecture) -> None:
     """Draw the layers of both heads."""
     height = _ROW * (len(network.levels) - 1)
     for name, subnet, y, outputs in (
@@ -618,10 +686,12 @@ def _draw_subnets(drawing: _Drawing, network: Any) -> None:
                       linestyle=":", linewidth=1.2)  # fmt: skip
 
 
-def _shape(level: Any) -> str:
+def _shape(level: Level) -> str:
     return f"{level.name}  /{level.stride}\n{level.channels} x {level.height} x {level.width}"
 
 
-def _kernel(convolution: Any) -> str:
+def _kernel(convolution: Convolution | None) -> str:
+    if convolution is None:
+        return ""
     stride = f", stride {convolution.stride}" if convolution.stride > 1 else ""
     return f"{convolution.kernel}x{convolution.kernel}{stride}"
