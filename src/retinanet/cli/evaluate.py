@@ -173,7 +173,7 @@ def show_metrics(metrics: Metrics) -> None:
 
 
 def _default_folder(model: Path, split: str) -> Path | None:
-    """The run folder's evaluation/SPLIT; None for other models and for results."""
+    """Return the run folder's evaluation/SPLIT; None for other models and for results."""
     for folder in (model, model.parent, model.parent.parent):
         if (folder / "config.toml").is_file() and model.exists():
             return folder / "evaluation" / split

@@ -72,7 +72,7 @@ def onnx_model(
 
 
 def _translations() -> dict[Any, Any]:
-    """Translations that torch lacks, or that compute sizes in float32."""
+    """Return translations that torch lacks, or that compute sizes in float32."""
     import onnx
     from onnxscript import ir
     from onnxscript import opset18 as op

@@ -186,7 +186,7 @@ def _output_file(run: Path | None, to: str, out: str | Path | None) -> Path:
 def _metadata(
     checkpoint: Checkpoint, detector: Detector, to: str, precision: str, form: str
 ) -> str:
-    """The text of a checkpoint with the settings that are built into the file."""
+    """Return the text of a checkpoint with the settings that are built into the file."""
     values = checkpoint_text(checkpoint)
     sizes = {"image_size": detector.image_size, "max_size": detector.max_size}
     values |= {

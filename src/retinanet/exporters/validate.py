@@ -250,7 +250,7 @@ def validate_file(
 
 
 def parts_of(file: Path) -> list[Path]:
-    """The paths of an exported file: OpenVINO has a ``.bin`` too."""
+    """Return the paths of an exported file: OpenVINO has a ``.bin`` too."""
     return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
 
 
@@ -383,7 +383,7 @@ def _sample_images(
 
 
 def _validation_split(run: Path | None, info: Mapping[str, Any]) -> Dataset | None:
-    """The validation split of a run, if its images are available."""
+    """Return the validation split of a run, if its images are available."""
     for folder in () if run is None else (run, run.parent):
         try:
             data = json.loads((folder / "run.json").read_text("utf-8"))["data"]
