@@ -63,7 +63,6 @@ SETTINGS = {
     "AnchorConfig",
     "MatchingConfig",
     "LossConfig",
-    "DataConfig",
     "TrainConfig",
 }
 
