@@ -149,7 +149,7 @@ def main() -> None:
     # Data that came undivided are divided as they were for the training.
     made = detectors["eager float32"].info.get("split") or {}
     dataset = read_judged(
-        chosen.data, chosen.split, seed=made.get("seed"), held_out=made.get("held_out")
+        chosen.data, chosen.split, seed=made.get("seed"), val_fraction=made.get("val_fraction")
     )
     paths = [str(image.path) for image in dataset.images[: chosen.images]]
     prepared = [detectors["eager float32"].prepare(path) for path in paths]

@@ -190,7 +190,9 @@ class DataConfig(_Section):
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own, in turn
     shard_window: int = Field(4, ge=1)  # shards whose images are shuffled together, by shards
     workers: int | Literal["auto"] = "auto"  # processes that load images
-    held_out: float = Field(0.2, gt=0, lt=1)  # share kept for "val" where the data has no splits
+    val_fraction: float = Field(
+        0.2, gt=0, lt=1
+    )  # share kept for "val" where the data has no splits
     split_seed: int | None = None  # which images those are; None: by train.seed
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ def test_check_of_sound_data(cli: Cli, tiny_sets: dict[str, Path]) -> None:
     ended = cli("data", "check", tiny_sets["voc"])
     assert ended.code == 0
     assert ended.out.startswith("no problems found\n")
-    for word in ("images", "circle", "anchors reach"):
+    for word in ("images", "circle", "anchor recall"):
         assert word in ended.out
 
 
@@ -50,11 +50,11 @@ def test_check_json(cli: Cli, faulty: Path) -> None:
     assert ended.code == 1
     assert ended.json["counts"]["box-empty"] == 1
     assert set(ended.json["statistics"]) == {"train", "val", "test"}
-    assert 0 <= ended.json["anchors"]["share"] <= 1
-    # At 64 pixels and not enlarged, objects of 16 to 24 are under what the paper's anchors reach.
+    assert 0 <= ended.json["anchors"]["recall"] <= 1
+    # At 64 pixels and not enlarged, objects of 16 to 24 are too small for the paper's anchors.
     small = cli("data", "check", faulty, "--json", "--image-size=64")
     assert small.json["anchors"]["image_size"] == 64
-    assert small.json["anchors"]["share"] < ended.json["anchors"]["share"]
+    assert small.json["anchors"]["recall"] < ended.json["anchors"]["recall"]
 
 
 def test_check_prints_a_few_of_each_kind_unless_asked_for_all(
@@ -77,7 +77,7 @@ def test_check_fix_writes_a_sound_copy(cli: Cli, faulty: Path, tmp_path: Path) -
     fixed = tmp_path / "fixed"
     ended = cli("data", "check", faulty, f"--fix={fixed}")
     assert ended.code == 0
-    assert f"a corrected copy is in {fixed}" in ended.out
+    assert f"wrote a corrected copy to {fixed}" in ended.out
     assert cli("data", "check", fixed).code == 0
     assert {one: one.read_bytes() for one in faulty.rglob("*") if one.is_file()} == before
 
@@ -111,7 +111,7 @@ def test_show(
     for one in drawn:
         with Image.open(one) as image:
             assert image.width >= 480
-    assert ("anchors answer for them" in ended.out) == bool(anchors)
+    assert ("anchors are matched to them" in ended.out) == bool(anchors)
 
 
 def test_show_counts_objects_without_an_anchor(
@@ -135,19 +135,19 @@ def test_show_goes_past_a_broken_image(cli: Cli, faulty: Path, tmp_path: Path) -
     assert "000003.png" in ended.err
 
 
-def test_anchors_suggests_what_reaches_more(cli: Cli, tiny_sets: dict[str, Path]) -> None:
+def test_anchors_suggests_settings_of_more_recall(cli: Cli, tiny_sets: dict[str, Path]) -> None:
     ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json")
     assert ended.code == 0, ended.err
     tried = ended.json["tried"]
     assert tried[0]["settings"] == []
     suggested = next(one for one in tried if one["settings"] == ended.json["suggested"])
-    assert suggested["share"] > tried[0]["share"]
+    assert suggested["recall"] > tried[0]["recall"]
     text = cli("data", "anchors", tiny_sets["coco"], "--image-size=64")
     assert "suggested: " in text.out
     # What it suggests can be given to it, and then nothing more is wanted.
     again = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json",
                 *ended.json["suggested"])  # fmt: skip
-    assert again.json["tried"][0]["share"] == suggested["share"]
+    assert again.json["tried"][0]["recall"] == suggested["recall"]
 
 
 @pytest.mark.data

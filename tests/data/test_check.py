@@ -21,7 +21,7 @@ from retinanet.data import (
     Dataset,
     LabelledImage,
     Problem,
-    anchor_reach,
+    anchor_recall,
     check_datasets,
     convert,
     read_dataset,
@@ -261,7 +261,7 @@ def _faulty(root: Path, make_image: MakeImage) -> Path:
     objects += [coco_object(5, 1, [1, 1, 4, 4]), coco_object(20, 77, [1, 1, 4, 4])]
     objects += [coco_object(21, 0, [1, 1, 4, 4], 9), "nonsense"]
     objects += [coco_object(22 + i, i, [2, 2, 6, 6]) for i in range(2, 6)]
-    write(root / "train.json", coco_json(images, objects))
+    write(root / "train.json", coco_json(images, objects, ("cat", "dog", "cat")))
     write(
         root / "val.json", coco_json([coco_image(0, "twin.png")], [coco_object(0, 0, [1, 1, 3, 3])])
     )
@@ -392,15 +392,15 @@ def test_statistics(tmp_path: Path, make_image: MakeImage) -> None:
     assert found.side["0"] == pytest.approx(math.sqrt(31 * 32), abs=1e-3)
     assert found.side["100"] == 96
     assert found.aspect_ratio["100"] == pytest.approx(32 / 31, abs=1e-3)
-    assert found.boxes_an_image == {"least": 0, "median": 2, "most": 4, "mean": 2}
+    assert found.boxes_per_image == {"min": 0, "median": 2, "max": 4, "mean": 2}
     assert found.image_sizes == {"200 x 150": 1, "40 x 30": 1}
-    assert found.image_width == {"least": 40, "median": 120, "most": 200}
-    assert found.image_height == {"least": 30, "median": 90, "most": 150}
+    assert found.image_width == {"min": 40, "median": 120, "max": 200}
+    assert found.image_height == {"min": 30, "median": 90, "max": 150}
 
 
 @pytest.mark.parametrize("rounding", ["none", "torchvision"])
 @pytest.mark.parametrize("p2", [False, True])
-def test_anchor_reach_equals_all_anchors_tried(tmp_path: Path, rounding: Any, p2: bool) -> None:
+def test_anchor_recall_equals_all_anchors_tried(tmp_path: Path, rounding: Any, p2: bool) -> None:
     """Against the best IoU over every anchor of the network, one by one."""
     draw = np.random.default_rng(0)
     spec = anchor_spec([2**level for level in range(2 if p2 else 3, 8)], rounding=rounding)
@@ -423,36 +423,36 @@ def test_anchor_reach_equals_all_anchors_tried(tmp_path: Path, rounding: Any, p2
         best.append(anchor_coverage(anchors, torch.from_numpy(boxes).float() * scale))
     iou = torch.cat(best)
     dataset = Dataset(tuple(images), ("cat", "dog"), (1, 2), "train", "coco", tmp_path)
-    found = anchor_reach({"train": dataset}, spec, 150, 320)
+    found = anchor_recall({"train": dataset}, spec, 150, 320)
     assert found.objects == 120
-    assert found.reached == int((iou >= 0.5).sum())
-    assert 0 < found.share < 1
+    assert found.matched == int((iou >= 0.5).sum())
+    assert 0 < found.recall < 1
     assert found.mean_iou == pytest.approx(float(iou.mean()), abs=1e-5)
-    assert sum(hit for hit, _ in found.by_class.values()) == found.reached
+    assert sum(hit for hit, _ in found.by_class.values()) == found.matched
     assert sum(every for _, every in found.by_size.values()) == 120
-    assert found.to_dict()["share"] == found.share
+    assert found.to_dict()["recall"] == found.recall
 
 
-def test_anchor_reach_at_the_last_cell(tmp_path: Path) -> None:
+def test_anchor_recall_at_the_last_cell(tmp_path: Path) -> None:
     """Anchors of side 4 every 8 pixels: the last centre of 64 is 56, not 64."""
     spec = anchor_spec([8], sizes=[4], scales=[1], aspect_ratios=[1])
     dataset = _one(tmp_path, (54, 54, 58, 58), (56, 54, 60, 58), (60, 60, 64, 64), size=(64, 64))
-    found = anchor_reach({"train": dataset}, spec, 64, 64)
+    found = anchor_recall({"train": dataset}, spec, 64, 64)
     # 1; half of each in common: 8 / (16 + 16 - 8) = 1/3; (60..64) and (54..58) do not meet
     assert found.mean_iou == pytest.approx((1 + 1 / 3 + 0) / 3)
-    assert (found.reached, found.objects) == (1, 3)
+    assert (found.matched, found.objects) == (1, 3)
 
 
-def test_anchor_reach_without_objects(tmp_path: Path) -> None:
-    found = anchor_reach({"train": _one(tmp_path)}, default_anchor_spec(), 600, 1000)
-    assert (found.objects, found.share, found.mean_iou) == (0, 1.0, 0.0)
+def test_anchor_recall_without_objects(tmp_path: Path) -> None:
+    found = anchor_recall({"train": _one(tmp_path)}, default_anchor_spec(), 600, 1000)
+    assert (found.objects, found.recall, found.mean_iou) == (0, 1.0, 0.0)
 
 
-def test_anchor_reach_reads_sizes_that_labels_lack(tmp_path: Path, make_image: MakeImage) -> None:
+def test_anchor_recall_reads_sizes_that_labels_lack(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "a.png")
-    known = anchor_reach({"a": _one(tmp_path, (3, 3, 20, 17))}, default_anchor_spec(), 64, 640)
+    known = anchor_recall({"a": _one(tmp_path, (3, 3, 20, 17))}, default_anchor_spec(), 64, 640)
     unknown = _one(tmp_path, (3, 3, 20, 17), size=(None, None))
-    assert anchor_reach({"a": unknown}, default_anchor_spec(), 64, 640) == known
+    assert anchor_recall({"a": unknown}, default_anchor_spec(), 64, 640) == known
 
 
 @pytest.mark.data

@@ -267,9 +267,9 @@ def test_made_splits_are_written_and_told(tmp_path: Path, make_image: MakeImage)
         make_image(tmp_path / "in" / f"{i}.png", seed=i)
     images = [coco_image(i, f"{i}.png") for i in range(5)]
     write(tmp_path / "in" / "labels.json", coco_json(images))
-    written = convert(tmp_path / "in", tmp_path / "out", "yolo", seed=1, held_out=0.4)
+    written = convert(tmp_path / "in", tmp_path / "out", "yolo", seed=1, val_fraction=0.4)
     assert written.images == {"train": 3, "val": 2}
-    assert written.origins["val"] == "seed 1, 40% held out"
+    assert written.origins["val"] == "seed 1, 40% for validation"
 
 
 def test_refusals(tmp_path: Path, source: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 
 from retinanet.data import LabelledImage, digest, read_dataset, read_splits
-from retinanet.data.splits import hold_out, split_word
+from retinanet.data.splits import split_validation, split_word
 from retinanet.errors import DataError
 
 
@@ -38,29 +38,31 @@ def _images(count: int) -> list[LabelledImage]:
     return [LabelledImage(Path(f"{i}.jpg"), i) for i in range(count)]
 
 
-def test_hold_out_depends_on_seed_and_name_alone() -> None:
+def test_split_validation_depends_on_seed_and_name_alone() -> None:
     images = _images(100)
-    kept, held = hold_out(images, 0.2, seed=0)
+    kept, held = split_validation(images, 0.2, seed=0)
     assert (len(kept), len(held)) == (80, 20)
     assert {i.id for i in kept} | {i.id for i in held} == set(range(100))
     assert [i.id for i in kept] == sorted(i.id for i in kept)  # in the order given
-    _, backwards = hold_out(images[::-1], 0.2, seed=0)
+    _, backwards = split_validation(images[::-1], 0.2, seed=0)
     assert {i.id for i in backwards} == {i.id for i in held}
     moved = [LabelledImage(Path("/elsewhere") / i.path, i.id) for i in images]
-    assert {i.id for i in hold_out(moved, 0.2, seed=0)[1]} == {i.id for i in held}
-    assert {i.id for i in hold_out(images, 0.2, seed=1)[1]} != {i.id for i in held}
+    assert {i.id for i in split_validation(moved, 0.2, seed=0)[1]} == {i.id for i in held}
+    assert {i.id for i in split_validation(images, 0.2, seed=1)[1]} != {i.id for i in held}
     # A hash decides, so it is the same on every machine: these never change.
-    assert sorted(i.id for i in hold_out(_images(10), 0.3, seed=0)[1]) == [1, 2, 6]
+    assert sorted(i.id for i in split_validation(_images(10), 0.3, seed=0)[1]) == [1, 2, 6]
 
 
 @pytest.mark.parametrize(("count", "share", "held"), [(1, 0.2, 0), (2, 0.01, 1), (2, 0.99, 1)])
-def test_hold_out_leaves_something_on_both_sides(count: int, share: float, held: int) -> None:
-    assert len(hold_out(_images(count), share, seed=0)[1]) == held
+def test_split_validation_leaves_something_on_both_sides(
+    count: int, share: float, held: int
+) -> None:
+    assert len(split_validation(_images(count), share, seed=0)[1]) == held
 
 
-def test_hold_out_refuses_shares_that_make_no_sense() -> None:
+def test_split_validation_refuses_shares_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"share 1.5 is not in \(0, 1\)"):
-        hold_out(_images(3), 1.5, seed=0)
+        split_validation(_images(3), 1.5, seed=0)
 
 
 def _coco(root: Path, **splits: int) -> Path:
@@ -72,13 +74,13 @@ def _coco(root: Path, **splits: int) -> Path:
 
 def test_val_is_held_out_of_train_and_test_untouched(tmp_path: Path) -> None:
     _coco(tmp_path, train=10, test=4)
-    splits = read_splits(tmp_path, seed=3, held_out=0.3)
+    splits = read_splits(tmp_path, seed=3, val_fraction=0.3)
     assert {name: len(one) for name, one in splits.items()} == {"train": 7, "val": 3, "test": 4}
-    assert splits["train"].split_origin == "seed 3, 30% held out of train"
-    assert splits["val"].split_origin == "seed 3, 30% held out of train"
+    assert splits["train"].split_origin == "seed 3, 30% of train for validation"
+    assert splits["val"].split_origin == "seed 3, 30% of train for validation"
     assert splits["test"].split_origin == "the format's own"
     for name, one in splits.items():
-        alone = read_dataset(tmp_path, name, seed=3, held_out=0.3)
+        alone = read_dataset(tmp_path, name, seed=3, val_fraction=0.3)
         assert alone == one
     assert len(read_dataset(tmp_path, "all")) == 14
 
@@ -90,7 +92,7 @@ def test_a_single_file_is_what_its_name_says(tmp_path: Path) -> None:
     assert {name: len(one) for name, one in made.items()} == {"train": 8, "val": 2}
     made = read_splits(tmp_path / "cells.json")
     assert {name: len(one) for name, one in made.items()} == {"train": 4, "val": 1}
-    assert made["val"].split_origin == "seed 0, 20% held out"
+    assert made["val"].split_origin == "seed 0, 20% for validation"
     assert len(read_dataset(tmp_path / "cells.json", "all")) == 5
 
 

@@ -54,7 +54,7 @@ def test_val_is_held_out_of_trainval(tmp_path: Path, make_image: MakeImage) -> N
     _lists(tmp_path, trainval="abcde", test="f")
     splits = read_splits(tmp_path)
     assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1, "test": 1}
-    assert splits["val"].split_origin == "seed 0, 20% held out of trainval"
+    assert splits["val"].split_origin == "seed 0, 20% of trainval for validation"
     assert splits["test"].split_origin == "the format's own"
     assert [i.id for i in read_dataset(tmp_path, "trainval").images] == list("abcde")
 

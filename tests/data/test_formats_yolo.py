@@ -81,7 +81,7 @@ def test_trees_without_yaml(tmp_path: Path, make_image: MakeImage) -> None:
     splits = read_splits(tmp_path / "whole")
     assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1}
     assert splits["train"].classes == ("cat", "dog")
-    assert splits["train"].split_origin == "seed 0, 20% held out"
+    assert splits["train"].split_origin == "seed 0, 20% for validation"
 
     for stem in "ab":
         _pair(tmp_path / "flat", make_image, ".", ".", stem)

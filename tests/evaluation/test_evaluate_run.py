@@ -323,15 +323,16 @@ def test_made_split_is_that_of_the_training(tmp_path: Path, painted: Path) -> No
     options: dict[str, Any] = {"device": "cpu", "precision": "float32", "workers": 0}
     # Image 102 has three objects, so a seed that holds it out is told from one that does not.
     counts = {
-        seed: objects_in(read_dataset(folder, "val", seed=seed, held_out=0.5)) for seed in range(20)
+        seed: objects_in(read_dataset(folder, "val", seed=seed, val_fraction=0.5))
+        for seed in range(20)
     }
     seed = next(seed for seed, count in counts.items() if count != counts[0])
     for data in (folder, folder / "labels.json"):
-        made = tiny_checkpoint(split={"seed": seed, "held_out": 0.5})
+        made = tiny_checkpoint(split={"seed": seed, "val_fraction": 0.5})
         metrics = evaluate(made, data, **options)
         assert (metrics.images, metrics.objects) == (2, counts[seed])
         assert evaluate(made, data, seed=0, **options).objects == counts[0]
-        assert evaluate(made, data, held_out=0.25, **options).images == 1
+        assert evaluate(made, data, val_fraction=0.25, **options).images == 1
     # Results are of the whole file.
     assert evaluate([], folder / "labels.json").images == 4
     assert evaluate([], folder / "labels.json", split="train").images == 3

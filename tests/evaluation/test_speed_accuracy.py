@@ -178,7 +178,8 @@ def test_models_that_held_out_other_images(painted: Path, tmp_path: Path) -> Non
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "labels.json").write_text((painted / "val.json").read_text())
     models = {
-        f"seed {seed}": tiny_checkpoint(split={"seed": seed, "held_out": 0.25}) for seed in range(6)
+        f"seed {seed}": tiny_checkpoint(split={"seed": seed, "val_fraction": 0.25})
+        for seed in range(6)
     }
     with pytest.raises(DataError, match=r"seed 0 and seed \d held out different images"):
         refused(models, folder, scales=[64])
@@ -188,7 +189,7 @@ def test_models_that_held_out_other_images(painted: Path, tmp_path: Path) -> Non
     published, blank = tiny_checkpoint(), tiny_checkpoint(split={})
     for seed in range(6):
         run = models[f"seed {seed}"]
-        held = read_judged(folder, None, seed=seed, held_out=0.25)
+        held = read_judged(folder, None, seed=seed, val_fraction=0.25)
         for order in (
             {"published": published, "run": run},
             {"run": run, "published": blank},

@@ -381,10 +381,10 @@ def test_int8_is_not_calibrated_on_what_it_is_judged_by(
         raise DataError("no labels")
 
     monkeypatch.setattr("retinanet.exporters.run.read_dataset", read)
-    info = {**checkpoint.info, "split": {"seed": 5, "held_out": 0.3}}
+    info = {**checkpoint.info, "split": {"seed": 5, "val_fraction": 0.3}}
     detector = Detector(replace(checkpoint, info=info), device="cpu", precision="float32")
     assert len(list(_calibration(detector, str(images)))) == 5
-    assert asked == [{"split": "train", "extras": False, "seed": 5, "held_out": 0.3}]
+    assert asked == [{"split": "train", "extras": False, "seed": 5, "val_fraction": 0.3}]
 
 
 @pytest.mark.slow

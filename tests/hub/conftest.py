@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
             "detect": {"score_threshold": 0.001, "detections_per_image": 20},
             "recipe": f"{HOME}/my.toml",
             "step": 7,
-            "split": {"seed": 0, "held_out": 0.2},
+            "split": {"seed": 0, "val_fraction": 0.2},
         },
     )
     folder = tmp_path_factory.mktemp("runs") / "shapes"
@@ -97,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         "threads": 3,
         "data": f"{HOME}/data/shapes",
         "data_digest": trained,
-        "split_origin": "seed 0, 20% held out",
+        "split_origin": "seed 0, 20% for validation",
         "images": {name: len(one) for name, one in splits.items()},
         "steps": 9,
     }

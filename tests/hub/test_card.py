@@ -50,7 +50,7 @@ def test_figures_data_training_and_speed(prepared: Path) -> None:
         'detector = rn.load("hf://me/shapes")',
         "| AP | mean over IoU .50 to .95 and classes | 0.123 |",
         "| APm | from 32² to 96² | - |",
-        "Splits: seed 0, 20% held out.",
+        "Splits: seed 0, 20% for validation.",
         "| images | 4 | 3 |",
         "Speed: 7.2 images a second",
         "on a CPU with 3 threads",

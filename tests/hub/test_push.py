@@ -103,7 +103,7 @@ def test_nothing_of_the_machine_leaves_it(prepared: Path, trained: Path, data: P
         ("see '/home/me/x.csv', line 3", "see 'x.csv', line 3"),
         ("hf://me/shapes@v1", "hf://me/shapes@v1"),
         ("https://host/a/b/c", "https://host/a/b/c"),
-        ("seed 0, 20% held out of train/val", "seed 0, 20% held out of train/val"),
+        ("seed 0, 20% of train/val for validation", "seed 0, 20% of train/val for validation"),
         ({"/a/b": ["/c/d", 1, None]}, {"b": ["d", 1, None]}),
     ],
 )

@@ -158,7 +158,7 @@ def test_other_data_is_another_training(terms: Terms, tmp_path: Path) -> None:
     assert names[0] != names[1]
 
 
-def test_a_row_whose_anchors_reach_nothing_is_refused(terms: Terms) -> None:
+def test_a_row_without_anchor_recall_is_refused(terms: Terms) -> None:
     # One square anchor of 512 px a cell and less than 100 px of image.
     large = replace(terms, settings=("anchors.sizes=[512,512,512,512,512]",))
     planned = plan([EXPERIMENTS["table1c"]], large, read_data(large))

@@ -408,7 +408,7 @@ def test_weights_frozen_stages_and_pixels_are_those_of_the_file(name: str, tmp_p
 # --- on disk --------------------------------------------------------------------------------------
 
 
-SPLIT = {"seed": 7, "held_out": 0.3}
+SPLIT = {"seed": 7, "val_fraction": 0.3}
 
 
 def _write(folder: Path, name: str = "ssd") -> RivalNetwork:

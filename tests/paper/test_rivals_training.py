@@ -56,7 +56,7 @@ def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path
     events: list[Event] = []
     recipe = rival_recipe(
         "train.steps=2", "train.validate_every=1", "train.ema=0.9", "train.batch_size=2",
-        "data.split_seed=5", "data.held_out=0.3",
+        "data.split_seed=5", "data.val_fraction=0.3",
     )  # fmt: skip
     run = train_rival(name, recipe, splits, tmp_path / "run", device="cpu", on_event=events.append)
     names = {one.name for one in run.folder.iterdir()}
@@ -73,7 +73,7 @@ def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path
     read = load_rival(run.folder)
     assert read.classes == splits["train"].classes
     assert read.category_ids == splits["train"].category_ids
-    assert read.split == {"seed": 5, "held_out": 0.3}
+    assert read.split == {"seed": 5, "val_fraction": 0.3}
     again = evaluate_rival(
         read.network, splits["val"], image_size=64, max_size=64, batch_size=4, device="cpu"
     )

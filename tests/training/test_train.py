@@ -414,11 +414,11 @@ def test_the_split_of_data_without_one_may_have_a_seed_of_its_own(tmp_path: Path
     for seed in (0, 1):
         for split_seed in ("none", "5"):
             recipe = tiny_recipe(f"train.seed={seed}", f"data.split_seed={split_seed}",
-                                 "train.steps=1", "data.held_out=0.5")  # fmt: skip
+                                 "train.steps=1", "data.val_fraction=0.5")  # fmt: skip
             out = tmp_path / f"run-{seed}-{split_seed}"
             train(recipe, tmp_path / "data", out, device="cpu")
             made = load_checkpoint(out).info["split"]
-            assert made == {"seed": seed if split_seed == "none" else 5, "held_out": 0.5}
+            assert made == {"seed": seed if split_seed == "none" else 5, "val_fraction": 0.5}
             val = read_dataset(tmp_path / "data", "val", **made)
             held[seed, split_seed] = {image.path.name for image in val.images}
     assert held[0, "5"] == held[1, "5"]

@@ -1,12 +1,11 @@
-"""``retinanet data``: check, convert and show labelled data, and how far the anchors reach."""
+"""``retinanet data``: check, convert and draw labelled data, and compute the anchor recall."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +14,7 @@ from retinanet.cli.settings import Settings, resolve_recipe
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
-    from retinanet.data import AnchorReach, CheckReport, Dataset, Statistics
+    from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
 Data = Annotated[
     Path,
@@ -28,23 +27,24 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
-        show_default="found by itself",
+        help="Format of the data: coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
+        show_default="detected",
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", help="Whose image size and anchors are looked at.")
+    str, typer.Option("--recipe", help="Recipe whose image size and anchors are used.")
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(min=32, help="Shorter side in pixels.", show_default="the recipe's"),
+    typer.Option(min=32, help="Shorter image side in pixels.", show_default="the recipe's"),
 ]
+Split = Annotated[str, typer.Option(help="Split: train, val, test, all, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-_SHOWN_PROBLEMS = 10  # of a kind
+_SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
-_ENOUGH = 0.99  # of the objects reached: the rest is mostly faulty labels
-_NEARLY = 0.02  # less than this is not worth more pixels
+_ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
+_MIN_GAIN = 0.02  # a smaller gain in recall is not worth more pixels
 
 
 def check(
@@ -53,7 +53,7 @@ def check(
     *,
     fix: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write a corrected copy; the original is never touched."),
+        typer.Option(metavar="DIR", help="Write a corrected copy; the data are never modified."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Print every problem.")] = False,
     format: Format = None,
@@ -61,44 +61,38 @@ def check(
     image_size: ImageSize = None,
     json: Json = False,
 ) -> None:
-    """Find what is wrong with labels and images, and count what there is.
+    """Check labels and images, and print statistics.
 
-    The exit code is 1 where problems were found, 0 where there are none or --fix wrote a copy.
+    The exit code is 1 if problems were found, 0 if there are none or --fix wrote a copy.
     """
-    from retinanet.data import anchor_reach, check_datasets, read_splits, write_fixed
-    from retinanet.training.step import recipe_anchors
+    from retinanet.data import check_datasets, read_splits, write_fixed
 
-    chosen = resolve_recipe(recipe, settings, image_size=image_size)
-    splits = read_splits(data, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out)
-    with progress("opening images") as show:
-        report = check_datasets(splits, progress=show)
-    reach = None
-    if any(one.objects for one in report.statistics.values()):
-        readable = _readable(splits, report)
-        reach = anchor_reach(
-            readable,
-            recipe_anchors(chosen),
-            chosen.data.image_size,
-            chosen.data.max_size,
-            foreground_iou=chosen.matching.foreground_iou,
-        )
+    config = resolve_recipe(recipe, settings, image_size=image_size)
+    splits = read_splits(
+        data, format=format, seed=config.split_seed, val_fraction=config.data.val_fraction
+    )
+    with progress("opening images") as update:
+        report = check_datasets(splits, progress=update)
+    recall = None
+    if any(split.objects for split in report.statistics.values()):
+        recall = _recall(_with_known_size(splits, report), config)
     written = None
     if fix is not None:
-        with progress("writing") as show:
-            written = write_fixed(splits, report, fix, progress=show)
+        with progress("writing") as update:
+            written = write_fixed(splits, report, fix, progress=update)
     if json:
-        answer = report.to_dict() | {"anchors": reach.to_dict() if reach else None}
+        result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
         if written is not None:
-            answer["fixed"] = {"folder": written.folder, "objects": written.objects}
-        print_json(answer)
+            result["fixed"] = {"folder": written.folder, "objects": written.objects}
+        print_json(result)
     else:
         _show_problems(report, data, None if every else _SHOWN_PROBLEMS)
         _show_statistics(report.statistics)
-        if reach is not None:
-            _show_reach(reach)
+        if recall is not None:
+            _show_recall(recall)
         if written is not None:
-            say(f"a corrected copy is in {written.folder}: {_total(written.objects)} objects in "
-                f"{_total(written.images)} images")  # fmt: skip
+            objects, images = sum(written.objects.values()), sum(written.images.values())
+            say(f"wrote a corrected copy to {written.folder}: {objects} objects in {images} images")
     if report.problems and written is None:
         raise typer.Exit(1)
 
@@ -107,44 +101,46 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A labelled folder or file.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     *,
-    to: Annotated[str, typer.Option(help="coco, voc, yolo, csv or webdataset.")],
+    to: Annotated[str, typer.Option(help="Format: coco, voc, yolo, csv or webdataset.")],
     format: Format = None,
     images: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
     shard_size: Annotated[
         str | None,
         typer.Option(
             metavar="N|MB",
-            help="Of webdataset: images (1000) or bytes (256MB) of a shard.",
+            help="Maximum images (1000) or bytes (256MB) per WebDataset shard.",
             show_default="256MB",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = 0,
-    held_out: Annotated[float, typer.Option(help="Share for val, where the data has none.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Random seed of a validation split.")] = 0,
+    val_fraction: Annotated[
+        float, typer.Option(help="Fraction of the images for val, if the data has no val split.")
+    ] = 0.2,
     json: Json = False,
 ) -> None:
-    """Write labelled data in another format."""
+    """Convert labelled data to another format."""
     from retinanet.config import check_choice
-    from retinanet.data import convert as write
+    from retinanet.data import convert as convert_data
 
     check_choice("--images", images, ("copy", "hardlink", "symlink"))
-    with progress("writing") as show:
-        written = write(
+    with progress("writing") as update:
+        written = convert_data(
             source,
             target,
             to,
             format=format,
             seed=seed,
-            held_out=held_out,
-            images=images,  # type: ignore[arg-type]  # looked at above
+            val_fraction=val_fraction,
+            images=images,  # type: ignore[arg-type]  # checked above
             shard_size=shard_size,
-            progress=show,
+            progress=update,
         )
     if json:
         print_json({name: getattr(written, name) for name in written.__slots__})
         return
     table(
         f"{written.folder}: {written.format}",
-        ["split", "made by", "images", "objects"],
+        ["split", "origin", "images", "objects"],
         [
             (name, written.origins[name], count, written.objects[name])
             for name, count in written.images.items()
@@ -152,49 +148,46 @@ def convert(
         left=2,
     )
     for what, count in written.lost.items():
-        if count:
-            say(f"left out: {count} {what}")
+        say(f"left out: {count} {what}")
 
 
 def show(
     data: Data,
     settings: Settings = None,
     *,
-    out: Annotated[Path, typer.Option(help="Where the images go.")] = Path("shown"),
-    split: Annotated[str, typer.Option(help="train, val, test, all, ...")] = "train",
-    count: Annotated[int, typer.Option(min=0, help="Images, drawn by the seed; 0: all.")] = 20,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("shown"),
+    split: Split = "train",
+    count: Annotated[int, typer.Option(min=0, help="Number of images; 0: all.")] = 20,
     with_anchors: Annotated[
-        bool, typer.Option("--anchors", help="Also the anchors that answer for each object.")
+        bool, typer.Option("--anchors", help="Also draw the anchors matched to each object.")
     ] = False,
     format: Format = None,
     recipe: RecipeName = "quick",
     image_size: ImageSize = None,
-    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the choice of images.")] = 0,
     json: Json = False,
 ) -> None:
-    """Draw labelled images, with --anchors as the network meets them.
+    """Draw labelled images; with --anchors at the network's size, with their matched anchors.
 
-    Anchors are drawn in white; an object that none answers for cannot be learned, and is marked.
+    Anchors are white. An object without a matched anchor cannot be learned, and is marked.
     """
     from retinanet.cli.drawing import draw_labels
-    from retinanet.data import read_dataset
     from retinanet.training.step import recipe_anchors
 
-    chosen = resolve_recipe(recipe, settings, image_size=image_size)
-    dataset = read_dataset(
-        data, split, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out
-    )
-    spec = recipe_anchors(chosen) if with_anchors else None
+    config = resolve_recipe(recipe, settings, image_size=image_size)
+    dataset = _read_split(data, split, format, config)
+    spec = recipe_anchors(config) if with_anchors else None
     with progress("drawing") as update:
-        drawn = draw_labels(dataset, out, count=count, seed=seed, spec=spec, recipe=chosen,
-                            progress=update)  # fmt: skip
+        drawn = draw_labels(
+            dataset, out, count=count, seed=seed, spec=spec, recipe=config, progress=update
+        )
     if json:
         print_json({"out": out, **drawn.to_dict()})
     else:
         say(f"{drawn.images} images of {dataset.split} with {drawn.objects} objects, in {out}")
         if with_anchors:
             say(
-                f"{drawn.anchors} anchors answer for them; "
+                f"{drawn.anchors} anchors are matched to them; "
                 f"{drawn.unmatched} objects have none and cannot be learned"
             )
     for reason in drawn.failures:
@@ -207,89 +200,65 @@ def anchors(
     data: Data,
     settings: Settings = None,
     *,
-    split: Annotated[str, typer.Option(help="train, val, test, all, ...")] = "train",
+    split: Split = "train",
     format: Format = None,
     recipe: RecipeName = "quick",
     image_size: ImageSize = None,
     json: Json = False,
 ) -> None:
-    """Say which share of the objects the anchors reach, and what would reach more.
+    """Print the anchor recall, and that of other settings.
 
-    An object is reached where an anchor overlaps it enough to answer for it (an IoU of .5).
+    The anchor recall is the fraction of objects with an anchor of an IoU of .5 or more.
     """
-    from retinanet.data import anchor_reach, read_dataset, usable
-    from retinanet.training.step import recipe_anchors
+    from retinanet.data import usable
 
-    chosen = resolve_recipe(recipe, settings, image_size=image_size)
-    whole = read_dataset(
-        data, split, format=format, seed=chosen.split_seed, held_out=chosen.data.held_out
-    )
-    dataset, _ = usable(whole)
-    tried: list[tuple[_Candidate, AnchorReach]] = []
-    for candidate in _candidates(chosen):
-        other = resolve_recipe(
-            recipe, [*(settings or []), *candidate.settings], image_size=image_size
-        )
-        reach = anchor_reach(
-            {split: dataset},
-            recipe_anchors(other),
-            other.data.image_size,
-            other.data.max_size,
-            foreground_iou=other.matching.foreground_iou,
-        )
-        tried.append((candidate, reach))
-    # The candidates come in the order of their cost: the first that is nearly as good as any.
-    enough = min(_ENOUGH, max(one.share for _, one in tried) - _NEARLY)
-    best = next(candidate for candidate, one in tried if one.share >= enough)
+    config = resolve_recipe(recipe, settings, image_size=image_size)
+    dataset, _ = usable(_read_split(data, split, format, config))
+    results = [
+        (words, changes, _recall({split: dataset}, resolve_recipe(
+            recipe, [*(settings or []), *changes], image_size=image_size)))
+        for words, changes in _candidates(config)
+    ]  # fmt: skip
+    # Candidates are in the order of their cost: suggest the first that is nearly as good as any.
+    enough = min(_ENOUGH_RECALL, max(found.recall for _, _, found in results) - _MIN_GAIN)
+    suggested = next(changes for _, changes, found in results if found.recall >= enough)
     if json:
-        print_json(
-            {
-                "tried": [{"settings": one.settings, **reach.to_dict()} for one, reach in tried],
-                "suggested": best.settings,
-            }
-        )
+        tried = [{"settings": changes, **found.to_dict()} for _, changes, found in results]
+        print_json({"tried": tried, "suggested": suggested})
         return
-    _, reach = tried[0]
-    _show_reach(reach)
-    missed = [(name, hit, of) for name, (hit, of) in reach.by_class.items() if hit < of]
-    missed.sort(key=lambda one: one[1] / one[2])
+    current = results[0][2]
+    _show_recall(current)
+    missed = [(name, hit, of) for name, (hit, of) in current.by_class.items() if hit < of]
+    missed.sort(key=lambda row: row[1] / row[2])
     if missed:
         table(
-            "Classes with objects out of reach, the worst first",
-            ["class", "objects", "reached"],
-            [(name, of, _share(hit, of)) for name, hit, of in missed[:_SHOWN_CLASSES]],
+            "Classes of the lowest anchor recall",
+            ["class", "objects", "recall"],
+            [(name, of, _ratio(hit, of)) for name, hit, of in missed[:_SHOWN_CLASSES]],
         )
     table(
-        "What would reach how many; each row costs more than the one above",
-        ["pixels", "anchors", "all", *reach.by_size, "mean IoU"],
+        "Anchor recall of other settings, cheapest first",
+        ["pixels", "anchors", "all", *current.by_size, "mean IoU"],
         [
             (
-                f"{one.image_size}",
-                candidate.words,
-                f"{one.share:.1%}",
-                *(_share(*one.by_size[name]) for name in reach.by_size),
-                f"{one.mean_iou:.2f}",
+                found.image_size,
+                words,
+                f"{found.recall:.1%}",
+                *(_ratio(*counts) for counts in found.by_size.values()),
+                f"{found.mean_iou:.2f}",
             )
-            for candidate, one in tried
+            for words, _, found in results
         ],
         left=2,
     )
-    if best.settings:
-        say(f"suggested: {shlex.join(best.settings)}")
+    if suggested:
+        say(f"suggested: {shlex.join(suggested)}")
     else:
-        say("the anchors reach enough as they are")
+        say("the current settings are sufficient")
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """Settings to try, and what they are in words."""
-
-    words: str
-    settings: tuple[str, ...]
-
-
-def _candidates(recipe: Recipe) -> Iterator[_Candidate]:
-    """What to try, in the order of what it costs; the first is the recipe as it is."""
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Settings to compare, in words and as `key=value`; the first is the recipe itself."""
     half = "anchors.sizes=[16,32,64,128,256]"
     wide = "anchors.aspect_ratios=[0.25,0.5,1.0,2.0,4.0]"
     p2 = "model.p2=true"
@@ -298,101 +267,120 @@ def _candidates(recipe: Recipe) -> Iterator[_Candidate]:
         if factor > 1:
             sides = {"image_size": recipe.data.image_size, "max_size": recipe.data.max_size}
             size = tuple(f"data.{name}={round(factor * side)}" for name, side in sides.items())
-        yield _Candidate("the recipe's", size)
-        yield _Candidate("from 16 px on", (*size, "model.p2=false", half))
-        yield _Candidate("from 16 px on, 1:4 to 4:1", (*size, "model.p2=false", half, wide))
-        yield _Candidate("from 16 px on, with P2", (*size, p2, "anchors.sizes=none"))
-        yield _Candidate("from 8 px on, with P2", (*size, p2, "anchors.sizes=[8,16,32,64,128,256]"))
+        yield "the recipe's", size
+        yield "from 16 px on", (*size, "model.p2=false", half)
+        yield "from 16 px on, 1:4 to 4:1", (*size, "model.p2=false", half, wide)
+        yield "from 16 px on, with P2", (*size, p2, "anchors.sizes=none")
+        yield "from 8 px on, with P2", (*size, p2, "anchors.sizes=[8,16,32,64,128,256]")
 
 
-def _readable(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
-    """Without the images whose size neither the labels nor the file can tell."""
+def _read_split(data: Path, split: str, format: str | None, config: Recipe) -> Dataset:
+    from retinanet.data import read_dataset
+
+    return read_dataset(
+        data, split, format=format, seed=config.split_seed, val_fraction=config.data.val_fraction
+    )
+
+
+def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
+    from retinanet.data import anchor_recall
+    from retinanet.training.step import recipe_anchors
+
+    return anchor_recall(
+        splits,
+        recipe_anchors(config),
+        config.data.image_size,
+        config.data.max_size,
+        foreground_iou=config.matching.foreground_iou,
+    )
+
+
+def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
+    """The splits without images whose size is in neither the labels nor a readable file."""
     from dataclasses import replace
 
-    def has_size(image: Any) -> bool:
-        return bool(image.width and image.height) or not report.image_info[image.path].failure
-
     return {
-        name: replace(dataset, images=tuple(one for one in dataset.images if has_size(one)))
+        name: replace(
+            dataset,
+            images=tuple(
+                image
+                for image in dataset.images
+                if (image.width and image.height) or not report.image_info[image.path].failure
+            ),
+        )
         for name, dataset in splits.items()
     }
 
 
-def _show_problems(report: CheckReport, data: Path, most: int | None) -> None:
+def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:
     from retinanet.data.check import KINDS
 
     if not report.problems:
         say("no problems found")
+        return
     for kind, count in report.counts.items():
         say(f"{kind} ({count}): {KINDS.get(kind, '')}", style="bold")
-        of_kind = [one for one in report.problems if one.kind == kind]
-        for problem in of_kind[:most]:
+        problems = [problem for problem in report.problems if problem.kind == kind]
+        for problem in problems[:limit]:
             file = problem.file
-            inside = file != data and file.is_relative_to(data)
-            named = file.relative_to(data) if inside else file
+            if file != data and file.is_relative_to(data):
+                file = file.relative_to(data)
             fix = f" -> {problem.fix}" if problem.fix else ""
-            # Most reasons name the object; of the others it is said here.
-            told = problem.object is None or str(problem.object) in problem.reason
-            at = "" if told else f" object {problem.object}:"
-            say(f"  {named}:{at} {problem.reason}{fix}")
-        if most is not None and count > most:
-            say(f"  and {count - most} more (--all prints them)")
-    if report.problems:
-        say()
+            is_named = problem.object is None or str(problem.object) in problem.reason
+            name = "" if is_named else f" object {problem.object}:"
+            say(f"  {file}:{name} {problem.reason}{fix}")
+        if limit is not None and count > limit:
+            say(f"  and {count - limit} more (--all prints them)")
+    say()
 
 
 def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
-    rows: list[Sequence[object]] = [
-        ("images", *(one.images for one in statistics.values())),
-        ("without objects", *(one.background_images for one in statistics.values())),
-        ("objects", *(one.objects for one in statistics.values())),
-        ("crowd or difficult", *(one.ignored for one in statistics.values())),
+    splits = list(statistics.values())
+    rows = [
+        ("images", *(split.images for split in splits)),
+        ("without objects", *(split.background_images for split in splits)),
+        ("objects", *(split.objects for split in splits)),
+        ("crowd or difficult", *(split.ignored for split in splits)),
         *(
-            (f"{size} objects", *(one.sizes[size] for one in statistics.values()))
+            (f"{size} objects", *(split.sizes[size] for split in splits))
             for size in ("small", "medium", "large")
         ),
-        ("an image: median",
-         *(_number(one.boxes_an_image, "median") for one in statistics.values())),
-        ("an image: most", *(_number(one.boxes_an_image, "most") for one in statistics.values())),
-        ("side, median px", *(_number(one.side, "50") for one in statistics.values())),
-        ("side, 5% to 95% px", *(f"{_number(one.side, '5')} - {_number(one.side, '95')}"
-                                 for one in statistics.values())),
-    ]  # fmt: skip
-    table("What there is", ["", *statistics], rows)
-    for name, one in statistics.items():
-        say(f"{name}: split by {one.origin}")
-    classes = list(next(iter(statistics.values())).classes)
-    totals = {
-        name: sum(one.classes.get(name, 0) for one in statistics.values()) for name in classes
-    }
-    frequent = sorted(classes, key=lambda name: -totals[name])
+        *(
+            (f"objects per image, {name}", *(_number(s.boxes_per_image, key) for s in splits))
+            for name, key in (("median", "median"), ("maximum", "max"))
+        ),
+        ("side, median px", *(_number(split.side, "50") for split in splits)),
+        (
+            "side, 5% to 95% px",
+            *(f"{_number(split.side, '5')} - {_number(split.side, '95')}" for split in splits),
+        ),
+    ]
+    table("Statistics", ["", *statistics], rows)
+    for name, split in statistics.items():
+        say(f"{name}: split by {split.origin}")
+    classes = list(splits[0].classes)
+    counts = {name: [split.classes.get(name, 0) for split in splits] for name in classes}
+    frequent = sorted(classes, key=lambda name: -sum(counts[name]))
     table(
         f"Objects of {len(classes)} classes",
         ["class", *statistics],
-        [
-            (name, *(one.classes.get(name, 0) for one in statistics.values()))
-            for name in frequent[:_SHOWN_CLASSES]
-        ],
+        [(name, *counts[name]) for name in frequent[:_SHOWN_CLASSES]],
     )
     if len(frequent) > _SHOWN_CLASSES:
         say(f"and {len(frequent) - _SHOWN_CLASSES} more classes")
 
 
-def _show_reach(reach: AnchorReach) -> None:
-    sizes = ", ".join(f"{name} {_share(hit, of)}" for name, (hit, of) in reach.by_size.items())
+def _show_recall(found: AnchorRecall) -> None:
+    sizes = ", ".join(f"{name} {_ratio(*counts)}" for name, counts in found.by_size.items())
     say(
-        f"anchors reach {reach.share:.1%} of {reach.objects} objects "
-        f"(IoU {reach.foreground_iou:g} at {reach.image_size} px): {sizes}"
+        f"anchor recall {found.recall:.1%} of {found.objects} objects "
+        f"(IoU {found.foreground_iou:g} at {found.image_size} px): {sizes}"
     )
 
 
-def _share(hit: int, of: int) -> str:
-    return f"{hit / of:.1%}" if of else "-"
+def _ratio(matched: int, objects: int) -> str:
+    return f"{matched / objects:.1%}" if objects else "-"
 
 
 def _number(values: Mapping[str, float], name: str) -> str:
     return f"{values[name]:.0f}" if name in values else "-"
-
-
-def _total(counts: Mapping[str, int]) -> int:
-    return sum(counts.values())

@@ -1,10 +1,10 @@
-"""Labelled images as ``data show`` draws them."""
+"""Drawings of labelled images for ``data show``."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,20 @@ _RED = (255, 0, 0)
 
 
 @dataclass(slots=True)
-class Drawn:
-    """What was drawn.
+class DrawnLabels:
+    """Counts of what was drawn.
 
     Attributes:
-        images, objects: how many.
-        anchors: that answer for an object; `unmatched`: objects without any.
-        failures: why images could not be drawn.
+        images, objects: number of images and of their objects.
+        anchors, unmatched: anchors matched to an object, and objects without any.
+        failures: errors of the images that could not be drawn.
     """
 
-    images: int
-    objects: int
-    anchors: int
-    unmatched: int
-    failures: list[str]
+    images: int = 0
+    objects: int = 0
+    anchors: int = 0
+    unmatched: int = 0
+    failures: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -55,34 +55,28 @@ def draw_labels(
     spec: AnchorSpec | None,
     recipe: Recipe,
     progress: Callable[[int, int], None],
-) -> Drawn:
-    """Draw `count` images (0: all), with `spec` at the network's size and with its anchors."""
+) -> DrawnLabels:
+    """Draw `count` images (0: all); given `spec`, at the network's size with matched anchors."""
     images = list(dataset.images)
     if 0 < count < len(images):
-        places = sorted(random.Random(seed).sample(range(len(images)), count))
-        images = [images[place] for place in places]
+        images = [images[i] for i in sorted(random.Random(seed).sample(range(len(images)), count))]
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = Drawn(0, 0, 0, 0, [])
-    for done, image in enumerate(images, start=1):
+    drawn = DrawnLabels()
+    for number, image in enumerate(images, start=1):
         try:
-            img = (
-                _draw(image, dataset.classes)
-                if spec is None
-                else _draw_matched(image, dataset.classes, spec, recipe, drawn)
-            )
+            if spec is None:
+                boxes, labels = _objects(image.annotations)
+                drawing = draw_boxes(read_image(image.path), boxes, labels, names=dataset.classes)
+            else:
+                drawing = _draw_matched(image, dataset.classes, spec, recipe, drawn)
         except DataError as error:
             drawn.failures.append(str(error))
         else:
-            img.save(folder / f"{done:04d}_{image.path.stem}.png")
+            drawing.save(folder / f"{number:04d}_{image.path.stem}.png")
             drawn.images += 1
             drawn.objects += len(image.annotations)
-        progress(done, len(images))
+        progress(number, len(images))
     return drawn
-
-
-def _draw(image: LabelledImage, classes: Sequence[str]) -> Image.Image:
-    boxes, labels = _objects(image.annotations)
-    return draw_boxes(read_image(image.path), boxes, labels, names=classes)
 
 
 def _draw_matched(
@@ -90,43 +84,41 @@ def _draw_matched(
     classes: Sequence[str],
     spec: AnchorSpec,
     recipe: Recipe,
-    drawn: Drawn,
+    drawn: DrawnLabels,
 ) -> Image.Image:
     boxes, labels = _objects(image.annotations)
-    pixels, (down, across) = resize_to(
+    pixels, (scale_y, scale_x) = resize_to(
         read_image(image.path), recipe.data.image_size, recipe.data.max_size
     )
-    boxes = boxes * torch.tensor([across, down, across, down], dtype=torch.float32)
+    boxes = boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
     padded, _ = pad_batch([pixels])
-    anchors = torch.cat(
-        level_anchors(spec, feature_sizes(spec.strides, padded.shape[-2], padded.shape[-1]))
-    )
-    matching = recipe.matching
+    sizes = feature_sizes(spec.strides, padded.shape[-2], padded.shape[-1])
+    anchors = torch.cat(level_anchors(spec, sizes))
     matches = match_anchors(
         anchors,
         pad_targets([boxes], [labels]),
-        foreground_iou=matching.foreground_iou,
-        background_iou=matching.background_iou,
-        low_quality_matches=matching.low_quality_matches,
+        foreground_iou=recipe.matching.foreground_iou,
+        background_iou=recipe.matching.background_iou,
+        low_quality_matches=recipe.matching.low_quality_matches,
     )[0]
-    matched = matches >= 0
-    answered = torch.zeros(len(labels), dtype=torch.bool)
-    answered[matches[matched]] = True
-    missing = ~answered & (labels != IGNORED)
-    drawn.anchors += int(matched.sum())
-    drawn.unmatched += int(missing.sum())
+    is_foreground = matches >= 0
+    is_matched = torch.zeros(len(labels), dtype=torch.bool)
+    is_matched[matches[is_foreground]] = True
+    is_missed = ~is_matched & (labels != IGNORED)
+    drawn.anchors += int(is_foreground.sum())
+    drawn.unmatched += int(is_missed.sum())
 
-    below = draw_boxes(pixels, anchors[matched], colours=(_WHITE,), width=1)
-    factor = below.width // pixels.shape[-1]  # small images are enlarged by a whole factor
+    background = draw_boxes(pixels, anchors[is_foreground], colours=(_WHITE,), width=1)
+    factor = background.width // pixels.shape[-1]  # small images are enlarged by a whole factor
     count = len(classes)
     names = [*classes, *(f"{name}: no anchor" for name in classes)]
     colours = [PALETTE[i % len(PALETTE)] for i in range(count)] + [_RED] * count
-    shown = torch.where(missing, labels + count, labels)
-    return draw_boxes(below, boxes * factor, shown, names=names, colours=colours, enlarge_to=0)
+    shown = torch.where(is_missed, labels + count, labels)
+    return draw_boxes(background, boxes * factor, shown, names=names, colours=colours, enlarge_to=0)
 
 
 def _objects(annotations: Sequence[Annotation]) -> tuple[Tensor, Tensor]:
     """(M, 4) boxes and (M,) labels, IGNORED for crowds and difficult objects."""
-    boxes = torch.tensor([one.box for one in annotations], dtype=torch.float32).reshape(-1, 4)
-    labels = [IGNORED if one.ignored else one.label for one in annotations]
+    boxes = torch.tensor([a.box for a in annotations], dtype=torch.float32).reshape(-1, 4)
+    labels = [IGNORED if a.ignored else a.label for a in annotations]
     return boxes, torch.tensor(labels, dtype=torch.int64)

@@ -5,10 +5,10 @@ from retinanet.data.convert import Written, convert
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.fix import write_fixed
 from retinanet.data.formats import digest, find_format, read_dataset, read_splits
-from retinanet.data.statistics import AnchorReach, Statistics, anchor_reach
+from retinanet.data.statistics import AnchorRecall, Statistics, anchor_recall
 
 __all__ = [
-    "AnchorReach",
+    "AnchorRecall",
     "Annotation",
     "CheckReport",
     "Dataset",
@@ -16,7 +16,7 @@ __all__ = [
     "Problem",
     "Statistics",
     "Written",
-    "anchor_reach",
+    "anchor_recall",
     "check_datasets",
     "convert",
     "digest",

@@ -38,6 +38,7 @@ KINDS: dict[str, str] = {
     "label-unreadable": "a label file, or a row of it, cannot be read",
     "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
+    "class-duplicate": "two classes have one name",
     "class-unknown": "an object's class is not in the list of classes",
     "box-not-a-number": "a box is not four finite numbers",
     "box-inverted": "left and right, or top and bottom, are exchanged",

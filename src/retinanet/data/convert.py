@@ -45,7 +45,7 @@ def convert(
     *,
     format: str | None = None,
     seed: int = 0,
-    held_out: float = 0.2,
+    val_fraction: float = 0.2,
     images: Placing = "copy",
     shard_size: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -62,7 +62,7 @@ def convert(
         target: a new or empty folder.
         to: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
         format: of the source; None finds it.
-        seed, held_out: for splits where the source has none; see
+        seed, val_fraction: for splits where the source has none; see
             :func:`retinanet.data.formats.read_dataset`.
         images: ``copy``, ``hardlink`` or ``symlink``.
         shard_size: samples (``1000``) or bytes (``256MB``, the default) of a WebDataset shard at
@@ -83,7 +83,7 @@ def convert(
     if isinstance(source, Mapping):
         splits = dict(source)
     else:
-        splits = read_splits(source, format=format, seed=seed, held_out=held_out)
+        splits = read_splits(source, format=format, seed=seed, val_fraction=val_fraction)
     lost: Counter[str] = Counter()
     splits = {name: _writable(dataset, lost) for name, dataset in splits.items()}
     return write(

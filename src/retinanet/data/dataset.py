@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from retinanet.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +87,13 @@ class Dataset:
 
     Attributes:
         images: the images, in the source's order.
-        classes: names by label.
+        classes: names by label, all different.
         category_ids: the source's own ids by label (COCO's 1..90; 0..K-1 or 1..K elsewhere).
         split: the split's name, such as ``train``.
         format: one of :data:`retinanet.data.formats.FORMATS`, or ``synthetic``.
         source: the folder or file that was read.
         problems: what could not even be read into an annotation.
-        split_origin: how the split came about (``the format's own``, ``seed 0, 20% held out``).
+        split_origin: how the split came about (such as ``seed 0, 20% for validation``).
         extra: what else the source says of the whole (COCO's info, licences, supercategories).
     """
 
@@ -103,6 +106,14 @@ class Dataset:
     problems: tuple[Problem, ...] = ()
     split_origin: str = "the format's own"
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        repeated = [name for name, count in Counter(self.classes).items() if count > 1]
+        if repeated:
+            raise DataError(
+                f"{self.source}: several classes are named {repeated[0]!r}; give each class a name "
+                f"of its own, or give their objects one label"
+            )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -34,7 +34,7 @@ def split_word(name: str) -> str | None:
     return _WORDS[found.group(1)] if found else None
 
 
-def hold_out(
+def split_validation(
     images: Sequence[LabelledImage], share: float, seed: int
 ) -> tuple[tuple[LabelledImage, ...], tuple[LabelledImage, ...]]:
     """Parts images into those that train and those held back, each in the order given.

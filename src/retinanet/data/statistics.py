@@ -1,4 +1,4 @@
-"""How much of everything a labelled data set holds, and how much of it the anchors reach."""
+"""Statistics of a labelled data set, and the recall of anchors on its objects."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Statistics:
             COCO counts them.
         side: percentiles of the square root of the boxes' areas in pixels.
         aspect_ratio: percentiles of height / width of the boxes.
-        boxes_an_image: least, median, mean and most.
+        boxes_per_image: min, median, max and mean.
         image_sizes: images by "width x height", the ten most frequent.
-        image_height, image_width: least, median and most, pixels.
+        image_height, image_width: min, median and max, pixels.
         origin: how the split came about.
     """
 
@@ -55,7 +55,7 @@ class Statistics:
     sizes: Mapping[str, int]
     side: Mapping[str, float]
     aspect_ratio: Mapping[str, float]
-    boxes_an_image: Mapping[str, float]
+    boxes_per_image: Mapping[str, float]
     image_sizes: Mapping[str, int]
     image_height: Mapping[str, float]
     image_width: Mapping[str, float]
@@ -92,7 +92,7 @@ def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
         sizes={name: by_size[name] for name in SIZE_NAMES},
         side=_percentiles(np.sqrt(widths * heights)),
         aspect_ratio=_percentiles(heights / widths),
-        boxes_an_image=_range(counts, mean=True),
+        boxes_per_image=_range(counts, mean=True),
         image_sizes=dict(frequent),
         image_height=_range([height for height, _ in known]),
         image_width=_range([width for _, width in known]),
@@ -133,21 +133,21 @@ def _percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
 def _range(values: Sequence[int], *, mean: bool = False) -> dict[str, float]:
     if not values:
         return {}
-    found = {"least": min(values), "median": float(np.median(values)), "most": max(values)}
+    found = {"min": min(values), "median": float(np.median(values)), "max": max(values)}
     return found | ({"mean": round(sum(values) / len(values), 3)} if mean else {})
 
 
 @dataclass(frozen=True, slots=True)
-class AnchorReach:
-    """How well the anchors of the network reach the objects of a data set.
+class AnchorRecall:
+    """Recall of the network's anchors on the objects of a data set.
 
     Attributes:
         image_size, max_size: pixels of the shorter side, and of the longer at most.
-        foreground_iou: IoU from which an anchor answers for an object.
-        objects: those that count.
-        reached: those whose best anchor has that IoU.
-        mean_iou: of the objects' best anchors.
-        by_class, by_size: (reached, objects) by class name, and by ``small``, ``medium`` and
+        foreground_iou: IoU from which an anchor is matched to an object.
+        objects: number of objects, without ignored ones and those with unusable boxes.
+        matched: objects with an anchor of that IoU.
+        mean_iou: mean IoU of the objects with their best anchors.
+        by_class, by_size: (matched, objects) by class name, and by ``small``, ``medium`` and
             ``large`` (in pixels of the image on disk).
     """
 
@@ -155,22 +155,22 @@ class AnchorReach:
     max_size: int
     foreground_iou: float
     objects: int
-    reached: int
+    matched: int
     mean_iou: float
     by_class: Mapping[str, tuple[int, int]]
     by_size: Mapping[str, tuple[int, int]]
 
     @property
-    def share(self) -> float:
-        """Of the objects that are reached; 1 where there is none."""
-        return self.reached / self.objects if self.objects else 1.0
+    def recall(self) -> float:
+        """Fraction of the objects that are matched; 1 where there is none."""
+        return self.matched / self.objects if self.objects else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**asdict(self), "share": self.share}
+        return {**asdict(self), "recall": self.recall}
 
 
-def anchor_reach(
+def anchor_recall(
     splits: Mapping[str, Dataset],
     spec: AnchorSpec,
     image_size: int,
@@ -178,8 +178,8 @@ def anchor_reach(
     *,
     foreground_iou: float = 0.5,
     divisor: int = 32,
-) -> AnchorReach:
-    """The share of objects that some anchor overlaps enough to answer for them.
+) -> AnchorRecall:
+    """Compute the fraction of objects that an anchor overlaps by `foreground_iou` or more.
 
     Exact and fast: an IoU falls with the distance of the centres along either axis, so of all
     anchors of one shape only that of the nearest cell needs to be looked at. COCO takes seconds.
@@ -189,7 +189,7 @@ def anchor_reach(
         spec: the anchors.
         image_size: pixels of the shorter side at the network's input.
         max_size: pixels that the longer side may have.
-        foreground_iou: IoU from which an anchor answers for an object.
+        foreground_iou: IoU from which an anchor is matched to an object.
         divisor: images are padded to multiples of it.
 
     Raises:
@@ -226,16 +226,16 @@ def anchor_reach(
     hit = iou >= foreground_iou
 
     def grouped(names: Iterable[str], keys: list[str]) -> dict[str, tuple[int, int]]:
-        every, reached = Counter(keys), Counter(k for k, yes in zip(keys, hit, strict=True) if yes)
-        return {name: (reached[name], every[name]) for name in names}
+        every, matched = Counter(keys), Counter(k for k, yes in zip(keys, hit, strict=True) if yes)
+        return {name: (matched[name], every[name]) for name in names}
 
     classes = dict.fromkeys(name for dataset in splits.values() for name in dataset.classes)
-    return AnchorReach(
+    return AnchorRecall(
         image_size=image_size,
         max_size=max_size,
         foreground_iou=foreground_iou,
         objects=len(iou),
-        reached=int(hit.sum()),
+        matched=int(hit.sum()),
         mean_iou=float(iou.mean()) if len(iou) else 0.0,
         by_class=grouped(classes, labels),
         by_size=grouped(SIZE_NAMES, sizes),

@@ -3,7 +3,7 @@
 Circles, squares and triangles lie among lines, bars, rings, crosses and long ellipses of the same
 colours, on cloudy and noisy ground, so neither colour nor brightness alone tells an object; which
 of the three it is, colour helps to tell (warm, cool, violet to cream), as in most real data.
-Objects cover a few hundredths of an image, and of its anchors about one in a thousand answers for
+Objects cover a few hundredths of an image, and of its anchors about one in a thousand is matched to
 one: the imbalance that the paper is about. Some images hold no object at all.
 
 Pixels are computed here with additions, products and square roots, which are the same on every

@@ -126,7 +126,7 @@ def loss_distribution(
     image_size: int | None = None,
     max_size: int | None = None,
     seed: int | None = None,
-    held_out: float | None = None,
+    val_fraction: float | None = None,
     progress: Progress | None = None,
 ) -> LossDistribution:
     """The distribution of the loss of a trained model over the anchors of a data set.
@@ -146,7 +146,7 @@ def loss_distribution(
         sample_seed: which are taken.
         workers: processes that load images; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
-        seed, held_out: as in :func:`retinanet.evaluation.evaluate`.
+        seed, val_fraction: as in :func:`retinanet.evaluation.evaluate`.
         progress: told how many images are done.
 
     Raises:
@@ -179,7 +179,7 @@ def loss_distribution(
         data,
         split,
         seed=made.get("seed") if seed is None else seed,
-        held_out=made.get("held_out") if held_out is None else held_out,
+        val_fraction=made.get("val_fraction") if val_fraction is None else val_fraction,
     )
     return distribution_of(
         model.network,

@@ -76,7 +76,7 @@ def evaluate(
     tile: int | str | None = None,
     overlap: float = 0.2,
     seed: int | None = None,
-    held_out: float | None = None,
+    val_fraction: float | None = None,
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> Metrics:
@@ -101,7 +101,7 @@ def evaluate(
         workers: processes that load images; None: chosen for this machine.
         device, precision, backend, calibrate, image_size, max_size: as in :class:`Detector`.
         tile, overlap: as in :meth:`Detector.stream`; tiles, and exported files, give no loss.
-        seed, held_out: how a split is made where the data has none; None is as the model was
+        seed, val_fraction: how a split is made where the data has none; None is as the model was
             trained, so that nothing it has seen is judged.
         progress: told how many images are done.
         thresholds: laid over the model's own.
@@ -119,7 +119,7 @@ def evaluate(
                 "results are judged without a network: leave out precision, backend and calibrate"
             )
         source = Path(model) if isinstance(model, str | Path) else model
-        dataset = read_judged(data, split, of_results=True, seed=seed, held_out=held_out)
+        dataset = read_judged(data, split, of_results=True, seed=seed, val_fraction=val_fraction)
         results = Results.read(source, dataset)  # type: ignore[arg-type]
         metrics = evaluate_detections(dataset, results, max_detections=max_detections)
     else:
@@ -143,7 +143,7 @@ def evaluate(
             data,
             split,
             seed=made.get("seed") if seed is None else seed,
-            held_out=made.get("held_out") if held_out is None else held_out,
+            val_fraction=made.get("val_fraction") if val_fraction is None else val_fraction,
         )
         label_map = match_classes(detector.classes, dataset)
         limit, raised = _raised_limits(dataset, max_detections, detector.thresholds)
@@ -526,7 +526,7 @@ def read_judged(
     *,
     of_results: bool = False,
     seed: int | None = None,
-    held_out: float | None = None,
+    val_fraction: float | None = None,
 ) -> Dataset:
     """The images that something is judged on; arguments and errors as :func:`evaluate`."""
     if isinstance(data, Dataset):
@@ -534,7 +534,7 @@ def read_judged(
     path = Path(data)
     if split is None:
         split = _split_of_file(path, of_results) if path.is_file() else "val"
-    made: dict[str, Any] = {"seed": seed, "held_out": held_out}
+    made: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
     known = {name: value for name, value in made.items() if value is not None}
     dataset = read_dataset(path, split, extras=False, **known)
     if not len(dataset):

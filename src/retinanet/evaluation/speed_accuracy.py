@@ -341,7 +341,9 @@ def _same_images(
     held: dict[str, Mapping[str, Any]] = {name: made for name, made in splits.items() if made}
     first: tuple[str, Dataset] | None = None
     for name, made in (held or {next(iter(checkpoints)): {}}).items():
-        dataset = read_judged(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
+        dataset = read_judged(
+            data, split, seed=made.get("seed"), val_fraction=made.get("val_fraction")
+        )
         if first is None:
             first = name, dataset
         elif [one.path for one in dataset.images] != [one.path for one in first[1].images]:

@@ -510,7 +510,7 @@ def _calibration(detector: Detector, given: Any) -> Iterator[Tensor]:
         # Not the images that check_file() will judge by: what was held out of training.
         split = {
             key: value
-            for key in ("seed", "held_out")
+            for key in ("seed", "val_fraction")
             if (value := _split(detector).get(key)) is not None
         }
         dataset = (
@@ -547,7 +547,9 @@ def _images(
     made = _split(detector)
     dataset: Dataset | None = None
     if data is not None:
-        dataset = read_judged(data, split, seed=made.get("seed"), held_out=made.get("held_out"))
+        dataset = read_judged(
+            data, split, seed=made.get("seed"), val_fraction=made.get("val_fraction")
+        )
     else:
         dataset = _own_data(of, made)
     if dataset is not None:
@@ -572,7 +574,9 @@ def _own_data(of: Path | None, made: dict[str, Any]) -> Dataset | None:
     for folder in () if of is None else (of, of.parent):
         try:
             data = json.loads((folder / "run.json").read_text("utf-8"))["data"]
-            found = read_judged(data, "val", seed=made.get("seed"), held_out=made.get("held_out"))
+            found = read_judged(
+                data, "val", seed=made.get("seed"), val_fraction=made.get("val_fraction")
+            )
         except (OSError, ValueError, KeyError, TypeError, DataError, ConfigError):
             continue
         if all(Path(image.path).is_file() for image in found.images[:1]):

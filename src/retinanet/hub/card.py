@@ -386,7 +386,7 @@ def _limits(facts: RunFacts, options: CardOptions) -> list[str]:
         if ap < WEAK:
             told.append(f"An AP of {ap:.3f} is weak: most of what it says needs a person's look.")
     origin = str(run.get("split_origin") or "")
-    if "held out" in origin:
+    if "for validation" in origin:
         told.append(
             "The images held back were drawn at random: where several show one scene, some may "
             "lie on either side, and the figures are then too good."

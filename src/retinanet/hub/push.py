@@ -194,7 +194,7 @@ def _read_data(data: str | Path, facts: RunFacts) -> dict[str, Dataset]:
     """The run's splits, as it was trained on them."""
     made = facts.checkpoint.info.get("split", {})
     splits = read_splits(
-        data, seed=made.get("seed") or 0, held_out=made.get("held_out") or 0.2, extras=False
+        data, seed=made.get("seed") or 0, val_fraction=made.get("val_fraction") or 0.2, extras=False
     )
     if set(splits["train"].classes if "train" in splits else ()) != set(facts.checkpoint.classes):
         raise DataError(f"{data}: its classes are not the model's; give what it was trained on")

@@ -18,8 +18,8 @@ from typing import Any
 from retinanet.anchors import feature_sizes
 from retinanet.config import Recipe, load_recipe
 from retinanet.data import (
-    AnchorReach,
-    anchor_reach,
+    AnchorRecall,
+    anchor_recall,
     check_datasets,
     digest,
     read_splits,
@@ -137,7 +137,7 @@ def read_data(terms: Terms) -> dict[str, Dataset]:
     """
     # Without a seed of a row: what is held back must not change from seed to seed.
     recipe = load_recipe(_recipe_name(terms, None), terms.settings)
-    made = {"seed": recipe.split_seed, "held_out": recipe.data.held_out}
+    made = {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction}
     splits = read_splits(terms.data, extras=False, **made)  # type: ignore[arg-type]
     for name, purpose in (("train", "train on"), ("val", "judge by")):
         if name not in splits:
@@ -200,14 +200,14 @@ def plan(experiments: Iterable[Experiment], terms: Terms, splits: Mapping[str, D
     of_data = digest(usable(splits["train"])[0]) + digest(usable(splits["val"])[0])
     rows: dict[tuple[str, str], tuple[Training, ...]] = {}
     refused: dict[tuple[str, str], str] = {}
-    reached: dict[object, AnchorReach] = {}
+    recalls: dict[object, AnchorRecall] = {}
     for experiment in experiments:
         for row in experiment.rows:
             if not row.trained:
                 continue
             place = (experiment.name, row.key)
             recipes = [resolve(experiment, row, terms, seed) for seed in range(terms.seeds)]
-            why = _too_small(row, recipes[0], splits["train"], reached)
+            why = _too_small(row, recipes[0], splits["train"], recalls)
             if why:
                 refused[place] = why
                 continue
@@ -412,11 +412,13 @@ def _loss_name(recipe: Recipe) -> str:
     )
 
 
-def _too_small(row: Row, recipe: Recipe, train: Dataset, reached: dict[object, AnchorReach]) -> str:
+def _too_small(
+    row: Row, recipe: Recipe, train: Dataset, recalls: dict[object, AnchorRecall]
+) -> str:
     """Why a data set cannot train a row; empty: it can.
 
     Args:
-        reached: what was found out before, which takes seconds on a large data set; added to.
+        recalls: computed before, which takes seconds on a large data set; added to.
     """
     if row.rival:
         return ""
@@ -424,12 +426,12 @@ def _too_small(row: Row, recipe: Recipe, train: Dataset, reached: dict[object, A
     spec = recipe_anchors(recipe)
     iou = recipe.matching.foreground_iou
     asked = (spec, side, longest, iou)
-    if asked not in reached:
-        reached[asked] = anchor_reach({"train": train}, spec, side, longest, foreground_iou=iou)
-    reach = reached[asked]
-    if not reach.reached and not recipe.matching.low_quality_matches:
+    if asked not in recalls:
+        recalls[asked] = anchor_recall({"train": train}, spec, side, longest, foreground_iou=iou)
+    found = recalls[asked]
+    if not found.matched and not recipe.matching.low_quality_matches:
         return (
-            f"none of {reach.objects} objects overlaps an anchor by "
+            f"none of {found.objects} objects overlaps an anchor by "
             f"{recipe.matching.foreground_iou:g} at {side} px: set anchors.sizes to fit them "
             "(retinanet data anchors)"
         )

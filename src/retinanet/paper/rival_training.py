@@ -211,7 +211,7 @@ class _Subject:
             self._train_set.category_ids,
             data.image_size,
             data.max_size,
-            {"seed": self._recipe.split_seed, "held_out": data.held_out},
+            {"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
         )
         write_rival(folder, rival)
 

@@ -487,7 +487,7 @@ class Rival:
         category_ids: the data's own id of each class.
         image_size: shorter side of its input, pixels.
         max_size: longer side at most.
-        split: ``seed`` and ``held_out``: how the data was split where it came without splits.
+        split: ``seed`` and ``val_fraction``: how the data was split where it came without splits.
     """
 
     network: RivalNetwork

@@ -250,7 +250,7 @@ def _free_port() -> int:
 def _train(task: Mapping[str, Any], folder: Path, on_event: Listener | None) -> int:
     torch.set_num_threads(task["threads"])
     recipe = build_recipe(tomllib.loads(task["recipe"]), "the task")
-    made = {"seed": recipe.split_seed, "held_out": recipe.data.held_out}
+    made = {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction}
     splits = read_splits(task["data"], extras=False, **made)  # type: ignore[arg-type]
     splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
     recipe = _as_begun(recipe, folder)

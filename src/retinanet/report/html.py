@@ -361,7 +361,7 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
             read_splits(
                 source,
                 seed=of_data.get("split_seed", of_training.get("seed", 0)),
-                held_out=of_data.get("held_out", 0.2),
+                val_fraction=of_data.get("val_fraction", 0.2),
                 extras=False,
             ),
             "",

@@ -162,7 +162,7 @@ class RetinaNetSubject:
                 "recipe": recipe.name,
                 "step": step,
                 # A split that was made is made again with these: nothing trained on is judged.
-                "split": {"seed": recipe.split_seed, "held_out": recipe.data.held_out},
+                "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # What a tile is as large as, where it is to choose its size itself.
                 "image_side": self._image_side,
             },

@@ -469,7 +469,9 @@ def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
 
 
 def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
-    return read_splits(data, seed=recipe.split_seed, held_out=recipe.data.held_out, extras=False)
+    return read_splits(
+        data, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction, extras=False
+    )
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
 from retinanet.data.formats.writing import Writing
-from retinanet.data.splits import hold_out
+from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
 
 
@@ -77,7 +77,7 @@ def read_dataset(
     *,
     format: str | None = None,
     seed: int = 0,
-    held_out: float = 0.2,
+    val_fraction: float = 0.2,
     extras: bool = True,
 ) -> Dataset:
     """One split of a labelled data set, in any of the formats.
@@ -92,7 +92,7 @@ def read_dataset(
             ``train`` but no ``val``, that is held out of ``train`` and ``test`` stays untouched.
         format: one of :data:`FORMATS`, such as ``coco``; None finds it.
         seed: which images are held out.
-        held_out: share of the images for ``val``, in (0, 1), where it has to be made.
+        val_fraction: share of the images for ``val``, in (0, 1), where it has to be made.
         extras: keep what training does not need (masks, licences, ...); False saves memory.
 
     Raises:
@@ -104,7 +104,7 @@ def read_dataset(
     if split in lazy and not (split == "train" and _val_is_made(lazy)):
         return _named(lazy[split](), split)
     if split in names:
-        return _made(lazy, seed, held_out)[split]
+        return _made(lazy, seed, val_fraction)[split]
     if split == "all":
         return _whole([lazy[name]() for name in _disjoint(lazy)])
     raise DataError(
@@ -117,7 +117,7 @@ def read_splits(
     *,
     format: str | None = None,
     seed: int = 0,
-    held_out: float = 0.2,
+    val_fraction: float = 0.2,
     extras: bool = True,
 ) -> dict[str, Dataset]:
     """Every split of a labelled data set, in the order train, val, test, others.
@@ -126,7 +126,7 @@ def read_splits(
     train and val, is left out where they are there.
     """
     lazy = _open(path, format, extras)
-    made = _made(lazy, seed, held_out) if _val_is_made(lazy) else {}
+    made = _made(lazy, seed, val_fraction) if _val_is_made(lazy) else {}
     return {
         name: made[name] if name in made else _named(lazy[name](), name)
         for name in _split_names(lazy)
@@ -189,14 +189,14 @@ def _split_names(lazy: Mapping[str, object]) -> list[str]:
 
 
 def _made(
-    lazy: Mapping[str, Callable[[], Dataset]], seed: int, held_out: float
+    lazy: Mapping[str, Callable[[], Dataset]], seed: int, val_fraction: float
 ) -> dict[str, Dataset]:
     name = _train_source(lazy)
     assert name is not None
     source = lazy[name]()
-    train, val = hold_out(source.images, held_out, seed)
+    train, val = split_validation(source.images, val_fraction, seed)
     of = f" of {name}" if name else ""
-    origin = f"seed {seed}, {held_out:.0%} held out{of}"
+    origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
     return {
         "train": replace(source, images=train, split="train", split_origin=origin),
         # What could not be read belongs to no split; it is told once.

@@ -8,13 +8,20 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import JSON_TEXT, ImageFinder, to_flag, to_number
+from retinanet.data.formats.finding import (
+    JSON_TEXT,
+    ClassList,
+    ImageFinder,
+    merge_classes,
+    to_flag,
+    to_number,
+)
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -65,9 +72,10 @@ def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
                     f"another split; give each class one id"
                 )
     ordered = dict(sorted(categories.items()))
+    classes = merge_classes(((id_, item["name"]) for id_, item in ordered.items()), path)
 
     def reader(split: str, file: Path) -> Callable[[], Dataset]:
-        return lambda: _read_file(file, split, ordered, path, extras)
+        return lambda: _read_file(file, split, ordered, classes, path, extras)
 
     return {split: reader(split, file) for split, file in files.items()}
 
@@ -172,7 +180,12 @@ def _whole(value: Any) -> int | None:
 
 
 def _read_file(
-    file: Path, split: str, categories: Mapping[int, Mapping[str, Any]], source: Path, extras: bool
+    file: Path,
+    split: str,
+    categories: Mapping[int, Mapping[str, Any]],
+    classes: ClassList,
+    source: Path,
+    extras: bool,
 ) -> Dataset:
     def compact(value: dict[str, Any]) -> dict[str, Any]:
         if JSON_TEXT in value and "image_id" in value:
@@ -182,10 +195,9 @@ def _read_file(
         return value
 
     content = _load(file, compact)
-    problems: list[Problem] = []
+    problems = list(classes.problems)
     images = _images(file, content["images"], problems)
-    labels = {id_: label for label, id_ in enumerate(categories)}
-    objects = _annotations(file, content["annotations"], images, labels, problems, extras)
+    objects = _annotations(file, content["annotations"], images, classes.labels, problems, extras)
 
     finder = ImageFinder(_image_folders(file, split))
     dataset_images = []
@@ -203,24 +215,24 @@ def _read_file(
         )
     return Dataset(
         images=tuple(dataset_images),
-        classes=tuple(str(category["name"]) for category in categories.values()),
-        category_ids=tuple(categories),
+        classes=classes.names,
+        category_ids=classes.ids,
         split=split,
         format="coco",
         source=source,
         problems=tuple(problems),
-        extra=_of_the_whole(content, categories) if extras else {},
+        extra=_of_the_whole(content, [categories[id_] for id_ in classes.ids]) if extras else {},
     )
 
 
 def _of_the_whole(
-    content: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]
+    content: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Info, licences and the like, and what categories say beside id and name, by label."""
     whole = {key: value for key, value in content.items() if key not in _PARTS}
     more = [
         {key: value for key, value in category.items() if key not in ("id", "name")}
-        for category in categories.values()
+        for category in categories
     ]
     if any(more):
         whole[CATEGORY_EXTRAS] = more

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import ImageFinder, from_text, to_flag, to_number, to_text
+from retinanet.data.formats.finding import (
+    ClassList,
+    ImageFinder,
+    from_text,
+    merge_classes,
+    to_flag,
+    to_number,
+    to_text,
+)
 from retinanet.data.formats.writing import Writing, number_text, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -93,7 +101,8 @@ def read_csv(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Datas
         if not table.rows:
             by_split.setdefault(table.split, []).append((table, []))
     folder = path if path.is_dir() else path.parent
-    classes = _class_ids(folder) or _class_ids_of(tables.values())
+    file, pairs = _class_ids(folder)
+    classes = merge_classes(pairs or _class_ids_of(tables.values()), file)
 
     def reader(split: str) -> Callable[[], Dataset]:
         return lambda: _dataset(split, by_split[split], classes, path)
@@ -348,36 +357,34 @@ def _area(text: str) -> float | None:
         return None
 
 
-def _class_ids(folder: Path) -> dict[str, int]:
-    """Names with ids from a file of classes; none: empty."""
-    for name in _CLASS_FILES:
-        if (folder / name).is_file():
-            pairs = [cells for _, cells in _rows(folder / name) if len(cells) >= 2]
-            ids = {cells[0]: int(cells[1]) for cells in pairs if cells[1].isdecimal()}
-            return dict(sorted(ids.items(), key=lambda item: item[1]))
+def _class_ids(folder: Path) -> tuple[Path, list[tuple[int, str]]]:
+    """A file of classes, and the ids and names in it; the folder and none where there is none."""
+    for file in (folder / name for name in _CLASS_FILES):
+        if file.is_file():
+            rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
+            return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
     file = folder / "classes.txt"
     if file.is_file():
         lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-        return {line.strip(): place for place, line in enumerate(lines) if line.strip()}
-    return {}
+        return file, [(i, line.strip()) for i, line in enumerate(lines) if line.strip()]
+    return folder, []
 
 
-def _class_ids_of(tables: Any) -> dict[str, int]:
+def _class_ids_of(tables: Any) -> Iterable[tuple[int, str]]:
     names = {row.name for table in tables for row in table.rows if row.sides}
     numbers = all(name.isdecimal() for name in names)
-    ordered = sorted(names, key=int) if numbers else sorted(names)
-    return {name: place for place, name in enumerate(ordered)}
+    return enumerate(sorted(names, key=int) if numbers else sorted(names))
 
 
 def _dataset(
     split: str,
     parts: list[tuple[_Table, list[_Row]]],
-    classes: Mapping[str, int],
+    classes: ClassList,
     source: Path,
 ) -> Dataset:
-    labels = {name: label for label, name in enumerate(classes)}
+    labels = {name: label for label, name in enumerate(classes.names)}
     images: list[LabelledImage] = []
-    problems: list[Problem] = []
+    problems = list(classes.problems)
     for table, rows in parts:
         finder = ImageFinder(_image_folders(table.file, split))
         by_image: dict[str, list[_Row]] = {}
@@ -389,8 +396,8 @@ def _dataset(
             images.append(image)
     return Dataset(
         images=tuple(images),
-        classes=tuple(classes),
-        category_ids=tuple(classes.values()),
+        classes=classes.names,
+        category_ids=classes.ids,
         split=split,
         format="csv",
         source=source,

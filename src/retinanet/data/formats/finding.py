@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from retinanet.data.dataset import Problem
 from retinanet.data.splits import split_word
 
 JSON_TEXT = "segmentation"
@@ -128,6 +130,54 @@ def files_by_split(path: Path, suffix: str, is_one: Callable[[Path], bool]) -> d
 
 def _sorted(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class ClassList:
+    """The classes of a data set, those of one name merged.
+
+    Attributes:
+        names: one per label, all different.
+        ids: of the first of each name, by label.
+        labels: the label of each id, also of those merged into another.
+        problems: one for each name that was there more than once.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    labels: Mapping[int, int]
+    problems: tuple[Problem, ...] = ()
+
+
+def merge_classes(classes: Iterable[tuple[int, str]], file: Path) -> ClassList:
+    """Merge classes of one name: as two classes they would share their objects at random.
+
+    Args:
+        classes: id and name of each, in the order of their labels.
+        file: where they are listed.
+    """
+    ids_by_name: dict[str, list[int]] = {}
+    for id_, name in classes:
+        ids_by_name.setdefault(name, []).append(id_)
+    problems = [
+        Problem(
+            "class-duplicate",
+            file,
+            None,
+            f"classes {', '.join(map(str, ids[:-1]))} and {ids[-1]} are all named {name!r}"
+            if len(ids) > 2
+            else f"classes {ids[0]} and {ids[1]} are both named {name!r}",
+            f"merged into {ids[0]}; rename them to keep them apart",
+        )
+        for name, ids in ids_by_name.items()
+        if len(ids) > 1
+    ]
+    return ClassList(
+        tuple(ids_by_name),
+        tuple(ids[0] for ids in ids_by_name.values()),
+        {id_: label for label, ids in enumerate(ids_by_name.values()) for id_ in ids},
+        tuple(problems),
+    )
 
 
 def from_text(key: str, text: str) -> Any:

@@ -21,6 +21,7 @@ from retinanet.data.formats.finding import (
     ImageFinder,
     from_text,
     images_in,
+    merge_classes,
     to_flag,
     to_number,
     to_text,
@@ -64,13 +65,19 @@ def read_voc(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Datas
     parsed: dict[Path, _Parsed] = {
         file: _parse(file, extras) for group in groups.values() for file in group
     }
-    classes = _class_names(root) or tuple(
-        sorted({thing.name for one in parsed.values() for thing in one.objects if thing.name})
-    )
-    labels = {name: label for label, name in enumerate(classes)}
+    file, names = _class_names(root)
+    if not names:
+        names = sorted({thing.name for one in parsed.values() for thing in one.objects})
+    classes = merge_classes(enumerate(filter(None, names), start=1), file)
+    labels = {name: label for label, name in enumerate(classes.names)}
 
     def make(split: str, members: Iterable[Path | str], origin: Path) -> Dataset:
-        return _dataset(split, members, origin, parsed, labels, root, path)
+        dataset = _dataset(split, members, origin, parsed, labels, root, path)
+        return replace(
+            dataset,
+            category_ids=classes.ids,
+            problems=(*classes.problems, *dataset.problems),
+        )
 
     def from_list(split: str, list_file: Path) -> Callable[[], Dataset]:
         def read() -> Dataset:
@@ -174,11 +181,11 @@ def _stem(name: str) -> str:
     return last.rpartition(".")[0] if last.lower().endswith((".jpg", ".xml", ".png")) else last
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
-    for name in ("classes.txt", "labels.txt"):
-        if (root / name).is_file():
-            return tuple(line.strip() for line in _lines(root / name) if line.strip())
-    return ()
+def _class_names(root: Path) -> tuple[Path, list[str]]:
+    for file in (root / "classes.txt", root / "labels.txt"):
+        if file.is_file():
+            return file, [line.strip() for line in _lines(file) if line.strip()]
+    return root, []
 
 
 def _parse(file: Path, extras: bool) -> _Parsed:

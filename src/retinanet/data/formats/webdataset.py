@@ -22,7 +22,14 @@ from typing import Any
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import JSON_TEXT, is_image, to_flag, to_number
+from retinanet.data.formats.finding import (
+    JSON_TEXT,
+    ClassList,
+    is_image,
+    merge_classes,
+    to_flag,
+    to_number,
+)
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
@@ -86,12 +93,14 @@ def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[]
     """
     catalogue = _catalogue(archives.address_of(path))
     if catalogue.classes is None:
-        classes, category_ids = _named_classes(catalogue.shards)
+        names, category_ids = _named_classes(catalogue.shards)
     else:
-        classes, category_ids = catalogue.classes, catalogue.category_ids
+        names, category_ids = catalogue.classes, catalogue.category_ids
+    pairs = zip(category_ids, names, strict=True)
+    classes = merge_classes(pairs, Path(catalogue.file or path))
 
     def reader(split: str) -> Callable[[], Dataset]:
-        return lambda: _read_split(catalogue, split, classes, category_ids, path, extras)
+        return lambda: _read_split(catalogue, split, classes, path, extras)
 
     return {split: reader(split) for split in catalogue.shards}
 
@@ -322,22 +331,19 @@ def _named_classes(
 def _read_split(
     catalogue: _Catalogue,
     split: str,
-    classes: tuple[str, ...],
-    category_ids: tuple[int, ...],
+    classes: ClassList,
     source: Path,
     extras: bool,
 ) -> Dataset:
-    problems: list[Problem] = []
+    problems = list(classes.problems)
     images: dict[int | str, LabelledImage] = {}
-    by_id = {id_: label for label, id_ in enumerate(category_ids)}
-    by_name = {name: label for label, name in enumerate(classes)}
     for archive in catalogue.shards[split]:
         if catalogue.file is not None and not archives.contents_of(archive).indexed:
             index = Path(archives.index_of(archive)).name
             reason = f"its index {index} is not there; the shard was gone through instead"
             problems.append(Problem("index-missing", Path(archive), None, reason, "made anew"))
         for sample in _samples(archive, problems):
-            annotations = tuple(_objects(sample, classes, by_id, by_name, problems, extras))
+            annotations = tuple(_objects(sample, classes, problems, extras))
             content = sample.content
             id_ = content.get("id", sample.key)
             if id_ in images and "id" not in content:
@@ -356,14 +362,14 @@ def _read_split(
                 label_file=sample.label,
                 extra=content.get("extra", {}) if extras else {},
             )
-    unread = [one for one in problems if one.kind != "index-missing"]
+    unread = [one for one in problems if one.kind not in ("index-missing", "class-duplicate")]
     if unread and not images:
         first = unread[0]
         raise DataError(f"{first.file}: {first.reason}; no sample of {split or source} can be read")
     return Dataset(
         images=tuple(images.values()),
-        classes=classes,
-        category_ids=category_ids,
+        classes=classes.names,
+        category_ids=classes.ids,
         split=split,
         format="webdataset",
         source=source,
@@ -373,13 +379,11 @@ def _read_split(
 
 
 def _objects(
-    sample: _Sample,
-    classes: tuple[str, ...],
-    by_id: Mapping[int, int],
-    by_name: Mapping[str, int],
-    problems: list[Problem],
-    extras: bool,
+    sample: _Sample, classes: ClassList, problems: list[Problem], extras: bool
 ) -> Iterator[Annotation]:
+    by_id = classes.labels
+    by_name = {name: label for label, name in enumerate(classes.names)}
+
     def problem(kind: str, place: int, reason: str) -> None:
         problems.append(Problem(kind, sample.label, place, f"object {place}: {reason}", "dropped"))
 
@@ -389,11 +393,11 @@ def _objects(
             continue
         name, number = thing.get("class"), thing.get("category_id")
         label = by_id.get(number) if isinstance(number, int) else None
-        if label is None or (name is not None and classes[label] != name):
+        if label is None or (name is not None and classes.names[label] != name):
             label = by_name.get(name) if isinstance(name, str) else None
             if label is None or (isinstance(number, int) and number in by_id):
                 what = f"class {name!r} with category_id {number!r}"
-                problem("class-unknown", place, f"{what} is none of the {len(classes)} classes")
+                problem("class-unknown", place, f"{what} is none of the {len(by_name)} classes")
                 continue
         try:
             x1, y1, x2, y2 = (to_number(value) for value in thing["box"])

@@ -9,7 +9,7 @@ rounded to a ten-thousandth, so that a box written with ten decimals comes back 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import images_in
+from retinanet.data.formats.finding import ClassList, images_in, merge_classes
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -58,9 +58,10 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
         names = _names_beside(root)
     if not names:
         names = _numbers(splits.values())
+    classes = merge_classes(enumerate(names), file or path)
 
     def reader(split: str, images: list[Path]) -> Callable[[], Dataset]:
-        return lambda: _read_split(split, images, names, path, extras)
+        return lambda: _read_split(split, images, classes, path, extras)
 
     return {split: reader(split, images) for split, images in splits.items()}
 
@@ -269,18 +270,19 @@ def _row(line: str) -> tuple[int, list[float]]:
 
 
 def _read_split(
-    split: str, images: list[Path], names: tuple[str, ...], source: Path, extras: bool
+    split: str, images: list[Path], classes: ClassList, source: Path, extras: bool
 ) -> Dataset:
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        read = list(pool.map(lambda img: _read_image(img, names, extras), images))
+        read = list(pool.map(lambda img: _read_image(img, classes.labels, extras), images))
     return Dataset(
         images=tuple(image for image, _ in read),
-        classes=names,
-        category_ids=tuple(range(len(names))),
+        classes=classes.names,
+        category_ids=classes.ids,
         split=split,
         format="yolo",
         source=source,
         problems=(
+            *classes.problems,
             *(problem for _, problems in read for problem in problems),
             *_without_image(images),
         ),
@@ -313,7 +315,7 @@ def _is_row(line: str) -> bool:
 
 
 def _read_image(
-    image: Path, names: tuple[str, ...], extras: bool
+    image: Path, labels: Mapping[int, int], extras: bool
 ) -> tuple[LabelledImage, list[Problem]]:
     from retinanet.data.images import image_size
 
@@ -338,12 +340,12 @@ def _read_image(
             reason = f"row {place + 1} ({_short(line)}): {error}"
             problems.append(Problem("label-unreadable", file, place, reason, "dropped"))
             continue
-        if number >= len(names):
-            reason = f"row {place + 1}: class {number} is not one of 0 to {len(names) - 1}"
+        if number not in labels:
+            reason = f"row {place + 1}: class {number} is not one of 0 to {len(labels) - 1}"
             problems.append(Problem("class-unknown", file, place, reason, "dropped"))
             continue
         box, extra = _to_pixels(values, width, height)
-        annotations.append(Annotation(box, number, place, extra=extra if extras else {}))
+        annotations.append(Annotation(box, labels[number], place, extra=extra if extras else {}))
     return (
         LabelledImage(image, image.stem, tuple(annotations), width, height, label_file),
         problems,
