@@ -128,7 +128,7 @@ def match_on_cpu(
         if low_quality_matches:
             highest = boxes.new_zeros(len(box))
             for run, row in zip(runs, objects, strict=True):
-                for index in row.nonzero()[:, 0].split(_CPU_TILE):
+                for index in _tiles(row.nonzero()[:, 0]):
                     iou = _iou(anchors[run], box[index])
                     highest[index] = torch.maximum(highest[index], iou.amax(dim=1))
         else:
@@ -163,7 +163,7 @@ def _match_run(
     best = boxes.new_zeros(len(anchors))
     place = objects.new_zeros(len(anchors))
     chosen = torch.zeros_like(best, dtype=torch.bool)
-    for index in objects.split(_CPU_TILE):
+    for index in _tiles(objects):
         iou = _iou(anchors, boxes[index])
         maximum = iou.amax(dim=0)
         # A later tile must be better, not only as good: the first of equals is matched.
@@ -177,9 +177,13 @@ def _match_run(
         best = torch.maximum(best, maximum)
     matches = _threshold(best, place, chosen, thresholds)
     inside = torch.zeros_like(chosen)
-    for index in regions.split(_CPU_TILE):
+    for index in _tiles(regions):
         inside |= (_covered(anchors, boxes[index]) >= foreground_iou).any(dim=0)
     return matches.masked_fill_(inside & (matches < 0), IGNORED)
+
+
+def _tiles(index: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(index, _CPU_TILE) if len(index) else ()
 
 
 def match_on_device(
@@ -206,12 +210,12 @@ def match_on_device(
 
     highest = [boxes.new_zeros(())] * len(tiles)
     if low_quality_matches:
-        for run in anchors.split(length):
+        for run in torch.split(anchors, length):
             for i, columns in enumerate(tiles):
                 maximum = iou_of_objects(run, columns).amax(dim=2, keepdim=True)
                 highest[i] = torch.maximum(highest[i], maximum)
     matches = [kinds.new_full((images, 0), BACKGROUND)]
-    for run in anchors.split(length):
+    for run in torch.split(anchors, length):
         best = boxes.new_zeros(images, len(run))
         place = torch.zeros_like(best, dtype=torch.int64)
         chosen = torch.zeros_like(best, dtype=torch.bool)

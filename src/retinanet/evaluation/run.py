@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
-from retinanet.config import repeated_names
+from retinanet.config import LossSettings, repeated_names
 from retinanet.data import find_format, read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import FORMATS
@@ -270,7 +270,7 @@ def search(
         image_size, max_size: shorter side, and longer side at most, pixels.
         batch_size: images at once.
         workers: processes that load images; 0: this one.
-        loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
+        loss: fields of :class:`retinanet.config.LossSettings`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
         progress: told how many images are done.
         thresholds: as in :func:`retinanet.inference.backends.detect_batch`.
@@ -436,12 +436,12 @@ class _LossSums:
     def __init__(
         self, options: Mapping[str, Any], num_classes: int, label_map: Sequence[int] | None
     ) -> None:
-        self._options = dict(options)
-        self._by_image = self._options.get("normalizer", "image") == "image"
+        self._settings = LossSettings(**options)
+        self._by_image = self._settings.normalizer == "image"
         # What is mined has its own mean in each image, whatever divides the box loss.
-        self._class_by_image = self._by_image or self._options.get("mining", "none") != "none"
+        self._class_by_image = self._by_image or self._settings.mining != "none"
         if not self._by_image:
-            self._options["normalizer"] = "batch"
+            self._settings = self._settings.model_copy(update={"normalizer": "batch"})
         self._num_classes = num_classes
         self._model_labels = None if label_map is None else inverse_labels(label_map)
         self._parts: list[Tensor] = []
@@ -455,7 +455,7 @@ class _LossSums:
             )
             targets = Targets(targets.boxes, labels)
         losses = detection_losses(
-            outputs, anchors, targets, num_classes=self._num_classes, **self._options
+            outputs, anchors, targets, num_classes=self._num_classes, settings=self._settings
         )
         count = _wide(losses.foreground.sum())
         images = count.new_tensor(len(batch.images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn.functional import l1_loss, smooth_l1_loss
 from retinanet.boxes import decode_boxes, encode_boxes
 from retinanet.config import LossConfig
 
-BOX_LOSSES = ("smooth_l1", "l1", "giou", "diou", "ciou")
+BOX_LOSSES: tuple[str, ...] = get_args(LossConfig.model_fields["box"].annotation)
 """Every kind of box loss."""
 
 # e^-10 of an anchor's side: far below it float32 has no width left, and CIoU divides by the height.

@@ -320,15 +320,14 @@ class _LabelLoss(torch.autograd.Function):
         want_gradient: bool,
         overwrite: bool,
     ) -> Tensor:
-        rest = (labels, weights, positive, negative)
         ctx.gradient = _empty_gradient(logits, overwrite) if want_gradient else None
-        loss = _sum_and_gradient(logits, *rest, formula, ctx.gradient)
+        loss = _sum_and_gradient(logits, labels, weights, positive, negative, formula, ctx.gradient)
         ctx.overwritten = overwrite
         if overwrite:
             # Functions that saved the logits for their own gradient then raise an error.
             increment_version(logits)
         else:
-            ctx.save_for_backward(logits, *rest)
+            ctx.save_for_backward(logits, labels, weights, positive, negative)
         ctx.formula = formula
         return loss
 
@@ -345,14 +344,14 @@ class _LabelLoss(torch.autograd.Function):
                     "overwrite_logits=False"
                 )
             return _scaled(gradient, upstream), *constants
-        logits, *rest = ctx.saved_tensors
+        logits, labels, weights, positive, negative = ctx.saved_tensors
         if torch.is_grad_enabled():
             # create_graph: a gradient that can itself be differentiated needs the formula.
-            loss = plain_label_loss(logits, *rest, ctx.formula)
+            loss = plain_label_loss(logits, labels, weights, positive, negative, ctx.formula)
             return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *constants
         if gradient is None:
             gradient = _empty_gradient(logits)
-            _sum_and_gradient(logits, *rest, ctx.formula, gradient)
+            _sum_and_gradient(logits, labels, weights, positive, negative, ctx.formula, gradient)
         return _scaled(gradient, upstream).to(logits.dtype), *constants
 
 

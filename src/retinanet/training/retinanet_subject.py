@@ -27,7 +27,7 @@ from retinanet.model.checkpoint import (
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch
 from retinanet.training.nonfinite import report_nonfinite
-from retinanet.training.step import backward, loss_settings, settings_on
+from retinanet.training.step import backward
 
 
 class RetinaNetSubject:
@@ -65,7 +65,7 @@ class RetinaNetSubject:
         self._init = init
         self._tell = tell
         self._image_side = image_side(train_set)
-        self._of_loss = settings_on(accelerator.device, loss_settings(recipe))
+        self._of_loss = recipe.loss_settings
 
     def build(self) -> nn.Module:
         if self._init is None:
@@ -117,7 +117,7 @@ class RetinaNetSubject:
             workers=workers,
             device=self._accelerator.device,
             precision=precision,
-            loss=loss_settings(self._recipe),
+            loss=self._recipe.loss_settings.model_dump(mode="json"),
             progress=progress,
             **self._recipe.detect.model_dump(),
         )
@@ -158,7 +158,7 @@ class RetinaNetSubject:
             max_size=recipe.data.max_size,
             info={
                 "detect": recipe.detect.model_dump(mode="json"),
-                "loss": loss_settings(recipe),
+                "loss": recipe.loss_settings.model_dump(mode="json"),
                 "recipe": recipe.name,
                 "step": step,
                 # A split that was made is made again with these: nothing trained on is judged.

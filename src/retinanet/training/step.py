@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from retinanet.anchors import AnchorSpec, anchor_spec, feature_sizes, level_anchors
-from retinanet.config import Recipe
+from retinanet.config import LossSettings, Recipe
 from retinanet.errors import ConfigError
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
@@ -21,11 +20,6 @@ from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 from retinanet.training.processes import sync_if
-
-
-def loss_settings(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
-    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:
@@ -41,21 +35,13 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
         raise ConfigError(f"anchors: {error}") from None
 
 
-def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """:func:`loss_settings` with alpha on the device: sending it anew each step would wait."""
-    settings = dict(settings)
-    if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
-    return settings
-
-
 def backward(
     accelerator: Accelerator,
     network: nn.Module,
     model: RetinaNet,
     batch: Batch,
     *,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
     precision: str,
     scaler: torch.amp.GradScaler,
@@ -68,7 +54,7 @@ def backward(
     Args:
         network: `model`, or what holds it where there are several processes.
         batch: this process' part.
-        settings: of :func:`settings_on`.
+        settings: of the losses and the matching.
         accumulate: how many micro-batches.
         running: () of the normalizer ``running``: the moving average over whole batches.
 
@@ -97,11 +83,11 @@ def backward(
                     running=running / parts,
                     world_foreground=share_of_all,
                     overwrite_logits=True,
-                    **settings,
+                    settings=settings,
                 )
             )
             torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
-    if settings["normalizer"] == "running":
+    if settings.normalizer == "running":
         running = losses[-1].normalizer * parts
     total = whole_losses(losses)
     if accelerator.num_processes > 1:
@@ -137,16 +123,19 @@ def _share_of_all(
     accelerator: Accelerator,
     anchors: list[Tensor],
     targets: Targets,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
 ) -> Callable[[Tensor], Tensor]:
     """From a micro-batch's count of foreground anchors to its part of the whole batch's."""
     whole: Tensor | None = None
-    if accumulate > 1 and settings["normalizer"] != "image":
+    if accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch must know what the others hold, so they are matched beforehand too.
-        names = ("foreground_iou", "background_iou", "low_quality_matches")
         matches = match_anchors(
-            torch.cat(anchors), targets, **{one: settings[one] for one in names}
+            torch.cat(anchors),
+            targets,
+            foreground_iou=settings.foreground_iou,
+            background_iou=settings.background_iou,
+            low_quality_matches=settings.low_quality_matches,
         )
         whole = (matches >= 0).sum()
 
