@@ -52,7 +52,7 @@ from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.precision import autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.postprocess import postprocess
-from retinanet.report.plots import COLOURS, GREY, open_figure
+from retinanet.report.figure import COLOURS, GREY, open_figure
 from retinanet.structures import Outputs, Targets, flatten_level
 from retinanet.training.optim import build_optimizer
 
@@ -363,7 +363,7 @@ def process_pool() -> Iterator[Any]:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["retinanet.report.plots", "retinanet.bench.stages"])
+        context.set_forkserver_preload(["retinanet.report.figure", "retinanet.bench.stages"])
     with tempfile.TemporaryDirectory(prefix="retinanet-curves-") as folder:
         os.environ["RETINANET_CURVES"] = folder
         with context.Pool(1, maxtasksperchild=1) as pool:

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from retinanet.bench.machine import describe_machine
-from retinanet.evaluation.run import evaluate, read_judged
+from retinanet.evaluation.run import evaluate, read_eval_dataset
 from retinanet.exporters.run import export
 from retinanet.inference import Detector, load
 
@@ -117,7 +117,7 @@ def tell_memory(asked: dict[str, Any]) -> None:
     torch.set_num_threads(asked["threads"])
     detector = opened(asked["model"], asked["precision"])
     for image in asked["images"]:
-        detector.search([detector.prepare(image)])
+        detector.detect_prepared([detector.prepare(image)])
     print(own_peak())
 
 
@@ -146,11 +146,7 @@ def main() -> None:
     forms = {"eager float32": (chosen.run, "float32"), "eager auto": (chosen.run, "auto")}
     forms |= {name: (file, "auto") for name, file in files.items()}
     detectors = {name: opened(*form) for name, form in forms.items()}
-    # Data that came undivided are divided as they were for the training.
-    made = detectors["eager float32"].info.get("split") or {}
-    dataset = read_judged(
-        chosen.data, chosen.split, seed=made.get("seed"), val_fraction=made.get("val_fraction")
-    )
+    dataset = read_eval_dataset(chosen.data, chosen.split, info=detectors["eager float32"].info)
     paths = [str(image.path) for image in dataset.images[: chosen.images]]
     prepared = [detectors["eager float32"].prepare(path) for path in paths]
 
@@ -166,7 +162,7 @@ def main() -> None:
         for name in list(forms)[:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
             for one in prepared:
-                detectors[name].search([one])
+                detectors[name].detect_prepared([one])
             took = time.perf_counter() - began
             if turn:  # first calls set things up
                 times[name].append(1000 * took / len(prepared))

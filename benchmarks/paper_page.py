@@ -1,11 +1,11 @@
-"""Write what ``retinanet paper run`` has measured into docs/paper.md, and keep the figures.
+"""Write the results of ``retinanet paper run`` into docs/paper.md and keep them.
 
     python benchmarks/paper_page.py OUT...
 
-Each OUT is an ``--out`` folder. Its results are kept under ``benchmarks/results/paper/NAME/``, its
-tables become ``docs/paper-NAME.md`` and its images ``docs/images/paper/NAME/``, and the claims at
-a glance of all data sets take their place in docs/paper.md, between its two markers. Without OUT
-the pages are written again from what is kept.
+Each OUT is an ``--out`` folder. Its results are copied to ``benchmarks/results/paper/NAME/``, its
+tables are written to ``docs/paper-NAME.md`` and its plots to ``docs/images/paper/NAME/``. The
+claims of all data sets are written between the two markers of docs/paper.md. Without OUT the
+pages are written again from the kept results.
 """
 
 from __future__ import annotations
@@ -27,63 +27,70 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 
 def keep(out: Path) -> None:
-    """Copy the results and the images of an ``--out`` folder."""
+    """Copy the results and plots of an output folder."""
     name = out.resolve().name
     results = read_results(out)
     if not results:
-        sys.exit(f"{out} has no result of `retinanet paper run`; give its --out folder")
-    for one in results:
-        write_atomic(RESULTS / name / f"{one.name}.json", one.to_json())
-        image = out / "plots" / f"{one.name}.png"
+        sys.exit(f"no results of `retinanet paper run` in {out}; give its --out folder")
+    for result in results:
+        write_atomic(RESULTS / name / f"{result.name}.json", result.to_json())
+        image = out / "plots" / f"{result.name}.png"
         if image.is_file():
             (IMAGES / name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image, IMAGES / name / image.name)
 
 
-def page_of(name: str, results: Sequence[TableResult]) -> str:
-    """All tables of a data set."""
-    parts = [f"# The paper's tables on {name}", "What they say: [The paper](paper.md)."]
-    for one in results:
-        parts.append(one.to_markdown().rstrip())
-        if (IMAGES / name / f"{one.name}.png").is_file():
-            parts.append(f"![{one.heading}](images/paper/{name}/{one.name}.png)")
+def tables_page(name: str, results: Sequence[TableResult]) -> str:
+    """Format all tables of a data set."""
+    parts = [f"# The paper's tables on {name}", "Summary: [The paper](paper.md)."]
+    for result in results:
+        parts.append(result.to_markdown().rstrip())
+        if (IMAGES / name / f"{result.name}.png").is_file():
+            parts.append(f"![{result.heading}](images/paper/{name}/{result.name}.png)")
     return "\n\n".join(parts) + "\n"
 
 
-def claims_of(every: Mapping[str, Sequence[TableResult]]) -> str:
-    """Each claim once, with what was found of it on each data set."""
+def claims_table(results_by_data: Mapping[str, Sequence[TableResult]]) -> str:
+    """Format each claim once, with its result on each data set."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for place, results in enumerate(every.values()):
-        for one in results:
-            for claim in one.claims:
-                of = one.heading.partition(":")[0]
-                text, paper, here = claim.brief_cells()
-                row = rows.setdefault((of, text), [of, text, paper, *["-"] * len(every)])
-                row[3 + place] = f"{claim.said}: {here}" if here != "-" else claim.said
-    order = sorted(rows.values(), key=lambda row: row[0])
-    return markdown_table(["", "the paper says", "paper", *every], order, text=3 + len(every))
+    count = len(results_by_data)
+    for column, results in enumerate(results_by_data.values(), 3):
+        for result in results:
+            for claim in result.claims:
+                text, paper, here = claim.cells(labels=False)
+                new = [result.number, text, paper, *["-"] * count]
+                row = rows.setdefault((result.number, text), new)
+                row[column] = claim.marked_verdict + (f": {here}" if here != "-" else "")
+    ordered = sorted(rows.values(), key=lambda row: row[0])
+    columns = ["", "the paper says", "paper", *results_by_data]
+    return markdown_table(columns, ordered, text=3 + count)
 
 
 def main(outs: Sequence[str]) -> None:
-    before, after = _around(PAGE)  # read first: nothing is written where the claims have no place
+    """Keep the results of some output folders, and write the pages."""
+    before, after = _around_claims(PAGE)  # first, so that nothing is written without the markers
     for out in outs:
         keep(Path(out))
     folders = sorted(RESULTS.iterdir()) if RESULTS.is_dir() else []
-    every = {one.name: found for one in folders if one.is_dir() and (found := read_results(one))}
-    if not every:
-        sys.exit(f"{RESULTS} keeps no results yet; give the --out folder of `retinanet paper run`")
-    for name, results in every.items():
-        write_atomic(PAGE.with_name(f"paper-{name}.md"), page_of(name, results))
-    write_atomic(PAGE, f"{before}{BEGIN}\n\n{claims_of(every)}\n{END}{after}")
+    results_by_data = {
+        folder.name: results
+        for folder in folders
+        if folder.is_dir() and (results := read_results(folder))
+    }
+    if not results_by_data:
+        sys.exit(f"no results in {RESULTS}; give the --out folder of `retinanet paper run`")
+    for name, results in results_by_data.items():
+        write_atomic(PAGE.with_name(f"paper-{name}.md"), tables_page(name, results))
+    write_atomic(PAGE, f"{before}{BEGIN}\n\n{claims_table(results_by_data)}\n{END}{after}")
 
 
-def _around(page: Path) -> tuple[str, str]:
-    """What stands before and after the claims of a page."""
+def _around_claims(page: Path) -> tuple[str, str]:
+    """Return the text before and after the claims of a page."""
     text = page.read_text("utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or text.count(BEGIN) + text.count(END) != 2:
-        sys.exit(f"{page} needs one {BEGIN} and one {END} behind it: the claims go between them")
+        sys.exit(f"{page} must contain {BEGIN} once, and {END} once after it: claims go between")
     return before, after
 
 

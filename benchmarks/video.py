@@ -99,8 +99,8 @@ def one_after_the_other(
         assert item.ready is not None
         item.ready.set_result(timed("prepare", work._prepare, one.frame))
         given.append(item.ready.result()[1])
-        [objects] = timed("search", detector.search, [given[-1]])
-        item.found = detector.found(
+        [objects] = timed("search", detector.detect_prepared, [given[-1]])
+        item.found = detector.image_detections(
             objects, find_sources(np.zeros((1, 1, 3), np.uint8))[0], reader.size
         )
         item.encodable = Future()
@@ -153,7 +153,7 @@ def main() -> None:
                 spent, given = one_after_the_other(detector, clip, out, threshold)
                 began = time.perf_counter()
                 for one in given:
-                    detector.search([one])
+                    detector.detect_prepared([one])
                 alone = time.perf_counter() - began
                 if turn == 0:
                     continue  # first calls set things up

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
     from retinanet.losses.box import box_loss as box_loss
-    from retinanet.losses.classification import cross_entropy as cross_entropy
-    from retinanet.losses.classification import focal_loss as focal_loss
-    from retinanet.losses.classification import focal_loss_star as focal_loss_star
-    from retinanet.losses.classification import hinge_loss as hinge_loss
     from retinanet.losses.detection import detection_losses as detection_losses
+    from retinanet.losses.focal import cross_entropy as cross_entropy
+    from retinanet.losses.focal import focal_loss as focal_loss
+    from retinanet.losses.focal import focal_loss_star as focal_loss_star
+    from retinanet.losses.focal import hinge_loss as hinge_loss
     from retinanet.model.checkpoint import Checkpoint as Checkpoint
     from retinanet.model.checkpoint import load_checkpoint as load_checkpoint
     from retinanet.model.checkpoint import save_checkpoint as save_checkpoint
@@ -74,7 +74,7 @@ _HOMES = {
     "retinanet.evaluation.run": ("evaluate",),
     "retinanet.exporters.run": ("export",),
     "retinanet.losses.box": ("box_loss",),
-    "retinanet.losses.classification": (
+    "retinanet.losses.focal": (
         "cross_entropy",
         "focal_loss",
         "focal_loss_star",

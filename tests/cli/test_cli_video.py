@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -117,27 +115,24 @@ def test_one_clip_is_not_written_over_another(cli: Cli, tiny_run: Path, tmp_path
     ended = cli("detect", tiny_run, *clips, "--out", tmp_path, *QUICK)
     assert ended.code == 1
     [said] = ended.err.splitlines()
-    assert said.startswith(
-        f"error: {clips[1]}: would be written over by what is found in {clips[0]}"
-    )
+    assert said.startswith(f"error: {clips[1]}: would be overwritten by the output of {clips[0]}")
     assert clips[1].read_bytes() == before
 
 
 def test_ctrl_c_before_the_first_frame(
     cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = video._places
+    class Interrupted(video.VideoReader):
+        def __init__(self, source: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            super().__init__(source)
 
-    def press(*given: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return places(*given)
-
-    monkeypatch.setattr(video, "_places", press)
+    monkeypatch.setattr(video, "VideoReader", Interrupted)
     clip = write_clip(tmp_path / "clip.mp4")
     ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
     assert ended.code == 130
     assert "no frame was read" not in ended.err
-    assert not list((tmp_path / "found").iterdir())
+    assert [file.name for file in (tmp_path / "found").iterdir()] == [".retinanet-outputs"]
 
 
 FAILED = {
@@ -159,7 +154,9 @@ def test_a_clip_that_cannot_be_read(cli: Cli, tiny_run: Path, tmp_path: Path, na
     assert len(ended.err.splitlines()) == 2  # what runs the network, and why it did not
 
 
-def test_broken_frames_are_a_note(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+def test_broken_frames_are_counted_and_the_exit_code_is_1(
+    cli: Cli, tiny_run: Path, tmp_path: Path
+) -> None:
     clip = write_clip(tmp_path / "clip.mov", codec="mjpeg")
     with av.open(str(clip)) as opened:
         places = [(one.pos, one.size) for one in opened.demux(video=0) if one.size]
@@ -168,9 +165,36 @@ def test_broken_frames_are_a_note(cli: Cli, tiny_run: Path, tmp_path: Path) -> N
         content[pos : pos + size] = b"\xff" * size
     clip.write_bytes(content)
     ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
-    assert ended.code == 0
+    assert ended.code == 1
     assert f"{clip}: 2 broken frames left out" in ended.err
     assert f"{clip}: 4 frames, " in ended.out
+    assert frames_of(tmp_path / "found" / "clip.mp4") == 4
+
+
+def test_clip_cut_in_half_is_kept_and_the_exit_code_is_1(
+    cli: Cli, tiny_run: Path, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "clip.mkv", 40, codec="mjpeg")
+    content = clip.read_bytes()
+    clip.write_bytes(content[: len(content) // 2])
+    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", "--json", *QUICK)
+    assert ended.code == 1
+    [summary] = ended.json["videos"]
+    assert summary["frames"] + summary["broken"] + summary["missing"] == 40
+    assert 15 < summary["frames"] < 25
+    assert frames_of(tmp_path / "found" / "clip.mp4") == summary["frames"]
+
+
+def test_outputs_are_no_inputs_of_the_next_call(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    out = tmp_path / "found"
+    for _ in range(2):
+        ended = cli("detect", tiny_run, tmp_path / "**/*.mp4", "--out", out, "--json", *QUICK)
+        assert ended.code == 0, ended.err
+        assert [summary["file"] for summary in ended.json["videos"]] == [str(clip)]
+    ended = cli("detect", tiny_run, out / "clip.mp4", "--out", tmp_path / "other", *QUICK)
+    assert ended.code == 1
+    assert "is an output of an earlier detection" in ended.err
 
 
 def test_clips_and_images_are_not_mixed(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
@@ -214,7 +238,10 @@ def test_a_missing_extra(
     )
 
 
-def test_ctrl_c_ends_a_camera(
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_a_camera(
+    number: signal.Signals,
+    expected: int,
     tiny_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -224,7 +251,7 @@ def test_ctrl_c_ends_a_camera(
         return library.open("testsrc2=size=96x64:rate=30", format="lavfi")
 
     monkeypatch.setattr(video_reading, "_open_camera", endless)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     part = tmp_path / "camera-0.jsonl.part"
 
     over = threading.Event()
@@ -232,7 +259,7 @@ def test_ctrl_c_ends_a_camera(
     def press() -> None:
         while not over.wait(0.05):
             if part.exists() and part.read_text("utf-8").count("\n") >= 5:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
                 return
 
     pressing = threading.Thread(target=press)
@@ -243,36 +270,10 @@ def test_ctrl_c_ends_a_camera(
         over.set()
         pressing.join()
     printed = capsys.readouterr()
-    assert code == 130
+    assert code == expected, printed.err
     assert "stopped" in printed.err
     [video] = json.loads(printed.out)["videos"]
     assert video["stopped"]
     assert frames_of(tmp_path / "camera-0.mp4") == video["frames"] >= 5
     assert len(lines_of(tmp_path / "camera-0.jsonl")) == video["frames"]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_a_process_of_its_own(tiny_run: Path, tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", 3000)
-    out = tmp_path / "found"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "retinanet", "detect", str(tiny_run), str(clip), str(clip),
-         "--out", str(out), *QUICK],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores SIGINT, and so would its child.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    part = out / "clip.jsonl.part"
-    for _ in range(1200):
-        if part.exists() and part.read_text("utf-8").count("\n") >= 5:
-            break
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert said.splitlines()[-1] == "stopped"
-    assert 5 <= frames_of(out / "clip.mp4") == len(lines_of(out / "clip.jsonl")) < 3000
-    assert not list(out.glob("*.part"))
+    assert signal.getsignal(number) is before

@@ -22,20 +22,19 @@ from retinanet.anchors import level_anchors
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.evaluation.loss_distribution import (
-    _KEYS,
+from retinanet.inference.backends import Network, build_network
+from retinanet.matching import anchor_labels, match_anchors
+from retinanet.model.checkpoint import save_checkpoint
+from retinanet.report.loss_distribution import (
+    MAX_KEY,
     LossDistribution,
+    Sampling,
     _Sample,
     anchor_losses,
     cumulative_share,
     distribution_of,
-    easy_negative_share,
     loss_distribution,
 )
-from retinanet.inference.backends import Network, build_network
-from retinanet.matching import anchor_labels, match_anchors
-from retinanet.model.checkpoint import save_checkpoint
-from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import BACKGROUND, IGNORED, Outputs, flatten_levels
 
 painted, val = test_evaluate_run.painted, test_evaluate_run.val  # fixtures
@@ -128,7 +127,7 @@ def test_anchor_losses_by_hand() -> None:
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = torch.randn(50, 3), torch.randint(-1, 3, (50,))
     whole = anchor_losses(logits, labels, GAMMAS)
-    monkeypatch.setattr("retinanet.evaluation.loss_distribution._PIECE", 20)
+    monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", 20)
     torch.testing.assert_close(anchor_losses(logits, labels, GAMMAS), whole)
     assert anchor_losses(logits[:0], labels[:0], GAMMAS).shape == (0, 4)
 
@@ -196,16 +195,16 @@ def test_classes_are_matched_by_name(val: Dataset) -> None:
 def test_sample_is_even_bounded_and_seeded(val: Dataset) -> None:
     network = network_of()
     every = measure(network, val)
-    some = measure(network, val, most_positives=10, most_negatives=300)
+    some = measure(network, val, sampling=Sampling(10, 300))
     assert some.positive_anchors == every.positive_anchors
     assert some.negative_anchors == every.negative_anchors
     assert every.positive_anchors > 10
     assert (some.positives_taken, some.negatives_taken) == (10, 300)
-    assert some == measure(network, val, most_positives=10, most_negatives=300)
-    other = measure(network, val, most_positives=10, most_negatives=300, sample_seed=1)
+    assert some == measure(network, val, sampling=Sampling(10, 300))
+    other = measure(network, val, sampling=Sampling(10, 300, 1))
     assert other.negatives != some.negatives
     # A sample of half of them tells the same.
-    half = measure(network, val, most_negatives=every.negative_anchors // 2 + 1)
+    half = measure(network, val, sampling=Sampling(max_negatives=every.negative_anchors // 2 + 1))
     for one, whole in zip(half.negatives, every.negatives, strict=True):
         assert one.mean == pytest.approx(whole.mean, rel=0.2)
 
@@ -216,21 +215,21 @@ def sample_of(most: int, keys: Sequence[NDArray[np.int32]]) -> _Sample:
     for number, own in enumerate(keys):
         own = own[own < sample.limit]
         sample.add(own, np.full((len(own), 2), number, np.float32), len(keys[number]))
-    sample.cut()
+    sample.losses()  # cuts it
     return sample
 
 
 def test_sample_is_of_the_lowest_keys() -> None:
     rng = np.random.default_rng(0)
     sizes = (0, 7, 500, 30, 0, 900, 1, 250, 400)
-    keys = [rng.integers(_KEYS, size=size, dtype=np.int32) for size in sizes]
+    keys = [rng.integers(MAX_KEY, size=size, dtype=np.int32) for size in sizes]
     owner = np.repeat(np.arange(len(sizes)), sizes)
     in_order = owner[np.argsort(np.concatenate(keys))]
     for most in (1, 2, 20, 299, 300, 2087, 2088, 2089, 10_000):
         sample = sample_of(most, keys)
         assert (sample.seen, sample.taken) == (2088, min(most, 2088))
         for place in (0, 1):
-            assert sorted(sample.losses(place)) == sorted(in_order[:most])
+            assert sorted(sample.losses()[:, place]) == sorted(in_order[:most])
 
 
 def test_sample_of_equal_keys_is_not_empty() -> None:
@@ -256,8 +255,9 @@ def test_every_image_gives_its_part(val: Dataset, tmp_path: Path) -> None:
 
     judge = Network(network.model, torch.device("cpu"), "float32", "torch", "by brightness", run)
     for seed in range(4):
-        found = measure(judge, replace(val, images=tuple(images)), most_negatives=600,
-                        sample_seed=seed)  # fmt: skip
+        found = measure(
+            judge, replace(val, images=tuple(images)), sampling=Sampling(10**5, 600, seed)
+        )
         assert found.negative_anchors > 4 * 600
         assert found.negatives_taken == 600
         # Each of the 3 classes of a crowded anchor costs log(1 + e^9) = 9.0001. Half of 600 is 300,
@@ -274,7 +274,7 @@ def test_least_sample(val: Dataset) -> None:
     there = measure(network, one).positive_anchors
     for seed in range(20):
         for most in (1, there - 1):
-            found = measure(network, one, most_positives=most, sample_seed=seed)
+            found = measure(network, one, sampling=Sampling(max_positives=most, seed=seed))
             assert (found.positives_taken, found.positive_anchors) == (most, there)
 
 
@@ -325,11 +325,11 @@ def test_of_a_run_folder(painted: Path, tmp_path: Path) -> None:
 def test_what_is_refused(val: Dataset, painted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = network_of()
     nothing = replace(val, images=tuple(replace(one, annotations=()) for one in val.images))
-    with pytest.raises(DataError, match=r"split 'val'.*no anchor answers for an object"):
+    with pytest.raises(DataError, match=r"split 'val'.*no anchor matches an object"):
         measure(network, nothing)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "retinanet.evaluation.loss_distribution.match_anchors",
+            "retinanet.report.loss_distribution.match_anchors",
             lambda anchors, *_, **__: torch.zeros(1, len(anchors), dtype=torch.int64),
         )
         with pytest.raises(DataError, match="no anchor is background"):
@@ -343,8 +343,8 @@ def test_what_is_refused(val: Dataset, painted: Path, monkeypatch: pytest.Monkey
     ):
         with pytest.raises(ConfigError, match=said):
             loss_distribution(tiny_checkpoint(), val, gammas=gammas, device="cpu")
-    with pytest.raises(ConfigError, match="at least one anchor"):
-        measure(network, val, most_negatives=0)
+    with pytest.raises(ConfigError, match="one anchor or more"):
+        measure(network, val, sampling=Sampling(max_negatives=0))
     with pytest.raises(DataError, match="no split 'tset'"):
         loss_distribution(tiny_checkpoint(), painted, split="tset", device="cpu")
     with pytest.raises(WeightsError, match="'blue'"):
@@ -352,43 +352,5 @@ def test_what_is_refused(val: Dataset, painted: Path, monkeypatch: pytest.Monkey
     with torch.no_grad():
         network.model.class_head.last.bias.fill_(math.nan)  # type: ignore[union-attr]
     broken = build_network(network.model, torch.device("cpu"), precision="float32")
-    with pytest.raises(DataError, match="scores that are not numbers"):
+    with pytest.raises(DataError, match="scores of the model are NaN or Inf"):
         measure(broken, val)
-
-
-def test_easy_negatives_hold_the_cross_entropy_of_a_fresh_model(val: Dataset) -> None:
-    # Sec. 1 and 3: at the start (prior .01, Sec. 3.3) every negative is easy, and together they
-    # outweigh the few objects in the cross entropy, and not in the focal loss.
-    torch.manual_seed(0)
-    model = RetinaNet(backbone="resnet18", num_classes=80, norm="group", channels=32, head_depth=1)
-    batch = next(iter(eval_loader(val, batch_size=1, image_size=256, max_size=384)))
-    with torch.no_grad():
-        outputs = model.eval()(batch.images)
-    shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
-    anchors = torch.cat(level_anchors(model.anchors, shapes))
-    labels = anchor_labels(match_anchors(anchors, batch.targets), batch.targets.labels)[0]
-    logits = flatten_levels(outputs.logits, 80)[0]
-    found = int((labels >= 0).sum())
-    assert found > 0
-    plain = easy_negative_share(logits, labels, gamma=0.0)
-    focal = easy_negative_share(logits, labels, gamma=2.0)
-    assert plain > 0.95
-    assert focal < 0.15
-    # By hand, were every score just .01: N negatives of log(1 / .99), n objects of log(100).
-    counted = int((labels != IGNORED).sum())
-    negatives = (counted * 80 - found) * -math.log(0.99)
-    assert plain == pytest.approx(negatives / (negatives + found * math.log(100)), abs=0.01)
-    weighted = easy_negative_share(logits, labels, gamma=2.0, alpha=0.25)
-    assert focal < weighted < plain  # three times the weight for negatives
-
-
-def test_easy_negative_share_by_hand() -> None:
-    # p = .1 twice (easy), .5 (not easy) and .9 (a hard negative); one positive of p = .5.
-    p = torch.tensor([[0.1, 0.1], [0.5, 0.9], [0.5, 0.1], [0.7, 0.7]], dtype=torch.float64)
-    labels = torch.tensor([BACKGROUND, BACKGROUND, 0, IGNORED])
-    easy = 3 * -math.log(0.9)
-    rest = -math.log(0.5) - math.log(0.1) - math.log(0.5)
-    share = easy_negative_share(p.logit(), labels, gamma=0.0)
-    assert share == pytest.approx(easy / (easy + rest))
-    assert easy_negative_share(p.logit(), labels, gamma=0.0, easy=0.95) == 0
-    assert math.isnan(easy_negative_share(p[3:].logit(), labels[3:], gamma=0.0))

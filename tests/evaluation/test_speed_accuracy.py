@@ -14,18 +14,18 @@ from test_evaluate_run import tiny_checkpoint
 
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.evaluation.run import evaluate, read_judged
-from retinanet.evaluation.speed_accuracy import (
+from retinanet.evaluation.run import evaluate, read_eval_dataset
+from retinanet.inference.detector import Detector
+from retinanet.report.speed_accuracy import (
+    CallTime,
     SpeedAccuracy,
-    Timed,
-    _evenly,
-    _same_images,
+    _common_split,
+    _spread,
+    detection_call,
     paper_scales,
-    search_call,
     speed_accuracy,
     time_in_turns,
 )
-from retinanet.inference.detector import Detector
 
 painted, val = test_evaluate_run.painted, test_evaluate_run.val  # fixtures
 
@@ -44,11 +44,11 @@ def test_calls_take_turns() -> None:
 
     times = time_in_turns({"a": lambda: call("a"), "b": lambda: call("b")}, 5, clock=lambda: now[0])
     assert order == ["a", "a", "b", "b", *["a", "b"] * 5]
-    assert times == {"a": Timed(3, 2, 4), "b": Timed(10, 10, 10)}
-    assert time_in_turns({"x": lambda: None}, 1, warm=0, clock=iter([3.0, 5.0]).__next__) == {
+    assert times == {"a": CallTime(3, 2, 4), "b": CallTime(10, 10, 10)}
+    assert time_in_turns({"x": lambda: None}, 1, warmup=0, clock=iter([3.0, 5.0]).__next__) == {
         "x": (2.0, 2.0, 2.0)
     }
-    with pytest.raises(ValueError, match="rounds is 1 or more, got 0"):
+    with pytest.raises(ValueError, match="rounds must be 1 or more, got 0"):
         time_in_turns({}, 0)
 
 
@@ -58,10 +58,10 @@ def test_scales_of_the_paper() -> None:
     assert paper_scales(40) == (32, 33, 40, 47, 53)
 
 
-def test_images_are_spread_evenly() -> None:
-    assert _evenly(range(3), 5) == range(3)
-    assert list(_evenly(range(9), 3)) == [0, 4, 8]
-    assert list(_evenly(range(9), 1)) == [0]
+def test_images_are_spread_spread() -> None:
+    assert _spread(range(3), 5) == range(3)
+    assert list(_spread(range(9), 3)) == [0, 4, 8]
+    assert list(_spread(range(9), 1)) == [0]
 
 
 def test_points(val: Dataset) -> None:
@@ -99,7 +99,7 @@ def test_points(val: Dataset) -> None:
 
 
 def test_no_loss_is_computed(val: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retinanet.evaluation.run.detection_losses", None)
+    monkeypatch.setattr("retinanet.evaluation.predict.detection_losses", None)
     models = {"one": tiny_checkpoint(loss={"gamma": 2.0})}
     found = speed_accuracy(models, val, scales=[64], rounds=1, images=1, workers=0, **PLAIN)
     assert len(found.points) == 1
@@ -128,7 +128,7 @@ def test_what_is_timed_is_the_search_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     detector = Detector(tiny_checkpoint(), score_threshold=0.3, **PLAIN)
-    call = search_call(detector, val)
+    call = detection_call(detector, val)
     seen: list[tuple[tuple[int, ...], float]] = []
 
     def search(network: Any, images: Any, *_: Any, **thresholds: Any) -> list[Any]:
@@ -136,8 +136,8 @@ def test_what_is_timed_is_the_search_alone(
         seen.append((tuple(images.shape), thresholds["score_threshold"]))
         return []
 
-    monkeypatch.setattr("retinanet.evaluation.speed_accuracy.detect_batch", search)
-    monkeypatch.setattr("retinanet.evaluation.speed_accuracy.eval_loader", None)
+    monkeypatch.setattr("retinanet.report.speed_accuracy.detect_batch", search)
+    monkeypatch.setattr("retinanet.report.speed_accuracy.eval_loader", None)
     call()
     # One by one, padded to multiples of 32, images of one size after each other.
     assert seen == [
@@ -151,7 +151,7 @@ def refused(models: dict[str, Any], data: Any, **changes: Any) -> SpeedAccuracy:
 
 def test_what_is_refused(val: Dataset, painted: Path, tmp_path: Path) -> None:
     model = {"one": tiny_checkpoint()}
-    with pytest.raises(ConfigError, match="there is no model to measure"):
+    with pytest.raises(ConfigError, match="no model to measure"):
         refused({}, val)
     for scales, said in (
         ([16], "32 to 8192 pixels, got 16"),
@@ -161,9 +161,9 @@ def test_what_is_refused(val: Dataset, painted: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             refused(model, val, scales=scales)
-    with pytest.raises(ConfigError, match="rounds is 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="rounds must be 1 or more, got 0"):
         refused(model, val, rounds=0)
-    with pytest.raises(ConfigError, match="images is 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="images must be 1 or more, got 0"):
         refused(model, val, images=0)
     with pytest.raises(WeightsError, match="there is no checkpoint"):
         refused({"gone": tmp_path / "gone"}, val)
@@ -181,7 +181,7 @@ def test_models_that_held_out_other_images(painted: Path, tmp_path: Path) -> Non
         f"seed {seed}": tiny_checkpoint(split={"seed": seed, "val_fraction": 0.25})
         for seed in range(6)
     }
-    with pytest.raises(DataError, match=r"seed 0 and seed \d held out different images"):
+    with pytest.raises(DataError, match=r"seed 0 and seed \d have different validation splits"):
         refused(models, folder, scales=[64])
     same = dict.fromkeys(("a", "b"), models["seed 0"])
     assert refused(same, folder, scales=[64], workers=0).images == 1
@@ -189,10 +189,10 @@ def test_models_that_held_out_other_images(painted: Path, tmp_path: Path) -> Non
     published, blank = tiny_checkpoint(), tiny_checkpoint(split={})
     for seed in range(6):
         run = models[f"seed {seed}"]
-        held = read_judged(folder, None, seed=seed, val_fraction=0.25)
+        held = read_eval_dataset(folder, info=run.info)
         for order in (
             {"published": published, "run": run},
             {"run": run, "published": blank},
         ):
-            assert _same_images(order, folder, None).images == held.images
-    assert len(_same_images({"a": published, "b": blank}, folder, None)) == 1
+            assert _common_split(order, folder, None).images == held.images
+    assert len(_common_split({"a": published, "b": blank}, folder, None)) == 1

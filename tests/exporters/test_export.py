@@ -18,12 +18,12 @@ import torch
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
-from retinanet.evaluation.loss_distribution import loss_distribution
 from retinanet.exporters import run as export_run
 from retinanet.exporters.check import Tolerance, compare, match
 from retinanet.exporters.run import TOLERANCES, _calibration, check_file, export
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
+from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 
 onnx = pytest.importorskip("onnx")
@@ -126,7 +126,7 @@ def test_openvino_resizes_as_the_detector_does(
     image = read_image(images / "4.png")
     network: Any = load(files["openvino"], device="cpu").network
     agreed = compare(
-        [(eager.search([eager.prepare(image)])[0], network.find([image])[0])],
+        [(eager.detect_prepared([eager.prepare(image)])[0], network.detect([image])[0])],
         Tolerance(0.05, 3, 0.1, 1),
         eager.thresholds,
     )

@@ -54,7 +54,7 @@ def whole(eager: Detector, kind: type[WholeDetector] = WholeDetector, **changed:
 
 def expected(eager: Detector, images: Tensor, **thresholds: Any) -> Any:
     size = (images.shape[2], images.shape[3])
-    return eager.search(
+    return eager.detect_prepared(
         [Prepared(resize_to(one, eager.image_size, eager.max_size)[0], size) for one in images],
         **thresholds,
     )

@@ -49,7 +49,9 @@ def write(
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    """All files but the manifest."""
+    names = (f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    return sorted(name for name in names if not name.endswith(".retinanet-outputs"))
 
 
 TWO = ((1, 2, 11, 22), (0, 0, 20, 40))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from retinanet.errors import DataError
-from retinanet.paper.page import index_markdown, write_page
-from retinanet.paper.results import Outcome, TableResult, gather
+from retinanet.paper.claims import Outcome, collect_results
+from retinanet.paper.page import claims_markdown, write_page
+from retinanet.paper.results import TableResult
 from retinanet.paper.tables import EXPERIMENTS
 
 COMMAND = "retinanet paper run table3 --data 'my <nuclei>'"
@@ -61,6 +62,7 @@ class Read(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" in self._open:
             return
+        data = data.replace("\u00a0", " ")
         self.text += data
         if {"td", "th"} & set(self._open):
             self.tables[-1][-1][-1] += data
@@ -83,11 +85,11 @@ def table3() -> TableResult:
     measured = outcomes(ce=(0.20, 0.22), focal=(0.30, 0.32))
     measured["star-2-1"] = [Outcome(0, "diverged", None, "runs/star-2-1/seed-0")]
     measured["star-4-0"] = [Outcome(0, "failed", None, "runs/star-4-0/seed-0", "<disk full>")]
-    return gather(EXPERIMENTS["table3"], measured, ABOUT)
+    return collect_results(EXPERIMENTS["table3"], measured, ABOUT)
 
 
 def figure1() -> TableResult:
-    return gather(EXPERIMENTS["fig1"], {}, {})
+    return collect_results(EXPERIMENTS["fig1"], {}, {})
 
 
 def test_page(tmp_path: Path) -> None:
@@ -111,10 +113,11 @@ def test_page(tmp_path: Path) -> None:
         ["Table 3", "FL* about FL", f"{best} vs 34.0: -0.1", "0.0 vs 31.0 ± 1.4: -31.0", no],
         ["Table 3", "FL* over CE", f"{best} vs 31.1: +2.8", "0.0 vs 21.0 ± 1.4: -21.0", no],
     ]
-    assert figures[1] == ["", "AP", "AP50", "AP75", "seeds", "AP", "AP50", "AP75"]
-    assert figures[2] == ["CE, alpha .75", *["21.0 ± 1.4"] * 3, "2", "31.1", "49.4", "33.0"]
-    assert figures[4][:5] == ["FL*, gamma 2, beta 1", "0.0†", "0.0†", "0.0†", "1"]
-    assert figures[5][:5] == ["FL*, gamma 4, beta 0", "-", "-", "-", "-"]
+    paper = ["paper AP", "paper AP50", "paper AP75"]
+    assert figures[0] == ["", "AP", "AP50", "AP75", "seeds", *paper]
+    assert figures[1] == ["CE, alpha .75", *["21.0 ± 1.4"] * 3, "2", "31.1", "49.4", "33.0"]
+    assert figures[3][:5] == ["FL*, gamma 2, beta 1", "0.0†", "0.0†", "0.0†", "1"]
+    assert figures[4][:5] == ["FL*, gamma 4, beta 0", "-", "-", "-", "-"]
     assert concluded[1][2].endswith("; without FL*, gamma 4, beta 0: not measured")
     assert facts[1:] == [["data", "my <nuclei>"], ["steps", "1,200"], ["machine", "4 cores"]]
     assert settings[1] == ["data.image_size", "600", "256"]
@@ -127,7 +130,7 @@ def test_page(tmp_path: Path) -> None:
     assert page.links["plots/fig1.png"] == "fig1.png"
     assert page.images == ["data:image/png;base64,"]
 
-    line = "Not a COCO result: measured on my <nuclei>, 1,200 steps a row."
+    line = "Not a COCO result: measured on my <nuclei>, 1,200 steps per row."
     assert page.text.count(line) == 2  # at the top, and with the table
     assert "† FL*, gamma 2, beta 1: 1 of 1 training diverged and counts as 0" in page.text
     assert "FL*, gamma 4, beta 0: seed 0 failed: <disk full>" in page.text
@@ -139,7 +142,7 @@ def test_page(tmp_path: Path) -> None:
 def test_verdicts_are_counted(tmp_path: Path) -> None:
     measured = outcomes(ce=(0.20, 0.22), focal=(0.30, 0.32))
     measured |= {"star-2-1": outcomes(x=(0.30, 0.31))["x"]}
-    one = gather(EXPERIMENTS["table3"], measured, ABOUT)
+    one = collect_results(EXPERIMENTS["table3"], measured, ABOUT)
     page = Read(write_page(tmp_path, [one]).read_text("utf-8"))
     assert "2claims of the paper" in page.text
     assert "1hold" in page.text
@@ -152,7 +155,7 @@ def test_folders_and_plots_with_odd_names(tmp_path: Path) -> None:
     plot = tmp_path / "a plot #1.svg"
     plot.write_text("<svg/>", "utf-8")
     measured = {"ce": [Outcome(0, "diverged", None, tmp_path / "runs" / "100% & more")]}
-    one = gather(EXPERIMENTS["table3"], measured, {})
+    one = collect_results(EXPERIMENTS["table3"], measured, {})
     html = write_page(tmp_path, [one], {"table3": [plot]}).read_text("utf-8")
     page = Read(html)
     assert str(tmp_path) not in html
@@ -175,12 +178,12 @@ def test_a_plot_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 
 def test_plots_without_a_result_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="plots of fig2, of which there is no result"):
+    with pytest.raises(ValueError, match="plots without a result: fig2"):
         write_page(tmp_path, [figure1()], {"fig2": []})
 
 
 def test_index() -> None:
-    lines = index_markdown([table3(), figure1()]).splitlines()
+    lines = claims_markdown([table3(), figure1()]).splitlines()
     assert lines[0].startswith("**Not a COCO result: measured on my")
     table = [line for line in lines if line.startswith("|")]
     assert table[0] == "|  | the paper says | paper | here | verdict |"
@@ -189,4 +192,4 @@ def test_index() -> None:
         "| does not hold (one seed, rows missing) |"
     )
     assert len(table) == 4
-    assert index_markdown([figure1()]) == "No claim was tested.\n"
+    assert claims_markdown([figure1()]) == "No claim was tested.\n"

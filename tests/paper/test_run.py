@@ -1,329 +1,279 @@
-"""Trainings side by side: with workers that only pretend to train."""
+"""Scheduling of trainings, with workers that only pretend to train."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import pytest
+from filelock import FileLock
 
 from retinanet.config import load_recipe
 from retinanet.paper import run as running
 from retinanet.paper.plan import Plan, Training
-from retinanet.paper.run import Happening, Workplace, run_plan
-from retinanet.paper.share import take
-from retinanet.paper.work import Result, read_result
+from retinanet.paper.run import Event, Workers, run_plan
+from retinanet.paper.work import Result, Task, read_result
 
-# What a pretended worker does with the folder that it is given; it holds it and asks for a result
-# like a real one.
+# Locks the training and looks for its result, like a real worker.
 _WORKER = """
 import json, os, signal, sys, time
+from filelock import FileLock, Timeout
 from pathlib import Path
-from retinanet.paper.share import take
 folder = Path(sys.argv[1])
-hold = take(folder)
-if hold is None:
+lock = FileLock(folder.parent / ".seed-0.lock")
+try:
+    lock.acquire(timeout=0)
+except Timeout:
     sys.exit(75)
 if (folder / "result.json").exists():
     sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
-with (folder / "tries").open("a") as tries:
-    tries.write("x")
-tried = len((folder / "tries").read_text())
+with (folder / "attempts").open("a") as attempts:
+    attempts.write("x")
+attempt = len((folder / "attempts").read_text())
+name = folder.parent.name
 def finish():
     done = {"status": "done", "steps": 5, "seconds": 1.0, "metrics": {"ap": 0.5}, "note": ""}
     (folder / "result.json").write_text(json.dumps(done))
-%s
-hold.release()
 """
 
-
-def _training(name: str) -> Training:
-    return Training(name, load_recipe("quick", ["train.steps=5"]), "", 0)
+MakeWorkers = Callable[..., Workers]
 
 
-def _plan(*names: str) -> Plan:
-    return Plan(tuple(_training(name) for name in names), {})
+def training(name: str, rival: str = "") -> Training:
+    return Training(name, load_recipe("quick", ["train.steps=5"]), rival, 0)
+
+
+def plan(*names: str) -> Plan:
+    return Plan(tuple(training(name) for name in names), {})
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Workplace]:
-    """A workplace whose workers run some lines of Python."""
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeWorkers:
+    """Workers that run some lines of Python."""
 
-    def make(lines: str, jobs: int = 2) -> Workplace:
-        def launch(shop: Any, training: Training, job: int) -> subprocess.Popen[bytes]:
-            folder = training.folder(tmp_path)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with folder.with_name(f"{folder.name}.log").open("ab") as log:
-                return subprocess.Popen(
-                    [sys.executable, "-c", _WORKER % lines, str(folder)],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+    def make(lines: str, jobs: int = 2) -> Workers:
+        def start(
+            task: Task, environment: Mapping[str, str], output: IO[bytes]
+        ) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [sys.executable, "-c", _WORKER + lines, task.folder],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
-        monkeypatch.setattr(running._Shop, "_launch", launch)
-        monkeypatch.setattr(running, "_LOOK_EVERY", 0.02)
-        monkeypatch.setattr(running, "_LOOK_ELSEWHERE_EVERY", 0.05)
-        return Workplace(tmp_path / "data", tmp_path, jobs, "cpu")
+        monkeypatch.setattr(running, "start_worker", start)
+        return Workers(tmp_path / "data", tmp_path, jobs, "cpu")
 
     return make
 
 
-def _tries(place: Workplace, name: str) -> int:
-    file = _training(name).folder(place.out) / "tries"
+def attempts(workers: Workers, name: str) -> int:
+    file = training(name).folder(workers.out) / "attempts"
     return len(file.read_text("utf-8")) if file.is_file() else 0
 
 
-def test_every_training_is_done_once_and_never_again(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("finish()")
-    told: list[Happening] = []
-    done = run_plan(_plan("a", "b", "c"), place, told.append)
-    assert {name for name, _ in done} == {"a", "b", "c"}
-    assert all(isinstance(one, Result) and one.metrics == {"ap": 0.5} for one in done.values())
-    assert sorted(one.training.name for one in told if one.kind == "done" and one.training) == [
-        *"abc"
-    ]
-    assert told[-1].kind == "step"
-    assert (told[-1].steps, told[-1].of) == (15, 15)
-    again = run_plan(_plan("a", "b", "c", "d"), place)
-    assert again.keys() == done.keys() | {("d", 0)}
-    assert [_tries(place, name) for name in "abcd"] == [1, 1, 1, 1]
+def test_run_plan_runs_each_training_once(fake: MakeWorkers) -> None:
+    workers = fake("finish()")
+    events: list[Event] = []
+    results = run_plan(plan("a", "b", "c"), workers, events.append)
+    assert {name for name, _ in results} == {"a", "b", "c"}
+    assert all(isinstance(one, Result) and one.metrics == {"ap": 0.5} for one in results.values())
+    done = [event.training.name for event in events if event.kind == "done" and event.training]
+    assert sorted(done) == ["a", "b", "c"]
+    assert events[-1] == Event("step", steps=15, total=15)
+    events.clear()
+    again = run_plan(plan("a", "b", "c", "d"), workers, events.append)
+    assert again.keys() == results.keys() | {("d", 0)}
+    kinds = [event.kind for event in events if event.kind != "step"]
+    assert sorted(kinds) == ["done", "skipped", "skipped", "skipped"]
+    assert [attempts(workers, name) for name in "abcd"] == [1, 1, 1, 1]
 
 
-def test_a_killed_worker_goes_on_once(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("finish() if tried > 1 else os.kill(os.getpid(), 9)")
-    done = run_plan(_plan("a"), place)
-    assert isinstance(done["a", 0], Result)
-    assert _tries(place, "a") == 2
-
-
-def test_a_worker_that_is_killed_each_time_costs_its_row_alone(
-    pretend: Callable[..., Workplace],
-) -> None:
-    place = pretend("finish() if folder.parent.name == 'b' else os.kill(os.getpid(), 9)")
-    told: list[Happening] = []
-    done = run_plan(_plan("a", "b"), place, told.append)
-    assert isinstance(done["b", 0], Result)
-    assert str(done["a", 0]).startswith("killed by signal 9 (out of memory?); see ")
-    assert _tries(place, "a") == 2
-    assert [one.note for one in told if one.kind == "failed"] == [done["a", 0]]
-
-
-def test_what_a_worker_says_of_its_failure_is_passed_on(pretend: Callable[..., Workplace]) -> None:
-    lines = (
-        "if folder.parent.name == 'a':\n"
-        "    print('error: No space left on device: model.safetensors'); sys.exit(1)\n"
-        "finish()"
-    )
-    done = run_plan(_plan("a", "b"), pretend(lines))
-    assert str(done["a", 0]).startswith("No space left on device: model.safetensors; see ")
-    assert isinstance(done["b", 0], Result)
-
-
-def test_what_failed_is_tried_again_by_the_next_call(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("sys.exit(1) if tried == 1 else finish()")
-    assert str(run_plan(_plan("a"), place)["a", 0]).startswith("exit code 1; see ")
-    assert isinstance(run_plan(_plan("a"), place)["a", 0], Result)
-
-
-def test_the_words_of_an_earlier_try_are_not_this_ones(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("print('error: old') if tried == 1 else 0; sys.exit(3)")
-    assert str(run_plan(_plan("a"), place)["a", 0]).startswith("old; see ")
-    assert str(run_plan(_plan("a"), place)["a", 0]).startswith("exit code 3; see ")
+def test_killed_worker_is_restarted_once(fake: MakeWorkers) -> None:
+    workers = fake("finish() if attempt > 1 or name == 'c' else os.kill(os.getpid(), 9)")
+    assert isinstance(run_plan(plan("a"), workers)["a", 0], Result)
+    assert attempts(workers, "a") == 2
 
 
 @pytest.mark.parametrize(
-    ("code", "by"),
+    ("lines", "reason", "count"),
     [
-        (1, ""),
-        (2, ""),
-        (-9, "signal 9 (out of memory?)"),
-        (137, "signal 9 (out of memory?)"),  # a process of several, as 128 + 9
-        (143, "signal 15"),
-        (-11, "signal 11"),
-        (0xC0000005, "status 0xc0000005"),  # Windows
+        ("os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?); see ", 2),
+        ("os.kill(os.getpid(), 11)", "killed by signal 11; see ", 2),
+        ("sys.exit(143)", "killed by signal 15; see ", 2),  # one of several processes: 128 + 15
+        ("sys.exit(2)", "exit code 2; see ", 1),
+        ("print('error: No space left on device'); sys.exit(1)", "No space left on device; see", 1),
     ],
 )
-def test_what_counts_as_killed(code: int, by: str) -> None:
-    assert running._killed_by(code) == by
+def test_failed_training_fails_alone(
+    fake: MakeWorkers, lines: str, reason: str, count: int
+) -> None:
+    workers = fake(f"if name == 'b':\n    finish()\nelse:\n    {lines}")
+    events: list[Event] = []
+    results = run_plan(plan("a", "b"), workers, events.append)
+    assert isinstance(results["b", 0], Result)
+    assert str(results["a", 0]).startswith(reason)
+    assert [event.note for event in events if event.kind == "failed"] == [results["a", 0]]
+    assert attempts(workers, "a") == count
 
 
-def test_a_damaged_result_is_a_failure_of_its_row(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("finish() if folder.parent.name == 'b' else 0")
-    file = _training("a").folder(place.out) / "result.json"
+def test_failed_training_is_run_by_the_next_command(fake: MakeWorkers) -> None:
+    workers = fake(
+        "print('error: old') if attempt == 1 else 0\nfinish() if attempt > 2 else sys.exit(3)"
+    )
+    assert str(run_plan(plan("a"), workers)["a", 0]).startswith("old; see ")
+    assert str(run_plan(plan("a"), workers)["a", 0]).startswith("exit code 3; see ")
+    assert isinstance(run_plan(plan("a"), workers)["a", 0], Result)
+
+
+def test_damaged_result_fails_its_row(fake: MakeWorkers) -> None:
+    workers = fake("finish()")
+    file = training("a").folder(workers.out) / "result.json"
     file.parent.mkdir(parents=True)
     file.write_text("{", "utf-8")
-    assert not place.is_finished(_training("a"))
-    told: list[Happening] = []
-    done = run_plan(_plan("a", "b"), place, told.append)
-    assert "result.json cannot be read" in str(done["a", 0])
-    assert "delete it" in str(done["a", 0])
-    assert isinstance(done["b", 0], Result)
-    assert [one.note for one in told if one.kind == "failed"] == [done["a", 0]]
-    assert _tries(place, "a") == 0
-    assert place.finished(_plan("a", "b", "c").trainings) == done
+    assert not workers.is_finished(training("a"))
+    results = run_plan(plan("a", "b"), workers)
+    assert "result.json cannot be read" in str(results["a", 0])
+    assert "delete it" in str(results["a", 0])
+    assert isinstance(results["b", 0], Result)
+    assert attempts(workers, "a") == 0
+    assert workers.finished(plan("a", "b", "c").trainings) == results
 
 
-def test_what_cannot_be_started_costs_its_row_alone(
-    pretend: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+def test_worker_that_cannot_be_started_fails_its_row(
+    fake: MakeWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = pretend("finish()")
-    launch = running._Shop._launch
+    workers = fake("finish()")
+    start = running.start_worker
 
-    def full(shop: Any, training: Training, job: int) -> subprocess.Popen[bytes]:
-        if training.name == "a":
+    def full(task: Task, *more: object) -> subprocess.Popen[bytes]:
+        if "/a/" in task.folder:
             raise OSError(28, "No space left on device")
-        return launch(shop, training, job)
+        return start(task, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(running._Shop, "_launch", full)
-    done = run_plan(_plan("a", "b"), place)
-    assert "cannot be started: [Errno 28] No space left on device" in str(done["a", 0])
-    assert isinstance(done["b", 0], Result)
-
-
-def test_a_row_that_fails_here_may_be_finished_elsewhere(
-    pretend: Callable[..., Workplace],
-) -> None:
-    # The other row ends after "a" has failed, and another machine has finished "a" by then.
-    place = pretend(
-        "if folder.parent.name == 'a': sys.exit(1)\n"
-        "time.sleep(1); finish(); folder = folder.parent.parent / 'a' / 'seed-0'; finish()"
-    )
-    told: list[Happening] = []
-    done = run_plan(_plan("a", "b"), place, told.append)
-    assert isinstance(done["a", 0], Result)
-    about_a = [one.kind for one in told if one.training and one.training.name == "a"]
-    assert about_a == ["begun", "failed", "elsewhere"]
+    monkeypatch.setattr(running, "start_worker", full)
+    results = run_plan(plan("a", "b"), workers)
+    assert results["a", 0] == "[Errno 28] No space left on device"
+    assert isinstance(results["b", 0], Result)
 
 
-def test_a_row_that_fails_here_while_another_has_it_is_waited_for(
-    pretend: Callable[..., Workplace],
-) -> None:
-    place = pretend("hold.release(); time.sleep(1); sys.exit(1)")
-    folder = _training("a").folder(place.out)
+def test_training_of_another_command_is_waited_for(fake: MakeWorkers) -> None:
+    workers = fake("finish()")
+    folder = training("a").folder(workers.out)
+    folder.mkdir(parents=True)
+    events: list[Event] = []
 
-    def elsewhere() -> None:
-        while not (folder / "tries").exists() or (hold := take(folder)) is None:
-            time.sleep(0.01)
-        time.sleep(2)
-        result = {"status": "done", "steps": 5, "seconds": 1.0, "metrics": {}}
-        (folder / "result.json").write_text(json.dumps(result), "utf-8")
-        hold.release()
-
-    other = threading.Thread(target=elsewhere)
-    other.start()
-    told: list[Happening] = []
-    done = run_plan(_plan("a"), place, told.append)
-    other.join()
-    assert done["a", 0] == Result("done", 5, 1.0, {})
-    assert [one.kind for one in told if one.kind != "step"] == ["begun", "waiting", "elsewhere"]
-
-
-def test_what_another_process_is_at_is_waited_for(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("finish()")
-    folder = _training("a").folder(place.out)
-    hold = take(folder)
-    assert hold is not None
-
-    def elsewhere() -> None:
-        time.sleep(0.5)
-        folder.mkdir(parents=True)
+    def other_command() -> None:
+        while not any(event.kind == "waiting" for event in events):
+            time.sleep(0.02)
         result = {"status": "diverged", "steps": 3, "seconds": 1.0, "metrics": None, "note": "NaN"}
         (folder / "result.json").write_text(json.dumps(result), "utf-8")
-        hold.release()
+        lock.release()
 
-    other = threading.Thread(target=elsewhere)
+    lock = FileLock(folder.parent / ".seed-0.lock", thread_local=False)
+    lock.acquire()
+    other = threading.Thread(target=other_command)
     other.start()
-    told: list[Happening] = []
-    done = run_plan(_plan("a"), place, told.append)
+    results = run_plan(plan("a"), workers, events.append)
     other.join()
-    assert done["a", 0] == Result("diverged", 3, 1.0, None, "NaN")
-    happened = [one for one in told if one.kind != "step"]
-    assert [one.kind for one in happened] == ["waiting", "elsewhere"]
-    assert happened[0].note == f"process {os.getpid()} on {socket.gethostname()}"
-    assert _tries(place, "a") == 0
+    assert results["a", 0] == Result("diverged", 3, 1.0, None, "NaN")
+    assert [event.kind for event in events if event.kind != "step"] == ["waiting", "skipped"]
+    assert attempts(workers, "a") == 0
 
 
-def test_two_calls_share_the_trainings(pretend: Callable[..., Workplace]) -> None:
-    place = pretend("time.sleep(.05); finish()")
+def test_two_commands_share_a_folder(fake: MakeWorkers) -> None:
+    workers = fake("time.sleep(.05); finish()")
     names = [f"row{number}" for number in range(6)]
     found: list[dict[tuple[str, int], Result | str]] = []
-    calls = [
-        threading.Thread(target=lambda: found.append(run_plan(_plan(*names), place)))
+    commands = [
+        threading.Thread(target=lambda: found.append(run_plan(plan(*names), workers)))
         for _ in range(2)
     ]
-    for call in calls:
-        call.start()
-    for call in calls:
-        call.join()
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
     assert len(found) == 2
-    for done in found:
-        assert {name for name, _ in done} == set(names)
-        assert all(isinstance(one, Result) for one in done.values())
-    assert [_tries(place, name) for name in names] == [1] * 6
+    for results in found:
+        assert {name for name, _ in results} == set(names)
+        assert all(isinstance(one, Result) for one in results.values())
+    assert [attempts(workers, name) for name in names] == [1] * 6
 
 
 @pytest.fixture
 def as_in_a_terminal() -> Iterator[None]:
-    """Signals as a terminal leaves them: nohup, or a shell's background, has some ignored."""
+    """Signals as in a terminal: under nohup some are ignored."""
     usual = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,
     }
-    before = {one: signal.signal(one, handler) for one, handler in usual.items()}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    for one, handler in before.items():
-        signal.signal(one, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.usefixtures("as_in_a_terminal")
-def test_to_be_stopped_is_passed_on_and_waited_for(
-    pretend: Callable[..., Workplace], name: str
-) -> None:
-    place = pretend(
+def test_signal_stops_the_workers_and_waits_for_them(fake: MakeWorkers, name: str) -> None:
+    workers = fake(
         "(folder / 'ready').touch()\n"
         "sys.stdin.read()\n"
-        "time.sleep(.2); (folder / 'kept').touch(); hold.release(); os._exit(130)"
+        "time.sleep(.2); (folder / 'saved').touch(); sys.exit(130)"
     )
-    asked, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
-    folder = _training("a").folder(place.out)
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    folders = [training(one).folder(workers.out) for one in "ab"]
 
     def interrupt() -> None:
-        deadline = time.monotonic() + 30
-        while not (folder / "ready").exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while not all((one / "ready").exists() for one in folders) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), asked)
+        os.kill(os.getpid(), number)
 
+    events: list[Event] = []
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        run_plan(_plan("a", "b", "c"), place)
-    assert (folder / "kept").exists()
-    assert read_result(folder) is None
-    assert _tries(place, "c") == 0
-    assert signal.getsignal(asked) is before
+        run_plan(plan("a", "b", "c"), workers, events.append)
+    assert all((one / "saved").exists() for one in folders)
+    assert read_result(folders[0]) is None
+    assert attempts(workers, "c") == 0
+    assert {event.kind for event in events} <= {"step"}
+    assert signal.getsignal(number) is before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_nohup_holds(pretend: Callable[..., Workplace]) -> None:
+def test_sighup_is_ignored_under_nohup(fake: MakeWorkers) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        place = pretend("os.kill(os.getppid(), signal.SIGHUP); time.sleep(.2); finish()")
-        assert isinstance(run_plan(_plan("a"), place)["a", 0], Result)
+        workers = fake("os.kill(os.getppid(), signal.SIGHUP); time.sleep(.2); finish()")
+        assert isinstance(run_plan(plan("a"), workers)["a", 0], Result)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_error_in_the_callback_ends_the_workers(fake: MakeWorkers) -> None:
+    workers = fake("finish() if name == 'a' else sys.stdin.read()")
+
+    def fail(event: Event) -> None:
+        if event.kind == "done":
+            raise RuntimeError("callback")
+
+    with pytest.raises(RuntimeError, match="callback"):
+        run_plan(plan("a", "b", "c", "d"), workers, fail)
+    assert attempts(workers, "d") == 0  # "c" took the job of "a"
 
 
 @pytest.mark.parametrize(
@@ -336,20 +286,13 @@ def test_nohup_holds(pretend: Callable[..., Workplace]) -> None:
         (8, 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ],
 )
-def test_gpus_are_shared_out(gpus: int, jobs: int, shares: list[list[int]]) -> None:
-    place = Workplace(Path("d"), Path("o"), jobs, "cuda", gpus)
-    assert [list(place.gpus_of(job)) for job in range(jobs)] == shares
-
-
-def test_the_gpus_that_the_caller_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert running._visible([0, 1]) == ["3", "5"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert running._visible([0, 1]) == ["0", "1"]
+def test_gpus_are_divided_among_jobs(gpus: int, jobs: int, shares: list[list[int]]) -> None:
+    workers = Workers(Path("d"), Path("o"), jobs, "cuda", gpus)
+    assert [list(workers.gpus_of(job)) for job in range(jobs)] == shares
 
 
 @pytest.mark.parametrize(
-    ("jobs", "gpus", "left", "fitted"),
+    ("jobs", "gpus", "left", "limited"),
     [
         (4, 0, 2, (2, 0)),
         (4, 4, 2, (2, 2)),  # a job keeps its one GPU
@@ -359,53 +302,50 @@ def test_the_gpus_that_the_caller_was_given(monkeypatch: pytest.MonkeyPatch) -> 
         (2, 0, 0, (1, 0)),
     ],
 )
-def test_no_more_jobs_than_trainings_left(
-    tmp_path: Path, jobs: int, gpus: int, left: int, fitted: tuple[int, int]
+def test_jobs_are_limited_to_unfinished_trainings(
+    tmp_path: Path, jobs: int, gpus: int, left: int, limited: tuple[int, int]
 ) -> None:
-    done = _training("done").folder(tmp_path)
+    done = training("done").folder(tmp_path)
     done.mkdir(parents=True)
     result = {"status": "done", "steps": 5, "seconds": 1.0, "metrics": {}}
     (done / "result.json").write_text(json.dumps(result), "utf-8")
-    trainings = [_training("done"), *(_training(f"row{number}") for number in range(left))]
-    found = Workplace(tmp_path, tmp_path, jobs, "auto", gpus).fitted(trainings)
-    assert (found.jobs, found.gpus) == fitted
+    trainings = [training("done"), *(training(f"row{number}") for number in range(left))]
+    found = Workers(tmp_path, tmp_path, jobs, "auto", gpus).limited_to(trainings)
+    assert (found.jobs, found.gpus) == limited
 
 
-def test_several_gpus_of_a_job_are_several_processes(
+def test_several_gpus_per_job_are_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[dict[str, Any], dict[str, str]]] = []
-    monkeypatch.setattr(
-        running, "start_worker", lambda task, env, log: seen.append((json.loads(task), env))
-    )
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen: list[tuple[Task, Mapping[str, str]]] = []
+
+    def start(task: Task, environment: Mapping[str, str], output: IO[bytes]) -> object:
+        seen.append((task, environment))
+        return subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(running, "start_worker", start)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("RANK", "1")  # of whatever has started this process
-    rival = Training("b", load_recipe("quick"), "ssd", 0)
-    for gpus, training in ((4, _training("a")), (2, _training("a")), (4, rival)):
-        place = Workplace(tmp_path / "data", tmp_path, 2, "cuda", gpus)
-        running._Shop([training], place, lambda _: None)._launch(training, 1)
-    assert [one["processes"] for one, _ in seen] == [2, 1, 1]  # a rival refuses several
-    assert [env["CUDA_VISIBLE_DEVICES"] for _, env in seen] == ["2,3", "1", "2"]
-    assert all("RANK" not in env for _, env in seen)
-    assert all(env["OMP_WAIT_POLICY"] == "PASSIVE" for _, env in seen)
-    assert seen[0][0]["device"] == "cuda"
-    assert 'backbone = "resnet50"' in seen[0][0]["recipe"]
-    # Nothing of this machine lies where others look.
-    assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == ["seed-0.log"] * 2
+    monkeypatch.setenv("RANK", "1")  # of a launcher of this process
+    for gpus, visible, rival in ((4, "", ""), (2, "3,5", ""), (4, "", "ssd")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        workers = Workers(tmp_path / "data", tmp_path, 1, "cuda", gpus)
+        run_plan(Plan((training("a", rival),), {}), workers)
+    assert [task.processes for task, _ in seen] == [4, 2, 1]  # a rival has one process
+    visible_of = [environment["CUDA_VISIBLE_DEVICES"] for _, environment in seen]
+    assert visible_of == ["0,1,2,3", "3,5", "0"]
+    assert all("RANK" not in environment for _, environment in seen)
+    assert all(environment["OMP_WAIT_POLICY"] == "PASSIVE" for _, environment in seen)
+    assert seen[0][0].device == "cuda"
+    assert 'backbone = "resnet50"' in seen[0][0].recipe
 
 
-def test_threads_are_shared_out_and_the_callers_limit_holds(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("limit", "jobs", "threads"),
+    [("", 2, 4), ("3", 2, 3), ("6", 2, 4), ("0", 4, 2), ("4,2", 4, 2), ("", 16, 1)],
+)
+def test_threads_are_divided_among_jobs(
+    monkeypatch: pytest.MonkeyPatch, limit: str, jobs: int, threads: int
 ) -> None:
     monkeypatch.setattr(running, "usable_cpus", lambda: 8)
-    for given, jobs, threads in (
-        ("", 2, 4),
-        ("3", 2, 3),
-        ("6", 2, 4),
-        ("0", 4, 2),
-        ("4,2", 4, 2),
-        ("", 16, 1),
-    ):
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-        assert Workplace(Path("d"), Path("o"), jobs).threads == threads, given
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert Workers(Path("d"), Path("o"), jobs).threads == threads

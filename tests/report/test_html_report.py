@@ -1,4 +1,4 @@
-"""Reports: one file that needs nothing else, of whatever a run folder holds."""
+"""Reports: self-contained files, of complete and incomplete run folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_plots import judged, log_lines
+from test_plots import evaluated, log_lines
 
 from retinanet.config import load_recipe, to_toml
 from retinanet.data import read_splits
@@ -23,8 +23,8 @@ from retinanet.model.retinanet import build_retinanet
 from retinanet.report.html import Page, write_report
 
 
-class Seen(HTMLParser):
-    """What a page holds: its words, its tags, and every address it asks for."""
+class Parsed(HTMLParser):
+    """Words, tags and addresses of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Seen(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def assert_self_contained(page: str) -> Seen:
-    seen = Seen(page)
-    assert all(one.startswith(("data:image/", "#")) for one in seen.addresses)
+def assert_self_contained(page: str) -> Parsed:
+    seen = Parsed(page)
+    assert all(address.startswith(("data:image/", "#")) for address in seen.addresses)
     assert not {"script", "link", "iframe"} & set(seen.tags)
     assert "@import" not in page
     assert "url(" not in page
@@ -63,7 +63,7 @@ def image(width: int = 30) -> Image.Image:
 def make_run(folder: Path, data: Path | None = None) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(to_toml(load_recipe("quick")))
-    (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log_lines()))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_lines()))
     info: dict[str, Any] = {
         "versions": {"torch": "2.7"},
         "device": "cpu",
@@ -100,7 +100,7 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def test_page_holds_what_it_was_given(tmp_path: Path) -> None:
+def test_page_text_is_escaped_and_numbers_formatted(tmp_path: Path) -> None:
     page = Page("Two <losses>", "focal & plain")
     page.section("Result").text("1 < 2 & 3").heading("smaller")
     page.facts({"AP": 0.51234, "steps": 12345, "loss": None, "done": True})
@@ -111,19 +111,21 @@ def test_page_holds_what_it_was_given(tmp_path: Path) -> None:
         strong=[0],
     )
     page.section("Settings").code("a = '<b>'", folded="config.toml")
+    page.link("Run", "#run", "its <folder>")
     file = page.write(tmp_path / "deep" / "page.html")
     seen = assert_self_contained(file.read_text("utf-8"))
     for words in (
         *("Two <losses>", "focal & plain", "1 < 2 & 3", "smaller", "0.512", "12,345", "yes"),
         *("by loss", "0.500", "90,000", "<plain>", "–", "a = '<b>'", "config.toml"),
+        "Run: its <folder>",
     ):
         assert words in seen.text
-    assert seen.addresses == ["#s0", "#s1"]
+    assert seen.addresses == ["#s0", "#s1", "#run"]
     assert seen.tags.count("section") == 2
     assert seen.tags.count("details") == 1
 
 
-def test_images_are_embedded(tmp_path: Path) -> None:
+def test_page_images_are_embedded(tmp_path: Path) -> None:
     png, bmp = tmp_path / "a.png", tmp_path / "a.bmp"
     image().save(png)
     image().save(bmp)
@@ -132,14 +134,14 @@ def test_images_are_embedded(tmp_path: Path) -> None:
     items = [(png, "a & b"), (bmp, ""), (jpeg.getvalue(), ""), (image(), ""), (str(png), "")]
     page = Page("Images").section("All").images(items, columns=2)
     seen = assert_self_contained(page.html())
-    kinds = [re.match(r"data:image/(\w+);base64,(.*)", one) for one in seen.addresses]
-    assert [one.group(1) for one in kinds if one] == ["png", "jpeg", "jpeg", "jpeg", "png"]
+    kinds = [re.match(r"data:image/(\w+);base64,(.*)", a) for a in seen.addresses]
+    assert [kind.group(1) for kind in kinds if kind] == ["png", "jpeg", "jpeg", "jpeg", "png"]
     first = base64.b64decode(kinds[0].group(2))  # type: ignore[union-attr]
     assert first == png.read_bytes()
     assert "a & b" in seen.text
 
 
-def test_a_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_page_unreadable_image_is_an_error(tmp_path: Path) -> None:
     page = Page("Images").section("All")
     with pytest.raises(DataError, match="an image of the report cannot be read"):
         page.images([(tmp_path / "none.png", "")])
@@ -147,15 +149,15 @@ def test_a_image_that_cannot_be_read(tmp_path: Path) -> None:
         page.images([(b"not an image", "")])
 
 
-def test_content_needs_a_section() -> None:
+def test_page_content_before_a_section_is_an_error() -> None:
     with pytest.raises(ValueError, match="call section"):
         Page("Empty").text("lost")
 
 
-def test_report_of_a_whole_run(tmp_path: Path) -> None:
+def test_write_report_complete_run(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     run = make_run(tmp_path / "run", data)
-    _, metrics = judged(("cat", "dog"))
+    _, metrics = evaluated(("cat", "dog"))
     for file in (run / "metrics.json", run / "evaluation" / "test" / "metrics.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(metrics.to_dict()))
@@ -174,48 +176,48 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     for words in (
         *("Run run", "recipe quick", "Summary", "Training", "Validation", "Evaluation: test"),
         *("Detections", "Data", "Settings", "after step 60, the best of the run"),
-        *("AP, best, at step 60", "0.300", "[train]", "12345", "images without any"),
-        *("3 validations", "val2.png: 1 object", "val6.png: 1 object", "found"),
+        *("best validation AP, at step 60", "0.300", "[train]", "12345", "images without object"),
+        *("3 validations", "val2.png: 1 object", "val6.png: 1 object", "detection"),
     ):
         assert words in seen.text
     # 2 of training, 6 of each evaluation, 3 pairs, 1 of the data.
     assert seen.tags.count("img") == 2 + 6 + 6 + 6 + 1
-    plots = sorted(str(one.relative_to(run)) for one in run.rglob("*.png"))
+    plots = sorted(str(path.relative_to(run)) for path in run.rglob("*.png"))
     assert "plots/training.png" in plots
     assert "plots/validation/confusion.png" in plots
     assert "evaluation/test/plots/confusion.png" in plots
 
 
-def test_report_of_what_is_there(tmp_path: Path) -> None:
+def test_write_report_incomplete_run_notes_what_is_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", tmp_path / "gone")
     text = assert_self_contained(write_report(run).read_text("utf-8")).text
-    assert "The data cannot be read any more" in text
+    assert "The data can no longer be read" in text
     assert "Validation" not in text.replace("validation", "")
 
     (run / "run.json").unlink()
     (run / "log.jsonl").unlink()
     text = assert_self_contained(write_report(run).read_text("utf-8")).text
-    assert "Nothing was trained yet" in text
-    assert "does not say where its data is" in text
+    assert "No training step was logged yet" in text
+    assert "does not name the data folder" in text
 
 
-def test_report_without_model_or_with_given_data(tmp_path: Path) -> None:
+def test_write_report_without_model_or_with_splits(tmp_path: Path) -> None:
     splits = read_splits(make_data(tmp_path / "data"))
     run = make_run(tmp_path / "run")
     text = assert_self_contained(write_report(run, data=splits).read_text("utf-8")).text
-    assert "There is no model to search images with" in text
-    assert "images without any" in text
+    assert "There is no model to detect objects with" in text
+    assert "images without object" in text
     text = assert_self_contained(write_report(run, data=splits, samples=0).read_text("utf-8")).text
     assert "There is no image to show" in text
 
 
-def test_folders_that_are_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not a run folder: it has no config\.toml"):
+def test_write_report_bad_run_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not a run folder: .* has no config\.toml"):
         write_report(tmp_path)
     run = make_run(tmp_path / "run")
     for content in ("{}", "[]", '{"ap": 1}'):
         (run / "metrics.json").write_text(content)
-        with pytest.raises(DataError, match=r"metrics\.json is not what an evaluation writes"):
+        with pytest.raises(DataError, match=r"metrics\.json has no evaluation metrics"):
             write_report(run)
     (run / "metrics.json").write_text("{")
     with pytest.raises(DataError, match=r"metrics\.json is not JSON"):

@@ -10,8 +10,6 @@ import matplotlib as mpl
 import pytest
 from PIL import Image
 
-from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluation.speed_accuracy import SpeedAccuracy, SpeedPoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.figures import (
     focal_curves,
@@ -20,6 +18,7 @@ from retinanet.paper.figures import (
     variant_curves,
     variant_slopes,
 )
+from retinanet.report.loss_distribution import LossCurve, LossDistribution
 from retinanet.report.paper_plots import (
     Files,
     SpeedMark,
@@ -36,6 +35,7 @@ from retinanet.report.paper_plots import (
     plot_table,
     speed_marks,
 )
+from retinanet.report.speed_accuracy import SpeedAccuracy, SpeedPoint
 
 PAPER = (
     SpeedMark("RetinaNet-50", 64, 30.5, "400"),

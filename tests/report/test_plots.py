@@ -1,4 +1,4 @@
-"""Plots: every one is drawn, of full, odd and empty figures, and leaves no trace but its file."""
+"""Plots of complete, odd and empty results; nothing but the file changes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
+from retinanet.report.figure import format_compact
 from retinanet.report.plots import (
-    _compact,
-    _moving_mean,
-    _thin,
+    average_points,
+    moving_mean,
     plot_confusion,
     plot_evaluation,
     plot_object_sizes,
@@ -32,8 +32,10 @@ from retinanet.report.plots import (
 from retinanet.structures import Detections
 
 
-def judged(classes: tuple[str, ...], *, seed: int = 0, images: int = 6) -> tuple[Dataset, Metrics]:
-    """A data set, and figures of boxes that are mostly right."""
+def evaluated(
+    classes: tuple[str, ...], *, seed: int = 0, images: int = 6
+) -> tuple[Dataset, Metrics]:
+    """A data set, and the metrics of detections that are mostly right."""
     rng = np.random.default_rng(seed)
     imgs, found = [], []
     for i in range(images):
@@ -92,9 +94,9 @@ def is_drawn(file: Path) -> bool:
     return image.format == "PNG" and pixels.shape[1] > 500 and (pixels < 200).mean() > 0.002
 
 
-def test_every_plot_of_an_evaluation_is_drawn(tmp_path: Path) -> None:
+def test_plot_evaluation_writes_every_plot(tmp_path: Path) -> None:
     settings = dict(mpl.rcParams)
-    _, metrics = judged(("cat", "dog"))
+    _, metrics = evaluated(("cat", "dog"))
     files = plot_evaluation(metrics, tmp_path / "plots")
     assert set(files) == {
         *("precision_recall", "classes", "sizes", "errors", "confusion", "calibration"),
@@ -104,40 +106,42 @@ def test_every_plot_of_an_evaluation_is_drawn(tmp_path: Path) -> None:
     assert dict(mpl.rcParams) == settings
 
 
-def test_the_same_figures_give_the_same_file(tmp_path: Path) -> None:
-    _, metrics = judged(("cat", "dog"))
+def test_plot_evaluation_equal_metrics_give_equal_files(tmp_path: Path) -> None:
+    _, metrics = evaluated(("cat", "dog"))
     first = plot_evaluation(metrics, tmp_path / "a")
     second = plot_evaluation(metrics, tmp_path / "b")
     for name, file in first.items():
         assert file.read_bytes() == second[name].read_bytes()
 
 
-def test_many_classes_and_names_that_are_hard_to_draw(tmp_path: Path) -> None:
-    # Warnings are errors here: neither formulas between dollars nor absent letters may raise one.
+def test_plot_evaluation_many_classes_and_odd_names(tmp_path: Path) -> None:
+    # Warnings are errors: dollar signs are no formulas, and letters may be missing in the font.
     names = ("US$ 5 and $ 6", "_under^score", "猫", "a name that is much longer than the space is")
     classes = (*names, *(f"class {i}" for i in range(60)))
-    _, metrics = judged(classes, images=40)
+    _, metrics = evaluated(classes, images=40)
     files = plot_evaluation(metrics, tmp_path)
     assert all(is_drawn(file) for file in files.values())
     with Image.open(files["confusion"]) as image:
         assert image.height < 2500  # twenty classes and not sixty-four
 
 
-def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
-    dataset, _ = judged(("cat", "dog"))
+def test_plot_evaluation_no_detection_and_no_object(tmp_path: Path) -> None:
+    dataset, _ = evaluated(("cat", "dog"))
     nothing = evaluate_detections(dataset, [])
     assert all(is_drawn(file) for file in plot_evaluation(nothing, tmp_path / "nothing").values())
-    empty = replace(dataset, images=tuple(replace(one, annotations=()) for one in dataset.images))
+    empty = replace(
+        dataset, images=tuple(replace(image, annotations=()) for image in dataset.images)
+    )
     metrics = evaluate_detections(empty, [])
     assert plot_evaluation(metrics, tmp_path / "empty") == {}
     assert is_drawn(plot_confusion(metrics, tmp_path / "confusion.png"))
 
 
-def test_training_curves(tmp_path: Path) -> None:
+def test_plot_training_and_running(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     lines = log_lines()
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
-    assert read_log(log) == lines  # the line that a kill cut short is passed over
+    assert read_log(log) == lines  # the truncated line is skipped
     assert is_drawn(plot_training(log, tmp_path / "training.png"))
     assert is_drawn(plot_running(log, tmp_path / "running.png"))
     other = plot_training(lines[:40], tmp_path / "other.png")
@@ -156,18 +160,18 @@ def test_training_curves(tmp_path: Path) -> None:
     ],
     ids=["empty", "one step", "no validation", "not finite", "no object", "AP alone"],
 )
-def test_logs_that_are_not_whole(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+def test_plot_training_incomplete_logs(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     assert is_drawn(plot_training(lines, tmp_path / "training.png"))
     assert is_drawn(plot_running(lines, tmp_path / "running.png"))
 
 
-def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+def test_plot_training_missing_log_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"log .*none\.jsonl cannot be read: No such file"):
         plot_training(tmp_path / "none.jsonl", tmp_path / "training.png")
 
 
-def test_sizes_of_objects(tmp_path: Path) -> None:
-    dataset, _ = judged(("cat", "dog"))
+def test_plot_object_sizes_skips_invalid_boxes(tmp_path: Path) -> None:
+    dataset, _ = evaluated(("cat", "dog"))
     nan = float("nan")
     faulty = (Annotation((nan, 0, 1, 1), 0), Annotation((5, 5, 5, 9), 0))
     spoilt = replace(dataset, images=(replace(dataset.images[0], annotations=faulty),))
@@ -176,12 +180,12 @@ def test_sizes_of_objects(tmp_path: Path) -> None:
     assert is_drawn(plot_object_sizes({}, tmp_path / "none.png"))
 
 
-def test_smoothing_by_hand() -> None:
+def test_moving_mean_and_average_points_by_hand() -> None:
     values = np.array([1.0, 2.0, 6.0, math.nan, 4.0])
-    # Means of three neighbours; fewer at the ends and beside what is not a number.
+    # Means of three values; of fewer at the ends and next to NaN.
     expected = [(1 + 2) / 2, (1 + 2 + 6) / 3, (2 + 6) / 2, (6 + 4) / 2, 4.0]
-    np.testing.assert_allclose(_moving_mean(values, 3), expected)
-    x, y = _thin(np.stack([np.arange(3000.0), np.ones(3000)], axis=1))
+    np.testing.assert_allclose(moving_mean(values, 3), expected)
+    x, y = average_points(np.stack([np.arange(3000.0), np.ones(3000)], axis=1))
     assert len(x) == 1500
     assert x[0] == 0.5  # steps 0 and 1
     assert (y == 1).all()
@@ -190,5 +194,5 @@ def test_smoothing_by_hand() -> None:
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0"), (9500, "9500"), (12_000, "12k"), (3_400_000, "3.4M")]
 )
-def test_short_numbers(number: int, text: str) -> None:
-    assert _compact(number) == text
+def test_format_compact(number: int, text: str) -> None:
+    assert format_compact(number) == text

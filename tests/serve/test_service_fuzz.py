@@ -1,4 +1,4 @@
-"""A thousand broken files: each is refused or searched, none is a failure of the server."""
+"""Broken files: each is refused or searched, none is a failure of the server."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_broken_files_are_no_failure(recwarn: pytest.WarningsRecorder) -> None:
         for data in whole:
             answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x"})
             assert answer.status_code == 200, answer.json()
-        for i in range(1000):
+        for i in range(260):
             data = mutated(whole[i % len(whole)], chance)
             answer = one.post("/v1/detect", content=data, headers={"Content-Type": "image/x"})
             assert answer.status_code in (200, 413, 422), (i, answer.text)
@@ -90,7 +90,7 @@ def test_broken_files_are_no_failure(recwarn: pytest.WarningsRecorder) -> None:
         text = one.get("/metrics").text
         assert 'reason="internal"} 0.0' in text
         assert 'reason="timeout"} 0.0' in text
-    assert min(statuses[code] for code in (200, 422)) > 50
+    assert min(statuses[code] for code in (200, 422)) > 20
     assert statuses[413] > 0
 
 
@@ -104,9 +104,9 @@ def test_broken_forms_are_no_failure() -> None:
     statuses: Counter[int] = Counter()
     with client(white_detector(), Settings(max_pixels=1_000_000)) as one:
         assert one.post("/v1/detect", content=form, headers=kind).status_code == 200
-        for _ in range(300):
+        for _ in range(120):
             content = mutated(form, chance)
             answer = one.post("/v1/detect", content=content, headers=kind)
             assert answer.status_code in (200, 400, 413, 422), answer.text
             statuses[answer.status_code] += 1
-    assert statuses[400] > 20
+    assert statuses[400] > 10

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ import torch
 from small_service import png_image
 
 from retinanet.cli import main
+from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
 
@@ -35,42 +37,49 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(folder, Checkpoint(network, ("a", "b"), (1, 2), 64, 128))
 
 
-class Process:
-    """The command, with its port and what it wrote."""
+class Command:
+    """``retinanet serve`` in this process's main thread, where signals arrive."""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "retinanet", "serve", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        )
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.out = self.err = ""
+        self._ended = threading.Event()
 
-    def ready(self) -> str:
-        """The address, once it is served."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"serving at (http://\S+);", line)
-        assert found, self.process.communicate()
-        return found[1]
+    def read(self) -> None:
+        captured = self._capsys.readouterr()
+        self.out += captured.out
+        self.err += captured.err
 
-    def end(self, *signals: signal.Signals) -> tuple[int, str]:
-        """Exit code and standard error, after these signals."""
-        for one in signals:
-            self.process.send_signal(one)
-        _, err = self.process.communicate(timeout=60)
-        return self.process.returncode, err
+    def run(self, *arguments: object, use: Callable[[str], None], end: signal.Signals) -> int:
+        """The exit code; `use` is called with the address, then the signal is sent."""
+        failures: list[BaseException] = []
+
+        def client() -> None:
+            while not (match := re.search(r"serving at (http://\S+);", self.out)):
+                if self._ended.wait(0.05):
+                    return
+                self.read()
+            try:
+                use(match[1].replace("0.0.0.0", "127.0.0.1"))
+            except BaseException as error:
+                failures.append(error)
+            os.kill(os.getpid(), end)
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        try:
+            code = main(["serve", *map(str, arguments), "--port=0"])
+        finally:
+            self._ended.set()
+            thread.join(120)
+        self.read()
+        assert failures == []
+        return code
 
 
-@contextmanager
-def serving(*arguments: object, **environment: str) -> Iterator[Process]:
-    one = Process(*arguments, "--port", 0, **environment)
-    try:
-        yield one
-    finally:
-        one.process.kill()
-        one.process.communicate()
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
 
 
 @pytest.mark.parametrize(
@@ -86,77 +95,107 @@ def serving(*arguments: object, **environment: str) -> Iterator[Process]:
     ],
 )
 def test_a_request_that_runs_is_finished(
-    model: Path, sent: signal.Signals, host: str, code: int, says: list[str]
+    model: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: signal.Signals,
+    host: str,
+    code: int,
+    says: list[str],
 ) -> None:
-    # Many images, so that the signal comes while they are searched.
-    many = [("images", (f"{i}.png", png_image(256, 256 + 32 * (i % 9)))) for i in range(40)]
-    options = ("--max-images", 40, "--image-size", 256, "--host", host)
-    with serving(model, *options) as one:
-        address = one.ready().replace("0.0.0.0", "127.0.0.1")
-        answers: list[httpx.Response] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(
-                httpx.post(f"{address}/v1/detect", files=many, timeout=120)
-            )
-        )
-        thread.start()
-        with httpx.Client() as line:
-            while "retinanet_images_total" not in (text := line.get(f"{address}/metrics").text):
-                time.sleep(0.01)
-            assert 'route="/v1/detect"' not in re.sub("(?m)^#.*", "", text)
-        ended, err = one.end(sent)
-        thread.join(60)
+    entered, resume = threading.Event(), threading.Event()
+    search = Detector.search
+    answers: list[httpx.Response] = []
+    files = [("images", (f"{i}.png", png_image())) for i in range(3)]
+
+    def slow(*given: Any, **options: Any) -> Any:
+        entered.set()
+        resume.wait(120)
+        return search(*given, **options)
+
+    def post(address: str) -> None:
+        answers.append(httpx.post(f"{address}/v1/detect", files=files, timeout=120))
+        resume_late.join()
+
+    def use(address: str) -> None:
+        monkeypatch.setattr(Detector, "search", slow)  # the networks are warm
+        threads.append(threading.Thread(target=post, args=(address,)))
+        threads[0].start()
+        assert entered.wait(120)
+        resume_late.start()  # after the signal
+
+    threads: list[threading.Thread] = []
+    resume_late = threading.Timer(0.5, resume.set)
+    assert command.run(model, "--host", host, use=use, end=sent) == code
+    threads[0].join(120)
     assert [answer.status_code for answer in answers] == [200]
-    assert len(answers[0].json()["images"]) == 40
-    assert ended == code
-    # What runs is said, then how it ended; no traceback.
-    assert [line for line in err.splitlines() if not line.startswith("squares: torch")] == says
+    assert len(answers[0].json()["images"]) == 3
+    lines = command.err.splitlines()
+    assert [line for line in lines if not line.startswith("squares: torch")] == says
 
 
 def test_a_second_signal_ends_at_once(model: Path) -> None:
     many = [("images", (f"{i}.png", png_image(512, 512))) for i in range(100)]
-    with serving(model, "--max-images", 100, "--image-size", 640) as one:
-        address = one.ready()
+    options = ("--max-images=100", "--image-size=640", "--port=0")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "retinanet", "serve", str(model), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert server.stdout is not None
+        match = re.search(r"serving at (http://\S+);", server.stdout.readline())
+        assert match, server.communicate()
 
         def ask() -> None:
             with suppress(httpx.HTTPError):
-                httpx.post(f"{address}/v1/detect", files=many, timeout=120)
+                httpx.post(f"{match[1]}/v1/detect", files=many, timeout=120)
 
         thread = threading.Thread(target=ask)
         thread.start()
-        with httpx.Client() as line:
-            while "retinanet_images_total" not in line.get(f"{address}/metrics").text:
+        with httpx.Client(timeout=120) as line:
+            while "retinanet_images_total" not in line.get(f"{match[1]}/metrics").text:
                 time.sleep(0.01)
-        began = time.monotonic()
-        one.process.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGINT)
         time.sleep(0.5)
-        code, err = one.end(signal.SIGINT)
-        thread.join(60)
-    assert code == 130
-    assert time.monotonic() - began < 15
+        server.send_signal(signal.SIGINT)
+        _, err = server.communicate(timeout=120)
+        thread.join(120)
+    finally:
+        server.kill()
+    assert server.returncode == 130
+    assert err.splitlines()[-1] == "stopped at once: requests were left"
     assert "Traceback" not in err
 
 
-def test_it_serves_what_it_says(model: Path) -> None:
-    given = (f"first={model}", f"second={model}", "--workers", 2, "--score-threshold", 0.25)
-    with serving(*given, RETINANET_API_KEY="open sesame") as one:
-        address = one.ready()
+def test_it_serves_what_it_says(
+    model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(address: str) -> None:
         assert address.startswith("http://127.0.0.1:")
-        with httpx.Client(base_url=address) as line:
+        with httpx.Client(base_url=address, timeout=120) as line:
             assert line.get("/readyz").json() == {"status": "ready"}
             assert line.get("/v1/model").status_code == 401
             line.headers["X-API-Key"] = "open sesame"
-            told = line.get("/v1/model").json()
-            assert [model["name"] for model in told["models"]] == ["first", "second"]
-            assert told["models"][0]["thresholds"]["score_threshold"] == 0.25
+            known = line.get("/v1/model").json()
+            assert [model["name"] for model in known["models"]] == ["first", "second"]
+            assert known["models"][0]["thresholds"]["score_threshold"] == 0.25
             assert line.get("/openapi.json").json()["info"]["title"] == "retinanet"
             answer = line.post("/v1/detect", files={"images": ("a.png", png_image())})
             assert answer.json()["images"][0]["width"] == 192
             assert line.get("/").status_code == 200
-        code, err = one.end(signal.SIGTERM)
-    assert code == 0
-    assert "sesame" not in err
-    assert len(err.splitlines()) == 2  # the two networks
+
+    monkeypatch.setenv("RETINANET_API_KEY", "open sesame")
+    threads = torch.get_num_threads()
+    options = (f"first={model}", f"second={model}", "--workers=2", "--score-threshold=0.25")
+    try:
+        assert command.run(*options, use=use, end=signal.SIGTERM) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "sesame" not in command.out + command.err
+    assert len(command.err.splitlines()) == 2  # the two networks
 
 
 def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

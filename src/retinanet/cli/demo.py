@@ -1,4 +1,4 @@
-"""``retinanet demo``: the main job, with two losses, on images that it makes itself."""
+"""``retinanet demo``: train with two losses on synthetic images and compare them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from retinanet.evaluation import Metrics
 
 IMAGES = {"train": 320, "val": 40, "test": 120}
-"""How many images are made, by split."""
+"""Number of synthetic images per split."""
 
 SHAPES: Mapping[str, Any] = {
     "image_size": 128,
@@ -28,46 +28,46 @@ SHAPES: Mapping[str, Any] = {
     "object_size": (14.0, 40.0),
     "clutter": 0.3,
 }
-"""What they look like: easy enough that two minutes of training are."""
+"""Their appearance: easy enough for two minutes of training."""
 
 LOSSES: Mapping[str, tuple[str, ...]] = {
     "focal loss": (),
     "cross entropy": ("loss.classification=cross_entropy", "loss.alpha=none"),
 }
-"""What is compared, as settings over the recipe ``demo``; everything else is the same."""
+"""Settings over the recipe ``demo`` by loss; all others are the same."""
 
-_DRAWN = 12  # images
+_MAX_DRAWN = 12  # images
 
 
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the images and of both trainings.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Random seed of the images and both trainings.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train with the focal loss and with cross entropy on made-up images, and compare.
+    """Train with the focal loss and with cross entropy on synthetic images, and compare.
 
     Needs neither data nor the internet, and under four minutes on two processor cores.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     result = run_demo(out, IMAGES, (), seed=seed, device=device)
-    took = time.monotonic() - began
+    duration = time.monotonic() - start
     if json:
-        print_json(result | {"seconds": round(took, 1)})
+        print_json(result | {"seconds": round(duration, 1)})
         return
     table(
-        f"The same network on the same budget, {IMAGES['test']} held-out images",
+        f"The same network and number of steps, {IMAGES['test']} test images",
         ["loss", "AP", "AP50", "AP75", "AP of small objects"],
         [
-            (name, *(one[key] for key in ("ap", "ap50", "ap75", "ap_small")))
-            for name, one in result["losses"].items()
+            (name, *(metrics[key] for key in ("ap", "ap50", "ap75", "ap_small")))
+            for name, metrics in result["losses"].items()
         ],
     )
     say(f"images  {result['images']}")
     say(f"report    {result['report']}")
     say(f"model     {result['model']}")
-    note(f"all of it took {seconds(took)}")
+    note(f"total time {seconds(duration)}")
 
 
 def run_demo(
@@ -78,17 +78,17 @@ def run_demo(
     seed: int,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Make the data, train and judge with each of :data:`LOSSES`, and write all that shows it.
+    """Make the data, train and evaluate with each of :data:`LOSSES`, and write the report.
 
     Args:
-        out: the folder; what an earlier call finished there is not done again.
-        images: how many to make, by split.
-        settings: laid over the recipe ``demo``.
-        seed: of the images and of both trainings.
-        device: where to train.
+        out: output folder; what an earlier call finished there is reused.
+        images: number of images per split.
+        settings: settings over the recipe ``demo``.
+        seed: random seed of the images and both trainings.
+        device: device to train on.
 
     Returns:
-        figures by loss, and where things lie.
+        metrics by loss, and paths of the results.
     """
     from retinanet.config import load_recipe
     from retinanet.data.synthetic import synthetic_dataset
@@ -96,12 +96,12 @@ def run_demo(
 
     note(f"making {sum(images.values())} images in {out / 'data'}")
     splits = synthetic_dataset(out / "data", splits=images, seed=seed, **SHAPES)
-    judged: list[_Judged] = []
+    results: list[_Result] = []
     for name, changes in LOSSES.items():
         recipe = load_recipe("demo", (f"train.seed={seed}", *changes, *settings))
         folder = out / name.replace(" ", "_")
         run = run_training(recipe, out / "data", folder, device=device, title=name)
-        with progress(f"judging {name}") as show:
+        with progress(f"evaluating {name}") as show:
             metrics = evaluate(
                 run.model,
                 splits["test"],
@@ -110,20 +110,23 @@ def run_demo(
                 progress=show,
             )
         write_report(run)
-        judged.append(_Judged(name, folder, run.model, metrics))
-    drawn = _draw(judged, splits["test"], out / "images", device)
-    report = _write_comparison(judged, drawn, out)
+        results.append(_Result(name, folder, run.model, metrics))
+    drawn = _draw(results, splits["test"], out / "images", device)
+    report = _write_comparison(results, drawn, out)
+    keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "best_f1", "best_score")
     return {
-        "losses": {one.name: _figures(one.metrics) for one in judged},
+        "losses": {
+            result.name: {key: getattr(result.metrics, key) for key in keys} for result in results
+        },
         "images": out / "images",
         "report": report,
-        "model": judged[0].model,
+        "model": results[0].model,
     }
 
 
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    """One loss and what came of it."""
+class _Result:
+    """Training and evaluation with one loss."""
 
     name: str
     folder: Path
@@ -131,54 +134,41 @@ class _Judged:
     metrics: Metrics
 
 
-def _figures(metrics: Metrics) -> dict[str, float]:
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "best_f1", "best_score")
-    return {name: getattr(metrics, name) for name in names}
-
-
 def _draw(
-    judged: list[_Judged], dataset: Dataset, folder: Path, device: str
+    results: list[_Result], dataset: Dataset, folder: Path, device: str
 ) -> list[tuple[Image.Image, str]]:
-    """The labels of some held-out images and what each model found in them, side by side.
+    """Draw ground truth and each model's detections on some test images, and save the files.
 
     Returns:
-        the images with their captions, a row of the labels and each model after another.
+        images with captions, row by row: the ground truth, then each model.
     """
-    import torch
-
-    from retinanet.data.drawing import draw_boxes
-    from retinanet.data.images import read_image
     from retinanet.inference import ImageDetections, load
+    from retinanet.report.html import draw_truth
 
-    images = [one for one in dataset.images if one.annotations][:_DRAWN]
-    paths = [one.path for one in images]
-    found = [list(load(one.model, device).stream(paths)) for one in judged]
+    images = [image for image in dataset.images if image.annotations][:_MAX_DRAWN]
+    paths = [image.path for image in images]
+    detections = [list(load(result.model, device).stream(paths)) for result in results]
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[Image.Image, str]] = []
-    for place, image in enumerate(images):
-        truth = draw_boxes(
-            read_image(image.path),
-            torch.tensor([one.box for one in image.annotations], dtype=torch.float32),
-            torch.tensor([one.label for one in image.annotations]),
-            names=dataset.classes,
-        )
-        rows.append((truth, f"{image.path.name}: labels"))
-        for one, imgs in zip(judged, found, strict=True):
-            of_image = imgs[place]
-            if isinstance(of_image, ImageDetections):
-                # The score from which this model is at its best, as its own evaluation found it.
-                threshold = max(0.05, one.metrics.best_score)
-                drawn = of_image.draw(score_threshold=threshold)
-                drawn.save(folder / f"{image.path.stem}_{one.folder.name}.png")
-                rows.append((drawn, f"{one.name}, scores over {threshold:.2f}"))
+    drawn: list[tuple[Image.Image, str]] = []
+    for i, image in enumerate(images):
+        truth = draw_truth(image, dataset)
         truth.save(folder / f"{image.path.stem}_labels.png")
-    return rows
+        drawn.append((truth, f"{image.path.name}: ground truth"))
+        for result, of_model in zip(results, detections, strict=True):
+            of_image = of_model[i]
+            if isinstance(of_image, ImageDetections):
+                # The threshold with the best F1 on the test images.
+                threshold = max(0.05, result.metrics.best_score)
+                boxes = of_image.draw(score_threshold=threshold)
+                boxes.save(folder / f"{image.path.stem}_{result.folder.name}.png")
+                drawn.append((boxes, f"{result.name}, scores of at least {threshold:.2f}"))
+    return drawn
 
 
 def _write_comparison(
-    judged: list[_Judged], drawn: list[tuple[Image.Image, str]], out: Path
+    results: list[_Result], drawn: list[tuple[Image.Image, str]], out: Path
 ) -> Path:
-    """``report.html``: the table, the images, and each evaluation in full."""
+    """Write ``report.html``: the table, the images, and each evaluation."""
     from retinanet.report.html import Page, add_metrics
 
     page = Page(
@@ -187,26 +177,21 @@ def _write_comparison(
     )
     page.section("Result")
     page.text(
-        f"AP on {judged[0].metrics.images} images that neither training nor the choice of the "
-        "checkpoint has seen. In each image about a thousand anchors see background for one that "
-        "sees an object: the imbalance that the focal loss is made for."
+        f"AP on {results[0].metrics.images} test images that were used neither for training nor "
+        "for choosing the checkpoint. Each image has about a thousand background anchors per "
+        "foreground anchor, the imbalance that the focal loss addresses."
     )
     columns = ["AP", "AP50", "AP75", "APs", "APm"]
-    page.table(
-        ["loss", *columns, "best F1"],
-        [
-            [
-                one.name,
-                *(one.metrics.summary()[name] for name in columns),
-                one.metrics.best_f1,
-            ]
-            for one in judged
-        ],
-    )
+    rows = []
+    for result in results:
+        summary = result.metrics.summary()
+        rows.append([result.name, *(summary[name] for name in columns), result.metrics.best_f1])
+    page.table(["loss", *columns, "best F1"], rows)
     page.section("Detections")
-    page.images(drawn, columns=1 + len(judged))
-    for one in judged:
-        page.section(one.name.capitalize())
-        page.text(f"Its training: {one.folder.name}/report.html")
-        add_metrics(page, one.metrics, one.folder / "evaluation" / "test" / "plots")
+    page.images(drawn, columns=1 + len(results))
+    for result in results:
+        page.section(result.name.capitalize())
+        address = f"{result.folder.name}/report.html"
+        page.link("Training", address, address)
+        add_metrics(page, result.metrics, result.folder / "evaluation" / "test" / "plots")
     return page.write(out / "report.html")

@@ -209,13 +209,14 @@ def detect(
     if precision == "int8" and calibrate is None:
         calibration = [one.image for one in readable]
     detector = load(model, device, calibrate=calibration, **settings)
+    chosen = [name.strip() for name in (formats or _FORMATS).split(",") if name.strip()]
     objects: Counter[str] = Counter()
     drawn: Counter[str] = Counter()
     searched = 0
     with (
         open_outputs(
             out,
-            [name.strip() for name in (formats or _FORMATS).split(",") if name.strip()],
+            chosen,
             drawn_score=drawn_score,
             image_root=LOCAL_FILES if image_root is None else image_root,
         ) as write,
@@ -225,7 +226,9 @@ def detect(
             note(detector.network.description)
         for failure in failures:
             write(failure)
-        streamed = detector.stream(readable, batch_size=batch_size, **tiles)
+        streamed = detector.stream(
+            readable, batch_size=batch_size, keep_pixels="images" in chosen, **tiles
+        )
         for done, one in enumerate(streamed, start=1):
             write(one)
             if isinstance(one, Failure):

@@ -42,7 +42,8 @@ def detect_videos(
     Raises:
         ConfigError: images are among the sources.
         DataError: there is one clip, and it cannot be read.
-        typer.Exit: 1 if a clip could not be read, 130 after Ctrl-C, 143 after SIGTERM.
+        typer.Exit: 1 if a clip or a part of it could not be read, 130 after Ctrl-C, 143 after
+            SIGTERM.
     """
     from retinanet.errors import DataError
     from retinanet.inference import load
@@ -113,7 +114,7 @@ def detect_videos(
             note(f"  {reason}")
     if stop.is_set():
         raise typer.Exit(stop.exit_code)
-    if failures:
+    if failures or not all(summary.complete for summary in done):
         raise typer.Exit(1)
 
 
@@ -121,13 +122,21 @@ def _clips(sources: list[str]) -> list[str]:
     """The clips and cameras that `sources` stand for, each once."""
     import glob
 
-    from retinanet.errors import ConfigError
+    from retinanet.errors import ConfigError, DataError
+    from retinanet.inference.manifest import OutputFilter
     from retinanet.inference.sources import is_video
 
+    outputs = OutputFilter()
     found: dict[str, None] = {}
     for source in sources:
         matches = [] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
-        found.update(dict.fromkeys(matches or [source]))
+        inputs = [match for match in matches or [source] if not outputs.is_output(match)]
+        if not inputs:
+            raise DataError(
+                f"{source}: is an output of an earlier detection; copy it out of that folder to "
+                "use it as an input"
+            )
+        found.update(dict.fromkeys(inputs))
     for clip in found:
         if not is_video(clip):
             raise ConfigError(
@@ -167,7 +176,7 @@ def _spare(clips: list[str], names: list[str | None], out: Path) -> None:
         other = places.get((out / f"{name}.mp4").resolve())
         if name is not None and other not in (None, clip):
             raise DataError(
-                f"{other}: would be written over by what is found in {clip}; give another --out "
+                f"{other}: would be overwritten by the output of {clip}; give another --out "
                 "than its own folder"
             )
 
@@ -203,13 +212,16 @@ def _tell(one: VideoSummary) -> None:
     )
     if one.sound and set(one.sound.split("; ")) != {"copied"}:
         note(f"{one.source}: sound {one.sound}")
-    if one.broken:
-        many = "frame" if one.broken == 1 else "frames"
-        note(f"{one.source}: {one.broken} broken {many} left out", style="yellow")
-    if one.lost_sound:
-        note(f"{one.source}: {one.lost_sound} broken packets of sound left out", style="yellow")
+    for count, problem in (
+        (one.broken, "{} broken {frames} left out"),
+        (one.missing, "{} {frames} missing: shorter, or with larger gaps, than the file states"),
+        (one.lost_sound, "{} broken packets of sound left out"),
+    ):
+        if count:
+            text = problem.format(count, frames="frame" if count == 1 else "frames")
+            note(f"{one.source}: {text}", style="yellow")
     if one.cut:
-        note(f"{one.source}: ends before its end: {one.cut}", style="yellow")
+        note(f"{one.source}: reading ended early: {one.cut}", style="yellow")
 
 
 @contextmanager

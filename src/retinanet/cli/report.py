@@ -11,8 +11,8 @@ import typer
 from retinanet.cli.console import plain, print_json, progress, say, table
 
 if TYPE_CHECKING:
-    from retinanet.evaluation.loss_distribution import LossDistribution
-    from retinanet.evaluation.speed_accuracy import SpeedAccuracy
+    from retinanet.report.loss_distribution import LossDistribution
+    from retinanet.report.speed_accuracy import SpeedAccuracy
 
 Split = Annotated[
     str | None,
@@ -63,8 +63,8 @@ def loss_distribution(
     The share of the loss that the easiest anchors hold, objects and background apart, if the model
     were judged by the focal loss with each gamma.
     """
-    from retinanet.evaluation.loss_distribution import GAMMAS
-    from retinanet.evaluation.loss_distribution import loss_distribution as measure
+    from retinanet.report.loss_distribution import GAMMAS
+    from retinanet.report.loss_distribution import loss_distribution as measure
     from retinanet.report.paper_plots import plot_loss_distribution
 
     with progress("looking at anchors") as show:
@@ -127,9 +127,9 @@ def speed_accuracy(
     The time is that of network and post-processing for one image that is decoded and resized.
     """
     from retinanet.bench.machine import describe_machine
-    from retinanet.evaluation.speed_accuracy import speed_accuracy as measure
     from retinanet.model.precision import choose_device
     from retinanet.report.paper_plots import plot_speed_accuracy, speed_marks
+    from retinanet.report.speed_accuracy import speed_accuracy as measure
 
     models = _named(runs)
     machine = describe_machine(choose_device(device))

@@ -1,4 +1,4 @@
-"""COCO's metrics, by a compiled evaluator that gives pycocotools' numbers.
+"""COCO metrics by hotcoco, a compiled evaluator with the numbers of pycocotools.
 
 Source: Lin et al. 2014 (arXiv:1405.0312) and https://cocodataset.org/#detection-eval.
 """
@@ -24,14 +24,14 @@ from retinanet.evaluation.metrics import (
     Errors,
     Metrics,
 )
-from retinanet.evaluation.results import Results, Truth, coco_categories, coco_images
+from retinanet.evaluation.results import GroundTruth, Results, coco_categories, coco_images
 from retinanet.structures import Detections
 
 MAX_DETECTIONS = 100
 """Detections per class and image that COCO counts."""
 
 _Array = NDArray[np.float64]
-# Places in its arrays: precision (T, R, K, areas, limits), recall (T, K, areas, limits).
+# Indices into the arrays precision (T, R, K, areas, limits) and recall (T, K, areas, limits).
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 _IOU_50, _IOU_75 = 0, 5
 
@@ -55,20 +55,20 @@ def evaluate_detections(
     detections_per_image: int | None = None,
     analysis: bool = True,
 ) -> Metrics:
-    """Judge what was found in a data set as COCO does.
+    """Compute COCO's metrics of the detections of a data set.
 
-    Crowd and difficult objects neither count as objects nor against the boxes on them.
+    Crowd and difficult objects are ignored, and so are detections that match them.
 
     Args:
-        dataset: images and their objects; an image without detections counts too.
-        detections: (place in the data set, boxes in the image's pixels) pairs, or COCO results
-            (a list of dicts), or :class:`Results`.
+        dataset: images and their objects; images without detections count too.
+        detections: (index in the data set, detections in pixels of the image) pairs, or COCO
+            results (a list of dicts), or :class:`Results`.
         max_detections: detections per class and image that count, best first; None is
             :func:`max_detections_for`: COCO's 100 unless an image has more objects.
         detections_per_image: the detector's own limit over all classes; None: unknown. It only
             enters :attr:`Metrics.objects_over_limit`.
-        analysis: whether to look into the errors too: a third of the time. Without it ``errors``,
-            ``confusion`` and ``calibration`` are empty.
+        analysis: also analyse the errors, a third of the time; else ``errors``, ``confusion`` and
+            ``calibration`` are empty.
 
     Raises:
         DataError: the results do not fit the data (see :meth:`Results.read`).
@@ -79,37 +79,19 @@ def evaluate_detections(
     if max_detections < 1:
         raise ValueError(f"max_detections {max_detections} is under 1")
     results = _as_results(dataset, detections)
-    truth = Truth.of(dataset)
+    truth = GroundTruth.of(dataset)
     table = results.table()
     evaluator = _run(dataset, truth, table, max_detections)
-    precision: _Array = evaluator.eval["precision"]
-    recall: _Array = evaluator.eval["recall"]
-    scores: _Array = evaluator.eval["scores"]
-    limits: list[int] = evaluator.params.max_dets
-
-    def average_recall(limit: int) -> float:
-        if limit not in limits:
-            return math.nan
-        return _mean(recall[:, :, _ALL, limits.index(limit)])
-
-    precision = precision[..., -1]
-    recall_at_most = recall[..., -1]
-    threshold, best_f1 = _best_threshold(precision, scores[..., -1])
+    scores: _Array = evaluator.eval["scores"][..., -1]
+    best_score, best_f1 = _best_threshold(evaluator.eval["precision"][..., -1], scores)
     ignored = int(truth.ignored.sum())
+    errors = Errors({}, {}, math.nan)
+    confusion, calibration = Confusion((), (), math.nan), Calibration(math.nan, math.nan, ())
+    if analysis:
+        errors, calibration = _errors(evaluator), _calibration(evaluator)
+        confusion = _confusion(evaluator, dataset, 0.0 if math.isnan(best_score) else best_score)
     return Metrics(
-        ap=_mean(precision[..., _ALL]),
-        ap50=_mean(precision[_IOU_50, ..., _ALL]),
-        ap75=_mean(precision[_IOU_75, ..., _ALL]),
-        ap_small=_mean(precision[..., _SMALL]),
-        ap_medium=_mean(precision[..., _MEDIUM]),
-        ap_large=_mean(precision[..., _LARGE]),
-        ar1=average_recall(1),
-        ar10=average_recall(10),
-        ar100=average_recall(100),
-        ar=average_recall(max_detections),
-        ar_small=_mean(recall_at_most[..., _SMALL]),
-        ar_medium=_mean(recall_at_most[..., _MEDIUM]),
-        ar_large=_mean(recall_at_most[..., _LARGE]),
+        **_summary(evaluator, max_detections),
         max_detections=max_detections,
         images=len(dataset),
         objects=len(truth) - ignored,
@@ -120,14 +102,33 @@ def evaluate_detections(
         detections_over_limit=_detections_over_limit(table, max_detections),
         per_class=_per_class(evaluator, dataset, truth, table),
         best_f1=best_f1,
-        best_score=threshold,
+        best_score=best_score,
         curves=_curves(evaluator, dataset),
-        errors=_errors(evaluator) if analysis else Errors({}, {}, math.nan),
-        confusion=_confusion(evaluator, dataset, 0.0 if math.isnan(threshold) else threshold)
-        if analysis
-        else Confusion((), (), math.nan),
-        calibration=_calibration(evaluator) if analysis else Calibration(math.nan, math.nan, ()),
+        errors=errors,
+        confusion=confusion,
+        calibration=calibration,
     )
+
+
+def _summary(evaluator: Any, max_detections: int) -> dict[str, float]:
+    """AP and AR over all classes, by their names in :class:`Metrics`."""
+    precision: _Array = evaluator.eval["precision"][..., -1]
+    recall: _Array = evaluator.eval["recall"]
+    limits: list[int] = evaluator.params.max_dets
+    average_recall = {limit: _mean(recall[:, :, _ALL, index]) for index, limit in enumerate(limits)}
+    return {
+        "ap": _mean(precision[..., _ALL]),
+        "ap50": _mean(precision[_IOU_50, ..., _ALL]),
+        "ap75": _mean(precision[_IOU_75, ..., _ALL]),
+        "ap_small": _mean(precision[..., _SMALL]),
+        "ap_medium": _mean(precision[..., _MEDIUM]),
+        "ap_large": _mean(precision[..., _LARGE]),
+        **{f"ar{limit}": average_recall.get(limit, math.nan) for limit in (1, 10, 100)},
+        "ar": average_recall[max_detections],
+        "ar_small": _mean(recall[..., _SMALL, -1]),
+        "ar_medium": _mean(recall[..., _MEDIUM, -1]),
+        "ar_large": _mean(recall[..., _LARGE, -1]),
+    }
 
 
 def max_detections_for(dataset: Dataset) -> int:
@@ -165,16 +166,16 @@ def _as_results(
     if isinstance(detections, Sequence) and (not detections or isinstance(detections[0], Mapping)):
         return Results.read(cast(Sequence[Mapping[str, Any]], detections), dataset)
     results = Results(dataset)
-    for index, found in cast(Iterable[tuple[int, Detections]], detections):
-        results.add(index, found)
+    for index, image_detections in cast(Iterable[tuple[int, Detections]], detections):
+        results.add(index, image_detections)
     return results
 
 
-def _run(dataset: Dataset, truth: Truth, table: _Array, max_detections: int) -> Any:
+def _run(dataset: Dataset, truth: GroundTruth, table: _Array, max_detections: int) -> Any:
     gt = hotcoco.COCO.from_arrays(
         coco_images(dataset),
         coco_categories(dataset),
-        truth.image_numbers,
+        truth.image_ids,
         truth.category_ids,
         truth.boxes,
         area=truth.areas,
@@ -189,30 +190,30 @@ def _run(dataset: Dataset, truth: Truth, table: _Array, max_detections: int) -> 
 
 
 def _mean(values: _Array) -> float:
-    """Mean of what is defined (the evaluator writes -1 where there is no object)."""
+    """Mean of the defined values (the evaluator's -1 means: no object)."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else math.nan
 
 
-def _places(evaluator: Any, dataset: Dataset) -> list[int]:
-    """Place of each class of the data in the evaluator's arrays, sorted by category id."""
-    order = {category: place for place, category in enumerate(evaluator.params.cat_ids)}
+def _class_indices(evaluator: Any, dataset: Dataset) -> list[int]:
+    """Index of each class of the data in the evaluator's arrays."""
+    order = {category: index for index, category in enumerate(evaluator.params.cat_ids)}
     return [order[category] for category in dataset.category_ids]
 
 
 def _per_class(
-    evaluator: Any, dataset: Dataset, truth: Truth, table: _Array
+    evaluator: Any, dataset: Dataset, truth: GroundTruth, table: _Array
 ) -> tuple[ClassMetrics, ...]:
     precision: _Array = evaluator.eval["precision"][..., -1]
     recall: _Array = evaluator.eval["recall"][..., _ALL, -1]
     scores: _Array = evaluator.eval["scores"][_IOU_50, ..., _ALL, -1]
     objects = _counts(truth.category_ids[~truth.ignored])
-    found = _counts(table[:, 6].astype(np.int64))
+    detected = _counts(table[:, 6].astype(np.int64))
     classes = []
-    for place, name, category in zip(
-        _places(evaluator, dataset), dataset.classes, dataset.category_ids, strict=True
+    for index, name, category in zip(
+        _class_indices(evaluator, dataset), dataset.classes, dataset.category_ids, strict=True
     ):
-        own = precision[:, :, place]
+        own = precision[:, :, index]
         f1 = _f1(own[_IOU_50, :, _ALL])
         best = int(f1.argmax())
         has_objects = objects[category] > 0
@@ -221,24 +222,24 @@ def _per_class(
                 name=name,
                 category_id=category,
                 objects=objects[category],
-                detections=found[category],
+                detections=detected[category],
                 ap=_mean(own[..., _ALL]),
                 ap50=_mean(own[_IOU_50, :, _ALL]),
                 ap75=_mean(own[_IOU_75, :, _ALL]),
                 ap_small=_mean(own[..., _SMALL]),
                 ap_medium=_mean(own[..., _MEDIUM]),
                 ap_large=_mean(own[..., _LARGE]),
-                ar=_mean(recall[:, place]),
+                ar=_mean(recall[:, index]),
                 best_f1=float(f1[best]) if has_objects else math.nan,
-                best_score=float(scores[best, place]) if has_objects and f1[best] else math.nan,
+                best_score=float(scores[best, index]) if has_objects and f1[best] else math.nan,
             )
         )
     return tuple(classes)
 
 
 def _counts(values: NDArray[np.int64]) -> Counter[int]:
-    found, counts = np.unique(values, return_counts=True)
-    return Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    unique, counts = np.unique(values, return_counts=True)
+    return Counter(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
 
 
 def _recalls() -> _Array:
@@ -246,7 +247,7 @@ def _recalls() -> _Array:
 
 
 def _f1(precision: _Array) -> _Array:
-    """(R, ...) precision at the 101 recalls to F1 there."""
+    """F1 of (R, ...) precision at the 101 recall levels."""
     recall = _recalls().reshape(-1, *[1] * (precision.ndim - 1))
     sums = np.maximum(precision, 0) + recall
     return np.divide(
@@ -255,10 +256,11 @@ def _f1(precision: _Array) -> _Array:
 
 
 def _best_threshold(precision: _Array, scores: _Array) -> tuple[float, float]:
-    """Score threshold at which the mean over classes of F1 at IoU .50 is best, and that F1.
+    """Score threshold with the best mean over classes of F1 at IoU .50, and that F1.
 
-    Thresholds are hundredths. At one of them a class reaches the last of the 101 recalls whose
-    score is not under it: so recall is cut to hundredths, which moves F1 by less than .01.
+    Thresholds are multiples of .01. At a threshold the recall of a class is the last of the 101
+    recall levels whose score reaches it, so recall is rounded down to .01: F1 changes by less
+    than .01.
     """
     own = precision[_IOU_50, ..., _ALL]  # (R, K)
     has_objects: NDArray[np.bool_] = own[0] > -1
@@ -267,12 +269,13 @@ def _best_threshold(precision: _Array, scores: _Array) -> tuple[float, float]:
     own, own_scores = own[:, has_objects], scores[_IOU_50, ..., _ALL][:, has_objects]
     f1 = _f1(own)
     best, best_f1 = math.nan, 0.0
-    for threshold in np.arange(99, 0, -1) / 100:  # of equals the highest: it leaves out the most
-        # Recalls that were never reached have score 0 and precision 0.
+    for threshold in np.arange(99, 0, -1) / 100:  # the highest of equal ones
+        # Recall levels that are not reached have score 0 and precision 0.
         reached = (own_scores >= threshold).sum(axis=0) - 1
-        at = np.where(reached >= 0, np.take_along_axis(f1, reached.clip(0)[None], axis=0)[0], 0.0)
-        if at.mean() > best_f1:
-            best, best_f1 = float(threshold), float(at.mean())
+        values = np.take_along_axis(f1, reached.clip(0)[None], axis=0)[0]
+        mean = float(np.where(reached >= 0, values, 0.0).mean())
+        if mean > best_f1:
+            best, best_f1 = float(threshold), mean
     return best, best_f1
 
 
@@ -281,21 +284,21 @@ def _curves(evaluator: Any, dataset: Dataset) -> Curves:
     has_objects = precision[0, 0] > -1
     mean = precision[..., has_objects].mean(axis=-1) if has_objects.any() else None
     by_iou = {"0.50": _IOU_50, "0.75": _IOU_75}
-    means = {} if mean is None else {iou: mean[place] for iou, place in by_iou.items()}
+    means = {} if mean is None else {iou: mean[index] for iou, index in by_iou.items()}
     if mean is not None:
         means["0.50:0.95"] = mean.mean(axis=0)
     return Curves(
         recall=_rounded(_recalls()),
         precision={iou: _rounded(values) for iou, values in means.items()},
         per_class=tuple(
-            _rounded(precision[_IOU_50, :, place]) if has_objects[place] else ()
-            for place in _places(evaluator, dataset)
+            _rounded(precision[_IOU_50, :, index]) if has_objects[index] else ()
+            for index in _class_indices(evaluator, dataset)
         ),
     )
 
 
 def _rounded(values: _Array) -> tuple[float, ...]:
-    """For drawing: four digits are enough and keep the file small."""
+    """Round to four digits: enough for plots, and a small file."""
     return tuple(np.round(values, 4).tolist())
 
 
@@ -313,10 +316,10 @@ def _errors(evaluator: Any) -> Errors:
 
 
 def _confusion(evaluator: Any, dataset: Dataset, score_threshold: float) -> Confusion:
-    found = evaluator.confusion_matrix(iou_thr=0.5, min_score=score_threshold)
-    order = {category: place for place, category in enumerate(found["cat_ids"])}
-    places = [*(order[category] for category in dataset.category_ids), len(order)]
-    matrix = found["matrix"][np.ix_(places, places)]
+    confusion = evaluator.confusion_matrix(iou_thr=0.5, min_score=score_threshold)
+    order = {category: index for index, category in enumerate(confusion["cat_ids"])}
+    indices = [*(order[category] for category in dataset.category_ids), len(order)]
+    matrix = confusion["matrix"][np.ix_(indices, indices)]
     return Confusion(
         classes=dataset.classes,
         matrix=tuple(tuple(row) for row in matrix.astype(np.int64).tolist()),
@@ -325,18 +328,18 @@ def _confusion(evaluator: Any, dataset: Dataset, score_threshold: float) -> Conf
 
 
 def _calibration(evaluator: Any) -> Calibration:
-    found = evaluator.calibration(n_bins=10, iou_threshold=0.5)
+    calibration = evaluator.calibration(n_bins=10, iou_threshold=0.5)
     return Calibration(
-        expected_error=float(found["ece"]),
-        largest_error=float(found["mce"]),
+        expected_error=float(calibration["ece"]),
+        largest_error=float(calibration["mce"]),
         bins=tuple(
             CalibrationBin(
-                lower=float(one["bin_lower"]),
-                upper=float(one["bin_upper"]),
-                detections=int(one["count"]),
-                score=float(one["avg_confidence"]),
-                precision=float(one["avg_accuracy"]),
+                lower=float(bin_["bin_lower"]),
+                upper=float(bin_["bin_upper"]),
+                detections=int(bin_["count"]),
+                score=float(bin_["avg_confidence"]),
+                precision=float(bin_["avg_accuracy"]),
             )
-            for one in found["bins"]
+            for bin_ in calibration["bins"]
         ),
     )

@@ -1,4 +1,4 @@
-"""What an evaluation says, as plain numbers that can be written to JSON and read back."""
+"""Metrics as plain numbers that can be written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ NAN = math.nan
 
 @dataclass(frozen=True, slots=True)
 class ClassMetrics:
-    """One class. A value that the data cannot give (no object of that size) is NaN.
+    """Metrics of one class; NaN where the data has no object of that size.
 
     Attributes:
         name: the class.
-        category_id: the data's own id.
-        objects: objects that count (neither crowd nor difficult).
-        detections: boxes of this class that were judged.
+        category_id: id in the data.
+        objects: objects, crowd and difficult ones excluded.
+        detections: detections of this class.
         ap, ap50, ap75: mean over IoU .50:.95; at IoU .50; at IoU .75.
         ap_small, ap_medium, ap_large: objects under 32^2 square pixels, to 96^2, over it.
         ar: recall at `max_detections`, mean over IoU .50:.95.
         best_f1: best harmonic mean of precision and recall at IoU .50.
-        best_score: the score threshold that gives it.
+        best_score: score threshold of `best_f1`.
     """
 
     name: str
@@ -46,13 +46,13 @@ class ClassMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Precision at each recall, as COCO interpolates it: the best at that recall or more.
+    """Precision-recall curves, interpolated as in COCO: the maximum at that recall or higher.
 
     Attributes:
         recall: 101 values, 0 to 1.
         precision: mean over classes, by IoU: ``0.50``, ``0.75`` and ``0.50:0.95`` (their mean).
-        per_class: precision at IoU .50, in the order of :attr:`Metrics.per_class`; empty where
-            a class has no object.
+        per_class: precision at IoU .50, in the order of :attr:`Metrics.per_class`; empty for
+            classes without objects.
     """
 
     recall: tuple[float, ...]
@@ -62,16 +62,16 @@ class Curves:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Kinds of error and what AP50 each costs.
+    """Kinds of error and the AP50 that each costs.
 
     Source: Bolya et al. 2020, TIDE (arXiv:2008.08115), Sec. 2.
 
     Attributes:
-        delta_ap: AP50 gained if that kind alone were mended: ``classification`` ``localisation``
+        delta_ap: AP50 gained by fixing that kind alone: ``classification`` ``localisation``
             ``both`` ``duplicate`` ``background`` ``missed``, and the two sums ``false_positive``
             ``false_negative``.
-        counts: how many there are, by kind.
-        ap50: the AP50 they are taken from.
+        counts: number of errors by kind.
+        ap50: AP50 that the gains are added to.
     """
 
     delta_ap: Mapping[str, float]
@@ -81,13 +81,13 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """What objects were taken for, boxes matched at IoU .50 whatever their class.
+    """Confusion matrix; detections are matched at IoU .50 regardless of class.
 
     Attributes:
         classes: K names; row and column K are the background.
-        matrix: (K + 1) x (K + 1) counts; rows the truth, columns what was found. The last column
-            counts missed objects, the last row boxes on background.
-        score_threshold: boxes under it were not looked at.
+        matrix: (K + 1) x (K + 1) counts; rows are ground truth, columns detections. The last
+            column counts missed objects, the last row detections on background.
+        score_threshold: detections below it are excluded.
     """
 
     classes: tuple[str, ...]
@@ -97,7 +97,7 @@ class Confusion:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationBin:
-    """Boxes whose score lies in [lower, upper): how many, mean score, share that is right."""
+    """Detections with a score in [lower, upper): number, mean score, precision."""
 
     lower: float
     upper: float
@@ -108,12 +108,13 @@ class CalibrationBin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How far a score is the chance of being right, at IoU .50.
+    """Calibration of the scores at IoU .50.
 
     Attributes:
-        expected_error: mean distance of score and precision, weighted by detections (ECE).
-        largest_error: the same in the worst bin.
-        bins: ten of equal width.
+        expected_error: expected calibration error (ECE): mean difference of score and precision,
+            weighted by detections.
+        largest_error: largest difference of a bin.
+        bins: ten bins of equal width.
     """
 
     expected_error: float
@@ -123,31 +124,31 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """COCO's twelve numbers and what stands behind them.
+    """COCO's twelve numbers, metrics per class and the error analysis.
 
-    A number that the data cannot give (there is no small object, say) is NaN, and null in JSON.
+    A number without data (no small object, say) is NaN, and null in JSON.
 
     Attributes:
         ap: mean over IoU .50, .55, ... .95, over classes that have objects.
         ap50, ap75: at IoU .50 and .75.
         ap_small, ap_medium, ap_large: objects under 32^2 square pixels, to 96^2, over it.
-        ar1, ar10, ar100: recall with so many boxes of a class in an image, mean over IoU .50:.95;
-            NaN where that is over `max_detections`.
+        ar1, ar10, ar100: recall with 1, 10, 100 detections per class and image, mean over IoU
+            .50:.95; NaN beyond `max_detections`.
         ar, ar_small, ar_medium, ar_large: recall with `max_detections`.
-        max_detections: boxes of a class in an image that count, best first (COCO: 100).
-        images: images that were judged.
-        objects: objects that count; `ignored`: crowd and difficult ones, which do not.
-        left_out: objects whose box is not a box (not a number, inverted).
+        max_detections: detections per class and image that count, best first (COCO: 100).
+        images: number of images.
+        objects: number of objects without the `ignored` ones (crowd and difficult).
+        left_out: objects with an invalid box (NaN, Inf, inverted).
         detections: detections, counted or not.
         objects_over_limit: objects that cannot be matched, as their image has more than
             `max_detections` of a class, or more than the detector's ``detections_per_image``.
         detections_over_limit: detections beyond `max_detections` of a class and image: not counted.
         per_class: in the order of the data's classes.
-        best_f1: best mean over classes of F1 at IoU .50; `best_score`: the highest score threshold
-            (in hundredths) that gives it.
+        best_f1: best mean over classes of F1 at IoU .50; `best_score`: its score threshold, the
+            highest multiple of .01.
         curves, errors, confusion, calibration: see their classes.
         loss, loss_classification, loss_box: validation loss, mean over images; None: not computed.
-        images_per_second: the speed of loading, network and post-processing; None: not measured.
+        images_per_second: speed of loading, network and post-processing; None: not measured.
     """
 
     ap: float
@@ -184,7 +185,7 @@ class Metrics:
     detections_over_limit: int = 0
 
     def summary(self) -> dict[str, float]:
-        """COCO's twelve numbers by their usual short names, in the usual order."""
+        """COCO's twelve numbers by their short names, in COCO's order."""
         limit = f"AR{self.max_detections}"
         numbers = {
             "AP": self.ap,
@@ -208,14 +209,14 @@ class Metrics:
         return {name: numbers[name] for name in [*order, *kept, *sized]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON's own types; NaN becomes None."""
-        plain = _plain(self)
+        """Convert to JSON types; NaN becomes None."""
+        plain = _to_json(self)
         assert isinstance(plain, dict)
         return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The metrics that :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
             KeyError, TypeError: a value is missing or unknown.
@@ -223,7 +224,7 @@ class Metrics:
         rest = dict(values)
         curves, errors = rest.pop("curves"), rest.pop("errors")
         confusion, calibration = rest.pop("confusion"), rest.pop("calibration")
-        classes = tuple(ClassMetrics(**_number_or_nan(one)) for one in rest.pop("per_class"))
+        classes = tuple(ClassMetrics(**_number_or_nan(values)) for values in rest.pop("per_class"))
         absent = ("loss", "loss_classification", "loss_box", "images_per_second")
         optional = {name: rest.pop(name, None) for name in absent}
         return cls(
@@ -232,8 +233,8 @@ class Metrics:
             per_class=classes,
             curves=Curves(
                 recall=_floats(curves["recall"]),
-                precision={iou: _floats(one) for iou, one in curves["precision"].items()},
-                per_class=tuple(_floats(one) for one in curves["per_class"]),
+                precision={iou: _floats(curve) for iou, curve in curves["precision"].items()},
+                per_class=tuple(_floats(curve) for curve in curves["per_class"]),
             ),
             errors=Errors(**_number_or_nan(errors)),
             confusion=Confusion(
@@ -244,18 +245,18 @@ class Metrics:
             calibration=Calibration(
                 expected_error=calibration["expected_error"],
                 largest_error=calibration["largest_error"],
-                bins=tuple(CalibrationBin(**_number_or_nan(one)) for one in calibration["bins"]),
+                bins=tuple(CalibrationBin(**_number_or_nan(bin_)) for bin_ in calibration["bins"]),
             ),
         )
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

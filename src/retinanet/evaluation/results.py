@@ -1,9 +1,8 @@
-"""What was found in a data set, as one table, and as COCO's results file."""
+"""Detections of a data set as one table and as COCO's results file."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,37 +20,34 @@ from retinanet.errors import DataError
 from retinanet.files import open_atomic
 from retinanet.structures import Detections
 
-COLUMNS = 7  # image number, x, y, width, height, score, category id
+COLUMNS = 7  # image id, x, y, width, height, score, category id
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
-
-_CHUNK = 10_000
-"""Boxes that are turned into Python's numbers at once."""
-
-_NUMBERS = b"0123456789+-.eE"
+_CHUNK = 10_000  # rows converted to Python numbers at once
+_LAYOUT = '{"image_id", "category_id", "bbox", "score"}'
 
 
 class Results:
-    """Boxes found in a data set: 56 bytes a box, whatever the images' size.
+    """Detections of a data set: 56 bytes per detection.
 
     Args:
-        dataset: the images that were searched.
-        label_map: (K,) the data's label of each label of the detector, -1: the data has no such
-            class and its boxes are left out; None: they are the same.
+        dataset: the images.
+        label_map: (K,) the data's label of each label of the detector; detections with -1 are
+            dropped. None: the labels are the data's.
     """
 
     def __init__(self, dataset: Dataset, label_map: Sequence[int] | None = None) -> None:
         self.dataset = dataset
-        self.image_numbers = image_numbers(dataset)
+        self.image_ids = coco_image_ids(dataset)
         self._category_ids = np.asarray(dataset.category_ids, dtype=np.float64)
         self._label_map = None if label_map is None else np.asarray(label_map, dtype=np.int64)
         self._parts: list[tuple[int, NDArray[np.float64]]] = []  # index of the image, its rows
 
     def add(self, index: int, detections: Detections) -> None:
-        """Keep what was found in image `index` of the data set, boxes in that image's pixels.
+        """Add the detections of image `index` of the data set, in pixels of that image.
 
         Raises:
-            DataError: a box or a score is not a number.
+            DataError: a box or score is NaN or Inf.
         """
         boxes = detections.boxes.detach().cpu().double().numpy().reshape(-1, 4)
         scores = detections.scores.detach().cpu().double().numpy()
@@ -60,119 +56,114 @@ class Results:
             labels = self._label_map[labels]
             kept = labels >= 0
             boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-        part = np.empty((len(labels), COLUMNS))
-        part[:, 0] = self.image_numbers[index]
-        part[:, 1:3] = boxes[:, :2]
-        part[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
-        part[:, 5] = scores
-        part[:, 6] = self._category_ids[labels]
-        if not np.isfinite(part).all():
+        rows = np.empty((len(labels), COLUMNS))
+        rows[:, 0] = self.image_ids[index]
+        rows[:, 1:3] = boxes[:, :2]
+        rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
+        rows[:, 5] = scores
+        rows[:, 6] = self._category_ids[labels]
+        if not np.isfinite(rows).all():
             path = self.dataset.images[index].path
-            raise DataError(f"{path.name}: a box or a score that was found is not a number")
-        self._parts.append((index, part))
+            raise DataError(f"{path.name}: a detected box or score is NaN or Inf")
+        self._parts.append((index, rows))
 
     def __len__(self) -> int:
-        return sum(len(part) for _, part in self._parts)
+        return sum(len(rows) for _, rows in self._parts)
 
     def table(self) -> NDArray[np.float64]:
-        """(N, 7) image number, x, y, width, height, score, category id, in the data's order."""
+        """(N, 7) image id, x, y, width, height, score, category id, in the data set's order."""
         if len(self._parts) != 1:
-            parts = [part for _, part in sorted(self._parts, key=itemgetter(0))]
+            parts = [rows for _, rows in sorted(self._parts, key=itemgetter(0))]
             self._parts = [(-1, np.concatenate([np.empty((0, COLUMNS)), *parts]))]
         return self._parts[0][1]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """COCO's results: a dict a box. Numbers are exact, so that they give the same AP."""
-        for number, x, y, width, height, score, category in self.table().tolist():
+        """Rows of COCO's results; numbers are exact, so that they give the same AP."""
+        for image_id, x, y, width, height, score, category in self.table().tolist():
             yield {
-                "image_id": int(number),
+                "image_id": int(image_id),
                 "category_id": int(category),
                 "bbox": [x, y, width, height],
                 "score": score,
             }
 
     def write(self, file: Path) -> None:
-        """COCO's results file, a box a line, whole or not at all."""
+        """Write COCO's results file, one detection per line, atomically."""
         table = self.table()
         with open_atomic(file) as out:
-            between = "[\n"
+            separator = "[\n"
             for first in range(0, len(table), _CHUNK):
-                for number, x, y, width, height, score, category in table[
+                for image_id, x, y, width, height, score, category in table[
                     first : first + _CHUNK
                 ].tolist():
                     out.write(
-                        f'{between}{{"image_id": {number:.0f}, "category_id": {category:.0f}, '
+                        f'{separator}{{"image_id": {image_id:.0f}, "category_id": {category:.0f}, '
                         f'"bbox": [{x}, {y}, {width}, {height}], "score": {score}}}'
                     )
-                    between = ",\n"
+                    separator = ",\n"
             out.write("\n]\n" if len(table) else "[\n\n]\n")
 
     @classmethod
     def read(cls, source: Path | Sequence[Mapping[str, Any]], dataset: Dataset) -> Results:
-        """COCO's results from a file or a list.
+        """Read COCO's results from a file or a list.
 
-        The image ids are the data's own; for data whose ids are no integers, the names or the
-        numbers that :meth:`write` gives them.
+        Image ids are the data's own; where those are no integers, image names, file names and the
+        numbers that :meth:`write` gives them are accepted too.
 
         Raises:
-            DataError: the file cannot be read or is not a results file; a box, a score, an image id
-                or a category id is wrong. The first wrong place is named.
+            DataError: the file cannot be read or is no results file; a box, score, image id or
+                category id is wrong. The message names the first wrong row.
         """
-        where = "results"
         rows: Any = source
+        where = "results"
         if isinstance(source, Path):
             where = source.name
-            table = _read_plain(source)
-            if table is not None and (known := _known_rows(table, dataset)) is not None:
-                results = cls(dataset)
-                results._parts = [(-1, known)]
-                return results
-            rows = read_json(source)
+            rows = _read_json(source)
         if isinstance(rows, Mapping) and "annotations" in rows and "images" in rows:
             raise DataError(
-                f"{where} holds labels (images and annotations), not results: a list of "
-                '{"image_id", "category_id", "bbox", "score"}'
+                f"{where} contains labels (images and annotations), not results: a list of "
+                f"{_LAYOUT}"
             )
         if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
+            kind = {dict: "object", str: "string", type(None): "null"}.get(type(rows), "number")
             raise DataError(
-                f"{where} is not a COCO results file: a list of "
-                '{"image_id", "category_id", "bbox", "score"} is wanted, '
-                f"a JSON {_json_kind(rows)} was found"
+                f"{where} is not a COCO results file: expected a list of {_LAYOUT}, found a JSON "
+                f"{kind}"
             )
         results = cls(dataset)
-        plain = _plain_rows(rows)
-        known = None if plain is None else _known_rows(plain, dataset)
-        # Whatever is unusual is looked at row by row, and the first wrong place is named.
-        results._parts = [(-1, _parse_rows(rows, results, where) if known is None else known)]
+        table = _convert_rows(rows, dataset)
+        if table is None:  # something is unusual: row by row, to name the first wrong row
+            table = _parse_rows(rows, results, where)
+        results._parts = [(-1, table)]
         return results
 
 
-def image_numbers(dataset: Dataset) -> tuple[int, ...]:
-    """COCO's image id of each image: the data's own where they serve, else 1, 2, 3, ..."""
+def coco_image_ids(dataset: Dataset) -> tuple[int, ...]:
+    """COCO's image ids: the data's own where they are distinct integers, else 1, 2, 3, ..."""
     own = [image.id for image in dataset.images]
-    # Doubles carry the ids through the evaluator: exact up to 2^53.
-    if all(isinstance(one, int) and 0 <= one < 2**53 for one in own) and len(set(own)) == len(own):
-        return tuple(int(one) for one in own)
+    # The evaluator takes ids as doubles, exact up to 2^53.
+    if all(isinstance(id_, int) and 0 <= id_ < 2**53 for id_ in own) and len(set(own)) == len(own):
+        return tuple(int(id_) for id_ in own)
     return tuple(range(1, len(own) + 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Truth:
-    """The labels of a data set as they are judged.
+class GroundTruth:
+    """The objects of a data set as arrays for COCO's evaluation.
 
-    Objects whose box is not a box (not finite, or inverted) are absent; a box without width or
-    height stays, as COCO keeps it.
+    Objects with an invalid box (not finite, or inverted) are left out; boxes without width or
+    height are kept, as COCO does.
 
     Attributes:
-        image_numbers: (M,) int64 COCO's image id of each object.
+        image_ids: (M,) int64 COCO's image id of each object.
         category_ids: (M,) int64.
         boxes: (M, 4) float64 x, y, width, height.
         areas: (M,) float64 square pixels: the data's own, else the box's.
-        ignored: (M,) bool: crowd and difficult objects, ``iscrowd`` in COCO's words.
-        left_out: how many objects are absent.
+        ignored: (M,) bool: crowd and difficult objects (COCO's ``iscrowd``).
+        left_out: number of objects with an invalid box.
     """
 
-    image_numbers: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
     category_ids: NDArray[np.int64]
     boxes: NDArray[np.float64]
     areas: NDArray[np.float64]
@@ -180,25 +171,25 @@ class Truth:
     left_out: int
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Truth:
-        """The objects of a data set, in its order."""
-        objects = [one for image in dataset.images for one in image.annotations]
-        corners = np.array([one.box for one in objects], dtype=np.float64).reshape(-1, 4)
+    def of(cls, dataset: Dataset) -> GroundTruth:
+        """Collect the objects of a data set, in its order."""
+        objects = [annotation for image in dataset.images for annotation in image.annotations]
+        corners = np.array([a.box for a in objects], dtype=np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         kept = np.isfinite(corners).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
         categories = np.asarray(dataset.category_ids, dtype=np.int64)
-        labels = np.array([one.label for one in objects], dtype=np.int64)
-        areas = np.array([np.nan if one.area is None else one.area for one in objects], np.float64)
+        labels = np.array([a.label for a in objects], dtype=np.int64)
+        areas = np.array([np.nan if a.area is None else a.area for a in objects], np.float64)
         counts = [len(image.annotations) for image in dataset.images]
-        numbers = np.repeat(np.array(image_numbers(dataset), dtype=np.int64), counts)
+        image_ids = np.repeat(np.array(coco_image_ids(dataset), dtype=np.int64), counts)
         with np.errstate(invalid="ignore", over="ignore"):
             areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
         return cls(
-            numbers[kept],
+            image_ids[kept],
             categories[labels[kept]],
             boxes[kept],
             areas[kept],
-            np.array([one.ignored for one in objects], dtype=np.bool_)[kept],
+            np.array([a.ignored for a in objects], dtype=np.bool_)[kept],
             int((~kept).sum()),
         )
 
@@ -210,12 +201,12 @@ def coco_images(dataset: Dataset) -> list[dict[str, Any]]:
     """COCO's ``images``."""
     return [
         {
-            "id": number,
+            "id": image_id,
             "file_name": image.path.name,
             "width": image.width or 0,
             "height": image.height or 0,
         }
-        for number, image in zip(image_numbers(dataset), dataset.images, strict=True)
+        for image_id, image in zip(coco_image_ids(dataset), dataset.images, strict=True)
     ]
 
 
@@ -228,146 +219,73 @@ def coco_categories(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def ground_truth(dataset: Dataset) -> dict[str, Any]:
-    """The :class:`Truth` in COCO's instances layout."""
-    truth = Truth.of(dataset)
+    """The :class:`GroundTruth` in COCO's instances format."""
+    truth = GroundTruth.of(dataset)
     rows = zip(
-        truth.image_numbers.tolist(),
+        truth.image_ids.tolist(),
         truth.category_ids.tolist(),
         truth.boxes.tolist(),
         truth.areas.tolist(),
-        truth.ignored.tolist(),
+        truth.ignored.astype(int).tolist(),
         strict=True,
     )
-    annotations = [
-        {
-            "id": place,  # from 1: pycocotools takes id 0 for "no match"
-            "image_id": number,
-            "category_id": category,
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(ignored),
-        }
-        for place, (number, category, box, area, ignored) in enumerate(rows, start=1)
-    ]
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     return {
         "images": coco_images(dataset),
-        "annotations": annotations,
+        # Ids from 1: pycocotools takes id 0 for "no match".
+        "annotations": [
+            dict(zip(keys, (number, *row), strict=True)) for number, row in enumerate(rows, start=1)
+        ],
         "categories": coco_categories(dataset),
     }
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: there is no such file, or it is not JSON (the line is named).
-    """
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{file}: there is no such file") from None
+        raise DataError(f"{file}: no such file") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not JSON: {error.msg} at line {error.lineno}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 
-def _read_plain(file: Path) -> NDArray[np.float64] | None:
-    """The table of a results file that holds numbers alone, all rows in the same layout.
-
-    Ten times faster than JSON's own rows, and in a tenth of the memory: 500,000 boxes are 28 MB
-    instead of 300. What is left of a row without its numbers must be the same in all rows, so that
-    the numbers are known by their places.
-
-    Returns:
-        (N, 7) with ids as the file has them; None: it is of another layout, or is no JSON.
-    """
-    try:
-        text = file.read_bytes()
-    except OSError:
-        return None
-    layout = text[: text.find(b"}") + 1].strip().removeprefix(b"[").translate(None, b" \t\r\n")
-    try:
-        first = json.loads(layout)
-    except (ValueError, RecursionError):
-        return None
-    keys = tuple(first) if isinstance(first, dict) else ()
-    if sorted(keys) != sorted(_KEYS) or not _is_plain_row(first):
-        return None
-    # The keys hold an "e", which numbers may too.
-    for place, key in enumerate(_KEYS):
-        text = text.replace(f'"{key}"'.encode(), b'"%c"' % (b"wxyz"[place]))
-        layout = layout.replace(f'"{key}"'.encode(), b'"%c"' % (b"wxyz"[place]))
-    row = layout.translate(None, _NUMBERS)
-    rest = text.translate(None, _NUMBERS + b" \t\r\n")
-    count = rest.count(b"}")
-    if rest != b"[" + b",".join([row] * count) + b"]":
-        return None
-    blank = bytes(c if c in _NUMBERS else 32 for c in range(256))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it warns where something is no number
-        try:
-            numbers = np.fromstring(text.translate(blank), dtype=np.float64, sep=" ")
-        except (DeprecationWarning, ValueError):
-            return None
-    if len(numbers) != count * COLUMNS:
-        return None
-    values = numbers.reshape(count, COLUMNS)
-    columns = {"image_id": [0], "bbox": [1, 2, 3, 4], "score": [5], "category_id": [6]}
-    order = np.array(list(chain.from_iterable(columns[key] for key in keys)))
-    table = np.empty_like(values)
-    table[:, order] = values
-    return table
-
-
-def _is_plain_row(row: Mapping[str, Any]) -> bool:
-    box, others = row["bbox"], (row["image_id"], row["category_id"], row["score"])
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(type(value) in (int, float) for value in (*box, *others))
-    )
-
-
-def _plain_rows(rows: Sequence[Any]) -> NDArray[np.float64] | None:
-    """The table of rows that hold numbers alone; None: something in them is unusual."""
+def _convert_rows(rows: Sequence[Any], dataset: Dataset) -> NDArray[np.float64] | None:
+    """Convert rows without any fault and with integer ids; None: :func:`_parse_rows` has to."""
+    image_ids = coco_image_ids(dataset)
+    if any(image.id != id_ for image, id_ in zip(dataset.images, image_ids, strict=True)):
+        return None  # the file may use names that look like numbers
     table = np.empty((len(rows), COLUMNS))
     try:
         for first in range(0, len(rows), _CHUNK):
-            part = rows[first : first + _CHUNK]
-            images = list(map(itemgetter("image_id"), part))
-            categories = list(map(itemgetter("category_id"), part))
-            if not set(map(type, chain(images, categories))) <= {int}:
+            part, out = rows[first : first + _CHUNK], table[first : first + _CHUNK]
+            images, categories, boxes, scores = (
+                [*map(itemgetter(key), part)]
+                for key in ("image_id", "category_id", "bbox", "score")
+            )
+            if not set(map(type, chain(images, categories))) <= {int} or {*map(len, boxes)} != {4}:
                 return None
-            own = table[first : first + _CHUNK]
-            own[:, 0], own[:, 6] = images, categories
-            boxes = list(map(itemgetter("bbox"), part))
-            if set(map(len, boxes)) != {4}:
-                return None
-            own[:, 1:5] = boxes
-            own[:, 5] = list(map(itemgetter("score"), part))
+            out[:, 0], out[:, 1:5], out[:, 5], out[:, 6] = images, boxes, scores, categories
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return None
-    return table
-
-
-def _known_rows(table: NDArray[np.float64], dataset: Dataset) -> NDArray[np.float64] | None:
-    """The table with the data's image numbers; None: something in it needs a closer look."""
-    numbers = image_numbers(dataset)
-    if any(image.id != number for image, number in zip(dataset.images, numbers, strict=True)):
-        return None  # the file may call images by names that look like numbers
-    fits = (
+    valid = (
         np.isfinite(table).all()
         and (table[:, 3:5] >= 0).all()
-        and np.isin(table[:, 0], np.array(numbers, dtype=np.float64)).all()
+        and np.isin(table[:, 0], np.array(image_ids, dtype=np.float64)).all()
         and np.isin(table[:, 6], np.array(dataset.category_ids, dtype=np.float64)).all()
     )
-    return table if fits else None
+    return table if valid else None
 
 
 def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np.float64]:
+    """Convert rows one by one.
+
+    Raises:
+        DataError: for the first wrong row.
+    """
     dataset = results.dataset
-    numbers = _known_images(dataset, results.image_numbers)
+    image_ids = _image_ids_by_name(dataset, results.image_ids)
     categories = set(dataset.category_ids)
     table = np.empty((len(rows), COLUMNS))
     unknown_images: Counter[Any] = Counter()
@@ -387,60 +305,53 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
                 f"{where}: entry {i} (image {image}): bbox {box} is not [x, y, width, height] "
                 f"or score {score!r} is not a number"
             ) from None
-        if not isinstance(image, int | str) or image not in numbers:
+        if not isinstance(image, int | str) or image not in image_ids:
             unknown_images[str(image)] += 1
         elif category not in categories:
             unknown_categories[category] += 1
         else:
-            table[i, 0] = numbers[image]
-            table[i, 6] = category
-    if unknown_images:
-        raise DataError(
-            f"{where}: {unknown_images.total()} boxes are of images that {dataset.source} "
-            f"({dataset.split}) does not hold: {_some(unknown_images)}; is it the right split?"
-        )
-    if unknown_categories:
-        first = next(iter(unknown_categories))
-        hint = nearest(str(first), map(str, dataset.category_ids))
-        raise DataError(
-            f"{where}: {unknown_categories.total()} boxes have a category_id that {dataset.source} "
-            f"does not know: {_some(unknown_categories)}{hint}"
-        )
-    bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
-    if len(bad):
-        row = rows[int(bad[0])]
-        raise DataError(
-            f"{where}: entry {bad[0]} (image {row['image_id']}): bbox {row['bbox']} or score "
-            f"{row['score']} is not a finite number"
-        )
-    bad = np.flatnonzero((table[:, 3:5] < 0).any(axis=1))
-    if len(bad):
-        row = rows[int(bad[0])]
-        raise DataError(
-            f"{where}: entry {bad[0]} (image {row['image_id']}): bbox {row['bbox']} has a negative "
-            "size; COCO's boxes are [x, y, width, height]"
-        )
+            table[i, 0], table[i, 6] = image_ids[image], category
+    _check_ids(unknown_images, unknown_categories, dataset, where)
+    for wrong, what in (
+        (~np.isfinite(table).all(axis=1), "or score {score} is not a finite number"),
+        ((table[:, 3:5] < 0).any(axis=1), "has a negative size; expected [x, y, width, height]"),
+    ):
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise DataError(
+                f"{where}: entry {i} (image {rows[i]['image_id']}): bbox {rows[i]['bbox']} "
+                + what.format(score=rows[i]["score"])
+            )
     return table
 
 
-def _known_images(dataset: Dataset, numbers: tuple[int, ...]) -> dict[int | str, int]:
-    """Number by whatever a results file may call an image; the data's own id goes first."""
+def _check_ids(
+    images: Counter[Any], categories: Counter[Any], dataset: Dataset, where: str
+) -> None:
+    if images:
+        raise DataError(
+            f"{where}: {images.total()} detections are of images that {dataset.source} "
+            f"({dataset.split}) does not have: {_shorten(images)}; is it the right split?"
+        )
+    if categories:
+        hint = nearest(str(next(iter(categories))), map(str, dataset.category_ids))
+        raise DataError(
+            f"{where}: {categories.total()} detections have a category_id that {dataset.source} "
+            f"does not have: {_shorten(categories)}{hint}"
+        )
+
+
+def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str, int]:
+    """COCO's id by whatever a results file may call an image; the data's own id goes first."""
     known: dict[int | str, int] = {}
-    for image, number in zip(dataset.images, numbers, strict=True):
-        known.setdefault(image.path.stem, number)
-        known.setdefault(image.path.name, number)
-    for number in numbers:
-        known[number] = number
-    for image, number in zip(dataset.images, numbers, strict=True):
-        known[image.id] = number
-    return known
+    for image, id_ in zip(dataset.images, ids, strict=True):
+        known.setdefault(image.path.stem, id_)
+        known.setdefault(image.path.name, id_)
+    known |= {id_: id_ for id_ in ids}
+    return known | {image.id: id_ for image, id_ in zip(dataset.images, ids, strict=True)}
 
 
-def _some(counts: Counter[Any]) -> str:
-    names = [str(one) for one in list(counts)[:5]]
+def _shorten(counts: Counter[Any]) -> str:
+    names = [str(name) for name in list(counts)[:5]]
     more = len(counts) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
-
-
-def _json_kind(value: Any) -> str:
-    return {dict: "object", str: "text", type(None): "null"}.get(type(value), "number")

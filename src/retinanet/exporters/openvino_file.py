@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from retinanet.inference.exported import TEXT_KEY
-from retinanet.inference.openvino_backend import NARROW, quantize_but
+from retinanet.inference.openvino_backend import NARROW, calibration_images, quantize
 
 
 def openvino_model(
@@ -31,7 +31,9 @@ def openvino_model(
 
     model = openvino.convert_model(onnx_file)
     if int8:
-        model = quantize_but(model, calibration, _not_quantized(model))
+        # The file may run on any CPU, also one without VNNI.
+        images = calibration_images(calibration)
+        model = quantize(model, images, _not_quantized(model), overflow_fix=True)
     for node in model.get_ops():
         if node.get_type_name() == "Interpolate" and node.get_attributes()["antialias"]:
             _resize_exactly(node)

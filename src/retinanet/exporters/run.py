@@ -31,7 +31,7 @@ from retinanet.errors import (
     MissingExtraError,
     WeightsError,
 )
-from retinanet.evaluation.run import evaluate, read_judged
+from retinanet.evaluation.run import evaluate, read_eval_dataset
 from retinanet.exporters.check import Agreement, Tolerance, compare, spread
 from retinanet.exporters.graph import (
     RawDetector,
@@ -278,9 +278,9 @@ def check_file(
             size = (image.shape[1], image.shape[2])
             resized, _ = resize_to(image, detector.image_size, detector.max_size)
             prepared = [Prepared(resized, size)]
-            expected = detector.search(prepared)[0]
-            same.append((expected, own.search(prepared)[0]))
-            whole.append((expected, network.find([image], **detector.thresholds)[0]))
+            expected = detector.detect_prepared(prepared)[0]
+            same.append((expected, own.detect_prepared(prepared)[0]))
+            whole.append((expected, network.detect([image], **detector.thresholds)[0]))
     wider = allowed.widened(RESIZED)
     at_size = compare(same, allowed, detector.thresholds)
     at_whole = compare(whole, wider, detector.thresholds)
@@ -544,14 +544,11 @@ def _images(
     count: int,
 ) -> Iterator[tuple[Iterator[Tensor], str]]:
     """Whole images to compare on, and what they are."""
-    made = _split(detector)
     dataset: Dataset | None = None
     if data is not None:
-        dataset = read_judged(
-            data, split, seed=made.get("seed"), val_fraction=made.get("val_fraction")
-        )
+        dataset = read_eval_dataset(data, split, info=detector.info)
     else:
-        dataset = _own_data(of, made)
+        dataset = _own_data(of, detector.info)
     if dataset is not None:
         chosen = spread(dataset.images, count)
         described = f"{len(chosen)} of {dataset.source} ({dataset.split})"
@@ -569,14 +566,12 @@ def _read(paths: Sequence[Any]) -> Iterator[Tensor]:
     return (read_image(path) for path in paths)
 
 
-def _own_data(of: Path | None, made: dict[str, Any]) -> Dataset | None:
+def _own_data(of: Path | None, info: dict[str, Any]) -> Dataset | None:
     """What a run was validated on, if it is there."""
     for folder in () if of is None else (of, of.parent):
         try:
             data = json.loads((folder / "run.json").read_text("utf-8"))["data"]
-            found = read_judged(
-                data, "val", seed=made.get("seed"), val_fraction=made.get("val_fraction")
-            )
+            found = read_eval_dataset(data, "val", info=info)
         except (OSError, ValueError, KeyError, TypeError, DataError, ConfigError):
             continue
         if all(Path(image.path).is_file() for image in found.images[:1]):

@@ -1,21 +1,20 @@
-"""The network as it is run for detection: its precision, and what runs it.
+"""Networks for inference: precision and backend, and from a batch of images to detections.
 
-Three backends give the same outputs: ``torch`` (:mod:`retinanet.model.fused`, at once), ``compile``
-(the same through torch.compile, half a minute at the first image of a size) and ``openvino`` (an
-extra; the one with int8).
+Three backends give the same outputs: ``torch`` (:mod:`retinanet.model.fused`), ``compile`` (through
+torch.compile; compiling takes half a minute per image size) and ``openvino`` (an extra, with int8).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.anchors import level_anchors
-from retinanet.config import check_choice
+from retinanet.config import build_recipe, check_choice
 from retinanet.errors import ConfigError
 from retinanet.model.fused import can_pack, fused_copy
 from retinanet.model.precision import DTYPES, Precision, autocast, choose_dtype
@@ -24,7 +23,7 @@ from retinanet.postprocess import postprocess
 from retinanet.structures import Detections, Outputs
 
 Backend = Literal["auto", "torch", "compile", "openvino"]
-"""What runs the network; ``auto`` is torch, and OpenVINO for int8."""
+"""Backend of the network; ``auto`` is torch, and OpenVINO for int8."""
 
 Sides = Tensor | tuple[int, int] | list[int]
 """Height and width."""
@@ -33,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Thresholds(TypedDict, total=False):
-    """What becomes of the scores; :func:`retinanet.postprocess.postprocess` has the defaults."""
+    """Post-processing settings; defaults are those of :class:`retinanet.config.DetectConfig`."""
 
     score_threshold: float
     topk_candidates: int
@@ -42,16 +41,28 @@ class Thresholds(TypedDict, total=False):
     class_agnostic_nms: bool
 
 
+def merge_thresholds(*layers: Any) -> Thresholds:
+    """Merge mappings of thresholds, the last one first in rank, over the defaults; None is unset.
+
+    Raises:
+        ConfigError: an unknown name, or a value out of range.
+    """
+    merged = {
+        name: value for layer in layers for name, value in dict(layer).items() if value is not None
+    }
+    checked = build_recipe({"detect": merged}, "detector options").detect
+    return cast(Thresholds, checked.model_dump())
+
+
 class Network:
-    """A trained network, ready to be run.
+    """A trained network, ready for inference. It can be copied and pickled.
 
     Attributes:
-        model: the network that it was made of, which stays as it is. What was trained into it later
-            is not in here.
+        model: the network that it was built from, unchanged. Later training does not affect this.
         device: where it runs.
         precision: "float32", "bf16", "fp16" or "int8".
         backend: "torch", "compile" or "openvino".
-        description: both, and how, in a few words.
+        description: precision, backend and details in a few words.
     """
 
     def __init__(
@@ -84,20 +95,20 @@ def build_network(
     backend: str = "auto",
     calibration: Iterable[Tensor] | None = None,
 ) -> Network:
-    """Make a network ready for detection.
+    """Build a network for inference.
 
     Args:
         model: trained; it is moved to the device and set to eval mode. A RetinaNet is copied;
             another module with its attributes and outputs is run by torch as it is.
         device: where to run.
-        precision: ``auto``: bf16 where the hardware has units for it, else float32; or float32,
-            bf16, fp16, int8 (OpenVINO on a CPU).
+        precision: ``auto``: bf16 on hardware with bf16 units, else float32; or float32, bf16, fp16,
+            int8 (OpenVINO on a CPU).
         backend: a :data:`Backend`.
         calibration: for int8: images as the network gets them, (1, 3, H, W) uint8; 100 to 300 of
-            the kind that will be searched.
+            the kind that detection will run on.
 
     Raises:
-        ConfigError: an unknown name, a combination that does not exist, or no calibration.
+        ConfigError: an unknown name, a combination that does not exist, or no calibration images.
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
     check_choice("backend", backend, get_args(Backend))
@@ -110,61 +121,86 @@ def build_network(
     if backend == "auto":
         backend = "openvino" if precision == "int8" else "torch"
     if not isinstance(model, RetinaNet):
-        return _as_it_is(model, device, precision)
+        name = _NAMES[choose_dtype(precision, device)]
+        run = _Autocast(model.eval().to(device), name, device)
+        return Network(model, device, name, "torch", f"torch on {device.type}, {name}", run)
     if backend == "openvino":
-        if device.type != "cpu":
-            raise ConfigError(
-                f"backend openvino runs on the CPU, the device is {device}: give --device cpu, "
-                "or --backend torch"
-            )
-        from retinanet.inference.openvino_backend import openvino_network
-
-        chosen = precision
-        if precision == "auto":
-            chosen = _NAMES[choose_dtype("auto", device)]
-        run = openvino_network(model.eval().to(device), chosen, calibration)
-        return Network(model, device, chosen, backend, f"OpenVINO, {chosen}", run)
+        return _openvino(model, device, precision, calibration)
     if precision == "int8":
         raise ConfigError(f"precision int8 needs backend openvino, got {backend}")
     dtype = choose_dtype(precision, device)
     model.eval().to(device)
     compiled = backend == "compile"
     fused = fused_copy(model, dtype, pack=not compiled)
-    how = ["torch on " + device.type, _NAMES[dtype]]
+    details = [f"torch on {device.type}", _NAMES[dtype]]
     if _has_batch_norm(model) and not _has_batch_norm(fused):
-        how.append("batch norm folded")
+        details.append("batch norm folded")
     if compiled:
-        how.append("compiled")
+        details.append("compiled")
     elif device.type == "cpu" and can_pack(dtype):
-        how.append("oneDNN with fused activations")
-    description = ", ".join(how)
-    run = _compiled(fused, device) if compiled else fused
-    return Network(model, device, _NAMES[dtype], backend, description, run)
+        details.append("oneDNN with fused activations")
+    return Network(
+        model,
+        device,
+        _NAMES[dtype],
+        backend,
+        ", ".join(details),
+        _Compiled(fused, device) if compiled else fused,
+    )
+
+
+def _openvino(
+    model: RetinaNet, device: torch.device, precision: str, calibration: Iterable[Tensor] | None
+) -> Network:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"backend openvino runs on the CPU, the device is {device}: give --device cpu, "
+            "or --backend torch"
+        )
+    from retinanet.inference.openvino_backend import openvino_network
+
+    if precision == "auto":
+        precision = _NAMES[choose_dtype("auto", device)]
+    run = openvino_network(model.eval().to(device), precision, calibration)
+    description = f"OpenVINO, {precision}"
+    if run.deviation is not None:
+        description += f" ({run.deviation:.1%} rms from float32 on the calibration images)"
+    return Network(model, device, precision, "openvino", description, run)
 
 
 def _has_batch_norm(model: RetinaNet) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def _as_it_is(model: RetinaNet, device: torch.device, precision: str) -> Network:
-    name = _NAMES[choose_dtype(precision, device)]
-    model.eval().to(device)
+class _Autocast:
+    """A module run as it is, under autocast."""
 
-    def run(images: Tensor) -> Outputs:
-        with autocast(name, device):
-            outputs: Outputs = model(images)
+    def __init__(self, model: Any, precision: str, device: torch.device) -> None:
+        self._model, self._precision, self._device = model, precision, device
+
+    def __call__(self, images: Tensor) -> Outputs:
+        with autocast(self._precision, self._device):
+            outputs: Outputs = self._model(images)
         return outputs
 
-    return Network(model, device, name, "torch", f"torch on {device.type}, {name}", run)
 
+class _Compiled:
+    """A network through torch.compile; on a GPU the kernels of a size are replayed as one graph.
 
-def _compiled(model: RetinaNet, device: torch.device) -> Callable[[Tensor], Outputs]:
-    """Through torch.compile; on a GPU the launches of a size are replayed as one graph."""
-    call = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    A copy compiles again.
+    """
 
-    def run(images: Tensor) -> Outputs:
+    def __init__(self, model: RetinaNet, device: torch.device) -> None:
+        self._model, self._device = model, device
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self._call = torch.compile(model, mode=mode)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Compiled, (self._model, self._device)
+
+    def __call__(self, images: Tensor) -> Outputs:
         try:
-            outputs: Outputs = call(images)
+            outputs: Outputs = self._call(images)
         except Exception as error:
             if "compiler" not in f"{type(error).__name__} {error}".lower():
                 raise
@@ -172,12 +208,10 @@ def _compiled(model: RetinaNet, device: torch.device) -> Callable[[Tensor], Outp
                 "backend compile needs a C++ compiler (and Triton on a GPU) that works: "
                 f"{str(error).strip().splitlines()[0]}; --backend torch needs none"
             ) from None
-        if device.type == "cuda":
-            # The next call writes over the memory of a replayed graph.
-            return Outputs(*(tuple(one.clone() for one in part) for part in outputs))
+        if self._device.type == "cuda":
+            # The next call overwrites the memory of a replayed graph.
+            return Outputs(*(tuple(level.clone() for level in part) for part in outputs))
         return outputs
-
-    return run
 
 
 def detect_batch(
@@ -187,17 +221,17 @@ def detect_batch(
     original_sizes: Tensor,
     **thresholds: Unpack[Thresholds],
 ) -> list[Detections]:
-    """Find the objects in a batch.
+    """Detect the objects in a batch.
 
     Args:
-        network: as :func:`retinanet.inference.backends.build_network` makes it.
+        network: as :func:`build_network` gives it.
         images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
         sizes: (B, 2) height and width of each image before padding.
         original_sizes: (B, 2) height and width of each image before resizing.
-        thresholds: those that are not :func:`retinanet.postprocess.postprocess`'s own.
+        thresholds: those that differ from the defaults.
 
     Returns:
-        For each image its detections, in the pixels of the original image and within it.
+        For each image its detections, in pixels of the original image and clipped to it.
     """
     outputs = network(images)
     return detections_of(network.model, outputs, sizes, original_sizes, **thresholds)
@@ -210,7 +244,7 @@ def detections_of(
     original_sizes: Tensor,
     **thresholds: Unpack[Thresholds],
 ) -> list[Detections]:
-    """As :func:`detect_batch`, of outputs that are there already (the loss wants them too)."""
+    """Post-process outputs that are already computed; otherwise as :func:`detect_batch`."""
     feature_sizes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
     found = postprocess(
         outputs,
@@ -220,16 +254,18 @@ def detections_of(
         **thresholds,
     )
     return [
-        Detections(to_original(one.boxes, size, original), one.scores, one.labels)
-        for one, size, original in zip(found, sizes.tolist(), original_sizes.tolist(), strict=True)
+        Detections(to_original(objects.boxes, size, original), objects.scores, objects.labels)
+        for objects, size, original in zip(
+            found, sizes.tolist(), original_sizes.tolist(), strict=True
+        )
     ]
 
 
 def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:
-    """Boxes (..., 4) of an image resized to `size` (height, width), in the pixels it had before.
+    """Scale boxes (..., 4) from the resized `size` to pixels of `original_size` (height, width).
 
-    Height and width each have their own factor: the resized sides are whole pixels, so one factor
-    for both would leave large boxes off by half a pixel.
+    Height and width have separate factors: resized sides are whole pixels, so a common factor would
+    leave large boxes off by half a pixel.
     """
     before = torch.as_tensor(original_size, dtype=torch.float64)
     scale = (before / torch.as_tensor(size, dtype=torch.float64)).flip(0).repeat(2)

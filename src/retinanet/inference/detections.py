@@ -48,6 +48,7 @@ class ImageDetections:
         size: (height, width) of the image in pixels.
         image: what was given: a path, or the image itself.
         value_range: of `image`, as in :func:`retinanet.data.images.read_image`.
+        pixels: (3, H, W) uint8 RGB, where :meth:`Detector.stream` was to keep them.
     """
 
     boxes: Tensor
@@ -59,6 +60,7 @@ class ImageDetections:
     size: tuple[int, int]
     image: Any = field(repr=False)
     value_range: ValueRange | None = field(default=None, repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -73,21 +75,24 @@ class ImageDetections:
         return str(self.image) if isinstance(self.image, str | Path) else self.name
 
     def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
-        """The image with the boxes of at least `score_threshold`, their classes and scores on it.
+        """Draw the boxes of at least `score_threshold` with their classes and scores.
 
-        One of more than :data:`DRAWN_PIXELS` is made smaller first, as it is read: the boxes in
-        this object stay those of the whole. Over :data:`CAPTIONED` boxes have thin lines and no
-        captions.
+        An image of more than :data:`DRAWN_PIXELS` is drawn reduced; boxes in this object stay those
+        of the full size. Over :data:`CAPTIONED` boxes get thin lines and no captions.
 
         Args:
             image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
-                None is the image that was searched.
+                None is the image that detection ran on.
 
         Raises:
-            DataError: the image is another size than the one that was searched.
+            DataError: the image has another size than the one that detection ran on.
             ImageError: it can no longer be read.
         """
-        img, value_range = (self.image, self.value_range) if image is None else (image, None)
+        if image is None and self.pixels is not None:
+            img, value_range = self.pixels, None
+        else:
+            img = self.image if image is None else image
+            value_range = self.value_range if image is None else None
         height, width = self.size
         scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
         if scale < 1:

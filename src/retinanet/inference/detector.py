@@ -1,4 +1,4 @@
-"""A trained model as a person uses it: an image in, what is found in it out."""
+"""High-level inference API: load a trained model, detect in images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -32,6 +33,7 @@ from retinanet.inference.backends import (
     Thresholds,
     build_network,
     detect_batch,
+    merge_thresholds,
     to_original,
 )
 from retinanet.inference.detections import Failure, ImageDetections
@@ -57,35 +59,36 @@ from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
-_MOST_BROKEN = 64  # images or tiles that wait for a batch to be full
+_MAX_FAILURES_WAITING = 64  # failures that wait for a batch to be full
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An image as the network takes it.
+    """An image at the network's size.
 
     Attributes:
-        pixels: (3, h, w) uint8 RGB at the network's size.
-        size: (height, width) of the whole image, pixels.
+        pixels: (3, h, w) uint8 RGB, resized for the network.
+        size: (height, width) of the original image, pixels.
+        original: (3, height, width) uint8 RGB, where it was read at full size and is to be kept.
     """
 
     pixels: Tensor
     size: tuple[int, int]
+    original: Tensor | None = None
 
 
 class Detector:
-    """A model on its device, with everything needed to search images.
+    """A model on its device, ready to detect objects in images. It can be copied and pickled.
 
     Attributes:
-        model: the network, on `device`, in eval mode; not there where `network` is an exported
-            file.
+        model: the network, on `device`, in eval mode; missing where `network` is an exported file.
         classes: class names by label.
-        category_ids: the ids by label of the data that the model was trained on.
+        category_ids: ids by label in the data that the model was trained on.
         device: where the network runs.
-        network: what runs it: its ``precision``, ``backend`` and ``description`` say how.
-        image_size, max_size: pixels of the shorter side and at most of the longer side to which
+        network: the network with its ``precision``, ``backend`` and ``description``.
+        image_size, max_size: shorter side, and maximum of the longer side, in pixels, to which
             images are resized for the network.
-        thresholds: what becomes of the scores, by name.
+        thresholds: post-processing settings by name.
     """
 
     def __init__(
@@ -100,32 +103,31 @@ class Detector:
         max_size: int | None = None,
         **thresholds: Unpack[Thresholds],
     ) -> None:
-        """Take over the checkpoint's model: it is moved to the device and set to eval mode.
+        """Move the checkpoint's model to the device and set it to eval mode.
 
         Args:
-            checkpoint: a trained model, or one that was exported: what is built into such a file
-                can be asked for and not changed, but for a higher ``score_threshold`` and fewer
+            checkpoint: a trained model, or an exported one. The settings built into an exported
+                file cannot be changed, except for a higher ``score_threshold`` and fewer
                 ``detections_per_image``.
-            device: a torch device; ``auto`` is the first there is of CUDA, MPS and the CPU.
-            precision: ``auto`` is bf16 where the hardware has units for it, else float32; or
-                ``float32``, ``bf16``, ``fp16``, ``int8``.
+            device: a torch device; ``auto`` is the first available of CUDA, MPS and CPU.
+            precision: ``auto`` is bf16 on hardware with bf16 units, else float32; or ``float32``,
+                ``bf16``, ``fp16``, ``int8``.
             backend: ``auto``, ``torch``, ``compile`` or ``openvino``
                 (:mod:`retinanet.inference.backends`).
-            calibrate: for int8: images as :meth:`detect` takes them, of the kind that will be
-                searched; 300 of them are looked at.
-            image_size: None is what the model was trained with; larger finds smaller objects.
-            max_size: None is what the model was trained with, and grown with `image_size`.
-            thresholds: laid over those of the checkpoint: ``score_threshold``,
-                ``topk_candidates`` (a level), ``nms_threshold``, ``detections_per_image``,
-                ``class_agnostic_nms``.
+            calibrate: for int8: images as :meth:`detect` takes them, of the kind that detection
+                will run on; the first 300 are used.
+            image_size: None is the training size; larger finds smaller objects.
+            max_size: None is the training size, scaled with `image_size`.
+            thresholds: override those of the checkpoint: ``score_threshold``, ``topk_candidates``
+                (per level), ``nms_threshold``, ``detections_per_image``, ``class_agnostic_nms``.
 
         Raises:
             ConfigError: an unknown device, precision, backend or option, or a value out of range.
             MissingExtraError: the backend is not installed.
         """
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
-        self.thresholds = _thresholds(checkpoint.info.get("detect", {}), thresholds)
-        self._most = thresholds.get("detections_per_image")  # of an image in tiles
+        self.thresholds = merge_thresholds(checkpoint.info.get("detect", {}), thresholds)
+        self._max_detections = thresholds.get("detections_per_image")  # of an image in tiles
         self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
@@ -151,7 +153,7 @@ class Detector:
             self.device,
             precision=precision,
             backend=backend,
-            calibration=None if calibrate is None else self._images(calibrate),
+            calibration=None if calibrate is None else self._calibration(calibrate),
         )
 
     def detect(
@@ -164,29 +166,29 @@ class Detector:
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
     ) -> ImageDetections | list[ImageDetections]:
-        """Search one image or several.
+        """Detect objects in one image or several.
 
         Args:
-            source: what :func:`retinanet.inference.sources.find_sources` takes: a path, a folder, a
-                glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of a
+            source: as :func:`retinanet.inference.sources.find_sources` takes it: a path, a folder,
+                a glob, an array (RGB, not OpenCV's BGR), a tensor, a PIL image, the bytes of an
                 image file, or a list of them.
-            batch_size: images that the network takes at once, where they have the same size for it:
-                others go in batches of their own, so that no result depends on this number.
-            tile, overlap: as in :meth:`stream`: search huge images in tiles too.
-            value_range: the values of black and of full intensity of the images, where
-                :func:`retinanet.data.images.read_image` cannot know them.
-            thresholds: laid over :attr:`thresholds` for this call.
+            batch_size: images per batch of the network; images of another padded size go in a batch
+                of their own, so no result depends on this number.
+            tile, overlap: as in :meth:`stream`: detect in tiles of huge images too.
+            value_range: the values of black and of full intensity, where
+                :func:`retinanet.data.images.read_image` cannot infer them.
+            thresholds: override :attr:`thresholds` in this call.
 
         Returns:
             :class:`ImageDetections` for one image; a list for a folder, a glob, a batch or a list.
 
         Raises:
             DataError: a path does not exist, a folder or glob holds no image, a type is unknown.
-            ImageError: an image cannot be read (:meth:`stream` names it and goes on).
+            ImageError: an image cannot be read (:meth:`stream` reports it and goes on).
             ConfigError: an unknown option, or a value out of range.
         """
         found = []
-        for one in self.stream(
+        for result in self.stream(
             find_sources(source),
             batch_size=batch_size,
             tile=tile,
@@ -194,9 +196,9 @@ class Detector:
             value_range=value_range,
             **thresholds,
         ):
-            if isinstance(one, Failure):
-                raise one.error
-            found.append(one)
+            if isinstance(result, Failure):
+                raise result.error
+            found.append(result)
         return found[0] if is_single(source) else found
 
     def stream(
@@ -208,43 +210,46 @@ class Detector:
         tile: int | str | None = None,
         overlap: float = 0.2,
         value_range: ValueRange | None = None,
+        keep_pixels: bool = False,
         **thresholds: Unpack[Thresholds],
     ) -> Iterator[ImageDetections | Failure]:
-        """Search any number of images in memory that does not grow with their number.
+        """Detect in any number of images, with memory that does not grow with their number.
 
-        Images are read ahead in threads while the network runs. One that cannot be read comes out
-        as a :class:`Failure` in its place; the others are not touched by it.
+        Images are read ahead in threads while the network runs. An image that cannot be read gives
+        a :class:`Failure` in its position and does not affect the others.
 
         Args:
             sources: as in :meth:`detect`, or an endless iterable of such.
-            batch_size: images, or tiles, that the network takes at once.
-            workers: threads that read ahead; None is one a processor, four at the most.
-            tile: also search each image in tiles of so many pixels, as an image with objects
-                too small for the whole wants it; ``auto``: as large as the images that the model
-                was trained on (:func:`retinanet.inference.tiles.tile_side`). None: the whole alone.
-                ``detections_per_image`` then counts for a tile, and for an image if it is given
-                here or to the detector.
-            overlap: share of a tile's side that the next tile has too, in [0, 1).
+            batch_size: images, or tiles, per batch of the network.
+            workers: threads that read ahead; None is one per processor, four at most.
+            tile: also detect in tiles of this side in pixels, for images whose objects are too
+                small in the resized image; ``auto``: the side of the images that the model was
+                trained on (:func:`retinanet.inference.tiles.tile_side`). None: no tiles.
+                ``detections_per_image`` then limits a tile, and the image if it is given here or
+                to the detector.
+            overlap: share of a tile's side that the next tile covers too, in [0, 1).
             value_range: as in :meth:`detect`.
+            keep_pixels: keep an image that was read at full size in
+                :attr:`ImageDetections.pixels`, so that drawing does not read it again.
             thresholds: as in :meth:`detect`.
 
         Yields:
-            For each image, in order, what was found or why nothing could be.
+            For each image, in order, its detections or why there are none.
 
         Raises:
-            DataError: `sources` is a single path, folder or glob that stands for no image.
+            DataError: `sources` is a single path, folder or glob without an image.
             ConfigError: an unknown option, or a value out of range.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} is under 1")
         if workers is None:
             workers = min(4, os.cpu_count() or 1)
-        settings = _thresholds(self.thresholds, thresholds)
+        settings = merge_thresholds(self.thresholds, thresholds)
         check_tiling(tile, overlap)
         side = None if tile is None else tile_side(tile, self.image_size, self.info)
         check_value_range(value_range)
-        one_thing = isinstance(sources, str | EncodedImage | Tensor | np.ndarray)
-        if isinstance(sources, Iterable) and not one_thing:
+        is_item = isinstance(sources, str | EncodedImage | Tensor | np.ndarray)
+        if isinstance(sources, Iterable) and not is_item:
             listed = iter_sources(sources)
         else:
             listed = iter(find_sources(sources))
@@ -255,11 +260,16 @@ class Detector:
             )
         pieces = cut_images(listed, side, overlap)
         given = thresholds.get("detections_per_image")
-        most = self._most if given is None else given
-        return self._stream(pieces, batch_size, max(1, workers), settings, most)
+        max_detections = self._max_detections if given is None else given
+        read = partial(self._read, keep_pixels=keep_pixels)
+        return self._stream(pieces, read, batch_size, max(1, workers), settings, max_detections)
 
-    def prepare(self, image: Source | ImageSource) -> Prepared:
-        """Read and resize one image for :meth:`search`; may be called from several threads.
+    def prepare(self, image: Source | ImageSource, *, keep_pixels: bool = False) -> Prepared:
+        """Read and resize an image for :meth:`detect_prepared`; several threads may call this.
+
+        Args:
+            image: as :func:`retinanet.data.images.read_image` takes it, or a source.
+            keep_pixels: as in :meth:`stream`.
 
         Raises:
             ImageError: it cannot be read.
@@ -267,34 +277,34 @@ class Detector:
         source = image if isinstance(image, Source) else Source(image, "image")
         pixels, size = source.read_reduced(self.image_size, self.max_size)
         resized, _ = resize_to(pixels, self.image_size, self.max_size, size)
-        return Prepared(resized, size)
+        is_whole = (pixels.shape[-2], pixels.shape[-1]) == size
+        return Prepared(resized, size, pixels if keep_pixels and is_whole else None)
 
-    def search(
+    def detect_prepared(
         self, prepared: Sequence[Prepared], **thresholds: Unpack[Thresholds]
     ) -> list[Detections]:
-        """Search a batch of prepared images at once.
+        """Detect in a batch of prepared images.
 
         Args:
-            images: as :meth:`prepare` makes them; none gives an empty list.
-            thresholds: laid over :attr:`thresholds` for this call, unchecked.
+            prepared: results of :meth:`prepare`; none gives an empty list.
+            thresholds: override :attr:`thresholds` in this call, unchecked.
 
         Returns:
-            For each what was found, on the CPU, in the pixels of the whole image.
+            For each image its detections, on the CPU, in pixels of the original image.
         """
         if not prepared:
             return []
+        used = Thresholds(**{**self.thresholds, **thresholds})
         if isinstance(self.network, ExportedNetwork):
-            laid = {**self.thresholds, **thresholds}
-            reduced = self.network.find([one.pixels for one in prepared], **laid)
+            reduced = self.network.detect([image.pixels for image in prepared], **used)
             return [
                 Detections(
-                    to_original(of.boxes, (one.pixels.shape[1], one.pixels.shape[2]), one.size),
-                    of.scores,
-                    of.labels,
+                    to_original(objects.boxes, _sides(image.pixels), image.size),
+                    objects.scores,
+                    objects.labels,
                 )
-                for of, one in zip(reduced, prepared, strict=True)
+                for objects, image in zip(reduced, prepared, strict=True)
             ]
-        used = Thresholds(**{**self.thresholds, **thresholds})
         found: list[Detections | None] = [None] * len(prepared)
         for positions in _of_one_padded_size(prepared):
             same = [prepared[position] for position in positions]
@@ -309,8 +319,14 @@ class Detector:
                 )
         return cast(list[Detections], found)
 
-    def found(self, objects: Detections, source: Source, size: tuple[int, int]) -> ImageDetections:
-        """`objects` of an image of `size` (height, width) with all that a person wants to know."""
+    def image_detections(
+        self,
+        objects: Detections,
+        source: Source,
+        size: tuple[int, int],
+        pixels: Tensor | None = None,
+    ) -> ImageDetections:
+        """Combine the detections of an image of `size` (height, width) with its metadata."""
         return ImageDetections(
             boxes=objects.boxes,
             scores=objects.scores,
@@ -321,77 +337,84 @@ class Detector:
             size=size,
             image=source.image,
             value_range=source.value_range,
+            pixels=pixels,
         )
 
     def _stream(
         self,
         pieces: Iterator[Piece | Failure],
+        read: Callable[[Piece], _Ready],
         batch_size: int,
         workers: int,
         thresholds: Thresholds,
-        most: int | None,
+        max_detections: int | None,
     ) -> Iterator[ImageDetections | Failure]:
         waiting: list[_Ready | Failure] = []
         ready = 0
-        for one in _read_ahead(pieces, self._read, workers=workers, ahead=workers + batch_size):
-            waiting.append(one)
-            ready += _to_search(one) is not None
-            # What is broken waits for nothing but what is before it, and not without end.
-            if ready in (0, batch_size) or len(waiting) - ready > _MOST_BROKEN:
-                yield from self._search(waiting, thresholds, most)
+        for item in _read_ahead(pieces, read, workers=workers, ahead=workers + batch_size):
+            waiting.append(item)
+            ready += _prepared_of(item) is not None
+            # A failure waits only for the images before it, and their number is bounded.
+            if ready in (0, batch_size) or len(waiting) - ready > _MAX_FAILURES_WAITING:
+                yield from self._detect_waiting(waiting, thresholds, max_detections)
                 waiting, ready = [], 0
-        yield from self._search(waiting, thresholds, most)
+        yield from self._detect_waiting(waiting, thresholds, max_detections)
 
-    def _images(self, sources: Any) -> Iterator[Tensor]:
-        """Those that can be read, one by one as the network gets them."""
+    def _calibration(self, sources: Any) -> Iterator[Tensor]:
+        """Yield the readable images as the network gets them."""
         for source in find_sources(sources):
             try:
                 image = self.prepare(source).pixels
             except ImageError:
-                continue  # named when it is searched
+                continue  # reported when detection reads it
             yield pad_batch([image], fill=self._fill)[0]
 
-    def _read(self, piece: Piece) -> _Ready:
+    def _read(self, piece: Piece, *, keep_pixels: bool) -> _Ready:
         image = piece.image
         if image.failure is not None:
             return _Ready(piece, image.failure)
         try:
-            return _Ready(piece, self._prepare(piece))
-        except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
+            return _Ready(piece, self._prepare(piece, keep_pixels))
+        except Exception as error:  # any decoder's: it is reported, not swallowed
             return _Ready(piece, image.source.failure(error))
 
-    def _prepare(self, piece: Piece) -> Prepared:
+    def _prepare(self, piece: Piece, keep_pixels: bool) -> Prepared:
         windows = piece.image.windows
         if windows is None:
-            return self.prepare(piece.image.source)
+            return self.prepare(piece.image.source, keep_pixels=keep_pixels)
         if piece.window is None:
             sides = network_size(*windows.size, self.image_size, self.max_size)
             return Prepared(windows.reduced(*sides), windows.size)
         pixels = windows.read(piece.window)
         resized, _ = resize_to(pixels, self.image_size, self.max_size)
-        return Prepared(resized, (pixels.shape[-2], pixels.shape[-1]))
+        return Prepared(resized, _sides(pixels))
 
-    def _search(
-        self, waiting: list[_Ready | Failure], thresholds: Thresholds, most: int | None
+    def _detect_waiting(
+        self,
+        waiting: list[_Ready | Failure],
+        thresholds: Thresholds,
+        max_detections: int | None,
     ) -> Iterator[ImageDetections | Failure]:
-        """`most` boxes of an image in tiles are kept; None: all."""
-        ready = [one for one in map(_to_search, waiting) if one is not None]
-        found = iter(self.search(ready, **thresholds))
-        for one in waiting:
-            if isinstance(one, Failure):
-                yield one
+        """Detect in a batch; images in tiles keep `max_detections` boxes (None: all)."""
+        ready = [image for image in map(_prepared_of, waiting) if image is not None]
+        found = iter(self.detect_prepared(ready, **thresholds))
+        for item in waiting:
+            if isinstance(item, Failure):
+                yield item
                 continue
-            image, window = one.piece.image, one.piece.window
-            if isinstance(one.prepared, Failure):
-                image.failure = image.failure or one.prepared
+            image, window = item.piece.image, item.piece.window
+            if isinstance(item.prepared, Failure):
+                image.failure = image.failure or item.prepared
                 image.parts.clear()
             else:
-                size, objects = one.prepared.size, next(found)
-                if one.piece.window is None and one.piece.last:
-                    yield self.found(objects, image.source, size)
+                prepared, objects = item.prepared, next(found)
+                if window is None and item.piece.last:
+                    yield self.image_detections(
+                        objects, image.source, prepared.size, prepared.original
+                    )
                     continue
                 image.parts.append(Part(window, objects))
-            if not one.piece.last:
+            if not item.piece.last:
                 continue
             if image.failure is not None:
                 yield image.failure
@@ -403,9 +426,9 @@ class Detector:
                 size,
                 nms_threshold=thresholds["nms_threshold"],
                 class_agnostic_nms=thresholds["class_agnostic_nms"],
-                most=most,
+                most=max_detections,
             )
-            yield self.found(objects, image.source, size)
+            yield self.image_detections(objects, image.source, size)
 
 
 def load(
@@ -419,12 +442,12 @@ def load(
     max_size: int | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> Detector:
-    """The detector in a run folder, a checkpoint, or of a published name.
+    """Load the detector in a run folder or a checkpoint, or of a published name.
 
     Args:
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
-            model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (which is a
-            program: open your own alone), or ``torchvision/retinanet_resnet50_fpn_v2``.
+            model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (a program: open
+            only your own), or ``torchvision/retinanet_resnet50_fpn_v2``.
         device: as in :class:`Detector`, and so are the options that follow.
 
     Raises:
@@ -444,7 +467,7 @@ def load(
 
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
-    """What :class:`Detector` is built from, of a name as :func:`load` takes it.
+    """Open what :class:`Detector` is built from, by a name as :func:`load` takes it.
 
     Raises:
         WeightsError: as :func:`load`.
@@ -456,14 +479,20 @@ def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A piece read and resized, or why it is not."""
+    """A piece that is read and resized, or why it is not."""
 
     piece: Piece
     prepared: Prepared | Failure
 
 
+def _prepared_of(item: _Ready | Failure) -> Prepared | None:
+    if isinstance(item, _Ready) and isinstance(item.prepared, Prepared):
+        return item.prepared
+    return None
+
+
 def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
-    """Positions of the images by their height and width padded to multiples of 32.
+    """Group the positions of images by their height and width padded to multiples of 32.
 
     Padding reaches the features: padded to the largest of a batch, the scores of an image would
     depend on the other images.
@@ -476,10 +505,8 @@ def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _to_search(one: _Ready | Failure) -> Prepared | None:
-    if isinstance(one, _Ready) and isinstance(one.prepared, Prepared):
-        return one.prepared
-    return None
+def _sides(pixels: Tensor) -> tuple[int, int]:
+    return pixels.shape[-2], pixels.shape[-1]
 
 
 def _read_ahead(
@@ -489,7 +516,7 @@ def _read_ahead(
     workers: int,
     ahead: int,
 ) -> Iterator[_Ready | Failure]:
-    """Read pieces in threads, `ahead` of them at the most before they are asked for; in order."""
+    """Read pieces in threads, in order, at most `ahead` of them before they are needed."""
 
     def attempt(piece: Piece | Failure) -> _Ready | Failure:
         return piece if isinstance(piece, Failure) else read(piece)
@@ -503,14 +530,14 @@ def _read_ahead(
                 pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, 1))
                 yield first.result()
         finally:
-            for one in pending:
-                one.cancel()
+            for future in pending:
+                future.cancel()
 
 
 def _sizes(
     checkpoint: Checkpoint | ExportedFile, image_size: int | None, max_size: int | None
 ) -> tuple[int, int]:
-    """Those of the checkpoint unless given; a new shorter side takes the longer with it."""
+    """Sides of the checkpoint unless given; a new shorter side scales the longer one."""
     shorter = checkpoint.image_size if image_size is None else image_size
     if max_size is None:
         max_size = round(checkpoint.max_size * shorter / checkpoint.image_size)
@@ -518,10 +545,3 @@ def _sizes(
         {"data": {"image_size": shorter, "max_size": max_size}}, "detector options"
     ).data
     return data.image_size, data.max_size
-
-
-def _thresholds(known: Any, given: Thresholds) -> Thresholds:
-    """`given` laid over `known`, checked; None keeps what is known."""
-    laid = dict(known) | {name: value for name, value in given.items() if value is not None}
-    checked = build_recipe({"detect": laid}, "detector options").detect
-    return cast(Thresholds, checked.model_dump())

@@ -1,11 +1,11 @@
-"""Exported files as networks: ``.onnx``, OpenVINO's ``.xml`` and torch's ``.pt2``.
+"""Networks in exported files: ``.onnx``, OpenVINO's ``.xml`` and torch's ``.pt2``.
 
 Such a file holds the whole detector (:mod:`retinanet.exporters`): image in, boxes out.
-Here images are resized before they go in, as for every network; a file's own resizing leaves such
-an image as it is. What a file is of and how it was made is a text in it, as of a checkpoint.
+Images are resized before they go in, as for every network; a file's own resizing leaves such an
+image as it is. The metadata is a text in the file, as in a checkpoint.
 
 An ONNX or OpenVINO file is data. A ``.pt2`` is a program, and one of AOTInductor is machine code:
-opening it runs what its author put there.
+opening it runs its author's code.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from retinanet.structures import Detections, Outputs
 FORMAT = "retinanet export"
 FORMAT_VERSION = 1
 TEXT_KEY = "retinanet"
-"""Where the text is: a metadata property (ONNX), an rt_info (OpenVINO), ``extra/retinanet``."""
+"""Key of the text: a metadata property (ONNX), an rt_info (OpenVINO), ``extra/retinanet``."""
 
 DETECTIONS, SCORES = "detections", "scores"
-"""Forms: with everything inside; or boxes and scores of all anchors, for another's NMS."""
+"""Forms: with post-processing; or boxes and scores of all anchors, for an external NMS."""
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
@@ -48,16 +48,16 @@ _Run = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """What an exported file says of itself; attributes that a Checkpoint has too mean the same.
+    """Metadata of an exported file; attributes that a Checkpoint has too mean the same.
 
     Attributes:
         path: the file.
         target: "onnx", "openvino", "torch" or "aotinductor".
         form: :data:`DETECTIONS` or :data:`SCORES`.
         precision: "float32", "fp16" or "int8".
-        thresholds: those that are built in.
-        strides: pixels of the network's input a cell, a level.
-        per_cell: anchors a cell.
+        thresholds: the built-in ones.
+        strides: pixels of the network's input per cell, by level.
+        per_cell: anchors per cell.
     """
 
     path: Path
@@ -75,16 +75,16 @@ class ExportedFile:
 
 
 def is_exported(path: Any) -> bool:
-    """Whether `path` names an exported file, by its suffix."""
+    """Return whether `path` names an exported file, by its suffix."""
     return isinstance(path, str | Path) and Path(path).suffix.lower() in SUFFIXES
 
 
 def read_exported(path: str | Path) -> ExportedFile:
-    """What an exported file is of; the network in it is not made ready yet.
+    """Read the metadata of an exported file, without loading the network.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, another's, or of a later version.
-        MissingExtraError: what it takes to read it is not installed.
+        WeightsError: the file is missing, damaged, not of retinanet export, or of a later version.
+        MissingExtraError: the library that reads it is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,16 +92,16 @@ def read_exported(path: str | Path) -> ExportedFile:
     suffix = path.suffix.lower()
     text = {".onnx": _onnx_text, ".xml": _openvino_text, ".pt2": _torch_text}[suffix](path)
     if not text:
-        _refuse(path, f"it holds no text {TEXT_KEY!r}: it is not of retinanet export")
+        _reject(path, f"it holds no text {TEXT_KEY!r}: it is not of retinanet export")
     try:
         values = json.loads(text)
     except ValueError as error:
-        _refuse(path, f"its text is not JSON: {error}")
+        _reject(path, f"its text is not JSON: {error}")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        _refuse(path, f'its text lacks "format": "{FORMAT}"')
+        _reject(path, f'its text lacks "format": "{FORMAT}"')
     version = values.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
-        _refuse(
+        _reject(
             path,
             f"it has version {version!r}, this package reads up to {FORMAT_VERSION}: upgrade it",
         )
@@ -112,14 +112,14 @@ def read_exported(path: str | Path) -> ExportedFile:
     }
     for key, choices in known.items():
         if values.get(key) not in choices:
-            _refuse(path, f"{key} is {values.get(key)!r}, not one of {', '.join(choices)}")
+            _reject(path, f"{key} is {values.get(key)!r}, not one of {', '.join(choices)}")
     checked = CheckpointText(values, path)
     spec = checked.spec()
     info = checked.info
     try:
         detect = build_recipe({"detect": info.get("detect")}, str(path)).detect
     except ConfigError as error:
-        _refuse(path, f"info.detect has no thresholds: {error}")
+        _reject(path, f"info.detect has no thresholds: {error}")
     return ExportedFile(
         path=path,
         target=values["target"],
@@ -137,12 +137,12 @@ def read_exported(path: str | Path) -> ExportedFile:
 
 
 def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torch.device:
-    """As :func:`retinanet.model.precision.choose_device`, for what the file can run on.
+    """Choose the device as :func:`retinanet.model.precision.choose_device`, for an exported file.
 
     ``auto`` is CUDA for ONNX where torch and ONNX Runtime both have it, else the CPU.
 
     Raises:
-        ConfigError: as there, or the file does not run on the device that is asked for.
+        ConfigError: as there, or the file does not run on that device.
     """
     if name == "auto":
         found = choose_device("auto")
@@ -171,18 +171,18 @@ def check_built_in(
     image_size: int,
     max_size: int,
 ) -> None:
-    """See that what is asked for is what was built in.
+    """Check that the options are those that were built in.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: they are not.
     """
-    asked = {
+    options = {
         "image_size": (image_size, file.image_size),
         "max_size": (max_size, file.max_size),
         "precision": (precision, file.precision),
         "backend": (backend, file.target),
     }
-    for key, (wanted, built) in asked.items():
+    for key, (wanted, built) in options.items():
         if wanted not in ("auto", built):
             raise ConfigError(
                 f"{file.path.name} was exported with {key} {built}, got {wanted}: "
@@ -196,31 +196,33 @@ def check_built_in(
 
 
 class ExportedNetwork:
-    """The detector in an exported file, ready to be run.
+    """The detector in an exported file, ready for inference. A copy or pickle loads the file again.
 
     Attributes:
-        file: what it is of.
+        file: its metadata.
         device: where it runs.
-        precision: "float32", "fp16" (weights alone, on a CPU) or "int8".
+        precision: "float32", "fp16" (of the weights only, on a CPU) or "int8".
         backend: "onnx", "openvino", "torch" or "aotinductor".
-        description: both, in a few words.
+        description: precision and backend in a few words.
     """
 
     def __init__(self, file: ExportedFile, device: torch.device) -> None:
-        """Make it ready; it uses as many threads as torch.
+        """Load the network; it uses as many threads as torch.
 
         Args:
             file: as :func:`read_exported` gives it.
             device: as :func:`choose_exported_device` gives it.
 
         Raises:
-            WeightsError: the file is damaged.
-            MissingExtraError: what runs it is not installed.
+            WeightsError: the file is missing or damaged.
+            MissingExtraError: the library that runs it is not installed.
         """
         self.file = file
         self.device = device
         self.precision = file.precision
         self.backend = file.target
+        if not file.path.is_file():
+            _reject(file.path, "the exported file is missing; export it again")
         build = {
             "onnx": _onnx_run,
             "openvino": _openvino_run,
@@ -232,8 +234,11 @@ class ExportedNetwork:
         runner = name.get(file.target, "AOTInductor")
         self.description = f"{runner} on {device.type}, {file.precision}, {file.path.name}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExportedNetwork, (self.file, self.device)
+
     def __call__(self, images: Tensor) -> NoReturn:
-        """An exported file gives boxes, and nothing before them.
+        """Raise: an exported file gives boxes, not the network's outputs.
 
         Raises:
             ConfigError: always.
@@ -244,7 +249,7 @@ class ExportedNetwork:
         )
 
     def check(self, thresholds: Thresholds) -> None:
-        """See that the file can give what is asked for.
+        """Check that the file supports `thresholds`.
 
         Raises:
             ConfigError: another value is built in.
@@ -252,53 +257,55 @@ class ExportedNetwork:
         if self.file.form == SCORES:
             return
         for key, built in self.file.thresholds.items():
-            asked = thresholds.get(key, built)
+            wanted = thresholds.get(key, built)
             if key == "score_threshold":
-                fits, may = cast(float, asked) >= cast(float, built), " or more"
+                fits, allowed = cast(float, wanted) >= cast(float, built), " or more"
             elif key == "detections_per_image":
-                fits, may = cast(int, asked) <= cast(int, built), " or less"
+                fits, allowed = cast(int, wanted) <= cast(int, built), " or less"
             else:
-                fits, may = asked == built, ""
+                fits, allowed = wanted == built, ""
             if not fits:
                 raise ConfigError(
                     f"{self.file.path.name} was exported with {key} {built}, which allows "
-                    f"{built}{may}, got {asked}: export it again with {asked}"
+                    f"{built}{allowed}, got {wanted}: export it again with {wanted}"
                 )
 
     @torch.inference_mode()
-    def find(self, images: Sequence[Tensor], **thresholds: Any) -> list[Detections]:
-        """What is found in images of any sizes, in their own pixels.
+    def detect(self, images: Sequence[Tensor], **thresholds: Any) -> list[Detections]:
+        """Detect in images of any sizes; boxes are in pixels of these images.
 
         Args:
-            images: (3, H, W) uint8 RGB; those of one size go through the file at once.
-            thresholds: laid over those built in.
+            images: (3, H, W) uint8 RGB; those of the same size run as one batch.
+            thresholds: override the built-in ones.
 
         Raises:
             ConfigError: as :meth:`check`.
         """
         used = Thresholds(**{**self.file.thresholds, **thresholds})  # type: ignore[typeddict-item]
         self.check(used)
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, image in enumerate(images):
-            places.setdefault(tuple(image.shape), []).append(place)
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(tuple(image.shape), []).append(index)
         found: dict[int, Detections] = {}
-        for shape, own in places.items():
-            outputs = self._run(torch.stack([images[i] for i in own]).contiguous())
-            read = self._cut if self.file.form == DETECTIONS else self._suppress
-            for row, place in enumerate(own):
+        for shape, indices in by_shape.items():
+            outputs = self._run(torch.stack([images[i] for i in indices]).contiguous())
+            read = self._select if self.file.form == DETECTIONS else self._postprocess
+            for row, index in enumerate(indices):
                 parts = [part[row].cpu() for part in outputs]
-                found[place] = read(parts, (shape[1], shape[2]), used)
-        return [found[place] for place in range(len(images))]
+                found[index] = read(parts, (shape[1], shape[2]), used)
+        return [found[index] for index in range(len(images))]
 
-    def _cut(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
+    def _select(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
         boxes, scores, labels, count = parts
         count = (scores[: int(count)] > used["score_threshold"]).sum()
         last = min(int(count), used["detections_per_image"])
-        # Copies: what an engine gave may be its own memory, and is mostly padding.
+        # Copies: the output may be the engine's own memory, and is mostly padding.
         return Detections(boxes[:last].clone(), scores[:last].clone(), labels[:last].clone())
 
-    def _suppress(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
-        """By the same post-processing as for every network: the boxes are its anchors."""
+    def _postprocess(
+        self, parts: list[Tensor], size: tuple[int, int], used: Thresholds
+    ) -> Detections:
+        """Post-process as for every network, with the boxes as its anchors."""
         boxes, scores = parts
         sides = network_size(*size, self.file.image_size, self.file.max_size)
         divisor = RetinaNet.size_divisor
@@ -308,8 +315,8 @@ class ExportedNetwork:
         logits = torch.split(scores.logit(), counts)
         return postprocess(
             Outputs(
-                tuple(one.t()[None, :, :, None] for one in logits),
-                tuple(one.new_zeros(1, 4, len(one), 1) for one in logits),
+                tuple(level.t()[None, :, :, None] for level in logits),
+                tuple(level.new_zeros(1, 4, len(level), 1) for level in logits),
             ),
             torch.split(boxes, counts),
             torch.tensor([size]),
@@ -332,8 +339,8 @@ def _onnx_session(path: Path, providers: list[Any], *, ready: bool) -> Any:
         options.graph_optimization_level = levels.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # of a damaged file: types of its own, and RuntimeError
-        _refuse(path, f"it cannot be read as ONNX: {error}")
+    except Exception as error:  # own types and RuntimeError for a damaged file
+        _reject(path, f"it cannot be read as ONNX: {error}")
 
 
 def _onnx_has_cuda() -> bool:
@@ -355,58 +362,50 @@ def _onnx_run(path: Path, device: torch.device) -> _Run:
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Sequence[Tensor]:
-        return [torch.from_numpy(one) for one in session.run(None, {name: images.numpy()})]
+        return [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
     return run
 
 
 def _openvino_model(path: Path) -> Any:
+    from retinanet.inference.openvino_backend import import_openvino
+
     try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
-    core = openvino.Core()
-    try:
-        return core, core.read_model(path)
+        return import_openvino().Core().read_model(path)
+    except MissingExtraError:
+        raise
     except Exception as error:
-        _refuse(path, f"it cannot be read by OpenVINO (a .bin lies beside it): {error}")
+        _reject(path, f"OpenVINO cannot read it (it needs the .bin beside it): {error}")
 
 
 def _openvino_text(path: Path) -> str:
-    _, model = _openvino_model(path)
+    model = _openvino_model(path)
     return str(model.get_rt_info([TEXT_KEY]).astype(str)) if model.has_rt_info([TEXT_KEY]) else ""
 
 
 def _openvino_run(path: Path, device: torch.device) -> _Run:
-    core, model = _openvino_model(path)
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {
-            # Of less than float32 boxes would be pixels off; int8 convolutions stay int8.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        },
-    )
+    from retinanet.inference.openvino_backend import compile_on_cpu
+
+    # Below float32, boxes would be pixels off; int8 convolutions stay int8.
+    compiled = compile_on_cpu(_openvino_model(path))
 
     def run(images: Tensor) -> Sequence[Tensor]:
-        # A request of its own for each call: several threads may call.
-        found = compiled.create_infer_request().infer([images.numpy()])
-        return [torch.from_numpy(np.array(found[one])) for one in compiled.outputs]
+        # A request per call: several threads may call.
+        results = compiled.create_infer_request().infer([images.numpy()])
+        return [torch.from_numpy(np.array(results[output])) for output in compiled.outputs]
 
     return run
 
 
 def _torch_text(path: Path) -> str:
-    """Read without running anything of the file."""
+    """Read the text without running the file's code."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith(f"/extra/{TEXT_KEY}"):
                     return archive.read(name).decode("utf-8")
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        _refuse(path, f"it is no package of torch: {error}")
+        _reject(path, f"it is no package of torch: {error}")
     return ""
 
 
@@ -416,7 +415,7 @@ def _torch_run(path: Path, device: torch.device) -> _Run:
     try:
         module = torch.export.load(path).module()
     except Exception as error:
-        _refuse(path, f"torch.export cannot load it: {error}")
+        _reject(path, f"torch.export cannot load it: {error}")
     return cast(_Run, module)
 
 
@@ -426,8 +425,8 @@ def _aotinductor_run(path: Path, device: torch.device) -> _Run:
     try:
         return cast(_Run, torch._inductor.aoti_load_package(str(path)))
     except Exception as error:
-        _refuse(path, f"AOTInductor cannot load it: {error}")
+        _reject(path, f"AOTInductor cannot load it: {error}")
 
 
-def _refuse(path: Path, why: str) -> NoReturn:
+def _reject(path: Path, why: str) -> NoReturn:
     raise WeightsError(f"{path}: {' '.join(why.split())}") from None

@@ -24,6 +24,7 @@ from retinanet.data.images import (
 from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, ImageError
 from retinanet.inference.detections import Failure
+from retinanet.inference.manifest import OutputFilter
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
@@ -119,97 +120,110 @@ def is_single(given: Any) -> bool:
 
 
 def find_sources(given: Any) -> list[Source]:
-    """The images that `given` stands for, in order; those of folders and globs sorted by name.
+    """List the images that `given` stands for, in order; those of folders and globs sorted by name.
+
+    Files that an earlier detection wrote (:mod:`retinanet.inference.manifest`) are left out.
 
     Args:
         given: a path, a folder (with its subfolders), a ``.tar`` of images (or a folder of
-            those), a glob (``**`` goes into subfolders), an array (H, W, 3) or (H, W) in RGB, a
-            tensor (3, H, W) or (1, H, W), a batch (B, ...) of those, a PIL image, the bytes of a
+            those), a glob (``**`` matches subfolders), an array (H, W, 3) or (H, W) in RGB, a
+            tensor (3, H, W) or (1, H, W), a batch (B, ...) of those, a PIL image, the bytes of an
             image file, or a sequence of any of them. For types other than uint8 see
             :func:`retinanet.data.images.read_image`.
 
     Raises:
-        DataError: a path does not exist, a folder or a glob holds no image, or a type is unknown.
+        DataError: a path does not exist or is such an output, a folder or a glob holds no image, or
+            a type is unknown.
     """
     found = list(iter_sources(given if is_sequence(given) else [given]))
-    for one in found:
-        if isinstance(one, Failure):
-            raise one.error
-    return [one for one in found if isinstance(one, Source)]
+    for source in found:
+        if isinstance(source, Failure):
+            raise source.error
+    return [source for source in found if isinstance(source, Source)]
 
 
 def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source | Failure]:
-    """As :func:`find_sources` of each item, where one that stands for no image is a Failure.
+    """Yield the images of each item as :func:`find_sources`; a Failure for an item without any.
 
-    A sequence is looked through at once, so that files of the same name in two folders can be told
-    apart by the folders; anything else is looked at an item at a time.
+    A sequence is expanded at once, so that files of the same name in two folders get different
+    names by their folders; any other iterable is expanded item by item.
 
     Args:
-        given: what to search.
-        once: leave out files of a sequence that were there before: a file named twice, or named
-            beside the folder that it is in.
+        given: items as :func:`find_sources` takes them.
+        once: skip files of a sequence that came before: a file named twice, or named beside its
+            folder.
     """
+    outputs = OutputFilter()
     if is_sequence(given):
-        groups = [_expand_or_fail(item, i) for i, item in enumerate(given)]
-        found = [one for group in groups for one in group]
+        groups = [_expand_or_fail(item, i, outputs) for i, item in enumerate(given)]
+        found = [source for group in groups for source in group]
         yield from _distinct(_without_repeats(found) if once else found)
     else:
         for i, item in enumerate(given):
-            yield from _expand_or_fail(item, i)
+            yield from _expand_or_fail(item, i, outputs)
 
 
 def is_sequence(given: Any) -> bool:
-    """Whether `given` is a list of things to search, rather than one thing."""
+    """Return whether `given` is a list of sources rather than a single source."""
     return isinstance(given, Sequence) and not isinstance(given, str | EncodedImage)
 
 
-def _expand_or_fail(item: Any, place: int) -> list[Source | Failure]:
+def _expand_or_fail(item: Any, index: int, outputs: OutputFilter) -> list[Source | Failure]:
     try:
-        return list(_expand(item, place))
+        return list(_expand(item, index, outputs))
     except DataError as error:
-        name = str(item) if isinstance(item, str | Path) else _name(place)
+        name = str(item) if isinstance(item, str | Path) else _name(index)
         return [Failure(name, str(error), error)]
 
 
-def _expand(item: Any, place: int) -> Iterator[Source]:
+def _expand(item: Any, index: int, outputs: OutputFilter) -> Iterator[Source]:
     if isinstance(item, Source):
         yield item
     elif isinstance(item, str | Path):
-        yield from _expand_path(item)
+        yield from _expand_path(item, outputs)
     elif isinstance(item, Tensor | np.ndarray) and item.ndim == 4:
-        yield from (Source(one, f"{_name(place)}_{i:06d}") for i, one in enumerate(item))
+        yield from (Source(img, f"{_name(index)}_{i:06d}") for i, img in enumerate(item))
     elif isinstance(item, Tensor | np.ndarray | Image.Image | EncodedImage):
-        yield Source(item, _name(place))
+        yield Source(item, _name(index))
     else:
         raise DataError(
             f"cannot search a {type(item).__name__}; give a path, a folder, a glob, an array, "
-            "a tensor, a PIL image, the bytes of an image file, or a list of them"
+            "a tensor, a PIL image, or a list of them"
         )
 
 
-def _expand_path(given: str | Path) -> Iterator[Source]:
+def _expand_path(given: str | Path, outputs: OutputFilter) -> Iterator[Source]:
     path = Path(given)
     # What exists is never a glob, whatever brackets its name holds.
     if path.is_dir():
-        files = sorted(_files_under(path, _is_image)) or sorted(_files_under(path, _is_archive))
+        images = sorted(_files_under(path, _is_image))
+        files = outputs.inputs(images) or sorted(_files_under(path, _is_archive))
         if not files:
-            raise DataError(f"{given}: no image in this folder ({_SUFFIXES}), and no .tar")
+            raise DataError(
+                f"{given}: no image in this folder ({_SUFFIXES}), and no .tar{_ignored(images)}"
+            )
         yield from _named(files, path)
     elif _is_archive(path):
         yield from _members(path, "")
     elif archives.archive_of(path) is not None:
         yield Source(path, path.name)
     elif path.is_file():
+        if outputs.is_output(path):
+            raise DataError(
+                f"{given}: is an output of an earlier detection; copy it out of that folder to "
+                "use it as an input"
+            )
         yield Source(given, path.name)
     elif glob.has_magic(str(given)):
         matches = (Path(match) for match in glob.iglob(str(given), recursive=True))
-        files = sorted(
+        images = sorted(
             match
             for match in matches
             if _is_archive(match) or (_is_image(match) and match.is_file())
         )
+        files = outputs.inputs(images)
         if not files:
-            raise DataError(f"{given}: no image matches ({_SUFFIXES})")
+            raise DataError(f"{given}: no image matches ({_SUFFIXES}){_ignored(images)}")
         parts = path.parts
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         yield from _named(files, Path(*parts[:fixed]))
@@ -217,8 +231,12 @@ def _expand_path(given: str | Path) -> Iterator[Source]:
         raise DataError(f"{given}: there is no such file or folder")
 
 
+def _ignored(outputs: Sequence[Path]) -> str:
+    return f" but {len(outputs)} outputs of an earlier detection" if outputs else ""
+
+
 def _named(files: Iterable[Path], folder: Path) -> Iterator[Source]:
-    """Images, and those in archives, by their places under `folder`."""
+    """Images, and those in archives, named by their paths relative to `folder`."""
     for file in files:
         name = file.relative_to(folder).as_posix()
         if _is_archive(file):
@@ -292,5 +310,5 @@ def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
     ]
 
 
-def _name(place: int) -> str:
-    return f"image_{place:06d}"
+def _name(index: int) -> str:
+    return f"image_{index:06d}"

@@ -1,8 +1,8 @@
-"""Files of what was found, written as it comes: memory does not grow with the number of images.
+"""Output files of detection, written image by image: memory does not grow with their number.
 
-Every writer is a context that gives a function to call with each :class:`ImageDetections` or
-:class:`Failure`. A file that holds many images is written beside its place and renamed into it
-when the context ends well, so a reader never meets half of one.
+Every writer is a context manager that yields a function to call with each :class:`ImageDetections`
+or :class:`Failure`. A file of several images is written under another name and renamed when the
+context ends without an error, so it is never seen incomplete.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ from retinanet.data.drawing import PALETTE
 from retinanet.errors import DataError
 from retinanet.files import open_atomic, write_atomic
 from retinanet.inference.detections import DRAWN_SCORE, Failure, ImageDetections
+from retinanet.inference.manifest import OutputFolder
 
 Write = Callable[[ImageDetections | Failure], None]
-"""Takes what came of one image."""
+"""Takes the result of one image."""
+
+Claim = Callable[[Path], Path]
+"""Takes the path of an output before it is written; see :meth:`OutputFolder.claim`."""
 
 OUTPUT_FORMATS = ("json", "images", "coco", "csv", "yolo", "labelstudio", "cvat")
 """What :func:`open_outputs` can write."""
@@ -39,6 +43,14 @@ LOCAL_FILES = "/data/local-files/?d="
 """Where Label Studio finds a file of its own disk, by its path under the document root."""
 
 _CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
+_FILES = {
+    "json": ("detections.json",),
+    "coco": ("coco_results.json",),
+    "csv": ("detections.csv",),
+    "yolo": ("classes.txt",),
+    "labelstudio": ("label_studio_tasks.json", "label_studio_config.xml"),
+    "cvat": ("cvat_annotations.xml", "cvat_labels.json"),
+}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -53,52 +65,64 @@ def open_outputs(
     image_root: str = LOCAL_FILES,
     model_version: str = f"retinanet {__version__}",
 ) -> Iterator[Write]:
-    """Write what is found into `folder`, in each of `formats`.
+    """Write detections into `folder`, in each of `formats`.
 
     ===============  =======================================================================
     ``json``         ``detections.json``, see :func:`write_json`
-    ``images``     ``images/NAME``, the images with boxes drawn on them
+    ``images``       ``images/NAME``, the images with boxes drawn on them
     ``coco``         ``coco_results.json``, see :func:`write_coco`
-    ``csv``          ``detections.csv``, a row an object
+    ``csv``          ``detections.csv``, a row per object
     ``yolo``         ``labels/NAME.txt``, and ``classes.txt``
     ``labelstudio``  ``label_studio_tasks.json``, see :func:`write_label_studio`
     ``cvat``         ``cvat_annotations.xml``, see :func:`write_cvat`
     ===============  =======================================================================
 
+    ``.retinanet-outputs`` lists these files. In a folder that is used again they replace those
+    of an earlier call, whose other files are deleted when the context ends without an error; no
+    other file is deleted or overwritten.
+
     Args:
-        folder: made where it is missing; files of an earlier call are overwritten.
+        folder: created if missing.
         formats: from :data:`OUTPUT_FORMATS`.
         image_ids: as in :func:`write_coco`.
-        drawn_score: score from which a box is drawn.
+        drawn_score: minimum score of a drawn box.
         confidences: whether YOLO's lines end in the score.
         image_root, model_version: as in :func:`write_label_studio`.
 
     Raises:
         ConfigError: an unknown format.
+        DataError: an output exists already, and no earlier call wrote it.
     """
-    folder = Path(folder)
+    chosen = list(dict.fromkeys(formats))
+    for name in chosen:
+        check_choice("output format", name, OUTPUT_FORMATS)
+    output = OutputFolder(folder, "images")
+    folder, claim = output.path, output.claim
     openers: dict[str, Callable[[], AbstractContextManager[Write]]] = {
         "json": partial(write_json, folder / "detections.json"),
-        "images": partial(write_images, folder / "images", score_threshold=drawn_score),
+        "images": partial(
+            write_images, folder / "images", score_threshold=drawn_score, claim=claim
+        ),
         "coco": partial(write_coco, folder / "coco_results.json", image_ids=image_ids),
         "csv": partial(write_csv, folder / "detections.csv"),
-        "yolo": partial(write_yolo, folder, confidences=confidences),
+        "yolo": partial(write_yolo, folder, confidences=confidences, claim=claim),
         "labelstudio": partial(
             write_label_studio, folder, image_root=image_root, model_version=model_version
         ),
         "cvat": partial(write_cvat, folder),
     }
-    chosen = list(dict.fromkeys(formats))
     for name in chosen:
-        check_choice("output format", name, OUTPUT_FORMATS)
+        for file in _FILES.get(name, ()):
+            claim(folder / file)
     with ExitStack() as stack:
         writes = [stack.enter_context(openers[name]()) for name in chosen]
 
-        def write(one: ImageDetections | Failure) -> None:
-            for write_one in writes:
-                write_one(one)
+        def write(result: ImageDetections | Failure) -> None:
+            for write_result in writes:
+                write_result(result)
 
         yield write
+    output.delete_stale()
 
 
 @contextmanager
@@ -109,12 +133,12 @@ def write_json(file: str | Path) -> Iterator[Write]:
         between = "\n"
         out.write('{"images": [')
 
-        def write(one: ImageDetections | Failure) -> None:
+        def write(result: ImageDetections | Failure) -> None:
             nonlocal between
-            if isinstance(one, Failure):
-                failures.append(_json(one.to_dict()))
+            if isinstance(result, Failure):
+                failures.append(_json(result.to_dict()))
                 return
-            entry = one.to_dict()
+            entry = result.to_dict()
             objects = ",\n  ".join(_json(found) for found in entry.pop("detections"))
             head = _json(entry).removesuffix("}")
             out.write(f'{between}{head}, "detections": [')
@@ -123,7 +147,7 @@ def write_json(file: str | Path) -> Iterator[Write]:
 
         yield write
         out.write('\n],\n"failures": [')
-        out.write("".join(f"\n{one}," for one in failures).removesuffix(","))
+        out.write("".join(f"\n{failure}," for failure in failures).removesuffix(","))
         out.write("\n]}\n" if failures else "]}\n")
 
 
@@ -147,20 +171,20 @@ def write_coco(
         between = "\n"
         out.write("[")
 
-        def write(one: ImageDetections | Failure) -> None:
+        def write(result: ImageDetections | Failure) -> None:
             nonlocal between
-            if isinstance(one, Failure):
+            if isinstance(result, Failure):
                 return
-            image_id = _image_id(one, image_ids, taken)
-            for box, score, label in one:
+            image_id = _image_id(result, image_ids, taken)
+            for box, score, label in result:
                 x1, y1, x2, y2 = box.tolist()
-                result = {
+                entry = {
                     "image_id": image_id,
-                    "category_id": one.category_ids[label],
+                    "category_id": result.category_ids[label],
                     "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
                     "score": round(score, 6),
                 }
-                out.write(f"{between}{_json(result)}")
+                out.write(f"{between}{_json(entry)}")
                 between = ",\n"
 
         yield write
@@ -174,20 +198,22 @@ def write_csv(file: str | Path) -> Iterator[Write]:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(_CSV_COLUMNS)
 
-        def write(one: ImageDetections | Failure) -> None:
-            if isinstance(one, Failure):
+        def write(result: ImageDetections | Failure) -> None:
+            if isinstance(result, Failure):
                 return
-            height, width = one.size
-            for box, score, label in one:
+            height, width = result.size
+            for box, score, label in result:
                 corners = [round(value, 3) for value in box.tolist()]
-                name = one.classes[label]
-                table.writerow([one.source, width, height, name, round(score, 6), *corners])
+                name = result.classes[label]
+                table.writerow([result.source, width, height, name, round(score, 6), *corners])
 
         yield write
 
 
 @contextmanager
-def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Write]:
+def write_yolo(
+    folder: str | Path, *, confidences: bool = True, claim: Claim = Path
+) -> Iterator[Write]:
     """``labels/NAME.txt``: a line an object: class, and centre and size in shares of the image.
 
     Args:
@@ -198,14 +224,14 @@ def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Writ
     folder = Path(folder)
     taken: set[str] = set()
 
-    def write(one: ImageDetections | Failure) -> None:
-        if isinstance(one, Failure):
+    def write(result: ImageDetections | Failure) -> None:
+        if isinstance(result, Failure):
             return
         if not taken:
-            write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in one.classes))
-        height, width = one.size
+            write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in result.classes))
+        height, width = result.size
         lines = []
-        for box, score, label in one:
+        for box, score, label in result:
             x1, y1, x2, y2 = box.tolist()
             shares = (
                 (x1 + x2) / 2 / width,
@@ -215,8 +241,8 @@ def write_yolo(folder: str | Path, *, confidences: bool = True) -> Iterator[Writ
             )
             numbers = [*shares, score] if confidences else shares
             lines.append(" ".join([str(label), *(f"{value:.6f}" for value in numbers)]))
-        name = _unique(one.name, ".txt", taken)
-        write_atomic(folder / "labels" / name, "".join(f"{line}\n" for line in lines))
+        name = _unique(result.name, ".txt", taken)
+        write_atomic(claim(folder / "labels" / name), "".join(f"{line}\n" for line in lines))
 
     yield write
 
@@ -245,24 +271,26 @@ def write_label_studio(
         between = "\n"
         out.write("[")
 
-        def write(one: ImageDetections | Failure) -> None:
+        def write(result: ImageDetections | Failure) -> None:
             nonlocal between
-            if isinstance(one, Failure):
+            if isinstance(result, Failure):
                 return
             if between == "\n":
-                config = _label_studio_config(one.classes)
+                config = _label_studio_config(result.classes)
                 write_atomic(folder / "label_studio_config.xml", config)
             # A name may hold bytes that are no text; an address can.
-            address = image_root + quote(one.name, safe="/", errors="surrogateescape")
+            address = image_root + quote(result.name, safe="/", errors="surrogateescape")
             prediction: dict[str, object] = {
                 "model_version": model_version,
                 "result": [
-                    _label_studio_region(place, box.tolist(), score, one.classes[label], one.size)
-                    for place, (box, score, label) in enumerate(one)
+                    _label_studio_region(
+                        index, box.tolist(), score, result.classes[label], result.size
+                    )
+                    for index, (box, score, label) in enumerate(result)
                 ],
             }
-            if len(one):
-                prediction["score"] = round(float(one.scores.mean()), 6)
+            if len(result):
+                prediction["score"] = round(float(result.scores.mean()), 6)
             task = {"data": {"image": address}, "predictions": [prediction]}
             out.write(f"{between}{_json(task)}")
             between = ",\n"
@@ -272,7 +300,7 @@ def write_label_studio(
 
 
 def _label_studio_region(
-    place: int, box: list[float], score: float, name: str, size: tuple[int, int]
+    index: int, box: list[float], score: float, name: str, size: tuple[int, int]
 ) -> dict[str, object]:
     """A rectangle in percent of the image."""
     height, width = size
@@ -284,7 +312,7 @@ def _label_studio_region(
         "height": (y2 - y1) / height,
     }
     return {
-        "id": f"box{place}",
+        "id": f"box{index}",
         "type": "rectanglelabels",
         "from_name": "label",
         "to_name": "image",
@@ -326,21 +354,21 @@ def write_cvat(folder: str | Path) -> Iterator[Write]:
         out.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
         images = count()
 
-        def write(one: ImageDetections | Failure) -> None:
-            if isinstance(one, Failure):
+        def write(result: ImageDetections | Failure) -> None:
+            if isinstance(result, Failure):
                 return
-            place = next(images)
-            if place == 0:
-                write_atomic(folder / "cvat_labels.json", _cvat_labels(one.classes))
-                out.write(ET.tostring(_cvat_meta(one.classes), encoding="unicode") + "\n")
-            height, width = one.size
+            index = next(images)
+            if index == 0:
+                write_atomic(folder / "cvat_labels.json", _cvat_labels(result.classes))
+                out.write(ET.tostring(_cvat_meta(result.classes), encoding="unicode") + "\n")
+            height, width = result.size
             image = ET.Element(
-                "image", id=str(place), name=_xml(one.name), width=str(width), height=str(height)
+                "image", id=str(index), name=_xml(result.name), width=str(width), height=str(height)
             )
-            for box, score, label in one:
+            for box, score, label in result:
                 sides = (f"{value:.3f}" for value in box.tolist())
                 values = {
-                    "label": _xml(one.classes[label]),
+                    "label": _xml(result.classes[label]),
                     "source": "auto",
                     "occluded": "0",
                     **dict(zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)),
@@ -360,10 +388,10 @@ def _cvat_meta(classes: tuple[str, ...]) -> ET.Element:
     task = ET.SubElement(meta, "task")
     ET.SubElement(task, "mode").text = "annotation"
     labels = ET.SubElement(task, "labels")
-    for place, name in enumerate(classes):
+    for index, name in enumerate(classes):
         label = ET.SubElement(labels, "label")
         ET.SubElement(label, "name").text = _xml(name)
-        ET.SubElement(label, "color").text = _colour(place)
+        ET.SubElement(label, "color").text = _colour(index)
         ET.SubElement(label, "type").text = "rectangle"
         attribute = ET.SubElement(ET.SubElement(label, "attributes"), "attribute")
         for key, value in {**_CVAT_SCORE, "mutable": "False", "values": ""}.items():
@@ -381,11 +409,11 @@ def _cvat_labels(classes: tuple[str, ...]) -> str:
     labels = [
         {
             "name": _xml(name),
-            "color": _colour(place),
+            "color": _colour(index),
             "type": "rectangle",
             "attributes": [score],
         }
-        for place, name in enumerate(classes)
+        for index, name in enumerate(classes)
     ]
     return json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
 
@@ -405,25 +433,27 @@ def _xml(text: str) -> str:
 
 
 @contextmanager
-def write_images(folder: str | Path, *, score_threshold: float = DRAWN_SCORE) -> Iterator[Write]:
+def write_images(
+    folder: str | Path, *, score_threshold: float = DRAWN_SCORE, claim: Claim = Path
+) -> Iterator[Write]:
     """Each image with its boxes of at least `score_threshold` drawn on it, by its name."""
     folder = Path(folder)
     taken: set[str] = set()
 
-    def write(one: ImageDetections | Failure) -> None:
-        if isinstance(one, Failure):
+    def write(result: ImageDetections | Failure) -> None:
+        if isinstance(result, Failure):
             return
-        suffix = PurePosixPath(one.name).suffix
+        suffix = PurePosixPath(result.name).suffix
         if suffix.lower() not in _IMAGE_SUFFIXES:
             suffix = ".jpg"
-        drawn = one.draw(score_threshold=score_threshold)
+        drawn = result.draw(score_threshold=score_threshold)
         kind = Image.registered_extensions()[suffix.lower()]
         encoded = BytesIO()
         if kind == "TIFF":  # which is not compressed unless it is asked for
             drawn.save(encoded, kind, compression="tiff_adobe_deflate")
         else:
             drawn.save(encoded, kind, quality=90)
-        write_atomic(folder / _unique(one.name, suffix, taken), encoded.getvalue())
+        write_atomic(claim(folder / _unique(result.name, suffix, taken)), encoded.getvalue())
 
     yield write
 
@@ -449,10 +479,10 @@ def _image_id(
 
 
 def _unique(name: str, suffix: str, taken: set[str]) -> str:
-    """`name` with `suffix` in place of its own, told apart from those in `taken`, where it goes.
+    """Replace the suffix of `name` so that the result is not in `taken`, and add it there.
 
-    ``1.jpg`` and ``1.png`` become ``1.txt`` and ``1.png.txt``. Compared without regard to case, as
-    the file systems of macOS and Windows do. The path never leads out of the folder it is put in.
+    ``1.jpg`` and ``1.png`` become ``1.txt`` and ``1.png.txt``. Case is ignored, as by the file
+    systems of macOS and Windows. The path stays inside the folder that it is joined to.
     """
     path = PurePosixPath(name.replace("\\", "/"))
     parts = [part for part in path.parts if part not in ("..", path.anchor)]

@@ -1,29 +1,28 @@
-"""The paper's tables and figures as rows to train, with what the paper says of each.
+"""Data structures for the paper's tables and figures: rows to train and claims to test.
 
-Figures of the paper are in points, as it prints them: an AP of 34.0 is .340 elsewhere in this
-package.
+Published AP is in points, as the paper prints it: 34.0 is .340 elsewhere in this package.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Depth = Literal["50", "101", "x101"]
-"""ResNet-50, ResNet-101 or ResNeXt-101: which of a run's backbones a row takes."""
+"""The backbone of a row: ResNet-50, ResNet-101 or ResNeXt-101."""
 
 Kind = Literal["over", "at_least", "about", "faster"]
-"""What a claim says of two sides; see :class:`Claim`."""
+"""How a claim compares its two sides; see :class:`Claim`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the paper prints of a row, in points and milliseconds; None: it does not say.
+    """Values that the paper prints for a row; None: not printed.
 
     Attributes:
-        ap, ap50, ap75: COCO's.
-        small, medium, large: AP by the size of the object.
-        milliseconds: an image, on an Nvidia M40.
+        ap, ap50, ap75: COCO metrics in points.
+        small, medium, large: AP by object size in points.
+        milliseconds: per image, on an Nvidia M40.
     """
 
     ap: float
@@ -37,19 +36,19 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a table, or one point of a figure.
+    """A row of a table, or a point of a figure.
 
     Attributes:
-        key: its name within the experiment, such as ``alpha=.75``; in claims and file names.
-        label: as the table shows it.
-        settings: ``key=value`` laid over the recipe.
-        depth: the backbone's.
-        scale: shorter side of the image in the paper, pixels; in small the recipe's size times
+        key: unique within the experiment, such as ``alpha=.75``; used in claims and file names.
+        label: for the table.
+        settings: ``key=value`` overrides of the recipe.
+        depth: the backbone.
+        scale: shorter side of the image in the paper, pixels; on small data the recipe's size times
             scale / 600.
-        rival: which other detector is trained (a name of :data:`retinanet.paper.rivals.RIVALS`);
-            empty: RetinaNet.
-        trained: False for rows that stand here for their published figures alone.
-        published: what the paper prints; None: it has no such row.
+        rival: another detector to train (a name of :data:`retinanet.paper.rivals.RIVALS`); empty:
+            RetinaNet.
+        trained: False for rows with published values only.
+        published: the paper's values; None: the paper has no such row.
     """
 
     key: str
@@ -64,18 +63,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the paper claims of the best of some rows beside the best of others.
+    """A comparison that the paper makes between the best of some rows and the best of others.
 
     Attributes:
         text: the claim in words.
-        kind: ``over``: the first's AP is higher; ``at_least``: it is no more than `within` lower;
-            ``about``: they are no further apart than `within`; ``faster``: the first takes less
-            time an image.
-        first, second: keys of rows; of each side the row with the highest mean AP counts, for
-            ``faster`` the one with the least time.
+        kind: ``over``: the first has a higher AP; ``at_least``: it is at most `within` lower;
+            ``about``: they differ by at most `within`; ``faster``: the first takes less time per
+            image.
+        first, second: keys of the rows of each side; the row with the highest mean AP counts, for
+            ``faster`` the one with the lowest time.
         within: points of AP, for ``at_least`` and ``about``.
-        printed: what the paper prints of both sides and its names for them, where that is not the
-            rows' AP: milliseconds, for ``faster``.
+        printed: (label, milliseconds) of both sides in the paper, for ``faster``.
     """
 
     text: str
@@ -88,18 +86,18 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A table, or a figure that needs training.
+    """A table or figure of the paper.
 
     Attributes:
-        name: as ``retinanet paper run`` takes it: ``table1a`` ... ``fig7``.
-        title: what it is about, in a few words.
-        section: where it stands in the paper.
-        setting: how the paper measured it, in a few words.
-        columns: what the paper prints, of ``AP AP50 AP75 APs APm APl ms``.
-        rows: in the paper's order; none for figures drawn from the code alone.
-        claims: what the paper concludes from it.
-        recipe: that ``--full`` trains with: ``paper_1x`` or ``paper_table2``.
-        note: what the paper leaves open and how it was decided here.
+        name: for ``retinanet paper run``: ``table1a`` ... ``fig7``.
+        title: its topic, in a few words.
+        section: of the paper.
+        setting: of the paper's measurement, in a few words.
+        columns: that the paper prints, of ``AP AP50 AP75 APs APm APl ms``.
+        rows: in the paper's order; none for figures that need no training.
+        claims: the paper's conclusions.
+        recipe: for ``--full``: ``paper_1x`` or ``paper_table2``.
+        note: what the paper leaves open, and the choice made here.
     """
 
     name: str
@@ -108,12 +106,12 @@ class Experiment:
     setting: str = ""
     columns: tuple[str, ...] = ("AP", "AP50", "AP75")
     rows: tuple[Row, ...] = ()
-    claims: tuple[Claim, ...] = field(default=())
+    claims: tuple[Claim, ...] = ()
     recipe: str = "paper_1x"
     note: str = ""
 
     def row(self, key: str) -> Row:
-        """The row of that key.
+        """Return the row with a key.
 
         Raises:
             KeyError: there is none.

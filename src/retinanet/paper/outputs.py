@@ -1,6 +1,6 @@
-"""What a call leaves in its folder: tables, figures, and the page with all of them.
+"""Write a command's output folder: tables, figures, and the page with all of them.
 
-Tables of earlier calls in the same folder stay, and stand on the page too.
+Results of earlier commands in the same folder are kept and shown on the page.
 """
 
 from __future__ import annotations
@@ -19,138 +19,126 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
-from retinanet.evaluation.loss_distribution import loss_distribution
 from retinanet.evaluation.run import evaluate
-from retinanet.evaluation.speed_accuracy import search_call, time_in_turns
 from retinanet.files import write_atomic
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
+from retinanet.paper.claims import Outcome, collect_results, evaluate_loss_shares
 from retinanet.paper.experiments import Experiment, Row
-from retinanet.paper.page import index_markdown, write_page
-from retinanet.paper.plan import Plan, Terms, Training, common_differences, size_changes
-from retinanet.paper.results import Outcome, TableResult, gather, judge_distribution
+from retinanet.paper.page import claims_markdown, write_page
+from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
+from retinanet.paper.results import TableResult
 from retinanet.paper.rivals import load_rival
-from retinanet.paper.run import Workplace
+from retinanet.paper.run import Workers
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 from retinanet.report import paper_plots
+from retinanet.report.loss_distribution import loss_distribution
 from retinanet.report.paper_plots import SpeedMark, TableRow
+from retinanet.report.speed_accuracy import detection_call, time_in_turns
 
 _TIMED_IMAGES = 8
 _ROUNDS = 7
-_COCO_CLASSES, _COCO_IMAGES = 80, 100_000  # less is not COCO's training set
-_FOREIGN = "results:"  # before the name of another detector: no row of ours has such a key
-_EFFECTIVE = 0.5  # Figure 7: AP over 33.5, where FL has 34.0
+_COCO_CLASSES, _COCO_IMAGES = 80, 100_000  # COCO's training set has 80 classes and 118,287 images
+_EXTERNAL = "results:"  # prefix of the keys of other detectors' rows
+_FIGURE_7_MARGIN = 0.5  # marked: AP over 33.5, where FL has 34.0
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """The trainings of a call and what came of them.
+class Trainings:
+    """The trainings of a command and their results.
 
     Attributes:
-        planned: which there were.
-        done: by (name, seed) the result, or why it failed.
-        terms, splits, place: what and where.
-        foreign: figures of other detectors by their names, for table2 (:func:`read_foreign`).
-        command: what was asked for.
+        plan: the trainings.
+        results: of each, or why it failed, by (name, seed).
+        settings, splits, workers: how they were run.
+        external: metrics of other detectors by name, for table2 (:func:`read_external`).
+        command: as it was entered.
     """
 
-    planned: Plan
-    done: Mapping[tuple[str, int], Result | str]
-    terms: Terms
+    plan: Plan
+    results: Mapping[tuple[str, int], Result | str]
+    settings: Settings
     splits: Mapping[str, Dataset]
-    place: Workplace
-    foreign: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    workers: Workers
+    external: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     command: str = ""
-
-    def result(self, training: Training) -> Result | str | None:
-        """What a training came to; where it failed here another call may have finished it."""
-        result = self.done.get((training.name, training.seed))
-        if isinstance(result, str):
-            return self.place.finished([training]).get((training.name, training.seed), result)
-        return result
 
     @property
     def failures(self) -> dict[str, str]:
-        """The trainings that failed, and why."""
+        """Failed trainings and their errors."""
         return {
-            f"{one.name}, seed {one.seed}": why
-            for one in self.planned.trainings
-            if isinstance(why := self.result(one), str)
+            str(training): why
+            for training in self.plan.trainings
+            if isinstance(why := self.results.get(training.key), str)
         }
 
-    def first(self, experiment: str, key: str) -> Training | None:
-        """The training of a row with the lowest seed that ended well."""
-        for one in self.planned.rows.get((experiment, key), ()):
-            result = self.result(one)
-            if isinstance(result, Result) and result.metrics is not None:
-                return one
+    def done(self, experiment: str, key: str) -> Training | None:
+        """Return the first training of a row that is done."""
+        for training in self.plan.rows.get((experiment, key), ()):
+            if self.is_done(training):
+                return training
         return None
+
+    def is_done(self, training: Training) -> bool:
+        """Return True if a training ended and did not diverge."""
+        result = self.results.get(training.key)
+        return isinstance(result, Result) and result.metrics is not None
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What :func:`finish` wrote: the results, images of figures and tables, and the page."""
+class Outputs:
+    """What :func:`write_outputs` wrote: results, images, and the page."""
 
     tables: tuple[TableResult, ...]
     figures: tuple[Path, ...]
     report: Path
 
 
-def finish(
+def write_outputs(
     experiments: Sequence[Experiment],
     out: Path,
-    trained: Trained | None = None,
+    trainings: Trainings | None = None,
     *,
     progress: Progress | None = None,
-) -> Made:
+) -> Outputs:
     """Write ``NAME.json``, ``.md`` and ``.csv`` of each experiment, its plots, and ``report.html``.
 
     Args:
         experiments: in their order.
-        out: the folder.
-        trained: what their rows came to; None: figures that need no training.
-        progress: told how many experiments are done.
+        out: output folder.
+        trainings: of their rows; None: figures that need no training.
+        progress: callback with the number of experiments written and their total.
     """
     results: list[TableResult] = []
     drawn: list[Path] = []
-    for place, experiment in enumerate(experiments):
-        one = experiment
-        if trained is not None and experiment.name == "table2":
-            foreign = tuple(Row(_FOREIGN + one, f"{one} (its results)") for one in trained.foreign)
-            one = replace(experiment, rows=(*experiment.rows, *foreign))
-        result, files = _make(one, out, trained)
-        for old in {*(out / "plots").glob(f"{one.name}.*")} - {*files}:
-            old.unlink()  # of an earlier call, and no longer true
-        write_atomic(out / f"{one.name}.json", result.to_json())
-        write_atomic(out / f"{one.name}.md", result.to_markdown())
-        if result.lines:
-            write_atomic(out / f"{one.name}.csv", result.to_csv())
+    for count, experiment in enumerate(experiments, 1):
+        result, files = _measure(experiment, out, trainings)
+        for old in {*(out / "plots").glob(f"{experiment.name}.*")} - {*files}:
+            old.unlink()  # of an earlier command
+        write_atomic(out / f"{experiment.name}.json", result.to_json())
+        write_atomic(out / f"{experiment.name}.md", result.to_markdown())
+        if result.rows:
+            write_atomic(out / f"{experiment.name}.csv", result.to_csv())
         results.append(result)
         drawn += files
         if progress is not None:
-            progress(place + 1, len(experiments))
+            progress(count, len(experiments))
     every = read_results(out)
-    plots = {
-        one.name: found for one in every if (found := sorted((out / "plots").glob(f"{one.name}.*")))
-    }
-    write_atomic(out / "claims.md", index_markdown(every))
-    return Made(tuple(results), tuple(drawn), write_page(out, every, plots))
+    plots = {result.name: sorted((out / "plots").glob(f"{result.name}.*")) for result in every}
+    write_atomic(out / "claims.md", claims_markdown(every))
+    return Outputs(tuple(results), tuple(drawn), write_page(out, every, plots))
 
 
-def read_foreign(
+def read_external(
     results: Mapping[str, Path], splits: Mapping[str, Dataset]
 ) -> dict[str, dict[str, Any]]:
-    """The figures of other detectors from their results files, by their names.
-
-    Args:
-        results: COCO results on the ``val`` split, by name.
-        splits: the data.
+    """Evaluate other detectors' COCO results on the ``val`` split, by name.
 
     Raises:
         DataError: a file cannot be read, or does not fit the data.
@@ -159,194 +147,184 @@ def read_foreign(
 
 
 def read_results(out: Path) -> list[TableResult]:
-    """The tables and figures that lie in a folder, in the paper's order.
+    """Read the results in a folder, in the paper's order.
 
     Raises:
-        DataError: a file is not what :func:`finish` writes.
+        DataError: a file is not of this version.
     """
-    found = []
-    for name in EXPERIMENTS:
-        file = out / f"{name}.json"
+    results = []
+    for file in (out / f"{name}.json" for name in EXPERIMENTS):
         if not file.is_file():
             continue
         try:
-            found.append(TableResult.from_json(file.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            results.append(TableResult.from_json(file.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise DataError(
-                f"{file} is not a result of this version ({type(error).__name__}: {error}); "
-                f"delete it and run {name} again: finished trainings are kept"
+                f"{file} is not a result of this version ({reason}); delete it and run "
+                f"{file.stem} again: finished trainings are kept"
             ) from None
-    return found
+    return results
 
 
-def _make(
-    experiment: Experiment, out: Path, trained: Trained | None
+def _measure(
+    experiment: Experiment, out: Path, trainings: Trainings | None
 ) -> tuple[TableResult, list[Path]]:
-    """The result of an experiment, and its plots."""
+    """Return the result of an experiment, and its plots."""
     name, stem = experiment.name, out / "plots" / experiment.name
-    about: dict[str, Any] = {} if trained is None or not experiment.rows else _about(trained)
-    if name == "table2":  # "surpasses two-stage detectors at one-stage speed" (Abstract)
-        experiment = replace(experiment, columns=(*experiment.columns, "ms"))
-    times = {} if trained is None or "ms" not in experiment.columns else _time(experiment, trained)
-    if name == "fig4" and trained is not None:
-        return _figure4(experiment, out, trained, about, stem)
-    outcomes = {} if trained is None else _outcomes(experiment, out, trained)
-    result = gather(experiment, outcomes, about, milliseconds=times)
-    files: tuple[Path, ...]
-    if name == "fig1":
-        files = paper_plots.plot_focal_loss(figures.focal_curves(), stem)
-    elif name == "fig2":
-        files = _figure2(experiment, result, stem)
-    elif name == "fig3":
-        network = figures.read_architecture(_network(out, trained))
-        files = paper_plots.plot_architecture(network, stem)
-    elif name == "fig5":
-        files = paper_plots.plot_loss_variants(figures.variant_curves(), stem)
-    elif name == "fig6":
-        files = paper_plots.plot_loss_slopes(figures.variant_slopes(), stem)
-    elif name == "fig7":
-        files = _figure7(result, stem)
+    if name == "table2":
+        external = () if trainings is None else trainings.external
+        rows = tuple(Row(_EXTERNAL + label, f"{label} (its results)") for label in external)
+        # "surpassing the accuracy of two-stage detectors at one-stage speed" (Abstract)
+        columns = (*experiment.columns, "ms")
+        experiment = replace(experiment, rows=(*experiment.rows, *rows), columns=columns)
+    if trainings is None:
+        result = collect_results(experiment, {}, {})
     else:
-        files = _plot_rows(result, stem)
+        times = _time(experiment, trainings) if "ms" in experiment.columns else {}
+        about = _about(trainings) if experiment.rows else {}
+        outcomes = _outcomes(experiment, out, trainings)
+        result = collect_results(experiment, outcomes, about, milliseconds=times)
+    files: tuple[Path, ...]
+    match name:
+        case "fig1":
+            files = paper_plots.plot_focal_loss(figures.focal_curves(), stem)
+        case "fig2":
+            files = _plot_figure2(experiment, result, stem)
+        case "fig3":
+            network = figures.read_architecture(_network(out, trainings))
+            files = paper_plots.plot_architecture(network, stem)
+        case "fig4":
+            return _measure_figure4(result, out, trainings, stem)
+        case "fig5":
+            files = paper_plots.plot_loss_variants(figures.variant_curves(), stem)
+        case "fig6":
+            files = paper_plots.plot_loss_slopes(figures.variant_slopes(), stem)
+        case "fig7":
+            files = _plot_figure7(result, stem)
+        case _:
+            files = _plot_table(result, stem)
     return result, [*files]
 
 
-def _about(trained: Trained) -> dict[str, Any]:
-    terms, splits = trained.terms, trained.splits
-    counts = {name: len(usable(one)[0]) for name, one in splits.items()}
-    first = trained.planned.trainings[0].recipe if trained.planned.trainings else None
-    coco = len(splits["train"].classes) == _COCO_CLASSES and counts["train"] > _COCO_IMAGES
-    machine = describe_machine(choose_device(trained.place.device))
+def _about(trainings: Trainings) -> dict[str, Any]:
+    settings, splits, plan = trainings.settings, trainings.splits, trainings.plan
+    counts = {name: len(usable(split)[0]) for name, split in splits.items()}
+    machine = describe_machine(choose_device(trainings.workers.device))
+    is_coco = len(splits["train"].classes) == _COCO_CLASSES and counts["train"] > _COCO_IMAGES
+    changed = settings.overrides or settings.steps or settings.backbones
     about: dict[str, Any] = {
-        "command": trained.command,
-        "data": f"{terms.data.resolve().name}: {counts['train']:,} images to train on, "
-        f"{counts['val']:,} to judge by",
-        "steps": None if first is None else first.train.steps,
-        "seeds": terms.seeds,
+        "command": trainings.command,
+        "data": f"{settings.data.resolve().name}: {counts['train']:,} training images, "
+        f"{counts['val']:,} validation images",
+        "steps": plan.trainings[0].recipe.train.steps if plan.trainings else None,
+        "seeds": settings.seeds,
         "machine": "; ".join(machine.lines()[: 2 if machine.gpu else 1]),
-        "coco": coco
-        and terms.full
-        and not (terms.settings or terms.steps or terms.backbones or terms.backbone_weights),
+        "coco": is_coco and settings.full and not (changed or settings.backbone_weights),
     }
-    if first is not None and not terms.full:
-        about["in small"] = "; ".join(size_changes(trained.planned, terms))
-    if first is not None:
-        about["settings"] = common_differences(trained.planned)
+    if plan.trainings:
+        if not settings.full:
+            about["smaller than the paper"] = "; ".join(size_changes(plan, settings))
+        about["settings"] = common_differences(plan)
     return about
 
 
-def _outcomes(experiment: Experiment, out: Path, trained: Trained) -> dict[str, list[Outcome]]:
-    found: dict[str, list[Outcome]] = {}
+def _outcomes(experiment: Experiment, out: Path, trainings: Trainings) -> dict[str, list[Outcome]]:
+    outcomes: dict[str, list[Outcome]] = {}
     for row in experiment.rows:
-        place = (experiment.name, row.key)
-        if place in trained.planned.refused:
-            found[row.key] = [Outcome(0, "failed", note=trained.planned.refused[place])]
-        elif row.key.startswith(_FOREIGN):
-            metrics = trained.foreign[row.key.removeprefix(_FOREIGN)]
-            found[row.key] = [Outcome(0, "done", metrics)]
+        key = (experiment.name, row.key)
+        if key in trainings.plan.rejected:
+            outcomes[row.key] = [Outcome(0, "failed", note=trainings.plan.rejected[key])]
+        elif row.key.startswith(_EXTERNAL):
+            metrics = trainings.external[row.key.removeprefix(_EXTERNAL)]
+            outcomes[row.key] = [Outcome(0, "done", metrics)]
         elif row.trained:
-            results = [(one, trained.result(one)) for one in trained.planned.rows[place]]
-            # A row that was not asked for has none.
-            found[row.key] = [
-                _outcome(one, result, out) for one, result in results if result is not None
+            # Rows that were not asked for have no results.
+            outcomes[row.key] = [
+                _outcome(training, trainings.results[training.key], out)
+                for training in trainings.plan.rows[key]
+                if training.key in trainings.results
             ]
-    return found
+    return outcomes
 
 
 def _outcome(training: Training, result: Result | str, out: Path) -> Outcome:
     folder = training.folder(out).relative_to(out)
     if isinstance(result, str):
-        return Outcome(training.seed, "failed", folder=folder, note=result)
+        return Outcome(training.seed, "failed", None, folder, result)
     if result.metrics is None:
-        return Outcome(training.seed, "diverged", folder=folder, note=result.note)
+        return Outcome(training.seed, "diverged", None, folder, result.note)
     return Outcome(training.seed, "done", result.metrics, folder)
 
 
-def _time(experiment: Experiment, trained: Trained) -> dict[str, float]:
-    """Milliseconds an image by row: network and post-processing, one image at a time, float32.
+def _time(experiment: Experiment, trainings: Trainings) -> dict[str, float]:
+    """Time each row on the same images in turns: milliseconds per image at batch size 1, float32.
 
-    All rows take turns, on the same images; rows that are one training share its figure.
+    Network and post-processing; rows that share a training share its time.
     """
-    val = usable(trained.splits["val"])[0]
+    val = usable(trainings.splits["val"])[0]
     count = min(_TIMED_IMAGES, len(val))
-    chosen = tuple(val.images[i * len(val) // count] for i in range(count))
-    images = replace(val, images=chosen)
-    of_row = {
-        row.key: one
+    images = replace(val, images=tuple(val.images[i * len(val) // count] for i in range(count)))
+    by_row = {
+        row.key: training
         for row in experiment.rows
-        if (one := trained.first(experiment.name, row.key)) is not None
+        if (training := trainings.done(experiment.name, row.key)) is not None
     }
-    calls = {}
-    for one in of_row.values():
-        if one.name not in calls:
-            calls[one.name] = _call(one, trained, images)
-    if not calls:
-        return {}
-    timed = time_in_turns(calls, _ROUNDS)
-    return {key: 1000 * timed[one.name].median / count for key, one in of_row.items()}
+    unique = {training.name: training for training in by_row.values()}
+    calls = {name: _call(training, trainings, images) for name, training in unique.items()}
+    times = time_in_turns(calls, _ROUNDS) if calls else {}
+    return {key: 1000 * times[training.name].median / count for key, training in by_row.items()}
 
 
-def _call(training: Training, trained: Trained, images: Dataset) -> Callable[[], object]:
-    folder, device = training.folder(trained.place.out), trained.place.device
+def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable[[], object]:
+    """Return a function that detects objects in images that are loaded before."""
+    folder, device = training.folder(trainings.workers.out), trainings.workers.device
     if not training.rival:
         detector = Detector(load_checkpoint(folder), device=device, precision="float32")
-        return search_call(detector, images)
-    rival = load_rival(folder, choose_device(device))
-    recipe = training.recipe
-    batches = [
-        batch.to(choose_device(device))
-        for batch in eval_loader(
-            images,
-            batch_size=1,
-            image_size=recipe.data.image_size,
-            max_size=recipe.data.max_size,
-            fill=padding_colour(rival.network.pixel_mean),
-        )
-    ]
+        return detection_call(detector, images)
+    network, info = load_rival(folder, choose_device(device))
+    loader = eval_loader(
+        images,
+        batch_size=1,
+        image_size=info.settings.image_size,
+        max_size=info.max_size,
+        fill=padding_colour(network.pixel_mean),
+    )
+    batches = [batch.to(choose_device(device)) for batch in loader]
 
     def call() -> None:
         with torch.inference_mode():
             for batch in batches:
-                for one in rival.network.detect(batch):
-                    one.scores.cpu()
+                for detections in network.detect(batch):
+                    detections.scores.cpu()  # waits for the device
 
     return call
 
 
-def _plot_rows(result: TableResult, stem: Path) -> tuple[Path, ...]:
-    rows = [
-        TableRow(
-            line.label,
-            line.figures["AP"].mean if "AP" in line.figures else None,
-            line.figures["AP"].deviation if "AP" in line.figures else None,
-            None if line.published is None else line.published.ap,
-        )
-        for line in result.lines
-    ]
-    return paper_plots.plot_table(
-        rows, stem, title=result.heading, measured_on=str(result.about.get("data", ""))
-    )
+def _plot_table(result: TableResult, stem: Path) -> tuple[Path, ...]:
+    rows = []
+    for row in result.rows:
+        score = row.scores.get("AP")
+        mean, std = (None, None) if score is None else (score.mean, score.std)
+        published = None if row.published is None else row.published.ap
+        rows.append(TableRow(row.label, mean, std, published))
+    data = str(result.about.get("data", ""))
+    return paper_plots.plot_table(rows, stem, title=result.heading, measured_on=data)
 
 
-def _figure2(experiment: Experiment, result: TableResult, stem: Path) -> tuple[Path, ...]:
+def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> tuple[Path, ...]:
     published, measured = [], []
     seen: set[tuple[str, ...]] = set()
-    for row, line in zip(experiment.rows, result.lines, strict=True):
-        series, _, scale = row.key.partition("-")
+    for row, line in zip(experiment.rows, result.rows, strict=True):
+        scale = row.key.partition("-")[2] if row.trained else ""
         series = f"RetinaNet-{row.depth}" if row.trained else row.label
         if row.published is not None and row.published.milliseconds is not None:
-            published.append(
-                SpeedMark(
-                    series,
-                    row.published.milliseconds,
-                    row.published.ap,
-                    scale if row.trained else "",
-                )
-            )
-        # With one backbone in the place of two, two rows are one training.
-        if "AP" in line.figures and line.milliseconds is not None and line.folders not in seen:
+            mark = SpeedMark(series, row.published.milliseconds, row.published.ap, scale)
+            published.append(mark)
+        # With one backbone in place of two, two rows share a training.
+        if "AP" in line.scores and line.milliseconds is not None and line.folders not in seen:
             seen.add(line.folders)
-            measured.append(SpeedMark(series, line.milliseconds, line.figures["AP"].mean, scale))
+            measured.append(SpeedMark(series, line.milliseconds, line.scores["AP"].mean, scale))
     return paper_plots.plot_speed_accuracy(
         measured,
         stem,
@@ -356,51 +334,52 @@ def _figure2(experiment: Experiment, result: TableResult, stem: Path) -> tuple[P
     )
 
 
-def _figure4(
-    experiment: Experiment, out: Path, trained: Trained, about: dict[str, Any], stem: Path
+def _measure_figure4(
+    result: TableResult, out: Path, trainings: Trainings | None, stem: Path
 ) -> tuple[TableResult, list[Path]]:
-    row = experiment.rows[0]
-    training = trained.first(experiment.name, row.key)
-    outcomes = _outcomes(experiment, out, trained)
-    if training is None:
-        return gather(experiment, outcomes, about), []
-    found = loss_distribution(
-        training.folder(out), usable(trained.splits["val"])[0], device=trained.place.device
+    training = None if trainings is None else trainings.done(result.name, result.rows[0].key)
+    if trainings is None or training is None:
+        return result, []
+    val, device = usable(trainings.splits["val"])[0], trainings.workers.device
+    distribution = loss_distribution(training.folder(out), val, device=device)
+    write_atomic(
+        out / "fig4-distribution.json", json.dumps(distribution.to_dict(), indent=1) + "\n"
     )
-    write_atomic(out / "fig4-distribution.json", json.dumps(found.to_dict(), indent=1) + "\n")
+    curves = {"positives": distribution.positives, "negatives": distribution.negatives}
     hardest = {
-        kind: {one.gamma: one.hardest[0.2] for one in curves}
-        for kind, curves in (("positives", found.positives), ("negatives", found.negatives))
+        kind: {curve.gamma: curve.hardest[0.2] for curve in of_kind}
+        for kind, of_kind in curves.items()
     }
+    about = dict(result.about)
     for kind, shares in hardest.items():
         about[f"share of the loss in the hardest 20% of {kind}"] = ", ".join(
             f"gamma {gamma:g}: {100 * share:.0f}%" for gamma, share in shares.items()
         )
+    title = training.name.rpartition("-")[0]
     files = paper_plots.plot_loss_distribution(
-        found, stem, title=training.name.rpartition("-")[0], published=[(0.8, 0.5)]
+        distribution, stem, title=title, published=[(0.8, 0.5)]
     )
-    result = gather(experiment, outcomes, about)
-    return replace(result, claims=judge_distribution(hardest)), [*files]
+    return replace(result, claims=evaluate_loss_shares(hardest), about=about), [*files]
 
 
-def _figure7(result: TableResult, stem: Path) -> tuple[Path, ...]:
-    """The grid, with the settings that train as well as the focal loss, less half a point."""
-    by_key = {line.key: line.figures["AP"].mean for line in result.lines if "AP" in line.figures}
-    if "focal" not in by_key:
+def _plot_figure7(result: TableResult, stem: Path) -> tuple[Path, ...]:
+    """Plot the grid; settings with an AP of at least FL's less half a point are marked."""
+    aps = {row.key: row.scores["AP"].mean for row in result.rows if "AP" in row.scores}
+    if "focal" not in aps:
         return paper_plots.plot_star_grid(figures.star_curves(), stem, "AP over 33.5, COCO")
-    limit = by_key["focal"] - _EFFECTIVE
+    limit = aps["focal"] - _FIGURE_7_MARGIN
     effective = {}
-    for key, ap in by_key.items():
+    for key, ap in aps.items():
         kind, *numbers = key.split("-")
         if kind == "star":
-            effective[float(numbers[0]), float(numbers[1])] = ap > limit
+            gamma, beta = map(float, numbers)
+            effective[gamma, beta] = ap > limit
     return paper_plots.plot_star_grid(figures.star_curves(effective), stem, f"AP over {limit:.1f}")
 
 
-def _network(out: Path, trained: Trained | None) -> RetinaNet:
-    """The network of Figure 3: the first that was trained in this call, else the paper's."""
-    for one in () if trained is None else trained.planned.trainings:
-        result = trained.result(one) if trained is not None else None
-        if not one.rival and isinstance(result, Result) and result.metrics is not None:
-            return load_checkpoint(one.folder(out)).model
+def _network(out: Path, trainings: Trainings | None) -> RetinaNet:
+    """Return the network of Figure 3: the first that this command trained, else the paper's."""
+    for training in trainings.plan.trainings if trainings else ():
+        if trainings and not training.rival and trainings.is_done(training):
+            return load_checkpoint(training.folder(out)).model
     return RetinaNet(backbone="resnet50", num_classes=80)

@@ -29,7 +29,7 @@ from retinanet.losses.detection import Losses
 from retinanet.model.precision import autocast, choose_device
 from retinanet.paper.rivals import (
     RIVALS,
-    Rival,
+    RivalInfo,
     RivalNetwork,
     build_rival,
     check_rival,
@@ -95,7 +95,8 @@ def evaluate_rival(
         network: it is moved to `device`.
         device, precision: as in :mod:`retinanet.inference.backends`.
 
-    The others are those of :func:`retinanet.evaluation.run.search`. The metrics have no loss.
+    The others are those of :func:`retinanet.evaluation.predict.run_inference`; the metrics have no
+    loss.
 
     Raises:
         ConfigError: an unknown device or precision.
@@ -156,7 +157,7 @@ class _Subject:
         return build_rival(self._name, self._recipe, len(self._train_set.classes))
 
     def restore(self, folder: Path) -> nn.Module:
-        return load_rival(folder).network
+        return load_rival(folder)[0]
 
     def backward(
         self,
@@ -205,15 +206,15 @@ class _Subject:
 
     def write(self, folder: Path, model: nn.Module, step: int) -> None:
         data = self._recipe.data
-        rival = Rival(
-            cast(RivalNetwork, model),
-            self._train_set.classes,
-            self._train_set.category_ids,
-            data.image_size,
-            data.max_size,
-            {"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
+        network = cast(RivalNetwork, model)
+        info = RivalInfo(
+            settings=network.settings,
+            classes=self._train_set.classes,
+            category_ids=self._train_set.category_ids,
+            max_size=data.max_size,
+            split={"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
         )
-        write_rival(folder, rival)
+        write_rival(folder, network, info)
 
     def report_nonfinite(
         self,

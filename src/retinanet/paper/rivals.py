@@ -1,22 +1,18 @@
-"""Other detectors on our backbone: Faster R-CNN with a pyramid (two stages), and SSD (one).
+"""Other detectors on this package's backbone: Faster R-CNN with FPN (two stages) and SSD (one).
 
-Lin et al. 2017, Table 2, sets RetinaNet against the published figures of such detectors. Here they
-are trained on the same images for as many steps (:mod:`retinanet.paper.rival_training`), so that
-the claim can be tested anywhere. Proposals, heads, matching, sampling, losses and post-processing
-are torchvision's (``torchvision.models.detection``); around them stand our backbone with our
-weights, our batches and our :class:`~retinanet.structures.Detections`. torchvision counts the
-background as class 0: labels are shifted in :func:`as_torchvision` and in ``detect``, nowhere else.
+Lin et al. 2017, Table 2, compares RetinaNet with the published values of such detectors. Here they
+are trained on the same images for as many steps (:mod:`retinanet.paper.rival_training`). The
+detectors are torchvision's (``torchvision.models.detection``) with our backbone and weights, our
+batches and our :class:`~retinanet.structures.Detections`. In torchvision label 0 is the background:
+labels are shifted in :func:`as_torchvision` and in :meth:`RivalNetwork.detect` only.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.ssd import SSD, SSDHead
-from torchvision.ops import FeaturePyramidNetwork, box_iou
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from retinanet.config import Recipe, check_choice
@@ -42,45 +39,39 @@ from retinanet.model.backbone import Backbone, build_backbone, check_state
 from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import Batch, Detections, Targets
 
+RIVALS = ("faster_rcnn", "ssd")
+"""Names of the detectors."""
+
 WEIGHTS_FILE = "rival.safetensors"
-TEXT_FILE = "rival.json"
-FORMAT = "retinanet rival"
-FORMAT_VERSION = 1
-
-_PAPER_SHARE = 32 / 600
-"""Side of the paper's smallest anchors as a share of the image's; SSD's go with it."""
-
-# SSD512 as trained on COCO (Liu et al. 2016, arXiv:1512.02325, Sec. 3.4, and its published code):
-# sides of the default boxes as shares of the image's. The first level has one of its own; from
-# the second to the last they rise evenly, and a further one belongs to the last level's larger
-# square.
-_SSD_FIRST = 0.04
-_SSD_SECOND = 0.1
-_SSD_LAST = 0.9
-_SSD_BEYOND = 1.06
+INFO_FILE = "rival.json"
 
 SSD_MAPS = 3
-"""Maps of the backbone that SSD looks at: C3, C4 and C5, strides 8 to 32 as SSD512."""
+"""Maps of the backbone that SSD uses: C3, C4 and C5, strides 8 to 32 as SSD512."""
+
+# Box sides of SSD512 for COCO as fractions of the image's (Liu et al. 2016, arXiv:1512.02325, Sec.
+# 3.4, and its published code): first and second level, last level, and one beyond.
+_SSD_FIRST, _SSD_SECOND, _SSD_LAST, _SSD_BEYOND = 0.04, 0.1, 0.9, 1.06
+_SMALLEST_ANCHOR = 32 / 600  # of the paper, as a fraction of the image's side
 
 
 class RivalSettings(BaseModel):
-    """All that builds a rival again: plain values, as ``rival.json`` keeps them.
+    """All that builds a rival.
 
     Attributes:
         rival: a name of :data:`RIVALS`.
         num_classes: K, without the background.
         backbone, norm, frozen_stages, norm_eps, stride_padding, pixel_mean, pixel_std, channels:
             as in :class:`retinanet.model.retinanet.RetinaNet`.
-        sizes: square root of the anchors' area in pixels, a level from P2 to P6.
+        sizes: anchor sizes in pixels, per level from P2 to P6.
         aspect_ratios: height / width, of Faster R-CNN's anchors.
-        image_size: shorter side of the images, pixels; SSD's boxes are shares of it.
-        score_threshold, nms_threshold, detections_per_image: of what is found.
-        topk_candidates: SSD's boxes of a class that NMS looks at.
+        image_size: shorter side of the images in pixels; SSD's boxes are fractions of it.
+        score_threshold, nms_threshold, detections_per_image: of the detections.
+        topk_candidates: SSD's boxes per class before NMS.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rival: str
+    rival: Literal["faster_rcnn", "ssd"]
     num_classes: int = Field(ge=1)
     backbone: str
     norm: str
@@ -99,14 +90,23 @@ class RivalSettings(BaseModel):
     topk_candidates: int
 
 
-class RivalNetwork(nn.Module, ABC):
-    """Another detector, on our backbone, images and labels.
+class RivalNetwork(nn.Module):
+    """A detector of torchvision with our backbone, images and labels; random weights.
+
+    Faster R-CNN: Ren et al. 2015 (arXiv:1506.01497) with FPN (Lin et al. 2017, arXiv:1612.03144,
+    Sec. 4 and 5): levels P2 to P6 with one anchor size each; the rest as in torchvision.
+
+    SSD: Liu et al. 2016 (arXiv:1512.02325), with the losses, box sizes and aspect ratios of SSD512,
+    except: our backbone instead of VGG-16, no L2 norm of the first map, images that keep their
+    aspect ratio, and our augmentation. Levels are added, each half as large as the one before,
+    until one cell covers an image (:func:`ssd_strides`).
 
     Attributes:
-        settings: what builds it again; the weights are then random.
+        settings: builds it again.
         num_classes: K, without the background.
-        pixel_mean, pixel_std: (3, 1, 1) of 0..255 RGB, subtracted and divided by inside.
-        backbone: :class:`retinanet.model.backbone.Backbone`.
+        pixel_mean, pixel_std: (3, 1, 1), RGB 0..255.
+        backbone: ours.
+        detector: torchvision's; it uses the backbone but does not register it.
     """
 
     pixel_mean: Tensor
@@ -126,234 +126,236 @@ class RivalNetwork(nn.Module, ABC):
             norm_eps=settings.norm_eps,
             stride_padding=settings.stride_padding,
         )
-        self.check_backbone(settings.backbone, self.backbone)
-
-    @classmethod
-    def check_backbone(cls, name: str, backbone: Backbone) -> None:
-        """That a backbone has the maps that are looked at; C3 to C5 every one has.
-
-        Raises:
-            ConfigError: it has not.
-        """
+        build = _faster_rcnn if settings.rival == "faster_rcnn" else _ssd
+        self.detector = build(settings, self.backbone)
+        self.detector.transform = _Normalize(settings)
 
     def losses(self, batch: Batch) -> Losses:
-        """The losses to train with, in training mode; random samples come from torch's generator.
+        """Compute the losses in training mode; samplers draw from torch's generator.
 
         Args:
-            batch: as :func:`retinanet.data.loading.train_loader` makes it, on the network's device.
-                Objects that are ignored are left out: torchvision's samplers know none.
+            batch: of :func:`retinanet.data.loading.train_loader`, on the network's device. Ignored
+                objects are left out: torchvision has no such label.
 
         Returns:
-            Classification and box losses, each summed over the stages; what is counted as
-            foreground are sampled proposals (Faster R-CNN) or default boxes (SSD).
+            Classification and box losses, each summed over the stages. `foreground` is the number
+            of objects per image.
 
         Raises:
             ValueError: the network is in evaluation mode.
         """
         if not self.training:
-            raise ValueError("losses are those of training mode: call train() first")
-        return self._losses(batch)
+            raise ValueError("losses need training mode: call train() first")
+        targets = as_torchvision(batch.targets)
+        # The whole batch: in training an image may be in any corner of it.
+        losses: dict[str, Tensor] = self.detector(list(batch.images.float()), targets)
+        box = sum(loss for name, loss in losses.items() if "box" in name)
+        classification = sum(loss for name, loss in losses.items() if "box" not in name)
+        objects = (batch.targets.labels >= 0).sum(1)
+        normaliser = objects.sum().clamp(min=1).float()
+        return Losses(classification, box, objects, normaliser)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def detect(self, batch: Batch) -> list[Detections]:
-        """What is found in each image, best first, in evaluation mode.
+        """Detect objects in evaluation mode.
 
         Args:
-            batch: as :func:`retinanet.data.loading.eval_loader` makes it, on the network's device;
-                its targets are not looked at.
+            batch: of :func:`retinanet.data.loading.eval_loader`, on the network's device.
 
         Returns:
-            Boxes in the pixels of the original image and within it, labels 0..K-1.
+            Detections per image, highest score first, boxes in pixels of the original image,
+            labels 0..K-1.
 
         Raises:
             ValueError: the network is in training mode.
         """
         if self.training:
-            raise ValueError("detection is for evaluation mode: call eval() first")
-        found = self._detect(batch)
+            raise ValueError("detection needs evaluation mode: call eval() first")
         sizes, originals = batch.sizes.tolist(), batch.original_sizes.tolist()
+        images = [
+            image[:, :height, :width].float()
+            for image, (height, width) in zip(batch.images, sizes, strict=True)
+        ]
         return [
-            # torchvision's class 0 is the background.
-            Detections(to_original(boxes, size, original), scores, labels - 1)
-            for (boxes, scores, labels), size, original in zip(found, sizes, originals, strict=True)
+            Detections(
+                to_original(found["boxes"], size, original), found["scores"], found["labels"] - 1
+            )
+            for found, size, original in zip(self.detector(images), sizes, originals, strict=True)
         ]
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 or float 0..255 to float32, as the backbone's weights want it."""
-        return (images.float() - self.pixel_mean) / self.pixel_std
 
-    @abstractmethod
-    def _losses(self, batch: Batch) -> Losses: ...
-
-    @abstractmethod
-    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Boxes in the network's pixels, scores, and torchvision's labels of each image."""
-
-
-class FasterRCNNRival(RivalNetwork):
-    """Faster R-CNN with a feature pyramid.
-
-    Source: Ren et al. 2015 (arXiv:1506.01497); Lin et al. 2017 (arXiv:1612.03144), Sec. 4 and 5:
-    levels P2 to P6, one anchor size a level, 2000 proposals in training and 1000 in use, 512 of
-    them sampled with a quarter foreground. Whatever is not in the settings is torchvision's default
-    (smooth L1 with beta 1/9, heads of two layers of 1024, RoIAlign of 7 x 7).
-    """
+class _Normalize(GeneralizedRCNNTransform):  # type: ignore[misc]
+    """Normalizes images of 0..255 and pads them to multiples of 32, without a resize."""
 
     def __init__(self, settings: RivalSettings) -> None:
-        super().__init__(settings)
-        widths = list(self.backbone.channels)
-        self.pyramid = FeaturePyramidNetwork(widths, settings.channels, LastLevelMaxPool())
-        generator = _Anchors(
-            tuple((size,) for size in settings.sizes), (settings.aspect_ratios,) * 5
+        side = settings.image_size
+        super().__init__(side, side, settings.pixel_mean, settings.pixel_std, DIVISOR)
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        return image, target
+
+
+class _Features(nn.Module):
+    """The backbone's maps with more levels on top, as torchvision's detectors take them."""
+
+    def __init__(
+        self, backbone: Backbone, levels: nn.Module, out_channels: int | list[int]
+    ) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # in a tuple: registered in RivalNetwork only
+        self.levels = levels
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self._backbone[0](images)
+        result: dict[str, Tensor] = self.levels({str(i): level for i, level in enumerate(maps)})
+        return result
+
+
+def _faster_rcnn(settings: RivalSettings, backbone: Backbone) -> FasterRCNN:
+    _check_stride_4(settings.backbone, backbone)
+    channels, num_classes = settings.channels, settings.num_classes + 1
+    pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
+    anchors = _Anchors(tuple((size,) for size in settings.sizes), (settings.aspect_ratios,) * 5)
+    align = _RoIAlign(["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+    return FasterRCNN(
+        _Features(backbone, pyramid, channels),
+        rpn_anchor_generator=anchors,
+        rpn_head=_ProposalHead(channels, anchors.num_anchors_per_location()[0]),
+        box_roi_pool=align,
+        box_head=TwoMLPHead(channels * 7**2, 1024),
+        box_predictor=_Predictor(1024, num_classes),
+        box_score_thresh=settings.score_threshold,
+        box_nms_thresh=settings.nms_threshold,
+        box_detections_per_img=settings.detections_per_image,
+    )
+
+
+def _check_stride_4(name: str, backbone: Backbone) -> None:
+    if backbone.channels[0] == 0:
+        raise ConfigError(
+            f"faster_rcnn needs a feature map at stride 4, which backbone {name!r} does not have: "
+            "use another backbone"
         )
-        per_cell = generator.num_anchors_per_location()[0]
-        pieces = FasterRCNN(
-            _no_backbone(settings.channels),
-            settings.num_classes + 1,
-            rpn_anchor_generator=generator,
-            rpn_head=_ProposalHead(settings.channels, per_cell),
-            box_score_thresh=settings.score_threshold,
-            box_nms_thresh=settings.nms_threshold,
-            box_detections_per_img=settings.detections_per_image,
-        )
-        self.rpn, self.roi_heads = pieces.rpn, pieces.roi_heads
 
-    @classmethod
-    def check_backbone(cls, name: str, backbone: Backbone) -> None:
-        if backbone.channels[0] == 0:
-            raise ConfigError(
-                f"faster_rcnn looks at C2, and backbone {name!r} has no feature map at stride 4: "
-                "choose another backbone"
-            )
 
-    def _losses(self, batch: Batch) -> Losses:
-        # In training an image may lie in any corner of the batch, so that no size says where it
-        # ends; boxes are cut to the batch.
-        sizes = [_padded_size(batch)] * len(batch.images)
-        targets = as_torchvision(batch.targets)
-        features = self._features(batch.images)
-        proposals, first = self.rpn(ImageList(batch.images, sizes), features, targets)
-        proposals, _, labels, deltas = self.roi_heads.select_training_samples(proposals, targets)
-        outputs = self._second_stage(features, proposals, batch)
-        classification, box = fastrcnn_loss(*outputs, labels, deltas)
-        return _losses_of(
-            classification + first["loss_objectness"],
-            box + first["loss_rpn_box_reg"],
-            [(one > 0).sum() for one in labels],
-        )
+class _Anchors(AnchorGenerator):  # type: ignore[misc]
+    """In float32 also under autocast: bfloat16 cannot represent pixel 257."""
 
-    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        sizes = _sizes(batch)
-        features = self._features(batch.images)
-        proposals, _ = self.rpn(ImageList(batch.images, sizes), features)
-        logits, deltas = self._second_stage(features, proposals, batch)
-        found = self.roi_heads.postprocess_detections(logits, deltas, proposals, sizes)
-        return list(zip(*found, strict=True))
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        anchors: list[Tensor] = super().forward(images, _float32_like(maps))
+        return anchors
 
-    def _features(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.backbone(self.normalised(images))
-        levels: dict[str, Tensor] = self.pyramid({str(i): one for i, one in enumerate(maps)})
-        return levels
 
-    def _second_stage(
-        self, features: dict[str, Tensor], proposals: list[Tensor], batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """(N, K + 1) logits and (N, 4 (K + 1)) deltas of all proposals, float32."""
-        # torchvision infers the levels' strides from the first sizes that it is given and keeps
-        # them: those of the batch, which the maps are of, and not those of the images in it.
-        pooled = self.roi_heads.box_roi_pool(features, proposals, [_padded_size(batch)])
-        logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+class _ProposalHead(RPNHead):  # type: ignore[misc]
+    """With float32 outputs also under autocast."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(maps)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
+    """With float32 outputs also under autocast."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = super().forward(features)
         return logits.float(), deltas.float()
 
 
-class SSDRival(RivalNetwork):
-    """SSD: default boxes on C3 to C5 and coarser levels, each with a head of its own.
+class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
+    """With strides 4 to 32, which torchvision infers from the first, perhaps unpadded, images."""
 
-    Source: Liu et al. 2016 (arXiv:1512.02325): three hard negatives for each positive, smooth L1,
-    box sizes and aspect ratios of SSD512. Where it departs: our backbone instead of VGG-16 (as
-    SSD513 of Fu et al. 2017 has ResNet-101), no L2 norm of the first map, images that keep their
-    aspect ratio, and our augmentation. Levels, each half as large as the one before, are added
-    until one cell holds an image (:func:`ssd_strides`). Default boxes are those of a square
-    image with sides of ``image_size``, tiled on over whatever the batch holds, so that padding
-    does not change them. The small ones go with RetinaNet's smallest anchor, the largest always
-    cover the image (:func:`ssd_shares`).
-    """
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], _: Any) -> Tensor:
+        height, width = maps["0"].shape[-2:]
+        pooled: Tensor = super().forward(maps, boxes, [(4 * height, 4 * width)])
+        return pooled
 
-    def __init__(self, settings: RivalSettings) -> None:
-        super().__init__(settings)
-        strides = ssd_strides(settings.image_size)
-        widths = list(self.backbone.channels[-SSD_MAPS:])
-        self.extra = nn.ModuleList()
-        for _ in strides[SSD_MAPS:]:
-            self.extra.append(_halving(widths[-1], settings.channels))
-            widths.append(settings.channels)
-        steps, self._shifts = _centred(strides, settings.image_size)
-        generator = DefaultBoxGenerator(
-            [[2], *[[2, 3]] * (len(strides) - 3), [2], [2]],
-            scales=ssd_shares(len(strides), settings.sizes[0] / settings.image_size),
-            steps=steps,
-        )
-        side = settings.image_size
-        classes = settings.num_classes + 1
-        self.ssd = SSD(
-            nn.Identity(),
-            generator,
-            (side, side),
-            classes,
-            head=SSDHead(widths, generator.num_anchors_per_location(), classes),
-            score_thresh=settings.score_threshold,
-            nms_thresh=settings.nms_threshold,
-            detections_per_img=settings.detections_per_image,
-            topk_candidates=settings.topk_candidates,
-        )
 
-    def _losses(self, batch: Batch) -> Losses:
-        targets = as_torchvision(batch.targets)
-        outputs, boxes = self._outputs(batch)
-        matches = [
-            self.ssd.proposal_matcher(box_iou(one["boxes"], default))
-            if len(one["boxes"])
-            else torch.full((len(default),), -1, device=default.device)
-            for one, default in zip(targets, boxes, strict=True)
-        ]
-        losses = self.ssd.compute_loss(targets, outputs, boxes, matches)
-        return _losses_of(
-            losses["classification"],
-            losses["bbox_regression"],
-            [(one >= 0).sum() for one in matches],
-        )
+def _ssd(settings: RivalSettings, backbone: Backbone) -> SSD:
+    side, num_classes = settings.image_size, settings.num_classes + 1
+    strides = ssd_strides(side)
+    widths = list(backbone.channels[-SSD_MAPS:])
+    extra = nn.ModuleList()
+    for _ in strides[SSD_MAPS:]:
+        extra.append(_halving(widths[-1], settings.channels))
+        widths.append(settings.channels)
+    boxes = _DefaultBoxes(strides, side, settings.sizes[0] / side)
+    return SSD(
+        _Features(backbone, _SSDLevels(extra), widths),
+        boxes,
+        (side, side),
+        num_classes,
+        head=_SSDHead(widths, boxes.num_anchors_per_location(), num_classes),
+        score_thresh=settings.score_threshold,
+        nms_thresh=settings.nms_threshold,
+        detections_per_img=settings.detections_per_image,
+        topk_candidates=settings.topk_candidates,
+    )
 
-    def _detect(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        outputs, boxes = self._outputs(batch)
-        found = self.ssd.postprocess_detections(outputs, boxes, _sizes(batch))
-        return [(one["boxes"], one["scores"], one["labels"]) for one in found]
 
-    def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Logits (B, R, K + 1) and deltas (B, R, 4), float32, and each image's (R, 4) boxes."""
-        maps = list(self.backbone(self.normalised(batch.images))[-SSD_MAPS:])
-        # Small maps, in float32 whatever autocast says: on a map of a single cell torch's CPU
-        # kernels have no sound bfloat16 gradient for a convolution of stride 2.
-        with torch.autocast(batch.images.device.type, enabled=False):
-            level = maps[-1].float()
+class _SSDLevels(nn.Module):
+    """C3 to C5 and the levels on top of them."""
+
+    def __init__(self, extra: nn.ModuleList) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        levels = list(maps.values())[-SSD_MAPS:]
+        # In float32: on a map with one cell the bfloat16 gradient of a stride-2 convolution is
+        # wrong on CPUs.
+        with torch.autocast(levels[-1].device.type, enabled=False):
+            level = levels[-1].float()
             for block in self.extra:
                 level = block(level)
-                maps.append(level)
-        outputs = {name: one.float() for name, one in self.ssd.head(maps).items()}
-        square = torch.empty((self.settings.image_size,) * 2, device="meta")
-        cells = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in maps]
-        boxes = self.ssd.anchor_generator(ImageList(square, _sizes(batch)), cells)
-        per_cell = self.ssd.anchor_generator.num_anchors_per_location()
-        counts = [one.shape[-2] * one.shape[-1] * n for one, n in zip(maps, per_cell, strict=True)]
-        shift = torch.cat(
-            [torch.full((n, 1), one) for n, one in zip(counts, self._shifts, strict=True)]
-        ).to(batch.images.device, non_blocking=True)
-        return outputs, [one + shift for one in boxes]
+                levels.append(level)
+        return {str(i): level for i, level in enumerate(levels)}
+
+
+class _SSDHead(SSDHead):  # type: ignore[misc]
+    """With float32 outputs also under autocast."""
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        return {name: output.float() for name, output in super().forward(maps).items()}
+
+
+class _DefaultBoxes(DefaultBoxGenerator):  # type: ignore[misc]
+    """Default boxes of a square image with sides of `image_size`, whatever the padding.
+
+    Feature maps are rounded up, so the cells of a level reach beyond the image: each level is
+    shifted to be centred on it, so that all centres are inside.
+    """
+
+    def __init__(self, strides: Sequence[int], image_size: int, smallest: float) -> None:
+        padded = math.ceil(image_size / DIVISOR) * DIVISOR
+        cells = [math.ceil(padded / stride) for stride in strides]
+        # Less than the stride only where the padding alone is more than a cell of a fine level.
+        steps = [
+            min(stride, image_size / max(1, count - 1))
+            for stride, count in zip(strides, cells, strict=True)
+        ]
+        super().__init__(
+            [[2], *[[2, 3]] * (len(strides) - 3), [2], [2]],
+            scales=ssd_scales(len(strides), smallest),
+            steps=steps,
+        )
+        self._side = image_size
+        self._shifts = [(image_size - n * step) / 2 for n, step in zip(cells, steps, strict=True)]
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        square = ImageList(torch.empty(self._side, self._side, device="meta"), images.image_sizes)
+        boxes: list[Tensor] = super().forward(square, _float32_like(maps))
+        counts = zip(maps, self.num_anchors_per_location(), self._shifts, strict=True)
+        shifts = [torch.full((level[0, 0].numel() * n, 1), shift) for level, n, shift in counts]
+        shift = torch.cat(shifts).to(boxes[0].device, non_blocking=True)
+        return [of_image + shift for of_image in boxes]
 
 
 def ssd_strides(image_size: int) -> list[int]:
-    """Strides of SSD's levels, pixels: C3 to C5, then doubled until one reaches the image's side.
+    """Return SSD's strides in pixels: 8, 16, 32, then doubled until one covers the image.
 
-    So the coarsest level is a single cell, as SSD300's and SSD512's are.
+    The coarsest level has a single cell, as in SSD300 and SSD512.
     """
     strides = [8, 16, 32]
     while strides[-1] < image_size:
@@ -361,115 +363,44 @@ def ssd_strides(image_size: int) -> list[int]:
     return strides
 
 
-def ssd_shares(levels: int, smallest: float) -> list[float]:
-    """Sides of SSD's default boxes as shares of the image's, one a level and one beyond.
+def ssd_scales(levels: int, smallest: float) -> list[float]:
+    """Return box sides as fractions of the image's, one per level and one beyond.
 
     The first two are SSD512's, scaled so that the smallest box is 3/4 of RetinaNet's smallest
-    anchor, as the two papers' are (.04 x 600 px and 32 px). The last is SSD512's whatever the
-    number of levels, so that one box is as large as the image; between them they rise evenly.
+    anchor, as in the two papers (.04 x 600 px and 32 px). The last is SSD512's, so that one box is
+    as large as the image; those between increase evenly.
 
     Args:
         levels: at least 3.
-        smallest: side of RetinaNet's smallest anchor as a share of the image's.
+        smallest: side of RetinaNet's smallest anchor as a fraction of the image's.
     """
-    factor = smallest / _PAPER_SHARE
-    # Never falling, where the smallest anchor is nearly as large as the image.
-    first = min(factor * _SSD_FIRST, _SSD_LAST)
-    second = min(factor * _SSD_SECOND, _SSD_LAST)
-    rise = (_SSD_LAST - second) / (levels - 2)
-    return [first, *(second + rise * i for i in range(levels - 1)), _SSD_BEYOND]
+    factor = smallest / _SMALLEST_ANCHOR
+    # Not decreasing if the smallest anchor is nearly as large as the image.
+    first, second = (min(factor * scale, _SSD_LAST) for scale in (_SSD_FIRST, _SSD_SECOND))
+    step = (_SSD_LAST - second) / (levels - 2)
+    return [first, *(second + step * i for i in range(levels - 1)), _SSD_BEYOND]
 
 
-def _centred(strides: Sequence[int], side: int) -> tuple[list[float], list[float]]:
-    """Steps between the default boxes of each level, and how far the level is moved, pixels.
-
-    Maps are rounded up, so that the cells of a level reach beyond an image of `side`: they are
-    moved until they stick out as far on both sides, and all their centres lie in the image.
-    """
-    padded = math.ceil(side / DIVISOR) * DIVISOR
-    steps, shifts = [], []
-    for stride in strides:
-        cells = math.ceil(padded / stride)
-        # Closer than the stride only where padding alone is more than a cell of a fine level.
-        step = min(stride, side / max(1, cells - 1))
-        steps.append(step)
-        shifts.append((side - cells * step) / 2)
-    return steps, shifts
+def _halving(width: int, channels: int) -> nn.Sequential:
+    """Build one of SSD's additional levels (its Figure 2): 1x1, then 3x3 with stride 2."""
+    narrow = max(1, channels // 2)
+    first, second = nn.Conv2d(width, narrow, 1), nn.Conv2d(narrow, channels, 3, 2, 1)
+    for layer in (first, second):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True))
 
 
-RIVALS: dict[str, type[RivalNetwork]] = {
-    "faster_rcnn": FasterRCNNRival,
-    "ssd": SSDRival,
-}
-"""Rivals by name."""
-
-
-def check_rival(name: str, recipe: Recipe) -> None:
-    """That a rival goes with a recipe, before anything is made of them.
-
-    Raises:
-        ConfigError: there is no such rival or backbone, or a setting does not go with it.
-        MissingExtraError: timm is not installed.
-    """
-    _check_settings(name, recipe)
-    backbone = recipe.model.backbone
-    # On the CPU and not on the meta device: some of timm's read numbers as they are built.
-    RIVALS[name].check_backbone(backbone, build_backbone(backbone))
-
-
-def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
-    """A rival that is ready to be trained as a RetinaNet with that recipe would be.
-
-    Its backbone, with its weights, frozen stages, norm and pixel statistics, is what
-    :func:`retinanet.model.retinanet.build_retinanet` makes of ``recipe.model``. Anchor sizes are
-    ``recipe.anchors.sizes``, one level lower (P2 to P6 instead of P3 to P7, as in the pyramid's
-    paper; octave scales are RetinaNet's own); with ``model.p2`` they are given from P2 on already.
-
-    Args:
-        name: of :data:`RIVALS`.
-        recipe: ``model``, ``anchors``, ``data.image_size`` and ``detect`` are read.
-        num_classes: K, without the background.
-
-    Raises:
-        ConfigError: there is no such rival, or a setting does not go with it.
-        WeightsError: the backbone's weights cannot be had or do not fit.
-        MissingExtraError: timm is not installed.
-    """
-    # What is built first, and draws from torch's generator first, is what RetinaNet begins with.
-    _check_settings(name, recipe)
-    ours = build_retinanet(
-        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
-    )
-    kept = ("backbone", "norm", "frozen_stages", "norm_eps", "stride_padding", "pixel_mean",
-            "pixel_std", "channels", "aspect_ratios")  # fmt: skip
-    detect = recipe.detect.model_dump(exclude={"class_agnostic_nms"})
-    settings = RivalSettings(
-        rival=name,
-        num_classes=num_classes,
-        sizes=ours.spec["sizes"][:5],
-        image_size=recipe.data.image_size,
-        **{key: ours.spec[key] for key in kept},
-        **detect,
-    )
-    network = RIVALS[name](settings)
-    network.backbone.load_state_dict(ours.backbone.state_dict())
-    return _channels_last(network)
-
-
-def _check_settings(name: str, recipe: Recipe) -> None:
-    check_choice("rival", name, RIVALS)
-    if recipe.detect.class_agnostic_nms:
-        raise ConfigError(
-            f"{name} has torchvision's NMS, class by class: set detect.class_agnostic_nms=false"
-        )
+def _float32_like(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one channel with the maps' sizes."""
+    return [level.new_empty(level.shape[-2:], dtype=torch.float32) for level in maps]
 
 
 def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
-    """Each image's objects as torchvision takes them, without padding and ignored ones.
+    """Convert targets to torchvision's, without padding and ignored objects.
 
     Returns:
-        A dict an image: ``boxes`` (M, 4) float32 pixels and ``labels`` (M,) int64 1..K, where 0 is
-        the background.
+        Per image: ``boxes`` (M, 4) float32 pixels, ``labels`` (M,) int64 1..K; 0 is the background.
     """
     return [
         {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + 1}
@@ -477,189 +408,142 @@ def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
     ]
 
 
-@dataclass(frozen=True)
-class Rival:
-    """A trained rival and all that is needed to use it.
+def check_rival(name: str, recipe: Recipe) -> None:
+    """Check that a rival can be built with a recipe, before anything is written.
+
+    Raises:
+        ConfigError: there is no such rival or backbone, or a setting is not supported.
+        MissingExtraError: timm is not installed.
+    """
+    _check_settings(name, recipe)
+    # Not on the meta device: some of timm's backbones compute with values while they are built.
+    backbone = build_backbone(recipe.model.backbone)
+    if name == "faster_rcnn":
+        _check_stride_4(recipe.model.backbone, backbone)
+
+
+def _check_settings(name: str, recipe: Recipe) -> None:
+    check_choice("rival", name, RIVALS)
+    if recipe.detect.class_agnostic_nms:
+        raise ConfigError(
+            f"{name} has torchvision's NMS per class: set detect.class_agnostic_nms=false"
+        )
+
+
+def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
+    """Build a rival for training with a recipe.
+
+    Its backbone, weights, frozen stages, norm and pixel statistics are what
+    :func:`retinanet.model.retinanet.build_retinanet` makes of ``recipe.model``. Anchor sizes are
+    ``recipe.anchors.sizes``, one level lower (P2 to P6 instead of P3 to P7, as in FPN's paper);
+    with ``model.p2`` they start at P2 already.
+
+    Args:
+        name: of :data:`RIVALS`.
+        recipe: ``model``, ``anchors``, ``data.image_size`` and ``detect`` are used.
+        num_classes: K, without the background.
+
+    Raises:
+        ConfigError: there is no such rival, or a setting is not supported.
+        WeightsError: the backbone's weights are missing or do not fit.
+        MissingExtraError: timm is not installed.
+    """
+    _check_settings(name, recipe)
+    # Built first, so with the random numbers that RetinaNet starts with.
+    ours = build_retinanet(
+        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
+    )
+    shared = ("backbone", "norm", "frozen_stages", "norm_eps", "stride_padding", "pixel_mean",
+              "pixel_std", "channels", "aspect_ratios")  # fmt: skip
+    settings = RivalSettings(
+        rival=name,
+        num_classes=num_classes,
+        sizes=ours.spec["sizes"][:5],
+        image_size=recipe.data.image_size,
+        **{key: ours.spec[key] for key in shared},
+        **recipe.detect.model_dump(exclude={"class_agnostic_nms"}),
+    )
+    network = RivalNetwork(settings)
+    network.backbone.load_state_dict(ours.backbone.state_dict())
+    return _channels_last(network)
+
+
+class RivalInfo(BaseModel):
+    """``rival.json``: what a checkpoint has besides the weights.
 
     Attributes:
-        network: in evaluation mode.
-        classes: names, in the order of its labels 0..K-1.
+        settings: of the network.
+        classes: names in the order of the labels 0..K-1.
         category_ids: the data's own id of each class.
-        image_size: shorter side of its input, pixels.
-        max_size: longer side at most.
-        split: ``seed`` and ``val_fraction``: how the data was split where it came without splits.
+        max_size: longer side of the input at most, pixels.
+        split: ``seed`` and ``val_fraction`` of the validation split.
     """
-
-    network: RivalNetwork
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    image_size: int
-    max_size: int
-    split: Mapping[str, int | float]
-
-
-class _Text(BaseModel):
-    """``rival.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: str
-    version: int
+    format: Literal["retinanet rival"] = "retinanet rival"
+    version: Literal[1] = 1
+    settings: RivalSettings
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     max_size: int = Field(ge=1)
-    split: dict[str, int | float]
-    settings: RivalSettings
+    split: Mapping[str, int | float]
 
 
-def write_rival(folder: Path, rival: Rival) -> None:
+def write_rival(folder: Path, network: RivalNetwork, info: RivalInfo) -> None:
     """Write ``rival.safetensors`` and ``rival.json`` into a folder that exists."""
-    state = rival.network.state_dict()
-    save_file(
-        {name: one.detach().cpu().contiguous() for name, one in state.items()},
-        str(folder / WEIGHTS_FILE),
-        metadata={"format": "pt"},
-    )
-    text = _Text(
-        format=FORMAT,
-        version=FORMAT_VERSION,
-        classes=rival.classes,
-        category_ids=rival.category_ids,
-        max_size=rival.max_size,
-        split=dict(rival.split),
-        settings=rival.network.settings,
-    )
-    write_atomic(folder / TEXT_FILE, text.model_dump_json(indent=1) + "\n")
+    state = network.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    write_atomic(folder / INFO_FILE, info.model_dump_json(indent=1) + "\n")
 
 
-def load_rival(path: str | Path, device: torch.device | str = "cpu") -> Rival:
-    """Read a rival's checkpoint; its network comes in evaluation mode. Opening one runs no code.
+def load_rival(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[RivalNetwork, RivalInfo]:
+    """Load a rival's checkpoint; the network is in evaluation mode.
 
     Args:
-        path: a run folder (its best, else its last) or a checkpoint folder.
-        device: where the network goes.
+        path: run folder (``best``, else ``last``) or checkpoint folder.
+        device: for the network.
 
     Raises:
-        WeightsError: there is no such checkpoint, or it is damaged or made for something else.
+        WeightsError: the checkpoint is missing, damaged, or of another kind.
         MissingExtraError: its backbone needs timm.
     """
-    folder = _find(Path(path))
-    text = _read_text(folder / TEXT_FILE)
+    folders = [readable_folder(Path(path) / name) for name in (".", "best", "last")]
+    folder = next((folder for folder in folders if (folder / INFO_FILE).is_file()), None)
+    if folder is None:
+        raise WeightsError(
+            f"no {INFO_FILE} in {path} or its best/ and last/: give the run folder of a rival"
+        )
+    file = folder / INFO_FILE
     try:
-        network = RIVALS[text.settings.rival](text.settings)
-    except (ConfigError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{folder / TEXT_FILE} describes no network: {error}") from None
+        info = RivalInfo.model_validate_json(file.read_text("utf-8"))
+        network = RivalNetwork(info.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WeightsError(f"{file}: {where or 'invalid'}: {first['msg']}") from None
+    except (OSError, ConfigError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"invalid model configuration in {file}: {error}") from None
+    counts = (len(info.classes), len(info.category_ids), network.num_classes)
+    if len(set(counts)) != 1:
+        raise WeightsError(
+            f"{file}: {counts[0]} classes, {counts[1]} category_ids and a network with {counts[2]} "
+            "classes"
+        )
     try:
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
     check_state(network.state_dict(), state, f"weights of {folder}")
     network.load_state_dict(state)
-    return Rival(
-        _channels_last(network).to(device).eval(),
-        text.classes,
-        text.category_ids,
-        text.settings.image_size,
-        text.max_size,
-        text.split,
-    )
-
-
-def _find(path: Path) -> Path:
-    for candidate in map(readable_folder, (path, path / "best", path / "last")):
-        if (candidate / TEXT_FILE).is_file():
-            return candidate
-    raise WeightsError(
-        f"{path} holds no {TEXT_FILE}, and neither do its best/ and last/: give the run folder of "
-        "a rival"
-    )
-
-
-def _read_text(file: Path) -> _Text:
-    try:
-        text = _Text.model_validate(json.loads(file.read_text("utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise WeightsError(f"{file}: {place}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file} is not JSON: {error}") from None
-    if text.format != FORMAT or text.version > FORMAT_VERSION:
-        raise WeightsError(
-            f"{file} is {text.format!r} version {text.version}; this package reads {FORMAT!r} up "
-            f"to version {FORMAT_VERSION}"
-        )
-    if text.settings.rival not in RIVALS:
-        raise WeightsError(
-            f"{file}: there is no rival {text.settings.rival!r}, only {', '.join(RIVALS)}"
-        )
-    counts = (len(text.classes), len(text.category_ids), text.settings.num_classes)
-    if len(set(counts)) != 1:
-        raise WeightsError(
-            f"{file}: {counts[0]} classes, {counts[1]} category_ids and a network of {counts[2]} "
-            "classes"
-        )
-    return text
-
-
-class _Anchors(AnchorGenerator):  # type: ignore[misc]
-    """torchvision's, in float32 whatever the maps are in: bfloat16 holds no pixel over 256."""
-
-    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
-        cells = [one.new_empty(one.shape[-2:], dtype=torch.float32) for one in maps]
-        anchors: list[Tensor] = super().forward(images, cells)
-        return anchors
-
-
-class _ProposalHead(RPNHead):  # type: ignore[misc]
-    """torchvision's, whose outputs are float32 whatever autocast says."""
-
-    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(maps)
-        return [one.float() for one in logits], [one.float() for one in deltas]
-
-
-def _no_backbone(channels: int) -> nn.Module:
-    """Stands for the backbone where torchvision's parts are made: ours is called by us."""
-    stub = nn.Identity()
-    stub.out_channels = channels  # type: ignore[assignment]
-    return stub
-
-
-def _halving(width: int, channels: int) -> nn.Sequential:
-    """SSD's further levels (its Figure 2): fewer channels, then 3x3 of stride 2."""
-    between = max(1, channels // 2)
-    block = nn.Sequential(
-        nn.Conv2d(width, between, 1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(between, channels, 3, stride=2, padding=1),
-        nn.ReLU(inplace=True),
-    )
-    for layer in block:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
-    return block
-
-
-def _padded_size(batch: Batch) -> tuple[int, int]:
-    height, width = batch.images.shape[-2:]
-    return height, width
-
-
-def _sizes(batch: Batch) -> list[tuple[int, int]]:
-    """Height and width of each image before padding."""
-    return [(height, width) for height, width in batch.sizes.tolist()]
-
-
-def _losses_of(classification: Tensor, box: Tensor, foreground: Sequence[Tensor]) -> Losses:
-    counts = torch.stack(list(foreground))
-    return Losses(classification, box, counts, counts.sum().clamp(min=1).float())
+    return _channels_last(network).to(device).eval(), info
 
 
 def _channels_last(network: RivalNetwork) -> RivalNetwork:
-    """With weights in the memory layout in which convolutions are fastest."""
+    """Convert weights to the memory layout with the fastest convolutions."""
     changed: Any = network.to(memory_format=torch.channels_last)
     result: RivalNetwork = changed
     return result

@@ -1,4 +1,4 @@
-"""One training of a plan, in a process of its own."""
+"""One training of a plan, in a process of its own (``retinanet paper work``)."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from retinanet.config import Recipe, build_recipe, load_recipe, to_toml
+from retinanet.config import build_recipe, to_toml
 from retinanet.data import read_splits, usable
-from retinanet.errors import ConfigError, DataError, NonFiniteLossError
+from retinanet.errors import ConfigError, DataError, NonFiniteLossError, RetinaNetError
 from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
-from retinanet.paper.share import take
+from retinanet.paper.rival_training import train_rival
+from retinanet.report.plots import read_log
 from retinanet.training.events import Listener
 from retinanet.training.run_folder import RunFolder
-from retinanet.training.state import read_progress
 from retinanet.training.trainer import train
 
-TAKEN = 75
-"""Exit code where another process is at work on the same training."""
+EXIT_LOCKED = 75
+"""Exit code if another process runs the same training."""
 
-STOPPED = 130
-"""Exit code where it was asked to stop and has kept its state."""
+EXIT_STOPPED = 130
+"""Exit code after a stop; the training can be resumed."""
 
 _RESULT = "result.json"
-_LOOK_EVERY = 0.2  # seconds
-_NEW_GROUP = 0  # where start_new_session does it
+_NEW_GROUP = 0
 if sys.platform == "win32":
     _NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a training came to; only one that ended has any.
+    """The result of a training that ended.
 
     Attributes:
-        status: ``done``, or ``diverged``: the loss was not finite, which is a result too.
-        steps: done.
+        status: ``done``, or ``diverged``: NaN or Inf loss, which is a result too.
+        steps: that were run.
         seconds: of training and validation.
-        metrics: :meth:`retinanet.evaluation.Metrics.to_dict`; None where it diverged.
-        note: why it diverged.
+        metrics: :meth:`retinanet.evaluation.Metrics.to_dict`; None if it diverged.
+        note: the error of a diverged training.
     """
 
     status: str
@@ -65,10 +65,10 @@ class Result:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result in a run folder; None: it is not finished.
+    """Read the result in a run folder; None: the training has not ended.
 
     Raises:
-        DataError: the file is not what a training writes.
+        DataError: the file is damaged.
     """
     file = folder / _RESULT
     try:
@@ -77,93 +77,140 @@ def read_result(folder: Path) -> Result | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{file} cannot be read ({error}); delete it, and the row is finished again"
+            f"{file} cannot be read ({error}); delete it and run the command again"
         ) from None
 
 
-def describe_task(
-    training: Training,
-    out: Path,
-    data: Path,
-    *,
-    device: str,
-    threads: int,
-    workers: int,
-    processes: int = 1,
-) -> str:
-    """The line from which :func:`work` learns what to do.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker process is to do.
 
-    It is handed over and not left in a file: another machine that shares `out` has the same
-    training with other paths, devices and threads.
+    Attributes:
+        folder, data: run folder and labelled data.
+        recipe: all settings, as TOML.
+        rival: name of another detector; empty: RetinaNet.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: CPU threads.
+        processes: that train together, one per GPU.
     """
-    recipe = training.recipe
-    if recipe.data.workers == "auto":
-        recipe = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"workers": workers})}
-        )
-    task = {
-        "folder": str(training.folder(out).resolve()),
-        "data": str(data.resolve()),
-        "rival": training.rival,
-        "device": device,
-        "threads": threads,
-        "processes": processes,
-        "recipe": to_toml(recipe),
-    }
-    return json.dumps(task) + "\n"
+
+    folder: str
+    data: str
+    recipe: str
+    rival: str = ""
+    device: str = "auto"
+    threads: int = 1
+    processes: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        training: Training,
+        out: Path,
+        data: Path,
+        *,
+        device: str,
+        threads: int,
+        processes: int = 1,
+    ) -> Task:
+        """Describe a training; loading gets the threads but one as processes, if not set."""
+        recipe = training.recipe
+        if recipe.data.workers == "auto":
+            settings = recipe.data.model_copy(update={"workers": max(0, threads - 1)})
+            recipe = recipe.model_copy(update={"data": settings})
+        folder = str(training.folder(out).resolve())
+        toml, rival = to_toml(recipe), training.rival
+        return cls(folder, str(data.resolve()), toml, rival, device, threads, processes)
+
+
+def start_worker(
+    task: Task, environment: Mapping[str, str], output: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process that runs a task; closing its ``stdin`` asks it to stop.
+
+    So it also stops if this process is killed.
+
+    Args:
+        task: to run.
+        environment: of the process.
+        output: file for its output; None: that of this process.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retinanet", "paper", "work"],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        env=environment,
+        # Ctrl-C reaches this process only, which stops its workers itself.
+        start_new_session=True,
+        creationflags=_NEW_GROUP,
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # it has ended already; its exit code says why
+        process.stdin.write(json.dumps(asdict(task)).encode("utf-8") + b"\n")
+        process.stdin.flush()
+    return process
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if another process runs the training of a run folder."""
+    with contextlib.suppress(Timeout), _lock(folder).acquire(timeout=0):
+        return False
+    return True
 
 
 def work(source: int, on_event: Listener | None = None) -> int:
-    """Do a task, or go on with it, and leave its result.
+    """Run or resume the task that is read from a pipe, and write its result.
 
     Args:
-        source: descriptor of a pipe: a line of :func:`describe_task`, and then nothing until it is
-            closed. That asks to stop and to keep the state, as Ctrl-C does; it is closed too where
-            the process that asked for the work is gone, however it ended.
-        on_event: as for :func:`retinanet.training.trainer.train`.
+        source: descriptor of the pipe: a task, then nothing until it is closed, which asks to save
+            the state and stop.
+        on_event: callback for progress events, which can be pickled.
 
     Returns:
-        an exit code: 0; TAKEN; STOPPED, and it can go on; or that of one of several processes,
-        with 128 added to the number of the signal that killed it.
+        An exit code: 0, EXIT_LOCKED, EXIT_STOPPED, or that of a process of several (128 plus the
+        signal that killed it).
 
     Raises:
         RetinaNetError: the training failed.
     """
     task = _read_task(source)
-    folder = Path(task["folder"])
-    if task.get("of_several"):
-        # As with Ctrl-C: each would stop at another step, so they go on from the last state.
-        _when_closed(source, lambda: os._exit(STOPPED))
-        return _train(task, folder, on_event if _is_first() else None)
-    _when_closed(source, _interrupt)
-    # Who has lost the place must not write there again, not even a state: at once.
-    hold = take(folder, on_lost=lambda: os._exit(TAKEN))
-    if hold is None:
-        return TAKEN
-    with hold:
-        if read_result(folder) is not None:
-            return 0
-        if task["processes"] > 1:
-            return _train_together(task)
-        return _train(task, folder, on_event)
+    folder = Path(task.folder)
+    try:
+        with _lock(folder).acquire(timeout=0):
+            if read_result(folder) is not None:
+                return 0
+            _when_closed(source, _interrupt)
+            if task.processes > 1:
+                return _train_together(task, on_event)
+            return _train(task, on_event)
+    except Timeout:
+        return EXIT_LOCKED
 
 
-def _read_task(source: int) -> dict[str, Any]:
-    # Not sys.stdin: its lock, held by the thread that waits for the end, would be in the way of
-    # Python's own end.
+def _lock(folder: Path) -> FileLock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _read_task(source: int) -> Task:
+    # Not sys.stdin: the thread that waits for its end would hold its lock when Python exits.
     with open(source, "rb", buffering=0, closefd=False) as pipe:
         line = pipe.readline()
     try:
-        task: dict[str, Any] = json.loads(line)
-    except ValueError:
+        return Task(**json.loads(line))
+    except (ValueError, TypeError):
         raise ConfigError(
-            f"no task on standard input but {line[:40]!r}: retinanet paper run starts this command"
+            f"invalid task on standard input: {line[:40]!r}; use retinanet paper run, which starts "
+            "this command"
         ) from None
-    return task
 
 
 def _when_closed(source: int, action: Callable[[], object]) -> None:
-    """Do something, in another thread, once a pipe is closed at its other end."""
+    """Call a function, from another thread, once a pipe is closed at its other end."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):
@@ -175,156 +222,100 @@ def _when_closed(source: int, action: Callable[[], object]) -> None:
 
 
 def _interrupt() -> None:
-    """What Ctrl-C does, from another thread than the main one."""
+    """Do what Ctrl-C does, from another thread than the main one."""
     main = threading.main_thread().ident
     if sys.platform == "win32" or main is None:
         _thread.interrupt_main()
     else:
-        signal.pthread_kill(main, signal.SIGINT)  # wakes it, should it wait for something
+        signal.pthread_kill(main, signal.SIGINT)
 
 
-def _train_together(task: Mapping[str, Any]) -> int:
-    """Let several processes of this machine do a task; this one holds the place for them."""
-    count = task["processes"]
-    line = json.dumps({**task, "of_several": True}) + "\n"
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    together |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    running: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(count):
-            environment = os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(start_worker(line, environment))
-        while True:
-            codes = [one.poll() for one in running]
-            if any(codes):
-                # Who is killed makes the others fail: their words say less.
-                codes = [one.poll() for one in running]
-                code = min(one for one in codes if one)
-                return 128 - code if code < 0 else code
-            if not any(one is None for one in codes):
-                return 0
-            time.sleep(_LOOK_EVERY)
-    finally:
-        for one in running:
-            one.kill()
-            one.wait()
-            if one.stdin is not None:
-                one.stdin.close()
-
-
-def start_worker(
-    task: str, environment: Mapping[str, str], output: IO[bytes] | None = None
-) -> subprocess.Popen[bytes]:
-    """A process that does a task; to close its ``stdin`` is to ask it to stop.
-
-    Args:
-        task: of :func:`describe_task`.
-        environment: its own.
-        output: what it says; None: where this process says it.
-
-    Raises:
-        OSError: it cannot be started.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "retinanet", "paper", "work"],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
-        env=environment,
-        # Ctrl-C is not for it: the second one would cost it its state.
-        start_new_session=True,
-        creationflags=_NEW_GROUP,
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(OSError):  # it has ended already, and its exit code says why
-        process.stdin.write(task.encode("utf-8"))
-        process.stdin.flush()
-    return process
-
-
-def _free_port() -> int:
+def _train_together(task: Task, on_event: Listener | None) -> int:
+    """Train with several processes; a stop kills them, and their last state is resumed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def _train(task: Mapping[str, Any], folder: Path, on_event: Listener | None) -> int:
-    torch.set_num_threads(task["threads"])
-    recipe = build_recipe(tomllib.loads(task["recipe"]), "the task")
-    made = {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction}
-    splits = read_splits(task["data"], extras=False, **made)  # type: ignore[arg-type]
-    splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
-    recipe = _as_begun(recipe, folder)
+        port = server.getsockname()[1]
+    context = spawn(  # type: ignore[no-untyped-call]
+        _train_rank, (task, port, on_event), task.processes, join=False
+    )
     try:
-        if task["rival"]:
-            from retinanet.paper.rival_training import train_rival
-
-            run = train_rival(
-                task["rival"], recipe, splits, folder, device=task["device"], on_event=on_event
-            )
-        else:
-            run = train(recipe, splits, folder, device=task["device"], on_event=on_event)
-    except NonFiniteLossError as error:
-        _write(folder, Result("diverged", _steps(folder), _seconds(folder), None, str(error)))
-        return 0
-    if run.interrupted:
-        return STOPPED
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    _write(folder, Result("done", run.step, _seconds(folder), metrics))
-    if _is_first():
-        _shrink(folder)
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
+        return 128 - error.exit_code if error.exit_code < 0 else error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_STOPPED
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
     return 0
 
 
-def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the file of weights that its run began with, on whatever machine.
+def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> None:
+    sizes = {"WORLD_SIZE": task.processes, "LOCAL_WORLD_SIZE": task.processes}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (sizes | ranks).items()})
+    try:
+        _train(task, on_event if rank == 0 else None)
+    except RetinaNetError as error:
+        sys.exit(f"error: {error}")
 
-    A run goes on from its own state; that the weights are the same is in the training's name.
+
+def _train(task: Task, on_event: Listener | None) -> int:
+    torch.set_num_threads(task.threads)
+    folder = Path(task.folder)
+    recipe = build_recipe(tomllib.loads(task.recipe), "the task")
+    splits = read_splits(
+        task.data, extras=False, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction
+    )
+    splits = {"train": splits["train"], "val": usable(splits["val"])[0]}
+    try:
+        if task.rival:
+            run = train_rival(
+                task.rival, recipe, splits, folder, device=task.device, on_event=on_event
+            )
+        else:
+            run = train(recipe, splits, folder, device=task.device, on_event=on_event)
+    except NonFiniteLossError as error:
+        steps = max((line["step"] for line in _log(folder)), default=0)
+        _write(folder, Result("diverged", steps, 0.0, None, str(error)))
+        return 0
+    if run.interrupted:
+        return EXIT_STOPPED
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    _write(folder, Result("done", run.step, 0.0, metrics))
+    if _is_main_process():
+        _drop_state(folder)
+    return 0
+
+
+def _drop_state(folder: Path) -> None:
+    """Delete the state that a finished run would be resumed from, which is large.
+
+    ``training.json`` stays: by its step the run is known to be finished.
     """
     run = RunFolder(folder)
-    if read_progress(run.last) is None:
-        return recipe
-    weights = load_recipe(run.config).model.backbone_weights
-    model = recipe.model.model_copy(update={"backbone_weights": weights})
-    return recipe.model_copy(update={"model": model})
+    progress = run.last / "training.json"
+
+    def copy(draft: Path) -> None:
+        shutil.copy(progress, draft)
+
+    if run.best.is_dir() and progress.is_file():
+        with contextlib.suppress(OSError):  # it only takes disk space
+            replace_folder(run.last, copy)
 
 
-def _shrink(folder: Path) -> None:
-    """Drop what a finished run would be resumed from, several times what it is used from.
-
-    How far it came stays, by which it is known to be finished.
-    """
-    run = RunFolder(folder)
-    numbers = run.last / "training.json"
-
-    def fill(draft: Path) -> None:
-        shutil.copy(numbers, draft)
-
-    if run.best.is_dir() and numbers.is_file():
-        with contextlib.suppress(OSError):  # what is not dropped costs room and no more
-            replace_folder(run.last, fill)
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _write(folder: Path, result: Result) -> None:
-    if _is_first():
-        values = {name: getattr(result, name) for name in Result.__slots__}
+    if _is_main_process():
+        seconds = sum(line.get("seconds") or 0.0 for line in _log(folder))
+        values = asdict(replace(result, seconds=seconds))
         write_atomic(folder / _RESULT, json.dumps(values, indent=1) + "\n")
 
 
-def _steps(folder: Path) -> int:
-    """Of the log's last line that tells of a step."""
-    return max((line["step"] for line in _log(folder)), default=0)
-
-
-def _seconds(folder: Path) -> float:
-    return sum(line.get("seconds") or 0.0 for line in _log(folder))
-
-
 def _log(folder: Path) -> list[dict[str, Any]]:
-    from retinanet.report.plots import read_log
-
     file = folder / "log.jsonl"
     return read_log(file) if file.is_file() else []

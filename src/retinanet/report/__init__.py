@@ -1,6 +1,6 @@
 """Plots and HTML reports."""
 
-from retinanet.report.html import Page, add_metrics, write_report
+from retinanet.report.html import Page, add_metrics, draw_truth, write_report
 from retinanet.report.plots import (
     plot_evaluation,
     plot_object_sizes,
@@ -11,6 +11,7 @@ from retinanet.report.plots import (
 __all__ = [
     "Page",
     "add_metrics",
+    "draw_truth",
     "plot_evaluation",
     "plot_object_sizes",
     "plot_running",

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,9 +23,19 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from retinanet.evaluation.loss_distribution import LossCurve, LossDistribution
-from retinanet.evaluation.speed_accuracy import SpeedAccuracy
-from retinanet.report.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, _short, open_figure
+from retinanet.report.figure import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SKY,
+    open_figure,
+    shorten,
+)
+from retinanet.report.loss_distribution import LossCurve, LossDistribution
+from retinanet.report.speed_accuracy import SpeedAccuracy
 
 _DARK = "#333333"
 _WELL_CLASSIFIED = 0.6  # where Figure 1's brace begins
@@ -39,98 +49,103 @@ class Files(NamedTuple):
     svg: Path
 
 
-class Line(Protocol):
-    """A curve with its legend."""
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A curve of a figure: label of the legend, and points."""
 
-    @property
-    def label(self) -> str: ...
-    @property
-    def x(self) -> Sequence[float]: ...
-    @property
-    def y(self) -> Sequence[float]: ...
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
 
 
-class StarLine(Protocol):
-    """FL* at one gamma and beta; effective None: not known."""
+@dataclass(frozen=True, slots=True)
+class StarCurve:
+    """FL* with one setting.
 
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def beta(self) -> float: ...
-    @property
-    def x(self) -> Sequence[float]: ...
-    @property
-    def y(self) -> Sequence[float]: ...
-    @property
-    def effective(self) -> bool | None: ...
+    Attributes:
+        gamma, beta: the setting.
+        x, y: x_t and loss.
+        effective: True if AP was over 33.5 in the paper, or the equivalent here; None: unknown.
+    """
 
-
-class Convolution(Protocol):
-    """A layer of the architecture."""
-
-    @property
-    def kernel(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def out_channels(self) -> int: ...
+    gamma: float
+    beta: float
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    effective: bool | None
 
 
-class Level(Protocol):
-    """A feature map, and what it is made of."""
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution with a kernel of `kernel` x `kernel` pixels."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def convolution(self) -> Convolution | None: ...
-    @property
-    def output(self) -> Convolution | None: ...
+    kernel: int
+    stride: int
+    in_channels: int
+    out_channels: int
 
 
-class Subnet(Protocol):
-    """A head."""
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A feature map.
 
-    @property
-    def convolutions(self) -> Sequence[Convolution]: ...
-    @property
-    def per_cell(self) -> int: ...
-    @property
-    def outputs(self) -> int: ...
+    Attributes:
+        name: ``C3`` or ``P3``.
+        stride: pixels of the image per cell.
+        channels, height, width: shape for the image.
+        source: name of its input: ``C3`` for P3, besides the top-down one; empty for C levels.
+        convolution: applied to `source`; None for C levels.
+        output: applied after the top-down sum; None without one.
+    """
+
+    name: str
+    stride: int
+    channels: int
+    height: int
+    width: int
+    source: str = ""
+    convolution: Convolution | None = None
+    output: Convolution | None = None
 
 
-class Architecture(Protocol):
-    """A network as :func:`retinanet.paper.figures.read_architecture` reads it."""
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """A head, shared by all levels.
 
-    @property
-    def backbone(self) -> str: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def maps(self) -> Sequence[Level]: ...
-    @property
-    def levels(self) -> Sequence[Level]: ...
-    @property
-    def class_subnet(self) -> Subnet: ...
-    @property
-    def box_subnet(self) -> Subnet: ...
-    @property
-    def anchors(self) -> int: ...
-    @property
-    def parameters(self) -> int: ...
+    Attributes:
+        convolutions: in order.
+        per_cell: anchors per cell.
+        outputs: values per anchor: K classes, or 4 of a box.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    per_cell: int
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A network as Figure 3 shows it.
+
+    Attributes:
+        backbone: name.
+        height, width: of the image, padded to multiples of 32.
+        maps: of the backbone that the pyramid takes, finest first.
+        levels: of the pyramid, finest first.
+        class_subnet, box_subnet: the heads.
+        anchors: in the image, all levels together.
+        parameters: of the network.
+    """
+
+    backbone: str
+    height: int
+    width: int
+    maps: tuple[Level, ...]
+    levels: tuple[Level, ...]
+    class_subnet: Subnet
+    box_subnet: Subnet
+    anchors: int
+    parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +185,7 @@ class TableRow:
     published: float | None = None
 
 
-def plot_focal_loss(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_focal_loss(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 1: loss against the probability of the ground truth class.
 
     Args:
@@ -307,7 +322,7 @@ def plot_loss_distribution(
     return files
 
 
-def plot_loss_variants(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_loss_variants(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 5: losses against x_t = y x."""
     files, context = _open(5.4, 4.1, file)
     with context as figure:
@@ -317,7 +332,7 @@ def plot_loss_variants(curves: Sequence[Line], file: str | Path) -> Files:
     return files
 
 
-def plot_loss_slopes(curves: Sequence[Line], file: str | Path) -> Files:
+def plot_loss_slopes(curves: Sequence[Curve], file: str | Path) -> Files:
     """Figure 6: the losses' derivatives by x, for y = 1."""
     files, context = _open(5.4, 4.1, file)
     with context as figure:
@@ -328,7 +343,7 @@ def plot_loss_slopes(curves: Sequence[Line], file: str | Path) -> Files:
     return files
 
 
-def plot_star_grid(curves: Sequence[StarLine], file: str | Path, bar: str = "") -> Files:
+def plot_star_grid(curves: Sequence[StarCurve], file: str | Path, bar: str = "") -> Files:
     """Figure 7: FL* over a grid of gamma and beta, by whether training with it works.
 
     Args:
@@ -379,7 +394,7 @@ def plot_table(
         places = np.arange(len(rows))
         _table_panel(here, [(one.measured, one.deviation) for one in rows], BLUE, "not run")
         _table_panel(paper, [(one.published, None) for one in rows], RED, "not in the paper")
-        here.set_yticks(places, [_short(one.label, 40) for one in rows])
+        here.set_yticks(places, [shorten(one.label, 40) for one in rows])
         here.set_ylim(len(rows) - 0.4, -0.6)
         here.set_title("Measured here")
         paper.set_title("The paper")
@@ -414,7 +429,7 @@ def _cycle(count: int) -> list[str]:
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
 
-def _lines(axis: Any, curves: Sequence[Line]) -> None:
+def _lines(axis: Any, curves: Sequence[Curve]) -> None:
     for place, (curve, colour) in enumerate(zip(curves, _cycle(len(curves)), strict=True)):
         # Where two lie on each other the dashes let the lower one be seen.
         style = ("-", "-", "--", "-.")[place % 4]

@@ -260,12 +260,12 @@ class Batcher:
         images = [job.prepared for job in jobs if job.prepared is not None]
         began = time.perf_counter()
         try:
-            objects = detector.search(images, **jobs[0].thresholds)
+            objects = detector.detect_prepared(images, **jobs[0].thresholds)
             seconds = time.perf_counter() - began
             self.metrics.batch(model, len(jobs), seconds)
             self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
             for job, prepared, one in zip(jobs, images, objects, strict=True):
-                found = detector.found(one, Source(None, job.upload.name), prepared.size)
+                found = detector.image_detections(one, Source(None, job.upload.name), prepared.size)
                 job.answer.set_result(Searched(found, began - job.ready, seconds / len(jobs)))
         except Exception as error:  # such as no memory on a GPU: these fail, the next may not
             for job in jobs:
@@ -285,4 +285,4 @@ def _warm_up(detector: Detector) -> None:
     """A blank image twice: kernels are chosen, compiled, and their weights arranged."""
     pixels = torch.zeros((3, detector.image_size, detector.image_size), dtype=torch.uint8)
     for _ in range(2):
-        detector.search([Prepared(pixels, (detector.image_size, detector.image_size))])
+        detector.detect_prepared([Prepared(pixels, (detector.image_size, detector.image_size))])

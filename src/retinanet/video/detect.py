@@ -1,18 +1,20 @@
-"""Videos and cameras searched frame by frame: reading, searching and writing side by side.
+"""Detection in videos and cameras: reading, detecting and writing run side by side.
 
-Three threads hand frames on through bounded queues: one reads and decodes, one runs the network,
-one encodes and writes; a pool beside them resizes and draws. Nothing grows with the clip's length
-but the index in an mp4 file, about 200 bytes a frame with its sound.
+Three threads pass frames on through bounded queues: one decodes, one runs the network, one encodes
+and writes; a pool beside them resizes and draws. Memory grows with the video only by the index of
+the mp4 file, about 200 bytes per frame with its sound.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -21,41 +23,46 @@ from typing import Any, Generic, TextIO, TypeVar, Unpack
 
 import numpy as np
 
-from retinanet.config import build_recipe
 from retinanet.data.drawing import PALETTE, Colour, draw_boxes
 from retinanet.errors import ConfigError, DataError
-from retinanet.inference.backends import Thresholds
+from retinanet.inference.backends import Thresholds, merge_thresholds
 from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
 from retinanet.inference.detector import Detector, Prepared
+from retinanet.inference.manifest import OutputFolder
 from retinanet.inference.sources import Source
-from retinanet.video.reading import Pixels, Sound, Stamped, VideoReader
+from retinanet.interrupts import StopRequest, stop_on_signal
+from retinanet.video.reading import Frame, Pixels, Sound, VideoReader
 from retinanet.video.tracking import Tracker
 from retinanet.video.writing import VideoWriter
 
 _T = TypeVar("_T")
 
-_POLL = 0.1  # seconds after which a waiting thread looks whether the work was given up
+_POLL = 0.1  # seconds between a waiting thread's checks for cancellation
 _UNTRACKED: Colour = (160, 160, 160)
+
+Progress = Callable[[int, int | None], None]
+"""Called with the frames written and the total (None: unknown)."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSummary:
-    """What came of a clip.
+    """Result of a video.
 
     Attributes:
         source: as given; ``camera 0`` for a camera.
         video: the annotated mp4.
         lines: the JSON lines.
-        frames: written.
-        searched: of those, searched.
-        broken: frames that could not be read; they are in neither file.
-        objects: boxes found in searched frames, by class.
-        tracks: numbers given; None: nothing was tracked.
-        codec: what encoded the image.
-        sound: what became of the sound, such as ``copied``; empty: there was none.
+        frames: frames written.
+        searched: those of them that detection ran on.
+        broken: frames that could not be decoded; they are in neither file.
+        missing: frames that the container states or its times imply, and that it does not contain.
+        objects: boxes in the frames that detection ran on, by class.
+        tracks: number of tracks; None: no tracking.
+        codec: encoder of the image.
+        sound: what became of the sound, such as ``copied``; empty: there is none.
         lost_sound: damaged packets of sound, left out.
-        cut: why reading ended before the clip did; empty: it did not.
-        stopped: whether `stop` ended it.
+        cut: why reading ended before the video did; empty: it did not.
+        stopped: whether `stop` or a signal ended it.
         seconds: from the first frame read to the last one written.
     """
 
@@ -65,6 +72,7 @@ class VideoSummary:
     frames: int
     searched: int
     broken: int
+    missing: int
     objects: dict[str, int]
     tracks: int | None
     codec: str
@@ -76,25 +84,22 @@ class VideoSummary:
 
     @property
     def frames_a_second(self) -> float:
-        """Written in a second."""
+        """Frames written per second."""
         return self.frames / max(self.seconds, 1e-9)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every frame of the video was read."""
+        return not (self.broken or self.missing or self.cut)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
+        values = asdict(self)
         return {
-            "file": self.source,
-            "video": str(self.video),
-            "lines": str(self.lines),
-            "frames": self.frames,
-            "searched": self.searched,
-            "broken": self.broken,
-            "objects": self.objects,
-            "tracks": self.tracks,
-            "codec": self.codec,
-            "sound": self.sound,
-            "lost_sound": self.lost_sound,
-            "cut": self.cut,
-            "stopped": self.stopped,
+            "file": values.pop("source"),
+            "video": str(values.pop("video")),
+            "lines": str(values.pop("lines")),
+            **values,
             "seconds": round(self.seconds, 3),
             "frames_a_second": round(self.frames_a_second, 3),
         }
@@ -112,81 +117,89 @@ def detect_video(
     draw_threshold: float = DRAWN_SCORE,
     workers: int | None = None,
     stop: Event | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> VideoSummary:
-    """Search a video or a camera; write an annotated mp4 and a JSON line a frame.
+    """Detect in a video or camera; write an annotated mp4 and a JSON line per frame.
 
-    ``out/NAME.mp4`` has the clip's frames at their own times, upright, and its sound;
-    ``out/NAME.jsonl`` for each :meth:`ImageDetections.to_dict`, and ``frame`` (0, 1, ...),
-    ``time`` (seconds), ``searched``; with `track` each detection has ``track`` (a number, or null).
-    Both are written as ``NAME.mp4.part`` and ``NAME.jsonl.part``, readable up to the last key frame
-    and the last line at any time, and renamed when the clip ends.
+    ``out/NAME.mp4`` has the frames at their own times, upright, and the sound; ``out/NAME.jsonl``
+    for each frame :meth:`ImageDetections.to_dict`, and ``frame`` (0, 1, ...), ``time`` (seconds),
+    ``searched``; with `track` each detection has ``track`` (a number, or null). Both are written as
+    ``NAME.mp4.part`` and ``NAME.jsonl.part``, readable at any time up to the last key frame and the
+    last line, and renamed at the end.
 
     Args:
-        detector: what searches.
+        detector: runs on the frames.
         source: a file, or a camera's number.
-        out: folder of the files; made where it is missing.
+        out: folder of the files; created if missing.
         name: of the files; None: the source's without its suffix, ``camera-0`` for a camera.
-        every: search each so-many-th frame; on those between, its boxes stay.
-        track: give each object a number that it keeps (:class:`Tracker`); of its colour it is
-            drawn.
-        batch_size: frames that the network takes at once.
-        draw_threshold: score from which a box is drawn, and with `track` begins a track.
-        workers: threads that resize and draw; None is one a processor, four at the most.
-        stop: set it from elsewhere to end the clip early; both files are then as for a clip that
-            ended there. Ctrl-C does the same, and is raised again afterwards.
-        progress: called with frames written and frames in all (None: not known), in this thread.
-        thresholds: laid over :attr:`Detector.thresholds`.
+        every: run on every N-th frame; the frames between keep its boxes.
+        track: track objects across frames (:class:`Tracker`); colours are by track.
+        batch_size: frames per batch of the network.
+        draw_threshold: minimum score of a drawn box, and with `track` of one that begins a track.
+        workers: threads that resize and draw; None is one per processor, four at most.
+        stop: set it to end the video early, with both files complete up to there. None: SIGINT and
+            SIGTERM do so, and are raised again afterwards.
+        progress: called in this thread.
+        thresholds: override :attr:`Detector.thresholds`.
 
     Raises:
-        DataError: the source cannot be opened, holds no frame, or would be written over.
+        DataError: the source cannot be opened, contains no frame, or would be overwritten.
         ConfigError: `every` or `batch_size` is under 1, or an unknown or bad threshold.
         MissingExtraError: PyAV or trackers is not installed.
     """
     for setting, value in (("every", every), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{setting} {value} is under 1")
-    laid: Any = {**detector.thresholds, **thresholds}
-    build_recipe({"detect": laid}, "detector options")
-    workers = workers or min(4, os.cpu_count() or 1)
-    stop = stop or Event()
-    reader = VideoReader(source)
-    try:
-        video, lines = _places(reader, source, Path(out), name)
-        tracker = (
-            Tracker(
-                float(reader.rate or 25),
-                threshold=draw_threshold,
-                across_classes=laid["class_agnostic_nms"],
-            )
-            if track
-            else None
-        )
-        work = _Work(
-            detector, reader, tracker, every, batch_size, draw_threshold, Thresholds(**thresholds)
-        )
-        began = perf_counter()
-        parts = [file.with_name(f"{file.name}.part") for file in (video, lines)]
-        writer = VideoWriter(parts[0], reader)
+    merged = merge_thresholds(detector.thresholds, thresholds)
+    with stop_on_signal() if stop is None else nullcontext(StopRequest()) as signals:
+        reader = VideoReader(source)
         try:
-            with parts[1].open("w", encoding="utf-8", newline="\n") as text:
-                work.run(writer, text, workers, stop, progress)
+            video, lines = _output_files(reader, source, Path(out), name)
+            tracker = (
+                Tracker(
+                    float(reader.rate or 25),
+                    threshold=draw_threshold,
+                    across_classes=merged["class_agnostic_nms"],
+                )
+                if track
+                else None
+            )
+            work = _Pipeline(detector, reader, tracker, every, batch_size, draw_threshold, merged)
+            workers = workers or min(4, os.cpu_count() or 1)
+            summary = _write_files(work, video, lines, workers, stop or signals, progress)
         except DataError:
-            if work.interrupted:  # before a frame was read
-                raise KeyboardInterrupt from None
-            raise
+            if signals.received is None:
+                raise  # otherwise: stopped before the first frame
         finally:
-            writer.close()
-            if not work.written:
-                for part in parts:
-                    part.unlink(missing_ok=True)
+            reader.close()
+    if signals.received is not None:
+        signal.raise_signal(signals.received)
+    return summary
+
+
+def _write_files(
+    work: _Pipeline,
+    video: Path,
+    lines: Path,
+    workers: int,
+    stop: Event,
+    progress: Progress | None,
+) -> VideoSummary:
+    """Run the pipeline into the two files, under other names until it has ended."""
+    reader, began = work.reader, perf_counter()
+    parts = [file.with_name(f"{file.name}.part") for file in (video, lines)]
+    writer = VideoWriter(parts[0], reader)
+    try:
+        with parts[1].open("w", encoding="utf-8", newline="\n") as text:
+            work.run(writer, text, workers, stop, progress)
     finally:
-        reader.close()
+        writer.close()
+        if not work.written:
+            for part in parts:
+                part.unlink(missing_ok=True)
     for part, file in zip(parts, (video, lines), strict=True):
         part.replace(file)
-    if work.interrupted:
-        raise KeyboardInterrupt
     return VideoSummary(
         source=reader.source,
         video=video,
@@ -194,8 +207,9 @@ def detect_video(
         frames=work.written,
         searched=work.searched,
         broken=reader.broken,
+        missing=reader.missing,
         objects=dict(work.objects.most_common()),
-        tracks=None if tracker is None else tracker.count,
+        tracks=None if work.tracker is None else work.tracker.count,
         codec=writer.codec,
         sound=writer.sound,
         lost_sound=writer.lost_sound,
@@ -207,17 +221,17 @@ def detect_video(
 
 @dataclass(slots=True)
 class _Item:
-    """A frame on its way.
+    """A frame in the pipeline.
 
     Attributes:
-        stamped: as it was read.
-        ready: its RGB and what the network takes; None: it is not searched.
-        found: its objects, or those of the last frame that was searched.
-        tracks: their numbers.
+        frame: as it was read.
+        ready: its RGB and what the network takes; None: detection does not run on it.
+        found: its objects, or those of the last frame that detection ran on.
+        tracks: their track numbers.
         encodable: the annotated frame.
     """
 
-    stamped: Stamped
+    frame: Frame
     ready: Future[tuple[Pixels, Prepared]] | None
     found: ImageDetections | None = None
     tracks: Sequence[int | None] = ()
@@ -225,8 +239,8 @@ class _Item:
 
 
 @dataclass(slots=True)
-class _Work:
-    """One clip being searched."""
+class _Pipeline:
+    """Detection in one video."""
 
     detector: Detector
     reader: VideoReader
@@ -238,7 +252,6 @@ class _Work:
     written: int = 0
     searched: int = 0
     objects: Counter[str] = field(default_factory=Counter)
-    interrupted: bool = False
 
     def run(
         self,
@@ -246,51 +259,38 @@ class _Work:
         lines: TextIO,
         workers: int,
         stop: Event,
-        progress: Callable[[int, int | None], None] | None,
+        progress: Progress | None,
     ) -> None:
-        """Search and write the clip; returns when it has ended or `stop` was set."""
-        gave_up = Event()
+        """Read, detect and write until the video has ended or `stop` is set."""
+        cancelled = Event()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="video-pool")
-        room = self.batch_size + workers
-        threads: list[_Ahead[Any]] = []
-
-        def ahead(things: Iterator[_T], room: int, name: str) -> _Ahead[_T]:
-            one = _Ahead(things, room, gave_up, name)
-            threads.append(one)
-            return one
-
+        read = _Stage(self._read(pool, stop), self.batch_size + workers, cancelled, "video-read")
+        detected = _Stage(self._detect(read, pool, writer), workers + 1, cancelled, "video-detect")
+        done = _Stage(self._write(detected, writer, lines), 1, cancelled, "video-write")
+        stages = (read, detected, done)
         try:
-            read = ahead(self._read(pool, stop), room, "video-read")
-            searched = ahead(self._search(read, pool, writer), workers + 1, "video-search")
-            done = ahead(self._write(searched, writer, lines), 1, "video-write")
-            while True:
-                try:
-                    for total in done:
-                        if progress is not None:
-                            progress(self.written, total)
-                    break
-                except KeyboardInterrupt:
-                    if self.interrupted:
-                        raise
-                    self.interrupted = True
-                    stop.set()  # what has been read is still searched and written
+            for stage in stages:
+                stage.start()
+            for total in done:
+                if progress is not None:
+                    progress(self.written, total)
         finally:
-            gave_up.set()
+            cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for one in threads:
-                one.join()
+            for stage in stages:
+                stage.join()
             pool.shutdown()
 
     def _read(self, pool: ThreadPoolExecutor, stop: Event) -> Iterator[_Item | Sound]:
-        for one in self.reader.read(stop):
-            if isinstance(one, Sound):
-                yield one
-            elif one.number % self.every:
-                yield _Item(one, None)
+        for item in self.reader.read(stop):
+            if isinstance(item, Sound):
+                yield item
+            elif item.number % self.every:
+                yield _Item(item, None)
             else:
-                yield _Item(one, pool.submit(self._prepare, one.frame))
+                yield _Item(item, pool.submit(self._prepare, item.image))
 
-    def _search(
+    def _detect(
         self, items: Iterator[_Item | Sound], pool: ThreadPoolExecutor, writer: VideoWriter
     ) -> Iterator[_Item | Sound]:
         waiting: list[_Item] = []
@@ -298,46 +298,54 @@ class _Work:
 
         def flush() -> Iterator[_Item]:
             nonlocal last
-            ready = [one.ready.result()[1] for one in waiting if one.ready is not None]
-            found = iter(self.detector.search(ready, **self.thresholds))
-            for one in waiting:
-                if one.ready is not None:
-                    size = self.reader.size
-                    objects = next(found)
-                    source = Source(self.reader.source, Path(self.reader.source).name)
-                    tracks = self.tracker.update(objects, one.stamped.time) if self.tracker else ()
-                    last = (self.detector.found(objects, source, size), tracks)
-                    self.searched += 1
-                    self.objects.update(self.detector.classes[i] for i in objects.labels.tolist())
-                assert last is not None  # the first frame is searched
-                one.found, one.tracks = last
-                one.encodable = pool.submit(self._annotate, one, writer)
-                yield one
+            for item, result in zip(waiting, self._detect_batch(waiting), strict=True):
+                last = result or last
+                assert last is not None  # detection runs on the first frame
+                item.found, item.tracks = last
+                item.encodable = pool.submit(self._annotate, item, writer)
+                yield item
             waiting.clear()
 
-        for one in items:
-            if isinstance(one, Sound):
-                yield one  # need not wait for the network: the file puts it in its place
+        for item in items:
+            if isinstance(item, Sound):
+                yield item  # need not wait for the network: the file interleaves it by its time
                 continue
-            waiting.append(one)
-            # Frames in memory are bounded, however few of them are searched.
-            if sum(item.ready is not None for item in waiting) == self.batch_size or len(
+            waiting.append(item)
+            # Frames in memory are bounded, however few of them detection runs on.
+            if sum(frame.ready is not None for frame in waiting) == self.batch_size or len(
                 waiting
             ) >= max(32, self.batch_size):
                 yield from flush()
         yield from flush()
 
+    def _detect_batch(
+        self, items: Sequence[_Item]
+    ) -> Iterator[tuple[ImageDetections, Sequence[int | None]] | None]:
+        """Yield objects and tracks of each frame; None for one that detection does not run on."""
+        ready = [item.ready.result()[1] for item in items if item.ready is not None]
+        found = iter(self.detector.detect_prepared(ready, **self.thresholds))
+        source = Source(self.reader.source, Path(self.reader.source).name)
+        for item in items:
+            if item.ready is None:
+                yield None
+                continue
+            objects = next(found)
+            tracks = self.tracker.update(objects, item.frame.time) if self.tracker else ()
+            self.searched += 1
+            self.objects.update(self.detector.classes[i] for i in objects.labels.tolist())
+            yield self.detector.image_detections(objects, source, self.reader.size), tracks
+
     def _write(
         self, items: Iterator[_Item | Sound], writer: VideoWriter, lines: TextIO
     ) -> Iterator[int | None]:
-        """Gives the expected number of frames after each that was written."""
-        for one in items:
-            if isinstance(one, Sound):
-                writer.write_sound(one)
+        """Write each item; yields the expected number of frames after each frame."""
+        for item in items:
+            if isinstance(item, Sound):
+                writer.write_sound(item)
                 continue
-            assert one.encodable is not None
-            writer.write(one.encodable.result(), one.stamped.pts)
-            lines.write(json.dumps(self._line(one), ensure_ascii=False, allow_nan=False) + "\n")
+            assert item.encodable is not None
+            writer.write(item.encodable.result(), item.frame.pts)
+            lines.write(json.dumps(self._line(item), ensure_ascii=False, allow_nan=False) + "\n")
             lines.flush()
             self.written += 1
             total = self.reader.frames
@@ -346,19 +354,19 @@ class _Work:
             raise DataError(f"{self.reader.source}: no frame was read")
         writer.finish()
 
-    def _prepare(self, frame: Any) -> tuple[Pixels, Prepared]:
-        pixels = self.reader.rgb(frame)
+    def _prepare(self, image: Any) -> tuple[Pixels, Prepared]:
+        pixels = self.reader.rgb(image)
         return pixels, self.detector.prepare(Source(pixels, self.reader.source))
 
-    def _annotate(self, one: _Item, writer: VideoWriter) -> Any:
-        assert one.found is not None
-        found = one.found
-        tracks = one.tracks or [None] * len(found)
+    def _annotate(self, item: _Item, writer: VideoWriter) -> Any:
+        assert item.found is not None
+        found = item.found
+        tracks = item.tracks or [None] * len(found)
         kept = [i for i, score in enumerate(found.scores.tolist()) if score >= self.draw_threshold]
-        frame = one.stamped.frame
+        image = item.frame.image
         if not kept:
-            return writer.encodable(frame, None)
-        pixels = self.reader.rgb(frame) if one.ready is None else one.ready.result()[0]
+            return writer.encodable(image, None)
+        pixels = self.reader.rgb(image) if item.ready is None else item.ready.result()[0]
         boxes, scores = found.boxes[kept], found.scores[kept]
         labels = found.labels[kept]
         if self.tracker is None:
@@ -377,35 +385,37 @@ class _Work:
                 colours=[_track_colour(tracks[i]) for i in kept],
                 enlarge_to=0,
             )
-        return writer.encodable(frame, np.asarray(drawn))
+        return writer.encodable(image, np.asarray(drawn))
 
-    def _line(self, one: _Item) -> dict[str, Any]:
-        assert one.found is not None
+    def _line(self, item: _Item) -> dict[str, Any]:
+        assert item.found is not None
         line = {
-            "frame": one.stamped.number,
-            "time": round(one.stamped.time, 6),
-            "searched": one.ready is not None,
-            **one.found.to_dict(),
+            "frame": item.frame.number,
+            "time": round(item.frame.time, 6),
+            "searched": item.ready is not None,
+            **item.found.to_dict(),
         }
         if self.tracker is not None:
-            for detection, number in zip(line["detections"], one.tracks, strict=True):
+            for detection, number in zip(line["detections"], item.tracks, strict=True):
                 detection["track"] = number
         return line
 
 
-class _Ahead(Generic[_T]):
-    """What an iterator gives, worked out by a thread of its own, at most `room` things ahead.
+class _Stage(Generic[_T]):
+    """Runs an iterator in a thread of its own, at most `size` items ahead.
 
-    An error in the thread is raised to whoever asks for the next thing. Asking can be interrupted
-    and taken up again. Once `gave_up` is set the thread ends with its next thing, and whoever asks
-    is told so by :class:`_GaveUp`.
+    An error in the thread is raised to the consumer. Once `cancelled` is set the thread ends with
+    its next item, and the consumer gets :class:`_Cancelled`.
     """
 
-    def __init__(self, things: Iterator[_T], room: int, gave_up: Event, name: str) -> None:
-        self._queue: Queue[tuple[str, Any]] = Queue(room)
-        self._gave_up = gave_up
+    def __init__(self, items: Iterator[_T], size: int, cancelled: Event, name: str) -> None:
+        self._queue: Queue[tuple[str, Any]] = Queue(size)
+        self._cancelled = cancelled
         self._ended = False
-        self._thread = Thread(target=self._run, args=(things,), name=name, daemon=True)
+        self._thread = Thread(target=self._run, args=(items,), name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def __iter__(self) -> Iterator[_T]:
@@ -415,63 +425,67 @@ class _Ahead(Generic[_T]):
         if self._ended:
             raise StopIteration
         while True:
-            if self._gave_up.is_set():
-                raise _GaveUp
+            if self._cancelled.is_set():
+                raise _Cancelled
             try:
-                kind, thing = self._queue.get(timeout=_POLL)
+                kind, item = self._queue.get(timeout=_POLL)
             except Empty:
                 continue
-            if kind == "thing":
-                return thing  # type: ignore[no-any-return]
+            if kind == "item":
+                return item  # type: ignore[no-any-return]
             self._ended = True
             if kind == "error":
-                raise thing
+                raise item
             raise StopIteration
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
+        """Wait until the thread has ended, if it was started."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
-    def _run(self, things: Iterator[_T]) -> None:
+    def _run(self, items: Iterator[_T]) -> None:
         try:
-            for thing in things:
-                if not self._put("thing", thing):
+            for item in items:
+                if not self._put("item", item):
                     return
-        except _GaveUp:
+        except _Cancelled:
             return
         except BaseException as error:
             self._put("error", error)
         else:
             self._put("end", None)
 
-    def _put(self, kind: str, thing: Any) -> bool:
-        while not self._gave_up.is_set():
+    def _put(self, kind: str, item: Any) -> bool:
+        while not self._cancelled.is_set():
             try:
-                self._queue.put((kind, thing), timeout=_POLL)
+                self._queue.put((kind, item), timeout=_POLL)
             except Full:
                 continue
             return True
         return False
 
 
-class _GaveUp(Exception):
-    """The work was given up, by an error elsewhere."""
+class _Cancelled(Exception):
+    """The pipeline was cancelled by an error in another stage."""
 
 
 def _track_colour(number: int | None) -> Colour:
     return _UNTRACKED if number is None else PALETTE[number % len(PALETTE)]
 
 
-def _places(
+def _output_files(
     reader: VideoReader, source: str | Path, out: Path, name: str | None
 ) -> tuple[Path, Path]:
-    """The files to be written, in a folder that exists."""
+    """Return the two files to write, in a folder that exists and lists them as outputs."""
     stem = name or (reader.source.replace(" ", "-") if reader.live else Path(source).stem)
     video, lines = out / f"{stem}.mp4", out / f"{stem}.jsonl"
     if not reader.live and video.resolve() == Path(source).resolve():
-        raise DataError(f"{source}: would be written over; give another --out than its own folder")
+        raise DataError(f"{source}: would be overwritten; give another --out than its own folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        folder = OutputFolder(out, "video")
+        for file in (video, lines):
+            folder.claim(file)
     except OSError as error:
-        raise DataError(f"{out}: cannot be made: {error.strerror}") from None
+        raise DataError(f"{out}: cannot be created: {error.strerror}") from None
     return video, lines

@@ -1,8 +1,9 @@
-"""A clip or a camera, frame by frame: images upright, times as stored, damage counted."""
+"""Read a video or camera frame by frame: upright, times as stored, damage counted."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,13 +18,17 @@ from retinanet.errors import DataError, MissingExtraError
 
 Pixels = npt.NDArray[np.uint8]
 
-_CAMERA_WAIT = 10.0  # seconds for a camera to answer, and between two of its frames
-_MOST_SAMPLES = 32  # images of a clip that int8 is calibrated on; held in memory together
+_CAMERA_WAIT = 10.0  # seconds for a camera to open, and between two of its frames
+_MAX_SAMPLES = 32  # frames of a video that int8 is calibrated on; held in memory together
+
+# A video ends early, or has a hole, if it lacks so many seconds and frames of what it states.
+_MIN_GAP_SECONDS, _MIN_GAP_FRAMES = 0.25, 3
+_CONSTANT_RATE = 0.95  # share of the frames that follow each other at the stated rate
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What makes the stored image upright: first exchange x and y, then mirror.
+    """Turns the stored image upright: first transpose, then mirror.
 
     Attributes:
         transposed: rows become columns.
@@ -50,17 +55,17 @@ UPRIGHT = Turn()
 
 
 @dataclass(frozen=True, slots=True)
-class Stamped:
+class Frame:
     """A decoded frame.
 
     Attributes:
-        frame: PyAV's, as stored: not turned.
+        image: PyAV's frame as stored: not turned.
         number: 0, 1, ... of the frames that could be read.
         pts: its time in units of the clip's time base; grows from frame to frame.
         time: the same in seconds.
     """
 
-    frame: Any
+    image: Any
     number: int
     pts: int
     time: float
@@ -94,8 +99,10 @@ class VideoReader:
         live: whether it is a camera.
         sounds: PyAV's streams of sound.
         first: the first frame that can be read, for its colours.
-        broken: frames that could not be read so far; exact once the clip has been read.
-        cut: why reading ended before the clip did; empty: it did not.
+        broken: frames that could not be decoded so far; exact once the video has been read.
+        missing: frames that the container states, or its times imply, and does not contain; known
+            once the video has been read.
+        cut: why reading ended before the video did; empty: it did not.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -110,6 +117,7 @@ class VideoReader:
         self.live = number is not None
         self.source = f"camera {number}" if self.live else str(source)
         self.broken = 0
+        self.missing = 0
         self.cut = ""
         try:
             if number is not None:
@@ -136,41 +144,42 @@ class VideoReader:
         aspect = self._stream.codec_context.sample_aspect_ratio or Fraction(1)
         self.pixel_aspect = 1 / aspect if self.turn.transposed else aspect
         self.sounds = [] if self.live else list(self._container.streams.audio)
-        self._places = {one.index: place for place, one in enumerate(self.sounds)}
+        self._sound_indices = {sound.index: i for i, sound in enumerate(self.sounds)}
+        self._times = _Times(self._container, self._stream, float(self.rate or 25))
 
     def close(self) -> None:
-        """Let go of the file or the camera."""
+        """Close the file or the camera."""
         self._container.close()
 
-    def read(self, stop: Event) -> Iterator[Stamped | Sound]:
-        """Frames and packets of sound in the order in which they are stored, until `stop` is set.
+    def read(self, stop: Event) -> Iterator[Frame | Sound]:
+        """Yield frames and packets of sound in their stored order until `stop` is set.
 
-        A frame that the decoder cannot read, or of which it says that it is damaged, is counted in
-        :attr:`broken` and left out.
+        A frame that the decoder cannot decode, or marks as damaged, is counted in :attr:`broken`
+        and left out.
         """
         av = import_av()
         step = max(1, round(1 / (self.time_base * (self.rate or 25))))
         number, last, begin = 0, None, None
         packets = damaged = 0
-        for one in self._packets(av):
+        for packet in self._packets(av):
             if stop.is_set():
                 return
-            if isinstance(one, Sound):
-                yield one
+            if isinstance(packet, Sound):
+                yield packet
                 continue
-            packets += one.size > 0  # the last ones are empty: they ask for what is still inside
+            packets += packet.size > 0  # the last ones are empty: they flush the decoder
             try:
-                frames = one.decode()
+                images = packet.decode()
             except av.FFmpegError:
                 damaged += 1
                 self.broken += 1
                 continue
-            for frame in frames:
-                if frame.is_corrupt:
+            for image in images:
+                if image.is_corrupt:
                     damaged += 1
                     self.broken += 1
                     continue
-                pts = frame.pts if frame.pts is not None else frame.dts
+                pts = image.pts if image.pts is not None else image.dts
                 if self.live and pts is not None:
                     # A camera's clock counts from when the machine was started.
                     begin = pts if begin is None else begin
@@ -178,11 +187,15 @@ class VideoReader:
                 if pts is None or (last is not None and pts <= last):
                     pts = 0 if last is None else last + step
                 last = pts
-                yield Stamped(frame, number, pts, float(pts * self.time_base))
+                time = float(pts * self.time_base)
+                self._times.add(time)
+                yield Frame(image, number, pts, time)
                 number += 1
         if damaged:
-            # What leans on a damaged key frame never comes out of the decoder; a packet is a frame.
+            # Frames that depend on a damaged key frame never leave the decoder.
             self.broken = max(self.broken, packets - number)
+        if not self.live:
+            self.missing = self._times.missing(self.broken)
 
     def rgb(self, frame: Any) -> Pixels:
         """(H, W, 3) uint8 RGB, upright, of :attr:`size`; may be called from several threads."""
@@ -190,11 +203,11 @@ class VideoReader:
         pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
         return self.turn.apply(pixels) if self.turn != UPRIGHT else np.ascontiguousarray(pixels)
 
-    def samples(self, most: int = _MOST_SAMPLES) -> list[Pixels]:
-        """Images from all over the clip, at most so many.
+    def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
+        """Return up to `max_images` frames, spread over the video.
 
         Raises:
-            DataError: it is a camera, whose images are not there yet.
+            DataError: it is a camera, which has no frames yet.
         """
         if self.live:
             raise DataError(
@@ -206,29 +219,76 @@ class VideoReader:
         with av.open(self.source) as container:
             stream = _video_stream(container, self.source)
             length = container.duration or 0  # microseconds
-            for i in range(most if length else 1):
+            for i in range(max_images if length else 1):
                 try:
-                    container.seek(i * length // most)
+                    container.seek(i * length // max_images)
                     images.append(self.rgb(next(container.decode(stream))))
                 except (av.FFmpegError, StopIteration):
                     continue
         return images or [self.rgb(self.first)]
 
     def _packets(self, av: Any) -> Iterator[Any]:
-        """Packets of the image as they are, of sound as :class:`Sound`."""
-        wanted = [self._stream, *self.sounds]
+        """Yield packets of the image as they are, of sound as :class:`Sound`."""
         try:
-            for packet in self._container.demux(wanted):
+            for packet in self._container.demux([self._stream, *self.sounds]):
+                self._times.add_packet(packet)
                 if packet.stream.index == self._stream.index:
                     yield packet
                 elif packet.dts is not None:
-                    yield Sound(packet, self._places[packet.stream.index])
+                    yield Sound(packet, self._sound_indices[packet.stream.index])
         except av.FFmpegError as error:
             self.cut = error.strerror or type(error).__name__
 
 
+class _Times:
+    """Compares the times of a video's frames and packets with what its container states."""
+
+    def __init__(self, container: Any, stream: Any, rate: float) -> None:
+        self._step = 1 / rate
+        self._stated_end = None
+        if container.duration:
+            # Both in microseconds.
+            self._stated_end = (container.duration + (container.start_time or 0)) / 1_000_000
+        # An index lists every frame: there a longer interval is the video's own.
+        self._has_index = bool(stream.frames)
+        self._intervals: Counter[int] = Counter()  # in steps
+        self._last: float | None = None
+        self._image = stream.index
+        self._ends: dict[int, float] = {}  # of the packets, by stream, in seconds
+
+    def add_packet(self, packet: Any) -> None:
+        """Take a packet of image or sound into account."""
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            index = packet.stream.index
+            self._ends[index] = max(self._ends.get(index, end), end)
+
+    def add(self, time: float) -> None:
+        """Take the next frame's time in seconds into account."""
+        if self._last is not None:
+            self._intervals[round((time - self._last) / self._step)] += 1
+        self._last = time
+
+    def missing(self, broken: int) -> int:
+        """Return how many frames are missing at the end and in holes, beside the `broken` ones."""
+        threshold = max(_MIN_GAP_SECONDS, _MIN_GAP_FRAMES * self._step)
+        total = 0
+        stated = self._stated_end
+        if stated is not None and self._image in self._ends:  # noqa: SIM102
+            if stated - max(self._ends.values()) > threshold:
+                total += round((stated - self._ends[self._image]) / self._step)
+        regular = self._intervals[1] >= _CONSTANT_RATE * self._intervals.total()
+        if regular and not self._has_index:
+            gaps = {steps: n for steps, n in self._intervals.items() if steps > 1}
+            holes = sum(
+                (steps - 1) * n for steps, n in gaps.items() if steps * self._step > threshold
+            )
+            total += max(0, holes - broken)
+        return total
+
+
 def import_av() -> Any:
-    """PyAV.
+    """Import PyAV.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -241,7 +301,7 @@ def import_av() -> Any:
 
 
 def camera_number(source: str | Path) -> int | None:
-    """The number of the camera that `source` is; None: it is a file."""
+    """Return the number of the camera; None: `source` is a file."""
     text = str(source)
     return int(text) if text.isascii() and text.isdecimal() and not Path(text).exists() else None
 
@@ -256,7 +316,9 @@ def _open_camera(av: Any, number: int) -> Any:
     if sys.platform == "win32":
         from av.device import enumerate_input_devices
 
-        cameras = [one for one in enumerate_input_devices("dshow") if "video" in one.media_types]
+        cameras = [
+            camera for camera in enumerate_input_devices("dshow") if "video" in camera.media_types
+        ]
         if number >= len(cameras):
             raise FileNotFoundError(2, f"there are {len(cameras)} cameras")
         return av.open(f"video={cameras[number].name}", format="dshow", timeout=waits)

@@ -93,7 +93,7 @@ def open_desk(chromium: Any, server: str) -> Iterator[Callable[..., Desk]]:
         script = options.pop("script", None)
         options.setdefault("viewport", {"width": 1280, "height": 800})
         context = chromium.new_context(**options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         if script:
             context.add_init_script(script)

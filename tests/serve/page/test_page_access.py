@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
 
 Draw = Callable[..., Path]
@@ -88,13 +87,14 @@ def scene(desk: Desk, draw: Draw, name: str) -> None:
     desk.settle()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_contrast(open_desk: OpenDesk, draw: Draw, theme: str) -> None:
+def test_contrast(open_desk: OpenDesk, draw: Draw) -> None:
     """WCAG 2.2 AA: 4.5 of text, 3 of the edges of controls."""
-    desk = open_desk(color_scheme=theme, failures=True)
+    desk = open_desk(failures=True)
     for name in SCENES:
         scene(desk, draw, name)
-        assert desk.page.evaluate(CONTRAST) == [], name
+        for theme in ("light", "dark"):
+            desk.page.emulate_media(color_scheme=theme)
+            assert desk.page.evaluate(CONTRAST) == [], (name, theme)
 
 
 def test_themes(open_desk: OpenDesk) -> None:

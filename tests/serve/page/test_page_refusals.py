@@ -69,24 +69,19 @@ def test_each_refusal_has_its_words(stern: Desk, draw: Draw) -> None:
     assert stern.states() == ["1"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
+def test_answers_that_make_no_sense(stern: Desk, draw: Draw) -> None:
+    unknown = [{"detections": [{"category_id": 1000, "box": []}]}]
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"body": "<html>Bad gateway</html>", "status": 502}, "status 502"),
         ({"body": "hello"}, "The server's answer is no JSON."),
         ({"json": {"images": []}}, "The server's answer holds no image."),
-        (
-            {"json": {"images": [{"detections": [{"category_id": 1000, "box": []}]}]}},
-            "category 1000 is none of the model's",
-        ),
-    ],
-)
-def test_answers_that_make_no_sense(
-    stern: Desk, draw: Draw, answer: dict[str, Any], words: str
-) -> None:
-    stern.page.route("**/v1/detect*", lambda one: one.fulfill(**answer))
-    stern.choose(draw("one.png", (8, 8, RED)))
-    assert words in stern.text(".stage-words")
+        ({"json": {"images": unknown}}, "category 1000 is none of the model's"),
+    ]
+    answers = iter(cases)
+    stern.page.route("**/v1/detect*", lambda one: one.fulfill(**next(answers)[0]))
+    for i, (_, words) in enumerate(cases):
+        stern.choose(draw(f"{i}.png", (8, 8, RED)))
+        assert words in stern.text(".stage-words")
 
 
 def test_too_many_bytes_are_not_sent(open_desk: OpenDesk, guarded: str, tmp_path: Path) -> None:
@@ -223,34 +218,29 @@ def test_a_file_that_is_gone(stern: Desk, draw: Draw) -> None:
     assert "The file can no longer be read" in stern.text(".stage-words")
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
+def test_a_server_that_is_not_there_at_first(open_desk: OpenDesk, server: str, draw: Draw) -> None:
+    desk = open_desk(failures=True, opened=False)
+    address = "**/v1/model"
+    for status, words in (
         (0, "The server does not answer."),
         (503, "The server is not ready yet."),
         (500, "The server does not say what it can do: "),
-    ],
-)
-def test_a_server_that_is_not_there_at_first(
-    open_desk: OpenDesk, server: str, draw: Draw, status: int, words: str
-) -> None:
-    desk = open_desk(failures=True, opened=False)
-    address = "**/v1/model"
+    ):
 
-    def refuse(route: Any) -> None:
-        if status == 0:
-            route.abort()
-        else:
-            route.fulfill(status=status, headers={"Retry-After": "30"}, json={"detail": "no"})
+        def refuse(route: Any, _: Any, status: int = status) -> None:
+            if status == 0:
+                route.abort()
+            else:
+                route.fulfill(status=status, headers={"Retry-After": "30"}, json={"detail": "no"})
 
-    desk.page.route(address, refuse)
-    desk.page.goto(server)
-    desk.page.wait_for_selector("#notice.wait")
-    assert desk.text("#notice").startswith(words)
-    # Images may come before the models.
-    desk.page.set_input_files("#files", str(draw("one.png", (8, 8, RED))))
-    assert desk.states() == ["waiting"]
-    desk.page.unroute(address)
-    desk.page.click("#notice-act")
-    desk.wait()
-    assert desk.states() == ["1"]
+        desk.page.route(address, refuse)
+        desk.page.goto(server)
+        desk.page.wait_for_selector("#notice.wait")
+        assert desk.text("#notice").startswith(words)
+        # Images may come before the models.
+        desk.page.set_input_files("#files", str(draw("one.png", (8, 8, RED))))
+        assert desk.states() == ["waiting"]
+        desk.page.unroute(address)
+        desk.page.click("#notice-act")
+        desk.wait()
+        assert desk.states() == ["1"]

@@ -1,0 +1,248 @@
+"""Run a model over a data set: detections, validation loss and speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from retinanet.anchors import level_anchors
+from retinanet.config import LossSettings
+from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
+from retinanet.data.loading import eval_loader
+from retinanet.evaluation.results import Results
+from retinanet.inference.backends import Network, Thresholds, detections_of
+from retinanet.inference.detections import Failure
+from retinanet.inference.detector import Detector
+from retinanet.losses.detection import detection_losses
+from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
+
+_MAX_PENDING_BATCHES = 4
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished images and the number of all images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Output of a model on a data set.
+
+    Attributes:
+        results: the detections.
+        loss, loss_classification, loss_box: as in :class:`~retinanet.evaluation.metrics.Metrics`.
+        images_per_second: loading, network and post-processing together.
+    """
+
+    results: Results
+    loss: float | None
+    loss_classification: float | None
+    loss_box: float | None
+    images_per_second: float
+
+
+@torch.inference_mode()
+def run_inference(
+    network: Network,
+    dataset: Dataset,
+    *,
+    image_size: int,
+    max_size: int,
+    batch_size: int = 1,
+    workers: int = 0,
+    loss: Mapping[str, Any] | None = None,
+    label_map: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    **thresholds: Unpack[Thresholds],
+) -> Predictions:
+    """Run a network over every image of a data set once.
+
+    Images are padded to a multiple of 32 and batched with others of the same padded size, so
+    `batch_size` does not change the results. The loss is the training loss of the same forward
+    pass: its mean over images, or, for the normalizers ``batch`` and ``running``, its sum over all
+    images divided by the number of foreground anchors (with mining only that of the boxes).
+
+    Args:
+        network: from :func:`retinanet.inference.backends.build_network`.
+        dataset: the images and their objects.
+        image_size, max_size: shorter side, and maximum of the longer side, pixels.
+        batch_size: images per batch.
+        workers: processes that load images; 0: none besides this one.
+        loss: fields of :class:`retinanet.config.LossSettings`; None: no loss.
+        label_map: the data's label of each label of the model (:func:`match_classes`).
+        progress: called after each batch.
+        thresholds: as in :func:`retinanet.postprocess.postprocess`.
+
+    Raises:
+        ImageError: an image cannot be read.
+        DataError: a box or score is NaN or Inf.
+    """
+    model = network.model
+    results = Results(dataset, label_map)
+    losses = None if loss is None else _MeanLoss(loss, model.num_classes, label_map)
+    start = time.perf_counter()
+    done = 0
+    for batch in _load(network, dataset, batch_size, image_size, max_size, workers):
+        outputs = network(batch.images)
+        if losses is not None:
+            shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
+            losses.add(outputs, level_anchors(model.anchors, shapes, device=network.device), batch)
+        detections = detections_of(model, outputs, batch.sizes, batch.original_sizes, **thresholds)
+        for index, image_detections in zip(batch.indices.tolist(), detections, strict=True):
+            results.add(index, image_detections)
+        done += len(detections)
+        if progress is not None:
+            progress(done, len(dataset))
+    seconds = time.perf_counter() - start
+    classification, box = (None, None) if losses is None else losses.means()
+    total = None if classification is None or box is None else classification + box
+    return Predictions(results, total, classification, box, len(dataset) / seconds)
+
+
+def run_detector(
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    batch_size: int = 1,
+    label_map: Sequence[int] | None = None,
+    tile: int | str | None = None,
+    overlap: float = 0.2,
+    progress: Progress | None = None,
+    **thresholds: Unpack[Thresholds],
+) -> Predictions:
+    """Run :meth:`Detector.stream` over a data set: tiles and exported files, without a loss.
+
+    Raises:
+        ImageError: an image cannot be read.
+        DataError: a box or score is NaN or Inf.
+    """
+    results = Results(dataset, label_map)
+    start = time.perf_counter()
+    stream = detector.stream(
+        [image.path for image in dataset.images],
+        batch_size=batch_size,
+        tile=tile,
+        overlap=overlap,
+        **thresholds,
+    )
+    for index, output in enumerate(stream):
+        if isinstance(output, Failure):
+            raise output.error
+        results.add(index, Detections(output.boxes, output.scores, output.labels))
+        if progress is not None:
+            progress(index + 1, len(dataset))
+    seconds = time.perf_counter() - start
+    return Predictions(results, None, None, None, len(dataset) / seconds)
+
+
+def _load(
+    network: Network,
+    dataset: Dataset,
+    batch_size: int,
+    image_size: int,
+    max_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    if not len(dataset):
+        return iter(())
+    loader = eval_loader(
+        dataset,
+        batch_size=1,
+        image_size=image_size,
+        max_size=max_size,
+        workers=workers,
+        fill=padding_colour(network.model.pixel_mean),
+    )
+    images = (image.to(network.device, non_blocking=True) for image in loader)
+    return group_by_size(images, batch_size)
+
+
+def group_by_size(images: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """Join batches of one image into batches of images with the same padded size.
+
+    The order of the images changes (see :attr:`Batch.indices`). Incomplete batches are kept back
+    until they are full, up to four batches of images in all; then the largest is yielded.
+    """
+    pending: dict[tuple[int, ...], list[Batch]] = {}
+    for image in images:
+        group = pending.setdefault(tuple(image.images.shape), [])
+        group.append(image)
+        too_many = sum(map(len, pending.values())) > _MAX_PENDING_BATCHES * batch_size
+        if too_many and len(group) < batch_size:
+            group = max(pending.values(), key=len)
+        if too_many or len(group) == batch_size:
+            yield concatenate_batches(group)
+            group.clear()
+    yield from (concatenate_batches(group) for group in pending.values() if group)
+
+
+class _MeanLoss:
+    """Mean of the loss over a data set; one device sync at the end (with mining, per batch)."""
+
+    def __init__(
+        self, options: Mapping[str, Any], num_classes: int, label_map: Sequence[int] | None
+    ) -> None:
+        self._settings = LossSettings(**options)
+        self._per_image = self._settings.normalizer == "image"
+        # With mining, the class loss is a mean per image, whatever the box loss is divided by.
+        self._class_per_image = self._per_image or self._settings.mining != "none"
+        if not self._per_image:
+            self._settings = self._settings.model_copy(update={"normalizer": "batch"})
+        self._num_classes = num_classes
+        self._model_labels = None if label_map is None else invert_label_map(label_map)
+        self._sums: list[Tensor] = []
+
+    def add(self, outputs: Outputs, anchors: list[Tensor], batch: Batch) -> None:
+        """Add a batch."""
+        targets = batch.targets
+        if self._model_labels is not None:
+            labels = to_model_labels(targets.labels, self._model_labels)
+            targets = Targets(targets.boxes, labels)
+        losses = detection_losses(
+            outputs, anchors, targets, num_classes=self._num_classes, settings=self._settings
+        )
+        foreground = _float64(losses.foreground.sum())
+        images = foreground.new_tensor(len(batch.images))
+        # Divisor of the batch's loss, and its part of the divisor of the data set's loss.
+        per_image, per_anchor = (images, images), (foreground.clamp(min=1), foreground)
+        class_divisor, class_count = per_image if self._class_per_image else per_anchor
+        box_divisor, box_count = per_image if self._per_image else per_anchor
+        class_sum, box_sum = losses.classification * class_divisor, losses.box * box_divisor
+        self._sums.append(_float64(torch.stack([class_sum, class_count, box_sum, box_count])))
+
+    def means(self) -> tuple[float | None, float | None]:
+        """Classification and box loss; None without images."""
+        if not self._sums:
+            return None, None
+        class_sum, class_count, box_sum, box_count = torch.stack(self._sums).sum(dim=0).tolist()
+        return class_sum / max(1.0, class_count), box_sum / max(1.0, box_count)
+
+
+def _float64(values: Tensor) -> Tensor:
+    """Float64 where the device has it (MPS does not)."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def invert_label_map(label_map: Sequence[int]) -> Tensor:
+    """Map each label of the data to a label of the model; 0 for classes that the model lacks.
+
+    :func:`match_classes` makes sure that the data has no counted object of such classes.
+
+    Args:
+        label_map: the data's label of each label of the model, -1 for none.
+    """
+    inverse = torch.zeros(max([*label_map, 0]) + 1, dtype=torch.int64)
+    for model_label, label in enumerate(label_map):
+        if label >= 0:
+            inverse[label] = model_label
+    return inverse
+
+
+def to_model_labels(labels: Tensor, model_labels: Tensor) -> Tensor:
+    """Labels of the data as labels of the model; negative ones (background, ignored) are kept."""
+    model_labels = model_labels.to(labels.device)
+    return torch.where(labels >= 0, model_labels[labels.clamp(min=0)], labels)

@@ -1,0 +1,340 @@
+"""Trainings to table rows, and verdicts on the paper's claims."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from retinanet.paper.experiments import Claim, Experiment
+from retinanet.paper.results import (
+    METRICS,
+    ClaimResult,
+    Comparison,
+    RowResult,
+    Score,
+    Side,
+    TableResult,
+    Verdict,
+)
+
+_MIN_AP = 0.15  # points: a row with less has found nothing; 0.0 or 0.1 is printed
+_ROUNDING = 1e-9  # points of AP: less is floating-point error
+_SIGNIFICANCE = 0.05
+_TIME_TOLERANCE = 0.05  # of the longer time: each row is timed once
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one training ended.
+
+    Attributes:
+        seed: of the training.
+        status: ``done``; ``diverged``: NaN or Inf loss, which counts as AP 0; ``failed``: any other
+            error.
+        metrics: of a done training: :meth:`retinanet.evaluation.metrics.Metrics.to_dict` (0..1).
+        folder: its run folder, relative to the page.
+        note: why it failed.
+    """
+
+    seed: int
+    status: Literal["done", "diverged", "failed"]
+    metrics: Mapping[str, Any] | None = None
+    folder: str | Path = ""
+    note: str = ""
+
+
+def collect_results(
+    experiment: Experiment,
+    outcomes: Mapping[str, Sequence[Outcome]],
+    about: Mapping[str, Any],
+    *,
+    milliseconds: Mapping[str, float] | None = None,
+) -> TableResult:
+    """Build an experiment's table from the outcomes of its trainings.
+
+    Args:
+        experiment: with rows and claims.
+        outcomes: one per training, by row key; rows may be left out.
+        about: how it was measured, as JSON types (others are converted to text): ``command``,
+            ``data``, ``steps``, ``seeds``, ``machine``; ``settings``: (setting, the paper's, here)
+            of those that differ; ``coco``: True only for COCO at full length. Other facts are
+            listed as they are.
+        milliseconds: per image, by row key, where measured.
+
+    Raises:
+        ValueError: a key is not in the experiment, or a done training has no metrics.
+    """
+    times = milliseconds or {}
+    known = {row.key for row in experiment.rows}
+    for key in (*outcomes, *times):
+        if key not in known:
+            raise ValueError(f"{experiment.name} has no row {key!r}: {', '.join(sorted(known))}")
+    rows = {
+        row.key: RowResult(
+            row.key,
+            row.label,
+            row.trained,
+            milliseconds=times.get(row.key),
+            published=row.published,
+            **_row_values(row.label, outcomes.get(row.key, ())),
+        )
+        for row in experiment.rows
+    }
+    return TableResult(
+        experiment.name,
+        experiment.title,
+        experiment.section,
+        experiment.setting,
+        experiment.note,
+        experiment.columns,
+        tuple(rows.values()),
+        tuple(evaluate_claim(claim, rows) for claim in experiment.claims),
+        json.loads(json.dumps(dict(about), default=str)),
+    )
+
+
+def _row_values(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return scores, counts and notes of a row's trainings."""
+    ended = [outcome for outcome in outcomes if outcome.status != "failed"]
+    zeros = {outcome.seed: 0.0 for outcome in ended if outcome.status == "diverged"}
+    done = [outcome for outcome in ended if outcome.status == "done"]
+    by_column: dict[str, dict[int, float]] = {}
+    for column, name in METRICS.items():
+        points = {outcome.seed: _points(label, outcome, name) for outcome in done}
+        measured = {seed: value for seed, value in points.items() if not math.isnan(value)}
+        # Without objects of a size there is no AP, and the 0 of a diverged training says nothing.
+        if (measured or not done) and (values := measured | zeros):
+            by_column[column] = values
+    return {
+        "scores": {
+            column: Score(
+                statistics.fmean(values.values()),
+                statistics.stdev(values.values()) if len(values) > 1 else None,
+            )
+            for column, values in by_column.items()
+        },
+        "by_seed": by_column.get("AP", {}),
+        "seeds": len(ended),
+        "diverged": len(zeros),
+        "notes": tuple(
+            f"seed {outcome.seed} failed" + (f": {outcome.note}" if outcome.note else "")
+            for outcome in outcomes
+            if outcome.status == "failed"
+        ),
+        "folders": tuple(str(outcome.folder) for outcome in outcomes if outcome.folder),
+    }
+
+
+def _points(label: str, outcome: Outcome, name: str) -> float:
+    """Return a metric of a done training in points; NaN: the data has no such objects."""
+    if outcome.metrics is None or name not in outcome.metrics:
+        raise ValueError(
+            f"{label}, seed {outcome.seed}: done, but its metrics have no {name!r} "
+            f"({outcome.folder or 'no folder'}): evaluate it again"
+        )
+    value = outcome.metrics[name]
+    return math.nan if value is None else 100 * float(value)
+
+
+def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
+    """Decide whether a claim holds, by the best row of each side.
+
+    The best row has the highest mean AP; for ``faster`` the lowest time. The verdict changes where
+    the means are equal (``over``, ``faster``), where the first is `claim.within` points lower
+    (``at_least``), or where they are that far apart (``about``). It is ``not separated`` if the
+    confidence interval of the difference includes that point, or if both sides have an AP under .15
+    points. For AP the interval is :func:`confidence_half_width`'s at 5%, divided by the number of
+    row pairs (Bonferroni), as the best of several rows may be the best by luck; rows of one
+    training count once. With one seed on a side there is no interval, and the verdict is marked.
+    Times are measured once: the half-width is 5% of the longer one. The same training on both sides
+    (one backbone in place of two) measures nothing.
+    """
+    timed = claim.kind == "faster"
+    sides = [[rows[key] for key in keys] for keys in (claim.first, claim.second)]
+    paper = _published_comparison(claim, sides)
+    every = {row.key: _score(row, timed) for side in sides for row in side}
+    scores = {key: score for key, score in every.items() if score is not None}
+    measured = [[row for row in side if row.key in scores] for side in sides]
+    if not all(measured):
+        return ClaimResult(claim.text, "not measured", paper=paper)
+    pick = min if timed else max
+    first, second = (pick(side, key=lambda row: scores[row.key].mean) for side in measured)
+    if first.folders and first.folders == second.folders:
+        note = "one training on both sides"
+        return ClaimResult(claim.text, "not measured", ("one training",), paper=paper, note=note)
+    counts = [len({row.folders or (row.key,) for row in side}) for side in measured]
+    here, there = scores[first.key], scores[second.key]
+    if timed:
+        half_width: float | None = _TIME_TOLERANCE * max(here.mean, there.mean)
+    else:
+        level = _SIGNIFICANCE / math.prod(counts)
+        half_width = confidence_half_width(first.by_seed, second.by_seed, level)
+    difference = here.mean - there.mean
+    nothing = not timed and max(here.mean, there.mean) < _MIN_AP
+    missing = [row.label for side in sides for row in side if row.key not in scores]
+    marks = {"one seed": half_width is None, "rows missing": missing, "nothing found": nothing}
+    notes = [f"without {', '.join(missing)}: not measured"] if missing else []
+    notes += [f"nothing found: both under {_MIN_AP:g} points"] if nothing else []
+    return ClaimResult(
+        claim.text,
+        "not separated" if nothing else _verdict(claim, difference, half_width or 0.0),
+        tuple(mark for mark, applies in marks.items() if applies),
+        Comparison(
+            Side(first.label, here, counts[0]),
+            Side(second.label, there, counts[1]),
+            difference,
+            half_width,
+            unit=" ms" if timed else "",
+        ),
+        paper,
+        "; ".join(notes),
+    )
+
+
+def _score(row: RowResult, timed: bool) -> Score | None:
+    """Return what a claim compares: milliseconds or AP."""
+    if timed:
+        return None if row.milliseconds is None else Score(row.milliseconds)
+    return row.scores.get("AP")
+
+
+def _verdict(claim: Claim, difference: float, half_width: float) -> Verdict:
+    """Return the verdict by the distance from the point where it changes."""
+    margin = {
+        "over": difference,
+        "at_least": difference + claim.within,
+        "about": claim.within - abs(difference),
+        "faster": -difference,
+    }[claim.kind]
+    margin = 0.0 if abs(margin) < _ROUNDING else margin
+    equal = margin == 0 and claim.kind in ("over", "faster")
+    if equal or abs(margin) < half_width:
+        return "not separated"
+    return "holds" if margin >= 0 else "does not hold"
+
+
+def _published_comparison(claim: Claim, sides: Sequence[Sequence[RowResult]]) -> Comparison | None:
+    """Return what the paper prints of a claim's sides."""
+    if claim.printed is not None:
+        first, second = (Side(label, Score(time)) for label, time in claim.printed)
+        difference = first.score.mean - second.score.mean
+        return Comparison(first, second, difference, unit=" ms", digits=0)
+    printed = [[(row.published.ap, row.label) for row in side if row.published] for side in sides]
+    if claim.kind == "faster" or not all(printed):
+        return None
+    first, second = (
+        Side(label, Score(ap), len(side))
+        for side in printed
+        for ap, label in [max(side, key=lambda pair: pair[0])]
+    )
+    return Comparison(first, second, first.score.mean - second.score.mean)
+
+
+def confidence_half_width(
+    first: Mapping[int, float], second: Mapping[int, float], level: float
+) -> float | None:
+    """Return the half-width of the confidence interval of the difference of two rows' means.
+
+    With the same seeds the differences seed by seed are paired, as trainings of one seed start with
+    the same weights and see the images in the same order: two-sided Student's t with n - 1 degrees
+    of freedom. With other seeds: Welch's t.
+
+    Args:
+        first, second: AP by seed.
+        level: of significance; .05 for a 95% interval.
+
+    Returns:
+        None: a side has fewer than two seeds.
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    if first.keys() == second.keys():
+        dof = len(first) - 1
+        variance = statistics.variance(first[seed] - second[seed] for seed in first) / len(first)
+    else:
+        parts = [(statistics.variance(side.values()), len(side)) for side in (first, second)]
+        variance = sum(var / n for var, n in parts)
+        denominator = sum((var / n) ** 2 / (n - 1) for var, n in parts)
+        # Welch-Satterthwaite, rounded down to be conservative.
+        dof = max(1, int(variance**2 / denominator)) if denominator > 0 else 1
+    half_width = math.sqrt(variance) * t_quantile(level, dof)
+    return 0.0 if half_width < _ROUNDING else half_width
+
+
+@lru_cache
+def t_quantile(level: float, dof: int) -> float:
+    """Return the two-sided quantile of Student's t distribution.
+
+    By numerical integration: with t = sqrt(dof) tan(angle) the density is cos(angle)^(dof - 1).
+
+    Args:
+        level: P(abs(t) > quantile), in (0, 1); .05 for a 95% interval.
+        dof: degrees of freedom, at least 1.
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (dof - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(dof) * math.tan(float(np.interp(1 - level, mass / mass[-1], angles)))
+
+
+def evaluate_loss_shares(
+    hardest: Mapping[str, Mapping[float, float]],
+) -> tuple[ClaimResult, ClaimResult]:
+    """Evaluate the two claims of Figure 4, for one trained model.
+
+    Source: Lin et al. 2017, Sec. 5.1: gamma has little effect on positives, and a large one on
+    negatives: with gamma 2 most of their loss comes from a small part of them. The paper names no
+    bound. Here both verdicts change at one half: from gamma 0 to 2 the easier 80% of the positives
+    keep more than half of their share of the loss, those of the negatives less.
+
+    Args:
+        hardest: share of the loss in the hardest 20% of the anchors, 0..1, by gamma, of
+            ``positives`` and of ``negatives``; NaN: there is no loss.
+
+    Returns:
+        positives, negatives; marked with ``one seed``.
+
+    Raises:
+        ValueError: a kind, or gamma 0 or 2, is missing.
+    """
+    return (
+        _evaluate_shares("gamma 2 hardly moves the loss of positives", "positives", hardest),
+        _evaluate_shares(
+            "gamma 2 moves the loss of negatives to few of them", "negatives", hardest
+        ),
+    )
+
+
+def _evaluate_shares(
+    text: str, kind: str, hardest: Mapping[str, Mapping[float, float]]
+) -> ClaimResult:
+    shares = hardest.get(kind, {})
+    if not {0.0, 2.0} <= shares.keys():
+        raise ValueError(
+            f"the claims of Figure 4 need gamma 0 and 2: found {kind} with gamma "
+            f"{', '.join(f'{gamma:g}' for gamma in shares) or 'none'}"
+        )
+    before, after = shares[0.0], shares[2.0]
+    if math.isnan(before) or math.isnan(after):
+        return ClaimResult(text, "not measured", note=f"the {kind} have no loss")
+    keeps = 1 - after > (1 - before) / 2
+    return ClaimResult(
+        text,
+        "holds" if keeps == (kind == "positives") else "does not hold",
+        ("one seed",),
+        Comparison(
+            Side(f"hardest 20% of {kind}, gamma 2", Score(100 * after)),
+            Side("gamma 0", Score(100 * before)),
+            100 * (after - before),
+            unit="%",
+            digits=0,
+        ),
+    )

@@ -1,0 +1,354 @@
+"""AP against time for models at several scales on this machine: Figure 2 for any checkpoints.
+
+Source: Lin et al. 2017, Figure 2 and Table 1e: RetinaNet at depths 50 and 101 and scales of 400 to
+800 pixels, AP against milliseconds per image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
+from retinanet.data.loading import default_workers, eval_loader
+from retinanet.errors import ConfigError, DataError
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.predict import Progress, run_inference
+from retinanet.evaluation.run import DetectorOptions, match_classes, read_eval_dataset
+from retinanet.inference.backends import Network, detect_batch
+from retinanet.inference.detector import Detector
+from retinanet.model.checkpoint import Checkpoint, load_checkpoint
+
+SCALES = (400, 500, 600, 700, 800)
+"""Shorter sides of Figure 2, pixels; its models were trained at 600."""
+
+_TRAINED_SCALE = 600
+_MIN_SCALE, _MAX_SCALE = 32, 8192
+_WARMUP_CALLS = 2  # the second call with a shape packs weights for it
+_AP_FIELDS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+
+class CallTime(NamedTuple):
+    """Median and quartiles of the seconds of a call."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedPoint:
+    """One model at one scale.
+
+    Attributes:
+        model: its name.
+        scale, max_size: shorter side, and maximum of the longer side, pixels.
+        ap, ap50, ap75, ap_small, ap_medium, ap_large: as in
+            :class:`~retinanet.evaluation.metrics.Metrics`.
+        milliseconds: per image at batch size 1: network and post-processing, without decoding and
+            resizing; median over rounds.
+        milliseconds_low, milliseconds_high: quartiles.
+        network: description of the backend.
+    """
+
+    model: str
+    scale: int
+    max_size: int
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    milliseconds: float
+    milliseconds_low: float
+    milliseconds_high: float
+    network: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedAccuracy:
+    """Figure 2 of some models on one split and one machine.
+
+    Attributes:
+        points: model by model, scales from small to large.
+        images: images evaluated; `timed`: images timed.
+        rounds: times that each setting was timed.
+        source, split: the data.
+        machine: its description.
+    """
+
+    points: tuple[SpeedPoint, ...]
+    images: int
+    timed: int
+    rounds: int
+    source: str
+    split: str
+    machine: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types; NaN becomes None."""
+        values: dict[str, Any] = dataclasses.asdict(self)
+        for point in values["points"]:
+            for name, value in point.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    point[name] = None
+        return values
+
+
+def speed_accuracy(
+    models: Mapping[str, str | Path | Checkpoint],
+    data: str | Path | Dataset,
+    *,
+    split: str | None = None,
+    scales: Sequence[int] | None = None,
+    rounds: int = 7,
+    images: int = 8,
+    batch_size: int = 4,
+    workers: int | None = None,
+    machine: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[DetectorOptions],
+) -> SpeedAccuracy:
+    """Measure AP and milliseconds per image of each model at each scale.
+
+    Args:
+        models: run folders, checkpoints or ``torchvision/..`` names, by the name of their points.
+        data, split: as in :func:`retinanet.evaluation.evaluate`; the same images for every model.
+        scales: shorter sides, pixels; None: the paper's, from 4/6 to 8/6 of each model's training
+            scale. The maximum of the longer side keeps its ratio to it.
+        rounds: times that each setting is timed. Settings take turns, so that other load on the
+            machine affects all alike.
+        images: images timed, evenly spread over the split, one by one in each round.
+        batch_size, workers: for AP.
+        machine: description for the result.
+        progress: called with the number of settings evaluated.
+        options: as in :class:`Detector`.
+
+    Raises:
+        ConfigError: no model, a scale or count out of range, or as :class:`Detector`.
+        DataError: the data cannot be read, or the models have different validation splits of it.
+        WeightsError: a model cannot be read, or lacks classes of objects in the data.
+        ImageError: an image cannot be read.
+        MissingExtraError: the backend is not installed.
+    """
+    if not models:
+        raise ConfigError("no model to measure: give one or more run folders")
+    for name, count in (("rounds", rounds), ("images", images)):
+        if count < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {count}")
+    _check_scales(scales)
+    checkpoints = {
+        name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
+        for name, model in models.items()
+    }
+    dataset = _common_split(checkpoints, data, split)
+    # All models before the first measurement: an error shows at once.
+    label_maps = {name: match_classes(c.classes, dataset) for name, c in checkpoints.items()}
+    settings = [
+        (name, checkpoint, scale)
+        for name, checkpoint in checkpoints.items()
+        for scale in (paper_scales(checkpoint.image_size) if scales is None else sorted(scales))
+    ]
+    timed = dataclasses.replace(dataset, images=tuple(_spread(dataset.images, images)))
+    evaluated: list[tuple[str, Detector, Metrics]] = []
+    calls: dict[str, Callable[[], object]] = {}
+    for name, checkpoint, scale in settings:
+        at_scale: dict[str, Any] = {**options, "image_size": scale}
+        detector = Detector(checkpoint, **at_scale)
+        evaluated.append(
+            (name, detector, _accuracy(detector, dataset, label_maps[name], batch_size, workers))
+        )
+        calls[f"{name} {scale}"] = detection_call(detector, timed)
+        if progress is not None:
+            progress(len(evaluated), len(settings))
+    times = time_in_turns(calls, rounds)
+    points = [
+        _point(name, detector, metrics, seconds, len(timed))
+        for (name, detector, metrics), seconds in zip(evaluated, times.values(), strict=True)
+    ]
+    return SpeedAccuracy(
+        points=tuple(points),
+        images=len(dataset),
+        timed=len(timed),
+        rounds=rounds,
+        source=str(dataset.source),
+        split=dataset.split,
+        machine=dict(machine or {}),
+    )
+
+
+def _accuracy(
+    detector: Detector,
+    dataset: Dataset,
+    label_map: Sequence[int],
+    batch_size: int,
+    workers: int | None,
+) -> Metrics:
+    assert isinstance(detector.network, Network)  # built from a checkpoint
+    predictions = run_inference(
+        detector.network,
+        dataset,
+        image_size=detector.image_size,
+        max_size=detector.max_size,
+        batch_size=batch_size,
+        workers=default_workers() if workers is None else workers,
+        label_map=label_map,
+        **detector.thresholds,
+    )
+    return evaluate_detections(dataset, predictions.results, analysis=False)
+
+
+def _point(
+    name: str, detector: Detector, metrics: Metrics, seconds: CallTime, images: int
+) -> SpeedPoint:
+    median, low, high = (1000 * value / images for value in seconds)
+    return SpeedPoint(
+        model=name,
+        scale=detector.image_size,
+        max_size=detector.max_size,
+        **{field: getattr(metrics, field) for field in _AP_FIELDS},
+        milliseconds=median,
+        milliseconds_low=low,
+        milliseconds_high=high,
+        network=detector.network.description,
+    )
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = _WARMUP_CALLS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, CallTime]:
+    """Time several calls in turns.
+
+    Args:
+        calls: by name; one that uses a GPU has to synchronise itself.
+        rounds: each call is timed once per round.
+        warmup: untimed calls of each before the first round.
+        clock: seconds.
+
+    Raises:
+        ValueError: `rounds` is under 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    return {name: _call_time(values) for name, values in seconds.items()}
+
+
+def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
+    """Return a function that detects in every image of a data set, one by one.
+
+    The images are decoded, resized, padded and moved to the device here, once.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    loader = eval_loader(
+        dataset,
+        batch_size=1,
+        image_size=detector.image_size,
+        max_size=detector.max_size,
+        fill=padding_colour(detector.model.pixel_mean),
+    )
+    # Sorted by size: weights are packed for sizes that come again.
+    batches = sorted(
+        (batch.to(detector.device) for batch in loader), key=lambda b: tuple(b.images.shape)
+    )
+    network = detector.network
+    assert isinstance(network, Network)  # built from a checkpoint
+
+    def call() -> None:
+        for batch in batches:
+            for detections in detect_batch(
+                network,
+                batch.images,
+                batch.sizes,
+                batch.original_sizes,
+                **detector.thresholds,
+            ):
+                for values in (detections.boxes, detections.scores, detections.labels):
+                    values.cpu()  # waits for a GPU
+
+    return call
+
+
+def paper_scales(trained: int) -> tuple[int, ...]:
+    """The paper's scales relative to the training scale (600 pixels in the paper).
+
+    >>> paper_scales(600)
+    (400, 500, 600, 700, 800)
+    >>> paper_scales(192)
+    (128, 160, 192, 224, 256)
+    """
+    sides = (max(_MIN_SCALE, round(trained * scale / _TRAINED_SCALE)) for scale in SCALES)
+    return tuple(dict.fromkeys(sides))
+
+
+def _check_scales(scales: Sequence[int] | None) -> None:
+    if scales is None:
+        return
+    if not scales or len(set(scales)) != len(scales):
+        raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
+    for scale in scales:
+        if not _MIN_SCALE <= scale <= _MAX_SCALE:
+            raise ConfigError(
+                f"scale is a shorter side of {_MIN_SCALE} to {_MAX_SCALE} pixels, got {scale}"
+            )
+
+
+def _call_time(seconds: list[float]) -> CallTime:
+    if len(seconds) == 1:
+        return CallTime(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return CallTime(median, low, high)
+
+
+def _common_split(
+    checkpoints: Mapping[str, Checkpoint], data: str | Path | Dataset, split: str | None
+) -> Dataset:
+    """Read the split that no model was trained on.
+
+    A model without a record of its split (a published one) is evaluated on that of the others.
+    """
+    with_split = {name: c.info for name, c in checkpoints.items() if c.info.get("split")}
+    first: tuple[str, Dataset] | None = None
+    for name, info in (with_split or {next(iter(checkpoints)): {}}).items():
+        dataset = read_eval_dataset(data, split, info=info)
+        if first is None:
+            first = name, dataset
+        elif [image.path for image in dataset.images] != [i.path for i in first[1].images]:
+            raise DataError(
+                f"{dataset.source}: {first[0]} and {name} have different validation splits of it "
+                f"({first[1].split_origin}; {dataset.split_origin}); "
+                "give a split that neither was trained on, such as a label file of its own"
+            )
+    assert first is not None
+    return first[1]
+
+
+def _spread(values: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most `count` of the values, evenly spread from the first to the last."""
+    if len(values) <= count:
+        return values
+    step = (len(values) - 1) / max(1, count - 1)
+    return [values[round(index * step)] for index in range(count)]
