@@ -2,7 +2,7 @@
 
 Layers from the bottom: the core modules; ``model`` and ``data``, which do not import each other;
 ``inference``, ``evaluation``, ``training``, ``exporters``, each of which may import those
-before it; ``report`` and ``bench``; ``paper``, ``hub``; ``video``, ``batch``; ``serve`` and ``cli`` on top.
+before it; ``report`` and ``bench``; ``paper``, ``hub``; ``video``, ``batch``; ``serve``; ``cli``.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_ids_flags_and_other_values_come_back(tmp_path: Path, source: Path, thro
     assert after["val"].images[0].annotations[0].crowd
     if through == "csv":
         assert after["train"].category_ids == (7, 30, 90)
-    assert next(iter(written.lost)).startswith("what is said of the whole data set")
+    assert next(iter(written.lost)).startswith("values of the whole data set")
 
 
 def test_coco_to_coco_loses_nothing(tmp_path: Path, source: Path) -> None:

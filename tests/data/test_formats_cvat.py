@@ -145,7 +145,7 @@ def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
         ("shape-not-box", 6, "a.jpg: 'cat' is drawn as a polygon, not as a box"),
         ("label-unreadable", 1, "image 4 has no name"),
         ("label-unreadable", 1, "image 5 has no file name"),
-        ("class-unknown", 1, "a.jpg: label 'cow' is not one of 2 in <meta>"),
+        ("class-unknown", 1, "a.jpg: class 'cow' is not one of 2 known"),
     ]
     # Turned by a right angle about its centre (20, 15): 10 wide and 20 high.
     kept = dataset.images[0].annotations

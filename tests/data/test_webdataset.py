@@ -687,10 +687,10 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
     store = fsspec.filesystem("memory")
     store.pipe_file("/bucket/shards/train-000001.tar", b"x" * 2000)
     with pytest.raises(ImageError, match=r"memory://.*/train-000001.tar/03.jpg: is not at byte"):
-        archives.fetched(["a path.jpg", *members])
+        archives.fetch_remote(["a path.jpg", *members])
     store.rm("/bucket/shards/train-000001.tar")
     with pytest.raises(ImageError, match=r"train-000001.tar/03.jpg: cannot be read: FileNotFound"):
-        archives.fetched(members)
+        archives.fetch_remote(members)
     with pytest.raises(DataError, match=r"train-000001.tar: is not there, by memory://"):
         read_splits(address)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rivals_setup import batch_of, rival_recipe, tiny_rival
 from safetensors.torch import load_file
 
@@ -20,9 +21,11 @@ from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.paper import rival_training, rivals
 from retinanet.paper.rival_training import evaluate_rival, train_rival
-from retinanet.paper.rivals import RIVALS, load_rival
+from retinanet.paper.rivals import RIVALS, RivalNetwork, load_rival
+from retinanet.structures import Batch, Detections
 from retinanet.training.events import Event
 from retinanet.training.step import backward, micro_batches
+from retinanet.training.task import StepContext
 from retinanet.training.trainer import train
 
 NAMES = RIVALS
@@ -59,7 +62,7 @@ def test_a_run_is_like_any_other(name: str, splits: dict[str, Dataset], tmp_path
         "data.split_seed=5", "data.val_fraction=0.3",
     )  # fmt: skip
     run = train_rival(name, recipe, splits, tmp_path / "run", device="cpu", on_event=events.append)
-    names = {one.name for one in run.folder.iterdir()}
+    names = {path.name for path in run.folder.iterdir() if path.name[0] != "."}
     assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
     lines = _log(run.folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
@@ -121,14 +124,14 @@ def test_the_images_of_a_step_are_retinanets(
         seen["ours"].append(arguments[3].images)
         return backward(*arguments, **options)
 
-    monkeypatch.setattr("retinanet.training.retinanet_subject.backward", spy)
-    own = rival_training._Subject.backward
+    monkeypatch.setattr("retinanet.training.task.backward", spy)
+    own = rival_training.RivalTask.training_step
 
-    def rivals_spy(self: Any, network: Any, model: Any, batch: Any, **options: Any) -> Any:
+    def rivals_spy(self: Any, network: Any, model: Any, batch: Any, context: Any) -> Any:
         seen["rival"].append(batch.images)
-        return own(self, network, model, batch, **options)
+        return own(self, network, model, batch, context)
 
-    monkeypatch.setattr(rival_training._Subject, "backward", rivals_spy)
+    monkeypatch.setattr(rival_training.RivalTask, "training_step", rivals_spy)
     recipe = rival_recipe(
         "train.steps=3", "train.validate_every=3", "data.scale_jitter=[0.7, 1.4]", "data.colour=0.5"
     )
@@ -159,12 +162,11 @@ def test_micro_batches_and_images_without_objects_train(
 def test_micro_batches_are_averaged(splits: dict[str, Dataset]) -> None:
     one: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     recipe = rival_recipe("train.accumulate=2")
-    subject = rival_training._Subject("ssd", recipe, splits["train"], one)
+    task = rival_training.RivalTask("ssd", recipe, splits["train"], one)
     network, batch = tiny_rival("ssd").train(), batch_of()
-    losses, running = subject.backward(
-        network, network, batch, step=0, precision="float32",
-        scaler=torch.amp.GradScaler("cpu", enabled=False), running=torch.tensor(100.0),
-    )  # fmt: skip
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    context = StepContext(0, "float32", scaler, running=torch.tensor(100.0))
+    losses, running = task.training_step(network, network, batch, context)
     found = [p.grad for p in network.parameters()]
     network.zero_grad(set_to_none=True)
     halves = [network.losses(part) for part in micro_batches(batch, 2)]
@@ -208,12 +210,12 @@ def test_a_nonfinite_loss_names_the_step(
 def test_another_runs_folder_is_refused(splits: dict[str, Dataset], tmp_path: Path) -> None:
     recipe = rival_recipe("train.steps=1")
     train_rival("ssd", recipe, splits, tmp_path / "ssd", device="cpu")
-    with pytest.raises(ConfigError, match="holds a run of ssd, and now it is faster_rcnn"):
+    with pytest.raises(ConfigError, match="contains a run of ssd, and now it is faster_rcnn"):
         train_rival("faster_rcnn", recipe, splits, tmp_path / "ssd", device="cpu")
     train(recipe, splits, tmp_path / "ours", device="cpu")
-    with pytest.raises(ConfigError, match="holds a run of RetinaNet, and now it is ssd"):
+    with pytest.raises(ConfigError, match="contains a run of RetinaNet, and now it is ssd"):
         train_rival("ssd", recipe, splits, tmp_path / "ours", device="cpu")
-    with pytest.raises(ConfigError, match="holds a run of ssd, and now it is RetinaNet"):
+    with pytest.raises(ConfigError, match="contains a run of ssd, and now it is RetinaNet"):
         train(recipe, splits, tmp_path / "ssd", device="cpu")
 
 
@@ -239,7 +241,32 @@ def test_errors_before_anything_is_written(
     assert not out.exists()
     several: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="ssd trains in one process on one device, got 2"):
-        rival_training._Subject("ssd", rival_recipe(), splits["train"], several)
+        rival_training.RivalTask("ssd", rival_recipe(), splits["train"], several)
+
+
+def test_evaluation_batches_images_of_one_padded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, widths = tmp_path / "mixed", (64, 40, 64, 30)
+    synthetic_dataset(folder, splits={"val": 4}, image_size=64)
+    labels = folder / "val.json"
+    values = json.loads(labels.read_text())
+    for image, width in zip(values["images"], widths, strict=True):
+        Image.new("RGB", (width, 64)).save(next(folder.rglob(Path(image["file_name"]).name)))
+        image["width"] = width
+    labels.write_text(json.dumps({**values, "annotations": []}))
+    shapes: list[tuple[int, ...]] = []
+    detect = RivalNetwork.detect
+
+    def spy(self: RivalNetwork, batch: Batch) -> list[Detections]:
+        shapes.append(tuple(batch.images.shape))
+        return detect(self, batch)
+
+    monkeypatch.setattr(RivalNetwork, "detect", spy)
+    val = read_splits(folder)["val"]
+    evaluate_rival(tiny_rival("ssd"), val, image_size=64, max_size=64, batch_size=4, device="cpu")
+    # 64 x 64 twice, 64 x 40 padded to 64 x 64, 64 x 30 to 64 x 32.
+    assert sorted(shapes) == [(1, 3, 64, 32), (3, 3, 64, 64)]
 
 
 def test_evaluation_leaves_the_mode_and_tells_its_progress(splits: dict[str, Dataset]) -> None:

@@ -172,7 +172,7 @@ def show(
     Anchors are white. An object without a matched anchor cannot be learned, and is marked.
     """
     from retinanet.cli.drawing import draw_labels
-    from retinanet.training.step import recipe_anchors
+    from retinanet.training.data import recipe_anchors
 
     config = resolve_recipe(recipe, settings, image_size=image_size)
     dataset = _read_split(data, split, format, config)
@@ -284,7 +284,7 @@ def _read_split(data: Path, split: str, format: str | None, config: Recipe) -> D
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
     from retinanet.data import anchor_recall
-    from retinanet.training.step import recipe_anchors
+    from retinanet.training.data import recipe_anchors
 
     return anchor_recall(
         splits,

@@ -12,7 +12,7 @@ from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.faults import fixed_box
 from retinanet.data.formats import WRITABLE
-from retinanet.data.formats.finding import JSON_TEXT
+from retinanet.data.formats.labels import JSON_TEXT
 from retinanet.data.formats.writing import Placing
 from retinanet.errors import DataError
 

@@ -571,7 +571,7 @@ def _fetched(
 ) -> Sequence[str | archives.Member | ImageError]:
     """Remote files with their bytes, fetched together; where that fails, each by itself."""
     try:
-        return archives.fetched(files)
+        return archives.fetch_remote(files)
     except ImageError as error:
         if len(files) == 1:
             return [error]

@@ -336,6 +336,7 @@ def _functions() -> CDLL:
 
 
 def load_library(folder: Path) -> Library:
+    """Load the library from a folder, unless it is switched off or does not fit its sources."""
     if os.environ.get("RETINANET_NATIVE", "1") == "0":
         return Library(None, 0, "RETINANET_NATIVE=0")
     for suffix in EXTENSION_SUFFIXES:

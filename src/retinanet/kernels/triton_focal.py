@@ -240,5 +240,5 @@ def scale(values, factor, elements, BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def set_to_one(value):  # type: ignore[no-untyped-def]
-    """The smallest kernel, to find out whether kernels run at all."""
+    """Store 1: the smallest kernel, to find out whether kernels run at all."""
     tl.store(value, 1.0)

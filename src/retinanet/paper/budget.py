@@ -134,9 +134,7 @@ def with_budget(
     trainings = (plan.only(keys) if keys else plan).trainings
     if not trainings:
         return settings
-    request = json.dumps(
-        [names, budget, sorted(f"{name}/{seed}" for name, seed in (one.key for one in trainings))]
-    )
+    request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

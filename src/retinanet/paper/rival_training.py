@@ -1,6 +1,6 @@
 """Rivals in our own training loop, and judged by our own metrics.
 
-The loop is RetinaNet's (:func:`retinanet.training.trainer.train_subject`): the same data in the
+The loop is RetinaNet's (:func:`retinanet.training.trainer.run_task`): the same data in the
 same order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision,
 and the same rule for which checkpoint is the best.
 """
@@ -24,6 +24,7 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, NonFiniteLossError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.predict import group_by_size
 from retinanet.evaluation.results import Results
 from retinanet.losses.detection import Losses
 from retinanet.model.precision import autocast, choose_device
@@ -37,9 +38,11 @@ from retinanet.paper.rivals import (
     write_rival,
 )
 from retinanet.structures import Batch
-from retinanet.training.events import Listener
-from retinanet.training.step import micro_batches, whole_losses
-from retinanet.training.trainer import Run, train_subject
+from retinanet.training.events import Emit, EventCallback
+from retinanet.training.nonfinite import NonFiniteStep
+from retinanet.training.step import merge_losses, micro_batches
+from retinanet.training.task import StepContext
+from retinanet.training.trainer import Run, run_task
 
 
 def train_rival(
@@ -49,7 +52,7 @@ def train_rival(
     out: str | Path,
     *,
     device: str = "auto",
-    on_event: Listener | None = None,
+    on_event: EventCallback | None = None,
 ) -> Run:
     """Train a rival with a recipe, as :func:`retinanet.training.trainer.train` trains RetinaNet.
 
@@ -71,10 +74,10 @@ def train_rival(
     """
     check_choice("rival", name, RIVALS)
 
-    def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
-        return _Subject(name, recipe, train_set, accelerator)
+    def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RivalTask:
+        return RivalTask(name, recipe, train_set, accelerator)
 
-    return train_subject(make, recipe, data, out, device=device, on_event=on_event)
+    return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
 def evaluate_rival(
@@ -112,15 +115,16 @@ def evaluate_rival(
         if len(dataset):
             loader = eval_loader(
                 dataset,
-                batch_size=batch_size,
+                batch_size=1,
                 image_size=image_size,
                 max_size=max_size,
                 workers=workers,
                 fill=padding_colour(network.pixel_mean),
             )
             done = 0
-            for loaded in loader:
-                batch = loaded.to(place, non_blocking=True)
+            loaded = (image.to(place, non_blocking=True) for image in loader)
+            # Padding reaches the features: a batch has images of one padded size.
+            for batch in group_by_size(loaded, batch_size):
                 with autocast(precision, place):
                     found = network.detect(batch)
                 for index, detections in zip(batch.indices.tolist(), found, strict=True):
@@ -135,8 +139,8 @@ def evaluate_rival(
     return replace(metrics, images_per_second=len(dataset) / seconds)
 
 
-class _Subject:
-    """A rival, as :class:`retinanet.training.subject.Subject`."""
+class RivalTask:
+    """Train a rival: a :class:`retinanet.training.task.TrainingTask`."""
 
     def __init__(
         self, name: str, recipe: Recipe, train_set: Dataset, accelerator: Accelerator
@@ -153,36 +157,28 @@ class _Subject:
         self._train_set = train_set
         self._device = accelerator.device
 
-    def build(self) -> nn.Module:
+    def build_model(self) -> nn.Module:
         return build_rival(self._name, self._recipe, len(self._train_set.classes))
 
-    def restore(self, folder: Path) -> nn.Module:
+    def load_model(self, folder: Path) -> nn.Module:
         return load_rival(folder)[0]
 
-    def backward(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        batch: Batch,
-        *,
-        step: int,
-        precision: str,
-        scaler: torch.amp.GradScaler,
-        running: Tensor,
+    def training_step(
+        self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
     ) -> tuple[Losses, Tensor]:
         # torchvision's samplers draw from torch's generator, from which starting a loader draws
         # too: a resumed run starts one more of those.
-        torch.manual_seed((self._recipe.train.seed * 1_000_003 + step) % 2**63)
+        torch.manual_seed((self._recipe.train.seed * 1_000_003 + context.step) % 2**63)
         accumulate = self._recipe.train.accumulate
         parts = []
         for piece in micro_batches(batch, accumulate):
-            with autocast(precision, self._device):
+            with autocast(context.precision, self._device):
                 losses = cast(RivalNetwork, model).losses(piece)
-            torch.autograd.backward(scaler.scale(losses.total / accumulate))
+            torch.autograd.backward(context.scaler.scale(losses.total / accumulate))
             parts.append(losses)
-        return whole_losses(parts), running
+        return merge_losses(parts), context.running
 
-    def evaluate(
+    def validate(
         self,
         model: nn.Module,
         dataset: Dataset,
@@ -204,7 +200,7 @@ class _Subject:
             progress=progress,
         )
 
-    def write(self, folder: Path, model: nn.Module, step: int) -> None:
+    def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         data = self._recipe.data
         network = cast(RivalNetwork, model)
         info = RivalInfo(
@@ -216,22 +212,12 @@ class _Subject:
         )
         write_rival(folder, network, info)
 
-    def report_nonfinite(
-        self,
-        run: Path,
-        model: nn.Module,
-        *,
-        step: int,
-        batch: Batch,
-        running: Tensor,
-        numbers: Mapping[str, Any],
-        write: bool,
-    ) -> NoReturn:
-        names = ", ".join(str(self._train_set.images[int(i)].id) for i in batch.indices)
-        raise NonFiniteLossError(
-            f"step {step}: the loss of {self._name} is {numbers['loss']} (class "
-            f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
-            f"{numbers['grad_norm']}, learning rate {numbers['lr']:g}, images {names}; the last "
-            f"saved state is in {run / 'last'}; try a lower train.lr, train.warmup_steps or "
-            "train.clip_norm"
-        )
+    def warning(self) -> None:
+        """A rival has anchors of its own."""
+
+    def advise_on_unmatched(self) -> None:
+        """Faster R-CNN samples proposals: a step without a positive is no error."""
+
+    def report_nonfinite(self, run: Path, model: nn.Module, failed: NonFiniteStep) -> NoReturn:
+        saved = f"the last saved state is in {run / 'last'}"
+        raise NonFiniteLossError(failed.message(self._train_set, saved, of=f" of {self._name}"))

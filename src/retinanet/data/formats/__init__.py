@@ -133,12 +133,20 @@ def read_splits(
     }
 
 
-def digest(dataset: Dataset) -> str:
-    """A hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes."""
+def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
+    """Hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes.
+
+    Args:
+        dataset: the data.
+        sizes: bytes to assume for some files, by path (training records those of unreadable images,
+            whose repair is no other data).
+    """
+    sizes = sizes or {}
     total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
     for image in dataset.images:
         try:
-            size = archives.file_size(image.path)
+            known = sizes.get(str(image.path))
+            size = archives.file_size(image.path) if known is None else known
         except (OSError, DataError):
             size = -1
         boxes = [(a.box, a.label, a.crowd, a.difficult) for a in image.annotations]

@@ -22,7 +22,7 @@ from typing import Any
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import (
+from retinanet.data.formats.labels import (
     JSON_TEXT,
     ClassList,
     is_image,
