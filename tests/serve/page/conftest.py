@@ -53,7 +53,7 @@ def server() -> Iterator[str]:
         "other": colour_finder(classes=("violet", "rose", "sky"), category_ids=(1, 2, 3)),
     }
     judged = {"colours": {"AP": 0.5784, "AP50": 0.8912, "data": "/x/cells", "split": "val"}}
-    with served(build_app(detectors, judged={**judged, "strict": None, "other": None})) as address:
+    with served(build_app(detectors, metrics={**judged, "strict": None, "other": None})) as address:
         yield address
 
 

@@ -45,8 +45,9 @@ class Desk:
         """Until every image is done or refused, and drawn."""
         self.page.wait_for_function(
             """() => {
-                const states = [...document.querySelectorAll(".thumb")].map((t) => t.dataset.state);
-                return states.length > 0 && states.every((s) => s === "done" || s === "refused")
+                const thumbs = [...document.querySelectorAll(".thumb")];
+                const states = thumbs.map((t) => t.dataset.status);
+                return states.length > 0 && states.every((s) => s === "done" || s === "failed")
                     && !document.querySelector("#view[aria-busy]");
             }"""
         )
@@ -141,13 +142,13 @@ class Desk:
 
     def states(self) -> list[str]:
         return self.page.eval_on_selector_all(
-            ".thumb", "(all) => all.map((one) => one.querySelector('.state').textContent)"
+            ".thumb", "(all) => all.map((one) => one.querySelector('.label').textContent)"
         )
 
     def said(self, words: str) -> None:
         """Waits until screen readers are told so."""
         self.page.wait_for_function(
-            "(words) => document.getElementById('said').textContent.includes(words)", arg=words
+            "(words) => document.getElementById('status').textContent.includes(words)", arg=words
         )
 
     def save(self, button: str) -> tuple[str, bytes]:

@@ -66,7 +66,7 @@ CONTRAST = """() => {
     return poor;
 }"""
 
-SCENES = ["empty", "found", "compared", "refused", "key"]
+SCENES = ["empty", "found", "compared", "failed", "key"]
 
 
 def scene(desk: Desk, draw: Draw, name: str) -> None:
@@ -74,11 +74,11 @@ def scene(desk: Desk, draw: Draw, name: str) -> None:
     page = desk.page
     if name == "found":
         desk.choose(draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE)))
-        page.focus(".found")
+        page.focus(".detections")
     elif name == "compared":
         page.select_option("#second-model", "strict")
         desk.wait()
-    elif name == "refused":
+    elif name == "failed":
         page.route("**/v1/detect*", lambda one: one.fulfill(status=413, json={"detail": "no"}))
         desk.choose(draw("c.png"))
         desk.transfer("paste")
@@ -138,7 +138,7 @@ def test_a_phone(open_desk: OpenDesk, draw: Draw) -> None:
     assert places[0]["width"] > 340
     # What is touched is large enough (WCAG 2.5.8 asks for 24, fingers for 44).
     small = page.evaluate(
-        """() => [...document.querySelectorAll("button, select, .classes label, .found li")]
+        """() => [...document.querySelectorAll("button, select, .classes label, .detections li")]
             .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 43.5)
             .map((e) => e.outerHTML.slice(0, 80))"""
     )
@@ -235,7 +235,7 @@ def test_by_keyboard_alone(desk: Desk, draw: Draw) -> None:
         reached.append(at["name"])
     wanted = ["first-model", "second-model", "theme", "help", "zoom-in", "zoom-out", "fit", "full"]
     wanted += ["remove", "choose", "choose-folder", "paste", "camera", "clear", "image-1"]
-    wanted += ["score", "score-number", "all", "none", "found", "save-which", "save-shown"]
+    wanted += ["score", "score-number", "all", "none", "detections", "save-which", "save-visible"]
     wanted += ["save-json", "save-coco", "save-png", "box active"]
     assert [one for one in wanted if one not in reached] == []
     assert len(reached) == len(set(reached)) + reached.count("INPUT") - ("INPUT" in reached)
@@ -259,7 +259,7 @@ def test_less_motion(open_desk: OpenDesk, draw: Draw) -> None:
     for motion, name in (("no-preference", "turn"), ("reduce", "none")):
         desk = open_desk(script=hold, reduced_motion=motion)
         desk.page.set_input_files("#files", str(draw("a.png")))
-        desk.page.wait_for_selector(".thumb[data-state=running]")
+        desk.page.wait_for_selector(".thumb[data-status=running]")
         assert desk.page.evaluate(turns) == name
 
 
@@ -270,7 +270,7 @@ def test_the_model_is_described(desk: Desk, draw: Draw) -> None:
     assert "torch on cpu" in facts
     desk.choose(draw("a.png", (8, 8, RED)))
     desk.page.wait_for_function(
-        "() => / ms an image/.test(document.getElementById('model-facts').textContent)"
+        "() => / ms per image/.test(document.getElementById('model-facts').textContent)"
     )
 
 

@@ -31,7 +31,7 @@ def test_the_slider_acts_without_the_server(desk: Desk, draw: Draw) -> None:
     assert desk.boxes() == [[8, 8, 16, 16], [24, 8, 32, 16]]
     assert desk.states() == ["2"]
     assert desk.page.input_value("#score-number") == "0.74"
-    assert desk.page.locator(".found li:not(.off)").count() == 2
+    assert desk.page.locator(".detections li:not(.off)").count() == 2
     desk.said("ladder.png: 2 objects: 2 red")
     desk.page.focus("#score")
     for _ in range(19):
@@ -41,8 +41,8 @@ def test_the_slider_acts_without_the_server(desk: Desk, draw: Draw) -> None:
     assert desk.states() == ["1"]
     desk.page.fill("#score-number", "1")
     desk.settle()
-    assert "Nothing scores 1.00 or more; 4 objects score less." in desk.text(".stage-words")
-    desk.page.click(".stage-words button")
+    assert "No score of 1.00 or more; 4 objects below." in desk.text(".stage-message")
+    desk.page.click(".stage-message button")
     desk.settle()
     assert len(desk.boxes()) == 4
     assert desk.asked() == asked
@@ -63,7 +63,7 @@ def test_classes(desk: Desk, draw: Draw) -> None:
     page.click("#none")
     desk.settle()
     assert desk.boxes() == []
-    assert "The classes found here are switched off." in desk.text(".stage-words")
+    assert "All detected classes are hidden." in desk.text(".stage-message")
     page.click("#all")
     desk.settle()
     assert len(desk.boxes()) == 4
@@ -81,7 +81,7 @@ def test_many_classes_can_be_found(desk: Desk, draw: Draw, ask: Callable[..., An
     desk.open()
     desk.choose(file)
     assert page.locator("#classes .class-name").all_inner_texts() == ["red"]
-    assert desk.text("#absent-words") == "29 classes not in this image"
+    assert desk.text("#absent-summary") == "29 classes not in this image"
     page.fill("#class-search", "thing 3")
     assert page.locator("#absent-classes .class-name").all_inner_texts() == ["thing 3", "thing 30"]
     page.click("#none")
@@ -100,11 +100,11 @@ def test_hover_shows_class_and_score(desk: Desk, draw: Draw) -> None:
         "green, score 0.99, 8 by 8 pixels at 64, 40"
     )
     assert page.locator(".caption.active text").text_content() == "green 0.99"
-    assert page.locator(".found li[aria-selected=true] .class-name").inner_text() == "green"
+    assert page.locator(".detections li[aria-selected=true] .class-name").inner_text() == "green"
     page.mouse.move(*desk.screen(40, 30))
     assert page.locator(".box.active").count() == 0
     # And from the list to the image.
-    page.locator(".found li").first.hover()
+    page.locator(".detections li").first.hover()
     assert page.locator(".box.active").get_attribute("aria-label").startswith("red")
 
 
@@ -146,10 +146,10 @@ def test_detections_by_keyboard(desk: Desk, draw: Draw) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement.closest('.box')") is None
     assert page.locator(".box.active").count() == 0
-    page.focus(".found")
+    page.focus(".detections")
     assert page.locator(".box.active").get_attribute("aria-label").startswith("red, score 0.99")
     page.keyboard.press("ArrowDown")
-    active = page.get_attribute(".found", "aria-activedescendant")
+    active = page.get_attribute(".detections", "aria-activedescendant")
     assert page.locator(f"#{active}").text_content() == "red8 × 8 pixels, score 0.92"
     assert page.locator(".box.active").get_attribute("aria-label").startswith("red, score 0.92")
     page.keyboard.press("Enter")
@@ -299,7 +299,7 @@ def test_colours_stay_with_the_classes(desk: Desk, draw: Draw) -> None:
         stroke = "(e) => getComputedStyle(e).stroke"
         paint = "(e) => getComputedStyle(e).backgroundColor"
         pane = page.locator(".pane").nth(1)
-        row = page.locator(".found").nth(1).locator("li", has_text="sky")
+        row = page.locator(".detections").nth(1).locator("li", has_text="sky")
         toggle = page.locator(".classes li", has_text="sky")
         return [
             pane.locator(".box[aria-label^=sky] .line").evaluate(stroke),

@@ -73,9 +73,9 @@ def test_drop(desk: Desk, draw: Draw, tmp_path: Path) -> None:
     desk.wait()
     assert not desk.page.is_visible("#drop-sheet")
     assert desk.states() == ["1", "0"]
-    assert "1 file left out, for they are no images: notes.txt" in desk.text("#notice")
-    desk.page.click("#notice-close")
-    assert not desk.page.is_visible("#notice")
+    assert "1 file skipped (not an image): notes.txt" in desk.text("#message")
+    desk.page.click("#message-close")
+    assert not desk.page.is_visible("#message")
 
 
 def test_drop_of_a_folder(desk: Desk, draw: Draw, tmp_path: Path) -> None:
@@ -140,12 +140,12 @@ def test_a_folder_chosen(desk: Desk, draw: Draw, tmp_path: Path) -> None:
 
 def test_paste(desk: Desk, draw: Draw) -> None:
     desk.transfer("paste")
-    assert "There is no image in the clipboard" in desk.text("#notice")
+    assert "There is no image in the clipboard" in desk.text("#message")
     desk.transfer("paste", draw("image.png", (8, 8, RED)))
     desk.wait()
     assert desk.text("#name") == "pasted-1.png"
     assert desk.boxes() == [[8, 8, 16, 16]]
-    assert not desk.page.is_visible("#notice")
+    assert not desk.page.is_visible("#message")
 
 
 def test_paste_by_the_button(open_desk: OpenDesk) -> None:
@@ -185,7 +185,7 @@ def test_no_camera(desk: Desk) -> None:
         };
     }"""
     for script, words in (
-        ("0", "was not allowed to use the camera"),
+        ("0", "denied access to the camera"),
         (failing % "NotFoundError", "No camera was found"),
         (failing % "NotReadableError", "another program uses it"),
         (
@@ -196,7 +196,7 @@ def test_no_camera(desk: Desk) -> None:
         desk.page.evaluate(script)
         desk.page.click("#camera")
         desk.page.wait_for_function(
-            "(words) => document.querySelector('.camera-words').textContent.includes(words)",
+            "(words) => document.querySelector('.camera-message').textContent.includes(words)",
             arg=words,
         )
         assert desk.page.is_disabled(".shutter")
@@ -226,20 +226,20 @@ def test_images_are_shown_upright(desk: Desk, tmp_path: Path, kind: str) -> None
         assert [x, y, x + 8, y + 8] in desk.boxes()
         red, green, blue = desk.pixel(x + 4, y + 4)
         assert (red > 200, green < 60, blue < 60) == (True, True, True), orientation
-        assert desk.page.inner_text(".stage-words") == ""
+        assert desk.page.inner_text(".stage-message") == ""
         desk.page.keyboard.press("ArrowRight")
         desk.wait()
 
 
 def test_a_image_that_the_browser_cannot_show(desk: Desk, draw: Draw) -> None:
     desk.choose(draw("scan.tiff", (16, 8, RED), (64, 40, GREEN)))
-    assert "This browser cannot show TIFF images" in desk.text(".stage-words")
+    assert "This browser cannot display TIFF images" in desk.text(".stage-message")
     assert desk.boxes() == [[16, 8, 24, 16], [64, 40, 72, 48]]
     assert desk.pixel(40, 30) == [0xC9, 0xD1, 0xD9]  # the sheet, of the light theme
-    assert desk.page.locator(".found li").count() == 2
+    assert desk.page.locator(".detections li").count() == 2
     assert desk.text(".thumb .kind") == "TIFF"
     assert desk.page.is_disabled("#save-png")
-    assert "cannot show the image, and so not draw on it" in desk.text("#save-hint")
+    assert "cannot display the image and cannot draw on it" in desk.text("#save-hint")
 
 
 def test_an_animation_shows_the_image_that_was_searched(desk: Desk, tmp_path: Path) -> None:
@@ -268,15 +268,15 @@ def test_a_wrong_size_draws_no_boxes(desk: Desk, draw: Draw, ask: Callable[..., 
     desk.page.route("**/v1/detect*", lambda route: route.fulfill(json=said))
     desk.choose(file)
     assert desk.boxes() == []
-    assert "are not drawn" in desk.text(".stage-words")
-    assert desk.page.locator(".found li").count() == 1
+    assert "are not drawn" in desk.text(".stage-message")
+    assert desk.page.locator(".detections li").count() == 1
 
 
 def test_the_strip(desk: Desk, draw: Draw) -> None:
     files = [draw(f"{n}.png", *[(8 * k, 8, RED) for k in range(n)]) for n in range(4)]
     desk.choose(*files)
     assert desk.states() == ["0", "1", "2", "3"]
-    assert "4 images" in desk.text("#progress-words")
+    assert "4 images" in desk.text("#progress-text")
     page = desk.page
     assert page.locator(".thumb").first.get_attribute("aria-label") == "0.png, 0 objects"
     assert desk.text("#name") == "0.png"
@@ -310,7 +310,7 @@ def test_names_are_text(desk: Desk, draw: Draw) -> None:
     assert desk.text("#name") == name
     assert desk.page.locator("img[src=x]").count() == 0
     # The class's name is text as well.
-    assert desk.text(".found .class-name") == "<i>blue</i>"
+    assert desk.text(".detections .class-name") == "<i>blue</i>"
     assert desk.page.locator("i").count() == 0
 
 
@@ -319,7 +319,7 @@ def test_a_few_uploads_at_a_time_which_can_be_cancelled(open_desk: OpenDesk, dra
     files = [draw(f"{n}.png", (8, 8, RED)) for n in range(8)]
     desk.page.set_input_files("#files", [str(file) for file in files])
     desk.page.wait_for_function("() => window.letGo.length === 3")
-    assert desk.states().count("searching") == 3
+    assert desk.states().count("detecting") == 3
     assert desk.states().count("waiting") == 5
     assert desk.page.is_visible("#progress")
     # The image in view goes before those that came earlier.
@@ -327,17 +327,17 @@ def test_a_few_uploads_at_a_time_which_can_be_cancelled(open_desk: OpenDesk, dra
     desk.page.evaluate("() => window.letGo[0]()")
     desk.page.wait_for_function("() => window.letGo.length === 4")
     assert desk.states()[0] == "1"
-    assert desk.states()[7] == "searching"
+    assert desk.states()[7] == "detecting"
     desk.page.click("#cancel")
     desk.page.wait_for_function("() => window.inFlight === 0")
-    assert desk.states() == ["1", *["not searched"] * 7]
+    assert desk.states() == ["1", *["cancelled"] * 7]
     assert desk.page.evaluate("() => window.mostInFlight") == 3
     assert desk.asked() == 1
-    desk.page.click(".stage-words button")
+    desk.page.click(".stage-message button")
     desk.page.wait_for_function("() => window.letGo.length === 5")
     desk.page.evaluate("() => window.letGo[4]()")
     desk.page.wait_for_function(
-        "() => document.querySelectorAll('.thumb')[7].dataset.state === 'done'"
+        "() => document.querySelectorAll('.thumb')[7].dataset.status === 'done'"
     )
 
 

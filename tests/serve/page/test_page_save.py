@@ -21,14 +21,14 @@ Ask = Callable[..., Any]
 
 
 def everything(desk: Desk) -> None:
-    desk.page.uncheck("#save-shown")
+    desk.page.uncheck("#save-visible")
 
 
 def test_json(desk: Desk, draw: Draw, ask: Ask) -> None:
     file = draw("one.png", (16, 8, RED), (64, 40, GREEN), (80, 40, DIM_RED))
     desk.choose(file)
     said = ask(file)["images"][0]
-    assert desk.text("#save-shown-words") == "only what is shown: 2 of 3 objects"
+    assert desk.text("#save-visible-text") == "only visible detections: 2 of 3 objects"
     name, content = desk.save("#save-json")
     assert name == "detections.json"
     shown = [one for one in said["detections"] if one["score"] >= 0.3]
@@ -122,7 +122,7 @@ def test_all_drawn_images(desk: Desk, draw: Draw, tmp_path: Path) -> None:
         assert archive.namelist() == ["shots/a-detections.png", "shots/a-detections-2.png"]
         with Image.open(archive.open("shots/a-detections.png")) as drawn:
             assert drawn.size == (96, 64)
-    assert "could not draw on 1 image: shots/b.tiff" in desk.text("#notice")
+    assert "could not draw on 1 image: shots/b.tiff" in desk.text("#message")
 
 
 def test_the_second_model_is_saved_on_its_own(desk: Desk, draw: Draw, ask: Ask) -> None:
