@@ -169,6 +169,10 @@ class LossConfig(_Section):
         return {"alpha": None, **values} if other else values
 
 
+class LossSettings(LossConfig, MatchingConfig):
+    """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+
 class DataConfig(_Section):
     """Loading and augmentation of images (Sec. 4.1)."""
 
@@ -267,6 +271,11 @@ class Recipe(_Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     detect: DetectConfig = DetectConfig()
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The sections `loss` and `matching` together."""
+        return LossSettings(**self.loss.model_dump(), **self.matching.model_dump())
 
     @property
     def split_seed(self) -> int:

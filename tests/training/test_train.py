@@ -252,8 +252,8 @@ def test_accumulating_micro_batches_is_the_whole_batch(
     assert after == pytest.approx(before, rel=1e-4)
     expected, found = _weights(one.folder), _weights(two.folder)
     for name, value in expected.items():
-        # Sums in another order; the step itself moves weights by a thousand times that.
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        # Sums in another order: 3e-5 was measured. A wrong normalizer changes the losses above.
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_a_nonfinite_loss_stops_and_can_be_repeated(tiny_data: Path, tmp_path: Path) -> None:
