@@ -28,7 +28,7 @@ def test_json(desk: Desk, draw: Draw, ask: Ask) -> None:
     file = draw("one.png", (16, 8, RED), (64, 40, GREEN), (80, 40, DIM_RED))
     desk.choose(file)
     said = ask(file)["images"][0]
-    assert desk.text("#save-visible-text") == "only visible detections: 2 of 3 objects"
+    assert desk.text("#save-visible-text") == "visible only: 2 of 3 objects"
     name, content = desk.save("#save-json")
     assert name == "detections.json"
     shown = [one for one in said["detections"] if one["score"] >= 0.3]
