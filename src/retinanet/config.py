@@ -171,6 +171,10 @@ class LossConfig(_Section):
         return {"alpha": None, **values} if other else values
 
 
+class LossSettings(LossConfig, MatchingConfig):
+    """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+
 class DataConfig(_Section):
     """How images reach the network (Sec. 4.1)."""
 
@@ -269,6 +273,11 @@ class Recipe(_Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     detect: DetectConfig = DetectConfig()
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The sections `loss` and `matching` together."""
+        return LossSettings(**self.loss.model_dump(), **self.matching.model_dump())
 
     @property
     def split_seed(self) -> int:

@@ -277,10 +277,10 @@ def test_refusals(tmp_path: Path, source: Path) -> None:
         DataError, match="no format 'yolov8': coco, voc, yolo, csv, webdataset; did you mean yolo"
     ):
         convert(source, tmp_path / "out", "yolov8")
-    with pytest.raises(DataError, match="must not be, hold or lie in the data"):
+    with pytest.raises(DataError, match="must not be, contain or be inside the source data"):
         convert(source, source / "voc", "voc")
     write(tmp_path / "file", "")
-    with pytest.raises(DataError, match="is there already and not an empty folder"):
+    with pytest.raises(DataError, match="exists and is not an empty folder"):
         convert(source, tmp_path / "file", "voc")
     nothing = {name: replace(d, images=()) for name, d in read_splits(source).items()}
     with pytest.raises(DataError, match="there is no image to write"):

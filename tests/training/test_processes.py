@@ -125,12 +125,12 @@ def test_two_ranks_one_without_objects_equal_one_process(
 
 
 def _first_batch(data: Path) -> list[int]:
+    from retinanet.config import DataConfig
     from retinanet.data.loading import train_loader
 
-    loader = train_loader(
-        read_splits(data)["train"], batch_size=4, steps=1, seed=0, image_size=64, max_size=64,
-        workers=0, fill=(0, 0, 0),
-    )  # fmt: skip
+    config = DataConfig(image_size=64, max_size=64)
+    train = read_splits(data)["train"]
+    loader = train_loader(train, config, batch_size=4, steps=range(1), seed=0)
     return next(iter(loader)).indices.tolist()
 
 

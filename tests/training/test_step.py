@@ -30,8 +30,6 @@ from retinanet.training.step import (
     PendingMetrics,
     backward,
     clip_gradients,
-    loss_settings,
-    settings_on,
 )
 
 CPU = torch.device("cpu")
@@ -88,7 +86,7 @@ def test_a_step_looks_at_no_value(settings: tuple[str, ...], objects: int) -> No
             model,
             model,
             a_batch("meta", objects),
-            settings=settings_on(meta, loss_settings(recipe)),
+            settings=recipe.loss_settings,
             accumulate=recipe.train.accumulate,
             precision="float32",
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -129,14 +127,6 @@ def test_figures_land_on_the_host_whatever_the_default_device(
     figures, stopped = PendingMetrics(of(1.0), torch.tensor(1.0), torch.tensor(0.0)).read()
     assert asked == [("cpu", True)]
     assert (figures.loss, figures.grad_norm, stopped) == (3.0, 4.0, False)
-
-
-def test_alpha_is_sent_once() -> None:
-    settings = loss_settings(tiny_recipe("loss.alpha=[0.1, 0.2]"))
-    assert settings_on(CPU, settings) == settings
-    there = settings_on(torch.device("meta"), settings)["alpha"]
-    assert there.device.type == "meta"
-    assert settings_on(torch.device("meta"), settings | {"alpha": None})["alpha"] is None
 
 
 # --- what the guard says --------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retinanet.anchors import AnchorSpec, feature_sizes, level_anchors
+from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.faults import CLIPPED, box_fault
 
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's borders of small, medium and large objects, in square pixels of the image."""
@@ -104,7 +104,7 @@ def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
     """The objects of each image that count: not ignored, and with a box that can be used."""
     for image in dataset.images:
         height, width = _size(image, sizes)
-        faults = ((a, box_fault(a.box, width, height)) for a in image.annotations if not a.ignored)
+        faults = ((a, check_box(a.box, width, height)) for a in image.annotations if not a.ignored)
         yield [a for a, fault in faults if fault is None or fault[2] == CLIPPED]
 
 

@@ -210,7 +210,7 @@ def _data_name(run: Mapping[str, Any]) -> str:
 
 
 def _machine(run: Mapping[str, Any]) -> str:
-    """The processor, without the name of the machine."""
+    """Return the processor, without the name of the machine."""
     device = str(run.get("device") or "an unknown device")
     if not device.startswith("cpu"):
         return _plain(run.get("device_name") or device)

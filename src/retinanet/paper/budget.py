@@ -83,7 +83,7 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
     Raises:
         RetinaNetError: a training fails.
     """
-    folder = workers.out / ".pace" / str(os.getpid())
+    folder = workers.out / f".pace-{os.getpid()}"
     kinds: dict[tuple[object, ...], Training] = {}
     for training in trainings:
         kinds.setdefault(_kind(training), _probe(training, f"pace-{len(kinds)}"))
@@ -100,7 +100,7 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
                 raise RetinaNetError(f"a first training of {_PROBE_STEPS} steps failed: {result}")
             paces[kind] = _pace(probe.folder(folder), result)
     finally:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return [paces[_kind(training)] for training in trainings]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.errors import NonFiniteLossError, WeightsError
 from retinanet.files import replace_folder
@@ -133,7 +134,7 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
         Targets(tensors["boxes"], tensors["labels"]),
         num_classes=model.num_classes,
         running=tensors["running"],
-        **checkpoint.info["loss"],
+        settings=LossSettings(**checkpoint.info["loss"]),
     )
     torch.autograd.backward(losses.total)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from retinanet.anchors import feature_sizes, level_anchors
-from retinanet.config import Recipe
+from retinanet.config import LossSettings
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.precision import autocast
@@ -28,26 +27,13 @@ MAX_CONSECUTIVE_SKIPPED_STEPS = 20
 """Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""
 
 
-def loss_settings(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of :func:`retinanet.losses.detection.detection_losses` from a recipe."""
-    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
-
-
-def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy :func:`loss_settings` with alpha on the device: copying it each step would sync."""
-    settings = dict(settings)
-    if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
-    return settings
-
-
 def backward(
     accelerator: Accelerator,
     network: nn.Module,
     model: RetinaNet,
     batch: Batch,
     *,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
     precision: str,
     scaler: torch.amp.GradScaler,
@@ -61,7 +47,7 @@ def backward(
     Args:
         network: `model`, or its wrapper for several processes.
         batch: this process's part.
-        settings: of :func:`settings_on`.
+        settings: of the losses and the matching.
         accumulate: number of micro-batches.
         running: () state of the normalizer ``running``: the moving average over whole batches.
 
@@ -90,11 +76,11 @@ def backward(
                     running=running / parts,
                     world_foreground=world_foreground,
                     overwrite_logits=True,
-                    **settings,
+                    settings=settings,
                 )
             )
             torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
-    if settings["normalizer"] == "running":
+    if settings.normalizer == "running":
         running = losses[-1].normalizer * parts
     total = merge_losses(losses)
     if accelerator.num_processes > 1:
@@ -135,16 +121,19 @@ def _world_foreground(
     accelerator: Accelerator,
     anchors: list[Tensor],
     targets: Targets,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
 ) -> Callable[[Tensor], Tensor]:
     """Map a micro-batch's count of foreground anchors to its part of the whole batch's."""
     whole: Tensor | None = None
-    if accumulate > 1 and settings["normalizer"] != "image":
+    if accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch needs the count of all, so they are matched beforehand as well.
-        names = ("foreground_iou", "background_iou", "low_quality_matches")
         matches = match_anchors(
-            torch.cat(anchors), targets, **{name: settings[name] for name in names}
+            torch.cat(anchors),
+            targets,
+            foreground_iou=settings.foreground_iou,
+            background_iou=settings.background_iou,
+            low_quality_matches=settings.low_quality_matches,
         )
         whole = (matches >= 0).sum()
 

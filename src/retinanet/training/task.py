@@ -34,7 +34,7 @@ from retinanet.structures import Batch
 from retinanet.training.data import anchor_advice, anchor_warning
 from retinanet.training.events import Emit
 from retinanet.training.nonfinite import NonFiniteStep, report_nonfinite
-from retinanet.training.step import backward, loss_settings, settings_on
+from retinanet.training.step import backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class RetinaNetTask:
         self._init = init
         self._emit = emit
         self._image_side = image_side(train_set)
-        self._loss = settings_on(accelerator.device, loss_settings(recipe))
+        self._loss = recipe.loss_settings
 
     def build_model(self) -> nn.Module:
         """Build the recipe's network, with the weights of ``init`` that fit."""
@@ -212,7 +212,7 @@ class RetinaNetTask:
             workers=workers,
             device=self._accelerator.device,
             precision=precision,
-            loss=loss_settings(self._recipe),
+            loss=self._recipe.loss_settings.model_dump(mode="json"),
             progress=progress,
             **self._recipe.detect.model_dump(),
         )
@@ -243,7 +243,7 @@ class RetinaNetTask:
             max_size=recipe.data.max_size,
             info={
                 "detect": recipe.detect.model_dump(mode="json"),
-                "loss": loss_settings(recipe),
+                "loss": recipe.loss_settings.model_dump(mode="json"),
                 "recipe": recipe.name,
                 "step": step,
                 # A split that was made is made again with these: no training image is evaluated.

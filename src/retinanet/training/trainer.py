@@ -422,22 +422,19 @@ class Trainer:
             self.run.truncate_log(self.progress.step)
 
     def _train_loader(self) -> BatchLoader:
-        sections = self._recipe.data.model_dump(exclude={"workers", "val_fraction", "split_seed"})
         return train_loader(
             self._data.train,
+            self._recipe.data,
             batch_size=self._settings.batch_size // self._accelerator.num_processes,
-            steps=self.progress.steps,
-            start_step=self.progress.step,
+            steps=range(self.progress.step, self.progress.steps),
             seed=self._settings.seed,
             workers=self._workers,
             rank=self._accelerator.process_index,
             world_size=self._accelerator.num_processes,
             fill=padding_colour(cast(Tensor, self.model.pixel_mean)),
-            skip_unreadable=True,
             on_unreadable=lambda index, message: self._note_unreadable(
                 self._data.train, index, message
             ),
-            **sections,
         )
 
     def _eval_model(self) -> nn.Module:

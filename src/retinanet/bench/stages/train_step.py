@@ -20,6 +20,7 @@ from retinanet.bench.samples import (
     torchvision_outputs,
 )
 from retinanet.bench.tables import count
+from retinanet.config import LossSettings
 from retinanet.losses.detection import detection_losses
 from retinanet.model.precision import autocast, choose_dtype
 from retinanet.structures import pad_targets
@@ -76,8 +77,7 @@ def _benchmark(setting: Setting, backbone: str, side: int, batch: int, precision
             targets,
             num_classes=model.num_classes,
             # torchvision's defaults, for equal work
-            box="l1",
-            low_quality_matches=True,
+            settings=LossSettings(box="l1", low_quality_matches=True),
         )
         return _optimize(losses.total, optimizer)
 
