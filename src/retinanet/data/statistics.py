@@ -101,7 +101,7 @@ def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
 
 
 def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
-    """The objects of each image that are not ignored and have a usable box."""
+    """Return the objects of each image that are not ignored and have a usable box."""
     for image in dataset.images:
         height, width = _size(image, sizes)
         faults = ((a, check_box(a.box, width, height)) for a in image.annotations if not a.ignored)
