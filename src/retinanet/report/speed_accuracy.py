@@ -293,7 +293,7 @@ def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]
 
 
 def paper_scales(trained: int) -> tuple[int, ...]:
-    """The paper's scales relative to the training scale (600 pixels in the paper).
+    """Compute the paper's scales relative to the training scale (600 pixels in the paper).
 
     >>> paper_scales(600)
     (400, 500, 600, 700, 800)
