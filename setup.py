@@ -1,4 +1,4 @@
-"""The one part of the build that pyproject.toml has no words for: the optional C library."""
+"""Build of the optional C library, which pyproject.toml cannot describe."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
-# In the order in which retinanet.native takes their checksum.
-SOURCES = ["src/retinanet/native/native.c", "src/retinanet/native/kernels.h"]
+# In the order in which retinanet.kernels.native computes their checksum.
+SOURCES = ["src/retinanet/kernels/native.c", "src/retinanet/kernels/kernels.h"]
 
 
 class BuildLibrary(build_ext):
-    """Builds a library that ctypes loads, with threads where the compiler has OpenMP.
+    """Build a library that ctypes loads, with threads where the compiler has OpenMP.
 
-    Where it cannot be built at all, the extension being optional, the installation goes on.
+    The extension is optional: where it cannot be built, the installation succeeds without it.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -25,21 +25,21 @@ class BuildLibrary(build_ext):
         for source in SOURCES:
             version = crc32(Path(source).read_bytes(), version)
         ext.define_macros = [("VERSION", f"{version}u")]
-        # A file's date may be older than the library's though the file is another.
+        # A changed source may have an older date than the library.
         self.force = True
         if self.compiler.compiler_type == "msvc":
             ext.extra_compile_args = ["/O2", "/openmp"]
             super().build_extension(ext)
             return
-        # No -ffast-math: a NaN must come through, and overlaps must be torchvision's to the bit.
+        # No -ffast-math: NaN must propagate, and IoU must equal torchvision's exactly.
         plain = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden"]
         exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
         ext.libraries = ["m"]
-        ways = ((["-fopenmp"], ["-fopenmp"]), (["-fopenmp-simd"], []), ([], []))
+        attempts = ((["-fopenmp"], ["-fopenmp"]), (["-fopenmp-simd"], []), ([], []))
         if sys.platform == "darwin":
-            # A second libomp beside torch's would end the process ("OMP: Error #15").
-            ways = ways[1:]
-        for place, (compiling, linking) in enumerate(ways):
+            # A second libomp besides torch's aborts the process ("OMP: Error #15").
+            attempts = attempts[1:]
+        for i, (compiling, linking) in enumerate(attempts):
             ext.extra_compile_args = plain + exact + compiling
             ext.extra_link_args = linking
             try:
@@ -47,19 +47,19 @@ class BuildLibrary(build_ext):
                 return
             except CCompilerError:
                 # A compiler without OpenMP (Apple's) still makes a library of one thread.
-                if place == len(ways) - 1:
+                if i == len(attempts) - 1:
                     self.warn("no native library: retinanet works without it, but more slowly")
                     raise
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None: on Windows the usual answer is PyInit_..., which this library does not have."""
+        """Return none: on Windows the default is PyInit_..., which this library does not have."""
         return []
 
 
 setup(
     ext_modules=[
         Extension(
-            "retinanet.native._library",
+            "retinanet.kernels._library",
             sources=SOURCES[:1],
             depends=SOURCES[1:],
             optional=True,

@@ -40,12 +40,13 @@ from retinanet.bench.run import peak_of
 from retinanet.bench.samples import anchors_for, jpeg, random_boxes
 from retinanet.bench.stages.class_loss import class_loss_input
 from retinanet.bench.stages.postprocess import outputs_like
+from retinanet.config import LossConfig
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
 from retinanet.inference.backends import build_network
 from retinanet.inference.detector import Detector
-from retinanet.losses.detection import CLASSIFICATION_LOSSES, detection_losses
+from retinanet.losses import classification_loss, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.precision import autocast, choose_dtype
@@ -137,7 +138,7 @@ def class_loss(batch: int, classes: int, side: int) -> Work:
 
     def call() -> Any:
         flat = [flatten_level(level, classes) for level in levels]
-        loss = CLASSIFICATION_LOSSES["focal"](flat, labels, weights, 0.25, 2.0, 0.0)
+        loss = classification_loss(flat, labels, weights, LossConfig())
         return torch.autograd.grad(loss, levels)
 
     return call

@@ -37,10 +37,10 @@ from retinanet.inference import Detector, load
 EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onnx": ("onnx", ".onnx", {}),
     "openvino": ("openvino", ".xml", {}),
-    "fp16": ("openvino", ".xml", {"fp16": True}),
-    "int8": ("openvino", ".xml", {"int8": True}),
+    "fp16": ("openvino", ".xml", {"precision": "fp16"}),
+    "int8": ("openvino", ".xml", {"precision": "int8"}),
     "torch": ("torch", ".pt2", {}),
-    "aot": ("torch", ".pt2", {"aot": True}),
+    "aot": ("aotinductor", ".pt2", {}),
 }
 """Target, suffix and options by format."""
 

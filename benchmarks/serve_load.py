@@ -1,17 +1,18 @@
-"""What the service costs beside the model itself, whether its memory is flat, and what it bears.
+"""Compare the throughput of `retinanet serve` with direct calls of the detector.
 
     python benchmarks/serve_load.py load MODEL IMAGES [--clients 1 8 32] [--rounds 5] ...
     python benchmarks/serve_load.py soak MODEL IMAGES [--minutes 10] [--clients 8]
-    python benchmarks/serve_load.py mutants MODEL IMAGES [--count 1000]
 
-``load`` starts `retinanet serve`, a process that calls the detector directly (``Detector.stream``
-of the same encoded images, with the same threads), and clients in a third process. They take
-turns: in each round the direct calls, then each number of clients. What the service costs is, a
-round, 1 - (its images/s) / (the direct ones). "cpu" is milliseconds of processors an image: on a
-machine that others use too it says more than the rate.
+``load`` starts the service, a process that calls ``Detector.stream`` on the same encoded images
+with the same number of threads, and a process with the clients. In each round they run one after
+the other, so that other work on the machine affects all of them. The cost of the service is 1 -
+(its images/s) / (images/s of the direct calls), per round. "cpu" is milliseconds of CPU time per
+image, which other work affects less than the rate.
 
-Arguments of the server go behind ``--``, as in ``-- --batch-size 4``. ``load`` takes several, each
-for a server of its own that takes turns with the others: ``-- -- --batch-size 4 -- --workers 2``.
+``soak`` sends requests for minutes and reports the memory of the server.
+
+Options after ``--`` are the server's, as in ``-- --batch-size 4``; ``load`` takes several servers:
+``-- -- --batch-size 4 -- --workers 2``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
-import random
 import re
 import signal
 import statistics
@@ -37,390 +38,229 @@ from typing import Any
 
 import psutil
 
-KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".bmp": "image/bmp"}
-
-
-def images_of(folder: Path, most: int) -> list[tuple[str, bytes]]:
-    """(media type, content) of the first images in a folder."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS)[:most]
-    if not files:
-        raise SystemExit(f"{folder}: no image")
-    return [(KINDS[file.suffix.lower()], file.read_bytes()) for file in files]
+MEDIA_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
 
 class Server:
     """`retinanet serve` in a process of its own."""
 
-    def __init__(self, model: str, arguments: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "retinanet", "serve", model, "--port", "0", *arguments]
+    def __init__(self, model: str, options: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "retinanet", "serve", model, "--port", "0", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = re.search(r"http://[^:]+:(\d+)", line)
-        if found is None:
+        match = re.search(r"http://[^:]+:(\d+)", line)
+        if match is None:
             raise SystemExit(f"the server did not start: {line}")
-        self.port = int(found[1])
+        self.port = int(match[1])
+        self.usage = psutil.Process(self.process.pid)
 
-    def worked(self) -> float:
-        """Seconds of processors that it has used."""
-        used = psutil.Process(self.process.pid).cpu_times()
-        return float(used.user + used.system)
+    def cpu_seconds(self) -> float:
+        """Return the CPU time used so far."""
+        times = self.usage.cpu_times()
+        return float(times.user + times.system)
 
-    def memory(self) -> float:
-        """Resident, MB."""
-        return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
+    def __enter__(self) -> Server:
+        return self
 
-    def end(self) -> int:
-        """Its exit code after Ctrl-C."""
+    def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(120)
+        self.process.wait(120)
 
 
-@contextlib.contextmanager
-def started(model: str, arguments: Sequence[str]) -> Iterator[Server]:
-    """A server that is ended."""
-    server = Server(model, arguments)
-    try:
-        yield server
-    finally:
-        print(f"the server ended with {server.end()}", file=sys.stderr)
+def read_requests(folder: Path, maximum: int) -> tuple[list[bytes], list[bytes]]:
+    """Read images of a folder; returns the encoded images and a request for each."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MEDIA_TYPES)
+    if not files:
+        raise SystemExit(f"no images in {folder}")
+    images, requests = [], []
+    for file in files[:maximum]:
+        images.append(file.read_bytes())
+        head = (
+            "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: {MEDIA_TYPES[file.suffix.lower()]}\r\n"
+            f"Content-Length: {len(images[-1])}\r\n\r\n"
+        )
+        requests.append(head.encode() + images[-1])
+    return images, requests
 
 
-def request_of(kind: str, data: bytes) -> bytes:
-    """One image as a request."""
-    head = (
-        f"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n"
-    )
-    return head.encode() + data
+async def run_client(
+    port: int, requests: Sequence[bytes], first: int, end: float, times: list[float]
+) -> Counter[int]:
+    """Send one request after the other until `end`; returns the number of each status."""
+    statuses: Counter[int] = Counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        writer.write(requests[(first + statuses.total()) % len(requests)])
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None
+        await reader.readexactly(int(length[1]))
+        times.append(time.perf_counter() - start)
+        statuses[int(head.split(b" ", 2)[1])] += 1
+    writer.close()
+    return statuses
 
 
-async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
-    """Status, body, and whether the connection stays."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", head)
-    body = await reader.readexactly(int(length[1])) if length else b""
-    return int(head.split(b" ", 2)[1]), body, b"connection: close" not in head
-
-
-async def client(
-    port: int, requests: Sequence[bytes], first: int, until: float, times: list[float], seen: Any
-) -> None:
-    """One client: a request after the other on one connection."""
-    place = first
-    streams: Any = None
-    while time.perf_counter() < until:
-        if streams is None:
-            streams = await asyncio.open_connection("127.0.0.1", port)
-        began = time.perf_counter()
-        streams[1].write(requests[place % len(requests)])
-        status, _, stays = await answer_of(streams[0])
-        times.append(time.perf_counter() - began)
-        seen[status] += 1
-        place += 1
-        if not stays:
-            streams[1].close()
-            streams = None
-    if streams is not None:
-        streams[1].close()
-
-
-async def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> Any:
-    """So many clients for so long: requests/s, latencies, statuses."""
+async def run_clients(
+    port: int, requests: Sequence[bytes], num_clients: int, seconds: float
+) -> dict[str, Any]:
+    """Run clients in parallel; the time ends with the last response."""
     times: list[float] = []
-    seen: Counter[int] = Counter()
-    began = time.perf_counter()
-    # All that are asked before the end are answered: the clock ends with the last answer.
-    await asyncio.gather(
-        *(client(port, requests, 7 * i, began + seconds, times, seen) for i in range(clients))
-    )
-    took = time.perf_counter() - began
+    start = time.perf_counter()
+    clients = [
+        run_client(port, requests, 7 * i, start + seconds, times) for i in range(num_clients)
+    ]
+    statuses = sum(await asyncio.gather(*clients), Counter())
+    rate = len(times) / (time.perf_counter() - start)
     times.sort()
-    return {
-        "rate": len(times) / took,
-        "p50": 1000 * times[len(times) // 2],
-        "p99": 1000 * times[min(len(times) - 1, int(0.99 * len(times)))],
-        "statuses": dict(seen),
-    }
+    p50, p99 = (1000 * times[int(share * (len(times) - 1))] for share in (0.5, 0.99))
+    return {"rate": rate, "p50": p50, "p99": p99, "statuses": dict(statuses)}
 
 
-def generator(pipe: Connection, port: int, images: Sequence[tuple[str, bytes]]) -> None:
-    """The process of the clients: does what it is told through the pipe."""
-    requests = [request_of(*one) for one in images]
-    while (order := pipe.recv()) is not None:
-        pipe.send(asyncio.run(load(port, requests, *order)))
+def client_process(pipe: Connection, port: int, requests: Sequence[bytes]) -> None:
+    """Run clients for each (number of clients, seconds) received."""
+    while (task := pipe.recv()) is not None:
+        pipe.send(asyncio.run(run_clients(port, requests, *task)))
 
 
-def direct(
-    pipe: Connection,
-    model: str,
-    images: Sequence[bytes],
-    threads: int,
-    precision: str,
+def direct_process(
+    pipe: Connection, model: str, images: Sequence[bytes], threads: int, precision: str
 ) -> None:
-    """The process that calls the detector itself."""
+    """Call the detector for each (batch size, seconds) received."""
     import torch
 
-    from retinanet.inference import load as load_model
+    from retinanet.inference import load
 
     torch.set_num_threads(threads)
-    detector = load_model(model, precision=precision)
-    while (order := pipe.recv()) is not None:
-        batch_size, seconds = order
-        until = time.perf_counter() + seconds
+    detector = load(model, precision=precision)
+    while (task := pipe.recv()) is not None:
+        batch_size, seconds = task
+        end = time.perf_counter() + seconds
 
-        def endless(until: float = until) -> Iterator[bytes]:
-            place = 0
-            while time.perf_counter() < until:
-                yield images[place % len(images)]
-                place += 1
+        def repeat(end: float = end) -> Iterator[bytes]:
+            i = 0
+            while time.perf_counter() < end:
+                yield images[i % len(images)]
+                i += 1
 
-        began, worked = time.perf_counter(), time.process_time()
-        count = sum(1 for _ in detector.stream(endless(), batch_size=batch_size))
-        rate = count / (time.perf_counter() - began)
-        pipe.send({"rate": rate, "cpu": 1000 * (time.process_time() - worked) / count})
+        start, cpu = time.perf_counter(), time.process_time()
+        count = sum(1 for _ in detector.stream(repeat(), batch_size=batch_size))
+        rate = count / (time.perf_counter() - start)
+        pipe.send({"rate": rate, "cpu": 1000 * (time.process_time() - cpu) / count})
 
 
-def measure_load(given: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of the direct calls and of each number of clients at each server."""
-    import multiprocessing
-
+def measure_load(options: argparse.Namespace) -> dict[str, Any]:
+    """Run rounds of the direct calls and of each number of clients at each server."""
     context = multiprocessing.get_context("spawn")
-    images = images_of(given.images, 64)
-    files = [data for _, data in images]
-    pipes: dict[Any, Any] = {}
+    images, requests = read_requests(options.images, 64)
+    pipes: dict[Any, Connection] = {}
 
-    def begin(name: Any, work: Any, *arguments: Any) -> None:
-        here, there = context.Pipe()
-        context.Process(target=work, args=(there, *arguments), daemon=True).start()
-        pipes[name] = here
+    def start(name: Any, target: Any, *arguments: Any) -> None:
+        pipes[name], pipe = context.Pipe()
+        context.Process(target=target, args=(pipe, *arguments), daemon=True).start()
 
-    def ask(name: Any, *order: Any) -> Any:
-        pipes[name].send(order)
-        return pipes[name].recv()
+    def run(name: Any, value: int, seconds: float) -> dict[str, Any]:
+        cpu = 0.0 if name == "direct" else servers[name].cpu_seconds()
+        pipes[name].send((value, seconds))
+        result: dict[str, Any] = pipes[name].recv()
+        if name != "direct":
+            count = sum(result["statuses"].values())
+            result["cpu"] = 1000 * (servers[name].cpu_seconds() - cpu) / count
+        return result
 
-    processes: dict[int, Server] = {}
-    with contextlib.ExitStack() as servers:
-        for i, arguments in enumerate(given.servers):
-            processes[i] = servers.enter_context(started(given.model, arguments))
-            begin(i, generator, processes[i].port, images)
-        begin("direct", direct, given.model, files, given.threads, given.precision)
-        turns: list[tuple[Any, int]] = [("direct", batch) for batch in given.batch_sizes]
-        turns += [(i, clients) for i in range(len(given.servers)) for clients in given.clients]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(options.model, args)) for args in options.servers]
+        for i, server in enumerate(servers):
+            start(i, client_process, server.port, requests)
+        start("direct", direct_process, options.model, images, options.threads, options.precision)
+        turns: list[tuple[Any, int]] = [("direct", size) for size in options.batch_sizes]
+        turns += [(i, number) for i in range(len(servers)) for number in options.clients]
         for name, value in turns:
-            ask(name, value, 1.5)  # all are warm
+            run(name, value, 1.5)  # warm up
         rounds = []
-        for i in range(given.rounds):
-            one: dict[str, Any] = {"load": os.getloadavg()[0]}
-            for name, value in turns if i % 2 == 0 else turns[::-1]:
-                before = 0.0 if name == "direct" else processes[name].worked()
-                got = ask(name, value, given.seconds)
-                if name != "direct":
-                    answers = sum(got["statuses"].values())
-                    got["cpu"] = 1000 * (processes[name].worked() - before) / answers
-                one[f"{name} {value}"] = got
-            rounds.append(one)
-            print(json.dumps(one), file=sys.stderr)
+        for i in range(options.rounds):
+            results = {
+                (name, value): run(name, value, options.seconds)
+                for name, value in (turns if i % 2 == 0 else reversed(turns))
+            }
+            rounds.append(results)
+            rates = {f"{name} {value}": round(r["rate"], 2) for (name, value), r in results.items()}
+            print(f"load average {os.getloadavg()[0]:.1f}: {rates}", file=sys.stderr)
         for pipe in pipes.values():
             pipe.send(None)
-    return {"summary": summary(rounds, given), "rounds": rounds}
+    return {"summary": [summarize(rounds, turn, options) for turn in turns]}
 
 
-def summary(rounds: Sequence[dict[str, Any]], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Medians over the rounds; what each costs of the direct calls' rate, with its range."""
-    rows: list[dict[str, Any]] = []
-    for key in rounds[0]:
-        if key == "load":
-            continue
-        name, value = key.split(" ")
-        row: dict[str, Any] = {
-            "who": "direct" if name == "direct" else " ".join(given.servers[int(name)]),
-            "batch size" if name == "direct" else "clients": int(value),
-        }
-        for figure in ("rate", "cpu", "p50", "p99"):
-            if figure in rounds[0][key]:
-                row[figure] = round(statistics.median(one[key][figure] for one in rounds), 1)
-        if name != "direct":
-            base = f"direct {given.batch_sizes[0]}"
-            costs = sorted(1 - one[key]["rate"] / one[base]["rate"] for one in rounds)
-            row["cost"] = round(statistics.median(costs), 3)
-            row["costs"] = [round(cost, 3) for cost in costs]
-            statuses: Counter[Any] = Counter()
-            for one in rounds:
-                statuses.update(one[key]["statuses"])
-            row["statuses"] = dict(statuses)
-        rows.append(row)
-    return rows
+def summarize(
+    rounds: Sequence[dict[Any, dict[str, Any]]], turn: tuple[Any, int], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the median figures of a turn, and its cost relative to the direct calls."""
+    name, value = turn
+    results = [results[turn] for results in rounds]
+    is_direct = name == "direct"
+    row = {
+        "server": "direct" if is_direct else " ".join(options.servers[name]),
+        "batch size" if is_direct else "clients": value,
+    }
+    for figure in ("rate", "cpu", "p50", "p99"):
+        if figure in results[0]:
+            row[figure] = round(statistics.median(result[figure] for result in results), 1)
+    if not is_direct:
+        base = ("direct", options.batch_sizes[0])
+        costs = [1 - round_[turn]["rate"] / round_[base]["rate"] for round_ in rounds]
+        row["cost"] = [round(f(costs), 3) for f in (min, statistics.median, max)]
+        row["statuses"] = dict(sum((Counter(r["statuses"]) for r in results), Counter()))
+    return row
 
 
-def measure_memory(given: argparse.Namespace) -> dict[str, Any]:
-    """Minutes of load with the server's memory looked at."""
-    images = images_of(given.images, 10_000)
-    requests = [request_of(*one) for one in images]
-    samples: list[tuple[float, float]] = []
-    with started(given.model, given.servers[0]) as server:
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Send requests for minutes; returns the server's memory in MB in each tenth of the time."""
+    _, requests = read_requests(options.images, 10_000)
+    samples: list[float] = []
+    with Server(options.model, options.servers[0]) as server:
         ended = threading.Event()
-        began = time.perf_counter()
 
         def sample() -> None:
-            while True:
-                samples.append((time.perf_counter() - began, server.memory()))
-                if ended.wait(2):
-                    return
+            while not ended.wait(options.minutes * 60 / 100):
+                samples.append(server.usage.memory_info().rss / 1e6)
 
         thread = threading.Thread(target=sample)
         thread.start()
-        result = asyncio.run(load(server.port, requests, max(given.clients), 60 * given.minutes))
+        clients = run_clients(server.port, requests, max(options.clients), 60 * options.minutes)
+        result = asyncio.run(clients)
         ended.set()
         thread.join()
-    whole = samples[-1][0]
-    result["memory"] = [
-        {
-            "minutes": [round(low * whole / 600, 1), round((low + 1) * whole / 600, 1)],
-            "median": statistics.median(part),
-            "most": max(part),
-        }
-        for low in range(10)
-        if (part := [mb for at, mb in samples if low <= 10 * at / (whole + 1e-9) < low + 1])
-    ]
-    return dict(result)
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """A file as a broken disk, a broken line or an enemy makes it."""
-    changed = bytearray(data)
-    kind = chance.randrange(6)
-    if kind == 0:  # cut short
-        return bytes(changed[: chance.randrange(len(changed))])
-    if kind == 1:  # bits of the header
-        for _ in range(chance.randint(1, 8)):
-            changed[chance.randrange(min(len(changed), 700))] ^= 1 << chance.randrange(8)
-    elif kind == 2:  # bits anywhere
-        for _ in range(chance.randint(1, 64)):
-            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-    elif kind == 3:  # a run of one byte, or of any
-        start = chance.randrange(len(changed))
-        run = chance.randint(1, 400)
-        fill = (
-            chance.randbytes(run) if chance.random() < 0.5 else bytes([chance.randrange(256)]) * run
-        )
-        changed[start : start + run] = fill
-    elif kind == 4:  # a piece gone, or there twice
-        start = chance.randrange(len(changed))
-        piece = changed[start : start + chance.randint(1, 2000)]
-        changed[start : start + (len(piece) if chance.random() < 0.5 else 0)] = (
-            piece * chance.randrange(3)
-        )
-    else:  # another size: of JPEG (SOF), PNG (IHDR)
-        for marker, offset in ((b"\xff\xc0", 5), (b"\xff\xc2", 5), (b"IHDR", 4)):
-            if (place := changed.find(marker)) >= 0:
-                changed[place + offset : place + offset + 4] = chance.randbytes(4)
-                break
-    return bytes(changed)
-
-
-def encoded(images: Sequence[bytes]) -> list[tuple[str, bytes]]:
-    """The same images in the formats that are served."""
-    import io
-
-    from PIL import Image
-
-    found = []
-    kinds: list[tuple[str, dict[str, Any]]] = [
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-        ("PNG", {}),
-        ("WEBP", {}),
-        ("GIF", {}),
-        ("BMP", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-        ("TIFF", {}),
-        ("PPM", {}),
-        ("JPEG2000", {}),
-        ("AVIF", {}),
-    ]
-    for i, (kind, options) in enumerate(kinds):
-        with Image.open(io.BytesIO(images[i % len(images)])) as image:
-            file = io.BytesIO()
-            image.resize((image.width // 2, image.height // 2)).save(file, kind, **options)
-        found.append((f"image/{kind.lower()}", file.getvalue()))
-    return found
-
-
-async def _mutants(port: int, requests: Sequence[bytes], seen: Counter[int]) -> list[str]:
-    failed = []
-
-    async def some(part: Sequence[bytes]) -> None:
-        streams: Any = None
-        for one in part:
-            if streams is None:
-                streams = await asyncio.open_connection("127.0.0.1", port)
-            streams[1].write(one)
-            status, body, stays = await answer_of(streams[0])
-            seen[status] += 1
-            if status >= 500:
-                failed.append(body.decode()[:300])
-            if not stays:
-                streams[1].close()
-                streams = None
-
-    await asyncio.gather(*(some(requests[i::8]) for i in range(8)))
-    return failed
-
-
-def measure_mutants(given: argparse.Namespace) -> dict[str, Any]:
-    """Broken uploads: their statuses, and the memory before and after."""
-    chance = random.Random(given.seed)
-    whole = [data for _, data in images_of(given.images, 64)]
-    files = encoded(whole) + [("image/jpeg", data) for data in whole[:4]]
-    requests = []
-    for i in range(given.count):
-        kind, data = files[i % len(files)]
-        requests.append(request_of(kind, mutated(data, chance)))
-    seen: Counter[int] = Counter()
-    with started(given.model, given.servers[0]) as server:
-        asyncio.run(_mutants(server.port, requests[:50], Counter()))
-        before = server.memory()
-        failed = asyncio.run(_mutants(server.port, requests, seen))
-        after = server.memory()
-    return {"statuses": dict(seen), "failed": failed, "megabytes": [before, after]}
+    tenths = [samples[i : i + 10] for i in range(0, len(samples), 10)]
+    return result | {"megabytes": [round(statistics.median(part)) for part in tenths]}
 
 
 def main() -> None:
-    """Do one of them and print it as JSON."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("what", choices=("load", "soak", "mutants"))
-    words.add_argument("model")
-    words.add_argument("images", type=Path)
-    words.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--seconds", type=float, default=6.0)
-    words.add_argument("--minutes", type=float, default=10.0)
-    words.add_argument("--count", type=int, default=1000)
-    words.add_argument("--seed", type=int, default=0)
-    words.add_argument("--threads", type=int, default=os.cpu_count())
-    words.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1], help="direct; the first is the measure"
-    )
-    words.add_argument("--precision", default="auto")
+    """Run a measurement and print it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("measurement", choices=("load", "soak"))
+    parser.add_argument("model")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="direct calls")
+    parser.add_argument("--precision", default="auto")
     groups: list[list[str]] = [[]]
-    for one in sys.argv[1:]:
-        if one == "--":
+    for argument in sys.argv[1:]:
+        if argument == "--":
             groups.append([])
         else:
-            groups[-1].append(one)
-    given = words.parse_args(groups[0])
-    given.servers = [[*one, "--precision", given.precision] for one in groups[1:] or [[]]]
-    os.environ["OMP_NUM_THREADS"] = str(given.threads)  # of all that is started
-    import torch
-
-    from retinanet.bench import describe_machine
-
-    measure = {"load": measure_load, "soak": measure_memory, "mutants": measure_mutants}
-    result = measure[given.what](given)
-    torch.set_num_threads(given.threads)
-    result["machine"] = describe_machine(torch.device("cpu")).lines()
-    print(json.dumps(result, indent=1))
+            groups[-1].append(argument)
+    options = parser.parse_args(groups[0])
+    options.servers = [[*args, "--precision", options.precision] for args in groups[1:] or [[]]]
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of all processes
+    measure = measure_load if options.measurement == "load" else measure_memory
+    print(json.dumps(measure(options), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How fast images come out of WebDataset shards, beside the folder that they were made of.
+"""Time reading WebDataset shards against the folder that they were made of.
 
     python benchmarks/shards.py ../shared/data/coco_320 [--rounds 7] [--workers 0]
 
-Rows of one round follow each other, so that whatever else the machine does falls on all of them.
+The rows of a round are interleaved, so that other load affects all of them.
 ``batches``: the loader of training, with decoding and resizing. ``bytes``: the files alone, in a
-random order, and one after another as the webdataset library reads them. ``cold``: what the kernel
-keeps of the files is dropped before (``posix_fadvise``; a disk's own memory stays). ``cpu_us``:
-microseconds of this process an image (median, least, most), which tell more than rates where the
-machine is busy.
+random order, and one after another as the webdataset library reads them. ``cold``: the files are
+dropped from the page cache before (``posix_fadvise``; not from the disk's own). ``cpu_us``:
+processor time in microseconds per image (median, min, max), more telling than rates on a busy
+machine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import webdataset as wds
 
+from retinanet.config import DataConfig
 from retinanet.data import Dataset, convert, read_dataset, usable
 from retinanet.data.archives import Member, archive_of, find_member
 from retinanet.data.loading import train_loader
@@ -33,12 +34,12 @@ _SIZE, _LONGEST, _BATCH = 384, 640, 16
 
 
 def batches(dataset: Dataset, order: str, workers: int, steps: int) -> Callable[[], int]:
-    """Reads as training does."""
+    """Read batches as training does."""
 
     def read() -> int:
         loader = train_loader(
-            dataset, batch_size=_BATCH, steps=steps, seed=0, image_size=_SIZE, max_size=_LONGEST,
-            order=order, workers=workers,
+            dataset, DataConfig(image_size=_SIZE, max_size=_LONGEST, order=order),
+            batch_size=_BATCH, steps=range(steps), seed=0, workers=workers,
         )  # fmt: skip
         return sum(len(batch.images) for batch in loader)
 
@@ -46,7 +47,7 @@ def batches(dataset: Dataset, order: str, workers: int, steps: int) -> Callable[
 
 
 def contents(dataset: Dataset) -> Callable[[], int]:
-    """Reads the files alone, in a random order."""
+    """Read the bytes of the files, in a random order."""
     files = [find_member(image.path) or image.path for image in dataset.images]  # as the loader
 
     def read() -> int:
@@ -59,7 +60,7 @@ def contents(dataset: Dataset) -> Callable[[], int]:
 
 
 def by_library(shards: list[str]) -> Callable[[], int]:
-    """Reads all samples in turn as the webdataset library does, undecoded."""
+    """Read all samples in order by the webdataset library, undecoded."""
 
     def read() -> int:
         return sum(1 for _ in wds.WebDataset(shards, shardshuffle=False))
@@ -68,13 +69,13 @@ def by_library(shards: list[str]) -> Callable[[], int]:
 
 
 def files_of(dataset: Dataset) -> list[str]:
-    """What lies on the disk."""
+    """The files on the disk."""
     found = (archive_of(image.path) or os.fspath(image.path) for image in dataset.images)
     return list(dict.fromkeys(found))
 
 
 def forget(files: list[str]) -> None:
-    """Let the kernel drop what it keeps of files."""
+    """Drop files from the page cache."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         os.fdatasync(handle)
@@ -85,7 +86,7 @@ def forget(files: list[str]) -> None:
 def measured(
     rows: dict[str, tuple[Callable[[], int], list[str]]], rounds: int, cold: bool
 ) -> Iterator[dict[str, object]]:
-    """Images a second of each row over the rounds."""
+    """Images per second of each row over the rounds."""
     rates: dict[str, list[float]] = {name: [] for name in rows}
     costs: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(rounds + 1):  # the first warms up
@@ -103,8 +104,8 @@ def measured(
             "what": name,
             "cold": cold,
             "median": round(statistics.median(found), 1),
-            "least": round(min(found), 1),
-            "most": round(max(found), 1),
+            "min": round(min(found), 1),
+            "max": round(max(found), 1),
             "cpu_us": [round(f(costs[name]), 1) for f in (statistics.median, min, max)],
         }
 

@@ -1,8 +1,8 @@
-"""The house stands: a room imports only from the floors under it, and only what it may.
+"""Layers: a package imports only from lower layers, only what it may, and without cycles.
 
-Floors from the bottom: the ground; ``model`` and ``data``, which do not know each other;
-``inference``, ``evaluation``, ``training``, ``exporters``, each of which may use those before it;
-``report`` and ``bench``; ``paper``, ``hub``; ``video``, ``batch``; the roof, ``serve`` and ``cli``.
+Layers from the bottom: the core modules; ``model`` and ``data``, which do not import each other;
+``inference``, ``evaluation``, ``training``, ``exporters``, each of which may import those
+before it; ``report`` and ``bench``; ``paper``, ``hub``; ``video``, ``batch``; ``serve``; ``cli``.
 """
 
 from __future__ import annotations
@@ -18,58 +18,48 @@ import retinanet
 
 SOURCE = Path(retinanet.__file__).parent
 
-# How high each room lies: it may import from what lies lower. Rooms of equal height do not meet.
-HEIGHT = {
-    **dict.fromkeys(["errors", "structures"], 0),
-    **dict.fromkeys(["config", "files", "interrupts", "boxes", "anchors", "native"], 1),
-    **dict.fromkeys(["matching_triton", "triton_probe"], 1),
-    "matching": 2,
-    **dict.fromkeys(["losses", "postprocess"], 3),
+# A package may import from packages of a lower layer only, not from others of its own layer.
+LAYER = {
+    **dict.fromkeys(["errors", "structures", "files", "interrupts"], 0),
+    **dict.fromkeys(["config", "boxes", "anchors", "kernels"], 1),
+    **dict.fromkeys(["matching", "postprocess"], 2),
+    "losses": 3,
     **dict.fromkeys(["model", "data"], 10),
     "inference": 20,
-    "video": 37,
-    "batch": 37,
     "evaluation": 21,
     "training": 22,
     "exporters": 23,
-    "report": 30,
-    "bench": 30,
+    **dict.fromkeys(["report", "bench"], 30),
     "paper": 32,
     "hub": 33,
+    **dict.fromkeys(["video", "batch"], 37),
     "serve": 38,
     "api": 39,
     "cli": 40,
-    "__init__": 41,
-    "__main__": 41,
+    **dict.fromkeys(["__init__", "__main__"], 41),
 }
-GROUND = [room for room, height in HEIGHT.items() if height < 10]
+CORE = [package for package, layer in LAYER.items() if layer < 10]
 
-# What a room may import from outside the standard library, where that is limited.
-OUTSIDE = {
-    **{room: {"torch", "torchvision.ops"} for room in GROUND},
+# Third-party imports of a package, where they are limited.
+ALLOWED = {
+    **{package: {"torch", "torchvision.ops"} for package in CORE},
     "config": {"pydantic"},
     "errors": set(),
     "files": set(),
     "interrupts": set(),
-    "losses": {"torch", "torchvision.ops", "triton"},
-    "matching_triton": {"torch", "triton"},
-    "triton_probe": {"torch", "triton"},
+    "kernels": {"torch", "triton"},
 }
 
-# Settings are for those who run things; below, a function takes the numbers that it uses.
-SETTINGS = {
-    "Recipe",
-    "ModelConfig",
-    "AnchorConfig",
-    "MatchingConfig",
-    "LossConfig",
-    "DataConfig",
-    "TrainConfig",
-}
+# The counts may only go down.
+MAX_LINES, MAX_PARAMETERS = 80, 10
+MAX_LONG_FUNCTIONS = 12
+MAX_WIDE_FUNCTIONS = 17
+MAX_PRIVATE_IMPORTS = 0
+MAX_CYCLES = 1
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every imported name in full (``package.module.name``) and its line, wherever it stands."""
+    """Yield every imported name in full (``package.module.name``) and its line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -80,47 +70,40 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield f"{base}.{alias.name}", node.lineno
 
 
-def room_of(name: str) -> str | None:
-    """The room of ``retinanet.room.module.name``; None for other packages."""
+def package_of(name: str) -> str | None:
+    """Return the package of ``retinanet.package.module.name``; None for third parties."""
     parts = name.split(".")
     if parts[0] != "retinanet" or len(parts) < 2:
         return None
-    return parts[1] if parts[1] in HEIGHT else "__init__"
+    return parts[1] if parts[1] in LAYER else "__init__"
 
 
-def violations(room: str, source: str, where: str = "room.py") -> list[str]:
-    """What in a file of a room breaks the rules of the house."""
+def violations(package: str, source: str, file: str = "module.py") -> list[str]:
+    """List the imports of a file of a package that break the rules."""
     found = []
     for name, line in imports(ast.parse(source)):
-        place = f"{where}:{line}: {room} imports {name}"
+        where = f"{file}:{line}: {package} imports {name}"
         if name.startswith("."):
-            found.append(f"{place}: say it in full, from retinanet")
+            found.append(f"{where}: relative import, write it in full")
             continue
-        other = room_of(name)
+        other = package_of(name)
         if other is not None:
-            # The package's own name and version may be asked for everywhere.
             if name in ("retinanet.__version__", "retinanet"):
                 continue
-            if other != room and HEIGHT[other] >= HEIGHT[room]:
-                found.append(f"{place}: {other} is not below {room}")
-            if HEIGHT[room] < HEIGHT["training"] and name.rsplit(".", 1)[-1] in SETTINGS:
-                found.append(f"{place}: settings stay above")
+            if other != package and LAYER[other] >= LAYER[package]:
+                found.append(f"{where}: {other} is not in a lower layer")
             continue
-        if name.split(".")[0] == "matplotlib" and room != "report":
-            found.append(f"{place}: matplotlib is for report alone")
-        if room in OUTSIDE and not is_standard(name):
-            allowed = OUTSIDE[room]
-            if not any(name == one or name.startswith(f"{one}.") for one in allowed):
-                found.append(f"{place}: the ground floor does without")
+        if name.split(".")[0] == "matplotlib" and package != "report":
+            found.append(f"{where}: only report may import matplotlib")
+        if package in ALLOWED and name.split(".")[0] not in sys.stdlib_module_names:
+            allowed = ALLOWED[package]
+            if not any(name == other or name.startswith(f"{other}.") for other in allowed):
+                found.append(f"{where}: not an allowed dependency")
     return found
 
 
-def is_standard(name: str) -> bool:
-    return name.split(".")[0] in sys.stdlib_module_names
-
-
 def prints(source: str) -> list[int]:
-    """Lines that call print()."""
+    """List the lines that call print()."""
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
@@ -131,80 +114,178 @@ def prints(source: str) -> list[int]:
 
 
 def files() -> list[tuple[str, Path]]:
-    """Each source file with its room."""
-    found = []
-    for file in sorted(SOURCE.rglob("*.py")):
-        first = file.relative_to(SOURCE).parts[0]
-        found.append((first.removesuffix(".py"), file))
+    """Return each source file with its package."""
+    paths = sorted(SOURCE.rglob("*.py"))
+    return [(path.relative_to(SOURCE).parts[0].removesuffix(".py"), path) for path in paths]
+
+
+def module_of(file: Path) -> str:
+    """Return the dotted name of a source file's module."""
+    parts = ("retinanet", *file.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Return the modules that each module imports when it is loaded or later."""
+    trees = {module_of(file): ast.parse(file.read_text("utf-8")) for _, file in files()}
+    graph: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        names = [name for name, _ in imports(tree)]
+        targets = {name if name in trees else name.rpartition(".")[0] for name in names}
+        graph[module] = {target for target in targets if target in trees and target != module}
+    # A package's __init__ that re-exports its modules is no cycle.
+    return {
+        module: {target for target in targets if not module.startswith(f"{target}.")}
+        for module, targets in graph.items()
+    }
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Return the groups of two and more modules that import each other (Tarjan)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for target in graph[module]:
+            if target not in order:
+                visit(target)
+            if target in stack:
+                low[module] = min(low[module], low[target])
+        if low[module] == order[module]:
+            group = set()
+            while module not in group:
+                group.add(stack.pop())
+            if len(group) > 1:
+                found.append(group)
+
+    for module in graph:
+        if module not in order:
+            visit(module)
     return found
 
 
-def test_every_room_has_its_floor() -> None:
-    assert {room for room, _ in files()} <= set(HEIGHT)
+def private_imports() -> list[str]:
+    """List the imports of a private name of another module of the package."""
+    return [
+        f"{file.relative_to(SOURCE)}:{line}: {name}"
+        for _, file in files()
+        for name, line in imports(ast.parse(file.read_text("utf-8")))
+        if name.startswith("retinanet.")
+        and any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+    ]
 
 
-@pytest.mark.parametrize(("room", "file"), files(), ids=lambda value: str(value)[-40:])
-def test_rooms_import_from_below(room: str, file: Path) -> None:
-    source = file.read_text("utf-8")
-    assert violations(room, source, str(file.relative_to(SOURCE))) == []
+def functions() -> Iterator[tuple[str, int, int]]:
+    """Yield each function with its number of lines and of parameters (without self and cls)."""
+    for _, file in files():
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if "triton.jit" in map(ast.unparse, node.decorator_list):
+                continue  # a GPU kernel has a parameter per buffer
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([a for a in arguments if a.arg not in ("self", "cls")])
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            yield f"{file.relative_to(SOURCE)}:{node.lineno} {node.name}", lines, count
 
 
-@pytest.mark.parametrize(("room", "file"), files(), ids=lambda value: str(value)[-40:])
-def test_only_the_roof_prints(room: str, file: Path) -> None:
-    if room != "cli":
-        assert prints(file.read_text("utf-8")) == [], file
+def test_every_package_has_a_layer() -> None:
+    assert {package for package, _ in files()} <= set(LAYER)
 
 
-def test_no_room_of_odds_and_ends() -> None:
+@pytest.mark.parametrize("package", sorted({package for package, _ in files()}))
+def test_package_imports_only_from_lower_layers(package: str) -> None:
+    found = [
+        violation
+        for owner, file in files()
+        if owner == package
+        for violation in violations(package, file.read_text("utf-8"), str(file.relative_to(SOURCE)))
+    ]
+    assert found == []
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = [
+        str(file.relative_to(SOURCE))
+        for package, file in files()
+        if package != "cli" and prints(file.read_text("utf-8"))
+    ]
+    assert printing == []
+
+
+def test_no_module_of_odds_and_ends() -> None:
     names = {file.stem for _, file in files()}
     assert not names & {"utils", "util", "common", "misc", "helpers"}
 
 
+def test_modules_import_each_other_without_cycles() -> None:
+    found = cycles(import_graph())
+    assert len(found) <= MAX_CYCLES, found
+
+
+def test_modules_import_no_private_names_of_others() -> None:
+    found = private_imports()
+    assert len(found) <= MAX_PRIVATE_IMPORTS, found
+
+
+def test_functions_are_short() -> None:
+    long = [f"{name}: {lines} lines" for name, lines, _ in functions() if lines > MAX_LINES]
+    assert len(long) <= MAX_LONG_FUNCTIONS, long
+
+
+def test_functions_have_few_parameters() -> None:
+    wide = [f"{name}: {count}" for name, _, count in functions() if count > MAX_PARAMETERS]
+    assert len(wide) <= MAX_WIDE_FUNCTIONS, wide
+
+
 @pytest.mark.parametrize(
-    ("room", "source", "why"),
+    ("package", "source", "reason"),
     [
-        ("boxes", "from retinanet.matching import match_anchors", "matching is not below boxes"),
-        ("losses", "import retinanet.model.fpn", "model is not below losses"),
-        ("model", "from retinanet.data.images import read_image", "data is not below model"),
-        ("data", "from retinanet.model import RetinaNet", "model is not below data"),
-        ("data", "from retinanet import RetinaNet", "__init__ is not below data"),
-        ("inference", "import retinanet.evaluation", "evaluation is not below inference"),
-        ("training", "def f():\n    from retinanet.cli import main", "cli is not below training"),
-        ("report", "from retinanet.cli.app import app", "cli is not below report"),
-        ("inference", "from retinanet.config import Recipe", "settings stay above"),
-        ("losses", "import numpy as np", "the ground floor does without"),
-        ("boxes", "from torchvision.models import resnet18", "the ground floor does without"),
-        ("matching", "import torchvision", "the ground floor does without"),
-        ("errors", "import torch", "the ground floor does without"),
-        ("model", "import matplotlib.pyplot as plt", "matplotlib is for report alone"),
-        ("losses", "from .box import box_loss", "say it in full"),
+        ("boxes", "from retinanet.matching import match_anchors", "matching is not in a lower"),
+        ("losses", "import retinanet.model.fpn", "model is not in a lower layer"),
+        ("model", "from retinanet.data.images import read_image", "data is not in a lower layer"),
+        ("data", "from retinanet.model import RetinaNet", "model is not in a lower layer"),
+        ("data", "from retinanet import RetinaNet", "__init__ is not in a lower layer"),
+        ("inference", "import retinanet.evaluation", "evaluation is not in a lower layer"),
+        ("training", "def f():\n    from retinanet.cli import main", "cli is not in a lower layer"),
+        ("losses", "import numpy as np", "not an allowed dependency"),
+        ("boxes", "from torchvision.models import resnet18", "not an allowed dependency"),
+        ("errors", "import torch", "not an allowed dependency"),
+        ("model", "import matplotlib.pyplot as plt", "only report may import matplotlib"),
+        ("losses", "from .box import box_loss", "relative import"),
     ],
 )
-def test_a_breach_is_seen(room: str, source: str, why: str) -> None:
-    found = violations(room, f"import math\n\n{source}\n")
+def test_forbidden_import_is_found(package: str, source: str, reason: str) -> None:
+    found = violations(package, f"import math\n\n{source}\n")
     assert len(found) == 1
-    assert why in found[0]
+    assert reason in found[0]
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("losses", "from retinanet.losses.box import box_loss"),
         ("losses", "from torchvision.ops import nms\nimport torch.nn.functional as F"),
-        ("matching", "from retinanet.structures import Targets"),
+        ("losses", "from retinanet.config import LossSettings"),
         ("model", "import torchvision\nfrom retinanet.config import nearest"),
-        (
-            "training",
-            "from retinanet.config import Recipe\nfrom retinanet.evaluation import Metrics",
-        ),
+        ("training", "from retinanet.evaluation import Metrics"),
         ("report", "import matplotlib"),
         ("cli", "from retinanet import __version__\nfrom retinanet.report import write_report"),
     ],
 )
-def test_what_is_allowed_is_let_through(room: str, source: str) -> None:
-    assert violations(room, source) == []
+def test_allowed_import_is_accepted(package: str, source: str) -> None:
+    assert violations(package, source) == []
 
 
-def test_a_print_is_seen() -> None:
+def test_print_is_found() -> None:
     assert prints("x = 1\nprint(x)\n") == [2]
     assert prints("def pprint(): ...\nlog.print(1)\n") == []
+
+
+def test_cycle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert cycles(graph) == [{"a", "b", "c"}]

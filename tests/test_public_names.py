@@ -26,6 +26,7 @@ PUBLIC = [
     "ImageDetections",
     "IGNORED",
     "ImageError",
+    "LossSettings",
     "Metrics",
     "MissingExtraError",
     "NonFiniteLossError",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retinanet.anchors import AnchorSpec as AnchorSpec
     from retinanet.api import train as train
+    from retinanet.config import LossSettings as LossSettings
     from retinanet.config import Recipe as Recipe
     from retinanet.config import load_recipe as load_recipe
     from retinanet.data import read_dataset as read_dataset
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
     from retinanet.losses.box import box_loss as box_loss
-    from retinanet.losses.classification import cross_entropy as cross_entropy
-    from retinanet.losses.classification import focal_loss as focal_loss
-    from retinanet.losses.classification import focal_loss_star as focal_loss_star
-    from retinanet.losses.classification import hinge_loss as hinge_loss
     from retinanet.losses.detection import detection_losses as detection_losses
+    from retinanet.losses.focal import cross_entropy as cross_entropy
+    from retinanet.losses.focal import focal_loss as focal_loss
+    from retinanet.losses.focal import focal_loss_star as focal_loss_star
+    from retinanet.losses.focal import hinge_loss as hinge_loss
     from retinanet.model.checkpoint import Checkpoint as Checkpoint
     from retinanet.model.checkpoint import load_checkpoint as load_checkpoint
     from retinanet.model.checkpoint import save_checkpoint as save_checkpoint
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "retinanet.anchors": ("AnchorSpec",),
     "retinanet.api": ("train",),
-    "retinanet.config": ("Recipe", "load_recipe"),
+    "retinanet.config": ("LossSettings", "Recipe", "load_recipe"),
     "retinanet.data": ("read_dataset", "read_splits"),
     "retinanet.data.check": ("check_datasets",),
     "retinanet.data.dataset": ("Dataset",),
@@ -74,7 +75,7 @@ _HOMES = {
     "retinanet.evaluation.run": ("evaluate",),
     "retinanet.exporters.run": ("export",),
     "retinanet.losses.box": ("box_loss",),
-    "retinanet.losses.classification": (
+    "retinanet.losses.focal": (
         "cross_entropy",
         "focal_loss",
         "focal_loss_star",

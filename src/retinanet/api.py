@@ -8,7 +8,7 @@ from pathlib import Path
 from retinanet.config import Recipe, load_recipe
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError
-from retinanet.training.events import Listener
+from retinanet.training.events import EventCallback
 from retinanet.training.trainer import Run
 from retinanet.training.trainer import train as train_by_recipe
 
@@ -21,7 +21,7 @@ def train(
     settings: Iterable[str] = (),
     device: str = "auto",
     init: str | Path | None = None,
-    on_event: Listener | None = None,
+    on_event: EventCallback | None = None,
 ) -> Run:
     """Train a RetinaNet on labelled images, or go on with a run that was stopped.
 

@@ -171,6 +171,10 @@ class LossConfig(_Section):
         return {"alpha": None, **values} if other else values
 
 
+class LossSettings(LossConfig, MatchingConfig):
+    """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+
 class DataConfig(_Section):
     """How images reach the network (Sec. 4.1)."""
 
@@ -231,6 +235,7 @@ class TrainConfig(_Section):
     deterministic: bool = False  # bit for bit repeatable, and slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
@@ -270,6 +275,11 @@ class Recipe(_Section):
     detect: DetectConfig = DetectConfig()
 
     @property
+    def loss_settings(self) -> LossSettings:
+        """The sections `loss` and `matching` together."""
+        return LossSettings(**self.loss.model_dump(), **self.matching.model_dump())
+
+    @property
     def split_seed(self) -> int:
         """What chooses the images that are held back where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
@@ -284,7 +294,7 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by name or from a TOML file, with ``key=value`` settings laid over it.
+    """Load a recipe by name or from a TOML file, and override settings.
 
     Args:
         name_or_file: one of :func:`recipe_names`, or the path of a TOML file.
@@ -314,7 +324,7 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from nested plain values.
+    """Build a recipe from nested plain values.
 
     Raises:
         ConfigError: as :func:`load_recipe`; `where` is named in the message.
@@ -332,14 +342,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def unknown_setting(key: str) -> str:
-    """The message for a setting that does not exist, with the one that was probably meant."""
+    """Compose the message for a setting that does not exist, with the probable one."""
     meant = setting_of(key.split(".")[-1])
     hint = f"; did you mean {meant}?" if meant else nearest(key, setting_names())
     return f"unknown setting {key!r}{hint}"
 
 
 def setting_of(name: str) -> str | None:
-    """The setting whose last part, or whose name in another tool, is `name`."""
+    """Find the setting whose last part, or whose name in another tool, is `name`."""
     name = name.lower()
     meant = [setting for setting in setting_names() if setting.split(".")[1] == name]
     meant += [setting for setting, others in _OTHER_NAMES.items() if name in others]
@@ -361,7 +371,7 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML that :func:`load_recipe` reads back to the same one."""
+    """Write the recipe as TOML that :func:`load_recipe` reads back unchanged."""
     lines = [f"name = {_toml_value(recipe.name)}"]
     for section in _sections():
         lines += ["", f"[{section}]"]

@@ -1,6 +1,6 @@
-"""Files and folders that are whole or absent: written beside their place, then renamed into it.
+"""Atomic writes of files and folders: written under a temporary name, then renamed.
 
-A process killed at any instant leaves the old content or the new, never a half.
+A process killed at any time leaves the old content or the new, never a part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a text (as UTF-8) or bytes to `path`, whole or not at all; parents are made."""
+    """Write text (as UTF-8) or bytes to `path` atomically; parent folders are created."""
     with _beside(Path(path)) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)
@@ -24,9 +24,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[TextIO]:
-    """A text file (UTF-8) that takes the place of `path` if the context ends well.
+    """Open a text file (UTF-8) that replaces `path` when the context ends without an error.
 
-    For what is too large to be held whole.
+    For content that is too large for memory.
     """
     with _beside(Path(path)) as file:
         text = TextIOWrapper(file, encoding="utf-8", newline="")
@@ -114,7 +114,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def recover_folder(folder: str | Path) -> None:
-    """Finish what a killed :func:`replace_folder` began; nothing to do after any other end."""
+    """Finish a :func:`replace_folder` that was killed."""
     folder = Path(folder)
     _, ready, old = _stages(folder)
     if ready.is_dir():
@@ -126,12 +126,12 @@ def recover_folder(folder: str | Path) -> None:
 
 
 def readable_folder(folder: str | Path) -> Path:
-    """Where the content of a replaced folder is, also after a kill; moves nothing."""
+    """Return the folder with the content of a replaced one, also after a kill; read-only."""
     folder = Path(folder)
     _, ready, _ = _stages(folder)
-    return ready if ready.is_dir() else folder  # once it is whole, it counts
+    return ready if ready.is_dir() else folder  # it is complete
 
 
 def _stages(folder: Path) -> tuple[Path, Path, Path]:
-    """Where a folder is written, where it waits whole, and where the one before it goes."""
+    """Temporary names: being written, complete, and the previous content."""
     return tuple(folder.with_name(f".{folder.name}.{stage}") for stage in ("draft", "ready", "old"))  # type: ignore[return-value]

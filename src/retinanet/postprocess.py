@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-from retinanet import native
 from retinanet.boxes import clip_boxes, decode_boxes
+from retinanet.config import DetectConfig
+from retinanet.kernels import native
 from retinanet.structures import Detections, Outputs, flatten_level
+
+_DEFAULTS = DetectConfig()
 
 # For each score that may go on so many are sorted; of more, most fall off before.
 _SORTED_AT_MOST = 16
@@ -33,11 +36,11 @@ def postprocess(
     sizes: Tensor,
     *,
     num_classes: int,
-    score_threshold: float = 0.05,
-    topk_candidates: int = 1000,
-    nms_threshold: float = 0.5,
-    detections_per_image: int = 100,
-    class_agnostic_nms: bool = False,
+    score_threshold: float = _DEFAULTS.score_threshold,
+    topk_candidates: int = _DEFAULTS.topk_candidates,
+    nms_threshold: float = _DEFAULTS.nms_threshold,
+    detections_per_image: int = _DEFAULTS.detections_per_image,
+    class_agnostic_nms: bool = _DEFAULTS.class_agnostic_nms,
 ) -> list[Detections]:
     """The objects of each image: threshold, best of each level, decoding, non-maximum suppression.
 
@@ -76,9 +79,9 @@ def postprocess(
     least = math.log(score_threshold / (1 - score_threshold)) if score_threshold else -math.inf
     logits = [flatten_level(level, num_classes) for level in outputs.logits]
     deltas = [flatten_level(level, 4) for level in outputs.deltas]
-    natively = native.best_of_levels_served(logits, deltas, anchors)
+    natively = native.supports_top_scores(logits, deltas, anchors)
     if natively:
-        best = native.best_of_levels(logits, deltas, anchors, least, topk_candidates)
+        best = native.top_scores(logits, deltas, anchors, least, topk_candidates)
         images = torch.arange(len(sizes), device="cpu").repeat_interleave(best.counts)
         found = _Candidates(images, *best[1:])
     else:
@@ -87,14 +90,14 @@ def postprocess(
     boxes = decode_boxes(found.delta, found.anchor)
     boxes = clip_boxes(boxes, sizes.to(boxes.device)[images])
     if natively:
-        kept, kept_counts = native.suppress(
+        kept, kept_counts = native.batched_nms(
             boxes,
             scores,
             None if class_agnostic_nms else labels,
             best.counts,
             classes=num_classes,
             threshold=nms_threshold,
-            most=detections_per_image,
+            max_count=detections_per_image,
         )
     else:
         groups = images if class_agnostic_nms else images * num_classes + labels

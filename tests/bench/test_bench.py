@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from retinanet import native
 from retinanet.bench import (
     RIVALS,
     STAGES,
@@ -36,6 +35,7 @@ from retinanet.bench.samples import retained_bytes
 from retinanet.bench.stages.inference import compare_outputs
 from retinanet.bench.tables import megabytes, seconds, to_markdown
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
+from retinanet.kernels import native
 from retinanet.structures import Outputs, flatten_levels
 
 CPU = torch.device("cpu")

@@ -120,6 +120,17 @@ def test_train_from_another_checkpoint(
     assert f"from {tiny_run}: " in ended.err
 
 
+def test_train_overfit_gives_a_verdict_and_an_exit_code(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = cli("train", tiny_sets["coco"], *TINY, "--overfit=2", "--steps=2", "train.lr=1e-9")
+    assert ended.code == 1, ended.err
+    assert ended.out.startswith("overfit  2 images, 2 steps: AP50 0.000, loss ")
+    assert "verdict  not learned; " in ended.out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     options = ["--backbone=resnet34", "--backbone-weights=none", "--epochs=3", "--batch-size=4"]
     options += ["--image-size=192", "--precision=bf16", "--seed=7"]
@@ -191,6 +202,6 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
 
     ended = cli(*arguments)
     assert ended.code == 0, ended.err
-    assert f"going on from step {steps[-1]}" in ended.err
+    assert f"resuming from step {steps[-1]}" in ended.err
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))

@@ -52,7 +52,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_list_has_every_table_and_figure(cli: Cli) -> None:
+def test_list_has_every_table_and_figure(cli: Cli) -> None:
     ended = cli("paper", "list")
     assert ended.code == 0
     for name in EXPERIMENTS:
@@ -63,14 +63,14 @@ def test_the_list_has_every_table_and_figure(cli: Cli) -> None:
     assert by_name["fig1"]["trained_rows"] == 0
 
 
-def test_the_list_of_rows(cli: Cli) -> None:
+def test_list_of_rows(cli: Cli) -> None:
     rows = cli("paper", "list", "--rows", "--json").json
     of_1b = [one["row"] for one in rows if one["name"] == "table1b"]
     assert of_1b == [row.key for row in EXPERIMENTS["table1b"].rows]
     assert "loss.gamma=5" in cli("paper", "list", "--rows").out
 
 
-def test_some_rows_of_a_table(
+def test_row_option_trains_only_these_rows(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[str] = []
@@ -125,7 +125,7 @@ def train_here(
     return results
 
 
-def test_from_data_to_tables_figures_and_page(
+def test_run_writes_tables_figures_and_page(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "run_plan", train_here)
@@ -171,7 +171,7 @@ def test_from_data_to_tables_figures_and_page(
     assert "Mine" not in again.out
 
 
-def test_a_failed_row_costs_no_other_and_is_said(
+def test_failed_trainings_are_listed_with_exit_code_1(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_worker(plan: Plan, *_: object) -> dict[tuple[str, int], str]:
@@ -186,7 +186,7 @@ def test_a_failed_row_costs_no_other_and_is_said(
     assert (tmp_path / "table3.md").is_file()
 
 
-def test_a_budget_becomes_steps_once(
+def test_budget_is_converted_to_steps_once(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = iter([[Pace(0.5, 10.0)] * 4])  # for a second time it would fail
@@ -202,7 +202,7 @@ def test_a_budget_becomes_steps_once(
     assert json.loads(kept.read_text("utf-8"))["steps"] == 100
 
 
-def test_full_size_says_what_it_costs_and_asks(
+def test_full_prints_its_cost_and_asks(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "measure_paces", lambda left, _: [Pace(2.0, 60.0)] * len(left))
@@ -257,20 +257,22 @@ def test_full_size_says_what_it_costs_and_asks(
         (("table3", "--data={data}", "--steps=20", "train.lrr=1"), "did you mean train.lr?"),
     ],
 )
-def test_bad_usage(cli: Cli, shapes: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_usage_is_one_line(
+    cli: Cli, shapes: Path, arguments: tuple[str, ...], said: str
+) -> None:
     ended = cli("paper", "run", *(one.format(data=shapes) for one in arguments))
     assert ended.code == 2
     assert said in ended.err.replace("\n", " ")
     assert ended.err.count("\n") == 1
 
 
-def test_data_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+def test_missing_data_is_an_error(cli: Cli, tmp_path: Path) -> None:
     ended = cli("paper", "run", "table3", f"--data={tmp_path / 'no'}", "--steps=20")
     assert ended.code == 1
     assert "there is no such file or folder" in ended.err
 
 
-def test_a_row_that_the_data_is_too_small_for_is_said(
+def test_row_that_cannot_be_trained_is_left_out(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "run_plan", lambda plan, *_: {})
@@ -281,7 +283,7 @@ def test_a_row_that_the_data_is_too_small_for_is_said(
     assert "overlaps an anchor by 0.5 at 64 px" in ended.err
 
 
-def test_results_that_do_not_fit_are_found_before_anything_is_trained(
+def test_invalid_results_are_rejected_before_training(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "run_plan", lambda *_: pytest.fail("trained"))
@@ -293,7 +295,7 @@ def test_results_that_do_not_fit_are_found_before_anything_is_trained(
     assert "broken.json" in ended.err
 
 
-def test_a_broken_image_is_named_before_anything_is_trained(
+def test_broken_image_is_named_before_training(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "run_plan", lambda *_: pytest.fail("trained"))

@@ -1,4 +1,4 @@
-"""Fixtures of the ground floor's tests."""
+"""Fixtures for the tests of the core modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from retinanet import native
+from retinanet.kernels import native
 
 
 @pytest.fixture(params=["float64", "bfloat16", "meta"])
@@ -24,10 +24,10 @@ def default(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=["native", "torch"])
-def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the native library, and with the torch code that serves where it is not built."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with the C library, and with the torch code used where it is not built."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", native._Library(None, 0, "switched off"))
+        monkeypatch.setattr(native, "library", native.Library(None, 0, "switched off"))
     elif not native.available():
         pytest.skip(native.description())
     return str(request.param)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import tomllib
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from retinanet.anchors import ASPECT_RATIOS, OCTAVE_SCALES, default_anchor_spec
 from retinanet.config import (
+    LossSettings,
     Recipe,
     build_recipe,
     load_recipe,
@@ -22,7 +22,6 @@ from retinanet.config import (
     to_toml,
 )
 from retinanet.errors import ConfigError, RetinaNetError
-from retinanet.losses import BOX_LOSSES, CLASSIFICATION_LOSSES, MININGS, detection_losses
 
 
 def test_defaults_are_the_papers() -> None:
@@ -46,15 +45,7 @@ def test_defaults_agree_with_the_rooms() -> None:
     assert recipe.anchors.scales == OCTAVE_SCALES
     assert recipe.anchors.aspect_ratios == ASPECT_RATIOS
     assert recipe.anchors.rounding == default_anchor_spec().rounding
-    for name in CLASSIFICATION_LOSSES:
-        assert load_recipe("paper_1x", [f"loss.classification={name}"])
-    for name in BOX_LOSSES:
-        assert load_recipe("paper_1x", [f"loss.box={name}"])
-    for name in MININGS:
-        assert load_recipe("paper_1x", [f"loss.mining={name}"])
-    given = inspect.signature(detection_losses).parameters
-    for name, value in recipe.loss:
-        assert given[name].default == value, name
+    assert recipe.loss_settings == LossSettings()
 
 
 def test_paper_recipe_is_the_defaults() -> None:

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the ground floor run and give what they say."""
+"""The examples in the docstrings of the core modules run and give the values they state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODULES = [
     "boxes",
     "anchors",
     "matching",
-    "losses.classification",
+    "losses.focal",
     "losses.box",
     "losses.detection",
     "postprocess",
@@ -32,7 +32,7 @@ def test_examples(name: str) -> None:
 
 
 def test_focal_loss_has_an_example() -> None:
-    assert run(import_module("retinanet.losses.classification")).attempted >= 4
+    assert run(import_module("retinanet.losses.focal")).attempted >= 4
 
 
 def test_a_wrong_example_is_found(capsys: pytest.CaptureFixture[str]) -> None:

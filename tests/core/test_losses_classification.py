@@ -14,13 +14,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-import retinanet.losses.classification as module
-from retinanet import triton_probe
+import retinanet.losses.focal as module
+from retinanet.kernels import native, triton_probe
 from retinanet.losses import cross_entropy, focal_loss, focal_loss_star, hinge_loss
-from retinanet.losses.classification import weighted_label_loss
+from retinanet.losses.focal import weighted_label_loss
 from retinanet.structures import BACKGROUND, IGNORED
 
-pytestmark = pytest.mark.usefixtures("each_way")
+pytestmark = pytest.mark.usefixtures("backend")
 
 PER_CLASS = [0.1, 0.25, 0.5, 0.75, 0.9]
 LOSSES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
@@ -234,23 +234,10 @@ def test_hinge_loss_is_at_rest_on_the_border() -> None:
         assert float(logits.grad) == 0
 
 
-def test_neither_library_nor_kernel_is_asked_for_the_hinge(
-    monkeypatch: pytest.MonkeyPatch, each_way: str
-) -> None:
-    logits = random_logits(7, 5).float().requires_grad_()
-    if each_way == "native":
-        assert module.native.label_loss_served(logits)
-    monkeypatch.setattr(module.native, "label_loss", lambda *_: pytest.fail("the library"))
-    loss = hinge_loss(logits, LABELS)
-    assert_close(loss, hinge_loss(logits, LABELS, reduction="none").sum())
-
-    from retinanet.losses import triton_loss
-
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_probe, "usable", lambda device: True)
-    assert triton_loss.serves(logits, ("focal", 2.0, 0.0))
-    assert not triton_loss.serves(logits, ("hinge", 0.5, 0.0))
-    assert module._on_gpu(logits, ("hinge", 0.5, 0.0)) is module._in_pieces
+def test_hinge_loss_uses_neither_library_nor_kernel() -> None:
+    logits = random_logits(7, 5).float()
+    assert not native.supports_label_loss(logits, ("hinge", 0.5, 0.0))
+    assert_close(hinge_loss(logits, LABELS), hinge_loss(logits, LABELS, reduction="none").sum())
 
 
 def test_alpha_of_each_class() -> None:
@@ -330,15 +317,15 @@ def test_equal_to_torchvision(gamma: float, alpha: float | None, soft: bool) -> 
 
 
 @pytest.mark.parametrize(("function", "options"), LOSSES)
-@pytest.mark.parametrize("piece", [1, 17, 2048 * 80])
+@pytest.mark.parametrize("chunk", [1, 17, 2048 * 80])
 def test_integer_path_equals_the_reference(
     function: Callable[..., Tensor],
     options: dict[str, Any],
-    piece: int,
+    chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Value and gradient of the path made for speed, in pieces of any size."""
-    monkeypatch.setattr(module, "_CPU_PIECE", piece)
+    """Value and gradient of the path made for speed, in chunks of any size."""
+    monkeypatch.setattr(module, "_CPU_CHUNK", chunk)
     logits = random_logits(3, 7, 5).requires_grad_()
     labels = LABELS.repeat(3, 1)
     fast = function(logits, labels, **options)
@@ -687,11 +674,11 @@ def test_defaults_of_torch_change_nothing(alpha: Any, default: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_float64_is_scaled_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel for a GPU's gradients works in float32."""
-    from retinanet.losses import triton_loss
+    from retinanet.kernels import triton_focal
 
     taken = []
-    monkeypatch.setattr(triton_probe, "usable", lambda device: True)
-    monkeypatch.setattr(triton_loss, "scale_", lambda values, factor: taken.append(values))
+    monkeypatch.setattr(triton_probe, "is_usable", lambda device: True)
+    monkeypatch.setattr(triton_focal, "scale_", lambda values, factor: taken.append(values))
 
     class OnGpu(Tensor):
         is_cuda = True

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retinanet.losses import hard_examples, mining
+from retinanet.losses import hard_examples, ohem
 from retinanet.structures import BACKGROUND, IGNORED
 
 
@@ -31,7 +31,9 @@ def in_numpy(
             )
     survivors: list[int] = []
     full = math.inf if ratio is None else max(1, int(ratio * max(1, int(size / (1 + ratio)))))
-    drawn = mining.drawn_order(torch.from_numpy(boxes)).tolist()  # of equal ones it says who stays
+    drawn = ohem.tie_break_order(
+        torch.from_numpy(boxes)
+    ).tolist()  # of equal ones it says who stays
     for row in sorted((row for row in drawn if row in scores), key=lambda row: -scores[row]):
         if labels[row] < 0 and sum(labels[other] < 0 for other in survivors) >= full:
             continue
@@ -85,8 +87,8 @@ def test_equal_to_the_slow_loop(
     ratio: float | None, size: int, threshold: float, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NMS of all boxes at once, and however few are tried first."""
-    monkeypatch.setattr(mining, "_TRIED_FIRST", first)
-    monkeypatch.setattr(mining, "_PIECE_AT_MOST", 50)
+    monkeypatch.setattr(ohem, "FIRST_CHUNK", first)
+    monkeypatch.setattr(ohem, "MAX_CHUNK", 50)
     images = [an_image(seed, positives=count) for seed, count in enumerate((40, 3, 0))]
     logits, labels, boxes = (torch.cat(parts) for parts in zip(*images, strict=True))
     found = hard_examples(
@@ -285,7 +287,7 @@ LOGITS, LABELS, BOXES = [torch.zeros(1, 2, 3)], torch.zeros(1, 2).long(), torch.
         (LOGITS, LABELS[0], BOXES, {}, r"got 2 rows of logits, labels \(2,\), boxes \(1, 2, 4\)"),
         (LOGITS * 2, LABELS, BOXES, {}, r"got 4 rows of logits, labels \(1, 2\)"),
         (LOGITS, LABELS, BOXES[:, :1], {}, r"boxes \(1, 1, 4\)"),
-        (LOGITS, LABELS, BOXES, {"size": 0}, "keeps 1 anchor of an image or more, got size 0"),
+        (LOGITS, LABELS, BOXES, {"size": 0}, "keeps at least 1 anchor per image, got size 0"),
         (LOGITS, LABELS, BOXES, {"nms_threshold": 0.0}, r"mining must lie in \(0, 1\], got 0.0"),
         (LOGITS, LABELS, BOXES, {"nms_threshold": 1.1}, r"must lie in \(0, 1\], got 1.1"),
         (LOGITS, LABELS, BOXES, {"negatives_per_positive": 0.0}, r"over 0 \(None: no ratio\)"),

@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.testing import assert_close
 
 from retinanet.anchors import anchor_spec, level_anchors
+from retinanet.config import LossSettings
 from retinanet.losses import (
     box_loss,
     cross_entropy,
@@ -107,7 +108,11 @@ def test_detection_losses_under_vmap_of_grad_equal_loop() -> None:
         outputs = Outputs(tuple(maps[:2]), tuple(maps[2:]))
         targets = Targets(image_boxes[None], image_labels[None])
         return detection_losses(
-            outputs, anchors, targets, num_classes=3, low_quality_matches=True
+            outputs,
+            anchors,
+            targets,
+            num_classes=3,
+            settings=LossSettings(low_quality_matches=True),
         ).total
 
     expected = [

@@ -14,12 +14,12 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNet
 
 import retinanet.postprocess as module
-from retinanet import native
 from retinanet.anchors import anchor_spec, default_anchor_spec, feature_sizes, level_anchors
+from retinanet.kernels import native
 from retinanet.postprocess import postprocess
 from retinanet.structures import Detections, Outputs, flatten_level
 
-pytestmark = pytest.mark.usefixtures("each_way")
+pytestmark = pytest.mark.usefixtures("backend")
 
 SPEC = anchor_spec([8], sizes=[16], scales=[1], aspect_ratios=[1])
 CELLS = [(4, 4)]
@@ -254,7 +254,7 @@ def test_native_code_finds_the_same(
     outputs.logits[0][:, 3, 5] = math.nan
     outputs.deltas[1][:, 2, 1] = math.nan
     found = postprocess(outputs, anchors, sizes, num_classes=classes, **options)
-    monkeypatch.setattr(native, "_library", native._Library(None, 0, "off"))
+    monkeypatch.setattr(native, "library", native.Library(None, 0, "off"))
     expected = postprocess(outputs, anchors, sizes, num_classes=classes, **options)
     assert len(found) == len(expected) == images
     for own, other in zip(found, expected, strict=True):

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import retinanet.matching as matching
-from retinanet import triton_probe
-from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
-from retinanet.losses import classification, triton_loss
-from retinanet.losses.triton_loss import serves, sum_and_gradient
-from retinanet.matching_triton import match
+from retinanet.kernels.triton_focal import scale_, set_to_one, sum_and_gradient, supports
+from retinanet.losses.focal import plain_label_loss
 from retinanet.structures import BACKGROUND, IGNORED
-from retinanet.triton_probe.kernel import set_to_one
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
 
@@ -46,7 +41,7 @@ def by_definition(
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient from the formula as the paper writes it, in float64, and autograd."""
     wide = logits.double().requires_grad_()
-    loss = classification._reference_sum(
+    loss = plain_label_loss(
         wide, labels, weights.double(), positive.double(), negative.double(), formula
     )
     loss.backward()
@@ -67,9 +62,10 @@ def test_loss_and_gradient_are_the_definition(
     labels = torch.randint(IGNORED, classes, (count,), generator=generator)
     weights = torch.rand(count, generator=generator) * (labels != IGNORED)
     alpha = [0.1 + 0.8 * i / classes for i in range(classes)] if class_alpha else 0.25
-    positive, negative = classification._alpha_pair(alpha, logits)
+    positive = torch.tensor(alpha)
+    negative = 1 - positive
     arguments = (labels, weights, positive, negative, formula)
-    assert serves(logits, formula)
+    assert supports(logits, formula)
     expected, expected_gradient = by_definition(logits, *arguments)
 
     gradient = torch.full(logits.shape, torch.nan)
@@ -130,10 +126,10 @@ def test_the_kernel_of_the_probe() -> None:
 def test_scaling_in_place(factor: float) -> None:
     values = torch.randn(123, 45)
     expected = values * factor
-    scaled = triton_loss.scale_(values, torch.tensor(factor))
+    scaled = scale_(values, torch.tensor(factor))
     assert scaled is values
     assert torch.equal(values, expected)
-    assert triton_loss.scale_(torch.zeros(0, 3), torch.tensor(factor)).shape == (0, 3)
+    assert scale_(torch.zeros(0, 3), torch.tensor(factor)).shape == (0, 3)
 
 
 def test_no_rows() -> None:
@@ -146,52 +142,11 @@ def test_no_rows() -> None:
 
 def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, formula = torch.zeros(4, 6), ("focal", 2.0, 0.0)
-    assert serves(logits, formula)
-    assert not serves(logits.double(), formula)
-    assert not serves(logits.T, formula)
-    assert not serves(logits[0], formula)
-    assert not serves(logits, ("other", 2.0, 0.0))
-    assert not serves(logits.to("meta"), formula)
+    assert supports(logits, formula)
+    assert not supports(logits.double(), formula)
+    assert not supports(logits.T, formula)
+    assert not supports(logits[0], formula)
+    assert not supports(logits, ("other", 2.0, 0.0))
+    assert not supports(logits.to("meta"), formula)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert not serves(logits, formula)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_probe, "usable", lambda device: False)
-    assert not serves(logits, formula)
-
-
-def crowded_targets(images: int, objects: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Boxes and labels with all that matching must bear, on an image of 224 x 160."""
-    centre = torch.rand(images, objects, 2, generator=generator) * 200
-    half = torch.rand(images, objects, 2, generator=generator) ** 2 * 60 + 2
-    boxes = torch.cat((centre - half, centre + half), dim=2)
-    boxes[:, objects // 2 :: 3] = boxes[:, : len(range(objects // 2, objects, 3))]  # ties
-    boxes[0, 0] = torch.nan
-    boxes[1, 1, 2] = boxes[1, 1, 0]  # no width
-    boxes[2, 2] = torch.tensor([0.0, 0.0, 1e30, 1e30])
-    boxes[0, 3] = torch.tensor([500.0, 500.0, 520.0, 520.0])  # no anchor touches it
-    labels = torch.randint(IGNORED, 4, (images, objects), generator=generator)
-    return boxes, labels
-
-
-@pytest.mark.parametrize("low_quality_matches", [False, True])
-@pytest.mark.parametrize("objects", [9, 23])
-def test_matching_is_the_definition_to_the_bit(low_quality_matches: bool, objects: int) -> None:
-    generator = torch.Generator().manual_seed(objects)
-    spec = default_anchor_spec()
-    anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, 160, 224)))
-    boxes, labels = crowded_targets(3, objects, generator)
-    kinds = torch.where(matching._has_area(boxes), labels, BACKGROUND)
-    options = (0.5, 0.4, low_quality_matches)
-    expected = matching._match_image_by_image(anchors, boxes, kinds, *options)
-    assert (expected >= 0).any()
-    assert (expected == IGNORED).any()
-    assert torch.equal(match(anchors, boxes, kinds, *options), expected)
-    assert torch.equal(matching._match_all_images(anchors, boxes, kinds, *options), expected)
-
-
-def test_matching_nothing() -> None:
-    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    no_objects = match(anchors, torch.zeros(2, 0, 4), torch.zeros(2, 0).long(), 0.5, 0.4, True)
-    assert no_objects.tolist() == [[BACKGROUND], [BACKGROUND]]
-    no_anchors = match(anchors[:0], torch.zeros(2, 1, 4), torch.zeros(2, 1).long(), 0.5, 0.4, True)
-    assert no_anchors.shape == (2, 0)
+    assert not supports(logits, formula)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from retinanet.config import DataConfig
+from retinanet.data import Dataset, loading
+from retinanet.data.loading import BatchLoader
 
 MakeImage = Callable[..., Path]
 """The fixture ``image``: (path, (width, height), seed, **PIL's save options)."""
@@ -54,3 +59,14 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def train_loader(
+    dataset: Dataset, *, steps: int, start_step: int = 0, **options: Any
+) -> BatchLoader:
+    """The loader of training; what is no argument of it is one of ``DataConfig``."""
+    arguments = inspect.signature(loading.train_loader).parameters
+    own = {name: options.pop(name) for name in list(options) if name in arguments}
+    numbers = range(start_step, steps)
+    config = DataConfig().model_copy(update=options)  # smaller images than a recipe may have
+    return loading.train_loader(dataset, config, steps=numbers, **own)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, voc_xml, write
 from PIL import Image
+from torchvision.ops import box_iou
 
 from retinanet.anchors import anchor_spec, default_anchor_spec, feature_sizes, level_anchors
 from retinanet.data import (
@@ -29,11 +30,10 @@ from retinanet.data import (
     usable,
     write_fixed,
 )
+from retinanet.data.boxes import check_box, fixed_box
 from retinanet.data.check import KINDS
-from retinanet.data.faults import box_fault, fixed_box
 from retinanet.data.images import network_size, read_image
 from retinanet.errors import DataError
-from retinanet.matching import anchor_coverage
 
 NAN = math.nan
 
@@ -57,13 +57,13 @@ BOXES = [
     ((5, 5, 5, 9), "box-empty", "cat box [5, 5, 5, 9] has no width", "dropped"),
     ((5, 5, 8, 5), "box-empty", "cat box [5, 5, 8, 5] has no height", "dropped"),
     ((5, 5, 5, 5), "box-empty", "has no width and no height", "dropped"),
-    ((9, 5, 5, 9), "box-inverted", "has left and right exchanged", "turned round"),
-    ((9, 9, 5, 5), "box-inverted", "left and right and top and bottom exchanged", "turned round"),
-    ((9, 5, 5, 5), "box-inverted", "has left and right exchanged", "dropped"),
-    ((-1, 5, 9, 9), "box-outside", "sticks out of the image of 40 x 30", "clipped"),
-    ((5, 5, 41, 9), "box-outside", "sticks out of the image of 40 x 30", "clipped"),
-    ((40, 5, 50, 9), "box-outside", "lies wholly outside the image of 40 x 30", "dropped"),
-    ((5, -9, 9, 0), "box-outside", "lies wholly outside the image of 40 x 30", "dropped"),
+    ((9, 5, 5, 9), "box-inverted", "has left and right swapped", "swapped back"),
+    ((9, 9, 5, 5), "box-inverted", "left and right and top and bottom swapped", "swapped back"),
+    ((9, 5, 5, 5), "box-inverted", "has left and right swapped", "dropped"),
+    ((-1, 5, 9, 9), "box-outside", "extends beyond the image of 40 x 30", "clipped"),
+    ((5, 5, 41, 9), "box-outside", "extends beyond the image of 40 x 30", "clipped"),
+    ((40, 5, 50, 9), "box-outside", "is wholly outside the image of 40 x 30", "dropped"),
+    ((5, -9, 9, 0), "box-outside", "is wholly outside the image of 40 x 30", "dropped"),
     ((NAN, 5, 9, 9), "box-not-a-number", "[nan, 5, 9, 9] is not four finite numbers", "dropped"),
     ((5, 5, math.inf, 9), "box-not-a-number", "is not four finite numbers", "dropped"),
 ]
@@ -104,7 +104,7 @@ def test_fixed_boxes() -> None:
     assert fixed_box((50, 5, -3, 9), 40, 30) == (0, 5, 40, 9)  # inverted, and then outside
     assert fixed_box((40, 5, 50, 9), 40, 30) is None
     assert fixed_box((40, 5, 50, 9), None, None) == (40, 5, 50, 9)
-    assert box_fault((40, 5, 50, 9), None, None) is None
+    assert check_box((40, 5, 50, 9), None, None) is None
 
 
 def test_repeated_objects(tmp_path: Path, make_image: MakeImage) -> None:
@@ -146,7 +146,7 @@ def test_truncated_images(tmp_path: Path, make_image: MakeImage, suffix: str) ->
         (
             lambda path: path.write_text("<html>404"),
             "image-unreadable",
-            "^is no image; it begins with b'<html>404'$",
+            "^is not an image; it begins with b'<html>404'$",
         ),
         (lambda path: path.mkdir(), "image-unreadable", "^cannot be read: Is a directory$"),
     ],
@@ -191,7 +191,7 @@ def test_wrong_sizes(tmp_path: Path, make_image: MakeImage) -> None:
     (problem,) = _problems(_one(tmp_path, (1, 1, 5, 5), size=(41, 30)))
     assert (problem.kind, problem.object) == ("size-wrong", "image 1")
     assert problem.reason == (
-        "a.png: the labels say 41 x 30 (width x height), the image is 40 x 30"
+        "a.png: the labels state 41 x 30 (width x height), the image is 40 x 30"
     )
     assert _problems(_one(tmp_path, (1, 1, 5, 5), size=(None, None))) == []
     # A box is held against the image, not against what the labels say of it.
@@ -302,16 +302,16 @@ def test_the_copy_never_touches_the_data(tmp_path: Path, make_image: MakeImage) 
     splits = read_splits(source)
     report = check_datasets(splits)
     for target in (source, source / "inside", tmp_path):
-        with pytest.raises(DataError, match="must not be, hold or lie in the data"):
+        with pytest.raises(DataError, match="must not be, contain or be inside the source data"):
             write_fixed(splits, report, target)
     assert not (source / "inside").exists()
     link = tmp_path / "link"
     link.symlink_to(source)
-    with pytest.raises(DataError, match="must not be, hold or lie in the data"):
+    with pytest.raises(DataError, match="must not be, contain or be inside the source data"):
         write_fixed(splits, report, link / "inside")
     full = tmp_path / "full"
     write(full / "mine.txt", "keep")
-    with pytest.raises(DataError, match="is there already and not an empty folder"):
+    with pytest.raises(DataError, match="exists and is not an empty folder"):
         write_fixed(splits, report, full)
     assert [p.name for p in full.iterdir()] == ["mine.txt"]
     empty = tmp_path / "empty"
@@ -342,7 +342,7 @@ def test_labels_of_a_lying_image_are_turned(tmp_path: Path, orientation: int) ->
     report = check_datasets(splits)
     problem = next(p for p in report.problems if p.kind == "size-wrong")
     assert f"after its EXIF orientation {orientation}" in problem.reason
-    assert problem.fix == "size and boxes turned upright"
+    assert problem.fix == "size and boxes rotated"
     write_fixed(splits, report, tmp_path / "fixed")
     (image,) = read_dataset(tmp_path / "fixed", "all").images
     (annotation,) = image.annotations
@@ -420,7 +420,7 @@ def test_anchor_recall_equals_all_anchors_tried(tmp_path: Path, rounding: Any, p
         padded = [math.ceil(side / 32) * 32 for side in new]
         anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, *padded)))
         scale = torch.tensor([new[1] / width, new[0] / height] * 2)
-        best.append(anchor_coverage(anchors, torch.from_numpy(boxes).float() * scale))
+        best.append(box_iou(torch.from_numpy(boxes).float() * scale, anchors).amax(dim=1))
     iou = torch.cat(best)
     dataset = Dataset(tuple(images), ("cat", "dog"), (1, 2), "train", "coco", tmp_path)
     found = anchor_recall({"train": dataset}, spec, 150, 320)

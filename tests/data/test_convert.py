@@ -101,7 +101,7 @@ def test_ids_flags_and_other_values_come_back(tmp_path: Path, source: Path, thro
     assert after["val"].images[0].annotations[0].crowd
     if through == "csv":
         assert after["train"].category_ids == (7, 30, 90)
-    assert next(iter(written.lost)).startswith("what is said of the whole data set")
+    assert next(iter(written.lost)).startswith("values of the whole data set")
 
 
 def test_coco_to_coco_loses_nothing(tmp_path: Path, source: Path) -> None:
@@ -254,9 +254,9 @@ def test_faults_come_along_where_they_can(tmp_path: Path, make_image: MakeImage)
         written = convert(splits, tmp_path / to, to)
         assert written.lost == {
             "unreadable labels (class-unknown)": 1,
-            "images that are not there": 1,
-            "images that cannot be read": 1,
-            "boxes that are not numbers": 1,
+            "missing images": 1,
+            "unreadable images": 1,
+            "boxes that are not four finite numbers": 1,
         }
         (image,) = read_dataset(tmp_path / to, "all").images
         assert [a.box for a in image.annotations] == [(5, 5, 5, 9), (9, 9, 5, 79)]
@@ -277,10 +277,10 @@ def test_refusals(tmp_path: Path, source: Path) -> None:
         DataError, match="no format 'yolov8': coco, voc, yolo, csv, webdataset; did you mean yolo"
     ):
         convert(source, tmp_path / "out", "yolov8")
-    with pytest.raises(DataError, match="must not be, hold or lie in the data"):
+    with pytest.raises(DataError, match="must not be, contain or be inside the source data"):
         convert(source, source / "voc", "voc")
     write(tmp_path / "file", "")
-    with pytest.raises(DataError, match="is there already and not an empty folder"):
+    with pytest.raises(DataError, match="exists and is not an empty folder"):
         convert(source, tmp_path / "file", "voc")
     nothing = {name: replace(d, images=()) for name, d in read_splits(source).items()}
     with pytest.raises(DataError, match="there is no image to write"):

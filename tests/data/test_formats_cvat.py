@@ -145,7 +145,7 @@ def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
         ("shape-not-box", 6, "a.jpg: 'cat' is drawn as a polygon, not as a box"),
         ("label-unreadable", 1, "image 4 has no name"),
         ("label-unreadable", 1, "image 5 has no file name"),
-        ("class-unknown", 1, "a.jpg: label 'cow' is not one of 2 in <meta>"),
+        ("class-unknown", 1, "a.jpg: class 'cow' is not one of 2 known"),
     ]
     # Turned by a right angle about its centre (20, 15): 10 wide and 20 high.
     kept = dataset.images[0].annotations
@@ -271,7 +271,7 @@ def test_a_subset_that_leads_outside(
     text = annotations(image("a.jpg", box(), more=f'subset="{subset}"'))
     write(tmp_path / "in" / "annotations.xml", text)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"a split is called .* which no file can be"):
+    with pytest.raises(DataError, match=r"a split is named .* which is no file name"):
         convert(tmp_path / "in", tmp_path / "a" / "b", to)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -196,7 +196,7 @@ def test_a_size_that_cannot_be_known(tmp_path: Path) -> None:
     assert dataset.images[0].annotations == ()
     (problem,) = dataset.problems
     assert problem.kind == "image-unreadable"
-    assert "percents of an image whose size cannot be read" in problem.reason
+    assert "fractions of an image whose size cannot be read" in problem.reason
 
 
 def test_several_labels_and_a_rectangle_with_labels_beside_it(
@@ -227,7 +227,7 @@ def test_classes_of_the_labelling_interface(tmp_path: Path, make_image: MakeImag
     assert dataset.classes == ("dog", "cat")
     (problem,) = dataset.problems
     assert (problem.kind, problem.object) == ("class-unknown", "r2")
-    assert problem.reason == "a.jpg: region r2: label 'cow' is not one of 2 known"
+    assert problem.reason == "a.jpg: region r2: class 'cow' is not one of 2 known"
     write(tmp_path / "label_studio_config.xml", "<View")
     with pytest.raises(DataError, match=r"label_studio_config\.xml: not XML"):
         read_splits(tmp_path)
@@ -243,7 +243,7 @@ def test_turned_rectangles(tmp_path: Path, make_image: MakeImage) -> None:
     export(tmp_path, task("a.jpg", turned, viewed))
     dataset = read_dataset(tmp_path, "all")
     assert [(p.kind, p.object, p.fix) for p in dataset.problems] == [
-        ("box-rotated", "r1", "the upright box around it is taken"),
+        ("box-rotated", "r1", "the upright box around it is used"),
         ("box-rotated", "r2", "dropped"),
     ]
     # Clockwise about (4, 6): 10 to the right becomes 10 down, 15 down becomes 15 to the left.
@@ -277,7 +277,7 @@ def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
     found = [(p.kind, p.object) for p in dataset.problems]
     assert found == [
         ("label-unreadable", 1),
-        ("label-unreadable", 1),
+        ("label-unreadable", 2),
         ("box-not-a-number", "r3"),
         ("class-unknown", "r4"),
         ("box-not-a-number", "r5"),
@@ -391,4 +391,4 @@ def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> Non
     assert [(one.kind, one.object) for one in dataset.problems] == [
         ("image-missing", 1), ("image-missing", 2)
     ]  # fmt: skip
-    assert "come to this file" in dataset.problems[0].reason
+    assert "match this file" in dataset.problems[0].reason

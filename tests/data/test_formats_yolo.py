@@ -145,7 +145,7 @@ def test_boxes_of_an_unreadable_image_are_told(tmp_path: Path, make_image: MakeI
     write(tmp_path / "images" / "b.jpg", "a web page")
     (problem,) = read_dataset(tmp_path, "all").problems
     assert (problem.kind, problem.file.name) == ("image-unreadable", "b.jpg")
-    assert problem.reason.startswith("its 1 boxes are shares of an image whose size cannot be read")
+    assert problem.reason.startswith("its boxes are fractions of an image whose size cannot be")
 
 
 @pytest.mark.parametrize(

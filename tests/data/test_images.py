@@ -594,7 +594,7 @@ def test_only_jpegs_are_reduced(photo: Image.Image) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # the fast decoder, and Pillow
 @pytest.mark.parametrize(("height", "width"), [(400, 560), (405, 569), (403, 563)])
-def test_reduced_image_is_the_whole_one_resized(
+def test_reduced_image_is_the_whole_oneresize_pixels(
     photo: Image.Image, orientation: int, mode: str, height: int, width: int
 ) -> None:
     smooth = photo.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -683,8 +683,8 @@ def test_resize_is_torchvisions(photo: Image.Image, size: tuple[int, int]) -> No
     image = read_image(photo)
     for one in (image, image.contiguous(), image.flip(2), image[:, 3:31, 2:40]):
         expected = F.resize(one, list(size), antialias=True)
-        assert torch.equal(images._resized(one, *size), expected)
-    assert images._resized(image, *size).stride()[0] == 1  # still channels_last
+        assert torch.equal(images.resize_pixels(one, *size), expected)
+    assert images.resize_pixels(image, *size).stride()[0] == 1  # still channels_last
 
 
 def test_pad_batch() -> None:

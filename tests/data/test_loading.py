@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from labelled_folders import train_loader
 from PIL import Image
 
 from retinanet.data import loading
@@ -22,7 +23,6 @@ from retinanet.data.loading import (
     default_workers,
     eval_loader,
     readable_part,
-    train_loader,
     usable_cpus,
 )
 from retinanet.errors import DataError, ImageError
@@ -142,7 +142,9 @@ def test_a_worker_uses_one_thread() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        counts: list[Any] = list(loading._loader(_Threads(), range(3), workers=1))
+        counts: list[Any] = list(
+            loading.BatchLoader(_Threads(), range(3), workers=1, num_images=3, on_unreadable=None)
+        )
     finally:
         torch.set_num_threads(before)
     assert counts == [1, 1, 1]
@@ -338,7 +340,6 @@ def test_train_loader_unreadable_image_is_replaced_and_reported_once(
         broken,
         steps=9,  # three epochs
         workers=workers,
-        skip_unreadable=True,
         on_unreadable=lambda index, message: reported.append((index, message)),
     )
     indices = torch.cat([batch.indices for batch in batches]).tolist()
@@ -357,11 +358,17 @@ def test_train_loader_unreadable_image_is_replaced_and_reported_once(
 def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
     broken = make_dataset(tmp_path, [(40, 40)] * 12)
     broken.images[3].path.write_bytes(b"no image")
+    reported: list[int] = []
     loader = eval_loader(
-        broken, batch_size=1, image_size=32, max_size=64, workers=1, skip_unreadable=True
+        broken,
+        batch_size=1,
+        image_size=32,
+        max_size=64,
+        workers=1,
+        on_unreadable=lambda index, message: reported.append(index),
     )
     assert [int(batch.indices[0]) for batch in loader] == [0, 1, 2, *range(4, 12)]
-    assert list(loader.unreadable) == [3]
+    assert reported == list(loader.unreadable) == [3]
     kept, unreadable = readable_part(broken, image_size=32, max_size=64)
     assert [image.id for image in kept.images] == [0, 1, 2, *range(4, 12)]
     assert str(broken.images[3].path) in unreadable[3]
@@ -377,7 +384,7 @@ def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
     one.path.write_bytes(b"no image")
     alone = dataclasses.replace(broken, images=(one,))
     with pytest.raises(DataError, match="1 of 1"):
-        training(alone, batch_size=1, skip_unreadable=True)
+        training(alone, batch_size=1, on_unreadable=lambda index, message: None)
 
 
 @pytest.mark.parametrize(
@@ -452,8 +459,6 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
         ({"workers": -1}, "workers -1"),
         ({"rank": 2, "world_size": 2}, "rank 2"),
         ({"rank": -1}, "rank -1"),
-        ({"start_step": 8}, "start_step 8"),
-        ({"start_step": -1}, "start_step -1"),
     ],
 )
 def test_numbers_out_of_range(dataset: Dataset, changes: dict[str, Any], message: str) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from labelled_folders import train_loader
 from PIL import Image
 
 from retinanet.data import Dataset, convert, read_dataset
 from retinanet.data.archives import archive_of
 from retinanet.data.dataset import Annotation, LabelledImage
-from retinanet.data.loading import eval_loader, train_loader
+from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError, ImageError
 from retinanet.structures import Batch
 
@@ -212,10 +213,8 @@ def test_the_order_by_shards_depends_on_the_seed(shards: Dataset) -> None:
 
 
 def test_images_outside_of_shards_are_refused(folder: Dataset, shards: Dataset) -> None:
-    with pytest.raises(DataError, match=r"data.order=shards: .*image 00.png lies in no shard; m"):
+    with pytest.raises(DataError, match=r"data.order=shards: .*image 00.png is in no shard; c"):
         training(folder, order="shards")
-    with pytest.raises(ValueError, match="shard_window 0 is not 1 or more"):
-        training(shards, order="shards", shard_window=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

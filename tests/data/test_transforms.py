@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from labelled_folders import train_loader
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from retinanet.data import Annotation, Dataset, LabelledImage
-from retinanet.data.loading import train_loader
 from retinanet.data.transforms import MIN_VISIBLE, Transform
 from retinanet.structures import IGNORED
 

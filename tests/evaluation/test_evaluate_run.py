@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.boxes import encode_boxes
+from retinanet.config import LossSettings
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import eval_loader
@@ -200,7 +201,9 @@ def test_validation_loss_is_that_of_training(val: Dataset, normalizer: str, mini
         anchors,
         batch.targets,
         num_classes=3,
-        **{**options, "normalizer": "image" if normalizer == "image" else "batch"},
+        settings=LossSettings(
+            **{**options, "normalizer": "image" if normalizer == "image" else "batch"}
+        ),
     )
     for batch_size in (1, 2, 3):
         metrics = eval_metrics(model, dataset, batch_size=batch_size, loss=options)

@@ -26,7 +26,7 @@ DETECT = {
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
-    model = RetinaNet(backbone="resnet18", num_classes=3, channels=16, head_depth=1, norm="group")
+    model = RetinaNet(backbone="resnet18", num_classes=3, channels=16, head_depth=1, norm="frozen")
     for head in (model.class_head, model.box_head):
         for parameter in head.parameters():
             if parameter.dim() > 1:

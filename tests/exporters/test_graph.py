@@ -12,10 +12,10 @@ from torch import Tensor
 from retinanet.data.images import network_size as definition
 from retinanet.data.images import resize_to
 from retinanet.exporters.graph import (
-    NOTHING,
-    RawDetector,
+    PADDING_LABEL,
+    DetectorGraph,
+    RawDetectorGraph,
     Suppression,
-    WholeDetector,
     network_size,
     network_size_of_tensors,
     suppress_by_engine,
@@ -41,7 +41,7 @@ def assert_same_objects(boxes: Tensor, labels: Tensor, own: Tensor, own_labels: 
     assert bool((far.amin(dim=0) <= limit).all()) if len(own) else not len(boxes)
 
 
-def whole(eager: Detector, kind: type[WholeDetector] = WholeDetector, **changed: Any) -> Any:
+def whole(eager: Detector, kind: type[DetectorGraph] = DetectorGraph, **changed: Any) -> Any:
     return kind(
         fused_copy(eager.model, torch.float32, pack=False),
         image_size=eager.image_size,
@@ -83,7 +83,7 @@ def test_finds_what_the_detector_finds(
         assert n == len(one)
         torch.testing.assert_close(scores[i, :n], one.scores, atol=1e-5, rtol=0)
         assert_same_objects(boxes[i, :n], labels[i, :n], one.boxes, one.labels)
-        assert set(labels[i, n:].tolist()) <= {NOTHING}
+        assert set(labels[i, n:].tolist()) <= {PADDING_LABEL}
         assert not scores[i, n:].any()
         assert not boxes[i, n:].any()
 
@@ -118,7 +118,7 @@ def test_a_logit_that_is_no_number_finds_nothing(eager: Detector) -> None:
 def test_raw_form_gives_every_anchor(eager: Detector) -> None:
     images = noise(2, 200, 100)  # 96 x 48 for the network, padded to 96 x 64
     with torch.no_grad():
-        boxes, scores = whole(eager, RawDetector)(images)
+        boxes, scores = whole(eager, RawDetectorGraph)(images)
     anchors = 9 * (12 * 8 + 6 * 4 + 3 * 2 + 2 * 1 + 1 * 1)
     assert boxes.shape == (2, anchors, 4)
     assert scores.shape == (2, anchors, 3)

@@ -1,4 +1,4 @@
-"""The model card: the hub's schema, true figures, and limits that follow from them."""
+"""The model card: the hub's schema, the run's metrics, and limits that follow from them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_head_is_the_hubs_schema(run: Path, tmp_path: Path) -> None:
     assert "datasets" not in head
 
 
-def test_figures_data_training_and_speed(prepared: Path) -> None:
+def test_card_of_a_run_has_metrics_data_training_and_speed(prepared: Path) -> None:
     text = (prepared / "README.md").read_text("utf-8")
     for line in (
         "# shapes",
@@ -52,26 +52,26 @@ def test_figures_data_training_and_speed(prepared: Path) -> None:
         "| APm | from 32² to 96² | - |",
         "Splits: seed 0, 20% for validation.",
         "| images | 4 | 3 |",
-        "Speed: 7.2 images a second",
+        "Speed: 7.2 images/s",
         "on a CPU with 3 threads",
-        "9 steps of 8 images (these weights are those after step 7, the best on `val`)",
-        "focal, alpha 0.25, gamma 2 for classes",
-        "from the weights backbone.safetensors",
+        "9 steps of 8 images (the weights are those after step 7, the best on `val`)",
+        "Loss: focal (alpha 0.25, gamma 2) for classes, smooth_l1 for boxes.",
+        "backbone weights backbone.safetensors",
         "Made with retinanet 0.1.0, torch 2.7",
-        "boxes of a score of at least 0.41",
+        "detections of a score of at least 0.41",
         "(example_3.jpg)",
     ):
         assert line in text, line
 
 
-def test_limits_follow_from_the_run(run: Path, tmp_path: Path) -> None:
+def test_limits_follow_from_the_numbers_of_the_run(run: Path, tmp_path: Path) -> None:
     text = card(run, tmp_path / "few").partition("## Limits")[2]
     for words in (
-        "trained on 4 images, which is few",
-        "they are not those of a test set",
+        "trained on only 4 images",
+        "there was no test set",
         "An AP of 0.123 is weak",
-        "drawn at random: where several show one scene",
-        "Too few objects were judged for a sure figure of:",
+        "The validation split is random: where several images show one scene",
+        "Classes with too few objects for a reliable AP:",
         "weak on small objects: APs is 0.010",
         "by 0.31 on average",
     ):
@@ -81,27 +81,27 @@ def test_limits_follow_from_the_run(run: Path, tmp_path: Path) -> None:
     change(run / "run.json", images={"train": 1000, "val": 9}, split_origin="the format's own")
     text = card(run, tmp_path / "many").partition("## Limits")[2]
     assert text.count("\n- ") == 2
-    assert "On other kinds of images than it was trained on it was not tried." in text
+    assert "It was not tested on images of other kinds than those that it was trained on." in text
 
 
-def test_a_checkpoint_alone_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
+def test_card_of_a_checkpoint_alone_states_what_is_unknown(run: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     (run / "best").rename(alone)
     text = card(alone, tmp_path / "out")
-    assert "This model was not judged on labelled images." in text
+    assert "This model was not evaluated on labelled images." in text
     assert text.count("Not recorded with this checkpoint.") == 2
-    assert "Nothing is known of how often it is right." in text
+    assert "Its accuracy is unknown." in text
     assert "model-index" not in text
     files = sorted(one.name for one in (tmp_path / "out").iterdir())
     assert files == ["README.md", "model.json", "model.safetensors"]
 
 
-def test_the_last_weights_have_no_figures_of_the_best(run: Path, tmp_path: Path) -> None:
+def test_card_of_the_last_weights_has_no_metrics_of_the_best(run: Path, tmp_path: Path) -> None:
     (run / "best").rename(run / "last")
-    assert "was not judged" in card(run, tmp_path / "out")
+    assert "was not evaluated" in card(run, tmp_path / "out")
 
 
-def test_names_of_the_data_stay_text(run: Path, tmp_path: Path) -> None:
+def test_class_names_are_escaped(run: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     loaded = load_checkpoint(run)

@@ -1,4 +1,4 @@
-"""What goes to the hub, how it gets there, and that nothing else does."""
+"""Files that are pushed, the push itself, and that nothing else leaves the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retinanet.config import load_recipe
 from retinanet.data import read_splits
 from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.hub import prepare, push
-from retinanet.hub.facts import without_places
+from retinanet.hub.facts import without_paths
 from retinanet.model.checkpoint import load_checkpoint
 
 NAME = "me/shapes"
@@ -38,8 +38,8 @@ def texts(folder: Path) -> str:
 
 
 def test_pushed_and_loaded_again_it_finds_the_same(hub: Hub, run: Path, data: Path) -> None:
-    told: list[str] = []
-    done = push(run, NAME, token=TOKEN, message="Seven steps", tell=told.append)
+    messages: list[str] = []
+    done = push(run, NAME, token=TOKEN, message="Seven steps", progress=messages.append)
     repository = hub.repositories[NAME]
     assert (len(repository.commits), repository.messages[-1]) == (2, "Seven steps")
     assert not repository.private
@@ -48,7 +48,7 @@ def test_pushed_and_loaded_again_it_finds_the_same(hub: Hub, run: Path, data: Pa
     pushed = ("README.md", "config.toml", "metrics.json", "model.json", "model.safetensors")
     assert done.files == pushed
     assert repository.large == {"model.safetensors"}
-    assert told == ["5 files are ready"]
+    assert messages == ["5 files are ready"]
 
     there = rn.load(f"hf://{NAME}", device="cpu", precision="float32")
     here = rn.load(run, device="cpu", precision="float32")
@@ -108,7 +108,7 @@ def test_nothing_of_the_machine_leaves_it(prepared: Path, trained: Path, data: P
     ],
 )
 def test_places_are_cut_to_their_last_part(text: Any, public: Any) -> None:
-    assert without_places(text) == public
+    assert without_paths(text) == public
 
 
 def test_images_only_with_the_data(run: Path, prepared: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_dry_run_writes_and_sends_nothing(
     assert answer["files"] == sorted(one.name for one in out.iterdir())
     assert hub.requests == []
     assert main(["push", str(run), NAME, "--dry-run", str(out)]) == 1
-    assert "is there already and not an empty folder" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
 def test_the_token_is_never_printed(
@@ -178,9 +178,9 @@ def broken(hub: Hub) -> None:
         (None, {"token": None}, "cannot be pushed to: .* does not know your token"),
         (None, {"token": "wrong"}, "cannot be pushed to: .* does not know your token"),
         (None, {"repository": "you/shapes"}, "may not be changed with this token: 403"),
-        (public, {"private": True}, "is there and public; make it private on its page first"),
+        (public, {"private": True}, "exists and is public; make it private on its page first"),
         (broken, {}, "cannot be pushed to: http.* answered 500"),
-        (None, {"repository": "shapes"}, "is no name of a repository: give OWNER/NAME"),
+        (None, {"repository": "shapes"}, "invalid repository name 'shapes'; give OWNER/NAME"),
         (None, {"repository": "me/shapes@v1"}, "leave out @"),
         (None, {"repository": "me/-shapes--"}, "is no name on the hub"),
     ],
@@ -213,7 +213,7 @@ def test_other_data_than_the_runs(run: Path, data: Path, tmp_path: Path) -> None
     other = tmp_path / "other"
     synthetic_dataset(other, splits={"train": 4, "val": 3}, image_size=64, seed=5)
     assert read_splits(other)["train"].classes == read_splits(data)["train"].classes
-    with pytest.raises(DataError, match="is not what the run was trained on, or has changed"):
+    with pytest.raises(DataError, match="is not the training data of the run, or has changed"):
         prepare(run, NAME, tmp_path / "out", data=other)
     one = tmp_path / "one.csv"
     one.write_text("a.jpg,1,2,3,4,cow\nb.jpg,1,2,3,4,cow\n")
@@ -223,7 +223,7 @@ def test_other_data_than_the_runs(run: Path, data: Path, tmp_path: Path) -> None
 
 
 def test_runs_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="there is no run hf://me/shapes"):
+    with pytest.raises(WeightsError, match="no such run: hf://me/shapes"):
         prepare("hf://me/shapes", NAME, tmp_path / "out")
     with pytest.raises(WeightsError, match=r"holds no model\.json"):
         prepare(tmp_path, NAME, tmp_path / "out")
@@ -231,7 +231,7 @@ def test_runs_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"metrics\.json is not JSON"):
         prepare(run, NAME, tmp_path / "out")
     (run / "metrics.json").write_text("[1]")
-    with pytest.raises(WeightsError, match=r"metrics\.json is no JSON object"):
+    with pytest.raises(WeightsError, match=r"metrics\.json is not a JSON object"):
         prepare(run, NAME, tmp_path / "out")
 
 

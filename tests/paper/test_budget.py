@@ -88,7 +88,7 @@ def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(probes) == 4
     assert all(probe.recipe.train.steps == 12 for probe in probes)
     assert len({probe.name for probe in probes}) == 4
-    assert not (tmp_path / ".pace").exists()
+    assert [*tmp_path.glob(".pace*")] == []
 
 
 def test_probe_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
 from retinanet.training.optim import build_optimizer
-from retinanet.training.step import loss_settings
 
 CLASSES = 80  # COCO's
 
@@ -71,7 +70,7 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
     losses: list[float] = []
     for _ in range(steps):
         found = detection_losses(
-            model(image), anchors, targets, num_classes=CLASSES, **loss_settings(recipe)
+            model(image), anchors, targets, num_classes=CLASSES, settings=recipe.loss_settings
         )
         if not torch.isfinite(found.total):
             break

@@ -64,7 +64,7 @@ def test_figure_6_is_appendix_b() -> None:
         assert steep.y[place] == pytest.approx(sigmoid(4 * x) - 1)
 
 
-def test_figure_7_knows_what_was_tried() -> None:
+def test_figure_7_marks_effective_settings() -> None:
     curves = {(one.gamma, one.beta): one for one in star_curves(points=5)}
     assert len(curves) == 12
     assert {key for key, one in curves.items() if one.effective} == {(2.0, 1.0), (4.0, 0.0)}

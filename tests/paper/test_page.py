@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
+from results_setup import trainings
 
 from retinanet.errors import DataError
 from retinanet.paper.claims import Outcome, collect_results
@@ -70,19 +71,8 @@ class Read(HTMLParser):
             self.links[self._address] = data
 
 
-def outcomes(**aps: tuple[float, ...]) -> dict[str, list[Outcome]]:
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    return {
-        key: [
-            Outcome(seed, "done", dict.fromkeys(names, ap), f"runs/{key}/seed-{seed}")
-            for seed, ap in enumerate(of_row)
-        ]
-        for key, of_row in aps.items()
-    }
-
-
 def table3() -> TableResult:
-    measured = outcomes(ce=(0.20, 0.22), focal=(0.30, 0.32))
+    measured = trainings(ce=(0.20, 0.22), focal=(0.30, 0.32))
     measured["star-2-1"] = [Outcome(0, "diverged", None, "runs/star-2-1/seed-0")]
     measured["star-4-0"] = [Outcome(0, "failed", None, "runs/star-4-0/seed-0", "<disk full>")]
     return collect_results(EXPERIMENTS["table3"], measured, ABOUT)
@@ -92,7 +82,7 @@ def figure1() -> TableResult:
     return collect_results(EXPERIMENTS["fig1"], {}, {})
 
 
-def test_page(tmp_path: Path) -> None:
+def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
     plots = [tmp_path / "plots" / "fig1.png", tmp_path / "plots" / "fig1.svg"]
     plots[0].parent.mkdir()
     Image.new("RGB", (4, 3)).save(plots[0])
@@ -105,20 +95,21 @@ def test_page(tmp_path: Path) -> None:
     assert file == tmp_path / "report.html"
     page = Read(file.read_text("utf-8"))
 
-    glance, figures, concluded, facts, settings, runs = page.tables
-    assert glance[0] == ["", "the paper says", "paper", "here", "verdict"]
+    overview, scores, claims, facts, settings, runs = page.tables
+    assert overview[0] == ["", "the paper says", "paper", "here", "verdict"]
     best = "33.9 (best of 2)"
     no = "✗ does not hold (one seed, rows missing)"
-    assert glance[1:] == [
+    assert overview[1:] == [
         ["Table 3", "FL* about FL", f"{best} vs 34.0: -0.1", "0.0 vs 31.0 ± 1.4: -31.0", no],
         ["Table 3", "FL* over CE", f"{best} vs 31.1: +2.8", "0.0 vs 21.0 ± 1.4: -21.0", no],
     ]
     paper = ["paper AP", "paper AP50", "paper AP75"]
-    assert figures[0] == ["", "AP", "AP50", "AP75", "seeds", *paper]
-    assert figures[1] == ["CE, alpha .75", *["21.0 ± 1.4"] * 3, "2", "31.1", "49.4", "33.0"]
-    assert figures[3][:5] == ["FL*, gamma 2, beta 1", "0.0†", "0.0†", "0.0†", "1"]
-    assert figures[4][:5] == ["FL*, gamma 4, beta 0", "-", "-", "-", "-"]
-    assert concluded[1][2].endswith("; without FL*, gamma 4, beta 0: not measured")
+    assert scores[0] == ["", "AP", "AP50", "AP75", "seeds", *paper]
+    measured = ["21.0 ± 1.4", "42.0 ± 2.8", "10.5 ± 0.7"]
+    assert scores[1] == ["CE, alpha .75", *measured, "2", "31.1", "49.4", "33.0"]
+    assert scores[3][:5] == ["FL*, gamma 2, beta 1", "0.0†", "0.0†", "0.0†", "1"]
+    assert scores[4][:5] == ["FL*, gamma 4, beta 0", "-", "-", "-", "-"]
+    assert claims[1][2].endswith("; without FL*, gamma 4, beta 0: not measured")
     assert facts[1:] == [["data", "my <nuclei>"], ["steps", "1,200"], ["machine", "4 cores"]]
     assert settings[1] == ["data.image_size", "600", "256"]
     assert runs[0] == ["CE, alpha .75", "seed-0, seed-1"]
@@ -140,8 +131,8 @@ def test_page(tmp_path: Path) -> None:
 
 
 def test_verdicts_are_counted(tmp_path: Path) -> None:
-    measured = outcomes(ce=(0.20, 0.22), focal=(0.30, 0.32))
-    measured |= {"star-2-1": outcomes(x=(0.30, 0.31))["x"]}
+    measured = trainings(ce=(0.20, 0.22), focal=(0.30, 0.32))
+    measured |= {"star-2-1": trainings(x=(0.30, 0.31))["x"]}
     one = collect_results(EXPERIMENTS["table3"], measured, ABOUT)
     page = Read(write_page(tmp_path, [one]).read_text("utf-8"))
     assert "2claims of the paper" in page.text
@@ -151,7 +142,7 @@ def test_verdicts_are_counted(tmp_path: Path) -> None:
     assert "✓ holds (rows missing)" in page.text
 
 
-def test_folders_and_plots_with_odd_names(tmp_path: Path) -> None:
+def test_links_quote_special_characters(tmp_path: Path) -> None:
     plot = tmp_path / "a plot #1.svg"
     plot.write_text("<svg/>", "utf-8")
     measured = {"ce": [Outcome(0, "diverged", None, tmp_path / "runs" / "100% & more")]}
@@ -164,25 +155,25 @@ def test_folders_and_plots_with_odd_names(tmp_path: Path) -> None:
     assert unquote(address) == "runs/100% & more"
 
 
-def test_a_page_without_claims(tmp_path: Path) -> None:
+def test_page_without_claims_says_so(tmp_path: Path) -> None:
     page = Read(write_page(tmp_path, [figure1()]).read_text("utf-8"))
     assert "No claim was tested." in page.text
     assert "Not a COCO result" not in page.text
     assert page.tables == []
 
 
-def test_a_plot_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_plot_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png"):
         write_page(tmp_path, [figure1()], {"fig1": [tmp_path / "gone.png"]})
     assert not (tmp_path / "report.html").exists()
 
 
-def test_plots_without_a_result_are_refused(tmp_path: Path) -> None:
+def test_plots_without_a_result_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="plots without a result: fig2"):
         write_page(tmp_path, [figure1()], {"fig2": []})
 
 
-def test_index() -> None:
+def test_claims_markdown() -> None:
     lines = claims_markdown([table3(), figure1()]).splitlines()
     assert lines[0].startswith("**Not a COCO result: measured on my")
     table = [line for line in lines if line.startswith("|")]

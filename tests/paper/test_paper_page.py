@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from results_setup import done
 
 from retinanet.errors import DataError
 from retinanet.files import write_atomic
-from retinanet.paper.claims import Outcome, collect_results
+from retinanet.paper.claims import collect_results
 from retinanet.paper.results import TableResult
 from retinanet.paper.tables import EXPERIMENTS
 
@@ -36,11 +37,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def table(name: str, data: str, **aps: float) -> TableResult:
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    outcomes = {
-        key.replace("_", "-"): [Outcome(0, "done", dict.fromkeys(names, ap), f"runs/{key}/seed-0")]
-        for key, ap in aps.items()
-    }
+    outcomes = {key.replace("_", "-"): done(ap, name=key) for key, ap in aps.items()}
     return collect_results(EXPERIMENTS[name], outcomes, {"data": data})
 
 
@@ -73,7 +70,7 @@ def streets(tmp_path: Path) -> Path:
     return measured(tmp_path / "out" / "streets", three)
 
 
-def test_claims_of_two_data_sets_take_their_place(
+def test_claims_of_two_data_sets_are_written_between_the_markers(
     program: Any, tmp_path: Path, cells: Path, streets: Path
 ) -> None:
     program.main([str(cells), str(streets)])
@@ -111,7 +108,7 @@ def test_tables_and_images_are_kept(program: Any, tmp_path: Path, cells: Path) -
     assert (tmp_path / "docs" / image).read_bytes() == (cells / "plots" / "table3.png").read_bytes()
 
 
-def test_without_a_folder_the_pages_come_out_the_same(
+def test_main_without_folders_writes_the_same_pages(
     program: Any, tmp_path: Path, cells: Path, streets: Path
 ) -> None:
     program.main([str(cells)])
@@ -122,7 +119,7 @@ def test_without_a_folder_the_pages_come_out_the_same(
     assert files(tmp_path) == made
 
 
-def test_nothing_kept_yet(program: Any, tmp_path: Path) -> None:
+def test_main_without_results_is_an_error(program: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no results in .*paper; give the --out folder"):
         program.main([])
     # A folder that holds no result is none either.
@@ -132,7 +129,7 @@ def test_nothing_kept_yet(program: Any, tmp_path: Path) -> None:
     assert files(tmp_path) == {"docs/paper.md": TEXT.encode()}
 
 
-def test_a_folder_without_results(program: Any, tmp_path: Path) -> None:
+def test_folder_without_results_is_an_error(program: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"no results of `retinanet paper run` in .*empty; give"):
         program.main([str(tmp_path / "empty")])
@@ -151,7 +148,7 @@ def test_a_folder_without_results(program: Any, tmp_path: Path) -> None:
         TEXT + TEXT,
     ],
 )
-def test_a_page_without_a_place_for_claims(
+def test_page_without_markers_is_an_error(
     program: Any, tmp_path: Path, cells: Path, text: str
 ) -> None:
     write_atomic(tmp_path / "docs" / "paper.md", text)
@@ -161,12 +158,12 @@ def test_a_page_without_a_place_for_claims(
     assert files(tmp_path) == before
 
 
-def test_a_result_of_another_version_is_named(program: Any, tmp_path: Path) -> None:
+def test_result_of_another_version_is_an_error(program: Any, tmp_path: Path) -> None:
     write_atomic(tmp_path / "out" / "table3.json", "{}")
     with pytest.raises(DataError, match=r"table3\.json is not a result of this version"):
         program.main([str(tmp_path / "out")])
 
 
-def test_the_projects_own_page_has_the_place() -> None:
+def test_docs_page_has_the_markers() -> None:
     text = (PROGRAM.parents[1] / "docs" / "paper.md").read_text("utf-8")
     assert text.count("<!-- claims -->") == text.count("<!-- /claims -->") == 1

@@ -1,4 +1,4 @@
-"""The paper's figures as files: both kinds, the same bytes again, odd and empty input."""
+"""The paper's figures: both files, equal bytes, odd and empty input."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from retinanet.report.paper_plots import (
     Files,
     SpeedMark,
     TableRow,
-    _Labels,
-    _letters,
+    letters,
+    place_labels,
     plot_architecture,
     plot_focal_loss,
     plot_loss_distribution,
@@ -133,11 +133,11 @@ PLOTS: dict[str, Callable[[Path], Files]] = {
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_both_files_are_written(name: str, tmp_path: Path) -> None:
+def test_paper_plot_writes_png_and_svg(name: str, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     files = PLOTS[name](tmp_path / "new" / "figure")
     assert files == (tmp_path / "new" / "figure.png", tmp_path / "new" / "figure.svg")
-    assert {one.name for one in files.png.parent.iterdir()} == {"figure.png", "figure.svg"}
+    assert {file.name for file in files.png.parent.iterdir()} == {"figure.png", "figure.svg"}
     with Image.open(files.png) as image:
         assert min(image.size) > 200
         assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 3
@@ -149,43 +149,41 @@ def test_both_files_are_written(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fig2", "fig3", "table"])
-def test_the_same_figure_has_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_paper_plot_equal_data_gives_equal_bytes(name: str, tmp_path: Path) -> None:
     first, second = (PLOTS[name](tmp_path / folder / "figure") for folder in ("a", "b"))
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
 
 
-def test_a_suffix_is_replaced_and_a_dot_in_a_name_kept(tmp_path: Path) -> None:
+def test_plot_table_replaces_a_suffix_and_keeps_a_dot(tmp_path: Path) -> None:
     names = [plot_table(ROWS, tmp_path / name).png.name for name in ("a.png", "b.svg", "lr.01")]
     assert names == ["a.png", "b.png", "lr.01.png"]
 
 
-def test_no_point_at_all_is_refused(tmp_path: Path) -> None:
+def test_plot_speed_accuracy_without_points_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no point to draw"):
         plot_speed_accuracy((), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
-def test_marks_of_a_measurement() -> None:
-    # AP from a share to points; what has no AP is left out.
+def test_speed_marks_are_in_points_of_ap() -> None:
+    # AP from a fraction to points; NaN is left out.
     assert speed_marks(speed()) == (
         SpeedMark("cells", 10, 20.0, "128", 9, 12),
         SpeedMark("cells", 20, 40.0, "192", 19, 22),
     )
 
 
-def test_labels_stay_clear_of_each_other() -> None:
-    # Two points in nearly one place: their labels go to different sides.
-    marks = [SpeedMark("a", 50, 30, "400"), SpeedMark("b", 51, 30.2, "400")]
-    labels = _Labels((0, 100, 20, 40), [[one] for one in marks])
-    spots = []
-    for one in marks:
-        x, y = labels._spot(one)
-        across, up = labels.place(one)
-        spots.append((x + across, y + up))
-    (x, y), (other_x, other_y) = spots
-    assert abs(x - other_x) > 15 or abs(y - other_y) > 9
+def test_place_labels_neighbouring_points_get_separate_labels() -> None:
+    # Two joined points each, the first of both in nearly one position.
+    a, b = SpeedMark("a", 50, 30, "400"), SpeedMark("b", 51, 30.2, "400")
+    series = [[a, SpeedMark("a", 90, 38)], [b, SpeedMark("b", 91, 22)]]
+    offsets = place_labels(series, (0, 100, 20, 40))
+    # The axis is 340 x 220 units: the second point is 3.4 to the right and 2.2 above.
+    across = offsets[b][0] + 3.4 - offsets[a][0]
+    up = offsets[b][1] + 2.2 - offsets[a][1]
+    assert abs(across) > 15 or abs(up) > 9
 
 
-def test_letters_go_on_after_z() -> None:
-    assert _letters(28)[:2] + _letters(28)[25:] == ["A", "B", "Z", "A1", "B1"]
+def test_letters_continue_after_z() -> None:
+    assert letters(28)[:2] + letters(28)[25:] == ["A", "B", "Z", "A1", "B1"]

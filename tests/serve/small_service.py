@@ -1,9 +1,10 @@
-"""A service about a detector whose answers can be worked out on paper: it finds white squares."""
+"""A service with a detector whose results can be computed by hand: it detects white squares."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,15 +19,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retinanet.anchors import AnchorSpec
-from retinanet.inference import Detector
+from retinanet.inference import Detector, Source
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.serve import Settings, build_app
-from retinanet.serve.server import bind, serve
+from retinanet.serve.server import Server, bind
 from retinanet.structures import Outputs
+
+PNG = {"Content-Type": "image/png"}
 
 
 class WhiteFinder(nn.Module):
-    """Each white cell of 8 x 8 pixels of the network's input is an object of class 0."""
+    """Every white cell of 8 x 8 pixels of the network input is an object of class 0."""
 
     num_classes = 2
     strides = (8,)
@@ -37,18 +40,16 @@ class WhiteFinder(nn.Module):
         super().__init__()
         self.register_buffer("pixel_mean", torch.full((3, 1, 1), 100.4))
         self.batches: list[tuple[int, ...]] = []
-        self.open = threading.Event()  # a network can be made to take long
-        self.open.set()
-        self.entered = threading.Event()
+        self.gate = threading.Event()  # clear it to block the network
+        self.gate.set()
 
     def forward(self, images: Tensor) -> Outputs:
-        self.entered.set()
-        self.open.wait()
+        self.gate.wait()
         self.batches.append(tuple(images.shape))
         cells = nn.functional.avg_pool2d(images.float().mean(dim=1, keepdim=True), 8)
-        logit = (cells - 200) / 10  # white: 5.5, so a score of .996
+        logit = (cells - 200) / 10  # white: 5.5, a score of .996
         deltas = torch.zeros(len(images), 4, *cells.shape[-2:])
-        # The anchor is 16 x 16 about the cell's upper left corner; the answer is the cell itself.
+        # The anchor is 16 x 16 around the top left corner of the cell; the box is the cell itself.
         deltas[:, :2] = 0.25
         deltas[:, 2:] = float(np.log(0.5))
         return Outputs((torch.cat([logit, logit - 2], dim=1),), (deltas,))
@@ -77,46 +78,53 @@ def png_image(
     return file.getvalue()
 
 
-def wait_until(true: Any, seconds: float = 120) -> None:
+def form(*images: bytes | tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
+    """Files of a form, as (name, content) or as content."""
+    named = [
+        image if isinstance(image, tuple) else (f"{i}.png", image) for i, image in enumerate(images)
+    ]
+    return [("images", file) for file in named]
+
+
+def expected(detector: Detector, name: str, data: bytes, **thresholds: Any) -> dict[str, Any]:
+    """Detections by the detector itself."""
+    [image] = detector.stream([Source(data, name)], **thresholds)
+    return image.to_dict()
+
+
+def wait_until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.002)
 
 
 @contextmanager
 def client(
-    detectors: Mapping[str, Detector] | Detector,
+    detectors: Mapping[str, Detector] | Detector | None = None,
     settings: Settings | None = None,
-    **more: Any,
+    **options: Any,
 ) -> Iterator[TestClient]:
-    """A client of a service in this process, which is ready."""
-    app = build_app(detectors, settings, **more)
-    with TestClient(app) as one:
-        wait_until(lambda: app.state.batcher.warm)
-        yield one
+    """A client of a service in this process."""
+    app = build_app(detectors or white_detector(), settings, **options)
+    with TestClient(app) as test_client:
+        yield test_client
 
 
 class Running:
-    """A service with a port of its own, in a thread."""
+    """A service with a port, in a thread."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.app = app
-        self._listening = bind("127.0.0.1", 0)
-        self.port = self._listening.getsockname()[1]
-        self._server: Any = None
-        self._thread = threading.Thread(target=self._run, args=(settings,))
-
-    def _run(self, settings: Settings) -> None:
-        serve(self.app, self._listening, settings, started=self._keep)
-
-    def _keep(self, server: Any) -> None:
-        self._server = server
+        self.batcher = app.state.batcher
+        self._listener = bind("127.0.0.1", 0)
+        self.port = self._listener.getsockname()[1]
+        self._server = Server(app, settings)
+        self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
 
     def __enter__(self) -> Running:
         self._thread.start()
-        wait_until(lambda: self.app.state.batcher.warm)
-        wait_until(lambda: self._server is not None and self._server.started)
+        wait_until(lambda: self._server.started)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,38 +132,52 @@ class Running:
         self._thread.join(120)
         assert not self._thread.is_alive()
 
+    def send(self, *parts: bytes) -> tuple[int, bytes, bytes]:
+        """Send a request in parts; returns status, headers and body of the response."""
+        return asyncio.run(self._send(*parts))
 
-@contextmanager
-def running(detector: Detector, settings: Settings | None = None) -> Iterator[Running]:
-    """A service that sockets can reach."""
-    settings = settings or Settings()
-    with Running(build_app({"squares": detector}, settings), settings) as one:
-        yield one
+    async def _send(self, *parts: bytes) -> tuple[int, bytes, bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            body = await (reader.readexactly(int(length[1])) if length else reader.read())
+            return int(head.split()[1]), head, body
+        finally:
+            writer.close()
 
+    def leave(self, part: bytes, until: Any = lambda: True) -> None:
+        """Send a part of a request, wait, and close the connection."""
 
-def post(content: bytes, kind: str = "image/png", address: str = "/v1/detect") -> bytes:
-    """A request as it goes over the line."""
-    head = (
-        f"POST {address} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
-
-
-async def ask(port: int, *parts: bytes, pause: float = 0.0) -> tuple[int, bytes, bytes]:
-    """Status, headers and body of the answer to a request that is sent in parts."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        for part in parts:
+        async def run() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
             writer.write(part)
             await writer.drain()
-            if pause:
-                await asyncio.sleep(pause)
-        head = await reader.readuntil(b"\r\n\r\n")
-        body = b""
-        for line in head.lower().split(b"\r\n"):
-            if line.startswith(b"content-length:"):
-                body = await reader.readexactly(int(line.split(b":")[1]))
-        return int(head.split()[1]), head, body
-    finally:
-        writer.close()
+            while not until():
+                await asyncio.sleep(0.005)
+            writer.close()
+
+        asyncio.run(run())
+
+
+@contextmanager
+def running(
+    detector: Detector | None = None, settings: Settings | None = None
+) -> Iterator[Running]:
+    """A service that sockets can reach."""
+    settings = settings or Settings()
+    app = build_app({"squares": detector or white_detector()}, settings)
+    with Running(app, settings) as service:
+        yield service
+
+
+def post_request(content: bytes, length: int | None = None, more: str = "") -> bytes:
+    """The bytes of a POST request."""
+    head = (
+        f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n{more}"
+        f"Content-Length: {len(content) if length is None else length}\r\n\r\n"
+    )
+    return head.encode() + content

@@ -1,4 +1,4 @@
-"""The service: each address, its answers, and that they are the detector's own."""
+"""The routes of the service, and that their results are the detector's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import httpx
@@ -19,280 +21,228 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from small_service import client, finder, png_image, running, wait_until, white_detector
+from small_service import (
+    PNG,
+    client,
+    expected,
+    finder,
+    form,
+    png_image,
+    running,
+    wait_until,
+    white_detector,
+)
 from torch import nn
 
 from retinanet import __version__
 from retinanet.cli.serve import serve as serve_command
 from retinanet.config import DetectConfig
 from retinanet.errors import ConfigError, MissingExtraError
-from retinanet.inference import Detector, Source
+from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve import Settings, build_app
 from retinanet.serve.batching import Batcher
-from retinanet.serve.models import judged, model_names
-
-PNG = {"Content-Type": "image/png"}
+from retinanet.serve.models import model_metrics, model_names
 
 
-def files(*given: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
-    return [("images", one) for one in given]
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return white_detector()
 
 
-def said(detector: Detector, name: str, data: bytes, **thresholds: Any) -> dict[str, Any]:
-    """What the detector itself says of an image."""
-    [found] = detector.stream([Source(data, name)], **thresholds)
-    return found.to_dict()
+@pytest.fixture(scope="module")
+def service(detector: Detector) -> Iterator[TestClient]:
+    with client({"squares": detector}) as test_client:
+        yield test_client
 
 
-def test_images_of_a_form_come_back_in_order() -> None:
-    detector = white_detector()
-    with client({"squares": detector}) as one:
-        given = [
-            ("b.png", png_image(x=48)),
-            ("sub/a.png", png_image(96, 96)),
-            ("ü.png", png_image()),
-        ]
-        answer = one.post("/v1/detect", files=files(*given))
-    assert answer.status_code == 200
-    assert answer.json()["model"] == "squares"
-    assert answer.json()["failures"] == []
-    assert answer.json()["images"] == [said(detector, name, data) for name, data in given]
-    # By hand: the square lies at (48, 16), 16 pixels wide.
-    first = answer.json()["images"][0]
+def test_detect_form_returns_images_in_order(service: TestClient, detector: Detector) -> None:
+    files = [("b.png", png_image(x=48)), ("sub/a.png", png_image(96, 96)), ("ü.png", png_image())]
+    response = service.post("/v1/detect", files=form(*files))
+    assert response.status_code == 200
+    content = response.json()
+    assert (content["model"], content["failures"]) == ("squares", [])
+    assert content["images"] == [expected(detector, name, data) for name, data in files]
+    # By hand: the square is at (48, 16), 16 pixels wide.
+    first = content["images"][0]
     assert (first["file"], first["height"], first["width"]) == ("b.png", 128, 192)
     assert first["detections"][0]["box"] == [48, 16, 64, 32]
-    assert [one["class"] for one in first["detections"]] == ["white", "bright"]
-    assert [one["category_id"] for one in first["detections"]] == [7, 9]
-    times = answer.json()["milliseconds"]
+    assert [item["class"] for item in first["detections"]] == ["white", "bright"]
+    assert [item["category_id"] for item in first["detections"]] == [7, 9]
+    times = content["milliseconds"]
     assert times["total"] >= times["network"] > 0
     assert times["queue"] >= 0
 
 
-def test_a_body_is_one_image() -> None:
-    detector = white_detector()
-    with client(detector) as one:
-        answer = one.post("/v1/detect", content=png_image(), headers=PNG)
-    assert answer.json()["model"] == "model"
-    assert answer.json()["images"] == [said(detector, "image", png_image())]
+def test_detect_image_body_is_named_image(service: TestClient, detector: Detector) -> None:
+    response = service.post("/v1/detect", content=png_image(), headers=PNG)
+    assert response.json()["images"] == [expected(detector, "image", png_image())]
 
 
-def test_images_without_names_are_numbered() -> None:
-    boundary = "x"
-    part = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\n' + png_image() + b"\r\n"
-    with client(white_detector()) as one:
-        answer = one.post(
-            "/v1/detect",
-            content=2 * part + b"--x--\r\n",
-            headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
-        )
-    assert [one["file"] for one in answer.json()["images"]] == ["image_000000", "image_000001"]
-
-
-def test_one_broken_image_stops_no_other() -> None:
-    good, cut = png_image(), png_image()[:60]
-    with client(white_detector()) as one:
-        answer = one.post(
-            "/v1/detect", files=files(("a", good), ("cut", cut), ("b", good), ("no", b""))
-        )
-    assert answer.status_code == 200
-    assert [one["file"] for one in answer.json()["images"]] == ["a", "b"]
-    assert [one["file"] for one in answer.json()["failures"]] == ["cut", "no"]
-    reasons = [one["reason"] for one in answer.json()["failures"]]
+def test_detect_broken_image_among_others_is_a_failure(service: TestClient) -> None:
+    files = form(("a", png_image()), ("cut", png_image()[:60]), ("b", png_image()), ("no", b""))
+    response = service.post("/v1/detect", files=files)
+    assert response.status_code == 200
+    assert [image["file"] for image in response.json()["images"]] == ["a", "b"]
+    assert [failure["file"] for failure in response.json()["failures"]] == ["cut", "no"]
+    reasons = [failure["reason"] for failure in response.json()["failures"]]
     assert "cannot be read" in reasons[0]
     assert reasons[1] == "the file is empty"
 
 
 @pytest.mark.parametrize(
-    ("given", "detail"),
+    ("files", "detail"),
     [
         ([("cut.png", png_image()[:60])], "cut.png: cannot be read"),
-        ([("a.txt", b"hello")], "a.txt: it is no image that is taken"),
-        ([("a.txt", b"hello"), ("b.png", b"")], "a.txt: it is no image .* \\(and 1 more\\)"),
-        (
-            [("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")],
-            "a.eps: it is no image that is taken",
-        ),
+        ([("a.txt", b"hello")], "a.txt: not an accepted image format: send JPEG"),
+        ([("a.txt", b"hello"), ("b.png", b"")], r"a.txt: not an accepted .* \(and 1 more\)"),
+        ([("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n")], "a.eps: not an accepted image format"),
     ],
 )
-def test_nothing_but_broken_images_is_a_422(given: Any, detail: str) -> None:
-    with client(white_detector()) as one:
-        answer = one.post("/v1/detect", files=files(*given))
-    assert answer.status_code == 422
-    assert answer.json().keys() == {"detail"}
-    assert re.match(detail, answer.json()["detail"]), answer.json()
-    assert "bytes of an image" not in answer.json()["detail"]
-    assert "/" not in answer.json()["detail"]
+def test_detect_only_broken_images_is_422(service: TestClient, files: Any, detail: str) -> None:
+    response = service.post("/v1/detect", files=form(*files))
+    assert response.status_code == 422
+    assert response.json().keys() == {"detail"}
+    assert re.match(detail, response.json()["detail"]), response.json()
+    assert "bytes of an image" not in response.json()["detail"]
+    assert "/" not in response.json()["detail"]
 
 
-def test_options_reach_the_search() -> None:
-    detector = white_detector()
-    with client(detector) as one:
-        for query, options in {
-            "score_threshold=0.9": {"score_threshold": 0.9},
-            "class_agnostic=true": {"class_agnostic_nms": True},
-            "detections_per_image=1": {"detections_per_image": 1},
-            "nms_threshold=0.1&score_threshold=0": {"nms_threshold": 0.1, "score_threshold": 0.0},
-        }.items():
-            answer = one.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
-            assert answer.json()["images"] == [said(detector, "image", png_image(), **options)]
-    assert len(said(detector, "image", png_image())["detections"]) == 2
-    assert len(said(detector, "image", png_image(), score_threshold=0.9)["detections"]) == 1
+def test_detect_options_reach_the_detector(service: TestClient, detector: Detector) -> None:
+    for query, options in {
+        "score_threshold=0.9": {"score_threshold": 0.9},
+        "class_agnostic=true": {"class_agnostic_nms": True},
+        "detections_per_image=1": {"detections_per_image": 1},
+        "nms_threshold=0.1&score_threshold=0": {"nms_threshold": 0.1, "score_threshold": 0.0},
+    }.items():
+        response = service.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
+        assert response.json()["images"] == [expected(detector, "image", png_image(), **options)]
+    assert len(expected(detector, "image", png_image())["detections"]) == 2
+    assert len(expected(detector, "image", png_image(), score_threshold=0.9)["detections"]) == 1
 
 
 @pytest.mark.parametrize(
     ("query", "status", "detail"),
     [
-        ("score_treshold=.5", 400, "did you mean score_threshold"),
-        ("score_threshold=1", 400, "option score_threshold should be less than 1, got '1'"),
+        ("score_treshold=.5", 400, "'score_treshold'; known: .*; did you mean score_threshold"),
+        ("score_threshold=1", 400, "invalid score_threshold: '1'; should be less than 1"),
         ("score_threshold=nan", 400, "score_threshold"),
-        ("score_threshold=high", 400, "score_threshold should be a valid number"),
-        ("nms_threshold=0", 400, "nms_threshold should be greater than 0"),
-        ("class_agnostic=perhaps", 400, "class_agnostic should be a valid boolean"),
-        ("detections_per_image=0", 400, "detections_per_image should be greater than or equal"),
+        ("score_threshold=high", 400, "score_threshold: 'high'; should be a valid number"),
+        ("nms_threshold=0", 400, "nms_threshold: '0'; should be greater than 0"),
+        ("class_agnostic=perhaps", 400, "class_agnostic: .* should be a valid boolean"),
+        ("detections_per_image=0", 400, "detections_per_image: .* greater than or equal"),
         ("detections_per_image=99999999999999999999", 400, "detections_per_image"),
-        ("model=sqares", 404, "did you mean squares"),
+        ("model=sqares", 404, "no such model: 'sqares'; .* did you mean squares"),
     ],
 )
-def test_options_that_are_not_understood(query: str, status: int, detail: str) -> None:
-    with client({"squares": white_detector()}) as one:
-        answer = one.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
-    assert answer.status_code == status
-    assert detail in answer.json()["detail"]
+def test_detect_invalid_option_is_named(
+    service: TestClient, query: str, status: int, detail: str
+) -> None:
+    response = service.post(f"/v1/detect?{query}", content=png_image(), headers=PNG)
+    assert response.status_code == status
+    assert re.search(detail, response.json()["detail"]), response.json()
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\na'
+FORM = "multipart/form-data; boundary=x"
 
 
 @pytest.mark.parametrize(
-    ("kind", "content", "status", "detail"),
+    ("media_type", "content", "status", "detail"),
     [
-        ("text/plain", b"hello", 415, "got 'text/plain'"),
+        ("text/plain", b"hello", 415, "unsupported media type: 'text/plain'"),
         ("application/json", b'{"url": "http://example.com/a.png"}', 415, "multipart/form-data"),
         ("", png_image(), 415, "no Content-Type"),
-        ("image/png", b"", 422, "its body is empty"),
-        ("multipart/form-data", b"", 400, "no boundary"),
-        ("multipart/form-data; boundary=" + 300 * "x", b"", 400, "broken"),
-        ("multipart/form-data; boundary=x", b"", 400, "ends before"),
-        ("multipart/form-data; boundary=x", b"--x--\r\n", 422, "no image"),
-        ("multipart/form-data; boundary=x", b"hello", 400, "broken"),
-        (
-            "multipart/form-data; boundary=x",
-            b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\na\r\n--x--\r\n',
-            400,
-            "did you mean images",
-        ),
-        (
-            "multipart/form-data; boundary=x",
-            b"--x\r\nContent-Type: image/png\r\n\r\na\r\n--x--\r\n",
-            400,
-            "unknown form field ''",
-        ),
-        (
-            "multipart/form-data; boundary=x",
-            b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\na',
-            400,
-            "ends before",
-        ),
+        ("image/png", b"", 422, "empty request body"),
+        ("multipart/form-data", b"", 400, "Missing boundary"),
+        ("multipart/form-data; boundary=" + 300 * "x", b"", 400, "malformed"),
+        (FORM, b"", 400, "ends before"),
+        (FORM, b"--x--\r\n", 422, "holds no image"),
+        (FORM, b"hello", 400, "malformed"),
+        (FORM, PART, 400, "ends before"),
+        (FORM, PART.replace(b"images", b"image") + b"\r\n--x--\r\n", 400, "did you mean images"),
+        (FORM, PART.replace(b'; filename="a"', b"") + b"\r\n--x--\r\n", 400, "has no filename"),
+        (FORM, b"--x\r\nContent-Type: image/png\r\n\r\na\r\n--x--\r\n", 400, '"name" must be'),
     ],
 )
-def test_bodies_that_are_not_understood(
-    kind: str, content: bytes, status: int, detail: str
+def test_detect_invalid_body_is_explained(
+    service: TestClient, media_type: str, content: bytes, status: int, detail: str
 ) -> None:
-    with client(white_detector()) as one:
-        headers = {"Content-Type": kind} if kind else {}
-        answer = one.post("/v1/detect", content=content, headers=headers)
-    assert (answer.status_code, detail in answer.json()["detail"]) == (status, True), answer.json()
-
-
-def test_names_are_labels_and_nothing_else() -> None:
-    part = (
-        b'--x\r\nContent-Disposition: form-data; name="images"; filename="%s"\r\n\r\n'
-        + png_image().replace(b"%", b"%%")
-        + b"\r\n--x--\r\n"
+    headers = {"Content-Type": media_type} if media_type else {}
+    response = service.post("/v1/detect", content=content, headers=headers)
+    assert (response.status_code, detail in response.json()["detail"]) == (status, True), (
+        response.json()
     )
-    with client(white_detector()) as one:
-        for given, got in {
-            b"../../etc/passwd": "../../etc/passwd",
-            b"a\x00\x1b[31m.png": "a��[31m.png",
-            b"\xff.png": "�.png",
-            400 * b"n": 255 * "n",
-        }.items():
-            answer = one.post(
-                "/v1/detect",
-                content=part % given,
-                headers={"Content-Type": "multipart/form-data; boundary=x"},
-            )
-            assert answer.json()["images"][0]["file"] == got
 
 
-def test_two_models() -> None:
+def test_detect_file_names_are_labels(service: TestClient) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="images"; filename="NAME"\r\n\r\n'
+    body = part + png_image() + b"\r\n--x--\r\n"
+    for sent, received in {
+        b"../../etc/passwd": "../../etc/passwd",
+        b"": "image_000000",
+        b"a\x00\x1b[31m.png": "a\ufffd\ufffd[31m.png",
+        400 * b"n": 255 * "n",
+    }.items():
+        content = body.replace(b"NAME", sent)
+        response = service.post("/v1/detect", content=content, headers={"Content-Type": FORM})
+        assert response.json()["images"][0]["file"] == received
+
+
+def test_model_lists_several_models() -> None:
     first, second = white_detector(), white_detector()
     second.thresholds["score_threshold"] = 0.9
-    known = {"AP": 0.5, "AP50": 0.75, "data": "squares", "split": "val"}
-    with client({"first": first, "second": second}, judged={"second": known}) as one:
-        answers = [
-            one.post(f"/v1/detect{query}", content=png_image(), headers=PNG).json()
+    metrics = {"AP": 0.5, "AP50": 0.75, "data": "squares", "split": "val"}
+    with client({"first": first, "second": second}, metrics={"second": metrics}) as service:
+        assert service.get("/v1/model").json()["models"][1]["milliseconds"] is None
+        responses = [
+            service.post(f"/v1/detect{query}", content=png_image(), headers=PNG).json()
             for query in ("", "?model=first", "?model=second")
         ]
-        told = one.get("/v1/model").json()
-    assert [answer["model"] for answer in answers] == ["first", "first", "second"]
-    assert [len(answer["images"][0]["detections"]) for answer in answers] == [2, 2, 1]
-    assert told["version"] == __version__
-    assert told["limits"] == {
-        "bytes": 33554432,
-        "pixels": 50_000_000,
-        "images": 32,
-        "seconds": 60.0,
-    }
-    assert [one["name"] for one in told["models"]] == ["first", "second"]
-    assert [one["default"] for one in told["models"]] == [True, False]
-    assert [one["metrics"] for one in told["models"]] == [None, known]
-    described = told["models"][1]
-    assert described["classes"] == ["white", "bright"]
-    assert described["category_ids"] == [7, 9]
-    assert (described["image_size"], described["max_size"]) == (64, 128)
-    assert described["thresholds"]["score_threshold"] == 0.9
-    assert described["network"] == "torch on cpu, float32"
-    assert described["milliseconds"] > 0
+        content = service.get("/v1/model").json()
+    assert [response["model"] for response in responses] == ["first", "first", "second"]
+    assert [len(r["images"][0]["detections"]) for r in responses] == [2, 2, 1]
+    assert content["version"] == __version__
+    limits = {"bytes": 33554432, "pixels": 50_000_000, "images": 32, "seconds": 60.0}
+    assert content["limits"] == limits
+    assert [model["default"] for model in content["models"]] == [True, False]
+    assert [model["metrics"] for model in content["models"]] == [None, metrics]
+    model = content["models"][1]
+    assert (model["name"], model["classes"], model["category_ids"]) == (
+        "second",
+        ["white", "bright"],
+        [7, 9],
+    )
+    assert (model["image_size"], model["max_size"]) == (64, 128)
+    assert model["thresholds"]["score_threshold"] == 0.9
+    assert model["network"] == "torch on cpu, float32"
+    assert model["milliseconds"] > 0
 
 
-def test_a_model_that_nobody_asked_has_no_speed() -> None:
-    with client(white_detector()) as one:
-        assert one.get("/v1/model").json()["models"][0]["milliseconds"] is None
-        assert one.get("/v1/model?x=1").status_code == 400
+def test_page_serves_its_files_only(service: TestClient) -> None:
+    page = resources.files("retinanet.serve") / "page"
+    response = service.get("/")
+    assert response.content == (page / "index.html").read_bytes()
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    script = service.get("/page/page.js")
+    assert script.content == (page / "page.js").read_bytes()
+    assert script.headers["content-type"] == "text/javascript; charset=utf-8"
+    assert script.headers["cache-control"] == "no-cache"
+    tag = {"If-None-Match": script.headers["etag"]}
+    assert service.get("/page/page.js", headers=tag).status_code == 304
+    for path in (
+        *("/page/", "/page/nothing.js", "/page/..%2fapp.py", "/page/../app.py"),
+        *("/page/%2e%2e/app.py", "/page//etc/passwd", "/docs", "/redoc", "/index.html"),
+    ):
+        response = service.get(path)
+        assert (path, response.status_code) == (path, 404)
+        assert response.json() == {"detail": "no such URL"}
 
 
-def test_the_page_and_nothing_beside_it() -> None:
-    with client(white_detector()) as one:
-        answer = one.get("/")
-        page = resources.files("retinanet.serve") / "page"
-        assert answer.content == (page / "index.html").read_bytes()
-        assert answer.headers["content-type"] == "text/html; charset=utf-8"
-        script = next(file.name for file in page.iterdir() if file.name.endswith(".js"))
-        asset = one.get(f"/page/{script}")
-        assert asset.content == (page / script).read_bytes()
-        assert asset.headers["content-type"] == "text/javascript; charset=utf-8"
-        tag = {"If-None-Match": asset.headers["etag"]}
-        assert one.get(f"/page/{script}", headers=tag).status_code == 304
-        for address in (
-            "/page/",
-            "/page/nothing.js",
-            "/page/..%2fapp.py",
-            "/page/../app.py",
-            "/page/%2e%2e/app.py",
-            "/page//etc/passwd",
-            "/docs",
-            "/redoc",
-            "/index.html",
-        ):
-            answer = one.get(address)
-            assert (address, answer.status_code) == (address, 404)
-            assert answer.json() == {"detail": "there is nothing at this address"}
-
-
-@pytest.mark.parametrize("address", ["/", "/v1/model", "/nothing", "/healthz", "/v1/detect"])
-def test_every_answer_has_the_headers_of_safety(address: str) -> None:
-    with client(white_detector()) as one:
-        headers = one.get(address).headers
+@pytest.mark.parametrize("path", ["/", "/v1/model", "/nothing", "/healthz", "/v1/detect"])
+def test_responses_have_security_headers(service: TestClient, path: str) -> None:
+    headers = service.get(path).headers
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
     assert policy.pop("default-src") == "'self'"
     assert policy.pop("img-src") == "'self' blob: data:"
@@ -302,84 +252,77 @@ def test_every_answer_has_the_headers_of_safety(address: str) -> None:
     assert "access-control-allow-origin" not in headers
 
 
-def test_a_method_that_an_address_has_not() -> None:
-    with client(white_detector()) as one:
-        answer = one.get("/v1/detect")
-    assert answer.status_code == 405
-    assert answer.headers["allow"] == "POST"
-    assert answer.json() == {"detail": "GET is not for this address"}
+def test_wrong_method_is_405(service: TestClient) -> None:
+    response = service.get("/v1/detect")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json() == {"detail": "method not allowed: GET"}
 
 
 def test_health_and_readiness() -> None:
-    detector = white_detector()
-    finder(detector).open.clear()
-    app = build_app(detector)
-    with TestClient(app) as one:
-        assert one.get("/healthz").json() == {"status": "alive"}
-        answer = one.get("/readyz")
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-        busy = one.post("/v1/detect", content=png_image(), headers=PNG)
-        assert (busy.status_code, "starting" in busy.json()["detail"]) == (503, True)
-        finder(detector).open.set()
-        wait_until(lambda: app.state.batcher.warm)
-        assert one.get("/readyz").json() == {"status": "ready"}
+    app = build_app(white_detector())
+    service = TestClient(app)  # without its startup
+    assert service.get("/healthz").status_code == 503
+    assert service.get("/readyz").status_code == 503
+    response = service.post("/v1/detect", content=png_image(), headers=PNG)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    with service:
+        assert service.get("/healthz").json() == {"status": "alive"}
+        assert service.get("/readyz").json() == {"status": "ready"}
         app.state.stopping = True
-        assert one.get("/readyz").status_code == 503
-        assert one.get("/healthz").status_code == 200
+        assert service.get("/readyz").status_code == 503
+        assert service.get("/healthz").status_code == 200
 
 
-def test_a_thread_that_has_ended_is_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
-    with client(white_detector()) as one:
+def test_healthz_is_503_when_a_network_thread_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with client() as service:
         monkeypatch.setattr(Batcher, "alive", False)
-        answer = one.get("/healthz")
-    assert answer.status_code == 503
-    assert "restart" in answer.json()["detail"]
+        response = service.get("/healthz")
+    assert response.status_code == 503
+    assert "restart" in response.json()["detail"]
 
 
-def test_a_network_that_fails_is_a_500_and_the_next_image_is_searched(
+def test_network_failure_is_500_for_its_request_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     detector = white_detector()
-    with client(detector) as one:
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("secret path")
+
+    with client(detector) as service:
         with monkeypatch.context() as broken:
-
-            def fail(*_: Any, **__: Any) -> None:
-                raise RuntimeError("secret place")
-
             broken.setattr(detector, "detect_prepared", fail)
-            answer = one.post("/v1/detect", content=png_image(), headers=PNG)
-        assert answer.status_code == 500
-        assert answer.json() == {"detail": "the server failed; its log says where"}
-        assert "content-security-policy" in answer.headers
-        assert "secret place" in caplog.text
-        assert one.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
-        assert 'retinanet_failures_total{reason="internal"} 1.0' in one.get("/metrics").text
+            response = service.post("/v1/detect", content=png_image(), headers=PNG)
+        assert response.status_code == 500
+        assert response.json() == {"detail": "internal server error; see the log"}
+        assert "content-security-policy" in response.headers
+        assert "secret path" in caplog.text
+        assert service.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
+        assert 'retinanet_failures_total{reason="internal"} 1.0' in service.get("/metrics").text
 
 
-def test_a_network_that_fails_from_the_start_is_told() -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_network_failure_at_start_is_raised(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     detector = white_detector()
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")
 
-    detector.detect_prepared = fail  # type: ignore[method-assign]
-    app = build_app(detector, Settings(workers=2))
-    with TestClient(app) as one:
-        wait_until(lambda: app.state.batcher.failed is not None)
-        assert str(app.state.batcher.failed) == "no memory"
-        assert one.get("/readyz").status_code == 503
+    monkeypatch.setattr(detector, "detect_prepared", fail)
+    app = build_app(detector, Settings(workers=workers))
+    with pytest.raises(RuntimeError, match="no memory"):
+        app.state.batcher.start()
 
 
 def test_metrics() -> None:
-    with client({"squares": white_detector()}) as one:
-        one.post("/v1/detect", files=files(("a", png_image()), ("b", b"x")))
-        one.post("/v1/detect?score=1", content=png_image(), headers=PNG)
-        one.get("/page/theme.js")
-        one.get("/random/address")
-        one.request("BREW", "/v1/detect")
-        answer = one.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
-    text = answer.text
+    with client({"squares": white_detector()}) as service:
+        service.post("/v1/detect", files=form(("a", png_image()), ("b", b"x")))
+        service.post("/v1/detect?score=1", content=png_image(), headers=PNG)
+        service.get("/page/theme.js")
+        service.get("/random/path")
+        service.request("BREW", "/v1/detect")
+        response = service.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
     for line in (
         'retinanet_requests_total{method="POST",route="/v1/detect",status="200"} 1.0',
         'retinanet_requests_total{method="POST",route="/v1/detect",status="400"} 1.0',
@@ -394,124 +337,111 @@ def test_metrics() -> None:
         'retinanet_images_total{model="squares"} 1.0',
         "retinanet_queue_images 0.0",
     ):
-        assert line in text, line
-    assert "random" not in text
-    # Two services in one process count each for itself.
-    with client(white_detector()) as other:
+        assert line in response.text, line
+    assert "random" not in response.text
+    with client() as other:  # a second service in the process has its own metrics
         assert "retinanet_batch_images_count 0.0" in other.get("/metrics").text
 
 
-def test_the_key() -> None:
+def test_api_key_is_needed_except_for_page_and_health() -> None:
     settings = Settings(api_key="open sesame")
     assert "sesame" not in repr(settings)
-    with client(white_detector(), settings) as one:
-        for address in ("/", "/healthz", "/readyz", "/page/theme.js"):
-            assert one.get(address).status_code == 200, address
-        for address in ("/v1/model", "/metrics", "/openapi.json"):
-            assert one.get(address).status_code == 401, address
-            for headers in (
-                {"X-API-Key": "open sesame"},
-                {"Authorization": "Bearer open sesame"},
-            ):
-                assert one.get(address, headers=headers).status_code == 200, address
-            for headers in (
-                {"X-API-Key": "open"},
-                {"X-API-Key": ""},
-                {"X-API-Key": "open sesame "[::-1]},
-                {"Authorization": "Bearer x"},
-                {"Authorization": "Basic open sesame"},
-                {"X-API-Key": "ö"},
-            ):
+    right = {"X-API-Key": "open sesame"}, {"Authorization": "Bearer open sesame"}
+    wrong = [{"X-API-Key": key} for key in ("open", "", "emases nepo", "ö")]
+    wrong += [{"Authorization": value} for value in ("Bearer x", "Basic open sesame")]
+    with client(white_detector(), settings) as service:
+        for path in ("/", "/healthz", "/readyz", "/page/theme.js"):
+            assert service.get(path).status_code == 200, path
+        for path in ("/v1/model", "/metrics", "/openapi.json"):
+            assert service.get(path).status_code == 401, path
+            for headers in right:
+                assert service.get(path, headers=headers).status_code == 200, path
+            for headers in wrong:
                 encoded = {name: value.encode() for name, value in headers.items()}
-                answer = one.get(address, headers=encoded)
-                assert answer.status_code == 401, headers
-                assert answer.headers["www-authenticate"] == "Bearer"
-                assert "sesame" not in answer.text
-        missing = one.post("/v1/detect?score=1", content=png_image(), headers=PNG)
-        assert missing.status_code == 401
-        assert "is missing" in missing.json()["detail"]
-        schemes = one.get("/openapi.json", headers={"X-API-Key": "open sesame"}).json()
+                response = service.get(path, headers=encoded)
+                assert response.status_code == 401, headers
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert "sesame" not in response.text
+        response = service.post("/v1/detect?score=1", content=png_image(), headers=PNG)
+        assert (response.status_code, "missing" in response.json()["detail"]) == (401, True)
+        schemes = service.get("/openapi.json", headers=right[0]).json()
     assert set(schemes["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
 
 
-def test_the_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    whole = hmac.compare_digest
-    monkeypatch.setattr(
-        hmac,
-        "compare_digest",
-        lambda a, b: asked.append((a, b)) or whole(a, b),  # type: ignore[func-returns-value]
-    )
-    with client(white_detector(), Settings(api_key="key")) as one:
-        one.get("/v1/model", headers={"X-API-Key": "kez"})
-    assert asked == [(b"kez", b"key")]
+def test_api_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    compare = hmac.compare_digest
+
+    def record(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return compare(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", record)
+    with client(white_detector(), Settings(api_key="key")) as service:
+        service.get("/v1/model", headers={"X-API-Key": "kez"})
+    assert compared == [(b"kez", b"key")]
 
 
-def test_the_description() -> None:
-    with client({"squares": white_detector()}) as one:
-        told = one.get("/openapi.json").json()
-    assert set(told["paths"]) == {"/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics"}
-    detect = told["paths"]["/v1/detect"]["post"]
+def test_openapi_describes_options_and_errors(service: TestClient) -> None:
+    description = service.get("/openapi.json").json()
+    assert set(description["paths"]) == {
+        *("/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics")
+    }
+    detect = description["paths"]["/v1/detect"]["post"]
     assert set(detect["responses"]) == {
         *("200", "400", "403", "404", "408", "413", "415", "422", "500", "503", "504"),
     }
-    names = {one["name"]: one["schema"] for one in detect["parameters"]}
-    assert names["model"]["enum"] == ["squares"]
-    assert "null" not in json.dumps(names)
-    assert "securitySchemes" not in told["components"]
-    # Limits of options are those of the recipes, but for the number of boxes.
+    schemas = {parameter["name"]: parameter["schema"] for parameter in detect["parameters"]}
+    assert schemas["model"]["enum"] == ["squares"]
+    assert "null" not in json.dumps(schemas)
+    assert "securitySchemes" not in description["components"]
+    # The ranges of options are those of the recipes, except the maximum number of boxes.
     limits = DetectConfig.model_json_schema()["properties"]
     for name in ("score_threshold", "nms_threshold", "detections_per_image"):
         for key in ("minimum", "exclusiveMinimum", "exclusiveMaximum"):
-            assert names[name].get(key) == limits[name].get(key), (name, key)
+            assert schemas[name].get(key) == limits[name].get(key), (name, key)
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 1), (4, 3)])
-def test_many_at_once_get_what_the_detector_says(batch_size: int, workers: int) -> None:
+def test_batches_return_the_detectors_results(batch_size: int, workers: int) -> None:
     detector = white_detector()
-    given = [
+    files = [
         (f"{i}.png", png_image(96 + 32 * (i % 3), 96 + 16 * (i % 5), x=8 * (i % 7)))
         for i in range(24)
     ]
-    expected = [said(detector, *one) for one in given]
-    queries = ["", "?score_threshold=0.9"]
-    strict = [said(detector, *one, score_threshold=0.9) for one in given]
+    options: list[dict[str, float]] = [{}, {"score_threshold": 0.9}]
+    results = [expected(detector, *file, **options[i % 2]) for i, file in enumerate(files)]
     finder(detector).batches.clear()
     settings = Settings(batch_size=batch_size, workers=workers, max_wait_ms=5)
-    finder(detector).batches.clear()
-    with client(detector, settings) as one, ThreadPoolExecutor(16) as pool:
-        answers = list(
-            pool.map(
-                lambda i: one.post(f"/v1/detect{queries[i % 2]}", files=files(given[i])).json(),
-                range(24),
-            )
-        )
-    for i, answer in enumerate(answers):
-        # This network does the same sums whatever the batch: equal to the last bit.
-        assert answer["images"] == [(strict if i % 2 else expected)[i]]
+    with client(detector, settings) as service, ThreadPoolExecutor(16) as pool:
+
+        def post(i: int) -> Any:
+            return service.post("/v1/detect", params=options[i % 2], files=form(files[i])).json()
+
+        responses = list(pool.map(post, range(24)))
+    # This network computes the same sums for any batch: results are equal to the last bit.
+    assert [response["images"] for response in responses] == [[result] for result in results]
     sizes = {shape[0] for shape in finder(detector).batches}
     assert max(sizes) <= batch_size
     assert batch_size == 1 or max(sizes) > 1
-    # Nothing is padded beyond a multiple of 32: 64 pixels the shorter side, 128 the longer at most.
-    assert {tuple(side % 32 for side in shape[2:]) for shape in finder(detector).batches} == {
-        (0, 0)
-    }
+    sides = {side for shape in finder(detector).batches for side in shape[2:]}
+    assert all(side % 32 == 0 and 64 <= side <= 128 for side in sides)
 
 
-def test_a_batch_is_of_one_size_and_the_oldest_goes_first() -> None:
+def test_batch_has_one_size_and_starts_with_the_oldest_image() -> None:
     detector = white_detector()
     wide, high = png_image(64, 128), png_image(128, 64)  # (64, 128) and (128, 64) at the network
-    with client(detector, Settings(batch_size=4)) as one, ThreadPoolExecutor(5) as pool:
-        batcher: Batcher = one.app.state.batcher  # type: ignore[attr-defined]
+    with client(detector, Settings(batch_size=4)) as service, ThreadPoolExecutor(5) as pool:
+        batcher: Batcher = service.app.state.batcher  # type: ignore[attr-defined]
         finder(detector).batches.clear()
-        finder(detector).open.clear()
-        asked = []
+        finder(detector).gate.clear()
+        futures = []
         for i, data in enumerate((wide, high, wide, high, wide)):
-            asked.append(pool.submit(one.post, "/v1/detect", content=data, headers=PNG))
-            # The first is at the network, the others wait in this order.
-            wait_until(lambda i=i: batcher._at_network == 1 and len(batcher._ready) == i)
-        finder(detector).open.set()
-        assert [answer.result(120).status_code for answer in asked] == 5 * [200]
+            futures.append(pool.submit(service.post, "/v1/detect", content=data, headers=PNG))
+            # The first is in the network, the others wait in this order.
+            wait_until(lambda i=i: batcher.num_running == 1 and batcher.num_decoded == i)
+        finder(detector).gate.set()
+        assert [future.result(120).status_code for future in futures] == 5 * [200]
     assert finder(detector).batches == [(1, 3, 64, 128), (2, 3, 128, 64), (2, 3, 64, 128)]
 
 
@@ -527,44 +457,44 @@ def small_network() -> Detector:
     return Detector(checkpoint, device="cpu", precision="float32")
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 1), (2, 2)])
-def test_a_real_network_in_batches_says_the_same(
+@pytest.mark.parametrize(("batch_size", "workers"), [(4, 1), (2, 2)])
+def test_batches_of_a_real_network_return_the_same(
     small_network: Detector, batch_size: int, workers: int
 ) -> None:
     generator = torch.Generator().manual_seed(3)
-    given = []
-    for i in range(12):
+    files = []
+    for i in range(8):
         shape = (80 + 16 * (i % 2), 96, 3)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         file = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(file, "PNG")
-        given.append((f"{i}.png", file.getvalue()))
-    expected = [said(small_network, *one) for one in given]
+        files.append((f"{i}.png", file.getvalue()))
+    results = [expected(small_network, *file) for file in files]
     settings = Settings(batch_size=batch_size, workers=workers, max_wait_ms=20)
-    with client(small_network, settings) as one, ThreadPoolExecutor(6) as pool:
-        answers = list(
-            pool.map(lambda i: one.post("/v1/detect", files=files(given[i])).json(), range(12))
+    with client(small_network, settings) as service, ThreadPoolExecutor(6) as pool:
+        responses = list(
+            pool.map(lambda file: service.post("/v1/detect", files=form(file)).json(), files)
         )
-    for answer, image in zip(answers, expected, strict=True):
-        got = answer["images"][0]
-        assert len(got["detections"]) == len(image["detections"]) > 20
-        # A batch is summed in another order: float32 rounds otherwise. Boxes are in pixels.
-        for mine, theirs in zip(got["detections"], image["detections"], strict=True):
-            assert mine["score"] == pytest.approx(theirs["score"], abs=1e-4)
-        best, other = got["detections"][0], image["detections"][0]
-        assert best["class"] == other["class"]
-        assert best["box"] == pytest.approx(other["box"], abs=1e-2)
+    for response, result in zip(responses, results, strict=True):
+        detections = response["images"][0]["detections"]
+        assert len(detections) == len(result["detections"]) > 20
+        # A batch is summed in another order, so float32 rounds differently. Boxes are in pixels.
+        for ours, reference in zip(detections, result["detections"], strict=True):
+            assert ours["score"] == pytest.approx(reference["score"], abs=1e-4)
+        best, reference = detections[0], result["detections"][0]
+        assert best["class"] == reference["class"]
+        assert best["box"] == pytest.approx(reference["box"], abs=1e-2)
 
 
-def test_workers_are_for_torch_on_a_cpu(small_network: Detector) -> None:
+def test_build_app_rejects_workers_for_other_backends(small_network: Detector) -> None:
     other = white_detector()
     other.network.backend = "openvino"
     with pytest.raises(ConfigError, match="leave --workers at 1"):
         build_app({"a": small_network, "b": other}, Settings(workers=2))
 
 
-def test_there_must_be_a_model() -> None:
-    with pytest.raises(ConfigError, match="no model"):
+def test_build_app_without_a_model_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="no model to serve"):
         build_app({})
 
 
@@ -577,18 +507,16 @@ def test_there_must_be_a_model() -> None:
         ("python_multipart", "python-multipart"),
     ],
 )
-def test_a_missing_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, module: str, package: str
-) -> None:
-    known = importlib.util.find_spec
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == module else known(name)
+        importlib.util, "find_spec", lambda name: None if name == module else find_spec(name)
     )
     with pytest.raises(MissingExtraError, match=rf"^{package} .*retinanet\[serve\]"):
         build_app(white_detector())
 
 
-def test_importing_the_package_imports_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_of_the_package_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("retinanet.serve")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart"):
@@ -597,93 +525,82 @@ def test_importing_the_package_imports_no_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "message"),
     [
-        ({"max_bytes": 0}, "--max-bytes 0 is under 1"),
-        ({"max_wait_ms": -1}, "--max-wait-ms -1 is under 0"),
-        ({"timeout": 0}, "--timeout 0 is not over 0 seconds"),
-        ({"timeout": float("nan")}, "--timeout nan"),
-        ({"workers": 0}, "--workers 0 is under 1"),
-        ({"queue": 31}, "--queue 31 is under --max-images 32"),
-        ({"held_bytes": 5}, "is under max_bytes"),
-        ({"api_key": ""}, "the API key is empty"),
-        ({"api_key": "a\nb"}, "the API key is empty"),
+        ({"max_bytes": 0}, "--max-bytes is out of range: 0; minimum 1"),
+        ({"max_wait_ms": -1}, "--max-wait-ms is out of range: -1; minimum 0"),
+        ({"timeout": 0}, "--timeout is out of range: 0"),
+        ({"timeout": float("nan")}, "--timeout is out of range: nan"),
+        ({"workers": 0}, "--workers is out of range: 0; minimum 1"),
+        ({"queue": 31}, "--queue 31 is smaller than --max-images 32"),
+        ({"max_held_bytes": 5}, "is smaller than max_bytes"),
+        ({"api_key": ""}, "invalid API key"),
+        ({"api_key": "a\nb"}, "invalid API key"),
         ({"api_key": "key "}, "ends with a space"),
     ],
 )
-def test_settings_out_of_range(options: Any, why: str) -> None:
-    with pytest.raises(ConfigError, match=why) as caught:
+def test_settings_out_of_range_are_errors(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         Settings(**options)
     assert "a\nb" not in str(caught.value)
 
 
-def test_the_command_line_shows_the_settings_own_defaults() -> None:
-    shown = {
-        name: hint.__metadata__[0].show_default
-        for name, hint in get_type_hints(serve_command, include_extras=True).items()
-        if name != "return"
-    }
+def test_command_line_shows_the_defaults_of_the_settings() -> None:
+    hints = get_type_hints(serve_command, include_extras=True)
     for name in ("queue", "max_bytes", "max_pixels", "max_images", "timeout", "max_wait_ms"):
-        assert shown[name] == f"{getattr(Settings(), name):,.0f}", name
+        shown = hints[name].__metadata__[0].show_default
+        assert shown == f"{getattr(Settings(), name):,.0f}", name
     assert inspect.signature(serve_command).parameters["workers"].default == Settings().workers
 
 
-def test_names_of_models(tmp_path: Any) -> None:
+def test_model_names(tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     file.write_bytes(b"")
-    given = [
-        "runs/bccd",
-        "runs/cells/best",
-        "runs/nuclei/last/model.safetensors",
-        "torchvision/retinanet_resnet50_fpn_v2",
-        "hf://owner/name",
-        "old=runs/bccd/last",
-        str(file),
-        "runs/trailing/",
-    ]
-    assert list(model_names(given).items()) == [
-        ("bccd", "runs/bccd"),
-        ("cells", "runs/cells/best"),
-        ("nuclei", "runs/nuclei/last/model.safetensors"),
-        ("retinanet_resnet50_fpn_v2", "torchvision/retinanet_resnet50_fpn_v2"),
-        ("name", "hf://owner/name"),
-        ("old", "runs/bccd/last"),
-        ("net", str(file)),
-        ("trailing", "runs/trailing/"),
-    ]
-    with pytest.raises(ConfigError, match="would both be called bccd"):
+    names = {
+        "bccd": "runs/bccd",
+        "cells": "runs/cells/best",
+        "nuclei": "runs/nuclei/last/model.safetensors",
+        "retinanet_resnet50_fpn_v2": "torchvision/retinanet_resnet50_fpn_v2",
+        "name": "hf://owner/name",
+        "net": str(file),
+        "trailing": "runs/trailing/",
+    }
+    assert model_names(list(names.values())) == names
+    assert model_names(["old=runs/bccd/last"]) == {"old": "runs/bccd/last"}
+    with pytest.raises(ConfigError, match="two models named bccd"):
         model_names(["runs/bccd", "other/bccd"])
-    with pytest.raises(ConfigError, match="needs a name"):
+    with pytest.raises(ConfigError, match="model without a name"):
         model_names(["=runs/bccd"])
 
 
-def test_how_good_a_model_is(tmp_path: Any) -> None:
+def test_model_metrics_prefer_the_test_split(tmp_path: Path) -> None:
     run = tmp_path / "cells"
     (run / "best").mkdir(parents=True)
-    assert judged(str(run)) is None
+    assert model_metrics(str(run)) is None
     (run / "config.toml").write_text("")
-    assert judged(str(run)) is None
+    assert model_metrics(str(run)) is None
     (run / "metrics.json").write_text('{"ap": 0.25, "ap50": 0.5}')
-    expected = {"AP": 0.25, "AP50": 0.5, "data": None, "split": "val"}
-    assert judged(str(run)) == judged(str(run / "best")) == expected
+    trained = {"AP": 0.25, "AP50": 0.5, "data": None, "split": "val"}
+    assert model_metrics(str(run)) == model_metrics(str(run / "best")) == trained
     (run / "run.json").write_text('{"data": "/home/somebody/cells"}')
-    assert judged(str(run)) == expected | {"data": "cells"}
+    assert model_metrics(str(run)) == trained | {"data": "cells"}
     (run / "evaluation" / "test").mkdir(parents=True)
     file = run / "evaluation" / "test" / "metrics.json"
     file.write_text('{"ap": 0.125, "ap50": null}')
-    assert judged(str(run)) == {"AP": 0.125, "AP50": None, "data": "cells", "split": "test"}
+    tested = {"AP": 0.125, "AP50": None, "data": "cells", "split": "test"}
+    assert model_metrics(str(run)) == tested
     file.write_text("broken")
-    assert judged(str(run)) == expected | {"data": "cells"}
-    assert judged("torchvision/retinanet_resnet50_fpn_v2") is None
+    assert model_metrics(str(run)) == trained | {"data": "cells"}
+    assert model_metrics("torchvision/retinanet_resnet50_fpn_v2") is None
 
 
-def test_a_service_over_a_socket() -> None:
+def test_detect_over_a_socket() -> None:
     detector = white_detector()
     with (
-        running(detector) as one,
-        httpx.Client(base_url=f"http://127.0.0.1:{one.port}", timeout=120) as line,
+        running(detector) as service,
+        httpx.Client(base_url=f"http://127.0.0.1:{service.port}", timeout=120) as line,
     ):
-        answer = line.post("/v1/detect", files=files(("a.png", png_image())))
-        assert answer.json()["images"] == [said(detector, "a.png", png_image())]
-        assert "server" not in answer.headers
+        response = line.post("/v1/detect", files=form(("a.png", png_image())))
+        assert response.json()["images"] == [expected(detector, "a.png", png_image())]
+        assert "server" not in response.headers
         assert line.get("/readyz").status_code == 200

@@ -90,11 +90,14 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
             signal.SIGTERM,
             "0.0.0.0",
             0,
-            ["whoever reaches this address may use it: --api-key asks for a key"],
+            [
+                "warning: no API key set; anyone who can reach this address can use the service; "
+                "set one with --api-key"
+            ],
         ),
     ],
 )
-def test_a_request_that_runs_is_finished(
+def test_signal_finishes_running_requests(
     model: Path,
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,21 +107,21 @@ def test_a_request_that_runs_is_finished(
     says: list[str],
 ) -> None:
     entered, resume = threading.Event(), threading.Event()
-    search = Detector.search
+    detect = Detector.detect_prepared
     answers: list[httpx.Response] = []
     files = [("images", (f"{i}.png", png_image())) for i in range(3)]
 
     def slow(*given: Any, **options: Any) -> Any:
         entered.set()
         resume.wait(120)
-        return search(*given, **options)
+        return detect(*given, **options)
 
     def post(address: str) -> None:
         answers.append(httpx.post(f"{address}/v1/detect", files=files, timeout=120))
         resume_late.join()
 
     def use(address: str) -> None:
-        monkeypatch.setattr(Detector, "search", slow)  # the networks are warm
+        monkeypatch.setattr(Detector, "detect_prepared", slow)  # the networks are warm
         threads.append(threading.Thread(target=post, args=(address,)))
         threads[0].start()
         assert entered.wait(120)
@@ -134,7 +137,7 @@ def test_a_request_that_runs_is_finished(
     assert [line for line in lines if not line.startswith("squares: torch")] == says
 
 
-def test_a_second_signal_ends_at_once(model: Path) -> None:
+def test_second_ctrl_c_exits_at_once(model: Path) -> None:
     many = [("images", (f"{i}.png", png_image(512, 512))) for i in range(100)]
     options = ("--max-images=100", "--image-size=640", "--port=0")
     server = subprocess.Popen(
@@ -166,11 +169,11 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
     finally:
         server.kill()
     assert server.returncode == 130
-    assert err.splitlines()[-1] == "stopped at once: requests were left"
+    assert err.splitlines()[-1] == "stopped without finishing running requests"
     assert "Traceback" not in err
 
 
-def test_it_serves_what_it_says(
+def test_command_serves_models_with_its_options(
     model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def use(address: str) -> None:
@@ -198,7 +201,7 @@ def test_it_serves_what_it_says(
     assert len(command.err.splitlines()) == 2  # the two networks
 
 
-def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_used_port_is_a_one_line_error(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -206,7 +209,7 @@ def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str
         assert main(["serve", str(model), "--port", str(port)]) == 1
     assert capsys.readouterr().err == (
         f"error: cannot serve at 127.0.0.1 port {port}: Address already in use; "
-        "give another --host or --port\n"
+        "use another --host or --port\n"
     )
 
 
@@ -214,12 +217,12 @@ def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "code", "says"),
     [
         (["{model}/nothing"], 1, "nothing"),
-        (["{model}", "--port=-1"], 2, "--port -1 is not in 0..65535"),
-        (["{model}", "--host=256.256.256.256", "--port=0"], 2, "--host 256.256.256.256: "),
-        (["{model}", "{model}"], 2, "would both be called squares"),
-        (["{model}", "--queue=3"], 2, "--queue 3 is under --max-images 32"),
-        (["{model}", "--max-bytes=0"], 2, "--max-bytes 0 is under 1"),
-        (["{model}", "--api-key="], 2, "the API key is empty"),
+        (["{model}", "--port=-1"], 2, "--port is out of range: -1"),
+        (["{model}", "--host=256.256.256.256", "--port=0"], 2, "invalid --host: 256.256.256.256"),
+        (["{model}", "{model}"], 2, "two models named squares"),
+        (["{model}", "--queue=3"], 2, "--queue 3 is smaller than --max-images 32"),
+        (["{model}", "--max-bytes=0"], 2, "--max-bytes is out of range: 0"),
+        (["{model}", "--api-key="], 2, "invalid API key"),
         (["{model}", "--port=0", "--score-threshold=2"], 2, "score_threshold"),
         (["{model}", "--port=0", "--precision=f32"], 2, "float32"),
         ([], 2, "MODEL"),
@@ -240,7 +243,7 @@ def test_errors_are_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_missing_extra_is_one_line(
+def test_missing_extra_is_a_one_line_error(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = util.find_spec

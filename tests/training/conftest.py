@@ -22,5 +22,5 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop one step ahead of what it reads, with torch's fused kernels, which run on a CPU."""
-    monkeypatch.setattr(loop, "_steps_ahead", lambda device: 1)
+    monkeypatch.setattr(loop, "steps_ahead", lambda device: 1)
     monkeypatch.setattr(loop, "build_optimizer", partial(build_optimizer, fused=True))

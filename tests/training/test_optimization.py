@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import retinanet.training.optim as optimization
+from retinanet.config import TrainConfig
 from retinanet.training.optim import (
     build_optimizer,
     lr_factor,
@@ -34,12 +35,12 @@ def test_examples_in_docstrings() -> None:
     ],
 )
 def test_steps_from_epochs_within_limits(images: int, expected: int) -> None:
-    steps = resolve_steps(images, steps=7, epochs=2, min_steps=100, max_steps=300, batch_size=4)
-    assert steps == expected
+    settings = TrainConfig(steps=7, epochs=2, min_steps=100, max_steps=300, batch_size=4)
+    assert resolve_steps(images, settings) == expected
 
 
 def test_steps_as_given_without_epochs() -> None:
-    assert resolve_steps(5, steps=7, epochs=None, min_steps=9, max_steps=9, batch_size=1) == 7
+    assert resolve_steps(5, TrainConfig(steps=7, min_steps=9, max_steps=9, batch_size=1)) == 7
 
 
 def test_linear_rule() -> None:

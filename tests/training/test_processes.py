@@ -20,7 +20,8 @@ _SCRIPT = Path(__file__).with_name("train_in_process.py")
 
 
 def _environment(**more: str) -> dict[str, str]:
-    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(_SCRIPT.parent), **more)
+    path = os.pathsep.join([str(_SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, **more)
 
 
 def _command(data: Path, out: Path, *settings: str) -> list[str]:
@@ -124,10 +125,36 @@ def test_two_ranks_one_without_objects_equal_one_process(
 
 
 def _first_batch(data: Path) -> list[int]:
+    from retinanet.config import DataConfig
     from retinanet.data.loading import train_loader
 
-    loader = train_loader(
-        read_splits(data)["train"], batch_size=4, steps=1, seed=0, image_size=64, max_size=64,
-        workers=0, fill=(0, 0, 0),
-    )  # fmt: skip
+    config = DataConfig(image_size=64, max_size=64)
+    train = read_splits(data)["train"]
+    loader = train_loader(train, config, batch_size=4, steps=range(1), seed=0)
     return next(iter(loader)).indices.tolist()
+
+
+def test_script_without_main_guard_trains_under_spawn(tiny_data: Path, tmp_path: Path) -> None:
+    """As the example of docs/api.md on macOS, Windows and Python 3.14."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "import retinanet as rn\n"
+        "from tiny import TINY\n"
+        "recipe = rn.load_recipe('quick', [*TINY, 'train.steps=1', 'data.workers=1'])\n"
+        f"run = rn.train({str(tiny_data)!r}, recipe=recipe, out='run', device='cpu')\n"
+        "print('steps', run.step)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "steps 1\n"
+    assert "put its code under if __name__" in done.stderr

@@ -76,14 +76,13 @@ def test_another_number_of_processes_is_told(shards: Path, tmp_path: Path) -> No
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"processes": 2}))
     train(recipe, shards, tmp_path / "run", device="cpu", on_event=events.append)
     told = [event.data["message"] for event in events if event.kind == "message"]
-    assert any("begun by 2 processes and goes on with 1" in message for message in told)
+    assert any("started with 2 processes and resumes with 1" in message for message in told)
 
 
 def _train_by(command: list[str], folder: Path, *, kill_after: int | None = None) -> None:
     """Run a training, or kill it once its log has some lines."""
-    environment = dict(
-        os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(_SCRIPT.parent)
-    )
+    path = os.pathsep.join([str(_SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=path)
     if kill_after is None:
         subprocess.run(command, env=environment, check=True, timeout=200)
         return

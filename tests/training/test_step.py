@@ -15,17 +15,22 @@ from tiny import tiny_recipe
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import retinanet.training.retinanet_subject as retinanet_subject
+import retinanet.training.task as task
 import retinanet.training.trainer as loop
 from retinanet.errors import NonFiniteLossError
 from retinanet.losses.detection import Losses
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
-from retinanet.training.figures import FiguresInFlight
-from retinanet.training.guard import PATIENCE, Guard, step_unless
-from retinanet.training.optim import build_optimizer, move_towards, update_average
-from retinanet.training.state import read_progress
-from retinanet.training.step import backward, clip, loss_settings, settings_on
+from retinanet.training.data import read_training_data
+from retinanet.training.optim import build_optimizer, lerp_unless, optimizer_step, update_ema
+from retinanet.training.run_folder import read_progress
+from retinanet.training.step import (
+    MAX_CONSECUTIVE_SKIPPED_STEPS,
+    NonFiniteGuard,
+    PendingMetrics,
+    backward,
+    clip_gradients,
+)
 
 CPU = torch.device("cpu")
 
@@ -72,7 +77,7 @@ def test_a_step_looks_at_no_value(settings: tuple[str, ...], objects: int) -> No
     recipe = tiny_recipe(*settings)
     model = tiny_network().to("meta")
     averaged = AveragedModel(model, use_buffers=True)
-    guard = Guard(meta, scaled=False)
+    guard = NonFiniteGuard(meta, scaled=False)
     accelerator = Accelerator(cpu=True)
     running = torch.zeros((), device=meta)
     for _ in range(2):
@@ -81,16 +86,16 @@ def test_a_step_looks_at_no_value(settings: tuple[str, ...], objects: int) -> No
             model,
             model,
             a_batch("meta", objects),
-            settings=settings_on(meta, loss_settings(recipe)),
+            settings=recipe.loss_settings,
             accumulate=recipe.train.accumulate,
             precision="float32",
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             running=running,
         )
         assert all(one.grad is not None for one in model.parameters())
-        refused = guard.refuses(losses, clip(model, 1.0))
-        update_average(averaged, model, 0.9, refused)
-    figures = FiguresInFlight(losses, refused, guard.stopped)
+        refused = guard.check(losses, clip_gradients(model, 1.0))
+        update_ema(averaged, model, 0.9, refused)
+    figures = PendingMetrics(losses, refused, guard.stopped)
     # The test would see it: this is the one look, and it comes a step later.
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         figures.read()
@@ -119,17 +124,9 @@ def test_figures_land_on_the_host_whatever_the_default_device(
     monkeypatch.setattr(torch, "stack", lambda _: values)
     monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    figures, stopped = FiguresInFlight(of(1.0), torch.tensor(1.0), torch.tensor(0.0)).read()
+    figures, stopped = PendingMetrics(of(1.0), torch.tensor(1.0), torch.tensor(0.0)).read()
     assert asked == [("cpu", True)]
     assert (figures.loss, figures.grad_norm, stopped) == (3.0, 4.0, False)
-
-
-def test_alpha_is_sent_once() -> None:
-    settings = loss_settings(tiny_recipe("loss.alpha=[0.1, 0.2]"))
-    assert settings_on(CPU, settings) == settings
-    there = settings_on(torch.device("meta"), settings)["alpha"]
-    assert there.device.type == "meta"
-    assert settings_on(torch.device("meta"), settings | {"alpha": None})["alpha"] is None
 
 
 # --- what the guard says --------------------------------------------------------------------------
@@ -139,10 +136,10 @@ def of(loss: float) -> Losses:
     return Losses(torch.tensor(loss), torch.tensor(0.0), torch.ones(1), torch.tensor(1.0))
 
 
-def verdicts(guard: Guard, *steps: tuple[float, float]) -> Iterator[tuple[bool, bool]]:
+def verdicts(guard: NonFiniteGuard, *steps: tuple[float, float]) -> Iterator[tuple[bool, bool]]:
     """For pairs of loss and gradient norm: whether the step is refused, and the run stopped."""
     for loss, norm in steps:
-        refused = guard.refuses(of(loss), torch.tensor(norm))
+        refused = guard.check(of(loss), torch.tensor(norm))
         yield bool(refused), bool(guard.stopped)
 
 
@@ -151,21 +148,23 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.mark.parametrize("bad", [(NAN, 1.0), (INF, 1.0), (1.0, NAN), (1.0, INF)])
 def test_after_a_step_that_is_not_finite_none_is_let_through(bad: tuple[float, float]) -> None:
-    found = list(verdicts(Guard(CPU, scaled=False), (1.0, 1.0), bad, (1.0, 1.0)))
+    found = list(verdicts(NonFiniteGuard(CPU, scaled=False), (1.0, 1.0), bad, (1.0, 1.0)))
     assert found == [(False, False), (True, True), (True, True)]
 
 
 def test_under_a_loss_scale_a_gradient_may_overflow() -> None:
-    found = list(verdicts(Guard(CPU, scaled=True), (1.0, INF), (1.0, NAN), (1.0, 1.0), (NAN, 1.0)))
+    found = list(
+        verdicts(NonFiniteGuard(CPU, scaled=True), (1.0, INF), (1.0, NAN), (1.0, 1.0), (NAN, 1.0))
+    )
     assert found == [(True, False), (True, False), (False, False), (True, True)]
 
 
 def test_under_a_loss_scale_patience_ends() -> None:
     overflow, good = (1.0, INF), (1.0, 1.0)
-    guard = Guard(CPU, scaled=True)
-    nearly = [overflow] * (PATIENCE - 1)
+    guard = NonFiniteGuard(CPU, scaled=True)
+    nearly = [overflow] * (MAX_CONSECUTIVE_SKIPPED_STEPS - 1)
     found = list(verdicts(guard, *nearly, good, *nearly, overflow, good))
-    assert [stopped for _, stopped in found].index(True) == 2 * PATIENCE - 1
+    assert [stopped for _, stopped in found].index(True) == 2 * MAX_CONSECUTIVE_SKIPPED_STEPS - 1
     assert found[-1] == (True, True)
 
 
@@ -189,7 +188,7 @@ def test_a_refused_step_is_as_if_it_had_not_been(
         for step, gradient in enumerate(gradients):
             model.weight.grad = torch.full_like(model.weight, NAN) if step in without else gradient
             model.bias.grad = torch.ones_like(model.bias)  # type: ignore[union-attr]
-            step_unless(torch.tensor(float(step in without)), optimizer)
+            optimizer_step(optimizer, torch.tensor(float(step in without)))
         return model, optimizer.state_dict()["state"]
 
     generator = torch.Generator().manual_seed(1)
@@ -209,7 +208,7 @@ def test_the_average_by_hand() -> None:
     def step(weight: float, refused: Tensor) -> float:
         nn.init.constant_(model.weight, weight)
         model.num_batches_tracked.fill_(int(weight))  # type: ignore[union-attr, operator]
-        update_average(averaged, model, 0.5, refused)
+        update_ema(averaged, model, 0.5, refused)
         return float(averaged.module.weight.detach())
 
     assert step(1.0, let) == 1.0  # the first is taken as it is
@@ -228,15 +227,15 @@ def test_a_refused_average_changes_nothing(share: float) -> None:
     refuse, let = torch.ones(()), torch.zeros(())
     kept = torch.tensor([4.0, 8.0])
     for new in (torch.tensor([NAN, INF]), torch.tensor([0.0, 0.0])):
-        move_towards(kept, new, share, refuse)
+        lerp_unless(kept, new, share, refuse)
         assert kept.tolist() == [4.0, 8.0]
-    move_towards(kept, torch.tensor([0.0, 16.0]), share, let)
+    lerp_unless(kept, torch.tensor([0.0, 16.0]), share, let)
     # 4 + (0 - 4) share and 8 + (16 - 8) share
     assert kept.tolist() == [4 - 4 * share, 8 + 8 * share]
     count = torch.tensor(3)  # a norm's, which is no float
-    move_towards(count, torch.tensor(5), share, refuse)
+    lerp_unless(count, torch.tensor(5), share, refuse)
     assert int(count) == 3
-    move_towards(count, torch.tensor(5), share, let)
+    lerp_unless(count, torch.tensor(5), share, let)
     assert int(count) == 5
 
 
@@ -275,7 +274,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
                     one.grad.fill_(NAN)
         return losses, running
 
-    monkeypatch.setattr(retinanet_subject, "backward", spoiled)
+    monkeypatch.setattr(task, "backward", spoiled)
     return seen
 
 
@@ -313,7 +312,7 @@ def test_a_step_ahead_reports_the_step_that_was_not_finite(
     kept = tmp_path / "run" / "nonfinite"
     story = json.loads((kept / "story.json").read_text())
     assert story["step"] == 2
-    train_split = loop._read(tiny_data, recipe)["train"]
+    train_split = read_training_data(tiny_data, recipe, lambda kind, /, **data: None).train
     assert [one["id"] for one in story["images"]] == [train_split.images[i].id for i in seen[2]]
     assert load_file(kept / "batch.safetensors")["images"].shape[0] == 4
     # The weights that the optimiser moves; a checkpoint beside them holds their averages.
@@ -327,10 +326,12 @@ def test_a_step_ahead_reports_the_step_that_was_not_finite(
 def test_a_gradient_that_overflows_for_ever_ends_an_fp16_run(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
-    monkeypatch.setattr(loop, "_steps_ahead", lambda device: ahead)
-    monkeypatch.setattr(loop, "clip", lambda model, norm: torch.tensor(INF))
+    monkeypatch.setattr(loop, "steps_ahead", lambda device: ahead)
+    monkeypatch.setattr(loop, "clip_gradients", lambda model, norm: torch.tensor(INF))
     recipe = tiny_recipe("train.steps=99", "train.precision=fp16", "train.validate_every=99")
-    with pytest.raises(NonFiniteLossError, match=f"step {PATIENCE - 1}: .* gradient norm inf"):
+    with pytest.raises(
+        NonFiniteLossError, match=f"step {MAX_CONSECUTIVE_SKIPPED_STEPS - 1}: .* gradient norm inf"
+    ):
         loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
     first = weights_of(tmp_path / "run" / "last")
     for name, value in weights_of(tmp_path / "run" / "nonfinite" / "model").items():

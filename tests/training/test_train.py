@@ -27,10 +27,10 @@ from retinanet.errors import (
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate_model
 from retinanet.model.checkpoint import load_checkpoint
-from retinanet.training import retinanet_subject
+from retinanet.training import task
 from retinanet.training.events import Event
 from retinanet.training.nonfinite import replay
-from retinanet.training.state import read_progress
+from retinanet.training.run_folder import read_progress
 from retinanet.training.trainer import train
 
 
@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_run_folder_promises(tiny_data: Path, tmp_path: Pa
     recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
 
-    names = {one.name for one in run.folder.iterdir()}
+    names = {path.name for path in run.folder.iterdir() if path.name[0] != "."}
     assert names == {"config.toml", "run.json", "log.jsonl", "metrics.json", "last", "best"}
     lines = _log(run.folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -161,7 +161,7 @@ def test_other_settings_or_data_are_refused(tiny_data: Path, tmp_path: Path) -> 
 
 def test_a_folder_with_other_things_is_left_alone(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds 'thesis\.tex' but no run"):
+    with pytest.raises(ConfigError, match=r"contains no run to resume: found 'thesis\.tex'"):
         train(tiny_recipe("train.steps=1"), tiny_data, tmp_path, device="cpu")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -180,12 +180,21 @@ def test_early_stop(tiny_data: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         "train.steps=9", "train.lr=1e-12", "train.validate_every=1", "train.early_stop=2"
     )
-    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    events: list[Event] = []
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
     assert run.step == 3  # best at 1, then two in a row that are no better
     progress = read_progress(run.folder / "last")
     assert progress is not None
     assert progress.stopped_early
     assert progress.finished
+    last = [event.data["message"] for event in events if event.kind == "message"][-1]
+    assert last == (
+        "stopped early at step 3: AP has not exceeded 0.000 (step 1) in 2 validations "
+        "(train.early_stop=2)"
+    )
+    again: list[Event] = []
+    train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=again.append)
+    assert "is finished: 3 steps (stopped early)" in again[0].data["message"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +219,7 @@ def test_of_equal_aps_the_lowest_loss_is_the_best_and_without_losses_the_first(
         metrics = evaluate_model(*arguments, **options)
         return dataclasses.replace(metrics, ap=0.25, loss=next(to_come))
 
-    monkeypatch.setattr(retinanet_subject, "evaluate_model", judged)
+    monkeypatch.setattr(task, "evaluate_model", judged)
     recipe = tiny_recipe("train.steps=3", "train.validate_every=1")
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
     progress = read_progress(run.folder / "last")
@@ -322,7 +331,7 @@ def test_images_in_both_splits_are_told(tiny_data: Path, tmp_path: Path) -> None
     events: list[Event] = []
     leaky = {"train": splits["train"], "val": splits["train"]}
     train(tiny_recipe("train.steps=1"), leaky, tmp_path / "r", device="cpu", on_event=events.append)
-    assert any("12 images are in train and in val" in str(one.data) for one in events)
+    assert any("12 images are in both train and val" in str(one.data) for one in events)
 
 
 def test_splits_of_other_classes_and_alphas_are_refused(tiny_data: Path, tmp_path: Path) -> None:
@@ -339,7 +348,7 @@ def test_splits_of_other_classes_and_alphas_are_refused(tiny_data: Path, tmp_pat
 
 
 def test_replay_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="holds no step to repeat"):
+    with pytest.raises(WeightsError, match="contains no step to repeat"):
         replay(tmp_path)
 
 
@@ -388,7 +397,7 @@ def test_cuda_without_cuda(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="sees no CUDA device; use --device cpu"):
+    with pytest.raises(ConfigError, match="torch finds 0 cuda devices here; use cpu"):
         train(tiny_recipe(), tiny_data, tmp_path / "run", device="cuda")
 
 
@@ -429,5 +438,5 @@ def test_the_side_of_the_images_is_known_whether_labels_state_it_or_not(tmp_path
     splits = synthetic_dataset(tmp_path / "coco", splits={"train": 3}, image_size=96)
     images = [dataclasses.replace(one, width=None, height=None) for one in splits["train"].images]
     unstated = _with(splits["train"], tuple(images))
-    assert retinanet_subject.image_side(splits["train"]) == 96
-    assert retinanet_subject.image_side(unstated) == 96
+    assert task.image_side(splits["train"]) == 96
+    assert task.image_side(unstated) == 96

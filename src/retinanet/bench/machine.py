@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import torch
 
-from retinanet import native, triton_probe
 from retinanet.bench.tables import count
 from retinanet.data.loading import usable_cpus
+from retinanet.kernels import native, triton_probe
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino")
 _UNITS = {
@@ -95,7 +95,7 @@ def describe_kernel(device: torch.device) -> tuple[str, bool]:
     if device.type == "cpu":
         text = f"class loss and post-processing: {native.description()}"
         return text, native.available()
-    has_triton = device.type == "cuda" and triton_probe.usable(device)
+    has_triton = device.type == "cuda" and triton_probe.is_usable(device)
     return f"class loss and matching: {'Triton' if has_triton else 'pure torch'}", has_triton
 
 

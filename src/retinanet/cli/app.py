@@ -170,7 +170,7 @@ _OTHER_OPTIONS = {
 
 
 def _unknown_option(error: Any) -> str | None:
-    """The message for an option that does not exist but that another tool has."""
+    """Suggest our name for an option that another tool has; None: no such option is known."""
     name = getattr(error, "option_name", None)
     if name is None or error.ctx is None:
         return None

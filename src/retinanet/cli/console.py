@@ -1,4 +1,4 @@
-"""What the commands print with: tables, progress bars, JSON, and the shape of an error."""
+"""Printing of the commands: tables, progress bars, JSON."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rich.progress import (
 from rich.table import Table
 
 out = Console(highlight=False)
-"""Answers: standard output."""
+"""Console of results: standard output."""
 
 err = Console(stderr=True, highlight=False)
-"""Progress, notes and errors: standard error, so that an answer can be piped."""
+"""Console of progress, notes and errors: standard error, so that results can be piped."""
 
 
-_LEAST = 18  # letters of a table's first column, where it has as many
+_MIN_WIDTH = 18  # characters of a table's first column
 
 STOPPED = 130
 """Exit code after Ctrl-C (128 + SIGINT), as shells report it."""
@@ -38,24 +38,24 @@ TERMINATED = 143
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
-    """One line of the answer, never wrapped: a path stays whole when it is copied."""
+    """Print a line of the result, never wrapped, so that a path can be copied."""
     out.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def note(text: str, *, style: str | None = None) -> None:
-    """One line beside the answer, on standard error."""
+    """Print a line on standard error."""
     err.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON on standard output; what is not a number becomes null, as JSON has no NaN."""
+    """Print `value` as JSON on standard output; NaN and Inf become null."""
     sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """`value` with paths as text, tuples as lists and no NaN or infinity."""
+    """Convert to JSON types: paths to text, tuples to lists, NaN and Inf to None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, float):
@@ -63,21 +63,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Iterable):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return str(value)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1
 ) -> None:
-    """A table on standard output: the first `left` columns are text, the others figures."""
+    """Print a table; the first `left` columns are text, the others numbers."""
     cells = [[figure(cell) for cell in row] for row in rows]
     widest = max((len(row[0]) for row in cells), default=0) if left == 1 else 0
     drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for i, column in enumerate(columns):
         if i < left:
-            # Of 80 columns figures would take all: a name keeps what a person can read.
-            drawn.add_column(column, overflow="fold", min_width=min(_LEAST, widest) or None)
+            # Numbers would take all of 80 columns: names stay readable.
+            drawn.add_column(column, overflow="fold", min_width=min(_MIN_WIDTH, widest) or None)
         else:
             drawn.add_column(column, justify="right", no_wrap=True)
     for row in cells:
@@ -86,7 +86,7 @@ def table(
 
 
 def figure(value: object) -> str:
-    """A cell: floats with three decimals, what does not exist as a dash."""
+    """Format a cell: floats with three decimals, None and NaN as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -95,27 +95,27 @@ def figure(value: object) -> str:
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; call what it gives with (done, of how many)."""
+def progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error; call the yielded function with (done, total)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("remaining"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
 
-        def update(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         yield update
 
 
 def seconds(value: float) -> str:
-    """Seconds as a person says them: 42 s, 3:05 min, 2:10 h."""
+    """Format a duration: 42 s, 3:05 min, 2:10 h."""
     whole = round(value)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""``retinanet evaluate``: COCO's numbers of a model or of a results file."""
+"""``retinanet evaluate``: COCO metrics of a model or a results file."""
 
 from __future__ import annotations
 
@@ -28,66 +28,77 @@ _MEANING = {
 }
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RESULTS",
+        help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
+        "or a COCO results file.",
+    ),
+]
+Data = Annotated[
+    Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Split of the data: train, val, test, all, or another one.",
+        show_default="val, or that of a label file",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for metrics.json, results.json and plots.",
+        show_default="the run folder's evaluation/SPLIT",
+    ),
+]
+MaxDetections = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Detections per class and image that count; the model gives as many.",
+        show_default="COCO's 100, or the most objects in an image",
+    ),
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
+]
+Calibrate = Annotated[
+    str | None, typer.Option(help="Calibration images for int8; not those evaluated.")
+]
+Tile = Annotated[
+    str | None,
+    typer.Option(help="Detect also in tiles of this many pixels, or auto: for huge images."),
+]
+Overlap = Annotated[
+    float, typer.Option(help="Overlap of adjacent tiles, share of the side in [0, 1).")
+]
+
+
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RESULTS",
-            help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
-            "or a COCO results file.",
-        ),
-    ],
-    data: Annotated[
-        Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
-    ],
+    model: Model,
+    data: Data,
     *,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="train, val, test, all, or another that the data has.",
-            show_default="val, or what a label file holds",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where metrics.json, results.json and plots go.",
-            show_default="the run folder's evaluation/SPLIT",
-        ),
-    ] = None,
-    max_detections: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Detections per class and image that count; the model gives as many.",
-            show_default="COCO's 100, or the most objects in an image",
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
+    split: Split = None,
+    out: Out = None,
+    max_detections: MaxDetections = None,
+    image_size: ImageSize = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 4,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: Backend = "auto",
-    calibrate: Annotated[
-        str | None, typer.Option(help="Images on which int8 is calibrated; not those judged.")
-    ] = None,
-    tile: Annotated[
-        str | None,
-        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge images."),
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Share of a tile that its neighbour has too.")
-    ] = 0.2,
-    json: Annotated[bool, typer.Option("--json", help="Print metrics.json's content.")] = False,
+    calibrate: Calibrate = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Judge a model, or anybody's COCO results file, on labelled images."""
-    from retinanet.evaluation.run import evaluate as judge
+    """Evaluate a model or a COCO results file on labelled images."""
+    from retinanet.evaluation.run import evaluate as evaluate_model_or_results
 
     folder = out or _default_folder(Path(model), split or "val")
     with progress("evaluating") as show:
-        metrics = judge(
+        metrics = evaluate_model_or_results(
             model,
             data,
             split=split,
@@ -112,35 +123,39 @@ def evaluate(
         return
     show_metrics(metrics)
     if folder is not None:
-        say(f"metrics.json, results.json and plots/ are in {folder}")
+        say(f"wrote metrics.json, results.json and plots/ to {folder}")
 
 
 def show_metrics(metrics: Metrics) -> None:
     """Print the twelve numbers, the classes, the kinds of error, and what a limit cut."""
     table(
         f"{metrics.images} images, {metrics.objects} objects",
-        ["", "what", "value"],
+        ["", "metric", "value"],
         [
-            (name, _MEANING.get(name, f"recall with {name[2:]} boxes a class and image"), value)
+            (
+                name,
+                _MEANING.get(name, f"recall with {name[2:]} detections per class and image"),
+                value,
+            )
             for name, value in metrics.summary().items()
         ],
         left=2,
     )
-    held = [one for one in metrics.per_class if one.objects]
+    classes = [row for row in metrics.per_class if row.objects]
     table(
         "By class",
         ["class", "objects", "AP", "AP50", "AP75", "AR"],
         [
-            (one.name, one.objects, one.ap, one.ap50, one.ap75, one.ar)
-            for one in held[:_SHOWN_CLASSES]
+            (row.name, row.objects, row.ap, row.ap50, row.ap75, row.ar)
+            for row in classes[:_SHOWN_CLASSES]
         ],
     )
-    if len(held) > _SHOWN_CLASSES:
-        say(f"and {len(held) - _SHOWN_CLASSES} more classes in metrics.json")
+    if len(classes) > _SHOWN_CLASSES:
+        say(f"{len(classes) - _SHOWN_CLASSES} more classes are in metrics.json")
     counts = metrics.errors.counts
     table(
-        "Errors: what AP50 would gain without them",
-        ["kind", "how many", "AP50"],
+        "Errors and the AP50 gained by fixing them",
+        ["kind", "count", "AP50"],
         [
             (kind.replace("_", " "), counts.get(kind), gain)
             for kind, gain in metrics.errors.delta_ap.items()
@@ -169,7 +184,7 @@ def show_metrics(metrics: Metrics) -> None:
 
 
 def _default_folder(model: Path, split: str) -> Path | None:
-    """In the run folder that the model is of; None for a model or results from elsewhere."""
+    """Return the run folder's evaluation/SPLIT; None for other models and for results."""
     for folder in (model, model.parent, model.parent.parent):
         if (folder / "config.toml").is_file() and model.exists():
             return folder / "evaluation" / split

@@ -1,4 +1,4 @@
-"""``retinanet export``: a trained model as a file for other engines, checked beside the model."""
+"""``retinanet export``: write a model for another engine and validate the file."""
 
 from __future__ import annotations
 
@@ -8,92 +8,108 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, table
-from retinanet.cli.settings import ClassAgnostic, thresholds_of
+from retinanet.cli.settings import (
+    ClassAgnostic,
+    DetectionsPerImage,
+    NmsThreshold,
+    ScoreThreshold,
+    thresholds_of,
+)
 
 if TYPE_CHECKING:
     from retinanet.exporters import Agreement, ExportReport
 
 
+Model = Annotated[
+    str, typer.Argument(help="A run folder, a checkpoint, torchvision/NAME or hf://OWNER/NAME.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Output file.", show_default="model.onnx, .xml or .pt2 in the run folder"),
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="OpenVINO: quantise to int8; needs --calibrate.")
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(help="Calibration images for int8: a data set (its training images) or a folder."),
+]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="OpenVINO: float16 weights, half the size.")]
+NoNms = Annotated[
+    bool,
+    typer.Option("--no-nms", help="Output boxes and scores of all anchors, for an external NMS."),
+]
+Aot = Annotated[
+    bool,
+    typer.Option(
+        "--aot", help="torch: compile for this CPU with AOTInductor; needs a C++ compiler."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Labelled images to compare the file and the model on, also by AP.",
+        show_default="the run's validation images, without AP",
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split of --data.", show_default="val, or that of a label file")
+]
+Images = Annotated[int, typer.Option(min=1, help="Number of images to compare on.")]
+Tolerances = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=NUMBER",
+        help="Allowed difference: score=, box= (pixels), apart= (share of boxes), ap=.",
+        show_default="the precision's own",
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Shorter side in pixels, built into the file.", show_default="the model's"),
+]
+
+
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(help="A run folder, a checkpoint, torchvision/NAME or hf://OWNER/NAME."),
-    ],
+    model: Model,
     *,
     to: Annotated[str, typer.Option(help="onnx, openvino or torch.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The file.", show_default="model.onnx, .xml or .pt2 in the run folder"),
-    ] = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="OpenVINO: in int8, with --calibrate.")
-    ] = False,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(help="A data set (its training images) or images to calibrate int8 on."),
-    ] = None,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="OpenVINO: weights in float16, half the size.")
-    ] = False,
-    no_nms: Annotated[
-        bool,
-        typer.Option("--no-nms", help="Boxes and scores of all anchors, for another's NMS."),
-    ] = False,
-    aot: Annotated[
-        bool,
-        typer.Option("--aot", help="torch: machine code for this processor; needs a compiler."),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Labelled images to compare on, and to judge both by AP.",
-            show_default="images of the run's own data, without AP",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Of --data.", show_default="val, or what a file holds")
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 20,
-    tolerance: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=NUMBER",
-            help="score=, box= (pixels), apart= (share of boxes), ap=: what is no failure.",
-            show_default="the precision's own",
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Shorter side in pixels, built in.", show_default="the model's"),
-    ] = None,
-    score_threshold: Annotated[
-        float | None, typer.Option(help="Built in.", show_default="the model's, .05")
-    ] = None,
-    nms_threshold: Annotated[
-        float | None, typer.Option(help="Built in.", show_default="the model's, .5")
-    ] = None,
+    out: Out = None,
+    int8: Int8 = False,
+    calibrate: Calibrate = None,
+    fp16: Fp16 = False,
+    no_nms: NoNms = False,
+    aot: Aot = False,
+    data: Data = None,
+    split: Split = None,
+    images: Images = 20,
+    tolerance: Tolerances = None,
+    image_size: ImageSize = None,
+    score_threshold: ScoreThreshold = None,
+    nms_threshold: NmsThreshold = None,
     class_agnostic: ClassAgnostic = False,
-    detections_per_image: Annotated[
-        int | None, typer.Option(help="Built in.", show_default="the model's, 100")
-    ] = None,
+    detections_per_image: DetectionsPerImage = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write a model as a file for another engine, and compare the file with the model.
+    """Export a model to another engine's format and validate the file against the model.
 
-    The report lies beside the file, in FILE.report.json. Where the file is beyond the tolerance the
-    exit code is 1.
+    Thresholds and the image size are built into the file. The comparison is written to
+    FILE.report.json. The exit code is 1 if the file is beyond the tolerance.
     """
-    from retinanet.exporters.run import export as write
+    from retinanet.errors import ConfigError
+    from retinanet.exporters.run import export as export_model
 
-    report = write(
+    if int8 and fp16:
+        raise ConfigError("--int8 and --fp16 are both given: choose one")
+    if aot and to != "torch":
+        raise ConfigError(f"--aot is for --to torch, got --to {to}")
+    report = export_model(
         model,
-        to,
+        "aotinductor" if aot else to,
         out=out,
-        int8=int8,
+        precision="int8" if int8 else "fp16" if fp16 else "float32",
         calibrate=calibrate,
-        fp16=fp16,
         nms=not no_nms,
-        aot=aot,
         data=data,
         split=split,
         images=images,
@@ -114,31 +130,33 @@ def export(
     for failure in report.failures:
         note(f"beyond the tolerance: {failure}", style="red")
     if not report.passed:
-        note(f"{report.file} is there, but do not use it before you know why", style="red")
+        note(f"{report.file} was written, but its outputs differ from PyTorch", style="red")
         raise typer.Exit(1)
 
 
 def _show(report: ExportReport) -> None:
     rows: list[tuple[str, Any]] = [
-        ("images", lambda one: one.images),
-        ("boxes of the network", lambda one: one.boxes),
-        ("boxes of the file", lambda one: one.found),
-        ("matched", lambda one: one.matched),
-        ("left out at a threshold", lambda one: one.at_a_threshold),
-        ("no match", lambda one: one.unmatched),
-        ("matched, beyond the tolerance", lambda one: one.beyond),
-        ("score: largest difference", lambda one: f"{one.score:.5f}"),
-        ("score: median", lambda one: f"{one.score_median:.6f}"),
-        ("box: largest difference, pixels", lambda one: f"{one.box:.3f}"),
-        ("box: median", lambda one: f"{one.box_median:.4f}"),
+        ("images", lambda side: side.images),
+        ("boxes of the network", lambda side: side.boxes),
+        ("boxes of the file", lambda side: side.found),
+        ("matched", lambda side: side.matched),
+        ("unmatched at a threshold", lambda side: side.at_a_threshold),
+        ("unmatched", lambda side: side.unmatched),
+        ("matched, beyond the tolerance", lambda side: side.beyond),
+        ("score: largest difference", lambda side: f"{side.score:.5f}"),
+        ("score: median", lambda side: f"{side.score_median:.6f}"),
+        ("box: largest difference, pixels", lambda side: f"{side.box:.3f}"),
+        ("box: median", lambda side: f"{side.box_median:.4f}"),
     ]
     sides: list[Agreement] = [report.network_size, report.whole]
     table(
-        f"The file beside the network, on {report.images}",
-        ["", "at the network's size", "whole images"],
-        [(name, *(value(one) for one in sides)) for name, value in rows],
+        f"Comparison with the network on {report.images}",
+        ["", "network's size", "whole images"],
+        [(name, *(value(side) for side in sides)) for name, value in rows],
     )
     if report.ap is not None and report.ap_file is not None:
-        say(f"AP of the network {report.ap:.4f}, of the file {report.ap_file:.4f}")
-    verdict = "as the network" if report.passed else "NOT as the network"
+        say(f"AP: network {report.ap:.4f}, file {report.ap_file:.4f}")
+    elif report.precision == "int8":
+        say("AP not compared: give --data to see what int8 costs")
+    verdict = "matches the network" if report.passed else "does NOT match the network"
     say(f"{report.file} ({report.bytes / 1e6:.1f} MB, {report.precision}): {verdict}")

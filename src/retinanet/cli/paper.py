@@ -66,85 +66,97 @@ def list_experiments(
 
 
 _Names = list[str] | None
+_Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="table1a to table3, fig1 to fig7, or all.")
+]
+_Data = Annotated[
+    Path | None,
+    typer.Option(help="Labelled folder or file; COCO's with --full.", show_default=False),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Time for all trainings together on this machine: 90s, 20min, 2h.",
+        show_default="20min",
+    ),
+]
+_Steps = Annotated[int | None, typer.Option(min=1, help="Steps of each training.")]
+_Full = Annotated[
+    bool, typer.Option("--full", help="The paper's setting: recipes, sizes, 90,000 steps.")
+]
+_Yes = Annotated[bool, typer.Option("--yes", help="Start --full without confirmation.")]
+_Seeds = Annotated[int, typer.Option(min=1, help="Trainings per row.")]
+_Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Trainings at a time.", show_default="1 per GPU or 2 cores; 1 with --full"
+    ),
+]
+_Row = Annotated[
+    _Names,
+    typer.Option(
+        metavar="KEY",
+        help="Train only this row (paper list --rows). Repeatable.",
+        show_default="all",
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Output folder; finished trainings in it are kept.", show_default="paper/DATA"
+    ),
+]
+_RecipeName = Annotated[str, typer.Option(help="Base recipe of the rows, without --full.")]
+_Backbone = Annotated[
+    _Names,
+    typer.Option(
+        help="Replaces resnet50; second: resnet101; third: resnext101_32x8d. The last one "
+        "replaces the rest too.",
+        show_default=False,
+    ),
+]
+_BackboneWeights = Annotated[
+    _Names, typer.Option(help="File, default, or none; one per --backbone.", show_default=False)
+]
+_ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        min=32, help="Replaces the paper's 600 px, without --full.", show_default="the recipe's"
+    ),
+]
+_Results = Annotated[
+    _Names,
+    typer.Option(
+        metavar="NAME=FILE",
+        help="COCO results of another detector on the val split, as a row of table2.",
+        show_default=False,
+    ),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 
 
 def run(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="table1a to table3, fig1 to fig7, or all.")
-    ],
+    name: _Name,
     overrides: Overrides = None,
     *,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Labelled folder or file; COCO's with --full.", show_default=False),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="Time for all trainings together on this machine: 90s, 20min, 2h.",
-            show_default="20min",
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training.")] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="The paper's setting: recipes, sizes, 90,000 steps.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Start --full without confirmation.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings per row.")] = 1,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Trainings at a time.",
-            show_default="one per GPU, or per two cores; with --full 1",
-        ),
-    ] = None,
-    row: Annotated[
-        _Names,
-        typer.Option(
-            metavar="KEY",
-            help="Train only this row (paper list --rows). Repeatable.",
-            show_default="all",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Output folder; finished trainings in it are kept.", show_default="paper/DATA"
-        ),
-    ] = None,
-    recipe: Annotated[str, typer.Option(help="Base recipe of the rows, without --full.")] = "quick",
-    backbone: Annotated[
-        _Names,
-        typer.Option(
-            help="Replaces resnet50; second: resnet101; third: resnext101_32x8d. The last one "
-            "replaces the rest too.",
-            show_default=False,
-        ),
-    ] = None,
-    backbone_weights: Annotated[
-        _Names,
-        typer.Option(help="File, default, or none; one per --backbone.", show_default=False),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=32,
-            help="Replaces the paper's 600 px, without --full.",
-            show_default="the recipe's",
-        ),
-    ] = None,
-    results: Annotated[
-        _Names,
-        typer.Option(
-            metavar="NAME=FILE",
-            help="COCO results of another detector on the val split, as a row of table2.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    data: _Data = None,
+    budget: _Budget = None,
+    steps: _Steps = None,
+    full: _Full = False,
+    yes: _Yes = False,
+    seeds: _Seeds = 1,
+    jobs: _Jobs = None,
+    row: _Row = None,
+    out: _Out = None,
+    recipe: _RecipeName = "quick",
+    backbone: _Backbone = None,
+    backbone_weights: _BackboneWeights = None,
+    image_size: _ImageSize = None,
+    results: _Results = None,
+    device: _Device = "auto",
+    json: _Json = False,
 ) -> None:
     """Run one of the paper's tables or figures, or all.
 
@@ -157,7 +169,9 @@ def run(
     _check_rows(name, experiments, row or ())
     external = _external_results(results or [], [experiment.name for experiment in experiments])
     _check_lengths(full, budget, steps, recipe, image_size)
-    trained = [one.name for one in experiments if any(row.trained for row in one.rows)]
+    trained = [
+        experiment.name for experiment in experiments if any(row.trained for row in experiment.rows)
+    ]
     if trained and data is None:
         raise typer.BadParameter(
             f"{', '.join(trained)}: rows are trained, so name the data: --data DIR with --budget "
@@ -393,7 +407,7 @@ def _print(outputs: Outputs, folder: Path, json: bool) -> None:
             say(line)
         if result.claims:
             columns = ["the paper says", "paper", "here", "verdict"]
-            claims = [[*one.cells(labels=False), one.marked_verdict] for one in result.claims]
+            claims = [[*claim.cells(labels=False), claim.marked_verdict] for claim in result.claims]
             table("", columns, claims, left=4)
     for file in outputs.figures:
         say(f"figure   {file}")

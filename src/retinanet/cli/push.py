@@ -1,4 +1,4 @@
-"""``retinanet push``: a run on the Hugging Face hub, with a model card that the run fills in."""
+"""``retinanet push``: push a run to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from retinanet.cli.console import note, print_json, say
 
 def push(
     run: Annotated[Path, typer.Argument(help="A run or checkpoint folder.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to on the hub.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     *,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="What the run was trained on: its counts and example images go into the card.",
+            help="The run's training data, for counts and example images in the card.",
         ),
     ] = None,
     dry_run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write what would be pushed into this new folder."),
+        typer.Option(metavar="DIR", help="Write the files into this new folder, without pushing."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository so that only you see it.")
+        bool, typer.Option("--private", help="Create a private repository.")
     ] = False,
     message: Annotated[
-        str | None, typer.Option(help="Of the commit.", show_default="A trained RetinaNet")
+        str | None, typer.Option(help="Commit message.", show_default="A trained RetinaNet")
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Of the weights, as the hub names it: apache-2.0, mit, ...")
+        str | None,
+        typer.Option(help="License of the weights by its name on the hub: apache-2.0, mit, ..."),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Id of the data on the hub.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of the data set on the hub.")] = None,
     token: Annotated[
         str | None,
         typer.Option(
-            help="Of the hub; HF_TOKEN or 'hf auth login' keep it out of the shell's history.",
-            show_default="huggingface_hub's own",
+            help="Access token; HF_TOKEN or 'hf auth login' keep it out of the shell history.",
+            show_default="that of huggingface_hub",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="For the example images: auto, cpu, cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device for the example images: auto, cpu, cuda.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Put a trained model on the Hugging Face hub; others then load it as hf://OWNER/NAME.
+    """Push a trained model to the Hugging Face hub; it then loads as hf://OWNER/NAME.
 
-    The weights, the settings, the metrics and a model card go in one commit. Paths of this machine
-    do not; images do only with --data. Look at it first with --dry-run.
+    Weights, settings, metrics and a model card are pushed in one commit, without paths of this
+    machine, and with images only for --data. See the files first with --dry-run.
     """
     from retinanet.hub.push import prepare
     from retinanet.hub.push import push as push_run
@@ -59,7 +62,7 @@ def push(
         if json:
             print_json({"folder": dry_run, "files": files})
         else:
-            say(f"{', '.join(files)} are in {dry_run}; nothing was pushed")
+            say(f"{dry_run} has {', '.join(files)}; nothing was pushed")
         return
     done = push_run(
         run,
@@ -71,7 +74,7 @@ def push(
         license=license,
         dataset=dataset,
         device=device,
-        tell=note,
+        progress=note,
     )
     if json:
         print_json({"name": done.name, "url": done.url, "commit": done.commit, "files": done.files})

@@ -1,4 +1,4 @@
-"""``retinanet report``: the paper's Figures 4 and 2 for a user's own models."""
+"""``retinanet report``: the paper's Figures 4 and 2 for your own models."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import plain, print_json, progress, say, table
+from retinanet.cli.settings import Backend, Device, Precision
 
 if TYPE_CHECKING:
     from retinanet.report.loss_distribution import LossDistribution
     from retinanet.report.speed_accuracy import SpeedAccuracy
 
+_DATA_HELP = "Labelled folder or file, in any format that data check reads."
+
 Split = Annotated[
     str | None,
     typer.Option(
-        help="train, val, test, all, or another that the data has.",
-        show_default="val, or what a label file holds",
+        help="Split: train, val, test, all, or another of the data.",
+        show_default="val, or that of a label file",
     ),
 ]
 Out = Annotated[
-    Path | None,
-    typer.Option(help="Where the files go.", show_default="the run folder's reports/"),
+    Path | None, typer.Option(help="Output folder.", show_default="the run folder's reports/")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")]
-Backend = Annotated[str, typer.Option(help="auto, torch, compile or openvino.")]
 Calibrate = Annotated[
-    str | None, typer.Option(help="Images on which int8 is calibrated; not those judged.")
+    str | None,
+    typer.Option(help="Images to calibrate int8 on; not those of the evaluation."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the written JSON file's content.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the content of the JSON file.")]
 
 
 def loss_distribution(
     run: Annotated[
-        str, typer.Argument(help="A run folder, a checkpoint, or torchvision/NAME.", metavar="RUN")
+        str, typer.Argument(help="Run folder, checkpoint, or torchvision/NAME.", metavar="RUN")
     ],
-    data: Annotated[
-        Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
-    ],
+    data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
     *,
     split: Split = None,
     gamma: Annotated[
         list[float] | None,
-        typer.Option(help="Of the focal loss; may be given again.", show_default="0, .5, 1 and 2"),
+        typer.Option(
+            help="Gamma of the focal loss. May be repeated.", show_default="0, .5, 1 and 2"
+        ),
     ] = None,
     out: Out = None,
     image_size: Annotated[
@@ -58,16 +58,16 @@ def loss_distribution(
     calibrate: Calibrate = None,
     json: Json = False,
 ) -> None:
-    """Which anchors hold a model's loss: the paper's Figure 4.
+    """Plot the distribution of a model's loss over anchors (the paper's Figure 4).
 
-    The share of the loss that the easiest anchors hold, objects and background apart, if the model
-    were judged by the focal loss with each gamma.
+    The cumulative share of the focal loss over anchors sorted by their loss, for positives and
+    negatives, with each gamma.
     """
     from retinanet.report.loss_distribution import GAMMAS
     from retinanet.report.loss_distribution import loss_distribution as measure
     from retinanet.report.paper_plots import plot_loss_distribution
 
-    with progress("looking at anchors") as show:
+    with progress("computing losses") as show:
         result = measure(
             run,
             data,
@@ -82,13 +82,13 @@ def loss_distribution(
         )
     stem = _stem(out, run, f"loss-distribution-{result.split}")
     files = plot_loss_distribution(result, stem, title=f"{_name(run)} on {result.split}")
-    answer = {"model": run, **result.to_dict()}
-    written = [*files, _write_json(stem, answer)]
+    content = {"model": run, **result.to_dict()}
+    written = [*files, _write_json(stem, content)]
     if json:
-        print_json(answer)
+        print_json(content)
         return
-    _show_distribution(result)
-    _show_files(written)
+    _print_distribution(result)
+    _print_files(written)
 
 
 def speed_accuracy(
@@ -97,24 +97,20 @@ def speed_accuracy(
         typer.Argument(metavar="RUN", help="Run folders, checkpoints, or torchvision/NAME."),
     ],
     *,
-    data: Annotated[
-        Path, typer.Option(help="A labelled folder or file, in any format that data check reads.")
-    ],
+    data: Annotated[Path, typer.Option(help=_DATA_HELP)],
     split: Split = None,
     scale: Annotated[
         list[int] | None,
         typer.Option(
-            help="Shorter side in pixels; may be given again.",
+            help="Shorter side in pixels. May be repeated.",
             show_default="4/6 to 8/6 of each model's, as the paper's 400 to 800",
         ),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="How often each is timed; they take turns.")
-    ] = 7,
-    images: Annotated[int, typer.Option(min=1, help="How many are timed.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 7,
+    images: Annotated[int, typer.Option(min=1, help="Number of images that are timed.")] = 8,
     out: Out = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images at once, for AP; single ones are timed.")
+        int, typer.Option(min=1, help="Batch size for AP; single images are timed.")
     ] = 4,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -122,16 +118,16 @@ def speed_accuracy(
     calibrate: Calibrate = None,
     json: Json = False,
 ) -> None:
-    """AP against time over scales on this machine: the paper's Figure 2.
+    """Plot AP against time at several scales on this machine (the paper's Figure 2).
 
-    The time is that of network and post-processing for one image that is decoded and resized.
+    The time is that of network and post-processing for one decoded and resized image.
     """
     from retinanet.bench.machine import describe_machine
     from retinanet.model.precision import choose_device
     from retinanet.report.paper_plots import plot_speed_accuracy, speed_marks
     from retinanet.report.speed_accuracy import speed_accuracy as measure
 
-    models = _named(runs)
+    models = name_models(runs)
     machine = describe_machine(choose_device(device))
     with progress("measuring") as show:
         result = measure(
@@ -150,114 +146,97 @@ def speed_accuracy(
             progress=show,
         )
     stem = _stem(out, runs[0], f"speed-accuracy-{result.split}")
-    answer = {"models": models, **result.to_dict()}
-    written = [_write_json(stem, answer)]
+    content = {"models": models, **result.to_dict()}
+    written = [_write_json(stem, content)]
     marks = speed_marks(result)
     if marks:
         where = f"{Path(result.source).name} ({result.split}), {result.images} images"
         written = [*plot_speed_accuracy(marks, stem, where=where, machine=machine.name), *written]
     if json:
-        print_json(answer)
+        print_json(content)
         return
-    _show_speed(result)
+    _print_speed(result)
     say(f"on {machine.name}; {result.points[0].network}")
     if not marks:
-        say("nothing is drawn: the data has no object, so there is no AP")
-    _show_files(written)
+        say("no figure is drawn: the data has no ground-truth box, so AP is undefined")
+    _print_files(written)
 
 
-def _show_distribution(result: LossDistribution) -> None:
-    for kind, curves, taken, every in (
+def _print_distribution(result: LossDistribution) -> None:
+    for kind, curves, taken, total in (
         ("positives", result.positives, result.positives_taken, result.positive_anchors),
         ("negatives", result.negatives, result.negatives_taken, result.negative_anchors),
     ):
         parts = list(curves[0].hardest)
-        share = "" if taken == every else f" of {every:,}"
+        share = "" if taken == total else f" of {total:,}"
         table(
             f"{kind}: {taken:,} anchors{share} in {result.images} images; "
-            "share of the loss held by the hardest",
+            "share of the loss in the hardest",
             ["gamma", *(f"{part:.0%}" for part in parts), "mean loss"],
             [
-                (
-                    f"{one.gamma:g}",
-                    *(f"{one.hardest[part]:.1%}" for part in parts),
-                    f"{one.mean:.3g}",
-                )
-                for one in curves
+                (f"{c.gamma:g}", *(f"{c.hardest[part]:.1%}" for part in parts), f"{c.mean:.3g}")
+                for c in curves
             ],
         )
 
 
-def _show_speed(result: SpeedAccuracy) -> None:
+def _print_speed(result: SpeedAccuracy) -> None:
     table(
-        f"{result.images} images; {result.timed} timed one by one, {result.rounds} rounds",
+        f"{result.images} images; {result.timed} timed singly, {result.rounds} rounds",
         ["model", "scale", "AP", "AP50", "APs", "APm", "APl", "ms (quartiles)"],
         [
             (
-                one.model,
-                one.scale,
-                one.ap,
-                one.ap50,
-                one.ap_small,
-                one.ap_medium,
-                one.ap_large,
-                f"{one.milliseconds:.1f} ({one.milliseconds_low:.1f}-{one.milliseconds_high:.1f})",
+                *(p.model, p.scale, p.ap, p.ap50, p.ap_small, p.ap_medium, p.ap_large),
+                f"{p.milliseconds:.1f} ({p.milliseconds_low:.1f}-{p.milliseconds_high:.1f})",
             )
-            for one in result.points
+            for p in result.points
         ],
     )
 
 
-def _show_files(files: Sequence[Path]) -> None:
-    names = ", ".join(file.name for file in files)
-    say(f"{names} {'is' if len(files) == 1 else 'are'} in {files[0].parent}")
+def _print_files(files: Sequence[Path]) -> None:
+    say(f"wrote {', '.join(file.name for file in files)} to {files[0].parent}")
 
 
 def _stem(out: Path | None, run: str, name: str) -> Path:
-    """The files' path without suffix: in `out`, or in the run folder that the model is of."""
+    """Path of the files without suffix: in `out`, or in the model's run folder."""
     if out is not None:
         return out / name
-    folder = _run_folder(Path(run))
-    return (Path() if folder is None else folder) / "reports" / name
+    return (_run_folder(run) or Path()) / "reports" / name
 
 
-def _run_folder(model: Path) -> Path | None:
-    """The run folder that a checkpoint is of; None: it is of none."""
+def _run_folder(run: str) -> Path | None:
+    """Run folder of a checkpoint; None if it has none."""
+    model = Path(run)
     folders = (model, model.parent, model.parent.parent)
-    held = (one for one in folders if (one / "config.toml").is_file() and model.exists())
-    return next(held, None)
+    return next((x for x in folders if (x / "config.toml").is_file() and model.exists()), None)
 
 
 def _name(run: str) -> str:
-    """What a model is called: its run folder's name, or what was given."""
-    folder = _run_folder(Path(run))
+    """Name of a model: its run folder's, else the argument."""
+    folder = _run_folder(run)
     return run if folder is None else folder.resolve().name
 
 
-def _named(runs: Sequence[str]) -> dict[str, str]:
-    """Models by name; where two would have the same, with the folders over them as well.
+def name_models(runs: Sequence[str]) -> dict[str, str]:
+    """Models by name: the run folder's, with as many parent folders as make the names unique.
 
     Raises:
-        ConfigError: one is given twice.
+        ConfigError: a model is given twice.
     """
     from retinanet.errors import ConfigError
 
-    folders = [_run_folder(Path(run)) for run in runs]
-    whole = [
-        Path(run) if folder is None else folder.resolve()
-        for run, folder in zip(runs, folders, strict=True)
-    ]
-    # best/ and last/ of one run are told apart by what was given.
-    whole = [
-        Path(run) if whole.count(path) > 1 else path for run, path in zip(runs, whole, strict=True)
-    ]
-    twice = [run for place, run in enumerate(runs) if whole[place] in whole[:place]]
+    twice = [run for i, run in enumerate(runs) if Path(run) in map(Path, runs[:i])]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice: name each run once")
-    for kept in range(1, max(len(path.parts) for path in whole) + 1):
+    folders = [_run_folder(run) for run in runs]
+    resolved = [folder and folder.resolve() for folder in folders]
+    # best/ and last/ of a run, and models without a run folder, keep the argument as their name.
+    paths = [path if path and resolved.count(path) == 1 else None for path in resolved]
+    for depth in range(1, 1 + max((len(path.parts) for path in paths if path), default=1)):
         names = [
-            run if folder is None else str(Path(*path.parts[-kept:]))
-            for run, folder, path in zip(runs, folders, whole, strict=True)
+            str(Path(*path.parts[-depth:])) if path else run
+            for run, path in zip(runs, paths, strict=True)
         ]
         if len(set(names)) == len(names):
             break

@@ -1,11 +1,10 @@
-"""``retinanet serve``: a page and REST about one model or several."""
+"""``retinanet serve``: serve models to browsers and programs."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -25,54 +24,50 @@ from retinanet.cli.settings import (
 _KEY = "RETINANET_API_KEY"
 
 
+def _option(help_text: str, default: str) -> Any:
+    return typer.Option(help=help_text, show_default=default)
+
+
 def serve(
     models: Annotated[
         list[str],
         typer.Argument(
             metavar="MODEL...",
             help="Run folders, checkpoints, exported files, torchvision/NAME or hf://OWNER/NAME; "
-            "NAME=MODEL gives it another name. The first answers where none is named.",
+            "NAME=MODEL sets the model's name. The first is the default model.",
         ),
     ],
     *,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: one that is free.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
     workers: Annotated[
-        int, typer.Option(help="Threads that run the network, which share the cores of a CPU.")
+        int, typer.Option(help="Threads that run the network; they share the CPU cores.")
     ] = 1,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Images of one size that the network takes at once.",
-            show_default="1 on a CPU, else 8",
-        ),
+        int | None, _option("Maximum images per batch, all of one size.", "1 on a CPU, else 8")
     ] = None,
     max_wait_ms: Annotated[
-        float | None, typer.Option(help="Wait so long for a batch to fill.", show_default="0")
+        float | None, _option("Milliseconds to wait for a batch to fill.", "0")
     ] = None,
     queue: Annotated[
-        int | None,
-        typer.Option(help="Images in work and waiting; over it: 503.", show_default="128"),
+        int | None, _option("Maximum images waiting or in work; others get a 503.", "128")
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(help="Of a request.", show_default="33,554,432")
+        int | None, _option("Maximum request size in bytes.", "33,554,432")
     ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Of an image.", show_default="50,000,000")
-    ] = None,
-    max_images: Annotated[int | None, typer.Option(help="Of a request.", show_default="32")] = None,
+    max_pixels: Annotated[int | None, _option("Maximum pixels per image.", "50,000,000")] = None,
+    max_images: Annotated[int | None, _option("Maximum images per request.", "32")] = None,
     timeout: Annotated[
-        float | None,
-        typer.Option(help="Seconds for a request, upload included.", show_default="60"),
+        float | None, _option("Maximum seconds per request, upload included.", "60")
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(
-            help=f"Ask for it. In the environment, as {_KEY}, other users of this machine do not "
-            "see it.",
-            show_default="none",
+        _option(
+            f"Key that requests must send. Prefer the environment variable {_KEY}: other users of "
+            "this machine can read a command line.",
+            "none",
         ),
     ] = None,
     score_threshold: ScoreThreshold = None,
@@ -80,24 +75,24 @@ def serve(
     class_agnostic: ClassAgnostic = False,
     detections_per_image: DetectionsPerImage = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
+        int | None, _option("Shorter side of the network input in pixels.", "the model's")
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: Backend = "auto",
     calibrate: Annotated[
-        str | None, typer.Option(help="Images on which int8 is calibrated.")
+        str | None, typer.Option(help="Images for the calibration of int8.")
     ] = None,
 ) -> None:
-    """Serve models to browsers (a page) and programs (REST), until Ctrl-C.
+    """Serve models to browsers (a page) and programs (REST) until Ctrl-C.
 
-    Requests that run are finished first; a second Ctrl-C ends at once.
+    Running requests are finished first; a second Ctrl-C exits at once.
     """
-    from retinanet.serve import Settings, build_app, check_installed
-    from retinanet.serve.models import judged, model_names
+    from retinanet.serve import Settings, check_installed
+    from retinanet.serve.models import model_names
 
     check_installed()
-    given: dict[str, Any] = {
+    limits = {
         "workers": workers,
         "batch_size": batch_size,
         "max_wait_ms": max_wait_ms,
@@ -108,47 +103,53 @@ def serve(
         "timeout": timeout,
         "api_key": os.environ.get(_KEY) if api_key is None else api_key,
     }
-    assert given.keys() <= {one.name for one in fields(Settings)}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    named = model_names(models)
-
-    from retinanet.inference import load
-    from retinanet.serve.server import bind, serve, share_cores
-
+    settings = Settings(**{name: value for name, value in limits.items() if value is not None})  # type: ignore[arg-type]
     thresholds = thresholds_of(
         score_threshold=score_threshold,
         nms_threshold=nms_threshold,
         class_agnostic=class_agnostic,
         detections_per_image=detections_per_image,
     )
-    with bind(host, port) as listening:
+    load_options = {
+        "device": device,
+        "precision": precision,
+        "backend": backend,
+        "calibrate": calibrate,
+        "image_size": image_size,
+        **thresholds,
+    }
+    _run(model_names(models), settings, (host, port), load_options)
+
+
+def _run(
+    paths: dict[str, str], settings: Any, address: tuple[str, int], load_options: dict[str, Any]
+) -> None:
+    """Load the models and serve them; `address` is (host, port)."""
+    from retinanet.inference import load
+    from retinanet.serve import build_app
+    from retinanet.serve.models import model_metrics
+    from retinanet.serve.server import bind, serve, share_cores
+
+    host = address[0]
+    with bind(*address) as listener:
         share_cores(settings.workers)
         detectors = {}
-        for name, path in named.items():
-            detectors[name] = load(
-                path,
-                device,
-                precision=precision,
-                backend=backend,
-                calibrate=calibrate,
-                image_size=image_size,
-                **thresholds,
-            )
+        for name, path in paths.items():
+            detectors[name] = load(path, **load_options)
             note(f"{name}: {detectors[name].network.description}")
-        app = build_app(
-            detectors, settings, judged={name: judged(path) for name, path in named.items()}
-        )
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listening.getsockname()[1]}"
+        metrics = {name: model_metrics(path) for name, path in paths.items()}
+        app = build_app(detectors, settings, metrics=metrics)
         if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            note("whoever reaches this address may use it: --api-key asks for a key")
-        ended = serve(
-            app, listening, settings, ready=lambda: say(f"serving at {address}; Ctrl-C ends it")
-        )
-    if ended.at_once:
-        # Threads are in the middle of a network: Python's own end would pull it from under them.
-        note("stopped at once: requests were left")
+            note(
+                "warning: no API key set; anyone who can reach this address can use the service; "
+                "set one with --api-key"
+            )
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        ready = f"serving at {url}; Ctrl-C to stop"
+        server = serve(app, listener, settings, on_ready=lambda: say(ready))
+    if server.force_exit:
+        note("stopped without finishing running requests")
         sys.stdout.flush()
-        os._exit(STOPPED)
-    if ended.signal == signal.SIGINT:
+        os._exit(STOPPED)  # Python's own exit would free memory that network threads still use
+    if server.exit_signal == signal.SIGINT:
         raise typer.Exit(STOPPED)

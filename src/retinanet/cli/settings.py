@@ -1,4 +1,4 @@
-"""Settings from the command line: a recipe, options, and ``key=value``."""
+"""Options that several commands share, and the recipe that they make up."""
 
 from __future__ import annotations
 
@@ -14,30 +14,27 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Any setting, as in train.lr=0.005; train --show-recipe lists them.",
+        help="Any setting, such as train.lr=0.005; train --show-recipe prints all.",
         show_default=False,
     ),
 ]
 
 ScoreThreshold = Annotated[
     float | None,
-    typer.Option(help="Boxes under it are dropped.", show_default="the model's, .05"),
+    typer.Option(help="Drop boxes with a lower score.", show_default="the model's, .05"),
 ]
 NmsThreshold = Annotated[
     float | None,
-    typer.Option(
-        help="Of two boxes with more IoU the weaker goes.", show_default="the model's, .5"
-    ),
+    typer.Option(help="IoU threshold for NMS.", show_default="the model's, .5"),
 ]
-ClassAgnostic = Annotated[
-    bool, typer.Option("--class-agnostic", help="One box a place, whatever the class.")
-]
+ClassAgnostic = Annotated[bool, typer.Option("--class-agnostic", help="Class-agnostic NMS.")]
 DetectionsPerImage = Annotated[
-    int | None, typer.Option(help="Boxes an image.", show_default="the model's, 100")
+    int | None,
+    typer.Option(help="Maximum number of boxes per image.", show_default="the model's, 100"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bf16, fp16 or int8.")]
-Backend = Annotated[str, typer.Option(help="auto, torch, compile or openvino.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="Precision: auto, float32, bf16, fp16 or int8.")]
+Backend = Annotated[str, typer.Option(help="Inference engine: auto, torch, compile or openvino.")]
 
 
 def thresholds_of(
@@ -47,7 +44,7 @@ def thresholds_of(
     class_agnostic: bool,
     detections_per_image: int | None,
 ) -> dict[str, Any]:
-    """Those that were given, by the names that a detector has for them."""
+    """Return the given thresholds by the names that a detector has for them."""
     given = {
         "score_threshold": score_threshold,
         "nms_threshold": nms_threshold,
@@ -66,7 +63,7 @@ def resolve_recipe(
     steps: int | None = None,
     image_size: int | None = None,
 ) -> Recipe:
-    """The recipe `name` with the options laid over it, and ``key=value`` settings over those.
+    """Load the recipe `name`, and override it with options, then ``key=value`` settings.
 
     Args:
         name: as :func:`retinanet.config.load_recipe` takes it.
@@ -82,10 +79,10 @@ def resolve_recipe(
     from retinanet.errors import ConfigError
 
     if epochs is not None and steps is not None:
-        raise ConfigError("--epochs and --steps both say how long to train: give one of them")
+        raise ConfigError("--epochs and --steps both set the length of the run: give one of them")
     options = [f"{key}={value}" for key, value in (given or {}).items() if value is not None]
     if epochs is not None:
-        # Exactly so many: the recipe's limits are for lengths that it chooses itself.
+        # An exact number: the recipe's limits are for lengths that it computes itself.
         options += [f"train.epochs={epochs}", "train.min_steps=1", "train.max_steps=1_000_000_000"]
     if steps is not None:
         options.append(f"train.steps={steps}")
@@ -97,7 +94,7 @@ def resolve_recipe(
 
 
 def tile_of(given: str | None) -> int | str | None:
-    """``--tile``: None, ``auto``, or pixels.
+    """Parse ``--tile``: None, ``auto``, or pixels.
 
     Raises:
         ConfigError: it is neither.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retinanet.cli.console import print_json, say
 from retinanet.cli.settings import Settings, resolve_recipe
-from retinanet.cli.training import describe_figures, run_training, write_report
+from retinanet.cli.training import describe_figures, run_overfit, run_training, write_report
+
+if TYPE_CHECKING:
+    from retinanet.training.overfit import OverfitResult
 
 
 def train(
@@ -52,10 +56,19 @@ def train(
         int | None, typer.Option(min=1, help="Images a step; the learning rate follows.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=32, help="Shorter side in pixels.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="auto, float32, bf16 or fp16.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the split, the weights and the order.")
+    ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Learn N images without augmentation, as a test of the whole pipeline; "
+            "exit code 1 if they are not learned.",
+        ),
     ] = None,
     show_recipe: Annotated[
         bool, typer.Option("--show-recipe", help="Print every setting as TOML and stop.")
@@ -87,6 +100,12 @@ def train(
         return
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
+    if overfit is not None:
+        result = run_overfit(
+            chosen, data, out, num_images=overfit, steps=steps, device=device, init=init
+        )
+        _show_overfit(result, json=json)
+        raise typer.Exit(result.exit_code)
     folder = out or Path("runs") / (data.resolve().stem or "run")
     run = run_training(chosen, data, folder, device=device, init=init)
     report = write_report(run)
@@ -99,3 +118,15 @@ def train(
     if report is not None:
         say(f"report   {report}")
     say(f"next     retinanet detect {shlex.quote(str(run.folder))} IMAGES --out found")
+
+
+def _show_overfit(result: OverfitResult, *, json: bool) -> None:
+    if json:
+        print_json({**asdict(result), "learned": result.learned})
+        return
+    loss = f"loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
+    say(f"overfit  {result.images} images, {result.step} steps: AP50 {result.ap50:.3f}, {loss}")
+    if result.learned:
+        say("verdict  learned: data, network, loss, training and evaluation work together")
+    elif result.exit_code == 1:
+        say(f"verdict  not learned; {result.hint}")

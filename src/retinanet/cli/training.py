@@ -1,7 +1,8 @@
-"""What training looks like while it runs, for ``train`` and ``demo`` alike."""
+"""Progress display of ``train`` and ``demo``."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from retinanet.cli.console import TERMINATED, err, figure, note, seconds
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.training.events import Event
+    from retinanet.training.overfit import OverfitResult
     from retinanet.training.trainer import Run
 
 _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
@@ -48,8 +50,34 @@ def run_training(
     return run
 
 
+def run_overfit(
+    recipe: Recipe,
+    data: str | Path,
+    folder: Path | None,
+    *,
+    num_images: int,
+    steps: int | None,
+    device: str,
+    init: str | None,
+) -> OverfitResult:
+    """Learn a few images with a progress bar; without a folder the run is deleted afterwards."""
+    from retinanet.training.overfit import overfit
+
+    with tempfile.TemporaryDirectory() as scratch, _Display("overfitting") as display:
+        return overfit(
+            recipe,
+            data,
+            folder or Path(scratch) / "run",
+            num_images=num_images,
+            steps=steps,
+            device=device,
+            init=init,
+            on_event=display.show,
+        )
+
+
 def write_report(run: Run) -> Path | None:
-    """The run's ``report.html`` and plots; a report that fails costs a line, not the run."""
+    """Write ``report.html`` and plots; warn where that fails, since the run itself succeeded."""
     from retinanet.report.html import write_report as write
 
     try:
@@ -60,7 +88,7 @@ def write_report(run: Run) -> Path | None:
 
 
 class _Display:
-    """A bar and a line of figures on a terminal; elsewhere a line now and then."""
+    """A progress bar and a line of metrics on a terminal; elsewhere a line every 30 seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -87,7 +115,7 @@ class _Display:
             self._live.stop()
 
     def show(self, event: Event) -> None:
-        """Draw what training says of itself."""
+        """Display an event."""
         data = event.data
         match event.kind:
             case "start" | "resume":
@@ -120,17 +148,19 @@ class _Display:
 
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
-    """What is about to be trained, in a line."""
-    begins = "training" if kind == "start" else f"going on from step {data['step']}:"
+    """Describe the training in a line."""
+    begins = "training" if kind == "start" else f"resuming from step {data['step']}:"
+    many = "process" if data["processes"] == 1 else "processes"
     return (
         f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
         f"of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
-        f"{data['device']}, {data['precision']}; split: {data['split_origin']}"
+        f"{data['processes']} {many} on {data['device']}, {data['precision']}; "
+        f"split: {data['split_origin']}"
     )
 
 
 def describe_step(data: Mapping[str, Any]) -> str:
-    """One step's figures, in a line."""
+    """Describe a step's metrics in a line."""
     return ", ".join(
         (
             f"loss {data['loss']:.3f} (class {data['loss_classification']:.3f}, "

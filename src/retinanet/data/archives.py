@@ -1,10 +1,10 @@
-"""Images inside tar archives, read in place: ``train-000000.tar/KEY.jpg`` is an address as any.
+"""Read images inside tar archives in place: ``train-000000.tar/KEY.jpg`` is a path like any other.
 
-A member lies in a tar as it is, so its place and size are all that reading it takes. They come from
-an index beside the archive (``train-000000.index.json``), else from going through its headers once.
-The archive may lie on a disk or at an fsspec address (``s3://bucket/train-000000.tar``), of which
-only the bytes of the member are fetched. A file is opened for each reading: that takes
-microseconds, and nothing is shared between threads and forked processes.
+A member of a tar is stored as is, so that its offset and size suffice to read it. They come from an
+index beside the archive (``train-000000.index.json``), else from its headers. The archive may be a
+local file or at an fsspec address (``s3://bucket/train-000000.tar``), of which only the bytes of
+the member are fetched. A file is opened per read, so nothing is shared between threads and forked
+processes.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from retinanet.errors import DataError, ImageError
 from retinanet.files import write_atomic
 
 SUFFIX = ".tar"
-"""Of archives, in lower case. A compressed one cannot be read in place."""
+"""Lower-case suffix of archives. A compressed one cannot be read in place."""
 
 INDEX_SUFFIX = ".index.json"
-"""Of the index beside an archive, in place of its own suffix."""
+"""Suffix of the index beside an archive, in place of its own."""
 
 _BLOCK = tarfile.BLOCKSIZE
 _INSIDE = re.compile(r"\.tar(?=[\\/]+(.+))", re.IGNORECASE | re.DOTALL)
 _REMOTE = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")  # one letter is a drive of Windows
-_AT_ONCE = 256  # ranges asked of a remote store
+_MAX_RANGES = 256  # per request to a remote store
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive; a path to whoever reads images.
+    """A file inside an archive.
 
     Attributes:
         archive: the archive's address.
         name: its name there, with ``/`` between folders.
         offset: of its first byte in the archive.
         size: bytes.
-        digest: of its bytes as :func:`digest_of` gives it; empty: not known.
-        content: its bytes, where they were fetched already.
+        digest: of its bytes as :func:`digest_of` computes it; empty if unknown.
+        content: its bytes, if they were fetched already.
     """
 
     archive: str
@@ -61,25 +61,22 @@ class Member:
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Read its bytes.
 
         Raises:
-            ImageError: the archive cannot be read, or has another thing at this place.
+            ImageError: the archive cannot be read, or has changed.
         """
-        if self.content is not None:
-            return self.content
-        (content,) = read_members([self])
-        return content
+        return next(read_members([self])) if self.content is None else self.content
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an archive holds.
+    """The members of an archive.
 
     Attributes:
-        members: its files by name, in its order.
-        repeated: names that come more than once; `members` has the first.
-        indexed: whether an index said so; else the archive was gone through.
+        members: by name, in the archive's order.
+        repeated: names that occur more than once; `members` has the first.
+        indexed: whether they come from an index, rather than from the headers.
     """
 
     members: Mapping[str, Member]
@@ -91,25 +88,25 @@ class Contents:
 
 
 def address_of(path: str | os.PathLike[str]) -> str:
-    """A path as text, the two slashes of ``s3://bucket`` put back where pathlib folded them."""
+    """Return a path as text, with both slashes of ``s3://bucket``, which pathlib folds into one."""
     text = os.fspath(path)
     found = _REMOTE.match(text)
     return f"{found.group(1)}://{text[found.end() :]}" if found else text
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether it is an fsspec address rather than a path of this machine."""
+    """Whether it is an fsspec address rather than a local path."""
     return _REMOTE.match(os.fspath(path)) is not None
 
 
 def archive_of(path: str | os.PathLike[str]) -> str | None:
-    """The address of the archive that a path goes into, or None; a folder x.tar is none."""
+    """Return the address of the archive that a path leads into, or None."""
     inside = _split(path)
     return inside[0] if inside else None
 
 
 def find_member(path: str | os.PathLike[str]) -> Member | None:
-    """The member that a path means; None where it goes into no archive.
+    """Return the member at a path; None if the path leads into no archive.
 
     Raises:
         ImageError: the archive has no such member.
@@ -128,13 +125,13 @@ def find_member(path: str | os.PathLike[str]) -> Member | None:
 
 
 def is_image_file(path: Path) -> bool:
-    """As :meth:`pathlib.Path.is_file`, also inside an archive."""
+    """Whether a file exists, also inside an archive."""
     inside = _split(path)
     return path.is_file() if inside is None else inside[1] in contents_of(inside[0]).members
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of a file, also inside an archive.
+    """Read a file, also inside an archive.
 
     Raises:
         OSError, DataError: it cannot be read.
@@ -144,7 +141,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file, also inside an archive.
+    """Return the size of a file in bytes, also inside an archive.
 
     Raises:
         OSError, DataError: it is not there.
@@ -154,7 +151,7 @@ def file_size(path: Path) -> int:
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """Archive and name within; nothing is opened but for a look whether the archive is a file."""
+    """Archive and name of the member; nothing is opened."""
     if isinstance(path, Member):
         return path.archive, path.name
     text = os.fspath(path)
@@ -169,59 +166,34 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def read_file(address: str) -> bytes:
-    """The whole of a file.
+    """Read a whole file.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         DataError: it cannot be read.
     """
-    if not is_remote(address):
-        try:
-            return Path(address).read_bytes()
-        except (IsADirectoryError, PermissionError) as error:
-            raise DataError(f"{address}: cannot be read: {error.strerror}") from None
-    with _failures_named(address):
-        system, path = _system(address)
+    with _store_errors(address):
+        system, path = _file_system(address)
         return bytes(system.cat_file(path))
 
 
 def list_names(address: str) -> list[str]:
-    """Names of what lies in a folder, sorted; none where it is no folder.
+    """Return the names in a folder, sorted; empty if it is no folder.
 
     Raises:
-        DataError: a remote store does not answer.
+        DataError: it cannot be read.
     """
-    if not is_remote(address):
-        try:
-            return sorted(os.listdir(address))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
     try:
-        with _failures_named(address):
-            system, path = _system(address)
-            listed = system.ls(path, detail=False)
+        with _store_errors(address):
+            system, path = _file_system(address)
+            paths = [str(listed).rstrip("/") for listed in system.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = {str(one).rstrip("/").rpartition("/")[2] for one in listed}
-    return sorted(names - {path.rstrip("/").rpartition("/")[2]})
+    return sorted({listed.rpartition("/")[2] for listed in paths if listed != path.rstrip("/")})
 
 
-def size_of_archive(address: str) -> int:
-    """Bytes of an archive.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        DataError: a remote store does not answer.
-    """
-    if not is_remote(address):
-        return os.stat(address).st_size
-    with _failures_named(address):
-        system, path = _system(address)
-        return int(system.info(path)["size"])
-
-
-def _system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
+def _file_system(address: str) -> tuple[Any, str]:
+    """Return fsspec's file system of an address, and the path in it."""
     import fsspec
 
     try:
@@ -232,8 +204,8 @@ def _system(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _failures_named(address: str) -> Iterator[None]:
-    """Whatever a remote store raises as one line with the address; a missing file stays one."""
+def _store_errors(address: str) -> Iterator[None]:
+    """Convert what a store raises to a DataError of one line, except for a missing file."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, DataError):
@@ -247,82 +219,79 @@ def _failures_named(address: str) -> Iterator[None]:
 
 
 def read_members(members: Sequence[Member]) -> Iterator[bytes]:
-    """The bytes of members of one archive, which is opened once, or of one remote store.
-
-    A remote store is asked for many at a time.
+    """Read members of one archive, or of several of one remote store.
 
     Raises:
-        ImageError: the archive cannot be read, or has another thing at a member's place.
+        ImageError: the archive cannot be read, or has changed.
     """
-    if not members:
-        return
-    # The header before a member is read with it: an index of another archive is seen at once.
-    spans = [(one.offset - _BLOCK, one.offset + one.size) for one in members]
-    if is_remote(members[0].archive):
-        for first in range(0, len(members), _AT_ONCE):
-            chunk = members[first : first + _AT_ONCE]
-            for member, data in zip(chunk, _ranges(chunk, spans[first:]), strict=True):
+    # The header before a member is read with it: an index of another archive is detected.
+    spans = [(member.offset - _BLOCK, member.offset + member.size) for member in members]
+    if members and is_remote(members[0].archive):
+        for first in range(0, len(members), _MAX_RANGES):
+            chunk = members[first : first + _MAX_RANGES]
+            for member, data in zip(chunk, _fetch(chunk, spans[first:]), strict=True):
                 yield _checked(member, data)
         return
-    place = 0
-    try:
-        with open(members[0].archive, "rb") as file:
-            for place, (start, end) in enumerate(spans):
+    for member, (start, end) in zip(members, spans, strict=True):
+        try:
+            with open(member.archive, "rb", buffering=0) as file:
                 file.seek(start)
-                yield _checked(members[place], file.read(end - start))
-    except OSError as error:
-        raise ImageError(
-            f"{os.fspath(members[place])}: cannot be read: {error.strerror or error}"
-        ) from None
-
-
-def _ranges(members: Sequence[Member], spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """What lies in these spans of remote archives, fetched side by side."""
-    try:
-        system, _ = _system(members[0].archive)
-        starts, ends = map(list, zip(*spans[: len(members)], strict=True))
-        paths = [_system(one.archive)[1] for one in members]
-        found = list(system.cat_ranges(paths, starts, ends, on_error="return"))
-    except DataError as error:
-        raise ImageError(str(error)) from None
-    except Exception as error:  # each store has its own
-        found = [error] * len(members)
-    for member, one in zip(members, found, strict=True):
-        if isinstance(one, Exception):
-            words = " ".join(str(one).split())
+                data = file.read(end - start)
+        except OSError as error:
             raise ImageError(
-                f"{os.fspath(member)}: cannot be read: {type(one).__name__}: {words}"
+                f"{os.fspath(member)}: cannot be read: {error.strerror or error}"
             ) from None
-    return found
+        yield _checked(member, data)
 
 
-def fetched(files: Sequence[str | Member]) -> list[str | Member]:
-    """The same files, those of a remote store with their bytes: one wait for all of them.
+def _fetch(members: Sequence[Member], spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Fetch spans of remote archives in parallel."""
+    starts, ends = map(list, zip(*spans[: len(members)], strict=True))
+    try:
+        with _store_errors(os.fspath(members[0])):
+            system, _ = _file_system(members[0].archive)
+            paths = [_file_system(member.archive)[1] for member in members]
+            results = list(system.cat_ranges(paths, starts, ends, on_error="return"))
+    except (DataError, OSError) as error:
+        raise ImageError(" ".join(str(error).split())) from None
+    for member, result in zip(members, results, strict=True):
+        if isinstance(result, Exception):
+            words = " ".join(str(result).split())
+            raise ImageError(
+                f"{os.fspath(member)}: cannot be read: {type(result).__name__}: {words}"
+            ) from None
+    return results
+
+
+def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
+    """Return the same files; members in remote archives with their bytes, fetched together.
 
     Raises:
         ImageError: as :func:`read_members`.
     """
-    remote = [one for one in files if isinstance(one, Member) and is_remote(one.archive)]
-    contents = iter(read_members(remote))
+    remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
+    contents = dict(zip(remote, read_members(remote), strict=True))
     return [
-        replace(one, content=next(contents))
-        if isinstance(one, Member) and is_remote(one.archive)
-        else one
-        for one in files
+        replace(file, content=contents[file])
+        if isinstance(file, Member) and file in contents
+        else file
+        for file in files
     ]
 
 
 def _checked(member: Member, data: bytes) -> bytes:
-    """A member without its header, which must be of its size and name."""
+    """Return the bytes of a member without its header, which must state its size."""
     try:
         header = tarfile.TarInfo.frombuf(data[:_BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         header = None
-    # A name of 100 bytes or more is cut in the header.
+    # A header states other names only in part: of 100 bytes or more, or not ASCII.
+    name = "" if header is None else _plain_name(header.name)
+    is_whole_name = len(name) < 90 and member.name.isascii()
     if (
         header is None
         or header.size != member.size
-        or (len(os.fsencode(header.name)) < 100 and _bare(header.name) != _bare(member.name))
+        or (is_whole_name and name != member.name)
         or len(data) != _BLOCK + member.size
     ):
         raise ImageError(
@@ -333,20 +302,11 @@ def _checked(member: Member, data: bytes) -> bytes:
     return data[_BLOCK:]
 
 
-_NOT_IN_HEADERS = re.compile(r"[^\x20-\x7e]|\?")
-
-
-def _bare(name: str) -> str:
-    """What of a name every header says: where another holds the name itself (pax), the header has
-    ``?`` or nothing for what is not ASCII."""
-    return _NOT_IN_HEADERS.sub("", _plain_name(name))
-
-
-# ---- what there is
+# ---- contents
 
 
 def index_of(archive: str) -> str:
-    """The address of the index beside an archive."""
+    """Return the address of the index beside an archive."""
     return f"{archive[: -len(SUFFIX)]}{INDEX_SUFFIX}"
 
 
@@ -356,7 +316,7 @@ def digest_of(content: bytes) -> str:
 
 
 def contents_of(archive: str) -> Contents:
-    """What an archive holds, by its index where it has one.
+    """Return the contents of an archive, by its index if it has one.
 
     Raises:
         DataError: there is no such archive, it is cut off or no tar, or its index does not fit it.
@@ -375,25 +335,31 @@ def contents_of(archive: str) -> Contents:
     return _contents(archive, index, (stat.st_size, stat.st_mtime_ns, of_index))
 
 
-@lru_cache(maxsize=256)  # images are asked for an archive after another
+@lru_cache(maxsize=256)
 def _contents(archive: str, index: str, stamp: tuple[int, ...] | None) -> Contents:
     try:
         content = read_file(index)
     except FileNotFoundError:
         return _scan(archive)
     try:
-        return _indexed(archive, index, content, stamp[0] if stamp else size_of_archive(archive))
+        return _indexed(archive, index, content, stamp[0] if stamp else _size(archive))
     except FileNotFoundError:
         raise DataError(f"{archive}: there is no such file") from None
 
 
+def _size(archive: str) -> int:
+    with _store_errors(archive):
+        system, path = _file_system(archive)
+        return int(system.info(path)["size"])
+
+
 def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
     try:
-        told = json.loads(content)
-        known = int(told["bytes"])
+        stated = json.loads(content)
+        known = int(stated["bytes"])
         members = [
             Member(archive, _plain_name(str(name)), int(offset), int(length), str(digest))
-            for name, offset, length, digest in told["members"]
+            for name, offset, length, digest in stated["members"]
         ]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
@@ -405,11 +371,11 @@ def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
             f"{archive}: has {size} bytes, and {known} when its index was made: it is cut off or "
             f"has changed; copy it again, or delete {index} to do without"
         )
-    for one in members:
-        if one.offset < _BLOCK or one.size < 0 or one.offset + one.size > size:
+    for member in members:
+        if member.offset < _BLOCK or member.size < 0 or member.offset + member.size > size:
             raise DataError(
-                f"{index}: says that {one.name} has {one.size} bytes from byte {one.offset} on, in "
-                f"an archive of {size}; delete it to do without"
+                f"{index}: says that {member.name} has {member.size} bytes from byte "
+                f"{member.offset} on, in an archive of {size}; delete it to do without"
             )
     return _contents_from(members, indexed=True)
 
@@ -426,19 +392,14 @@ def _contents_from(listed: list[Member], *, indexed: bool) -> Contents:
 
 
 def _scan(archive: str) -> Contents:
-    """An archive gone through, header by header."""
+    """Return the contents of an archive by its headers."""
     try:
-        if is_remote(archive):
-            with _failures_named(archive):
-                system, path = _system(archive)
-                with system.open(path, "rb", block_size=1 << 16) as file:
-                    return _scan_open(archive, file)
-        with open(archive, "rb") as file:
-            return _scan_open(archive, file)
+        with _store_errors(archive):
+            system, path = _file_system(archive)
+            with system.open(path, "rb", block_size=1 << 16) as file:
+                return _scan_open(archive, file)
     except FileNotFoundError:
         raise DataError(f"{archive}: there is no such file") from None
-    except OSError as error:
-        raise DataError(f"{archive}: cannot be read: {error.strerror or error}") from None
 
 
 def _scan_open(archive: str, file: IO[bytes]) -> Contents:
@@ -446,7 +407,7 @@ def _scan_open(archive: str, file: IO[bytes]) -> Contents:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                if info.size < 0:  # would lead back to itself, again and again
+                if info.size < 0:  # an endless loop
                     raise tarfile.ReadError("a negative size")
                 if info.isreg() and not info.issparse():
                     name = _plain_name(info.name)
@@ -469,7 +430,7 @@ def _scan_open(archive: str, file: IO[bytes]) -> Contents:
 
 
 def _plain_name(name: str) -> str:
-    """``./a/b`` is a/b."""
+    """``./a/b`` as ``a/b``."""
     return str(PurePosixPath(name)).lstrip("/")
 
 
@@ -477,10 +438,10 @@ def _plain_name(name: str) -> str:
 
 
 class ArchiveWriter:
-    """Writes an archive, and its index when closed; the same content gives the same bytes.
+    """Writes an archive, and its index when closed; reproducible to the byte.
 
     Args:
-        path: of the archive, which must end in .tar.
+        path: of the archive, ending in .tar.
     """
 
     def __init__(self, path: Path) -> None:
@@ -503,9 +464,9 @@ class ArchiveWriter:
         self._members.append((name, offset, len(content), digest_of(content)))
 
     def close(self) -> None:
-        """Write the archive's end, and the index."""
+        """Write the end of the archive, and the index."""
         self._tar.close()
-        lines = ",\n".join(json.dumps(one) for one in self._members)
+        lines = ",\n".join(json.dumps(member) for member in self._members)
         size = self._path.stat().st_size
         head = f'{{"archive": {json.dumps(self._path.name)}, "bytes": {size}, "members": [\n'
         write_atomic(index_of(str(self._path)), f"{head}{lines}\n]}}\n")

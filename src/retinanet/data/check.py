@@ -1,4 +1,4 @@
-"""What is wrong in a labelled data set, and how much of everything there is."""
+"""Check labels and images of a data set."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retinanet.data import archives
+from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.faults import CLIPPED, box_fault
 from retinanet.data.loading import usable_cpus
 from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 
 KINDS: dict[str, str] = {
-    "image-missing": "the image is not there",
-    "image-unreadable": "the file is no image, or damaged",
-    "image-truncated": "the file ends before its image does",
-    "image-extension": "the file is of another format than its name says",
+    "image-missing": "the image is missing",
+    "image-unreadable": "the file is not an image, or damaged",
+    "image-truncated": "the file is cut short",
+    "image-extension": "the file's extension is of another format",
     "image-in-two-splits": "the same image is in two splits",
     "image-id-duplicate": "two images have one id",
-    "image-changed": "an image in a shard is not what the shard's index says",
-    "index-missing": "a shard has no index, where the others have one",
-    "key-duplicate": "two files of a shard would be one sample",
-    "size-wrong": "the labels give the image another size than it has",
-    "label-missing": "an image has no label file where its format wants one",
+    "image-changed": "an image in a shard differs from the shard's index",
+    "index-missing": "a shard has no index, though others have",
+    "key-duplicate": "a sample of a shard is not unique",
+    "size-wrong": "the labels state another size of the image",
+    "label-missing": "an image has no label file, though the format requires one",
     "label-unreadable": "a label file, or a row of it, cannot be read",
     "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
     "class-duplicate": "two classes have one name",
-    "class-unknown": "an object's class is not in the list of classes",
+    "class-unknown": "an object's class is not listed",
     "box-not-a-number": "a box is not four finite numbers",
-    "box-inverted": "left and right, or top and bottom, are exchanged",
+    "box-inverted": "left and right, or top and bottom, are swapped",
     "box-empty": "a box has no width or no height",
-    "box-outside": "a box lies outside its image, wholly or in part",
-    "box-duplicate": "an object is there twice",
-    "box-rotated": "a box is turned, and boxes here are upright",
-    "shape-not-box": "an object is drawn as another shape than a box",
+    "box-outside": "a box is outside its image, wholly or in part",
+    "box-duplicate": "an object is listed twice",
+    "box-rotated": "a box is rotated",
+    "shape-not-box": "an object is labelled with another shape than a box",
 }
-"""Every kind of problem that can be reported, in words."""
+"""Descriptions of the problems by kind."""
 
-_CHUNK = 512  # images at a time: what waits for a thread stays small, however many there are
+_CHUNK = 512  # images submitted to the threads at a time
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What an image's file turned out to be.
+    """Result of opening an image file.
 
     Attributes:
-        height, width: of the upright image; None: it cannot be read.
-        orientation: EXIF's, 1..8.
-        suffix: the extension that its content should have; empty: its own is right.
-        file_digest, pixel_digest: of its bytes and of its pixels; empty: it cannot be read.
-        failure: kind and reason, where it cannot be read.
+        height, width: of the upright image; None if it cannot be read.
+        orientation: EXIF orientation, 1..8.
+        suffix: the extension of its content; empty if its own is right.
+        file_digest, pixel_digest: of its bytes and of its pixels; empty if it cannot be read.
+        failure: kind and reason, if it cannot be read.
     """
 
     height: int | None = None
@@ -76,12 +76,12 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What :func:`check_datasets` found.
+    """Result of :func:`check_datasets`.
 
     Attributes:
         problems: in the order of splits and images.
         statistics: by split.
-        image_info: what each file turned out to be.
+        image_info: result of opening each file.
     """
 
     problems: tuple[Problem, ...]
@@ -90,30 +90,30 @@ class CheckReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Problems by kind, the most frequent first."""
+        """Numbers of problems by kind, the most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Plain values for JSON."""
         return {
             "counts": self.counts,
-            "problems": [{**asdict(one), "file": str(one.file)} for one in self.problems],
-            "statistics": {split: asdict(one) for split, one in self.statistics.items()},
+            "problems": [{**asdict(p), "file": str(p.file)} for p in self.problems],
+            "statistics": {split: asdict(found) for split, found in self.statistics.items()},
         }
 
 
 def check_datasets(
     splits: Mapping[str, Dataset], *, progress: Callable[[int, int], None] | None = None
 ) -> CheckReport:
-    """Open every image and look at every object.
+    """Open every image and check every object.
 
-    Images are decoded in as many threads as there are processors, and forgotten at once: a few
-    hundred bytes of each stay in memory.
+    Images are decoded in as many threads as there are processors; a few hundred bytes per image
+    are kept.
 
     Args:
-        splits: as :func:`retinanet.data.formats.read_splits` gives them; overlapping ones (VOC's
-            trainval) would be reported as sharing images.
-        progress: is called with images done and in all.
+        splits: as :func:`retinanet.data.formats.read_splits` returns them; overlapping ones (VOC's
+            trainval) are reported as sharing images.
+        progress: called with the numbers of images done and in total.
     """
     paths = list(dict.fromkeys(i.path for dataset in splits.values() for i in dataset.images))
     image_info: dict[Path, ImageInfo] = {}
@@ -128,7 +128,9 @@ def check_datasets(
             problems += _image_problems(dataset, image, image_info[image.path])
     problems += [problem for _, _, problem in in_two_splits(splits, image_info)]
     sizes = {
-        p: (one.height, one.width) for p, one in image_info.items() if one.height and one.width
+        path: (info.height, info.width)
+        for path, info in image_info.items()
+        if info.height and info.width
     }
     return CheckReport(
         tuple(dict.fromkeys(problems)),
@@ -138,42 +140,40 @@ def check_datasets(
 
 
 def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
-    """The part of a data set that can be trained and evaluated on. No image is opened.
+    """Drop what cannot be trained or evaluated on. No image is opened.
 
-    Left out are images whose file is not there, and objects without a size: empty, inverted, not
-    a number, or wholly outside the image (by the labels' size). Boxes partly outside stay as they
-    are.
+    Dropped are missing images, and objects whose box is empty, inverted, not four finite numbers,
+    or wholly outside the image (by the size in the labels). Boxes partly outside are kept.
 
     Returns:
-        the data set without them (:attr:`Dataset.problems` unchanged), and what was left out and
-        why.
+        The data set without them (:attr:`Dataset.problems` unchanged), and a problem for each.
     """
-    left_out: list[Problem] = []
+    dropped: list[Problem] = []
     images: list[LabelledImage] = []
     for image in dataset.images:
         if not archives.is_image_file(image.path):
-            left_out.append(_missing(image))
+            dropped.append(_missing(image))
             continue
         kept: list[Annotation] = []
         for annotation in image.annotations:
-            fault = box_fault(annotation.box, image.width, image.height)
+            fault = check_box(annotation.box, image.width, image.height)
             if fault is None or fault[2] == CLIPPED:
                 kept.append(annotation)
             else:
-                left_out.append(_box_problem(dataset, image, annotation, fault))
+                dropped.append(_box_problem(dataset, image, annotation, fault))
         same = len(kept) == len(image.annotations)
         images.append(image if same else replace(image, annotations=tuple(kept)))
-    return replace(dataset, images=tuple(images)), left_out
+    return replace(dataset, images=tuple(images)), dropped
 
 
 # ---- images
 
 
 def _open_all(paths: Sequence[Path]) -> Iterator[ImageInfo]:
-    """Each file's :class:`ImageInfo`, in order."""
+    """Open files in threads, in order."""
     waiting = iter(paths)
     with ThreadPoolExecutor(usable_cpus()) as pool, warnings.catch_warnings():
-        # Pillow warns of huge images and odd EXIF; what hinders reading is raised.
+        # Pillow warns of huge images and odd EXIF; failures are raised.
         warnings.simplefilter("ignore")
         while chunk := list(islice(waiting, _CHUNK)):
             yield from pool.map(_open, chunk)
@@ -182,21 +182,21 @@ def _open_all(paths: Sequence[Path]) -> Iterator[ImageInfo]:
 def _open(path: Path) -> ImageInfo:
     try:
         content = archives.read_image_file(path)
-        held = archives.find_member(path)
+        member = archives.find_member(path)
     except FileNotFoundError:
         return ImageInfo(failure=("image-missing", "no such image"))
     except OSError as error:
         return ImageInfo(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
     except DataError as error:
         return ImageInfo(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
-    if held is not None and held.digest and held.digest != archives.digest_of(content):
-        reason = "its bytes are not those that the index was made of; copy the shard again"
+    if member is not None and member.digest not in ("", archives.digest_of(content)):
+        reason = "its bytes differ from those of the index; copy the shard again"
         return ImageInfo(failure=("image-changed", reason))
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
         return _decode(path, content, digest)
     except UnidentifiedImageError:
-        reason = f"is no image; it begins with {content[:16]!r}" if content else "is empty"
+        reason = f"is not an image; it begins with {content[:16]!r}" if content else "is empty"
         return ImageInfo(failure=("image-unreadable", reason), file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
@@ -212,19 +212,19 @@ def _decode(path: Path, content: bytes, digest: bytes) -> ImageInfo:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        # Indices into palettes say nothing; colours do.
+        # Compare colours, not indices into palettes.
         pixels = upright.convert("RGBA") if upright.mode == "P" else upright
         total = hashlib.blake2b(f"{pixels.mode} {pixels.size}".encode(), digest_size=16)
         total.update(pixels.tobytes())
         width, height = upright.size
     named = Image.registered_extensions().get(path.suffix.lower(), "")
     same = {"MPO": "JPEG"}  # a JPEG with more images after the first
-    lies = named != "" and same.get(named, named) != same.get(form, form)
+    is_wrong = named != "" and same.get(named, named) != same.get(form, form)
     return ImageInfo(
         height=height,
         width=width,
         orientation=orientation if orientation in range(1, 9) else 1,
-        suffix=_SUFFIXES.get(form, f".{form.lower()}") if lies else "",
+        suffix=_SUFFIXES.get(form, f".{form.lower()}") if is_wrong else "",
         file_digest=digest,
         pixel_digest=total.digest(),
     )
@@ -236,12 +236,11 @@ _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 def in_two_splits(
     splits: Mapping[str, Dataset], image_info: Mapping[Path, ImageInfo]
 ) -> Iterator[tuple[str, int, Problem]]:
-    """Split and place of each image that another split keeps, with the problem to report."""
-    keeping = ["test", *(name for name in splits if name not in ("train", "val", "test"))]
-    keeping += ["val", "train"]
+    """Split and index of each image that another split keeps, with its problem."""
+    others = [name for name in splits if name not in ("train", "val", "test")]
     first: dict[bytes, tuple[str, Path]] = {}
-    for name in keeping:
-        for place, image in enumerate(splits[name].images if name in splits else ()):
+    for name in ("test", *others, "val", "train"):
+        for index, image in enumerate(splits[name].images if name in splits else ()):
             info = image_info[image.path]
             key = info.pixel_digest or info.file_digest or str(image.path).encode()
             split, path = first.setdefault(key, (name, image.path))
@@ -254,7 +253,7 @@ def in_two_splits(
             reason = f"in split {name} and in split {split}: {how}"
             yield (
                 name,
-                place,
+                index,
                 Problem("image-in-two-splits", image.path, None, reason, f"dropped from {name}"),
             )
 
@@ -279,7 +278,7 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
         yield _size_problem(image, info)
     seen: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
-        fault = box_fault(annotation.box, width, height)
+        fault = check_box(annotation.box, width, height)
         if fault:
             yield _box_problem(dataset, image, annotation, fault)
         key = same_key(annotation)
@@ -290,7 +289,7 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
 
 
 def same_key(annotation: Annotation) -> tuple[object, ...]:
-    """What two objects have in common where one repeats the other; to a hundredth of a pixel."""
+    """Key that is equal for repeated objects; boxes to a hundredth of a pixel."""
     box = annotation.box
     if not all(map(math.isfinite, box)):
         return (id(annotation),)
@@ -298,15 +297,16 @@ def same_key(annotation: Annotation) -> tuple[object, ...]:
 
 
 def _size_problem(image: LabelledImage, info: ImageInfo) -> Problem:
-    told = f"{image.path.name}: the labels say {image.width} x {image.height} (width x height)"
-    reason, fix = f"{told}, the image is {info.width} x {info.height}", "size put right"
+    stated = f"{image.path.name}: the labels state {image.width} x {image.height} (width x height)"
+    reason, fix = f"{stated}, the image is {info.width} x {info.height}", "size corrected"
     if labelled_as_stored(image, info):
-        reason += f" after its EXIF orientation {info.orientation}: it was labelled lying"
-        fix = "size and boxes turned upright"
+        reason += f" after its EXIF orientation {info.orientation}; labelled unrotated"
+        fix = "size and boxes rotated"
     return Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
 
 
 def labelled_as_stored(image: LabelledImage, info: ImageInfo) -> bool:
+    """Whether the labels are of the image before its EXIF orientation."""
     return info.orientation >= 5 and (image.width, image.height) == (
         info.height,
         info.width,
@@ -331,9 +331,9 @@ def _box_problem(
     dataset: Dataset, image: LabelledImage, annotation: Annotation, fault: tuple[str, str, str]
 ) -> Problem:
     kind, what, fix = fault
-    # A file that labels many images does not say which one this is of.
-    many = dataset.format not in ("voc", "yolo")
-    of = f" of image {image.id} ({image.path.name})" if many else ""
+    # Name the image if its label file has many.
+    has_many = dataset.format not in ("voc", "yolo")
+    of = f" of image {image.id} ({image.path.name})" if has_many else ""
     box = ", ".join(f"{side:.6g}" for side in annotation.box)
     name = dataset.classes[annotation.label]
     reason = f"{_word(dataset)} {annotation.id}{of}: {name} box [{box}] {what}"

@@ -1,4 +1,4 @@
-"""A corrected copy of a labelled data set."""
+"""Corrected copies of labelled data sets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from retinanet.data.boxes import fixed_box
 from retinanet.data.check import CheckReport, ImageInfo, in_two_splits, labelled_as_stored, same_key
 from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.faults import fixed_box
 from retinanet.data.formats import WRITABLE
-from retinanet.data.formats.finding import JSON_TEXT
+from retinanet.data.formats.labels import JSON_TEXT
 from retinanet.data.formats.writing import Placing
 from retinanet.errors import DataError
 
@@ -25,37 +25,35 @@ def write_fixed(
     images: Placing = "copy",
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Write a corrected copy in the same format; the data themselves are never touched.
+    """Write a corrected copy in the same format (COCO for formats that are only read).
 
-    Of a format that can be read alone, the copy is COCO.
-
-    Boxes are clipped to their image and turned round where inverted; empty ones, those that are
-    not numbers, and repeated objects are dropped, and so are images that are missing or cannot be
-    read. Sizes are put right, extensions that lie are changed, and an image that is in two splits
-    stays in that which measures (test, then val, then the others). Where labels were made on the
-    image as stored, before its EXIF orientation, boxes are turned with it. What could not be read
-    at all (:attr:`Dataset.problems`) does not come along.
+    The data themselves are never modified. Boxes are clipped to their image, and inverted ones
+    swapped back; empty ones, those that are not finite numbers, and repeated objects are dropped,
+    and so are images that are missing or unreadable. Sizes and extensions are corrected, and an
+    image in two splits is kept in the first of test, others, val and train. Boxes labelled on the
+    image as stored, before its EXIF orientation, are rotated with it. Labels that could not be read
+    (:attr:`Dataset.problems`) are dropped.
 
     Args:
-        splits: those that were checked.
-        report: what :func:`check_datasets` said of them.
+        splits: the checked splits.
+        report: of :func:`check_datasets`.
         folder: a new or empty folder, outside the data.
         images: ``copy``, ``hardlink`` or ``symlink``.
-        progress: is called with images done and in all.
+        progress: called with the numbers of images done and in total.
 
     Raises:
-        DataError: the folder holds something or lies in the data, or the report is of other data.
+        DataError: the folder is not empty or is inside the data, or the report is of other data.
     """
     unknown = [i.path for d in splits.values() for i in d.images if i.path not in report.image_info]
     if unknown:
         raise DataError(f"{unknown[0]}: was not checked; check these splits first")
-    repeated = {(split, place) for split, place, _ in in_two_splits(splits, report.image_info)}
+    repeated = {(split, index) for split, index, _ in in_two_splits(splits, report.image_info)}
     fixed: dict[str, Dataset] = {}
     for name, dataset in splits.items():
         kept = [
             _fixed_image(image, report.image_info[image.path])
-            for place, image in enumerate(dataset.images)
-            if (name, place) not in repeated and not report.image_info[image.path].failure
+            for index, image in enumerate(dataset.images)
+            if (name, index) not in repeated and not report.image_info[image.path].failure
         ]
         fixed[name] = replace(dataset, images=tuple(kept), problems=())
     formats = {dataset.format for dataset in splits.values()}
@@ -67,25 +65,25 @@ def write_fixed(
         folder,
         form if form in WRITABLE else "coco",
         images=images,
-        suffixes={path: one.suffix for path, one in report.image_info.items() if one.suffix},
+        suffixes={path: info.suffix for path, info in report.image_info.items() if info.suffix},
         progress=progress,
     )
 
 
 def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:
-    turned = labelled_as_stored(image, info)
+    is_unrotated = labelled_as_stored(image, info)
     kept: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         stored = annotation.box
-        if turned:
+        if is_unrotated:
             assert image.width is not None
             assert image.height is not None
-            stored = _turned(stored, image.width, image.height, info.orientation)
+            stored = _rotated(stored, image.width, image.height, info.orientation)
         box = fixed_box(stored, info.width, info.height)
         if box is None:
             continue
         if box != annotation.box:
-            annotation = _with_box(annotation, box, keep_mask=not turned)
+            annotation = _with_box(annotation, box, keep_mask=not is_unrotated)
         kept.setdefault(same_key(annotation), annotation)
     return replace(image, annotations=tuple(kept.values()), width=info.width, height=info.height)
 
@@ -94,18 +92,18 @@ def _with_box(
     annotation: Annotation, box: tuple[float, float, float, float], *, keep_mask: bool
 ) -> Annotation:
     x1, y1, x2, y2 = annotation.box
-    # An area that was the old box's own goes with it; that of a mask stays.
-    of_box = annotation.area is not None and math.isclose(annotation.area, (x2 - x1) * (y2 - y1))
+    # An area of the box changes with it; that of a mask does not.
+    is_of_box = annotation.area is not None and math.isclose(annotation.area, (x2 - x1) * (y2 - y1))
     extra = annotation.extra
     if not keep_mask:
         extra = {key: value for key, value in extra.items() if key != JSON_TEXT}
-    return replace(annotation, box=box, area=None if of_box else annotation.area, extra=extra)
+    return replace(annotation, box=box, area=None if is_of_box else annotation.area, extra=extra)
 
 
-def _turned(
+def _rotated(
     box: tuple[float, float, float, float], width: int, height: int, orientation: int
 ) -> tuple[float, float, float, float]:
-    """A box of the image as stored (`width` x `height`) in the upright one; EXIF 5 to 8."""
+    """Rotate a box of the image as stored (`width` x `height`) upright; EXIF 5 to 8."""
     x1, y1, x2, y2 = box
     left, right = (y1, y2) if orientation in (5, 8) else (height - y2, height - y1)
     top, bottom = (x1, x2) if orientation in (5, 6) else (width - x2, width - x1)

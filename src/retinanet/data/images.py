@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from retinanet.data.archives import find_member
-from retinanet.errors import ConfigError, ImageError
+from retinanet.errors import ConfigError, ImageError, RetinaNetError
 
 try:
     import simplejpeg
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
 )
-"""Lower-case suffixes by which images are found in a folder; formats are told by content."""
+"""Lower-case suffixes of images in a folder; the format of a file is found by its content."""
 
 EncodedImage = bytes | bytearray | memoryview
 """The bytes of an image file."""
@@ -45,20 +45,20 @@ ValueRange = tuple[float, float]
 _OVERSHOOT = 0.1
 """Fraction of its range by which values may lie outside: bicubic resizing overshoots."""
 
-_ROOM = 2
-"""An image is decoded at a reduced size that is at least so many times the wanted one."""
+_REDUCTION_MARGIN = 2
+"""A reduced decoding must have at least as many times the wanted size."""
 
 _REDUCTIONS = (8, 4, 2)
-"""Those that libjpeg-turbo has fast code for; 5/8 takes longer than the whole image."""
+"""The reductions that libjpeg-turbo has fast code for; 5/8 is slower than the whole image."""
 
 _DAMAGE = re.compile(r"premature end of data|bad Huffman code|[0-9]{3,} extraneous bytes")
-"""What a JPEG decoder says where pixels are lost. It says other things of harmless oddities: fewer
-extraneous bytes are padding that some cameras write."""
+"""Messages of JPEG decoders that mean lost pixels. Fewer extraneous bytes are the padding of some
+cameras."""
 
-_SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
+SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
 
-# warnings.catch_warnings changes the state of the process: two threads in it at once could leave
-# every warning switched off for good. A forked child must not inherit the lock held.
+# warnings.catch_warnings is not thread-safe: two threads could leave every warning switched off. A
+# forked child must not inherit the lock while it is held.
 _quiet_lock = threading.RLock()
 
 
@@ -155,23 +155,23 @@ def check_value_range(value_range: ValueRange | None) -> None:
 def _read(
     source: ImageSource, wanted: tuple[int, int] | None, value_range: ValueRange | None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The image, and its size when whole; `wanted` are shorter and longest of read_reduced."""
+    """Return the image, and the size of the whole; `wanted` is (shorter, longest)."""
     check_value_range(value_range)
     if isinstance(source, Tensor | np.ndarray):
         return _whole(_from_pixels(source, value_range))
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "PIL image")
-        with _failures_named(name), _quiet():
-            return _whole(_from_pil(source, value_range))
-    name, file = _opened(source)
-    with _failures_named(name):
+        with image_errors(name), _quiet():
+            return _whole(pil_to_rgb(source, value_range))
+    name, file = open_source(source)
+    with image_errors(name):
         jpeg = _jpeg_bytes(file) if simplejpeg is not None else b""
         complaint = ""
         if jpeg:
             try:
                 fast = _from_jpeg(jpeg, wanted)
             except ValueError as error:
-                # Pillow says what is wrong, or that nothing is: an oddity of the file.
+                # Pillow decides whether the file is damaged.
                 complaint = str(error)
             else:
                 if fast is not None:
@@ -186,7 +186,7 @@ def _read(
 def _by_pillow(
     file: Any, wanted: tuple[int, int] | None, value_range: ValueRange | None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Any format, and the definition of what an image's pixels are."""
+    """Decode any format; the reference for :func:`_from_jpeg`."""
     with _quiet():
         image = Image.open(file)
     with image:
@@ -195,20 +195,20 @@ def _by_pillow(
         if wanted is not None and image.format in ("JPEG", "MPO"):
             factor = _reduction(height, width, *wanted)
             image.draft(None, (width // factor, height // factor))
-        # Threads decode side by side, outside of the lock; TIFF alone may warn at this point.
+        # Threads decode outside of the lock; only TIFF may warn here.
         with _quiet() if image.format == "TIFF" else nullcontext():
             image.load()
         with _quiet():
             if factor == 1:
-                return _whole(_from_pil(image, value_range))
-            sideways = _orientation(image) in _SIDEWAYS
+                return _whole(pil_to_rgb(image, value_range))
+            sideways = _exif_orientation(image) in SIDEWAYS
             size = (width, height) if sideways else (height, width)
             rows, columns = _without_margin(height, width, factor)
-            return _from_pil(image.crop((0, 0, columns, rows)), value_range), size
+            return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
 
 
 def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
-    """The content of a JPEG file, empty if it is of another kind."""
+    """Return the content of a JPEG file; empty for another format."""
     if isinstance(source, BytesIO):
         content = source.getvalue()
         return content if content[:3] == b"\xff\xd8\xff" else b""
@@ -220,14 +220,14 @@ def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
 def _from_jpeg(
     data: bytes, wanted: tuple[int, int] | None
 ) -> tuple[Tensor, tuple[int, int]] | None:
-    """A plain JPEG by libjpeg-turbo, with the pixels that Pillow gives; None: leave it to Pillow.
+    """Decode a plain JPEG by libjpeg-turbo, to Pillow's pixels; None for other kinds of JPEG.
 
     Raises:
-        ValueError: the decoder complained of something, harmless or not.
+        ValueError: the decoder reported a fault, harmless or not.
     """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    most = Image.MAX_IMAGE_PIXELS
-    if colours not in ("YCbCr", "RGB", "Gray") or (most and height * width > 2 * most):
+    limit = Image.MAX_IMAGE_PIXELS
+    if colours not in ("YCbCr", "RGB", "Gray") or (limit and height * width > 2 * limit):
         return None
     factor = 1 if wanted is None else _reduction(height, width, *wanted)
     pixels = torch.from_numpy(
@@ -237,10 +237,26 @@ def _from_jpeg(
         rows, columns = _without_margin(height, width, factor)
         pixels = pixels[:rows, :columns]
     orientation = _jpeg_orientation(data)
+    size = (width, height) if orientation in SIDEWAYS else (height, width)
+    return turn_upright(pixels.permute(2, 0, 1), orientation), size
+
+
+def is_tiff(stored: str | os.PathLike[str] | BytesIO) -> bool:
+    """Whether a file starts as a TIFF or a BigTIFF."""
+    if isinstance(stored, BytesIO):
+        start = bytes(stored.getbuffer()[:4])
+    else:
+        with open(stored, "rb") as file:
+            start = file.read(4)
+    return start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def turn_upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn a (3, h, w) image of an EXIF orientation upright, in channels_last memory."""
+    pixels = image.permute(1, 2, 0)
     if orientation in _TURNS:
         pixels = _TURNS[orientation](pixels)
-    size = (width, height) if orientation in _SIDEWAYS else (height, width)
-    return pixels.contiguous().permute(2, 0, 1), size
+    return pixels.contiguous().permute(2, 0, 1)
 
 
 _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -252,37 +268,40 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
     7: lambda pixels: pixels.flip(0, 1).transpose(0, 1),
     8: lambda pixels: pixels.flip(1).transpose(0, 1),
 }
-"""What makes (H, W, 3) pixels of each EXIF orientation upright."""
+"""Turns (H, W, 3) pixels of each EXIF orientation upright."""
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """The orientation that Pillow finds, in EXIF or XMP; it is not asked where there is neither."""
-    place = 2
-    while (start := data[place : place + 2]) and start[0] == 0xFF and start != b"\xff\xda":
+    """Return the orientation in EXIF or XMP; Pillow is called only if the file has either."""
+    position = 2
+    while (start := data[position : position + 2]) and start[0] == 0xFF and start != b"\xff\xda":
         if start == b"\xff\xe1":
             with _quiet(), Image.open(BytesIO(data)) as image:
-                return _orientation(image)
+                return _exif_orientation(image)
         if start == b"\xff\xff":  # padding
-            place += 1
+            position += 1
         else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return 1
 
 
 def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
-    """How many times smaller an image may be decoded: 1, 2, 4 or 8."""
+    """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
     for factor in _REDUCTIONS:
-        if height >= factor * _ROOM * new_height and width >= factor * _ROOM * new_width:
+        if (
+            height >= factor * _REDUCTION_MARGIN * new_height
+            and width >= factor * _REDUCTION_MARGIN * new_width
+        ):
             return factor
     return 1
 
 
 def _without_margin(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Sides of a reduced image without a last row or column that is mostly no image.
+    """Sides of a reduced image without a last row or column that is mostly padding.
 
-    The decoder rounds up: of 4,001 columns an eighth is 501, of whose last one seven eighths are
-    repeated. Rounding to the nearest keeps the grid within half a reduced pixel of its place.
+    The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly repeated.
+    Rounding to the nearest keeps the pixel grid within half a reduced pixel.
     """
     return max(1, (height + factor // 2) // factor), max(1, (width + factor // 2) // factor)
 
@@ -297,36 +316,36 @@ def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]
     Raises:
         ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
     """
-    name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as image:
+    name, file = open_source(source)
+    with image_errors(name), _quiet(), Image.open(file) as image:
         width, height = image.size
         # Pillow states the size of a TIFF after its orientation, of all others before it.
-        sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+        sideways = image.format != "TIFF" and _exif_orientation(image) in SIDEWAYS
     return (width, height) if sideways else (height, width)
 
 
 def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as it is stored, by its header: nothing is unpacked.
+    """Height and width of an image as stored, from its header alone.
 
-    :func:`image_size` exchanges them where the orientation says so, for which it may have to unpack
-    a PNG, whose notes may lie behind its pixels.
+    :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
+    PNG, whose EXIF may follow its pixels.
 
     Raises:
         ImageError: as in :func:`image_size`.
     """
-    name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as image:
+    name, file = open_source(source)
+    with image_errors(name), _quiet(), Image.open(file) as image:
         return image.height, image.width
 
 
 def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
-    """Pixels of a tile of a TIFF, which is unpacked whole however small the image is; else 0.
+    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0.
 
     Raises:
         ImageError: as in :func:`image_size`.
     """
-    name, file = _opened(source)
-    with _failures_named(name), _quiet(), Image.open(file) as image:
+    name, file = open_source(source)
+    with image_errors(name), _quiet(), Image.open(file) as image:
         tags = getattr(image, "tag_v2", {})
         width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
         return int(width) * int(length)
@@ -345,7 +364,7 @@ def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[i
 def resize_to(
     image: Tensor, shorter: int, longest: int, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, tuple[float, float]]:
-    """An image at its :func:`network_size`, bilinear with antialiasing.
+    """Resize an image to its :func:`network_size`, bilinear with antialiasing.
 
     Args:
         image: (3, H, W) uint8; fastest as :func:`read_image` gives it.
@@ -359,17 +378,21 @@ def resize_to(
     """
     height, width = size or image.shape[-2:]
     new_height, new_width = network_size(height, width, shorter, longest)
-    if (new_height, new_width) != tuple(image.shape[-2:]):
-        image = _resized(image, new_height, new_width)
+    image = resize_pixels(image, new_height, new_width)
     return image, (new_height / height, new_width / width)
 
 
-def _resized(image: Tensor, height: int, width: int) -> Tensor:
-    """As torchvision's ``transforms.v2.functional.resize``, whose import takes a second."""
+def resize_pixels(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (3, h, w) uint8, bilinear with antialiasing, equal to torchvision's transforms.v2.
+
+    (Importing that takes a second.)
+    """
+    if (height, width) == tuple(image.shape[-2:]):
+        return image
     batch = image[None]
     if batch.is_contiguous(memory_format=torch.channels_last):
-        # A batch of one has any first stride, by which torch judges the memory's order; by this
-        # one it sees channels_last, for which its code is faster.
+        # The first stride of a batch of one is arbitrary; with this one torch detects
+        # channels_last, for which its code is faster.
         batch = batch.as_strided(batch.shape, (batch.numel(), *image.stride()))
     return interpolate(
         batch, (height, width), mode="bilinear", align_corners=False, antialias=True
@@ -384,16 +407,15 @@ def pad_batch(
     *,
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Images of any sizes to one batch, padded at the right and the bottom.
+    """Pad images of any sizes to one batch, at the right and the bottom.
 
     Args:
         images: (3, h, w) uint8, one or more.
         fill: RGB of the padding; the model's pixel mean makes it about 0 after normalisation.
         divisor: height and width of the batch are multiples of it.
-        corners: for each image whether it lies at the bottom, and whether at the right, of its
-            place in the batch; None: all lie at the top and the left.
-        shared: put the batch into memory that another process can read, as a DataLoader's worker
-            would do by copying it.
+        corners: for each image whether it is aligned with the bottom, and with the right, of the
+            batch; None: all with the top left.
+        shared: allocate shared memory, into which a DataLoader's worker would copy the batch.
 
     Returns:
         (B, 3, H, W) uint8 in channels_last memory, and (B, 2) int64 heights and widths before.
@@ -405,13 +427,13 @@ def pad_batch(
         raise ValueError("a batch needs at least one image")
     sizes = torch.tensor([tuple(image.shape[-2:]) for image in images], dtype=torch.int64)
     height, width = (math.ceil(int(side) / divisor) * divisor for side in sizes.amax(dim=0))
-    batch = _room_for((len(images), height, width, 3), shared).permute(0, 3, 1, 2)
+    batch = _allocate((len(images), height, width, 3), shared).permute(0, 3, 1, 2)
     colour = torch.tensor([round(value) for value in fill], dtype=torch.uint8)[:, None, None]
-    for row, image, (low, right) in zip(
+    for row, image, (bottom, right) in zip(
         batch, images, corners or [(False, False)] * len(images), strict=True
     ):
         h, w = image.shape[-2:]
-        top, left = low * (height - h), right * (width - w)
+        top, left = bottom * (height - h), right * (width - w)
         row[:, :top] = colour
         row[:, top + h :] = colour
         band = row[:, top : top + h]
@@ -427,30 +449,30 @@ def padding_colour(pixel_mean: Tensor) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _room_for(shape: tuple[int, ...], shared: bool) -> Tensor:
+def _allocate(shape: tuple[int, ...], shared: bool) -> Tensor:
     """Uninitialised uint8."""
     if shared:
-        # What torch's own collate function does in a worker; there is no public name for it.
+        # As torch's own collate function in a worker; there is no public function for it.
         storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
-    # numpy asks for huge pages, torch does not: ten times less time for memory that is new.
+    # numpy requests huge pages, torch does not: new memory takes a tenth of the time.
     return torch.from_numpy(np.empty(shape, dtype=np.uint8))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of big images, broken EXIF and the like; what matters is raised by us."""
+    """Suppress Pillow's warnings of big images, broken EXIF and the like."""
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def _failures_named(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one line with the image's name."""
+def image_errors(name: str) -> Iterator[None]:
+    """Convert what a decoder raises to an ImageError of one line with the image's name."""
     try:
         yield
-    except ImageError:
+    except RetinaNetError:
         raise
     except FileNotFoundError:
         raise ImageError(f"{name}: there is no such file") from None
@@ -470,7 +492,7 @@ def _failures_named(name: str) -> Iterator[None]:
 
 
 def _beginning(name: str) -> str:
-    """What a file that is no image starts with: a web page or an LFS pointer is told at once."""
+    """Return the first bytes of a file that is no image, such as a Git LFS pointer."""
     try:
         with open(name, "rb") as file:
             start = file.read(20)
@@ -479,25 +501,26 @@ def _beginning(name: str) -> str:
     return f" (it begins with {start!r})" if start else " (it is empty)"
 
 
-def _opened(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
-    """An image's name for messages, and what Pillow opens."""
+def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
+    """Return the name of an encoded image for messages, and its path or its bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
         return "bytes of an image", BytesIO(source)
     held = find_member(source)
     return os.fspath(source), source if held is None else BytesIO(held.read())
 
 
-def _orientation(image: Image.Image) -> int:
+def _exif_orientation(image: Image.Image) -> int:
     return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
-def _from_pil(image: Image.Image, value_range: ValueRange | None = None) -> Tensor:
+def pil_to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Tensor:
+    """Convert a PIL image to (3, H, W) uint8, upright."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
-        return _to_rgb(np.asarray(upright), value_range)
+        return to_rgb(np.asarray(upright), value_range)
     if upright.has_transparency_data:
-        return _to_rgb(np.asarray(upright.convert("RGBA")), None)
-    return _to_rgb(np.asarray(upright.convert("RGB")), None)
+        return to_rgb(np.asarray(upright.convert("RGBA")), None)
+    return to_rgb(np.asarray(upright.convert("RGB")), None)
 
 
 def array_size(source: npt.NDArray[Any] | Tensor) -> tuple[int, int]:
@@ -527,16 +550,23 @@ def array_size(source: npt.NDArray[Any] | Tensor) -> tuple[int, int]:
 def _from_pixels(source: npt.NDArray[Any] | Tensor, value_range: ValueRange | None) -> Tensor:
     """Convert an array or a tensor in memory, which is not shared with the result."""
     array_size(source)
-    if isinstance(source, Tensor):
-        source = source.detach().cpu()
-        if source.dtype in (torch.bfloat16, torch.float16):
-            source = source.float()  # numpy has no bfloat16
-        source = (source.permute(1, 2, 0) if source.dim() == 3 else source).numpy()
-    rgb = _to_rgb(source, value_range)
-    return rgb.clone() if np.may_share_memory(rgb.numpy(), source) else rgb
+    array = _as_array(source)
+    rgb = to_rgb(array, value_range)
+    return rgb.clone() if np.may_share_memory(rgb.numpy(), array) else rgb
 
 
-def _to_rgb(array: npt.NDArray[Any], value_range: ValueRange | None) -> Tensor:
+def _as_array(source: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
+    """(H, W) or (H, W, C), sharing memory with the source where possible."""
+    if isinstance(source, np.ndarray):
+        return source
+    source = source.detach().cpu()
+    if source.dtype in (torch.bfloat16, torch.float16):
+        source = source.float()  # numpy has no bfloat16
+    array: npt.NDArray[Any] = (source.permute(1, 2, 0) if source.dim() == 3 else source).numpy()
+    return array
+
+
+def to_rgb(array: npt.NDArray[Any], value_range: ValueRange | None) -> Tensor:
     """(H, W) or (H, W, 1 | 2 | 3 | 4) of any type to (3, H, W) uint8 in channels_last memory."""
     if array.ndim == 2:
         array = array[:, :, None]
@@ -560,14 +590,23 @@ def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.ND
             return array
         if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
             return (array >> 8).astype(np.uint8)
-        value_range = _find_range(array)
+        value_range = find_value_range(array) or (0, 255)
     low, high = value_range
     values = (array.astype(np.float64) - low) * (255 / (high - low))
     return np.rint(np.clip(np.nan_to_num(values, posinf=255), 0, 255)).astype(np.uint8)
 
 
-def _find_range(array: npt.NDArray[Any]) -> ValueRange:
-    """The range of floats or wide integers where the values leave no doubt about it."""
+def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
+    """Return the range of floats or wide integers, by the rules of :func:`read_image`.
+
+    None for types with a range of their own: booleans, and unsigned integers of 8 or 16 bits.
+
+    Raises:
+        ImageError: the range is ambiguous.
+    """
+    array = _as_array(source)
+    if array.dtype == np.bool_ or (array.dtype.kind == "u" and array.dtype.itemsize <= 2):
+        return None
     is_float = array.dtype.kind == "f"
     finite = array[np.isfinite(array)] if is_float else array
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)

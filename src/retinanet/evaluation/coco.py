@@ -132,7 +132,7 @@ def _summary(evaluator: Any, max_detections: int) -> dict[str, float]:
 
 
 def max_detections_for(dataset: Dataset) -> int:
-    """Detections per image that are enough for a data set.
+    """Return the number of detections per image that a data set needs.
 
     COCO's 100, or the largest number of objects (crowd and difficult excluded) in an image where
     that is more: with fewer detections some objects could never be matched.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
+from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
@@ -71,7 +72,7 @@ def run_inference(
         image_size, max_size: shorter side, and maximum of the longer side, pixels.
         batch_size: images per batch.
         workers: processes that load images; 0: none besides this one.
-        loss: arguments of :func:`retinanet.losses.detection.detection_losses`; None: no loss.
+        loss: fields of :class:`retinanet.config.LossSettings`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
         progress: called after each batch.
         thresholds: as in :func:`retinanet.postprocess.postprocess`.
@@ -185,12 +186,12 @@ class _MeanLoss:
     def __init__(
         self, options: Mapping[str, Any], num_classes: int, label_map: Sequence[int] | None
     ) -> None:
-        self._options = dict(options)
-        self._per_image = self._options.get("normalizer", "image") == "image"
+        self._settings = LossSettings(**options)
+        self._per_image = self._settings.normalizer == "image"
         # With mining, the class loss is a mean per image, whatever the box loss is divided by.
-        self._class_per_image = self._per_image or self._options.get("mining", "none") != "none"
+        self._class_per_image = self._per_image or self._settings.mining != "none"
         if not self._per_image:
-            self._options["normalizer"] = "batch"
+            self._settings = self._settings.model_copy(update={"normalizer": "batch"})
         self._num_classes = num_classes
         self._model_labels = None if label_map is None else invert_label_map(label_map)
         self._sums: list[Tensor] = []
@@ -202,7 +203,7 @@ class _MeanLoss:
             labels = to_model_labels(targets.labels, self._model_labels)
             targets = Targets(targets.boxes, labels)
         losses = detection_losses(
-            outputs, anchors, targets, num_classes=self._num_classes, **self._options
+            outputs, anchors, targets, num_classes=self._num_classes, settings=self._settings
         )
         foreground = _float64(losses.foreground.sum())
         images = foreground.new_tensor(len(batch.images))

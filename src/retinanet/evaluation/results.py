@@ -219,7 +219,7 @@ def coco_categories(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def ground_truth(dataset: Dataset) -> dict[str, Any]:
-    """The :class:`GroundTruth` in COCO's instances format."""
+    """Return the :class:`GroundTruth` in COCO's instances format."""
     truth = GroundTruth.of(dataset)
     rows = zip(
         truth.image_ids.tolist(),

@@ -288,7 +288,7 @@ def open_detector(model: str | Path | Detector | Checkpoint, options: DetectorOp
 def _raised_limits(
     dataset: Dataset, max_detections: int | None, thresholds: Thresholds
 ) -> tuple[int, dict[str, int]]:
-    """Detections per class and image that count, and the model's limits where they are raised.
+    """Return the detections per class and image that count, and the limits that are raised.
 
     Up to COCO's 100 the model's own limits are kept, unless `max_detections` is given.
     """

@@ -1,4 +1,4 @@
-"""Runs put on the Hugging Face hub, with a model card that the run fills in."""
+"""Push runs to the Hugging Face hub, with a model card filled in from the run."""
 
 from retinanet.hub.push import Pushed, prepare, push
 

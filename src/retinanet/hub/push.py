@@ -1,4 +1,4 @@
-"""A run, as the files that go to the Hugging Face hub, and their way there in one commit."""
+"""Push a run to the Hugging Face hub in one commit."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from retinanet.data import Dataset, digest, read_splits, usable
 from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.files import write_atomic
 from retinanet.hub.card import CardOptions, Counts, Example, write_card
-from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_places
+from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_paths
 from retinanet.inference import Detector, ImageDetections
 from retinanet.inference.detections import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
 from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
 
 IMAGES = 4
-"""Example images in a card."""
+"""Number of example images in a card."""
 
-_LONGEST = 1024  # pixels of an example's longer side
+_MAX_EXAMPLE_SIDE = 1024  # pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What went to the hub.
+    """Result of :func:`push`.
 
     Attributes:
-        name: ``hf://OWNER/NAME@COMMIT``, to load it by.
-        url: its page.
-        commit: of the upload.
+        name: ``hf://OWNER/NAME@COMMIT``, to load the model by.
+        url: page of the repository.
+        commit: hash of the commit.
         files: paths in the repository.
     """
 
@@ -54,52 +54,53 @@ def push(
     license: str | None = None,
     dataset: str | None = None,
     device: str = "auto",
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Pushed:
-    """Put a run on the hub: the repository is made where there is none, all goes in one commit.
+    """Push a run to the hub in one commit; the repository is created if it does not exist.
 
     Args:
         run: a run or checkpoint folder.
         repository: ``OWNER/NAME``.
-        private: the repository is made so that only its owner sees it; one that is there and public
-            is refused.
-        message: of the commit.
-        token: None: the one that huggingface_hub knows (``hf auth login``, ``HF_TOKEN``).
+        private: create a private repository; an existing public one is an error.
+        message: commit message.
+        token: None: that of huggingface_hub (``hf auth login``, ``HF_TOKEN``).
         data, license, dataset, device: as in :func:`prepare`.
-        tell: is told what happens.
+        progress: called with messages.
 
     Raises:
-        WeightsError: the run cannot be read, or the hub refuses it or cannot be reached.
+        WeightsError: the run cannot be read, the hub rejects it or cannot be reached.
         DataError: as :func:`prepare`.
         MissingExtraError: huggingface_hub is not installed.
     """
-    where = _repository(repository)
+    repository = _repository_name(repository)
     try:
         from huggingface_hub import HfApi
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
     with tempfile.TemporaryDirectory() as draft:
         files = prepare(
-            run, where, draft, data=data, license=license, dataset=dataset, device=device
+            run, repository, draft, data=data, license=license, dataset=dataset, device=device
         )
-        tell(f"{len(files)} files are ready")
+        progress(f"{len(files)} files are ready")
         api = HfApi(token=token, library_name="retinanet")
         try:
-            api.create_repo(where, private=private or None, exist_ok=True)
-            if private and not api.repo_info(where).private:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            if private and not api.repo_info(repository).private:
                 raise WeightsError(
-                    f"hf://{where} is there and public; make it private on its page first, or push "
-                    f"to a new name"
+                    f"hf://{repository} exists and is public; make it private on its page first, "
+                    "or push to a new name"
                 )
             done = api.upload_folder(
-                repo_id=where, folder_path=draft, commit_message=message or "A trained RetinaNet"
+                repo_id=repository,
+                folder_path=draft,
+                commit_message=message or "A trained RetinaNet",
             )
         except WeightsError:
             raise
         except Exception as error:  # of the hub, the network or the disk
-            refuse_hub(error, f"hf://{where}", pushing=True, secret=token)
+            refuse_hub(error, f"hf://{repository}", pushing=True, secret=token)
     return Pushed(
-        f"hf://{where}@{done.oid}", f"{api.endpoint}/{where}", str(done.oid), tuple(files)
+        f"hf://{repository}@{done.oid}", f"{api.endpoint}/{repository}", str(done.oid), tuple(files)
     )
 
 
@@ -114,47 +115,47 @@ def prepare(
     images: int = IMAGES,
     device: str = "auto",
 ) -> list[str]:
-    """Write what :func:`push` would upload into `folder`, and nothing else.
+    """Write the files that :func:`push` uploads into `folder`.
 
-    ``model.safetensors``, ``model.json``, ``config.toml``, ``metrics.json`` and ``README.md``, the
-    model card. Paths of this machine are cut down to their last part in all of them.
+    ``model.safetensors``, ``model.json``, ``config.toml``, ``metrics.json`` and ``README.md`` (the
+    model card). Paths of this machine are cut to their last part in all of them.
 
     Args:
         run: a run or checkpoint folder.
         repository: ``OWNER/NAME``.
         folder: a new or empty folder.
-        data: what the run was trained on, for the counts and for example images of ``val``, which
+        data: the data that the run was trained on, for counts and example images of ``val``, which
             are then public with the card. None: neither.
         license: of the weights, by its name on the hub.
         dataset: id of the data on the hub.
-        images: how many examples.
-        device: on which they are searched.
+        images: number of example images.
+        device: for detection in the examples.
 
     Returns:
         The files' names, sorted.
 
     Raises:
-        WeightsError: `run` holds no checkpoint, `repository` is no name, or `folder` holds
-            something.
+        WeightsError: `run` has no checkpoint, `repository` is no valid name, or `folder` is not
+            empty.
         DataError: `data` cannot be read, or is not what the run was trained on.
         MissingExtraError: huggingface_hub is not installed.
     """
     try:
-        import huggingface_hub  # noqa: F401  # the card's classes are its
+        import huggingface_hub  # noqa: F401  # used by the card
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
-    where = _repository(repository)
+    repository = _repository_name(repository)
     facts = read_run(run)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightsError(f"{folder} is there already and not an empty folder; name a new one")
+        raise WeightsError(f"{folder} exists and is not an empty folder; give a new one")
     splits = None if data is None else _read_data(data, facts)
     target.mkdir(parents=True, exist_ok=True)
-    info = without_places(facts.checkpoint.info)
+    info = without_paths(facts.checkpoint.info)
     write_checkpoint(target, replace(facts.checkpoint, info=info))
     if facts.recipe is not None:
         write_atomic(target / "config.toml", to_toml(public_recipe(facts.recipe)))
-    metrics = without_places(facts.metrics, facts.checkpoint.classes)
+    metrics = without_paths(facts.metrics, facts.checkpoint.classes)
     if metrics:
         text = json.dumps(metrics, indent=1, allow_nan=False)
         write_atomic(target / "metrics.json", text + "\n")
@@ -164,7 +165,7 @@ def prepare(
     if splits is not None and "val" in splits:
         examples = _draw(facts, splits["val"], target, images, drawn_score, device)
     options = CardOptions(
-        where,
+        repository,
         license=license,
         dataset=dataset,
         counts={} if splits is None else _counts(splits),
@@ -172,42 +173,42 @@ def prepare(
         drawn_score=drawn_score,
         megabytes=(target / WEIGHTS_FILE).stat().st_size / 1e6,
     )
-    public = replace(facts, run=without_places(facts.run), metrics=metrics)
+    public = replace(facts, run=without_paths(facts.run), metrics=metrics)
     if facts.recipe is not None:
         public = replace(public, recipe=public_recipe(facts.recipe))
     write_atomic(target / "README.md", write_card(public, options))
-    return sorted(one.relative_to(target).as_posix() for one in target.rglob("*") if one.is_file())
+    return sorted(f.relative_to(target).as_posix() for f in target.rglob("*") if f.is_file())
 
 
-def _repository(given: str) -> str:
-    """``OWNER/NAME``, which may stand as ``hf://OWNER/NAME`` too."""
+def _repository_name(given: str) -> str:
+    """Return ``OWNER/NAME``, also of ``hf://OWNER/NAME``."""
     try:
         name: HubName = parse_hub_name(given if given.startswith("hf:") else f"hf://{given}")
     except WeightsError:
-        raise WeightsError(f"{given!r} is no name of a repository: give OWNER/NAME") from None
+        raise WeightsError(f"invalid repository name {given!r}; give OWNER/NAME") from None
     if name.revision is not None:
-        raise WeightsError(f"{given}: a push makes a revision of its own; leave out @")
+        raise WeightsError(f"{given}: a push makes a new revision; leave out @")
     return name.repository
 
 
 def _read_data(data: str | Path, facts: RunFacts) -> dict[str, Dataset]:
-    """The run's splits, as it was trained on them."""
+    """Read the run's splits and check that they are what it was trained on."""
     made = facts.checkpoint.info.get("split", {})
     splits = read_splits(
         data, seed=made.get("seed") or 0, val_fraction=made.get("val_fraction") or 0.2, extras=False
     )
     if set(splits["train"].classes if "train" in splits else ()) != set(facts.checkpoint.classes):
-        raise DataError(f"{data}: its classes are not the model's; give what it was trained on")
+        raise DataError(f"{data}: its classes are not the model's; give the training data")
     known = facts.run.get("data_digest")
     if known:
-        # As training does: faults of "train" are left out before.
+        # As in training, which leaves out what is wrong in "train".
         now = digest(usable(splits["train"])[0]) + (
             digest(splits["val"]) if "val" in splits else ""
         )
         if now != known:
             raise DataError(
-                f"{data} is not what the run was trained on, or has changed since: the card would "
-                f"say what is not true; leave out the data, or give the right ones"
+                f"{data} is not the training data of the run, or has changed since; leave it out, "
+                "or give the right data"
             )
     return splits
 
@@ -217,8 +218,8 @@ def _counts(splits: Mapping[str, Dataset]) -> dict[str, Counts]:
     for name, dataset in splits.items():
         objects = dict.fromkeys(dataset.classes, 0)
         for image in dataset.images:
-            for one in image.annotations:
-                objects[dataset.classes[one.label]] += not one.ignored
+            for annotation in image.annotations:
+                objects[dataset.classes[annotation.label]] += not annotation.ignored
         counts[name] = Counts(len(dataset), objects)
     return counts
 
@@ -226,7 +227,7 @@ def _counts(splits: Mapping[str, Dataset]) -> dict[str, Counts]:
 def _draw(
     facts: RunFacts, dataset: Dataset, folder: Path, count: int, score: float, device: str
 ) -> list[Example]:
-    """Images drawn by lot, not chosen; named by number, for their own names may tell much."""
+    """Draw the detections of random images; files are numbered, as names may be private."""
     images = random.Random(0).sample(dataset.images, min(count, len(dataset)))
     detector = Detector(facts.checkpoint, device=device)
     examples = []
@@ -234,7 +235,7 @@ def _draw(
         found = detector.detect(image.path)
         assert isinstance(found, ImageDetections)
         drawn = found.draw(score_threshold=score)
-        drawn.thumbnail((_LONGEST, _LONGEST))
+        drawn.thumbnail((_MAX_EXAMPLE_SIDE, _MAX_EXAMPLE_SIDE))
         name = f"example_{number}.jpg"
         drawn.save(folder / name, quality=88)
         examples.append(Example(name, int((found.scores >= score).sum())))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from retinanet import native
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
 from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
+from retinanet.kernels import native
 from retinanet.structures import Detections
 
 MIN_TILE = 32
@@ -361,13 +361,13 @@ def _suppress(boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float) ->
     if not native.available():
         survivors: Tensor = batched_nms(boxes, scores, kinds, threshold)
         return survivors
-    kept, _ = native.suppress(
+    kept, _ = native.batched_nms(
         boxes,
         scores,
         kinds,
         torch.tensor([len(scores)]),
         classes=int(kinds.max()) + 1 if len(kinds) else 1,
         threshold=threshold,
-        most=max(1, len(scores)),
+        max_count=max(1, len(scores)),
     )
     return kept

@@ -1,29 +1,22 @@
-"""Losses: of the classes (Lin et al. 2017, Sec. 3), of the boxes, and of a detector's outputs."""
+"""Losses: classification (Lin et al. 2017, Sec. 3), boxes, and both for a detector's outputs."""
 
 from retinanet.losses.box import BOX_LOSSES, box_loss
-from retinanet.losses.classification import (
-    cross_entropy,
-    focal_loss,
-    focal_loss_star,
-    hinge_loss,
-)
 from retinanet.losses.detection import (
-    CLASSIFICATION_LOSSES,
-    MININGS,
     RUNNING_START,
     Losses,
+    classification_loss,
     detection_losses,
     update_running,
 )
-from retinanet.losses.mining import hard_examples
+from retinanet.losses.focal import cross_entropy, focal_loss, focal_loss_star, hinge_loss
+from retinanet.losses.ohem import hard_examples
 
 __all__ = [
     "BOX_LOSSES",
-    "CLASSIFICATION_LOSSES",
-    "MININGS",
     "RUNNING_START",
     "Losses",
     "box_loss",
+    "classification_loss",
     "cross_entropy",
     "detection_losses",
     "focal_loss",

@@ -83,7 +83,7 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
     Raises:
         RetinaNetError: a training fails.
     """
-    folder = workers.out / ".pace" / str(os.getpid())
+    folder = workers.out / f".pace-{os.getpid()}"
     kinds: dict[tuple[object, ...], Training] = {}
     for training in trainings:
         kinds.setdefault(_kind(training), _probe(training, f"pace-{len(kinds)}"))
@@ -100,7 +100,7 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
                 raise RetinaNetError(f"a first training of {_PROBE_STEPS} steps failed: {result}")
             paces[kind] = _pace(probe.folder(folder), result)
     finally:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return [paces[_kind(training)] for training in trainings]
 
 
@@ -134,9 +134,7 @@ def with_budget(
     trainings = (plan.only(keys) if keys else plan).trainings
     if not trainings:
         return settings
-    request = json.dumps(
-        [names, budget, sorted(f"{name}/{seed}" for name, seed in (one.key for one in trainings))]
-    )
+    request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
     def level(name: str, channels: int, *made: str | nn.Module) -> Level:
         stride = 2 ** int(name[1:])
         shape = (channels, math.ceil(height / stride), math.ceil(width / stride))
-        convolutions = [_convolution(one) if isinstance(one, nn.Conv2d) else one for one in made]
+        convolutions = [_convolution(m) if isinstance(m, nn.Conv2d) else m for m in made]
         return Level(name, stride, *shape, *convolutions)  # type: ignore[arg-type]
 
     maps, levels = [], []
@@ -158,13 +158,13 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
         levels=tuple(levels),
         class_subnet=_subnet(model.class_head, per_cell),
         box_subnet=_subnet(model.box_head, per_cell),
-        anchors=per_cell * sum(one.height * one.width for one in levels),
+        anchors=per_cell * sum(made.height * made.width for made in levels),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
 def _subnet(head: Head, per_cell: int) -> Subnet:
-    convolutions = [_convolution(one) for one in head.modules() if isinstance(one, nn.Conv2d)]
+    convolutions = [_convolution(m) for m in head.modules() if isinstance(m, nn.Conv2d)]
     return Subnet(tuple(convolutions), per_cell, convolutions[-1].out_channels // per_cell)
 
 

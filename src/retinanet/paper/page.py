@@ -165,8 +165,8 @@ def _add_about(page: Page, result: TableResult, out: Path) -> None:
         page.table(SETTING_COLUMNS, settings, left=3, folded=title)
     if folders:
         rows = [
-            (label, [(_address(_run_page(out / one), out), Path(one).name) for one in of_row])
-            for label, of_row in folders
+            (label, [(_address(_run_page(out / path), out), Path(path).name) for path in paths])
+            for label, paths in folders
         ]
         page.add(_BLOCKS.folded_links("Run folders", rows))
 

@@ -25,7 +25,7 @@ from retinanet.model.retinanet import build_retinanet
 from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.rivals import build_rival
 from retinanet.paper.tables import EXPERIMENTS
-from retinanet.training.step import recipe_anchors
+from retinanet.training.data import recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
 """The paper's backbones by depth."""

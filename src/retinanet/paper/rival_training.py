@@ -1,14 +1,14 @@
-"""Rivals in our own training loop, and judged by our own metrics.
+"""Training of rivals with RetinaNet's trainer, and their evaluation with the same metrics.
 
-The loop is RetinaNet's (:func:`retinanet.training.trainer.train_subject`): the same data in the
-same order, the same augmentation, steps, optimiser, schedule, clipping, averaging and precision,
-and the same rule for which checkpoint is the best.
+The trainer is :func:`retinanet.training.trainer.run_task`: the same data in the same order, the
+same augmentation, steps, optimizer, schedule, clipping, EMA and precision, and the same rule for
+the best checkpoint.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -17,18 +17,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from retinanet.config import Recipe, check_choice
+from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, NonFiniteLossError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.predict import group_by_size
 from retinanet.evaluation.results import Results
 from retinanet.losses.detection import Losses
 from retinanet.model.precision import autocast, choose_device
 from retinanet.paper.rivals import (
-    RIVALS,
     RivalInfo,
     RivalNetwork,
     build_rival,
@@ -37,9 +37,11 @@ from retinanet.paper.rivals import (
     write_rival,
 )
 from retinanet.structures import Batch
-from retinanet.training.events import Listener
-from retinanet.training.step import micro_batches, whole_losses
-from retinanet.training.trainer import Run, train_subject
+from retinanet.training.events import Emit, EventCallback
+from retinanet.training.nonfinite import NonFiniteStep
+from retinanet.training.step import merge_losses, micro_batches
+from retinanet.training.task import StepContext
+from retinanet.training.trainer import Run, run_task
 
 
 def train_rival(
@@ -49,39 +51,41 @@ def train_rival(
     out: str | Path,
     *,
     device: str = "auto",
-    on_event: Listener | None = None,
+    on_event: EventCallback | None = None,
 ) -> Run:
     """Train a rival with a recipe, as :func:`retinanet.training.trainer.train` trains RetinaNet.
 
-    The run folder is like any other's, but for the checkpoints in ``last/`` and ``best/``
-    (``rival.safetensors``, ``rival.json``; :func:`retinanet.paper.rivals.load_rival`) and for
-    ``rival`` in ``run.json``. Of the recipe the rival leaves aside what is RetinaNet's own:
-    ``matching``, ``loss``, octave scales, head depth and prior. A validation has no loss.
+    The run folder is the same, except for the checkpoints (``rival.safetensors``, ``rival.json``;
+    :func:`retinanet.paper.rivals.load_rival`) and for ``rival`` in ``run.json``. Settings of
+    RetinaNet alone are not used: ``matching``, ``loss``, octave scales, head depth and prior.
+    Validation has no loss.
 
     Args:
         name: of :data:`retinanet.paper.rivals.RIVALS`.
-        recipe, data, out, device, on_event: as for a RetinaNet; a run that was stopped goes on.
+        recipe: all settings.
+        data: splits by name, or a labelled folder or file.
+        out: run folder; an unfinished run in it is resumed.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        on_event: callback for progress events.
 
     Raises:
-        ConfigError: there is no such rival, a setting does not go with it, `out` holds another run,
+        ConfigError: there is no such rival, a setting is not supported, `out` contains another run,
             or there are several processes.
         DataError: the data has no image or no object to train on.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite.
+        NonFiniteLossError: NaN or Inf loss or gradient.
         WeightsError: the backbone's weights cannot be used.
     """
-    check_choice("rival", name, RIVALS)
 
-    def make(accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]) -> _Subject:
-        return _Subject(name, recipe, train_set, accelerator)
+    def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RivalTask:
+        return RivalTask(name, recipe, train_set, accelerator)
 
-    return train_subject(make, recipe, data, out, device=device, on_event=on_event)
+    return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
 def evaluate_rival(
     network: RivalNetwork,
     dataset: Dataset,
     *,
-    image_size: int,
     max_size: int,
     batch_size: int = 1,
     workers: int = 0,
@@ -89,62 +93,76 @@ def evaluate_rival(
     precision: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
-    """AP and speed of a rival, which comes back in the mode in which it was.
+    """Compute AP and speed of a rival; it is in the same mode afterwards.
 
     Args:
-        network: it is moved to `device`.
-        device, precision: as in :mod:`retinanet.inference.backends`.
-
-    The others are those of :func:`retinanet.evaluation.predict.run_inference`; the metrics have no
-    loss.
+        network: is moved to `device`.
+        dataset: labelled images.
+        max_size: longer side of the images at most, pixels; the shorter one is the network's.
+        batch_size: images per batch; it does not change the results.
+        workers: processes that load images.
+        device: for the network.
+        precision: ``float32``, ``bf16`` or ``fp16``.
+        progress: callback with the number of images done and of all.
 
     Raises:
         ConfigError: an unknown device or precision.
         ImageError: an image cannot be read.
-        DataError: the network says a box or a score that is not a number.
+        DataError: the network predicts NaN or Inf.
     """
-    place = choose_device(device)
+    device = choose_device(device)
     was_training = network.training
     results = Results(dataset)
-    began = time.perf_counter()
+    start, done = time.perf_counter(), 0
     try:
-        network.to(place).eval()
-        if len(dataset):
-            loader = eval_loader(
-                dataset,
-                batch_size=batch_size,
-                image_size=image_size,
-                max_size=max_size,
-                workers=workers,
-                fill=padding_colour(network.pixel_mean),
-            )
-            done = 0
-            for loaded in loader:
-                batch = loaded.to(place, non_blocking=True)
-                with autocast(precision, place):
-                    found = network.detect(batch)
-                for index, detections in zip(batch.indices.tolist(), found, strict=True):
-                    results.add(index, detections)
-                done += len(found)
-                if progress is not None:
-                    progress(done, len(dataset))
+        network.to(device).eval()
+        for batch in _batches(network, dataset, max_size, batch_size, workers, device):
+            with autocast(precision, device):
+                found = network.detect(batch)
+            for index, detections in zip(batch.indices.tolist(), found, strict=True):
+                results.add(index, detections)
+            done += len(found)
+            if progress is not None:
+                progress(done, len(dataset))
     finally:
         network.train(was_training)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     metrics = evaluate_detections(dataset, results)
     return replace(metrics, images_per_second=len(dataset) / seconds)
 
 
-class _Subject:
-    """A rival, as :class:`retinanet.training.subject.Subject`."""
+def _batches(
+    network: RivalNetwork,
+    dataset: Dataset,
+    max_size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Load batches with images of one padded size, as padding changes the features."""
+    if not len(dataset):
+        return iter(())
+    loader = eval_loader(
+        dataset,
+        batch_size=1,
+        image_size=network.settings.image_size,
+        max_size=max_size,
+        workers=workers,
+        fill=padding_colour(network.pixel_mean),
+    )
+    return group_by_size((image.to(device, non_blocking=True) for image in loader), batch_size)
+
+
+class RivalTask:
+    """Train a rival: a :class:`retinanet.training.task.TrainingTask`."""
 
     def __init__(
         self, name: str, recipe: Recipe, train_set: Dataset, accelerator: Accelerator
     ) -> None:
         if accelerator.num_processes > 1:
             raise ConfigError(
-                f"{name} trains in one process on one device, got {accelerator.num_processes} "
-                "processes: start it without accelerate launch"
+                f"{name} trains in one process: found {accelerator.num_processes}; start it "
+                "without accelerate launch"
             )
         check_rival(name, recipe)
         self.info: Mapping[str, Any] = {"init": None, "rival": name}
@@ -153,36 +171,31 @@ class _Subject:
         self._train_set = train_set
         self._device = accelerator.device
 
-    def build(self) -> nn.Module:
+    def build_model(self) -> nn.Module:
+        """Build the network of a new run."""
         return build_rival(self._name, self._recipe, len(self._train_set.classes))
 
-    def restore(self, folder: Path) -> nn.Module:
+    def load_model(self, folder: Path) -> nn.Module:
+        """Load the network of a checkpoint."""
         return load_rival(folder)[0]
 
-    def backward(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        batch: Batch,
-        *,
-        step: int,
-        precision: str,
-        scaler: torch.amp.GradScaler,
-        running: Tensor,
+    def training_step(
+        self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
     ) -> tuple[Losses, Tensor]:
-        # torchvision's samplers draw from torch's generator, from which starting a loader draws
-        # too: a resumed run starts one more of those.
-        torch.manual_seed((self._recipe.train.seed * 1_000_003 + step) % 2**63)
+        """Compute losses and gradients of a batch."""
+        # torchvision's samplers use torch's generator, and so does the start of a loader, of which
+        # a resumed run has another.
+        torch.manual_seed((self._recipe.train.seed * 1_000_003 + context.step) % 2**63)
         accumulate = self._recipe.train.accumulate
         parts = []
         for piece in micro_batches(batch, accumulate):
-            with autocast(precision, self._device):
+            with autocast(context.precision, self._device):
                 losses = cast(RivalNetwork, model).losses(piece)
-            torch.autograd.backward(scaler.scale(losses.total / accumulate))
+            torch.autograd.backward(context.scaler.scale(losses.total / accumulate))
             parts.append(losses)
-        return whole_losses(parts), running
+        return merge_losses(parts), context.running
 
-    def evaluate(
+    def validate(
         self,
         model: nn.Module,
         dataset: Dataset,
@@ -192,10 +205,10 @@ class _Subject:
         precision: str,
         progress: Callable[[int, int], None],
     ) -> Metrics:
+        """Evaluate the network."""
         return evaluate_rival(
             cast(RivalNetwork, model),
             dataset,
-            image_size=self._recipe.data.image_size,
             max_size=self._recipe.data.max_size,
             batch_size=batch_size,
             workers=workers,
@@ -204,7 +217,8 @@ class _Subject:
             progress=progress,
         )
 
-    def write(self, folder: Path, model: nn.Module, step: int) -> None:
+    def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
+        """Write a checkpoint into a folder."""
         data = self._recipe.data
         network = cast(RivalNetwork, model)
         info = RivalInfo(
@@ -216,22 +230,13 @@ class _Subject:
         )
         write_rival(folder, network, info)
 
-    def report_nonfinite(
-        self,
-        run: Path,
-        model: nn.Module,
-        *,
-        step: int,
-        batch: Batch,
-        running: Tensor,
-        numbers: Mapping[str, Any],
-        write: bool,
-    ) -> NoReturn:
-        names = ", ".join(str(self._train_set.images[int(i)].id) for i in batch.indices)
-        raise NonFiniteLossError(
-            f"step {step}: the loss of {self._name} is {numbers['loss']} (class "
-            f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
-            f"{numbers['grad_norm']}, learning rate {numbers['lr']:g}, images {names}; the last "
-            f"saved state is in {run / 'last'}; try a lower train.lr, train.warmup_steps or "
-            "train.clip_norm"
-        )
+    def warning(self) -> None:
+        """Return no warning: a rival has its own anchors."""
+
+    def advise_on_unmatched(self) -> None:
+        """Accept steps without a positive: objects alone are counted."""
+
+    def report_nonfinite(self, run: Path, model: nn.Module, failed: NonFiniteStep) -> NoReturn:
+        """Raise the error of a NaN or Inf loss."""
+        saved = f"the last saved state is in {run / 'last'}"
+        raise NonFiniteLossError(failed.message(self._train_set, saved, of=f" of {self._name}"))

@@ -29,7 +29,7 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.paper.plan import Training
 from retinanet.paper.rival_training import train_rival
 from retinanet.report.plots import read_log
-from retinanet.training.events import Listener
+from retinanet.training.events import EventCallback
 from retinanet.training.run_folder import RunFolder
 from retinanet.training.trainer import train
 
@@ -162,7 +162,7 @@ def is_locked(folder: Path) -> bool:
     return True
 
 
-def work(source: int, on_event: Listener | None = None) -> int:
+def work(source: int, on_event: EventCallback | None = None) -> int:
     """Run or resume the task that is read from a pipe, and write its result.
 
     Args:
@@ -230,7 +230,7 @@ def _interrupt() -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
 
-def _train_together(task: Task, on_event: Listener | None) -> int:
+def _train_together(task: Task, on_event: EventCallback | None) -> int:
     """Train with several processes; a stop kills them, and their last state is resumed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -251,7 +251,7 @@ def _train_together(task: Task, on_event: Listener | None) -> int:
     return 0
 
 
-def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> None:
+def _train_rank(rank: int, task: Task, port: int, on_event: EventCallback | None) -> None:
     sizes = {"WORLD_SIZE": task.processes, "LOCAL_WORLD_SIZE": task.processes}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in (sizes | ranks).items()})
@@ -261,7 +261,7 @@ def _train_rank(rank: int, task: Task, port: int, on_event: Listener | None) -> 
         sys.exit(f"error: {error}")
 
 
-def _train(task: Task, on_event: Listener | None) -> int:
+def _train(task: Task, on_event: EventCallback | None) -> int:
     torch.set_num_threads(task.threads)
     folder = Path(task.folder)
     recipe = build_recipe(tomllib.loads(task.recipe), "the task")

@@ -1,4 +1,4 @@
-"""Detectors as a service: a page, REST, and the limits that both need (docs/serve.md)."""
+"""HTTP service for detectors: a web page, a REST API, and the limits of both (docs/serve.md)."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ def build_app(
     detectors: Mapping[str, Detector] | Detector,
     settings: Settings | None = None,
     *,
-    judged: Mapping[str, Mapping[str, Any] | None] | None = None,
+    metrics: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> FastAPI:
-    """The service as an ASGI application; its startup warms the networks up.
+    """Build the service as an ASGI application; its startup warms up the networks.
 
     Args:
-        detectors: by the name that clients call them; the first answers where none is named. One
-            alone is called ``model``.
-        settings: limits; None: the defaults.
-        judged: AP, AP50, data and split of each model, which ``/v1/model`` says.
+        detectors: detectors by model name; the first is the default model. A single detector is
+            named ``model``.
+        settings: limits; None for the defaults.
+        metrics: AP, AP50, data and split by model name, reported by ``/v1/model``.
 
     Raises:
-        ConfigError: there is no detector, or several workers for one that cannot be shared.
+        ConfigError: there is no detector, or several workers were requested for a detector that
+            does not run with torch on a CPU.
         MissingExtraError: a package of the extra ``serve`` is not installed.
     """
     check_installed()
     from retinanet.serve.app import make_app
     from retinanet.serve.batching import Batcher
 
-    known = {"model": detectors} if isinstance(detectors, Detector) else dict(detectors)
+    by_name = {"model": detectors} if isinstance(detectors, Detector) else dict(detectors)
     settings = settings or Settings()
-    if not known:
-        raise ConfigError("there is no model to serve")
+    if not by_name:
+        raise ConfigError("no model to serve: pass at least one detector")
     if settings.workers > 1:
-        for name, one in known.items():
-            if one.device.type != "cpu" or one.network.backend != "torch":
+        for name, detector in by_name.items():
+            if detector.device.type != "cpu" or detector.network.backend != "torch":
                 raise ConfigError(
-                    f"{settings.workers} workers share the cores of a CPU, with backend torch; "
-                    f"{name} runs by {one.network.description}: leave --workers at 1"
+                    f"--workers {settings.workers} needs the torch backend on a CPU: {name} runs "
+                    f"with {detector.network.description}; leave --workers at 1"
                 )
-    return make_app(Batcher(known, settings), settings, judged or {})
+    return make_app(Batcher(by_name, settings), settings, metrics or {})
 
 
 def check_installed() -> None:
-    """Raise a MissingExtraError for the first package of the extra that is not there."""
+    """Raise MissingExtraError if a package of the extra ``serve`` is not installed."""
     from importlib.util import find_spec
 
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):

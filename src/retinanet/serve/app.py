@@ -1,9 +1,11 @@
-"""The routes of the service, on FastAPI (an extra: this module is imported by those that have it).
+"""The routes of the service, on FastAPI (extra ``serve``).
 
-Bodies are read here and not by FastAPI, which would spool uploads to a disk, and to no limit.
+Request bodies are read by :mod:`retinanet.serve.upload`: FastAPI would spool uploads to disk, and
+without a limit.
 """
 
-# FastAPI reads the routes' annotations, which hold names of make_app(): they are not postponed.
+from __future__ import annotations
+
 import asyncio
 import hmac
 import json
@@ -17,62 +19,226 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from retinanet import __version__
 from retinanet.config import nearest
 from retinanet.serve import schema
-from retinanet.serve.batching import Batcher, Searched
-from retinanet.serve.outside import Outside
-from retinanet.serve.page_files import page_files
-from retinanet.serve.refusal import Refusal
+from retinanet.serve.batching import Batcher, Result
+from retinanet.serve.errors import RequestError
+from retinanet.serve.metrics import CONTENT_TYPE
+from retinanet.serve.middleware import Middleware
 from retinanet.serve.settings import Settings
-from retinanet.serve.upload import FIELD, Room, Upload, check_bytes, read_images
-
-_MOST_DETECTIONS = 10_000
+from retinanet.serve.upload import FIELD, Body, ByteSemaphore, Upload, check_body_size
 
 _DESCRIPTION = (
-    "Finds objects in images. Every answer that is not 200 holds one line for a person: "
-    '`{"detail": "..."}`.'
+    'Object detection in images. Every error response holds one line of text: `{"detail": "..."}`.'
 )
 
-_WHY = {
-    400: "An option or the form is not understood.",
+_ERRORS = {
+    400: "An option or the form is invalid.",
     401: "The API key is missing or wrong.",
-    403: "A page of another site sent it.",
+    403: "A page of another site sent the request.",
     404: "There is no such model.",
     408: "The upload took too long.",
     413: "Too many bytes, pixels or images.",
     415: "The body is neither multipart/form-data nor image/*.",
     422: "An image cannot be read.",
-    500: "The server failed.",
-    503: "Too many images are waiting, or the server starts or stops; see Retry-After.",
-    504: "It took too long.",
+    500: "Internal server error.",
+    503: "The queue is full, or the server is starting or stopping; see Retry-After.",
+    504: "The request took too long.",
 }
 
-_OPTIONS = (
-    *("model", "score_threshold", "nms_threshold"),
-    *("class_agnostic", "detections_per_image"),
-)
+_UNSET: Any = None  # a default of type None would be documented as a nullable option
 
-# A type with None would be described as one that takes null.
-_LEFT_OUT: Any = None
 
-_BINARY = {"type": "string", "format": "binary"}
+class DetectOptions(BaseModel):
+    """Query parameters of ``/v1/detect``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(_UNSET, description="Model name; the first model by default.")
+    score_threshold: float = Field(_UNSET, ge=0, lt=1, description="Minimum score.")
+    nms_threshold: float = Field(_UNSET, gt=0, le=1, description="IoU threshold for NMS.")
+    class_agnostic: bool = Field(_UNSET, description="Class-agnostic NMS.")
+    detections_per_image: int = Field(
+        _UNSET, ge=1, le=10_000, description="Maximum number of detections per image."
+    )
+
+    def thresholds(self) -> dict[str, Any]:
+        """Return the thresholds that were sent, by the detector's names."""
+        sent = self.model_dump(exclude_unset=True, exclude={"model"})
+        if "class_agnostic" in sent:
+            sent["class_agnostic_nms"] = sent.pop("class_agnostic")
+        return sent
+
+
+class Routes:
+    """The routes and their common state.
+
+    Args:
+        batcher: runs the detectors.
+        settings: limits.
+        metrics: AP, AP50, data and split by model name.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        settings: Settings,
+        metrics: Mapping[str, Mapping[str, Any] | None],
+    ) -> None:
+        self.batcher = batcher
+        self.settings = settings
+        self.model_metrics = metrics
+        self.names = list(batcher.detectors)
+        self.semaphore = ByteSemaphore(settings.held_bytes_limit)
+
+    async def detect(
+        self, request: Request, options: Annotated[DetectOptions, Query()]
+    ) -> Response:
+        """Options that are not sent have the values of the model; see `/v1/model`.
+
+        An image that cannot be read is listed in `failures`, and the others are processed. If none
+        can be read, the response is 422.
+        """
+        start = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        model = self._find_model(options.model)
+        _check_origin(request)
+        check_body_size(_content_length(request), self.settings)
+        self.batcher.check_capacity()
+        body = Body(request, self.settings, self.semaphore)
+        try:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    uploads = await body.read_uploads()
+            except TimeoutError:
+                detail = f"the upload took over {self.settings.timeout:g} seconds"
+                raise RequestError(408, "slow_upload", detail) from None
+            futures = self.batcher.submit(model, uploads, options.thresholds())
+            results = await _wait_for_results(request, futures, deadline, self.settings.timeout)
+        finally:
+            self.semaphore.release(body.size)
+        return self._detect_response(model, uploads, results, start)
+
+    async def models(self) -> Response:
+        """Return names, classes, thresholds, accuracy and speed of the models, and the limits."""
+        limits = {
+            "bytes": self.settings.max_bytes,
+            "pixels": self.settings.max_pixels,
+            "images": self.settings.max_images,
+            "seconds": self.settings.timeout,
+        }
+        models = [self._describe_model(name) for name in self.names]
+        return JSONResponse({"models": models, "limits": limits, "version": __version__})
+
+    async def healthz(self, request: Request) -> Response:
+        """Return 200 while the process answers requests and the network threads are alive."""
+        if not self.batcher.alive and not request.app.state.stopping:
+            raise RequestError(503, "internal", "a network thread has ended: restart the server")
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Return 200 from the end of the warm-up until the server begins to stop."""
+        if request.app.state.stopping or not self.batcher.alive:
+            raise RequestError(503, "busy", "the server is starting or stopping")
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self) -> Response:
+        """Return the metrics in Prometheus' text format."""
+        return Response(self.batcher.metrics.export(), media_type=CONTENT_TYPE)
+
+    async def handle_error(self, request: Request, error: Exception) -> Response:
+        """Answer an exception with one line of JSON."""
+        if isinstance(error, RequestValidationError):
+            error = _invalid_option(error)
+        elif isinstance(error, ClientDisconnect):
+            error = RequestError(499, "disconnected", "the client disconnected")
+        assert isinstance(error, HTTPException)
+        detail = error.detail
+        if not isinstance(error, RequestError):
+            detail = {
+                404: "no such URL",
+                405: f"method not allowed: {request.method}",
+            }.get(error.status_code, detail)
+        self.batcher.metrics.count_failure(getattr(error, "reason", "route"))
+        return JSONResponse({"detail": detail}, error.status_code, error.headers)
+
+    def _find_model(self, name: str | None) -> str:
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            known = ", ".join(self.names)
+            hint = nearest(name, self.names)
+            raise RequestError(404, "model", f"no such model: {name[:80]!r}; known: {known}{hint}")
+        return name
+
+    def _describe_model(self, name: str) -> dict[str, Any]:
+        detector = self.batcher.detectors[name]
+        seconds = self.batcher.seconds_per_image(name)
+        metrics = self.model_metrics.get(name)
+        return {
+            "name": name,
+            "default": name == self.names[0],
+            "classes": list(detector.classes),
+            "category_ids": list(detector.category_ids),
+            "image_size": detector.image_size,
+            "max_size": detector.max_size,
+            "thresholds": dict(detector.thresholds),
+            "network": detector.network.description,
+            "metrics": None if metrics is None else dict(metrics),
+            "milliseconds": None if seconds is None else _milliseconds(seconds),
+        }
+
+    def _detect_response(
+        self,
+        model: str,
+        uploads: Sequence[Upload],
+        results: Sequence[Result | BaseException],
+        start: float,
+    ) -> Response:
+        errors: list[tuple[str, RequestError]] = []
+        processed: list[Result] = []
+        for upload, result in zip(uploads, results, strict=True):
+            if isinstance(result, Result):
+                processed.append(result)
+            elif isinstance(result, RequestError):
+                errors.append((upload.name, result))
+            else:
+                raise result
+        if not processed:
+            raise _no_image(errors)
+        for _, error in errors:
+            self.batcher.metrics.count_failure(error.reason)
+        content = {
+            "model": model,
+            "images": [result.detections.to_dict() for result in processed],
+            "failures": [{"file": name, "reason": error.detail} for name, error in errors],
+            "milliseconds": {
+                "total": _milliseconds(time.perf_counter() - start),
+                "queue": _milliseconds(max(result.queue_seconds for result in processed)),
+                "network": _milliseconds(sum(result.network_seconds for result in processed)),
+            },
+        }
+        return Response(
+            json.dumps(content, separators=(",", ":")),
+            media_type="application/json",
+            headers={"Cache-Control": "no-store"},
+        )
 
 
 def make_app(
-    batcher: Batcher, settings: Settings, judged: Mapping[str, Mapping[str, Any] | None]
+    batcher: Batcher, settings: Settings, metrics: Mapping[str, Mapping[str, Any] | None]
 ) -> FastAPI:
-    """As :func:`retinanet.serve.build_app`, of which it is the inside."""
-    names = list(batcher.detectors)
-    room = Room(settings.all_bytes)
-    page = page_files()
+    """Build the application; arguments as of :func:`retinanet.serve.build_app`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        await asyncio.to_thread(batcher.start)
         yield
         app.state.stopping = True
         await asyncio.to_thread(batcher.stop)
@@ -81,410 +247,206 @@ def make_app(
         title="retinanet",
         version=__version__,
         description=_DESCRIPTION,
-        docs_url=None,  # it would load scripts from outside
+        docs_url=None,  # it loads scripts from elsewhere
         redoc_url=None,
-        openapi_url=None,  # a route below, which asks for the key
+        openapi_url=None,  # a route that needs the API key replaces it
         redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.stopping = False
     app.state.batcher = batcher
-    app.add_middleware(Outside, metrics=batcher.metrics, max_bytes=settings.max_bytes)
-    locked = _key_check(settings.api_key)
-
-    def refuse(refusal: Refusal) -> JSONResponse:
-        batcher.metrics.failure(refusal.reason)
-        return JSONResponse({"detail": refusal.detail}, refusal.status, refusal.headers)
-
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return refuse(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def not_understood(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return refuse(_bad_option(error))
-
-    @app.exception_handler(HTTPException)
-    async def no_such_address(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        detail = {
-            404: "there is nothing at this address",
-            405: f"{request.method} is not for this address",
-        }.get(error.status_code, str(error.detail))
-        headers = dict(error.headers or {})
-        return refuse(Refusal(error.status_code, "address", detail, headers))
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: Exception) -> Response:
-        return refuse(Refusal(499, "gone", "the client has gone"))  # nobody reads it
-
-    @app.post(
-        "/v1/detect",
-        summary="Find the objects in one image or several",
-        response_model=schema.Answer,
-        responses=_errors(
-            400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504, key=settings.api_key
-        ),
-        dependencies=locked,
-        openapi_extra=_request_body(settings),
-    )
-    async def detect(
-        request: Request,
-        model: Annotated[
-            str,
-            Query(description="The first if left out.", json_schema_extra={"enum": list(names)}),
-        ] = _LEFT_OUT,
-        score_threshold: Annotated[
-            float,
-            Query(ge=0, lt=1, description="Boxes under it are dropped."),
-        ] = _LEFT_OUT,
-        nms_threshold: Annotated[
-            float,
-            Query(gt=0, le=1, description="Of two boxes with more IoU the weaker goes."),
-        ] = _LEFT_OUT,
-        class_agnostic: Annotated[
-            bool, Query(description="One box a place, whatever the class.")
-        ] = _LEFT_OUT,
-        detections_per_image: Annotated[
-            int,
-            Query(ge=1, le=_MOST_DETECTIONS, description="Boxes an image."),
-        ] = _LEFT_OUT,
-    ) -> Response:
-        """Options that are left out are the model's own; `/v1/model` has them.
-
-        One image that cannot be read stops no other: it stands in `failures`. Where none can be
-        read the answer is 422.
-        """
-        began = time.perf_counter()
-        deadline = asyncio.get_running_loop().time() + settings.timeout
-        thresholds = {
-            "score_threshold": score_threshold,
-            "nms_threshold": nms_threshold,
-            "class_agnostic_nms": class_agnostic,
-            "detections_per_image": detections_per_image,
-        }
-        _check_origin(request)
-        _check_names(request, _OPTIONS)
-        name = _model_name(model, names)
-        check_bytes(_content_length(request), settings)
-        batcher.check_room()
-        with room.lent() as take:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    uploads = await read_images(
-                        request.headers.get("content-type", ""), request.stream(), settings, take
-                    )
-            except TimeoutError:
-                raise Refusal(
-                    408, "slow_client", f"the upload took over {settings.timeout:g} seconds"
-                ) from None
-            given = {key: value for key, value in thresholds.items() if value is not None}
-            results = await _wait(
-                request, batcher.submit(name, uploads, given), deadline, settings.timeout
-            )
-        return _answer(batcher, name, uploads, results, began)
-
-    @app.get(
-        "/v1/model",
-        summary="The models, their classes and what a request may be",
-        response_model=schema.Models,
-        responses=_errors(400, 401, 500, key=settings.api_key),
-        dependencies=locked,
-    )
-    async def models(request: Request) -> Response:
-        """Each model's name, classes, thresholds, measured quality and speed."""
-        _check_names(request, ())
-        return JSONResponse(
-            {
-                "models": [_described(batcher, one, names[0], judged.get(one)) for one in names],
-                "limits": {
-                    "bytes": settings.max_bytes,
-                    "pixels": settings.max_pixels,
-                    "images": settings.max_images,
-                    "seconds": settings.timeout,
-                },
-                "version": __version__,
-            }
-        )
-
-    @app.get(
-        "/healthz",
-        summary="Whether the process lives",
-        response_model=schema.Health,
-        responses=_errors(503),
-    )
-    async def healthz() -> Response:
-        """200 as long as requests are answered and the networks' threads run."""
-        if batcher.warm and not batcher.alive and not app.state.stopping:
-            raise Refusal(503, "internal", "a network's thread has ended: restart the server")
-        return JSONResponse({"status": "alive"})
-
-    @app.get(
-        "/readyz",
-        summary="Whether requests will be taken",
-        response_model=schema.Health,
-        responses=_errors(503),
-    )
-    async def readyz() -> Response:
-        """200 once the models are loaded and warm, until the server is told to stop."""
-        if app.state.stopping:
-            raise Refusal(503, "busy", "the server is stopping")
-        if not batcher.warm:
-            raise Refusal(503, "busy", "the models are warming up", {"Retry-After": "2"})
-        return JSONResponse({"status": "ready"})
-
-    @app.get(
-        "/metrics",
-        summary="Counters for Prometheus",
-        response_class=Response,
-        responses={
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            **_errors(401, key=settings.api_key),
-        },
-        dependencies=locked,
-    )
-    async def metrics() -> Response:
-        """Prometheus' text format."""
-        content, kind = batcher.metrics.text()
-        return Response(content, media_type=kind)
-
-    @app.get("/openapi.json", include_in_schema=False, dependencies=locked)
-    async def openapi() -> Response:
-        return JSONResponse(app.openapi())
-
-    @app.get("/", include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return send_file(request, "index.html")
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def asset(request: Request, name: str) -> Response:
-        return send_file(request, name)
-
-    def send_file(request: Request, name: str) -> Response:
-        file = page.get(name)
-        if file is None:
-            raise HTTPException(404)
-        headers = {"ETag": file.tag, "Cache-Control": "no-cache"}
-        if request.headers.get("if-none-match") == file.tag:
-            return Response(status_code=304, headers=headers)
-        return Response(file.content, media_type=file.kind, headers=headers)
-
+    routes = Routes(batcher, settings, metrics)
+    app.add_middleware(Middleware, metrics=batcher.metrics)
+    for kind in (HTTPException, RequestValidationError, ClientDisconnect):
+        app.add_exception_handler(kind, routes.handle_error)
+    _add_api(app, routes)
+    _add_page(app)
+    description = app.openapi()  # FastAPI returns the same object every time
+    [model] = [
+        parameter
+        for parameter in description["paths"]["/v1/detect"]["post"]["parameters"]
+        if parameter["name"] == "model"
+    ]
+    model["schema"]["enum"] = routes.names
     return app
 
 
-def _key_check(api_key: str | None) -> list[Any]:
-    """What routes depend on that ask for the key; nothing where there is none."""
-    if api_key is None:
-        return []
-    expected = api_key.encode()
+def _add_api(app: FastAPI, routes: Routes) -> None:
+    key = routes.settings.api_key
+    needs_key = [] if key is None else [_api_key_dependency(key)]
 
+    def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+        return {
+            code: {"model": schema.ErrorResponse, "description": _ERRORS[code]}
+            for code in codes
+            if code != 401 or needs_key
+        }
+
+    app.add_api_route(
+        "/v1/detect",
+        routes.detect,
+        methods=["POST"],
+        summary="Detect objects in one or several images",
+        response_model=schema.DetectResponse,
+        responses=errors(400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504),
+        dependencies=needs_key,
+        openapi_extra=_request_body(routes.settings),
+    )
+    app.add_api_route(
+        "/v1/model",
+        routes.models,
+        summary="Models, their classes, and the limits of a request",
+        response_model=schema.ModelsResponse,
+        responses=errors(401, 500),
+        dependencies=needs_key,
+    )
+    for path, route, summary in (
+        ("/healthz", routes.healthz, "Liveness"),
+        ("/readyz", routes.readyz, "Readiness"),
+    ):
+        app.add_api_route(
+            path, route, summary=summary, response_model=schema.Health, responses=errors(503)
+        )
+    text: Any = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    app.add_api_route(
+        "/metrics",
+        routes.metrics,
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={**text, **errors(401)},
+        dependencies=needs_key,
+    )
+
+    async def openapi() -> Response:
+        return JSONResponse(app.openapi())
+
+    app.add_api_route("/openapi.json", openapi, include_in_schema=False, dependencies=needs_key)
+
+
+def _add_page(app: FastAPI) -> None:
+    files = StaticFiles(packages=[("retinanet.serve", "page")])
+
+    async def page_file(request: Request, name: str = "index.html") -> Response:
+        response = await files.get_response(name, request.scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+    app.add_api_route("/", page_file, include_in_schema=False)
+    app.add_api_route("/page/{name}", page_file, include_in_schema=False)
+
+
+def _api_key_dependency(api_key: str) -> Any:
     async def check(
         header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
         bearer: Annotated[
             HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
         ],
     ) -> None:
-        given = header if header is not None else bearer.credentials if bearer else None
-        if given is None or not hmac.compare_digest(given.encode(), expected):
-            what = "is missing" if given is None else "is wrong"
-            raise Refusal(
+        sent = header if header is not None else bearer.credentials if bearer else None
+        if sent is None or not hmac.compare_digest(sent.encode(), api_key.encode()):
+            problem = "missing" if sent is None else "wrong"
+            raise RequestError(
                 401,
-                "key",
-                f"the API key {what}: send it as X-API-Key or Authorization: Bearer",
+                "api_key",
+                f"{problem} API key: send it as X-API-Key or Authorization: Bearer",
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    return [Depends(check)]
-
-
-def _errors(*codes: int, key: str | None = None) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route answers, for its description."""
-    return {
-        code: {"model": schema.Problem, "description": _WHY[code]}
-        for code in codes
-        if code != 401 or key is not None
-    }
+    return Depends(check)
 
 
 def _request_body(settings: Settings) -> dict[str, Any]:
+    binary = {"type": "string", "format": "binary"}
+    images = {"type": "array", "minItems": 1, "maxItems": settings.max_images, "items": binary}
     form = {
         "type": "object",
         "required": [FIELD],
         "additionalProperties": False,
-        "properties": {
-            FIELD: {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": settings.max_images,
-                "items": _BINARY,
-            }
-        },
+        "properties": {FIELD: images},
     }
     return {
         "requestBody": {
             "required": True,
-            "description": f"At most {settings.max_bytes:,} bytes; an image has at most "
-            f"{settings.max_pixels:,} pixels.",
-            "content": {"multipart/form-data": {"schema": form}, "image/*": {"schema": _BINARY}},
+            "description": f"At most {settings.max_bytes:,} bytes and {settings.max_pixels:,} "
+            "pixels per image.",
+            "content": {"multipart/form-data": {"schema": form}, "image/*": {"schema": binary}},
         }
     }
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what a page of another site makes a browser send, by what browsers say of it.
+    """Reject requests that a page of another site makes a browser send.
 
-    Sec-Fetch-Site comes with every request to https and to this machine itself, Origin with every
-    POST. Programs send neither.
+    Browsers send Sec-Fetch-Site with requests to https and to this machine, and Origin with every
+    POST; other programs send neither.
     """
     site = request.headers.get("sec-fetch-site")
     if site is None:
         origin = request.headers.get("origin")
-        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+        same = origin is None or origin.partition("://")[2] == request.headers.get("host")
     else:
-        own = site in ("same-origin", "none")
-    if not own:
-        raise Refusal(403, "foreign", "pages of other sites may not send images here")
+        same = site in ("same-origin", "none")
+    if not same:
+        raise RequestError(403, "cross_origin", "pages of other sites may not send images here")
 
 
-def _check_names(request: Request, known: Sequence[str]) -> None:
-    for name in request.query_params:
-        if name not in known:
-            listed = f"of {', '.join(known)}" if known else "there are none here"
-            raise Refusal(
-                400, "option", f"unknown option {name[:80]!r}: {listed}{nearest(name, known)}"
-            )
-
-
-def _bad_option(error: RequestValidationError) -> Refusal:
+def _invalid_option(error: RequestValidationError) -> RequestError:
     first = error.errors()[0]
-    reason = str(first["msg"]).removeprefix("Input should be ")
-    return Refusal(
-        400,
-        "option",
-        f"option {first['loc'][-1]} should be {reason}, got {str(first['input'])[:80]!r}",
-    )
-
-
-def _model_name(given: str | None, names: list[str]) -> str:
-    if given is None:
-        return names[0]
-    if given not in names:
-        raise Refusal(
-            404,
-            "model",
-            f"there is no model {given[:80]!r}, but {', '.join(names)}{nearest(given, names)}",
-        )
-    return given
+    name = str(first["loc"][-1])[:80]
+    if first["type"] == "extra_forbidden":
+        known = list(DetectOptions.model_fields)
+        detail = f"unknown option: {name!r}; known: {', '.join(known)}{nearest(name, known)}"
+    else:
+        expected = str(first["msg"]).removeprefix("Input should be ")
+        detail = f"invalid {name}: {str(first['input'])[:80]!r}; should be {expected}"
+    return RequestError(400, "option", detail)
 
 
 def _content_length(request: Request) -> int:
-    """What the client says; 0 where it says nothing, or nonsense: what comes is counted anyway."""
-    given = request.headers.get("content-length", "")
-    return int(given) if given.isascii() and given.isdecimal() else 0
+    """Return the announced body size, or 0: the bytes are counted in any case."""
+    value = request.headers.get("content-length", "")
+    return int(value) if value.isascii() and value.isdecimal() else 0
 
 
-async def _wait(
-    request: Request, answers: list[Future[Searched]], deadline: float, seconds: float
-) -> list[Searched | BaseException]:
-    """What came of each image; those that nobody will get are given up.
+async def _wait_for_results(
+    request: Request, futures: Sequence[Future[Result]], deadline: float, timeout: float
+) -> list[Result | BaseException]:
+    """Wait for the result of each image, and cancel them if nobody will receive them.
 
     Raises:
-        Refusal: 504 it took too long, 499 the client has gone.
+        RequestError: 504 after `timeout` seconds, 499 if the client disconnects.
     """
-    loop = asyncio.get_running_loop()
-    all_of_them = asyncio.gather(
-        *(asyncio.wrap_future(answer) for answer in answers), return_exceptions=True
-    )
-    # Given up, it ends with a CancelledError, which somebody has to take.
-    all_of_them.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    gone = asyncio.ensure_future(_disconnected(request))
+    results = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    # Retrieve its CancelledError, which asyncio would log as never retrieved.
+    results.add_done_callback(lambda done: done.cancelled() or done.exception())
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    tasks: set[asyncio.Future[Any]] = {results, disconnected}
     try:
-        waited_for: set[asyncio.Future[Any]] = {all_of_them, gone}
-        done, _ = await asyncio.wait(
-            waited_for,
-            timeout=max(0, deadline - loop.time()),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if all_of_them in done:
-            return all_of_them.result()
-        if gone in done:
-            raise Refusal(499, "gone", "the client has gone")
-        raise Refusal(
-            504, "timeout", f"it took over {seconds:g} seconds: send fewer images, or try again"
-        )
+        seconds = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if results.done():
+            return results.result()
+        if disconnected.done():
+            raise ClientDisconnect
+        detail = f"the request took over {timeout:g} seconds: send fewer images, or try again"
+        raise RequestError(504, "timeout", detail)
     finally:
-        gone.cancel()
-        all_of_them.cancel()  # and with it each image's answer
+        disconnected.cancel()
+        results.cancel()  # also cancels the futures of the images
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _answer(
-    batcher: Batcher,
-    model: str,
-    uploads: list[Upload],
-    results: list[Searched | BaseException],
-    began: float,
-) -> Response:
-    images, failures, refusals = [], [], []
-    queue = network = 0.0
-    for upload, result in zip(uploads, results, strict=True):
-        if isinstance(result, Searched):
-            images.append(result.found.to_dict())
-            queue = max(queue, result.queue_seconds)
-            network += result.network_seconds
-        elif isinstance(result, Refusal):
-            refusals.append(result)
-            failures.append({"file": upload.name, "reason": result.detail})
-        else:
-            raise result
-    if not images:
-        statuses = {one.status for one in refusals}
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        first = failures[0]
-        raise Refusal(
-            statuses.pop() if len(statuses) == 1 else 422,
-            refusals[0].reason,
-            f"{first['file']}: {first['reason']}{more}",
-        )
-    for refusal in refusals:
-        batcher.metrics.failure(refusal.reason)
-    answer = {
-        "model": model,
-        "images": images,
-        "failures": failures,
-        "milliseconds": {
-            "total": _milliseconds(time.perf_counter() - began),
-            "queue": _milliseconds(queue),
-            "network": _milliseconds(network),
-        },
-    }
-    content = json.dumps(answer, separators=(",", ":"))
-    return Response(content, media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-def _described(
-    batcher: Batcher, name: str, default: str, judged: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    detector = batcher.detectors[name]
-    seconds = batcher.seconds(name)
-    return {
-        "name": name,
-        "default": name == default,
-        "classes": list(detector.classes),
-        "category_ids": list(detector.category_ids),
-        "image_size": detector.image_size,
-        "max_size": detector.max_size,
-        "thresholds": dict(detector.thresholds),
-        "network": detector.network.description,
-        "metrics": None if judged is None else dict(judged),
-        "milliseconds": None if seconds is None else _milliseconds(seconds),
-    }
+def _no_image(errors: Sequence[tuple[str, RequestError]]) -> RequestError:
+    """Return the error for a request none of whose images can be processed."""
+    name, first = errors[0]
+    statuses = {error.status_code for _, error in errors}
+    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    status = statuses.pop() if len(statuses) == 1 else 422
+    return RequestError(status, first.reason, f"{name}: {first.detail}{others}")
 
 
 def _milliseconds(seconds: float) -> float:

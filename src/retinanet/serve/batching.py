@@ -1,4 +1,4 @@
-"""Images of many requests through one network: unpacked in threads, searched in batches."""
+"""Dynamic batching: decode the images of many requests in threads and run them in batches."""
 
 from __future__ import annotations
 
@@ -21,28 +21,26 @@ from retinanet.inference import Detector, ImageDetections, Source
 from retinanet.inference.detector import Prepared
 from retinanet.inference.exported import ExportedNetwork
 from retinanet.model.retinanet import RetinaNet
+from retinanet.serve.errors import RequestError, busy
 from retinanet.serve.metrics import Metrics
-from retinanet.serve.refusal import Refusal, busy
 from retinanet.serve.settings import Settings
-from retinanet.serve.upload import Upload, check_image, reason_of
+from retinanet.serve.upload import Upload, check_image, decode_error
 
-_RECENT = 200
-"""Images over which the speed of a model is the median."""
-
-_GPU_BATCH = 8
+_NUM_RECENT = 200  # images over which the median speed of a model is computed
+_GPU_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
-    """What became of one image.
+class Result:
+    """Result of one image.
 
     Attributes:
-        found: what is in it.
-        queue_seconds: that it waited, unpacked, for the network.
+        detections: the detections.
+        queue_seconds: time the decoded image waited for the network.
         network_seconds: its share of the time of its batch.
     """
 
-    found: ImageDetections
+    detections: ImageDetections
     queue_seconds: float
     network_seconds: float
 
@@ -52,237 +50,250 @@ class _Job:
     model: str
     upload: Upload
     thresholds: dict[str, Any]
-    # Cancelled by whoever waits for it, when nobody does any more.
-    answer: Future[Searched] = field(default_factory=Future)
+    future: Future[Result] = field(default_factory=Future)  # cancelled when nobody waits for it
     prepared: Prepared | None = None
-    key: tuple[Any, ...] = ()
-    ready: float = 0.0
+    batch_key: tuple[Any, ...] = ()
+    decoded_at: float = 0.0
 
 
 class Batcher:
-    """The way of images through the detectors; :meth:`start` it before the first.
+    """Queue of images in front of the detectors; call :meth:`start` first.
 
-    A batch holds images of one model, one size (at the network, padded to multiples of 32) and
-    the same thresholds alone: nothing is spent on padding, and what is found in an image does not
-    depend on what else was in its batch, but for rounding. The oldest image's batch goes first.
-    While the network runs, the next ones gather.
+    A batch contains images of one model, one padded network input size and the same thresholds, so
+    no image is padded for another, and the other images of a batch change results by rounding
+    only. The oldest image goes first; the next batch gathers while the network runs.
 
     Args:
-        detectors: by name.
-        settings: how many threads, how large a batch, how long a queue.
+        detectors: detectors by model name.
+        settings: numbers of threads, batch size and queue length.
     """
 
     def __init__(self, detectors: Mapping[str, Detector], settings: Settings) -> None:
         self.detectors = dict(detectors)
         self.settings = settings
-        self.metrics = Metrics(lambda: self.waiting)
-        self.warm = False
-        self.failed: Exception | None = None
+        self.metrics = Metrics(lambda: self.num_waiting)
         self._changed = threading.Condition()
-        self._ready: deque[_Job] = deque()
-        self._inside = 0
-        self._at_network = 0
-        self._ending = False
-        self._seconds: dict[str, deque[float]] = {name: deque(maxlen=_RECENT) for name in detectors}
-        self._threads: list[threading.Thread] = []
-        readers = settings.readers or min(4, os.cpu_count() or 1)
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="read-image")
+        self._decoded: deque[_Job] = deque()
+        self._num_pending = 0
+        self._num_running = 0
+        self._stopping = False
+        self._seconds: dict[str, deque[float]] = {
+            name: deque(maxlen=_NUM_RECENT) for name in detectors
+        }
+        self._workers: list[threading.Thread] = []
+        threads = settings.decode_threads or min(4, os.cpu_count() or 1)
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     @property
     def alive(self) -> bool:
-        """Whether the threads of the networks run."""
-        return all(thread.is_alive() for thread in self._threads)
+        """Whether all threads that run a network are alive."""
+        return bool(self._workers) and all(worker.is_alive() for worker in self._workers)
 
     @property
-    def waiting(self) -> int:
-        """Images that are not yet at the network."""
-        return max(0, self._inside - self._at_network)
+    def num_pending(self) -> int:
+        """Number of images that were submitted and have no result yet."""
+        return self._num_pending
 
-    def seconds(self, model: str) -> float | None:
-        """Of the network for one image, the median of the last; None: it has seen none."""
-        known = list(self._seconds[model])
-        return statistics.median(known) if known else None
+    @property
+    def num_running(self) -> int:
+        """Number of images in the networks."""
+        return self._num_running
+
+    @property
+    def num_decoded(self) -> int:
+        """Number of decoded images that wait for a network."""
+        return len(self._decoded)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of images that wait for decoding or for a network."""
+        return max(0, self._num_pending - self._num_running)
+
+    def seconds_per_image(self, model: str) -> float | None:
+        """Return the median network time over recent images; None before the first image."""
+        recent = list(self._seconds[model])
+        return statistics.median(recent) if recent else None
 
     def start(self) -> None:
-        """Warm the networks up in their threads, then take work; :attr:`warm` says when."""
-        barrier = threading.Barrier(self.settings.workers)
-        for i in range(self.settings.workers):
-            thread = threading.Thread(
-                target=self._work, args=(barrier,), name=f"network-{i}", daemon=True
+        """Warm up the networks and start their threads; does nothing if they run already.
+
+        Raises:
+            Exception: any exception of a network.
+        """
+        if self._workers:
+            return
+        # Warm up in the threads that will run the networks: some backends keep state per thread.
+        warm_ups: list[Future[None]] = [Future() for _ in range(self.settings.workers)]
+        for i, warm_up in enumerate(warm_ups):
+            worker = threading.Thread(
+                target=self._work, args=(warm_up,), name=f"network-{i}", daemon=True
             )
-            thread.start()
-            self._threads.append(thread)
+            worker.start()
+            self._workers.append(worker)
+        for warm_up in warm_ups:
+            warm_up.result()
 
     def stop(self) -> None:
-        """Finish what was begun; what waits is dropped."""
+        """Finish running batches and drop waiting images."""
         with self._changed:
-            self._ending = True
-            for job in self._ready:
-                job.answer.cancel()
-            self._ready.clear()
+            self._stopping = True
+            for job in self._decoded:
+                job.future.cancel()
+            self._decoded.clear()
             self._changed.notify_all()
-        self._readers.shutdown(cancel_futures=True)
-        for thread in self._threads:
-            thread.join()
+        self._decoders.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.join()
 
-    def check_room(self, images: int = 1) -> None:
-        """Raise a 503 where so many more images would be more than the queue takes."""
+    def check_capacity(self, images: int = 1) -> None:
+        """Raise a 503 error if the queue cannot take `images` more images."""
         with self._changed:
-            self._check_room(images)
+            self._check_capacity(images)
 
     def submit(
         self, model: str, uploads: Sequence[Upload], thresholds: Mapping[str, Any]
-    ) -> list[Future[Searched]]:
-        """Take images in, all or none.
+    ) -> list[Future[Result]]:
+        """Submit images, all or none.
 
         Args:
-            model: its name.
-            uploads: the images.
-            thresholds: laid over the model's, checked.
+            model: model name.
+            uploads: encoded images.
+            thresholds: valid thresholds that override the model's.
 
         Returns:
-            For each its future: what was found; as its exception a :class:`Refusal` of the image,
-            or what the network raised. Cancel those that nobody waits for any more.
+            One future per image; its exception is a :class:`RequestError` if the image is rejected,
+            or the network's. Cancel futures that nobody waits for.
 
         Raises:
-            Refusal: 503, the queue is full; 400, an exported file has other thresholds built in.
+            RequestError: 503 the queue is full; 400 an exported file has other thresholds built in.
         """
         detector = self.detectors[model]
         if isinstance(detector.network, ExportedNetwork):
             try:
                 detector.network.check({**detector.thresholds, **thresholds})  # type: ignore[typeddict-item]
             except ConfigError as error:
-                raise Refusal(400, "option", str(error)) from None
+                raise RequestError(400, "option", str(error)) from None
         with self._changed:
-            self._check_room(len(uploads))
-            self._inside += len(uploads)
+            self._check_capacity(len(uploads))
+            self._num_pending += len(uploads)
         jobs = [_Job(model, upload, dict(thresholds)) for upload in uploads]
         for job in jobs:
-            job.answer.add_done_callback(partial(self._left, job))
-            self._readers.submit(self._read, job)
-        return [job.answer for job in jobs]
+            job.future.add_done_callback(partial(self._finish, job))
+            self._decoders.submit(self._decode, job)
+        return [job.future for job in jobs]
 
-    def _check_room(self, images: int) -> None:
-        if self._ending or not self.warm:
+    def _check_capacity(self, images: int) -> None:
+        if self._stopping or not self._workers:
             raise busy("the server is starting or stopping: try again", 2)
-        if self._inside + images > self.settings.queue:
-            known = [one for name in self.detectors if (one := self.seconds(name)) is not None]
-            seconds = max(known, default=1.0) * self._inside / self.settings.workers
+        if self._num_pending + images > self.settings.queue:
+            known = [s for name in self.detectors if (s := self.seconds_per_image(name))]
+            seconds = max(known, default=1.0) * self._num_pending / self.settings.workers
             raise busy(
-                f"{self._inside} images are waiting, of {self.settings.queue} that may: try again",
+                f"queue is full: {self._num_pending} of {self.settings.queue} images; try again",
                 math.ceil(seconds),
             )
 
-    def _left(self, job: _Job, answer: Future[Searched]) -> None:
-        # One that was given up may stand in line for long, where nobody counts its bytes any more.
+    def _finish(self, job: _Job, future: Future[Result]) -> None:
+        # A cancelled job may stay in a queue for long: release its memory now.
         job.upload = Upload(job.upload.name, b"")
         with self._changed:
-            self._inside -= 1
-            if answer.cancelled():
+            self._num_pending -= 1
+            if future.cancelled():
                 job.prepared = None
 
-    def _read(self, job: _Job) -> None:
+    def _decode(self, job: _Job) -> None:
         upload = job.upload
-        if job.answer.cancelled():
+        if job.future.cancelled():
             return
         try:
             check_image(upload.data, self.settings)
             prepared = self.detectors[job.model].prepare(Source(upload.data, upload.name))
-        except Refusal as error:
-            _fail(job, error)
+        except Exception as error:  # of any decoder
+            if not isinstance(error, RequestError):
+                error = RequestError(422, "unreadable", decode_error(error, upload.name))
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
             return
-        except Exception as error:  # of any decoder; the request's answer says it
-            _fail(job, Refusal(422, "unreadable", reason_of(error, upload.name)))
-            return
-        height, width = prepared.pixels.shape[-2:]
         divisor = RetinaNet.size_divisor
-        canvas = (math.ceil(height / divisor), math.ceil(width / divisor))
-        job.key = (job.model, canvas, tuple(sorted(job.thresholds.items())))
-        job.ready = time.perf_counter()
+        padded = tuple(math.ceil(side / divisor) for side in prepared.pixels.shape[-2:])
+        job.batch_key = (job.model, padded, tuple(sorted(job.thresholds.items())))
+        job.decoded_at = time.perf_counter()
         with self._changed:
-            if self._ending:
-                job.answer.cancel()
-                return
-            if job.answer.cancelled():
-                return
-            job.prepared = prepared
-            self._ready.append(job)
-            self._changed.notify()
+            if self._stopping:
+                job.future.cancel()
+            if not job.future.cancelled():
+                job.prepared = prepared
+                self._decoded.append(job)
+                self._changed.notify()
 
-    def _work(self, barrier: threading.Barrier) -> None:
+    def _work(self, warm_up: Future[None]) -> None:
+        """Run a network thread."""
         try:
             for detector in self.detectors.values():
                 _warm_up(detector)
-            barrier.wait()
-            self.warm = True
+            warm_up.set_result(None)
         except Exception as error:
-            self.failed = self.failed or error  # the others' is that the barrier broke
-            barrier.abort()
+            warm_up.set_exception(error)
             return
-        while True:
-            jobs = self._next()
-            if not jobs:
-                return
-            self._search(jobs)
-            del jobs  # the images' memory is free while the next ones are waited for
+        while jobs := self._next_batch():
+            self._run(jobs)
+            del jobs  # free the images while waiting for the next ones
 
-    def _next(self) -> list[_Job]:
-        """The oldest image and those that go with it; empty: it is time to end."""
+    def _next_batch(self) -> list[_Job]:
+        """Wait for the oldest image and those that share its batch; empty when stopping."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._ready or self._ending)
-                if self._ending:
+                self._changed.wait_for(lambda: self._decoded or self._stopping)
+                if self._stopping:
                     return []
-                first = self._ready[0]
-                most = self.settings.batch_size or (
-                    1 if self.detectors[first.model].device.type == "cpu" else _GPU_BATCH
-                )
-                wait = self.settings.max_wait_ms / 1000
-                if wait and most > 1:
-                    self._changed.wait_for(
-                        lambda key=first.key, most=most: (  # type: ignore[misc]
-                            self._ending or sum(job.key == key for job in self._ready) >= most
-                        ),
-                        wait,
-                    )
-                chosen = [job for job in self._ready if job.key == first.key][:most]
-                for job in chosen:
-                    self._ready.remove(job)
-                # Those that were given up meanwhile drop out here.
-                jobs = [job for job in chosen if job.answer.set_running_or_notify_cancel()]
+                first = self._decoded[0]
+                on_cpu = self.detectors[first.model].device.type == "cpu"
+                max_size = self.settings.batch_size or (1 if on_cpu else _GPU_BATCH_SIZE)
+                if self.settings.max_wait_ms and max_size > 1:
+                    full = partial(self._has_batch, first.batch_key, max_size)
+                    self._changed.wait_for(full, self.settings.max_wait_ms / 1000)
+                batch = [job for job in self._decoded if job.batch_key == first.batch_key]
+                batch = batch[:max_size]
+                for job in batch:
+                    self._decoded.remove(job)
+                jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
                 if jobs:
-                    self._at_network += len(jobs)
+                    self._num_running += len(jobs)
                     return jobs
 
-    def _search(self, jobs: list[_Job]) -> None:
+    def _has_batch(self, batch_key: tuple[Any, ...], size: int) -> bool:
+        same_key = sum(job.batch_key == batch_key for job in self._decoded)
+        return self._stopping or same_key >= size
+
+    def _run(self, jobs: list[_Job]) -> None:
         model = jobs[0].model
         detector = self.detectors[model]
         images = [job.prepared for job in jobs if job.prepared is not None]
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
-            objects = detector.detect_prepared(images, **jobs[0].thresholds)
-            seconds = time.perf_counter() - began
-            self.metrics.batch(model, len(jobs), seconds)
+            outputs = detector.detect_prepared(images, **jobs[0].thresholds)
+            seconds = time.perf_counter() - start
+            self.metrics.count_batch(model, len(jobs), seconds)
             self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
-            for job, prepared, one in zip(jobs, images, objects, strict=True):
-                found = detector.image_detections(one, Source(None, job.upload.name), prepared.size)
-                job.answer.set_result(Searched(found, began - job.ready, seconds / len(jobs)))
-        except Exception as error:  # such as no memory on a GPU: these fail, the next may not
+            for job, image, output in zip(jobs, images, outputs, strict=True):
+                detections = detector.image_detections(
+                    output, Source(None, job.upload.name), image.size
+                )
+                queue_seconds = start - job.decoded_at
+                job.future.set_result(Result(detections, queue_seconds, seconds / len(jobs)))
+        except Exception as error:  # such as a GPU out of memory: the next batch may succeed
             for job in jobs:
-                if not job.answer.done():
-                    job.answer.set_exception(error)
+                if not job.future.done():
+                    job.future.set_exception(error)
         finally:
             with self._changed:
-                self._at_network -= len(jobs)
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    if job.answer.set_running_or_notify_cancel():
-        job.answer.set_exception(error)
+                self._num_running -= len(jobs)
 
 
 def _warm_up(detector: Detector) -> None:
-    """A blank image twice: kernels are chosen, compiled, and their weights arranged."""
-    pixels = torch.zeros((3, detector.image_size, detector.image_size), dtype=torch.uint8)
+    """Run a blank image twice, so that kernels are chosen and compiled and weights are packed."""
+    size = detector.image_size
     for _ in range(2):
-        detector.detect_prepared([Prepared(pixels, (detector.image_size, detector.image_size))])
+        detector.detect_prepared(
+            [Prepared(torch.zeros((3, size, size), dtype=torch.uint8), (size, size))]
+        )

@@ -1,4 +1,4 @@
-"""The models that a service is started with: their names, and how good they are."""
+"""Names and measured accuracy of the served models."""
 
 from __future__ import annotations
 
@@ -9,83 +9,78 @@ from typing import Any
 
 from retinanet.errors import ConfigError
 
-_CHECKPOINTS = frozenset({"best", "last"})
 
-
-def model_names(given: Sequence[str]) -> dict[str, str]:
-    """The path or published name of each model by the name that clients call it.
+def model_names(arguments: Sequence[str]) -> dict[str, str]:
+    """Map names to paths (or published names) of models.
 
     Args:
-        given: ``runs/cells``, whose name is ``cells``, or ``NAME=runs/cells/best``.
+        arguments: ``runs/cells``, named ``cells``, or ``NAME=runs/cells/best``.
 
     Raises:
-        ConfigError: two have the same name, or a name is empty.
+        ConfigError: two models have the same name, or a name is empty.
     """
-    found: dict[str, str] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not equals or Path(one).exists():
-            name, path = _name(one), one
+    paths: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or Path(argument).exists():
+            name, path = _default_name(argument), argument
         if not name.strip() or not name.isprintable():
-            raise ConfigError(f"{one}: a model needs a name: give NAME={path or 'MODEL'}")
-        if name in found:
+            raise ConfigError(f"model without a name: {argument!r}; use NAME={path or 'MODEL'}")
+        if name in paths:
             raise ConfigError(
-                f"{found[name]} and {path} would both be called {name}: "
-                f"give one of them a name of its own, as in other={path}"
+                f"two models named {name}: {paths[name]} and {path}; "
+                f"rename one of them, as in other={path}"
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
-def _name(path: str) -> str:
-    """The run folder's name; of a file without its suffix."""
-    parts = [part for part in Path(path).parts if part not in (".", "/")] or [
-        Path(path).resolve().name
-    ]
-    last = parts[-1]
-    if last == "model.safetensors" and len(parts) > 1:
-        parts, last = parts[:-1], parts[-2]
-    if last in _CHECKPOINTS and len(parts) > 1:
-        last = parts[-2]
-    return Path(last).stem if Path(path).is_file() and Path(last).suffix else last
+def _default_name(path: str) -> str:
+    """Return the name of the run folder, or of a file without its suffix."""
+    parts = [part for part in Path(path).parts if part not in (".", "/")]
+    if not parts:
+        return Path(path).resolve().name
+    if len(parts) > 1 and parts[-1] == "model.safetensors":
+        parts.pop()
+    if len(parts) > 1 and parts[-1] in ("best", "last"):
+        parts.pop()
+    is_other_file = Path(path).is_file() and Path(path).name == parts[-1]
+    return Path(parts[-1]).stem if is_other_file else parts[-1]
 
 
-def judged(path: str) -> dict[str, Any] | None:
-    """AP and AP50 of a model, by its run folder; None: there is none, or nothing is known.
+def model_metrics(path: str) -> dict[str, Any] | None:
+    """Read AP and AP50 of a model from its run folder; None if there are none.
 
-    An evaluation on ``test`` goes before one on ``val``, by which the checkpoint was chosen, and
-    that before what training itself measured.
+    The evaluation on ``test`` is preferred over that on ``val``, which chose the checkpoint, and
+    both over the validation during training.
     """
-    given = Path(path)
-    for run in (given, given.parent, given.parent.parent):
+    for run in (Path(path), Path(path).parent, Path(path).parent.parent):
         if (run / "config.toml").is_file():
             break
     else:
         return None
-    for split in ("test", "val"):
-        metrics = _read(run / "evaluation" / split / "metrics.json")
-        if metrics:
-            break
-    else:
-        metrics, split = _read(run / "metrics.json"), "val"
+    split, metrics = "test", _read_json(run / "evaluation" / "test" / "metrics.json")
+    if not metrics:
+        split, metrics = "val", _read_json(run / "evaluation" / "val" / "metrics.json")
+    metrics = metrics or _read_json(run / "metrics.json")
     if not metrics:
         return None
-    data = _read(run / "run.json").get("data")
+    data = _read_json(run / "run.json").get("data")
     return {
-        "AP": _number(metrics.get("ap")),
-        "AP50": _number(metrics.get("ap50")),
-        "data": Path(str(data)).name if data else None,  # where it lies is nobody's business
+        "AP": _rounded(metrics.get("ap")),
+        "AP50": _rounded(metrics.get("ap50")),
+        "data": Path(str(data)).name if data else None,  # without its path on this machine
         "split": split,
     }
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        known = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _number(value: Any) -> float | None:
+def _rounded(value: Any) -> float | None:
     return round(float(value), 4) if isinstance(value, int | float) else None

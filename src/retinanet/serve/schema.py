@@ -1,21 +1,21 @@
-"""The answers' shapes, for the OpenAPI description alone: what is sent is built by hand."""
+"""Schemas of the responses, for the OpenAPI description only: the service builds JSON itself."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
 
-class Problem(BaseModel):
-    """Every answer that is not what was asked for."""
+class ErrorResponse(BaseModel):
+    """Every response other than 200."""
 
-    detail: str = Field(description="One line for a person.")
+    detail: str = Field(description="One line for the user.")
 
 
 class Detection(BaseModel):
-    """One object."""
+    """One detected object."""
 
     class_name: str = Field(alias="class")
-    category_id: int = Field(description="The class's id in the data that the model learned from.")
+    category_id: int = Field(description="Category id in the training data.")
     score: float = Field(ge=0, le=1)
     box: list[float] = Field(
         min_length=4,
@@ -25,40 +25,40 @@ class Detection(BaseModel):
 
 
 class Image(BaseModel):
-    """What is in one image, best first."""
+    """Detections in one image, by decreasing score."""
 
-    file: str = Field(description="The name that was sent with it.")
+    file: str = Field(description="File name that was sent with the image.")
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     detections: list[Detection]
 
 
-class Failed(BaseModel):
-    """An image that could not be searched."""
+class Failure(BaseModel):
+    """An image that could not be processed."""
 
     file: str
     reason: str
 
 
 class Milliseconds(BaseModel):
-    """Where a request's time went."""
+    """Time spent on a request."""
 
-    total: float = Field(ge=0, description="From its headers to its answer, the upload included.")
-    queue: float = Field(ge=0, description="The longest that an image waited for the network.")
-    network: float = Field(ge=0, description="Its images' shares of the network's time.")
+    total: float = Field(ge=0, description="From headers to response, upload included.")
+    queue: float = Field(ge=0, description="Longest wait of one of its images for the network.")
+    network: float = Field(ge=0, description="Sum of its images' shares of the network's time.")
 
 
-class Answer(BaseModel):
-    """What was found, in the order of the images sent."""
+class DetectResponse(BaseModel):
+    """Detections, in the order of the uploaded images."""
 
     model: str
     images: list[Image]
-    failures: list[Failed]
+    failures: list[Failure]
     milliseconds: Milliseconds
 
 
-class Judged(BaseModel):
-    """How good a model is, by its run folder."""
+class Metrics(BaseModel):
+    """Measured accuracy of a model."""
 
     AP: float | None
     AP50: float | None
@@ -70,30 +70,30 @@ class Model(BaseModel):
     """One model."""
 
     name: str
-    default: bool = Field(description="Whether it answers where none is named.")
+    default: bool = Field(description="Whether requests without a model name use it.")
     classes: list[str]
     category_ids: list[int]
-    image_size: int = Field(description="Pixels of an image's shorter side at the network.")
-    max_size: int = Field(description="Pixels of its longer side at most.")
+    image_size: int = Field(description="Shorter side of the network's input in pixels.")
+    max_size: int = Field(description="Maximum longer side of the network's input in pixels.")
     thresholds: dict[str, float | int | bool]
-    network: str = Field(description="What runs it, and in which precision.")
-    metrics: Judged | None
+    network: str = Field(description="Backend, device and precision.")
+    metrics: Metrics | None
     milliseconds: float | None = Field(
-        description="Median time of the network for one of the last images."
+        description="Median network time per image, over recent images."
     )
 
 
 class Limits(BaseModel):
-    """What a request may be."""
+    """Limits of a request."""
 
     bytes: int
-    pixels: int = Field(description="Of one image.")
+    pixels: int = Field(description="Per image.")
     images: int
     seconds: float
 
 
-class Models(BaseModel):
-    """What is served."""
+class ModelsResponse(BaseModel):
+    """All models and the limits."""
 
     models: list[Model]
     limits: Limits
@@ -101,6 +101,6 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service is."""
+    """State of the service."""
 
     status: str

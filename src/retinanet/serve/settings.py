@@ -1,4 +1,4 @@
-"""What a service allows, and how it works through what it is asked."""
+"""Limits and threads of a service."""
 
 from __future__ import annotations
 
@@ -6,89 +6,78 @@ from dataclasses import dataclass, field
 
 from retinanet.errors import ConfigError
 
-_MEGABYTE = 2**20
+_MINIMUM = {
+    **dict.fromkeys(["max_bytes", "max_pixels", "max_images", "queue", "batch_size"], 1),
+    **dict.fromkeys(["workers", "decode_threads"], 1),
+    "max_wait_ms": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Limits of a service; docs/serve.md says why each default is what it is.
+    """Limits and threads of a service; docs/serve.md gives the reason of each default.
 
     Attributes:
-        max_bytes: of a request's body.
-        max_pixels: of an image, height times width, read from its header before it is unpacked.
-        max_images: of a request.
-        queue: images that may wait or be worked on at once; further requests are told to come
-            again.
-        timeout: seconds from the start of a request to its answer, the upload included.
-        header_timeout: seconds that a client may take for a request's headers.
-        held_bytes: of all bodies together that are held at once; None: eight of `max_bytes`.
-        batch_size: images of the same size that the network takes at once; None: 1 on a CPU and
-            8 elsewhere.
-        max_wait_ms: milliseconds that the network waits for a batch to fill.
-        workers: threads that run the network; the cores are shared between them.
-        readers: threads that unpack and resize images; None: one a processor, four at the most.
-        api_key: asked of every request but those for the page and the health; None: of none.
+        max_bytes: bytes per request body.
+        max_pixels: pixels per image (height times width), read from its header before decoding.
+        max_images: images per request.
+        queue: images waiting or in work; further requests are answered with 503.
+        timeout: seconds per request, upload included.
+        max_held_bytes: bytes of all request bodies held at once; None: eight times `max_bytes`.
+        batch_size: images per batch, all of one size; None: 1 on a CPU, 8 elsewhere.
+        max_wait_ms: milliseconds to wait for a batch to fill.
+        workers: threads that run the network; they share the CPU cores.
+        decode_threads: threads that decode and resize images; None: one per core, at most 4.
+        api_key: key that requests must send, except for the page and the health checks; None: no
+            key is needed.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value is out of range.
     """
 
-    max_bytes: int = 32 * _MEGABYTE
+    max_bytes: int = 32 * 2**20
     max_pixels: int = 50_000_000
     max_images: int = 32
     queue: int = 128
     timeout: float = 60.0
-    header_timeout: float = 10.0
-    held_bytes: int | None = None
+    max_held_bytes: int | None = None
     batch_size: int | None = None
     max_wait_ms: float = 0.0
     workers: int = 1
-    readers: int | None = None
+    decode_threads: int | None = None
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        least = {
-            "max_bytes": 1,
-            "max_pixels": 1,
-            "max_images": 1,
-            "queue": 1,
-            "batch_size": 1,
-            "max_wait_ms": 0,
-            "workers": 1,
-            "readers": 1,
-        }
-        for name, low in least.items():
+        """Check the values."""
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ConfigError(f"{_option(name)} {value} is under {low}")
-        for name in ("timeout", "header_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{_option(name)} {getattr(self, name)} is not over 0 seconds")
+            if value is not None and not value >= minimum:
+                raise ConfigError(f"{_option(name)} is out of range: {value}; minimum {minimum}")
+        if not self.timeout > 0:
+            raise ConfigError(f"--timeout is out of range: {self.timeout}; must be positive")
         if self.queue < self.max_images:
             raise ConfigError(
-                f"{_option('queue')} {self.queue} is under {_option('max_images')} "
-                f"{self.max_images}: a request of so many images could never be taken"
+                f"--queue {self.queue} is smaller than --max-images {self.max_images}: a request "
+                "with that many images would never be accepted; raise --queue"
             )
-        if self.held_bytes is not None and self.held_bytes < self.max_bytes:
+        if self.held_bytes_limit < self.max_bytes:
             raise ConfigError(
-                f"held_bytes {self.held_bytes} is under max_bytes {self.max_bytes}: "
-                "a request of so many bytes could never be taken"
+                f"max_held_bytes {self.max_held_bytes} is smaller than max_bytes "
+                f"{self.max_bytes}: a request of that size would never be accepted"
             )
-        if self.api_key is not None and not (
-            self.api_key.isascii()
-            and self.api_key.isprintable()
-            and self.api_key.strip() == self.api_key != ""
-        ):
-            # Its value is never said.
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
+            key = ""
+        if key == "":  # the message does not show the key
             raise ConfigError(
-                "the API key is empty, begins or ends with a space, or holds what a header cannot: "
-                "give letters, digits and signs"
+                "invalid API key: it is empty, starts or ends with a space, or contains characters "
+                "that a header cannot hold; use ASCII letters, digits and punctuation"
             )
 
     @property
-    def all_bytes(self) -> int:
-        """Of all bodies together that may be held at once."""
-        return 8 * self.max_bytes if self.held_bytes is None else self.held_bytes
+    def held_bytes_limit(self) -> int:
+        """Maximum bytes of all request bodies held at once."""
+        return 8 * self.max_bytes if self.max_held_bytes is None else self.max_held_bytes
 
 
 def _option(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Training: a loop that reads from top to bottom, and a state that survives a kill at any time."""
+"""Training: the loop, and a saved state that survives a kill at any time."""

@@ -1,27 +1,36 @@
-"""What a run says while it goes on; the command line draws it, a program may read it."""
+"""Progress events: the command line displays them, a program may read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+Kind = Literal["start", "resume", "step", "validating", "validation", "message", "end"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened.
+    """A progress event.
 
     Attributes:
         kind: ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
-            precision, split_origin), ``step`` (step, steps, loss, loss_classification, loss_box,
-            positives, grad_norm, lr, images_per_second, waiting, memory_mb, seconds_left),
-            ``validating`` (done, total), ``validation`` (step, ap, ap50, loss), ``message``
-            (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
+            processes, precision, split_origin), ``step`` (step, steps, loss, loss_classification,
+            loss_box, positives, grad_norm, lr, images_per_second, waiting, memory_mb,
+            seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50, loss),
+            ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
         data: the values, by the names above.
     """
 
-    kind: Literal["start", "resume", "step", "validating", "validation", "message", "end"]
+    kind: Kind
     data: dict[str, Any] = field(default_factory=dict)
 
 
-Listener = Callable[[Event], None]
+EventCallback = Callable[[Event], None]
+
+
+class Emit(Protocol):
+    """A function that sends an event to the callback, from the main process only."""
+
+    def __call__(self, kind: Kind, /, **data: Any) -> None:
+        """Send the event of that kind with these values."""

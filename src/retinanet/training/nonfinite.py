@@ -1,9 +1,10 @@
-"""When a loss is NaN or infinite: say where, keep the last good weights and what reproduces it."""
+"""NaN or Inf losses: save the last good weights and the batch that reproduces the step."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.errors import NonFiniteLossError, WeightsError
 from retinanet.files import replace_folder
@@ -21,85 +23,100 @@ from retinanet.model.precision import autocast
 from retinanet.structures import Batch, Targets
 
 
-def report_nonfinite(
-    run: Path,
-    *,
-    step: int,
-    batch: Batch,
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    dataset: Dataset,
-    running: Tensor,
-    numbers: Mapping[str, Any],
-    write: bool = True,
-) -> NoReturn:
-    """Keep weights and batch in ``run/nonfinite/`` and stop.
+@dataclass(frozen=True, slots=True)
+class NonFiniteStep:
+    """A step with a NaN or Inf loss or gradient.
 
-    The optimiser has skipped the step and each after it (:class:`retinanet.training.guard.Guard`),
-    so the weights kept are the last good ones. The running statistics of norms that train
-    (``model.norm=trained``) have no such guard: they have seen the bad batch, and on a GPU the one
-    after it. Of several processes one writes (`write`); each names its own images.
+    Attributes:
+        step: from 0.
+        batch: its images, on the host.
+        running: () the running normalizer before it.
+        numbers: values of the log, and ``lr`` and ``precision``.
+        write: whether this process may write into the run folder.
+    """
+
+    step: int
+    batch: Batch
+    running: Tensor
+    numbers: Mapping[str, Any]
+    write: bool = True
+
+    def message(self, dataset: Dataset, next_step: str, of: str = "") -> str:
+        """Compose the error; `of` names the detector, `next_step` says what to look at."""
+        numbers = self.numbers
+        names = ", ".join(str(dataset.images[int(i)].id) for i in self.batch.indices)
+        return (
+            f"step {self.step}: the loss{of} is {numbers['loss']} (class "
+            f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
+            f"{numbers['grad_norm']}, learning rate {numbers['lr']:g}, images {names}; "
+            f"{next_step}; try a lower train.lr, train.warmup_steps or train.clip_norm"
+        )
+
+
+def report_nonfinite(
+    run: Path, failed: NonFiniteStep, checkpoint: Checkpoint, dataset: Dataset
+) -> NoReturn:
+    """Save weights and batch in ``run/nonfinite/``, and stop.
+
+    The optimizer has skipped the step and each later one
+    (:class:`retinanet.training.step.NonFiniteGuard`), so the weights are the last good ones. The
+    running statistics of norms that train (``model.norm=trained``) have no such guard: they contain
+    the bad batch, and on a GPU the one after it. Each process names its own images.
 
     Raises:
         NonFiniteLossError: always; names the images, the learning rate and the gradient's norm.
     """
-    images = [dataset.images[int(i)] for i in batch.indices]
+    images = [dataset.images[int(i)] for i in failed.batch.indices]
+    batch = failed.batch
 
     def fill(draft: Path) -> None:
-        raw = Checkpoint(
-            model=model,  # type: ignore[arg-type]
-            classes=checkpoint.classes,
-            category_ids=checkpoint.category_ids,
-            image_size=checkpoint.image_size,
-            max_size=checkpoint.max_size,
-            info=checkpoint.info,
-        )
         (draft / "model").mkdir()
-        write_checkpoint(draft / "model", raw)
+        write_checkpoint(draft / "model", checkpoint)
         tensors = {
             "images": batch.images.contiguous(),
             "boxes": batch.targets.boxes,
             "labels": batch.targets.labels,
-            "running": running,
+            "running": failed.running,
         }
         save_file(
-            {name: one.detach().cpu() for name, one in tensors.items()}, draft / "batch.safetensors"
+            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+            draft / "batch.safetensors",
         )
         story = {
-            "step": step,
-            "images": [{"id": one.id, "file": str(one.path)} for one in images],
-            **{name: repr(one) if one != one else one for name, one in numbers.items()},
+            "step": failed.step,
+            "images": [{"id": image.id, "file": str(image.path)} for image in images],
+            # JSON has no NaN
+            **{k: repr(v) if v != v else v for k, v in failed.numbers.items()},
         }
         (draft / "story.json").write_text(json.dumps(story, indent=1, default=str) + "\n", "utf-8")
 
-    kept = run / "nonfinite"
-    if write:
-        replace_folder(kept, fill)
-    names = ", ".join(str(one.id) for one in images)
+    saved = run / "nonfinite"
+    if failed.write:
+        replace_folder(saved, fill)
     raise NonFiniteLossError(
-        f"step {step}: the loss is {numbers['loss']} (class {numbers['loss_classification']}, box "
-        f"{numbers['loss_box']}), gradient norm {numbers['grad_norm']}, learning rate "
-        f"{numbers['lr']:g}, images {names}; the weights before this step and the batch are in "
-        f"{kept} (retinanet.training.nonfinite.replay repeats it); try a lower train.lr, "
-        "train.warmup_steps or train.clip_norm"
+        failed.message(
+            dataset,
+            f"the weights before this step and the batch are in {saved} "
+            "(retinanet.training.nonfinite.replay repeats it)",
+        )
     )
 
 
 def replay(folder: str | Path) -> tuple[Losses, float]:
-    """Repeat the step that a ``nonfinite/`` folder holds.
+    """Repeat the step that a ``nonfinite/`` folder contains.
 
     Returns:
         The losses and the norm of their gradient.
 
     Raises:
-        WeightsError: the folder holds no such step.
+        WeightsError: the folder contains no such step.
     """
     folder = Path(folder)
     try:
         tensors = load_file(folder / "batch.safetensors")
         story = json.loads((folder / "story.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no step to repeat: {error}") from None
+        raise WeightsError(f"{folder} contains no step to repeat: {error}") from None
     checkpoint = load_checkpoint(folder / "model")
     model = checkpoint.model.train()
     images = tensors["images"].contiguous(memory_format=torch.channels_last)
@@ -117,7 +134,7 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
         Targets(tensors["boxes"], tensors["labels"]),
         num_classes=model.num_classes,
         running=tensors["running"],
-        **checkpoint.info["loss"],
+        settings=LossSettings(**checkpoint.info["loss"]),
     )
     torch.autograd.backward(losses.total)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -1,4 +1,4 @@
-"""The optimiser, the learning rate of each step, and how many steps there are (Sec. 4.1)."""
+"""Optimizer, learning-rate schedule, number of steps, and EMA weights (Sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from retinanet.config import TrainConfig
 
-def resolve_steps(
-    images: int,
-    *,
-    steps: int,
-    epochs: float | None,
-    min_steps: int,
-    max_steps: int,
-    batch_size: int,
-) -> int:
-    """`steps` itself, or as many as `epochs` passes over `images` images need, within the limits.
+
+def resolve_steps(images: int, settings: TrainConfig) -> int:
+    """Compute the number of steps: ``steps``, or ``epochs`` over `images` within the limits.
 
     Example:
-        >>> resolve_steps(205, steps=90_000, epochs=24, min_steps=400, max_steps=4000, batch_size=8)
+        >>> resolve_steps(205, TrainConfig(epochs=24, min_steps=400, max_steps=4000, batch_size=8))
         615
     """
-    if epochs is None:
-        return steps
-    return min(max(math.ceil(epochs * images / batch_size), min_steps), max_steps)
+    if settings.epochs is None:
+        return settings.steps
+    steps = math.ceil(settings.epochs * images / settings.batch_size)
+    return min(max(steps, settings.min_steps), settings.max_steps)
 
 
 def scaled_lr(lr: float, batch_size: int, reference_batch: int) -> float:
-    """The linear scaling rule (Goyal et al. 2017, Sec. 2.1): k times the batch, k times the rate.
+    """Scale the learning rate with the batch size (linear rule, Goyal et al. 2017, Sec. 2.1).
 
     Example: the paper's .01 at 16 images becomes .0025 at 4.
         >>> scaled_lr(0.01, 4, 16)
@@ -49,13 +44,13 @@ def lr_factor(
     milestones: Sequence[float],
     warmup_steps: int,
 ) -> float:
-    """What the learning rate is multiplied with in step `step` (from 0) of `steps`.
+    """Factor of the learning rate in step `step` (from 0) of `steps`.
 
     Args:
         schedule: ``steps`` divides by 10 at each milestone (Sec. 4.1); ``cosine`` falls from 1
             to 0.
         milestones: shares of `steps`; the paper's 60k and 80k of 90k are 2/3 and 8/9.
-        warmup_steps: linear rise over so many steps (Goyal et al. 2017, Sec. 2.2); 0: none.
+        warmup_steps: linear warm-up over this many steps (Goyal et al. 2017, Sec. 2.2); 0: none.
 
     Example:
         >>> paper = dict(schedule="steps", milestones=(2 / 3, 8 / 9), warmup_steps=0)
@@ -79,15 +74,15 @@ def build_optimizer(
     backbone_lr_factor: float = 1.0,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum (Sec. 4.1) or AdamW over the parameters that train.
+    """Build SGD with momentum (Sec. 4.1) or AdamW over the parameters that train.
 
     Weights decay; biases and the scales of norms do not (Detectron's choice; the paper is silent).
-    Each group carries ``lr_share``, its part of the learning rate, for :func:`set_lr`.
+    Each group has ``lr_share``, its part of the learning rate, for :func:`set_lr`.
 
     Args:
-        fused: one kernel moves all weights, or none if it is told so on the device
-            (:func:`retinanet.training.guard.step_unless`); None: on a GPU. On a CPU torch's own
-            choice, a loop, stays: foreach takes two to three times as long there.
+        fused: update all weights in one kernel, which can skip a step on the device
+            (:func:`optimizer_step`); None: on a GPU. On a CPU torch's default loop is used: foreach
+            takes two to three times as long there.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -103,65 +98,75 @@ def build_optimizer(
         for (in_backbone, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
     if fused is None:
-        fused = all(one.is_cuda for group in groups.values() for one in group)
+        fused = all(parameter.is_cuda for group in groups.values() for parameter in group)
     if optimizer == "adamw":
         return torch.optim.AdamW(settings, lr=lr, fused=fused or None)
     sgd = torch.optim.SGD(settings, lr=lr, momentum=momentum, fused=fused or None)
     if fused and momentum:
-        # The fused kernel leaves its first buffers unset if it is told to skip the first step.
+        # The fused kernel leaves its first buffers unset where it skips the first step.
         for group in sgd.param_groups:
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
 
-def update_average(
-    averaged: AveragedModel, model: nn.Module, decay: float, refused: Tensor
-) -> None:
-    """Move the averaged weights towards the model's, unless the step was refused.
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set each group's learning rate to its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_share"]
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the weights, unless `skip` (() float32) is 1."""
+    if optimizer.defaults.get("fused"):
+        # Fused kernels read the flag on the device; GradScaler uses the same attribute.
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip:
+        optimizer.step()
+
+
+def update_ema(ema: AveragedModel, model: nn.Module, decay: float, skip: Tensor) -> None:
+    """Update the EMA weights in place, unless the step was skipped; no device sync.
 
     Args:
-        averaged: of `model`; it counts on the host, so that nothing waits for the device. Refused
-            steps are therefore counted on a GPU and not on a CPU: under fp16's loss scale the ramp
-            at the beginning is a few steps shorter there.
-        decay: the share that is kept once the average has run for a while.
-        refused: () float32, 1 if the step did not move the model.
+        ema: of `model`; updates are counted on the host. Skipped steps are therefore counted on a
+            GPU and not on a CPU: under fp16's loss scale the ramp at the beginning is a few steps
+            shorter there.
+        decay: share of the old value that is kept, after a ramp at the beginning.
+        skip: () float32, 1 where the step did not move the model.
     """
-    if refused.device.type == "cpu" and refused:
+    on_cpu = skip.device.type == "cpu"
+    if on_cpu and skip:
         return
-    seen = int(averaged.n_averaged)
+    updates = int(ema.n_averaged)
     # The ramp keeps a short run's average from being its first step's weights.
-    share = 1 - min(decay, (1 + seen) / (10 + seen)) if seen else 1.0
+    weight = 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0
     pairs = zip(
-        [*averaged.module.parameters(), *averaged.module.buffers()],
+        [*ema.module.parameters(), *ema.module.buffers()],
         [*model.parameters(), *model.buffers()],
         strict=True,
     )
-    for kept, new in pairs:
-        move_towards(kept, new, share, None if refused.device.type == "cpu" else refused)
-    averaged.n_averaged += 1
+    for average, value in pairs:
+        lerp_unless(average, value, weight, None if on_cpu else skip)
+    ema.n_averaged += 1
 
 
 @torch.no_grad()
-def move_towards(kept: Tensor, new: Tensor, share: float, refused: Tensor | None) -> None:
-    """Move `kept` by `share` of the way to `new`, in place, without a look at any value.
+def lerp_unless(average: Tensor, value: Tensor, weight: float, skip: Tensor | None) -> None:
+    """Interpolate `average` towards `value` in place, without a device sync.
 
     Args:
-        kept: any shape; integers are taken from `new` as they are.
-        new: of the same shape and type.
-        share: in (0, 1]; 1 takes `new` itself.
-        refused: () float32, 1 if nothing may change, not even where `new` is NaN; None: let.
+        average: any shape; integers are copied from `value`.
+        value: of the same shape and type.
+        weight: in (0, 1]; 1 copies `value`.
+        skip: () float32, 1 where nothing may change, even where `value` is NaN; None: never skip.
     """
-    if refused is not None:
-        # Not a share of 0, which would let a NaN in.
-        new = torch.where(refused > 0, kept, new)
-    if kept.is_floating_point() and share < 1:
-        kept.lerp_(new, share)
+    if skip is not None:
+        # Not a weight of 0, which would let a NaN in.
+        value = torch.where(skip > 0, average, value)
+    if average.is_floating_point() and weight < 1:
+        average.lerp_(value, weight)
     else:
-        kept.copy_(new)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of `lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_share"]
+        average.copy_(value)

@@ -1,7 +1,8 @@
-"""Devices, processes and signals: what surrounds the loop, on accelerate."""
+"""Devices, processes and signals, on accelerate."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,34 +10,48 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import nn
 
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.interrupts import StopRequest, stop_on_signal
+from retinanet.model.precision import choose_device
 
 
 def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
-    """The devices and processes of this run.
+    """Set up the devices and processes of this run.
+
+    Args:
+        device: ``auto`` or any torch device; of several processes each takes its own device of
+            that type.
+        trackers: names of trackers to log to.
+        out: the run folder.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: this machine has no such device.
         MissingExtraError: a tracker is not installed.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
+    chosen = choose_device(device)
     for tracker in trackers:
         _require_tracker(tracker)
-    return Accelerator(
-        # Precision is ours (recipe): accelerate's own would copy the logits to float32.
+    accelerator = Accelerator(
+        # The recipe's precision is used: accelerate's own would copy the logits to float32.
         mixed_precision="no",
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        # accelerate keeps its first choice for the life of the process; ours is set below.
+        cpu=chosen.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1,
         log_with=list(trackers) or None,
         project_dir=str(out / "tensorboard"),
         # A validation runs on the main process alone, and the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
+    if accelerator.num_processes == 1:
+        accelerator.state.device = chosen
+    elif chosen.index is not None:
+        raise ConfigError(
+            f"device {device}: each of {accelerator.num_processes} processes takes its own; "
+            f"give --device {chosen.type}"
+        )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(accelerator.device)
+    return accelerator
 
 
 def _require_tracker(name: str) -> None:
@@ -51,28 +66,19 @@ def _require_tracker(name: str) -> None:
         raise MissingExtraError(name, name)
 
 
-def from_main(accelerator: Accelerator, value: float) -> float:
-    """The main process' value, on every process."""
+def from_main(accelerator: Accelerator, value: bool) -> bool:
+    """Broadcast the main process's value."""
     if accelerator.num_processes == 1:
         return value
-    mine = value if accelerator.is_main_process else 0.0
-    return float(accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum"))
+    mine = float(value and accelerator.is_main_process)
+    total = accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum")
+    return bool(total)
 
 
 @contextmanager
-def sync_if(accelerator: Accelerator, network: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are averaged over processes only in the last micro-batch."""
-    if last or accelerator.num_processes == 1:
-        yield
-    else:
-        with accelerator.no_sync(network):
-            yield
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Algorithms that give the same bits each time, within."""
-    if not wanted:
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Use deterministic algorithms within, where `enabled`."""
+    if not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()

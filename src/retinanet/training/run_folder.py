@@ -1,4 +1,7 @@
-"""The run folder: what was asked for, with what, and a line for each step."""
+"""The run folder: settings, machine, log, and the saved state from which a run resumes.
+
+Tensors are stored as safetensors and the rest as JSON: opening a run executes no code.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,74 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from retinanet.config import Recipe, load_recipe, to_toml
-from retinanet.errors import ConfigError
-from retinanet.files import recover_folder, write_atomic
+from retinanet.errors import ConfigError, WeightsError
+from retinanet.files import recover_folder, write_atomic, write_errors
 
-# What may change between a run and its resumption without changing the weights that come out.
-_FREE_TO_CHANGE = ("data.workers", "train.trackers", "train.save_every")
+# These may change between a run and its resumption: the resulting weights do not depend on them.
+_MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every")
+
+_TENSORS = "training.safetensors"
+_NUMBERS = "training.json"
+
+
+@dataclass
+class Progress:
+    """Progress of a run.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        best_ap: the best validation AP so far; -1: none yet.
+        best_step: the step it was reached at.
+        bad_validations: validations in a row without a better AP.
+        stopped_early: whether ``train.early_stop`` or ``train.target_ap50`` ended the run.
+        left_out: faulty objects and images that were left out.
+        unmatched_steps: steps with objects but without a positive anchor, while none had one; -1
+            once there was a positive.
+        seconds: time spent training, validation included.
+        metrics: the last validation's metrics.
+        best_metrics: those of the best one.
+    """
+
+    step: int = 0
+    steps: int = 0
+    best_ap: float = -1.0
+    best_step: int = 0
+    bad_validations: int = 0
+    stopped_early: bool = False
+    left_out: int = 0
+    unmatched_steps: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best_metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.stopped_early or (self.steps > 0 and self.step >= self.steps)
 
 
 class RunFolder:
-    """The paths of a run, and the log.
+    """The paths of a run, its log, and its lock.
 
     ``config.toml`` the resolved recipe; ``run.json`` versions, seed, data digest, device, git;
-    ``log.jsonl`` a line a step; ``metrics.json`` what ``best/`` reached; ``last/`` and ``best/``
-    checkpoints, ``last/`` with the state to resume from.
+    ``log.jsonl`` a line per step; ``metrics.json`` the validation of ``best/``; ``last/`` and
+    ``best/`` checkpoints, ``last/`` with the state to resume from; ``unreadable.jsonl`` the images
+    that were skipped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,6 +88,33 @@ class RunFolder:
         self.info = self.path / "run.json"
         self.log = self.path / "log.jsonl"
         self.metrics = self.path / "metrics.json"
+        self.unreadable = self.path / "unreadable.jsonl"
+
+    @contextmanager
+    def lock(self, enabled: bool = True) -> Iterator[None]:
+        """Keep other trainings out of the folder.
+
+        Raises:
+            ConfigError: another training runs in it, or it contains other files than a run.
+        """
+        if not enabled:
+            yield
+            return
+        if not self.last.is_dir():
+            self._check_empty()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".training.lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"{self.path} is in use: another training writes to it; wait for it or stop it, "
+                "or give another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def recover(self) -> None:
         """Finish the renames that a kill may have interrupted."""
@@ -50,7 +127,7 @@ class RunFolder:
         Args:
             recipe: the settings now.
             digest: of the data now.
-            rival: which other detector is trained now; None: RetinaNet.
+            rival: name of the rival detector trained now; None: RetinaNet.
 
         Raises:
             ConfigError: names the first setting that differs, with both values.
@@ -58,68 +135,92 @@ class RunFolder:
         stored = json.loads(self.info.read_text("utf-8"))
         if stored.get("rival") != rival:
             raise ConfigError(
-                f"{self.path} holds a run of {stored.get('rival') or 'RetinaNet'}, and now it is "
-                f"{rival or 'RetinaNet'}; give another --out"
+                f"{self.path} contains a run of {stored.get('rival') or 'RetinaNet'}, and now it "
+                f"is {rival or 'RetinaNet'}; give another --out"
             )
         before = _flat(load_recipe(self.config))
-        now = _flat(recipe)
-        for name, value in now.items():
-            if name not in _FREE_TO_CHANGE and before.get(name) != value:
+        for name, value in _flat(recipe).items():
+            if name not in _MAY_CHANGE and before.get(name) != value:
                 raise ConfigError(
-                    f"{self.path} holds a run with {name} = {before.get(name)!r}, and now it is "
+                    f"{self.path} contains a run with {name} = {before.get(name)!r}, and now it is "
                     f"{value!r}; give the same settings to resume it, or another --out"
                 )
         if stored.get("data_digest") != digest:
             raise ConfigError(
-                f"{self.path} holds a run on other data, or the data has changed since; "
-                "give another --out to start anew"
+                f"{self.path} contains a run on other data, or the data has changed since; "
+                "give another --out to train anew"
             )
 
-    def begin(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
-        """Write what a new run was asked to do.
-
-        Raises:
-            ConfigError: the folder holds other things than a run.
-        """
-        # A run killed before its first state leaves these, and drafts: starting over is right.
-        own = {self.config.name, self.info.name, self.log.name, "tensorboard"}
-        held = [one.name for one in self.path.iterdir()] if self.path.is_dir() else []
-        strangers = sorted(one for one in held if one not in own and not one.startswith("."))
-        if strangers:
-            raise ConfigError(
-                f"{self.path} holds {strangers[0]!r} but no run to resume; give an empty --out"
-            )
+    def start(self, recipe: Recipe, info: Mapping[str, Any]) -> None:
+        """Write the settings and the description of a new run."""
         write_atomic(self.info, json.dumps(dict(info), indent=1) + "\n")
         write_atomic(self.config, to_toml(recipe))
         write_atomic(self.log, "")
 
+    def _check_empty(self) -> None:
+        # A run killed before its first state leaves these, and drafts: starting over is right.
+        own = {path.name for path in (self.config, self.info, self.log, self.unreadable)}
+        present = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        others = sorted(
+            name for name in present if name not in own | {"tensorboard"} and name[0] != "."
+        )
+        if others:
+            raise ConfigError(
+                f"{self.path} is not empty and contains no run to resume: found {others[0]!r}; "
+                "give an empty --out"
+            )
+
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
+        """Add a line to the log; NaN and Inf become null."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in line.items()
         }
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        _append(self.log, finite)
 
-    def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, and a half-written last one: they will come again."""
-        kept = []
-        for line in self.log.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        write_atomic(self.log, "".join(line + "\n" for line in kept))
+    def truncate_log(self, step: int) -> None:
+        """Drop the lines after `step` and an incomplete last one: the steps are done again."""
+        kept = [line for line in _lines(self.log) if line.get("step", step + 1) <= step]
+        write_atomic(self.log, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def note_unreadable(self, path: Path, size: int) -> None:
+        """Record an image that cannot be read, with its size in bytes (-1: unknown)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _append(self.unreadable, {"file": str(path), "size": size})
+
+    def unreadable_sizes(self) -> dict[str, int]:
+        """Sizes of the unreadable images by path, as recorded.
+
+        With these the data digest stays the same after the images are repaired.
+        """
+        if not self.unreadable.is_file():
+            return {}
+        # The first record counts: the run was started with that size.
+        return {line["file"]: line["size"] for line in reversed(_lines(self.unreadable))}
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    with write_errors(file), file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a JSONL file."""
+    lines = []
+    for text in file.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and source revision of this process."""
-    names = ("retinanet", "torch", "torchvision", "accelerate", "hotcoco", "numpy", "pillow")
+    packages = ("retinanet", "torch", "torchvision", "accelerate", "hotcoco", "numpy", "pillow")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
-        "versions": {one: metadata.version(one) for one in names},
+        "versions": {package: metadata.version(package) for package in packages},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": str(device),
@@ -130,7 +231,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The revision of the source tree that this package runs from; None for an installed one."""
+    """Describe the source tree's revision; None for an installed package."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -146,8 +247,118 @@ def _git_revision() -> str | None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for section, settings in recipe.model_dump(mode="json").items():
-        if isinstance(settings, dict):
-            values |= {f"{section}.{key}": value for key, value in settings.items()}
-    return values
+    return {
+        f"{section}.{key}": value
+        for section, settings in recipe.model_dump(mode="json").items()
+        if isinstance(settings, dict)
+        for key, value in settings.items()
+    }
+
+
+# --- the state to resume from ---------------------------------------------------------------------
+
+
+def save_state(
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extras: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """Write the training state into an existing folder.
+
+    Args:
+        folder: where the checkpoint is as well.
+        progress: the progress of the run.
+        model: the weights that the optimizer updates (the checkpoint may contain EMA weights).
+        optimizer: its momentum and moments are saved.
+        extras: further tensors, such as the EMA weights and the running normalizer.
+        numbers: further JSON values, such as the loss scale of fp16.
+    """
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"extra.{name}": value for name, value in extras.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    scalars: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            elif value is not None:
+                scalars[f"{index}.{name}"] = value
+    # safetensors rejects views, and two names of the same memory.
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+        folder / _TENSORS,
+    )
+    text = {"progress": asdict(progress), "optimizer": scalars, "numbers": dict(numbers)}
+    (folder / _NUMBERS).write_text(json.dumps(text, indent=1), "utf-8")
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor], dict[str, Any]]:
+    """Restore a saved state into `model`, `optimizer` and the random generators.
+
+    Returns:
+        The progress, the extra tensors and the extra numbers passed to :func:`save_state`.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or is of another network.
+    """
+    try:
+        tensors = load_file(folder / _TENSORS)
+        stored = json.loads((folder / _NUMBERS).read_text("utf-8"))
+        progress = Progress(**stored["progress"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{folder}: the training state cannot be read ({error}); "
+            "delete the run folder to start again, or use its best/ with --init"
+        ) from None
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "extra": {}, "random": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    try:
+        model.load_state_dict(parts["model"])
+    except RuntimeError as error:
+        raise WeightsError(f"{folder}: the state is of another network: {error}") from None
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (parts["optimizer"] | stored["optimizer"]).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    _match_strides(optimizer)
+    torch.set_rng_state(parts["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in parts["random"]:
+        torch.cuda.set_rng_state(parts["random"]["cuda"])
+    return progress, parts["extra"], stored["numbers"]
+
+
+def _match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Give momentum and moments the strides of their weights, which the file does not store.
+
+    Fused kernels traverse both in memory order: on a GPU torch rejects strides that differ, on a
+    CPU it mixes up the elements.
+    """
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                like = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                values[name] = like.copy_(value).detach()
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """Read the progress saved in a ``last/`` folder; None where there is none."""
+    try:
+        return Progress(**json.loads((folder / _NUMBERS).read_text("utf-8"))["progress"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{folder / _NUMBERS} cannot be read ({error}); delete the run folder to start again"
+        ) from None

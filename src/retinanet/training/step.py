@@ -1,52 +1,30 @@
-"""From a batch to the gradient of its loss. On a GPU nothing in here waits for the device.
+"""One training step: gradients, the non-finite guard, and metrics, without a device sync.
 
-(Mining, ``loss.mining``, alone does: it must see which anchors are hard.)
+(Hard example mining, ``loss.mining``, does sync: it has to read which anchors are hard.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from retinanet.anchors import AnchorSpec, anchor_spec, feature_sizes, level_anchors
-from retinanet.config import Recipe
-from retinanet.errors import ConfigError
+from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.config import LossSettings
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
-from retinanet.training.processes import sync_if
 
-
-def loss_settings(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of :func:`retinanet.losses.detection.detection_losses` that a recipe gives."""
-    return recipe.loss.model_dump(mode="json") | recipe.matching.model_dump(mode="json")
-
-
-def recipe_anchors(recipe: Recipe) -> AnchorSpec:
-    """The anchors that a recipe asks for.
-
-    Raises:
-        ConfigError: there are not as many sizes as levels.
-    """
-    strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
-    try:
-        return anchor_spec(strides, **recipe.anchors.model_dump())
-    except ValueError as error:
-        raise ConfigError(f"anchors: {error}") from None
-
-
-def settings_on(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """:func:`loss_settings` with alpha on the device: sending it anew each step would wait."""
-    settings = dict(settings)
-    if settings["alpha"] is not None and device.type != "cpu":
-        settings["alpha"] = torch.tensor(settings["alpha"], dtype=torch.float32, device=device)
-    return settings
+MAX_CONSECUTIVE_SKIPPED_STEPS = 20
+"""Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""
 
 
 def backward(
@@ -55,37 +33,38 @@ def backward(
     model: RetinaNet,
     batch: Batch,
     *,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
     precision: str,
     scaler: torch.amp.GradScaler,
     running: Tensor,
 ) -> tuple[Losses, Tensor]:
-    """Loss and gradient of a batch, in micro-batches; gradients meet over processes in the last.
+    """Compute losses and gradients of a batch in micro-batches.
 
-    However many processes and micro-batches share a batch, the gradient is that of the whole.
+    The gradient is that of the whole batch for any number of processes and micro-batches; it is
+    averaged over processes in the last micro-batch.
 
     Args:
-        network: `model`, or what holds it where there are several processes.
-        batch: this process' part.
-        settings: of :func:`settings_on`.
-        accumulate: how many micro-batches.
-        running: () of the normalizer ``running``: the moving average over whole batches.
+        network: `model`, or its wrapper for several processes.
+        batch: this process's part.
+        settings: of the losses and the matching.
+        accumulate: number of micro-batches.
+        running: () state of the normalizer ``running``: the moving average over whole batches.
 
     Returns:
-        The losses of the whole batch, and `running` after it.
+        The losses of the whole batch, and the new `running`.
     """
     device = batch.images.device
-    height, width = batch.images.shape[-2:]
-    sizes = feature_sizes(model.anchors.strides, height, width)
+    sizes = feature_sizes(model.anchors.strides, *batch.images.shape[-2:])
     anchors = level_anchors(model.anchors, sizes, device)
-    # What a micro-batch divides by is its part of the whole batch's count, on which it stands.
+    # Each micro-batch divides by its part of the whole batch's count.
     parts = accelerator.num_processes * accumulate
-    share_of_all = _share_of_all(accelerator, anchors, batch.targets, settings, accumulate)
+    world_foreground = _world_foreground(accelerator, anchors, batch.targets, settings, accumulate)
     losses: list[Losses] = []
     pieces = list(micro_batches(batch, accumulate))
     for piece in pieces:
-        with sync_if(accelerator, network, piece is pieces[-1]):
+        wait = accelerator.num_processes > 1 and piece is not pieces[-1]
+        with accelerator.no_sync(network) if wait else nullcontext():
             with autocast(precision, device):
                 outputs = network(piece.images)
             losses.append(
@@ -95,15 +74,15 @@ def backward(
                     piece.targets,
                     num_classes=model.num_classes,
                     running=running / parts,
-                    world_foreground=share_of_all,
+                    world_foreground=world_foreground,
                     overwrite_logits=True,
-                    **settings,
+                    settings=settings,
                 )
             )
             torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
-    if settings["normalizer"] == "running":
+    if settings.normalizer == "running":
         running = losses[-1].normalizer * parts
-    total = whole_losses(losses)
+    total = merge_losses(losses)
     if accelerator.num_processes > 1:
         total = Losses(
             accelerator.reduce(total.classification, reduction="mean"),
@@ -114,39 +93,47 @@ def backward(
     return total, running
 
 
-def whole_losses(parts: Sequence[Losses]) -> Losses:
-    """The losses of a batch, without gradient, from those of its micro-batches in order."""
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """Split a batch into `count` equal parts, in order."""
+    size = len(batch.images) // count
+    for i in range(0, len(batch.images), size):
+        part = slice(i, i + size)
+        yield Batch(
+            batch.images[part],
+            Targets(batch.targets.boxes[part], batch.targets.labels[part]),
+            batch.sizes[part],
+            batch.original_sizes[part],
+            batch.indices[part],
+        )
+
+
+def merge_losses(parts: Sequence[Losses]) -> Losses:
+    """Losses of a batch, detached, from those of its micro-batches in order."""
     return Losses(
-        classification=torch.stack([one.classification.detach() for one in parts]).mean(),
-        box=torch.stack([one.box.detach() for one in parts]).mean(),
-        foreground=torch.cat([one.foreground for one in parts]),
+        classification=torch.stack([part.classification.detach() for part in parts]).mean(),
+        box=torch.stack([part.box.detach() for part in parts]).mean(),
+        foreground=torch.cat([part.foreground for part in parts]),
         normalizer=parts[-1].normalizer,
     )
 
 
-def clip(model: nn.Module, clip_norm: float) -> Tensor:
-    """The norm of the gradient before clipping; `clip_norm` 0 only measures."""
-    parameters = [one for one in model.parameters() if one.grad is not None]
-    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    if clip_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    return norm
-
-
-def _share_of_all(
+def _world_foreground(
     accelerator: Accelerator,
     anchors: list[Tensor],
     targets: Targets,
-    settings: Mapping[str, Any],
+    settings: LossSettings,
     accumulate: int,
 ) -> Callable[[Tensor], Tensor]:
-    """From a micro-batch's count of foreground anchors to its part of the whole batch's."""
+    """Map a micro-batch's count of foreground anchors to its part of the whole batch's."""
     whole: Tensor | None = None
-    if accumulate > 1 and settings["normalizer"] != "image":
-        # The first micro-batch must know what the others hold, so they are matched beforehand too.
-        names = ("foreground_iou", "background_iou", "low_quality_matches")
+    if accumulate > 1 and settings.normalizer != "image":
+        # The first micro-batch needs the count of all, so they are matched beforehand as well.
         matches = match_anchors(
-            torch.cat(anchors), targets, **{one: settings[one] for one in names}
+            torch.cat(anchors),
+            targets,
+            foreground_iou=settings.foreground_iou,
+            background_iou=settings.background_iou,
+            low_quality_matches=settings.low_quality_matches,
         )
         whole = (matches >= 0).sum()
 
@@ -159,15 +146,119 @@ def _share_of_all(
     return share
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    """The `count` equal parts of a batch, in order."""
-    size = len(batch.images) // count
-    for i in range(0, len(batch.images), size):
-        part = slice(i, i + size)
-        yield Batch(
-            batch.images[part],
-            Targets(batch.targets.boxes[part], batch.targets.labels[part]),
-            batch.sizes[part],
-            batch.original_sizes[part],
-            batch.indices[part],
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradient in place and return its norm before that; `max_norm` 0 only measures."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class NonFiniteGuard:
+    """Skip optimizer steps with a NaN or Inf loss or gradient on the device, without a sync.
+
+    One such step ends the run. Under the loss scale of fp16 a gradient may overflow now and then:
+    the step is skipped and the scale halved; :data:`MAX_CONSECUTIVE_SKIPPED_STEPS` in a row end the
+    run, and so does a NaN or Inf loss. The host reads :attr:`stopped` a step late on a GPU; until
+    then all further steps are skipped as well, so weights, momentum and EMA stay those before the
+    step that ended the run.
+
+    Attributes:
+        stopped: () bool on the device, whether the run has ended; a new tensor per step.
+    """
+
+    def __init__(self, device: torch.device, *, scaled: bool) -> None:
+        self._max_in_a_row = MAX_CONSECUTIVE_SKIPPED_STEPS if scaled else 1
+        self._in_a_row = torch.zeros((), dtype=torch.float32, device=device)
+        self.stopped = torch.zeros((), dtype=torch.bool, device=device)
+
+    def check(self, losses: Losses, grad_norm: Tensor) -> Tensor:
+        """Return () float32 on the device: 1 where this step must be skipped, else 0."""
+        loss_is_finite = losses.total.detach().isfinite()
+        bad = ~(loss_is_finite & grad_norm.isfinite())
+        skip = bad | self.stopped
+        self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
+        self.stopped = self.stopped | ~loss_is_finite | (self._in_a_row >= self._max_in_a_row)
+        return skip.float()
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Losses, positives per image and gradient norm of a step, on the host."""
+
+    loss: float
+    loss_classification: float
+    loss_box: float
+    positives: float
+    grad_norm: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the values by the names of the log."""
+        return asdict(self)
+
+
+class PendingMetrics:
+    """Metrics of a step that the device may still compute: one asynchronous copy to the host."""
+
+    def __init__(self, losses: Losses, grad_norm: Tensor, stopped: Tensor) -> None:
+        self._values = torch.stack(
+            [
+                losses.classification.float(),
+                losses.box.float(),
+                losses.foreground.float().mean(),
+                grad_norm.float(),
+                stopped.float(),
+            ]
         )
+        self._copied: torch.cuda.Event | None = None
+        if self._values.device.type == "cuda":
+            pinned = torch.empty(self._values.shape, device="cpu", pin_memory=True)
+            self._values = pinned.copy_(self._values, non_blocking=True)
+            # Waiting for it leaves the processor to the workers that load images.
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> tuple[StepMetrics, bool]:
+        """Wait for the step; return its metrics, and whether it ended the run."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        classification, box, positives, norm, stopped = self._values.tolist()
+        metrics = StepMetrics(classification + box, classification, box, positives, norm)
+        return metrics, stopped > 0
+
+
+class Meter:
+    """Speed, share of time spent waiting for images, and memory."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size = batch_size
+        self._device = device
+        self._process = psutil.Process()
+        self._mean_seconds: float | None = None
+        self.start_step()
+
+    def start_step(self) -> None:
+        """Start the clock of a step, before its batch is loaded."""
+        self._started = self._loaded = time.perf_counter()
+
+    def batch_loaded(self) -> None:
+        """Note that the batch is loaded."""
+        self._loaded = time.perf_counter()
+
+    def end_step(self, steps_left: int) -> dict[str, float]:
+        """Return the values of the step, by the names of the log."""
+        seconds = time.perf_counter() - self._started
+        mean = self._mean_seconds
+        self._mean_seconds = seconds if mean is None else 0.95 * mean + 0.05 * seconds
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device)
+        else:
+            memory = self._process.memory_info().rss
+        return {
+            "seconds": round(seconds, 4),
+            "images_per_second": round(self._batch_size / self._mean_seconds, 3),
+            "waiting": round((self._loaded - self._started) / seconds, 4),
+            "memory_mb": round(memory / 1e6, 1),
+            "seconds_left": round(steps_left * self._mean_seconds, 1),
+        }

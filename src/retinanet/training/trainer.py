@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,42 +17,57 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from retinanet.config import Recipe
-from retinanet.data import digest, read_splits, usable
+from retinanet.data import archives
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
-from retinanet.data.loading import default_workers, train_loader
-from retinanet.errors import ConfigError, DataError
+from retinanet.data.loading import BatchLoader, default_workers, readable_part, train_loader
+from retinanet.errors import ConfigError, DataError, ImageError
+from retinanet.evaluation.metrics import Metrics
 from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
-from retinanet.training.events import Event, Listener
-from retinanet.training.figures import FiguresInFlight, Meter
-from retinanet.training.guard import Guard, step_unless
+from retinanet.training.data import TrainingData, read_training_data
+from retinanet.training.events import Emit, Event, EventCallback, Kind
+from retinanet.training.nonfinite import NonFiniteStep
 from retinanet.training.optim import (
     build_optimizer,
     lr_factor,
+    optimizer_step,
     resolve_steps,
     scaled_lr,
     set_lr,
-    update_average,
+    update_ema,
 )
-from retinanet.training.processes import deterministic, from_main, open_accelerator, stop_after_step
-from retinanet.training.retinanet_subject import RetinaNetSubject
-from retinanet.training.run_folder import RunFolder, describe_machine
-from retinanet.training.state import Progress, load_state, read_progress, save_state
-from retinanet.training.step import clip
-from retinanet.training.subject import MakeSubject
+from retinanet.training.processes import (
+    deterministic,
+    from_main,
+    open_accelerator,
+    stop_after_step,
+)
+from retinanet.training.run_folder import (
+    Progress,
+    RunFolder,
+    describe_machine,
+    load_state,
+    read_progress,
+    save_state,
+)
+from retinanet.training.step import Meter, NonFiniteGuard, PendingMetrics, clip_gradients
+from retinanet.training.task import RetinaNetTask, StepContext, TaskFactory, TrainingTask
+
+MAX_UNMATCHED_STEPS = 50
+"""First steps with objects but without a single positive anchor, after which training fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a training left behind.
+    """The result of a training.
 
     Attributes:
         folder: the run folder.
         model: the checkpoint to use: ``best/``, or ``last/`` where nothing was validated.
-        metrics: figures of `model` on the ``val`` split; empty where it was not validated.
+        metrics: metrics of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
         interrupted: whether Ctrl-C or SIGTERM stopped it; the same call resumes it.
@@ -68,27 +83,6 @@ class Run:
     exit_code: int = 0
 
 
-@dataclass(slots=True)
-class _Step:
-    """A step that the device may still be at work on.
-
-    Attributes:
-        number: from 0.
-        lr: its learning rate.
-        batch: its images, on the host.
-        running: () the running normaliser before it.
-        figures: what came of it.
-        speed: how fast it was.
-    """
-
-    number: int
-    lr: float
-    batch: Batch
-    running: Tensor
-    figures: FiguresInFlight
-    speed: dict[str, float] = field(default_factory=dict)
-
-
 def train(
     recipe: Recipe,
     data: str | Path | Mapping[str, Dataset],
@@ -96,405 +90,522 @@ def train(
     *,
     device: str = "auto",
     init: str | Path | None = None,
-    on_event: Listener | None = None,
+    on_event: EventCallback | None = None,
 ) -> Run:
-    """Train a RetinaNet, or go on with a run that was stopped.
+    """Train a RetinaNet, or resume a run that was stopped.
 
     Args:
         recipe: all settings (:func:`retinanet.config.load_recipe`).
         data: a labelled folder or file of any format, or its splits by name; ``train`` is trained
             on, ``val`` is validated on.
-        out: the run folder. Where it holds an unfinished run with the same settings and data, that
-            run goes on from its last state, and ends at the weights it would have reached unstopped
-            (bit for bit on a CPU with ``train.deterministic``).
-        device: ``auto``, ``cpu`` or ``cuda``; several processes come from ``accelerate launch``.
+        out: the run folder. An unfinished run in it, of the same settings and data, is resumed from
+            its last state, and ends at the weights of an uninterrupted run (bit for bit on a CPU
+            with ``train.deterministic``).
+        device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``; several
+            processes are started by ``torchrun`` or ``accelerate launch``.
         init: a checkpoint to start from; what does not fit (other classes) is listed and left out.
-        on_event: is told what happens (:class:`Event`).
+        on_event: callback for progress events (:class:`Event`).
 
     Raises:
-        ConfigError: settings contradict each other, or `out` holds another run.
-        DataError: the data has no image or no object to train on.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite; what reproduces it is kept.
+        ConfigError: settings contradict each other, `device` is not available, or `out` contains
+            another run or is in use.
+        DataError: the data has no image or no object to train on, more than a tenth of the images
+            cannot be read, or no anchor matched an object in the first steps.
+        NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
         WeightsError: `init` or the backbone's weights cannot be used.
     """
 
-    def make(
-        accelerator: Accelerator, train_set: Dataset, tell: Callable[..., None]
-    ) -> RetinaNetSubject:
-        return RetinaNetSubject(recipe, train_set, accelerator, init, tell)
+    def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RetinaNetTask:
+        return RetinaNetTask(recipe, train_set, accelerator, init, emit)
 
-    return train_subject(make, recipe, data, out, device=device, on_event=on_event)
+    return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
-def train_subject(
-    make: MakeSubject,
+def run_task(
+    make_task: TaskFactory,
     recipe: Recipe,
     data: str | Path | Mapping[str, Dataset],
     out: str | Path,
     *,
     device: str = "auto",
-    on_event: Listener | None = None,
+    on_event: EventCallback | None = None,
 ) -> Run:
-    """Train whatever `make` makes; arguments, run folder and errors are those of :func:`train`."""
+    """Train a task; arguments, run folder and errors are those of :func:`train`."""
     settings = recipe.train
     accelerator = open_accelerator(device, settings.trackers, Path(out))
-    tell = _teller(accelerator, on_event)
 
-    # --- data ---------------------------------------------------------------------------------
-    splits = data if isinstance(data, Mapping) else _read(data, recipe)
-    if "train" not in splits:
-        raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
-    train_set, left_out = usable(splits["train"])
-    val_set = splits.get("val")
-    if not any(not one.ignored for image in train_set.images for one in image.annotations):
-        raise DataError(
-            f"{train_set.source}: no object to train on in {len(train_set)} images; "
-            "see retinanet data check"
-        )
-    if val_set is not None and val_set.classes != train_set.classes:
-        raise DataError(
-            f"{train_set.source}: the classes of train and val differ: "
-            f"{', '.join(train_set.classes)} and {', '.join(val_set.classes)}"
-        )
-    shared = {one.path for one in train_set.images} & {
-        one.path for one in (val_set.images if val_set else ())
-    }
-    if shared:
-        tell(
-            "message",
-            message=f"warning: {len(shared)} images are in train and in val, the first: "
-            f"{min(shared)}; the AP on val is not honest",
-        )
-    subject = make(accelerator, train_set, tell)
-    if left_out:
-        first = f"{left_out[0].file}: {left_out[0].reason}"
-        tell(
-            "message",
-            message=f"left out {len(left_out)} faulty objects or images of the training data, "
-            f"the first: {first}; see retinanet data check",
-        )
+    def emit(kind: Kind, /, **data: Any) -> None:
+        if on_event is not None and accelerator.is_main_process:
+            on_event(Event(kind, data))
 
-    batch_size, rest = divmod(settings.batch_size, accelerator.num_processes)
-    if rest or batch_size % settings.accumulate:
+    splits = read_training_data(data, recipe, emit)
+    task = make_task(accelerator, splits.train, emit)
+    per_process, rest = divmod(settings.batch_size, accelerator.num_processes)
+    if rest or per_process % settings.accumulate:
         raise ConfigError(
             f"train.batch_size {settings.batch_size} does not divide into "
             f"{accelerator.num_processes} processes x {settings.accumulate} micro-batches"
         )
+    run = RunFolder(out)
+    with run.lock(accelerator.is_main_process):
+        stored = _open_run(run, recipe, splits, task, accelerator, emit)
+        if stored is not None and stored.finished:
+            early = " (stopped early)" if stored.stopped_early else ""
+            emit("message", message=f"{run.path} is finished: {stored.step} steps{early}")
+            return _result(run, stored)
+        if settings.trackers:
+            accelerator.init_trackers("retinanet")
+        set_seed(settings.seed)
+        trainer = Trainer(recipe, task, splits, accelerator, run, emit, resume=stored is not None)
+        exit_code = trainer.fit()
+        return _result(run, trainer.progress, exit_code)
 
-    # --- run folder ---------------------------------------------------------------------------
-    folder = RunFolder(out)
-    data_digest = digest(train_set) + (digest(val_set) if val_set else "")
-    steps = resolve_steps(
-        len(train_set),
-        steps=settings.steps,
-        epochs=settings.epochs,
-        min_steps=settings.min_steps,
-        max_steps=settings.max_steps,
-        batch_size=settings.batch_size,
-    )
+
+def _open_run(
+    run: RunFolder,
+    recipe: Recipe,
+    data: TrainingData,
+    task: TrainingTask,
+    accelerator: Accelerator,
+    emit: Emit,
+) -> Progress | None:
+    """Start the run folder, or return the progress of the run to resume."""
+    digest = data.digest(run.unreadable_sizes())
     if accelerator.is_main_process:
-        folder.recover()
+        run.recover()
     accelerator.wait_for_everyone()
-    stored = read_progress(folder.last)
-    if stored is not None:
-        folder.check_same(recipe, data_digest, subject.info.get("rival"))
-        if stored.finished:
-            tell("message", message=f"{folder.path} is finished: {stored.step} steps")
-            return _result(folder, stored)
-        begun_by = json.loads(folder.info.read_text("utf-8")).get("processes")
-        if recipe.data.order == "shards" and begun_by != accelerator.num_processes:
-            tell(
-                "message",
-                message=f"warning: the run was begun by {begun_by} processes and goes on with "
-                f"{accelerator.num_processes}, which share the shards in another way: in the epoch "
-                f"at hand images may come twice or not at all",
-            )
-    elif accelerator.is_main_process:
-        machine = describe_machine(accelerator.device)
-        machine |= {
-            "seed": settings.seed,
-            "data": str(train_set.source),
-            "format": train_set.format,
-        }
-        machine |= {"data_digest": data_digest, "split_origin": train_set.split_origin}
-        machine |= {"images": {name: len(one) for name, one in splits.items()}}
-        machine |= {"steps": steps, "processes": accelerator.num_processes}
-        machine |= subject.info
-        folder.begin(recipe, machine)
-    if settings.trackers:
-        accelerator.init_trackers("retinanet")
-
-    workers = recipe.data.workers
-    workers = default_workers() if workers == "auto" else workers
-
-    # --- model --------------------------------------------------------------------------------
-    set_seed(settings.seed)
-    precision: str = settings.precision
-    if precision == "auto":
-        fast = choose_dtype("auto", accelerator.device) == torch.bfloat16
-        precision = "bf16" if fast else "float32"
-    # Resumed from what the run itself keeps: the backbone's weights may be gone or out of reach.
-    model = subject.build() if stored is None else subject.restore(folder.last)
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    averaged = AveragedModel(model, use_buffers=True) if settings.ema else None
-    lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
-    optimizer = build_optimizer(
-        model,
-        optimizer=settings.optimizer,
-        lr=lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        backbone_lr_factor=settings.backbone_lr_factor,
-    )
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
-    running = torch.tensor(RUNNING_START, dtype=torch.float32, device=accelerator.device)
-
-    # --- where to begin -----------------------------------------------------------------------
-    progress = Progress(steps=steps, left_out=len(left_out))
-    if stored is not None:
-        progress, extras, numbers = load_state(folder.last, model, optimizer)
-        running = extras["running"].to(accelerator.device)
-        if averaged is not None:
-            averaged.load_state_dict(_part(extras, "averaged."))
-        scaler.load_state_dict(numbers["scaler"])
+    stored = read_progress(run.last)
+    if stored is None:
         if accelerator.is_main_process:
-            folder.cut_log(progress.step)
-    network = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+            info = {
+                "seed": recipe.train.seed,
+                "data": str(data.train.source),
+                "format": data.train.format,
+                "data_digest": digest,
+                "split_origin": data.train.split_origin,
+                "images": dict(data.num_images),
+                "steps": resolve_steps(len(data.train), recipe.train),
+                "processes": accelerator.num_processes,
+            }
+            run.start(recipe, describe_machine(accelerator.device) | info | dict(task.info))
+        return None
+    run.check_same(recipe, digest, task.info.get("rival"))
+    processes = json.loads(run.info.read_text("utf-8")).get("processes")
+    if recipe.data.order == "shards" and processes != accelerator.num_processes:
+        emit(
+            "message",
+            message=f"warning: the run was started with {processes} processes and resumes with "
+            f"{accelerator.num_processes}, which share the shards differently: in this epoch "
+            "images may occur twice or not at all",
+        )
+    return stored
 
-    def judged() -> nn.Module:
-        return model if averaged is None else averaged.module
 
-    def keep() -> None:
-        """Put the state of this moment into last/, whole or not at all."""
-        if not accelerator.is_main_process:
+@dataclass(slots=True)
+class _PendingStep:
+    """A step that the device may still compute.
+
+    Attributes:
+        step: from 0.
+        lr: its learning rate.
+        batch: its images, on the host.
+        running: () the running normalizer before it.
+        metrics: its losses and gradient norm.
+        speed: its speed and memory.
+    """
+
+    step: int
+    lr: float
+    batch: Batch
+    running: Tensor
+    metrics: PendingMetrics
+    speed: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """A training run: its fields are all that changes between steps.
+
+    Attributes:
+        task: computes losses, metrics and checkpoints.
+        model: the weights that the optimizer updates.
+        network: `model`, or its wrapper for several processes.
+        optimizer, scaler, guard: update the weights; scale the loss (fp16); skip bad steps.
+        ema: EMA weights of `model`; None: not used.
+        progress: steps, best AP, time.
+        running: () the running normalizer.
+        run: the run folder.
+        pending: steps whose metrics are not read yet.
+        val: the validation split, without images that cannot be read.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: TrainingTask,
+        data: TrainingData,
+        accelerator: Accelerator,
+        run: RunFolder,
+        emit: Emit,
+        *,
+        resume: bool,
+    ) -> None:
+        """Build the model and its optimizer, and restore the saved state to `resume`."""
+        settings = recipe.train
+        self.task, self.run, self.val = task, run, data.val
+        self._recipe, self._settings, self._data = recipe, settings, data
+        self._accelerator, self._emit = accelerator, emit
+        self._device = accelerator.device
+        self._workers = default_workers() if recipe.data.workers == "auto" else recipe.data.workers
+        self._precision = _resolve_precision(settings.precision, self._device)
+        # A resumed run needs only its own files: the backbone's weights may no longer be there.
+        self.model = task.load_model(run.last) if resume else task.build_model()
+        self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = AveragedModel(self.model, use_buffers=True) if settings.ema else None
+        self._lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
+        self.optimizer = build_optimizer(
+            self.model,
+            optimizer=settings.optimizer,
+            lr=self._lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            backbone_lr_factor=settings.backbone_lr_factor,
+        )
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
+        self.guard = NonFiniteGuard(self._device, scaled=self.scaler.is_enabled())
+        self.running = torch.tensor(RUNNING_START, dtype=torch.float32, device=self._device)
+        steps = resolve_steps(len(data.train), settings)
+        self.progress = Progress(steps=steps, left_out=data.num_left_out)
+        if resume:
+            self._restore()
+        self._resumed = resume
+        distributed = accelerator.num_processes > 1
+        self.network = accelerator.prepare_model(self.model) if distributed else self.model
+        self.pending: deque[_PendingStep] = deque()
+        self._ahead = steps_ahead(self._device)
+        self._validate_every = _period(settings.validate_every, steps)
+        self._loader = self._train_loader()
+        self._meter = Meter(settings.batch_size, self._device)
+
+    def fit(self) -> int:
+        """Train until the last step, early stopping or a signal.
+
+        Returns:
+            0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
+        """
+        progress = self.progress
+        self._emit_start()
+        self.network.train()
+        if not self._resumed:
+            warning = self.task.warning()
+            if warning is not None:
+                self._emit("message", message=warning)
+            self.save()  # from here on a run killed at any time can be resumed
+        interrupted = False
+        with (
+            deterministic(self._settings.deterministic),
+            stop_after_step(self._accelerator) as stop,
+        ):
+            self._meter.start_step()
+            for batch in self._loader:
+                self.step(batch)
+                if progress.step % self._validate_every == 0 or progress.step == progress.steps:
+                    self.flush()
+                    self.validate()
+                interrupted = stop.is_set()
+                ends = progress.finished or interrupted
+                if progress.step % self._settings.save_every == 0 or ends:
+                    self.flush()
+                    self.save()
+                if ends:
+                    break
+                self._meter.start_step()
+        self._accelerator.wait_for_everyone()
+        if self._settings.trackers:
+            self._accelerator.end_training()
+        self._emit_end(interrupted)
+        return stop.exit_code if interrupted else 0
+
+    def step(self, loaded: Batch) -> None:
+        """Do one optimizer step, and log the last one that has finished on the device."""
+        settings, progress = self._settings, self.progress
+        batch = loaded.to(self._device, non_blocking=True)
+        self._meter.batch_loaded()
+        lr = self._lr * lr_factor(
+            progress.step,
+            progress.steps,
+            schedule=settings.schedule,
+            milestones=settings.milestones,
+            warmup_steps=settings.warmup_steps,
+        )
+        set_lr(self.optimizer, lr)
+        running = self.running
+        losses, self.running = self.task.training_step(
+            self.network,
+            self.model,
+            batch,
+            StepContext(progress.step, self._precision, self.scaler, running),
+        )
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.model, settings.clip_norm)
+        skip = self.guard.check(losses, grad_norm)
+        optimizer_step(self.optimizer, skip)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            update_ema(self.ema, self.model, settings.ema, skip)
+        metrics = PendingMetrics(losses, grad_norm, self.guard.stopped)
+        current = _PendingStep(progress.step, lr, loaded, running, metrics)
+        self.pending.append(current)
+        progress.step += 1
+        done = self.pending.popleft() if len(self.pending) > self._ahead else None
+        if done is not None:
+            self._check(done)
+        current.speed = self._meter.end_step(progress.steps - progress.step)
+        progress.seconds += current.speed["seconds"]
+        if done is not None:
+            self._log(done)
+
+    def flush(self) -> None:
+        """Wait for all pending steps, check and log them."""
+        while self.pending:
+            self._check(self.pending[0])
+            self._log(self.pending.popleft())
+
+    def validate(self) -> None:
+        """Compute loss and AP on the val split, keep the best weights, and stop early if due."""
+        if self.val is None:
             return
-        extras = {"running": running}
-        if averaged is not None:
-            extras |= {f"averaged.{name}": one for name, one in averaged.state_dict().items()}
+        started = time.perf_counter()
+        progress = self.progress
+        if self._accelerator.is_main_process:
+            metrics = self._val_metrics()
+            values = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
+            # NaN (there is no object in val) is null in JSON, and never better.
+            progress.metrics = {k: None if v != v else v for k, v in values.items()}
+            self._keep_if_best(metrics)
+            self.run.append({"step": progress.step, "validation": progress.metrics})
+            self._emit("validation", step=progress.step, **progress.metrics)
+            self._stop_early_if_due(metrics)
+        self._accelerator.wait_for_everyone()
+        progress.stopped_early = from_main(self._accelerator, progress.stopped_early)
+        self.network.train()
+        progress.seconds += time.perf_counter() - started
+        if self._settings.trackers and progress.metrics:
+            values = {f"val_{name}": value for name, value in progress.metrics.items()}
+            self._accelerator.log(values, progress.step)
+
+    def save(self) -> None:
+        """Write the state of this moment into ``last/``, whole or not at all."""
+        if not self._accelerator.is_main_process:
+            return
+        extras = {"running": self.running}
+        if self.ema is not None:
+            extras |= {f"averaged.{name}": value for name, value in self.ema.state_dict().items()}
 
         def fill(draft: Path) -> None:
-            subject.write(draft, judged(), progress.step)
-            save_state(draft, progress, model, optimizer, extras, {"scaler": scaler.state_dict()})
+            self.task.write_checkpoint(draft, self._eval_model(), self.progress.step)
+            numbers = {"scaler": self.scaler.state_dict()}
+            save_state(draft, self.progress, self.model, self.optimizer, extras, numbers)
 
-        replace_folder(folder.last, fill)
+        replace_folder(self.run.last, fill)
 
-    def validate() -> None:
-        """Loss and AP on the val split; keeps the best, and counts what is no better."""
-        if val_set is None:
-            return
-        if accelerator.is_main_process:
-            metrics = subject.evaluate(
-                judged(),
-                val_set,
-                batch_size=max(1, settings.batch_size // accelerator.num_processes),
-                workers=workers,
-                precision=precision,
-                progress=lambda done, total: tell("validating", done=done, total=total),
+    def _restore(self) -> None:
+        self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
+        self.running = extras["running"].to(self._device)
+        if self.ema is not None:
+            prefix = "averaged."
+            self.ema.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in extras.items() if k.startswith(prefix)}
             )
-            figures = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
-            # NaN (there is no object to find) is null in JSON.
-            progress.metrics = {k: None if v != v else v for k, v in figures.items()}
-            # NaN (no object to find) is never better; a run without one better keeps last/ alone.
-            better = metrics.ap > progress.best_ap
-            progress.bad_validations = 0 if better else progress.bad_validations + 1
-            # While nothing is found yet AP says nothing, and the loss chooses where there is one;
-            # without one the first of equals stays.
-            before = progress.best_metrics.get("loss")
-            lower = metrics.loss is not None and (before is None or metrics.loss < before)
-            if better or (metrics.ap == progress.best_ap and lower):
-                progress.best_ap, progress.best_step = metrics.ap, progress.step
-                progress.best_metrics = progress.metrics
-                write_atomic(folder.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
-                replace_folder(
-                    folder.best, lambda draft: subject.write(draft, judged(), progress.step)
-                )
-            progress.stopped_early = 0 < settings.early_stop <= progress.bad_validations
-            folder.append({"step": progress.step, "validation": progress.metrics})
-            tell("validation", step=progress.step, **progress.metrics)
-        accelerator.wait_for_everyone()
-        progress.stopped_early = bool(from_main(accelerator, float(progress.stopped_early)))
-        network.train()
+        self.scaler.load_state_dict(numbers["scaler"])
+        if self._accelerator.is_main_process:
+            self.run.truncate_log(self.progress.step)
 
-    def check(done: _Step) -> None:
-        """Wait for the numbers of a step, and end the run if they are not finite."""
-        figures, stopped = done.figures.read()
+    def _train_loader(self) -> BatchLoader:
+        return train_loader(
+            self._data.train,
+            self._recipe.data,
+            batch_size=self._settings.batch_size // self._accelerator.num_processes,
+            steps=range(self.progress.step, self.progress.steps),
+            seed=self._settings.seed,
+            workers=self._workers,
+            rank=self._accelerator.process_index,
+            world_size=self._accelerator.num_processes,
+            fill=padding_colour(cast(Tensor, self.model.pixel_mean)),
+            on_unreadable=lambda index, message: self._note_unreadable(
+                self._data.train, index, message
+            ),
+        )
+
+    def _eval_model(self) -> nn.Module:
+        """Return the EMA weights if enabled, else the model."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _val_metrics(self) -> Metrics:
+        try:
+            return self._evaluate()
+        except ImageError:
+            assert self.val is not None
+            before = self.val
+            self.val, unreadable = readable_part(
+                before,
+                image_size=self._recipe.data.image_size,
+                max_size=self._recipe.data.max_size,
+                workers=self._workers,
+            )
+            for index, message in unreadable.items():
+                self._note_unreadable(before, index, message)
+            return self._evaluate()
+
+    def _evaluate(self) -> Metrics:
+        assert self.val is not None
+        return self.task.validate(
+            self._eval_model(),
+            self.val,
+            batch_size=max(1, self._settings.batch_size // self._accelerator.num_processes),
+            workers=self._workers,
+            precision=self._precision,
+            progress=lambda done, total: self._emit("validating", done=done, total=total),
+        )
+
+    def _keep_if_best(self, metrics: Metrics) -> None:
+        progress = self.progress
+        better = metrics.ap > progress.best_ap
+        progress.bad_validations = 0 if better else progress.bad_validations + 1
+        # At equal AP (often 0 at first) the lower loss is better; without a loss the first.
+        before = progress.best_metrics.get("loss")
+        lower = metrics.loss is not None and (before is None or metrics.loss < before)
+        if better or (metrics.ap == progress.best_ap and lower):
+            progress.best_ap, progress.best_step = metrics.ap, progress.step
+            progress.best_metrics = progress.metrics
+            write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
+            replace_folder(
+                self.run.best,
+                lambda draft: self.task.write_checkpoint(draft, self._eval_model(), progress.step),
+            )
+
+    def _stop_early_if_due(self, metrics: Metrics) -> None:
+        progress, settings = self.progress, self._settings
+        reason = ""
+        if 0 < settings.early_stop <= progress.bad_validations:
+            reason = (
+                f"AP has not exceeded {progress.best_ap:.3f} (step {progress.best_step}) in "
+                f"{progress.bad_validations} validations (train.early_stop={settings.early_stop})"
+            )
+        elif 0 < settings.target_ap50 <= metrics.ap50:
+            reason = f"AP50 is {metrics.ap50:.3f} (train.target_ap50={settings.target_ap50:g})"
+        if reason:
+            progress.stopped_early = True
+            self._emit("message", message=f"stopped early at step {progress.step}: {reason}")
+
+    def _check(self, done: _PendingStep) -> None:
+        """Read the metrics of a step; raise where they are NaN or Inf, or nothing matches."""
+        metrics, stopped = done.metrics.read()
+        numbers = metrics.as_dict()
         if stopped:
-            progress.step = done.number  # no later one has moved anything
-            subject.report_nonfinite(
-                folder.path,
-                model,
-                step=done.number,
+            self.progress.step = done.step  # no later step has moved anything
+            failed = NonFiniteStep(
+                step=done.step,
                 batch=done.batch,
                 running=done.running,
-                numbers={"lr": done.lr, "precision": precision, **figures.as_dict()},
-                write=accelerator.is_main_process,
+                numbers={"lr": done.lr, "precision": self._precision, **numbers},
+                write=self._accelerator.is_main_process,
             )
-
-    def log(done: _Step) -> None:
-        """Say what a step was like."""
-        if not accelerator.is_main_process:
-            return
-        figures, _ = done.figures.read()
-        line = {"step": done.number + 1, **figures.as_dict(), "lr": done.lr, **done.speed}
-        folder.append(line)
-        tell("step", steps=steps, **line)
-        if settings.trackers:
-            accelerator.log({k: v for k, v in line.items() if k != "step"}, done.number + 1)
-
-    def land_all() -> None:
-        """Wait for every step that was begun."""
-        while in_flight:
-            check(in_flight[0])
-            log(in_flight.popleft())
-
-    # --- the loop -----------------------------------------------------------------------------
-    loader = train_loader(
-        train_set,
-        batch_size=batch_size,
-        steps=steps,
-        start_step=progress.step,
-        seed=settings.seed,
-        image_size=recipe.data.image_size,
-        max_size=recipe.data.max_size,
-        multi_scale=recipe.data.multi_scale,
-        horizontal_flip=recipe.data.horizontal_flip,
-        vertical_flip=recipe.data.vertical_flip,
-        scale_jitter=recipe.data.scale_jitter,
-        crop=recipe.data.crop,
-        colour=recipe.data.colour,
-        any_corner=recipe.data.any_corner,
-        order=recipe.data.order,
-        shard_window=recipe.data.shard_window,
-        workers=workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        fill=padding_colour(cast(Tensor, model.pixel_mean)),
-    )
-    tell(
-        "resume" if stored is not None else "start",
-        step=progress.step,
-        steps=steps,
-        images=len(train_set),
-        classes=len(train_set.classes),
-        lr=lr,
-        batch_size=settings.batch_size,
-        device=str(accelerator.device),
-        precision=precision,
-        split_origin=train_set.split_origin,
-    )
-    validate_every = _every(settings.validate_every, steps)
-    meter = Meter(settings.batch_size, accelerator.device)
-    interrupted = False
-    guard = Guard(accelerator.device, scaled=scaler.is_enabled())
-    ahead = _steps_ahead(accelerator.device)
-    in_flight: deque[_Step] = deque()
-    network.train()
-    if stored is None:
-        keep()  # from here on a kill at any instant can be resumed
-    with deterministic(settings.deterministic), stop_after_step(accelerator) as stop:
-        batches = iter(loader)
-        while not progress.finished and not interrupted:
-            meter.begin()
-            loaded = next(batches)
-            batch = loaded.to(accelerator.device, non_blocking=True)
-            meter.got_data()
-
-            factor = lr_factor(
-                progress.step,
-                steps,
-                schedule=settings.schedule,
-                milestones=settings.milestones,
-                warmup_steps=settings.warmup_steps,
-            )
-            set_lr(optimizer, lr * factor)
-
-            running_before = running
-            losses, running = subject.backward(
-                network,
-                model,
-                batch,
-                step=progress.step,
-                precision=precision,
-                scaler=scaler,
-                running=running,
-            )
-            scaler.unscale_(optimizer)
-            grad_norm = clip(model, settings.clip_norm)
-            refused = guard.refuses(losses, grad_norm)
-            step_unless(refused, optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if averaged is not None:
-                update_average(averaged, model, settings.ema, refused)
-            figures = FiguresInFlight(losses, grad_norm, guard.stopped)
-            this = _Step(progress.step, lr * factor, loaded, running_before, figures)
-            in_flight.append(this)
-            progress.step += 1
-
-            landed = in_flight.popleft() if len(in_flight) > ahead else None
-            if landed is not None:
-                check(landed)
-            this.speed = meter.end(steps - progress.step)
-            progress.seconds += this.speed["seconds"]
-            if landed is not None:
-                log(landed)
-
-            if progress.step % validate_every == 0 or progress.step == steps:
-                land_all()
-                began = time.perf_counter()
-                validate()
-                progress.seconds += time.perf_counter() - began
-                if settings.trackers and progress.metrics:
-                    accelerator.log(
-                        {f"val_{k}": v for k, v in progress.metrics.items()}, progress.step
+            self.task.report_nonfinite(self.run.path, self.model, failed)
+        progress = self.progress
+        if metrics.positives > 0:
+            progress.unmatched_steps = -1
+        elif progress.unmatched_steps >= 0 and bool((done.batch.targets.labels >= 0).any()):
+            progress.unmatched_steps += 1
+            if progress.unmatched_steps >= MAX_UNMATCHED_STEPS:
+                advice = self.task.advise_on_unmatched()
+                if advice is not None:
+                    raise DataError(
+                        f"no anchor matched an object in {progress.unmatched_steps} steps, so "
+                        f"nothing is learned; {advice}; see retinanet data anchors"
                     )
-            interrupted = stop.is_set()
-            if progress.step % settings.save_every == 0 or progress.finished or interrupted:
-                land_all()
-                keep()
-    accelerator.wait_for_everyone()
-    if settings.trackers:
-        accelerator.end_training()
-    tell("end", step=progress.step, best_ap=progress.best_ap, best_step=progress.best_step,
-         seconds=progress.seconds, interrupted=interrupted, **progress.metrics)  # fmt: skip
-    return _result(folder, progress, stop.exit_code if interrupted else 0)
+                progress.unmatched_steps = -1
+
+    def _log(self, done: _PendingStep) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        metrics, _ = done.metrics.read()
+        line = {"step": done.step + 1, **metrics.as_dict(), "lr": done.lr, **done.speed}
+        self.run.append(line)
+        self._emit("step", steps=self.progress.steps, **line)
+        if self._settings.trackers:
+            values = {name: value for name, value in line.items() if name != "step"}
+            self._accelerator.log(values, done.step + 1)
+
+    def _note_unreadable(self, dataset: Dataset, index: int, message: str) -> None:
+        """Report and record an image that is skipped."""
+        path = dataset.images[index].path
+        try:
+            size = archives.file_size(path)
+        except (OSError, DataError):
+            size = -1
+        if str(path) not in self.run.unreadable_sizes():
+            self.run.note_unreadable(path, size)
+        self._emit("message", message=f"warning: image skipped: {message}")
+
+    def _emit_start(self) -> None:
+        self._emit(
+            "resume" if self._resumed else "start",
+            step=self.progress.step,
+            steps=self.progress.steps,
+            images=len(self._data.train),
+            classes=len(self._data.train.classes),
+            lr=self._lr,
+            batch_size=self._settings.batch_size,
+            device=str(self._device),
+            processes=self._accelerator.num_processes,
+            precision=self._precision,
+            split_origin=self._data.train.split_origin,
+        )
+
+    def _emit_end(self, interrupted: bool) -> None:
+        progress = self.progress
+        skipped = len(self.run.unreadable_sizes())
+        if skipped:
+            self._emit(
+                "message",
+                message=f"warning: {skipped} unreadable images were skipped; they are listed in "
+                f"{self.run.unreadable}",
+            )
+        self._emit(
+            "end",
+            step=progress.step,
+            best_ap=progress.best_ap,
+            best_step=progress.best_step,
+            seconds=progress.seconds,
+            interrupted=interrupted,
+            **progress.metrics,
+        )
 
 
-def _teller(accelerator: Accelerator, on_event: Listener | None) -> Any:
-    def tell(kind: Any, **data: Any) -> None:
-        if on_event is not None and accelerator.is_main_process:
-            on_event(Event(kind, data))
-
-    return tell
-
-
-def _read(data: str | Path, recipe: Recipe) -> dict[str, Dataset]:
-    return read_splits(
-        data, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction, extras=False
-    )
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _steps_ahead(device: torch.device) -> int:
-    """How many further steps a device is given before the host reads what came of one.
+def steps_ahead(device: torch.device) -> int:
+    """Return the number of steps queued on the device before earlier results are read.
 
     With one a GPU never waits for the host, and the host hardly for the GPU.
     """
     return 1 if device.type == "cuda" else 0
 
 
-def _every(setting: float, steps: int) -> int:
-    """A period in steps, from a number of them or, under 1, a share of all."""
+def _resolve_precision(precision: str, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if choose_dtype("auto", device) == torch.bfloat16 else "float32"
+
+
+def _period(setting: float, steps: int) -> int:
+    """Convert a period to steps: a number of them or, under 1, a share of all."""
     return max(1, round(setting * steps if setting < 1 else setting))
 
 
-def _result(folder: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
+def _result(run: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
     return Run(
-        folder=folder.path,
-        model=folder.best if folder.best.is_dir() else folder.last,
+        folder=run.path,
+        model=run.best if run.best.is_dir() else run.last,
         metrics=progress.best_metrics,
         best_ap=progress.best_ap,
         step=progress.step,

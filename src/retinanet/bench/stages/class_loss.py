@@ -14,7 +14,8 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from retinanet.bench.benchmark import Benchmark, Case, Rival, Setting
 from retinanet.bench.limits import copy_limit
 from retinanet.bench.samples import map_sizes, num_anchors, rms_error, total_bytes
-from retinanet.losses.detection import CLASSIFICATION_LOSSES
+from retinanet.config import LossConfig
+from retinanet.losses import classification_loss
 from retinanet.structures import BACKGROUND, IGNORED, flatten_level, flatten_levels
 
 _ALPHA, _GAMMA = 0.25, 2.0
@@ -90,9 +91,8 @@ def _benchmark(
         flat = [flatten_level(x, classes) for x in levels] if heads_layout else levels
         weights = (foreground * batch).float().reciprocal()
         # When overwriting, later rounds read the gradient of the first: the same work.
-        loss = CLASSIFICATION_LOSSES["focal"](
-            flat, labels, weights, _ALPHA, _GAMMA, 0.0, overwrite_logits=overwrite
-        )
+        settings = LossConfig(alpha=_ALPHA, gamma=_GAMMA)
+        loss = classification_loss(flat, labels, weights, settings, overwrite_logits=overwrite)
         return _backward(loss, levels)
 
     # Rivals compute in float32; bfloat16 keeps 8 bits of a gradient.

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from retinanet.bench.benchmark import Benchmark, Case, Rival, Setting
 from retinanet.bench.samples import jpeg, random_boxes
+from retinanet.config import DataConfig
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import train_loader
 from retinanet.model.backbone import IMAGENET_MEAN, IMAGENET_STD
@@ -42,12 +43,10 @@ def _benchmark(setting: Setting, images: int, shorter: int, longest: int) -> Ben
     # The batch is the whole data set, in an order that differs from batch to batch.
     loader = train_loader(
         dataset,
+        DataConfig(image_size=shorter, max_size=longest, horizontal_flip=1.0),
         batch_size=images,
-        steps=10**6,
+        steps=range(10**6),
         seed=0,
-        image_size=shorter,
-        max_size=longest,
-        horizontal_flip=1.0,
     )
     weakref.finalize(loader, shutil.rmtree, folder, ignore_errors=True)
     batches = iter(loader)
@@ -75,9 +74,9 @@ def _dataset(folder: Path, count: int) -> Dataset:
 
 
 def _reference(dataset: Dataset, shorter: int, longest: int) -> Callable[[], _Expected]:
-    """torchvision's detection reference: flip the PIL image, convert to float, then its model's.
+    """Run torchvision's detection reference: flip the PIL image, convert to float, transform.
 
-    That part normalises, resizes and batches images and boxes (``GeneralizedRCNNTransform``).
+    The transform normalises, resizes and batches images and boxes (``GeneralizedRCNNTransform``).
     """
     mean, std = ([value / 255 for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     transform = GeneralizedRCNNTransform(shorter, longest, mean, std)

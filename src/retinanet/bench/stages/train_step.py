@@ -20,6 +20,7 @@ from retinanet.bench.samples import (
     torchvision_outputs,
 )
 from retinanet.bench.tables import count
+from retinanet.config import LossSettings
 from retinanet.losses.detection import detection_losses
 from retinanet.model.precision import autocast, choose_dtype
 from retinanet.structures import pad_targets
@@ -29,8 +30,10 @@ _LR, _MOMENTUM, _WEIGHT_DECAY = 1e-4, 0.9, 1e-4
 
 
 def train_step(setting: Setting) -> list[Case]:
-    """Forward, loss, backward and SGD against torchvision's float32 step; on a GPU against its
-    step in the same precision."""
+    """Run forward, loss, backward and SGD against torchvision's float32 step.
+
+    On a GPU torchvision's step has the same precision.
+    """
     cases: dict[str, tuple[str, int, int]] = {
         "ResNet-50": ("resnet50", setting.pick(64, 128, 512), 2),
         "ResNet-18": ("resnet18", setting.pick(64, 128, 256), setting.pick(2, 4, 8)),
@@ -76,8 +79,7 @@ def _benchmark(setting: Setting, backbone: str, side: int, batch: int, precision
             targets,
             num_classes=model.num_classes,
             # torchvision's defaults, for equal work
-            box="l1",
-            low_quality_matches=True,
+            settings=LossSettings(box="l1", low_quality_matches=True),
         )
         return _optimize(losses.total, optimizer)
 

@@ -12,18 +12,27 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import (
+from retinanet.data.dataset import Dataset, LabelledImage, Problem
+from retinanet.data.formats.labels import (
+    ClassList,
     ImageFinder,
+    LabelFile,
+    ReadImage,
+    ReadObject,
+    build_image,
+    find_classes,
     from_text,
     images_in,
-    merge_classes,
+    read_lines,
+    to_area,
     to_flag,
     to_number,
+    to_size,
     to_text,
 )
 from retinanet.data.formats.writing import Writing, number_text, own_area, size_of
@@ -34,6 +43,8 @@ LOOKED_FOR = (
     "a folder a split"
 )
 
+_DROPPED = "the image is dropped"
+_FOLDERS = ("JPEGImages", "images", "")
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
@@ -47,83 +58,93 @@ def is_voc(path: Path) -> bool:
 
 
 def read_voc(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """The splits of a VOC data set; each is made when called, the XML files are read once.
+    """Read a VOC data set; the XML files are parsed once, a split's data set is built when called.
 
-    Classes are those of ``classes.txt`` where there is one (then any other name is a problem),
-    else all names in all XML files, sorted: the same for every split. An image of a split
-    without an XML file is a problem and left out: VOC writes a file without objects for an image
-    of pure background.
+    Classes are those of ``classes.txt`` if there is one (any other name is a problem), else all
+    names in all XML files, sorted: the same for every split. An image of a split without an XML
+    file is a problem and left out: VOC has a file without objects for an image without any.
 
     Args:
         path: the folder.
-        extras: keep what else the files say (pose, truncated, source, ...).
+        extras: keep other elements of the files (pose, truncated, source, ...).
     """
     root = _root(path)
     groups = _label_files(root)
-    listed = _split_lists(root)
-    files = {file.stem: file for group in groups.values() for file in group}
-    parsed: dict[Path, _Parsed] = {
-        file: _parse(file, extras) for group in groups.values() for file in group
-    }
-    file, names = _class_names(root)
-    if not names:
-        names = sorted({thing.name for one in parsed.values() for thing in one.objects})
-    classes = merge_classes(enumerate(filter(None, names), start=1), file)
-    labels = {name: label for label, name in enumerate(classes.names)}
+    files = {file: _parse(file, extras) for group in groups.values() for file in group}
+    source, names = _class_names(root)
+    data = _Data(path, root, files, find_classes(files.values(), names, source))
+    lists = _split_lists(root)
+    if lists:
+        return {split: partial(data.read_list, split, file) for split, file in lists.items()}
+    return {split: partial(data.read_folder, split, group) for split, group in groups.items()}
 
-    def make(split: str, members: Iterable[Path | str], origin: Path) -> Dataset:
-        dataset = _dataset(split, members, origin, parsed, labels, root, path)
-        return replace(
-            dataset,
-            category_ids=classes.ids,
-            problems=(*classes.problems, *dataset.problems),
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """A parsed data set: its folders, and its XML files; one without images could not be parsed."""
+
+    source: Path
+    root: Path
+    files: Mapping[Path, LabelFile]
+    classes: ClassList
+
+    def read_list(self, split: str, list_file: Path) -> Dataset:
+        """Return the images that a list in ImageSets/Main names."""
+        by_stem = {file.stem: file for file in self.files}
+        problems = []
+        members = []
+        for name in (line.split()[0] for line in read_lines(list_file)):
+            file = by_stem.get(_stem(name))
+            if file is None:
+                reason = f"{name} is in the split {split}, but has no Annotations/{_stem(name)}.xml"
+                problems.append(Problem("label-missing", list_file, name, reason, _DROPPED))
+            else:
+                members.append(file)
+        return self._build(split, members, problems)
+
+    def read_folder(self, split: str, members: list[Path]) -> Dataset:
+        """Return the images of the XML files in a folder."""
+        return self._build(split, members, [], find_unlabelled=True)
+
+    def _build(
+        self,
+        split: str,
+        members: Iterable[Path],
+        problems: list[Problem],
+        *,
+        find_unlabelled: bool = False,
+    ) -> Dataset:
+        problems = [*self.classes.problems, *problems]
+        finders: dict[Path, ImageFinder] = {}
+        images: list[LabelledImage] = []
+        for member in members:
+            file = self.files[member]
+            problems += [problem for _, problem in file.problems]
+            for image in file.images:
+                folder = member.parent
+                if folder not in finders:
+                    beside = folder.parent if folder.name == "Annotations" else folder
+                    folders = [base / name for base in (beside, self.root) for name in _FOLDERS]
+                    finders[folder] = ImageFinder(folders)
+                path = finders[folder].find(f"{member.stem}.jpg")
+                if not path.is_file() and image.name:
+                    path = finders[folder].find(image.name)
+                images.append(build_image(image, path, file, self.classes.names, problems))
+        if find_unlabelled:
+            problems += _unlabelled(members, images, problems)
+        return Dataset(
+            images=tuple(images),
+            classes=self.classes.names,
+            category_ids=self.classes.ids,
+            split=split,
+            format="voc",
+            source=self.source,
+            problems=tuple(problems),
         )
-
-    def from_list(split: str, list_file: Path) -> Callable[[], Dataset]:
-        def read() -> Dataset:
-            names = [line.split()[0] for line in _lines(list_file) if line.strip()]
-            return make(split, [files.get(_stem(name), name) for name in names], list_file)
-
-        return read
-
-    if listed:
-        return {split: from_list(split, file) for split, file in listed.items()}
-
-    def from_folder(split: str, members: list[Path]) -> Callable[[], Dataset]:
-        def read() -> Dataset:
-            dataset = make(split, members, root)
-            unlabelled = _unlabelled(members, dataset)
-            return replace(dataset, problems=(*dataset.problems, *unlabelled))
-
-        return read
-
-    return {split: from_folder(split, members) for split, members in groups.items()}
-
-
-@dataclass(slots=True)
-class _Object:
-    name: str
-    place: int
-    box: tuple[float, float, float, float]
-    values: dict[str, Any]
-
-
-@dataclass(slots=True)
-class _Parsed:
-    """One XML file, before the names of classes are known."""
-
-    objects: list[_Object] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    filename: str = ""
-    id: int | str | None = None
-    width: int | None = None
-    height: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    broken: bool = False
 
 
 def _root(path: Path) -> Path:
-    """The folder that holds Annotations/, which may lie a level or two down (VOCdevkit/VOC2012)."""
+    """Return the folder of Annotations/, which may be a level or two down (VOCdevkit/VOC2012)."""
     if path.name == "Annotations" and (path.parent / "JPEGImages").is_dir():
         return path.parent
     if (path / "Annotations").is_dir():
@@ -136,7 +157,7 @@ def _root(path: Path) -> Path:
 
 
 def _label_files(root: Path) -> dict[str, list[Path]]:
-    """XML files by split; those of no split are the split ``""``."""
+    """XML files by split; those without one are the split ``""``."""
     if not root.is_dir():
         return {}
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
@@ -155,7 +176,7 @@ def _label_files(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_annotation(files: list[Path]) -> bool:
-    """Whether the first files are annotations: other programs keep XML beside images too."""
+    """Whether one of the first files is an annotation: other programs store XML with images too."""
     for file in files[:5]:
         try:
             head = file.read_bytes()[:4096]
@@ -168,12 +189,8 @@ def _is_annotation(files: list[Path]) -> bool:
 
 def _split_lists(root: Path) -> dict[str, Path]:
     lists = {file.stem: file for file in sorted((root / "ImageSets" / "Main").glob("*.txt"))}
-    # Beside train.txt VOC has a list a class, such as dog_train.txt, of the same images.
+    # VOC also has a list per class, such as dog_train.txt, of the same images.
     return {name: file for name, file in lists.items() if not name.endswith(_LIST_OF_A_CLASS)}
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text("utf-8-sig", errors="replace").splitlines()
 
 
 def _stem(name: str) -> str:
@@ -184,79 +201,58 @@ def _stem(name: str) -> str:
 def _class_names(root: Path) -> tuple[Path, list[str]]:
     for file in (root / "classes.txt", root / "labels.txt"):
         if file.is_file():
-            return file, [line.strip() for line in _lines(file) if line.strip()]
+            return file, read_lines(file)
     return root, []
 
 
-def _parse(file: Path, extras: bool) -> _Parsed:
-    parsed = _Parsed()
+def _parse(file: Path, extras: bool) -> LabelFile:
+    parsed = LabelFile(file, "")
     try:
         tree = ET.parse(file).getroot()
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
-        parsed.problems.append(
-            Problem("label-unreadable", file, None, reason, "the image is dropped")
-        )
-        parsed.broken = True
+        parsed.report("label-unreadable", None, reason, _DROPPED)
         return parsed
-    parsed.filename = (tree.findtext("filename") or "").strip()
     id_ = tree.findtext("id")
-    parsed.id = from_text("id", id_.strip()) if id_ else None
-    parsed.width = _size(tree.findtext("size/width"))
-    parsed.height = _size(tree.findtext("size/height"))
+    image = ReadImage(
+        name=(tree.findtext("filename") or "").strip(),
+        split="",
+        id=from_text("id", id_.strip()) if id_ else file.stem,
+        width=to_size(tree.findtext("size/width")),
+        height=to_size(tree.findtext("size/height")),
+    )
+    parsed.images.append(image)
     if extras:
-        parsed.extra = _plain(tree, _OWN_ROOT_ELEMENTS)
+        image.extra = _plain(tree, _OWN_ROOT_ELEMENTS)
         depth = tree.findtext("size/depth")
         if depth:
-            parsed.extra["depth"] = from_text("depth", depth.strip())
-    for place, element in enumerate(tree.iter("object")):
+            image.extra["depth"] = from_text("depth", depth.strip())
+    for number, element in enumerate(tree.iter("object")):
         name = (element.findtext("name") or "").strip()
+        texts = {side: element.findtext(f"bndbox/{side}") for side in _SIDES}
         try:
-            x1, y1, x2, y2 = (
-                to_number((element.findtext(f"bndbox/{side}") or "").strip()) for side in _SIDES
-            )
+            x1, y1, x2, y2 = (to_number((text or "").strip()) for text in texts.values())
         except ValueError:
-            text = ", ".join(f"{s} {element.findtext(f'bndbox/{s}')!r}" for s in _SIDES)
-            parsed.problems.append(
-                Problem(
-                    "box-not-a-number",
-                    file,
-                    place,
-                    f"object {place} ({name}): {text}: not four numbers",
-                    "dropped",
-                )
-            )
+            stated = ", ".join(f"{side} {text!r}" for side, text in texts.items())
+            reason = f"object {number} ({name}): {stated}: not four numbers"
+            parsed.report("box-not-a-number", number, reason)
             continue
         crowd = to_flag(element.findtext("iscrowd") or "0")
         values: dict[str, Any] = {
-            "id": from_text("id", (element.findtext("id") or str(place)).strip()),
-            # Our own files mark a crowd as difficult too, for programs that know no crowds.
+            "id": from_text("id", (element.findtext("id") or str(number)).strip()),
+            # Files written here mark a crowd as difficult too, for programs without crowds.
             "difficult": to_flag(element.findtext("difficult") or "0") and not crowd,
             "crowd": crowd,
-            "area": _area(element.findtext("area")),
+            "area": to_area(element.findtext("area")),
             "extra": _plain(element, _OWN_ELEMENTS) if extras else {},
         }
-        parsed.objects.append(_Object(name, place, (x1, y1, x2, y2), values))
+        box = (x1, y1, x2, y2)
+        image.objects.append(ReadObject(name, box, f"object {number}", number, values))
     return parsed
 
 
-def _size(text: str | None) -> int | None:
-    try:
-        value = int(float(text or ""))
-    except (ValueError, OverflowError):
-        return None
-    return value or None  # some tools write 0 where they do not know
-
-
-def _area(text: str | None) -> float | None:
-    try:
-        return to_number((text or "").strip())
-    except ValueError:
-        return None
-
-
 def _plain(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
-    """Child elements as values: text, a dict where they have children, a list where repeated."""
+    """Child elements as values: text, a dict if they have children, a list if repeated."""
     values: dict[str, Any] = {}
     for child in element:
         if child.tag in known:
@@ -271,95 +267,25 @@ def _plain(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
     return values
 
 
-def _dataset(
-    split: str,
-    members: Iterable[Path | str],
-    origin: Path,
-    parsed: dict[Path, _Parsed],
-    labels: dict[str, int],
-    root: Path,
-    source: Path,
-) -> Dataset:
-    folders = [root / "JPEGImages", root / "images", root]
-    finder = ImageFinder(folders)
-    images: list[LabelledImage] = []
-    problems: list[Problem] = []
-    for member in members:
-        if isinstance(member, str):
-            reason = f"{member} is in the split {split}, but has no Annotations/{_stem(member)}.xml"
-            problems.append(
-                Problem("label-missing", origin, member, reason, "the image is dropped")
-            )
-            continue
-        one = parsed[member]
-        problems += one.problems
-        if one.broken:
-            continue
-        if member.parent.name != "Annotations" or member.parent.parent != root:
-            finder = _finder_beside(member, finder, folders)
-        image = finder.find(f"{member.stem}.jpg")
-        if not image.is_file() and one.filename:
-            image = finder.find(one.filename)
-        annotations = []
-        for thing in one.objects:
-            if thing.name not in labels:
-                reason = (
-                    f"object {thing.place}: class {thing.name!r} is not one of {len(labels)} known"
-                )
-                problems.append(Problem("class-unknown", member, thing.place, reason, "dropped"))
-                continue
-            annotations.append(Annotation(box=thing.box, label=labels[thing.name], **thing.values))
-        images.append(
-            LabelledImage(
-                path=image,
-                id=member.stem if one.id is None else one.id,
-                annotations=tuple(annotations),
-                width=one.width,
-                height=one.height,
-                label_file=member,
-                extra=one.extra,
-            )
-        )
-    return Dataset(
-        images=tuple(images),
-        classes=tuple(labels),
-        category_ids=tuple(range(1, len(labels) + 1)),
-        split=split,
-        format="voc",
-        source=source,
-        problems=tuple(problems),
-    )
-
-
-def _unlabelled(members: Iterable[Path], dataset: Dataset) -> Iterator[Problem]:
-    """Images in the folders of the others that no XML file speaks of."""
-    labelled = {image.path for image in dataset.images} | {
-        problem.file for problem in dataset.problems
-    }
+def _unlabelled(
+    members: Iterable[Path], images: Iterable[LabelledImage], problems: Iterable[Problem]
+) -> Iterator[Problem]:
+    """Images in the folders of the others that have no XML file."""
+    known = {image.path for image in images} | {problem.file for problem in problems}
     stems = {member.stem for member in members}
-    for folder in sorted({image.path.parent for image in dataset.images}):
-        if folder.is_dir():
-            for img in images_in(folder):
-                if img not in labelled and img.stem not in stems:
-                    reason = f"has no {img.stem}.xml, not even one without objects"
-                    yield Problem("label-missing", img, None, reason, "the image is dropped")
-
-
-def _finder_beside(member: Path, finder: ImageFinder, folders: list[Path]) -> ImageFinder:
-    """A finder that looks beside the label file first; the one at hand where it already does."""
-    beside = member.parent.parent if member.parent.name == "Annotations" else member.parent
-    if folders[0] == beside:
-        return finder
-    folders[:] = [beside, beside / "JPEGImages", beside / "images"]
-    return ImageFinder(folders)
+    for folder in sorted({image.path.parent for image in images}):
+        for image in images_in(folder) if folder.is_dir() else []:
+            if image not in known and image.stem not in stems:
+                reason = f"has no {image.stem}.xml, not even one without objects"
+                yield Problem("label-missing", image, None, reason, _DROPPED)
 
 
 def write_voc(writing: Writing) -> None:
     """Write Annotations/, JPEGImages/, ImageSets/Main/ and classes.txt.
 
-    What VOC has no element for (a crowd, an area, an id of another source) goes into elements of
-    COCO's names, which other programs pass over; a crowd is also marked difficult, so that they
-    ignore it too.
+    Values without an element in VOC (a crowd, an area, an id of another source) are written as
+    elements of COCO's names, which other programs skip; a crowd is also marked difficult, so that
+    they ignore it too.
     """
     names = writing.names(together=True, stems=True)
     labels = writing.folder / "Annotations"
@@ -371,7 +297,7 @@ def write_voc(writing: Writing) -> None:
     for split, dataset in writing.splits.items():
         stems[split] = []
         if dataset.extra:
-            writing.lost["what is said of the whole data set (info, licences)"] += 1
+            writing.lost["values of the whole data set (info, licences)"] += 1
         for image in dataset.images:
             name = names[split][image.path]
             stems[split].append(Path(name).stem)
@@ -403,7 +329,7 @@ def _image_element(
     _add(size, "height", height)
     _add(size, "depth", extra.pop("depth", 3))
     _add_all(root, extra, writing)
-    for place, annotation in enumerate(image.annotations):
+    for number, annotation in enumerate(image.annotations):
         element = ET.SubElement(root, "object")
         _add(element, "name", classes[annotation.label])
         _add(element, "difficult", int(annotation.ignored))
@@ -412,7 +338,7 @@ def _image_element(
         area = own_area(annotation)
         if area is not None:
             _add(element, "area", number_text(area))
-        if annotation.id != place:
+        if annotation.id != number:
             _add(element, "id", annotation.id)
         box = ET.SubElement(element, "bndbox")
         for side, value in zip(_SIDES, annotation.box, strict=True):
@@ -426,14 +352,14 @@ def _add(parent: ET.Element, tag: str, value: Any) -> None:
 
 
 def _add_all(parent: ET.Element, values: Mapping[str, Any], writing: Writing) -> None:
-    """Values as elements, the inverse of :func:`_plain`."""
+    """Add values as elements, the inverse of :func:`_plain`."""
     for key, value in values.items():
         if not _TAG.fullmatch(key):
             writing.lost[f"{key!r}, which cannot be the name of an XML element"] += 1
         elif isinstance(value, dict):
             _add_all(ET.SubElement(parent, key), value, writing)
-        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-            for one in value:
-                _add_all(ET.SubElement(parent, key), one, writing)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for item in value:
+                _add_all(ET.SubElement(parent, key), item, writing)
         else:
             _add(parent, key, value)

@@ -1,12 +1,12 @@
-"""WebDataset: tar shards with ``KEY.jpg`` and ``KEY.json`` of each image.
+"""WebDataset: tar shards with ``KEY.jpg`` and ``KEY.json`` per image.
 
 Source: https://github.com/webdataset/webdataset (files of one key are one sample; a key ends at the
 first dot of the file's name).
 
 ``KEY.json`` is ``{"width": 640, "height": 480, "objects": [{"class": "cat", "box": [x1, y1, x2,
-y2]}]}``, boxes in pixels of the upright image; ``objects`` is all that must be there.
-``retinanet.json`` beside the shards says which classes and splits there are; shards without it are
-read too, with the classes that their objects name.
+y2]}]}``, boxes in pixels of the upright image; only ``objects`` is required.
+``retinanet.json`` next to the shards lists the classes and splits; shards without it are read too,
+with the classes that their objects name.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import (
+from retinanet.data.formats.labels import (
     JSON_TEXT,
     ClassList,
     is_image,
     merge_classes,
+    short,
     to_flag,
     to_number,
 )
@@ -38,7 +40,7 @@ from retinanet.files import write_atomic
 LOOKED_FOR = "WebDataset: uncompressed .tar shards with KEY.jpg and KEY.json"
 
 CATALOGUE = "retinanet.json"
-"""Beside the shards: classes, and the shards of each split."""
+"""File next to the shards: classes, and the shards of each split."""
 
 _LAYOUT = "retinanet-webdataset"
 _VERSION = 1
@@ -51,13 +53,13 @@ _IN_WORDS = '{"objects": [{"class": "cat", "box": [x1, y1, x2, y2]}]}'
 
 @dataclass(frozen=True, slots=True)
 class _Catalogue:
-    """What ``retinanet.json`` says, or what was found without it.
+    """Content of ``retinanet.json``, or what was found without it.
 
     Attributes:
-        classes, category_ids: of all splits; None: its objects must be asked.
+        classes, category_ids: of all splits; None: those that the objects name.
         shards: addresses by split.
-        extra: what is said of the whole, by split.
-        file: None where there is none.
+        extra: values of the whole data set, by split.
+        file: its address; None if there is none.
     """
 
     classes: tuple[str, ...] | None
@@ -74,21 +76,21 @@ def is_webdataset(path: Path) -> bool:
         return True
     if CATALOGUE in archives.list_names(address):
         return _load_catalogue(f"{address}/{CATALOGUE}") is not None
-    shards = [one for of_split in _find_shards(address).values() for one in of_split]
+    shards = [shard for split in _find_shards(address).values() for shard in split]
     return bool(shards) and (archives.is_remote(address) or _begins_with_a_sample(shards[0]))
 
 
 def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """The splits of a folder of shards, or the one of a single shard; each is read when called.
+    """Read a folder of shards, or a single shard; each split's data set is read when called.
 
-    Images stay where they are: ``train-000000.tar/KEY.jpg`` is their path.
+    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
 
     Args:
         path: the folder or the ``.tar``, or an fsspec address of either.
-        extras: keep what else is said of objects and images.
+        extras: keep other values of objects and images.
 
     Raises:
-        DataError: a shard is missing, cut off or not as its index says, ``retinanet.json`` is
+        DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
             broken, or no sample has the layout.
     """
     catalogue = _catalogue(archives.address_of(path))
@@ -99,40 +101,41 @@ def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[]
     pairs = zip(category_ids, names, strict=True)
     classes = merge_classes(pairs, Path(catalogue.file or path))
 
-    def reader(split: str) -> Callable[[], Dataset]:
-        return lambda: _read_split(catalogue, split, classes, path, extras)
+    return {
+        split: partial(_read_split, catalogue, split, classes, path, extras)
+        for split in catalogue.shards
+    }
 
-    return {split: reader(split) for split in catalogue.shards}
 
-
-# ---- which shards
+# ---- shards
 
 
 def _is_shard(address: str) -> bool:
-    """Whether it is a tar, and no folder that is called so."""
+    """Whether it is a tar, rather than a folder of such a name."""
     return address.lower().endswith(archives.SUFFIX) and (
         archives.is_remote(address) or os.path.isfile(address)
     )
 
 
 def _catalogue(address: str) -> _Catalogue:
-    """Of a folder or a single shard."""
+    """Return the catalogue of a folder or a single shard."""
     single = _is_shard(address)
     folder, _, name = address.rpartition("/") if single else (address, "", "")
     if single and not archives.is_remote(address):
         folder = os.path.dirname(address) or "."
         name = os.path.basename(address)
     file = f"{folder}/{CATALOGUE}"
-    told = _load_catalogue(file)
-    if told is None:
+    content = _load_catalogue(file)
+    if content is None:
         return _Catalogue(
             None, (), {_split_of(name): [address]} if single else _find_shards(folder)
         )
     try:
-        classes = tuple(str(one) for one in told["classes"])
-        category_ids = tuple(int(one) for one in told["category_ids"])
-        listed = {str(k): [str(one) for one in v["shards"]] for k, v in told["splits"].items()}
-        extra = {str(split): dict(v.get("extra", {})) for split, v in told["splits"].items()}
+        classes = tuple(str(name) for name in content["classes"])
+        category_ids = tuple(int(id_) for id_ in content["category_ids"])
+        splits = content["splits"].items()
+        listed = {str(k): [str(shard) for shard in v["shards"]] for k, v in splits}
+        extra = {str(split): dict(v.get("extra", {})) for split, v in splits}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{file}: is broken ({type(error).__name__}: {error}); delete it to read the shards "
@@ -141,23 +144,24 @@ def _catalogue(address: str) -> _Catalogue:
     if len(set(category_ids)) != len(classes) or len(category_ids) != len(classes):
         raise DataError(f"{file}: has {len(classes)} classes and category_ids {category_ids}")
     known = {shard for shards in listed.values() for shard in shards}
-    there = {one for one in archives.list_names(folder) if one.lower().endswith(archives.SUFFIX)}
-    for strange in sorted(known ^ there):
-        how = "is not there" if strange in known else "is not listed"
+    names = archives.list_names(folder)
+    present = {other for other in names if other.lower().endswith(archives.SUFFIX)}
+    for shard in sorted(known ^ present):
+        what = "is missing, though listed in" if shard in known else "is not listed in"
         raise DataError(
-            f"{folder}/{strange}: {how}, by {file}; bring the shards that belong together, or "
-            f"delete {CATALOGUE} to read those that are there"
+            f"{folder}/{shard}: {what} {file}; copy all shards of the data set, or delete "
+            f"{CATALOGUE} to read those that are present"
         )
     if single and name not in known:
         raise DataError(f"{address}: there is no such file")
     if single:
         listed = {split: [name] for split, shards in listed.items() if name in shards}
-    shards = {k: [f"{folder}/{one}" for one in names] for k, names in listed.items()}
+    shards = {k: [f"{folder}/{shard}" for shard in of_split] for k, of_split in listed.items()}
     return _Catalogue(classes, category_ids, shards, extra, file)
 
 
 def _load_catalogue(file: str) -> dict[str, Any] | None:
-    """Its content, None where it is not there or another program's.
+    """Its content; None if it does not exist or is another program's.
 
     Raises:
         DataError: it is of a later version of this package.
@@ -187,9 +191,9 @@ def _find_shards(address: str) -> dict[str, list[str]]:
         word = split_word(name)
         if word and not PurePosixPath(name).suffix:
             inside = archives.list_names(f"{address}/{name}")
-            shards = [one for one in inside if one.lower().endswith(archives.SUFFIX)]
+            shards = [shard for shard in inside if shard.lower().endswith(archives.SUFFIX)]
             if shards:
-                found.setdefault(word, []).extend(f"{address}/{name}/{one}" for one in shards)
+                found.setdefault(word, []).extend(f"{address}/{name}/{shard}" for shard in shards)
     if len(found) == 1:
         ((name, shards),) = found.items()
         return {split_word(name) or "": shards}
@@ -224,7 +228,7 @@ def _begins_with_a_sample(archive: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """The two files of an image, as paths into the shard, and what the labels say."""
+    """The two files of an image, as paths into the shard, and the parsed labels."""
 
     key: str
     image: Path
@@ -233,10 +237,10 @@ class _Sample:
 
 
 def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """The samples of a shard whose labels can be read, in its order."""
+    """Return the samples of a shard whose labels can be read, in order."""
     contents = archives.contents_of(archive)
     for name in contents.repeated:
-        reason = "comes more than once in its shard; the first is read"
+        reason = "occurs more than once in its shard; the first is read"
         problems.append(
             Problem("key-duplicate", _path(archive, name), None, reason, "the later are dropped")
         )
@@ -284,37 +288,37 @@ def _path(archive: str, name: str) -> Path:
 
 
 def _parsed(text: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The content of a ``KEY.json``; None and what is wrong with it."""
+    """Return the content of a ``KEY.json``; or None and what is wrong with it."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {error}"
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
-        held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else _short(content)
+        held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else short(content)
         return None, f'has no list "objects" but {held}; {_IN_WORDS} is read'
     if not isinstance(content.get("extra", {}), dict):
-        return None, f'"extra" is no object but {_short(content["extra"])}'
+        return None, f'"extra" is no object but {short(content["extra"])}'
     for side in ("width", "height"):
         value = content.get(side)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            return None, f'"{side}" is not a whole number but {_short(value)}'
+            return None, f'"{side}" is not a whole number but {short(value)}'
     if not isinstance(content.get("id", 0), int | str):
-        return None, f'"id" is neither number nor text but {_short(content["id"])}'
+        return None, f'"id" is neither number nor text but {short(content["id"])}'
     return content, ""
 
 
 def _named_classes(
     shards: Mapping[str, Iterable[str]],
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The classes that the objects of all shards name, by their ids, else by name from 1 on."""
+    """Return the classes that the objects of all shards name, by their ids, else by name from 1."""
     ids: dict[str, int | None] = {}
-    for archive in (one for of_split in shards.values() for one in of_split):
+    for archive in (shard for split in shards.values() for shard in split):
         for sample in _samples(archive, []):
-            for thing in sample.content["objects"]:
-                name = thing.get("class") if isinstance(thing, dict) else None
+            for item in sample.content["objects"]:
+                name = item.get("class") if isinstance(item, dict) else None
                 if not isinstance(name, str):
                     continue
-                id_ = thing.get("category_id")
+                id_ = item.get("category_id")
                 id_ = id_ if isinstance(id_, int) and not isinstance(id_, bool) else None
                 if ids.setdefault(name, id_) != id_:
                     raise DataError(
@@ -340,17 +344,17 @@ def _read_split(
     for archive in catalogue.shards[split]:
         if catalogue.file is not None and not archives.contents_of(archive).indexed:
             index = Path(archives.index_of(archive)).name
-            reason = f"its index {index} is not there; the shard was gone through instead"
-            problems.append(Problem("index-missing", Path(archive), None, reason, "made anew"))
+            reason = f"its index {index} is missing; its headers were read instead"
+            problems.append(Problem("index-missing", Path(archive), None, reason, "created"))
         for sample in _samples(archive, problems):
             annotations = tuple(_objects(sample, classes, problems, extras))
             content = sample.content
             id_ = content.get("id", sample.key)
             if id_ in images and "id" not in content:
-                # Other programs' keys may begin anew in each shard.
+                # Other programs' keys may restart in each shard.
                 id_ = f"{PurePosixPath(archive).stem}/{sample.key}"
             if id_ in images:
-                reason = f"image id {id_} belongs to {images[id_].path} too; results go by it"
+                reason = f"image id {id_} belongs to {images[id_].path} too; results refer to it"
                 problems.append(Problem("image-id-duplicate", sample.label, id_, reason, _DROPPED))
                 continue
             images[id_] = LabelledImage(
@@ -362,7 +366,7 @@ def _read_split(
                 label_file=sample.label,
                 extra=content.get("extra", {}) if extras else {},
             )
-    unread = [one for one in problems if one.kind not in ("index-missing", "class-duplicate")]
+    unread = [p for p in problems if p.kind not in ("index-missing", "class-duplicate")]
     if unread and not images:
         first = unread[0]
         raise DataError(f"{first.file}: {first.reason}; no sample of {split or source} can be read")
@@ -384,51 +388,48 @@ def _objects(
     by_id = classes.labels
     by_name = {name: label for label, name in enumerate(classes.names)}
 
-    def problem(kind: str, place: int, reason: str) -> None:
-        problems.append(Problem(kind, sample.label, place, f"object {place}: {reason}", "dropped"))
+    def problem(kind: str, number: int, reason: str) -> None:
+        problems.append(
+            Problem(kind, sample.label, number, f"object {number}: {reason}", "dropped")
+        )
 
-    for place, thing in enumerate(sample.content["objects"]):
-        if not isinstance(thing, dict) or not isinstance(thing.get("extra", {}), dict):
-            problem("label-unreadable", place, f"is {_short(thing)}, not {_IN_WORDS[13:-2]}")
+    for number, item in enumerate(sample.content["objects"]):
+        if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
+            problem("label-unreadable", number, f"is {short(item)}, not {_IN_WORDS[13:-2]}")
             continue
-        name, number = thing.get("class"), thing.get("category_id")
-        label = by_id.get(number) if isinstance(number, int) else None
+        name, category = item.get("class"), item.get("category_id")
+        label = by_id.get(category) if isinstance(category, int) else None
         if label is None or (name is not None and classes.names[label] != name):
             label = by_name.get(name) if isinstance(name, str) else None
-            if label is None or (isinstance(number, int) and number in by_id):
-                what = f"class {name!r} with category_id {number!r}"
-                problem("class-unknown", place, f"{what} is none of the {len(by_name)} classes")
+            if label is None or (isinstance(category, int) and category in by_id):
+                what = f"class {name!r} with category_id {category!r}"
+                problem("class-unknown", number, f"{what} is none of the {len(by_name)} classes")
                 continue
         try:
-            x1, y1, x2, y2 = (to_number(value) for value in thing["box"])
+            x1, y1, x2, y2 = (to_number(value) for value in item["box"])
         except (KeyError, TypeError, ValueError):
-            problem("box-not-a-number", place, f"box {_short(thing.get('box'))} is not 4 numbers")
+            problem("box-not-a-number", number, f"box {short(item.get('box'))} is not 4 numbers")
             continue
-        area, id_ = thing.get("area"), thing.get("id", place)
-        extra = dict(thing.get("extra", {})) if extras else {}
+        area, id_ = item.get("area"), item.get("id", number)
+        extra = dict(item.get("extra", {})) if extras else {}
         if JSON_TEXT in extra and not isinstance(extra[JSON_TEXT], str):
             extra[JSON_TEXT] = json.dumps(extra[JSON_TEXT], separators=(",", ":"))
         yield Annotation(
             box=(x1, y1, x2, y2),
             label=label,
-            id=id_ if isinstance(id_, int | str) else place,
-            crowd=to_flag(thing.get("crowd", False)),
-            difficult=to_flag(thing.get("difficult", False)),
+            id=id_ if isinstance(id_, int | str) else number,
+            crowd=to_flag(item.get("crowd", False)),
+            difficult=to_flag(item.get("difficult", False)),
             area=float(area) if isinstance(area, int | float) else None,
             extra=extra,
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---- writing
 
 
 def parse_shard_size(text: str) -> tuple[int | None, int | None]:
-    """Samples, or bytes, that a shard holds at the most: of ``1000`` or ``256MB``.
+    """Parse the maximum of samples (``1000``) or of bytes (``256MB``) per shard.
 
     Raises:
         ConfigError: it is neither, or zero.
@@ -447,68 +448,76 @@ def parse_shard_size(text: str) -> tuple[int | None, int | None]:
 def write_webdataset(writing: Writing) -> None:
     """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
 
-    A key is the name of the image without its extension, dots turned to ``_`` since keys end at
-    one; the images' bytes stay as they are. The same data give the same bytes.
+    A key is the name of the image without its extension, with ``_`` for dots, at which keys end;
+    the images' bytes are unchanged. The same data give the same bytes.
 
     Raises:
         ConfigError: the size of a shard makes no sense.
         DataError: images were to be linked.
     """
-    most, most_bytes = parse_shard_size(writing.shard_size)
+    limits = parse_shard_size(writing.shard_size)
     if writing.placing != "copy":
         raise DataError(f"images are copied into shards; a {writing.placing} cannot be in a tar")
     names = writing.names(together=False, stems=True)
-    total = sum(map(len, writing.splits.values()))
-    done = 0
-    listed: dict[str, Any] = {}
-    for split, dataset in writing.splits.items():
-        shards: list[dict[str, Any]] = []
-        keys: set[str] = set()
-        with ExitStack() as stack:
-            writer: archives.ArchiveWriter | None = None
-            for image in dataset.images:
-                img = archives.read_image_file(image.path)
-                text = json.dumps(_content(image, dataset), ensure_ascii=False)
-                # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
-                label = text.encode(errors="backslashreplace")
-                if writer is None or (
-                    shards[-1]["samples"] == most
-                    or (most_bytes and writer.size + len(img) + len(label) > most_bytes)
-                ):
-                    stack.close()
-                    file = writing.folder / f"{split or 'all'}-{len(shards):06d}.tar"
-                    writer = archives.ArchiveWriter(file)
-                    stack.callback(writer.close)
-                    shards.append({"file": file.name, "samples": 0, "objects": 0})
-                name = Path(names[split][image.path])
-                key = _free_key(name.stem.replace(".", "_"), keys)
-                suffix = name.suffix if is_image(name) else _suffix(img)
-                writer.add(f"{key}{suffix}", img)
-                writer.add(f"{key}.json", label)
-                shards[-1]["samples"] += 1
-                shards[-1]["objects"] += len(image.annotations)
-                done += 1
-                if writing.progress:
-                    writing.progress(done, total)
-        listed[split] = {
-            "made_by": dataset.split_origin,
-            "samples": len(dataset),
-            "objects": sum(len(image.annotations) for image in dataset.images),
-            "shards": [one["file"] for one in shards],
-            "samples_by_shard": [one["samples"] for one in shards],
-            "objects_by_shard": [one["objects"] for one in shards],
-            "extra": dict(dataset.extra),
-        }
+    splits = {
+        split: _write_split(writing, split, dataset, names[split], *limits)
+        for split, dataset in writing.splits.items()
+    }
     first = next(iter(writing.splits.values()))
     content = {
         "layout": _LAYOUT,
         "version": _VERSION,
         "classes": first.classes,
         "category_ids": first.category_ids,
-        "splits": listed,
+        "splits": splits,
     }
     text = json.dumps(content, ensure_ascii=False, indent=1)
     write_atomic(writing.folder / CATALOGUE, text + "\n")
+
+
+def _write_split(
+    writing: Writing,
+    split: str,
+    dataset: Dataset,
+    names: Mapping[Path, str],
+    max_samples: int | None,
+    max_bytes: int | None,
+) -> dict[str, Any]:
+    """Write the shards of a split; its entry in ``retinanet.json``."""
+    shards: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    with ExitStack() as stack:
+        writer: archives.ArchiveWriter | None = None
+        for image in dataset.images:
+            content = archives.read_image_file(image.path)
+            text = json.dumps(_content(image, dataset), ensure_ascii=False)
+            # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
+            label = text.encode(errors="backslashreplace")
+            if writer is None or (
+                shards[-1]["samples"] == max_samples
+                or (max_bytes and writer.size + len(content) + len(label) > max_bytes)
+            ):
+                stack.close()
+                file = writing.folder / f"{split or 'all'}-{len(shards):06d}.tar"
+                writer = archives.ArchiveWriter(file)
+                stack.callback(writer.close)
+                shards.append({"file": file.name, "samples": 0, "objects": 0})
+            name = Path(names[image.path])
+            key = _free_key(name.stem.replace(".", "_"), keys)
+            writer.add(f"{key}{name.suffix if is_image(name) else _suffix(content)}", content)
+            writer.add(f"{key}.json", label)
+            shards[-1]["samples"] += 1
+            shards[-1]["objects"] += len(image.annotations)
+            writing.count_image()
+    return {
+        "made_by": dataset.split_origin,
+        "samples": len(dataset),
+        "objects": sum(len(image.annotations) for image in dataset.images),
+        "shards": [shard["file"] for shard in shards],
+        "samples_by_shard": [shard["samples"] for shard in shards],
+        "objects_by_shard": [shard["objects"] for shard in shards],
+        "extra": dict(dataset.extra),
+    }
 
 
 def _free_key(stem: str, taken: set[str]) -> str:
@@ -520,7 +529,7 @@ def _free_key(stem: str, taken: set[str]) -> str:
 
 
 def _suffix(image: bytes) -> str:
-    """The extension of an image whose name has none that is known, by its content."""
+    """Return the extension of an image by its content."""
     from io import BytesIO
 
     from PIL import Image, UnidentifiedImageError
@@ -529,12 +538,12 @@ def _suffix(image: bytes) -> str:
         with Image.open(BytesIO(image)) as opened:
             form = (opened.format or "").lower()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        form = "jpeg"  # so that it stays a sample, and the check says what is wrong with it
+        form = "jpeg"  # so that it stays a sample, and the check reports it
     return {"jpeg": ".jpg", "mpo": ".jpg", "tiff": ".tif", "jpeg2000": ".jp2"}.get(form, f".{form}")
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
-    """``KEY.json`` of an image."""
+    """Return the ``KEY.json`` of an image."""
     height, width = size_of(image)
     content: dict[str, Any] = {
         "id": image.id,
@@ -547,20 +556,20 @@ def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
 
 
 def _object(annotation: Annotation, dataset: Dataset) -> dict[str, Any]:
-    thing: dict[str, Any] = {
+    item: dict[str, Any] = {
         "class": dataset.classes[annotation.label],
         "category_id": dataset.category_ids[annotation.label],
         "box": list(annotation.box),
         "id": annotation.id,
     }
     if annotation.crowd:
-        thing["crowd"] = True
+        item["crowd"] = True
     if annotation.difficult:
-        thing["difficult"] = True
+        item["difficult"] = True
     if annotation.area is not None:
-        thing["area"] = annotation.area
+        item["area"] = annotation.area
     extra = {
         key: json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
         for key, value in annotation.extra.items()
     }
-    return thing | ({"extra": extra} if extra else {})
+    return item | ({"extra": extra} if extra else {})

@@ -1,4 +1,4 @@
-"""What all writers share: a new folder, names for the images, numbers as text."""
+"""Shared parts of the writers: a new folder, names of the images, numbers as text."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 
 Placing = Literal["copy", "hardlink", "symlink"]
-"""How an image comes into the new folder."""
+"""How an image gets into the new folder."""
 
 SHARD_SIZE = "256MB"
-"""How much a WebDataset shard holds, unless told."""
+"""Default size of a WebDataset shard."""
 
 
 @dataclass(slots=True)
 class Writing:
-    """One data set on its way into a folder.
+    """A data set that is written into a folder.
 
     Attributes:
-        splits: by name.
-        folder: where to.
+        splits: data sets by split.
+        folder: the new folder.
         placing: how images get there.
-        suffixes: other extensions for images whose own lies.
-        progress: is called with images done and in all.
-        lost: what the format cannot hold, counted by what it is.
-        shard_size: of WebDataset: samples (``1000``) or bytes (``256MB``) at the most.
+        suffixes: new extensions of images whose own is wrong.
+        progress: called with the numbers of images done and in total.
+        lost: counts of what the format cannot hold, by description.
+        shard_size: maximum samples (``1000``) or bytes (``256MB``) per WebDataset shard.
+        done: images done.
     """
 
     splits: Mapping[str, Dataset]
@@ -45,31 +46,38 @@ class Writing:
     progress: Callable[[int, int], None] | None = None
     lost: Counter[str] = field(default_factory=Counter)
     shard_size: str = SHARD_SIZE
+    done: int = 0
+
+    def count_image(self) -> None:
+        """Report one more image as done."""
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, sum(map(len, self.splits.values())))
 
     def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
-        """A file name for each image of each split, the image's own where it is free.
+        """Return a file name for each image of each split, the image's own if it is free.
 
         Args:
             together: all splits share a folder.
-            stems: names must differ without their extension, which the label files lack.
+            stems: names must differ without their extensions, for label files of the same stem.
         """
-        every: dict[str, dict[Path, str]] = {}
+        names: dict[str, dict[Path, str]] = {}
         taken: set[str] = set()
-        given: dict[Path, str] = {}
+        chosen: dict[Path, str] = {}
         for split, dataset in self.splits.items():
             if not together:
-                taken, given = set(), {}
+                taken, chosen = set(), {}
             for image in dataset.images:
-                if image.path not in given:
-                    given[image.path] = self._free_name(image.path, taken, stems)
-            every[split] = {image.path: given[image.path] for image in dataset.images}
-        return every
+                if image.path not in chosen:
+                    chosen[image.path] = self._free_name(image.path, taken, stems)
+            names[split] = {image.path: chosen[image.path] for image in dataset.images}
+        return names
 
     def _free_name(self, path: Path, taken: set[str], stems: bool) -> str:
         suffix = self.suffixes.get(path, path.suffix)
         numbered = (f"{path.stem}_{number}" for number in count(2))
         for stem in chain([path.stem, f"{path.parent.name}_{path.stem}"], numbered):
-            # Lower case: on many systems A.jpg and a.jpg are one file.
+            # Lower case: on many file systems A.jpg and a.jpg are one file.
             key = (stem if stems else f"{stem}{suffix}").lower()
             if key not in taken:
                 break
@@ -77,22 +85,22 @@ class Writing:
         return f"{stem}{suffix}"
 
     def place(self, images: Iterable[tuple[Path, Path]]) -> None:
-        """Copy or link images: pairs of source and target; several threads, in any order."""
+        """Copy or link images, given as pairs of source and target, in several threads."""
         pairs = list(dict.fromkeys(images))
         for folder in {target.parent for _, target in pairs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool:
-            for done, _ in enumerate(pool.map(self._place_one, pairs), start=1):
+            for done, _ in enumerate(pool.map(self._place, pairs), start=1):
                 if self.progress:
                     self.progress(done, len(pairs))
 
-    def _place_one(self, pair: tuple[Path, Path]) -> None:
+    def _place(self, pair: tuple[Path, Path]) -> None:
         source, target = pair
-        held = archives.find_member(source)
-        if held is not None:
+        member = archives.find_member(source)
+        if member is not None:
             if self.placing != "copy":
                 raise DataError(f"{source}: lies in an archive, so it can only be copied")
-            target.write_bytes(held.read())
+            target.write_bytes(member.read())
         elif self.placing == "copy":
             shutil.copyfile(source, target)
         elif self.placing == "hardlink":
@@ -103,21 +111,21 @@ class Writing:
 
 @contextmanager
 def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when all went well and vanishes otherwise.
+    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise.
 
     Raises:
-        DataError: `folder` is a file or holds something, or it is, holds or lies in a source.
+        DataError: `folder` is a file or not empty, or it is, contains or is inside a source.
     """
     target = folder.resolve()
     for source in sources:
         origin = source.resolve()
         if target == origin or origin in target.parents or target in origin.parents:
             raise DataError(
-                f"{folder}: must not be, hold or lie in the data it is made from ({source}), "
-                f"which is never touched; name another folder"
+                f"{folder}: must not be, contain or be inside the source data ({source}), which is "
+                f"never modified; name another folder"
             )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{folder}: is there already and not an empty folder; name a new one")
+        raise DataError(f"{folder}: exists and is not an empty folder; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -132,10 +140,10 @@ def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
 
 
 def size_of(image: LabelledImage) -> tuple[int, int]:
-    """(height, width) by the labels, else by the image.
+    """(height, width) as the labels state them, else of the image.
 
     Raises:
-        ImageError: the labels do not say and the image cannot be read.
+        ImageError: the labels do not state them and the image cannot be read.
     """
     if image.width and image.height:
         return image.height, image.width
@@ -145,12 +153,12 @@ def size_of(image: LabelledImage) -> tuple[int, int]:
 
 
 def number_text(value: float) -> str:
-    """A number with as many digits as it needs: 12 and not 12.0."""
+    """Return the shortest text of a number: 12, not 12.0."""
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def own_area(annotation: Annotation) -> float | None:
-    """The object's area where it says more than its box does."""
+    """Return the object's area if it differs from its box's; else None."""
     x1, y1, x2, y2 = annotation.box
     if annotation.area is None or abs(annotation.area - (x2 - x1) * (y2 - y1)) < 1e-6:
         return None

@@ -1,9 +1,9 @@
-"""YOLO txt: one text file an image, a row an object, centre and size as shares of the image.
+"""YOLO txt: one text file per image, one row per object, centre and size as image fractions.
 
 Source: https://docs.ultralytics.com/datasets/detect/ and /segment/ (rows of polygons become boxes).
 
-An image without a text file, or with an empty one, is pure background. Pixel coordinates are
-rounded to a ten-thousandth, so that a box written with ten decimals comes back as it was.
+An image without a text file, or with an empty one, has no objects. Pixel coordinates are rounded to
+a ten-thousandth, so that a box written with ten decimals is read unchanged.
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.finding import ClassList, images_in, merge_classes
+from retinanet.data.formats.labels import (
+    ClassList,
+    cut,
+    images_in,
+    merge_classes,
+    read_lines,
+    read_size,
+)
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -39,14 +47,14 @@ def is_yolo(path: Path) -> bool:
 
 
 def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """The splits of a YOLO data set; each is read when called.
+    """Read a YOLO data set; each split's data set is read when called.
 
     Args:
         path: the folder, or its data.yaml.
         extras: keep polygons.
 
     Raises:
-        DataError: data.yaml is not YAML, or has no names or no images where it says.
+        DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
     """
     file = path if path.is_file() else _find_yaml(path)
     if file is not None:
@@ -60,20 +68,20 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
         names = _numbers(splits.values())
     classes = merge_classes(enumerate(names), file or path)
 
-    def reader(split: str, images: list[Path]) -> Callable[[], Dataset]:
-        return lambda: _read_split(split, images, classes, path, extras)
-
-    return {split: reader(split, images) for split, images in splits.items()}
+    return {
+        split: partial(_read_split, split, images, classes, path, extras)
+        for split, images in splits.items()
+    }
 
 
 def label_path(image: Path) -> Path:
-    """The text file of an image: the last ``images`` of its path is ``labels``, or beside it."""
+    """Return the text file of an image: in ``labels`` for ``images``, or next to the image."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
             parts[i] = "labels"
             mirrored = Path(*parts).with_suffix(".txt")
-            # In a flat folder that happens to be called images the rows lie beside the images.
+            # In a flat folder called images the text files are next to the images.
             beside = image.with_suffix(".txt")
             return beside if beside.is_file() and not mirrored.is_file() else mirrored
     return image.with_suffix(".txt")
@@ -93,8 +101,7 @@ def _is_data_yaml(file: Path) -> bool:
         text = file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return False
-    # By its words, not by parsing: a broken data.yaml is still one, and reading it says what is
-    # wrong.
+    # By its keys, unparsed: a broken data.yaml is still one, and reading it reports the fault.
     keys = {line.partition(":")[0].strip() for line in text.splitlines() if ":" in line}
     return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
 
@@ -149,7 +156,7 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
 
 
 def _yaml_base(file: Path, path: Any) -> Path:
-    """The folder that splits are relative to: `path` is itself relative to the file, or stale."""
+    """Return the folder of the splits: `path` is itself relative to the file, or stale."""
     if not path:
         return file.parent
     for base in (file.parent / str(path), Path(str(path))):
@@ -165,12 +172,12 @@ def _yaml_images(file: Path, base: Path, entry: str) -> list[Path] | None:
     stripped = plain
     while stripped.startswith(("../", "./")):
         stripped = stripped.partition("/")[2]
-    for place in (base / plain, file.parent / plain, base / stripped, file.parent / stripped):
-        if place.is_dir():
-            return _below(place)
-        if place.is_file() and place.suffix == ".txt":
-            lines = [line.strip() for line in place.read_text("utf-8-sig").splitlines()]
-            return [_listed(line, place, base) for line in lines if line]
+    for target in (base / plain, file.parent / plain, base / stripped, file.parent / stripped):
+        if target.is_dir():
+            return _below(target)
+        if target.is_file() and target.suffix == ".txt":
+            lines = read_lines(target)
+            return [_listed(line, target, base) for line in lines]
     return None
 
 
@@ -213,34 +220,29 @@ def _any_rows(images: Iterable[Path]) -> bool:
     for image in images:
         file = label_path(image)
         if file.is_file():
-            for line in _lines(file):
+            for line in read_lines(file):
                 if _is_row(line):
                     return True
                 break
     return False
 
 
-def _lines(file: Path) -> list[str]:
-    text = file.read_text("utf-8-sig", errors="replace")
-    return [line for line in text.splitlines() if line.strip()]
-
-
 def _names_beside(root: Path) -> tuple[str, ...]:
     for folder in (root, root / "labels", root.parent if root.name == "images" else root):
         for name in _NAME_FILES:
             if (folder / name).is_file():
-                return tuple(line.strip() for line in _lines(folder / name))
+                return tuple(read_lines(folder / name))
     return ()
 
 
 def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
-    """Classes that nobody named are called by their numbers."""
+    """Numbers as the names of classes without names."""
     last = -1
     for images in groups:
         for image in images:
             file = label_path(image)
             if file.is_file():
-                for line in _lines(file):
+                for line in read_lines(file):
                     try:
                         last = max(last, _row(line)[0])
                     except ValueError:
@@ -299,7 +301,7 @@ def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
         for file in sorted(folder.glob("*.txt")):
             if file.name in names or file.name in _NAME_FILES:
                 continue
-            lines = _lines(file)
+            lines = read_lines(file)
             # Lists of images and notes lie there too: only rows make a label file.
             if lines and _is_row(lines[0]):
                 reason = f"labels {len(lines)} objects, but has no image {file.stem}.*"
@@ -317,35 +319,27 @@ def _is_row(line: str) -> bool:
 def _read_image(
     image: Path, labels: Mapping[int, int], extras: bool
 ) -> tuple[LabelledImage, list[Problem]]:
-    from retinanet.data.images import image_size
-
     file = label_path(image)
-    lines = _lines(file) if file.is_file() else []
+    lines = read_lines(file) if file.is_file() else []
     label_file = file if file.is_file() else None
     problems: list[Problem] = []
-    try:
-        height, width = image_size(image)
-    except (DataError, OSError) as error:
-        if lines and image.is_file():
-            reason = (
-                f"its {len(lines)} boxes are shares of an image whose size cannot be read: {error}"
-            )
-            problems.append(Problem("image-unreadable", image, None, reason, "dropped"))
+    height, width = read_size(image, problems if lines else [])
+    if not width or not height:
         return LabelledImage(image, image.stem, label_file=label_file), problems
     annotations = []
-    for place, line in enumerate(lines):
+    for row, line in enumerate(lines):
         try:
             number, values = _row(line)
         except ValueError as error:
-            reason = f"row {place + 1} ({_short(line)}): {error}"
-            problems.append(Problem("label-unreadable", file, place, reason, "dropped"))
+            reason = f"row {row + 1} ({cut(line, 60)}): {error}"
+            problems.append(Problem("label-unreadable", file, row, reason, "dropped"))
             continue
         if number not in labels:
-            reason = f"row {place + 1}: class {number} is not one of 0 to {len(labels) - 1}"
-            problems.append(Problem("class-unknown", file, place, reason, "dropped"))
+            reason = f"row {row + 1}: class {number} is not one of 0 to {len(labels) - 1}"
+            problems.append(Problem("class-unknown", file, row, reason, "dropped"))
             continue
         box, extra = _to_pixels(values, width, height)
-        annotations.append(Annotation(box, labels[number], place, extra=extra if extras else {}))
+        annotations.append(Annotation(box, labels[number], row, extra=extra if extras else {}))
     return (
         LabelledImage(image, image.stem, tuple(annotations), width, height, label_file),
         problems,
@@ -367,10 +361,6 @@ def _to_pixels(
         extra["segmentation"] = f"[[{points}]]"
     x1, y1, x2, y2 = (round(side, 4) for side in sides)
     return (x1, y1, x2, y2), extra
-
-
-def _short(line: str) -> str:
-    return line if len(line) <= 60 else f"{line[:57]}..."
 
 
 def write_yolo(writing: Writing) -> None:

@@ -1,9 +1,30 @@
-// The service: its models, its answers, and the queue of images that wait for them.
+// Requests to the service, and the queue of images that wait for them.
+
+import { changed, Detections } from "./state.js";
 
 const KEY = "retinanet.key";
+const MAX_UPLOADS = 3;
 
-/** What the service answered instead of detections; `status` 0: it did not answer. */
-export class Refusal extends Error {
+let apiKey = "";
+try {
+  apiKey = sessionStorage.getItem(KEY) ?? "";
+} catch {
+  // Storage is disabled: the key is kept until the page is closed.
+}
+
+export const hasKey = () => apiKey !== "";
+
+export function setKey(key) {
+  apiKey = key;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    // As above.
+  }
+}
+
+/** An error response; `status` is 0 if the server did not respond. */
+export class RequestError extends Error {
   constructor(status, message, retryAfter = null) {
     super(message);
     this.status = status;
@@ -11,307 +32,188 @@ export class Refusal extends Error {
   }
 }
 
-/** What one model found in one image, in flat arrays: many images fit into memory. */
-export class Answer {
-  constructor(model, image, milliseconds) {
-    const found = image.detections;
-    const places = new Map(model.category_ids.map((id, label) => [id, label]));
-    this.model = model;
-    this.width = image.width;
-    this.height = image.height;
-    this.milliseconds = milliseconds;
-    this.length = found.length;
-    this.boxes = new Float64Array(4 * found.length);
-    this.scores = new Float64Array(found.length);
-    this.labels = new Uint16Array(found.length);
-    found.forEach((one, i) => {
-      const label = places.get(one.category_id);
-      if (label === undefined) {
-        throw new Error(`category ${one.category_id} is none of the model's`);
-      }
-      this.boxes.set(one.box, 4 * i);
-      this.scores[i] = one.score;
-      this.labels[i] = label;
-    });
+async function request(path, options = {}) {
+  const headers = { Accept: "application/json", ...(apiKey && { "X-API-Key": apiKey }) };
+  let response;
+  try {
+    response = await fetch(new URL(path, document.baseURI), { cache: "no-store", headers, ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(0, "The server does not respond.");
   }
-
-  box(i) {
-    return this.boxes.subarray(4 * i, 4 * i + 4);
+  const content = await response.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    return null;
+  });
+  if (!response.ok) {
+    const retryAfter = Number.parseFloat(response.headers.get("Retry-After"));
+    const detail = typeof content?.detail === "string" ? content.detail : "";
+    throw new RequestError(response.status, detail, Number.isFinite(retryAfter) ? retryAfter : null);
   }
-
-  className(i) {
-    return this.model.classes[this.labels[i]];
-  }
-
-  categoryId(i) {
-    return this.model.category_ids[this.labels[i]];
-  }
+  if (content === null) throw new RequestError(500, "The response is not JSON.");
+  return content;
 }
 
-export class Service {
-  constructor() {
-    this.key = "";
-    try {
-      this.key = sessionStorage.getItem(KEY) ?? "";
-    } catch {
-      // Storage is switched off: the key lasts as long as the page.
-    }
-  }
+/** {models, limits, version} */
+export const getModels = () => request("v1/model");
 
-  keepKey(key) {
-    this.key = key;
-    try {
-      sessionStorage.setItem(KEY, key);
-    } catch {
-      // As above.
-    }
-  }
+const isAlive = () =>
+  fetch(new URL("healthz", document.baseURI), { cache: "no-store" }).then(({ ok }) => ok, () => false);
 
-  /** {models, limits, version} */
-  async describe(signal) {
-    return this.#ask("v1/model", { signal });
-  }
-
-  /** Answers for one image; the service's own thresholds hold, the page filters further. */
-  async detect(file, name, model, signal) {
-    const form = new FormData();
-    form.append("images", file, name);
-    const query = new URLSearchParams({ model: model.name });
-    const said = await this.#ask(`v1/detect?${query}`, { method: "POST", body: form, signal });
-    const failure = said?.failures?.[0];
-    if (failure) throw new Refusal(422, failure.reason);
-    const image = said?.images?.[0];
-    if (!image) throw new Refusal(500, "The server's answer holds no image.");
-    return new Answer(model, image, said.milliseconds ?? {});
-  }
-
-  /** Whether anybody is there. */
-  async alive() {
-    try {
-      return (await fetch(new URL("healthz", document.baseURI), { cache: "no-store" })).ok;
-    } catch {
-      return false;
-    }
-  }
-
-  async #ask(path, options) {
-    const headers = { Accept: "application/json" };
-    if (this.key) headers["X-API-Key"] = this.key;
-    let response;
-    try {
-      response = await fetch(new URL(path, document.baseURI), {
-        ...options,
-        headers,
-        cache: "no-store",
-      });
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Refusal(0, "The server does not answer.");
-    }
-    let said;
-    try {
-      said = await response.json();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      said = null;
-    }
-    if (!response.ok) {
-      const detail = typeof said?.detail === "string" ? said.detail : "";
-      const wait = Number.parseFloat(response.headers.get("Retry-After") ?? "");
-      throw new Refusal(response.status, detail, Number.isFinite(wait) ? wait : null);
-    }
-    if (said === null) throw new Refusal(500, "The server's answer is no JSON.");
-    return said;
-  }
+/** Detect with the model's own thresholds; the page filters further. */
+async function detect({ file, name }, model, signal) {
+  const body = new FormData();
+  body.append("images", file, name);
+  const query = new URLSearchParams({ model: model.name });
+  const content = await request(`v1/detect?${query}`, { method: "POST", body, signal });
+  if (content?.failures?.length) throw new RequestError(422, content.failures[0].reason);
+  if (!content?.images?.length) throw new RequestError(500, "The response contains no image.");
+  return new Detections(model, content.images[0], content.milliseconds ?? {});
 }
 
-/** Clear words for a person about an image that was refused. */
-export function refusalWords(refusal, name = "") {
-  // The server puts the image's name first, which the page has said.
-  const named = name !== "" && refusal.message.startsWith(`${name}: `);
-  const said = named ? refusal.message.slice(name.length + 2) : refusal.message;
-  const words = {
-    400: "The server did not take the request",
+/** Explain an error response to the user; `name` of the image is removed from its detail. */
+export function explain(error, name = "") {
+  const detail = error.message.startsWith(`${name}: `)
+    ? error.message.slice(name.length + 2)
+    : error.message;
+  const text = {
+    400: "The server rejected the request",
     404: "The server does not know this model",
     408: "The upload took too long",
     413: "The image is too large for this server",
-    415: "The server takes no such files",
+    415: "The server does not accept this type of file",
     422: "The image cannot be read",
     500: "The server failed on this image",
-    504: "The server took too long over this image",
-  }[refusal.status];
-  if (!words) return said || `The server answered with status ${refusal.status}.`;
-  const reason = said.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
-  return `${words}${reason ? `: ${reason}` : ""}.`;
+    504: "The server took too long for this image",
+  }[error.status];
+  if (!text) return detail || `The server responded with status ${error.status}.`;
+  const reason = detail.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
+  return `${text}${reason ? `: ${reason}` : ""}.`;
 }
 
-const AT_A_TIME = 3;
-
 /**
- * Images wait here for models, a few uploads at a time, those of the image in view first.
+ * Queue of jobs {image, model, status, error, detections}, a few uploads at a time.
  *
- * A job is {image, model, state, reason, answer}; its state is waiting, running, done, refused or
- * cancelled. `hold` says why nothing is sent just now: {kind: "key" | "busy" | "away", until}.
+ * @param onDone called with every job that is done or failed.
+ * @param onPause called with {kind: "key" | "busy" | "offline", until} when sending pauses, and with
+ *   null when it resumes.
+ * @param isUrgent whether a job goes before the others.
  */
 export class Queue {
-  constructor(service, { changed, held, first }) {
-    this.service = service;
-    this.changed = changed;
-    this.held = held;
-    this.first = first;
+  constructor({ onDone, onPause, isUrgent }) {
+    Object.assign(this, { onDone, onPause, isUrgent });
     this.waiting = new Set();
     this.running = new Set();
-    this.hold = null;
-    this.patience = 1;
+    this.pause = null;
+    this.backoff = 1;
     this.timer = 0;
   }
 
-  /** Wakes the queue a tick later, so that a thousand images are all listed before any is sent. */
-  add(job) {
-    job.state = "waiting";
-    job.reason = "";
+  add(image, model) {
+    const job = { image, model, status: "waiting", error: "", detections: null, hangUps: 0 };
+    image.jobs.set(model.name, job);
     this.waiting.add(job);
-    queueMicrotask(() => this.pump());
+    queueMicrotask(() => this.#send()); // after all images of the task are queued
   }
 
   cancel(job) {
     this.waiting.delete(job);
     job.abort?.abort();
-    if (job.state === "waiting" || job.state === "running") {
-      job.state = "cancelled";
-      this.changed(job);
-    }
+    if (job.status === "waiting" || job.status === "running") job.status = "cancelled";
+    changed();
   }
 
   cancelAll() {
     for (const job of [...this.waiting, ...this.running]) this.cancel(job);
-    if (this.hold && this.hold.kind !== "key") this.release();
+    if (this.pause && this.pause.kind !== "key") this.resume();
   }
 
-  /** Goes on: the key was given, or it is time to try again. */
-  release() {
+  resume() {
     clearTimeout(this.timer);
-    this.hold = null;
-    this.held(null);
-    this.pump();
+    this.pause = null;
+    this.onPause(null);
+    this.#send();
   }
 
-  pump() {
-    while (!this.hold && this.running.size < AT_A_TIME && this.waiting.size > 0) {
-      let next = null;
-      for (const job of this.waiting) {
-        if (this.first(job)) {
-          next = job;
-          break;
-        }
-        next ??= job;
-      }
+  /** End a pause; if the server is still offline, wait longer. */
+  async retry() {
+    clearTimeout(this.timer);
+    const { pause } = this;
+    const offline = pause?.kind === "offline" && !(await isAlive());
+    if (this.pause !== pause) return;
+    if (offline) {
+      this.backoff = Math.min(15, 2 * this.backoff);
+      this.#pauseFor("offline", this.backoff);
+    } else this.resume();
+  }
+
+  #send() {
+    while (!this.pause && this.running.size < MAX_UPLOADS && this.waiting.size > 0) {
+      const jobs = [...this.waiting];
+      const next = jobs.find(this.isUrgent) ?? jobs[0];
       this.waiting.delete(next);
       this.#run(next);
     }
   }
 
   async #run(job) {
-    const abort = new AbortController();
-    job.abort = abort;
-    job.state = "running";
+    job.abort = new AbortController();
+    const { signal } = job.abort;
+    job.status = "running";
     this.running.add(job);
-    this.changed(job);
+    changed();
     try {
-      const answer = await this.service.detect(
-        job.image.file,
-        job.image.name,
-        job.model,
-        abort.signal,
-      );
-      if (abort.signal.aborted) return;
-      job.answer = answer;
-      job.state = "done";
-      this.patience = 1;
+      const detections = await detect(job.image, job.model, signal);
+      if (signal.aborted) return;
+      Object.assign(job, { status: "done", detections });
+      this.backoff = 1;
     } catch (error) {
-      if (abort.signal.aborted || error.name === "AbortError") return;
-      await this.#refused(job, error);
+      if (!signal.aborted) await this.#handleError(job, error);
     } finally {
       this.running.delete(job);
-      if (!abort.signal.aborted) this.changed(job);
-      this.pump();
+      changed();
+      if (job.status === "done" || job.status === "failed") this.onDone(job);
+      this.#send();
     }
   }
 
-  async #refused(job, error) {
-    const status = error instanceof Refusal ? error.status : -1;
-    if (status === 401) {
-      this.#again(job);
-      this.#hold("key", null);
-    } else if (status === 503) {
-      this.#again(job);
-      this.#hold("busy", Math.min(60, Math.max(0.2, error.retryAfter ?? 2)));
-    } else if (status === 0) {
-      await this.#unanswered(job);
-    } else {
-      job.state = "refused";
-      job.reason =
-        status > 0
-          ? refusalWords(error, job.image.name)
-          : `The answer is not understood: ${error.message}`;
-    }
+  async #handleError(job, error) {
+    const fail = (text) => Object.assign(job, { status: "failed", error: text });
+    if (!(error instanceof RequestError)) return fail(`Invalid response: ${error.message}.`);
+    if (error.status === 401) this.#waitAgain(job, "key");
+    else if (error.status === 503) {
+      this.#waitAgain(job, "busy", Math.min(60, Math.max(0.2, error.retryAfter ?? 2)));
+    } else if (error.status === 0) await this.#handleNoResponse(job, fail);
+    else fail(explain(error, job.image.name));
   }
 
-  /** The file is gone, the server is away, or it hung up on this one image. */
-  async #unanswered(job) {
+  /** Find out if the file is gone, the server is offline, or only this upload was dropped. */
+  async #handleNoResponse(job, fail) {
     try {
       await job.image.file.slice(0, 1).arrayBuffer();
     } catch {
-      job.state = "refused";
-      job.reason = "The file can no longer be read; it was moved, changed or deleted.";
-      return;
+      return fail("The file can no longer be read: it was moved, changed or deleted.");
     }
-    const alive = await this.service.alive();
-    if (job.state === "cancelled") return;
-    job.hangUps = alive ? (job.hangUps ?? 0) + 1 : (job.hangUps ?? 0);
-    if (job.hangUps >= 2) {
-      job.state = "refused";
-      job.reason = "The server hung up while this image was sent; it may be too large for it.";
-      return;
+    const alive = await isAlive();
+    if (alive && ++job.hangUps >= 2) {
+      return fail("The server closed the connection during the upload; the image may be too large.");
     }
-    this.#again(job);
-    if (!alive) this.away();
+    this.#waitAgain(job, alive ? "" : "offline", this.backoff);
   }
 
-  #again(job) {
-    if (job.state === "cancelled") return;
-    job.state = "waiting";
+  #waitAgain(job, pause, seconds) {
+    if (job.status === "cancelled") return;
+    job.status = "waiting";
     this.waiting = new Set([job, ...this.waiting]);
+    if (pause && !this.pause) this.#pauseFor(pause, seconds);
   }
 
-  away() {
-    this.#hold("away", this.patience);
-  }
-
-  /** Ends a hold when there is reason to; a server that is still away is asked again later. */
-  async retry() {
-    clearTimeout(this.timer);
-    const { hold } = this;
-    if (hold?.kind === "away" && !(await this.service.alive())) {
-      if (this.hold !== hold) return;
-      this.patience = Math.min(15, this.patience * 2);
-      this.#wait(hold, this.patience);
-    } else if (this.hold === hold) {
-      this.release();
-    }
-  }
-
-  #hold(kind, seconds) {
-    if (this.hold) return; // the other uploads that ran beside the first one refused
-    this.hold = { kind, until: null };
-    this.#wait(this.hold, seconds);
-  }
-
-  #wait(hold, seconds) {
-    if (seconds !== null) {
-      hold.until = Date.now() + 1000 * seconds;
+  #pauseFor(kind, seconds) {
+    this.pause = { kind, until: 0 };
+    if (seconds) {
+      this.pause.until = Date.now() + 1000 * seconds;
       this.timer = setTimeout(() => this.retry(), 1000 * seconds);
     }
-    this.held(hold);
+    this.onPause(this.pause);
   }
 }

@@ -1,10 +1,7 @@
-// Runs before the page is drawn, so that a kept theme never flashes in the other colours.
-(() => {
-  let kept = null;
-  try {
-    kept = localStorage.getItem("retinanet.theme");
-  } catch {
-    // Storage is switched off: the system's theme.
-  }
-  document.documentElement.dataset.theme = kept === "light" || kept === "dark" ? kept : "auto";
-})();
+// Runs before the page is drawn, so that it never flashes in the colours of another theme.
+try {
+  const theme = localStorage.getItem("retinanet.theme");
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
+} catch {
+  // Storage is disabled: the theme of the system.
+}

@@ -1,82 +1,60 @@
-// The image in view: one pane a model, all with the same zoom.
+// The current image with its boxes: one pane per model, all with the same zoom.
 
-import { captionOf, css, inkOn, placeCaptions } from "./drawing.js";
+import { placeCaptions } from "./captions.js";
+import { colourOf, element, isSameSize, svg } from "./state.js";
 
-const SVG = "http://www.w3.org/2000/svg";
-const CLOSEST = 40; // CSS pixels that one pixel of an image may fill
-const NEAR = 4; // CSS pixels by which a pointer may miss a box
-const CAPTION = 18; // CSS pixels of height
+const MAX_SCALE = 40; // CSS pixels per image pixel
+const HIT_TOLERANCE = 4; // CSS pixels
+const CAPTION_HEIGHT = 18; // CSS pixels
 
-function make(name, className, parent) {
-  const element = document.createElementNS(SVG, name);
-  if (className) element.setAttribute("class", className);
-  parent?.append(element);
-  return element;
-}
+const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
 /**
- * Zoom and place of the image, and the boxes on it.
+ * Zoom and position of the image, and its panes.
  *
- * @param root where the panes go.
- * @param actions {activate(pane, i), zoomed(scale)}: a box was pointed at or focused (i is -1 where
- *   none is); the zoom has changed.
+ * @param root parent of the panes.
+ * @param actions {activate(pane, i, focus), zoomed(scale)}: a box was pointed at or focused (i is -1
+ *   for none); the zoom has changed.
  */
 export class View {
   constructor(root, actions) {
-    this.root = root;
-    this.actions = actions;
-    this.panes = [];
-    this.bitmap = null;
-    this.size = null;
-    this.scale = 1;
-    this.x = 0;
-    this.y = 0;
-    this.fitted = true;
-    this.frame = 0;
+    Object.assign(this, { root, actions, panes: [], bitmap: null, size: null, frame: 0 });
+    Object.assign(this, { scale: 1, x: 0, y: 0, fitted: true });
     this.pointers = new Map();
-    this.watcher = new ResizeObserver(() => this.#resized());
+    this.observer = new ResizeObserver(() => (this.fitted ? this.fit() : this.#move()));
     this.ruler = document.createElement("canvas").getContext("2d");
-    this.widths = new Map();
     this.#watchDensity();
   }
 
-  /** A window that is moved to another screen keeps its size, and may change its pixels. */
+  /** Redraw when the window moves to a screen with another pixel density. */
   #watchDensity() {
-    const now = matchMedia(`(resolution: ${window.devicePixelRatio}dppx)`);
-    now.addEventListener(
-      "change",
-      () => {
-        this.draw();
-        this.#watchDensity();
-      },
-      { once: true },
-    );
+    const query = matchMedia(`(resolution: ${devicePixelRatio}dppx)`);
+    const onChange = () => (this.draw(), this.#watchDensity());
+    query.addEventListener("change", onChange, { once: true });
   }
 
-  /** A pane for each title; what it holds comes by `fill`. */
-  layOut(titles) {
+  /** Create one pane per title. */
+  setPanes(titles) {
     if (this.panes.length !== titles.length) {
-      this.watcher.disconnect();
+      this.observer.disconnect();
       this.panes = titles.map((_, n) => new Pane(this, n));
       this.root.replaceChildren(...this.panes.map((pane) => pane.element));
-      for (const pane of this.panes) this.watcher.observe(pane.stage);
-      this.#resized();
+      for (const { stage } of this.panes) this.observer.observe(stage);
     }
-    titles.forEach((title, n) => this.panes[n].name(title, titles.length > 1));
+    titles.forEach((title, n) => this.panes[n].setTitle(title, titles.length > 1));
   }
 
-  /** What is shown: a bitmap (null where the browser has none) and its size, once it is known. */
-  setImage(bitmap, size, keepView = false) {
+  /** Show a bitmap (null: an empty canvas) of a size (null: not yet known). */
+  setImage(bitmap, size, keepZoom = false) {
     this.bitmap?.close();
     this.bitmap = bitmap;
-    const same =
-      this.size && size && this.size.width === size.width && this.size.height === size.height;
+    const same = this.size && size && isSameSize(this.size, size);
     this.size = size;
-    if (!(keepView && same)) this.fit();
+    if (!(keepZoom && same)) this.fit();
     this.draw();
   }
 
-  /** Pixels of a stage; all are of one size. */
+  /** Size of a stage in CSS pixels. */
   get area() {
     const stage = this.panes[0]?.stage;
     return { width: stage?.clientWidth ?? 0, height: stage?.clientHeight ?? 0 };
@@ -85,35 +63,29 @@ export class View {
   get fitScale() {
     const { width, height } = this.area;
     if (!this.size || width === 0) return 1;
-    const margin = Math.min(16, width / 20);
-    return Math.min(
-      (width - 2 * margin) / this.size.width,
-      (height - 2 * margin) / this.size.height,
-      4, // a small image is enlarged, but stays an image
-    );
+    const margin = 2 * Math.min(16, width / 20);
+    return Math.min((width - margin) / this.size.width, (height - margin) / this.size.height, 4);
   }
 
   fit() {
     this.fitted = true;
     this.scale = this.fitScale;
-    this.#place();
+    this.#move();
   }
 
-  /** Zooms by a factor about a point of the stage, in CSS pixels; null: its middle. */
+  /** Zoom by a factor about a point of the stage in CSS pixels; by default its centre. */
   zoom(factor, point = null) {
     if (!this.size) return;
     const { width, height } = this.area;
     const [px, py] = point ?? [width / 2, height / 2];
-    const least = Math.min(this.fitScale, 1);
-    const scale = Math.max(least, Math.min(CLOSEST, this.scale * factor));
+    const scale = clamp(this.scale * factor, Math.min(this.fitScale, 1), MAX_SCALE);
     this.x = px - ((px - this.x) * scale) / this.scale;
     this.y = py - ((py - this.y) * scale) / this.scale;
     this.scale = scale;
     this.fitted = scale === this.fitScale;
-    this.#place();
+    this.#move();
   }
 
-  /** Zooms to so many CSS pixels a pixel. */
   zoomTo(scale) {
     this.zoom(scale / this.scale);
   }
@@ -121,298 +93,213 @@ export class View {
   pan(dx, dy) {
     this.x += dx;
     this.y += dy;
-    this.#place();
+    this.#move();
   }
 
-  /** Brings a box to the middle, with as much about it as it is large. */
+  /** Centre a box, with some context around it. */
   zoomToBox([x1, y1, x2, y2]) {
     const { width, height } = this.area;
-    const room = Math.min(width / (x2 - x1), height / (y2 - y1)) / 2.5;
-    this.scale = Math.max(Math.min(this.fitScale, 1), Math.min(CLOSEST / 2, room));
+    const scale = Math.min(width / (x2 - x1), height / (y2 - y1)) / 2.5;
+    this.scale = clamp(scale, Math.min(this.fitScale, 1), MAX_SCALE / 2);
     this.x = width / 2 - (this.scale * (x1 + x2)) / 2;
     this.y = height / 2 - (this.scale * (y1 + y2)) / 2;
     this.fitted = false;
-    this.#place();
+    this.#move();
   }
 
-  /** Moves as little as is needed for a box to be seen. */
+  /** Pan as little as needed to show a box. */
   reveal([x1, y1, x2, y2]) {
-    const { width, height } = this.area;
-    const move = (low, high, room) =>
-      low < 0 && high > room ? 0 : low < 8 ? 8 - low : high > room - 8 ? room - 8 - high : 0;
     if (this.fitted) return;
-    const dx = move(this.x + this.scale * x1, this.x + this.scale * x2, width);
-    const dy = move(this.y + this.scale * y1, this.y + this.scale * y2, height);
-    if (dx || dy) this.pan(dx, dy);
+    const shift = (low, high, length) => {
+      if (low < 0 && high > length) return 0;
+      return low < 8 ? 8 - low : Math.min(0, length - 8 - high);
+    };
+    const { width, height } = this.area;
+    this.pan(
+      shift(this.x + this.scale * x1, this.x + this.scale * x2, width),
+      shift(this.y + this.scale * y1, this.y + this.scale * y2, height),
+    );
   }
 
-  /** Keeps the image in view: in the middle where it is smaller than the stage. */
-  #place() {
+  /** Keep the image in sight: centred if it is smaller than the stage. */
+  #move() {
     if (!this.size) return;
     const { width, height } = this.area;
-    const hold = (place, length, room) => {
-      const slack = room - length;
-      if (slack >= 0) return slack / 2;
-      // A part of the stage may stay empty, so that an object at the edge can come to the middle.
-      return Math.max(slack - room / 3, Math.min(room / 3, place));
+    const limit = (start, length, available) => {
+      const slack = available - length;
+      if (slack >= 0 || this.fitted) return slack / 2;
+      // A third of the stage may stay empty, so that objects at the edge can be centred.
+      return clamp(start, slack - available / 3, available / 3);
     };
-    if (this.fitted) {
-      this.x = (width - this.scale * this.size.width) / 2;
-      this.y = (height - this.scale * this.size.height) / 2;
-    }
-    this.x = hold(this.x, this.scale * this.size.width, width);
-    this.y = hold(this.y, this.scale * this.size.height, height);
+    this.x = limit(this.x, this.scale * this.size.width, width);
+    this.y = limit(this.y, this.scale * this.size.height, height);
     this.actions.zoomed(this.scale);
     this.draw();
   }
 
-  #resized() {
-    if (this.fitted) this.fit();
-    else this.#place();
-    this.draw();
-  }
-
   draw() {
-    if (this.frame) return;
-    this.frame = requestAnimationFrame(() => {
+    this.frame ||= requestAnimationFrame(() => {
       this.frame = 0;
       for (const pane of this.panes) pane.draw();
     });
   }
 
-  /** Width of a caption in CSS pixels. */
-  widthOf(text) {
-    let width = this.widths.get(text);
-    if (width === undefined) {
-      this.ruler.font = getComputedStyle(this.root).getPropertyValue("--caption-font");
-      width = Math.ceil(this.ruler.measureText(text).width) + 10;
-      if (this.widths.size > 5000) this.widths.clear();
-      this.widths.set(text, width);
-    }
-    return width;
+  captionWidth(text) {
+    this.ruler.font = getComputedStyle(this.root).getPropertyValue("--caption-font");
+    return Math.ceil(this.ruler.measureText(text).width) + 10;
   }
 }
 
 class Pane {
   constructor(view, number) {
-    this.view = view;
-    this.number = number;
-    this.answer = null;
-    this.shown = new Set();
-    this.active = -1;
-    this.boxes = [];
-    this.captions = new Map();
-
-    this.element = document.createElement("section");
-    this.element.className = "pane";
-    this.title = document.createElement("h3");
-    this.title.className = "pane-title";
-    this.stage = document.createElement("div");
-    this.stage.className = "stage";
-    this.canvas = document.createElement("canvas");
-    this.canvas.setAttribute("aria-hidden", "true");
-    this.svg = make("svg", "overlay");
-    this.moved = make("g", "boxes", this.svg);
-    this.moved.setAttribute("role", "group");
-    this.still = make("g", "captions", this.svg);
-    this.still.setAttribute("aria-hidden", "true");
-    this.words = document.createElement("p");
-    this.words.className = "stage-words";
-    this.words.hidden = true;
-    this.stage.append(this.canvas, this.svg, this.words);
-    this.element.append(this.title, this.stage);
+    Object.assign(this, { view, number, detections: null, visible: new Set(), active: -1 });
+    Object.assign(this, { boxes: [], captions: new Map(), message: "" });
+    this.title = element("h3", { className: "pane-title" });
+    this.canvas = element("canvas", { ariaHidden: "true" });
+    this.boxGroup = svg("g", { class: "boxes", role: "group" });
+    this.captionGroup = svg("g", { class: "captions", "aria-hidden": "true" });
+    this.overlay = svg("svg", { class: "overlay" }, this.boxGroup, this.captionGroup);
+    this.text = element("p", { className: "stage-message", hidden: true });
+    this.stage = element("div", { className: "stage" }, this.canvas, this.overlay, this.text);
+    this.element = element("section", { className: "pane" }, this.title, this.stage);
     this.#listen();
   }
 
-  name(title, several) {
-    this.element.setAttribute("aria-label", title);
-    this.moved.setAttribute("aria-label", `Boxes of ${title}`);
+  setTitle(title, isShown) {
+    this.element.ariaLabel = title;
+    this.boxGroup.setAttribute("aria-label", `Boxes of ${title}`);
     this.title.textContent = title;
-    this.title.hidden = !several;
+    this.title.hidden = !isShown;
   }
 
-  /** A detection each becomes an element; `colour` gives (r, g, b) by class name. */
-  fill(answer, colour) {
-    this.answer = answer;
+  /** Create one element per detection. */
+  setDetections(detections) {
+    this.detections = detections;
     this.active = -1;
-    this.captions = new Map();
-    this.still.replaceChildren();
-    this.boxes = [];
-    const fresh = [];
-    for (let i = 0; i < (answer?.length ?? 0); i++) {
-      const [x1, y1, x2, y2] = answer.box(i);
-      const box = make("g", "box");
-      box.dataset.i = i;
-      box.setAttribute("role", "img");
-      box.setAttribute("tabindex", "-1");
-      box.setAttribute(
-        "aria-label",
-        `${answer.className(i)}, score ${answer.scores[i].toFixed(2)}, ` +
-          `${Math.round(x2 - x1)} by ${Math.round(y2 - y1)} pixels at ` +
-          `${Math.round(x1)}, ${Math.round(y1)}`,
-      );
-      for (const part of ["halo", "line"]) {
-        const rect = make("rect", part, box);
-        rect.setAttribute("x", x1);
-        rect.setAttribute("y", y1);
-        rect.setAttribute("width", Math.max(0, x2 - x1));
-        rect.setAttribute("height", Math.max(0, y2 - y1));
-        if (part === "line") rect.style.stroke = css(colour(answer.className(i)));
-      }
-      this.boxes.push(box);
-      fresh.push(box);
-    }
-    this.colour = colour;
-    // Best last, so that it lies on top.
-    this.moved.replaceChildren(...fresh.reverse());
+    this.captions.clear();
+    this.captionGroup.replaceChildren();
+    this.boxes = Array.from({ length: detections?.length ?? 0 }, (_, i) => {
+      const [x1, y1, x2, y2] = detections.box(i);
+      const shape = { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) };
+      const line = svg("rect", { ...shape, class: "line" });
+      line.style.stroke = colourOf(detections.className(i)).fill;
+      const score = detections.scores[i].toFixed(2);
+      const where = `${detections.size(i).join(" by ")} pixels at ${Math.round(x1)}, ${Math.round(y1)}`;
+      const label = `${detections.className(i)}, score ${score}, ${where}`;
+      const attributes = { class: "box", role: "img", tabindex: -1, "data-i": i, "aria-label": label };
+      return svg("g", attributes, svg("rect", { ...shape, class: "halo" }), line);
+    });
+    this.boxGroup.replaceChildren(...this.boxes.toReversed()); // the best on top
   }
 
-  /** Shows these detections alone. */
-  filter(shown) {
-    this.shown = new Set(shown);
-    this.boxes.forEach((box, i) => box.classList.toggle("off", !this.shown.has(i)));
-    if (!this.shown.has(this.active)) this.highlight(-1);
-    else this.#rove();
-    this.view.draw();
+  setVisible(indices) {
+    this.visible = new Set(indices);
+    this.boxes.forEach((box, i) => box.classList.toggle("off", !this.visible.has(i)));
+    this.highlight(this.visible.has(this.active) ? this.active : -1);
   }
 
-  /** Lifts a box out, -1 none; it is the one that Tab leads to. */
+  /** Highlight a box (-1: none); Tab focuses it, or else the best. */
   highlight(i) {
     this.boxes[this.active]?.classList.remove("active");
     this.active = i;
     this.boxes[i]?.classList.add("active");
     this.stage.classList.toggle("has-active", i >= 0);
-    this.#rove();
+    const focusable = i >= 0 ? i : Math.min(...this.visible);
+    this.boxes.forEach((box, n) => box.setAttribute("tabindex", n === focusable ? 0 : -1));
     this.view.draw();
   }
 
-  #rove() {
-    const reached = this.shown.has(this.active) ? this.active : Math.min(...this.shown);
-    this.boxes.forEach((box, i) => box.setAttribute("tabindex", i === reached ? "0" : "-1"));
-  }
-
-  /** Words over the image, and a button where something can be done; "" takes them away. */
-  say(words, { bad = false, button = "", act = null } = {}) {
-    this.act = act;
-    const now = JSON.stringify([words, bad, button]);
-    if (this.told === now) return; // a button that is being pressed stays the same button
-    this.told = now;
-    this.words.replaceChildren(words);
-    this.words.hidden = !words;
-    this.words.classList.toggle("bad", bad);
-    if (!button) return;
-    const press = document.createElement("button");
-    press.type = "button";
-    press.className = "small";
-    press.textContent = button;
-    press.addEventListener("click", () => this.act());
-    this.words.append(" ", press);
+  /** Show a text over the image, with a button if there is something to do. */
+  setMessage(text, { isError = false, button = "", action = null } = {}) {
+    this.action = action;
+    const message = JSON.stringify([text, isError, button]);
+    if (this.message === message) return; // keeps the focus on its button
+    this.message = message;
+    this.text.replaceChildren(text);
+    this.text.hidden = !text;
+    this.text.classList.toggle("bad", isError);
+    const onclick = () => this.action();
+    const properties = { type: "button", className: "small", textContent: button, onclick };
+    if (button) this.text.append(" ", element("button", properties));
   }
 
   draw() {
-    const { view } = this;
+    const { view, canvas } = this;
     const { width, height } = view.area;
-    const ratio = window.devicePixelRatio || 1;
-    if (this.canvas.width !== Math.round(width * ratio))
-      this.canvas.width = Math.round(width * ratio);
-    if (this.canvas.height !== Math.round(height * ratio)) {
-      this.canvas.height = Math.round(height * ratio);
-    }
-    const context = this.canvas.getContext("2d");
+    const ratio = devicePixelRatio || 1;
+    const [pixelWidth, pixelHeight] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (canvas.width !== pixelWidth) canvas.width = pixelWidth;
+    if (canvas.height !== pixelHeight) canvas.height = pixelHeight;
+    const context = canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, this.canvas.width, this.canvas.height);
-    this.svg.classList.toggle("off", !view.size);
+    context.clearRect(0, 0, pixelWidth, pixelHeight);
+    this.overlay.classList.toggle("off", !view.size);
     this.stage.classList.toggle("sized", view.size !== null);
     if (!view.size) return;
     const scale = view.scale * ratio;
     context.setTransform(scale, 0, 0, scale, view.x * ratio, view.y * ratio);
-    context.imageSmoothingEnabled = scale < 3; // from there on one sees the pixels as they are
+    context.imageSmoothingEnabled = scale < 3; // show single pixels when zoomed in
     context.imageSmoothingQuality = "high";
-    if (view.bitmap) {
-      context.fillStyle = "#fff";
-      context.fillRect(0, 0, view.size.width, view.size.height);
-      context.drawImage(view.bitmap, 0, 0, view.size.width, view.size.height);
-    } else {
-      context.fillStyle = getComputedStyle(this.canvas).color;
-      context.fillRect(0, 0, view.size.width, view.size.height);
-    }
+    context.fillStyle = view.bitmap ? "#fff" : getComputedStyle(canvas).color;
+    context.fillRect(0, 0, view.size.width, view.size.height);
+    if (view.bitmap) context.drawImage(view.bitmap, 0, 0, view.size.width, view.size.height);
     this.stage.classList.toggle("zoomed", !view.fitted);
-    this.moved.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
-    this.#drawCaptions(width, height);
+    this.boxGroup.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
+    this.#drawCaptions({ width, height });
   }
 
-  /** Captions keep their size on the screen, so nearer there is room for more of them. */
-  #drawCaptions(width, height) {
-    const { view, answer } = this;
-    const items = [...this.shown].map((i) => {
-      const [x1, y1, x2, y2] = answer.box(i);
-      return {
-        i,
-        box: [
-          view.x + view.scale * x1,
-          view.y + view.scale * y1,
-          view.x + view.scale * x2,
-          view.y + view.scale * y2,
-        ],
-        width: view.widthOf(captionOf(answer, i)),
-      };
+  /** Captions have a constant size on the screen, so zooming in makes space for more. */
+  #drawCaptions(area) {
+    const { view, detections, active } = this;
+    const items = [...this.visible].map((i) => {
+      const offsets = [view.x, view.y, view.x, view.y];
+      const box = [...detections.box(i)].map((side, n) => offsets[n] + view.scale * side);
+      return { i, box, width: view.captionWidth(detections.caption(i)) };
     });
-    const places = placeCaptions(items, CAPTION, { width, height });
-    const pointed = items.findIndex(({ i }) => i === this.active);
-    if (pointed >= 0 && !places[pointed]) {
-      // It has its caption whatever that hides; the others stay where they are.
-      const { box, width: length } = items[pointed];
-      const left = Math.max(0, Math.min(box[0], width - length));
-      const top = box[1] >= CAPTION ? box[1] - CAPTION : box[3];
-      places[pointed] = [left, Math.max(0, Math.min(top, height - CAPTION))];
+    const corners = placeCaptions(items, CAPTION_HEIGHT, area);
+    const n = items.findIndex(({ i }) => i === active);
+    if (n >= 0 && !corners[n]) {
+      // The highlighted box has a caption in any case.
+      const { box, width } = items[n];
+      const top = box[1] >= CAPTION_HEIGHT ? box[1] - CAPTION_HEIGHT : box[3];
+      const left = clamp(box[0], 0, area.width - width);
+      corners[n] = [left, clamp(top, 0, area.height - CAPTION_HEIGHT)];
     }
-    const used = new Set();
-    items.forEach(({ i, width: length }, n) => {
-      if (!places[n]) return;
-      used.add(i);
-      const caption = this.#caption(i, length);
-      const [left, top] = places[n].map(Math.round);
-      caption.setAttribute("transform", `translate(${left} ${top})`);
+    for (const caption of this.captions.values()) caption.classList.add("off");
+    items.forEach(({ i, width }, k) => {
+      if (!corners[k]) return;
+      const caption = this.#caption(i, width);
+      caption.setAttribute("transform", `translate(${corners[k].map(Math.round).join(" ")})`);
       caption.classList.remove("off");
-      caption.classList.toggle("active", i === this.active);
+      caption.classList.toggle("active", i === active);
+      if (i === active) this.captionGroup.append(caption); // on top
     });
-    for (const [i, caption] of this.captions) if (!used.has(i)) caption.classList.add("off");
-    if (used.has(this.active)) this.still.append(this.captions.get(this.active));
   }
 
   #caption(i, width) {
-    let caption = this.captions.get(i);
-    if (!caption) {
-      const rgb = this.colour(this.answer.className(i));
-      caption = make("g", "caption", this.still);
-      const rect = make("rect", "", caption);
-      rect.setAttribute("width", width);
-      rect.setAttribute("height", CAPTION);
-      rect.setAttribute("rx", 2);
-      rect.style.fill = css(rgb);
-      const text = make("text", "", caption);
-      text.setAttribute("x", 5);
-      text.setAttribute("y", CAPTION - 5);
-      text.style.fill = inkOn(rgb);
-      text.textContent = captionOf(this.answer, i);
-      this.captions.set(i, caption);
+    if (!this.captions.has(i)) {
+      const { fill, text } = colourOf(this.detections.className(i));
+      const rect = svg("rect", { width, height: CAPTION_HEIGHT, rx: 2 });
+      const label = svg("text", { x: 5, y: CAPTION_HEIGHT - 5 }, this.detections.caption(i));
+      rect.style.fill = fill;
+      label.style.fill = text;
+      this.captions.set(i, svg("g", { class: "caption" }, rect, label));
+      this.captionGroup.append(this.captions.get(i));
     }
-    return caption;
+    return this.captions.get(i);
   }
 
-  /** The smallest shown box about a point, in CSS pixels of the stage; -1: none. */
-  #hit(px, py) {
-    const { view, answer } = this;
-    const x = (px - view.x) / view.scale;
-    const y = (py - view.y) / view.scale;
-    const near = NEAR / view.scale;
-    let best = -1;
-    let least = Infinity;
-    for (const i of this.shown) {
-      const [x1, y1, x2, y2] = answer.box(i);
-      if (x < x1 - near || y < y1 - near || x > x2 + near || y > y2 + near) continue;
-      const size = (x2 - x1) * (y2 - y1);
-      if (size < least) [best, least] = [i, size];
+  /** Index of the smallest visible box at a point of the stage in CSS pixels, or -1. */
+  #hit([px, py]) {
+    const { view, detections } = this;
+    const [x, y] = [(px - view.x) / view.scale, (py - view.y) / view.scale];
+    const margin = HIT_TOLERANCE / view.scale;
+    let [best, minArea] = [-1, Infinity];
+    for (const i of this.visible) {
+      const [x1, y1, x2, y2] = detections.box(i);
+      if (x < x1 - margin || y < y1 - margin || x > x2 + margin || y > y2 + margin) continue;
+      const area = (x2 - x1) * (y2 - y1);
+      if (area < minArea) [best, minArea] = [i, area];
     }
     return best;
   }
@@ -423,103 +310,97 @@ class Pane {
   }
 
   #listen() {
-    const { view, stage } = this;
-    stage.addEventListener(
-      "wheel",
-      (event) => {
-        if (!view.size) return;
-        event.preventDefault();
-        const lines = event.deltaMode === 1 ? 16 : 1;
-        // Two fingers that spread on a touchpad come as a wheel with Ctrl, in small steps.
-        const speed = event.ctrlKey ? 0.01 : 0.0015;
-        view.zoom(Math.exp(-event.deltaY * lines * speed), this.#point(event));
-      },
-      { passive: false },
-    );
-    stage.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0 || !view.size || this.words.contains(event.target)) return;
+    const { view, stage, boxGroup } = this;
+    const on = (type, listener, options) => stage.addEventListener(type, listener, options);
+    const activate = (i, focus) => view.actions.activate(this.number, i, focus);
+    const isOnImage = (event) => view.size && !this.text.contains(event.target);
+    const onWheel = (event) => {
+      if (!view.size) return;
+      event.preventDefault();
+      // Pinching a touchpad sends wheel events with Ctrl, in small steps.
+      const speed = (event.ctrlKey ? 0.01 : 0.0015) * (event.deltaMode === 1 ? 16 : 1);
+      view.zoom(Math.exp(-event.deltaY * speed), this.#point(event));
+    };
+    on("wheel", onWheel, { passive: false });
+    on("pointerdown", (event) => {
+      if (event.button !== 0 || !isOnImage(event)) return;
       view.pointers.set(event.pointerId, this.#point(event));
       stage.setPointerCapture(event.pointerId);
       this.dragged = false;
     });
-    stage.addEventListener("pointermove", (event) => {
-      const point = this.#point(event);
-      if (!view.pointers.has(event.pointerId)) {
-        if (event.pointerType !== "touch" && view.size) {
-          view.actions.activate(this.number, this.#hit(...point));
-        }
-        return;
-      }
-      const before = [...view.pointers.values()];
-      const old = view.pointers.get(event.pointerId);
-      if (!this.dragged && Math.hypot(point[0] - old[0], point[1] - old[1]) < 3) return;
-      this.dragged = true;
-      stage.classList.add("dragging");
-      view.pointers.set(event.pointerId, point);
-      const after = [...view.pointers.values()];
-      if (after.length === 1) {
-        if (!view.fitted) view.pan(point[0] - old[0], point[1] - old[1]);
-      } else if (after.length === 2) {
-        const spread = ([a, b]) => Math.hypot(a[0] - b[0], a[1] - b[1]) || 1;
-        const middle = ([a, b]) => [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2];
-        const [from, to] = [middle(before), middle(after)];
-        view.zoom(spread(after) / spread(before), from);
-        if (!view.fitted) view.pan(to[0] - from[0], to[1] - from[1]);
-      }
+    on("pointermove", (event) => {
+      if (view.pointers.has(event.pointerId)) this.#drag(event);
+      else if (event.pointerType !== "touch" && view.size) activate(this.#hit(this.#point(event)));
     });
-    const lift = (event) => {
-      if (view.pointers.delete(event.pointerId)) stage.classList.remove("dragging");
-    };
-    stage.addEventListener("pointerup", lift);
-    stage.addEventListener("pointercancel", lift);
-    // Not at "pointerup": after a tap the browser would take the focus away again.
-    stage.addEventListener("click", (event) => {
-      if (this.dragged || !view.size || this.words.contains(event.target)) return;
-      view.actions.activate(this.number, this.#hit(...this.#point(event)), true);
+    for (const type of ["pointerup", "pointercancel"]) {
+      on(type, (event) => {
+        if (view.pointers.delete(event.pointerId)) stage.classList.remove("dragging");
+      });
+    }
+    // Not at "pointerup": browsers move the focus after a tap.
+    on("click", (event) => {
+      if (!this.dragged && isOnImage(event)) activate(this.#hit(this.#point(event)), true);
     });
-    stage.addEventListener("pointerleave", (event) => {
-      if (!view.pointers.size && event.pointerType !== "touch") {
-        if (!this.moved.contains(document.activeElement)) view.actions.activate(this.number, -1);
-      }
+    on("pointerleave", (event) => {
+      const isFocused = boxGroup.contains(document.activeElement);
+      if (!view.pointers.size && event.pointerType !== "touch" && !isFocused) activate(-1);
     });
-    stage.addEventListener("dblclick", (event) => {
-      if (view.fitted) view.zoom(2.5, this.#point(event));
-      else view.fit();
-    });
-    // On the stage, for an SVG element that listens for the focus can be focused itself.
-    stage.addEventListener("focusin", (event) => {
+    on("dblclick", (event) => (view.fitted ? view.zoom(2.5, this.#point(event)) : view.fit()));
+    // On the stage: an SVG element with a focus listener becomes focusable itself.
+    on("focusin", (event) => {
       const box = event.target.closest(".box");
-      if (box) view.actions.activate(this.number, Number(box.dataset.i));
+      if (box) activate(Number(box.dataset.i));
     });
-    stage.addEventListener("focusout", (event) => {
-      const left = this.moved.contains(event.target) && !this.moved.contains(event.relatedTarget);
-      if (left) view.actions.activate(this.number, -1);
+    on("focusout", (event) => {
+      if (boxGroup.contains(event.target) && !boxGroup.contains(event.relatedTarget)) activate(-1);
     });
-    stage.addEventListener("keydown", (event) => {
-      if (event.target.closest(".box")) this.#key(event);
+    on("keydown", (event) => {
+      if (!event.target.closest(".box")) return;
+      const focus = (i) => this.boxes[i]?.focus();
+      navigate(event, { view, detections: this.detections, indices: [...this.visible], active: this.active, focus });
     });
   }
 
-  /** Arrows up and down lead from box to box by score; Enter goes near, Escape back. */
-  #key(event) {
-    if (event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
-    const order = [...this.shown];
-    const at = order.indexOf(this.active);
-    const to = {
-      ArrowDown: Math.min(order.length - 1, at + 1),
-      ArrowUp: Math.max(0, at - 1),
-      Home: 0,
-      End: order.length - 1,
-    }[event.key];
-    if (to !== undefined) {
-      this.boxes[order[to]]?.focus();
-      this.view.reveal(this.answer.box(order[to]));
-    } else if (event.key === "Enter" && at >= 0) {
-      this.view.zoomToBox(this.answer.box(this.active));
-    } else if (event.key === "Escape") {
-      this.view.fit();
-    } else return;
-    event.preventDefault();
-    event.stopPropagation();
+  /** Pan with one pointer, zoom and pan with two. */
+  #drag(event) {
+    const { pointers } = this.view;
+    const [point, last] = [this.#point(event), pointers.get(event.pointerId)];
+    if (!this.dragged && Math.hypot(point[0] - last[0], point[1] - last[1]) < 3) return;
+    this.dragged = true;
+    this.stage.classList.add("dragging");
+    const middle = (points) => [0, 1].map((n) => points.reduce((sum, p) => sum + p[n], 0) / points.length);
+    const spread = ([a, b]) => Math.hypot(a[0] - b[0], a[1] - b[1]) || 1;
+    const before = [...pointers.values()];
+    pointers.set(event.pointerId, point);
+    const after = [...pointers.values()];
+    if (after.length > 2) return;
+    const [from, to] = [middle(before), middle(after)];
+    if (after.length === 2) this.view.zoom(spread(after) / spread(before), from);
+    if (!this.view.fitted) this.view.pan(to[0] - from[0], to[1] - from[1]);
   }
+}
+
+/** Keys for boxes and lists: arrows move by score, Enter zooms to the active one, Escape back. */
+export function navigate(event, { view, detections, indices, active, focus }) {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+  const last = indices.length - 1;
+  const at = indices.indexOf(active);
+  const target = {
+    ArrowDown: Math.min(last, at + 1),
+    ArrowUp: Math.max(0, at - 1),
+    PageDown: Math.min(last, at + 8),
+    PageUp: Math.max(0, at - 8),
+    Home: 0,
+    End: last,
+  }[event.key];
+  if (target !== undefined) {
+    if (indices.length > 0) {
+      focus(indices[target]);
+      view.reveal(detections.box(indices[target]));
+    }
+  } else if (event.key === "Enter" && at >= 0) view.zoomToBox(detections.box(active));
+  else if (event.key === "Escape") view.fit();
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
 }

@@ -1,52 +1,52 @@
-"""What can be wrong with a box, and what becomes of it."""
+"""Faults of boxes, and their corrections."""
 
 from __future__ import annotations
 
 import math
 
 EDGE = 0.5
-"""Pixels that a box may stick out of its image: less is a rounding of the labels."""
+"""Pixels that a box may extend beyond its image: less is a rounding of the labels."""
 
 CLIPPED = "clipped"
-"""The fix of a box of which part stays."""
+"""The fix of a box that is partly outside."""
 
 
-def box_fault(
+def check_box(
     box: tuple[float, float, float, float], width: int | None, height: int | None
 ) -> tuple[str, str, str] | None:
-    """Kind, reason and fix of the gravest fault of a box, or None."""
+    """Return the kind, reason and fix of the most severe fault of a box, or None."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)):
         return "box-not-a-number", "is not four finite numbers", "dropped"
     fixed = fixed_box(box, width, height)
     if x2 < x1 or y2 < y1:
         sides = (("left and right", x2 < x1), ("top and bottom", y2 < y1))
-        exchanged = " and ".join(name for name, bad in sides if bad)
-        return "box-inverted", f"has {exchanged} exchanged", "turned round" if fixed else "dropped"
+        swapped = " and ".join(name for name, bad in sides if bad)
+        return "box-inverted", f"has {swapped} swapped", "swapped back" if fixed else "dropped"
     if x2 == x1 or y2 == y1:
-        lacks = " and no ".join(
+        missing = " and no ".join(
             name for name, bad in (("width", x2 == x1), ("height", y2 == y1)) if bad
         )
-        return "box-empty", f"has no {lacks}", "dropped"
+        return "box-empty", f"has no {missing}", "dropped"
     size = f"the image of {width} x {height}"
     if fixed is None:
-        return "box-outside", f"lies wholly outside {size}", "dropped"
+        return "box-outside", f"is wholly outside {size}", "dropped"
     if fixed != box:
-        return "box-outside", f"sticks out of {size}", CLIPPED
+        return "box-outside", f"extends beyond {size}", CLIPPED
     return None
 
 
 def fixed_box(
     box: tuple[float, float, float, float], width: int | None, height: int | None
 ) -> tuple[float, float, float, float] | None:
-    """A box turned round where inverted and clipped where it sticks out by EDGE or more.
+    """Swap inverted sides of a box, and clip it if it extends beyond the image by EDGE or more.
 
     Args:
         box: pixels.
-        width, height: of the image; None: not known.
+        width, height: of the image; None if unknown.
 
     Returns:
-        the box, unchanged where nothing is wrong, or None where nothing of it is left.
+        The box, unchanged if nothing is wrong, or None if nothing of it is left.
     """
     if not all(map(math.isfinite, box)):
         return None

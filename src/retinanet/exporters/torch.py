@@ -1,4 +1,4 @@
-"""The whole detector as a package of torch: ``torch.export``'s program, or compiled code."""
+"""Write a detector as a torch package: a ``torch.export`` program, or AOTInductor's code."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from retinanet.inference.openvino_backend import quiet
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    """Write a program that ``torch.export.load`` reads, with the text in ``extra/retinanet``."""
+    """Write a program for ``torch.export.load``, with the text in ``extra/retinanet``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
+        warnings.simplefilter("ignore")  # from torch
         torch.export.save(program, file, extra_files={TEXT_KEY: text})
 
 
 def compile_program(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    """Write machine code for this processor that ``torch._inductor.aoti_load_package`` reads.
+    """Compile to machine code for this CPU, for ``torch._inductor.aoti_load_package``.
 
     Raises:
-        ConfigError: there is no C++ compiler that works.
+        ConfigError: no working C++ compiler.
     """
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
+            warnings.simplefilter("ignore")  # from torch
             torch._inductor.aoti_compile_and_package(program, package_path=str(file))
     except Exception as error:
         if "compiler" not in f"{type(error).__name__} {error}".lower():
             raise
         raise ConfigError(
-            "--aot needs a C++ compiler that works: "
-            f"{str(error).strip().splitlines()[0]}; without --aot none is needed"
+            "--aot needs a working C++ compiler: "
+            f"{str(error).strip().splitlines()[0]}; export without --aot"
         ) from None
-    _without_sources(file, text)
+    _strip_sources(file, text)
 
 
-def _without_sources(file: Path, text: str) -> None:
-    """Add the text; leave out the generated C++, which tells paths of this machine."""
-    beside = file.with_suffix(".slim")
-    with zipfile.ZipFile(file) as package, zipfile.ZipFile(beside, "w") as slim:
+def _strip_sources(file: Path, text: str) -> None:
+    """Add the text; drop the generated C++ sources, which contain paths of this machine."""
+    stripped = file.with_suffix(".stripped")
+    with zipfile.ZipFile(file) as package, zipfile.ZipFile(stripped, "w") as out:
         for entry in package.infolist():
             if not entry.filename.endswith(".cpp"):
-                with package.open(entry) as source, slim.open(entry.filename, "w") as target:
+                with package.open(entry) as source, out.open(entry.filename, "w") as target:
                     shutil.copyfileobj(source, target)
         root = package.namelist()[0].split("/")[0]
-        slim.writestr(f"{root}/extra/{TEXT_KEY}", text)
-    beside.replace(file)
+        out.writestr(f"{root}/extra/{TEXT_KEY}", text)
+    stripped.replace(file)

@@ -1,10 +1,9 @@
-"""The optional C library: the two loops in which a CPU spends most of its time beside the network.
+"""Optional C library: the two loops in which a CPU spends most of its time besides the network.
 
-``pip install`` builds it where there is a C compiler and goes without it where there is none; then,
-and with ``RETINANET_NATIVE=0`` in the environment, the pure torch code of each caller serves. That
-code is also the definition of what the functions here do. ``label_loss_served`` and
-``best_of_levels_served`` say whether they can do it for the given tensors; ``suppress`` takes what
-``best_of_levels`` found.
+``pip install`` builds it where there is a C compiler and succeeds without it where there is none;
+then, and with ``RETINANET_NATIVE=0`` in the environment, each caller uses its pure torch code,
+which is also the definition of the functions here. ``supports_label_loss`` and
+``supports_top_scores`` return True for the tensors that the functions accept.
 
 New tensors here name their device and type: C writes to them, whatever torch's defaults are.
 """
@@ -31,16 +30,16 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-# What setup.py builds the library from, and takes its version of.
-_SOURCES = ("native.c", "kernels.h")
+SOURCES = ("native.c", "kernels.h")
+"""What setup.py builds the library from; their checksum is its version."""
 
-_LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512")
 
 # Elements that are worth another thread.
-_ELEMENTS_A_THREAD = 2**15
+_ELEMENTS_PER_THREAD = 2**15
 
-# From this many bytes on a gradient is written past the caches, which it would only empty.
-_PAST_CACHES_FROM = 2**24
+# From this many bytes on a gradient bypasses the caches, which it would only flush.
+MIN_BYTES_PAST_CACHES = 2**24
 
 _CURVES = {("focal", 0.0): 0, ("focal", 1.0): 1, ("focal", 2.0): 2}
 _ANY_FOCAL, _STAR = 3, 4
@@ -48,8 +47,8 @@ _ANY_FOCAL, _STAR = 3, 4
 _TYPES = (torch.float32, torch.bfloat16)
 
 
-class _Library(NamedTuple):
-    """The loaded library or, if there is none, why."""
+class Library(NamedTuple):
+    """The loaded library or, if there is none, the reason."""
 
     functions: CDLL | None
     level: int
@@ -57,24 +56,28 @@ class _Library(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the library is there and switched on."""
-    return _library.functions is not None
+    """Return True if the library was built, loaded and not switched off."""
+    return library.functions is not None
 
 
 def description() -> str:
-    """Which code runs: ``avx512, 4 threads``, or ``pure torch (not built)``.
+    """Describe the code in use: ``avx512, 4 threads``, or ``pure torch (not built)``.
 
-    The levels are ``baseline``, ``avx2`` and ``avx512``; the best one that the processor has runs.
+    Of the levels ``baseline``, ``avx2`` and ``avx512`` the highest that the processor has is used.
     """
-    if _library.functions is None:
-        return f"pure torch ({_library.reason})"
-    threads = torch.get_num_threads() if _library.functions.retinanet_threaded() else 1
-    return f"{_LEVELS[_library.level]}, {threads} {'thread' if threads == 1 else 'threads'}"
+    if library.functions is None:
+        return f"pure torch ({library.reason})"
+    threads = torch.get_num_threads() if library.functions.retinanet_threaded() else 1
+    return f"{LEVELS[library.level]}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def label_loss_served(logits: Tensor) -> bool:
-    """Whether :func:`label_loss` takes these logits: float32 or bfloat16, in order, on a CPU."""
-    return available() and _served(logits) and logits.numel() > 0
+def supports_label_loss(logits: Tensor, formula: tuple[str, float, float]) -> bool:
+    """Return True if :func:`label_loss` accepts these.
+
+    Logits must be float32 or bfloat16, contiguous, on a CPU; the formula focal or focal_star.
+    """
+    known = formula[0] in ("focal", "focal_star")
+    return known and available() and _is_supported(logits) and logits.numel() > 0
 
 
 def label_loss(
@@ -86,15 +89,15 @@ def label_loss(
     formula: tuple[str, float, float],
     gradient: Tensor | None,
 ) -> Tensor:
-    """The weighted classification loss of rows, and its gradient.
+    """Compute the weighted classification loss of rows, and its gradient.
 
     Args:
         logits: (N, K) float32 or bfloat16, contiguous.
         labels: (N,) int64 class 0..K-1, or below 0 for none.
         weights: (N,) float32 factor of each row.
         positive, negative: () or (K,) float32: weights of positives and of negatives.
-        formula: kind, gamma and beta as of ``retinanet.losses.classification``.
-        gradient: (N, K) to be filled, of the logits' type, or None; may be the logits themselves.
+        formula: kind, gamma and beta, as in :mod:`retinanet.losses.focal`.
+        gradient: (N, K) to be filled, of the logits' type, or None; may be `logits` itself.
 
     Returns:
         () float32, the same for any number of threads.
@@ -111,7 +114,7 @@ def label_loss(
     pieces = functions.retinanet_loss_pieces(count, classes)
     partial = torch.empty(pieces, dtype=torch.float64, device="cpu")
     functions.retinanet_loss(
-        _library.level,
+        library.level,
         _threads(logits.numel()),
         logits.dtype == torch.bfloat16,
         logits.data_ptr(),
@@ -127,17 +130,17 @@ def label_loss(
         beta,
         beta / gamma if kind == "focal_star" else 0.0,
         None if gradient is None else gradient.data_ptr(),
-        gradient is not None and not in_place and size >= _PAST_CACHES_FROM,
+        gradient is not None and not in_place and size >= MIN_BYTES_PAST_CACHES,
         partial.data_ptr(),
     )
     return partial.sum().float()
 
 
-class Best(NamedTuple):
-    """The best scores of B images, image by image, level by level, each list best first.
+class TopScores(NamedTuple):
+    """The best scores of B images, by image, then by level, each list best first.
 
     Attributes:
-        counts: (B,) int64 how many of the N are of each image.
+        counts: (B,) int64 number of scores per image; their sum is N.
         labels: (N,) int64 class.
         logits: (N,) float32.
         deltas: (N, 4) float32 the row of the deltas.
@@ -151,47 +154,47 @@ class Best(NamedTuple):
     anchors: Tensor
 
 
-def best_of_levels_served(
+def supports_top_scores(
     logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor]
 ) -> bool:
-    """Whether :func:`best_of_levels` takes these: float32 or bfloat16, in order, on a CPU."""
+    """Return True if :func:`top_scores` accepts these: float32 or bfloat16, dense, on a CPU."""
     return (
         available()
-        and all(_served(one) for one in (*logits, *deltas))
-        and all(_served(one) and one.dtype == torch.float32 for one in anchors)
-        and len({one.dtype for one in logits}) == len({one.dtype for one in deltas}) == 1
-        # Places within an image and level are 32 bits wide.
-        and all(one[0].numel() < 2**32 for one in logits if len(one))
+        and all(_is_supported(level) for level in (*logits, *deltas))
+        and all(_is_supported(boxes) and boxes.dtype == torch.float32 for boxes in anchors)
+        and len({level.dtype for level in logits}) == len({level.dtype for level in deltas}) == 1
+        # Indices within an image and level are 32 bits wide.
+        and all(level[0].numel() < 2**32 for level in logits if len(level))
     )
 
 
-def best_of_levels(
+def top_scores(
     logits: Sequence[Tensor],
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    least: float,
-    most: int,
-) -> Best:
-    """The `most` highest logits of each image and level that are over `least`.
+    min_logit: float,
+    max_count: int,
+) -> TopScores:
+    """Select the `max_count` highest logits of each image and level that are above `min_logit`.
 
-    Of equal logits the first are taken, and stand first. A NaN is over nothing.
+    Ties are broken by index, the lower first. A NaN is never above.
 
     Args:
         logits: L tensors (B, R_l, K), contiguous.
         deltas: L tensors (B, R_l, 4), contiguous.
         anchors: L tensors (R_l, 4) float32, contiguous.
-        least: a logit.
-        most: 1 or more.
+        min_logit: exclusive.
+        max_count: 1 or more.
 
     Raises:
-        MemoryError: there is not enough for the list of what was found.
+        MemoryError: the list of selected scores cannot be allocated.
     """
     functions = _functions()
     images, _, classes = logits[0].shape
     rows = (c_int64 * len(logits))(*(level.shape[1] for level in logits))
     counts = torch.zeros(images, dtype=torch.int64, device="cpu")
-    found = functions.retinanet_find(
-        _library.level,
+    handle = functions.retinanet_find(
+        library.level,
         _threads(sum(level.numel() for level in logits)),
         logits[0].dtype == torch.bfloat16,
         len(logits),
@@ -199,15 +202,15 @@ def best_of_levels(
         rows,
         images,
         classes,
-        least,
-        min(most, 2**62),
+        min_logit,
+        min(max_count, 2**62),
         counts.data_ptr(),
     )
-    if not found:
+    if not handle:
         raise MemoryError("no memory for the list of scores over the threshold")
     try:
         total = int(counts.sum())
-        best = Best(
+        best = TopScores(
             counts,
             torch.empty(total, dtype=torch.int64, device="cpu"),
             torch.empty(total, dtype=torch.float32, device="cpu"),
@@ -215,7 +218,7 @@ def best_of_levels(
             torch.empty(total, 4, dtype=torch.float32, device="cpu"),
         )
         functions.retinanet_take(
-            found,
+            handle,
             deltas[0].dtype == torch.bfloat16,
             _pointers(deltas),
             _pointers(anchors),
@@ -223,11 +226,11 @@ def best_of_levels(
             *(part.data_ptr() for part in best[1:]),
         )
     finally:
-        functions.retinanet_drop(found)
+        functions.retinanet_drop(handle)
     return best
 
 
-def suppress(
+def batched_nms(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor | None,
@@ -235,28 +238,28 @@ def suppress(
     *,
     classes: int,
     threshold: float,
-    most: int,
+    max_count: int,
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression in each class of each image, the `most` best survivors of an image.
+    """Apply NMS per class and image and keep the `max_count` best survivors of each image.
 
-    Source: Lin et al. 2017, Sec. 4; the survivors are those of ``torchvision.ops.nms``, bit by bit.
+    Source: Lin et al. 2017, Sec. 4; the survivors are exactly those of ``torchvision.ops.nms``.
 
     Args:
         boxes: (N, 4) float32 of all images, one image after the other.
         scores: (N,) float32, no NaN.
         labels: (N,) int64 class 0..K-1, or None: all boxes of an image suppress each other.
-        counts: (B,) int64 how many of the boxes are of each image; their sum is N.
+        counts: (B,) int64 number of boxes per image; their sum is N.
         classes: K.
-        threshold: of two boxes with a greater IoU the one of less score goes.
-        most: 1 or more.
+        threshold: IoU above which the box of the lower score is removed.
+        max_count: 1 or more.
 
     Returns:
-        places (M,) int64 of the survivors, image by image, best first, equal scores by class and
-        then by place; and how many they are in each image, (B,) int64.
+        indices (M,) int64 of the survivors, by image, best first, equal scores by class and then by
+        index; and their number per image, (B,) int64.
 
     Raises:
-        ValueError: shapes or counts do not fit, or a label is not 0..K-1: C would go past the end.
-        MemoryError: there is not enough to sort the boxes.
+        ValueError: shapes or counts do not fit, or a label is not 0..K-1.
+        MemoryError: the memory to sort the boxes cannot be allocated.
     """
     functions = _functions()
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device="cpu")
@@ -267,8 +270,8 @@ def suppress(
     boxes, scores = boxes.contiguous(), scores.contiguous()
     labels = labels if labels is None else labels.contiguous()
     done = functions.retinanet_suppress(
-        _library.level,
-        # An image is a thread's work; a few boxes are nobody's.
+        library.level,
+        # Each thread takes whole images; a few boxes are not worth a thread.
         min(_threads(64 * len(scores)), max(1, len(counts))),
         boxes.data_ptr(),
         scores.data_ptr(),
@@ -277,7 +280,7 @@ def suppress(
         len(counts),
         classes,
         threshold,
-        min(most, 2**62),
+        min(max_count, 2**62),
         kept.data_ptr(),
         survivors.data_ptr(),
     )
@@ -308,8 +311,8 @@ def _check_groups(
             raise ValueError(f"labels to suppress are 0..{classes - 1}, got {wrong}")
 
 
-def _served(values: Tensor) -> bool:
-    # A subclass (of a tracer, say) may have no memory to point at.
+def _is_supported(values: Tensor) -> bool:
+    # A subclass (a tracer's, for instance) may have no memory to point at.
     return (
         type(values) in (Tensor, torch.nn.Parameter)
         and values.device.type == "cpu"
@@ -319,22 +322,23 @@ def _served(values: Tensor) -> bool:
 
 
 def _threads(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_A_THREAD))
+    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
 
 
 def _pointers(tensors: Sequence[Tensor]) -> object:
-    return (c_void_p * len(tensors))(*(one.data_ptr() for one in tensors))
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _functions() -> CDLL:
-    if _library.functions is None:
-        raise RuntimeError(f"the native library is not in use: {_library.reason}")
-    return _library.functions
+    if library.functions is None:
+        raise RuntimeError(f"the native library is not in use: {library.reason}")
+    return library.functions
 
 
-def _load(folder: Path) -> _Library:
+def load_library(folder: Path) -> Library:
+    """Load the library from a folder, unless it is switched off or does not fit its sources."""
     if os.environ.get("RETINANET_NATIVE", "1") == "0":
-        return _Library(None, 0, "RETINANET_NATIVE=0")
+        return Library(None, 0, "RETINANET_NATIVE=0")
     for suffix in EXTENSION_SUFFIXES:
         file = folder / f"_library{suffix}"
         if not file.is_file():
@@ -345,21 +349,21 @@ def _load(folder: Path) -> _Library:
             version = functions.retinanet_version()
             level = functions.retinanet_level()
         except (OSError, AttributeError) as error:
-            return _Library(None, 0, f"{file.name} does not load: {error}")
+            return Library(None, 0, f"{file.name} does not load: {error}")
         if version != _version_of_sources(folder, version):
-            return _Library(None, 0, f"{file.name} is of other sources: install again")
-        return _Library(functions, level, "")
-    return _Library(None, 0, "not built")
+            return Library(None, 0, f"{file.name} was built from other sources: install again")
+        return Library(functions, level, "")
+    return Library(None, 0, "not built")
 
 
 def _version_of_sources(folder: Path, otherwise: int) -> int:
-    """What setup.py calls a library built of the sources in `folder`.
+    """Return the version that setup.py gives a library built from the sources in `folder`.
 
-    An editable installation has them beside the library, where they may have changed since it was
-    built. A wheel does not, and cannot: `otherwise`.
+    An editable installation has them next to the library, where they may have changed since it was
+    built. A wheel has none: return `otherwise`.
     """
     version = 0
-    for name in _SOURCES:
+    for name in SOURCES:
         try:
             version = crc32((folder / name).read_bytes(), version)
         except OSError:
@@ -368,10 +372,10 @@ def _version_of_sources(folder: Path, otherwise: int) -> int:
 
 
 def _declare(functions: CDLL) -> None:
-    """Say what each function takes, in the order of native.c.
+    """Declare the types of each function, in the order of native.c.
 
     Raises:
-        AttributeError: the library is without one of them.
+        AttributeError: the library lacks a function.
     """
     pointer, integer, long = c_void_p, c_int, c_int64
     functions.retinanet_version.argtypes = []
@@ -426,4 +430,4 @@ def _declare(functions: CDLL) -> None:
     functions.retinanet_suppress.restype = integer
 
 
-_library = _load(Path(__file__).parent)
+library = load_library(Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""The whole detector as an ONNX model of standard operators alone."""
+"""Convert a detector to an ONNX model of standard operators."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ import numpy as np
 import torch
 
 from retinanet import __version__
-from retinanet.exporters.program import OUTPUTS
+from retinanet.exporters.graph import OUTPUTS
 from retinanet.inference.exported import TEXT_KEY
 from retinanet.inference.openvino_backend import quiet
 
 OPSET = 22
-"""The latest that ONNX Runtime 1.22, the oldest that is asked for, takes."""
+"""Supported from ONNX Runtime 1.22 on, the minimum version."""
 
-_INT64, _DOUBLE, _BOOL = 7, 11, 9  # onnx.TensorProto's numbers
+_INT64, _DOUBLE, _BOOL = 7, 11, 9  # onnx.TensorProto.DataType
+
+_DIMENSIONS = {
+    "images": ("batch", "", "height", "width"),
+    **dict.fromkeys(("boxes", "scores", "labels", "count"), ("batch",)),
+}
 
 
 def onnx_model(
     program: torch.export.ExportedProgram, form: str, text: str, properties: dict[str, str]
 ) -> Any:
-    """The program as an ``onnx.ModelProto``.
+    """Convert a program to an ``onnx.ModelProto``.
 
     Args:
-        program: its suppression is ``retinanet::suppress``.
+        program: with ``retinanet::suppress`` for non-maximum suppression.
         form: a key of :data:`OUTPUTS`.
-        text: what :func:`retinanet.inference.exported.read_exported` will read.
+        text: metadata for :func:`retinanet.inference.exported.read_exported`.
         properties: more metadata.
     """
     import onnx
 
     with quiet(), warnings.catch_warnings():
-        # Of torch about itself.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # from torch
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -49,15 +53,15 @@ def onnx_model(
     assert converted is not None
     model = converted.model_proto
     graph = model.graph
-    # The types in between are those of symbolic sizes, in part too narrow; they follow from the
-    # operators. Where a node was written is a path of this machine.
+    # Types of intermediate values are partly too narrow for symbolic sizes; engines infer them.
+    # The metadata of nodes contains paths of this machine.
     del graph.value_info[:]
-    for one in (*graph.node, *graph.initializer, *graph.input, *graph.output, graph, model):
-        del one.metadata_props[:]
+    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output, graph, model):
+        del item.metadata_props[:]
     for value, names in _DIMENSIONS.items():
-        for given in (*graph.input, *graph.output):
-            if given.name == value:
-                for dimension, name in zip(given.type.tensor_type.shape.dim, names, strict=False):
+        for tensor in (*graph.input, *graph.output):
+            if tensor.name == value:
+                for dimension, name in zip(tensor.type.tensor_type.shape.dim, names, strict=False):
                     if name:
                         dimension.dim_param = name
     graph.name = "retinanet"
@@ -67,17 +71,8 @@ def onnx_model(
     return model
 
 
-_DIMENSIONS = {
-    "images": ("batch", "", "height", "width"),
-    "boxes": ("batch",),
-    "scores": ("batch",),
-    "labels": ("batch",),
-    "count": ("batch",),
-}
-
-
 def _translations() -> dict[Any, Any]:
-    """Of what torch has no translation for, or one that computes sizes in float32."""
+    """Return translations that torch lacks, or that compute sizes in float32."""
     import onnx
     from onnxscript import ir
     from onnxscript import opset18 as op
@@ -89,14 +84,14 @@ def _translations() -> dict[Any, Any]:
         number = isinstance(value, int | float)
         return constant(value, np.float64) if number else op.Cast(value, to=_DOUBLE)
 
-    def divide(one: Any, other: Any) -> Any:
-        return op.Div(double(one), double(other))
+    def divide(a: Any, b: Any) -> Any:
+        return op.Div(double(a), double(b))
 
-    def multiply(one: Any, other: Any) -> Any:
+    def multiply(a: Any, b: Any) -> Any:
         floats = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-        if any(getattr(value, "dtype", None) in floats for value in (one, other)):
-            one, other = double(one), double(other)
-        return op.Mul(one, other)
+        if any(getattr(value, "dtype", None) in floats for value in (a, b)):
+            a, b = double(a), double(b)
+        return op.Mul(a, b)
 
     def rounded(value: Any, digits: Any = None) -> Any:
         return op.Cast(op.Round(value), to=_INT64)
@@ -107,12 +102,12 @@ def _translations() -> dict[Any, Any]:
         labels: Any,
         classes: int,
         threshold: float,
-        most: int,
+        max_boxes: int,
         side: int,
     ) -> Any:
         dense = op.Unsqueeze(scores, constant([1], np.int64))
         if classes > 1:
-            # (B, K, T): a candidate has a score in its own class alone.
+            # (B, K, T): a candidate has a score only in its own class.
             own = op.Equal(
                 op.Unsqueeze(labels, constant([1], np.int64)),
                 constant(np.arange(classes)[:, None], np.int64),
@@ -121,14 +116,14 @@ def _translations() -> dict[Any, Any]:
         chosen = op.NonMaxSuppression(
             boxes,
             dense,
-            constant([most], np.int64),
+            constant([max_boxes], np.int64),
             constant([threshold], np.float32),
-            constant([-0.5], np.float32),  # what is no candidate has -1
+            constant([-0.5], np.float32),  # empty candidates have -1
         )
-        places = op.Gather(chosen, constant([0, 2], np.int64), axis=1)  # image, candidate
-        nowhere = op.Expand(constant(0, np.float32), op.Shape(scores))
-        ones = op.Expand(constant(1, np.float32), op.Shape(places, end=1))
-        return op.Cast(op.ScatterND(nowhere, places, ones), to=_BOOL)
+        indices = op.Gather(chosen, constant([0, 2], np.int64), axis=1)  # image, candidate
+        zeros = op.Expand(constant(0, np.float32), op.Shape(scores))
+        ones = op.Expand(constant(1, np.float32), op.Shape(indices, end=1))
+        return op.Cast(op.ScatterND(zeros, indices, ones), to=_BOOL)
 
     return {
         operator.truediv: divide,

@@ -1,0 +1,555 @@
+"""Losses over independent sigmoids: focal loss, cross entropy, FL* and the hinge loss.
+
+Dense targets, ``reduction="none"``, second derivatives, ``torch.compile`` and ``torch.func`` use
+the formula as it is written (:func:`plain_loss`) and autograd. Integer labels with a sum or a mean
+compute loss and gradient in one pass: with the C kernel on a CPU or the Triton kernel on a GPU
+where they are available and support the case, else with the plain formula on one chunk of rows
+after the other. Tests hold all of them equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn.functional import softplus
+
+from retinanet.config import LossConfig
+from retinanet.kernels import native, triton_probe
+from retinanet.structures import BACKGROUND, IGNORED, is_readable
+
+Reduction = Literal["none", "sum", "mean"]
+Alpha = float | Sequence[float] | Tensor | None
+Kind = Literal["focal", "focal_star", "hinge"]
+Formula = tuple[Kind, float, float]
+"""Kind, gamma and beta; for the hinge loss its margin and 0."""
+
+_DEFAULTS = LossConfig()
+
+# From here on log(1 + exp(x)) equals x in float64 too, and exp(x) does not overflow yet.
+_LINEAR_FROM = 80.0
+
+# Elements per chunk of the plain formula, per thread: intermediates of 640 kB stay in the cache.
+_CPU_CHUNK = 2048 * 80
+_GPU_CHUNK = 2**23
+
+
+def focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: Alpha = _DEFAULTS.alpha,
+    gamma: float = _DEFAULTS.gamma,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""Alpha-balanced focal loss of independent sigmoids.
+
+    .. math:: FL(p_t) = -\alpha_t (1 - p_t)^\gamma \log p_t
+
+    Source: Lin et al. 2017 (arXiv:1708.02002), Sec. 3.2, Eq. 5; gradient: Appendix B.
+
+    Args:
+        logits: (..., K) raw scores of any float type; computed in float32 (float64 stays).
+        targets: integers (...): class 0..K-1, BACKGROUND (-1: no class) or IGNORED (-2: no loss
+            and no gradient); or floats (..., K) in [0, 1]: the target of each sigmoid. Soft targets
+            t enter as torchvision has it: p_t = t p + (1 - t) (1 - p), alpha_t likewise, and cross
+            entropy with t.
+        alpha: weight of positives in [0, 1], negatives weigh 1 - alpha; K numbers: one a class;
+            None: no weights (Eq. 4).
+        gamma: focusing exponent >= 0; 0 gives Eq. 3.
+        reduction: ``sum``; ``mean`` over the elements that are not ignored; ``none``.
+
+    Returns:
+        () or, for ``none``, (..., K) with 0 where ignored; float32 or float64. For a detector
+        divide the sum by the number of anchors assigned to an object (Sec. 4.1). Value and gradient
+        are finite for every finite logit. With integer labels the relative error of the float32
+        sum is below 2e-6 for any number of elements: blocks are summed in float32, their sums in
+        float64.
+
+    Raises:
+        ValueError: shapes do not fit, or alpha, gamma, reduction or a target is out of range
+            (values on a GPU are not checked, which would need a device sync; an invalid label there
+            makes the loss NaN).
+
+    Differs: torchvision takes one-hot targets alone, has no IGNORED, and spells None as -1.
+
+    Example: Sec. 3.2, "with gamma = 2, an example classified with p_t = 0.9 would have 100x lower
+    loss compared with CE".
+
+        >>> logit = torch.tensor([[0.9]]).logit()
+        >>> label = torch.tensor([0])
+        >>> ce = cross_entropy(logit, label)
+        >>> fl = focal_loss(logit, label, alpha=None, gamma=2.0)
+        >>> round(float(ce / fl), 1)
+        100.0
+    """
+    return _loss(logits, targets, _formula("focal", gamma=gamma), alpha, reduction)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, alpha: Alpha = None, reduction: Reduction = "sum"
+) -> Tensor:
+    r"""Cross entropy of independent sigmoids, alpha-balanced if asked: focal loss with gamma 0.
+
+    .. math:: CE(p_t) = -\alpha_t \log p_t
+
+    Source: Lin et al. 2017 (arXiv:1708.02002), Sec. 3 and 3.1, Eq. 1 to 3.
+
+    Args, Returns, Raises: as :func:`focal_loss`.
+
+    Example: Sec. 3.3, without the prior every sigmoid starts at one half, and an anchor of K = 80
+    classes costs K ln 2.
+
+        >>> round(float(cross_entropy(torch.zeros(1, 80), torch.tensor([-1]))), 2)
+        55.45
+    """
+    return _loss(logits, targets, _formula("focal", gamma=0.0), alpha, reduction)
+
+
+def focal_loss_star(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma: float = _DEFAULTS.gamma,
+    beta: float = _DEFAULTS.beta,
+    alpha: Alpha = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""FL*: cross entropy of a steeper and shifted sigmoid.
+
+    .. math:: FL^*(x_t) = -\alpha_t \log(\sigma(\gamma x_t + \beta)) / \gamma
+
+    Source: Lin et al. 2017 (arXiv:1708.02002), Appendix A, Eq. 6 and 7; gradient: Appendix B.
+
+    Args:
+        gamma: steepness > 0. With `beta` 0, 1 gives cross entropy.
+        beta: shift; the higher, the less an example of a given x_t costs.
+
+    Other Args, Returns, Raises: as :func:`focal_loss`. A soft target t mixes the loss of a
+    positive and of a negative, t to 1 - t.
+
+    Example: on the decision border, x_t = 0, it costs ln 2 / gamma.
+
+        >>> round(float(focal_loss_star(torch.zeros(1, 1), torch.tensor([0]), gamma=4.0)), 4)
+        0.1733
+    """
+    formula = _formula("focal_star", gamma=gamma, beta=beta)
+    return _loss(logits, targets, formula, alpha, reduction)
+
+
+def hinge_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    margin: float = _DEFAULTS.margin,
+    alpha: Alpha = None,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""Hinge loss on p_t: nothing to learn above a margin.
+
+    .. math:: \alpha_t \max(0, m - p_t)
+
+    Source: Lin et al. 2017 (arXiv:1708.02002), Sec. 5.1: "the hinge loss on p_t, which sets loss to
+    0 above a certain value of p_t", tried and found unstable. It is flat on both sides: an example
+    that is wholly wrong has no gradient either.
+
+    Args:
+        margin: m in (0, 1], the value of p_t from which an example costs nothing. The paper gives
+            none: .5, the decision border, is ours.
+
+    Other Args, Returns, Raises: as :func:`focal_loss`. A soft target t mixes the loss of a
+    positive and of a negative, t to 1 - t. At p_t = m the gradient is 0.
+
+    Example: at p_t = .1 it costs .5 - .1.
+
+        >>> logit = torch.tensor([[0.1]]).logit()
+        >>> round(float(hinge_loss(logit, torch.tensor([0]))), 4)
+        0.4
+    """
+    return _loss(logits, targets, _formula("hinge", margin=margin), alpha, reduction)
+
+
+def weighted_label_loss(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    *,
+    kind: Kind,
+    gamma: float = _DEFAULTS.gamma,
+    beta: float = _DEFAULTS.beta,
+    margin: float = _DEFAULTS.margin,
+    alpha: Alpha = None,
+    overwrite_logits: bool = False,
+) -> Tensor:
+    """Sum the losses of rows, each times its weight, for normalizers per image.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) integer class 0..K-1, BACKGROUND or IGNORED.
+        row_weights: (N,) float; no gradient flows to them.
+        kind, gamma, beta, margin, alpha: as in the public functions; a parameter that the kind does
+            not have is ignored.
+        overwrite_logits: allow the gradient to be written over the logits, which saves as much
+            memory as they take. Only for logits that nothing reads afterwards (a convolution does
+            not need its output in the backward pass); autograd raises an error where another
+            function saved them for its own gradient. The loss can then be differentiated once only.
+
+    Returns:
+        () float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: as :func:`focal_loss`.
+        RuntimeError: in the backward pass, if overwritten logits are needed again.
+    """
+    if labels.shape != logits.shape[:1] or logits.dim() != 2 or row_weights.shape != labels.shape:
+        raise ValueError(
+            "a weighted loss takes logits (N, K), labels (N,) and weights (N,), got "
+            f"{tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(row_weights.shape)}"
+        )
+    formula = _formula(kind, gamma=gamma, beta=beta, margin=margin)
+    return _weighted_sum(logits, labels, row_weights, formula, alpha, overwrite_logits)
+
+
+def plain_loss(logits: Tensor, targets: Tensor, formula: Formula) -> Tensor:
+    """Compute the unweighted loss of each element as the paper writes it.
+
+    Args:
+        logits: (..., K) float32 or float64.
+        targets: (..., K) of the same type, in [0, 1].
+        formula: kind, gamma and beta.
+
+    Returns:
+        (..., K).
+    """
+    kind, gamma, beta = formula
+    if kind == "hinge":
+        margin = gamma
+        as_positive = torch.relu(margin - torch.sigmoid(logits))
+        as_negative = torch.relu(margin - torch.sigmoid(-logits))
+        return targets * as_positive + (1 - targets) * as_negative
+    if kind == "focal_star":
+        steep = {"beta": gamma, "threshold": _LINEAR_FROM}
+        as_positive = softplus(-logits - beta / gamma, **steep)
+        as_negative = softplus(logits - beta / gamma, **steep)
+        return targets * as_positive + (1 - targets) * as_negative
+    as_positive = softplus(-logits, threshold=_LINEAR_FROM)
+    as_negative = softplus(logits, threshold=_LINEAR_FROM)
+    loss = targets * as_positive + (1 - targets) * as_negative
+    if gamma == 0:
+        return loss
+    # 1 - p_t; the clamp keeps it above 0, where the slope of a power below 1 is infinite.
+    bounded = logits.clamp(-_LINEAR_FROM, _LINEAR_FROM)
+    wrong = targets * torch.sigmoid(-bounded) + (1 - targets) * torch.sigmoid(bounded)
+    return wrong.pow(gamma) * loss
+
+
+def plain_label_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: Formula,
+) -> Tensor:
+    """Sum the plain formula over rows with integer labels: the definition of the kernels.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) class 0..K-1, BACKGROUND or IGNORED; any other makes the loss NaN.
+        weights: (N,) float32 or float64 factors of the rows; IGNORED rows have weight 0.
+        positive, negative: () or (K,) alpha of positives and of negatives.
+        formula: kind, gamma and beta.
+
+    Returns:
+        () of the type of `weights`.
+    """
+    targets = _one_hot(labels, logits.shape[1], weights.dtype)
+    loss = plain_loss(logits.to(weights.dtype), targets, formula)
+    weighted = loss * (positive * targets + negative * (1 - targets)) * weights[:, None]
+    if weighted.device.type == "mps":  # which has no float64
+        return weighted.sum()
+    return weighted.sum(dtype=torch.float64).to(weights.dtype)
+
+
+def _weighted_sum(
+    logits: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    formula: Formula,
+    alpha: Alpha,
+    overwrite_logits: bool = False,
+) -> Tensor:
+    _check_labels(labels, logits.shape[1])
+    positive, negative = _alpha_pair(alpha, logits)
+    weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
+    labels = labels.long()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # The compiler fuses the formula as written; torch.func's transforms trace it.
+        return plain_label_loss(logits, labels, weights, positive, negative, formula)
+    want_gradient = torch.is_grad_enabled() and logits.requires_grad
+    result: Tensor = _LabelLoss.apply(
+        logits,
+        labels,
+        weights,
+        positive,
+        negative,
+        formula,
+        want_gradient,
+        overwrite_logits and want_gradient,
+    )
+    return result
+
+
+class _LabelLoss(torch.autograd.Function):
+    """Loss whose gradient is computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        formula: Formula,
+        want_gradient: bool,
+        overwrite: bool,
+    ) -> Tensor:
+        ctx.gradient = _empty_gradient(logits, overwrite) if want_gradient else None
+        loss = _sum_and_gradient(logits, labels, weights, positive, negative, formula, ctx.gradient)
+        ctx.overwritten = overwrite
+        if overwrite:
+            # Functions that saved the logits for their own gradient then raise an error.
+            increment_version(logits)
+        else:
+            ctx.save_for_backward(logits, labels, weights, positive, negative)
+        ctx.formula = formula
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        constants = (None,) * 7
+        # Scaled in place and given away, which saves a copy; with retain_graph it is made again.
+        gradient, ctx.gradient = ctx.gradient, None
+        if ctx.overwritten:
+            if torch.is_grad_enabled() or gradient is None:
+                raise RuntimeError(
+                    "the gradient was written over the logits, so this loss can be derived only "
+                    "once: for second derivatives, or a second backward pass, leave "
+                    "overwrite_logits=False"
+                )
+            return _scaled(gradient, upstream), *constants
+        logits, labels, weights, positive, negative = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph: a gradient that can itself be differentiated needs the formula.
+            loss = plain_label_loss(logits, labels, weights, positive, negative, ctx.formula)
+            return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *constants
+        if gradient is None:
+            gradient = _empty_gradient(logits)
+            _sum_and_gradient(logits, labels, weights, positive, negative, ctx.formula, gradient)
+        return _scaled(gradient, upstream).to(logits.dtype), *constants
+
+
+def _empty_gradient(logits: Tensor, overwrite: bool = False) -> Tensor:
+    """Return the memory for the gradient; with `overwrite` the logits' own, except for float16.
+
+    float16 has a float32 gradient: it would lose small values before the loss scale lifts them.
+    """
+    if logits.dtype == torch.float16:
+        return torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    if overwrite:
+        return logits.detach()
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Multiply the gradient by the upstream gradient, in its own memory."""
+    if upstream.device.type == "cpu" and float(upstream) == 1:
+        return gradient
+    # The kernel computes in float32.
+    fits = gradient.is_cuda and gradient.is_contiguous() and gradient.dtype != torch.float64
+    if fits and triton_probe.is_usable(gradient.device):
+        from retinanet.kernels import triton_focal
+
+        # Only the kernel can see, without a device sync, that the factor is 1.
+        return triton_focal.scale_(gradient, upstream)
+    return gradient.mul_(upstream)
+
+
+def _sum_and_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: Formula,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Return the weighted loss () of rows (N, K) and fill `gradient` unless it is None."""
+    arguments = (logits, labels, weights, positive, negative, formula, gradient)
+    if native.supports_label_loss(logits, formula):
+        return native.label_loss(*arguments)
+    if logits.is_cuda and triton_probe.is_usable(logits.device):
+        from retinanet.kernels import triton_focal
+
+        if triton_focal.supports(logits, formula):
+            return triton_focal.sum_and_gradient(*arguments)
+    return _plain_in_chunks(*arguments)
+
+
+def _plain_in_chunks(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    formula: Formula,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Apply :func:`plain_label_loss` to chunks of rows, so that its intermediates stay small."""
+    on_cpu = logits.device.type == "cpu"
+    elements = _CPU_CHUNK * min(8, torch.get_num_threads()) if on_cpu else _GPU_CHUNK
+    step = max(1, elements // logits.shape[1])
+    total = weights.new_zeros((), dtype=weights.dtype if logits.is_mps else torch.float64)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        with torch.set_grad_enabled(gradient is not None):
+            chunk = logits[rows].detach().to(weights.dtype).requires_grad_(gradient is not None)
+            loss = plain_label_loss(chunk, labels[rows], weights[rows], positive, negative, formula)
+        if gradient is not None:
+            (gradient[rows],) = torch.autograd.grad(loss, chunk)
+        total += loss.detach()
+    return total.to(weights.dtype)
+
+
+def _loss(
+    logits: Tensor, targets: Tensor, formula: Formula, alpha: Alpha, reduction: Reduction
+) -> Tensor:
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")
+    if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits are floats of shape (..., K), got {logits.dtype} {tuple(logits.shape)}"
+        )
+    integer = not targets.is_floating_point() and targets.dtype != torch.bool
+    expected = logits.shape[:-1] if integer else logits.shape
+    if targets.shape != expected:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} go with integer labels of shape "
+            f"{tuple(logits.shape[:-1])} or float targets of shape {tuple(logits.shape)}; "
+            f"got {targets.dtype} targets of shape {tuple(targets.shape)}"
+        )
+    classes, working = logits.shape[-1], _working_type(logits)
+    if integer and reduction != "none":
+        labels = targets.reshape(-1)
+        ones = torch.ones(labels.shape, dtype=working, device=logits.device)
+        total = _weighted_sum(logits.reshape(-1, classes), labels, ones, formula, alpha)
+        if reduction == "sum":
+            return total
+        return total / ((labels != IGNORED).sum() * classes).clamp(min=1)
+    positive, negative = _alpha_pair(alpha, logits)
+    counted = None
+    if integer:
+        _check_labels(targets, classes)
+        dense = _one_hot(targets, classes, working)
+        counted = (targets != IGNORED)[..., None]
+    else:
+        dense = targets.to(working)
+        _check_dense(dense)
+    loss = plain_loss(logits.to(working), dense, formula)
+    if alpha is not None:
+        loss = loss * (positive * dense + negative * (1 - dense))
+    if counted is not None:
+        loss = torch.where(counted, loss, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(1, loss.numel())
+
+
+def _working_type(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Return (..., K) with NaN for labels that are neither a class, BACKGROUND nor IGNORED."""
+    every_class = torch.arange(classes, device=labels.device)
+    invalid = (labels < IGNORED) | (labels >= classes)
+    targets = (labels[..., None] == every_class).to(dtype)
+    return targets.masked_fill(invalid[..., None], math.nan)
+
+
+def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of positives and of negatives: () or (K,) each."""
+    kind, device, classes = _working_type(logits), logits.device, logits.shape[-1]
+    if alpha is None:
+        unweighted = torch.ones((), dtype=kind, device=device)
+        return unweighted, unweighted
+    if isinstance(alpha, Tensor):
+        weight = alpha.to(kind)
+    else:
+        weight = torch.as_tensor(alpha, dtype=kind, device="cpu")
+    if weight.dim() > 1 or (weight.dim() == 1 and len(weight) != classes):
+        raise ValueError(
+            f"alpha is a number, None or one number for each of the {classes} classes, "
+            f"got {tuple(weight.shape)}"
+        )
+    if is_readable(weight):
+        outside = ~((weight >= 0) & (weight <= 1)).reshape(-1)
+        if outside.any():
+            raise ValueError(
+                f"alpha must lie in [0, 1] (None: no weights), got {weight.reshape(-1)[outside][0]}"
+            )
+    if isinstance(alpha, float | int):  # filled on the device: a copy to a GPU would sync
+        weight = torch.full((), alpha, dtype=kind, device=device)
+    elif not isinstance(alpha, Tensor) and device.type != "cpu":
+        weight = _on_device(tuple(alpha), kind, device)
+    weight = weight.to(device).detach()
+    return weight, 1 - weight
+
+
+@lru_cache(maxsize=32)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy numbers to a device once: a copy per step would sync."""
+    with torch.inference_mode(False):  # so that autograd accepts the cached tensor later
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _formula(kind: Kind, *, gamma: float = 0.0, beta: float = 0.0, margin: float = 1.0) -> Formula:
+    """Return a kind with its two parameters, both checked."""
+    if kind == "hinge":
+        if not 0 < margin <= 1:
+            raise ValueError(f"margin must lie in (0, 1], as p_t does, got {margin}")
+        return kind, margin, 0.0
+    if not 0 <= gamma < math.inf or (gamma == 0 and kind == "focal_star"):
+        raise ValueError(f"gamma must be {'> 0' if kind == 'focal_star' else '>= 0'}, got {gamma}")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, got {beta}")
+    return kind, gamma, beta
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.dtype == torch.bool or labels.is_floating_point():
+        raise ValueError(f"labels are integers, got {labels.dtype}")
+    # Labels that are not read here make the loss NaN.
+    if not is_readable(labels) or labels.numel() == 0:
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < IGNORED or high >= classes:
+        wrong = high if high >= classes else low
+        raise ValueError(
+            f"label {wrong} is neither a class 0..{classes - 1} nor BACKGROUND ({BACKGROUND}) nor "
+            f"IGNORED ({IGNORED})"
+        )
+
+
+def _check_dense(targets: Tensor) -> None:
+    if not is_readable(targets) or targets.numel() == 0:
+        return
+    low, high = (float(end) for end in targets.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"float targets lie in [0, 1], got {low if not low >= 0 else high}")

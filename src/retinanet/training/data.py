@@ -1,0 +1,164 @@
+"""What to train on: reading the splits, checking them, and the digest that identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retinanet.anchors import AnchorSpec, anchor_spec
+from retinanet.config import Recipe
+from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.images import image_size
+from retinanet.errors import ConfigError, DataError
+from retinanet.training.events import Emit
+
+MIN_ANCHOR_RECALL = 0.5
+"""Share of objects that some anchor must match for training to start without a warning."""
+
+_RECALL_IMAGES = 1000  # images that the warning looks at: a large set is sampled evenly
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The splits of a run.
+
+    Attributes:
+        train: images to train on, without faulty objects.
+        val: images to validate on; None: no validation.
+        num_images: images per split, as read.
+        num_left_out: faulty objects and images that were left out of ``train``.
+    """
+
+    train: Dataset
+    val: Dataset | None
+    num_images: Mapping[str, int]
+    num_left_out: int
+
+    def digest(self, sizes: Mapping[str, int]) -> str:
+        """Identify labels and files; `sizes` replaces file sizes, by path (unreadable images)."""
+        return digest(self.train, sizes) + (digest(self.val, sizes) if self.val else "")
+
+
+def read_training_data(
+    data: str | Path | Mapping[str, Dataset], recipe: Recipe, emit: Emit
+) -> TrainingData:
+    """Read and check the splits to train and validate on.
+
+    Raises:
+        DataError: there is no train split or no object in it, or train and val differ in classes.
+    """
+    if isinstance(data, Mapping):
+        splits = data
+    else:
+        splits = read_splits(
+            data, seed=recipe.split_seed, val_fraction=recipe.data.val_fraction, extras=False
+        )
+    if "train" not in splits:
+        raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
+    train, left_out = usable(splits["train"])
+    val = splits.get("val")
+    if not any(has_object(image) for image in train.images):
+        raise DataError(
+            f"{train.source}: no object to train on in {len(train)} images; "
+            "see retinanet data check"
+        )
+    if val is not None and val.classes != train.classes:
+        raise DataError(
+            f"{train.source}: the classes of train and val differ: "
+            f"{', '.join(train.classes)} and {', '.join(val.classes)}"
+        )
+    shared = {image.path for image in train.images} & {
+        image.path for image in (val.images if val else ())
+    }
+    if shared:
+        emit(
+            "message",
+            message=f"warning: {len(shared)} images are in both train and val, the first: "
+            f"{min(shared)}; the validation AP is too high",
+        )
+    if left_out:
+        first = f"{left_out[0].file}: {left_out[0].reason}"
+        emit(
+            "message",
+            message=f"left out {len(left_out)} faulty objects or images of the training data, "
+            f"the first: {first}; see retinanet data check",
+        )
+    num_images = {name: len(split) for name, split in splits.items()}
+    return TrainingData(train, val, num_images, len(left_out))
+
+
+def recipe_anchors(recipe: Recipe) -> AnchorSpec:
+    """Build the anchors of a recipe.
+
+    Raises:
+        ConfigError: there are not as many sizes as levels.
+    """
+    strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
+    try:
+        return anchor_spec(strides, **recipe.anchors.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"anchors: {error}") from None
+
+
+def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
+    """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
+    images = tuple(image for image in dataset.images if has_object(image))
+    sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
+    sized = tuple(image for image in map(_with_size, sampled) if image is not None)
+    return anchor_recall(
+        {"train": replace(dataset, images=sized)},
+        anchors or recipe_anchors(recipe),
+        recipe.data.image_size,
+        recipe.data.max_size,
+        foreground_iou=recipe.matching.foreground_iou,
+    ).recall
+
+
+def anchor_advice(recipe: Recipe, dataset: Dataset) -> str:
+    """Name the settings with which more objects are matched, and how many."""
+    candidates = {}
+    spec = recipe_anchors(recipe)
+    for factor in (1 / 2, 1 / 4, 2.0):
+        sizes = tuple(size * factor for size in spec.sizes)
+        smaller = replace(spec, sizes=sizes)
+        shown = ",".join(f"{size:g}" for size in sizes)
+        candidates[f"anchors.sizes=[{shown}]"] = recipe_recall(recipe, dataset, smaller)
+    side, longest = 2 * recipe.data.image_size, 2 * recipe.data.max_size
+    larger = recipe.data.model_copy(update={"image_size": side, "max_size": longest})
+    candidates[f"data.image_size={side} data.max_size={longest}"] = recipe_recall(
+        recipe.model_copy(update={"data": larger}), dataset
+    )
+    setting, recall = max(candidates.items(), key=lambda item: item[1])
+    if recall <= recipe_recall(recipe, dataset):
+        return "matching.low_quality_matches=true matches every object to its best anchor"
+    return f"{setting} matches {recall:.0%}"
+
+
+def anchor_warning(recipe: Recipe, dataset: Dataset) -> str | None:
+    """Warning where most objects match no anchor; None: more than half of them do."""
+    recall = recipe_recall(recipe, dataset)
+    if recall >= MIN_ANCHOR_RECALL or recipe.matching.low_quality_matches:
+        return None
+    return (
+        f"warning: anchor recall {recall:.0%}: only that share of the objects overlaps an anchor "
+        f"with IoU {recipe.matching.foreground_iou:g} or more, and the others are not learned; "
+        f"{anchor_advice(recipe, dataset)}; see retinanet data anchors"
+    )
+
+
+def has_object(image: LabelledImage) -> bool:
+    """Whether an image has an object that is not ignored."""
+    return any(not annotation.ignored for annotation in image.annotations)
+
+
+def _with_size(image: LabelledImage) -> LabelledImage | None:
+    """Add the size from the file where the labels do not state it; None: unreadable."""
+    if image.width and image.height:
+        return image
+    try:
+        height, width = image_size(image.path)
+    except DataError:
+        return None
+    return replace(image, width=width, height=height)

@@ -1,0 +1,136 @@
+"""Overfit a few images: a smoke test of labels, settings and code before a long training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retinanet.config import Recipe, build_recipe
+from retinanet.data.dataset import Dataset
+from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
+from retinanet.training.events import EventCallback, Kind
+from retinanet.training.trainer import train
+
+TARGET_AP50 = 0.9
+"""AP50 on the images themselves from which they count as learned."""
+
+MAX_LOSS_RATIO = 0.5
+"""Share of its first value to which the loss must fall."""
+
+_STEPS = 400
+_VALIDATE_EVERY = 25
+
+
+@dataclass(frozen=True, slots=True)
+class OverfitResult:
+    """Whether a few images were learned.
+
+    Attributes:
+        images: images trained on.
+        step: steps done.
+        ap50: AP50 on these images.
+        first_loss, last_loss: mean loss of the first and the last five steps.
+        hint: what to look at; empty where the images were learned.
+        exit_code: 0 learned, 1 not learned, 130 and 143 stopped by a signal.
+    """
+
+    images: int
+    step: int
+    ap50: float
+    first_loss: float
+    last_loss: float
+    hint: str
+    exit_code: int
+
+    @property
+    def learned(self) -> bool:
+        """Whether AP50 and loss reached their targets."""
+        return self.ap50 >= TARGET_AP50 and self.last_loss <= MAX_LOSS_RATIO * self.first_loss
+
+
+def overfit(
+    recipe: Recipe,
+    data: str | Path | Mapping[str, Dataset],
+    out: str | Path,
+    *,
+    num_images: int = 8,
+    steps: int | None = None,
+    device: str = "auto",
+    init: str | Path | None = None,
+    on_event: EventCallback | None = None,
+) -> OverfitResult:
+    """Train on a few images with objects, without augmentation, until they are learned.
+
+    Args:
+        recipe, data, device, init, on_event: as for :func:`retinanet.training.trainer.train`.
+        out: an empty folder for the run.
+        num_images: images to learn, evenly spread over the ``train`` split.
+        steps: steps at most; None: 400.
+
+    Raises:
+        RetinaNetError: as :func:`retinanet.training.trainer.train`.
+    """
+
+    def ignore(kind: Kind, /, **data: object) -> None:
+        """Training reports the same again."""
+
+    full = read_training_data(data, recipe, ignore).train
+    images = [image for image in full.images if has_object(image)]
+    count = min(num_images, len(images))
+    chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
+    fixed = overfit_recipe(recipe, count, steps or _STEPS)
+    run = train(
+        fixed, {"train": chosen, "val": chosen}, out, device=device, init=init, on_event=on_event
+    )
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    first, last = losses[:5], losses[-5:]
+    result = OverfitResult(
+        images=count,
+        step=run.step,
+        ap50=run.metrics.get("ap50") or 0.0,
+        first_loss=sum(first) / len(first),
+        last_loss=sum(last) / len(last),
+        hint="",
+        exit_code=run.exit_code,
+    )
+    if result.learned:
+        return result
+    recall = recipe_recall(recipe, chosen)
+    hint = "run retinanet data check, try another train.lr or more --steps"
+    if recall < TARGET_AP50:
+        hint = f"anchor recall is {recall:.0%}: {anchor_advice(recipe, chosen)}"
+    return replace(result, hint=hint, exit_code=run.exit_code or 1)
+
+
+def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
+    """Remove augmentation and schedule from a recipe, for a few images."""
+    values = recipe.model_dump()
+    values["data"] |= {
+        "multi_scale": (),
+        "horizontal_flip": 0.0,
+        "vertical_flip": 0.0,
+        "scale_jitter": (1.0, 1.0),
+        "crop": False,
+        "colour": 0.0,
+        "any_corner": False,
+        "order": "images",
+    }
+    batch_size = min(recipe.train.batch_size, num_images)
+    values["train"] |= {
+        "steps": steps,
+        "epochs": None,
+        "batch_size": batch_size,
+        "accumulate": 1,
+        "reference_batch": batch_size,
+        "schedule": "steps",
+        "milestones": (),
+        "warmup_steps": min(recipe.train.warmup_steps, steps // 10),
+        "ema": 0.0,
+        "validate_every": min(_VALIDATE_EVERY, steps),
+        "early_stop": 0,
+        "target_ap50": TARGET_AP50,
+    }
+    return build_recipe(values, "overfit")
