@@ -258,7 +258,7 @@ def anchors(
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Settings to compare, in words and as `key=value`; the first is the recipe itself."""
+    """Return settings to compare, in words and as `key=value`; the first is the recipe itself."""
     half = "anchors.sizes=[16,32,64,128,256]"
     wide = "anchors.aspect_ratios=[0.25,0.5,1.0,2.0,4.0]"
     p2 = "model.p2=true"
@@ -296,7 +296,7 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
 
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
-    """The splits without images whose size is in neither the labels nor a readable file."""
+    """Return the splits without images whose size is in neither the labels nor a readable file."""
     from dataclasses import replace
 
     return {
