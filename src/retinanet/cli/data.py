@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
-from retinanet.cli.settings import Settings, resolve_recipe
+from retinanet.cli.settings import ImageSize, Json, Settings, resolve_recipe
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -34,12 +34,7 @@ Format = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Recipe whose image size and anchors are used.")
 ]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=32, help="Shorter image side in pixels.", show_default="the recipe's"),
-]
 Split = Annotated[str, typer.Option(help="Split: train, val, test, all, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
