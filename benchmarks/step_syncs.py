@@ -1,14 +1,14 @@
-"""Where a training step makes the host wait for the GPU: it should be nowhere.
+"""Count the device syncs of a training step; there should be none.
 
     python benchmarks/step_syncs.py [--steps 12] [key=value ...]
 
-Trains on synthetic images with `retinanet.training.trainer.train` and from the fifth step on
-counts two things: the waits that torch warns of (`torch.cuda.set_sync_debug_mode`), with the line
-that caused each, and the CUDA calls that wait, as the profiler sees them. One wait a step is meant:
-`cudaEventSynchronize`, for the numbers of the step before, while the GPU is at work on this one.
-The first steps don't count: kernels are compiled and anchors are made there.
+Trains on synthetic images with `retinanet.training.trainer.train` and counts from the fifth step
+on the syncs that torch warns of (`torch.cuda.set_sync_debug_mode`), with their lines, and the CUDA
+calls that block, from the profiler. `cudaEventSynchronize` once per step is intended: it reads the
+losses of the previous step while the GPU computes this one. The first steps compile kernels and
+make anchors.
 
-Exit code 0: no other wait; 1: some; 2: no CUDA device.
+Exit code 0: no other sync; 1: some; 2: no CUDA device.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 4
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+BLOCKING_CALLS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Where a training step waits for the GPU.")
-    parser.add_argument("--steps", type=int, default=12, help="steps that are looked at")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="number of measured steps")
     parser.add_argument("settings", nargs="*", help="recipe settings, such as data.image_size=800")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: no CUDA device: nothing to wait for", file=sys.stderr)
+        print("error: no CUDA device; run on a machine with a GPU", file=sys.stderr)
         return 2
 
     from retinanet.config import load_recipe
@@ -59,7 +64,7 @@ def main() -> int:
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
     def watch(event: Event) -> None:
-        """Told of a step while the next one is in flight."""
+        """Start and stop the profiler; a step's event comes while the next step runs."""
         if event.kind != "step":
             return
         if event.data["step"] == WARM_UP:
@@ -69,29 +74,32 @@ def main() -> int:
             torch.cuda.set_sync_debug_mode("default")
             profiler.stop()
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as heard:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = Path(folder) / "data"
         size = recipe.data.image_size
         synthetic_dataset(data, splits={"train": 32, "val": 4}, image_size=size, seed=0)
         train(recipe, data, Path(folder) / "run", device="cuda", on_event=watch)
 
-    places = Counter(
-        f"{one.filename}:{one.lineno}" for one in heard if "synchronizing" in str(one.message)
+    lines = Counter(
+        f"{warning.filename}:{warning.lineno}"
+        for warning in caught
+        if "synchronizing" in str(warning.message)
     )
-    calls = Counter(
-        {one.key: one.count for one in profiler.key_averages() if one.key.startswith(WAITS)}
-    )
-    copies = Counter(name for name in calls.elements() if "Async" in name)
-    waits = calls - copies
-    meant = waits.pop("cudaEventSynchronize", 0)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    syncs = {
+        name: count
+        for name, count in counts.items()
+        if name.startswith(BLOCKING_CALLS) and "Async" not in name
+    }
+    intended = syncs.pop("cudaEventSynchronize", 0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.steps} steps")
-    print(f"waits for the numbers of the step before (cudaEventSynchronize): {meant}")
-    print(f"other calls that wait: {dict(waits) or 'none'}")
-    print(f"places that torch warns of: {len(places) or 'none'}")
-    for place, times in places.most_common():
-        print(f"  {times} x {place}")
-    return 1 if waits or places else 0
+    print(f"syncs for the losses of the previous step (cudaEventSynchronize): {intended}")
+    print(f"other blocking calls: {syncs or 'none'}")
+    print(f"lines that torch warns of: {len(lines) or 'none'}")
+    for line, count in lines.most_common():
+        print(f"  {count} x {line}")
+    return 1 if syncs or lines else 0
 
 
 if __name__ == "__main__":

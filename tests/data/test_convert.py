@@ -254,9 +254,9 @@ def test_faults_come_along_where_they_can(tmp_path: Path, make_image: MakeImage)
         written = convert(splits, tmp_path / to, to)
         assert written.lost == {
             "unreadable labels (class-unknown)": 1,
-            "images that are not there": 1,
-            "images that cannot be read": 1,
-            "boxes that are not numbers": 1,
+            "missing images": 1,
+            "unreadable images": 1,
+            "boxes that are not four finite numbers": 1,
         }
         (image,) = read_dataset(tmp_path / to, "all").images
         assert [a.box for a in image.annotations] == [(5, 5, 5, 9), (9, 9, 5, 79)]

@@ -271,7 +271,7 @@ def test_a_subset_that_leads_outside(
     text = annotations(image("a.jpg", box(), more=f'subset="{subset}"'))
     write(tmp_path / "in" / "annotations.xml", text)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"a split is called .* which no file can be"):
+    with pytest.raises(DataError, match=r"a split is named .* which is no file name"):
         convert(tmp_path / "in", tmp_path / "a" / "b", to)
     assert sorted(tmp_path.rglob("*")) == before
 

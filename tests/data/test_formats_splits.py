@@ -61,7 +61,7 @@ def test_split_validation_leaves_something_on_both_sides(
 
 
 def test_split_validation_refuses_shares_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match=r"share 1.5 is not in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"fraction 1.5 is not in \(0, 1\)"):
         split_validation(_images(3), 1.5, seed=0)
 
 

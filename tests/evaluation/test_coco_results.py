@@ -216,13 +216,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Results.read(tmp_path, dataset)
 
 
-def test_results_are_judged_without_what_runs_a_model() -> None:
+def test_evaluate_detections_does_not_import_what_runs_a_model() -> None:
     code = (
-        "import sys, retinanet.evaluation as room\n"
-        "room.evaluate_detections, room.Results\n"
+        "import sys, retinanet.evaluation as evaluation\n"
+        "evaluation.evaluate_detections, evaluation.Results\n"
         "assert 'torchvision' not in sys.modules and 'retinanet.model' not in sys.modules\n"
-        "from retinanet.evaluation import run_inference, evaluate\n"
-        "assert callable(run_inference) and callable(evaluate)\n"
-        "assert not hasattr(room, 'nothing')\n"
+        "assert not hasattr(evaluation, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

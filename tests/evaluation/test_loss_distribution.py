@@ -267,17 +267,6 @@ def test_every_image_gives_its_part(val: Dataset, tmp_path: Path) -> None:
         assert found.negatives[0].hardest[0.1] == pytest.approx(0.2, abs=0.04)
 
 
-def test_least_sample(val: Dataset) -> None:
-    # Of a few more anchors than the sample holds there is a full sample, whatever is drawn.
-    network = network_of()
-    one = replace(val, images=val.images[:1])
-    there = measure(network, one).positive_anchors
-    for seed in range(20):
-        for most in (1, there - 1):
-            found = measure(network, one, sampling=Sampling(max_positives=most, seed=seed))
-            assert (found.positives_taken, found.positive_anchors) == (most, there)
-
-
 def test_focal_loss_moves_the_loss_to_the_hard(val: Dataset) -> None:
     # Sec. 5.1: as gamma rises the negatives' loss concentrates on the hard ones.
     found = measure(network_of(), val)

@@ -18,7 +18,7 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
-from retinanet.report.figure import format_compact
+from retinanet.report.figure import format_compact, open_figure
 from retinanet.report.plots import (
     average_points,
     moving_mean,
@@ -189,6 +189,16 @@ def test_moving_mean_and_average_points_by_hand() -> None:
     assert len(x) == 1500
     assert x[0] == 0.5  # steps 0 and 1
     assert (y == 1).all()
+
+
+def test_open_figure_logarithmic_ticks_are_plain_numbers(tmp_path: Path) -> None:
+    with open_figure(3, 2, tmp_path / "log.svg") as figure:
+        axis = figure.subplots()
+        axis.plot([1, 2], [1, 20_000])
+        axis.set_yscale("log")
+    text = (tmp_path / "log.svg").read_text("utf-8")  # each text is repeated in a comment
+    assert "<!-- 10,000 -->" in text
+    assert "math" not in text
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         ),
     ],
 )
-def test_a_request_that_runs_is_finished(
+def test_signal_finishes_running_requests(
     model: Path,
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +137,7 @@ def test_a_request_that_runs_is_finished(
     assert [line for line in lines if not line.startswith("squares: torch")] == says
 
 
-def test_a_second_signal_ends_at_once(model: Path) -> None:
+def test_second_ctrl_c_exits_at_once(model: Path) -> None:
     many = [("images", (f"{i}.png", png_image(512, 512))) for i in range(100)]
     options = ("--max-images=100", "--image-size=640", "--port=0")
     server = subprocess.Popen(
@@ -173,7 +173,7 @@ def test_a_second_signal_ends_at_once(model: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_it_serves_what_it_says(
+def test_command_serves_models_with_its_options(
     model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def use(address: str) -> None:
@@ -201,7 +201,7 @@ def test_it_serves_what_it_says(
     assert len(command.err.splitlines()) == 2  # the two networks
 
 
-def test_a_taken_port_is_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_used_port_is_a_one_line_error(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -243,7 +243,7 @@ def test_errors_are_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_missing_extra_is_one_line(
+def test_missing_extra_is_a_one_line_error(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = util.find_spec

@@ -48,7 +48,7 @@ ADDRESSES = [
 ]
 
 
-def test_every_address_is_asked(api: Any) -> None:
+def test_openapi_lists_every_route(api: Any) -> None:
     known = {(one.ok().path, one.ok().method.lower()) for one in api.get_all_operations()}
     assert known == set(ADDRESSES)
 
@@ -61,7 +61,7 @@ def test_every_address_is_asked(api: Any) -> None:
         ("/v1/detect", "post", GenerationMode.NEGATIVE),
     ],
 )
-def test_the_description_is_true(api: Any, address: str, method: str, mode: GenerationMode) -> None:
+def test_responses_match_openapi(api: Any, address: str, method: str, mode: GenerationMode) -> None:
     operation = api[address][method]
     asked = []
 
@@ -84,7 +84,7 @@ def test_the_description_is_true(api: Any, address: str, method: str, mode: Gene
         assert 400 in asked
 
 
-def test_each_error_that_is_described_has_its_shape(api: Any) -> None:
+def test_errors_match_openapi(api: Any) -> None:
     base = api.get_base_url().rstrip("/")
     kind = {"Content-Type": "image/png"}
     with httpx.Client(base_url=base, headers=KEY, timeout=120) as line:

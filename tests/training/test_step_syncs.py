@@ -28,7 +28,7 @@ def test_without_a_gpu_it_says_so_in_a_line() -> None:
     done = _run(CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: no CUDA device: nothing to wait for\n"
+    assert done.stderr == "error: no CUDA device; run on a machine with a GPU\n"
 
 
 @pytest.mark.gpu

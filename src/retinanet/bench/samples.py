@@ -57,7 +57,7 @@ def num_anchors(height: int, width: int) -> int:
 
 
 def anchors_for(height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The paper's anchors of each level."""
+    """Make the paper's anchors of each level."""
     return tuple(level_anchors(default_anchor_spec(), map_sizes(height, width), device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from retinanet.cli.console import note, out, print_json, say
 
 if TYPE_CHECKING:
-    from retinanet.bench import Row
+    from retinanet.bench import Machine, Row
 
 
 def bench(
@@ -69,7 +70,6 @@ def bench(
 
     from retinanet.bench import bench as run
     from retinanet.bench import describe_machine
-    from retinanet.bench.tables import remarks, to_markdown
     from retinanet.model.precision import choose_device
 
     if json and markdown:
@@ -88,11 +88,22 @@ def bench(
     torch.set_num_threads(threads or before)
     machine = describe_machine(choose_device(device))
     torch.set_num_threads(before)
-    if not (json or markdown):
-        for line in machine.lines():
-            say(line)
+    rows = _print_results(results, machine, "json" if json else "markdown" if markdown else "")
+    failed = [f"{row.stage}, {row.case}" for row in rows if row.error]
+    if failed:
+        note(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
+        raise typer.Exit(1)
+
+
+def _print_results(results: Iterable[Row], machine: Machine, form: str) -> list[Row]:
+    """Print tables, or JSON or Markdown at the end, also after Ctrl-C; rows on standard error."""
+    from retinanet.bench.tables import remarks, to_markdown
+
     rows: list[Row] = []
     try:
+        if not form:
+            for line in machine.lines():
+                say(line)
         for stage, of_stage in groupby(results, key=lambda row: row.stage):
             start = len(rows)
             for row in of_stage:
@@ -100,17 +111,14 @@ def bench(
                 note(
                     f"{row.stage}, {row.case}, {row.size}: {'; '.join(_times(row) + remarks(row))}"
                 )
-            if not (json or markdown):
+            if not form:
                 print_table(stage, rows[start:])
-    finally:  # after Ctrl-C too: print what was measured
-        if json:
+    finally:
+        if form == "json":
             print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
-        elif markdown:
+        elif form == "markdown":
             say(to_markdown(machine.lines(), rows).rstrip())
-    failed = [f"{row.stage}, {row.case}" for row in rows if row.error]
-    if failed:
-        note(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
-        raise typer.Exit(1)
+    return rows
 
 
 def _times(row: Row) -> list[str]:

@@ -28,58 +28,69 @@ _MEANING = {
 }
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RESULTS",
+        help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
+        "or a COCO results file.",
+    ),
+]
+Data = Annotated[
+    Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Split of the data: train, val, test, all, or another one.",
+        show_default="val, or that of a label file",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for metrics.json, results.json and plots.",
+        show_default="the run folder's evaluation/SPLIT",
+    ),
+]
+MaxDetections = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Detections per class and image that count; the model gives as many.",
+        show_default="COCO's 100, or the most objects in an image",
+    ),
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
+]
+Calibrate = Annotated[
+    str | None, typer.Option(help="Calibration images for int8; not those evaluated.")
+]
+Tile = Annotated[
+    str | None,
+    typer.Option(help="Detect also in tiles of this many pixels, or auto: for huge images."),
+]
+Overlap = Annotated[
+    float, typer.Option(help="Overlap of adjacent tiles, share of the side in [0, 1).")
+]
+
+
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RESULTS",
-            help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
-            "or a COCO results file.",
-        ),
-    ],
-    data: Annotated[
-        Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
-    ],
+    model: Model,
+    data: Data,
     *,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split of the data: train, val, test, all, or another one.",
-            show_default="val, or that of a label file",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for metrics.json, results.json and plots.",
-            show_default="the run folder's evaluation/SPLIT",
-        ),
-    ] = None,
-    max_detections: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Detections per class and image that count; the model gives as many.",
-            show_default="COCO's 100, or the most objects in an image",
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
-    ] = None,
+    split: Split = None,
+    out: Out = None,
+    max_detections: MaxDetections = None,
+    image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 4,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: Backend = "auto",
-    calibrate: Annotated[
-        str | None, typer.Option(help="Calibration images for int8; not those evaluated.")
-    ] = None,
-    tile: Annotated[
-        str | None,
-        typer.Option(help="Detect also in tiles of this many pixels, or auto: for huge images."),
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Overlap of adjacent tiles, share of the side in [0, 1).")
-    ] = 0.2,
+    calibrate: Calibrate = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.2,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Evaluate a model or a COCO results file on labelled images."""

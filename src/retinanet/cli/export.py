@@ -8,99 +8,93 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, table
-from retinanet.cli.settings import ClassAgnostic, thresholds_of
+from retinanet.cli.settings import (
+    ClassAgnostic,
+    DetectionsPerImage,
+    NmsThreshold,
+    ScoreThreshold,
+    thresholds_of,
+)
 
 if TYPE_CHECKING:
     from retinanet.exporters import Agreement, ExportReport
 
 
+Model = Annotated[
+    str, typer.Argument(help="A run folder, a checkpoint, torchvision/NAME or hf://OWNER/NAME.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Output file.", show_default="model.onnx, .xml or .pt2 in the run folder"),
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="OpenVINO: quantise to int8; needs --calibrate.")
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(help="Calibration images for int8: a data set (its training images) or a folder."),
+]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="OpenVINO: float16 weights, half the size.")]
+NoNms = Annotated[
+    bool,
+    typer.Option("--no-nms", help="Output boxes and scores of all anchors, for an external NMS."),
+]
+Aot = Annotated[
+    bool,
+    typer.Option(
+        "--aot", help="torch: compile for this CPU with AOTInductor; needs a C++ compiler."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Labelled images to compare the file and the model on, also by AP.",
+        show_default="the run's validation images, without AP",
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split of --data.", show_default="val, or that of a label file")
+]
+Images = Annotated[int, typer.Option(min=1, help="Number of images to compare on.")]
+Tolerances = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=NUMBER",
+        help="Allowed difference: score=, box= (pixels), apart= (share of boxes), ap=.",
+        show_default="the precision's own",
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Shorter side in pixels, built into the file.", show_default="the model's"),
+]
+
+
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(help="A run folder, a checkpoint, torchvision/NAME or hf://OWNER/NAME."),
-    ],
+    model: Model,
     *,
     to: Annotated[str, typer.Option(help="onnx, openvino or torch.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Output file.", show_default="model.onnx, .xml or .pt2 in the run folder"
-        ),
-    ] = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="OpenVINO: quantise to int8; needs --calibrate.")
-    ] = False,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration images for int8: a data set (its training images) or a folder."
-        ),
-    ] = None,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="OpenVINO: float16 weights, half the size.")
-    ] = False,
-    no_nms: Annotated[
-        bool,
-        typer.Option(
-            "--no-nms", help="Output boxes and scores of all anchors, for an external NMS."
-        ),
-    ] = False,
-    aot: Annotated[
-        bool,
-        typer.Option(
-            "--aot", help="torch: compile for this CPU with AOTInductor; needs a C++ compiler."
-        ),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Labelled images to compare the file and the model on, also by AP.",
-            show_default="the run's validation images, without AP",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of --data.", show_default="val, or that of a label file"),
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Number of images to compare on.")] = 20,
-    tolerance: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=NUMBER",
-            help="Allowed difference: score=, box= (pixels), apart= (share of boxes), ap=.",
-            show_default="the precision's own",
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Shorter side in pixels, built into the file.", show_default="the model's"
-        ),
-    ] = None,
-    score_threshold: Annotated[
-        float | None,
-        typer.Option(help="Score threshold, built into the file.", show_default="the model's, .05"),
-    ] = None,
-    nms_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="IoU threshold for NMS, built into the file.", show_default="the model's, .5"
-        ),
-    ] = None,
+    out: Out = None,
+    int8: Int8 = False,
+    calibrate: Calibrate = None,
+    fp16: Fp16 = False,
+    no_nms: NoNms = False,
+    aot: Aot = False,
+    data: Data = None,
+    split: Split = None,
+    images: Images = 20,
+    tolerance: Tolerances = None,
+    image_size: ImageSize = None,
+    score_threshold: ScoreThreshold = None,
+    nms_threshold: NmsThreshold = None,
     class_agnostic: ClassAgnostic = False,
-    detections_per_image: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum detections per image, built into the file.",
-            show_default="the model's, 100",
-        ),
-    ] = None,
+    detections_per_image: DetectionsPerImage = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export a model to another engine's format and validate the file against the model.
 
-    The comparison is written to FILE.report.json. The exit code is 1 if the file is beyond the
-    tolerance.
+    Thresholds and the image size are built into the file. The comparison is written to
+    FILE.report.json. The exit code is 1 if the file is beyond the tolerance.
     """
     from retinanet.errors import ConfigError
     from retinanet.exporters.run import export as export_model

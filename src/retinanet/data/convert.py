@@ -1,4 +1,4 @@
-"""A data set of one format written in another."""
+"""Convert data sets between formats."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from retinanet.errors import ConfigError, DataError, ImageError
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A data set as it was written.
+    """A written data set.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
         images: images by split.
         objects: objects by split, without those counted in `lost`.
-        origins: how each split came about.
-        lost: what did not come along, in words, with its count.
+        origins: how each split was made.
+        lost: counts of what was left out, by description.
     """
 
     folder: Path
@@ -50,29 +50,28 @@ def convert(
     shard_size: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Write a data set in another format, splits and all; the source is never touched.
+    """Write a data set with all its splits in another format; the source is never modified.
 
-    What both formats can hold comes through there and back: boxes, classes, splits, images
-    without objects, and, but for YOLO, ids, crowds, difficult objects, areas and other values.
-    Faults of the labels come along where the format can state them; see
-    :func:`retinanet.data.fix.write_fixed` to mend them.
+    What both formats can hold is kept: boxes, classes, splits, images without objects, and, except
+    for YOLO, ids, crowds, difficult objects, areas and other values. Faulty boxes are kept if the
+    format can state them; see :func:`retinanet.data.fix.write_fixed` to correct them.
 
     Args:
         source: a folder or file, or its splits.
         target: a new or empty folder.
         to: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
-        format: of the source; None finds it.
-        seed, val_fraction: for splits where the source has none; see
+        format: of the source; None detects it.
+        seed, val_fraction: of a validation split, if the source has none; see
             :func:`retinanet.data.formats.read_dataset`.
         images: ``copy``, ``hardlink`` or ``symlink``.
-        shard_size: samples (``1000``) or bytes (``256MB``, the default) of a WebDataset shard at
-            the most.
-        progress: is called with images done and in all.
+        shard_size: maximum samples (``1000``) or bytes (``256MB``, the default) per WebDataset
+            shard.
+        progress: called with the numbers of images done and in total.
 
     Raises:
         DataError: an unknown format, a source that cannot be read, or a target that is not empty or
-            lies in the source.
-        ConfigError: a size of shards that makes no sense, or for a format without.
+            inside the source.
+        ConfigError: an invalid shard size, or one for a format without shards.
     """
     if to not in WRITABLE:
         if to in FORMATS:
@@ -108,23 +107,23 @@ def write(
     progress: Callable[[int, int], None] | None = None,
     lost: Counter[str] | None = None,
 ) -> Written:
-    """Write splits whose images are all there into a new folder; arguments as :func:`convert`.
+    """Write splits whose images all exist into a new folder; arguments as :func:`convert`.
 
     Args:
-        suffixes: other extensions for some images.
-        lost: what is already known not to come along.
+        suffixes: new extensions of some images.
+        lost: counts of what was left out already.
     """
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no image to write")
     for name, dataset in splits.items():
-        # Files and folders are called by it, and it may come out of another's file.
+        # Files and folders are named after it, and it may come from an untrusted file.
         if name in (".", "..") or set(name) & set("/\\\0") or not can_be_a_file(name):
             raise DataError(
-                f"{dataset.source}: a split is called {name!r}, which no file can be; name it anew"
+                f"{dataset.source}: a split is named {name!r}, which is no file name; rename it"
             )
     folder = Path(target)
     write_format = FORMATS[to].write
-    assert write_format is not None, f"{to} cannot be written"  # callers look at WRITABLE
+    assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
     with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
         writing = Writing(
             splits, draft, images, suffixes or {}, progress, lost or Counter(), shard_size
@@ -141,20 +140,20 @@ def write(
 
 
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
-    """What can be written at all: images that are there, boxes of four numbers."""
+    """Drop what cannot be written: missing images, and boxes that are not four finite numbers."""
     images: list[LabelledImage] = []
     for problem in dataset.problems:
         lost[f"unreadable labels ({problem.kind})"] += 1
     for image in dataset.images:
         if not archives.is_image_file(image.path):
-            lost["images that are not there"] += 1
+            lost["missing images"] += 1
             continue
         try:
             height, width = size_of(image)
         except ImageError:
-            lost["images that cannot be read"] += 1
+            lost["unreadable images"] += 1
             continue
         kept = tuple(a for a in image.annotations if all(map(math.isfinite, a.box)))
-        lost["boxes that are not numbers"] += len(image.annotations) - len(kept)
+        lost["boxes that are not four finite numbers"] += len(image.annotations) - len(kept)
         images.append(replace(image, annotations=kept, width=width, height=height))
     return replace(dataset, images=tuple(images))

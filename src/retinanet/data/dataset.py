@@ -1,4 +1,4 @@
-"""A labelled data set in memory, whatever format it came from."""
+"""Labelled data sets in memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from retinanet.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One object of an image, as its label file states it: faults included.
+    """One object of an image as its label file states it, faults included.
 
     Attributes:
-        box: (x1, y1, x2, y2) pixels of the image; may be empty, inverted, outside or not a number
-            until the data is checked.
-        label: class 0..K-1, the place in :attr:`Dataset.classes`.
-        id: the source's own id, or the object's place (from 0) in its file.
+        box: (x1, y1, x2, y2) pixels of the image; may be empty, inverted, outside or NaN until
+            the data is checked.
+        label: class 0..K-1, the index in :attr:`Dataset.classes`.
+        id: the source's own id, or the object's index in its file.
         crowd: COCO's iscrowd: a region of many objects; ignored in training and evaluation.
         difficult: VOC's difficult: likewise ignored.
         area: COCO's area (of the mask) in square pixels; None: the box's own.
-        extra: whatever else the source says (truncated, pose, segmentation, ...).
+        extra: other values of the source (truncated, pose, segmentation, ...).
     """
 
     box: tuple[float, float, float, float]
@@ -36,7 +36,7 @@ class Annotation:
 
     @property
     def ignored(self) -> bool:
-        """Whether the object counts neither as object nor as background."""
+        """Whether the object is excluded from training and evaluation."""
         return self.crowd or self.difficult
 
 
@@ -48,9 +48,9 @@ class LabelledImage:
         path: the image's file; inside a tar ``shard.tar/KEY.jpg``, which
             :mod:`retinanet.data.archives` reads.
         id: the source's own id (COCO's image id, else the file's stem).
-        annotations: its objects; none makes it an image of pure background.
-        width, height: pixels as the labels state them; None where the format does not say.
-        label_file: the file that holds the labels (None: there is none, the image is background).
+        annotations: its objects; none for a background image.
+        width, height: pixels as the labels state them; None if they do not.
+        label_file: the file with the labels (None: there is none, a background image).
     """
 
     path: Path
@@ -64,14 +64,14 @@ class LabelledImage:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong in a data set.
+    """A fault of a data set.
 
     Attributes:
         kind: a short constant name, such as ``box-empty`` or ``image-missing``.
         file: the label file or the image where it is.
-        object: the object's id or place in that file; None: the whole file.
+        object: the object's id or index in that file; None for the whole file.
         reason: one line: what is wrong, with the values found.
-        fix: what ``data check --fix`` does about it; empty: a person must decide.
+        fix: what ``data check --fix`` does about it; empty if it must be fixed by hand.
     """
 
     kind: str
@@ -92,9 +92,9 @@ class Dataset:
         split: the split's name, such as ``train``.
         format: one of :data:`retinanet.data.formats.FORMATS`, or ``synthetic``.
         source: the folder or file that was read.
-        problems: what could not even be read into an annotation.
-        split_origin: how the split came about (such as ``seed 0, 20% for validation``).
-        extra: what else the source says of the whole (COCO's info, licences, supercategories).
+        problems: faults of labels that could not be read into an annotation.
+        split_origin: how the split was made (such as ``seed 0, 20% for validation``).
+        extra: other values of the whole data set (COCO's info, licences, supercategories).
     """
 
     images: tuple[LabelledImage, ...]

@@ -1,4 +1,4 @@
-"""Boxes drawn on images, and images side by side."""
+"""Draw boxes on images, and grids of images."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PALETTE: tuple[Colour, ...] = (
     (160, 60, 60),
     (255, 255, 255),
 )
-"""Colours by class, from the thirteenth on repeated; the first seven are Okabe and Ito's, which
-people with any kind of colour vision tell apart (https://jfly.uni-koeln.de/color/)."""
+"""Colours by class, repeated from the thirteenth on; the first seven are Okabe and Ito's, which
+people with any kind of colour vision can distinguish (https://jfly.uni-koeln.de/color/)."""
 
-_GREY: Colour = (160, 160, 160)  # of regions that are ignored
+_GREY: Colour = (160, 160, 160)  # of ignored regions
 
 
 def draw_boxes(
@@ -48,30 +48,29 @@ def draw_boxes(
     width: int | None = None,
     enlarge_to: int = 480,
 ) -> Image.Image:
-    """An image with boxes, coloured by class, and a caption at each.
+    """Draw boxes on an image, coloured by class, with captions.
 
-    Lines and letters grow with the image, and a small image is enlarged by a whole factor
-    first, so that captions can be read. Where objects crowd, a caption that finds no place
-    without hiding another caption or over a quarter of an object is left out, those of low scores
-    first; the box's colour still tells its class.
+    Lines and letters grow with the image, and a small image is first enlarged by a whole factor, so
+    that captions are readable. A caption that would hide another one or over a quarter of an object
+    is left out, those of low scores first; the colour of its box still shows the class.
 
     Args:
         image: (3, H, W) uint8 tensor, PIL image or (H, W, 3) array.
         boxes: (N, 4) pixels.
         labels: (N,) class 0..K-1; IGNORED is drawn grey and dashed, BACKGROUND (padding) not at
             all. None: one class.
-        scores: (N,) shown as two decimals; the best are drawn on top.
-        names: of the classes; None: their numbers, or no name where `labels` is None.
-        colours: by class, repeated where there are more classes.
+        scores: (N,) shown with two decimals; the highest are drawn on top.
+        names: class names; None: their numbers, or none if `labels` is None.
+        colours: by class, repeated.
         width: of the lines in pixels of the result; None: by the size of the image.
-        enlarge_to: images whose longer side is shorter than this are enlarged; 0: never.
+        enlarge_to: images whose longer side is shorter are enlarged; 0: never.
 
     Returns:
-        An RGB image; the one given is unchanged.
+        A new RGB image.
 
     Raises:
         ValueError: boxes, labels and scores differ in number.
-        ImageError: the image has a shape that is none of an image.
+        ImageError: the image has an unsupported layout.
     """
     corners = _array(boxes, np.float64).reshape(-1, 4)
     count = len(corners)
@@ -82,9 +81,8 @@ def draw_boxes(
             f"{count} boxes, {len(classes)} labels and "
             f"{'no' if points is None else len(points)} scores differ in number"
         )
-    img = Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
-    longer = max(img.size)
-    factor = max(1, math.ceil(enlarge_to / longer))
+    img = _to_pil(image)
+    factor = max(1, math.ceil(enlarge_to / max(img.size)))
     if factor > 1:
         img = img.resize((img.width * factor, img.height * factor), Image.Resampling.BICUBIC)
     corners = corners * factor
@@ -94,15 +92,14 @@ def draw_boxes(
     kept = [i for i in range(count) if classes[i] != BACKGROUND and np.isfinite(corners[i]).all()]
     best_last = sorted(kept, key=lambda i: 0.0 if points is None else points[i])
     canvas = ImageDraw.Draw(img)
-    for i in best_last:
-        colour = _colour(int(classes[i]), colours)
+    shown = {i: _colour(int(classes[i]), colours) for i in best_last}
+    for i, colour in shown.items():
         _draw_box(canvas, corners[i], colour, line, dashed=classes[i] == IGNORED)
     taken: list[tuple[int, int, int, int]] = []
     objects = corners[[i for i in kept if classes[i] != IGNORED]]
-    for i in reversed(best_last):
+    for i, colour in reversed(shown.items()):
         text = _caption(int(classes[i]), labels is not None, names, points, i)
         if text:
-            colour = _colour(int(classes[i]), colours)
             _draw_caption(canvas, corners[i], text, colour, font, line, taken, objects)
     return img
 
@@ -115,7 +112,7 @@ def draw_grid(
     gap: int = 6,
     background: Colour = (255, 255, 255),
 ) -> Image.Image:
-    """Images side by side in rows, each row as high as its highest image.
+    """Draw images in rows, each row as high as its highest image.
 
     Args:
         images: one or more, as :func:`draw_boxes` takes or returns them.
@@ -125,32 +122,26 @@ def draw_grid(
         background: colour behind the images.
 
     Raises:
-        ValueError: there is no image, or captions differ from images in number.
+        ValueError: there is no image, or the numbers of captions and images differ.
     """
     if not images:
         raise ValueError("a grid needs at least one image")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images")
     imgs = [
-        one.convert("RGB")
-        if isinstance(one, Image.Image)
-        else Image.fromarray(read_image(one).permute(1, 2, 0).contiguous().numpy())
-        for one in images
+        image.convert("RGB") if isinstance(image, Image.Image) else _to_pil(image)
+        for image in images
     ]
     columns = min(len(imgs), columns or math.ceil(math.sqrt(len(imgs))))
     rows = [imgs[i : i + columns] for i in range(0, len(imgs), columns)]
-    cell_width = max(one.width for one in imgs)
-    heights = [max(one.height for one in row) for row in rows]
+    cell_width = max(image.width for image in imgs)
+    heights = [max(image.height for image in row) for row in rows]
     letter = max(12, round(cell_width / 40))
     font = ImageFont.load_default(size=letter)
     caption_height = round(letter * 1.5) if captions else 0
+    width = gap + columns * (cell_width + gap)
     sheet = Image.new(
-        "RGB",
-        (
-            gap + columns * (cell_width + gap),
-            gap + sum(height + caption_height + gap for height in heights),
-        ),
-        background,
+        "RGB", (width, gap + sum(h + caption_height + gap for h in heights)), background
     )
     canvas = ImageDraw.Draw(sheet)
     top = gap
@@ -171,6 +162,10 @@ def draw_grid(
     return sheet
 
 
+def _to_pil(image: ImageLike) -> Image.Image:
+    return Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
+
+
 def _array(values: Tensor | npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu().tolist()
@@ -182,7 +177,7 @@ def _colour(label: int, colours: Sequence[Colour]) -> Colour:
 
 
 def _readable_on(colour: Colour) -> Colour:
-    """Black or white, whichever stands out."""
+    """Black or white, whichever contrasts more."""
     light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     return (0, 0, 0) if light > 140 else (255, 255, 255)
 
@@ -214,11 +209,11 @@ def _draw_box(
     *,
     dashed: bool,
 ) -> None:
-    # Pixel i spans i to i + 1: the last pixel inside of the box is one before its end.
+    # Pixel i spans i to i + 1: the last pixel inside the box is the one before its end.
     x1, y1 = round(box[0]), round(box[1])
     x2, y2 = max(x1, round(box[2]) - 1), max(y1, round(box[3]) - 1)
     if not dashed:
-        # A thin dark seam keeps any colour visible on any ground.
+        # A thin dark outline keeps any colour visible.
         canvas.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=1)
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         return
@@ -241,7 +236,7 @@ def _draw_caption(
     taken: list[tuple[int, int, int, int]],
     objects: npt.NDArray[Any],
 ) -> None:
-    """Write above the box, else below, else inside it: the first place that is free."""
+    """Write a caption above the box, else below, else inside it, at the first free position."""
     image_width, image_height = canvas.im.size
     pad = max(2, line)
     width = math.ceil(font.getlength(text)) + 2 * pad
@@ -257,25 +252,25 @@ def _draw_caption(
         (x1 + line, y2 - height - line),
     ):
         left = min(max(0, left), image_width - width)
-        place = (left, top, left + width, top + height)
+        area = (left, top, left + width, top + height)
         if (
             left >= 0
             and 0 <= top <= image_height - height
-            and not any(_overlap(place, other) for other in taken)
-            and _hidden(place, objects) <= 0.25
+            and not any(_overlap(area, other) for other in taken)
+            and _hidden(area, objects) <= 0.25
         ):
-            taken.append(place)
-            canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+            taken.append(area)
+            canvas.rectangle((area[0], area[1], area[2] - 1, area[3] - 1), fill=colour)
             canvas.text((left + pad, top + pad // 2), text, fill=_readable_on(colour), font=font)
             return
 
 
-def _hidden(place: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float:
-    """The largest share of any object that a caption at `place` would cover."""
+def _hidden(area: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float:
+    """The largest fraction of an object that a caption in `area` would cover."""
     if not len(objects):
         return 0.0
-    wide = np.minimum(objects[:, 2], place[2]) - np.maximum(objects[:, 0], place[0])
-    high = np.minimum(objects[:, 3], place[3]) - np.maximum(objects[:, 1], place[1])
+    wide = np.minimum(objects[:, 2], area[2]) - np.maximum(objects[:, 0], area[0])
+    high = np.minimum(objects[:, 3], area[3]) - np.maximum(objects[:, 1], area[1])
     areas = (objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])
     covered = np.clip(wide, 0, None) * np.clip(high, 0, None)
     return float((covered / np.clip(areas, 1e-9, None)).max())
@@ -286,7 +281,7 @@ def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
+    """The text, shortened with an ellipsis if it does not fit."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,4 +1,4 @@
-"""Which images train and which are held back: by the format's word, else by a seed."""
+"""Splits of a data set: by the names of files and folders, else drawn by a seed."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True)
 
 
 def split_word(name: str) -> str | None:
-    """The split that a file's or folder's name speaks of: ``instances_val2017`` is ``val``.
+    """The split in the name of a file or folder: ``instances_val2017`` is ``val``.
 
     Returns:
-        ``train``, ``val``, ``test`` or ``trainval``; None where the name holds no such word.
+        ``train``, ``val``, ``test`` or ``trainval``; None if the name has no such word.
     """
     found = _WORD.search(name.lower())
     return _WORDS[found.group(1)] if found else None
 
 
 def split_validation(
-    images: Sequence[LabelledImage], share: float, seed: int
+    images: Sequence[LabelledImage], fraction: float, seed: int
 ) -> tuple[tuple[LabelledImage, ...], tuple[LabelledImage, ...]]:
-    """Parts images into those that train and those held back, each in the order given.
+    """Split images into training and validation images, each in the order given.
 
-    An image's side depends on the seed and its file name alone: it is the same on every machine
-    and in every order of listing, and images added later move few of the others.
+    The choice depends on the seed and the file names alone: it is the same on every machine and in
+    every order of listing, and images added later move few of the others.
 
     Args:
         images: M images.
-        share: of them to hold back, in (0, 1); at least one image is on each side where M > 1.
+        fraction: of them for validation, in (0, 1); at least one image is on each side if M > 1.
         seed: any whole number.
 
     Returns:
-        (kept, held back); with a single image nothing is held back.
+        (training, validation); a single image is for training.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share {share} is not in (0, 1)")
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction {fraction} is not in (0, 1)")
     if len(images) < 2:
         return tuple(images), ()
-    count = min(max(1, round(share * len(images))), len(images) - 1)
+    count = min(max(1, round(fraction * len(images))), len(images) - 1)
     keys = [hashlib.sha256(os.fsencode(f"{seed}/{image.path.name}")).digest() for image in images]
-    held = set(sorted(range(len(images)), key=lambda i: (keys[i], i))[:count])
+    chosen = set(sorted(range(len(images)), key=lambda i: (keys[i], i))[:count])
     return (
-        tuple(image for i, image in enumerate(images) if i not in held),
-        tuple(image for i, image in enumerate(images) if i in held),
+        tuple(image for i, image in enumerate(images) if i not in chosen),
+        tuple(image for i, image in enumerate(images) if i in chosen),
     )

@@ -17,25 +17,25 @@ from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 
 SMALL, MEDIUM = 32**2, 96**2
-"""COCO's borders of small, medium and large objects, in square pixels of the image."""
+"""COCO's limits of small, medium and large objects, in square pixels of the image."""
 
 SIZE_NAMES = ("small", "medium", "large")
 
 Sizes = Mapping[Path, tuple[int, int]]
-"""Height and width of images as they are on disk."""
+"""Height and width of the image files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """How much of everything there is in a split; ignored objects and faulty boxes do not count.
+    """Counts and distributions of a split, without ignored objects and unusable boxes.
 
     Attributes:
-        images: images.
-        background_images: of them without any object.
-        objects: objects.
-        ignored: crowds and difficult objects.
-        classes: objects by class name, of every class.
-        images_of_class: images that hold the class, by name.
+        images: number of images.
+        background_images: number of images without objects.
+        objects: number of objects.
+        ignored: number of crowds and difficult objects.
+        classes: number of objects by class name.
+        images_of_class: number of images with the class, by name.
         sizes: objects by ``small``, ``medium`` (32 x 32 pixels on) and ``large`` (96 x 96 on), as
             COCO counts them.
         side: percentiles of the square root of the boxes' areas in pixels.
@@ -43,7 +43,7 @@ class Statistics:
         boxes_per_image: min, median, max and mean.
         image_sizes: images by "width x height", the ten most frequent.
         image_height, image_width: min, median and max, pixels.
-        origin: how the split came about.
+        origin: how the split was made.
     """
 
     images: int
@@ -63,7 +63,7 @@ class Statistics:
 
 
 def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
-    """The statistics of a split; `sizes` may lack images, whose labels then count."""
+    """Compute the statistics of a split; an image missing in `sizes` has the size in its labels."""
     by_class = Counter(dict.fromkeys(range(len(dataset.classes)), 0))
     images_of_class = Counter(by_class)
     counts: list[int] = []
@@ -101,7 +101,7 @@ def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
 
 
 def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
-    """The objects of each image that count: not ignored, and with a box that can be used."""
+    """The objects of each image that are not ignored and have a usable box."""
     for image in dataset.images:
         height, width = _size(image, sizes)
         faults = ((a, check_box(a.box, width, height)) for a in image.annotations if not a.ignored)
@@ -113,7 +113,7 @@ def _size(image: LabelledImage, sizes: Sizes) -> tuple[int | None, int | None]:
 
 
 def size_name(area: float) -> str:
-    """``small``, ``medium`` or ``large`` as COCO counts an area of square pixels."""
+    """COCO's size of an area in square pixels: ``small``, ``medium`` or ``large``."""
     return "small" if area < SMALL else "medium" if area < MEDIUM else "large"
 
 
@@ -182,10 +182,10 @@ def anchor_recall(
     """Compute the fraction of objects that an anchor overlaps by `foreground_iou` or more.
 
     Exact and fast: an IoU falls with the distance of the centres along either axis, so of all
-    anchors of one shape only that of the nearest cell needs to be looked at. COCO takes seconds.
+    anchors of one shape only that of the nearest cell is needed. COCO takes seconds.
 
     Args:
-        splits: their objects are taken together.
+        splits: data sets, whose objects are pooled.
         spec: the anchors.
         image_size: pixels of the shorter side at the network's input.
         max_size: pixels that the longer side may have.
@@ -193,7 +193,7 @@ def anchor_recall(
         divisor: images are padded to multiples of it.
 
     Raises:
-        DataError: an image whose size the labels do not say cannot be read.
+        DataError: an image whose size is not in the labels cannot be read.
     """
     from retinanet.data.images import image_size as size_on_disk
     from retinanet.data.images import network_size
@@ -251,8 +251,8 @@ def _best_iou(
     """(M,) the best IoU of each of M boxes with the anchors of its input (height, width)."""
     sides = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     best = np.zeros(len(sides))
-    # Cells of each level by input; few inputs differ.
-    different = {size: place for place, size in enumerate(dict.fromkeys(inputs))}
+    # Feature sizes by input size: few differ.
+    different = {size: index for index, size in enumerate(dict.fromkeys(inputs))}
     which = np.asarray([different[size] for size in inputs], dtype=np.int64)
     padded = [tuple(math.ceil(side / divisor) * divisor for side in size) for size in different]
     cells = [feature_sizes(spec.strides, height, width) for height, width in padded]
@@ -279,7 +279,7 @@ def _best_iou(
 
 
 def _step(spec: AnchorSpec, cells: Sequence[tuple[int, int]], level: int, axis: int) -> int:
-    """Pixels from cell to cell, as :func:`retinanet.anchors.level_anchors` places them."""
+    """Pixels between cells, as in :func:`retinanet.anchors.level_anchors`."""
     if spec.rounding == "torchvision":
         return cells[0][axis] * spec.strides[0] // cells[level][axis]
     return spec.strides[level]

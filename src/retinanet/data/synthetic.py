@@ -1,13 +1,13 @@
-"""Made-up images for the demo and the tests: few small shapes in much clutter.
+"""Synthetic images for the demo and the tests: few small shapes in much clutter.
 
-Circles, squares and triangles lie among lines, bars, rings, crosses and long ellipses of the same
-colours, on cloudy and noisy ground, so neither colour nor brightness alone tells an object; which
-of the three it is, colour helps to tell (warm, cool, violet to cream), as in most real data.
-Objects cover a few hundredths of an image, and of its anchors about one in a thousand is matched to
-one: the imbalance that the paper is about. Some images hold no object at all.
+Circles, squares and triangles are drawn among lines, bars, rings, crosses and long ellipses of the
+same colours, on a cloudy and noisy background, so neither colour nor brightness alone identifies an
+object; colour helps with its class (warm, cool, violet to cream), as in most real data. Objects
+cover a few hundredths of an image, and about one in a thousand anchors is matched to one: the
+imbalance that the paper is about. Some images have no object.
 
-Pixels are computed here with additions, products and square roots, which are the same on every
-platform, rather than by a drawing library, which may change.
+Pixels are computed with additions, products and square roots, which are the same on every platform,
+rather than by a drawing library, which may change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,18 @@ def synthetic_dataset(
 ) -> dict[str, Dataset]:
     """Write a data set of shapes in clutter as PNG and COCO JSON.
 
-    Image i of a split depends on the seed, the split's name and i alone: a larger data set begins
-    with the smaller one.
+    Image i of a split depends on the seed, the split's name and i alone: a larger data set contains
+    the smaller one.
 
     Args:
-        folder: where to write; ``SPLIT.json`` and ``SPLIT/000000.png`` ... Files of these names are
-            overwritten.
-        splits: images by split; None: 200 in ``train`` and 50 in ``val``.
+        folder: of ``SPLIT.json`` and ``SPLIT/000000.png`` ...; such files are overwritten.
+        splits: number of images by split; None: 200 in ``train`` and 50 in ``val``.
         image_size: pixels of both sides, 32 or more.
-        objects: least and largest number in an image; fewer where there is no room for more, since
-            objects do not overlap.
-        object_size: least and largest diameter or side, pixels.
-        clutter: 0 for plain shapes on plain ground, 1 for a thicket.
-        empty: share of the images without objects, in [0, 1].
-        seed: any whole number.
+        objects: minimum and maximum number per image; fewer if they do not fit without overlap.
+        object_size: minimum and maximum diameter or side, pixels.
+        clutter: 0 for plain shapes on a plain background, 1 for the most clutter.
+        empty: fraction of the images without objects, in [0, 1].
+        seed: random seed.
 
     Returns:
         The data sets by split, with the classes circle, square and triangle (category ids 1 to 3).
@@ -82,17 +80,7 @@ def synthetic_dataset(
         ValueError: a number is out of range.
     """
     splits = {"train": 200, "val": 50} if splits is None else splits
-    if image_size < 32:
-        raise ValueError(f"image_size {image_size} is under 32")
-    if not 0 <= objects[0] <= objects[1]:
-        raise ValueError(f"objects {objects} is not 0 <= least <= largest")
-    if not 4 <= object_size[0] <= object_size[1] <= image_size / 2:
-        raise ValueError(
-            f"object_size {object_size} is not 4 <= least <= largest <= half of image_size "
-            f"({image_size / 2:g})"
-        )
-    if not (0 <= clutter <= 1 and 0 <= empty <= 1):
-        raise ValueError(f"clutter {clutter} and empty {empty} are shares, in [0, 1]")
+    _check(image_size, objects, object_size, clutter, empty)
     folder = Path(folder)
     datasets = {}
     for split, count in splits.items():
@@ -113,9 +101,29 @@ def synthetic_dataset(
     return datasets
 
 
+def _check(
+    image_size: int,
+    objects: tuple[int, int],
+    object_size: tuple[float, float],
+    clutter: float,
+    empty: float,
+) -> None:
+    if image_size < 32:
+        raise ValueError(f"image_size {image_size} is under 32")
+    if not 0 <= objects[0] <= objects[1]:
+        raise ValueError(f"objects {objects} is not 0 <= min <= max")
+    if not 4 <= object_size[0] <= object_size[1] <= image_size / 2:
+        raise ValueError(
+            f"object_size {object_size} is not 4 <= min <= max <= half of image_size "
+            f"({image_size / 2:g})"
+        )
+    if not (0 <= clutter <= 1 and 0 <= empty <= 1):
+        raise ValueError(f"clutter {clutter} and empty {empty} are not in [0, 1]")
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """One object: what it looks like, and the box and area of exactly that."""
+    """An object: its outline, box and area."""
 
     label: int
     outline: tuple[_Point, ...]  # corners of a polygon; of a circle only its centre
@@ -127,24 +135,24 @@ class _Shape:
 def _write_labels(
     file: Path, images: Sequence[LabelledImage], split: str, source: Path, seed: int
 ) -> Dataset:
-    """The JSON file of a split, and the data set that reading it gives."""
+    """Write the JSON file of a split; return the data set as it is read."""
     numbered, annotations, next_id = [], [], 1
     for image in images:
         own = []
-        for one in image.annotations:
-            x1, y1, x2, y2 = one.box
+        for annotation in image.annotations:
+            x1, y1, x2, y2 = annotation.box
             bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
             annotations.append(
                 {
                     "id": next_id,
                     "image_id": image.id,
-                    "category_id": one.label + 1,
+                    "category_id": annotation.label + 1,
                     "bbox": bbox,
-                    "area": one.area,
+                    "area": annotation.area,
                     "iscrowd": 0,
                 }
             )
-            own.append(Annotation(one.box, one.label, id=next_id, area=one.area))
+            own.append(replace(annotation, id=next_id))
             next_id += 1
         numbered.append(
             LabelledImage(image.path, image.id, tuple(own), image.width, image.height, file)
@@ -152,8 +160,8 @@ def _write_labels(
     content: dict[str, Any] = {
         "info": {"description": "Shapes in clutter, made by retinanet", "seed": seed},
         "images": [
-            {"id": one.id, "file_name": one.path.name, "width": one.width, "height": one.height}
-            for one in images
+            {"id": img.id, "file_name": img.path.name, "width": img.width, "height": img.height}
+            for img in images
         ],
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
@@ -171,18 +179,18 @@ def _image(
     clutter: float,
     empty: float,
 ) -> tuple[npt.NDArray[np.uint8], list[_Shape]]:
-    """(size, size, 3) RGB, and what there is to find in it."""
+    """(size, size, 3) RGB, and its objects."""
     wanted = 0 if draw.random() < empty else draw.randint(*objects)
     shapes: list[_Shape] = []
     for _ in range(60 * wanted):
         if len(shapes) == wanted:
             break
         shape = _shape(draw, size, object_size)
-        if all(_apart(shape.box, other.box) for other in shapes):
+        if all(_are_separate(shape.box, other.box) for other in shapes):
             shapes.append(shape)
 
-    canvas = _ground(draw, size, clutter)
-    # As many pieces an area whatever the size of the image.
+    canvas = _background(draw, size, clutter)
+    # The same number of pieces per area for all image sizes.
     pieces = round(clutter * draw.uniform(0.6, 1.4) * 26 * (size / 160) ** 2)
     for _ in range(pieces):
         _distract(draw, canvas, object_size)
@@ -195,7 +203,7 @@ def _image(
 
 
 def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> _Shape:
-    """A shape that lies wholly in the image."""
+    """A shape inside the image."""
     label = draw.randrange(len(CLASSES))
     # Log-uniform: as many from 10 to 14 pixels as from 20 to 28.
     side = object_size[0] * (object_size[1] / object_size[0]) ** draw.random()
@@ -226,12 +234,12 @@ def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> 
     return _Shape(label, moved, radius, box, round(area, 2))
 
 
-def _apart(one: _Box, other: _Box, gap: float = 3.0) -> bool:
+def _are_separate(box: _Box, other: _Box, gap: float = 3.0) -> bool:
     return (
-        one[2] + gap <= other[0]
-        or other[2] + gap <= one[0]
-        or one[3] + gap <= other[1]
-        or other[3] + gap <= one[1]
+        box[2] + gap <= other[0]
+        or other[2] + gap <= box[0]
+        or box[3] + gap <= other[1]
+        or other[3] + gap <= box[1]
     )
 
 
@@ -244,10 +252,8 @@ def _paint_shape(draw: random.Random, canvas: _Array, shape: _Shape) -> None:
     ].mean(axis=(0, 1))
     own = _COLOURS[3 * shape.label : 3 * shape.label + 3]
     colours = [_vary(draw, colour) for colour in draw.sample(own, k=len(own))]
-    # The first that stands out somewhat from what it lies on, so that there is something to see.
-    colour = next(
-        (one for one in colours if np.abs(np.array(one) - around).sum() > 130), colours[0]
-    )
+    # The first that contrasts with the background, so that the object is visible.
+    colour = next((c for c in colours if np.abs(np.array(c) - around).sum() > 130), colours[0])
     if shape.label == 0:
         inside = _disc(x, y, shape.radius, shape.radius, 0.0)
     else:
@@ -256,7 +262,7 @@ def _paint_shape(draw: random.Random, canvas: _Array, shape: _Shape) -> None:
 
 
 def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, float]) -> None:
-    """Paint something that is none of the shapes, though it may look a little like one."""
+    """Paint a distractor, which is none of the shapes."""
     size = canvas.shape[0]
     colour = _vary(draw, draw.choice(_COLOURS))
     opacity, rim = draw.uniform(0.3, 0.9), draw.random() < 0.3
@@ -310,7 +316,7 @@ def _hair(draw: random.Random, canvas: _Array) -> None:
     _paint(canvas, _around(x, y, length), hair, colour, draw.uniform(0.4, 0.9))
 
 
-def _ground(draw: random.Random, size: int, clutter: float) -> _Array:
+def _background(draw: random.Random, size: int, clutter: float) -> _Array:
     """Muted clouds: a coarse grid of random colours, interpolated, and a finer one over it."""
     base = np.array([draw.uniform(70, 190) for _ in range(3)])
     canvas: _Array = np.zeros((size, size, 3)) + base.mean() + 0.35 * (base - base.mean())
@@ -328,10 +334,10 @@ def _ground(draw: random.Random, size: int, clutter: float) -> _Array:
 
 
 def _spline(size: int, cells: int) -> tuple[npt.NDArray[np.int64], tuple[_Array, ...]]:
-    """A cubic B-spline, which shows no grid: the first of four neighbours, and their weights."""
-    place = (np.arange(size) + 0.5) * (cells / size)
-    low = np.minimum(place.astype(np.int64), cells - 1)
-    t = place - low
+    """Cubic B-spline interpolation: the first of four grid points, and their weights."""
+    position = (np.arange(size) + 0.5) * (cells / size)
+    low = np.minimum(position.astype(np.int64), cells - 1)
+    t = position - low
     weights = (
         (1 - t) * (1 - t) * (1 - t) / 6,
         (3 * t * t * t - 6 * t * t + 4) / 6,
@@ -370,12 +376,12 @@ def _bar(x: float, y: float, length: float, thick: float, turn: float) -> tuple[
 
 
 def _around(x: float, y: float, length: float) -> _Box:
-    reach = 0.75 * length + 2
-    return x - reach, y - reach, x + reach, y + reach
+    half = 0.75 * length + 2
+    return x - half, y - half, x + half, y + half
 
 
 _Inside = Callable[[_Array, _Array], _Array]
-"""How many pixels deep points (x, y) lie in a figure; negative outside."""
+"""Signed distance in pixels of points (x, y) to a figure's outline; negative outside."""
 
 
 def _polygon(corners: Sequence[_Point]) -> _Inside:
@@ -414,7 +420,7 @@ def _paint(
     opacity: float = 1.0,
     rim: bool = False,
 ) -> None:
-    """Lay a figure over the part of the canvas in `window`, with soft edges."""
+    """Paint a figure on the part of the canvas in `window`, with soft edges."""
     size = canvas.shape[0]
     left, top = max(0, int(window[0]) - 1), max(0, int(window[1]) - 1)
     right, bottom = min(size, int(window[2]) + 2), min(size, int(window[3]) + 2)

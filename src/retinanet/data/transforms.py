@@ -1,4 +1,4 @@
-"""Random changes to an image, with its boxes following exactly."""
+"""Random augmentation of images with their boxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_SIDE = 0.1
 """Pixels of the network's input; boxes narrower or lower than this are dropped."""
 
 MIN_VISIBLE = 0.25
-"""Share of an object's area that must stay in a crop; with less of it, it becomes IGNORED."""
+"""Fraction of an object's area that must be in a crop; with less the object becomes IGNORED."""
 
 
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -25,22 +25,22 @@ _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """Resizes an image to the network's input and, for training, changes it at random.
+    """Resizes an image to the network's input and, for training, augments it at random.
 
     In this order: scale jitter with the resize, crop, flips, colour. The defaults only resize. It
-    holds no random state: what is drawn comes from the generator that the caller passes, so the
-    same generator gives the same image on every machine and in every process.
+    has no random state: the same generator gives the same image on every machine and in every
+    process.
 
     Attributes:
         max_size: pixels that the longer side may have (times the jitter's factor).
         horizontal_flip, vertical_flip: probability of each.
-        scale_jitter: the least and the largest factor of the size, drawn log-uniformly.
-        crop: whether an image that the jitter made larger is cut back, at a random place, to the
-            size without jitter. An object stays with what is left of its box if that is at least
-            MIN_VISIBLE of its area; with less it becomes IGNORED, since a part in sight is
-            neither a good example of the object nor background; out of sight it is dropped.
+        scale_jitter: minimum and maximum factor of the size, drawn log-uniformly.
+        crop: whether an image enlarged by the jitter is cropped at random to the size without
+            jitter. The box of an object is clipped if at least MIN_VISIBLE of its area is in the
+            crop; with less the object becomes IGNORED, since a small part is neither a good example
+            nor background; an object outside is dropped.
         colour: strength in [0, 1]; at 1 brightness, contrast and saturation change by factors in
-            0.5..1.5 and the hue turns by up to a tenth of the circle.
+            0.5..1.5 and the hue is rotated by up to a tenth of the circle.
     """
 
     max_size: int
@@ -60,20 +60,20 @@ class Transform:
         generator: random.Random | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One image with its objects.
+        """Transform an image with its objects.
 
         Args:
             image: (3, H, W) uint8.
-            boxes: (M, 4) pixels of the whole image; what lies outside of it is cut off.
+            boxes: (M, 4) pixels of the whole image, to which they are clipped.
             labels: (M,) class 0..K-1, or IGNORED.
             shorter: pixels of the shorter side wanted, before jitter.
-            generator: where random numbers come from; None: a fresh one.
-            size: (height, width) of the whole image, where it was read at a reduced one (see
+            generator: of random numbers; None: a new one.
+            size: (height, width) of the whole image, if it was read at a reduced one (see
                 :meth:`reading_size`).
 
         Returns:
-            (3, h, w) uint8, (N, 4) float32 boxes in it and their (N,) labels, N <= M: objects out
-            of sight, without width or height, or with a side under MIN_SIDE are dropped.
+            (3, h, w) uint8, (N, 4) float32 boxes in it and their (N,) labels, N <= M: objects
+            outside, without width or height, or with a side under MIN_SIDE are dropped.
         """
         draw = generator or random.Random()
         height, width = size or image.shape[-2:]
@@ -89,8 +89,8 @@ class Transform:
         boxes = (boxes.double() * scale).float().reshape(-1, 4)
         boxes, labels = _clip(boxes, labels, image)
         if self.crop:
-            room = network_size(height, width, shorter, self.max_size)
-            image, boxes, labels = _crop(image, boxes, labels, room, draw)
+            crop_size = network_size(height, width, shorter, self.max_size)
+            image, boxes, labels = _crop(image, boxes, labels, crop_size, draw)
         new_height, new_width = image.shape[-2:]
         if draw.random() < self.horizontal_flip:
             image = image.flip(2)
@@ -103,20 +103,20 @@ class Transform:
         return image, boxes, labels
 
     def reading_size(self, shorter: int) -> tuple[int, int]:
-        """Shorter and longest side for which to read an image, before the jitter is drawn."""
-        most = max(1.0, self.scale_jitter[1])
-        return math.ceil(shorter * most), math.ceil(self.max_size * most)
+        """Maximum shorter and longer side of the jittered image: read it no smaller."""
+        factor = max(1.0, self.scale_jitter[1])
+        return math.ceil(shorter * factor), math.ceil(self.max_size * factor)
 
 
 def _clip(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut off what lies outside of the image, and drop boxes of which nothing is left."""
-    clipped = _cut(boxes, image)
+    """Clip boxes to the image, and drop those of which nothing is left."""
+    clipped = _clamp(boxes, image)
     sides = clipped[:, 2:] - clipped[:, :2]
-    keep = (sides >= MIN_SIDE).all(dim=1)  # False for not-a-number too
+    keep = (sides >= MIN_SIDE).all(dim=1)  # False for NaN too
     return clipped[keep], labels[keep]
 
 
-def _cut(boxes: Tensor, image: Tensor) -> Tensor:
+def _clamp(boxes: Tensor, image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
@@ -125,19 +125,19 @@ def _crop(
     image: Tensor,
     boxes: Tensor,
     labels: Tensor,
-    room: tuple[int, int],
+    size: tuple[int, int],
     draw: random.Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
     height, width = image.shape[-2:]
-    new_height, new_width = min(height, room[0]), min(width, room[1])
-    # Drawn even where there is nothing to cut, so that later draws stay the same.
+    new_height, new_width = min(height, size[0]), min(width, size[1])
+    # Drawn even if there is nothing to crop, so that later draws are the same.
     top = int(draw.random() * (height - new_height + 1))
     left = int(draw.random() * (width - new_width + 1))
     if (new_height, new_width) == (height, width):
         return image, boxes, labels
     whole = _areas(boxes)
     image = image[:, top : top + new_height, left : left + new_width]
-    boxes = _cut(boxes - boxes.new_tensor([left, top, left, top]), image)
+    boxes = _clamp(boxes - boxes.new_tensor([left, top, left, top]), image)
     visible = _areas(boxes) / whole
     labels = torch.where(visible < MIN_VISIBLE, IGNORED, labels)
     boxes, labels = _clip(boxes, labels, image)
@@ -149,10 +149,10 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def _change_colour(image: Tensor, strength: float, draw: random.Random) -> Tensor:
-    """Hue, saturation, contrast and brightness as a single linear map of RGB.
+    """Change hue, saturation, contrast and brightness by one linear map of RGB.
 
-    Differs: transforms.v2 turns the hue in HSV and cuts off at 0 and 255 after each of four passes;
-    one turn of the chroma plane, cut off once, takes a tenth of the time.
+    Unlike this, transforms.v2 rotates the hue in HSV and clamps after each of four passes; one
+    rotation of the chroma plane, clamped once, takes a tenth of the time.
     """
     brightness, contrast, saturation = (1 + 0.5 * strength * draw.uniform(-1, 1) for _ in range(3))
     turn = 2 * math.pi * 0.1 * strength * draw.uniform(-1, 1)

@@ -188,7 +188,7 @@ def _expand(item: Any, index: int, outputs: OutputFilter) -> Iterator[Source]:
     else:
         raise DataError(
             f"cannot search a {type(item).__name__}; give a path, a folder, a glob, an array, "
-            "a tensor, a PIL image, or a list of them"
+            "a tensor, a PIL image, the bytes of an image file, or a list of them"
         )
 
 

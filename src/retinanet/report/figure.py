@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, PALE_BLUE = "#CC79A7", "#56B4E9", "#C9DFEE"
@@ -64,6 +65,10 @@ def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Fig
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+        for axis in (side for axes in figure.axes for side in (axes.xaxis, axes.yaxis)):
+            if isinstance(axis.get_major_formatter(), LogFormatter):  # it needs math, which is off
+                axis.set_major_formatter("{x:,g}")
+                axis.set_minor_formatter(NullFormatter())
         with warnings.catch_warnings():
             # Letters that the font lacks are drawn as boxes.
             warnings.filterwarnings("ignore", message=r"Glyph \d+")

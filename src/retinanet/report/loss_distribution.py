@@ -366,7 +366,8 @@ class _Sample:
 def _curves(
     sample: _Sample, gammas: Sequence[float], fractions: _Array, empty: str
 ) -> tuple[LossCurve, ...]:
-    """
+    """Compute the curve of each gamma.
+
     Raises:
         DataError: the sample is empty, or a loss is NaN or Inf.
     """

@@ -514,14 +514,14 @@ def _plot_quartiles(axis: Any, mark: SpeedMark, colour: str) -> None:
 
 
 def _letter_marker(letter: str) -> MarkerPath:
-    """The letter as a marker around its centre; "$A$" needs math, which is off."""
+    """Make a marker of the letter; "$A$" needs math, which is off."""
     text = TextPath((0, 0), letter)
     corners = text.get_extents().get_points()
     return MarkerPath(text.vertices - corners.mean(axis=0), text.codes)
 
 
 def letters(count: int) -> list[str]:
-    """A, B, .. Z, A1, .."""
+    """Return A, B, .. Z, A1, .."""
     alphabet = string.ascii_uppercase
     return [alphabet[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(count)]
 

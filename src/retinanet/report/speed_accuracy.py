@@ -140,12 +140,7 @@ def speed_accuracy(
         ImageError: an image cannot be read.
         MissingExtraError: the backend is not installed.
     """
-    if not models:
-        raise ConfigError("no model to measure: give one or more run folders")
-    for name, count in (("rounds", rounds), ("images", images)):
-        if count < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {count}")
-    _check_scales(scales)
+    _check_arguments(models, scales, rounds=rounds, images=images)
     checkpoints = {
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
@@ -293,7 +288,7 @@ def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]
 
 
 def paper_scales(trained: int) -> tuple[int, ...]:
-    """The paper's scales relative to the training scale (600 pixels in the paper).
+    """Compute the paper's scales relative to the training scale (600 pixels in the paper).
 
     >>> paper_scales(600)
     (400, 500, 600, 700, 800)
@@ -304,7 +299,14 @@ def paper_scales(trained: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sides))
 
 
-def _check_scales(scales: Sequence[int] | None) -> None:
+def _check_arguments(
+    models: Mapping[str, Any], scales: Sequence[int] | None, **counts: int
+) -> None:
+    if not models:
+        raise ConfigError("no model to measure: give one or more run folders")
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {count}")
     if scales is None:
         return
     if not scales or len(set(scales)) != len(scales):

@@ -1,4 +1,4 @@
-"""A detector whose answers can be worked out on paper: squares of pure colours, by brightness."""
+"""A detector whose results can be computed by hand: squares of pure colours, by brightness."""
 
 from __future__ import annotations
 

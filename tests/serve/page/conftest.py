@@ -1,4 +1,4 @@
-"""The service with small models on a port of its own, and a real Chromium that opens its page."""
+"""A service with small models on its own port, and Chromium."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from colour_finder import Square, colour_finder, image
-from page_desk import KEY, Desk
+from page_driver import KEY, PageDriver
 
 from retinanet.serve import Settings, build_app
 
@@ -79,17 +79,17 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_desk(chromium: Any, server: str) -> Iterator[Callable[..., Desk]]:
-    """Opens the page; at the end nothing was complained of, and nobody else was asked for anything.
+def open_page(chromium: Any, server: str) -> Iterator[Callable[..., PageDriver]]:
+    """Open the page; at the end check that it logged no error and loaded nothing from elsewhere.
 
-    ``failures=True`` takes away that a failed request, which a browser logs, counts as a complaint.
+    ``failures=True`` allows failed requests, which Chromium logs as errors.
     """
     contexts = []
-    desks: list[Desk] = []
+    drivers: list[PageDriver] = []
 
     def make(
         address: str = server, *, failures: bool = False, opened: bool = True, **options: Any
-    ) -> Desk:
+    ) -> PageDriver:
         script = options.pop("script", None)
         options.setdefault("viewport", {"width": 1280, "height": 800})
         context = chromium.new_context(**options)
@@ -97,24 +97,24 @@ def open_desk(chromium: Any, server: str) -> Iterator[Callable[..., Desk]]:
         contexts.append(context)
         if script:
             context.add_init_script(script)
-        desk = Desk(context.new_page(), address)
-        desk.failures_expected = failures
-        desks.append(desk)
-        return desk.open() if opened else desk
+        driver = PageDriver(context.new_page(), address)
+        driver.failures_expected = failures
+        drivers.append(driver)
+        return driver.open() if opened else driver
 
     yield make
     for context in contexts:
         context.close()
-    for desk in desks:
-        own = (desk.address, "blob:", "data:")
-        assert [url for url in desk.requests if not url.startswith(own)] == []
-        ignored = "Failed to load resource" if desk.failures_expected else None
-        assert [one for one in desk.complaints if not (ignored and ignored in one)] == []
+    for driver in drivers:
+        own = (driver.address, "blob:", "data:")
+        assert [url for url in driver.requests if not url.startswith(own)] == []
+        ignored = "Failed to load resource" if driver.failures_expected else None
+        assert [one for one in driver.errors if not (ignored and ignored in one)] == []
 
 
 @pytest.fixture
-def desk(open_desk: Callable[..., Desk]) -> Desk:
-    return open_desk()
+def driver(open_page: Callable[..., PageDriver]) -> PageDriver:
+    return open_page()
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def draw(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def ask(server: str) -> Callable[..., dict[str, Any]]:
-    """What the service says of an image, asked without the page."""
+    """Detect in a file without the page."""
 
     def post(file: Path, model: str = "colours") -> dict[str, Any]:
         request = urllib.request.Request(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from page_desk import BLUE, DIM_RED, GREEN, RED, Desk
+from page_driver import BLUE, DIM_RED, GREEN, RED, PageDriver
 
 Draw = Callable[..., Path]
-OpenDesk = Callable[..., Desk]
+OpenPage = Callable[..., PageDriver]
 
 CONTRAST = """() => {
     // Of each visible text, and of the edge of each control, against what lies behind it.
@@ -69,37 +69,37 @@ CONTRAST = """() => {
 SCENES = ["empty", "found", "compared", "failed", "key"]
 
 
-def scene(desk: Desk, draw: Draw, name: str) -> None:
+def scene(driver: PageDriver, draw: Draw, name: str) -> None:
     """Brings the page from one state that is worth looking at to the next, in the order above."""
-    page = desk.page
+    page = driver.page
     if name == "found":
-        desk.choose(draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE)))
+        driver.upload(draw("a.png", (8, 8, RED), (24, 8, GREEN)), draw("b.png", (8, 8, BLUE)))
         page.focus(".detections")
     elif name == "compared":
         page.select_option("#second-model", "strict")
-        desk.wait()
+        driver.wait()
     elif name == "failed":
         page.route("**/v1/detect*", lambda one: one.fulfill(status=413, json={"detail": "no"}))
-        desk.choose(draw("c.png"))
-        desk.transfer("paste")
+        driver.upload(draw("c.png"))
+        driver.transfer("paste")
     elif name == "key":
         page.evaluate("() => document.getElementById('key-dialog').showModal()")
-    desk.settle()
+    driver.settle()
 
 
-def test_contrast(open_desk: OpenDesk, draw: Draw) -> None:
+def test_contrast_is_wcag_aa(open_page: OpenPage, draw: Draw) -> None:
     """WCAG 2.2 AA: 4.5 of text, 3 of the edges of controls."""
-    desk = open_desk(failures=True)
+    driver = open_page(failures=True)
     for name in SCENES:
-        scene(desk, draw, name)
+        scene(driver, draw, name)
         for theme in ("light", "dark"):
-            desk.page.emulate_media(color_scheme=theme)
-            assert desk.page.evaluate(CONTRAST) == [], (name, theme)
+            driver.page.emulate_media(color_scheme=theme)
+            assert driver.page.evaluate(CONTRAST) == [], (name, theme)
 
 
-def test_themes(open_desk: OpenDesk) -> None:
-    desk = open_desk(color_scheme="dark")
-    page = desk.page
+def test_themes_follow_system_or_choice(open_page: OpenPage) -> None:
+    driver = open_page(color_scheme="dark")
+    page = driver.page
     paper = "() => getComputedStyle(document.documentElement).backgroundColor"
     dark = page.evaluate(paper)
     page.emulate_media(color_scheme="light")
@@ -122,15 +122,15 @@ def test_themes(open_desk: OpenDesk) -> None:
     assert page.evaluate("() => localStorage.getItem('retinanet.theme')") == "auto"
 
 
-def test_a_phone(open_desk: OpenDesk, draw: Draw) -> None:
-    desk = open_desk(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    page = desk.page
+def test_phone_has_no_horizontal_scrolling(open_page: OpenPage, draw: Draw) -> None:
+    driver = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = driver.page
     wide = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert page.evaluate(wide) == 0
-    desk.choose(draw("a.png", (8, 8, RED)), draw("a" * 60 + ".png", (8, 8, BLUE)))
+    driver.upload(draw("a.png", (8, 8, RED)), draw("a" * 60 + ".png", (8, 8, BLUE)))
     assert page.evaluate(wide) == 0
     page.select_option("#second-model", "strict")
-    desk.wait()
+    driver.wait()
     assert page.evaluate(wide) == 0
     # One above the other, each wide enough.
     places = [page.locator(".stage").nth(n).bounding_box() for n in (0, 1)]
@@ -166,12 +166,12 @@ ROLES = {
 }
 
 
-def test_everything_has_a_name(open_desk: OpenDesk, draw: Draw) -> None:
+def test_controls_have_accessible_names(open_page: OpenPage, draw: Draw) -> None:
     """By Chromium's own accessibility tree."""
-    desk = open_desk(failures=True)
-    session = desk.page.context.new_cdp_session(desk.page)
+    driver = open_page(failures=True)
+    session = driver.page.context.new_cdp_session(driver.page)
     for name in SCENES:
-        scene(desk, draw, name)
+        scene(driver, draw, name)
         nodes = session.send("Accessibility.getFullAXTree")["nodes"]
         shown = [node for node in nodes if not node["ignored"]]
         nameless = [
@@ -184,15 +184,15 @@ def test_everything_has_a_name(open_desk: OpenDesk, draw: Draw) -> None:
         # One heading of the first level, and the landmarks by which one leaps.
         if name != "key":
             assert {"banner", "main", "complementary"} <= set(roles), name
-            levels = desk.page.eval_on_selector_all("h1", "(all) => all.length")
+            levels = driver.page.eval_on_selector_all("h1", "(all) => all.length")
             assert levels == 1
-        assert desk.page.get_attribute("html", "lang") == "en"
+        assert driver.page.get_attribute("html", "lang") == "en"
 
 
-def test_ids_are_told_apart_and_labels_lead_somewhere(desk: Desk, draw: Draw) -> None:
+def test_ids_are_unique_and_references_exist(driver: PageDriver, draw: Draw) -> None:
     for name in SCENES[:3]:
-        scene(desk, draw, name)
-    wrong = desk.page.evaluate(
+        scene(driver, draw, name)
+    wrong = driver.page.evaluate(
         """() => {
             const wrong = [];
             const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
@@ -210,10 +210,10 @@ def test_ids_are_told_apart_and_labels_lead_somewhere(desk: Desk, draw: Draw) ->
     assert wrong == []
 
 
-def test_by_keyboard_alone(desk: Desk, draw: Draw) -> None:
+def test_tab_reaches_every_control(driver: PageDriver, draw: Draw) -> None:
     """Tab reaches every control, and each shows that it has the focus."""
-    desk.choose(draw("a.png", (8, 8, RED), (24, 8, DIM_RED)), draw("b.png", (8, 8, BLUE)))
-    page = desk.page
+    driver.upload(draw("a.png", (8, 8, RED), (24, 8, DIM_RED)), draw("b.png", (8, 8, BLUE)))
+    page = driver.page
     page.evaluate("() => document.activeElement.blur()")
     reached = []
     for _ in range(60):
@@ -241,42 +241,42 @@ def test_by_keyboard_alone(desk: Desk, draw: Draw) -> None:
     assert len(reached) == len(set(reached)) + reached.count("INPUT") - ("INPUT" in reached)
 
 
-def test_help(desk: Desk) -> None:
-    desk.page.keyboard.press("?")
-    assert desk.page.is_visible("#help-dialog")
-    desk.page.keyboard.press("Escape")
-    assert not desk.page.is_visible("#help-dialog")
+def test_question_mark_opens_help(driver: PageDriver) -> None:
+    driver.page.keyboard.press("?")
+    assert driver.page.is_visible("#help-dialog")
+    driver.page.keyboard.press("Escape")
+    assert not driver.page.is_visible("#help-dialog")
     # In a field a question mark is a question mark.
-    desk.page.focus("#score-number")
-    desk.page.keyboard.press("?")
-    assert not desk.page.is_visible("#help-dialog")
+    driver.page.focus("#score-number")
+    driver.page.keyboard.press("?")
+    assert not driver.page.is_visible("#help-dialog")
 
 
-def test_less_motion(open_desk: OpenDesk, draw: Draw) -> None:
+def test_reduced_motion_stops_animation(open_page: OpenPage, draw: Draw) -> None:
     hold = "window.fetch = (send => (a, o) => String(a).includes('detect')"
     hold += " ? new Promise(() => {}) : send(a, o))(window.fetch);"
     turns = "() => getComputedStyle(document.querySelector('.thumb'), '::after').animationName"
     for motion, name in (("no-preference", "turn"), ("reduce", "none")):
-        desk = open_desk(script=hold, reduced_motion=motion)
-        desk.page.set_input_files("#files", str(draw("a.png")))
-        desk.page.wait_for_selector(".thumb[data-status=running]")
-        assert desk.page.evaluate(turns) == name
+        driver = open_page(script=hold, reduced_motion=motion)
+        driver.page.set_input_files("#files", str(draw("a.png")))
+        driver.page.wait_for_selector(".thumb[data-status=running]")
+        assert driver.page.evaluate(turns) == name
 
 
-def test_the_model_is_described(desk: Desk, draw: Draw) -> None:
-    facts = desk.text("#model-facts")
+def test_model_facts_are_shown(driver: PageDriver, draw: Draw) -> None:
+    facts = driver.text("#model-facts")
     for words in ("colours", "0.578 on cells, val", "0.891", "3: red, green, <i>blue</i>"):
         assert words in facts
     assert "torch on cpu" in facts
-    desk.choose(draw("a.png", (8, 8, RED)))
-    desk.page.wait_for_function(
+    driver.upload(draw("a.png", (8, 8, RED)))
+    driver.page.wait_for_function(
         "() => / ms per image/.test(document.getElementById('model-facts').textContent)"
     )
 
 
-def test_nothing_runs_in_the_page_that_is_not_a_file_of_its_own(desk: Desk) -> None:
+def test_page_has_no_inline_code(driver: PageDriver) -> None:
     """The policy that the service sends holds: no script, style or handler inside the markup."""
-    response = desk.page.request.get(desk.address)
+    response = driver.page.request.get(driver.address)
     assert "default-src 'self'" in response.headers["content-security-policy"]
     markup = response.text()
     assert "<style" not in markup

@@ -74,9 +74,9 @@ def _dataset(folder: Path, count: int) -> Dataset:
 
 
 def _reference(dataset: Dataset, shorter: int, longest: int) -> Callable[[], _Expected]:
-    """torchvision's detection reference: flip the PIL image, convert to float, then its model's.
+    """Run torchvision's detection reference: flip the PIL image, convert to float, transform.
 
-    That part normalises, resizes and batches images and boxes (``GeneralizedRCNNTransform``).
+    The transform normalises, resizes and batches images and boxes (``GeneralizedRCNNTransform``).
     """
     mean, std = ([value / 255 for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     transform = GeneralizedRCNNTransform(shorter, longest, mean, std)

@@ -39,7 +39,7 @@ _Sides = tuple[int, int]
 
 
 def inference(setting: Setting) -> list[Case]:
-    """ResNet-50's forward pass against torchvision's, eager in float32; on a GPU also in fp16."""
+    """Run ResNet-50's forward pass against torchvision's in float32; on a GPU also in fp16."""
     height, width = _image_size(setting)
     # Packed weights are kept for a few image sizes: one size, as in the other cases, is the best
     # case; a folder of images has several.
@@ -166,7 +166,7 @@ def compare_outputs(
 
 
 def detection(setting: Setting) -> list[Case]:
-    """A JPEG in memory to detections, against Pillow and torchvision's whole model."""
+    """Detect from a JPEG in memory, against Pillow and torchvision's whole model."""
     height, width = _image_size(setting)
     size = f"{_network_name(setting)}, JPEG {width // 2} x {height // 2} to {height} px"
     return [

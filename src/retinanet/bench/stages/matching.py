@@ -16,7 +16,7 @@ from retinanet.structures import Targets
 
 
 def matching(setting: Setting) -> list[Case]:
-    """Matching a batch against torchvision's IoU matrix and matcher, image by image."""
+    """Match a batch, against torchvision's IoU matrix and matcher, image by image."""
     sides = setting.pick((96, 128), (256, 320), (1024, 1280))
     size = f"{num_anchors(*sides):,} anchors"
     return [

@@ -18,7 +18,7 @@ _AFTER_TORCH = (
 
 
 def startup(setting: Setting) -> list[Case]:
-    """The command line's help, and imports after ``import torch``; each in a new process."""
+    """Run the command line's help, and imports after ``import torch``; each in a new process."""
 
     def after_torch(statement: str) -> Benchmark:
         call = partial(_run_python, _AFTER_TORCH.format(statement))

@@ -30,8 +30,10 @@ _LR, _MOMENTUM, _WEIGHT_DECAY = 1e-4, 0.9, 1e-4
 
 
 def train_step(setting: Setting) -> list[Case]:
-    """Forward, loss, backward and SGD against torchvision's float32 step; on a GPU against its
-    step in the same precision."""
+    """Run forward, loss, backward and SGD against torchvision's float32 step.
+
+    On a GPU torchvision's step has the same precision.
+    """
     cases: dict[str, tuple[str, int, int]] = {
         "ResNet-50": ("resnet50", setting.pick(64, 128, 512), 2),
         "ResNet-18": ("resnet18", setting.pick(64, 128, 256), setting.pick(2, 4, 8)),

@@ -1,4 +1,4 @@
-"""Labelled data sets from files: the format is found by itself."""
+"""Read labelled data sets; the format is detected."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from retinanet.errors import DataError
 
 
 class Format(NamedTuple):
-    """What a format can do.
+    """Functions of a format.
 
     Attributes:
-        recognise: whether a folder or file is of this format.
-        read: its splits by name, each read when called; the split of no name is ``""``.
-        write: writes splits into a new folder; None: the format is read alone.
-        looked_for: what `recognise` looks for, in words.
+        matches: tests whether a folder or file is of this format.
+        read: returns the splits by name, each read when called; an unnamed split is ``""``.
+        write: writes splits into a new folder; None for formats that are only read.
+        looked_for: what `matches` looks for, in words.
     """
 
-    recognise: Callable[[Path], bool]
+    matches: Callable[[Path], bool]
     read: Callable[..., dict[str, Callable[[], Dataset]]]
     write: Callable[[Writing], None] | None
     looked_for: str
 
 
-# In the order of asking: a VOC folder may well hold a CSV beside it, and CVAT's root is called all
-# but as VOC's.
+# In the order of detection: a VOC folder may contain a CSV file too, and CVAT's XML root begins as
+# VOC's.
 FORMATS: dict[str, Format] = {
     "coco": Format(coco.is_coco, coco.read_coco, coco.write_coco, coco.LOOKED_FOR),
     "labelstudio": Format(
@@ -57,18 +57,18 @@ WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not Non
 
 
 def find_format(path: str | Path) -> str:
-    """The name of the format of a folder or file.
+    """Detect the format of a folder or file.
 
     Raises:
-        DataError: nothing is there, or nothing that we know; the message lists what was looked for.
+        DataError: it does not exist, or has no known format; the message lists what was looked for.
     """
-    place = Path(path)
-    _must_exist(place)
+    path = Path(path)
+    _check_exists(path)
     for name, form in FORMATS.items():
-        if form.recognise(place):
+        if form.matches(path):
             return name
     looked = "; ".join(form.looked_for for form in FORMATS.values())
-    raise DataError(f"{place}: no labelled data found here. Looked for {looked}")
+    raise DataError(f"{path}: no labelled data found here. Looked for {looked}")
 
 
 def read_dataset(
@@ -80,31 +80,31 @@ def read_dataset(
     val_fraction: float = 0.2,
     extras: bool = True,
 ) -> Dataset:
-    """One split of a labelled data set, in any of the formats.
+    """Read one split of a labelled data set, in any format.
 
-    Faulty objects are kept or listed in :attr:`Dataset.problems`; see
-    :func:`retinanet.data.check.usable` for those that can be trained on.
+    Faulty objects are kept, or listed in :attr:`Dataset.problems`; see
+    :func:`retinanet.data.check.usable` for those to train on.
 
     Args:
         path: a folder, or a COCO JSON, data.yaml or CSV file.
         split: ``train``, ``val``, ``test`` or another that the data has; ``all`` is every image.
-            Where the format has no splits, ``train`` and ``val`` are made by `seed`; where it has
-            ``train`` but no ``val``, that is held out of ``train`` and ``test`` stays untouched.
-        format: one of :data:`FORMATS`, such as ``coco``; None finds it.
-        seed: which images are held out.
-        val_fraction: share of the images for ``val``, in (0, 1), where it has to be made.
-        extras: keep what training does not need (masks, licences, ...); False saves memory.
+            Without splits, ``train`` and ``val`` are drawn by `seed`; with ``train`` but no
+            ``val``, that is drawn from ``train``, and ``test`` is unchanged.
+        format: one of :data:`FORMATS`, such as ``coco``; None detects it.
+        seed: of the validation split.
+        val_fraction: fraction of the images for ``val``, in (0, 1), if it has to be drawn.
+        extras: keep values that training does not need (masks, licences, ...); False saves memory.
 
     Raises:
-        DataError: nothing is recognised (the message says what was looked for), there is no such
-            split (it gives the nearest), or a file as a whole cannot be read.
+        DataError: the format is unknown (the message lists what was looked for), there is no such
+            split (it suggests the nearest), or a file cannot be read.
     """
     lazy = _open(path, format, extras)
     names = _split_names(lazy)
-    if split in lazy and not (split == "train" and _val_is_made(lazy)):
+    if split in lazy and not (split == "train" and _draws_val(lazy)):
         return _named(lazy[split](), split)
     if split in names:
-        return _made(lazy, seed, val_fraction)[split]
+        return _draw_val(lazy, seed, val_fraction)[split]
     if split == "all":
         return _whole([lazy[name]() for name in _disjoint(lazy)])
     raise DataError(
@@ -120,15 +120,15 @@ def read_splits(
     val_fraction: float = 0.2,
     extras: bool = True,
 ) -> dict[str, Dataset]:
-    """Every split of a labelled data set, in the order train, val, test, others.
+    """Read all splits of a labelled data set, in the order train, val, test, others.
 
-    Arguments, errors and made splits as :func:`read_dataset`. VOC's ``trainval``, which repeats
-    train and val, is left out where they are there.
+    Arguments, errors and drawn splits as :func:`read_dataset`. VOC's ``trainval`` is left out if
+    there are train and val, which it repeats.
     """
     lazy = _open(path, format, extras)
-    made = _made(lazy, seed, val_fraction) if _val_is_made(lazy) else {}
+    drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     return {
-        name: made[name] if name in made else _named(lazy[name](), name)
+        name: drawn[name] if name in drawn else _named(lazy[name](), name)
         for name in _split_names(lazy)
     }
 
@@ -155,23 +155,23 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
 
 
 def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Callable[[], Dataset]]:
-    place = Path(path)
+    path = Path(path)
     if format is None:
-        format = find_format(place)
+        format = find_format(path)
     elif format not in FORMATS:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     else:
-        _must_exist(place)
-    lazy = FORMATS[format].read(place, extras=extras)
+        _check_exists(path)
+    lazy = FORMATS[format].read(path, extras=extras)
     if not lazy:
-        raise DataError(f"{place}: no {format} data here. Looked for {FORMATS[format].looked_for}")
+        raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].looked_for}")
     return lazy
 
 
-def _must_exist(place: Path) -> None:
-    """A remote store is asked by the format that reads one."""
-    if not archives.is_remote(place) and not place.exists():
-        raise DataError(f"{place}: there is no such file or folder")
+def _check_exists(path: Path) -> None:
+    """Raise DataError if a local path does not exist."""
+    if not archives.is_remote(path) and not path.exists():
+        raise DataError(f"{path}: there is no such file or folder")
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
@@ -180,23 +180,23 @@ def _disjoint(lazy: Mapping[str, object]) -> list[str]:
 
 
 def _train_source(lazy: Mapping[str, object]) -> str | None:
-    """The split that val is held out of where there is none."""
+    """The split that val is drawn from if there is none."""
     return next((name for name in ("train", "trainval", "") if name in lazy), None)
 
 
-def _val_is_made(lazy: Mapping[str, object]) -> bool:
+def _draws_val(lazy: Mapping[str, object]) -> bool:
     return "val" not in lazy and _train_source(lazy) is not None
 
 
 def _split_names(lazy: Mapping[str, object]) -> list[str]:
     names = set(_disjoint(lazy))
-    if _val_is_made(lazy):
+    if _draws_val(lazy):
         names = names - {"", "trainval"} | {"train", "val"}
     order = ["train", "val", "test"]
     return [n for n in order if n in names] + sorted(names - set(order))
 
 
-def _made(
+def _draw_val(
     lazy: Mapping[str, Callable[[], Dataset]], seed: int, val_fraction: float
 ) -> dict[str, Dataset]:
     name = _train_source(lazy)
@@ -207,7 +207,7 @@ def _made(
     origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
     return {
         "train": replace(source, images=train, split="train", split_origin=origin),
-        # What could not be read belongs to no split; it is told once.
+        # What could not be read belongs to no split; it is reported once.
         "val": replace(source, images=val, split="val", split_origin=origin, problems=()),
     }
 

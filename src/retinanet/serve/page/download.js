@@ -34,7 +34,7 @@ export function renderSaveCard() {
   const sum = (count) => ready.reduce((total, item) => total + count(item), 0);
   const visible = sum(({ indices }) => indices.length);
   const total = plural(sum(({ detections }) => detections.length), "object");
-  $("save-visible-text").textContent = `only visible detections: ${visible} of ${total}`;
+  $("save-visible-text").textContent = `visible only: ${visible} of ${total}`;
   const numDrawable = ready.filter(({ image }) => !image.undecodable).length;
   $("save-json").disabled = ready.length + failures.length === 0;
   $("save-coco").disabled = ready.length === 0;

@@ -6,23 +6,8 @@ import { listenToInputs } from "./inputs.js";
 import { renderModels, renderPanel, setThreshold, showClasses, view } from "./panel.js";
 import { explain, getModels, hasKey, Queue, RequestError, setKey } from "./service.js";
 import {
-  $,
-  announce,
-  changed,
-  describe,
-  element,
-  fileKind,
-  formatBytes,
-  hideMessage,
-  isSameSize,
-  jobsOf,
-  messageIsPersistent,
-  onChange,
-  plural,
-  setText,
-  showMessage,
-  state,
-  statusOf,
+  $, announce, changed, describe, element, fileKind, formatBytes, hideMessage, isSameSize, jobsOf,
+  messageIsPersistent, onChange, plural, setText, showMessage, state, statusOf,
 } from "./state.js";
 
 const THUMBNAIL_HEIGHT = 66; // CSS pixels

@@ -1,17 +1,7 @@
 // The panel beside the image: score and class filter, counts, detections, and the models.
 
 import {
-  $,
-  announce,
-  changed,
-  classNames,
-  colourOf,
-  describe,
-  element,
-  jobsOf,
-  plural,
-  setText,
-  state,
+  $, announce, changed, classNames, colourOf, describe, element, jobsOf, plural, setText, state,
   svg,
 } from "./state.js";
 import { navigate, View } from "./view.js";

@@ -1,4 +1,4 @@
-"""The page in a real browser, and what a person does with it."""
+"""The page in a browser tab, and the actions of a user."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 DIM_RED = (110, 0, 0)
-"""An object of score .12, under what the page shows at first."""
+"""Colour of an object with score .12, below the page's default threshold."""
 
 KEY = "open sesame"
-"""Of the guarded service."""
+"""API key of the guarded service."""
 
 
-class Desk:
+class PageDriver:
     """One tab."""
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
         self.address = address
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.failures_expected = False
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on(
             "console",
             lambda said: (
-                self.complaints.append(said.text) if said.type in ("error", "warning") else None
+                self.errors.append(said.text) if said.type in ("error", "warning") else None
             ),
         )
 
-    def open(self) -> Desk:
+    def open(self) -> PageDriver:
         self.page.goto(self.address)
         self.page.wait_for_selector("#model-facts dl")
         return self
 
-    def choose(self, *files: Path) -> Desk:
+    def upload(self, *files: Path) -> PageDriver:
         self.page.set_input_files("#files", [str(file) for file in files])
         return self.wait()
 
-    def wait(self) -> Desk:
-        """Until every image is done or refused, and drawn."""
+    def wait(self) -> PageDriver:
+        """Wait until every image is done or failed, and drawn."""
         self.page.wait_for_function(
             """() => {
                 const thumbs = [...document.querySelectorAll(".thumb")];
@@ -55,12 +55,12 @@ class Desk:
         return self
 
     def settle(self) -> None:
-        """Two frames, after which everything that was asked for is drawn."""
+        """Wait two frames, after which every change is drawn."""
         self.page.evaluate(
             "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
         )
 
-    def slide(self, score: float) -> None:
+    def set_score(self, score: float) -> None:
         self.page.fill("#score", str(score))
         self.settle()
 
@@ -133,8 +133,8 @@ class Desk:
         )
         return at[0], at[1]
 
-    def asked(self) -> int:
-        """How often the server was asked to search."""
+    def num_requests(self) -> int:
+        """Number of detection requests."""
         return sum("/v1/detect" in one for one in self.requests)
 
     def text(self, selector: str) -> str:
@@ -145,7 +145,7 @@ class Desk:
             ".thumb", "(all) => all.map((one) => one.querySelector('.label').textContent)"
         )
 
-    def said(self, words: str) -> None:
+    def wait_for_announcement(self, words: str) -> None:
         """Waits until screen readers are told so."""
         self.page.wait_for_function(
             "(words) => document.getElementById('status').textContent.includes(words)", arg=words
