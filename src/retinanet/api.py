@@ -1,4 +1,4 @@
-"""Training in one call, for Python; everything else of the public names is where it is defined."""
+"""``retinanet.train``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def train(
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
 ) -> Run:
-    """Train a RetinaNet on labelled images, or go on with a run that was stopped.
+    """Train a RetinaNet on labelled images, or resume a run that was stopped.
 
     Args:
         data: a folder or file of any format of :mod:`retinanet.data.formats`, or splits by name.
-        out: the run folder; an unfinished run of the same recipe and data in it goes on.
+        out: the run folder; an unfinished run of the same recipe and data in it is resumed.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
-        settings: such as ``"train.lr=0.005"``, laid over the recipe.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        settings: overrides of the recipe, such as ``"train.lr=0.005"``.
+        device: ``auto`` or a torch device.
         init: a checkpoint to start from.
-        on_event: is told what happens.
+        on_event: callback for progress events.
 
     Raises:
-        ConfigError: an unknown setting or recipe, or settings beside a built recipe.
+        ConfigError: an unknown setting or recipe, or `settings` given with a built recipe.
         RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
     if isinstance(settings, str):
@@ -43,5 +43,5 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, settings)
     elif list(settings):
-        raise ConfigError("settings cannot be laid over a built recipe; give them to load_recipe")
+        raise ConfigError("settings cannot override a built recipe; pass them to load_recipe")
     return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)

@@ -1,9 +1,7 @@
-"""Settings: their names, their defaults (the paper's), their limits, and how recipes change them.
+"""Settings: names, defaults, limits, and the recipes that override them.
 
-A default that stands here is the paper's (Lin et al. 2017; the section is on its line), or, where
-the paper is silent, that of Detectron, in which its authors ran it; what departs from it is in a
-recipe, which says why. Nothing below ``train`` sees these classes: functions take the numbers that
-they use.
+The defaults are the paper's (Lin et al. 2017; the section is on the line) or, where the paper is
+silent, those of Detectron, with which its authors trained. Recipes override them and give reasons.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class _Section(BaseModel):
         if not isinstance(values, dict):
             return values
         optional = {
-            key for key, one in cls.model_fields.items() if type(None) in get_args(one.annotation)
+            key for key, info in cls.model_fields.items() if type(None) in get_args(info.annotation)
         }
         return {
             key: None if value == "none" and key in optional else value
@@ -103,17 +101,17 @@ class ModelConfig(_Section):
 class AnchorConfig(_Section):
     """Anchors (Sec. 4): areas 32^2 to 512^2 on P3 to P7, 3 octave scales, 3 aspect ratios."""
 
-    sizes: tuple[float, ...] | None = None  # square root of area, a level; None: 4 x stride
+    sizes: tuple[float, ...] | None = None  # square root of area per level; None: 4 x stride
     scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     rounding: Literal["none", "torchvision"] = "none"  # torchvision rounds to whole pixels
 
     @model_validator(mode="after")
-    def _some_over_0(self) -> Self:
+    def _check_positive(self) -> Self:
         for name in ("sizes", "scales", "aspect_ratios"):
             numbers = getattr(self, name)
             if numbers is not None and not (numbers and min(numbers) > 0):
-                raise ValueError(f"{name} {numbers} is not one or more numbers over 0")
+                raise ValueError(f"{name} {numbers} must be one or more positive numbers")
         return self
 
 
@@ -124,14 +122,14 @@ class ModelSpec(ModelConfig, AnchorConfig):
 
 
 class MatchingConfig(_Section):
-    """Which anchor answers for which object (Sec. 4)."""
+    """Matching of anchors to ground-truth boxes (Sec. 4)."""
 
     foreground_iou: float = Field(0.5, gt=0, le=1)
     background_iou: float = Field(0.4, gt=0, le=1)
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.background_iou > self.foreground_iou:
             raise ValueError(
                 f"background_iou {self.background_iou} is over foreground_iou {self.foreground_iou}"
@@ -148,7 +146,7 @@ class LossConfig(_Section):
     beta: float = 0.0  # of focal_star (Table 3)
     margin: float = Field(0.5, gt=0, le=1)  # of hinge (Sec. 5.1, which gives no number)
     mining: Literal["none", "ohem", "ohem_1_3"] = "none"  # Sec. 5.1: the anchors that are learned
-    mining_size: int = Field(128, ge=1)  # Sec. 5.1: anchors kept, an image (Table 1d: 128 to 512)
+    mining_size: int = Field(128, ge=1)  # Sec. 5.1: anchors kept per image (Table 1d: 128 to 512)
     mining_nms: float = Field(0.7, gt=0, le=1)  # Sec. 5.1: IoU of the NMS (Table 1d: .7 and .5)
     box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
@@ -156,7 +154,7 @@ class LossConfig(_Section):
     normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
 
     @model_validator(mode="after")
-    def _alpha_range(self) -> Self:
+    def _check_alpha(self) -> Self:
         values = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
         if any(value is not None and not 0 <= value <= 1 for value in values):
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
@@ -166,7 +164,7 @@ class LossConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_goes_together(cls, values: Any) -> Any:
+    def _dependent_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         # Sec. 5.1: OHEM trains with plain cross entropy.
@@ -182,19 +180,19 @@ class LossSettings(LossConfig, MatchingConfig):
 
 
 class DataConfig(_Section):
-    """How images reach the network (Sec. 4.1)."""
+    """Loading and augmentation of images (Sec. 4.1)."""
 
     image_size: int = Field(600, ge=32)  # Sec. 5: the shorter side, pixels
     max_size: int = Field(1000, ge=32)  # the longer side at most (Detectron)
-    multi_scale: tuple[int, ...] = ()  # shorter sides to draw from, a step
+    multi_scale: tuple[int, ...] = ()  # shorter sides to draw from, per step
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
     vertical_flip: float = Field(0.0, ge=0, le=1)
-    scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, an image
+    scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, per image
     crop: bool = False  # a random crop back to the size before jitter
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
-    any_corner: bool = False  # images lie in any corner of the batch, not the upper left alone
-    order: Literal["images", "shards"] = "images"  # shards: each process reads its own, in turn
-    shard_window: int = Field(4, ge=1)  # shards whose images are shuffled together, by shards
+    any_corner: bool = False  # pad at random sides, not only right and below
+    order: Literal["images", "shards"] = "images"  # shards: each process reads its own
+    shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images
     val_fraction: float = Field(
         0.2, gt=0, lt=1
@@ -202,12 +200,12 @@ class DataConfig(_Section):
     split_seed: int | None = None  # which images those are; None: by train.seed
 
     @model_validator(mode="after")
-    def _sizes(self) -> Self:
+    def _check_sizes(self) -> Self:
         low, high = self.scale_jitter
         if not 0 < low <= high:
             raise ValueError(f"scale_jitter {self.scale_jitter} is not 0 < low <= high")
         if any(side < 32 for side in self.multi_scale):
-            raise ValueError(f"multi_scale {self.multi_scale} holds a side under 32 pixels")
+            raise ValueError(f"multi_scale {self.multi_scale} has a side under 32 pixels")
         if self.max_size < self.image_size:
             raise ValueError(
                 f"max_size {self.max_size}, the longer side at most, is under image_size "
@@ -226,11 +224,11 @@ class TrainConfig(_Section):
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
     accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
     optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
-    lr: float = Field(0.01, gt=0)  # Sec. 4.1, for reference_batch images a step
+    lr: float = Field(0.01, gt=0)  # Sec. 4.1, for reference_batch images per step
     reference_batch: int = Field(16, ge=1)  # linear rule (Goyal et al. 2017): lr * batch / this
     momentum: float = Field(0.9, ge=0, lt=1)  # Sec. 4.1
     weight_decay: float = Field(1e-4, ge=0)  # Sec. 4.1
-    backbone_lr_factor: float = Field(1.0, ge=0)  # the backbone's share of the learning rate
+    backbone_lr_factor: float = Field(1.0, ge=0)  # factor of the backbone's learning rate
     schedule: Literal["steps", "cosine"] = "steps"  # Sec. 4.1
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # Sec. 4.1: 60k and 80k of 90k; lr / 10 at each
     warmup_steps: int = Field(0, ge=0)  # not in the paper
@@ -238,7 +236,7 @@ class TrainConfig(_Section):
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     seed: int = 0
-    deterministic: bool = False  # bit for bit repeatable, and slower
+    deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
@@ -246,7 +244,7 @@ class TrainConfig(_Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
     @model_validator(mode="after")
-    def _steps(self) -> Self:
+    def _check_steps(self) -> Self:
         if self.min_steps > self.max_steps:
             raise ValueError(f"min_steps {self.min_steps} is over max_steps {self.max_steps}")
         if self.batch_size % self.accumulate:
@@ -259,17 +257,17 @@ class TrainConfig(_Section):
 
 
 class DetectConfig(_Section):
-    """What becomes of the scores (Sec. 4.1, Inference)."""
+    """Post-processing settings (Sec. 4.1, Inference)."""
 
     score_threshold: float = Field(0.05, ge=0, lt=1)
-    topk_candidates: int = Field(1000, ge=1)  # a level
+    topk_candidates: int = Field(1000, ge=1)  # per level
     nms_threshold: float = Field(0.5, gt=0, le=1)
-    detections_per_image: int = Field(100, ge=1)  # what COCO's AP looks at
+    detections_per_image: int = Field(100, ge=1)  # COCO's limit
     class_agnostic_nms: bool = False
 
 
 class Recipe(_Section):
-    """All settings of a run. The defaults are the paper's."""
+    """All settings of a run."""
 
     name: str = "paper_1x"
     model: ModelConfig = ModelConfig()
@@ -292,12 +290,12 @@ class Recipe(_Section):
 
     @property
     def split_seed(self) -> int:
-        """What chooses the images that are held back where the data has no splits."""
+        """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """List the recipes of the package."""
     folder = resources.files("retinanet") / "recipes"
     return tuple(
         sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
@@ -326,11 +324,13 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
                 f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
             )
         if key == "train.steps":
-            values.get("train", {}).pop("epochs", None)  # the recipe's; who names steps means them
+            values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
-        _lay_over(values, key, _parse_value(text.strip()))
+        _override(values, key, _parse_value(text.strip()))
     if {"train.steps", "train.epochs"} <= named:
-        raise ConfigError("train.steps and train.epochs both say how long to train: give one")
+        raise ConfigError(
+            "train.steps and train.epochs both set the length of the run: give one of them"
+        )
     return build_recipe(values, where)
 
 
@@ -365,7 +365,7 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the known name nearest to `word`, or an empty text."""
+    """Return '; did you mean X?' for the known name nearest to `word`, or an empty text."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -391,7 +391,7 @@ def repeated_names(names: Iterable[str]) -> list[str]:
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:
-    """Raise a ConfigError that lists `known` and names the nearest, unless `value` is one of it."""
+    """Raise a ConfigError with the nearest name unless `value` is among `known`."""
     known = tuple(known)
     if value not in known:
         raise ConfigError(
@@ -413,7 +413,7 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def setting_names() -> tuple[str, ...]:
-    """Every setting as ``section.key``."""
+    """List all settings as ``section.key``."""
     return tuple(
         f"{section}.{key}" for section, kind in _sections().items() for key in kind.model_fields
     )
@@ -457,7 +457,7 @@ def _parse_value(text: str) -> Any:
     return text
 
 
-def _lay_over(values: dict[str, Any], key: str, value: Any) -> None:
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
@@ -482,5 +482,5 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml_value(one) for one in value) + "]"
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

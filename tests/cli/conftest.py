@@ -15,7 +15,7 @@ from retinanet.data import convert
 from retinanet.data.synthetic import synthetic_dataset
 
 TINY = (
-    "--backbone=resnet18",
+    "--backbone=mobilenet_v2",
     "--backbone-weights=none",
     "--batch-size=2",
     "--image-size=64",

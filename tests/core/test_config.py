@@ -113,7 +113,7 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
     recipe = load_recipe("quick", ["train.steps=7"])
     assert (recipe.train.steps, recipe.train.epochs) == (7, None)
     assert load_recipe("quick", ["train.steps =7"]).train.steps == 7
-    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs both say how long"):
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs both set the length"):
         load_recipe("quick", ["train.steps=7", "train.epochs=2"])
 
 
@@ -180,12 +180,12 @@ def test_settings_cannot_be_changed() -> None:
         ("loss.margin=1.1", "loss.margin: Input should be less than or equal to 1"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
         ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
-        ("anchors.scales=[]", "scales () is not one or more numbers over 0"),
-        ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) is not one or more"),
-        ("anchors.sizes=[-8]", "sizes (-8.0,) is not one or more numbers over 0"),
+        ("anchors.scales=[]", "scales () must be one or more positive numbers"),
+        ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) must be one or more"),
+        ("anchors.sizes=[-8]", "sizes (-8.0,) must be one or more positive numbers"),
         ("data.scale_jitter=[1.2, 0.8]", "scale_jitter (1.2, 0.8) is not 0 < low <= high"),
         ("data.scale_jitter=[0, 1]", "scale_jitter (0.0, 1.0) is not 0 < low <= high"),
-        ("data.multi_scale=[400, 16]", "(400, 16) holds a side under 32 pixels"),
+        ("data.multi_scale=[400, 16]", "(400, 16) has a side under 32 pixels"),
         ("train.accumulate=3", "batch_size 16 does not divide by accumulate 3"),
         ("train.min_steps=2000000000", "min_steps 2000000000 is over max_steps 1000000000"),
         ("train.milestones=[0.5, 1]", "milestones (0.5, 1.0) are shares of the steps, in (0, 1)"),

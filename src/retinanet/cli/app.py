@@ -1,8 +1,8 @@
-"""The commands together, and what becomes of an error.
+"""The command line: all commands, and the conversion of exceptions to messages and exit codes.
 
-Exit codes: 0 it worked, 1 it failed (or something was found wrong, where a command says so), 2 the
-command was not understood: an unknown option or setting. An error is one line on standard error;
-``--debug`` shows where it arose.
+Exit codes: 0 success, 1 failure (or faults found, where a command says so), 2 bad usage (an unknown
+option or setting), 130 and 143 stopped by Ctrl-C and SIGTERM. An error is one line on standard
+error; ``--debug`` prints the traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,50 +34,62 @@ from retinanet.cli import (
 from retinanet.cli.console import STOPPED, TERMINATED, note, say
 from retinanet.errors import ConfigError, RetinaNetError
 
-# typer exports BadParameter alone; its parent is what every badly written command raises, whether
-# typer carries its own click (since 0.26) or imports the separate one.
+# Base class of all usage errors, of typer's own click (since 0.26) or of the separate package.
 _UsageError: Any = typer.BadParameter.__base__
 
 
-_SETTINGS: dict[str, Any] = {
-    "pretty_exceptions_enable": False,
-    "rich_markup_mode": "rich",
-    "context_settings": {"help_option_names": ["-h", "--help"]},
+_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "": {
+        "demo": demo.demo,
+        "train": train.train,
+        "evaluate": evaluate.evaluate,
+        "detect": detect.detect,
+        "serve": serve.serve,
+        "push": push.push,
+        "export": export.export,
+        "bench": bench.bench,
+    },
+    "data": {
+        "check": data.check,
+        "convert": data.convert,
+        "show": data.show,
+        "anchors": data.anchors,
+    },
+    "report": {
+        "loss-distribution": report.loss_distribution,
+        "speed-accuracy": report.speed_accuracy,
+    },
+    "paper": {"list": paper.list_experiments, "run": paper.run, "work": paper.work},
+}
+_HIDDEN = ("work",)
+_HELP = {
+    "": "RetinaNet and Focal Loss: train, evaluate and use a detector on your own images.",
+    "data": "Labelled data: check, convert, show, anchors.",
+    "report": "The paper's figures for your own models: loss-distribution, speed-accuracy.",
+    "paper": "The paper's tables and figures: list, run.",
 }
 
-app = typer.Typer(
-    name="retinanet",
-    help="RetinaNet and Focal Loss: train, evaluate and use a detector on your own images.",
-    **_SETTINGS,
-)
-data_app = typer.Typer(help="Look at labelled data: check, convert, show, anchors.", **_SETTINGS)
 
-paper_app = typer.Typer(help="The paper's tables and figures: list, run.", **_SETTINGS)
+def _build_app() -> typer.Typer:
+    apps = {
+        group: typer.Typer(
+            name=group or "retinanet",
+            help=text,
+            pretty_exceptions_enable=False,
+            rich_markup_mode="rich",
+            context_settings={"help_option_names": ["-h", "--help"]},
+        )
+        for group, text in _HELP.items()
+    }
+    for group, commands in _COMMANDS.items():
+        for name, function in commands.items():
+            apps[group].command(name, hidden=name in _HIDDEN)(function)
+        if group:
+            apps[""].add_typer(apps[group])
+    return apps[""]
 
-report_app = typer.Typer(
-    help="The paper's figures for your own models: loss-distribution, speed-accuracy.", **_SETTINGS
-)
 
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("detect")(detect.detect)
-app.add_typer(data_app, name="data")
-data_app.command("check")(data.check)
-data_app.command("convert")(data.convert)
-data_app.command("show")(data.show)
-data_app.command("anchors")(data.anchors)
-app.add_typer(report_app, name="report")
-report_app.command("loss-distribution")(report.loss_distribution)
-report_app.command("speed-accuracy")(report.speed_accuracy)
-app.command("serve")(serve.serve)
-app.command("push")(push.push)
-app.command("export")(export.export)
-app.command("bench")(bench.bench)
-app.add_typer(paper_app, name="paper")
-paper_app.command("list")(paper.list_experiments)
-paper_app.command("run")(paper.run)
-paper_app.command("work", hidden=True)(paper.work)
+app = _build_app()
 
 
 def _version(wanted: bool) -> None:
@@ -94,35 +106,35 @@ def _root(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show the whole traceback of an error; at any place."),
+        typer.Option("--debug", help="Print the traceback of an error."),
     ] = False,
 ) -> None:
-    pass  # main() looks for --debug, so that it may stand behind the command too
+    pass  # main() handles --debug, so that it works after the command too
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what follows the program's name; None: this process's own.
+        arguments: without the program's name; None: those of this process.
 
     Returns:
         The exit code: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    # Threads that spin while they wait for each other take the cores from all else that runs: on a
-    # busy machine a search took over thirty times as long. OpenMP reads it when torch is loaded.
+    # Spinning threads take the cores from other processes: on a busy machine detection took over
+    # thirty times as long. OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [one for one in given if one != "--debug"]
-    if given in ([], ["data"], ["paper"], ["report"]):
-        given.append("--help")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if " ".join(words) in _COMMANDS:  # a group alone
+        words.append("--help")
     try:
-        code = app(given, prog_name="retinanet", standalone_mode=False)
+        code = app(words, prog_name="retinanet", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
     except BrokenPipeError:
-        # The reader of our output has gone, as in `| head`; Python would complain again at exit.
+        # The pipe is closed, as by `| head`; Python would raise the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -131,9 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(f"error: {_one_line(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
     if code in (STOPPED, TERMINATED):
-        goes_on = given[0] in ("train", "demo", "paper") or "ray" in given
-        again = f"; to go on: {shlex.join(['retinanet', *given])}" if goes_on else ""
-        note(f"stopped{again}")
+        resumable = words[0] in ("train", "demo", "paper") or "ray" in words
+        command = f"; to resume: {shlex.join(['retinanet', *words])}" if resumable else ""
+        note(f"stopped{command}")
     return code if isinstance(code, int) else 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
-from retinanet.cli.settings import Settings, resolve_recipe
+from retinanet.cli.settings import ImageSize, Json, Settings, resolve_recipe
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -34,12 +34,7 @@ Format = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", help="Recipe whose image size and anchors are used.")
 ]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=32, help="Shorter image side in pixels.", show_default="the recipe's"),
-]
 Split = Annotated[str, typer.Option(help="Split: train, val, test, all, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
@@ -258,7 +253,7 @@ def anchors(
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Settings to compare, in words and as `key=value`; the first is the recipe itself."""
+    """Return settings to compare, in words and as `key=value`; the first is the recipe itself."""
     half = "anchors.sizes=[16,32,64,128,256]"
     wide = "anchors.aspect_ratios=[0.25,0.5,1.0,2.0,4.0]"
     p2 = "model.p2=true"
@@ -296,7 +291,7 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
 
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
-    """The splits without images whose size is in neither the labels nor a readable file."""
+    """Return the splits without images whose size is in neither the labels nor a readable file."""
     from dataclasses import replace
 
     return {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, progress, say, seconds, table
+from retinanet.cli.settings import Device, Json
 from retinanet.cli.training import run_training, write_report
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def demo(
     *,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Random seed of the images and both trainings.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Train with the focal loss and with cross entropy on synthetic images, and compare.
 

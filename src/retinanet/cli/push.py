@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from retinanet.cli.console import note, print_json, say
+from retinanet.cli.settings import Json
 
 
 def push(
@@ -45,7 +46,7 @@ def push(
     device: Annotated[
         str, typer.Option(help="Device for the example images: auto, cpu, cuda.")
     ] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Push a trained model to the Hugging Face hub; it then loads as hf://OWNER/NAME.
 

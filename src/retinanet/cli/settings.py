@@ -19,6 +19,12 @@ Settings = Annotated[
     ),
 ]
 
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=32, help="Shorter image side in pixels.", show_default="the recipe's"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 ScoreThreshold = Annotated[
     float | None,
     typer.Option(help="Drop boxes with a lower score.", show_default="the model's, .05"),

@@ -54,8 +54,8 @@ def run_overfit(
     recipe: Recipe,
     data: str | Path,
     folder: Path | None,
-    *,
     num_images: int,
+    *,
     steps: int | None,
     device: str,
     init: str | None,
@@ -99,9 +99,9 @@ class _Display:
             TextColumn("{task.fields[left]}"),
         )
         self._task = self._bar.add_task(title, total=None, left="")
-        self._figures = Text("")
+        self._metrics = Text("")
         self._live = Live(
-            Group(self._bar, self._figures), console=err, transient=True, refresh_per_second=4
+            Group(self._bar, self._metrics), console=err, transient=True, refresh_per_second=4
         )
         self._last_line = time.monotonic()
 
@@ -124,15 +124,15 @@ class _Display:
                 self._step(data)
             case "validating":
                 self._bar.update(self._task, description="validating", left="")
-                self._figures.plain = f"image {data['done']} of {data['total']}"
+                self._metrics.plain = f"image {data['done']} of {data['total']}"
             case "validation":
-                note(f"step {data['step']}: {describe_figures(data)}")
+                note(f"step {data['step']}: {describe_metrics(data)}")
             case "message":
                 note(str(data["message"]))
 
     def _step(self, data: Mapping[str, Any]) -> None:
         left = f"{seconds(data['seconds_left'])} left"
-        figures = describe_step(data)
+        metrics = describe_step(data)
         if err.is_terminal:
             self._bar.update(
                 self._task,
@@ -141,15 +141,15 @@ class _Display:
                 total=data["steps"],
                 left=left,
             )
-            self._figures.plain = figures
+            self._metrics.plain = metrics
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            note(f"step {data['step']}/{data['steps']}: {figures}, {left}")
+            note(f"step {data['step']}/{data['steps']}: {metrics}, {left}")
 
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """Describe the training in a line."""
-    begins = "training" if kind == "start" else f"resuming from step {data['step']}:"
+    begins = "training" if kind == "start" else f"resuming from step {data['step']}"
     many = "process" if data["processes"] == 1 else "processes"
     return (
         f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
@@ -165,7 +165,7 @@ def describe_step(data: Mapping[str, Any]) -> str:
         (
             f"loss {data['loss']:.3f} (class {data['loss_classification']:.3f}, "
             f"box {data['loss_box']:.3f})",
-            f"{data['positives']:.1f} positives an image",
+            f"{data['positives']:.1f} positives per image",
             f"lr {data['lr']:.1e}",
             f"{data['images_per_second']:.1f} images/s",
             f"waiting {100 * data['waiting']:.0f}%",
@@ -174,7 +174,7 @@ def describe_step(data: Mapping[str, Any]) -> str:
     )
 
 
-def describe_figures(metrics: Mapping[str, Any]) -> str:
-    """AP, AP50 and loss of a validation; what the data cannot give is a dash."""
+def describe_metrics(metrics: Mapping[str, Any]) -> str:
+    """Describe AP, AP50 and loss of a validation; missing values are a dash."""
     names = {"ap": "AP", "ap50": "AP50", "loss": "validation loss"}
     return ", ".join(f"{name} {figure(metrics.get(key))}" for key, name in names.items())

@@ -88,7 +88,7 @@ class Contents:
 
 
 def address_of(path: str | os.PathLike[str]) -> str:
-    """A path as text, with both slashes of ``s3://bucket``, which pathlib folds into one."""
+    """Return a path as text, with both slashes of ``s3://bucket``, which pathlib folds into one."""
     text = os.fspath(path)
     found = _REMOTE.match(text)
     return f"{found.group(1)}://{text[found.end() :]}" if found else text
@@ -100,13 +100,13 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def archive_of(path: str | os.PathLike[str]) -> str | None:
-    """The address of the archive that a path leads into, or None."""
+    """Return the address of the archive that a path leads into, or None."""
     inside = _split(path)
     return inside[0] if inside else None
 
 
 def find_member(path: str | os.PathLike[str]) -> Member | None:
-    """The member at a path; None if the path leads into no archive.
+    """Return the member at a path; None if the path leads into no archive.
 
     Raises:
         ImageError: the archive has no such member.
@@ -141,7 +141,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """The size of a file in bytes, also inside an archive.
+    """Return the size of a file in bytes, also inside an archive.
 
     Raises:
         OSError, DataError: it is not there.
@@ -178,7 +178,7 @@ def read_file(address: str) -> bytes:
 
 
 def list_names(address: str) -> list[str]:
-    """The names in a folder, sorted; empty if it is no folder.
+    """Return the names in a folder, sorted; empty if it is no folder.
 
     Raises:
         DataError: it cannot be read.
@@ -193,7 +193,7 @@ def list_names(address: str) -> list[str]:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
+    """Return fsspec's file system of an address, and the path in it."""
     import fsspec
 
     try:
@@ -264,7 +264,7 @@ def _fetch(members: Sequence[Member], spans: Sequence[tuple[int, int]]) -> list[
 
 
 def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
-    """The same files; members in remote archives with their bytes, fetched together.
+    """Return the same files; members in remote archives with their bytes, fetched together.
 
     Raises:
         ImageError: as :func:`read_members`.
@@ -280,7 +280,7 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
 
 
 def _checked(member: Member, data: bytes) -> bytes:
-    """The bytes of a member without its header, which must state its size."""
+    """Return the bytes of a member without its header, which must state its size."""
     try:
         header = tarfile.TarInfo.frombuf(data[:_BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -306,7 +306,7 @@ def _checked(member: Member, data: bytes) -> bytes:
 
 
 def index_of(archive: str) -> str:
-    """The address of the index beside an archive."""
+    """Return the address of the index beside an archive."""
     return f"{archive[: -len(SUFFIX)]}{INDEX_SUFFIX}"
 
 
@@ -316,7 +316,7 @@ def digest_of(content: bytes) -> str:
 
 
 def contents_of(archive: str) -> Contents:
-    """The contents of an archive, by its index if it has one.
+    """Return the contents of an archive, by its index if it has one.
 
     Raises:
         DataError: there is no such archive, it is cut off or no tar, or its index does not fit it.
@@ -392,7 +392,7 @@ def _contents_from(listed: list[Member], *, indexed: bool) -> Contents:
 
 
 def _scan(archive: str) -> Contents:
-    """The contents of an archive by its headers."""
+    """Return the contents of an archive by its headers."""
     try:
         with _store_errors(archive):
             system, path = _file_system(archive)

@@ -14,7 +14,7 @@ CLIPPED = "clipped"
 def check_box(
     box: tuple[float, float, float, float], width: int | None, height: int | None
 ) -> tuple[str, str, str] | None:
-    """The kind, reason and fix of the most severe fault of a box, or None."""
+    """Return the kind, reason and fix of the most severe fault of a box, or None."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)):
         return "box-not-a-number", "is not four finite numbers", "dropped"

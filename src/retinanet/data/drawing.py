@@ -266,7 +266,7 @@ def _draw_caption(
 
 
 def _hidden(area: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float:
-    """The largest fraction of an object that a caption in `area` would cover."""
+    """Return the largest fraction of an object that a caption in `area` would cover."""
     if not len(objects):
         return 0.0
     wide = np.minimum(objects[:, 2], area[2]) - np.maximum(objects[:, 0], area[0])
@@ -281,7 +281,7 @@ def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, shortened with an ellipsis if it does not fit."""
+    """Return the text, shortened with an ellipsis if it does not fit."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

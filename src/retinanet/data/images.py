@@ -155,7 +155,7 @@ def check_value_range(value_range: ValueRange | None) -> None:
 def _read(
     source: ImageSource, wanted: tuple[int, int] | None, value_range: ValueRange | None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The image, and the size of the whole; `wanted` are shorter and longest of read_reduced."""
+    """Return the image, and the size of the whole; `wanted` is (shorter, longest)."""
     check_value_range(value_range)
     if isinstance(source, Tensor | np.ndarray):
         return _whole(_from_pixels(source, value_range))
@@ -208,7 +208,7 @@ def _by_pillow(
 
 
 def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
-    """The content of a JPEG file; empty for another format."""
+    """Return the content of a JPEG file; empty for another format."""
     if isinstance(source, BytesIO):
         content = source.getvalue()
         return content if content[:3] == b"\xff\xd8\xff" else b""
@@ -272,7 +272,7 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """The orientation in EXIF or XMP, by Pillow, which is called only if the file has either."""
+    """Return the orientation in EXIF or XMP; Pillow is called only if the file has either."""
     position = 2
     while (start := data[position : position + 2]) and start[0] == 0xFF and start != b"\xff\xda":
         if start == b"\xff\xe1":
@@ -286,7 +286,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
-    """The largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
+    """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
     for factor in _REDUCTIONS:
         if (
@@ -364,7 +364,7 @@ def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[i
 def resize_to(
     image: Tensor, shorter: int, longest: int, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, tuple[float, float]]:
-    """An image at its :func:`network_size`, bilinear with antialiasing.
+    """Resize an image to its :func:`network_size`, bilinear with antialiasing.
 
     Args:
         image: (3, H, W) uint8; fastest as :func:`read_image` gives it.
@@ -492,7 +492,7 @@ def image_errors(name: str) -> Iterator[None]:
 
 
 def _beginning(name: str) -> str:
-    """The first bytes of a file that is no image, such as a web page or a Git LFS pointer."""
+    """Return the first bytes of a file that is no image, such as a Git LFS pointer."""
     try:
         with open(name, "rb") as file:
             start = file.read(20)
@@ -502,7 +502,7 @@ def _beginning(name: str) -> str:
 
 
 def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
-    """The name of an encoded image for messages, and its path or its bytes."""
+    """Return the name of an encoded image for messages, and its path or its bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
         return "bytes of an image", BytesIO(source)
     held = find_member(source)
@@ -514,6 +514,7 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def pil_to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Tensor:
+    """Convert a PIL image to (3, H, W) uint8, upright."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         return to_rgb(np.asarray(upright), value_range)
@@ -596,7 +597,7 @@ def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.ND
 
 
 def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
-    """The range of floats or wide integers, by the rules of :func:`read_image`.
+    """Return the range of floats or wide integers, by the rules of :func:`read_image`.
 
     None for types with a range of their own: booleans, and unsigned integers of 8 or 16 bits.
 

@@ -249,7 +249,7 @@ def default_workers() -> int:
 
 
 def usable_cpus() -> int:
-    """Number of processors that this process may use: by affinity and container quota."""
+    """Return number of processors that this process may use: by affinity and container quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
@@ -283,7 +283,7 @@ class _Images:
         return len(self._ends) - 1
 
     def path(self, index: int) -> str | archives.Member:
-        """The path of an image, or its position in a shard, so that no worker reads an index."""
+        """Return the path of an image, or its position in a shard."""
         start, end = self._path_ends[index : index + 2].tolist()
         path = self._paths[start:end]
         if self._members is None:
@@ -408,7 +408,7 @@ class _TrainBatches(TorchDataset[Any]):
         return _collate(samples, self.fill, config.any_corner), failures
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
-        """The image at a position of the stream, and the generator of its augmentation."""
+        """Return the image at a position of the stream, and the generator of its augmentation."""
         epoch, position = divmod(position, len(self.images))
         if self.shards is None:
             index = _order(self.seed, epoch, len(self.images))[position]
@@ -440,7 +440,7 @@ class _EvalBatches(TorchDataset[Any]):
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
-    """The permutation of an epoch; random.Random gives the same on every platform."""
+    """Return the permutation of an epoch; random.Random gives the same on every platform."""
     order = list(range(count))
     random.Random(f"{seed} epoch {epoch}").shuffle(order)
     return order
@@ -448,7 +448,7 @@ def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
 
 @lru_cache(maxsize=2)
 def _order_by_shards(seed: int, epoch: int, shards: _Shards) -> Sequence[int]:
-    """The permutation of an epoch in which each process reads a piece of the shuffled shards.
+    """Return the permutation of an epoch of which each process reads a piece of the shards.
 
     Each process takes the same positions of the epoch as in any order, and finds the images of its
     own piece there: so steps, epochs and resuming are those of the order by images.
@@ -542,7 +542,7 @@ def _fetched(
 def _collate(
     samples: Sequence[_Sample | None], fill: Sequence[float], any_corner: bool = False
 ) -> Batch | None:
-    """The batch of samples; None if there is none, or one is missing."""
+    """Return the batch of samples; None if there is none, or one is missing."""
     present = [sample for sample in samples if sample is not None]
     if not present or len(present) < len(samples):
         return None

@@ -25,7 +25,7 @@ _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True)
 
 
 def split_word(name: str) -> str | None:
-    """The split in the name of a file or folder: ``instances_val2017`` is ``val``.
+    """Return the split in the name of a file or folder: ``instances_val2017`` is ``val``.
 
     Returns:
         ``train``, ``val``, ``test`` or ``trainval``; None if the name has no such word.

@@ -101,7 +101,7 @@ def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
 
 
 def _objects(dataset: Dataset, sizes: Sizes) -> Iterator[list[Annotation]]:
-    """The objects of each image that are not ignored and have a usable box."""
+    """Return the objects of each image that are not ignored and have a usable box."""
     for image in dataset.images:
         height, width = _size(image, sizes)
         faults = ((a, check_box(a.box, width, height)) for a in image.annotations if not a.ignored)
@@ -195,9 +195,6 @@ def anchor_recall(
     Raises:
         DataError: an image whose size is not in the labels cannot be read.
     """
-    from retinanet.data.images import image_size as size_on_disk
-    from retinanet.data.images import network_size
-
     best: list[npt.NDArray[np.float64]] = []
     labels: list[str] = []
     sizes: list[str] = []
@@ -207,17 +204,11 @@ def anchor_recall(
         for image, objects in zip(dataset.images, _objects(dataset, {}), strict=True):
             if not objects:
                 continue
-            height, width = image.height, image.width
-            if not height or not width:
-                height, width = size_on_disk(image.path)
-            new_height, new_width = network_size(height, width, image_size, max_size)
-            down, across = new_height / height, new_width / width
-            for annotation in objects:
-                x1, y1, x2, y2 = annotation.box
-                boxes.append((x1 * across, y1 * down, x2 * across, y2 * down))
-                inputs.append((new_height, new_width))
-                labels.append(dataset.classes[annotation.label])
-                sizes.append(size_name(_area(annotation)))
+            scaled, size = _scale_boxes(image, objects, image_size, max_size)
+            boxes += scaled
+            inputs += [size] * len(objects)
+            labels += [dataset.classes[annotation.label] for annotation in objects]
+            sizes += [size_name(_area(annotation)) for annotation in objects]
             if len(boxes) >= 65536:
                 best.append(_best_iou(spec, boxes, inputs, divisor))
                 boxes, inputs = [], []
@@ -240,6 +231,25 @@ def anchor_recall(
         by_class=grouped(classes, labels),
         by_size=grouped(SIZE_NAMES, sizes),
     )
+
+
+def _scale_boxes(
+    image: LabelledImage, objects: Sequence[Annotation], image_size: int, max_size: int
+) -> tuple[list[tuple[float, float, float, float]], tuple[int, int]]:
+    """Scale boxes to the network's input; also return its (height, width)."""
+    from retinanet.data.images import image_size as size_on_disk
+    from retinanet.data.images import network_size
+
+    height, width = image.height, image.width
+    if not height or not width:
+        height, width = size_on_disk(image.path)
+    new_height, new_width = network_size(height, width, image_size, max_size)
+    scale_y, scale_x = new_height / height, new_width / width
+    boxes = [
+        (x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y)
+        for x1, y1, x2, y2 in (annotation.box for annotation in objects)
+    ]
+    return boxes, (new_height, new_width)
 
 
 def _best_iou(

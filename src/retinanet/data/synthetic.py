@@ -203,7 +203,7 @@ def _image(
 
 
 def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> _Shape:
-    """A shape inside the image."""
+    """Draw a shape inside the image."""
     label = draw.randrange(len(CLASSES))
     # Log-uniform: as many from 10 to 14 pixels as from 20 to 28.
     side = object_size[0] * (object_size[1] / object_size[0]) ** draw.random()
@@ -307,7 +307,7 @@ def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, flo
 
 
 def _hair(draw: random.Random, canvas: _Array) -> None:
-    """A long thin line."""
+    """Paint a long thin line."""
     size = canvas.shape[0]
     x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
     length = size * draw.uniform(0.15, 0.8)
@@ -385,7 +385,7 @@ _Inside = Callable[[_Array, _Array], _Array]
 
 
 def _polygon(corners: Sequence[_Point]) -> _Inside:
-    """A convex polygon, its corners clockwise on the screen."""
+    """Return a convex polygon, its corners clockwise on the screen."""
 
     def depth(xs: _Array, ys: _Array) -> _Array:
         edges = zip(corners, (*corners[1:], corners[0]), strict=True)
@@ -400,7 +400,7 @@ def _polygon(corners: Sequence[_Point]) -> _Inside:
 
 
 def _disc(x: float, y: float, a: float, b: float, turn: float) -> _Inside:
-    """An ellipse of half axes a and b, turned; a circle where they are equal."""
+    """Return an ellipse of half axes a and b, turned; a circle where they are equal."""
     cos, sin = math.cos(turn), math.sin(turn)
 
     def depth(xs: _Array, ys: _Array) -> _Array:

@@ -131,7 +131,7 @@ def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) 
 
 
 def typical_side(images: Sequence[ImageSource], *, max_images: int = 200) -> int:
-    """The median of the shorter sides of up to `max_images` images, by their headers.
+    """Return the median of the shorter sides of up to `max_images` images, by their headers.
 
     Raises:
         ValueError: there is no image.
@@ -235,7 +235,7 @@ def _open_tiff(
 
 
 def _is_supported(page: Any, value_range: ValueRange | None) -> bool:
-    """The colours can be converted here, window by window."""
+    """Return the colours can be converted here, window by window."""
     kind, samples = page.photometric, page.samplesperpixel
     needed = {_RGB: 3, _YCBCR: 3, _CMYK: 4}.get(kind, 1)
     if kind not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR):
@@ -251,7 +251,7 @@ def _is_supported(page: Any, value_range: ValueRange | None) -> bool:
 
 
 def _is_same(level: Any, page: Any) -> bool:
-    """A smaller level of the same image: of its aspect ratio and type."""
+    """Return a smaller level of the same image: of its aspect ratio and type."""
     height, width = level.shaped[2:4]
     scale_y, scale_x = page.shaped[2] / height, page.shaped[3] / width
     same_shape = abs(scale_y / scale_x - 1) < 0.02 and scale_y > 1
@@ -361,7 +361,7 @@ class _TiffPage(Windows):
         return values
 
     def _pieces(self, cells: list[tuple[int, int]]) -> Iterable[npt.NDArray[Any]]:
-        """Decoded tiles or strips, from the cache where another window needed them."""
+        """Return decoded tiles or strips, from the cache where another window needed them."""
         size = self._rows * self._columns * self._samples * self._dtype.itemsize
         capacity = max(len(cells), CACHED_BYTES // size)
         pieces, missing = [], []
@@ -462,5 +462,5 @@ def _edges(length: int, step: int) -> list[int]:
 
 
 def _open_file(stored: str | os.PathLike[str] | BytesIO) -> BinaryIO:
-    """A file object per reader: several threads read at once."""
+    """Return a file object per reader: several threads read at once."""
     return BytesIO(stored.getbuffer()) if isinstance(stored, BytesIO) else open(stored, "rb")

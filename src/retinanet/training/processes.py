@@ -49,8 +49,8 @@ def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accel
             f"device {device}: each of {accelerator.num_processes} processes takes its own; "
             f"give --device {chosen.type}"
         )
-    if chosen.type == "cuda":
-        torch.cuda.set_device(accelerator.device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     return accelerator
 
 

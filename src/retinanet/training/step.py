@@ -19,7 +19,7 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
-from retinanet.model.precision import autocast
+from retinanet.model.precision import DTYPES
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 
@@ -49,12 +49,13 @@ def backward(
         batch: this process's part.
         settings: of the losses and the matching.
         accumulate: number of micro-batches.
+        precision: ``float32``, ``bf16`` or ``fp16``.
         running: () state of the normalizer ``running``: the moving average over whole batches.
 
     Returns:
         The losses of the whole batch, and the new `running`.
     """
-    device = batch.images.device
+    device, dtype = batch.images.device, DTYPES[precision]
     sizes = feature_sizes(model.anchors.strides, *batch.images.shape[-2:])
     anchors = level_anchors(model.anchors, sizes, device)
     # Each micro-batch divides by its part of the whole batch's count.
@@ -65,7 +66,7 @@ def backward(
     for piece in pieces:
         wait = accelerator.num_processes > 1 and piece is not pieces[-1]
         with accelerator.no_sync(network) if wait else nullcontext():
-            with autocast(precision, device):
+            with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
                 outputs = network(piece.images)
             losses.append(
                 detection_losses(

@@ -180,7 +180,7 @@ def _disjoint(lazy: Mapping[str, object]) -> list[str]:
 
 
 def _train_source(lazy: Mapping[str, object]) -> str | None:
-    """The split that val is drawn from if there is none."""
+    """Return the split that val is drawn from if there is none."""
     return next((name for name in ("train", "trainval", "") if name in lazy), None)
 
 

@@ -361,7 +361,7 @@ def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> 
 
 
 def _side(low: float, high: float) -> float:
-    """The length with the fewest decimals that, added to `low`, gives `high`.
+    """Return the length with the fewest decimals that, added to `low`, gives `high`.
 
     (172.65 - 38.86 is 133.79000000000002.)
     """

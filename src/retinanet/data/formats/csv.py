@@ -140,7 +140,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(first: Sequence[str]) -> dict[str, int] | None:
-    """Indices of the columns by their meaning; None if they are not those of boxes.
+    """Return indices of the columns by their meaning; None if they are not those of boxes.
 
     A file without a header has the columns of ``_NO_HEADER``.
     """
@@ -288,7 +288,7 @@ def _box(columns: _Columns, cells: list[str]) -> Box:
 
 
 def _listed_classes(folder: Path) -> tuple[Path, list[tuple[int, str]]]:
-    """A file of classes, and the ids and names in it; the folder and none if there is none."""
+    """Return a file of classes, and its ids and names; the folder and none if there is none."""
     for file in (folder / name for name in _CLASS_FILES):
         if file.is_file():
             rows = [cells for _, cells in _rows(file) if len(cells) >= 2]

@@ -96,7 +96,7 @@ def _looks_like_cvat(file: Path) -> bool:
 
 
 def _parse(file: Path, split: str, extras: bool) -> tuple[LabelFile, list[str]]:
-    """The file, and the labels in its ``<meta>``."""
+    """Return the file, and the labels in its ``<meta>``."""
     parsed = LabelFile(file, split)
     labels: list[str] = []
     root: ET.Element | None = None

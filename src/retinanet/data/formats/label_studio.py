@@ -230,7 +230,7 @@ def _read_min(parsed: LabelFile, task: Mapping[str, Any], id_: int | str, extras
 
 
 def _key(value: Any) -> int | str:
-    """A region's id; empty if it has none."""
+    """Return a region's id; empty if it has none."""
     return value if isinstance(value, int | str) and not isinstance(value, bool) else ""
 
 
@@ -281,7 +281,7 @@ def _read_region(
 
 
 def _image_address(data: Mapping[str, Any]) -> str | None:
-    """The address of the image: by its key, else the first text that ends as an image's name."""
+    """Return the address of the image: by its key, else the first text with an image's suffix."""
     texts = {
         key: value
         for key, value in data.items()
@@ -317,12 +317,12 @@ def _names(address: str) -> list[str]:
 
 
 def _file_name(address: str) -> str:
-    """The image's file name, in messages."""
+    """Return the image's file name, in messages."""
     return cut(_names(address)[0].rpartition("/")[2])
 
 
 def _find(finder: ImageFinder, address: str) -> Path:
-    """The image of an address: by as much of its path as exists, then by its file name."""
+    """Return the image of an address: by as much of its path as exists, then by its file name."""
     names = _names(address)
     paths = (folder / name for name in names for folder in finder.folders)
     return next((path for path in paths if path.is_file()), None) or finder.find(names[-1])

@@ -38,7 +38,7 @@ class ImageFinder:
         self._stems: dict[Path, dict[str, str]] = {}
 
     def find(self, name: str) -> Path:
-        """The file of that name; if there is none, the path at which it was expected.
+        """Return the file of that name; if there is none, the path at which it was expected.
 
         Tried in each folder in turn: the name as it stands, then its last part (labels often hold
         a path of the machine they were made on), then an image of the same stem and another
@@ -133,7 +133,7 @@ def can_be_a_file(name: str) -> bool:
 
 
 def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """The images in a folder, sorted by path; `deep`: also in the folders below."""
+    """Return the images in a folder, sorted by path; `deep`: also in the folders below."""
     files = folder.rglob("*") if deep else folder.glob("*")
     return sorted(file for file in files if is_image(file.name) and file.is_file())
 
@@ -161,7 +161,7 @@ def label_files(
 
 
 def split_of(file: Path, path: Path) -> str | None:
-    """The split that a label file's name, or its own folder in `path`, indicates."""
+    """Return the split that a label file's name, or its own folder in `path`, indicates."""
     word = split_word(file.stem)
     in_own_folder = path.is_dir() and file.parent not in (path, path / "annotations")
     return word or (split_word(file.parent.name) if in_own_folder else None)
@@ -181,12 +181,12 @@ def name_splits(files: Sequence[Path], path: Path, prefix: str = "") -> dict[str
 
 
 def cut(text: str, limit: int = 80) -> str:
-    """A text in messages, cut to `limit` characters."""
+    """Return a text in messages, cut to `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def short(value: Any) -> str:
-    """The repr of a value in messages."""
+    """Return the repr of a value in messages."""
     return cut(repr(value))
 
 
@@ -226,13 +226,13 @@ def read_json(
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank, stripped."""
+    """Return the lines of a text file that are not blank, stripped."""
     lines = file.read_text("utf-8-sig", errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
 def to_int(value: Any) -> int | None:
-    """A whole number, also as a float or as text; None for anything else."""
+    """Return a whole number, also as a float or as text; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -252,7 +252,7 @@ def to_size(value: Any) -> int | None:
 
 
 def to_area(text: str | None) -> float | None:
-    """An area, or None."""
+    """Return an area, or None."""
     try:
         return to_number((text or "").strip())
     except ValueError:
@@ -277,7 +277,7 @@ def to_text(value: Any) -> str:
 
 
 def to_number(value: Any) -> float:
-    """A coordinate as a float.
+    """Return a coordinate as a float.
 
     Raises:
         ValueError: it is not a number. NaN and Inf are returned: the check reports them.
@@ -291,14 +291,14 @@ def to_number(value: Any) -> float:
 
 
 def to_flag(value: Any) -> bool:
-    """A flag as label files write it: 1, "1", true, "yes"."""
+    """Return a flag as label files write it: 1, "1", true, "yes"."""
     if isinstance(value, str):
         return value.strip().lower() in ("1", "true", "yes")
     return bool(value)
 
 
 def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
-    """The upright box around `box`, rotated clockwise (as seen) about a point; pixels."""
+    """Return the upright box around `box`, rotated clockwise (as seen) about a point; pixels."""
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
     corners = [(x - about[0], y - about[1]) for x in (box[0], box[2]) for y in (box[1], box[3])]
@@ -426,7 +426,7 @@ class LabelFile:
 
 
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
-    """The classes `listed` in `source`, numbered from 1; if there are none, all names, sorted."""
+    """Return the classes `listed` in `source`, from 1 on; if there are none, all names, sorted."""
     found = {item.name for file in files for image in file.images for item in image.objects}
     names = list(listed) or sorted(found - {""})
     return merge_classes(enumerate(names, start=1), source)
@@ -439,7 +439,7 @@ def build_splits(
     source: Path,
     find: Callable[[ImageFinder, str], Path] = ImageFinder.find,
 ) -> dict[str, Callable[[], Dataset]]:
-    """The splits of parsed label files; each data set is built when called.
+    """Return the splits of parsed label files; each data set is built when called.
 
     Args:
         find: finds an image by the name that a label file gives it.

@@ -89,7 +89,7 @@ class _Data:
     classes: ClassList
 
     def read_list(self, split: str, list_file: Path) -> Dataset:
-        """The images that a list in ImageSets/Main names."""
+        """Return the images that a list in ImageSets/Main names."""
         by_stem = {file.stem: file for file in self.files}
         problems = []
         members = []
@@ -103,7 +103,7 @@ class _Data:
         return self._build(split, members, problems)
 
     def read_folder(self, split: str, members: list[Path]) -> Dataset:
-        """The images of the XML files in a folder."""
+        """Return the images of the XML files in a folder."""
         return self._build(split, members, [], find_unlabelled=True)
 
     def _build(
@@ -144,7 +144,7 @@ class _Data:
 
 
 def _root(path: Path) -> Path:
-    """The folder of Annotations/, which may be a level or two down (VOCdevkit/VOC2012)."""
+    """Return the folder of Annotations/, which may be a level or two down (VOCdevkit/VOC2012)."""
     if path.name == "Annotations" and (path.parent / "JPEGImages").is_dir():
         return path.parent
     if (path / "Annotations").is_dir():

@@ -118,7 +118,7 @@ def _is_shard(address: str) -> bool:
 
 
 def _catalogue(address: str) -> _Catalogue:
-    """The catalogue of a folder or a single shard."""
+    """Return the catalogue of a folder or a single shard."""
     single = _is_shard(address)
     folder, _, name = address.rpartition("/") if single else (address, "", "")
     if single and not archives.is_remote(address):
@@ -237,7 +237,7 @@ class _Sample:
 
 
 def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """The samples of a shard whose labels can be read, in order."""
+    """Return the samples of a shard whose labels can be read, in order."""
     contents = archives.contents_of(archive)
     for name in contents.repeated:
         reason = "occurs more than once in its shard; the first is read"
@@ -288,7 +288,7 @@ def _path(archive: str, name: str) -> Path:
 
 
 def _parsed(text: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The content of a ``KEY.json``; or None and what is wrong with it."""
+    """Return the content of a ``KEY.json``; or None and what is wrong with it."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -310,7 +310,7 @@ def _parsed(text: bytes) -> tuple[dict[str, Any] | None, str]:
 def _named_classes(
     shards: Mapping[str, Iterable[str]],
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The classes that the objects of all shards name, by their ids, else by name from 1."""
+    """Return the classes that the objects of all shards name, by their ids, else by name from 1."""
     ids: dict[str, int | None] = {}
     for archive in (shard for split in shards.values() for shard in split):
         for sample in _samples(archive, []):
@@ -529,7 +529,7 @@ def _free_key(stem: str, taken: set[str]) -> str:
 
 
 def _suffix(image: bytes) -> str:
-    """The extension of an image by its content."""
+    """Return the extension of an image by its content."""
     from io import BytesIO
 
     from PIL import Image, UnidentifiedImageError
@@ -543,7 +543,7 @@ def _suffix(image: bytes) -> str:
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
-    """The ``KEY.json`` of an image."""
+    """Return the ``KEY.json`` of an image."""
     height, width = size_of(image)
     content: dict[str, Any] = {
         "id": image.id,

@@ -55,7 +55,7 @@ class Writing:
             self.progress(self.done, sum(map(len, self.splits.values())))
 
     def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
-        """A file name for each image of each split, the image's own if it is free.
+        """Return a file name for each image of each split, the image's own if it is free.
 
         Args:
             together: all splits share a folder.
@@ -111,7 +111,7 @@ class Writing:
 
 @contextmanager
 def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
-    """A temporary folder that is renamed to `folder` on success, and removed otherwise.
+    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise.
 
     Raises:
         DataError: `folder` is a file or not empty, or it is, contains or is inside a source.
@@ -153,12 +153,12 @@ def size_of(image: LabelledImage) -> tuple[int, int]:
 
 
 def number_text(value: float) -> str:
-    """The shortest text of a number: 12, not 12.0."""
+    """Return the shortest text of a number: 12, not 12.0."""
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def own_area(annotation: Annotation) -> float | None:
-    """The object's area if it differs from its box's; else None."""
+    """Return the object's area if it differs from its box's; else None."""
     x1, y1, x2, y2 = annotation.box
     if annotation.area is None or abs(annotation.area - (x2 - x1) * (y2 - y1)) < 1e-6:
         return None

@@ -75,7 +75,7 @@ def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
 
 
 def label_path(image: Path) -> Path:
-    """The text file of an image: in ``labels`` instead of ``images``, or next to the image."""
+    """Return the text file of an image: in ``labels`` for ``images``, or next to the image."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
@@ -156,7 +156,7 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
 
 
 def _yaml_base(file: Path, path: Any) -> Path:
-    """The folder that splits are relative to: `path` is itself relative to the file, or stale."""
+    """Return the folder of the splits: `path` is itself relative to the file, or stale."""
     if not path:
         return file.parent
     for base in (file.parent / str(path), Path(str(path))):
