@@ -223,7 +223,10 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
         (_edit(lambda v: v["network"].update(channels="16")), "network.channels is '16'"),
         (_edit(lambda v: v["network"].update(channels=True)), "network.channels is True"),
         (_edit(lambda v: v["network"].update(backbone="os.system")), "no backbone 'os.system'"),
-        (_edit(lambda v: v["network"].update(norm="x")), "invalid model configuration: norm: .*got 'x'"),
+        (
+            _edit(lambda v: v["network"].update(norm="x")),
+            "invalid model configuration: norm: .*got 'x'",
+        ),
         (_edit(lambda v: v["network"].update(channels=10**7)), "do not fit the network"),
         (_edit(lambda v: v["network"].update(head_depth=2)), r"missing .class_head.tower.1.0"),
         (_edit(lambda v: v["anchors"].update(rounding="up")), "rounding"),
