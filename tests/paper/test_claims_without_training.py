@@ -93,7 +93,7 @@ def paper_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optim
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_cross_entropy_without_the_prior_diverges_where_the_prior_keeps_it_finite(
     seed: int,
 ) -> None:
