@@ -70,12 +70,12 @@ def one(engine: str, model: str, images: str, out: str, workers: int, size: int 
                 times.append((time.perf_counter(), done))
         count = len(times)
     else:
-        from retinanet.batch.collection import search_collection
+        from retinanet.batch.collection import detect_collection
 
         def tick(done: int, _: int) -> None:
             times.append((time.perf_counter(), done))
 
-        summary = search_collection(
+        summary = detect_collection(
             model, images, out, device="cpu", workers=workers, image_size=size, on_progress=tick
         )
         count = summary.images

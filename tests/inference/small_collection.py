@@ -62,6 +62,14 @@ def parquet_rows(out: Path) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
+def shard_metadata(out: Path) -> list[dict[str, Any]]:
+    """Return the metadata of the shards that exist."""
+    import pyarrow.parquet as pq
+
+    files = sorted((out / "parquet").glob("*.parquet"))
+    return [json.loads(pq.read_metadata(file).metadata[b"retinanet"]) for file in files]
+
+
 def assert_same_rows(
     found: list[dict[str, Any]], expected: list[dict[str, Any]], *, names: bool = True
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
 from small_collection import save_images
 
@@ -43,7 +44,7 @@ def test_a_folder_with_all_below_it(tree: Path) -> None:
 def test_globs(tree: Path) -> None:
     assert list(iter_inputs(["images/*.png"])) == ["images/a.png", "images/b.png"]
     assert list(iter_inputs([f"{tree}/*/a.png"])) == [f"{tree}/left/a.png"]
-    assert list(iter_inputs(["pict*/**/*.JPG"])) == ["images/left/deep/c.JPG"]
+    assert list(iter_inputs(["im*/**/*.JPG"])) == ["images/left/deep/c.JPG"]
     assert list(iter_inputs([f"file://{tree}/b.*"])) == [f"file://{tree}/b.png"]
     (tree / "[a].png").write_bytes(b"")  # what exists is no glob
     assert list(iter_inputs(["images/[a].png"])) == ["images/[a].png"]
@@ -83,7 +84,10 @@ def test_a_listing_is_lazy(tree: Path) -> None:
         ("images/*.gif", "images/*.gif: no image matches (.avif"),
         ("empty", "empty: no image in this folder"),
         ("empty.txt", "empty.txt: this list is empty"),
-        ("gs://bucket/a.jpg", "gs://bucket/a.jpg: what opens gs:// addresses is not installed: "),
+        (
+            "gs://bucket/a.jpg",
+            "gs://bucket/a.jpg: the package for gs:// addresses is not installed: ",
+        ),
         ("nonsense://a", "nonsense://a: Protocol not known: nonsense"),
     ],
 )
@@ -103,7 +107,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(
 
     def refused(path: str) -> object:
         if str(path).endswith("deep"):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", path)
         return before(path)
 
     monkeypatch.setattr(os, "scandir", refused)
@@ -196,23 +200,25 @@ def test_addresses() -> None:
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
 def test_store(tmp_path: Path, scheme: str) -> None:
-    # file:// is treated as any address whose files are moved into their place.
+    # file:// is treated as an address whose files are renamed when complete.
     store = Store(f"{scheme}{tmp_path}/out")
     assert store.names() == set()
-    assert not store.exists("done/1.json")
-    store.write("done/1.json", "0123456789")
-    store.write("done/2.json", b"")
-    assert store.read("done/1.json") == b"0123456789"
-    assert store.read("done/1.json", 3, 5) == b"34"
-    assert store.names("done") == {"1.json", "2.json"}
-    store.write("done/1.json", "again")
-    assert store.read("done/1.json") == b"again"
-    with pytest.raises(ZeroDivisionError), store.draft("done/3.json") as draft:
-        draft.write_text(f"half {1 / 0}")
-    assert store.names("done") == {"1.json", "2.json"}
-    store.write(".drafts/left by a kill", "x")
-    store.remove_drafts()
-    assert not store.exists(".drafts/left by a kill")
-    store.remove_drafts()
+    store.write("parquet/1", "0123456789")
+    store.write("parquet/2", "")
+    assert store.read("parquet/1") == b"0123456789"
+    assert store.names("parquet") == {"1", "2"}
+    store.write("parquet/1", "again")
+    assert store.read("parquet/1") == b"again"
+    assert store.names("parquet") == {"1", "2"}
+    with pytest.raises(FileNotFoundError):
+        store.put(tmp_path / "nothing", "parquet/3")
+    assert store.names("parquet") == {"1", "2"}
     with pytest.raises(FileNotFoundError):
         store.read("nothing")
+
+
+def test_store_that_lists_the_folder_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    listed = ["/bucket/found/", "/bucket/found/plan.json", "/bucket/found/parquet/"]
+    monkeypatch.setattr(type(files), "ls", lambda *_, **__: listed)
+    assert Store("memory://bucket/found").names() == {"plan.json", "parquet"}

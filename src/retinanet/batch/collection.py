@@ -1,13 +1,10 @@
-"""Collections past one machine: detections of any number of images, on a Ray cluster.
+"""Detection in collections of any number of images, on a Ray cluster.
 
-The inputs are listed once and cut into shards. A shard is done wholly by one detector, an actor of
-Ray Data's pool, which reads ahead in threads, writes the shard's files and last its mark. A shard
-with a mark is never done again; one without is not done, whatever else is there. So a run that is
-killed, with a process or with a machine, goes on where it was.
+The inputs are cut into shards; an actor of Ray Data's pool detects in a shard and writes its files.
+A shard whose Parquet file exists is skipped, so a killed run repeats at most the shards in work.
 
-Ray Data is not asked to carry images from readers to detectors: the blocks of a shard would be
-spread over the cluster, and one that died would have to be put together again; and an image would
-be copied twice, for a detector that waits for its network, not for its readers.
+Ray Data distributes the shards' lists of inputs, not their images: blocks of images would be copied
+between machines and rebuilt when one dies, for a detector that waits for its network anyway.
 """
 
 from __future__ import annotations
@@ -16,68 +13,55 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
-import uuid
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, get_args
 
 from retinanet import __version__, errors
 from retinanet.batch.inputs import is_archive, iter_inputs
-from retinanet.batch.store import DRAFTS, Store, is_address
-from retinanet.batch.worker import (
-    DONE,
-    INPUTS,
-    TRIES,
-    ShardDetector,
-    Work,
-    marker,
-)
+from retinanet.batch.store import Store, is_address
+from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_files
 from retinanet.config import check_choice
 from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
-from retinanet.inference.backends import Backend, Thresholds
+from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.exported import is_exported
+from retinanet.inference.tiles import check_tiling
 from retinanet.model.checkpoint import load_checkpoint, write_checkpoint
 from retinanet.model.precision import Precision
 
-PLAN = "plan.json"
 SUMMARY = "summary.json"
-ERRORS = "errors"
-VERSION = 1
+VERSION = 2
 
-# A shard is what a kill loses and what a worker gets at a time.
-_LEAST_SHARD, _LARGEST_SHARD, _SHARDS = 16, 256, 64
+_ROUNDS = 3  # in which shards that failed are tried again
+_MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a shard is what a kill loses
+_CORES = 4  # per detector without a GPU; more help a network little
+_STORE = 200_000_000  # bytes of Ray's object store beside the model: only lists go through it
+_STREAM = ("batch_size", "tile", "overlap")
 
-_CORES = 4  # of a detector without a GPU; more help a network little
-
-_AT_ONCE = 4096  # shards given to Ray Data at once: each takes memory of the driver
-_READ_AT_ONCE = 256  # marks
-
-_STORE = 200_000_000  # bytes of the object store beside the model: only rows of numbers go through
+Progress = Callable[[int, int], None]
+"""Called with the shards done and their number."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionSummary:
-    """What was found in a collection.
+    """Result of a collection.
 
     Attributes:
         out: where the files are.
-        images: that were searched.
-        objects: how many of each class, most frequent first.
+        images: that detection ran on.
+        objects: number per class, most frequent first.
         errors: images and tar files that could not be read.
-        failures: the first of them, with ``file`` and ``reason``.
+        failures: the first 20 of them, with ``file`` and ``reason``.
         shards: of the collection.
-        done_before: those that an earlier call had done.
-        network: what ran the network, by the number of shards.
+        done_before: those that an earlier call had written.
+        network: shards by the description of the network that ran them.
     """
 
     out: str
@@ -90,35 +74,23 @@ class CollectionSummary:
     network: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """What summary.json says, however many calls it took."""
-        return {
-            "images": self.images,
-            "objects": self.objects,
-            "errors": self.errors,
-            "shards": self.shards,
-            "network": self.network,
-        }
+        """Return the content of summary.json, the same however many calls it took."""
+        call = ("out", "failures", "done_before")
+        return {name: value for name, value in asdict(self).items() if name not in call}
 
 
-def search_collection(
+def detect_collection(
     model: str | Path,
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    device: str = "auto",
     workers: int | None = None,
-    batch_size: int = 1,
-    tile: int | str | None = None,
-    overlap: float = 0.2,
     shard_size: int | None = None,
-    precision: str = "auto",
-    backend: str = "auto",
-    image_size: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
-    **thresholds: Unpack[Thresholds],
+    **options: Any,
 ) -> CollectionSummary:
-    """Search a collection on a Ray cluster, or go on with one that was stopped.
+    """Detect in a collection on a Ray cluster; shards that an earlier call wrote are skipped.
 
     Runs on the cluster that this process is connected to, else on that of ``RAY_ADDRESS``, else on
     one found on this machine, else on a local one that is started and stopped again. Each machine
@@ -126,97 +98,69 @@ def search_collection(
 
     Args:
         model: as :func:`retinanet.inference.load` takes it, on this machine.
-        sources: images, folders, globs, list files (.txt: a path or an address a line),
-            WebDataset shards (.tar), also with braces; on a disk that all machines share or under
-            an fsspec address (``s3://``, ``gs://``, ``hf://``).
+        sources: images, folders, globs, list files (.txt: a path or an address per line),
+            WebDataset shards (.tar), also with braces; on a disk that all machines share or at an
+            fsspec address (``s3://``, ``gs://``, ``hf://``).
         out: a folder on such a disk, or an address.
-        device: as for :func:`retinanet.inference.load`, on the machine of each detector.
-        workers: detectors at once; None: one a GPU of the cluster, or without any one for 4 cores.
-            The cores are shared out among them.
-        batch_size: images that the network takes at once.
-        tile, overlap: as in :meth:`retinanet.inference.Detector.stream`.
-        shard_size: inputs of a shard; None: 16 to 256, as many as there are inputs, or as it began.
-            A tar file is a shard of its own.
-        precision, backend, image_size: as for :func:`retinanet.inference.load`.
-        on_progress: called with the shards done and their number.
-        on_note: called with what a person may want to know while it runs.
-        thresholds: laid over the model's own.
+        workers: detectors in parallel; None: one per GPU of the cluster, or without any one per 4
+            cores. They share the cores.
+        shard_size: inputs per shard; None: 16 to 256 by their number, or as the folder was begun. A
+            tar file is a shard of its own.
+        on_progress: called as shards are done.
+        on_note: called with messages for the user.
+        options: of :func:`retinanet.inference.load`, ``device`` on the machine of each detector;
+            and ``batch_size``, ``tile``, ``overlap`` of :meth:`Detector.stream`.
 
     Returns:
-        What was found; the same is in ``summary.json``.
+        The summary, which is also written to ``summary.json``.
 
     Raises:
-        ConfigError: a setting out of range, or `out` was begun with others, with another model or
-            for other images.
-        DataError: a source stands for nothing, or a shard could not be done in three tries.
-        WeightsError: there is no such model.
-        MissingExtraError: Ray, or what a source needs, is not installed.
+        ConfigError: a setting out of range, or `out` was begun with other settings, another model
+            or other images.
+        DataError: a source stands for nothing, or a shard failed three times.
+        WeightsError: the model does not exist or cannot be used.
+        MissingExtraError: Ray, or the package of an address, is not installed.
     """
     ray = _import_ray()
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} is under 1")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers {workers} is under 1")
-    if shard_size is not None and shard_size < 1:
-        raise ConfigError(f"shard_size {shard_size} is under 1")
-    if precision == "int8" and not _is_exported(Path(model)):
-        raise ConfigError(
-            "precision int8 is calibrated once, not on each machine: make a file of it with "
-            "`retinanet export`, and give that as the model"
-        )
-    listed = [sources] if isinstance(sources, str | Path) else sources
-    given = [os.fspath(one) for one in listed]
-    note = on_note or (lambda _: None)
-    options = {
-        "precision": precision,
-        "backend": backend,
-        "image_size": image_size,
-        **thresholds,
-    }
-    # Loaded here too: what is wrong with it is said at once, not by a machine far away.
+    stream: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": 0.2}
+    stream |= {name: options.pop(name) for name in _STREAM if name in options}
+    sizes = {"batch_size": stream["batch_size"], "workers": workers, "shard_size": shard_size}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value} is under 1")
+    check_tiling(stream["tile"], stream["overlap"])
+    device = options.pop("device", "auto")
+    # Loaded here too: an error in it is raised at once, not by a machine of the cluster.
     detector, files, name = _read_model(model, options)
-    search = {"batch_size": batch_size, "tile": tile, "overlap": overlap}
+    listed = [sources] if isinstance(sources, str | Path) else sources
+    inputs = list(iter_inputs([os.fspath(source) for source in listed]))
+    if not inputs:
+        raise DataError("no source is given")
     store = Store(out)
-    with ExitStack() as stack:
-        listing = stack.enter_context(_listing(given))
-        plan = _plan(store, listing, shard_size, _identity(detector, files, options, search))
-        shards = listing.cut(plan["shard_size"])
-        total = len(shards) - 1
-        done = _done(store)
-        before = len(done)
-        if before < total:
-            size = sum(map(len, files.values()))
-            stack.enter_context(_cluster(ray, size))
-            stack.enter_context(_quiet_logs())
-            place = _Place.of(ray, device, workers, note)
+    plan = _plan(store, inputs, shard_size, _identity(detector, files, options, stream))
+    shards = _cut(inputs, plan["shard_size"])
+    before = len(_missing(store, shards))
+    if before:
+        is_relative = any(not (is_address(name) or os.path.isabs(name)) for name in inputs)
+        size = sum(map(len, files.values()))
+        with _cluster(ray, size), _ray_data(ray):
+            resources = Resources.of(ray, device, workers, on_note)
             work = Work(
                 model=files,
                 model_name=name,
                 options={"device": device, **options},
-                search=search,
+                stream=stream,
                 out=store,
-                base=os.getcwd() if listing.relative else "",
-                threads=place.cpus,
+                base=os.getcwd() if is_relative else "",
+                threads=resources.cpus,
                 fsspec=_fsspec_settings(),
-                call=uuid.uuid4().hex,
             )
-            missing = (shard for shard in range(total) if shard not in done)
-            _search_all(ray, work, place, shards, missing, before, on_progress)
-    for tries_left in reversed(range(TRIES)):
-        try:
-            summary = _finish(store, total, before)
-            break
-        except FileNotFoundError:
-            # Another call on this folder has come to its end now, and removed all drafts.
-            if not tries_left:
-                raise
-    store.remove_drafts()
-    return summary
+            _run_shards(ray, work, resources, shards, on_progress)
+    return _summarize(store, len(shards), len(shards) - before)
 
 
 def _import_ray() -> Any:
-    # Read when Ray is imported. It would send how it is used to its makers, and its core writes
-    # warnings of its own matters beside the answer.
+    # Read when Ray is imported: no usage statistics, and no warnings of its core in the output.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -231,38 +175,37 @@ def _import_ray() -> Any:
 def _read_model(
     model: str | Path, options: Mapping[str, Any]
 ) -> tuple[Detector, dict[str, bytes], str]:
-    """The detector, the model's files by name, and which of them is to be loaded."""
+    """Return the detector, the model's files by name, and the name of the file to load."""
     path = Path(model)
-    if _is_exported(path):
+    exported = is_exported(path) and not path.is_dir()
+    precision, backend = options.get("precision", "auto"), options.get("backend", "auto")
+    if precision == "int8" and not exported:
+        raise ConfigError(
+            "precision int8 is calibrated once, not on each machine: make a file of it with "
+            "`retinanet export`, and give that as the model"
+        )
+    if exported:
         detector = load(path, "cpu", **options)
         whole = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
-        return detector, {one.name: one.read_bytes() for one in whole}, path.name
+        return detector, {file.name: file.read_bytes() for file in whole}, path.name
     checkpoint = load_checkpoint(model)
     with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
         write_checkpoint(Path(folder), checkpoint)
-        files = {one.name: one.read_bytes() for one in sorted(Path(folder).iterdir())}
-    # The device and what runs there are the machine's; the rest is checked here.
-    checked = {**options, "precision": "float32", "backend": "torch"}
-    _check_names(str(options["precision"]), str(options["backend"]))
-    return Detector(checkpoint, device="cpu", **checked), files, ""
-
-
-def _is_exported(path: Path) -> bool:
-    return is_exported(path) and not path.is_dir()
-
-
-def _check_names(precision: str, backend: str) -> None:
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    # Device, precision and backend are the machine's; here only their names are checked.
     check_choice("precision", precision, (*get_args(Precision), "int8"))
     check_choice("backend", backend, get_args(Backend))
+    checked = {**options, "precision": "float32", "backend": "torch"}
+    return Detector(checkpoint, device="cpu", **checked), files, ""
 
 
 def _identity(
     detector: Detector,
     files: Mapping[str, bytes],
     options: Mapping[str, Any],
-    search: Mapping[str, Any],
+    stream: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that the detections depend on beside the images."""
+    """Return everything that the detections depend on, except the images."""
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode())
@@ -271,93 +214,43 @@ def _identity(
         "model": digest.hexdigest(),
         "classes": list(detector.classes),
         "settings": {
-            "precision": options["precision"],
-            "backend": options["backend"],
+            "precision": options.get("precision", "auto"),
+            "backend": options.get("backend", "auto"),
             "image_size": detector.image_size,
             "max_size": detector.max_size,
-            "tile": search["tile"],
-            "overlap": search["overlap"],
+            "tile": stream["tile"],
+            "overlap": stream["overlap"],
             **detector.thresholds,
         },
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """The inputs, in a file on this machine.
-
-    Attributes:
-        file: a JSON string a line.
-        count: lines.
-        digest: of their bytes, and of the working folder if a path is relative to it.
-        relative: whether one is.
-    """
-
-    file: Path
-    count: int
-    digest: str
-    relative: bool
-
-    def cut(self, size: int) -> array[int]:
-        """Where each shard begins in the file, and where the last one ends."""
-        starts, place, inside = array("Q"), 0, 0
-        alone = False
-        with self.file.open("rb") as file:
-            for line in file:
-                archive = is_archive(json.loads(line))
-                if not starts or inside == size or archive or alone:
-                    starts.append(place)
-                    inside = 0
-                inside += 1
-                alone = archive
-                place += len(line)
-        starts.append(place)
-        return starts
-
-
-@contextmanager
-def _listing(given: Sequence[str]) -> Iterator[_Listing]:
-    with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
-        file = Path(folder, INPUTS)
-        digest, count, relative = hashlib.sha256(), 0, False
-        with file.open("wb") as lines:
-            for name in iter_inputs(given):
-                if not (relative or is_address(name) or os.path.isabs(name)):
-                    relative = True
-                    digest.update(os.getcwd().encode("utf-8", "surrogateescape"))
-                line = json.dumps(name).encode("ascii") + b"\n"
-                digest.update(line)
-                lines.write(line)
-                count += 1
-        if not count:
-            raise DataError("no source is given")
-        yield _Listing(file, count, digest.hexdigest(), relative)
-
-
 def _plan(
-    store: Store, listing: _Listing, shard_size: int | None, identity: Mapping[str, Any]
+    store: Store, inputs: Sequence[str], shard_size: int | None, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """That of the folder, if it is for the same; else a new one is written.
+    """Return the folder's plan if it is the same, or write a new one.
 
     Raises:
         ConfigError: the folder was begun for something else.
-        DataError: it cannot be written.
+        DataError: it cannot be written to.
     """
+    listing = hashlib.sha256()
+    for name in inputs:
+        base = "" if is_address(name) or os.path.isabs(name) else os.getcwd()
+        listing.update(os.fsencode(f"{base}\n{name}\n"))
+    size = shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS)))
     new = {
         "format": "retinanet collection",
         "version": VERSION,
         "made by": f"retinanet {__version__}",
-        "inputs": listing.count,
-        "listing": listing.digest,
-        "shard_size": shard_size
-        or min(_LARGEST_SHARD, max(_LEAST_SHARD, -(-listing.count // _SHARDS))),
+        "inputs": len(inputs),
+        "listing": listing.hexdigest(),
+        "shard_size": size,
         **identity,
     }
     try:
         old = _read_plan(store)
         if old is None:
-            with store.draft(INPUTS) as draft:
-                shutil.copyfile(listing.file, draft)
             store.write(PLAN, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
             return new
     except RetinaNetError:
@@ -376,26 +269,26 @@ def _plan(
 
 
 def _read_plan(store: Store) -> dict[str, Any] | None:
-    if not store.exists(PLAN):
-        if store.names() - {INPUTS, DRAFTS}:
+    names = store.names()
+    if PLAN not in names:
+        if names:
             raise ConfigError(
                 f"{store.address} holds other files, and no {PLAN}: choose another --out"
             )
         return None
     try:
         plan = json.loads(store.read(PLAN))
-        if plan["format"] == "retinanet collection" and plan["version"] <= VERSION:
+        if plan["format"] == "retinanet collection" and plan["version"] == VERSION:
             return dict(plan)
     except (ValueError, KeyError, TypeError):
         pass
     raise ConfigError(
-        f"{store.address}/{PLAN} is not of a collection that this version can go on with: "
-        "choose another --out"
+        f"{store.address}/{PLAN} is not of a collection of this version: choose another --out"
     )
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """In words; empty if there is none."""
+    """Describe the first difference; empty if there is none."""
     if old["model"] != new["model"] or old["classes"] != new["classes"]:
         return "with another model"
     settings = {**old["settings"], "shard_size": old["shard_size"]}
@@ -408,16 +301,31 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ""
 
 
-def _done(store: Store) -> set[int]:
-    return {int(name.removesuffix(".json")) for name in store.names(DONE) if name.endswith(".json")}
+def _cut(inputs: Sequence[str], size: int) -> list[list[str]]:
+    """Cut the inputs into shards of `size`; a tar file is a shard of its own."""
+    shards: list[list[str]] = []
+    is_full = True
+    for name in inputs:
+        archive = is_archive(name)
+        if is_full or archive:
+            shards.append([])
+        shards[-1].append(name)
+        is_full = archive or len(shards[-1]) == size
+    return shards
+
+
+def _missing(store: Store, shards: Sequence[object]) -> list[int]:
+    """Return the shards whose Parquet file does not exist."""
+    done = {f"parquet/{name}" for name in store.names("parquet")}
+    return [shard for shard in range(len(shards)) if shard_files(shard)[1] not in done]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """What each of some detectors gets.
+class Resources:
+    """Resources of the detectors.
 
     Attributes:
-        workers: how many there are.
+        workers: number of detectors.
         cpus: processors of each.
         gpus: GPUs of each, 0 or 1.
     """
@@ -427,7 +335,14 @@ class _Place:
     gpus: int
 
     @classmethod
-    def of(cls, ray: Any, device: str, workers: int | None, note: Callable[[str], None]) -> _Place:
+    def of(
+        cls, ray: Any, device: str, workers: int | None, note: Callable[[str], None] | None
+    ) -> Resources:
+        """Share the cluster's processors and GPUs among the detectors.
+
+        Raises:
+            ConfigError: a GPU is wanted and the cluster has none.
+        """
         nodes = [
             (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
             for node in ray.nodes()
@@ -442,31 +357,34 @@ class _Place:
             cores = sum(cpu for cpu, _ in nodes)
             workers = max(1, sum(gpu for _, gpu in nodes) if gpus else cores // _CORES)
 
-        def room(cpus: int) -> int:
+        def capacity(cpus: int) -> int:
             return sum(min(cpu // cpus, gpu if gpus else cpu) for cpu, gpu in nodes)
 
-        most = max((cpu for cpu, _ in nodes), default=1)
-        cpus = next((each for each in range(most, 0, -1) if room(each) >= workers), 1)
-        if room(1) < workers:
+        max_cpus = max((cpu for cpu, _ in nodes), default=1)
+        cpus = next((each for each in range(max_cpus, 0, -1) if capacity(each) >= workers), 1)
+        if capacity(1) < workers and note is not None:
             kind = "GPUs" if gpus else "cores"
-            note(f"the cluster has {kind} for {room(1)} of {workers} workers now; the others wait")
+            note(
+                f"the cluster has {kind} for {capacity(1)} of {workers} workers now; "
+                "the others wait"
+            )
         return cls(workers, cpus, int(gpus))
 
 
 @contextmanager
 def _cluster(ray: Any, model_size: int) -> Iterator[None]:
-    """A cluster to work on; one that is started here is stopped at the end.
+    """Connect to a cluster, or start a local one and stop it at the end.
 
     Raises:
-        DataError: RAY_ADDRESS names none that answers.
+        DataError: there is no cluster at RAY_ADDRESS.
     """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    own = {"include_dashboard": False, "object_store_memory": _STORE + 2 * model_size}
-    with _silence():
+    local = {"include_dashboard": False, "object_store_memory": _STORE + 2 * model_size}
+    with _no_stderr():
         try:
             ray.init(address=address or "auto", **quiet)
         except (ConnectionError, ValueError) as error:
@@ -476,7 +394,7 @@ def _cluster(ray: Any, model_size: int) -> Iterator[None]:
                     f"no Ray cluster answers at RAY_ADDRESS {address}: {why}; unset it to work "
                     "on this machine alone"
                 ) from None
-            ray.init(address="local", **own, **quiet)
+            ray.init(address="local", **local, **quiet)
     try:
         yield
     finally:
@@ -484,28 +402,37 @@ def _cluster(ray: Any, model_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Standard error away: Ray's core says there that it was told to be silent."""
+def _no_stderr() -> Iterator[None]:
+    """Discard the process's standard error: Ray's core writes to it."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(null, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+        os.close(null)
 
 
 @contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Ray Data tells of each execution, and of each shard of a dead process with a traceback."""
-    logger = logging.getLogger("ray.data")
-    level = logger.level
+def _ray_data(ray: Any) -> Iterator[None]:
+    """Set Ray Data to continue after lost shards, without output, and restore it at the end."""
+    wanted = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "max_errored_blocks": -1,  # a shard that is lost with its machine is repeated afterwards
+    }
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before, level = {name: getattr(context, name) for name in wanted}, logger.level
     logger.setLevel(logging.CRITICAL)
+    for name, value in wanted.items():
+        setattr(context, name, value)
     try:
         yield
     finally:
+        for name, value in before.items():
+            setattr(context, name, value)
         logger.setLevel(level)
 
 
@@ -515,171 +442,102 @@ def _fsspec_settings() -> dict[str, Any]:
     return {kind: dict(settings) for kind, settings in fsspec.config.conf.items()}
 
 
-def _search_all(
+def _run_shards(
     ray: Any,
     work: Work,
-    place: _Place,
-    shards: Sequence[int],
-    missing: Iterable[int],
-    before: int,
-    on_progress: Callable[[int, int], None] | None,
+    resources: Resources,
+    shards: Sequence[Sequence[str]],
+    on_progress: Progress | None,
 ) -> None:
-    """Do the missing shards.
+    """Run the missing shards; those that fail are repeated when the others are done.
 
     Raises:
-        RetinaNetError: no detector can be made, or a shard fails again and again.
+        RetinaNetError: no detector can be loaded, or a shard fails in every round.
     """
-    total, done = len(shards) - 1, before
     reference = ray.put(work)
-    waiting = iter(missing)
-    again: list[int] = []
-    tries: Counter[int] = Counter()
     problems: dict[int, str] = {}
-    if on_progress is not None:
-        on_progress(done, total)
-    while True:
-        # What failed is tried last, when the others are done.
-        batch = list(islice(waiting, _AT_ONCE))
-        if not batch:
-            batch, again = again, []
-        if not batch:
-            break
-        left = set(batch)
-        rows = [{"shard": i, "start": shards[i], "end": shards[i + 1]} for i in batch]
-        for row in _run(ray, reference, place, rows):
-            shard, problem = int(row["shard"]), str(row["problem"])
-            if row["fatal"]:
-                raise _as_raised(problem)
-            if problem:
-                problems[shard] = problem
-                continue
-            left.discard(shard)
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
-        # A shard whose detector died may be done all the same: its mark was its last act.
-        for shard in sorted(left):
-            if work.out.exists(marker(shard)):
-                done += 1
-                continue
-            tries[shard] += 1
-            if tries[shard] < TRIES:
-                again.append(shard)
-    failed = [shard for shard, count in tries.items() if count >= TRIES]
-    if failed:
-        problem = problems.get(failed[0], "its process died; was its memory enough?")
-        raise DataError(
-            f"{len(failed)} of {total} shards could not be done in {TRIES} tries; shard "
-            f"{failed[0]}: {problem}; the same command goes on with them"
-        )
-
-
-def _run(
-    ray: Any, work: Any, place: _Place, rows: list[dict[str, int]]
-) -> Iterator[Mapping[str, Any]]:
-    """What becomes of each shard, as they are done; a shard that was lost does not come."""
-    context = ray.data.DataContext.get_current()
-    kept = {key: getattr(context, key) for key in _CONTEXT}
-    for key, value in _CONTEXT.items():
-        setattr(context, key, value)
-    try:
+    missing = _missing(work.out, shards)
+    for _ in range(_ROUNDS):
+        done = len(shards) - len(missing)
+        if on_progress is not None:
+            on_progress(done, len(shards))
+        if not missing:
+            return
+        rows = [{"shard": shard, "inputs": json.dumps(shards[shard])} for shard in missing]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             ShardDetector,
-            fn_constructor_kwargs={"work": work},
+            fn_constructor_kwargs={"work": reference},
             compute=ray.data.ActorPoolStrategy(
-                size=min(place.workers, len(rows)), max_tasks_in_flight_per_actor=2
+                size=min(resources.workers, len(rows)), max_tasks_in_flight_per_actor=2
             ),
-            num_cpus=place.cpus,
-            num_gpus=place.gpus,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_task_retries=_ROUNDS,  # of a shard whose process dies
         )
-        yield from results.iter_rows()
-    finally:
-        for key, value in kept.items():
-            setattr(context, key, value)
+        for row in results.iter_rows():
+            if row["fatal"]:
+                raise _as_error(str(row["error"]))
+            if row["error"]:
+                problems[int(row["shard"])] = str(row["error"])
+                continue
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(shards))
+        missing = _missing(work.out, shards)
+    if missing:
+        problem = problems.get(missing[0], "its process died; was its memory enough?")
+        raise DataError(
+            f"{len(missing)} of {len(shards)} shards failed {_ROUNDS} times; shard {missing[0]}: "
+            f"{problem}; rerun the command to resume"
+        )
 
 
-_CONTEXT = {
-    "enable_progress_bars": False,
-    "print_on_execution_start": False,
-    # A shard that is lost with its machine is done again afterwards; the others go on.
-    "max_errored_blocks": -1,
-}
-
-
-def _as_raised(problem: str) -> RetinaNetError:
-    """The error of another process, from its name and its text."""
-    name, _, text = problem.partition(": ")
+def _as_error(text: str) -> RetinaNetError:
+    """Return the error of another process, from its class's name and its text."""
+    name, _, message = text.partition(": ")
     kind = getattr(errors, name, None)
-    if (
-        isinstance(kind, type)
-        and issubclass(kind, RetinaNetError)
-        and kind is not MissingExtraError
-    ):
-        return kind(text)
-    return DataError(text if kind is not None else f"no detector can be made there: {problem}")
+    if not (isinstance(kind, type) and issubclass(kind, RetinaNetError)):
+        return DataError(f"no detector can be loaded there: {text}")
+    return DataError(message) if kind is MissingExtraError else kind(message)
 
 
-def _finish(store: Store, total: int, before: int) -> CollectionSummary:
-    """Put the marks together: the table of errors and the summary."""
+def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary:
+    """Write the tables of errors and the summary, from the metadata of all shards."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     objects: Counter[str] = Counter()
     network: Counter[str] = Counter()
-    images = failed = 0
-    first: list[dict[str, str]] = []
-    with (
-        store.draft(f"{ERRORS}.parquet") as parquet,
-        store.draft(f"{ERRORS}.jsonl") as jsonl,
-        _ErrorsTable(parquet, jsonl) as write,
-    ):
-        for one in _marks(store, total):
-            images += one["images"]
-            objects.update(one["objects"])
-            network[one["network"]] += 1
-            failed += len(one["errors"])
-            first += one["errors"][: max(0, 20 - len(first))]
-            write(one["errors"])
+    images = 0
+    failures: list[dict[str, str]] = []
+
+    def read(shard: int) -> dict[str, Any]:
+        with store.files.open(store.path(shard_files(shard)[1]), "rb") as file:
+            metadata = pq.read_metadata(file).metadata[METADATA]
+        return dict(json.loads(metadata))
+
+    with ThreadPoolExecutor(16, thread_name_prefix="read-shard") as pool:
+        for metadata in pool.map(read, range(shards)):
+            images += metadata["images"]
+            objects.update(metadata["objects"])
+            network[metadata["network"]] += 1
+            failures += metadata["errors"]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failures]
+    store.write("errors.jsonl", "".join(lines))
+    with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
+        schema = pa.schema({"file": pa.string(), "reason": pa.string()})
+        table = pa.Table.from_pylist(failures, schema)
+        pq.write_table(table, Path(folder, "errors"), compression="zstd")
+        store.put(Path(folder, "errors"), "errors.parquet")
     summary = CollectionSummary(
         out=store.address,
         images=images,
         objects=dict(objects.most_common()),
-        errors=failed,
-        failures=tuple(first),
-        shards=total,
-        done_before=before,
+        errors=len(failures),
+        failures=tuple(failures[:20]),
+        shards=shards,
+        done_before=done_before,
         network=dict(network),
     )
     store.write(SUMMARY, json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return summary
-
-
-def _marks(store: Store, total: int) -> Iterator[dict[str, Any]]:
-    """Of each shard, in order."""
-    with ThreadPoolExecutor(16, thread_name_prefix="read-mark") as pool:
-        for start in range(0, total, _READ_AT_ONCE):
-            names = [marker(i) for i in range(start, min(start + _READ_AT_ONCE, total))]
-            yield from map(json.loads, pool.map(store.read, names))
-
-
-class _ErrorsTable:
-    """Both files of the errors, ``file`` and ``reason`` a row."""
-
-    def __init__(self, parquet: Path, jsonl: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._schema = pa.schema([("file", pa.string()), ("reason", pa.string())])
-        self._parquet = pq.ParquetWriter(parquet, self._schema, compression="zstd")
-        self._jsonl = jsonl.open("w", encoding="utf-8", newline="\n")
-
-    def __enter__(self) -> _ErrorsTable:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._parquet.close()
-        self._jsonl.close()
-
-    def __call__(self, rows: list[dict[str, str]]) -> None:
-        import pyarrow as pa
-
-        if rows:
-            self._parquet.write_table(pa.Table.from_pylist(rows, self._schema))
-            self._jsonl.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

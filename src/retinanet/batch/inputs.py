@@ -1,4 +1,4 @@
-"""What a collection consists of: a list of addresses, made lazily, and the images behind each."""
+"""Inputs of a collection: paths and addresses of images and tar files, and the images in them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import re
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,77 +17,75 @@ from retinanet.batch.store import is_address, open_files
 from retinanet.data.images import IMAGE_SUFFIXES
 from retinanet.errors import DataError, MissingExtraError
 from retinanet.inference.detections import Failure
+from retinanet.inference.manifest import OutputFilter
 from retinanet.inference.sources import Source
 
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
-"""Of files that name images or tar files, one a line."""
+"""Suffixes of files that list images or tar files, one per line."""
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-"""Of WebDataset shards."""
+"""Suffixes of WebDataset shards."""
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES | set(ARCHIVE_SUFFIXES)))
-
-# Images fetched at once from an address: what counts there is not the processor but the wait.
-_FETCHES = 16
-
-# Bytes of a tar file fetched at once: s3fs takes 50 MB unless told.
-_TAR_BLOCK = 1 << 23
+_FETCHES = 16  # simultaneous reads from an address: latency counts there, not the processor
+_TAR_BLOCK = 1 << 23  # bytes per read of a tar file; s3fs reads 50 MB by default
 
 
 def is_archive(name: str) -> bool:
-    """Whether `name` is that of a WebDataset shard."""
+    """Return whether `name` is that of a WebDataset shard."""
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def iter_inputs(given: Iterable[str]) -> Iterator[str]:
-    """Paths and addresses of the images and tar files that `given` stands for.
+    """Yield the paths and addresses of images and tar files that `given` stands for.
 
-    In order: folders and globs by name, a folder at a time, so that a listing takes the memory of
-    its largest folder. Paths stay relative where they were given so.
+    Folders and globs are sorted, folder by folder; relative paths stay relative. Outputs of an
+    earlier detection are left out.
 
     Args:
-        given: images, folders, globs, list files (one path or address a line) and WebDataset
-            shards, with braces (``shard-{000..127}.tar``) too; on a disk or at an address.
+        given: images, folders, globs, list files (a path or address per line) and WebDataset
+            shards, also with braces (``shard-{000..127}.tar``); on a disk or at an address.
 
     Raises:
-        DataError: one stands for nothing, or what opens its kind of address is not installed.
-        MissingExtraError: braces want braceexpand, ``hf://`` huggingface_hub, addresses fsspec.
+        DataError: one stands for nothing, or the package of its kind of address is not installed.
+        MissingExtraError: braces need braceexpand, ``hf://`` huggingface_hub, addresses fsspec.
     """
-    for one in given:
-        for expanded in _without_braces(one):
-            yield from _expand(expanded)
+    outputs = OutputFilter()
+    for source in given:
+        for expanded in _without_braces(source):
+            yield from _expand(expanded, outputs)
 
 
 def iter_images(inputs: Iterable[str], failed: Callable[[Failure], None]) -> Iterator[Source]:
-    """The images of some inputs, one after the other, those of addresses fetched ahead.
+    """Yield the images of some inputs, in order; those at addresses are fetched ahead.
 
     Args:
-        inputs: of :func:`iter_inputs`.
-        failed: told of each image that cannot be fetched, and of a tar file that is damaged.
+        inputs: as :func:`iter_inputs` yields them.
+        failed: called for each image that cannot be fetched, and each damaged tar file.
 
     Yields:
-        Each image under its path or address; in a tar file, that of the file and its own name.
-        What is on a disk is not read yet.
+        Images named by their path or address; in a tar file, by that of the file and their own
+        name. Files on a disk are not read yet.
     """
+    names = iter(inputs)
     with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-image") as pool:
-        waiting: deque[Callable[[], Iterable[Source]]] = deque()
-        steps = (_step(one, failed, pool) for one in inputs)
+        waiting: deque[tuple[str, Any]] = deque()
         while True:
-            waiting.extend(islice(steps, 2 * _FETCHES - len(waiting)))
+            for name in islice(names, 2 * _FETCHES - len(waiting)):
+                is_remote_image = is_address(name) and not is_archive(name)
+                waiting.append((name, pool.submit(_fetch, name) if is_remote_image else None))
             if not waiting:
                 return
-            yield from waiting.popleft()()
-
-
-def _step(
-    name: str, failed: Callable[[Failure], None], pool: ThreadPoolExecutor
-) -> Callable[[], Iterable[Source]]:
-    """Begin to fetch an input; what is returned waits for it."""
-    if is_archive(name):
-        return partial(_members, name, failed)
-    if not is_address(name):
-        return lambda: [Source(name, name)]
-    return partial(_fetched, name, pool.submit(_fetch, name), failed)
+            name, data = waiting.popleft()
+            try:
+                if is_archive(name):
+                    yield from _members(name)
+                else:
+                    yield Source(name if data is None else data.result(), name)
+            except Exception as error:  # of tarfile, of a decompressor, of any store
+                missing = isinstance(error, FileNotFoundError)
+                reason = "there is no such file" if missing else f"cannot be read: {_text(error)}"
+                failed(Failure(name, f"{name}: {reason}", error))
 
 
 def _fetch(address: str) -> bytes:
@@ -97,40 +94,21 @@ def _fetch(address: str) -> bytes:
     return data
 
 
-def _fetched(name: str, data: Future[bytes], failed: Callable[[Failure], None]) -> Iterator[Source]:
-    try:
-        yield Source(data.result(), name)
-    except Exception as error:  # of any library of any store
-        failed(_failure(name, error))
-
-
-def _members(name: str, failed: Callable[[Failure], None]) -> Iterator[Source]:
-    """The images in a tar file, read from its beginning to its end."""
+def _members(name: str) -> Iterator[Source]:
+    """Yield the images in a tar file, read from its beginning to its end."""
     files, path = open_files(name)
-    try:
-        with _opened(files, path) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
-            for member in archive:
-                if member.isfile() and _is_image(PurePosixPath(member.name)):
-                    file = archive.extractfile(member)
-                    assert file is not None  # it is a file
-                    yield Source(file.read(), f"{name}/{member.name.removeprefix('./')}")
-    except Exception as error:  # of tarfile, of a decompressor, of any store
-        failed(_failure(name, error))
+    with (
+        files.open(path, "rb", block_size=_TAR_BLOCK) as stream,
+        tarfile.open(fileobj=stream, mode="r|*") as archive,
+    ):
+        for member in archive:
+            if member.isfile() and _is_image(PurePosixPath(member.name)):
+                file = archive.extractfile(member)
+                assert file is not None  # it is a file
+                yield Source(file.read(), f"{name}/{member.name.removeprefix('./')}")
 
 
-def _opened(files: Any, path: str) -> Any:
-    return files.open(path, "rb", block_size=_TAR_BLOCK)
-
-
-def _failure(name: str, error: Exception) -> Failure:
-    if isinstance(error, FileNotFoundError):
-        reason = "there is no such file"
-    else:
-        reason = f"cannot be read: {_words(error)}"
-    return Failure(name, f"{name}: {reason}", error)
-
-
-def _words(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -144,108 +122,94 @@ def _without_braces(given: str) -> list[str]:
     return list(braceexpand.braceexpand(given))
 
 
-def _expand(given: str) -> Iterator[str]:
+def _expand(given: str, outputs: OutputFilter) -> Iterator[str]:
     files, path = open_files(given)
     if not is_address(given):
         path = os.path.abspath(given)
-    if not _asked(given, files.exists, path):
-        # What exists is never a glob, whatever brackets its name holds.
+    try:
+        exists, is_folder = files.exists(path), files.isdir(path)
+    except Exception as error:  # no key, no right, no network: each store has its own
+        raise DataError(f"{given}: cannot be accessed: {_text(error)}") from None
+    if not exists:
+        # An existing file is never a glob, whatever brackets its name contains.
         if not glob.has_magic(path):
             raise DataError(f"{given}: there is no such file or folder")
-        yield from _some(_matches(files, given, path), f"{given}: no image matches ({_SUFFIXES})")
-    elif _asked(given, files.isdir, path):
-        under = (f"{given.rstrip('/')}/{rest}" for rest in _walk(files, path.rstrip("/")))
-        yield from _some(under, f"{given}: no image in this folder ({_SUFFIXES})")
+        found, problem = _matches(files, given, path, outputs), "no image matches"
+    elif is_folder:
+        prefix = given.rstrip("/")
+        names = _walk(files, path.rstrip("/") or "/", outputs)
+        found, problem = (f"{prefix}/{name}" for name in names), "no image in this folder"
     elif PurePosixPath(path).suffix.lower() in LIST_SUFFIXES:
-        lines = _lines(files, path)
-        yield from _some(lines, f"{given}: this list is empty; one path or address a line")
+        with files.open(path, "rt", encoding="utf-8-sig") as file:
+            lines = [name for line in file if (name := line.strip())]
+        if not lines:
+            raise DataError(f"{given}: this list is empty; one path or address per line")
+        yield from lines
+        return
     else:
+        if not is_address(given) and outputs.is_output(path):
+            raise DataError(
+                f"{given}: is an output of an earlier detection; copy it out of that folder to "
+                "use it as an input"
+            )
         yield given
-
-
-def _asked(given: str, ask: Callable[[str], bool], path: str) -> bool:
-    try:
-        return ask(path)
-    except Exception as error:  # no key, no right, no network: each store has its own
-        raise DataError(f"{given}: cannot be looked into: {_words(error)}") from None
-
-
-def _some(names: Iterator[str], otherwise: str) -> Iterator[str]:
-    """`names`, of which there must be one.
-
-    Raises:
-        DataError: `otherwise`.
-    """
-    first = next(names, None)
+        return
+    first = next(found, None)
     if first is None:
-        raise DataError(otherwise)
+        raise DataError(f"{given}: {problem} ({_SUFFIXES})")
     yield first
-    yield from names
+    yield from found
 
 
-def _lines(files: Any, path: str) -> Iterator[str]:
-    with files.open(path, "rt", encoding="utf-8-sig") as file:
-        yield from (name for line in file if (name := line.strip()))
-
-
-def _matches(files: Any, given: str, path: str) -> Iterator[str]:
-    """What a glob stands for, named as it was given."""
+def _matches(files: Any, given: str, path: str, outputs: OutputFilter) -> Iterator[str]:
+    """Yield the files that match a glob, named as it was given."""
     from fsspec.utils import glob_translate
 
     pattern = re.compile(glob_translate(path))
     parts = path.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root = "/".join(parts[:fixed])
+    root = "/".join(parts[:fixed]) or "/"
     # The given text has the same parts from the first wildcard on.
     before = "/".join(given.split("/")[: fixed - len(parts)])
-    deep = None if "**" in path else len(parts) - fixed
-    for rest in _walk(files, root, deep):
-        if pattern.match(f"{root}/{rest}"):
-            yield f"{before}/{rest}" if before or given.startswith("/") else rest
+    max_depth = None if "**" in path else len(parts) - fixed
+    for name in _walk(files, root, outputs, max_depth):
+        if pattern.match(f"{root.rstrip('/')}/{name}"):
+            yield f"{before}/{name}" if before or given.startswith("/") else name
 
 
-def _walk(files: Any, root: str, deep: int | None = None) -> Iterator[str]:
-    """Images and tar files under a folder, relative to it; sorted, and `deep` levels at most."""
-    folders, names = _listed(files, root)
-    for name in sorted(names):
-        if _is_input(PurePosixPath(name)):
-            yield name
-    if deep is None or deep > 1:
-        for folder in sorted(one for one in folders if not one.startswith(".")):
-            deeper = _walk(files, f"{root}/{folder}", deep and deep - 1)
-            yield from (f"{folder}/{rest}" for rest in deeper)
-
-
-def _listed(files: Any, folder: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder.
+def _walk(
+    files: Any, root: str, outputs: OutputFilter, max_depth: int | None = None
+) -> Iterator[str]:
+    """Yield images and tar files below a folder, relative to it; hidden folders are left out.
 
     Raises:
-        DataError: it cannot be listed: a part left out would be images lost without a word.
+        DataError: a folder cannot be listed: its images would be lost silently.
     """
     from fsspec.implementations.local import LocalFileSystem
 
-    folders, names = [], []
-    try:
-        if isinstance(files, LocalFileSystem):
-            with os.scandir(folder or "/") as entries:
-                for entry in entries:
-                    if not entry.is_dir():
-                        names.append(entry.name)
-                    elif not entry.is_symlink():  # which may lead back to a folder above
-                        folders.append(entry.name)
+    def failed(error: Exception) -> None:
+        name = getattr(error, "filename", None) or root
+        raise DataError(f"{name}: cannot be listed: {_text(error)}") from None
+
+    is_local = isinstance(files, LocalFileSystem)
+    # os.walk does not follow links to folders, which may lead back to a folder above.
+    walked = os.walk(root, onerror=failed) if is_local else files.walk(root, on_error=failed)
+    for folder, folders, names in walked:
+        below = folder.rstrip("/")[len(root.rstrip("/")) :].lstrip("/")
+        for name in sorted(names):
+            path = PurePosixPath(below, name)
+            if not _is_image(path) and not (is_archive(name) and not name.startswith(".")):
+                continue
+            if not (is_local and outputs.is_output(f"{folder}/{name}")):
+                yield str(path)
+        kept = sorted(name for name in folders if not name.startswith("."))
+        if max_depth is not None and len(PurePosixPath(below).parts) + 1 >= max_depth:
+            kept = []
+        if isinstance(folders, dict):  # some of fsspec's
+            for name in set(folders) - set(kept):
+                del folders[name]
         else:
-            for one in files.ls(folder, detail=True):
-                path = one["name"].rstrip("/")
-                if path != folder:  # a store may list the mark of the folder itself
-                    kind = folders if one["type"] == "directory" else names
-                    kind.append(path.rpartition("/")[2])
-    except Exception as error:  # no right, no network: each store has its own
-        raise DataError(f"{folder}: cannot be listed: {_words(error)}") from None
-    return folders, names
-
-
-def _is_input(path: PurePosixPath) -> bool:
-    return _is_image(path) or (is_archive(path.name) and not path.name.startswith("."))
+            folders[:] = kept
 
 
 def _is_image(path: PurePosixPath) -> bool:

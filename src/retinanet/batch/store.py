@@ -1,4 +1,4 @@
-"""Where a collection's files lie: a folder on a disk, or under any address that fsspec knows."""
+"""Addresses that fsspec opens, and an output folder whose files are complete or missing."""
 
 from __future__ import annotations
 
@@ -7,45 +7,40 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retinanet.errors import DataError, MissingExtraError
 
-# On these a file is there when it is whole, and not before; moving one would be a copy.
-_WHOLE_AT_ONCE = frozenset(
+# Object stores: a file appears when it is complete; renaming it would be a copy.
+_ATOMIC = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2", "memory"}
 )
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
-
-DRAFTS = ".drafts"
-"""The folder of what is being written, in each store."""
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 
 
-def is_address(given: str) -> bool:
-    """Whether `given` is an address such as ``s3://bucket/folder`` rather than a path."""
-    return "://" in given and _SCHEME.match(given) is not None
+def is_address(name: str) -> bool:
+    """Return whether `name` is an address such as ``s3://bucket/folder``, not a path."""
+    return "://" in name and _SCHEME.match(name) is not None
 
 
-def whole_address(given: str | Path) -> str:
-    """`given`, with the second slash that a :class:`~pathlib.Path` has taken from an address."""
-    text = os.fspath(given)
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", text)
-    return f"{found[1]}://{text[found.end() :]}" if found else text
+def whole_address(name: str | Path) -> str:
+    """Restore the second slash that a :class:`~pathlib.Path` removes from an address."""
+    text = os.fspath(name)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", text)
+    return f"{match[1]}://{text[match.end() :]}" if match else text
 
 
 def open_files(address: str) -> tuple[Any, str]:
-    """The file system of an address or a path, and how that names it.
+    """Return the file system of an address or a path, and the path in it.
 
-    What the file system has listed before is not kept: listings grow with the collection, and other
-    machines write into the same folder.
+    Listings are not cached: they grow with the collection, and other machines write there too.
 
     Raises:
         MissingExtraError: fsspec is not installed, or huggingface_hub for an ``hf://`` address.
-        DataError: no such kind of address, or what opens it is not installed.
+        DataError: an unknown kind of address, or its package is not installed.
     """
     try:
         import fsspec
@@ -57,11 +52,10 @@ def open_files(address: str) -> tuple[Any, str]:
     except ImportError as error:
         if scheme == "hf":
             raise MissingExtraError("huggingface_hub", "hub") from None
-        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
-        wanted = package.get(scheme)
-        how = f"pip install {wanted}" if wanted else " ".join(str(error).split())
+        package = _PACKAGES.get(scheme)
+        how = f"pip install {package}" if package else " ".join(str(error).split())
         raise DataError(
-            f"{address}: what opens {scheme}:// addresses is not installed: {how} "
+            f"{address}: the package for {scheme}:// addresses is not installed: {how} "
             "(on each machine of the cluster)"
         ) from None
     except ValueError as error:
@@ -70,106 +64,78 @@ def open_files(address: str) -> tuple[Any, str]:
 
 
 class Store:
-    """A folder whose files are whole or absent, on a disk or at an address.
-
-    It may be sent to other machines; there it opens the same folder.
+    """A folder on a disk or at an address; it can be sent to other machines.
 
     Attributes:
-        address: absolute, so that it means the same from every working folder.
+        address: absolute, so that it means the same in every working folder.
     """
 
     def __init__(self, address: str | Path) -> None:
         text = whole_address(address)
         self.address = text.rstrip("/") if is_address(text) else os.path.abspath(text)
-        self._open: tuple[Any, str] | None = None
+        self._opened: tuple[Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address, "_open": None}
+        return {"address": self.address, "_opened": None}
 
     @property
     def files(self) -> Any:
         """The file system."""
-        return self._opened()[0]
-
-    @property
-    def local(self) -> bool:
-        """Whether it is a folder on a disk."""
-        return not is_address(self.address)
+        return self._open()[0]
 
     def path(self, name: str = "") -> str:
-        """How the file system names the file `name`, which is relative with slashes."""
-        root = self._opened()[1].rstrip("/")
+        """Return the path of the file `name` (relative, with slashes) in the file system."""
+        root = self._open()[1].rstrip("/")
         return f"{root}/{name}" if name else root
 
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """A file's bytes, or those from `start` to before `end`.
+    def read(self, name: str) -> bytes:
+        """Read a file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: it does not exist.
         """
-        data: bytes = self.files.cat_file(self.path(name), start=start, end=end)
+        data: bytes = self.files.cat_file(self.path(name))
         return data
 
-    def exists(self, name: str) -> bool:
-        return bool(self.files.exists(self.path(name)))
-
     def names(self, folder: str = "") -> set[str]:
-        """Names of what lies in a folder; none if there is no such folder."""
-        place = self.path(folder)
+        """Return the names in a folder; none if the folder does not exist."""
+        path = self.path(folder)
         try:
-            found = [str(one).rstrip("/") for one in self.files.ls(place, detail=False)]
+            found = [str(entry).rstrip("/") for entry in self.files.ls(path, detail=False)]
         except FileNotFoundError:
             return set()
-        # A store may list the mark of the folder itself.
-        return {one.rpartition("/")[2] for one in found if one.lstrip("/") != place.lstrip("/")}
+        # Some stores list the folder itself.
+        names = {entry.rpartition("/")[2] for entry in found if entry.strip("/") != path.strip("/")}
+        return {name for name in names if not name.endswith(".part")}
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file, whole or not at all."""
-        with self.draft(name) as file:
-            file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    def write(self, name: str, text: str) -> None:
+        """Write a text file, complete or not at all."""
+        with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
+            file = Path(folder, "file")
+            file.write_text(text, encoding="utf-8", newline="\n")
+            self.put(file, name)
 
-    @contextmanager
-    def draft(self, name: str) -> Iterator[Path]:
-        """A path on this machine's disk; what is written there becomes `name` at a good end.
-
-        On a disk it is synced and renamed into its place; an object store takes it in one piece,
-        which is there whole or not at all; elsewhere it is sent under another name and moved.
-        """
-        beside = f"{name.replace('/', '-')}.{uuid.uuid4().hex}"  # two machines may share a name
-        if self.local:
-            place = Path(self.path(name))
-            draft = Path(self.path(DRAFTS), beside)
-            for folder in (draft.parent, place.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+    def put(self, file: Path, name: str) -> None:
+        """Copy a local file to `name`, complete or not at all."""
+        target = self.path(name)
+        part = f"{target}.{uuid.uuid4().hex}.part"
+        if not is_address(self.address):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
             try:
-                yield draft
-                with draft.open("r+b") as file:
-                    os.fsync(file.fileno())
-                draft.replace(place)
+                shutil.copyfile(file, part)
+                with open(part, "r+b") as written:
+                    os.fsync(written.fileno())
+                os.replace(part, target)
             finally:
-                draft.unlink(missing_ok=True)
-            return
-        with tempfile.TemporaryDirectory(prefix="retinanet-") as here:
-            draft = Path(here, "draft")
-            yield draft
-            scheme = self.address.partition("://")[0]
-            whole_at_once = scheme in _WHOLE_AT_ONCE
-            target = self.path(name if whole_at_once else f"{DRAFTS}/{beside}")
-            if not whole_at_once:
-                for path in (target, self.path(name)):
-                    self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(draft), target)
-            if not whole_at_once:
-                self.files.mv(target, self.path(name))
+                Path(part).unlink(missing_ok=True)
+        elif self.address.partition("://")[0] in _ATOMIC:
+            self.files.put_file(str(file), target)
+        else:
+            self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self.files.put_file(str(file), part)
+            self.files.mv(part, target)
 
-    def remove_drafts(self) -> None:
-        """Remove what killed writers have left; call it when nobody writes any more."""
-        if self.local:
-            shutil.rmtree(self.path(DRAFTS), ignore_errors=True)
-        elif self.exists(DRAFTS):
-            self.files.rm(self.path(DRAFTS), recursive=True)
-
-    def _opened(self) -> tuple[Any, str]:
-        if self._open is None:
-            self._open = open_files(self.address)
-        return self._open
+    def _open(self) -> tuple[Any, str]:
+        if self._opened is None:
+            self._opened = open_files(self.address)
+        return self._opened

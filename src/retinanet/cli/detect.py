@@ -169,9 +169,9 @@ def detect(
         ),
     }
     if kind == "ray":
-        from retinanet.cli.detect_collection import detect_collection
+        from retinanet.cli.detect_collection import detect_collections
 
-        detect_collection(
+        detect_collections(
             model,
             sources,
             out,
