@@ -55,7 +55,7 @@ MAX_LINES, MAX_PARAMETERS = 80, 10
 MAX_LONG_FUNCTIONS = 12
 MAX_WIDE_FUNCTIONS = 17
 MAX_PRIVATE_IMPORTS = 0
-MAX_CYCLES = 1
+MAX_CYCLES = 0
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:

@@ -29,6 +29,7 @@ PUBLIC = [
     "LossSettings",
     "Metrics",
     "MissingExtraError",
+    "ModelSpec",
     "NonFiniteLossError",
     "Outputs",
     "Recipe",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from retinanet.anchors import AnchorSpec as AnchorSpec
     from retinanet.api import train as train
     from retinanet.config import LossSettings as LossSettings
+    from retinanet.config import ModelSpec as ModelSpec
     from retinanet.config import Recipe as Recipe
     from retinanet.config import load_recipe as load_recipe
     from retinanet.data import read_dataset as read_dataset
@@ -55,7 +56,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "retinanet.anchors": ("AnchorSpec",),
     "retinanet.api": ("train",),
-    "retinanet.config": ("LossSettings", "Recipe", "load_recipe"),
+    "retinanet.config": ("LossSettings", "ModelSpec", "Recipe", "load_recipe"),
     "retinanet.data": ("read_dataset", "read_splits"),
     "retinanet.data.check": ("check_datasets",),
     "retinanet.data.dataset": ("Dataset",),

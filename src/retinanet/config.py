@@ -115,6 +115,12 @@ class AnchorConfig(_Section):
         return self
 
 
+class ModelSpec(ModelConfig, AnchorConfig):
+    """Everything but the number of classes that determines a network: ``model`` and ``anchors``."""
+
+    norm_eps: float = Field(1e-5, ge=0)  # of batch norm; torchvision's v1 weights have 0
+
+
 class MatchingConfig(_Section):
     """Matching of anchors to ground-truth boxes (Sec. 4)."""
 
@@ -273,6 +279,11 @@ class Recipe(_Section):
     detect: DetectConfig = DetectConfig()
 
     @property
+    def model_spec(self) -> ModelSpec:
+        """The sections `model` and `anchors` together."""
+        return ModelSpec(**self.model.model_dump(), **self.anchors.model_dump())
+
+    @property
     def loss_settings(self) -> LossSettings:
         """The sections `loss` and `matching` together."""
         return LossSettings(**self.loss.model_dump(), **self.matching.model_dump())
@@ -333,6 +344,24 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:
+    """Return a spec with settings replaced.
+
+    Args:
+        spec: None: the defaults, which are the paper's.
+        settings: fields of :class:`ModelSpec`.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
+    """
+    values = {} if spec is None else spec.model_dump()
+    texts = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    try:
+        return ModelSpec.model_validate(values | settings | texts)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

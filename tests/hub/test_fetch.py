@@ -11,8 +11,9 @@ from stand_in import Hub, Repository
 
 from retinanet.errors import MissingExtraError, WeightsError
 from retinanet.hub import push
-from retinanet.model.checkpoint import load_checkpoint
-from retinanet.model.hub import fetch_hub, is_hub_name, parse_hub_name
+from retinanet.model import hub
+from retinanet.model.checkpoint import TEXT_FILE, WEIGHTS_FILE, load_checkpoint
+from retinanet.model.hub import is_hub_name, parse_hub_name
 
 NAME = "hf://me/shapes"
 
@@ -20,6 +21,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"
 )
 """huggingface_hub 2.4 uploads by an argument that its httpx calls old."""
+
+
+def fetch_hub(name: str) -> Path:
+    return hub.fetch_hub(name, (WEIGHTS_FILE, TEXT_FILE))
 
 
 @pytest.mark.parametrize(

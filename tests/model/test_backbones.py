@@ -162,7 +162,7 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str, whole: bool, name: str
     model = _build(file, backbone=name)
     for key, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, state[key], msg=key)
-    assert model.spec["frozen_stages"] == 2
+    assert model.spec.frozen_stages == 2
 
 
 def test_a_wrapped_state_dict_and_one_of_data_parallel(tmp_path: Path) -> None:
@@ -231,13 +231,13 @@ def test_the_file_says_how_it_wants_its_input_and_settings_go_first(tmp_path: Pa
         metadata={"input": "RGB, (x - 100) / 50.5", "padding": "TensorFlow SAME in stride 2"},
     )
     model = _build(file)
-    assert model.spec["pixel_mean"] == (100.0, 100.0, 100.0)
-    assert model.spec["pixel_std"] == (50.5, 50.5, 50.5)
-    assert model.spec["stride_padding"] == "same"
+    assert model.spec.pixel_mean == (100.0, 100.0, 100.0)
+    assert model.spec.pixel_std == (50.5, 50.5, 50.5)
+    assert model.spec.stride_padding == "same"
     model = _build(file, pixel_mean=(1, 2, 3), pixel_std=(4, 5, 6), stride_padding="symmetric")
-    assert model.spec["pixel_mean"] == (1.0, 2.0, 3.0)
-    assert model.spec["pixel_std"] == (4.0, 5.0, 6.0)
-    assert model.spec["stride_padding"] == "symmetric"
+    assert model.spec.pixel_mean == (1.0, 2.0, 3.0)
+    assert model.spec.pixel_std == (4.0, 5.0, 6.0)
+    assert model.spec.stride_padding == "symmetric"
     save_file(_state("resnet18"), file, metadata={"input": "BGR, as Caffe"})
     with pytest.raises(WeightsError, match="input 'BGR, as Caffe' is not understood"):
         _build(file)
@@ -246,7 +246,7 @@ def test_the_file_says_how_it_wants_its_input_and_settings_go_first(tmp_path: Pa
 def test_folded_batch_norm_is_only_taken_frozen(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file(_state("resnet18"), file, metadata={"batch_norm": "folded; keep frozen"})
-    assert _build(file).spec["norm"] == "frozen"
+    assert _build(file).spec.norm == "frozen"
     with pytest.raises(ConfigError, match="norm is \"frozen\" with them, got 'trained'"):
         _build(file, norm="trained")
 
@@ -259,7 +259,7 @@ def test_group_norm_does_not_take_batch_norms_weights(tmp_path: Path) -> None:
 
 def test_nothing_is_frozen_when_nothing_was_loaded() -> None:
     model = _build("none", norm="trained", frozen_stages=3)
-    assert model.spec["frozen_stages"] == 0
+    assert model.spec.frozen_stages == 0
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -281,7 +281,7 @@ def test_default_weights_come_from_torchs_cache(no_internet: Path) -> None:
     torch.save(state, no_internet / "resnet18-f37072fd.pth")
     model = _build("default")
     torch.testing.assert_close(model.backbone.conv1.weight, state["conv1.weight"])
-    assert model.spec["pixel_mean"] == (123.675, 116.28, 103.53)
+    assert model.spec.pixel_mean == (123.675, 116.28, 103.53)
 
 
 # torchvision's first weights of each: trained as the paper's were.

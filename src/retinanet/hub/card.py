@@ -200,7 +200,7 @@ def _name(options: CardOptions) -> str:
 
 
 def _backbone(facts: RunFacts) -> str:
-    return str(facts.checkpoint.model.spec["backbone"])
+    return str(facts.checkpoint.model.spec.backbone)
 
 
 def _data_name(run: Mapping[str, Any]) -> str:

@@ -130,8 +130,8 @@ def read_exported(path: str | Path) -> ExportedFile:
         image_size=checked.whole("preprocessing", "image_size"),
         max_size=checked.whole("preprocessing", "max_size"),
         thresholds=cast(Thresholds, detect.model_dump()),
-        strides=(4,) * spec["p2"] + (8, 16, 32, 64, 128),
-        per_cell=len(spec["scales"]) * len(spec["aspect_ratios"]),
+        strides=(4,) * spec.p2 + (8, 16, 32, 64, 128),
+        per_cell=len(spec.scales) * len(spec.aspect_ratios),
         info=info,
     )
 

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retinanet.config import repeated_names
+from retinanet.config import ModelSpec, build_model_spec, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
+from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.model.torchvision_weights import fetch_torchvision
 
@@ -111,12 +112,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         WeightsError: there is no such checkpoint, or it is damaged or made for something else.
         MissingExtraError: its backbone needs timm, or the hub huggingface_hub.
     """
-    from retinanet.model.hub import fetch_hub, hub_source, is_hub_name  # it asks this module
-
     if str(path).startswith("torchvision/"):
         checkpoint = _from_torchvision(str(path))
     elif is_hub_name(path):
-        folder = fetch_hub(path)
+        folder = fetch_hub(path, (WEIGHTS_FILE, TEXT_FILE))
         checkpoint = _read(folder)
         checkpoint.info["source"] = hub_source(path, folder)
     else:
@@ -162,9 +161,9 @@ def _read(folder: Path) -> Checkpoint:
     try:
         # Built without memory, so that a text that asks for too much is refused before it gets it;
         # timm computes tables while it builds, which need a place.
-        on_meta = not spec["backbone"].startswith("timm/")
+        on_meta = not spec.backbone.startswith("timm/")
         with torch.device("meta" if on_meta else "cpu"):
-            model = RetinaNet(**spec)
+            model = RetinaNet(len(text.classes), spec)
     except MissingExtraError:
         raise
     except (ConfigError, TypeError, ValueError, RuntimeError) as error:
@@ -197,8 +196,8 @@ def _from_torchvision(name: str) -> Checkpoint:
 
 def checkpoint_text(checkpoint: Checkpoint) -> dict[str, Any]:
     """What model.json says; num_classes is not in it, for the classes are."""
-    spec = checkpoint.model.spec
-    elsewhere = {*PREPROCESSING, *ANCHORS, "num_classes"}
+    spec = checkpoint.model.spec.model_dump()
+    elsewhere = {*PREPROCESSING, *ANCHORS, "backbone_weights"}
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -260,8 +259,8 @@ class CheckpointText:
             )
         self.info: dict[str, Any] = self._section("info")
 
-    def spec(self) -> dict[str, Any]:
-        """Keyword arguments of RetinaNet."""
+    def spec(self) -> ModelSpec:
+        """Return the settings of the network."""
         network = self._section("network")
         if set(network) != set(_NETWORK):
             odd = sorted(set(network) ^ set(_NETWORK))
@@ -275,13 +274,11 @@ class CheckpointText:
         preprocessing, anchors = self._section("preprocessing"), self._section("anchors")
         numbers = {key: tuple(self._list(preprocessing, key, float)) for key in PREPROCESSING}
         lists = {key: tuple(self._list(anchors, key, float)) for key in ANCHORS[:3]}
-        return {
-            **network,
-            **numbers,
-            **lists,
-            "rounding": anchors.get("rounding"),
-            "num_classes": len(self.classes),
-        }
+        try:
+            settings = {**network, **numbers, **lists, "rounding": anchors.get("rounding")}
+            return build_model_spec(None, **settings)
+        except ConfigError as error:
+            self._refuse(f"invalid model configuration: {error}")
 
     def whole(self, section: str, key: str) -> int:
         """A positive whole number."""
@@ -382,15 +379,16 @@ def transfer_weights(
             if name not in shared
         ]
     for key in (*PREPROCESSING, "stride_padding", "norm_eps"):
-        if model.spec[key] != source.model.spec[key]:
-            skipped.append((key, f"{source.model.spec[key]} there, {model.spec[key]} here"))
+        given_value, own_value = getattr(source.model.spec, key), getattr(model.spec, key)
+        if given_value != own_value:
+            skipped.append((key, f"{given_value} there, {own_value} here"))
     if not loaded:
         raise WeightsError("nothing of the source fits the model: their networks differ")
     return TransferReport(tuple(loaded), tuple(skipped), tuple(shared))
 
 
 def _shape_of_cells(model: RetinaNet) -> tuple[Any, ...]:
-    return model.anchors.scales, model.anchors.aspect_ratios, model.spec["channels"]
+    return model.anchors.scales, model.anchors.aspect_ratios, model.spec.channels
 
 
 def _copy_rows(

@@ -8,11 +8,11 @@ Fetched once and cached by huggingface_hub, which also knows the token (``hf aut
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from retinanet.errors import MissingExtraError, WeightsError
-from retinanet.model.checkpoint import TEXT_FILE, WEIGHTS_FILE
 
 # A Path makes one slash of two.
 _NAME = re.compile(r"hf:/{1,2}(?P<repository>[^/@\s]+/[^/@\s]+)(?:@(?P<revision>[^@\s]+))?")
@@ -49,11 +49,12 @@ def _text(name: str | Path) -> str:
     return name if isinstance(name, str) else name.as_posix()
 
 
-def fetch_hub(name: str | Path) -> Path:
+def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
     """The folder of the cache that holds a checkpoint of the hub; its name is the commit.
 
     Args:
         name: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
+        files: names of the files of a checkpoint.
 
     Raises:
         WeightsError: there is no such model or revision, or none that may be seen; it holds no
@@ -65,16 +66,15 @@ def fetch_hub(name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingExtraError("huggingface_hub", "hub") from None
-    wanted = [WEIGHTS_FILE, TEXT_FILE]
     try:
         folder = Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=wanted, library_name="retinanet"
+                repository, revision=revision, allow_patterns=list(files), library_name="retinanet"
             )
         )
     except Exception as error:  # of the hub, the network or the disk: each has classes of its own
         refuse_hub(error, f"hf://{repository}", revision)
-    missing = [one for one in wanted if not (folder / one).is_file()]
+    missing = [one for one in files if not (folder / one).is_file()]
     if missing:
         raise WeightsError(
             f"hf://{repository} holds no {' and no '.join(missing)}: it is no checkpoint of "

@@ -95,9 +95,7 @@ def from_torchvision(
     settings = dict(TORCHVISION_MODELS[name][1])
     if norm_eps is not None:
         settings["norm_eps"] = norm_eps
-    model = RetinaNet(
-        backbone="resnet50", num_classes=num_classes, rounding="torchvision", **settings
-    )
+    model = RetinaNet(num_classes, backbone="resnet50", rounding="torchvision", **settings)
     renamed = {our_name(key): value for key, value in state.items()}
     check_state(model.state_dict(), renamed, f"weights of {name}")
     model.load_state_dict(renamed, strict=False)
@@ -106,7 +104,7 @@ def from_torchvision(
 
 def keep_classes(model: RetinaNet, kept: list[int]) -> RetinaNet:
     """The same model with the classes `kept` alone, in that order."""
-    smaller = RetinaNet(**{**model.spec, "num_classes": len(kept)})
+    smaller = RetinaNet(len(kept), model.spec)
     state = model.state_dict()
     for key in ("class_head.last.weight", "class_head.last.bias"):
         rows = state[key].reshape(-1, model.num_classes, *state[key].shape[1:])

@@ -151,7 +151,7 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
     levels.append(level("P7", pyramid.p7.out_channels, "P6", pyramid.p7))
     per_cell = model.anchors.per_cell
     return Architecture(
-        backbone=str(model.spec["backbone"]),
+        backbone=str(model.spec.backbone),
         height=height,
         width=width,
         maps=tuple(maps),

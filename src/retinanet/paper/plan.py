@@ -203,11 +203,10 @@ def check_networks(plan: Plan, num_classes: int) -> None:
         for training in plan.trainings
     }
     for training in kinds.values():
-        model, anchors = training.recipe.model, training.recipe.anchors
         if training.rival:
             build_rival(training.rival, training.recipe, num_classes)
         else:
-            build_retinanet(num_classes=num_classes, **model.model_dump(), **anchors.model_dump())
+            build_retinanet(num_classes, training.recipe.model_spec)
 
 
 def make_plan(

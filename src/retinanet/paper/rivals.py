@@ -450,17 +450,15 @@ def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
     """
     _check_settings(name, recipe)
     # Built first, so with the random numbers that RetinaNet starts with.
-    ours = build_retinanet(
-        num_classes=num_classes, **recipe.model.model_dump(), **recipe.anchors.model_dump()
-    )
+    ours = build_retinanet(num_classes, recipe.model_spec)
     shared = ("backbone", "norm", "frozen_stages", "norm_eps", "stride_padding", "pixel_mean",
               "pixel_std", "channels", "aspect_ratios")  # fmt: skip
     settings = RivalSettings(
         rival=name,
         num_classes=num_classes,
-        sizes=ours.spec["sizes"][:5],
+        sizes=ours.anchors.sizes[:5],
         image_size=recipe.data.image_size,
-        **{key: ours.spec[key] for key in shared},
+        **{key: getattr(ours.spec, key) for key in shared},
         **recipe.detect.model_dump(exclude={"class_agnostic_nms"}),
     )
     network = RivalNetwork(settings)

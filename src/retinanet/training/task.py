@@ -168,9 +168,7 @@ class RetinaNetTask:
         recipe, classes = self._recipe, self._train_set.classes
         if self._init is not None:
             return _build_from(self._init, recipe, classes, self._emit)
-        return build_retinanet(
-            num_classes=len(classes), **recipe.model.model_dump(), **recipe.anchors.model_dump()
-        )
+        return build_retinanet(len(classes), recipe.model_spec)
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
@@ -267,20 +265,19 @@ def _build_from(
 ) -> RetinaNet:
     """Build the recipe's network with the weights of another checkpoint that fit."""
     source = load_checkpoint(init)
-    given, wanted = source.model.spec, recipe.model.model_dump()
-    if given["backbone"] != wanted["backbone"]:
+    given, wanted = source.model.spec, recipe.model_spec
+    if given.backbone != wanted.backbone:
         raise ConfigError(
-            f"--init {init} has the backbone {given['backbone']} and the recipe "
-            f"{wanted['backbone']}; give --backbone {given['backbone']}"
+            f"--init {init} has the backbone {given.backbone} and the recipe "
+            f"{wanted.backbone}; give --backbone {given.backbone}"
         )
-    del wanted["backbone_weights"]
-    for name in ("pixel_mean", "pixel_std", "stride_padding"):
-        wanted[name] = given[name] if wanted[name] is None else wanted[name]
     model = RetinaNet(
-        num_classes=len(classes),
-        norm_eps=given["norm_eps"],
-        **wanted,
-        **recipe.anchors.model_dump(),
+        len(classes),
+        wanted,
+        norm_eps=given.norm_eps,
+        pixel_mean=wanted.pixel_mean or given.pixel_mean,
+        pixel_std=wanted.pixel_std or given.pixel_std,
+        stride_padding=wanted.stride_padding or given.stride_padding,
     )
     transferred = transfer_weights(model, classes, source)
     skipped = "; ".join(f"{name}: {reason}" for name, reason in transferred.skipped)
