@@ -59,7 +59,7 @@ BAD_USAGE = {
     ),
     "a precision of results": (
         ["evaluate", "{results}", "{data}", "--precision=int8"],
-        "judged without a network",
+        "evaluated without a network",
     ),
     "a threshold": (
         ["detect", "{run}", "{data}", "--out={new}", "--score-threshold=2"],
