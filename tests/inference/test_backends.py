@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ from torch import Tensor, nn
 from white_finder import WhiteFinder, black
 
 from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.inference import Detector, openvino_backend
 from retinanet.inference.backends import build_network, detect_batch, to_original
+from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Outputs
 
@@ -58,6 +63,7 @@ def errors(got: Outputs, expected: Outputs) -> list[float]:
         pytest.param("compile", "float32", 1e-4, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.filterwarnings("ignore:int8 outputs differ")
 def test_each_backend_says_what_the_network_says(
     model: RetinaNet, backend: str, precision: str, tolerance: float
 ) -> None:
@@ -68,7 +74,9 @@ def test_each_backend_says_what_the_network_says(
     assert network.precision == precision
     assert network.backend == ("torch" if backend == "auto" else backend)
     assert precision in network.description
-    for shape in ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32)):
+    # Compiling takes half a minute per size: one is enough.
+    shapes = ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32))
+    for shape in shapes[-1:] if backend == "compile" else shapes:
         images = random_images(*shape)
         with torch.inference_mode():
             expected = model(images)
@@ -78,6 +86,45 @@ def test_each_backend_says_what_the_network_says(
         # In channels_last memory post-processing reads them without a copy.
         first = got.logits[0]
         assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
+def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path, backend: str) -> None:
+    checkpoint = Checkpoint(model, tuple(map(str, range(20))), tuple(range(20)), 64, 64, {})
+    detector = Detector(checkpoint, device="cpu", precision="float32", backend=backend)
+    image = random_images(3, 64, 64)
+    for _ in range(3):  # weights are packed for a size that came twice
+        (expected,) = detector.detect([image], score_threshold=0.0)
+    torch.save(detector, tmp_path / "detector.pt")
+    copies = (
+        copy.deepcopy(detector),
+        pickle.loads(pickle.dumps(detector)),
+        torch.load(tmp_path / "detector.pt", weights_only=False),
+    )
+    for other in copies:
+        (found,) = other.detect([image], score_threshold=0.0)
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.scores, expected.scores)
+        assert other.network.description == detector.network.description
+
+
+@pytest.mark.slow
+def test_compiled_network_copies(model: RetinaNet) -> None:
+    network = build_network(model, CPU, precision="float32", backend="compile")
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert other.description == network.description
+
+
+@pytest.mark.parametrize(
+    ("machine", "vnni", "expected"),
+    [("x86_64", False, False), ("AMD64", True, True), ("arm64", False, True)],
+)
+def test_overflow_fix_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, machine: str, vnni: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(openvino_backend.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
+    assert openvino_backend.has_vnni() is expected
 
 
 @needs_openvino

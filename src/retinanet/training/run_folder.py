@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from retinanet.config import Recipe, load_recipe, to_toml
 from retinanet.errors import ConfigError, WeightsError
-from retinanet.files import recover_folder, write_atomic, write_errors
+from retinanet.files import recover_folder, write_atomic
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
 _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every")
@@ -200,8 +200,11 @@ class RunFolder:
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:
-    with write_errors(file), file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(line) + "\n")
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line) + "\n")
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
