@@ -70,9 +70,9 @@ def match_anchors(
     usable = (sides > 0).all(dim=-1) & boxes.isfinite().all(dim=-1)
     kinds = torch.where(usable, labels, BACKGROUND)
     match = match_on_cpu if is_readable(boxes) else match_on_device
-    return match(
-        anchors.to(boxes.dtype), boxes, kinds, foreground_iou, background_iou, low_quality_matches
-    )
+    # Columns that are contiguous in memory, since all comparisons are by column.
+    anchors = anchors.to(boxes.dtype).T.contiguous().T
+    return match(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
 
 
 def anchor_labels(matches: Tensor, labels: Tensor) -> Tensor:
