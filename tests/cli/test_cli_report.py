@@ -161,7 +161,7 @@ def test_report_data_without_objects_draws_no_figure(
     assert [file.name for file in (tmp_path / "o").iterdir()] == ["speed-accuracy-val.json"]
     ended = cli("report", "loss-distribution", tiny_run, data, *PLAIN)
     assert ended.code == 1
-    assert "no anchor answers for an object" in ended.err
+    assert "no anchor matches an object" in ended.err
 
 
 ERRORS = {

@@ -116,10 +116,15 @@ def test_tiles_of_several_images_share_batches(
     images[1] = tmp_path / "a.png"
     sources = [images[0], small[0], *images[1:3], "nowhere.png", small[1], images[3]]
     alone = [next(iter(detector.stream([one], tile=SIDE, overlap=0.5))) for one in sources]
+    windows = sum(shape[0] for shape in model.batches)
     for batch_size in (1, 3, 7, 100):
         model.batches.clear()
         together = list(detector.stream(sources, tile=SIDE, overlap=0.5, batch_size=batch_size))
-        assert [shape[0] for shape in model.batches[:-1]] == [batch_size] * (len(model.batches) - 1)
+        counts = [shape[0] for shape in model.batches]
+        assert sum(counts) == windows
+        # A batch holds one padded size, and three windows have another than the rest: each is a
+        # batch of its own and leaves one batch before it short.
+        assert len(counts) <= -(-windows // batch_size) + 3
         for one, other in zip(alone, together, strict=True):
             if isinstance(one, Failure):
                 assert isinstance(other, Failure)
@@ -222,10 +227,11 @@ def test_auto(detector: Detector, checkpoint: Checkpoint) -> None:
     model: Any = checkpoint.model
     image = black(130, 64)
     detector.detect(image, tile="auto", overlap=0, batch_size=100)
-    assert model.batches.pop()[0] == 1 + 3  # 64 is the model's size
+    assert sum(shape[0] for shape in model.batches) == 1 + 3  # 64 is the model's size
+    model.batches.clear()
     checkpoint.info["image_side"] = 33
     detector.detect(image, tile="auto", overlap=0, batch_size=100)
-    assert model.batches.pop()[0] == 1 + 4 * 2
+    assert sum(shape[0] for shape in model.batches) == 1 + 4 * 2
     assert tile_side("auto", 512, {}) == 512
     assert tile_side("auto", 512, {"image_side": 256}) == 256
     assert tile_side("auto", 512, {"image_side": 8}) == MIN_TILE
@@ -488,6 +494,20 @@ def test_stream_in_tiles_takes_what_it_needs(detector: Detector) -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
+WRITE = """
+import sys
+sys.path.insert(0, {tests!r})
+import numpy as np
+import tifffile
+from white_finder import black
+
+white = black(512, 512, (0, 0, 256, 256))
+tiles = (white if i == 0 else black(512, 512) for i in range(({side} // 512) ** 2))
+tifffile.imwrite(
+    {file!r}, tiles, shape=({side}, {side}, 3), dtype=np.uint8,
+    tile=(512, 512), photometric="rgb", compression="deflate",
+)
+"""
 MEMORY = """
 import resource, sys
 sys.path.insert(0, {tests!r})
@@ -506,18 +526,14 @@ print(len(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("tifffile")
     used = {}
     for side in (2048, 10_240):  # 12 and 315 MB of pixels
         file = tmp_path / f"{side}.tif"
-
-        def tiles(side: int = side) -> Iterator[Pixels]:
-            for number in range((side // 512) ** 2):
-                yield black(512, 512, (0, 0, 256, 256)) if number == 0 else black(512, 512)
-
-        options = {"tile": (512, 512), "photometric": "rgb", "compression": "deflate"}
-        tifffile.imwrite(file, tiles(), shape=(side, side, 3), dtype=np.uint8, **options)
-        script = MEMORY.format(tests=str(Path(__file__).parent), file=str(file))
+        arguments = {"tests": str(Path(__file__).parent), "file": str(file), "side": side}
+        write = WRITE.format(**arguments)
+        subprocess.run([sys.executable, "-c", write], check=True)
+        script = MEMORY.format(**arguments)
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
