@@ -19,9 +19,13 @@ from small_collection import (
 )
 
 from retinanet.batch.collection import detect_collection
+from retinanet.data.loading import usable_cpus
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(
+        usable_cpus() < 4, reason="on fewer than 4 cores one node is done before the others start"
+    ),
     pytest.mark.xdist_group("ray"),
     # Of Ray itself, and of what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
