@@ -258,8 +258,8 @@ def _covered(anchors: Tensor, boxes: Tensor) -> Tensor:
 def _overlap(anchors: Tensor, boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = anchors.unbind(-1)
     left, top, right, bottom = boxes[..., None].unbind(-2)
-    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
-    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_min_(0)
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_min_(0)
     return width.mul_(height)
 
 
