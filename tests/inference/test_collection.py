@@ -28,6 +28,7 @@ from small_collection import (
 from retinanet.batch.collection import CollectionSummary, Resources, detect_collection
 from retinanet.batch.store import Store
 from retinanet.cli import main
+from retinanet.data.loading import usable_cpus
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
 
 # Of Ray itself, and of what it imports. One worker of pytest runs all, for one cluster.
@@ -101,6 +102,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
+    if usable_cpus() < 4:
+        pytest.skip("a local Ray cluster takes more than the two cores of this machine")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # A client that outlives the cluster ends its process after 60 s without a connection.
