@@ -106,8 +106,6 @@ def cluster() -> Iterator[Any]:
         pytest.skip("a local Ray cluster takes more than the two cores of this machine")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # A client that outlives the cluster ends its process after 60 s without a connection.
-    os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "86400"  # noqa: SIM112
     ray.init(**CLUSTER)
     yield ray
     ray.shutdown()
