@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retinanet.cli.console import figure, print_json, progress, say, table
+from retinanet.cli.console import figure, note, print_json, progress, say, table
 from retinanet.cli.settings import (
     DetectorOptions,
     Json,
@@ -82,6 +82,10 @@ def evaluate(
         from retinanet.report.plots import plot_evaluation
 
         plot_evaluation(metrics, folder / "plots")
+    if metrics.unreadable:
+        note(f"warning: {len(metrics.unreadable)} unreadable images were left out:")
+        for message in metrics.unreadable.values():
+            note(f"  {message}")
     if json:
         print_json(metrics.to_dict())
         return
