@@ -15,16 +15,8 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from retinanet.data import images
-from retinanet.data.images import (
-    image_size,
-    network_size,
-    pad_batch,
-    padding_colour,
-    read_image,
-    read_reduced,
-    resize_to,
-    stored_size,
-)
+from retinanet.data.image_files import image_size, network_size, stored_size
+from retinanet.data.images import pad_batch, padding_colour, read_image, read_reduced, resize_to
 from retinanet.data.windows import open_windows
 from retinanet.errors import ConfigError, ImageError
 

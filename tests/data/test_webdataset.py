@@ -22,7 +22,8 @@ from PIL import Image
 from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits, write_fixed
 from retinanet.data.formats import digest, find_format
 from retinanet.data.formats.webdataset import parse_shard_size
-from retinanet.data.images import image_size, read_image, read_reduced
+from retinanet.data.image_files import image_size
+from retinanet.data.images import read_image, read_reduced
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.inference.sources import find_sources, is_single
 

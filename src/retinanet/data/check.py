@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from retinanet.data import archives
 from retinanet.data.boxes import CLIPPED, check_box
+from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.loading import usable_cpus
 from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 

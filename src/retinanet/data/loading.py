@@ -34,6 +34,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.config import DataConfig
 from retinanet.data import archives
+from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
@@ -246,17 +247,6 @@ def default_workers() -> int:
     if share < 2:
         return 0
     return min(8, share - 1) if torch.cuda.is_available() else 1
-
-
-def usable_cpus() -> int:
-    """Return number of processors that this process may use: by affinity and container quota."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such limit ("max"), or no Linux
-        return cpus
 
 
 class _Images:

@@ -237,8 +237,8 @@ def _scale_boxes(
     image: LabelledImage, objects: Sequence[Annotation], image_size: int, max_size: int
 ) -> tuple[list[tuple[float, float, float, float]], tuple[int, int]]:
     """Scale boxes to the network's input; also return its (height, width)."""
-    from retinanet.data.images import image_size as size_on_disk
-    from retinanet.data.images import network_size
+    from retinanet.data.image_files import image_size as size_on_disk
+    from retinanet.data.image_files import network_size
 
     height, width = image.height, image.width
     if not height or not width:

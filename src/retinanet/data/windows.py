@@ -24,17 +24,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from retinanet.data.image_files import SIDEWAYS, image_errors, image_size, open_source
 from retinanet.data.images import (
-    SIDEWAYS,
     ImageSource,
     ValueRange,
     array_size,
     check_value_range,
     find_value_range,
-    image_errors,
-    image_size,
     is_tiff,
-    open_source,
     pil_to_rgb,
     read_image,
     resize_pixels,

@@ -14,21 +14,24 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.formats.labels import (
     JSON_TEXT,
     ClassList,
-    ImageFinder,
-    image_folders,
+    LabelFile,
+    LabelImage,
+    build,
     json_has,
+    json_values,
     label_files,
     merge_classes,
     name_splits,
     read_json,
     short,
+    to_box,
     to_flag,
+    to_id,
     to_int,
-    to_number,
     to_size,
 )
 from retinanet.data.formats.writing import Writing, size_of
@@ -42,7 +45,7 @@ LOOKED_FOR = (
 CATEGORY_EXTRAS = "category_extras"
 """Key of :attr:`Dataset.extra`: a dict per class, such as its supercategory."""
 
-_PARTS = frozenset({"images", "annotations", "categories"})
+_PARTS = ("images", "annotations", "categories")
 _IMAGE_KEYS = frozenset({"id", "file_name", "width", "height"})
 _ANNOTATION_KEYS = frozenset(
     {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "difficult"}
@@ -50,13 +53,21 @@ _ANNOTATION_KEYS = frozenset(
 _CATEGORIES = re.compile(rb'"categories"\s*:\s*\[')
 
 
-def is_coco(path: Path) -> bool:
-    """Whether `path` is a COCO annotation file, or a folder with one."""
-    return bool(_files(path))
+def detect(file: Path) -> bool:
+    """Whether a file is a COCO annotation file."""
+    return json_has(file, b"{", (b'"images"', b'"annotations"'))
 
 
-def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """Read a COCO data set; each split's data set is read when called.
+def find(path: Path) -> dict[str, Path]:
+    """Return the annotation files of a file or folder by split."""
+    files = label_files(path, [".json"], detect)
+    # COCO's folder also holds captions and keypoints of the same images.
+    instances = [file for file in files if file.name.startswith("instances")]
+    return name_splits(instances or files, path, "instances_")
+
+
+def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+    """Read a COCO data set; each split's file is parsed when called.
 
     Classes are the union of all splits' categories, by their ids, so that a label has one meaning.
 
@@ -68,7 +79,7 @@ def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
         DataError: a file is not JSON (with line and column) or not COCO's, or two splits give one
             category id different names.
     """
-    files = _files(path)
+    files = find(path)
     categories: dict[int, dict[str, Any]] = {}
     for file in files.values():
         for id_, category in _categories(file).items():
@@ -87,23 +98,46 @@ def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Data
     }
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Annotation files by split."""
-    files = label_files(
-        path, [".json"], lambda file: json_has(file, b"{", (b'"images"', b'"annotations"'))
-    )
-    # COCO's folder also holds captions and keypoints of the same images.
-    instances = [file for file in files if file.name.startswith("instances")]
-    return name_splits(instances or files, path, "instances_")
+def parse(file: Path, *, extras: bool = True) -> LabelFile:
+    """Parse an annotation file.
+
+    Raises:
+        DataError: it is not JSON, or not COCO's.
+    """
+    return _parse(file, _load(file, extras), extras)
 
 
-def _load(file: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(file, dict, "COCO's object", hook)
-    for key in ("images", "annotations", "categories"):
+def _read_file(
+    file: Path,
+    split: str,
+    categories: Sequence[Mapping[str, Any]],
+    classes: ClassList,
+    source: Path,
+    extras: bool,
+) -> Dataset:
+    content = _load(file, extras)
+    parsed = _parse(file, content, extras)
+    whole: dict[str, Any] = {}
+    if extras:
+        whole = {key: value for key, value in content.items() if key not in _PARTS}
+        more = [{k: v for k, v in c.items() if k not in ("id", "name")} for c in categories]
+        if any(more):
+            whole[CATEGORY_EXTRAS] = more
+    return build("coco", split, [parsed], classes, source, extra=whole)
+
+
+def _load(file: Path, extras: bool) -> dict[str, Any]:
+    def compact(value: dict[str, Any]) -> dict[str, Any]:
+        if JSON_TEXT in value and "image_id" in value:
+            mask = value.pop(JSON_TEXT)
+            if extras:
+                value[JSON_TEXT] = json.dumps(mask, separators=(",", ":"))
+        return value
+
+    content: dict[str, Any] = read_json(file, dict, "COCO's object", compact)
+    for key in _PARTS:
         if not isinstance(content.get(key), list):
-            raise DataError(
-                f"{file}: has no list {key!r}; COCO needs images, annotations, categories"
-            )
+            raise DataError(f"{file}: has no list {key!r}; COCO needs {', '.join(_PARTS)}")
     return content
 
 
@@ -121,8 +155,10 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
                 listed, _ = json.JSONDecoder().raw_decode(text)
             except ValueError:
                 listed = None
-    if listed is None:
-        listed = _load(file)["categories"]
+    return _categories_by_id(file, _load(file, False)["categories"] if listed is None else listed)
+
+
+def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]]:
     categories: dict[int, dict[str, Any]] = {}
     for category in listed:
         id_ = to_int(category.get("id")) if isinstance(category, dict) else None
@@ -134,154 +170,92 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
     return categories
 
 
-def _read_file(
-    file: Path,
-    split: str,
-    categories: Sequence[Mapping[str, Any]],
-    classes: ClassList,
-    source: Path,
-    extras: bool,
-) -> Dataset:
-    def compact(value: dict[str, Any]) -> dict[str, Any]:
-        if JSON_TEXT in value and "image_id" in value:
-            mask = value.pop(JSON_TEXT)
-            if extras:
-                value[JSON_TEXT] = json.dumps(mask, separators=(",", ":"))
-        return value
-
-    content = _load(file, compact)
-    problems = list(classes.problems)
-    images = _images(file, content["images"], problems)
-    objects = _annotations(file, content["annotations"], images, classes.labels, problems, extras)
-
-    finder = ImageFinder(image_folders(file, split))
-    dataset_images = []
-    for id_, image in images.items():
-        dataset_images.append(
-            LabelledImage(
-                path=finder.find(image["file_name"]),
+def _parse(file: Path, content: dict[str, Any], extras: bool) -> LabelFile:
+    parsed = LabelFile(file)
+    labels = {
+        id_: parsed.label(category["name"])
+        for id_, category in _categories_by_id(file, content["categories"]).items()
+    }
+    images: dict[int | str, LabelImage] = {}
+    for number, image in enumerate(content["images"]):
+        id_ = to_id(image.get("id")) if isinstance(image, dict) else None
+        if id_ is None or not isinstance(image.get("file_name"), str):
+            reason = f"image {number} of the list needs an id and a file_name, got {short(image)}"
+            parsed.report("label-unreadable", number, reason)
+        elif id_ in images:
+            reason = (
+                f"image id {id_} belongs to {images[id_].name} and again to {image['file_name']}; "
+                f"its objects could be of either"
+            )
+            parsed.report("image-id-duplicate", id_, reason, "the second is dropped")
+        else:
+            images[id_] = LabelImage(
+                name=image["file_name"],
                 id=id_,
-                annotations=tuple(objects.get(id_, ())),
                 width=to_size(image.get("width")),
                 height=to_size(image.get("height")),
-                label_file=file,
                 extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS} if extras else {},
             )
+    parsed.images = list(images.values())
+    seen: set[int | str] = set()
+    objects = content["annotations"]
+    for number, item in enumerate(objects):
+        objects[number] = None  # freed early: COCO's list is gigabytes
+        _parse_annotation(parsed, images, labels, seen, number, item, extras)
+    return parsed
+
+
+def _parse_annotation(
+    parsed: LabelFile,
+    images: Mapping[int | str, LabelImage],
+    labels: Mapping[int, int],
+    seen: set[int | str],
+    number: int,
+    item: Any,
+    extras: bool,
+) -> None:
+    id_ = to_id(item.get("id", number)) if isinstance(item, dict) else None
+    if id_ is None:
+        reason = f"annotation {number} of the list is not an object: {short(item)}"
+        parsed.report("label-unreadable", number, reason)
+        return
+    if id_ in seen:
+        reason = f"annotation id {id_} is used twice; evaluators match by it"
+        parsed.report("annotation-id-duplicate", id_, reason, "renumbered")
+    seen.add(id_)
+    image_id = to_id(item.get("image_id"))
+    image = None if image_id is None else images.get(image_id)
+    if image is None:
+        reason = f"annotation {id_} is of image {item.get('image_id')!r}, which is not in the file"
+        parsed.report("annotation-orphan", id_, reason)
+        return
+    where = f"annotation {id_} of image {image_id} ({image.name})"
+    category = to_int(item.get("category_id"))
+    if category is None or category not in labels:
+        reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
+        parsed.report("class-unknown", id_, reason)
+        return
+    box = to_box(item.get("bbox"))
+    if box is None:
+        reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
+        parsed.report("box-not-a-number", id_, reason)
+        return
+    x, y, width, height = box
+    area = item.get("area")
+    image.annotations.append(
+        Annotation(
+            box=(x, y, x + width, y + height),
+            label=labels[category],
+            id=id_,
+            crowd=to_flag(item.get("iscrowd", 0)),
+            difficult=to_flag(item.get("difficult", 0)),
+            area=float(area) if isinstance(area, int | float) else None,
+            extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS} if extras else {},
         )
-    return Dataset(
-        images=tuple(dataset_images),
-        classes=classes.names,
-        category_ids=classes.ids,
-        split=split,
-        format="coco",
-        source=source,
-        problems=tuple(problems),
-        extra=_dataset_extra(content, categories) if extras else {},
     )
 
 
-def _dataset_extra(
-    content: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Info, licences and the like, and other values of categories than id and name, by label."""
-    whole = {key: value for key, value in content.items() if key not in _PARTS}
-    more = [
-        {key: value for key, value in category.items() if key not in ("id", "name")}
-        for category in categories
-    ]
-    if any(more):
-        whole[CATEGORY_EXTRAS] = more
-    return whole
-
-
-def _images(
-    file: Path, listed: list[Any], problems: list[Problem]
-) -> dict[int | str, dict[str, Any]]:
-    images: dict[int | str, dict[str, Any]] = {}
-    for number, image in enumerate(listed):
-        id_ = image.get("id") if isinstance(image, dict) else None
-        if not isinstance(id_, int | str) or not isinstance(image.get("file_name"), str):
-            problems.append(
-                Problem(
-                    "label-unreadable",
-                    file,
-                    number,
-                    f"image {number} of the list needs an id and a file_name, got {short(image)}",
-                    "dropped",
-                )
-            )
-        elif id_ in images:
-            problems.append(
-                Problem(
-                    "image-id-duplicate",
-                    file,
-                    id_,
-                    f"image id {id_} belongs to {images[id_]['file_name']} and again to "
-                    f"{image['file_name']}; its objects could be of either",
-                    "the second is dropped",
-                )
-            )
-        else:
-            images[id_] = image
-    return images
-
-
-def _annotations(
-    file: Path,
-    listed: list[Any],
-    images: Mapping[int | str, Mapping[str, Any]],
-    labels: Mapping[int, int],
-    problems: list[Problem],
-    extras: bool,
-) -> dict[int | str, list[Annotation]]:
-    objects: dict[int | str, list[Annotation]] = {}
-    seen: set[int | str] = set()
-    for number, item in enumerate(listed):
-        listed[number] = None  # freed early: COCO's list is gigabytes
-        id_ = item.get("id", number) if isinstance(item, dict) else number
-        if not isinstance(item, dict) or not isinstance(id_, int | str):
-            reason = f"annotation {number} of the list is not an object: {short(item)}"
-            problems.append(Problem("label-unreadable", file, number, reason, "dropped"))
-            continue
-        if id_ in seen:
-            reason = f"annotation id {id_} is used twice; evaluators match by it"
-            problems.append(Problem("annotation-id-duplicate", file, id_, reason, "renumbered"))
-        seen.add(id_)
-        image_id = item.get("image_id")
-        if not isinstance(image_id, int | str) or image_id not in images:
-            reason = f"annotation {id_} is of image {image_id!r}, which is not in the file"
-            problems.append(Problem("annotation-orphan", file, id_, reason, "dropped"))
-            continue
-        where = f"annotation {id_} of image {image_id} ({images[image_id]['file_name']})"
-        category = to_int(item.get("category_id"))
-        if category is None or category not in labels:
-            reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
-            problems.append(Problem("class-unknown", file, id_, reason, "dropped"))
-            continue
-        try:
-            x, y, width, height = (to_number(value) for value in item["bbox"])
-        except (KeyError, TypeError, ValueError):
-            reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
-            problems.append(Problem("box-not-a-number", file, id_, reason, "dropped"))
-            continue
-        area = item.get("area")
-        objects.setdefault(image_id, []).append(
-            Annotation(
-                box=(x, y, x + width, y + height),
-                label=labels[category],
-                id=id_,
-                crowd=to_flag(item.get("iscrowd", 0)),
-                difficult=to_flag(item.get("difficult", 0)),
-                area=float(area) if isinstance(area, int | float) else None,
-                extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS}
-                if extras
-                else {},
-            )
-        )
-    return objects
-
-
-def write_coco(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write ``SPLIT.json`` and the images in ``SPLIT/``.
 
     Ids are kept if they are whole numbers and all different, else they count from 1.
@@ -355,9 +329,7 @@ def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> 
     }
     if annotation.difficult:
         item["difficult"] = 1
-    for key, value in annotation.extra.items():
-        item[key] = json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
-    return item
+    return item | json_values(annotation.extra)
 
 
 def _side(low: float, high: float) -> float:
