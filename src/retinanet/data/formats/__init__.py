@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,10 +172,21 @@ def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Calla
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     else:
         _check_exists(path)
-    lazy = FORMATS[format].read(path, extras=extras)
+    lazy = FORMATS[format].read(path)
     if not lazy:
         raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].looked_for}")
-    return lazy
+    if extras:
+        return lazy
+    return {split: partial(_without_extras, read) for split, read in lazy.items()}
+
+
+def _without_extras(read: Callable[[], Dataset]) -> Dataset:
+    dataset = read()
+    images = []
+    for image in dataset.images:
+        annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
+        images.append(replace(image, extra={}, annotations=annotations))
+    return replace(dataset, images=tuple(images), extra={})
 
 
 def _check_exists(path: Path) -> None:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.formats.labels import (
     JSON_TEXT,
-    ClassList,
     LabelFile,
     LabelImage,
     build,
@@ -33,6 +31,7 @@ from retinanet.data.formats.labels import (
     to_id,
     to_int,
     to_size,
+    to_text,
 )
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.errors import DataError
@@ -66,14 +65,10 @@ def find(path: Path) -> dict[str, Path]:
     return name_splits(instances or files, path, "instances_")
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a COCO data set; each split's file is parsed when called.
 
     Classes are the union of all splits' categories, by their ids, so that a label has one meaning.
-
-    Args:
-        path: the JSON file, or its folder.
-        extras: keep other values of objects and images (masks, licences, ...).
 
     Raises:
         DataError: a file is not JSON (with line and column) or not COCO's, or two splits give one
@@ -89,49 +84,35 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
                     f"{file}: category {id_} is {category['name']!r}, but {known['name']!r} in "
                     f"another split; give each class one id"
                 )
-    ordered = dict(sorted(categories.items()))
-    classes = merge_classes(((id_, item["name"]) for id_, item in ordered.items()), path)
-    kept = [ordered[id_] for id_ in classes.ids]
-    return {
-        split: partial(_read_file, file, split, kept, classes, path, extras)
-        for split, file in files.items()
-    }
+    classes = merge_classes([(id_, categories[id_]["name"]) for id_ in sorted(categories)], path)
+    more = [
+        {key: value for key, value in categories[id_].items() if key not in ("id", "name")}
+        for id_ in classes.ids
+    ]
+
+    def read_file(split: str, file: Path) -> Dataset:
+        content = _load(file)
+        parsed = _parse(file, content)
+        extra = {key: value for key, value in content.items() if key not in _PARTS}
+        extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
+        return build("coco", split, [parsed], classes, path, extra=extra)
+
+    return {split: partial(read_file, split, file) for split, file in files.items()}
 
 
-def parse(file: Path, *, extras: bool = True) -> LabelFile:
+def parse(file: Path) -> LabelFile:
     """Parse an annotation file.
 
     Raises:
         DataError: it is not JSON, or not COCO's.
     """
-    return _parse(file, _load(file, extras), extras)
+    return _parse(file, _load(file))
 
 
-def _read_file(
-    file: Path,
-    split: str,
-    categories: Sequence[Mapping[str, Any]],
-    classes: ClassList,
-    source: Path,
-    extras: bool,
-) -> Dataset:
-    content = _load(file, extras)
-    parsed = _parse(file, content, extras)
-    whole: dict[str, Any] = {}
-    if extras:
-        whole = {key: value for key, value in content.items() if key not in _PARTS}
-        more = [{k: v for k, v in c.items() if k not in ("id", "name")} for c in categories]
-        if any(more):
-            whole[CATEGORY_EXTRAS] = more
-    return build("coco", split, [parsed], classes, source, extra=whole)
-
-
-def _load(file: Path, extras: bool) -> dict[str, Any]:
+def _load(file: Path) -> dict[str, Any]:
     def compact(value: dict[str, Any]) -> dict[str, Any]:
         if JSON_TEXT in value and "image_id" in value:
-            mask = value.pop(JSON_TEXT)
-            if extras:
-                value[JSON_TEXT] = json.dumps(mask, separators=(",", ":"))
+            value[JSON_TEXT] = to_text(value[JSON_TEXT])
         return value
 
     content: dict[str, Any] = read_json(file, dict, "COCO's object", compact)
@@ -155,7 +136,7 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
                 listed, _ = json.JSONDecoder().raw_decode(text)
             except ValueError:
                 listed = None
-    return _categories_by_id(file, _load(file, False)["categories"] if listed is None else listed)
+    return _categories_by_id(file, _load(file)["categories"] if listed is None else listed)
 
 
 def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]]:
@@ -170,7 +151,7 @@ def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]
     return categories
 
 
-def _parse(file: Path, content: dict[str, Any], extras: bool) -> LabelFile:
+def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     parsed = LabelFile(file)
     labels = {
         id_: parsed.label(category["name"])
@@ -194,14 +175,14 @@ def _parse(file: Path, content: dict[str, Any], extras: bool) -> LabelFile:
                 id=id_,
                 width=to_size(image.get("width")),
                 height=to_size(image.get("height")),
-                extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS} if extras else {},
+                extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS},
             )
     parsed.images = list(images.values())
     seen: set[int | str] = set()
     objects = content["annotations"]
     for number, item in enumerate(objects):
         objects[number] = None  # freed early: COCO's list is gigabytes
-        _parse_annotation(parsed, images, labels, seen, number, item, extras)
+        _parse_annotation(parsed, images, labels, seen, number, item)
     return parsed
 
 
@@ -212,7 +193,6 @@ def _parse_annotation(
     seen: set[int | str],
     number: int,
     item: Any,
-    extras: bool,
 ) -> None:
     id_ = to_id(item.get("id", number)) if isinstance(item, dict) else None
     if id_ is None:
@@ -250,7 +230,7 @@ def _parse_annotation(
             crowd=to_flag(item.get("iscrowd", 0)),
             difficult=to_flag(item.get("difficult", 0)),
             area=float(area) if isinstance(area, int | float) else None,
-            extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS} if extras else {},
+            extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS},
         )
     )
 
@@ -263,27 +243,22 @@ def write(writing: Writing) -> None:
     names = writing.names(together=False, stems=False)
     images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
-        if not _distinct([image.id for image in dataset.images]):
-            image_ids = list(range(1, len(dataset) + 1))
-        else:
-            image_ids = [int(image.id) for image in dataset.images]
-        of_split = names[split]
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
-            _write_file(stream, dataset, of_split, image_ids)
-        images += [(path, writing.folder / split / name) for path, name in of_split.items()]
+            _write_file(stream, dataset, names[split])
+        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     writing.place(images)
 
 
-def _distinct(ids: list[int | str]) -> bool:
-    return all(isinstance(id_, int) for id_ in ids) and len(set(ids)) == len(ids)
+def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:
+    """Return ids that are distinct whole numbers, else 1, 2, ..."""
+    is_distinct = all(isinstance(id_, int) for id_ in ids) and len(set(ids)) == len(ids)
+    return iter(ids) if is_distinct else iter(range(1, len(ids) + 1))
 
 
-def _write_file(
-    stream: TextIO, dataset: Dataset, names: Mapping[Path, str], image_ids: list[int]
-) -> None:
+def _write_file(stream: TextIO, dataset: Dataset, names: Mapping[Path, str]) -> None:
     """Write one split, an object per line: as one string COCO's would take gigabytes."""
+    image_ids = list(_ids([image.id for image in dataset.images]))
     more = dataset.extra.get(CATEGORY_EXTRAS) or [{}] * len(dataset.classes)
-    whole = {key: value for key, value in dataset.extra.items() if key != CATEGORY_EXTRAS}
     categories = [
         {"id": id_, "name": name, **extra}
         for id_, name, extra in zip(dataset.category_ids, dataset.classes, more, strict=True)
@@ -297,26 +272,28 @@ def _write_file(
         }
         for id_, image in zip(image_ids, dataset.images, strict=True)
     )
-    distinct = _distinct([a.id for image in dataset.images for a in image.annotations])
-    numbers = count(1)
+    ids = _ids([a.id for image in dataset.images for a in image.annotations])
     annotations = (
-        _item(annotation, dataset, id_, int(annotation.id) if distinct else next(numbers))
-        for id_, image in zip(image_ids, dataset.images, strict=True)
+        _item(annotation, dataset, image_id, next(ids))
+        for image_id, image in zip(image_ids, dataset.images, strict=True)
         for annotation in image.annotations
     )
     stream.write("{")
-    for key, value in whole.items():
-        stream.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+    for key, value in dataset.extra.items():
+        if key != CATEGORY_EXTRAS:
+            stream.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
     for key, items in (("images", images), ("annotations", annotations)):
-        lines = (json.dumps(item, ensure_ascii=False) for item in items)
         stream.write(f'"{key}": [')
-        for number, line in enumerate(lines):
+        for number, item in enumerate(items):
+            line = json.dumps(item, ensure_ascii=False)
             stream.write(f"{',' if number else ''}\n{line}")
         stream.write("\n],\n")
     stream.write(f'"categories": {json.dumps(categories, ensure_ascii=False)}}}\n')
 
 
-def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> dict[str, Any]:
+def _item(
+    annotation: Annotation, dataset: Dataset, image_id: int | str, id_: int | str
+) -> dict[str, Any]:
     x1, y1, x2, y2 = annotation.box
     width, height = _side(x1, x2), _side(y1, y2)
     item: dict[str, Any] = {
@@ -326,9 +303,8 @@ def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> 
         "bbox": [_plain(side) for side in (x1, y1, width, height)],
         "area": _plain(width * height if annotation.area is None else annotation.area),
         "iscrowd": int(annotation.crowd),
+        **({"difficult": 1} if annotation.difficult else {}),
     }
-    if annotation.difficult:
-        item["difficult"] = 1
     return item | json_values(annotation.extra)
 
 
@@ -337,12 +313,8 @@ def _side(low: float, high: float) -> float:
 
     (172.65 - 38.86 is 133.79000000000002.)
     """
-    length = high - low
-    for decimals in range(16):
-        rounded = round(length, decimals)
-        if low + rounded == high:
-            return rounded
-    return length
+    rounded = (round(high - low, decimals) for decimals in range(16))
+    return next((length for length in rounded if low + length == high), high - low)
 
 
 def _plain(value: float) -> int | float:

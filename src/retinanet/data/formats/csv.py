@@ -94,7 +94,7 @@ def find(path: Path) -> dict[Path, str]:
     return {file: split_of(file, path) or (file.stem if len(files) > 1 else "") for file in files}
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one (any other
@@ -102,12 +102,11 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
 
     Args:
         path: the file, or its folder.
-        extras: keep other columns.
 
     Raises:
         DataError: a file cannot be read, or lacks columns.
     """
-    files = [parse(file, split=split, extras=extras) for file, split in find(path).items()]
+    files = [parse(file, split=split) for file, split in find(path).items()]
     source, classes = _listed_classes(path if path.is_dir() else path.parent)
     if not classes:
         names = {name for file in files for name in file.classes}
@@ -166,7 +165,7 @@ def _word(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def parse(file: Path, *, split: str | None = None, extras: bool = True) -> LabelFile:
+def parse(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse a table of boxes.
 
     Raises:
@@ -183,7 +182,7 @@ def parse(file: Path, *, split: str | None = None, extras: bool = True) -> Label
         others = {
             name.removeprefix(EXTRA): index
             for index, name in enumerate(first)
-            if extras and name and index not in known
+            if name and index not in known
         }
     images: dict[tuple[str | None, str], LabelImage] = {}
     for number, (line, cells) in enumerate(rows):

@@ -10,7 +10,6 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.formats.labels import (
@@ -56,7 +55,7 @@ def find(path: Path) -> dict[str, Path]:
     return name_splits(label_files(path, [".xml"], detect), path)
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a CVAT export; the files are parsed once, a split's data set is built when called.
 
     Splits are CVAT's subsets; the images of a file without subsets are in the split of its name or
@@ -65,17 +64,16 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
 
     Args:
         path: the XML file, or its folder.
-        extras: keep attributes, occluded, z_order, source and group.
 
     Raises:
         DataError: as :func:`parse`.
     """
     listed: list[str] = []
-    files = [_parse(file, split, extras, listed) for split, file in find(path).items()]
+    files = [_parse(file, split, listed) for split, file in find(path).items()]
     return build_splits("cvat", files, find_classes(files, dict.fromkeys(listed), path), path)
 
 
-def parse(file: Path, *, extras: bool = True) -> LabelFile:
+def parse(file: Path) -> LabelFile:
     """Parse an export.
 
     A rotated box is a problem, and the upright box around it is used; polygons and other shapes are
@@ -84,10 +82,10 @@ def parse(file: Path, *, extras: bool = True) -> LabelFile:
     Raises:
         DataError: it is no XML, or holds the tracks of "CVAT for video", which name no images.
     """
-    return _parse(file, None, extras, [])
+    return _parse(file, None, [])
 
 
-def _parse(file: Path, split: str | None, extras: bool, listed: list[str]) -> LabelFile:
+def _parse(file: Path, split: str | None, listed: list[str]) -> LabelFile:
     """Parse a file, and append the labels of its ``<meta>`` to `listed`."""
     parsed = LabelFile(file, split)
     root: ET.Element | None = None
@@ -108,7 +106,7 @@ def _parse(file: Path, split: str | None, extras: bool, listed: list[str]) -> La
                 names = [(label.findtext("name") or "").strip() for label in labels]
                 listed += filter(None, names)
             elif element.tag == "image":
-                number = _parse_image(parsed, element, number, extras)
+                number = _parse_image(parsed, element, number)
             else:
                 continue
             element.clear()  # a large export would take gigabytes
@@ -121,7 +119,7 @@ def _parse(file: Path, split: str | None, extras: bool, listed: list[str]) -> La
     return parsed
 
 
-def _parse_image(parsed: LabelFile, element: ET.Element, number: int, extras: bool) -> int:
+def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
     """Parse an image whose first object has this number in the file; return the next number."""
     name = (element.get("name") or "").strip()
     subset = (element.get("subset") or "").strip()
@@ -138,7 +136,7 @@ def _parse_image(parsed: LabelFile, element: ET.Element, number: int, extras: bo
     parsed.images.append(image)
     for child in element:
         if child.tag == "box" and not to_flag(child.get("outside")):
-            _parse_box(parsed, image, child, number, extras)
+            _parse_box(parsed, image, child, number)
         elif child.tag in _OTHER_SHAPES:
             reason = f"{name}: {child.get('label')!r} is drawn as a {child.tag}, not as a box"
             parsed.report("shape-not-box", number, reason, split=split)
@@ -146,9 +144,7 @@ def _parse_image(parsed: LabelFile, element: ET.Element, number: int, extras: bo
     return number
 
 
-def _parse_box(
-    parsed: LabelFile, image: LabelImage, element: ET.Element, number: int, extras: bool
-) -> None:
+def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number: int) -> None:
     name = (element.get("label") or "").strip()
     where = f"{image.name}, {name or 'no label'}"
     box = to_box([element.get(side) for side in _SIDES])
@@ -162,15 +158,13 @@ def _parse_box(
         box = enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
         reason = f"{where}: is rotated by {rotation:g} degrees"
         parsed.report("box-rotated", number, reason, ENCLOSED, split=image.split)
-    extra: dict[str, Any] = {}
-    if extras:
-        # The values of most boxes are left out: occluded="0", z_order="0".
-        texts = {key: element.get(key) for key in _KEPT}
-        extra = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
-        attributes = {
-            item.get("name", ""): from_text("attribute", (item.text or "").strip())
-            for item in element.iter("attribute")
-        }
-        if attributes:
-            extra["attributes"] = attributes
+    # The values of most boxes are left out: occluded="0", z_order="0".
+    texts = {key: element.get(key) for key in _KEPT}
+    extra = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
+    attributes = {
+        item.get("name", ""): from_text("attribute", (item.text or "").strip())
+        for item in element.iter("attribute")
+    }
+    if attributes:
+        extra["attributes"] = attributes
     image.annotations.append(Annotation(box, parsed.label(name), number, extra=extra))

@@ -70,7 +70,7 @@ def find(path: Path) -> dict[str, Path]:
     return name_splits(label_files(path, [".json"], detect), path)
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read an export; the files are parsed once, a split's data set is built when called.
 
     Label Studio has no splits: a file's name or folder may indicate one (``train.json``). Classes
@@ -79,12 +79,11 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
 
     Args:
         path: the JSON file, or its folder.
-        extras: keep other values of regions and tasks.
 
     Raises:
         DataError: a file is not JSON or no list of tasks.
     """
-    files = [parse(file, split=split, extras=extras) for split, file in find(path).items()]
+    files = [parse(file, split=split) for split, file in find(path).items()]
     folder = path if path.is_dir() else path.parent
     classes = find_classes(files, dict.fromkeys(_class_names(folder)), path)
     return build_splits("labelstudio", files, classes, path)
@@ -104,7 +103,7 @@ def _class_names(folder: Path) -> list[str]:
     return [name for name in names if name]
 
 
-def parse(file: Path, *, split: str | None = None, extras: bool = True) -> LabelFile:
+def parse(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse an export.
 
     If several people labelled a task, one annotation counts: that marked as ground truth, else
@@ -145,18 +144,16 @@ def parse(file: Path, *, split: str | None = None, extras: bool = True) -> Label
             image = LabelImage(path, id_, other_names=(bare,))
             if is_min:
                 parsed.images.append(image)
-                _parse_min(parsed, image, task, extras)
+                _parse_min(parsed, image, task)
             else:
-                image.extra = {k: v for k, v in data.items() if extras and v != address}
-                _parse_task(parsed, image, task, extras)
+                image.extra = {k: v for k, v in data.items() if v != address}
+                _parse_task(parsed, image, task)
         if own is not None:
             seen.add(own)
     return parsed
 
 
-def _parse_task(
-    parsed: LabelFile, image: LabelImage, task: Mapping[str, Any], extras: bool
-) -> None:
+def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -> None:
     """Parse a task of the JSON export."""
     where = f"task {image.id} ({_file_name(image)})"
     stated = task.get("annotations", task.get("completions"))
@@ -197,17 +194,17 @@ def _parse_task(
             reason = f"{name}: region {number} is no rectangle: {short(region)}"
             parsed.report("label-unreadable", number, reason)
         elif kind != "labels" or "x" in value:
-            _parse_region(parsed, image, region, value, key, extras)
+            _parse_region(parsed, image, region, value, key)
 
 
-def _parse_min(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any], extras: bool) -> None:
+def _parse_min(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -> None:
     """Parse a task of the JSON-MIN export: data and regions side by side, regions by control."""
     lists = (value for value in task.values() if isinstance(value, list))
     regions = (item for value in lists for item in value if isinstance(item, dict))
     for number, region in enumerate(regions):
         if "rectanglelabels" in region or all(side in region for side in _BOX):
             key = to_id(region.get("id")) or number
-            _parse_region(parsed, image, region, region, key, extras)
+            _parse_region(parsed, image, region, region, key)
         elif any(kind in region for kind in _OTHER_SHAPES) or "points" in region:
             reason = f"{_file_name(image)}: region {number} is not a rectangle: {short(region)}"
             parsed.report("shape-not-box", number, reason)
@@ -219,7 +216,6 @@ def _parse_region(
     region: Mapping[str, Any],
     value: Mapping[str, Any],
     key: int | str,
-    extras: bool,
 ) -> None:
     where = f"{_file_name(image)}: region {key}"
     if image.width is None and image.height is None:
@@ -249,8 +245,7 @@ def _parse_region(
         return
     if rotation % 360:
         parsed.report("box-rotated", key, f"{where} is rotated by {rotation:g} degrees", ENCLOSED)
-    kept = ("score", "origin", "meta") if extras else ()
-    extra = {name: region[name] for name in kept if region.get(name)}
+    extra = {name: region[name] for name in ("score", "origin", "meta") if region.get(name)}
     x, y, width, height = (side / 100 for side in box)
     for number, name in enumerate(names, start=1):
         image.rotations[len(image.annotations)] = rotation

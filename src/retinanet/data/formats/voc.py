@@ -75,7 +75,7 @@ def find(path: Path) -> dict[str, list[Path]]:
     return {split: files for split, files in groups.items() if any(map(detect, files[:5]))}
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a VOC data set; the XML files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.txt`` if there is one (any other name is a problem), else all
@@ -84,11 +84,10 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
 
     Args:
         path: the folder.
-        extras: keep other elements of the files (pose, truncated, source, ...).
     """
     root = _root(path)
     groups = find(path)
-    files = {file: parse(file, extras=extras) for group in groups.values() for file in group}
+    files = {file: parse(file) for group in groups.values() for file in group}
     source, names = listed_names(root, "classes.txt", "labels.txt")
     classes = find_classes(files.values(), names, source)
     lists = {file.stem: file for file in sorted((root / "ImageSets" / "Main").glob("*.txt"))}
@@ -161,7 +160,7 @@ def _stem(name: str) -> str:
     return last.rpartition(".")[0] if last.lower().endswith((".jpg", ".xml", ".png")) else last
 
 
-def parse(file: Path, *, extras: bool = True) -> LabelFile:
+def parse(file: Path) -> LabelFile:
     """Parse an XML file; one that cannot be read has no image, and a problem."""
     parsed = LabelFile(file)
     try:
@@ -176,12 +175,12 @@ def parse(file: Path, *, extras: bool = True) -> LabelFile:
         from_text("id", id_) if id_ else file.stem,
         to_size(tree.findtext("size/width")),
         to_size(tree.findtext("size/height")),
-        extra=_values(tree, _OWN_ROOT_ELEMENTS) if extras else {},
+        extra=_values(tree, _OWN_ROOT_ELEMENTS),
         other_names=(name,) if name else (),
     )
     parsed.images.append(image)
     depth = _text(tree, "size/depth")
-    if extras and depth:
+    if depth:
         image.extra["depth"] = from_text("depth", depth)
     for number, element in enumerate(tree.iter("object")):
         name = _text(element, "name")
@@ -202,7 +201,7 @@ def parse(file: Path, *, extras: bool = True) -> LabelFile:
                 # Files written here mark a crowd as difficult too, for programs without crowds.
                 difficult=to_flag(_text(element, "difficult")) and not crowd,
                 area=to_number(_text(element, "area")),
-                extra=_values(element, _OWN_ELEMENTS) if extras else {},
+                extra=_values(element, _OWN_ELEMENTS),
             )
         )
     return parsed

@@ -90,14 +90,13 @@ def find(path: Path) -> dict[str, list[str]]:
     return _open(archives.address_of(path))[0]
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a folder of shards, or a single shard; each split's data set is read when called.
 
     Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
 
     Args:
         path: the folder or the ``.tar``, or an fsspec address of either.
-        extras: keep other values of objects and images.
 
     Raises:
         DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
@@ -121,7 +120,7 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
         files = [
             file
             for shard in shards[split]
-            for file in parse(shard, ids=known_ids, extras=extras, is_listed=catalogue is not None)
+            for file in parse(shard, ids=known_ids, is_listed=catalogue is not None)
         ]
         problems = [problem for file in files for _, problem in file.problems]
         unread = next((problem for problem in problems if problem.kind != "index-missing"), None)
@@ -129,7 +128,7 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
             raise DataError(
                 f"{unread.file}: {unread.reason}; no sample of {split or path} can be read"
             )
-        extra = catalogue["splits"][split].get("extra", {}) if catalogue and extras else {}
+        extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
         return build("webdataset", split, files, classes, path, extra=extra)
 
     return {split: partial(build_split, split) for split in shards}
@@ -236,7 +235,6 @@ def parse(
     archive: str | Path,
     *,
     ids: dict[str, int | None] | None = None,
-    extras: bool = True,
     is_listed: bool = False,
 ) -> list[LabelFile]:
     """Parse the labels of a shard, in order.
@@ -245,7 +243,6 @@ def parse(
         archive: its address.
         ids: category ids by class; further ones are added, and others are problems. None: not
             checked.
-        extras: keep other values of objects and images.
         is_listed: a catalogue lists the shard: a missing index is a problem.
 
     Raises:
@@ -299,12 +296,12 @@ def parse(
                 content.get("id", key),
                 content.get("width"),
                 content.get("height"),
-                extra=content.get("extra", {}) if extras else {},
+                extra=content.get("extra", {}),
                 path=Path(f"{archive}/{name}"),
             )
             parsed.images.append(image)
             for number, item in enumerate(content["objects"]):
-                _parse_object(parsed, image, number, item, ids, extras)
+                _parse_object(parsed, image, number, item, ids)
             results.append(parsed)
     return results
 
@@ -335,7 +332,6 @@ def _parse_object(
     number: int,
     item: Any,
     ids: dict[str, int | None] | None,
-    extras: bool,
 ) -> None:
     where = f"object {number}"
     if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
@@ -358,7 +354,7 @@ def _parse_object(
         parsed.report("box-not-a-number", number, reason)
         return
     area, id_ = item.get("area"), to_id(item.get("id"))
-    extra = dict(item.get("extra", {})) if extras else {}
+    extra = dict(item.get("extra", {}))
     if JSON_TEXT in extra and not isinstance(extra[JSON_TEXT], str):
         extra[JSON_TEXT] = json.dumps(extra[JSON_TEXT], separators=(",", ":"))
     image.annotations.append(

@@ -64,12 +64,11 @@ def matches(path: Path) -> bool:
     return _find_yaml(path) is not None or bool(_folders(path))
 
 
-def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     """Read a YOLO data set; each split's data set is read when called.
 
     Args:
         path: the folder, or its data.yaml.
-        extras: keep polygons.
 
     Raises:
         DataError: as :func:`find`.
@@ -82,7 +81,7 @@ def read(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]
         names = _names_beside(path) or _numbers(splits.values())
     classes = merge_classes(enumerate(names), file or path, by_id=True)
     return {
-        split: partial(_read_split, split, images, classes, path, extras)
+        split: partial(_read_split, split, images, classes, path)
         for split, images in splits.items()
     }
 
@@ -264,7 +263,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
     return int(number), [value for value in values if value is not None]
 
 
-def parse(file: Path, *, extras: bool = True) -> LabelFile:
+def parse(file: Path) -> LabelFile:
     """Parse the text file of an image; the classes are numbers."""
     parsed = LabelFile(file, is_relative=True)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
@@ -283,19 +282,17 @@ def parse(file: Path, *, extras: bool = True) -> LabelFile:
         else:
             xs, ys = values[::2], values[1::2]
             box = min(xs), min(ys), max(xs), max(ys)
-            extra = {JSON_TEXT: f"[{values}]"} if extras else {}
+            extra = {JSON_TEXT: f"[{values}]"}
         image.annotations.append(Annotation(box, parsed.label(str(label)), number, extra=extra))
     return parsed
 
 
-def _read_split(
-    split: str, images: list[Path], classes: ClassList, source: Path, extras: bool
-) -> Dataset:
+def _read_split(split: str, images: list[Path], classes: ClassList, source: Path) -> Dataset:
     files = []
     for image in images:
         file = label_path(image)
         if file.is_file():
-            parsed = parse(file, extras=extras)
+            parsed = parse(file)
         else:
             parsed = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
         parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
