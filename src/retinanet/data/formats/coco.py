@@ -26,8 +26,8 @@ from retinanet.data.formats.labels import (
     name_splits,
     read_json,
     short,
+    to_annotation,
     to_box,
-    to_flag,
     to_id,
     to_int,
     to_size,
@@ -46,9 +46,7 @@ CATEGORY_EXTRAS = "category_extras"
 
 _PARTS = ("images", "annotations", "categories")
 _IMAGE_KEYS = frozenset({"id", "file_name", "width", "height"})
-_ANNOTATION_KEYS = frozenset(
-    {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "difficult"}
-)
+_ANNOTATION_KEYS = frozenset({"image_id", "category_id", "bbox"})
 _CATEGORIES = re.compile(rb'"categories"\s*:\s*\[')
 
 
@@ -221,16 +219,9 @@ def _parse_annotation(
         parsed.report("box-not-a-number", id_, reason)
         return
     x, y, width, height = box
-    area = item.get("area")
     image.annotations.append(
-        Annotation(
-            box=(x, y, x + width, y + height),
-            label=labels[category],
-            id=id_,
-            crowd=to_flag(item.get("iscrowd", 0)),
-            difficult=to_flag(item.get("difficult", 0)),
-            area=float(area) if isinstance(area, int | float) else None,
-            extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS},
+        to_annotation(
+            (x, y, x + width, y + height), labels[category], number, item, _ANNOTATION_KEYS
         )
     )
 

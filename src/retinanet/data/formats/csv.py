@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.dataset import Dataset
 from retinanet.data.formats.labels import (
     Box,
     LabelFile,
@@ -26,8 +26,8 @@ from retinanet.data.formats.labels import (
     listed_names,
     merge_classes,
     split_of,
+    to_annotation,
     to_box,
-    to_flag,
     to_number,
     to_size,
     to_text,
@@ -65,13 +65,13 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "split": ("split", "subset", "partition", "usage", "set"),
     "id": ("id", "annotationid"),
     "image_id": ("imageid",),
-    "crowd": ("iscrowd", "crowd"),
+    "iscrowd": ("iscrowd", "crowd"),
     "difficult": ("difficult",),
     "area": ("area",),
 }
 _BOXES = (("x1", "y1", "x2", "y2"), ("x", "y", "box_width", "box_height"), ("bbox",))
 _OTHERS = ("width", "height", "image", "class", "split", "image_id")
-_ROW_VALUES = ("id", "crowd", "difficult", "area")
+_ROW_VALUES = ("id", "iscrowd", "difficult", "area")
 _NO_HEADER = ("image", "x1", "y1", "x2", "y2", "class")
 _CLASS_FILES = ("classes.csv", "class_list.csv")
 _DEFAULT_CLASS = "object"  # without a column of classes
@@ -238,17 +238,9 @@ def _parse_row(
         size = (to_size(cells.get(side)) for side in ("width", "height"))
         image = images[split, name] = LabelImage(name, id_, *size, split=split)
     if box is not None:
-        image.annotations.append(
-            Annotation(
-                box,
-                parsed.label(class_name),
-                id=from_text("id", cells["id"]) if cells.get("id") else number,
-                crowd=to_flag(cells.get("crowd")),
-                difficult=to_flag(cells.get("difficult")),
-                area=to_number(cells.get("area")),
-                extra=extra,
-            )
-        )
+        values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
+        label = parsed.label(class_name)
+        image.annotations.append(to_annotation(box, label, number, values, ()))
 
 
 def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:

@@ -327,6 +327,34 @@ def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
+def to_annotation(
+    box: Box, label: int, number: int, values: Mapping[str, Any], known: Iterable[str]
+) -> Annotation:
+    """Return an object with the values of a label file.
+
+    Args:
+        box, label: of the object.
+        number: its index in the file; its id if `values` has none.
+        values: by COCO's and VOC's names: id, iscrowd, difficult, area, and others.
+        known: names of values that are not kept as others.
+    """
+    id_ = to_id(values.get("id"))
+    is_crowd = to_flag(values.get("iscrowd"))
+    return Annotation(
+        box,
+        label,
+        id=number if id_ is None else id_,
+        crowd=is_crowd,
+        # VOC files written here mark a crowd as difficult too, for programs without crowds.
+        difficult=to_flag(values.get("difficult")) and not is_crowd,
+        area=to_number(values.get("area")),
+        extra={k: v for k, v in values.items() if k not in known and k not in _OBJECT_VALUES},
+    )
+
+
+_OBJECT_VALUES = frozenset({"id", "iscrowd", "difficult", "area"})
+
+
 # ---- label files
 
 

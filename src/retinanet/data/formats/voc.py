@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Dataset, LabelledImage, Problem
 from retinanet.data.formats.labels import (
     DROPPED,
     ClassList,
@@ -29,9 +29,8 @@ from retinanet.data.formats.labels import (
     images_in,
     listed_names,
     read_lines,
+    to_annotation,
     to_box,
-    to_flag,
-    to_number,
     to_size,
     to_text,
 )
@@ -45,7 +44,7 @@ LOOKED_FOR = (
 
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
-_OWN_ELEMENTS = frozenset({"name", "bndbox", "difficult", "iscrowd", "area", "id"})
+_OWN_ELEMENTS = frozenset({"name", "bndbox"})
 _OWN_ROOT_ELEMENTS = frozenset({"folder", "filename", "path", "size", "object", "id"})
 
 
@@ -191,19 +190,8 @@ def parse(file: Path) -> LabelFile:
             reason = f"object {number} ({name}): {stated}: not four numbers"
             parsed.report("box-not-a-number", number, reason)
             continue
-        crowd = to_flag(_text(element, "iscrowd"))
-        image.annotations.append(
-            Annotation(
-                box,
-                parsed.label(name),
-                id=from_text("id", _text(element, "id") or str(number)),
-                crowd=crowd,
-                # Files written here mark a crowd as difficult too, for programs without crowds.
-                difficult=to_flag(_text(element, "difficult")) and not crowd,
-                area=to_number(_text(element, "area")),
-                extra=_values(element, _OWN_ELEMENTS),
-            )
-        )
+        values = _values(element, _OWN_ELEMENTS)
+        image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
     return parsed
 
 

@@ -36,9 +36,10 @@ from retinanet.data.formats.labels import (
     json_values,
     merge_classes,
     short,
+    to_annotation,
     to_box,
-    to_flag,
     to_id,
+    to_text,
 )
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.image_files import suffix_of
@@ -353,21 +354,12 @@ def _parse_object(
         reason = f"{where}: box {short(item.get('box'))} is not 4 numbers"
         parsed.report("box-not-a-number", number, reason)
         return
-    area, id_ = item.get("area"), to_id(item.get("id"))
     extra = dict(item.get("extra", {}))
-    if JSON_TEXT in extra and not isinstance(extra[JSON_TEXT], str):
-        extra[JSON_TEXT] = json.dumps(extra[JSON_TEXT], separators=(",", ":"))
-    image.annotations.append(
-        Annotation(
-            box=box,
-            label=parsed.label(name),
-            id=number if id_ is None else id_,
-            crowd=to_flag(item.get("crowd", False)),
-            difficult=to_flag(item.get("difficult", False)),
-            area=float(area) if isinstance(area, int | float) else None,
-            extra=extra,
-        )
-    )
+    if JSON_TEXT in extra:
+        extra[JSON_TEXT] = to_text(extra[JSON_TEXT])
+    own = {key: item.get(key) for key in ("id", "difficult", "area")}
+    values = {**extra, **own, "iscrowd": item.get("crowd")}
+    image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
 
 
 # ---- writing
