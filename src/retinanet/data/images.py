@@ -147,80 +147,48 @@ def _read(
             return _whole(pil_to_rgb(source, value_range))
     name, file = open_source(source)
     with image_errors(name):
-        jpeg = _jpeg_bytes(file) if simplejpeg is not None else b""
-        complaint = ""
-        if jpeg:
-            try:
-                fast = _from_jpeg(jpeg, wanted)
-            except ValueError as error:
-                # Pillow decides whether the file is damaged.
-                complaint = str(error)
-            else:
-                if fast is not None:
-                    return fast
-            file = BytesIO(jpeg)
-        read = _by_pillow(file, wanted, value_range)
-        if _DAMAGE.search(complaint):
-            raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
-        return read
-
-
-def _by_pillow(
-    file: Any, wanted: tuple[int, int] | None, value_range: ValueRange | None
-) -> tuple[Tensor, tuple[int, int]]:
-    """Decode any format; the reference for :func:`_from_jpeg`."""
-    with quiet():
-        image = Image.open(file)
-    with image:
-        width, height = image.size
-        factor = 1
-        if wanted is not None and image.format in ("JPEG", "MPO"):
-            factor = _reduction(height, width, *wanted)
-            image.draft(None, (width // factor, height // factor))
-        # Threads decode outside of the lock; only TIFF may warn here.
-        with quiet() if image.format == "TIFF" else nullcontext():
-            image.load()
         with quiet():
-            if factor == 1:
-                return _whole(pil_to_rgb(image, value_range))
-            sideways = exif_orientation(image) in SIDEWAYS
-            size = (width, height) if sideways else (height, width)
-            rows, columns = _without_margin(height, width, factor)
-            return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
+            image = Image.open(file)
+        with image:
+            return _decode(name, image, wanted, value_range)
 
 
-def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
-    """Return the content of a JPEG file; empty for another format."""
-    if isinstance(source, BytesIO):
-        content = source.getvalue()
-        return content if content[:3] == b"\xff\xd8\xff" else b""
-    with open(source, "rb") as file:
-        start = file.read(3)
-        return start + file.read() if start == b"\xff\xd8\xff" else b""
-
-
-def _from_jpeg(
-    data: bytes, wanted: tuple[int, int] | None
-) -> tuple[Tensor, tuple[int, int]] | None:
-    """Decode a plain JPEG by libjpeg-turbo, to Pillow's pixels; None for other kinds of JPEG.
-
-    Raises:
-        ValueError: the decoder reported a fault, harmless or not.
-    """
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    limit = Image.MAX_IMAGE_PIXELS
-    if colours not in ("YCbCr", "RGB", "Gray") or (limit and height * width > 2 * limit):
-        return None
-    factor = 1 if wanted is None else _reduction(height, width, *wanted)
-    pixels = torch.from_numpy(
-        simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
-    )
-    if factor > 1:
-        rows, columns = _without_margin(height, width, factor)
-        pixels = pixels[:rows, :columns]
-    orientation = _jpeg_orientation(data)
+def _decode(
+    name: str,
+    image: Image.Image,
+    wanted: tuple[int, int] | None,
+    value_range: ValueRange | None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Decode an opened file; plain JPEGs by simplejpeg, to Pillow's pixels but faster."""
+    width, height = image.size
+    is_jpeg = image.format in ("JPEG", "MPO")
+    factor = _reduction(height, width, *wanted) if wanted and is_jpeg else 1
+    # The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly
+    # repeated. Rounding to the nearest keeps the pixel grid within half a reduced pixel.
+    rows, columns = (max(1, (side + factor // 2) // factor) for side in (height, width))
+    with quiet():
+        orientation = exif_orientation(image)
     size = (width, height) if orientation in SIDEWAYS else (height, width)
-    return turn_upright(pixels.permute(2, 0, 1), orientation), size
+    complaint = ""
+    if is_jpeg and simplejpeg is not None and image.mode in ("RGB", "L"):
+        smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        image.fp.seek(0)
+        try:
+            pixels = simplejpeg.decode_jpeg(image.fp.read(), **smallest)[:rows, :columns]
+            return turn_upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation), size
+        except ValueError as error:
+            complaint = str(error)  # Pillow decides whether the file is damaged
+    if factor > 1:
+        image.draft(None, (width // factor, height // factor))
+    # Threads decode outside of the lock; only TIFF may warn here.
+    with quiet() if image.format == "TIFF" else nullcontext():
+        image.load()
+    if _DAMAGE.search(complaint):
+        raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
+    with quiet():
+        if factor == 1:
+            return _whole(pil_to_rgb(image, value_range))
+        return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
 
 
 def is_tiff(stored: str | os.PathLike[str] | BytesIO) -> bool:
@@ -253,20 +221,6 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 """Turns (H, W, 3) pixels of each EXIF orientation upright."""
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """Return the orientation in EXIF or XMP; Pillow is called only if the file has either."""
-    position = 2
-    while (start := data[position : position + 2]) and start[0] == 0xFF and start != b"\xff\xda":
-        if start == b"\xff\xe1":
-            with quiet(), Image.open(BytesIO(data)) as image:
-                return exif_orientation(image)
-        if start == b"\xff\xff":  # padding
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 1
-
-
 def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
     """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
@@ -277,15 +231,6 @@ def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
         ):
             return factor
     return 1
-
-
-def _without_margin(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Sides of a reduced image without a last row or column that is mostly padding.
-
-    The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly repeated.
-    Rounding to the nearest keeps the pixel grid within half a reduced pixel.
-    """
-    return max(1, (height + factor // 2) // factor), max(1, (width + factor // 2) // factor)
 
 
 def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
