@@ -235,7 +235,7 @@ def write(writing: Writing) -> None:
     images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
-            _write_file(stream, dataset, names[split])
+            write_split(stream, dataset, names[split])
         images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     writing.place(images)
 
@@ -246,8 +246,14 @@ def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:
     return iter(ids) if is_distinct else iter(range(1, len(ids) + 1))
 
 
-def _write_file(stream: TextIO, dataset: Dataset, names: Mapping[Path, str]) -> None:
-    """Write one split, an object per line: as one string COCO's would take gigabytes."""
+def write_split(stream: TextIO, dataset: Dataset, names: Mapping[Path, str]) -> None:
+    """Write a split, an object per line: as one string COCO's would take gigabytes.
+
+    Args:
+        stream: of the text.
+        dataset: the split.
+        names: the images' names, by path.
+    """
     image_ids = list(_ids([image.id for image in dataset.images]))
     more = dataset.extra.get(CATEGORY_EXTRAS) or [{}] * len(dataset.classes)
     categories = [
