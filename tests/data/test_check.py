@@ -32,7 +32,8 @@ from retinanet.data import (
 )
 from retinanet.data.boxes import check_box, fixed_box
 from retinanet.data.check import KINDS
-from retinanet.data.images import network_size, read_image
+from retinanet.data.image_files import network_size
+from retinanet.data.images import read_image
 from retinanet.errors import DataError
 
 NAN = math.nan

@@ -16,7 +16,8 @@ from PIL import Image
 
 from retinanet.data import windows
 from retinanet.data.archives import ArchiveWriter
-from retinanet.data.images import network_size, read_image, resize_to
+from retinanet.data.image_files import network_size
+from retinanet.data.images import read_image, resize_to
 from retinanet.data.windows import open_windows, typical_side
 from retinanet.errors import ImageError, MissingExtraError
 
