@@ -311,7 +311,7 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "coco_results.json", '[{"image_id": 1, "category_id": 1, "bbox": []}]')
     write(tmp_path / "empty.json", "")
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
-    with pytest.raises(DataError, match=r"Label Studio: a \.json export"):
+    with pytest.raises(DataError, match=r"neither COCO .* nor Label Studio"):
         find_format(tmp_path)
 
 

@@ -26,13 +26,13 @@ from PIL import Image, UnidentifiedImageError
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats.labels import (
     DROPPED,
     JSON_TEXT,
     LabelFile,
     LabelImage,
     build,
-    is_image,
     json_values,
     merge_classes,
     short,
@@ -46,8 +46,6 @@ from retinanet.data.image_files import suffix_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
 from retinanet.files import write_atomic
-
-LOOKED_FOR = "WebDataset: uncompressed .tar shards with KEY.jpg and KEY.json"
 
 CATALOGUE = "retinanet.json"
 """File next to the shards: classes, and the shards of each split."""
@@ -86,23 +84,24 @@ def detect(file: Path) -> bool:
     return len(names) == 2 and len(keys) == 1 and any(map(is_image, names))
 
 
-def find(path: Path) -> dict[str, list[str]]:
-    """Return the addresses of the shards by split."""
-    return _open(archives.address_of(path))[0]
+def find(tree: Tree) -> LabelSet | None:
+    """Return the folder of shards, or the shard, of a tree."""
+    if not matches(tree.path):
+        return None
+    return LabelSet("webdataset", {"": [tree.path]}, frozenset)
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a folder of shards, or a single shard; each split's data set is read when called.
 
-    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
-
-    Args:
-        path: the folder or the ``.tar``, or an fsspec address of either.
+    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path. The path of the tree may
+    be an fsspec address.
 
     Raises:
         DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
             broken, or no sample has the layout.
     """
+    path = tree.path
     shards, catalogue = _open(archives.address_of(path))
     ids: dict[str, int | None] = {}
     if catalogue is not None:
@@ -130,7 +129,7 @@ def read(path: Path) -> dict[str, Callable[[], Dataset]]:
                 f"{unread.file}: {unread.reason}; no sample of {split or path} can be read"
             )
         extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
-        return build("webdataset", split, files, classes, path, extra=extra)
+        return build("webdataset", split, files, classes, tree, extra=extra)
 
     return {split: partial(build_split, split) for split in shards}
 
