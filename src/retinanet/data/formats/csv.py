@@ -235,8 +235,8 @@ def _parse_row(
     image = images.get((split, name))
     if image is None:
         id_ = from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
-        size = (to_size(cells.get(side)) for side in ("width", "height"))
-        image = images[split, name] = LabelImage(name, id_, *size, split=split)
+        width, height = (to_size(cells.get(side)) for side in ("width", "height"))
+        image = images[split, name] = LabelImage(name, id_, width, height, split=split)
     if box is not None:
         values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
         label = parsed.label(class_name)

@@ -118,7 +118,7 @@ def _is_data_yaml(file: Path) -> bool:
     return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
 
 
-def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+def _from_yaml(file: Path) -> tuple[list[str], dict[str, list[Path]]]:
     try:
         content = yaml.safe_load(file.read_text("utf-8-sig"))
     except yaml.YAMLError as error:
@@ -146,10 +146,10 @@ def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     return names, splits
 
 
-def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
+def _yaml_names(file: Path, content: dict[Any, Any]) -> list[str]:
     names = content.get("names")
     if isinstance(names, list):
-        return tuple(str(name) for name in names)
+        return [str(name) for name in names]
     if isinstance(names, dict):
         try:
             numbered = {int(number): str(name) for number, name in names.items()}
@@ -160,10 +160,10 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
                 f"{file}: names must be numbered 0 to {len(numbered) - 1} without a gap, "
                 f"got {sorted(numbered)[:10]}"
             )
-        return tuple(numbered[number] for number in range(len(numbered)))
+        return [numbered[number] for number in range(len(numbered))]
     count = content.get("nc")
     if isinstance(count, int) and count > 0:
-        return tuple(str(number) for number in range(count))
+        return [str(number) for number in range(count)]
     raise DataError(f"{file}: has no names; write names: [first, second, ...]")
 
 
