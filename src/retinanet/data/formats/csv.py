@@ -269,19 +269,17 @@ def write(writing: Writing) -> None:
     Other columns than image, size, class and box are written if some object has such a value.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         writing.count_dataset_values(dataset)
         if any(image.extra for image in dataset.images):
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     first = next(iter(writing.splits.values()))
     with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writing: Writing) -> None:

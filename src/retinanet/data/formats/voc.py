@@ -237,7 +237,6 @@ def write(writing: Writing) -> None:
     lists = writing.folder / "ImageSets" / "Main"
     for folder in (labels, lists):
         folder.mkdir(parents=True)
-    images: list[tuple[Path, Path]] = []
     stems: dict[str, list[str]] = {}
     for split, dataset in writing.splits.items():
         stems[split] = []
@@ -248,14 +247,13 @@ def write(writing: Writing) -> None:
             tree = _image_element(image, name, dataset.classes, writing)
             ET.indent(tree, "\t")
             ET.ElementTree(tree).write(labels / f"{Path(name).stem}.xml", encoding="utf-8")
-            images.append((image.path, writing.folder / "JPEGImages" / name))
     if {"train", "val"} <= set(stems) and "trainval" not in stems:
         stems["trainval"] = sorted({*stems["train"], *stems["val"]})
     for split, members in stems.items():
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in members), "utf-8")
     classes = next(iter(writing.splits.values())).classes
     (writing.folder / "classes.txt").write_text("".join(f"{c}\n" for c in classes), "utf-8")
-    writing.place(images)
+    writing.place(names, "JPEGImages/{name}")
 
 
 def _image_element(

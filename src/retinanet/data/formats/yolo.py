@@ -8,7 +8,8 @@ a ten-thousandth, so that a box written with ten decimals is read unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,36 +50,25 @@ def detect(file: Path) -> bool:
     return bool(lines) and not isinstance(_row(lines[0]), str)
 
 
-def find(path: Path) -> dict[str, list[Path]]:
-    """Return the images of a data.yaml or a folder by split.
-
-    Raises:
-        DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
-    """
-    file = _find_yaml(path)
-    return _from_yaml(file)[1] if file else _folders(path)
-
-
 def matches(path: Path) -> bool:
     """Whether a path is a YOLO data.yaml or a folder of images with YOLO rows."""
     return _find_yaml(path) is not None or bool(_folders(path))
 
 
 def read(path: Path) -> dict[str, Callable[[], Dataset]]:
-    """Read a YOLO data set; each split's data set is read when called.
-
-    Args:
-        path: the folder, or its data.yaml.
+    """Read a YOLO data set: a folder, or its data.yaml; each split is read when called.
 
     Raises:
-        DataError: as :func:`find`.
+        DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
     """
     file = _find_yaml(path)
     if file is not None:
         names, splits = _from_yaml(file)
     else:
         splits = _folders(path)
-        names = _names_beside(path) or _numbers(splits.values())
+        folders = (path, path / "labels", path.parent if path.name == "images" else path)
+        names = next(filter(None, (listed_names(f, *_NAME_FILES)[1] for f in folders)), [])
+        names = names or _numbers(image for images in splits.values() for image in images)
     classes = merge_classes(enumerate(names), file or path, by_id=True)
     return {
         split: partial(_read_split, split, images, classes, path)
@@ -88,15 +78,16 @@ def read(path: Path) -> dict[str, Callable[[], Dataset]]:
 
 def label_path(image: Path) -> Path:
     """Return the text file of an image: in ``labels`` for ``images``, or next to the image."""
-    parts = list(image.parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            mirrored = Path(*parts).with_suffix(".txt")
-            # In a flat folder called images the text files are next to the images.
-            beside = image.with_suffix(".txt")
-            return beside if beside.is_file() and not mirrored.is_file() else mirrored
-    return image.with_suffix(".txt")
+    beside = image.with_suffix(".txt")
+    parts = list(beside.parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 1 - parts[::-1].index("images", 1)] = "labels"
+        # In a flat folder called images the text files are next to the images.
+        return beside if beside.is_file() and not Path(*parts).is_file() else Path(*parts)
+    return beside
+
+
+# ---- images by split
 
 
 def _find_yaml(path: Path) -> Path | None:
@@ -109,19 +100,16 @@ def _find_yaml(path: Path) -> Path | None:
 
 
 def _is_data_yaml(file: Path) -> bool:
-    try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return False
     # By its keys, unparsed: a broken data.yaml is still one, and reading it reports the fault.
-    keys = {line.partition(":")[0].strip() for line in text.splitlines() if ":" in line}
+    keys = {line.partition(":")[0] for line in read_lines(file) if ":" in line}
     return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
 
 
 def _from_yaml(file: Path) -> tuple[list[str], dict[str, list[Path]]]:
+    """Return the names of the classes, and the images by split."""
     try:
         content = yaml.safe_load(file.read_text("utf-8-sig"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or "cannot be parsed"
@@ -129,27 +117,26 @@ def _from_yaml(file: Path) -> tuple[list[str], dict[str, list[Path]]]:
     if not isinstance(content, dict):
         raise DataError(f"{file}: holds no keys; YOLO needs names and train")
     names = _yaml_names(file, content)
-    base = _yaml_base(file, content.get("path"))
+    # `path` is relative to the file or to this folder, or stale.
+    stated = str(content.get("path") or "")
+    bases = [base for base in (file.parent / stated, Path(stated), file.parent) if base.is_dir()]
     splits: dict[str, list[Path]] = {}
     for key, split in _SPLIT_KEYS.items():
-        entries = content.get(key)
-        if not entries:
-            continue
+        entries = content.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:
-            found = _yaml_images(file, base, str(entry))
-            if found is not None:
-                splits.setdefault(split, []).extend(found)
-            else:
-                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
+            images = _yaml_images(bases, str(entry))
+            if images is None:
+                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {bases[0]}")
+            splits.setdefault(split, []).extend(images)
     if not any(splits.values()):
-        raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
+        raise DataError(f"{file}: no images in the folders of its splits, looked for in {bases[0]}")
     return names, splits
 
 
 def _yaml_names(file: Path, content: dict[Any, Any]) -> list[str]:
     names = content.get("names")
     if isinstance(names, list):
-        return [str(name) for name in names]
+        return list(map(str, names))
     if isinstance(names, dict):
         try:
             numbered = {int(number): str(name) for number, name in names.items()}
@@ -163,41 +150,25 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> list[str]:
         return [numbered[number] for number in range(len(numbered))]
     count = content.get("nc")
     if isinstance(count, int) and count > 0:
-        return [str(number) for number in range(count)]
+        return list(map(str, range(count)))
     raise DataError(f"{file}: has no names; write names: [first, second, ...]")
 
 
-def _yaml_base(file: Path, path: Any) -> Path:
-    """Return the folder of the splits: `path` is itself relative to the file, or stale."""
-    if not path:
-        return file.parent
-    for base in (file.parent / str(path), Path(str(path))):
-        if base.is_dir():
-            return base
-    return file.parent
-
-
-def _yaml_images(file: Path, base: Path, entry: str) -> list[Path] | None:
+def _yaml_images(bases: list[Path], entry: str) -> list[Path] | None:
     """Images of a folder or of a list file; None where there is neither."""
-    # Exporters write ../train/images for what lies beside the file.
     plain = entry.replace("\\", "/")
-    stripped = plain
-    while stripped.startswith(("../", "./")):
-        stripped = stripped.partition("/")[2]
-    for target in (base / plain, file.parent / plain, base / stripped, file.parent / stripped):
+    # Exporters write ../train/images for what lies beside the file.
+    stripped = re.sub(r"^(\.{1,2}/)+", "", plain)
+    for target in (base / name for name in (plain, stripped) for base in bases):
         if target.is_dir():
             return _below(target)
         if target.is_file() and target.suffix == ".txt":
-            lines = read_lines(target)
-            return [_listed(line, target, base) for line in lines]
+            images = []
+            for line in read_lines(target):
+                found = [base / line for base in (target.parent, *bases) if (base / line).is_file()]
+                images.append(found[0] if found else target.parent / line)
+            return images
     return None
-
-
-def _listed(line: str, list_file: Path, base: Path) -> Path:
-    for folder in (list_file.parent, base):
-        if (folder / line).is_file():
-            return folder / line
-    return list_file.parent / line
 
 
 def _below(folder: Path) -> list[Path]:
@@ -207,42 +178,31 @@ def _below(folder: Path) -> list[Path]:
 
 def _folders(root: Path) -> dict[str, list[Path]]:
     """Images by split of a data set without data.yaml; those of no split are the split ``""``."""
-    groups: dict[str, list[Path]] = {}
     if not root.is_dir():
-        return groups
-    if (root / "images").is_dir() and (root / "labels").is_dir():
-        for sub in sorted((root / "images").iterdir()):
-            word = split_word(sub.name) if sub.is_dir() else None
-            if word:
-                groups.setdefault(word, []).extend(images_in(sub, deep=True))
-        if not groups:
-            groups[""] = images_in(root / "images", deep=True)
-    else:
-        for sub in sorted(root.iterdir()):
-            word = split_word(sub.name) if sub.is_dir() else None
-            if word:
-                groups.setdefault(word, []).extend(_below(sub))
-        if not any(groups.values()):
-            groups = {"": images_in(root)}
+        return {}
+    is_parallel = (root / "images").is_dir() and (root / "labels").is_dir()
+    top = root / "images" if is_parallel else root
+    groups: dict[str, list[Path]] = {}
+    for sub in sorted(top.iterdir()):
+        word = split_word(sub.name) if sub.is_dir() else None
+        if word:
+            groups.setdefault(word, []).extend(_below(sub))
+    if not any(groups.values()):
+        groups = {"": images_in(top, deep=is_parallel)}
     groups = {split: images for split, images in groups.items() if images}
     files = (label_path(image) for images in groups.values() for image in images)
     return groups if any(file.is_file() and detect(file) for file in files) else {}
 
 
-def _names_beside(root: Path) -> list[str]:
-    for folder in (root, root / "labels", root.parent if root.name == "images" else root):
-        names = listed_names(folder, *_NAME_FILES)[1]
-        if names:
-            return names
-    return []
-
-
-def _numbers(groups: Iterable[Sequence[Path]]) -> list[str]:
+def _numbers(images: Iterable[Path]) -> list[str]:
     """Numbers as the names of classes without names."""
-    files = {label_path(image) for images in groups for image in images}
-    rows = (_row(line) for file in files if file.is_file() for line in read_lines(file))
+    files = {file for file in map(label_path, images) if file.is_file()}
+    rows = (_row(line) for file in files for line in read_lines(file))
     last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
-    return [str(number) for number in range(last + 1)]
+    return list(map(str, range(last + 1)))
+
+
+# ---- rows
 
 
 def _row(line: str) -> tuple[int, list[float]] | str:
@@ -275,44 +235,41 @@ def parse(file: Path) -> LabelFile:
             parsed.report("label-unreadable", number, reason)
             continue
         label, values = row
-        extra: dict[str, Any] = {}
+        extra = {}
         if len(values) == 4:
             x, y, w, h = values
             box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
         else:
             xs, ys = values[::2], values[1::2]
             box = min(xs), min(ys), max(xs), max(ys)
-            extra = {JSON_TEXT: f"[{values}]"}
+            extra[JSON_TEXT] = f"[{values}]"
         image.annotations.append(Annotation(box, parsed.label(str(label)), number, extra=extra))
     return parsed
 
 
 def _read_split(split: str, images: list[Path], classes: ClassList, source: Path) -> Dataset:
     files = []
-    for image in images:
-        file = label_path(image)
-        if file.is_file():
-            parsed = parse(file)
-        else:
-            parsed = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
-        parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
+    for path in images:
+        file = label_path(path)
+        background = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
+        parsed = parse(file) if file.is_file() else background
+        parsed.images = [replace(parsed.images[0], name=path.name, id=path.stem, path=path)]
         files.append(parsed)
-    dataset = build("yolo", split, files, classes, source)
-    return replace(dataset, problems=(*dataset.problems, *_without_image(images)))
+    return build("yolo", split, files, classes, source, problems=_without_image(images))
 
 
 def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
     """Label files, in the folders of the others, whose image is not there."""
-    expected: dict[Path, set[str]] = {}
-    for image in images:
-        file = label_path(image)
-        expected.setdefault(file.parent, set()).add(file.name)
-    for folder, names in sorted(expected.items()):
+    expected = {label_path(image) for image in images}
+    for folder in sorted({file.parent for file in expected}):
         for file in sorted(folder.glob("*.txt")):
             # Lists of images and notes lie there too: only rows make a label file.
-            if file.name not in names and file.name not in _NAME_FILES and detect(file):
+            if file not in expected and file.name not in _NAME_FILES and detect(file):
                 reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
                 yield Problem("image-missing", file, None, reason, "dropped")
+
+
+# ---- writing
 
 
 def write(writing: Writing) -> None:
@@ -322,38 +279,27 @@ def write(writing: Writing) -> None:
     plain rows they would be trained on.
     """
     names = writing.names(together=False, stems=True)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
         folder.mkdir(parents=True)
         for image in dataset.images:
-            name = names[split][image.path]
             height, width = size_of(image)
             rows = []
             for annotation in image.annotations:
                 if annotation.ignored:
                     writing.lost["objects that are ignored (crowd or difficult)"] += 1
-                else:
-                    rows.append(_row_text(annotation, width, height))
-                    _count_lost(annotation, writing)
-            (folder / f"{Path(name).stem}.txt").write_text("".join(rows), "utf-8")
-            images.append((image.path, writing.folder / "images" / split / name))
-    classes = next(iter(writing.splits.values())).classes
+                    continue
+                writing.lost["areas that are not the box's"] += own_area(annotation) is not None
+                writing.lost.update(f"values of {key!r}" for key in annotation.extra)
+                x1, y1, x2, y2 = annotation.box
+                centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
+                values = (*centre, (x2 - x1) / width, (y2 - y1) / height)
+                text = " ".join(f"{value:.10f}" for value in values)
+                rows.append(f"{annotation.label} {text}\n")
+            stem = Path(names[split][image.path]).stem
+            (folder / f"{stem}.txt").write_text("".join(rows), "utf-8")
     content: dict[str, Any] = {split: f"images/{split}" for split in writing.splits}
-    content["names"] = dict(enumerate(classes))
+    content["names"] = dict(enumerate(next(iter(writing.splits.values())).classes))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (writing.folder / "data.yaml").write_text(text, "utf-8")
-    writing.place(images)
-
-
-def _row_text(annotation: Annotation, width: int, height: int) -> str:
-    x1, y1, x2, y2 = annotation.box
-    shares = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
-    return " ".join([str(annotation.label), *(f"{share:.10f}" for share in shares)]) + "\n"
-
-
-def _count_lost(annotation: Annotation, writing: Writing) -> None:
-    if own_area(annotation) is not None:
-        writing.lost["areas that are not the box's"] += 1
-    for key in annotation.extra:
-        writing.lost[f"values of {key!r}"] += 1
+    writing.place(names, "images/{split}/{name}")
