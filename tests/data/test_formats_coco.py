@@ -150,7 +150,7 @@ def test_results_are_not_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "results.json", '[{"image_id": 1}]')
     with pytest.raises(DataError, match="no labelled data found in"):
         read_dataset(file)
-    with pytest.raises(DataError, match="no coco data here"):
+    with pytest.raises(DataError, match="no coco data in"):
         read_dataset(file, format="coco")
 
 

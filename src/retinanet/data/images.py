@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -155,7 +155,7 @@ def _read(
 
 def _decode(
     name: str,
-    image: Image.Image,
+    image: ImageFile.ImageFile,
     wanted: tuple[int, int] | None,
     value_range: ValueRange | None,
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -172,6 +172,7 @@ def _decode(
     complaint = ""
     if is_jpeg and simplejpeg is not None and image.mode in ("RGB", "L"):
         smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        assert image.fp is not None
         image.fp.seek(0)
         try:
             pixels = simplejpeg.decode_jpeg(image.fp.read(), **smallest)[:rows, :columns]

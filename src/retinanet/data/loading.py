@@ -13,13 +13,17 @@ an epoch depends on the number of processes and on the images per process.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +76,13 @@ class BatchLoader(DataLoader[Batch]):
         num_images: int,
         on_unreadable: Callable[[int, str], None] | None,
     ) -> None:
+        if workers and _workers_would_rerun_script():
+            warnings.warn(
+                "images are loaded in this process, without workers: they would run the script "
+                'again; put its code under if __name__ == "__main__":, or set workers to 0',
+                stacklevel=3,
+            )
+            workers = 0
         super().__init__(
             batches,
             batch_size=None,  # an item is a batch already
@@ -131,6 +142,19 @@ def check_unreadable(count: int, total: int, last: str) -> None:
             f"too many unreadable images: {count} of {total}, the last: {last}; "
             "run retinanet data check"
         )
+
+
+def _workers_would_rerun_script() -> bool:
+    """Whether a worker process would execute the user's script from its first line.
+
+    Under the start methods spawn and forkserver (macOS, Windows, Linux from Python 3.14 on) a
+    worker imports the main module, and multiprocessing raises where that starts workers itself.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    script = str(getattr(sys.modules["__main__"], "__file__", ""))
+    if (method or multiprocessing.get_all_start_methods()[0]) == "fork" or script[-3:] != ".py":
+        return False
+    return "__name__" not in Path(script).read_text("utf-8", errors="replace")
 
 
 def train_loader(

@@ -236,12 +236,10 @@ def write(writing: Writing) -> None:
     Ids are kept if they are whole numbers and all different, else they count from 1.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
             write_split(stream, dataset, names[split])
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:

@@ -265,8 +265,8 @@ def _parse_row(
     image = images.get((split, name))
     if image is None:
         id_ = from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
-        size = (to_size(cells.get(side)) for side in ("width", "height"))
-        image = images[split, name] = LabelImage(name, id_, *size, split=split)
+        width, height = (to_size(cells.get(side)) for side in ("width", "height"))
+        image = images[split, name] = LabelImage(name, id_, width, height, split=split)
     if box is not None:
         values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
         label = parsed.label(class_name)
@@ -299,19 +299,17 @@ def write(writing: Writing) -> None:
     Other columns than image, size, class and box are written if some object has such a value.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         writing.count_dataset_values(dataset)
         if any(image.extra for image in dataset.images):
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     first = next(iter(writing.splits.values()))
     with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writing: Writing) -> None:

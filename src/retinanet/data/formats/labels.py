@@ -103,14 +103,9 @@ def short(value: Any) -> str:
 
 
 def to_int(value: Any) -> int | None:
-    """Return a whole number, also as a float or as text; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and value.isdecimal() else None
+    """Return a whole number, also of a float or of text; None for anything else."""
+    number = to_number(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def to_id(value: Any) -> int | str | None:

@@ -93,14 +93,14 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         root = list_file.parents[2]
         for line in read_lines(list_file):
             name = re.sub(r"\s+(-1|0|1)$", "", line).replace("\\", "/")
-            file = _file_of(name, by_stem, root)
-            if file is None:
+            member = _file_of(name, by_stem, root)
+            if member is None:
                 stem = PurePosixPath(name).name
                 reason = f"{name} is in the split {split}, but has no Annotations/{stem}.xml"
                 problems.append(Problem("label-missing", list_file, name, reason, DROPPED))
             else:
-                members.append(files[file])
-                listed.add(file)
+                members.append(files[member])
+                listed.add(member)
     if len(listed) < len(files):
         labels.notes.append(f"{len(files) - len(listed)} .xml files in no list of ImageSets/Main")
     return {
@@ -217,7 +217,6 @@ def write(writing: Writing) -> None:
     lists = writing.folder / "ImageSets" / "Main"
     for folder in (labels, lists):
         folder.mkdir(parents=True)
-    images: list[tuple[Path, Path]] = []
     stems: dict[str, list[str]] = {}
     for split, dataset in writing.splits.items():
         stems[split] = []
@@ -228,14 +227,13 @@ def write(writing: Writing) -> None:
             tree = _image_element(image, name, dataset.classes, writing)
             ET.indent(tree, "\t")
             ET.ElementTree(tree).write(labels / f"{Path(name).stem}.xml", encoding="utf-8")
-            images.append((image.path, writing.folder / "JPEGImages" / name))
     if {"train", "val"} <= set(stems) and "trainval" not in stems:
         stems["trainval"] = sorted({*stems["train"], *stems["val"]})
     for split, members in stems.items():
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in members), "utf-8")
     classes = next(iter(writing.splits.values())).classes
     (writing.folder / "classes.txt").write_text("".join(f"{c}\n" for c in classes), "utf-8")
-    writing.place(images)
+    writing.place(names, "JPEGImages/{name}")
 
 
 def _image_element(

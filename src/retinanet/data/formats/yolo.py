@@ -186,7 +186,7 @@ def _load_yaml(file: Path) -> dict[Any, Any]:
     return content
 
 
-class _TextLoader(yaml.SafeLoader):
+class _TextLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads every scalar as text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -352,8 +352,8 @@ def _read_split(
         expected = texts.expected(images[0])
         reason = f"none of its {len(images)} images has a label; looked for {expected} and so on"
         problems.append(Problem("label-missing", images[0].parent, None, reason))
-    dataset = build("yolo", split, files, classes, tree, problems=problems)
-    return replace(dataset, problems=(*dataset.problems, *_without_image(files, tree)))
+    problems += _without_image(files, tree)
+    return build("yolo", split, files, classes, tree, problems=problems)
 
 
 def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
@@ -377,38 +377,27 @@ def write(writing: Writing) -> None:
     plain rows they would be trained on.
     """
     names = writing.names(together=False, stems=True)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
         folder.mkdir(parents=True)
         for image in dataset.images:
-            name = names[split][image.path]
             height, width = size_of(image)
             rows = []
             for annotation in image.annotations:
                 if annotation.ignored:
                     writing.lost["objects that are ignored (crowd or difficult)"] += 1
-                else:
-                    rows.append(_row_text(annotation, width, height))
-                    _count_lost(annotation, writing)
-            (folder / f"{Path(name).stem}.txt").write_text("".join(rows), "utf-8")
-            images.append((image.path, writing.folder / "images" / split / name))
-    classes = next(iter(writing.splits.values())).classes
+                    continue
+                writing.lost["areas that are not the box's"] += own_area(annotation) is not None
+                writing.lost.update(f"values of {key!r}" for key in annotation.extra)
+                x1, y1, x2, y2 = annotation.box
+                centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
+                values = (*centre, (x2 - x1) / width, (y2 - y1) / height)
+                text = " ".join(f"{value:.10f}" for value in values)
+                rows.append(f"{annotation.label} {text}\n")
+            stem = Path(names[split][image.path]).stem
+            (folder / f"{stem}.txt").write_text("".join(rows), "utf-8")
     content: dict[str, Any] = {split: f"images/{split}" for split in writing.splits}
-    content["names"] = dict(enumerate(classes))
+    content["names"] = dict(enumerate(next(iter(writing.splits.values())).classes))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (writing.folder / "data.yaml").write_text(text, "utf-8")
-    writing.place(images)
-
-
-def _row_text(annotation: Annotation, width: int, height: int) -> str:
-    x1, y1, x2, y2 = annotation.box
-    shares = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
-    return " ".join([str(annotation.label), *(f"{share:.10f}" for share in shares)]) + "\n"
-
-
-def _count_lost(annotation: Annotation, writing: Writing) -> None:
-    if own_area(annotation) is not None:
-        writing.lost["areas that are not the box's"] += 1
-    for key in annotation.extra:
-        writing.lost[f"values of {key!r}"] += 1
+    writing.place(names, "images/{split}/{name}")
