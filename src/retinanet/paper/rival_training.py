@@ -27,15 +27,8 @@ from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.predict import group_by_size
 from retinanet.evaluation.results import Results
 from retinanet.losses.detection import Losses
-from retinanet.model.precision import autocast, choose_device
-from retinanet.paper.rivals import (
-    RivalInfo,
-    RivalNetwork,
-    build_rival,
-    check_rival,
-    load_rival,
-    write_rival,
-)
+from retinanet.model.precision import choose_device
+from retinanet.paper.rivals import RivalNetwork, build_rival, check_rival, load_rival, write_rival
 from retinanet.structures import Batch
 from retinanet.training.events import Emit, EventCallback
 from retinanet.training.nonfinite import NonFiniteStep
@@ -62,18 +55,12 @@ def train_rival(
 
     Args:
         name: of :data:`retinanet.paper.rivals.RIVALS`.
-        recipe: all settings.
-        data: splits by name, or a labelled folder or file.
-        out: run folder; an unfinished run in it is resumed.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_event: callback for progress events.
+        recipe, data, out, device, on_event: as for RetinaNet.
 
     Raises:
-        ConfigError: there is no such rival, a setting is not supported, `out` contains another run,
-            or there are several processes.
-        DataError: the data has no image or no object to train on.
-        NonFiniteLossError: NaN or Inf loss or gradient.
-        WeightsError: the backbone's weights cannot be used.
+        ConfigError: as for RetinaNet, or there is no such rival, a setting is not supported, or
+            there are several processes.
+        DataError, NonFiniteLossError, WeightsError: as for RetinaNet.
     """
 
     def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RivalTask:
@@ -82,11 +69,32 @@ def train_rival(
     return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
+def eval_batches(
+    network: RivalNetwork,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Load batches with images of one padded size, as padding changes the features."""
+    if not len(dataset):
+        return iter(())
+    loader = eval_loader(
+        dataset,
+        batch_size=1,
+        image_size=network.settings.image_size,
+        max_size=network.settings.max_size,
+        workers=workers,
+        fill=padding_colour(network.pixel_mean),
+    )
+    return group_by_size((image.to(device, non_blocking=True) for image in loader), batch_size)
+
+
 def evaluate_rival(
     network: RivalNetwork,
     dataset: Dataset,
     *,
-    max_size: int,
     batch_size: int = 1,
     workers: int = 0,
     device: str | torch.device = "auto",
@@ -98,7 +106,6 @@ def evaluate_rival(
     Args:
         network: is moved to `device`.
         dataset: labelled images.
-        max_size: longer side of the images at most, pixels; the shorter one is the network's.
         batch_size: images per batch; it does not change the results.
         workers: processes that load images.
         device: for the network.
@@ -116,9 +123,8 @@ def evaluate_rival(
     start, done = time.perf_counter(), 0
     try:
         network.to(device).eval()
-        for batch in _batches(network, dataset, max_size, batch_size, workers, device):
-            with autocast(precision, device):
-                found = network.detect(batch)
+        for batch in eval_batches(network, dataset, device, batch_size=batch_size, workers=workers):
+            found = network.detect(batch, precision)
             for index, detections in zip(batch.indices.tolist(), found, strict=True):
                 results.add(index, detections)
             done += len(found)
@@ -129,28 +135,6 @@ def evaluate_rival(
     seconds = time.perf_counter() - start
     metrics = evaluate_detections(dataset, results)
     return replace(metrics, images_per_second=len(dataset) / seconds)
-
-
-def _batches(
-    network: RivalNetwork,
-    dataset: Dataset,
-    max_size: int,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Load batches with images of one padded size, as padding changes the features."""
-    if not len(dataset):
-        return iter(())
-    loader = eval_loader(
-        dataset,
-        batch_size=1,
-        image_size=network.settings.image_size,
-        max_size=max_size,
-        workers=workers,
-        fill=padding_colour(network.pixel_mean),
-    )
-    return group_by_size((image.to(device, non_blocking=True) for image in loader), batch_size)
 
 
 class RivalTask:
@@ -173,11 +157,11 @@ class RivalTask:
 
     def build_model(self) -> nn.Module:
         """Build the network of a new run."""
-        return build_rival(self._name, self._recipe, len(self._train_set.classes))
+        return build_rival(self._name, self._recipe, self._train_set.classes)
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the network of a checkpoint."""
-        return load_rival(folder)[0]
+        return load_rival(folder)
 
     def training_step(
         self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
@@ -189,8 +173,7 @@ class RivalTask:
         accumulate = self._recipe.train.accumulate
         parts = []
         for piece in micro_batches(batch, accumulate):
-            with autocast(context.precision, self._device):
-                losses = cast(RivalNetwork, model).losses(piece)
+            losses = cast(RivalNetwork, model).losses(piece, context.precision)
             torch.autograd.backward(context.scaler.scale(losses.total / accumulate))
             parts.append(losses)
         return merge_losses(parts), context.running
@@ -209,7 +192,6 @@ class RivalTask:
         return evaluate_rival(
             cast(RivalNetwork, model),
             dataset,
-            max_size=self._recipe.data.max_size,
             batch_size=batch_size,
             workers=workers,
             device=self._device,
@@ -219,16 +201,7 @@ class RivalTask:
 
     def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write a checkpoint into a folder."""
-        data = self._recipe.data
-        network = cast(RivalNetwork, model)
-        info = RivalInfo(
-            settings=network.settings,
-            classes=self._train_set.classes,
-            category_ids=self._train_set.category_ids,
-            max_size=data.max_size,
-            split={"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
-        )
-        write_rival(folder, network, info)
+        write_rival(folder, cast(RivalNetwork, model))
 
     def warning(self) -> None:
         """Return no warning: a rival has its own anchors."""
