@@ -203,13 +203,13 @@ def run(
         raise typer.Exit(1)
 
 
-def work(task: Annotated[str, typer.Argument(help="Task in JSON.")]) -> None:
+def work(task: Annotated[Path, typer.Argument(help="Task file, written by run.")]) -> None:
     """Run one training of a plan; started by ``run``, which stops it by closing its input."""
     from retinanet.paper.work import Task, stop_when_input_closes
     from retinanet.paper.work import work as do
 
     stop_when_input_closes()
-    code = do(Task.from_json(task), _show_event)
+    code = do(Task.read(task), _show_event)
     if code:
         raise typer.Exit(code)
 

@@ -132,7 +132,7 @@ class Workers:
         return results
 
     def command(self, training: Training, job: int) -> tuple[list[str], dict[str, str]]:
-        """Return command and environment of a worker process."""
+        """Write the task of a worker process; return its command and environment."""
         gpus = self.gpus_of(job)
         if training.rival:
             gpus = gpus[:1]  # it trains in one process
@@ -140,19 +140,22 @@ class Workers:
         if recipe.data.workers == "auto":
             data = recipe.data.model_copy(update={"workers": max(0, self.threads - 1)})
             recipe = recipe.model_copy(update={"data": data})
+        folder = training.folder(self.out).resolve()
+        file = folder.with_name(f"{folder.name}.task.json")
         task = Task(
-            folder=str(training.folder(self.out).resolve()),
+            folder=str(folder),
             data=str(self.data.resolve()),
             recipe=to_toml(recipe),
             rival=training.rival,
             device=self.device,
             threads=self.threads,
         )
+        task.write(file)
         launcher = ["-m"]
         if len(gpus) > 1:
             processes = f"--nproc-per-node={len(gpus)}"
             launcher = ["-m", "torch.distributed.run", "--standalone", processes, "-m"]
-        command = [sys.executable, *launcher, "retinanet", "paper", "work", task.to_json()]
+        command = [sys.executable, *launcher, "retinanet", "paper", "work", str(file)]
         # Idle threads must not spin on cores that other jobs use.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         environment["OMP_NUM_THREADS"] = str(self.threads)

@@ -81,14 +81,14 @@ class Task:
     device: str = "auto"
     threads: int = 1
 
-    def to_json(self) -> str:
-        """Format for :meth:`from_json`."""
-        return json.dumps(asdict(self))
+    def write(self, file: Path) -> None:
+        """Write a file for :meth:`read`."""
+        write_atomic(file, json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def from_json(cls, text: str) -> Task:
-        """Read what :meth:`to_json` wrote."""
-        return cls(**json.loads(text))
+    def read(cls, file: Path) -> Task:
+        """Read what :meth:`write` wrote."""
+        return cls(**json.loads(file.read_text("utf-8")))
 
 
 def work(task: Task, on_event: EventCallback | None = None) -> int:
