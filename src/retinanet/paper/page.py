@@ -117,7 +117,7 @@ def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path
         page.table(CLAIM_COLUMNS, map(_cells, result.claims), left=len(CLAIM_COLUMNS))
     if result.note:
         page.text(result.note)
-    if result.about:
+    if result.rows:
         page.heading("How it was measured")
         _add_about(page, result, out)
 
