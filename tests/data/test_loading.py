@@ -22,7 +22,6 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import (
     default_workers,
     eval_loader,
-    readable_part,
     usable_cpus,
 )
 from retinanet.errors import DataError, ImageError
@@ -369,17 +368,18 @@ def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
     )
     assert [int(batch.indices[0]) for batch in loader] == [0, 1, 2, *range(4, 12)]
     assert reported == list(loader.unreadable) == [3]
-    kept, unreadable = readable_part(broken, image_size=32, max_size=64)
-    assert [image.id for image in kept.images] == [0, 1, 2, *range(4, 12)]
-    assert str(broken.images[3].path) in unreadable[3]
+    assert str(broken.images[3].path) in loader.unreadable[3]
 
 
 def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
     broken = make_dataset(tmp_path, [(40, 40)] * 12)
     for index in (3, 7):  # 2 of 12 are over a tenth
         broken.images[index].path.write_bytes(b"no image")
+    loader = eval_loader(
+        broken, batch_size=1, image_size=32, max_size=64, on_unreadable=lambda index, message: None
+    )
     with pytest.raises(DataError, match=r"too many unreadable images: 2 of 12, .*image 7"):
-        readable_part(broken, image_size=32, max_size=64)
+        list(loader)
     (one,) = make_dataset(tmp_path, [(40, 40)]).images
     one.path.write_bytes(b"no image")
     alone = dataclasses.replace(broken, images=(one,))

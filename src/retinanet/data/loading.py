@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
@@ -121,12 +121,20 @@ class BatchLoader(DataLoader[Batch]):
                 continue
             self.unreadable[index] = message
             self._on_unreadable(index, message)
-            limit = max(1, MAX_UNREADABLE * self._num_images)
-            if len(self.unreadable) > limit or len(self.unreadable) == self._num_images:
-                raise DataError(
-                    f"too many unreadable images: {len(self.unreadable)} of {self._num_images}, "
-                    f"the last: {message}; run retinanet data check"
-                )
+            check_unreadable(len(self.unreadable), self._num_images, message)
+
+
+def check_unreadable(count: int, total: int, last: str) -> None:
+    """Check the number of unreadable images; `last` is the error message of one.
+
+    Raises:
+        DataError: more than :data:`MAX_UNREADABLE` of the images are unreadable.
+    """
+    if count > max(1, MAX_UNREADABLE * total) or count == total:
+        raise DataError(
+            f"too many unreadable images: {count} of {total}, the last: {last}; "
+            "run retinanet data check"
+        )
 
 
 def train_loader(
@@ -207,31 +215,6 @@ def eval_loader(
     )
     numbers = range(rank, len(batches), world_size)
     return _loader(batches, numbers, workers, len(dataset), on_unreadable)
-
-
-def readable_part(
-    dataset: Dataset, *, image_size: int, max_size: int, workers: int = 0
-) -> tuple[Dataset, dict[int, str]]:
-    """Read every image once, and leave out those that cannot be read.
-
-    Returns:
-        The data set without them, and the error messages by their index in `dataset`.
-
-    Raises:
-        DataError: more than :data:`MAX_UNREADABLE` of the images cannot be read.
-    """
-    unreadable: dict[int, str] = {}
-    for _ in eval_loader(
-        dataset,
-        batch_size=1,
-        image_size=image_size,
-        max_size=max_size,
-        workers=workers,
-        on_unreadable=unreadable.__setitem__,
-    ):
-        pass
-    kept = tuple(image for i, image in enumerate(dataset.images) if i not in unreadable)
-    return replace(dataset, images=kept), unreadable
 
 
 def default_workers() -> int:

@@ -16,6 +16,8 @@ import torch
 from retinanet.bench.machine import describe_machine
 from retinanet.data import usable
 from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
+from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
@@ -29,7 +31,6 @@ from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.page import claims_markdown, write_page
 from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
 from retinanet.paper.results import TableResult
-from retinanet.paper.rival_training import eval_batches
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Results, Workers
 from retinanet.paper.tables import EXPERIMENTS
@@ -276,7 +277,14 @@ def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable
         return detection_call(detector, images)
     device = choose_device(device)
     network = load_rival(folder, device)
-    batches = list(eval_batches(network, images, device))
+    loader = eval_loader(
+        images,
+        batch_size=1,
+        image_size=network.settings.image_size,
+        max_size=network.settings.max_size,
+        fill=padding_colour(network.pixel_mean),
+    )
+    batches = [batch.to(device) for batch in loader]
 
     def call() -> None:
         with torch.inference_mode():

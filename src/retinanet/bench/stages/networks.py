@@ -28,7 +28,7 @@ from retinanet.bench.samples import (
     torchvision_outputs,
 )
 from retinanet.bench.tables import count
-from retinanet.config import LossSettings
+from retinanet.config import LossSettings, TrainConfig
 from retinanet.inference.backends import build_network
 from retinanet.inference.detections import ImageDetections
 from retinanet.inference.detector import Detector
@@ -41,7 +41,7 @@ from retinanet.training.optim import build_optimizer
 # Relative rms of logits and of deltas. bf16 keeps 8 bits, fp16 11; int8 has 256 steps per channel.
 _TOLERANCE = {"float32": 1e-4, "bf16": 0.05, "fp16": 0.02, "int8": 0.1}
 
-_SGD = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
+_SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def inference(setting: Setting) -> list[Case]:
@@ -265,7 +265,7 @@ def _train_step(
     rival, model = same_networks(backbone, device, contrast=0.01)
     rival.train()
     model.train()
-    optimizer = build_optimizer(model, optimizer="sgd", **_SGD)
+    optimizer = build_optimizer(model, TrainConfig(**_SGD))
     anchors = level_anchors(model.anchors, feature_sizes(model.anchors.strides, side, side), device)
     # torchvision's defaults, for equal work
     settings = LossSettings(box="l1", low_quality_matches=True)
