@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from retinanet.config import to_toml
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import RetinaNetError
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.paper.plan import Plan, Training
