@@ -143,16 +143,9 @@ def _add_about(page: Page, result: TableResult, out: Path) -> None:
 
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
     """Count the claims with each verdict."""
-    counts = Counter(claim.verdict for claim in claims)
-    names = {
-        "holds": "hold",
-        "does not hold": "do not hold",
-        "not separated": "not separated",
-        "not measured": "not measured",
-    }
-    total = f"claim{'' if len(claims) == 1 else 's'} of the paper"
-    verdicts = {name: counts[verdict] for verdict, name in names.items() if counts[verdict]}
-    return {total: len(claims), **verdicts}
+    names = {"holds": "hold", "does not hold": "do not hold"}
+    counts = Counter(names.get(claim.verdict, claim.verdict) for claim in claims)
+    return {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims), **counts}
 
 
 def _subtitle(results: Sequence[TableResult]) -> str:

@@ -111,7 +111,7 @@ class RivalNetwork(nn.Module):
         build = _faster_rcnn if settings.rival == "faster_rcnn" else _ssd
         self.detector = build(settings, self.backbone)
         self.detector.transform = _Normalize(settings)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def losses(self, batch: Batch, precision: str = "float32") -> Losses:
         """Compute the losses in training mode; samplers draw from torch's generator.
