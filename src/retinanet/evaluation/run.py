@@ -240,7 +240,7 @@ def _is_results(model: Any) -> bool:
 
 def _split_of_file(path: Path, for_results: bool) -> str:
     """Split of a label file: of a training file the validation part, for results all of it."""
-    splits = tuple(FORMATS[find_format(path)].read(path, extras=False))
+    splits = tuple(FORMATS[find_format(path)].read(path))
     if len(splits) != 1:
         return "val"
     if for_results:

@@ -10,7 +10,7 @@ from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.images import image_size
+from retinanet.data.image_files import image_size
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
