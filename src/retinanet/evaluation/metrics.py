@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, TypeAdapter
@@ -219,16 +218,11 @@ class Metrics:
         Raises:
             ValueError: a value is missing or of another type.
         """
-        metrics: Self = _adapter(cls).validate_python(values)
+        metrics: Self = TypeAdapter(cls).validate_python(values)
         return metrics
 
 
 def to_json_types(value: Any) -> dict[str, Any]:
     """Convert a dataclass to JSON types; NaN and Inf become None."""
-    values: dict[str, Any] = json.loads(_adapter(type(value)).dump_json(value))
+    values: dict[str, Any] = json.loads(TypeAdapter(type(value)).dump_json(value))
     return values
-
-
-@cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
