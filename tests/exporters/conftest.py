@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_backbone import tiny_backbone as tiny_backbone
 from torch import nn
 
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
+from tiny_backbone import tiny_backbone as tiny_backbone
 
 DETECT = {
     "score_threshold": 0.3,

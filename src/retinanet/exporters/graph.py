@@ -19,7 +19,7 @@ from torchvision.ops import nms
 from retinanet.anchors import anchor_grid, cell_anchors
 from retinanet.boxes import clip_boxes, decode_boxes
 from retinanet.data.images import padding_colour
-from retinanet.inference.backends import Thresholds, to_original
+from retinanet.inference.backends import Thresholds, merge_thresholds, to_original
 from retinanet.inference.detector import Detector
 from retinanet.inference.openvino_backend import any_size
 from retinanet.model.fused import fused_copy
@@ -74,7 +74,7 @@ class DetectorGraph(nn.Module):
         self.size = symbolic_network_size if to == "aotinductor" else network_size
         in_engine = to in ("onnx", "openvino")
         self.suppress = suppress_by_engine if in_engine else suppress_by_torchvision
-        used = {**detector.thresholds, **thresholds}
+        used = merge_thresholds(detector.thresholds, thresholds)
         self.topk_candidates = used["topk_candidates"]
         self.detections_per_image = used["detections_per_image"]
         threshold = used["score_threshold"]

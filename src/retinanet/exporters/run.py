@@ -103,9 +103,10 @@ def export(
     _check_options(to, precision, calibrate, images)
     allowed = TOLERANCES[precision].override(tolerance)
     _check_packages(to, precision)
-    form = DETECTIONS if options.pop("nms", True) else SCORES
+    settings: dict[str, Any] = {**options}
+    form = DETECTIONS if settings.pop("nms", True) else SCORES
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
-    detector = Detector(checkpoint, device="cpu", precision="float32", **options)
+    detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
     if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
         raise ConfigError(
             f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
