@@ -28,7 +28,7 @@ from small_collection import (
 from retinanet.batch.collection import CollectionSummary, Resources, detect_collection
 from retinanet.batch.store import Store
 from retinanet.cli import main
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
 
 # Of Ray itself, and of what it imports. One worker of pytest runs all, for one cluster.

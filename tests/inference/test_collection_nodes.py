@@ -19,7 +19,7 @@ from small_collection import (
 )
 
 from retinanet.batch.collection import detect_collection
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 
 pytestmark = [
     pytest.mark.slow,

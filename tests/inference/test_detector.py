@@ -184,7 +184,7 @@ def test_nms_threshold(detector: Detector) -> None:
         ({"nms_threshold": 0}, "detect.nms_threshold"),
         ({"detections_per_image": 0}, "detect.detections_per_image"),
         ({"topk_candidates": 0}, "detect.topk_candidates"),
-        ({"score_treshold": 0.5}, "no setting .*did you mean detect.score_threshold"),
+        ({"score_treshold": 0.5}, "unknown setting .*did you mean detect.score_threshold"),
         ({"image_size": 8}, "data.image_size"),
         ({"max_size": 8}, "data.max_size"),
         ({"precision": "half"}, "precision 'half'"),

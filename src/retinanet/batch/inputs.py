@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from retinanet.batch.store import is_address, open_files
-from retinanet.data.images import IMAGE_SUFFIXES
+from retinanet.data.image_files import IMAGE_SUFFIXES
 from retinanet.errors import DataError, MissingExtraError
 from retinanet.inference.detections import Failure
 from retinanet.inference.manifest import OutputFilter

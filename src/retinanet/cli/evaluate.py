@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retinanet.cli.console import figure, print_json, progress, say, table
+from retinanet.cli.console import figure, note, print_json, progress, say, table
 from retinanet.cli.settings import (
     DetectorOptions,
     Json,
@@ -84,10 +84,14 @@ def evaluate(
         plot_evaluation(metrics, folder / "plots")
     if json:
         print_json(metrics.to_dict())
-        return
-    _show_metrics(metrics)
-    if folder is not None:
-        say(f"wrote metrics.json, results.json and plots/ to {folder}")
+    else:
+        _show_metrics(metrics)
+        if folder is not None:
+            say(f"wrote metrics.json, results.json and plots/ to {folder}")
+    if metrics.unreadable:
+        note(f"warning: {len(metrics.unreadable)} unreadable images were left out:")
+        for message in metrics.unreadable.values():
+            note(f"  {message}")
 
 
 def _show_metrics(metrics: Metrics) -> None:
