@@ -379,25 +379,3 @@ def test_without_analysis_the_numbers_are_the_same() -> None:
     )
     assert kept.to_dict() == whole.to_dict()
     assert Metrics.from_dict(plain.to_dict()).to_dict() == plain.to_dict()
-
-
-def test_ap_does_not_depend_on_the_order_of_images_and_detections() -> None:
-    dataset, found = random_case(2)
-    rng = np.random.default_rng(0)
-    # Scores that differ: the order of equal ones is COCO's order of boxes.
-    counts = [len(detections) for _, detections in found]
-    scores = torch.from_numpy(rng.permutation(np.linspace(0.05, 1, sum(counts)))).float()
-    found = [
-        (index, Detections(one.boxes, own, one.labels))
-        for (index, one), own in zip(found, scores.split(counts), strict=True)
-    ]
-    expected = evaluate_detections(dataset, found).to_dict()
-    order = rng.permutation(len(dataset)).tolist()
-    shuffled = replace(dataset, images=tuple(dataset.images[index] for index in order))
-    moved = []
-    for index, one in found:
-        rows = torch.from_numpy(rng.permutation(len(one)))
-        parts = (one.boxes[rows], one.scores[rows], one.labels[rows])
-        moved.append((order.index(index), Detections(*parts)))
-    moved = [moved[i] for i in rng.permutation(len(moved))]
-    assert evaluate_detections(shuffled, moved).to_dict() == expected

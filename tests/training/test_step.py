@@ -100,36 +100,6 @@ def test_step_reads_no_value(settings: tuple[str, ...], objects: int) -> None:
         pending.read()
 
 
-def test_metrics_are_copied_to_the_host_whatever_the_default_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Only memory of a CPU can be pinned, also where the default device is a GPU."""
-    allocated: list[Any] = []
-    empty = torch.empty
-
-    def pinned(*shape: Any, device: Any = None, pin_memory: bool) -> Tensor:
-        allocated.append((device, pin_memory))
-        return empty(*shape, device="cpu")
-
-    class OnAGpu(Tensor):
-        device = torch.device("cuda")  # type: ignore[assignment, misc]
-
-    class Event:
-        def __init__(self, blocking: bool) -> None: ...
-        def record(self) -> None: ...
-        def synchronize(self) -> None: ...
-
-    pending = PendingStep(0, 0.1, make_batch("cpu"), torch.tensor(1.0))
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]).as_subclass(OnAGpu)
-    monkeypatch.setattr(torch, "stack", lambda _: values)
-    monkeypatch.setattr(torch, "empty", pinned)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    pending.copy_metrics(losses_of(1.0), torch.tensor(1.0), torch.tensor(0.0))
-    metrics, stopped = pending.read()
-    assert allocated == [("cpu", True)]
-    assert (metrics["loss"], metrics["grad_norm"], stopped) == (3.0, 4.0, False)
-
-
 # --- the guard ------------------------------------------------------------------------------------
 
 GOOD, OVERFLOW = (1.0, 1.0), (1.0, INF)
