@@ -225,7 +225,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
 
 def parse(file: Path) -> LabelFile:
     """Parse the text file of an image; the classes are numbers."""
-    parsed = LabelFile(file, is_relative=True)
+    parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
     for number, line in enumerate(read_lines(file)):
@@ -251,7 +251,7 @@ def _read_split(split: str, images: list[Path], classes: ClassList, source: Path
     files = []
     for path in images:
         file = label_path(path)
-        background = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
+        background = LabelFile(None, images=[LabelImage("", "")], decimals=4)
         parsed = parse(file) if file.is_file() else background
         parsed.images = [replace(parsed.images[0], name=path.name, id=path.stem, path=path)]
         files.append(parsed)
