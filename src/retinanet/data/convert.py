@@ -104,10 +104,8 @@ def write(writing: Writing, to: str) -> Written:
             raise DataError(
                 f"{dataset.source}: a split is named {name!r}, which is no file name; rename it"
             )
-    write_format = FORMATS[to].write
-    assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
     with new_folder(target, {dataset.source for dataset in splits.values()}) as draft:
-        write_format(replace(writing, folder=draft))
+        FORMATS[to].write(replace(writing, folder=draft))
     return Written(
         target,
         to,

@@ -7,62 +7,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
 
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
-from retinanet.data.formats.labels import LabelFile
-from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
 
-
-class Format(NamedTuple):
-    """Functions of a format.
-
-    Attributes:
-        matches: tests whether a folder or file is of this format.
-        detect: tests whether a file is a label file of this format, by its content.
-        parse: returns the images, objects and faults of a label file (of a shard: of each sample).
-        read: returns the splits by name, each read when called; an unnamed split is ``""``.
-        write: writes splits into a new folder; None for formats that are only read.
-        looked_for: what `matches` looks for, in words.
-    """
-
-    matches: Callable[[Path], Any]
-    detect: Callable[[Path], bool]
-    parse: Callable[..., LabelFile | list[LabelFile]]
-    read: Callable[..., dict[str, Callable[[], Dataset]]]
-    write: Callable[[Writing], None] | None
-    looked_for: str
-
-
-def _format(module: Any) -> Format:
-    return Format(
-        getattr(module, "matches", None) or module.find,
-        module.detect,
-        module.parse,
-        module.read,
-        getattr(module, "write", None),
-        module.LOOKED_FOR,
-    )
-
-
 # In the order of detection: a VOC folder may contain a CSV file too, and CVAT's XML root begins as
 # VOC's.
-FORMATS: dict[str, Format] = {
-    "coco": _format(coco),
-    "labelstudio": _format(label_studio),
-    "cvat": _format(cvat),
-    "voc": _format(voc),
-    "yolo": _format(yolo),
-    "csv": _format(csv),
-    "webdataset": _format(webdataset),
+FORMATS: dict[str, ModuleType] = {
+    "coco": coco,
+    "labelstudio": label_studio,
+    "cvat": cvat,
+    "voc": voc,
+    "yolo": yolo,
+    "csv": csv,
+    "webdataset": webdataset,
 }
+"""The module of each format, with the functions
 
-WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
+- ``find(path)``: false if a folder or file is not of the format,
+- ``detect(file)``: tests a label file by its content,
+- ``parse(file)``: returns a :class:`~retinanet.data.formats.labels.LabelFile`,
+- ``read(path)``: returns the splits by name, each read when called; an unnamed split is ``""``,
+- ``write(writing)``: in those that can be written."""
+
+WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "write"))
 """Formats that a data set can be written in."""
 
 
@@ -74,10 +47,10 @@ def find_format(path: str | Path) -> str:
     """
     path = Path(path)
     _check_exists(path)
-    for name, form in FORMATS.items():
-        if form.matches(path):
+    for name, module in FORMATS.items():
+        if module.find(path):
             return name
-    looked = "; ".join(form.looked_for for form in FORMATS.values())
+    looked = "; ".join(module.LOOKED_FOR for module in FORMATS.values())
     raise DataError(f"{path}: no labelled data found here. Looked for {looked}")
 
 
@@ -172,9 +145,9 @@ def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Calla
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     else:
         _check_exists(path)
-    lazy = FORMATS[format].read(path)
+    lazy: dict[str, Callable[[], Dataset]] = FORMATS[format].read(path)
     if not lazy:
-        raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].looked_for}")
+        raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].LOOKED_FOR}")
     if extras:
         return lazy
     return {split: partial(_without_extras, read) for split, read in lazy.items()}

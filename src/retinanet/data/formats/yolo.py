@@ -50,9 +50,9 @@ def detect(file: Path) -> bool:
     return bool(lines) and not isinstance(_row(lines[0]), str)
 
 
-def matches(path: Path) -> bool:
-    """Whether a path is a YOLO data.yaml or a folder of images with YOLO rows."""
-    return _find_yaml(path) is not None or bool(_folders(path))
+def find(path: Path) -> Path | dict[str, list[Path]]:
+    """Return the data.yaml of a file or folder, else the images by split; empty if neither."""
+    return _find_yaml(path) or _folders(path)
 
 
 def read(path: Path) -> dict[str, Callable[[], Dataset]]:
@@ -61,15 +61,17 @@ def read(path: Path) -> dict[str, Callable[[], Dataset]]:
     Raises:
         DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
     """
-    file = _find_yaml(path)
-    if file is not None:
-        names, splits = _from_yaml(file)
+    found = find(path)
+    if isinstance(found, Path):
+        names, splits = _from_yaml(found)
     else:
-        splits = _folders(path)
+        splits = found
         folders = (path, path / "labels", path.parent if path.name == "images" else path)
         names = next(filter(None, (listed_names(f, *_NAME_FILES)[1] for f in folders)), [])
         names = names or _numbers(image for images in splits.values() for image in images)
-    classes = merge_classes(enumerate(names), file or path, by_id=True)
+    classes = merge_classes(
+        enumerate(names), found if isinstance(found, Path) else path, by_id=True
+    )
     return {
         split: partial(_read_split, split, images, classes, path)
         for split, images in splits.items()
