@@ -130,9 +130,9 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, message: str) -> N
 
 def test_results_are_not_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "results.json", '[{"image_id": 1}]')
-    with pytest.raises(DataError, match="no labelled data found here"):
+    with pytest.raises(DataError, match="no labelled data found in"):
         read_dataset(file)
-    with pytest.raises(DataError, match="no coco data here"):
+    with pytest.raises(DataError, match="no coco data in"):
         read_dataset(file, format="coco")
 
 

@@ -287,6 +287,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> 
         read_splits(write(tmp_path / "x.json", text))
 
 
+def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
+    write(tmp_path / "coco_results.json", '[{"image_id": 1, "category_id": 1, "bbox": []}]')
+    write(tmp_path / "empty.json", "")
+    write(tmp_path / "data.json", '{"data": [], "annotations": []}')
+    with pytest.raises(DataError, match=r"neither COCO .* nor Label Studio"):
+        find_format(tmp_path)
+
+
 ODD: tuple[Any, ...] = (
     *(None, True, 0, -1, 1e308, 10**400, "", "x", "\x00", "\ud800", "a" * 5000, [], {}, [[]]),
     *({"x": 1}, float("nan"), "//[x", "/data/local-files/?d=", "..", "nan", [None], ["a"]),

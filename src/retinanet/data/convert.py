@@ -11,8 +11,8 @@ from pathlib import Path
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.finder import can_be_a_file
 from retinanet.data.formats import FORMATS, WRITABLE, read_splits
-from retinanet.data.formats.labels import can_be_a_file
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import ConfigError, DataError, ImageError
 
@@ -104,8 +104,10 @@ def write(writing: Writing, to: str) -> Written:
             raise DataError(
                 f"{dataset.source}: a split is named {name!r}, which is no file name; rename it"
             )
+    write_format = FORMATS[to].write
+    assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
     with new_folder(target, {dataset.source for dataset in splits.values()}) as draft:
-        FORMATS[to].write(replace(writing, folder=draft))
+        write_format(replace(writing, folder=draft))
     return Written(
         target,
         to,

@@ -27,13 +27,13 @@ from PIL import Image, UnidentifiedImageError
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats.labels import (
     DROPPED,
     JSON_TEXT,
     LabelFile,
     LabelImage,
     build,
-    is_image,
     json_values,
     merge_classes,
     short,
@@ -48,8 +48,6 @@ from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
 from retinanet.files import write_atomic
 
-LOOKED_FOR = "WebDataset: uncompressed .tar shards with KEY.jpg and KEY.json"
-
 CATALOGUE = "retinanet.json"
 """File next to the shards: classes, and the shards of each split."""
 
@@ -60,15 +58,6 @@ _NUMBER = re.compile(r"[-_.]?[0-9]+$")
 _SHARD_SIZE = re.compile(r"([0-9]+)(?:(\.[0-9]+)? ?(KB|MB|GB))?", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _OBJECT = '{"class": "cat", "box": [x1, y1, x2, y2]}'
-
-
-def find(path: Path) -> bool:
-    """Whether `path` is a shard or a folder of shards, here or at an fsspec address."""
-    address = archives.address_of(path)
-    if _is_shard(address) or _load_catalogue(f"{address}/{CATALOGUE}") is not None:
-        return True
-    first = next((shard for split in _find_shards(address).values() for shard in split), None)
-    return first is not None and (archives.is_remote(address) or detect(Path(first)))
 
 
 def detect(file: Path) -> bool:
@@ -83,18 +72,27 @@ def detect(file: Path) -> bool:
     return len(samples) == 2 and len(keys) == 1 and any(is_image(f.group()) for f in samples)
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def find(tree: Tree) -> LabelSet | None:
+    """Return the folder of shards, or the shard, of a tree."""
+    address = archives.address_of(tree.path)
+    if not _is_shard(address) and _load_catalogue(f"{address}/{CATALOGUE}") is None:
+        first = next((shard for split in _find_shards(address).values() for shard in split), None)
+        if first is None or not (archives.is_remote(address) or detect(Path(first))):
+            return None
+    return LabelSet("webdataset", {"": [tree.path]}, frozenset)
+
+
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a folder of shards, or a single shard; each split's data set is read when called.
 
-    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
-
-    Args:
-        path: the folder or the ``.tar``, or an fsspec address of either.
+    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path. The path of the tree may
+    be an fsspec address.
 
     Raises:
         DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
             broken, or no sample has the layout.
     """
+    path = tree.path
     shards, catalogue = _open(archives.address_of(path))
     ids: dict[str, int | None] = {}
     if catalogue is not None:
@@ -122,7 +120,7 @@ def read(path: Path) -> dict[str, Callable[[], Dataset]]:
                 f"{unread.file}: {unread.reason}; no sample of {split or path} can be read"
             )
         extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
-        return build("webdataset", split, files, classes, path, extra=extra)
+        return build("webdataset", split, files, classes, tree, extra=extra)
 
     return {split: partial(build_split, split) for split in shards}
 
