@@ -94,7 +94,6 @@ class RowResult:
 
     Attributes:
         key, label: of the row.
-        trained: False for a row with published values only.
         scores: points of AP by column (``AP`` ... ``APl``); columns without a value are left out.
         by_seed: AP in points per seed; 0 for a diverged training.
         milliseconds: per image; None: not measured.
@@ -109,7 +108,6 @@ class RowResult:
 
     key: str
     label: str
-    trained: bool = True
     scores: Mapping[str, Score] = field(default_factory=dict)
     by_seed: Mapping[int, float] = field(default_factory=dict)
     milliseconds: float | None = None
