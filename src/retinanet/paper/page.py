@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, PackageLoader
 
@@ -15,6 +15,7 @@ from retinanet.paper.results import (
     SETTING_COLUMNS,
     ClaimResult,
     TableResult,
+    Verdict,
     markdown_table,
 )
 from retinanet.report.html import Page
@@ -144,8 +145,10 @@ def _add_about(page: Page, result: TableResult, out: Path) -> None:
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
     """Count the claims with each verdict."""
     names = {"holds": "hold", "does not hold": "do not hold"}
-    counts = Counter(names.get(claim.verdict, claim.verdict) for claim in claims)
-    return {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims), **counts}
+    counts = Counter[str](claim.verdict for claim in claims)
+    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in get_args(Verdict)}
+    total = {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims)}
+    return total | {verdict: count for verdict, count in verdicts.items() if count}
 
 
 def _subtitle(results: Sequence[TableResult]) -> str:
