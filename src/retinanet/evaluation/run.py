@@ -22,22 +22,17 @@ from retinanet.evaluation.predict import Predictions, Progress, run_detector, ru
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Network, Thresholds, build_network
-from retinanet.inference.detector import Detector, open_model
+from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 
 
-class DetectorOptions(Thresholds, total=False):
+class DetectorOptions(LoadOptions, total=False):
     """Options of :class:`~retinanet.inference.detector.Detector`."""
 
     device: str
-    precision: str
-    backend: str
-    calibrate: Any
-    image_size: int | None
-    max_size: int | None
 
 
 def evaluate(

@@ -42,7 +42,7 @@ _HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
 class OpenVINONetwork:
     """A compiled ``openvino.Model`` as a function of images, with torch's number of threads.
 
-    Copies and pickles hold the compiled model, for the same version of OpenVINO.
+    Copies and pickles contain the compiled model, for the same version of OpenVINO.
 
     Attributes:
         deviation: of int8: relative rms of the outputs to those of float32; None otherwise.
@@ -63,8 +63,7 @@ class OpenVINONetwork:
         return Outputs(tuple(maps[: self._levels]), tuple(maps[self._levels :]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        blob = self._compiled.export_model()
-        return _import_network, (blob, self._levels, self.deviation)
+        return _import_network, (self._compiled.export_model(), self._levels, self.deviation)
 
 
 def _import_network(blob: bytes, levels: int, deviation: float | None) -> OpenVINONetwork:
@@ -123,9 +122,8 @@ def openvino_network(
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     network = OpenVINONetwork(compile_on_cpu(quantized, "bf16" if has_bf16 else "f32"), levels)
-    network.deviation = _deviation(
-        network, OpenVINONetwork(compile_on_cpu(converted), levels), images[:_COMPARED_IMAGES]
-    )
+    reference = OpenVINONetwork(compile_on_cpu(converted), levels)
+    network.deviation = max(_deviations(network, reference, images[:_COMPARED_IMAGES]))
     if network.deviation > MAX_INT8_DEVIATION:
         warnings.warn(
             f"int8 outputs differ from float32 by {network.deviation:.0%} rms on the calibration "
@@ -136,8 +134,10 @@ def openvino_network(
     return network
 
 
-def _deviation(network: OpenVINONetwork, reference: OpenVINONetwork, images: list[Tensor]) -> float:
-    """Relative rms of the differences, of the logits or the deltas, whichever is larger."""
+def _deviations(
+    network: OpenVINONetwork, reference: OpenVINONetwork, images: list[Tensor]
+) -> list[float]:
+    """Relative rms differences of the logits and of the deltas."""
     error, total = torch.zeros(2), torch.zeros(2)
     for image in images:
         for part, (ours, theirs) in enumerate(zip(network(image), reference(image), strict=True)):
@@ -145,7 +145,7 @@ def _deviation(network: OpenVINONetwork, reference: OpenVINONetwork, images: lis
                 centred = expected - expected.mean() if part == 0 else expected
                 error[part] += (out - expected).square().sum()
                 total[part] += centred.square().sum()
-    return float((error / total.clamp(min=1e-12)).sqrt().max())
+    return (error / total.clamp(min=1e-12)).sqrt().tolist()
 
 
 def convert(model: RetinaNet) -> Any:
@@ -184,7 +184,7 @@ def calibration_images(calibration: Iterable[Tensor] | None) -> list[Tensor]:
     images = list(islice(calibration or (), CALIBRATION_IMAGES))
     if not images:
         raise ConfigError(
-            "precision int8 is calibrated on images of the kind that will be searched: "
+            "precision int8 is calibrated on images like those to be detected in: "
             "give some (--calibrate FOLDER)"
         )
     return images
