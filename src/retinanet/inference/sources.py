@@ -66,9 +66,13 @@ class Source:
         """Call :func:`retinanet.data.windows.open_windows`; errors as :meth:`read`."""
         return self._read(open_windows)
 
+    def load(self) -> Any:
+        """Return the image in a form that :func:`read_image` takes."""
+        return self.image
+
     def _read(self, read: Callable[..., _T], *sides: int) -> _T:
         try:
-            return read(self.image, *sides, value_range=self.value_range)
+            return read(self.load(), *sides, value_range=self.value_range)
         except Exception as error:
             if isinstance(self.image, str | Path):
                 raise  # it names the file
@@ -136,7 +140,7 @@ def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source
     names by their folders; any other iterable is expanded item by item.
 
     Args:
-        given: items as :func:`find_sources` takes them.
+        given: items as :func:`find_sources` takes them; a Failure is yielded as it is.
         once: leave out files of a sequence that came before.
     """
     outputs = OutputFilter()
@@ -203,10 +207,12 @@ def _walk(
         deeper = depth is None or level < depth
         folders[:] = [name for name in folders if deeper and not name.startswith(".")]
         found += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
+    return sorted(found)
 
 
 def _expand_or_fail(item: Any, index: int, outputs: OutputFilter) -> list[Source] | list[Failure]:
+    if isinstance(item, Failure):
+        return [item]
     try:
         return list(_expand(item, f"image_{index:06d}", outputs))
     except DataError as error:

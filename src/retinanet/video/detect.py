@@ -390,7 +390,7 @@ def _run_ahead(items: Iterator[_T], size: int, thread: ThreadPoolExecutor) -> It
     pending = deque(thread.submit(next, items, end) for _ in range(size))
     while True:
         # Waiting in steps: a signal does not interrupt a wait on every platform.
-        while not wait(list(pending)[:1], timeout=_POLL).done:
+        while not wait([pending[0]], timeout=_POLL).done:
             pass
         item = pending.popleft().result()
         if item is end:

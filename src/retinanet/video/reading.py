@@ -255,10 +255,11 @@ class _Times:
     def missing(self, broken: int) -> int:
         """Return how many frames are missing at the end and in holes, besides the `broken` ones."""
         threshold = max(_MIN_GAP_SECONDS, _MIN_GAP_FRAMES * self._step)
-        total, stated = 0, self._stated_end
-        is_short = stated is not None and self._image in self._ends
-        if is_short and stated - max(self._ends.values()) > threshold:
-            total = round((stated - self._ends[self._image]) / self._step)
+        total = 0
+        if self._stated_end is not None and self._image in self._ends:
+            lacking = self._stated_end - max(self._ends.values())
+            if lacking > threshold:
+                total = round((self._stated_end - self._ends[self._image]) / self._step)
         is_regular = self._intervals[1] >= _CONSTANT_RATE * self._intervals.total()
         if is_regular and not self._has_index:
             holes = sum(
