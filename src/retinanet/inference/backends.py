@@ -56,7 +56,7 @@ def merge_thresholds(*layers: Any) -> Thresholds:
     return cast(Thresholds, checked.model_dump())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Network:
     """A trained network, ready for inference. It can be copied and pickled.
 
