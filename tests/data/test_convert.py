@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from dataclasses import replace
@@ -77,9 +76,11 @@ def _plain(splits: dict[str, Dataset], *, ids: bool = False, more: bool = False)
     }
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
+@pytest.mark.parametrize(
+    ("first", "second"), list(zip(FORMATS, (*FORMATS[1:], FORMATS[0]), strict=True))
+)
 def test_there_and_back_between_all(tmp_path: Path, source: Path, first: str, second: str) -> None:
-    """Boxes, classes, splits, images and background images; each leg through another format."""
+    """Boxes, classes, splits, images and background images, through every format."""
     convert(source, tmp_path / "one", first)
     convert(tmp_path / "one", tmp_path / "two", second)
     convert(tmp_path / "two", tmp_path / "back", first)
@@ -125,17 +126,6 @@ def test_coco_to_coco_loses_nothing(tmp_path: Path, source: Path) -> None:
     assert json.loads(text)["categories"][0]["supercategory"] == "street"
     mask = json.loads((tmp_path / "copy" / "val.json").read_text("utf-8"))["annotations"][0]
     assert mask["segmentation"] == {"counts": [1], "size": [2]}
-
-
-def test_pycocotools_reads_what_we_write(
-    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pycocotools.coco import COCO
-
-    convert(source, tmp_path / "copy", "coco")
-    coco = COCO(str(tmp_path / "copy" / "val.json"))
-    assert sorted(coco.anns) == [20, 21, 22]
-    assert coco.anns[20]["iscrowd"] == 1
 
 
 def test_yolo_says_what_it_cannot_hold(tmp_path: Path, source: Path) -> None:
@@ -295,19 +285,3 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "coco", progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("to", ["coco", "yolo", "csv"])
-def test_real_voc_there_and_back(real_data: Path, tmp_path: Path, to: str) -> None:
-    before = read_splits(real_data / "bccd")
-    convert(before, tmp_path / "there", to, images="symlink")
-    convert(tmp_path / "there", tmp_path / "back", "voc", images="symlink")
-    after = read_splits(tmp_path / "back")
-    for name, dataset in before.items():
-        assert after[name].classes == dataset.classes
-        assert [i.path.name for i in after[name].images] == [i.path.name for i in dataset.images]
-        for image, other in zip(dataset.images, after[name].images, strict=True):
-            assert [(a.box, a.label) for a in other.annotations] == [
-                (a.box, a.label) for a in image.annotations
-            ]

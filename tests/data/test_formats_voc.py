@@ -8,6 +8,7 @@ import pytest
 from labelled_folders import MakeImage, voc_xml, write
 
 from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.errors import DataError
 
 
 def _make(root: Path, make_image: MakeImage, stems: str = "abc") -> None:
@@ -93,7 +94,7 @@ def test_classes_txt_gives_order_and_bounds(tmp_path: Path, make_image: MakeImag
     (problem,) = dataset.problems
     assert (problem.kind, problem.object) == ("class-unknown", 0)
     assert problem.file == tmp_path / "Annotations" / "a.xml"
-    assert problem.reason == "object 0: class 'dog' is not one of 2 known"
+    assert problem.reason == "a.jpg: object 0: class 'dog' is not one of 2 known"
 
 
 def test_faulty_files_and_objects_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
@@ -131,10 +132,8 @@ def test_a_image_without_xml_is_no_background(tmp_path: Path, make_image: MakeIm
 
 def test_xml_of_other_programs_is_not_voc(tmp_path: Path) -> None:
     write(tmp_path / "a.xml", "<project/>")
-    assert not (tmp_path / "Annotations").exists()
-    from retinanet.data.formats.voc import is_voc
-
-    assert not is_voc(tmp_path)
+    with pytest.raises(DataError, match="no labelled data found"):
+        find_format(tmp_path)
 
 
 @pytest.mark.data

@@ -125,8 +125,8 @@ def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None
     assert found == [
         ("label-unreadable", "a.txt", 1),
         ("label-unreadable", "a.txt", 2),
-        ("class-unknown", "a.txt", 3),
         ("label-unreadable", "a.txt", 4),
+        ("class-unknown", "a.txt", 3),
         ("image-missing", "gone.txt", None),
     ]
     assert dataset.problems[0].reason == (
@@ -134,8 +134,8 @@ def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None
         "points"
     )
     assert dataset.problems[1].reason.endswith("holds a word that is no number")
-    assert dataset.problems[2].reason == "row 4: class 5 is not one of 0 to 1"
-    assert dataset.problems[3].reason.endswith("class -1 is not a whole number from 0")
+    assert dataset.problems[2].reason.endswith("class -1 is not a whole number from 0")
+    assert dataset.problems[3].reason == "a.jpg: object 3: class '5' is not one of 2 known"
     assert dataset.problems[4].reason == "labels 1 objects, but has no image gone.*"
 
 

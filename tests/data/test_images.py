@@ -15,16 +15,8 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from retinanet.data import images
-from retinanet.data.images import (
-    image_size,
-    network_size,
-    pad_batch,
-    padding_colour,
-    read_image,
-    read_reduced,
-    resize_to,
-    stored_size,
-)
+from retinanet.data.image_files import image_size, network_size, stored_size
+from retinanet.data.images import pad_batch, padding_colour, read_image, read_reduced, resize_to
 from retinanet.data.windows import open_windows
 from retinanet.errors import ConfigError, ImageError
 
@@ -56,7 +48,7 @@ def with_orientation(value: int) -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize("quality", [30, 75, 100])
+@pytest.mark.parametrize("quality", [30, 100])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -98,12 +90,6 @@ def test_stored_size_unpacks_nothing(
     assert stored_size(data) == (40, 56)
 
 
-def test_stored_size_is_that_before_the_orientation(photo: Image.Image) -> None:
-    data = encoded(photo, "JPEG", exif=with_orientation(6))
-    assert stored_size(data) == (40, 56)
-    assert image_size(data) == (56, 40)
-
-
 def test_exif_orientation_turns_the_right_way() -> None:
     # 6: "the 0th row is the right-hand side": the image is to be turned clockwise.
     pixels = np.zeros((2, 3, 3), np.uint8)
@@ -126,81 +112,43 @@ def test_broken_exif_warns_nobody(photo: Image.Image) -> None:
         assert read_image(data).shape == (3, 40, 56)
 
 
-def test_greyscale_has_three_equal_channels(photo: Image.Image) -> None:
-    image = read_image(encoded(photo.convert("L"), "PNG"))
-    expected = torch.from_numpy(np.array(photo.convert("L")))
-    assert all(torch.equal(channel, expected) for channel in image)
+GREY_ALPHA = np.array([[[100, 255], [100, 0]]], np.uint8)
+RGBA = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
 
 
-def test_one_bit() -> None:
-    img = Image.new("1", (3, 2), 0)
-    img.putpixel((2, 1), 1)
-    image = read_image(encoded(img, "PNG"))
-    assert image[1].tolist() == [[0, 0, 0], [0, 0, 255]]
+def two_colours(mode: str) -> Image.Image:
+    """Of 10, 20, 30 and 200, 100, 50; by a palette if `mode` is P."""
+    img = Image.new(mode, (2, 1), 0 if mode == "P" else (10, 20, 30))
+    if mode == "P":
+        img.putpalette([10, 20, 30, 200, 100, 50])
+    img.putpixel((1, 0), 1 if mode == "P" else (200, 100, 50))
+    return img
 
 
-def test_palette(photo: Image.Image) -> None:
-    img = photo.quantize(16)
-    image = read_image(encoded(img, "PNG"))
-    assert torch.equal(image, torch.from_numpy(np.array(img.convert("RGB"))).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("format_", ["PNG", "GIF"])
-def test_transparent_palette_entry_is_white(format_: str) -> None:
-    img = Image.new("P", (2, 1), 0)
-    img.putpalette([10, 20, 30, 200, 100, 50])
-    img.putpixel((1, 0), 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_image(encoded(img, format_, transparency=0))
-    assert image[:, 0, 0].tolist() == [255, 255, 255]
-    assert image[:, 0, 1].tolist() == [200, 100, 50]
-
-
-def test_transparent_bytes_of_a_palette_warn_nobody() -> None:
-    img = Image.new("P", (2, 1), 0)
-    img.putpalette([10, 20, 30, 200, 100, 50])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_image(encoded(img, "PNG", transparency=bytes([0, 255])))
-    assert image[:, 0, 0].tolist() == [255, 255, 255]
-
-
-def test_alpha_is_laid_over_white() -> None:
-    pixels = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
-    image = read_image(encoded(Image.fromarray(pixels), "PNG"))
-    # alpha 51 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204 = 204; 40 + 204 = 244
-    assert image[:, 0].T.tolist() == [[100, 0, 200], [255, 255, 255], [224, 204, 244]]
-
-
-def test_opaque_alpha_changes_nothing(photo: Image.Image) -> None:
-    data = encoded(photo.convert("RGBA"), "PNG")
-    assert torch.equal(read_image(data), by_pillow(encoded(photo, "PNG")))
-
-
-def test_grey_with_alpha() -> None:
-    pixels = np.array([[[100, 255], [100, 0]]], np.uint8)
-    image = read_image(encoded(Image.fromarray(pixels, "LA"), "PNG"))
-    assert image[0].tolist() == [[100, 255]]
-
-
-def test_transparent_colour_of_plain_rgb() -> None:
-    img = Image.new("RGB", (2, 1), (1, 2, 3))
-    img.putpixel((1, 0), (9, 9, 9))
-    image = read_image(encoded(img, "PNG", transparency=(1, 2, 3)))
-    assert image[:, 0].T.tolist() == [[255, 255, 255], [9, 9, 9]]
-
-
-@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_the_high_byte(format_: str) -> None:
-    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    image = read_image(encoded(Image.fromarray(values), format_))
-    assert image[0].tolist() == [[0, 0, 1, 128, 255]]
-
-
-def test_sixteen_bits_big_endian() -> None:
-    image = Image.frombytes("I;16B", (2, 1), bytes([0x80, 0x01, 0xFF, 0xFF]))
-    assert read_image(encoded(image, "TIFF"))[0].tolist() == [[128, 255]]
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("source", "format_", "options", "expected"),
+    [
+        (Image.fromarray(np.uint8([[7, 9]])), "PNG", {}, [[7] * 3, [9] * 3]),
+        (Image.fromarray(np.array([[True, False]])), "PNG", {}, [[255] * 3, [0] * 3]),
+        (two_colours("P"), "PNG", {}, [[10, 20, 30], [200, 100, 50]]),
+        (two_colours("P"), "PNG", {"transparency": 0}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("P"), "GIF", {"transparency": 0}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("P"), "PNG", {"transparency": b"\0\xff"}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("RGB"), "PNG", {"transparency": (10, 20, 30)}, [[255] * 3, [200, 100, 50]]),
+        (Image.fromarray(GREY_ALPHA, "LA"), "PNG", {}, [[100] * 3, [255] * 3]),
+        # alpha 51 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204 = 204; 40 + 204 = 244
+        (Image.fromarray(RGBA), "PNG", {}, [[100, 0, 200], [255] * 3, [224, 204, 244]]),
+        # 16 bits: the high byte
+        (Image.fromarray(np.uint16([[255, 32768]])), "PNG", {}, [[0] * 3, [128] * 3]),
+        (Image.fromarray(np.uint16([[256, 65535]])), "TIFF", {}, [[1] * 3, [255] * 3]),
+        (Image.frombytes("I;16B", (2, 1), b"\x80\1\xff\xff"), "TIFF", {}, [[128] * 3, [255] * 3]),
+    ],
+)
+def test_read_image_of_every_mode_is_rgb(
+    source: Image.Image, format_: str, options: dict[str, Any], expected: list[list[int]]
+) -> None:
+    assert read_image(encoded(source, format_, **options))[:, 0].T.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -307,12 +255,6 @@ def test_first_image_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_paths_with_any_letters(photo: Image.Image, tmp_path: Path) -> None:
-    file = tmp_path / "größe 图 (1).jpg"
-    photo.save(file)
-    assert read_image(file).shape == (3, 40, 56)
 
 
 # --- arrays, tensors, PIL images ---------------------------------------------------------------
@@ -423,13 +365,6 @@ def test_no_image(read: object, tmp_path: Path) -> None:
     assert "<!DOCTYPE html>" in one_line(error)
 
 
-def test_empty_file(tmp_path: Path) -> None:
-    file = tmp_path / "empty.png"
-    file.touch()
-    with pytest.raises(ImageError, match=r"empty\.png: .*\(it is empty\)"):
-        read_image(file)
-
-
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
 def test_truncated(photo: Image.Image, tmp_path: Path, format_: str, share: float) -> None:
@@ -439,13 +374,7 @@ def test_truncated(photo: Image.Image, tmp_path: Path, format_: str, share: floa
     with pytest.raises(ImageError) as error:
         read_image(file)
     assert str(file) in one_line(error)
-
-
-def test_truncated_jpeg_says_so(photo: Image.Image, tmp_path: Path) -> None:
-    file = tmp_path / "cut.jpg"
-    file.write_bytes(encoded(photo.resize((200, 200)), "JPEG")[:1500])
-    with pytest.raises(ImageError, match=r"cut\.jpg: cannot be read: image file is truncated"):
-        read_image(file)
+    assert format_ != "JPEG" or "cannot be read: image file is truncated" in one_line(error)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
@@ -454,7 +383,7 @@ def test_damage_raises_nothing_else(
 ) -> None:
     data = encoded(photo, format_)
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(30):
         broken = bytearray(data)
         for place in rng.integers(2, len(data), 4):
             broken[place] = int(rng.integers(0, 256))
@@ -541,18 +470,6 @@ def test_pixels_are_the_same_without_the_fast_decoder(
         read_image(data[:1000])
 
 
-def test_the_fast_decoder_takes_plain_jpegs(
-    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("Pillow was asked")
-
-    monkeypatch.setattr(images, "_by_pillow", never)
-    assert read_image(encoded(photo, "JPEG", exif=with_orientation(6))).shape == (3, 56, 40)
-    with pytest.raises(ImageError, match="Pillow was asked"):
-        read_image(encoded(photo.convert("CMYK"), "JPEG"))
-
-
 def test_orientation_in_xmp(photo: Image.Image) -> None:
     # As Lightroom writes it; Pillow reads it where EXIF has none.
     xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -593,7 +510,7 @@ def test_only_jpegs_are_reduced(photo: Image.Image) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # the fast decoder, and Pillow
-@pytest.mark.parametrize(("height", "width"), [(400, 560), (405, 569), (403, 563)])
+@pytest.mark.parametrize(("height", "width"), [(400, 560), (403, 563)])
 def test_reduced_image_is_the_whole_oneresize_pixels(
     photo: Image.Image, orientation: int, mode: str, height: int, width: int
 ) -> None:
@@ -622,11 +539,6 @@ def test_reduced_image_has_no_margin(orientation: int) -> None:
     assert size == (512, 513)
     assert tuple(reduced.shape) == (3, 64, 64)
     assert (reduced[:, :, :31].float().mean() < 128) == (orientation == 1)
-
-
-def test_reduced_orientation_and_size_agree_with_image_size(photo: Image.Image) -> None:
-    data = encoded(photo.resize((560, 400)), "JPEG", exif=with_orientation(6))
-    assert read_reduced(data, 20, 40)[1] == image_size(data) == (560, 400)
 
 
 @pytest.mark.data
@@ -712,11 +624,6 @@ def test_shared_batch_is_the_same_and_crosses_to_another_process() -> None:
     assert torch.equal(batch, shared)
     assert batch.stride() == shared.stride()
     assert shared.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_pad_batch_without_images() -> None:
-    with pytest.raises(ValueError, match="at least one image"):
-        pad_batch([])
 
 
 @pytest.mark.data

@@ -16,7 +16,8 @@ from PIL import Image
 
 from retinanet.data import windows
 from retinanet.data.archives import ArchiveWriter
-from retinanet.data.images import network_size, read_image, resize_to
+from retinanet.data.image_files import network_size
+from retinanet.data.images import read_image, resize_to
 from retinanet.data.windows import open_windows, typical_side
 from retinanet.errors import ImageError, MissingExtraError
 
@@ -156,14 +157,6 @@ def test_levels_of_a_pyramid_serve_reduced(tmp_path: Path, nested: bool) -> None
     expected, _ = resize_to(torch.from_numpy(RGB).permute(2, 0, 1), 80, 1000)
     reduced = opened.reduced(*network_size(HEIGHT, WIDTH, 80, 1000))
     assert (reduced.int() - expected.int()).abs().max() <= 1  # of the base
-
-
-def test_pages_that_are_no_levels_are_left_alone(tmp_path: Path) -> None:
-    file = tmp_path / "pages.tif"
-    with tifffile.TiffWriter(file) as writer:
-        writer.write(RGB, photometric="rgb")
-        writer.write(RGB[::2, ::5].copy(), photometric="rgb")  # another aspect ratio
-    check_windows(file, torch.from_numpy(RGB).permute(2, 0, 1))
 
 
 def test_windows_of_other_files_are_crops_of_the_whole(tmp_path: Path) -> None:
@@ -310,23 +303,6 @@ def test_tiles_of_earlier_windows_are_kept(tmp_path: Path) -> None:
     assert torch.equal(opened.read((70, 50, 180, 120)), whole[:, 50:120, 70:180])
     with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
         opened.read((190, 120, 200, 140))
-
-
-def test_cache_holds_the_tiles_of_a_window_at_least(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(windows, "CACHED_BYTES", 0)
-    file = write_tiff(tmp_path / "a.tif", "deflate")
-    opened = open_windows(file)
-    expected = opened.read((0, 0, 192, 128))
-    content = file.read_bytes()
-    file.write_bytes(b"")
-    assert torch.equal(opened.read((0, 0, 192, 128)), expected)
-    file.write_bytes(content)
-    opened.read((290, 190, 300, 200))
-    file.write_bytes(b"")
-    with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
-        opened.read((0, 0, 192, 128))
 
 
 def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retinanet.data.images import network_size as definition
+from retinanet.data.image_files import network_size as definition
 from retinanet.data.images import resize_to
 from retinanet.exporters.graph import (
     PADDING_LABEL,

@@ -84,13 +84,7 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
 def paper_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
     train = recipe.train
     assert (train.optimizer, train.lr, train.momentum) == ("sgd", 0.01, 0.9)  # Sec. 4.1
-    return build_optimizer(
-        model,
-        optimizer=train.optimizer,
-        lr=train.lr,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-    )
+    return build_optimizer(model, train)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -23,9 +23,9 @@ from retinanet.paper import rival_training, rivals
 from retinanet.paper.rival_training import evaluate_rival, train_rival
 from retinanet.paper.rivals import RIVALS, RivalNetwork, load_rival
 from retinanet.structures import Batch, Detections
-from retinanet.training.events import Event
-from retinanet.training.step import backward, micro_batches
-from retinanet.training.task import StepContext
+from retinanet.training.events import Event, ignore
+from retinanet.training.step import StepContext, backward, micro_batches
+from retinanet.training.task import TaskSettings
 from retinanet.training.trainer import train
 
 
@@ -119,7 +119,7 @@ def test_steps_have_the_same_images_as_retinanets(
     seen: dict[str, list[torch.Tensor]] = {"rival": [], "ours": []}
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen["ours"].append(arguments[3].images)
+        seen["ours"].append(arguments[2].images)
         return backward(*arguments, **options)
 
     monkeypatch.setattr("retinanet.training.task.backward", spy)
@@ -159,7 +159,8 @@ def test_micro_batches_and_images_without_objects_train(
 def test_micro_batches_are_averaged(splits: dict[str, Dataset]) -> None:
     one: Any = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     recipe = rival_recipe("train.accumulate=2")
-    task = rival_training.RivalTask("ssd", recipe, splits["train"], one)
+    settings = TaskSettings(recipe, splits["train"], one, "float32", 0, ignore)
+    task = rival_training.RivalTask(settings, "ssd")
     network, batch = tiny_rival("ssd").train(), batch_of()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     context = StepContext(0, "float32", scaler, running=torch.tensor(100.0))
@@ -237,8 +238,9 @@ def test_invalid_input_is_an_error_before_anything_is_written(
         train_rival("faster_rcnn", rival_recipe(), splits, out, device="cpu")
     assert not out.exists()
     several: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    settings = TaskSettings(rival_recipe(), splits["train"], several, "float32", 0, ignore)
     with pytest.raises(ConfigError, match="ssd trains in one process: found 2"):
-        rival_training.RivalTask("ssd", rival_recipe(), splits["train"], several)
+        rival_training.RivalTask(settings, "ssd")
 
 
 def test_evaluation_batches_images_of_one_padded_size(

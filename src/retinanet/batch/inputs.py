@@ -12,7 +12,7 @@ from typing import Any
 
 from retinanet.batch.store import open_files
 from retinanet.data.archives import is_remote
-from retinanet.data.images import IMAGE_SUFFIXES
+from retinanet.data.image_files import IMAGE_SUFFIXES
 from retinanet.errors import DataError, ImageError, MissingExtraError
 from retinanet.inference.detections import Failure
 from retinanet.inference.manifest import OutputFilter

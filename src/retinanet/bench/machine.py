@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from retinanet.bench.tables import count
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.kernels import native, triton_probe
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino")

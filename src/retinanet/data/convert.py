@@ -85,34 +85,17 @@ def convert(
         splits = read_splits(source, format=format, seed=seed, val_fraction=val_fraction)
     lost: Counter[str] = Counter()
     splits = {name: _writable(dataset, lost) for name, dataset in splits.items()}
-    return write(
-        splits,
-        target,
-        to,
-        images=images,
-        shard_size=shard_size or SHARD_SIZE,
-        progress=progress,
-        lost=lost,
-    )
+    writing = Writing(splits, Path(target), images, {}, progress, lost, shard_size or SHARD_SIZE)
+    return write(writing, to)
 
 
-def write(
-    splits: Mapping[str, Dataset],
-    target: str | Path,
-    to: str,
-    *,
-    images: Placing = "copy",
-    shard_size: str = SHARD_SIZE,
-    suffixes: Mapping[Path, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    lost: Counter[str] | None = None,
-) -> Written:
-    """Write splits whose images all exist into a new folder; arguments as :func:`convert`.
+def write(writing: Writing, to: str) -> Written:
+    """Write splits whose images all exist into a new folder, in the format `to`.
 
-    Args:
-        suffixes: new extensions of some images.
-        lost: counts of what was left out already.
+    Raises:
+        DataError: as :func:`convert`.
     """
+    splits, target = writing.splits, writing.folder
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no image to write")
     for name, dataset in splits.items():
@@ -121,16 +104,12 @@ def write(
             raise DataError(
                 f"{dataset.source}: a split is named {name!r}, which is no file name; rename it"
             )
-    folder = Path(target)
     write_format = FORMATS[to].write
     assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
-    with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
-        writing = Writing(
-            splits, draft, images, suffixes or {}, progress, lost or Counter(), shard_size
-        )
-        write_format(writing)
+    with new_folder(target, {dataset.source for dataset in splits.values()}) as draft:
+        write_format(replace(writing, folder=draft))
     return Written(
-        folder,
+        target,
         to,
         {name: len(dataset) for name, dataset in splits.items()},
         {name: sum(len(i.annotations) for i in d.images) for name, d in splits.items()},
@@ -142,8 +121,7 @@ def write(
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
     """Drop what cannot be written: missing images, and boxes that are not four finite numbers."""
     images: list[LabelledImage] = []
-    for problem in dataset.problems:
-        lost[f"unreadable labels ({problem.kind})"] += 1
+    lost.update(f"unreadable labels ({problem.kind})" for problem in dataset.problems)
     for image in dataset.images:
         if not archives.is_image_file(image.path):
             lost["missing images"] += 1

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from retinanet.config import build_recipe
+from retinanet.data.image_files import EncodedImage, network_size
 from retinanet.data.images import (
-    EncodedImage,
     ImageSource,
     ValueRange,
     check_value_range,
-    network_size,
     pad_batch,
     padding_colour,
     resize_to,

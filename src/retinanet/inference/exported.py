@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
-from retinanet.data.images import network_size
+from retinanet.data.image_files import network_size
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.inference.backends import Thresholds, group_by
 from retinanet.model.checkpoint import CheckpointText

@@ -15,13 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from retinanet.data import archives
-from retinanet.data.images import (
-    IMAGE_SUFFIXES,
-    EncodedImage,
-    ValueRange,
-    read_image,
-    read_reduced,
-)
+from retinanet.data.image_files import IMAGE_SUFFIXES, EncodedImage
+from retinanet.data.images import ValueRange, read_image, read_reduced
 from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, ImageError
 from retinanet.inference.detections import Failure

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import RetinaNetError
 from retinanet.paper.plan import Plan, Training
 from retinanet.paper.work import EXIT_LOCKED, Result, Task, is_locked, read_result, start_worker

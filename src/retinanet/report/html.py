@@ -318,8 +318,8 @@ def _read_metrics(file: Path) -> Metrics | None:
         return None
     try:
         return Metrics.from_dict(_read_json(file))
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
         raise DataError(f"{file} has no evaluation metrics ({reason}); evaluate again") from None
 
 

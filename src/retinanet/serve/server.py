@@ -12,7 +12,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.serve.settings import Settings
 

@@ -11,7 +11,7 @@ from PIL import Image
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from retinanet.config import nearest
-from retinanet.data.images import stored_size, stored_tile
+from retinanet.data.image_files import stored_size, stored_tile
 from retinanet.errors import ImageError
 from retinanet.serve.errors import RequestError, busy
 from retinanet.serve.settings import Settings

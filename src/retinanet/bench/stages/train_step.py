@@ -20,7 +20,7 @@ from retinanet.bench.samples import (
     torchvision_outputs,
 )
 from retinanet.bench.tables import count
-from retinanet.config import LossSettings
+from retinanet.config import LossSettings, TrainConfig
 from retinanet.losses.detection import detection_losses
 from retinanet.model.precision import autocast, choose_dtype
 from retinanet.structures import pad_targets
@@ -67,7 +67,7 @@ def _benchmark(setting: Setting, backbone: str, side: int, batch: int, precision
     rival.train()
     model.train()
     options: dict[str, Any] = {"lr": _LR, "momentum": _MOMENTUM, "weight_decay": _WEIGHT_DECAY}
-    optimizer = build_optimizer(model, optimizer="sgd", **options)
+    optimizer = build_optimizer(model, TrainConfig(**options))
     sizes = feature_sizes(model.anchors.strides, side, side)
 
     def ours() -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
+from retinanet.data.formats.labels import LabelFile
 from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
@@ -22,34 +24,42 @@ class Format(NamedTuple):
 
     Attributes:
         matches: tests whether a folder or file is of this format.
+        detect: tests whether a file is a label file of this format, by its content.
+        parse: returns the images, objects and faults of a label file (of a shard: of each sample).
         read: returns the splits by name, each read when called; an unnamed split is ``""``.
         write: writes splits into a new folder; None for formats that are only read.
         looked_for: what `matches` looks for, in words.
     """
 
-    matches: Callable[[Path], bool]
+    matches: Callable[[Path], Any]
+    detect: Callable[[Path], bool]
+    parse: Callable[..., LabelFile | list[LabelFile]]
     read: Callable[..., dict[str, Callable[[], Dataset]]]
     write: Callable[[Writing], None] | None
     looked_for: str
 
 
+def _format(module: Any) -> Format:
+    return Format(
+        getattr(module, "matches", None) or module.find,
+        module.detect,
+        module.parse,
+        module.read,
+        getattr(module, "write", None),
+        module.LOOKED_FOR,
+    )
+
+
 # In the order of detection: a VOC folder may contain a CSV file too, and CVAT's XML root begins as
 # VOC's.
 FORMATS: dict[str, Format] = {
-    "coco": Format(coco.is_coco, coco.read_coco, coco.write_coco, coco.LOOKED_FOR),
-    "labelstudio": Format(
-        label_studio.is_label_studio, label_studio.read_label_studio, None, label_studio.LOOKED_FOR
-    ),
-    "cvat": Format(cvat.is_cvat, cvat.read_cvat, None, cvat.LOOKED_FOR),
-    "voc": Format(voc.is_voc, voc.read_voc, voc.write_voc, voc.LOOKED_FOR),
-    "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.write_yolo, yolo.LOOKED_FOR),
-    "csv": Format(csv.is_csv, csv.read_csv, csv.write_csv, csv.LOOKED_FOR),
-    "webdataset": Format(
-        webdataset.is_webdataset,
-        webdataset.read_webdataset,
-        webdataset.write_webdataset,
-        webdataset.LOOKED_FOR,
-    ),
+    "coco": _format(coco),
+    "labelstudio": _format(label_studio),
+    "cvat": _format(cvat),
+    "voc": _format(voc),
+    "yolo": _format(yolo),
+    "csv": _format(csv),
+    "webdataset": _format(webdataset),
 }
 
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
@@ -162,10 +172,21 @@ def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Calla
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     else:
         _check_exists(path)
-    lazy = FORMATS[format].read(path, extras=extras)
+    lazy = FORMATS[format].read(path)
     if not lazy:
         raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].looked_for}")
-    return lazy
+    if extras:
+        return lazy
+    return {split: partial(_without_extras, read) for split, read in lazy.items()}
+
+
+def _without_extras(read: Callable[[], Dataset]) -> Dataset:
+    dataset = read()
+    images = []
+    for image in dataset.images:
+        annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
+        images.append(replace(image, extra={}, annotations=annotations))
+    return replace(dataset, images=tuple(images), extra={})
 
 
 def _check_exists(path: Path) -> None:

@@ -8,23 +8,27 @@ a ten-thousandth, so that a box written with ten decimals is read unchanged.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Annotation, Dataset, Problem
 from retinanet.data.formats.labels import (
+    JSON_TEXT,
     ClassList,
+    LabelFile,
+    LabelImage,
+    build,
     cut,
     images_in,
+    listed_names,
     merge_classes,
     read_lines,
-    read_size,
+    to_number,
 )
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
@@ -39,37 +43,45 @@ _NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def is_yolo(path: Path) -> bool:
-    """Whether `path` is a YOLO data.yaml or a folder of images with YOLO rows."""
-    if path.is_file():
-        return path.suffix.lower() in (".yaml", ".yml") and _is_data_yaml(path)
-    return path.is_dir() and (_find_yaml(path) is not None or bool(_folders(path)))
+def detect(file: Path) -> bool:
+    """Whether the first line of a text file is a row of YOLO."""
+    lines = read_lines(file)
+    return bool(lines) and not isinstance(_row(lines[0]), str)
 
 
-def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """Read a YOLO data set; each split's data set is read when called.
-
-    Args:
-        path: the folder, or its data.yaml.
-        extras: keep polygons.
+def find(path: Path) -> dict[str, list[Path]]:
+    """Return the images of a data.yaml or a folder by split.
 
     Raises:
         DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
     """
-    file = path if path.is_file() else _find_yaml(path)
+    file = _find_yaml(path)
+    return _from_yaml(file)[1] if file else _folders(path)
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is a YOLO data.yaml or a folder of images with YOLO rows."""
+    return _find_yaml(path) is not None or bool(_folders(path))
+
+
+def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+    """Read a YOLO data set; each split's data set is read when called.
+
+    Args:
+        path: the folder, or its data.yaml.
+
+    Raises:
+        DataError: as :func:`find`.
+    """
+    file = _find_yaml(path)
     if file is not None:
         names, splits = _from_yaml(file)
-        root = file.parent
     else:
-        root = path
         splits = _folders(path)
-        names = _names_beside(root)
-    if not names:
-        names = _numbers(splits.values())
-    classes = merge_classes(enumerate(names), file or path)
-
+        names = _names_beside(path) or _numbers(splits.values())
+    classes = merge_classes(enumerate(names), file or path, by_id=True)
     return {
-        split: partial(_read_split, split, images, classes, path, extras)
+        split: partial(_read_split, split, images, classes, path)
         for split, images in splits.items()
     }
 
@@ -87,13 +99,13 @@ def label_path(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _find_yaml(folder: Path) -> Path | None:
-    first = [folder / "data.yaml", folder / "data.yml", folder / "dataset.yaml"]
-    others = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    for file in [*first, *others]:
-        if file.is_file() and _is_data_yaml(file):
-            return file
-    return None
+def _find_yaml(path: Path) -> Path | None:
+    if path.is_file():
+        files = [path] if path.suffix.lower() in (".yaml", ".yml") else []
+    else:
+        files = [path / "data.yaml", path / "data.yml", path / "dataset.yaml"]
+        files += sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+    return next((file for file in files if file.is_file() and _is_data_yaml(file)), None)
 
 
 def _is_data_yaml(file: Path) -> bool:
@@ -106,7 +118,7 @@ def _is_data_yaml(file: Path) -> bool:
     return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
 
 
-def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+def _from_yaml(file: Path) -> tuple[list[str], dict[str, list[Path]]]:
     try:
         content = yaml.safe_load(file.read_text("utf-8-sig"))
     except yaml.YAMLError as error:
@@ -134,10 +146,10 @@ def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     return names, splits
 
 
-def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
+def _yaml_names(file: Path, content: dict[Any, Any]) -> list[str]:
     names = content.get("names")
     if isinstance(names, list):
-        return tuple(str(name) for name in names)
+        return [str(name) for name in names]
     if isinstance(names, dict):
         try:
             numbered = {int(number): str(name) for number, name in names.items()}
@@ -148,10 +160,10 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
                 f"{file}: names must be numbered 0 to {len(numbered) - 1} without a gap, "
                 f"got {sorted(numbered)[:10]}"
             )
-        return tuple(numbered[number] for number in range(len(numbered)))
+        return [numbered[number] for number in range(len(numbered))]
     count = content.get("nc")
     if isinstance(count, int) and count > 0:
-        return tuple(str(number) for number in range(count))
+        return [str(number) for number in range(count)]
     raise DataError(f"{file}: has no names; write names: [first, second, ...]")
 
 
@@ -196,6 +208,8 @@ def _below(folder: Path) -> list[Path]:
 def _folders(root: Path) -> dict[str, list[Path]]:
     """Images by split of a data set without data.yaml; those of no split are the split ``""``."""
     groups: dict[str, list[Path]] = {}
+    if not root.is_dir():
+        return groups
     if (root / "images").is_dir() and (root / "labels").is_dir():
         for sub in sorted((root / "images").iterdir()):
             word = split_word(sub.name) if sub.is_dir() else None
@@ -211,84 +225,80 @@ def _folders(root: Path) -> dict[str, list[Path]]:
         if not any(groups.values()):
             groups = {"": images_in(root)}
     groups = {split: images for split, images in groups.items() if images}
-    every = [image for images in groups.values() for image in images]
-    return groups if _any_rows(every) else {}
+    files = (label_path(image) for images in groups.values() for image in images)
+    return groups if any(file.is_file() and detect(file) for file in files) else {}
 
 
-def _any_rows(images: Iterable[Path]) -> bool:
-    """Whether some image has a text file with a row that reads as YOLO's."""
+def _names_beside(root: Path) -> list[str]:
+    for folder in (root, root / "labels", root.parent if root.name == "images" else root):
+        names = listed_names(folder, *_NAME_FILES)[1]
+        if names:
+            return names
+    return []
+
+
+def _numbers(groups: Iterable[Sequence[Path]]) -> list[str]:
+    """Numbers as the names of classes without names."""
+    files = {label_path(image) for images in groups for image in images}
+    rows = (_row(line) for file in files if file.is_file() for line in read_lines(file))
+    last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
+    return [str(number) for number in range(last + 1)]
+
+
+def _row(line: str) -> tuple[int, list[float]] | str:
+    """Class, and centre x, centre y, width, height or a polygon's x, y, x, y, ... of a row.
+
+    A text states what is wrong with the row.
+    """
+    words = line.split()
+    number, *values = map(to_number, words)
+    if number is None or None in values:
+        return "holds a word that is no number"
+    if not number.is_integer() or number < 0:
+        return f"class {words[0]} is not a whole number from 0"
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        return (
+            f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
+        )
+    return int(number), [value for value in values if value is not None]
+
+
+def parse(file: Path) -> LabelFile:
+    """Parse the text file of an image; the classes are numbers."""
+    parsed = LabelFile(file, is_relative=True)
+    image = LabelImage(f"{file.stem}.jpg", file.stem)
+    parsed.images.append(image)
+    for number, line in enumerate(read_lines(file)):
+        row = _row(line)
+        if isinstance(row, str):
+            reason = f"row {number + 1} ({cut(line, 60)}): {row}"
+            parsed.report("label-unreadable", number, reason)
+            continue
+        label, values = row
+        extra: dict[str, Any] = {}
+        if len(values) == 4:
+            x, y, w, h = values
+            box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        else:
+            xs, ys = values[::2], values[1::2]
+            box = min(xs), min(ys), max(xs), max(ys)
+            extra = {JSON_TEXT: f"[{values}]"}
+        image.annotations.append(Annotation(box, parsed.label(str(label)), number, extra=extra))
+    return parsed
+
+
+def _read_split(split: str, images: list[Path], classes: ClassList, source: Path) -> Dataset:
+    files = []
     for image in images:
         file = label_path(image)
         if file.is_file():
-            for line in read_lines(file):
-                if _is_row(line):
-                    return True
-                break
-    return False
-
-
-def _names_beside(root: Path) -> tuple[str, ...]:
-    for folder in (root, root / "labels", root.parent if root.name == "images" else root):
-        for name in _NAME_FILES:
-            if (folder / name).is_file():
-                return tuple(read_lines(folder / name))
-    return ()
-
-
-def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
-    """Numbers as the names of classes without names."""
-    last = -1
-    for images in groups:
-        for image in images:
-            file = label_path(image)
-            if file.is_file():
-                for line in read_lines(file):
-                    try:
-                        last = max(last, _row(line)[0])
-                    except ValueError:
-                        continue
-    return tuple(str(number) for number in range(last + 1))
-
-
-def _row(line: str) -> tuple[int, list[float]]:
-    """Class, and centre x, centre y, width, height or a polygon's x, y, x, y, ... of a row.
-
-    Raises:
-        ValueError: the row is neither.
-    """
-    words = line.split()
-    try:
-        number = float(words[0])
-        values = [float(word) for word in words[1:]]
-    except ValueError:
-        raise ValueError("holds a word that is no number") from None
-    if not number.is_integer() or number < 0:
-        raise ValueError(f"class {words[0]} is not a whole number from 0")
-    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        raise ValueError(
-            f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
-        )
-    return int(number), values
-
-
-def _read_split(
-    split: str, images: list[Path], classes: ClassList, source: Path, extras: bool
-) -> Dataset:
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        read = list(pool.map(lambda img: _read_image(img, classes.labels, extras), images))
-    return Dataset(
-        images=tuple(image for image, _ in read),
-        classes=classes.names,
-        category_ids=classes.ids,
-        split=split,
-        format="yolo",
-        source=source,
-        problems=(
-            *classes.problems,
-            *(problem for _, problems in read for problem in problems),
-            *_without_image(images),
-        ),
-    )
+            parsed = parse(file)
+        else:
+            parsed = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
+        parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
+        files.append(parsed)
+    dataset = build("yolo", split, files, classes, source)
+    return replace(dataset, problems=(*dataset.problems, *_without_image(images)))
 
 
 def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
@@ -299,71 +309,13 @@ def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
         expected.setdefault(file.parent, set()).add(file.name)
     for folder, names in sorted(expected.items()):
         for file in sorted(folder.glob("*.txt")):
-            if file.name in names or file.name in _NAME_FILES:
-                continue
-            lines = read_lines(file)
             # Lists of images and notes lie there too: only rows make a label file.
-            if lines and _is_row(lines[0]):
-                reason = f"labels {len(lines)} objects, but has no image {file.stem}.*"
+            if file.name not in names and file.name not in _NAME_FILES and detect(file):
+                reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
                 yield Problem("image-missing", file, None, reason, "dropped")
 
 
-def _is_row(line: str) -> bool:
-    try:
-        _row(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_image(
-    image: Path, labels: Mapping[int, int], extras: bool
-) -> tuple[LabelledImage, list[Problem]]:
-    file = label_path(image)
-    lines = read_lines(file) if file.is_file() else []
-    label_file = file if file.is_file() else None
-    problems: list[Problem] = []
-    height, width = read_size(image, problems if lines else [])
-    if not width or not height:
-        return LabelledImage(image, image.stem, label_file=label_file), problems
-    annotations = []
-    for row, line in enumerate(lines):
-        try:
-            number, values = _row(line)
-        except ValueError as error:
-            reason = f"row {row + 1} ({cut(line, 60)}): {error}"
-            problems.append(Problem("label-unreadable", file, row, reason, "dropped"))
-            continue
-        if number not in labels:
-            reason = f"row {row + 1}: class {number} is not one of 0 to {len(labels) - 1}"
-            problems.append(Problem("class-unknown", file, row, reason, "dropped"))
-            continue
-        box, extra = _to_pixels(values, width, height)
-        annotations.append(Annotation(box, labels[number], row, extra=extra if extras else {}))
-    return (
-        LabelledImage(image, image.stem, tuple(annotations), width, height, label_file),
-        problems,
-    )
-
-
-def _to_pixels(
-    values: Sequence[float], width: int, height: int
-) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
-    extra: dict[str, Any] = {}
-    if len(values) == 4:
-        x, y, w, h = values
-        sides = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
-    else:
-        xs = [value * width for value in values[::2]]
-        ys = [value * height for value in values[1::2]]
-        sides = min(xs), min(ys), max(xs), max(ys)
-        points = ",".join(f"{round(v, 4)!r}" for pair in zip(xs, ys, strict=True) for v in pair)
-        extra["segmentation"] = f"[[{points}]]"
-    x1, y1, x2, y2 = (round(side, 4) for side in sides)
-    return (x1, y1, x2, y2), extra
-
-
-def write_yolo(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write images/SPLIT/, labels/SPLIT/ and data.yaml.
 
     Objects that are ignored (crowds, difficult ones) are left out: a row cannot say so, and as
