@@ -40,7 +40,7 @@ _HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 class OpenVINONetwork:
-    """A compiled ``openvino.Model`` as a function of images, with torch's number of threads.
+    """An ``openvino.Model`` as a function of images, with torch's number of threads.
 
     Copies and pickles contain the compiled model, for the same version of OpenVINO.
 
@@ -48,10 +48,11 @@ class OpenVINONetwork:
         deviation: of int8: relative rms of the outputs to those of float32; None otherwise.
     """
 
-    def __init__(self, compiled: Any, levels: int, deviation: float | None = None) -> None:
+    def __init__(self, compiled: Any, levels: int, hint: str) -> None:
         self._compiled = compiled
         self._levels = levels
-        self.deviation = deviation
+        self._hint = hint
+        self.deviation: float | None = None
 
     def __call__(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) images to the outputs of the network; several threads may call."""
@@ -63,11 +64,18 @@ class OpenVINONetwork:
         return Outputs(tuple(maps[: self._levels]), tuple(maps[self._levels :]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _import_network, (self._compiled.export_model(), self._levels, self.deviation)
+        state = {"deviation": self.deviation}
+        return _import_network, (self._compiled.export_model(), self._levels, self._hint), state
 
 
-def _import_network(blob: bytes, levels: int, deviation: float | None) -> OpenVINONetwork:
-    return OpenVINONetwork(import_openvino().Core().import_model(blob, "CPU"), levels, deviation)
+def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
+    # The exported model does not contain its precision: bf16 would be used where the CPU has it.
+    compiled = import_openvino().Core().import_model(blob, "CPU", _settings(hint))
+    return OpenVINONetwork(compiled, levels, hint)
+
+
+def _compile(model: Any, levels: int, hint: str) -> OpenVINONetwork:
+    return OpenVINONetwork(compile_on_cpu(model, hint), levels, hint)
 
 
 def import_openvino() -> Any:
@@ -85,12 +93,15 @@ def import_openvino() -> Any:
 
 def compile_on_cpu(model: Any, hint: str = "f32") -> Any:
     """Compile an ``openvino.Model`` for this CPU, with torch's number of threads."""
-    settings = {
+    return import_openvino().Core().compile_model(model, "CPU", _settings(hint))
+
+
+def _settings(hint: str) -> dict[str, Any]:
+    return {
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return import_openvino().Core().compile_model(model, "CPU", settings)
 
 
 def openvino_network(
@@ -112,7 +123,7 @@ def openvino_network(
     levels = len(model.strides)
     converted = convert(model)
     if precision != "int8":
-        return OpenVINONetwork(compile_on_cpu(converted, _HINTS[precision]), levels)
+        return _compile(converted, levels, _HINTS[precision])
     exact = {
         _convolution_before(output)
         for output in converted.outputs
@@ -121,8 +132,8 @@ def openvino_network(
     images = calibration_images(calibration)
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    network = OpenVINONetwork(compile_on_cpu(quantized, "bf16" if has_bf16 else "f32"), levels)
-    reference = OpenVINONetwork(compile_on_cpu(converted), levels)
+    network = _compile(quantized, levels, "bf16" if has_bf16 else "f32")
+    reference = _compile(converted, levels, "f32")
     network.deviation = max(_deviations(network, reference, images[:_COMPARED_IMAGES]))
     if network.deviation > MAX_INT8_DEVIATION:
         warnings.warn(
