@@ -37,9 +37,13 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.limits import clock
 from retinanet.bench.machine import describe_machine
 from retinanet.bench.run import peak_of
-from retinanet.bench.samples import anchors_for, jpeg, random_boxes
-from retinanet.bench.stages.class_loss import class_loss_input
-from retinanet.bench.stages.postprocess import outputs_like
+from retinanet.bench.samples import (
+    anchors_for,
+    class_loss_input,
+    jpeg,
+    outputs_like,
+    random_boxes,
+)
 from retinanet.config import LossConfig, TrainConfig
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate

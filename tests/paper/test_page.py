@@ -133,8 +133,8 @@ def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
 def test_verdicts_are_counted(tmp_path: Path) -> None:
     measured = trainings(ce=(0.20, 0.22), focal=(0.30, 0.32))
     measured |= {"star-2-1": trainings(x=(0.30, 0.31))["x"]}
-    one = collect_results(EXPERIMENTS["table3"], measured, ABOUT)
-    page = Read(write_page(tmp_path, [one]).read_text("utf-8"))
+    result = collect_results(EXPERIMENTS["table3"], measured, ABOUT)
+    page = Read(write_page(tmp_path, [result]).read_text("utf-8"))
     assert "2claims of the paper" in page.text
     assert "1hold" in page.text
     assert "1not separated" in page.text
@@ -146,8 +146,8 @@ def test_links_quote_special_characters(tmp_path: Path) -> None:
     plot = tmp_path / "a plot #1.svg"
     plot.write_text("<svg/>", "utf-8")
     measured = {"ce": [Outcome(0, "diverged", None, tmp_path / "runs" / "100% & more")]}
-    one = collect_results(EXPERIMENTS["table3"], measured, {})
-    html = write_page(tmp_path, [one], {"table3": [plot]}).read_text("utf-8")
+    result = collect_results(EXPERIMENTS["table3"], measured, {})
+    html = write_page(tmp_path, [result], {"table3": [plot]}).read_text("utf-8")
     page = Read(html)
     assert str(tmp_path) not in html
     assert page.links["a%20plot%20%231.svg"] == "a plot #1.svg"
@@ -166,11 +166,6 @@ def test_unreadable_plot_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png"):
         write_page(tmp_path, [figure1()], {"fig1": [tmp_path / "gone.png"]})
     assert not (tmp_path / "report.html").exists()
-
-
-def test_plots_without_a_result_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="plots without a result: fig2"):
-        write_page(tmp_path, [figure1()], {"fig2": []})
 
 
 def test_claims_markdown() -> None:

@@ -84,7 +84,7 @@ def test_csv() -> None:
     assert float(first["AP"]) == pytest.approx(31.0)
     assert float(first["AP_std"]) == pytest.approx(math.sqrt(2), abs=1e-3)
     assert (first["ms"], first["seeds"], first["paper_ms"]) == ("12.340", "2", "98")
-    assert (first["paper_AP"], first["paper_AP50"], first["paper_APs"]) == ("34", "52.5", "")
+    assert (first["paper_AP"], first["paper_AP50"], first["paper_APs"]) == ("34.0", "52.5", "")
     assert (second["AP"], second["AP_std"], second["ms"]) == ("25.000", "", "")
     assert (third["AP"], third["diverged"], third["paper_AP"]) == ("0.000", "1", "")
     assert {(line["data"], line["coco"]) for line in lines} == {("nuclei", "no")}

@@ -79,11 +79,8 @@ def limit_fraction(row: Row) -> str:
 
 
 def remarks(row: Row) -> list[str]:
-    """List the implementation, retained memory, a slow first call, and the error."""
+    """List the implementation, a slow first call, and the error."""
     texts = [row.note]
-    if row.retained is not None:
-        theirs = "" if row.rival_retained is None else f", theirs {megabytes(row.rival_retained)}"
-        texts.append(f"{megabytes(row.retained)} MB kept between calls{theirs}")
     if row.first_call is not None and row.ours and row.first_call > 1 + 5 * row.ours.median:
         texts.append(f"first call {seconds(row.first_call)}")
     texts.append(f"failed: {row.error}" if row.error else "")

@@ -32,8 +32,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Installed package to compare with: torchvision (and pycocotools), fvcore, apex, "
-            "or none. May be repeated.",
+            help="Installed package to compare with: torchvision (and pycocotools), fvcore, or "
+            "none. May be repeated.",
             show_default="torchvision",
         ),
     ] = None,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from retinanet.config import repeated_names
-from retinanet.data import find_format, read_dataset
+from retinanet.data import find_data, read_dataset
 from retinanet.data.dataset import Dataset
-from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
@@ -235,7 +234,7 @@ def _is_results(model: Any) -> bool:
 
 def _split_of_file(path: Path, for_results: bool) -> str:
     """Split of a label file: of a training file the validation part, for results all of it."""
-    splits = tuple(FORMATS[find_format(path)].read(path))
+    splits = tuple(find_data(path).splits)
     if len(splits) != 1:
         return "val"
     if for_results:

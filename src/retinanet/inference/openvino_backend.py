@@ -120,6 +120,7 @@ def openvino_network(
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
     import_openvino()
+    images = calibration_images(calibration) if precision == "int8" else []  # before the conversion
     levels = len(model.strides)
     converted = convert(model)
     if precision != "int8":
@@ -129,7 +130,6 @@ def openvino_network(
         for output in converted.outputs
         if output.get_partial_shape()[3].get_length() <= NARROW
     }
-    images = calibration_images(calibration)
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     network = _compile(quantized, levels, "bf16" if has_bf16 else "f32")

@@ -73,10 +73,9 @@ def collect_results(
         ValueError: a key is not in the experiment, or a done training has no metrics.
     """
     times = milliseconds or {}
-    known = {row.key for row in experiment.rows}
-    for key in (*outcomes, *times):
-        if key not in known:
-            raise ValueError(f"{experiment.name} has no row {key!r}: {', '.join(sorted(known))}")
+    unknown = {*outcomes, *times} - {row.key for row in experiment.rows}
+    if unknown:
+        raise ValueError(f"{experiment.name} has no row {min(unknown)!r}")
     rows = {
         row.key: RowResult(
             row.key,
@@ -287,7 +286,7 @@ def t_quantile(level: float, dof: int) -> float:
 
 def evaluate_loss_shares(
     hardest: Mapping[str, Mapping[float, float]],
-) -> tuple[ClaimResult, ClaimResult]:
+) -> tuple[ClaimResult, ...]:
     """Evaluate the two claims of Figure 4, for one trained model.
 
     Source: Lin et al. 2017, Sec. 5.1: gamma has little effect on positives, and a large one on
@@ -296,45 +295,27 @@ def evaluate_loss_shares(
     keep more than half of their share of the loss, those of the negatives less.
 
     Args:
-        hardest: share of the loss in the hardest 20% of the anchors, 0..1, by gamma, of
-            ``positives`` and of ``negatives``; NaN: there is no loss.
-
-    Returns:
-        positives, negatives; marked with ``one seed``.
-
-    Raises:
-        ValueError: a kind, or gamma 0 or 2, is missing.
+        hardest: share of the loss in the hardest 20% of the anchors, 0..1, by gamma (with 0 and 2),
+            of ``positives`` and of ``negatives``; NaN: there is no loss.
     """
-    return (
-        _evaluate_shares("gamma 2 hardly moves the loss of positives", "positives", hardest),
-        _evaluate_shares(
-            "gamma 2 moves the loss of negatives to few of them", "negatives", hardest
-        ),
-    )
-
-
-def _evaluate_shares(
-    text: str, kind: str, hardest: Mapping[str, Mapping[float, float]]
-) -> ClaimResult:
-    shares = hardest.get(kind, {})
-    if not {0.0, 2.0} <= shares.keys():
-        raise ValueError(
-            f"the claims of Figure 4 need gamma 0 and 2: found {kind} with gamma "
-            f"{', '.join(f'{gamma:g}' for gamma in shares) or 'none'}"
-        )
-    before, after = shares[0.0], shares[2.0]
-    if math.isnan(before) or math.isnan(after):
-        return ClaimResult(text, "not measured", note=f"the {kind} have no loss")
-    keeps = 1 - after > (1 - before) / 2
-    return ClaimResult(
-        text,
-        "holds" if keeps == (kind == "positives") else "does not hold",
-        ("one seed",),
-        Comparison(
+    claims = {
+        "positives": "gamma 2 hardly moves the loss of positives",
+        "negatives": "gamma 2 moves the loss of negatives to few of them",
+    }
+    results = []
+    for kind, text in claims.items():
+        before, after = hardest[kind][0.0], hardest[kind][2.0]
+        if math.isnan(before) or math.isnan(after):
+            results.append(ClaimResult(text, "not measured", note=f"the {kind} have no loss"))
+            continue
+        keeps = 1 - after > (1 - before) / 2
+        shares = Comparison(
             Side(f"hardest 20% of {kind}, gamma 2", Score(100 * after)),
             Side("gamma 0", Score(100 * before)),
             100 * (after - before),
             unit="%",
             digits=0,
-        ),
-    )
+        )
+        verdict: Verdict = "holds" if keeps == (kind == "positives") else "does not hold"
+        results.append(ClaimResult(text, verdict, ("one seed",), shares))
+    return tuple(results)

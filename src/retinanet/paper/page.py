@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from retinanet.paper.results import (
     SETTING_COLUMNS,
     ClaimResult,
     TableResult,
-    Verdict,
     markdown_table,
 )
 from retinanet.report.html import Page
@@ -23,20 +22,10 @@ from retinanet.report.html import Page
 OVERVIEW_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
 """Columns of the overview of all claims."""
 
-_MAX_UNBROKEN = 30  # characters of a cell that stays on one line
-
 _TEMPLATES = Environment(
     loader=PackageLoader("retinanet.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 _BLOCKS: Any = _TEMPLATES.get_template("paper_blocks.html").module
-
-# Contrast over 4.5 on white.
-_COLOURS: Mapping[Verdict, str] = {
-    "holds": "#1a7f37",
-    "does not hold": "#b42318",
-    "not separated": "#7a5d00",
-    "not measured": "#59636e",
-}
 
 _LEGEND = (
     "Points of AP: mean and standard deviation over seeds. The row with the highest mean of each "
@@ -68,21 +57,17 @@ def write_page(
 
     Raises:
         DataError: a plot cannot be read.
-        ValueError: a plot belongs to none of the results.
     """
-    out, plots = Path(out), dict(plots or {})
-    unknown = plots.keys() - {result.name for result in results}
-    if unknown:
-        raise ValueError(f"plots without a result: {', '.join(sorted(unknown))}")
+    out, plots = Path(out), plots or {}
     page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
     page.section("Overview")
-    for line in dict.fromkeys(result.not_coco for result in results if result.not_coco):
+    for line in _not_coco(results):
         page.text(line)
     claims = [(result, claim) for result in results for claim in result.claims]
     if claims:
         page.facts(_counts([claim for _, claim in claims]))
-        rows = [([result.number, *claim.cells(labels=False)], claim) for result, claim in claims]
-        page.add(_claims_table(OVERVIEW_COLUMNS, rows))
+        rows = [[result.number, *_cells(claim, labels=False)] for result, claim in claims]
+        page.table(OVERVIEW_COLUMNS, rows, left=len(OVERVIEW_COLUMNS))
         page.text(_LEGEND)
     else:
         page.text("No claim was tested.")
@@ -95,35 +80,22 @@ def write_page(
 
 def claims_markdown(results: Sequence[TableResult]) -> str:
     """Format the overview of all claims in Markdown."""
-    lines = dict.fromkeys(result.not_coco for result in results if result.not_coco)
     rows = [
         [result.number, *claim.cells(labels=False), claim.marked_verdict]
         for result in results
         for claim in result.claims
     ]
     table = markdown_table(OVERVIEW_COLUMNS, rows, text=5) if rows else "No claim was tested."
-    return "\n\n".join([*(f"**{line}**" for line in lines), table]) + "\n"
+    return "\n\n".join([*(f"**{line}**" for line in _not_coco(results)), table]) + "\n"
 
 
-def _claims_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], ClaimResult]]) -> str:
-    """Render a table of text with the verdict of each row's claim in the last column."""
-    lines = []
-    for cells, claim in rows:
-        # A sign besides the colour, for colour-blind readers.
-        sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-        marks = f" ({', '.join(map(_unbroken, claim.marks))})" if claim.marks else ""
-        verdict = _unbroken(sign + claim.verdict) + marks
-        lines.append(([*map(_unbroken, cells)], _COLOURS[claim.verdict], verdict))
-    return str(_BLOCKS.claims(columns, lines))
+def _not_coco(results: Sequence[TableResult]) -> list[str]:
+    return list(dict.fromkeys(result.not_coco for result in results if result.not_coco))
 
 
-def _unbroken(text: str) -> str:
-    """Replace the spaces of a short text, and of ``1.0 ± 0.1 ms``, by non-breaking ones."""
-    if len(text) <= _MAX_UNBROKEN:
-        return text.replace(" ", "\u00a0")
-    for unit in (" ± ", " ms", "(best of "):
-        text = text.replace(unit, unit.replace(" ", "\u00a0"))
-    return text
+def _cells(claim: ClaimResult, *, labels: bool = True) -> list[str]:
+    sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
+    return [*claim.cells(labels=labels), sign + claim.marked_verdict]
 
 
 def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path]) -> None:
@@ -142,27 +114,25 @@ def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path
         page.text(line)
     if result.claims:
         page.heading("The paper's conclusions")
-        rows = [(claim.cells(), claim) for claim in result.claims]
-        page.add(_claims_table(CLAIM_COLUMNS, rows))
+        page.table(CLAIM_COLUMNS, map(_cells, result.claims), left=len(CLAIM_COLUMNS))
     if result.note:
         page.text(result.note)
-    _add_about(page, result, out)
+    if result.rows:
+        page.heading("How it was measured")
+        _add_about(page, result, out)
 
 
 def _add_about(page: Page, result: TableResult, out: Path) -> None:
-    command, facts, settings = result.about.get("command"), result.facts, result.settings
-    folders = [(row.label, row.folders) for row in result.rows if row.folders]
-    if not (command or facts or settings or folders):
-        return
-    page.heading("How it was measured")
-    if command:
-        page.code(str(command))
-    if facts:
-        page.table(["", ""], facts, left=2)
+    if result.about.get("command"):
+        page.code(str(result.about["command"]))
+    if result.facts:
+        page.table(["", ""], result.facts, left=2)
+    settings = result.settings
     if settings:
         plural = "" if len(settings) == 1 else "s"
         title = f"{len(settings)} setting{plural} other than the paper's"
         page.table(SETTING_COLUMNS, settings, left=3, folded=title)
+    folders = [(row.label, row.folders) for row in result.rows if row.folders]
     if folders:
         rows = [
             (label, [(_address(_run_page(out / path), out), Path(path).name) for path in paths])
@@ -173,11 +143,9 @@ def _add_about(page: Page, result: TableResult, out: Path) -> None:
 
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
     """Count the claims with each verdict."""
-    counts = Counter(claim.verdict for claim in claims)
     names = {"holds": "hold", "does not hold": "do not hold"}
-    total = f"claim{'' if len(claims) == 1 else 's'} of the paper"
-    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in _COLOURS}
-    return {total: len(claims), **{name: count for name, count in verdicts.items() if count}}
+    counts = Counter(names.get(claim.verdict, claim.verdict) for claim in claims)
+    return {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims), **counts}
 
 
 def _subtitle(results: Sequence[TableResult]) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter
@@ -26,20 +26,9 @@ METRICS = {
 """Columns of a table and the names of their values in a training's metrics."""
 
 CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
-"""Columns of a table of claims."""
-
 SETTING_COLUMNS = ("setting", "paper", "here")
-"""Columns of a table of settings that differ from the paper's."""
 
-_PUBLISHED = {
-    "AP": "ap",
-    "AP50": "ap50",
-    "AP75": "ap75",
-    "APs": "small",
-    "APm": "medium",
-    "APl": "large",
-    "ms": "milliseconds",
-}
+_PUBLISHED = dict(zip((*METRICS, "ms"), (field.name for field in fields(Published)), strict=True))
 _DIVERGED = "†"
 _STRICT = ConfigDict(extra="forbid")  # rejects the JSON of another version
 
@@ -59,13 +48,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a claim: its best row.
-
-    Attributes:
-        label: of the row.
-        score: of the row.
-        num_rows: rows that it is the best of.
-    """
+    """One side of a claim: its best row, of `num_rows`."""
 
     label: str
     score: Score
@@ -145,26 +128,10 @@ class RowResult:
 
     def in_paper(self, column: str) -> str:
         """Format a published value as the paper prints it; ``-`` if there is none."""
-        value = self._published(column)
+        value = None if self.published is None else getattr(self.published, _PUBLISHED[column])
         if value is None:
             return "-"
         return f"{value:.0f}" if column == "ms" else f"{value:.1f}"
-
-    def csv_values(self) -> dict[str, object]:
-        """Return all values of the row by CSV column."""
-        values: dict[str, object] = {"key": self.key, "label": self.label}
-        for column in METRICS:
-            score = self.scores.get(column)
-            values[column] = score and f"{score.mean:.3f}"
-            values[f"{column}_std"] = score and _format(score.std, ".3f")
-        values["ms"] = _format(self.milliseconds, ".3f")
-        values |= {"seeds": self.seeds, "diverged": self.diverged}
-        for column in _PUBLISHED:
-            values[f"paper_{column}"] = _format(self._published(column), "g")
-        return values
-
-    def _published(self, column: str) -> float | None:
-        return None if self.published is None else getattr(self.published, _PUBLISHED[column])
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,9 +292,22 @@ class TableResult:
     def to_csv(self) -> str:
         """Format a line per row; ``data`` and ``coco`` say what it was measured on."""
         about = {"data": self.about.get("data", ""), "coco": "no" if self.not_coco else "yes"}
-        lines = [{"experiment": self.name, **row.csv_values(), **about} for row in self.rows]
+        columns = (*METRICS, "ms")
+        lines = []
+        for row in self.rows:
+            line: dict[str, object] = {"experiment": self.name, "key": row.key, "label": row.label}
+            for column, score in row.scores.items():
+                line[column] = f"{score.mean:.3f}"
+                line[f"{column}_std"] = "" if score.std is None else f"{score.std:.3f}"
+            line["ms"] = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
+            line |= {"seeds": row.seeds, "diverged": row.diverged}
+            line |= {f"paper_{name}": row.in_paper(name).strip("-") for name in columns}
+            lines.append(line | about)
+        names = ["experiment", "key", "label"]
+        names += [name for column in METRICS for name in (column, f"{column}_std")]
+        names += ["ms", "seeds", "diverged", *(f"paper_{name}" for name in columns), *about]
         out = io.StringIO()
-        writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+        writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         return out.getvalue()
@@ -343,12 +323,7 @@ class TableResult:
         Raises:
             ValueError: the text is something else.
         """
-        result: Self = TypeAdapter(cls).validate_json(text)
-        return result
-
-
-def _format(value: float | None, spec: str) -> str | None:
-    return None if value is None else format(value, spec)
+        return TypeAdapter(cls).validate_json(text)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:

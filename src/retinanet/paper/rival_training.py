@@ -21,16 +21,9 @@ from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.predict import run_batches
 from retinanet.losses.detection import Losses
-from retinanet.model.precision import autocast, choose_device
-from retinanet.paper.rivals import (
-    RivalInfo,
-    RivalNetwork,
-    build_rival,
-    check_rival,
-    load_rival,
-    write_rival,
-)
-from retinanet.structures import Batch, Detections
+from retinanet.model.precision import choose_device
+from retinanet.paper.rivals import RivalNetwork, build_rival, check_rival, load_rival, write_rival
+from retinanet.structures import Batch
 from retinanet.training.events import EventCallback
 from retinanet.training.step import StepContext, merge_losses, micro_batches
 from retinanet.training.task import TaskSettings, TrainingTask
@@ -55,18 +48,12 @@ def train_rival(
 
     Args:
         name: of :data:`retinanet.paper.rivals.RIVALS`.
-        recipe: all settings.
-        data: splits by name, or a labelled folder or file.
-        out: run folder; an unfinished run in it is resumed.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_event: callback for progress events.
+        recipe, data, out, device, on_event: as for RetinaNet.
 
     Raises:
-        ConfigError: there is no such rival, a setting is not supported, `out` contains another run,
-            or there are several processes.
-        DataError: the data has no image or no object to train on.
-        NonFiniteLossError: NaN or Inf loss or gradient.
-        WeightsError: the backbone's weights cannot be used.
+        ConfigError: as for RetinaNet, or there is no such rival, a setting is not supported, or
+            there are several processes.
+        DataError, NonFiniteLossError, WeightsError: as for RetinaNet.
     """
 
     def make_task(settings: TaskSettings) -> RivalTask:
@@ -79,7 +66,6 @@ def evaluate_rival(
     network: RivalNetwork,
     dataset: Dataset,
     *,
-    max_size: int,
     batch_size: int = 1,
     workers: int = 0,
     device: str | torch.device = "auto",
@@ -91,7 +77,6 @@ def evaluate_rival(
     Args:
         network: is moved to `device`.
         dataset: labelled images.
-        max_size: longer side of the images at most, pixels; the shorter one is the network's.
         batch_size: images per batch; it does not change the results.
         workers: processes that load images.
         device: for the network.
@@ -103,27 +88,21 @@ def evaluate_rival(
         DataError: the network predicts NaN or Inf, or too many images cannot be read.
     """
     device = choose_device(device)
-
-    def detect(batch: Batch) -> list[Detections]:
-        with autocast(precision, device):
-            return network.detect(batch)
-
+    settings = network.settings
     was_training = network.training
     try:
         network.to(device).eval()
-        # One padded size per batch, as padding changes the features.
-        with torch.inference_mode():
-            predictions = run_batches(
-                detect,
-                dataset,
-                device=device,
-                batch_size=batch_size,
-                progress=progress,
-                image_size=network.settings.image_size,
-                max_size=max_size,
-                workers=workers,
-                fill=padding_colour(network.pixel_mean),
-            )
+        predictions = run_batches(
+            lambda batch: network.detect(batch, precision),
+            dataset,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+            image_size=settings.image_size,
+            max_size=settings.max_size,
+            workers=workers,
+            fill=padding_colour(network.pixel_mean),
+        )
     finally:
         network.train(was_training)
     return predictions.evaluate()
@@ -146,11 +125,11 @@ class RivalTask(TrainingTask):
     def build_model(self) -> nn.Module:
         """Build the network of a new run."""
         settings = self.settings
-        return build_rival(self._name, settings.recipe, len(settings.train_set.classes))
+        return build_rival(self._name, settings.recipe, settings.train_set.classes)
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the network of a checkpoint."""
-        return load_rival(folder)[0]
+        return load_rival(folder)
 
     def training_step(
         self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
@@ -162,30 +141,16 @@ class RivalTask(TrainingTask):
         torch.manual_seed((train.seed * 1_000_003 + context.step) % 2**63)
         parts = []
         for piece in micro_batches(batch, train.accumulate):
-            with autocast(context.precision, self.settings.accelerator.device):
-                losses = cast(RivalNetwork, model).losses(piece)
+            losses = cast(RivalNetwork, model).losses(piece, context.precision)
             torch.autograd.backward(context.scaler.scale(losses.total / train.accumulate))
             parts.append(losses)
         return merge_losses(parts), context.running
 
     def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:
         """Evaluate the network."""
-        return evaluate_rival(
-            cast(RivalNetwork, model),
-            dataset,
-            max_size=self.settings.recipe.data.max_size,
-            **self.settings.evaluation_options(),
-        )
+        options = self.settings.evaluation_options()
+        return evaluate_rival(cast(RivalNetwork, model), dataset, **options)
 
     def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write a checkpoint into a folder."""
-        recipe, train_set = self.settings.recipe, self.settings.train_set
-        network = cast(RivalNetwork, model)
-        info = RivalInfo(
-            settings=network.settings,
-            classes=train_set.classes,
-            category_ids=train_set.category_ids,
-            max_size=recipe.data.max_size,
-            split={"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
-        )
-        write_rival(folder, network, info)
+        write_rival(folder, cast(RivalNetwork, model))
