@@ -257,7 +257,7 @@ def _faulty(root: Path, make_image: MakeImage) -> Path:
     return root
 
 
-@pytest.mark.parametrize("form", ["voc", "yolo"])
+@pytest.mark.parametrize("form", ["voc", "webdataset"])
 def test_the_copy_is_of_the_same_format(tmp_path: Path, make_image: MakeImage, form: str) -> None:
     convert(_faulty(tmp_path / "coco", make_image), tmp_path / form, form)
     splits = read_splits(tmp_path / form)

@@ -38,7 +38,8 @@ def annotations(*images: str, meta: str = META) -> str:
 def test_boxes_labels_and_background(tmp_path: Path, make_image: MakeImage) -> None:
     for seed, name in enumerate(("a.jpg", "b.jpg")):
         make_image(tmp_path / "images" / name, seed=seed)
-    text = annotations(image("a.jpg", box() + box("dog")), image("b.jpg", id_=7))
+    outside = box(more='outside="1"')
+    text = annotations(image("a.jpg", box() + box("dog") + outside), image("b.jpg", id_=7))
     file = write(tmp_path / "annotations.xml", text)
     for path in (file, tmp_path):
         assert find_format(path) == "cvat"
@@ -85,20 +86,6 @@ def test_extra_comes_along(tmp_path: Path, make_image: MakeImage) -> None:
     assert one.extra == wanted
     (bare,) = read_dataset(tmp_path, "all", extras=False).images[0].annotations
     assert bare.extra == {}
-
-
-def test_outside_is_not_in_the_image(tmp_path: Path, make_image: MakeImage) -> None:
-    make_image(tmp_path / "a.jpg")
-    write(tmp_path / "x.xml", annotations(image(inside=box(more='outside="1"') + box())))
-    dataset = read_dataset(tmp_path, "all")
-    assert [a.id for a in dataset.images[0].annotations] == [1]
-    assert dataset.problems == ()
-
-
-def test_without_meta_names_are_sorted(tmp_path: Path, make_image: MakeImage) -> None:
-    make_image(tmp_path / "a.jpg")
-    write(tmp_path / "x.xml", annotations(image(inside=box() + box("ant")), meta=""))
-    assert read_dataset(tmp_path, "all").classes == ("ant", "cat")
 
 
 def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:

@@ -50,16 +50,6 @@ def test_splits_share_one_list_of_classes(tmp_path: Path, make_image: MakeImage)
     assert len(read_dataset(tmp_path, "all")) == 3  # not five: trainval is train and val again
 
 
-def test_val_is_held_out_of_trainval(tmp_path: Path, make_image: MakeImage) -> None:
-    _make(tmp_path, make_image, "abcdef")
-    _lists(tmp_path, trainval="abcde", test="f")
-    splits = read_splits(tmp_path)
-    assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1, "test": 1}
-    assert splits["val"].split_origin == "seed 0, 20% of trainval for validation"
-    assert splits["test"].split_origin == "the format's own"
-    assert [i.id for i in read_dataset(tmp_path, "trainval").images] == list("abcde")
-
-
 def test_layouts(tmp_path: Path, make_image: MakeImage) -> None:
     _make(tmp_path / "VOCdevkit" / "VOC2012", make_image)
     _lists(tmp_path / "VOCdevkit" / "VOC2012", train="ab", val="c")

@@ -82,16 +82,16 @@ def evaluate(
         from retinanet.report.plots import plot_evaluation
 
         plot_evaluation(metrics, folder / "plots")
+    if json:
+        print_json(metrics.to_dict())
+    else:
+        _show_metrics(metrics)
+        if folder is not None:
+            say(f"wrote metrics.json, results.json and plots/ to {folder}")
     if metrics.unreadable:
         note(f"warning: {len(metrics.unreadable)} unreadable images were left out:")
         for message in metrics.unreadable.values():
             note(f"  {message}")
-    if json:
-        print_json(metrics.to_dict())
-        return
-    _show_metrics(metrics)
-    if folder is not None:
-        say(f"wrote metrics.json, results.json and plots/ to {folder}")
 
 
 def _show_metrics(metrics: Metrics) -> None:

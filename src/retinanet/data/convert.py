@@ -11,8 +11,8 @@ from pathlib import Path
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.finder import can_be_a_file
 from retinanet.data.formats import FORMATS, WRITABLE, read_splits
-from retinanet.data.formats.labels import can_be_a_file
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import ConfigError, DataError, ImageError
 

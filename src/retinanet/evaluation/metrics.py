@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, TypeAdapter
 
@@ -210,19 +209,20 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; NaN becomes None."""
-        values: dict[str, Any] = json.loads(_adapter().dump_json(self))
-        return values
+        return to_json_types(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the output of :meth:`to_dict`.
 
         Raises:
             ValueError: a value is missing or of another type.
         """
-        return _adapter().validate_python(values)
+        metrics: Self = TypeAdapter(cls).validate_python(values)
+        return metrics
 
 
-@cache
-def _adapter() -> TypeAdapter[Metrics]:
-    return TypeAdapter(Metrics)
+def to_json_types(value: Any) -> dict[str, Any]:
+    """Convert a dataclass to JSON types; NaN and Inf become None."""
+    values: dict[str, Any] = json.loads(TypeAdapter(type(value)).dump_json(value))
+    return values

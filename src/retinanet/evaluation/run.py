@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from retinanet.config import repeated_names
-from retinanet.data import find_format, read_dataset
+from retinanet.data import find_data, read_dataset
 from retinanet.data.dataset import Dataset
-from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
@@ -19,20 +18,15 @@ from retinanet.evaluation.predict import Predictions, Progress, run_detector, ru
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Network, Thresholds
-from retinanet.inference.detector import Detector, open_model
+from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.model.checkpoint import Checkpoint
 
 
-class DetectorOptions(Thresholds, total=False):
+class DetectorOptions(LoadOptions, total=False):
     """Options of :class:`~retinanet.inference.detector.Detector`."""
 
     device: Any
-    precision: str
-    backend: str
-    calibrate: Any
-    image_size: int | None
-    max_size: int | None
 
 
 def evaluate(
@@ -240,7 +234,7 @@ def _is_results(model: Any) -> bool:
 
 def _split_of_file(path: Path, for_results: bool) -> str:
     """Split of a label file: of a training file the validation part, for results all of it."""
-    splits = tuple(FORMATS[find_format(path)].read(path))
+    splits = tuple(find_data(path).splits)
     if len(splits) != 1:
         return "val"
     if for_results:
