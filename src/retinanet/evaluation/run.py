@@ -20,20 +20,15 @@ from retinanet.evaluation.predict import Predictions, Progress, run_detector, ru
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Network, Thresholds
-from retinanet.inference.detector import Detector, open_model
+from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.model.checkpoint import Checkpoint
 
 
-class DetectorOptions(Thresholds, total=False):
+class DetectorOptions(LoadOptions, total=False):
     """Options of :class:`~retinanet.inference.detector.Detector`."""
 
     device: Any
-    precision: str
-    backend: str
-    calibrate: Any
-    image_size: int | None
-    max_size: int | None
 
 
 def evaluate(
