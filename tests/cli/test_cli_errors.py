@@ -98,7 +98,7 @@ BAD_USAGE = {
 
 FAILED = {
     "no such data": (["train", "{new}"], "there is no such file or folder"),
-    "no labelled data": (["data", "check", "{empty}"], "Looked for"),
+    "no labelled data": (["data", "check", "{empty}"], "no labelled data found in 0 images"),
     "a split": (["evaluate", "{run}", "{data}", "--split", "tset"], "did you mean test?"),
     "no such model": (["evaluate", "{new}", "{data}"], "{new}"),
     "no such image": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -88,10 +87,8 @@ def serve(
             )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"serving at {url}; Ctrl-C to stop"
-        server = serve_app(app, listener, settings, on_ready=lambda: say(ready))
-    if server.force_exit:
+        is_finished = serve_app(app, listener, settings, on_ready=lambda: say(ready))
+    if not is_finished:
         note("stopped without finishing running requests")
         sys.stdout.flush()
         os._exit(STOPPED)  # Python's own exit would free memory that network threads still use
-    if server.exit_signal == signal.SIGINT:
-        raise typer.Exit(STOPPED)

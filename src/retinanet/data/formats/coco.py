@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     JSON_TEXT,
     LabelFile,
     LabelImage,
     build,
+    find_tables,
     json_has,
     json_values,
-    label_files,
     merge_classes,
-    name_splits,
     read_json,
     short,
     to_annotation,
@@ -35,11 +35,6 @@ from retinanet.data.formats.labels import (
 )
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.errors import DataError
-
-LOOKED_FOR = (
-    "COCO: a .json with images, annotations and categories, here, in annotations/ "
-    "or in a folder a split"
-)
 
 CATEGORY_EXTRAS = "category_extras"
 """Key of :attr:`Dataset.extra`: a dict per class, such as its supercategory."""
@@ -55,47 +50,56 @@ def detect(file: Path) -> bool:
     return json_has(file, b"{", (b'"images"', b'"annotations"'))
 
 
-def find(path: Path) -> dict[str, Path]:
-    """Return the annotation files of a file or folder by split."""
-    files = label_files(path, [".json"], detect)
+def find(tree: Tree) -> LabelSet | None:
+    """Return the annotation files of a tree by split."""
     # COCO's folder also holds captions and keypoints of the same images.
-    instances = [file for file in files if file.name.startswith("instances")]
-    return name_splits(instances or files, path, "instances_")
+    files = [file for file in tree.with_suffix(".json") if file.name.startswith("instances")]
+    is_coco = any(map(detect, files))
+    return find_tables(
+        "coco",
+        tree,
+        [".json"],
+        lambda file: (not is_coco or file in files) and detect(file),
+        parse,
+    )
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
-    """Read a COCO data set; each split's file is parsed when called.
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+    """Read a COCO data set; each split's files are parsed when called.
 
-    Classes are the union of all splits' categories, by their ids, so that a label has one meaning.
+    Classes are the union of all files' categories, by their ids, so that a label has one meaning.
 
     Raises:
-        DataError: a file is not JSON (with line and column) or not COCO's, or two splits give one
+        DataError: a file is not JSON (with line and column) or not COCO's, or two files give one
             category id different names.
     """
-    files = find(path)
     categories: dict[int, dict[str, Any]] = {}
-    for file in files.values():
+    for file in (file for group in labels.files.values() for file in group):
         for id_, category in _categories(file).items():
             known = categories.setdefault(id_, category)
             if known["name"] != category["name"]:
                 raise DataError(
                     f"{file}: category {id_} is {category['name']!r}, but {known['name']!r} in "
-                    f"another split; give each class one id"
+                    f"another file; give each class one id"
                 )
-    classes = merge_classes([(id_, categories[id_]["name"]) for id_ in sorted(categories)], path)
+    names = [(id_, categories[id_]["name"]) for id_ in sorted(categories)]
+    classes = merge_classes(names, tree.path)
     more = [
         {key: value for key, value in categories[id_].items() if key not in ("id", "name")}
         for id_ in classes.ids
     ]
 
-    def read_file(split: str, file: Path) -> Dataset:
-        content = _load(file)
-        parsed = _parse(file, content)
-        extra = {key: value for key, value in content.items() if key not in _PARTS}
+    def read_files(split: str, files: list[Path]) -> Dataset:
+        parsed: list[LabelFile] = []
+        extra: dict[str, Any] = {}
+        for file in files:
+            content = _load(file)
+            extra |= {key: value for key, value in content.items() if key not in _PARTS}
+            parsed.append(_parse(file, content))
         extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
-        return build("coco", split, [parsed], classes, path, extra=extra)
+        return build("coco", split, parsed, classes, tree, extra=extra)
 
-    return {split: partial(read_file, split, file) for split, file in files.items()}
+    return {split: partial(read_files, split, files) for split, files in labels.files.items()}
 
 
 def parse(file: Path) -> LabelFile:
@@ -232,12 +236,10 @@ def write(writing: Writing) -> None:
     Ids are kept if they are whole numbers and all different, else they count from 1.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
             write_split(stream, dataset, names[split])
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.data.dataset import Dataset
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     Box,
     LabelFile,
     LabelImage,
     build_splits,
+    cut,
+    find_tables,
     from_text,
-    label_files,
     listed_names,
     merge_classes,
-    split_of,
     to_annotation,
     to_box,
     to_number,
@@ -35,11 +36,6 @@ from retinanet.data.formats.labels import (
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
-
-LOOKED_FOR = (
-    "CSV: a .csv with columns for the image and the box (such as filename, class, xmin, ymin, "
-    "xmax, ymax)"
-)
 
 # Column names of exporters, lower case, letters and digits only; the first one present is used.
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -74,6 +70,8 @@ _OTHERS = ("width", "height", "image", "class", "split", "image_id")
 _ROW_VALUES = ("id", "iscrowd", "difficult", "area")
 _NO_HEADER = ("image", "x1", "y1", "x2", "y2", "class")
 _CLASS_FILES = ("classes.csv", "class_list.csv")
+_SUFFIXES = (".csv", ".tsv")
+_SCORES = ("confidence", "conf", "score", "scores", "probability", "prob")
 _DEFAULT_CLASS = "object"  # without a column of classes
 _BACKGROUND = ("background", "none", "nan")
 EXTRA = "extra_"
@@ -88,31 +86,49 @@ def detect(file: Path) -> bool:
         return False
 
 
-def find(path: Path) -> dict[Path, str]:
-    """Return the tables of a file or folder, each with its split, or ``""``."""
-    files = label_files(path, [".csv", ".tsv"], detect)
-    return {file: split_of(file, path) or (file.stem if len(files) > 1 else "") for file in files}
+def find(tree: Tree) -> LabelSet | None:
+    """Return the tables of a tree by split; results of a detector beside labels are left out."""
+    tables = [file for file in tree.with_suffix(*_SUFFIXES) if detect(file)]
+    results = set(filter(_is_results, tables))
+    if len(results) == len(tables):
+        results = set()
+    labels = find_tables(
+        "csv", tree, _SUFFIXES, lambda file: file in tables and file not in results, parse
+    )
+    if labels is not None:
+        labels.notes += [f"{file}: detection results (it has scores)" for file in sorted(results)]
+    return labels
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def _is_results(file: Path) -> bool:
+    """Whether a table that is not named after a split has a column of scores that differ."""
+    if split_word(file.stem):
+        return False
+    rows = [cells for _, cells in _rows(file)]
+    column = next((i for i, name in enumerate(rows[0]) if _word(name) in _SCORES), None)
+    if column is None:
+        return False
+    values = {to_number(cells[column]) for cells in rows[1:] if column < len(cells)}
+    return not values <= {0.0, 1.0, None}
+
+
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one (any other
     name is a problem), else all names in all files, sorted: the same for every split.
 
-    Args:
-        path: the file, or its folder.
-
     Raises:
         DataError: a file cannot be read, or lacks columns.
     """
-    files = [parse(file, split=split) for file, split in find(path).items()]
-    source, classes = _listed_classes(path if path.is_dir() else path.parent)
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    source, classes = _listed_classes(tree)
     if not classes:
         names = {name for file in files for name in file.classes}
         is_number = all(name.isdecimal() for name in names)
         classes = list(enumerate(sorted(names, key=int) if is_number else sorted(names)))
-    return build_splits("csv", files, merge_classes(classes, source), path)
+    return build_splits("csv", files, merge_classes(classes, source), tree)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -152,6 +168,20 @@ def _columns(first: Sequence[str]) -> dict[str, int]:
         if index is not None and index not in columns.values():
             columns[meaning] = index
     return columns
+
+
+def missing_columns(file: Path) -> str:
+    """Return why a file is no table of boxes."""
+    try:
+        first = next(_rows(file))[1]
+    except StopIteration:
+        return "empty"
+    except DataError as error:
+        return str(error)
+    words = [_word(word) for word in first]
+    is_known = any(name in words for name in _COLUMNS["image"])
+    missing = "the box" if is_known else "the image"
+    return f"no column for {missing}; columns are {cut(', '.join(first), 200)}"
 
 
 def _is_headerless(first: Sequence[str]) -> bool:
@@ -196,8 +226,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     parsed.images = list(images.values())
     sides = [side for image in parsed.images for item in image.annotations for side in item.box]
     # Boxes in pixels do not all lie within [0, 1].
-    parsed.is_relative = all(0 <= side <= 1 for side in sides) and any(sides)
-    if parsed.is_relative:
+    if all(0 <= side <= 1 for side in sides) and any(sides):
+        parsed.decimals = 6
         for image in parsed.images:
             image.width = image.height = None  # those of the file itself are safer
     return parsed
@@ -253,13 +283,13 @@ def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
     return x, y, x + width, y + height
 
 
-def _listed_classes(folder: Path) -> tuple[Path, list[tuple[int, str]]]:
-    """Return a file of classes, and its ids and names; the folder and none if there is none."""
-    for file in (folder / name for name in _CLASS_FILES):
-        if file.is_file():
-            rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
-            return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
-    file, names = listed_names(folder, "classes.txt")
+def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
+    """Return a file of classes, and its ids and names; the path and none if there is none."""
+    file = tree.named(*_CLASS_FILES)
+    if file is not None:
+        rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
+        return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
+    file, names = listed_names(tree, "classes.txt")
     return file, list(enumerate(names))
 
 
@@ -269,19 +299,17 @@ def write(writing: Writing) -> None:
     Other columns than image, size, class and box are written if some object has such a value.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         writing.count_dataset_values(dataset)
         if any(image.extra for image in dataset.images):
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     first = next(iter(writing.splits.values()))
     with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writing: Writing) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     ENCLOSED,
     LabelFile,
@@ -19,9 +20,8 @@ from retinanet.data.formats.labels import (
     build_splits,
     enclosing_box,
     find_classes,
+    find_tables,
     from_text,
-    label_files,
-    name_splits,
     to_box,
     to_flag,
     to_number,
@@ -29,8 +29,6 @@ from retinanet.data.formats.labels import (
 )
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
-
-LOOKED_FOR = "CVAT for images 1.1: an annotations.xml with <annotations> and <image>, and images/"
 
 # VOC's root is <annotation>, without the s.
 _ROOT = re.compile(rb"<annotations[\s>/]")
@@ -50,27 +48,26 @@ def detect(file: Path) -> bool:
         return False
 
 
-def find(path: Path) -> dict[str, Path]:
-    """Return the XML files of a file or folder by split."""
-    return name_splits(label_files(path, [".xml"], detect), path)
+def find(tree: Tree) -> LabelSet | None:
+    """Return the XML files of a tree by split."""
+    return find_tables("cvat", tree, [".xml"], detect, parse)
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a CVAT export; the files are parsed once, a split's data set is built when called.
 
     Splits are CVAT's subsets; the images of a file without subsets are in the split of its name or
     folder (``train.xml``). Classes are the labels of ``<meta>`` in their order; without ``<meta>``
     all names, sorted.
 
-    Args:
-        path: the XML file, or its folder.
-
     Raises:
         DataError: as :func:`parse`.
     """
     listed: list[str] = []
-    files = [_parse(file, split, listed) for split, file in find(path).items()]
-    return build_splits("cvat", files, find_classes(files, dict.fromkeys(listed), path), path)
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [_parse(file, split, listed) for split, file in pairs]
+    classes = find_classes(files, dict.fromkeys(listed), tree.path)
+    return build_splits("cvat", files, classes, tree)
 
 
 def parse(file: Path) -> LabelFile:

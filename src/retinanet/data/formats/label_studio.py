@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats.labels import (
     DROPPED,
     ENCLOSED,
@@ -23,11 +24,9 @@ from retinanet.data.formats.labels import (
     build_splits,
     cut,
     find_classes,
-    is_image,
+    find_tables,
     json_has,
-    label_files,
     listed_names,
-    name_splits,
     read_json,
     short,
     to_box,
@@ -36,10 +35,6 @@ from retinanet.data.formats.labels import (
     to_size,
 )
 from retinanet.errors import DataError
-
-LOOKED_FOR = (
-    "Label Studio: a .json export (JSON or JSON-MIN) with rectangles, here or in a folder a split"
-)
 
 CONFIG_FILE = "label_studio_config.xml"
 """The labelling interface, if exported with the data: its labels are the classes."""
@@ -65,34 +60,31 @@ def detect(file: Path) -> bool:
     return json_has(file, b"[", *_MARKS)
 
 
-def find(path: Path) -> dict[str, Path]:
-    """Return the exports of a file or folder by split."""
-    return name_splits(label_files(path, [".json"], detect), path)
+def find(tree: Tree) -> LabelSet | None:
+    """Return the exports of a tree by split."""
+    return find_tables("labelstudio", tree, [".json"], detect, parse)
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read an export; the files are parsed once, a split's data set is built when called.
 
     Label Studio has no splits: a file's name or folder may indicate one (``train.json``). Classes
     are the labels of ``label_studio_config.xml``, or the lines of ``classes.txt``, if there is one
     (any other name is a problem), else all names, sorted.
 
-    Args:
-        path: the JSON file, or its folder.
-
     Raises:
         DataError: a file is not JSON or no list of tasks.
     """
-    files = [parse(file, split=split) for split, file in find(path).items()]
-    folder = path if path.is_dir() else path.parent
-    classes = find_classes(files, dict.fromkeys(_class_names(folder)), path)
-    return build_splits("labelstudio", files, classes, path)
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    classes = find_classes(files, dict.fromkeys(_class_names(tree)), tree.path)
+    return build_splits("labelstudio", files, classes, tree)
 
 
-def _class_names(folder: Path) -> list[str]:
-    config = folder / CONFIG_FILE
-    if not config.is_file():
-        return listed_names(folder, "classes.txt")[1]
+def _class_names(tree: Tree) -> list[str]:
+    config = tree.named(CONFIG_FILE)
+    if config is None:
+        return listed_names(tree, "classes.txt")[1]
     try:
         root = ET.parse(config).getroot()
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
@@ -116,7 +108,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     Raises:
         DataError: it is not JSON or no list of tasks.
     """
-    parsed = LabelFile(file, split, is_relative=True)
+    parsed = LabelFile(file, split, decimals=6)
     seen: set[int | str] = set()
     content = read_json(file, list, "a list of tasks")
     for number, task in enumerate(content):

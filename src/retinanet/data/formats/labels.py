@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.image_files import IMAGE_SUFFIXES, image_size
-from retinanet.data.splits import split_word
+from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
+from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
 JSON_TEXT = "segmentation"
@@ -39,156 +39,13 @@ Box = tuple[float, float, float, float]
 # ---- files
 
 
-class ImageFinder:
-    """Finds images by name in several folders; each folder is listed once.
-
-    Args:
-        folders: in order of preference; those that do not exist are skipped.
-    """
-
-    def __init__(self, folders: Iterable[Path]) -> None:
-        wanted = list(dict.fromkeys(folders))
-        self._folders = [folder for folder in wanted if folder.is_dir()] or wanted[:1]
-        self._names: dict[Path, frozenset[str]] = {}
-        self._stems: dict[Path, dict[str, str]] = {}
-
-    def find(self, *names: str) -> Path:
-        """Return the first file of these names; if there is none, the path of the first name.
-
-        Labels often hold paths of the machine where they were made: of each name the longest tail
-        that exists in one of the folders counts, then an image of the same stem and another
-        extension.
-        """
-        paths = [PurePosixPath(name.replace("\\", "/")) for name in names]
-        for path in paths:
-            if path.is_absolute() and Path(path).is_file():
-                return Path(path)
-            parts = path.parts[path.is_absolute() :]
-            for start in range(len(parts)):
-                tail = Path(*parts[start:])
-                for folder in self._folders:
-                    if tail.name in self._listed(folder / tail.parent):
-                        return folder / tail
-        for path in paths:
-            for folder in self._folders:
-                stems = self._by_stem(folder)
-                other = stems.get(path.stem) or stems.get(path.name)
-                if other is not None:
-                    return folder / other
-        first = paths[0]
-        return self._folders[0] / (first.name if first.is_absolute() else first)
-
-    def _listed(self, folder: Path) -> frozenset[str]:
-        if folder not in self._names:
-            try:
-                self._names[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self._names[folder] = frozenset()
-        return self._names[folder]
-
-    def _by_stem(self, folder: Path) -> dict[str, str]:
-        if folder not in self._stems:
-            names = sorted(filter(is_image, self._listed(folder)), reverse=True)
-            self._stems[folder] = {name.rpartition(".")[0]: name for name in names}
-        return self._stems[folder]
-
-
-def image_folders(file: Path, split: str) -> list[Path]:
-    """Folders that may hold the images of a label file, the most likely first.
-
-    The folders of other splits are left out: their images may have the same names.
-    """
-    beside = file.parent
-    root = beside.parent if beside.name in ("annotations", "labels") else beside
-    names = [
-        name
-        for name in dict.fromkeys((file.stem.removeprefix("instances_"), split))
-        if name not in ("", "..") and Path(name).name == name and can_be_a_file(name)
-    ]
-    bases = (root, root / "images")
-    subs = [
-        sub
-        for base in bases
-        if base.is_dir()
-        for sub in sorted(base.iterdir())
-        if sub.is_dir() and sub not in bases
-    ]
-    return [
-        *([beside] if split and split_word(beside.name) == split else []),
-        *(base / name for name in names for base in bases),
-        *(root / name / "images" for name in names),
-        *(sub for sub in subs if split and split_word(sub.name) == split),
-        *(root / name for name in ("images", "", "JPEGImages", "img")),
-        beside,
-        *(sub for sub in subs if not split or split_word(sub.name) is None),
-    ]
-
-
-def is_image(name: str | Path) -> bool:
-    """Whether a file has an extension of an image format."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def can_be_a_file(name: str) -> bool:
-    """Whether a file may have this path: no zero byte, no part longer than file systems allow."""
-    try:
-        encoded = os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    parts = encoded.replace(b"\\", b"/").split(b"/")
-    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
-
-
-def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Return the images in a folder, sorted by path; `deep`: also in the folders below."""
-    files = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(file for file in files if is_image(file.name) and file.is_file())
-
-
-def label_files(path: Path, suffixes: Sequence[str], detect: Callable[[Path], bool]) -> list[Path]:
-    """Label files of many images each: `path`, or those in it, in annotations/ or a split's folder.
-
-    Args:
-        path: a file or a folder.
-        suffixes: lower-case extensions.
-        detect: tests a file by its content.
-    """
-    files = [path]
-    if path.is_dir():
-        folders = [path, path / "annotations"]
-        folders += sorted(sub for sub in path.iterdir() if sub.is_dir() and split_word(sub.name))
-        files = [file for sub in folders if sub.is_dir() for file in sorted(sub.iterdir())]
-    return [
-        file
-        for file in files
-        if file.suffix.lower() in suffixes and file.is_file() and detect(file)
-    ]
-
-
-def split_of(file: Path, path: Path) -> str | None:
-    """Return the split that a label file's name, or its own folder in `path`, indicates."""
-    word = split_word(file.stem)
-    in_own_folder = path.is_dir() and file.parent not in (path, path / "annotations")
-    return word or (split_word(file.parent.name) if in_own_folder else None)
-
-
-def name_splits(files: Sequence[Path], path: Path, prefix: str = "") -> dict[str, Path]:
-    """Label files by split: one file per split; the split of a single unnamed file is ``""``."""
-    splits: dict[str, Path] = {}
-    for file in files:
-        word = split_of(file, path)
-        alone = word or "" if len(files) == 1 else file.stem.removeprefix(prefix)
-        splits[word if word and word not in splits else alone] = file
-    return splits
-
-
-def listed_names(folder: Path, *names: str) -> tuple[Path, list[str]]:
-    """Return the first of the files `names` in `folder` and its lines; `folder` if there is none.
+def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
+    """Return the first of the files `names` of a tree and its lines; the path if there is none.
 
     Repeated lines are kept.
     """
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    return (folder, []) if file is None else (file, read_lines(file))
+    file = tree.named(*names)
+    return (tree.path, []) if file is None else (file, read_lines(file))
 
 
 def read_lines(file: Path) -> list[str]:
@@ -246,14 +103,9 @@ def short(value: Any) -> str:
 
 
 def to_int(value: Any) -> int | None:
-    """Return a whole number, also as a float or as text; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and value.isdecimal() else None
+    """Return a whole number, also of a float or of text; None for anything else."""
+    number = to_number(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def to_id(value: Any) -> int | str | None:
@@ -383,6 +235,11 @@ class LabelImage:
     path: Path | None = None
     other_names: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the most likely first."""
+        return (self.name, *self.other_names)
+
 
 @dataclass(slots=True)
 class LabelFile:
@@ -394,7 +251,8 @@ class LabelFile:
         images: its images.
         classes: names of its classes, in the order of the labels in `images`.
         problems: the problems found while parsing, each with its split.
-        is_relative: whether boxes are fractions of the image rather than pixels.
+        decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
+            they are pixels.
     """
 
     file: Path | None
@@ -402,7 +260,7 @@ class LabelFile:
     images: list[LabelImage] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
     problems: list[tuple[str | None, Problem]] = field(default_factory=list)
-    is_relative: bool = False
+    decimals: int | None = None
 
     def label(self, name: str) -> int:
         """Return the label of a class in this file."""
@@ -421,6 +279,10 @@ class LabelFile:
         assert self.file is not None
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
+
+
+Parser = Callable[[Path], LabelFile]
+"""Parses a label file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,8 +345,45 @@ def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path
 # ---- data sets
 
 
+def find_tables(
+    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool], parse: Parser
+) -> LabelSet | None:
+    """Find label files of many images each; None if there are none.
+
+    Args:
+        format: name of the format.
+        tree: where to look.
+        suffixes: lower-case extensions.
+        detect: tests a file by its content.
+        parse: returns the images of a file.
+    """
+
+    def items_of(file: Path) -> frozenset[Item]:
+        return frozenset(
+            (_stem(image.name), tuple(sorted(item.box for item in image.annotations)))
+            for image in parse(file).images
+        )
+
+    files = [file for file in tree.with_suffix(*suffixes) if detect(file)]
+    if not files:
+        return None
+    notes: list[str] = []
+    groups = keep_whole(tree.group(files, by_name=True), items_of, notes)
+    kept = [file for group in groups.values() for file in group]
+    return LabelSet(
+        format,
+        groups,
+        lambda: frozenset(stem for file in kept for stem, _ in items_of(file)),
+        notes,
+    )
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).stem.casefold()
+
+
 def build_splits(
-    format: str, files: Sequence[LabelFile], classes: ClassList, source: Path
+    format: str, files: Sequence[LabelFile], classes: ClassList, tree: Tree
 ) -> dict[str, Callable[[], Dataset]]:
     """Return the splits of parsed label files; each data set is built when called."""
     splits: dict[str | None, None] = {}
@@ -495,7 +394,7 @@ def build_splits(
         if not file.images:
             splits[file.split] = None
     return {
-        split: partial(build, format, split, files, classes, source)
+        split: partial(build, format, split, files, classes, tree)
         for split in (name or "" for name in splits)
     }
 
@@ -505,75 +404,101 @@ def build(
     split: str,
     files: Iterable[LabelFile],
     classes: ClassList,
-    source: Path,
+    tree: Tree,
     *,
-    folders: Callable[[Path, str], list[Path]] = image_folders,
     problems: Iterable[Problem] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Build the data set of a split from its label files.
 
     Args:
-        format, source, extra: of the :class:`Dataset`.
+        format, extra: of the :class:`Dataset`.
         split: images and problems that state another split are left out.
         files: the parsed label files.
         classes: of the whole data set.
-        folders: returns the folders that may hold the images of a label file.
+        tree: where the images are looked for.
         problems: further problems.
     """
     listed = [*classes.problems, *problems]
-    found = _find_images(files, split, folders, listed)
-    sizes = _sizes([path for file, image, path in found if file.is_relative and not image.width])
-    images: list[LabelledImage] = []
+    found = _find_images(files, split, tree, listed)
+    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
+        if path in images:
+            other = _build_image(file, image, path, image.id, classes, sizes, listed)
+            images[path] = _merge_images(images[path], other, listed)
+            continue
         candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
-        images.append(_build_image(file, image, path, id_, classes, sizes, listed))
+        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
     return Dataset(
-        images=tuple(images),
+        images=tuple(images.values()),
         classes=classes.names,
         category_ids=classes.ids,
         split=split,
         format=format,
-        source=source,
+        source=tree.path,
         problems=tuple(listed),
         extra=extra or {},
     )
 
 
 def _find_images(
-    files: Iterable[LabelFile],
-    split: str,
-    folders: Callable[[Path, str], list[Path]],
-    problems: list[Problem],
+    files: Iterable[LabelFile], split: str, tree: Tree, problems: list[Problem]
 ) -> list[tuple[LabelFile, LabelImage, Path]]:
     """Return the images of a split with their paths; those of no or one path become problems."""
-    finders: dict[tuple[Path, ...], ImageFinder] = {}
-    found: list[tuple[LabelFile, LabelImage, Path]] = []
-    names: dict[Path, set[str]] = defaultdict(set)
+    wanted: list[tuple[LabelFile, LabelImage]] = []
+    matches: list[Match] = []
     for file in files:
         problems += [problem for own, problem in file.problems if own in (None, split)]
-        finder: ImageFinder | None = None
         for image in file.images:
             if (file.split if image.split is None else image.split) not in (None, split):
                 continue
             if image.path is not None:
-                found.append((file, image, image.path))
-                continue
-            assert file.file is not None
-            if not image.name or not all(map(can_be_a_file, (image.name, *image.other_names))):
+                match = Match(image.path)
+            elif not image.name or not all(map(can_be_a_file, image.names)):
+                assert file.file is not None
                 reason = f"image {image.id}: {short(image.name)} is no file name"
                 problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
                 continue
-            if finder is None:
-                where = tuple(folders(file.file, split))
-                finder = finders.get(where) or finders.setdefault(where, ImageFinder(where))
-            path = finder.find(image.name, *image.other_names)
-            names[path].add(image.name.replace("\\", "/").removeprefix("./"))
-            found.append((file, image, path))
-    ambiguous = {path for path, used in names.items() if len(used) > 1 and path.is_file()}
+            else:
+                assert file.file is not None
+                match = tree.find_image(image.names, file.file, split)
+            wanted.append((file, image))
+            matches.append(match)
+    # By stem only where other images are: the same stem in a folder of masks is no image.
+    folders = Counter(match.path.parent for match in matches if match.path is not None)
+    usual = max(folders, key=folders.__getitem__, default=None)
+    found: list[tuple[LabelFile, LabelImage, Path]] = []
+    uses: dict[Path, list[LabelImage]] = defaultdict(list)
+    for (file, image), match in zip(wanted, matches, strict=True):
+        if match.path is None and not match.several:
+            assert file.file is not None
+            match = tree.find_image(image.names, file.file, split, by_stem=True)
+            if match.path is not None and folders and match.path.parent not in folders:
+                match = Match(None)
+        if match.several:
+            assert file.file is not None
+            reason = (
+                f"image {image.id}: {short(image.name)} fits {len(match.several)} files, such as "
+                f"{relative(match.several[0], tree.root)} and "
+                f"{relative(match.several[1], tree.root)}; write the folder into the label"
+            )
+            problems.append(Problem("image-ambiguous", file.file, image.id, reason, DROPPED))
+            continue
+        path = match.path
+        if path is None:
+            assert file.file is not None
+            name = PurePosixPath(image.name.replace("\\", "/"))
+            path = (usual or file.file.parent) / (
+                name.name if usual or name.is_absolute() else name
+            )
+        else:
+            uses[path].append(image)
+        found.append((file, image, path))
+    ambiguous = {path for path, images in uses.items() if len({_key(i) for i in images}) > 1}
     for _, image, path in found:
         if path in ambiguous:
             reason = (
@@ -582,6 +507,24 @@ def _find_images(
             )
             problems.append(Problem("image-missing", path, image.id, reason, DROPPED))
     return [item for item in found if item[2] not in ambiguous]
+
+
+def _key(image: LabelImage) -> str:
+    return image.name.replace("\\", "/").removeprefix("./")
+
+
+def _merge_images(
+    image: LabelledImage, other: LabelledImage, problems: list[Problem]
+) -> LabelledImage:
+    """Unite two entries of one file: objects of both, the same ones once."""
+    known = {(item.label, item.box) for item in image.annotations}
+    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
+    reason = (
+        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
+        f"{other.id} with {len(other.annotations)}"
+    )
+    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
+    return replace(image, annotations=image.annotations + more)
 
 
 def _build_image(
@@ -595,7 +538,7 @@ def _build_image(
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
-    if file.is_relative and not (width and height):
+    if file.decimals and not (width and height):
         size = sizes.get(path)
         if isinstance(size, tuple):
             height, width = size
@@ -617,25 +560,26 @@ def _build_image(
             assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        if file.is_relative:
-            assert width is not None
-            assert height is not None
-            item = _to_pixels(item, width, height, image.rotations.get(index, 0.0))
+        if file.decimals and width and height:
+            rotation = image.rotations.get(index, 0.0)
+            item = _to_pixels(item, width, height, rotation, file.decimals)
         annotations.append(item if label == item.label else replace(item, label=label))
     return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
 
-def _to_pixels(item: Annotation, width: int, height: int, rotation: float) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to ten-thousandths of a pixel."""
+def _to_pixels(
+    item: Annotation, width: int, height: int, rotation: float, decimals: int
+) -> Annotation:
+    """Scale a box in fractions of the image, and polygons, to pixels."""
     x1, y1, x2, y2 = item.box
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     if rotation % 360:
         box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = (round(side, 4) for side in box)
+    x1, y1, x2, y2 = (round(side, decimals) for side in box)
     extra = item.extra
     if JSON_TEXT in extra:
         points = [
-            [round(v * (height if i % 2 else width), 4) for i, v in enumerate(polygon)]
+            [round(v * (height if i % 2 else width), decimals) for i, v in enumerate(polygon)]
             for polygon in json.loads(extra[JSON_TEXT])
         ]
         extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}

@@ -14,10 +14,11 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retinanet.data.dataset import Dataset, LabelledImage, Problem
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     DROPPED,
     ClassList,
@@ -26,7 +27,6 @@ from retinanet.data.formats.labels import (
     build,
     find_classes,
     from_text,
-    images_in,
     listed_names,
     read_lines,
     to_annotation,
@@ -35,13 +35,8 @@ from retinanet.data.formats.labels import (
     to_text,
 )
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
-from retinanet.data.splits import split_word
 
-LOOKED_FOR = (
-    "Pascal VOC: Annotations/*.xml with JPEGImages/, or .xml files beside images, here or in "
-    "a folder a split"
-)
-
+_ROOT = re.compile(rb"<annotation[\s>/]")  # CVAT's is <annotations>
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
 _OWN_ELEMENTS = frozenset({"name", "bndbox"})
@@ -52,111 +47,94 @@ def detect(file: Path) -> bool:
     """Whether an XML file is VOC's."""
     try:
         with file.open("rb") as stream:
-            return b"<annotation" in stream.read(4096)
+            return bool(_ROOT.search(stream.read(4096)))
     except OSError:
         return False
 
 
-def find(path: Path) -> dict[str, list[Path]]:
-    """Return the XML files of a folder by split; those without one are the split ``""``."""
-    root = _root(path)
-    if not root.is_dir():
-        return {}
-    folder = root / "Annotations" if (root / "Annotations").is_dir() else root
-    groups: dict[str, list[Path]] = {"": sorted(folder.glob("*.xml"))}
-    if not groups[""]:
-        for sub in sorted(folder.iterdir()):
-            word = split_word(sub.name) if sub.is_dir() else None
-            if word:
-                inside = sub / "Annotations" if (sub / "Annotations").is_dir() else sub
-                groups.setdefault(word, []).extend(sorted(inside.glob("*.xml")))
-    # Of the first files: other programs store XML with images too.
-    return {split: files for split, files in groups.items() if any(map(detect, files[:5]))}
+def find(tree: Tree) -> LabelSet | None:
+    """Return the XML files of a tree by split."""
+    folders: dict[Path, list[Path]] = {}
+    for file in tree.with_suffix(".xml"):
+        folders.setdefault(file.parent, []).append(file)
+    # By the first files of a folder: a broken file among good ones is a fault.
+    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
+    stems = frozenset(file.stem.casefold() for file in files)
+    return LabelSet("voc", tree.group(files), lambda: stems) if files else None
 
 
-def read(path: Path) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a VOC data set; the XML files are parsed once, a split's data set is built when called.
 
-    Classes are those of ``classes.txt`` if there is one (any other name is a problem), else all
-    names in all XML files, sorted: the same for every split. An image of a split without an XML
-    file is a problem and left out: VOC has a file without objects for an image without any.
-
-    Args:
-        path: the folder.
+    Splits are the lists in ``ImageSets/Main``, those of one name in several folders (VOC2007 and
+    VOC2012) together; without lists the folders of the files. Classes are those of ``classes.txt``
+    if there is one (any other name is a problem), else all names in all XML files, sorted: the same
+    for every split. An image of a split without an XML file is a problem and left out: VOC has a
+    file without objects for an image without any.
     """
-    root = _root(path)
-    groups = find(path)
-    files = {file: parse(file) for group in groups.values() for file in group}
-    source, names = listed_names(root, "classes.txt", "labels.txt")
+    files = {file: parse(file) for group in labels.files.values() for file in group}
+    source, names = listed_names(tree, "classes.txt", "labels.txt")
     classes = find_classes(files.values(), names, source)
-    lists = {file.stem: file for file in sorted((root / "ImageSets" / "Main").glob("*.txt"))}
-    # VOC also has a list per class, such as dog_train.txt, of the same images.
-    lists = {name: file for name, file in lists.items() if not name.endswith(_LIST_OF_A_CLASS)}
-    if lists:
-        by_stem = {file.stem: parsed for file, parsed in files.items()}
+    lists = _lists(tree)
+    if not lists:
         return {
-            split: partial(_read_list, split, file, by_stem, classes, path, root)
-            for split, file in lists.items()
+            split: partial(_read_group, split, [files[f] for f in group], classes, tree)
+            for split, group in labels.files.items()
         }
+    splits: dict[str, tuple[list[LabelFile], list[Problem]]] = {}
+    by_stem: dict[str, list[Path]] = {}
+    for file in files:
+        by_stem.setdefault(file.stem, []).append(file)
+    listed: set[Path] = set()
+    for list_file in lists:
+        # CVAT calls the split of images without one "default".
+        split = "" if list_file.stem == "default" else list_file.stem
+        members, problems = splits.setdefault(split, ([], []))
+        root = list_file.parents[2]
+        for line in read_lines(list_file):
+            # A name may contain blanks; -1, 0 or 1 may follow it.
+            name = re.sub(r"\s+(-1|0|1)$", "", line)
+            member = _file_of(line, by_stem, root) or _file_of(name, by_stem, root)
+            if member is None:
+                stem = PurePosixPath(name).name
+                reason = f"{name} is in the split {split}, but has no Annotations/{stem}.xml"
+                problems.append(Problem("label-missing", list_file, name, reason, DROPPED))
+            else:
+                members.append(files[member])
+                listed.add(member)
+    if len(listed) < len(files):
+        labels.notes.append(f"{len(files) - len(listed)} .xml files in no list of ImageSets/Main")
     return {
-        split: partial(_read_group, split, [files[f] for f in group], classes, path, root)
-        for split, group in groups.items()
+        split: partial(build, "voc", split, members, classes, tree, problems=problems)
+        for split, (members, problems) in splits.items()
     }
 
 
-def _read_list(
-    split: str,
-    list_file: Path,
-    by_stem: Mapping[str, LabelFile],
-    classes: ClassList,
-    source: Path,
-    root: Path,
-) -> Dataset:
-    """Return the images that a list in ImageSets/Main names."""
-    problems, files = [], []
-    for name in (line.split()[0] for line in read_lines(list_file)):
-        file = by_stem.get(_stem(name))
-        if file is None:
-            reason = f"{name} is in the split {split}, but has no Annotations/{_stem(name)}.xml"
-            problems.append(Problem("label-missing", list_file, name, reason, DROPPED))
-        else:
-            files.append(file)
-    folders = partial(_image_folders, root)
-    return build("voc", split, files, classes, source, folders=folders, problems=problems)
+def _lists(tree: Tree) -> list[Path]:
+    """Return the lists of images in ImageSets/Main, also beside a given folder of labels."""
+    files = [file for file in tree.files if file.parts[-3:-1] == ("ImageSets", "Main")]
+    if not files:
+        files = sorted((tree.root / "ImageSets" / "Main").glob("*.txt"))
+    # VOC also has a list per class, such as dog_train.txt, of the same images.
+    return [f for f in files if f.suffix == ".txt" and not f.stem.endswith(_LIST_OF_A_CLASS)]
 
 
-def _read_group(
-    split: str, files: list[LabelFile], classes: ClassList, source: Path, root: Path
-) -> Dataset:
+def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path | None:
+    """Return the XML file of a name in a list: below the list's root, in the same folders."""
+    wanted = PurePosixPath(name.replace("\\", "/"))
+    candidates = by_stem.get(wanted.name, []) or by_stem.get(wanted.stem, [])
+    candidates = [file for file in candidates if file.is_relative_to(root)] or candidates
+    folders = wanted.parent.parts
+    exact = [file for file in candidates if file.parent.parts[-len(folders) :] == folders]
+    return next(iter(exact if folders else candidates), next(iter(candidates), None))
+
+
+def _read_group(split: str, files: list[LabelFile], classes: ClassList, tree: Tree) -> Dataset:
     """Return the images of XML files; those in their folders without one are problems."""
-    dataset = build("voc", split, files, classes, source, folders=partial(_image_folders, root))
+    dataset = build("voc", split, files, classes, tree)
     stems = {file.file.stem for file in files if file.file}
-    unlabelled = _unlabelled(dataset.images, stems)
+    unlabelled = _unlabelled(dataset.images, stems, tree) if tree.path.is_dir() else ()
     return replace(dataset, problems=(*dataset.problems, *unlabelled))
-
-
-def _image_folders(root: Path, file: Path, split: str) -> list[Path]:
-    folder = file.parent
-    beside = folder.parent if folder.name == "Annotations" else folder
-    return [base / name for base in (beside, root) for name in ("JPEGImages", "images", "")]
-
-
-def _root(path: Path) -> Path:
-    """Return the folder of Annotations/, which may be a level or two down (VOCdevkit/VOC2012)."""
-    if path.name == "Annotations" and (path.parent / "JPEGImages").is_dir():
-        return path.parent
-    if (path / "Annotations").is_dir():
-        return path
-    for pattern in ("*/Annotations", "*/*/Annotations"):
-        found = sorted(folder.parent for folder in path.glob(pattern) if folder.is_dir())
-        if len(found) == 1:
-            return found[0]
-    return path
-
-
-def _stem(name: str) -> str:
-    last = name.replace("\\", "/").rpartition("/")[2]
-    return last.rpartition(".")[0] if last.lower().endswith((".jpg", ".xml", ".png")) else last
 
 
 def parse(file: Path) -> LabelFile:
@@ -168,14 +146,17 @@ def parse(file: Path) -> LabelFile:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
         parsed.report("label-unreadable", None, reason, DROPPED)
         return parsed
-    id_, name = (_text(tree, key) for key in ("id", "filename"))
+    id_, stated = (_text(tree, key) for key in ("id", "filename"))
+    names = [f"{file.stem}.jpg", stated] if stated else [f"{file.stem}.jpg"]
+    if PurePosixPath(stated).stem == file.stem:
+        names.reverse()
     image = LabelImage(
-        f"{file.stem}.jpg",
+        names[0],
         from_text("id", id_) if id_ else file.stem,
         to_size(tree.findtext("size/width")),
         to_size(tree.findtext("size/height")),
         extra=_values(tree, _OWN_ROOT_ELEMENTS),
-        other_names=(name,) if name else (),
+        other_names=tuple(names[1:]),
     )
     parsed.images.append(image)
     depth = _text(tree, "size/depth")
@@ -215,14 +196,14 @@ def _values(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
     return values
 
 
-def _unlabelled(images: Iterable[LabelledImage], stems: set[str]) -> Iterator[Problem]:
+def _unlabelled(images: Iterable[LabelledImage], stems: set[str], tree: Tree) -> Iterator[Problem]:
     """Images in the folders of the others that have no XML file."""
     known = {image.path for image in images}
-    for folder in sorted({path.parent for path in known}):
-        for image in images_in(folder) if folder.is_dir() else []:
-            if image not in known and image.stem not in stems:
-                reason = f"has no {image.stem}.xml, not even one without objects"
-                yield Problem("label-missing", image, None, reason, DROPPED)
+    folders = {path.parent for path in known}
+    for image in tree.images:
+        if image.parent in folders and image not in known and image.stem not in stems:
+            reason = f"has no {image.stem}.xml, not even one without objects"
+            yield Problem("label-missing", image, None, reason, DROPPED)
 
 
 def write(writing: Writing) -> None:
@@ -237,7 +218,6 @@ def write(writing: Writing) -> None:
     lists = writing.folder / "ImageSets" / "Main"
     for folder in (labels, lists):
         folder.mkdir(parents=True)
-    images: list[tuple[Path, Path]] = []
     stems: dict[str, list[str]] = {}
     for split, dataset in writing.splits.items():
         stems[split] = []
@@ -248,14 +228,13 @@ def write(writing: Writing) -> None:
             tree = _image_element(image, name, dataset.classes, writing)
             ET.indent(tree, "\t")
             ET.ElementTree(tree).write(labels / f"{Path(name).stem}.xml", encoding="utf-8")
-            images.append((image.path, writing.folder / "JPEGImages" / name))
     if {"train", "val"} <= set(stems) and "trainval" not in stems:
         stems["trainval"] = sorted({*stems["train"], *stems["val"]})
     for split, members in stems.items():
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in members), "utf-8")
     classes = next(iter(writing.splits.values())).classes
     (writing.folder / "classes.txt").write_text("".join(f"{c}\n" for c in classes), "utf-8")
-    writing.place(images)
+    writing.place(names, "JPEGImages/{name}")
 
 
 def _image_element(

@@ -94,9 +94,20 @@ class Writing:
         taken.add(key)
         return f"{stem}{suffix}"
 
-    def place(self, images: Iterable[tuple[Path, Path]]) -> None:
-        """Copy or link images, given as pairs of source and target, in several threads."""
-        pairs = list(dict.fromkeys(images))
+    def place(self, names: Mapping[str, Mapping[Path, str]], layout: str) -> None:
+        """Copy or link images in several threads.
+
+        Args:
+            names: names of the images by split, as of :meth:`names`.
+            layout: path of an image in the folder, such as ``images/{split}/{name}``.
+        """
+        pairs = list(
+            dict.fromkeys(
+                (path, self.folder / layout.format(split=split, name=name))
+                for split, of_split in names.items()
+                for path, name in of_split.items()
+            )
+        )
         for folder in {target.parent for _, target in pairs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool:
