@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,7 +259,7 @@ def _faulty(root: Path, make_image: MakeImage) -> Path:
     return root
 
 
-@pytest.mark.parametrize("form", ["voc", "yolo"])
+@pytest.mark.parametrize("form", ["voc", "webdataset"])
 def test_the_copy_is_of_the_same_format(tmp_path: Path, make_image: MakeImage, form: str) -> None:
     convert(_faulty(tmp_path / "coco", make_image), tmp_path / form, form)
     splits = read_splits(tmp_path / form)
@@ -446,3 +448,13 @@ def test_real_faults_are_found(real_data: Path) -> None:
         "annotation 10148 of image 361919 (000000361919.jpg): "
         "skis box [102.5, 190.05, 105, 190.05] has no height"
     )
+
+
+def test_check_imports_no_torch(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
+    write(tmp_path / "a.txt", "0 .5 .5 .5 .5")
+    script = (
+        "import sys; from retinanet.data import check_datasets, read_splits; "
+        f"check_datasets(read_splits({str(tmp_path)!r})); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

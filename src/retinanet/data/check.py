@@ -54,6 +54,10 @@ KINDS: dict[str, str] = {
 _CHUNK = 512  # images submitted to the threads at a time
 
 
+MAX_FAULTS = 0.05
+"""Share of faulty objects beyond which a warning is given."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """Result of opening an image file.
@@ -165,6 +169,25 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
         same = len(kept) == len(image.annotations)
         images.append(image if same else replace(image, annotations=tuple(kept)))
     return replace(dataset, images=tuple(images)), dropped
+
+
+def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | None:
+    """Return how many objects and images are left out, and the first; None if there are none.
+
+    Args:
+        dataset: its problems count that no reader can repair.
+        dropped: further problems, from :func:`usable`.
+    """
+    faults = [problem for problem in dataset.problems if "dropped" in problem.fix] + [*dropped]
+    if not faults:
+        return None
+    kept = sum(len(image.annotations) for image in dataset.images)
+    share = len(faults) / (len(faults) + kept)
+    first = f"{faults[0].file}: {faults[0].reason}"
+    return (
+        f"{'warning: ' if share > MAX_FAULTS else ''}left out {len(faults)} faulty objects or "
+        f"images ({share:.1%}) of {dataset.split}, the first: {first}; see retinanet data check"
+    )
 
 
 # ---- images

@@ -31,6 +31,7 @@ _LABEL_FOLDER = re.compile(
 _IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|jpegimages|data|dataset", re.IGNORECASE)
 _MASK_FOLDER = re.compile(r"mask|segm|trimap|depth|result|predict|found|visuali", re.IGNORECASE)
 _MAX_CLIMB = 3
+_NAMED_FILES = 3  # in descriptions; more are counted
 
 
 def is_image(name: str | Path) -> bool:
@@ -279,8 +280,8 @@ class LabelSet:
     def describe(self, top: Path) -> str:
         """Return the label files in a few words: their number and folder, or the file."""
         files = [file for group in self.files.values() for file in group]
-        if len(files) == 1:
-            return relative(files[0], top)
+        if len(files) <= _NAMED_FILES:
+            return ", ".join(relative(file, top) for file in files)
         folder = Path(os.path.commonpath([file.parent for file in files]))
         suffixes = "/".join(sorted({file.suffix.lower() for file in files}))
         where = "" if folder == top else f" in {relative(folder, top)}"

@@ -93,7 +93,21 @@ class DataSource:
                 f"not read: {FORMATS[other.format].label_files}: {other.describe(top)} ({what}; "
                 f"read it with --format {other.format})"
             )
-        return (*lines, *(f"not read: {note}" for note in self.labels.notes))
+        lines += [f"not read: {note}" for note in self.labels.notes]
+        groups = [
+            group for labels in (self.labels, *self.others) for group in labels.files.values()
+        ]
+        used = {file for group in groups for file in group}
+        noted = " ".join(self.labels.notes)
+        unused = [
+            relative(file, top)
+            for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
+            if file not in used and str(file) not in noted
+        ]
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
+        return tuple(lines)
 
 
 def find_data(path: str | Path, format: str | None = None) -> DataSource:

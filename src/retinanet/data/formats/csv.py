@@ -226,8 +226,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     parsed.images = list(images.values())
     sides = [side for image in parsed.images for item in image.annotations for side in item.box]
     # Boxes in pixels do not all lie within [0, 1].
-    parsed.is_relative = all(0 <= side <= 1 for side in sides) and any(sides)
-    if parsed.is_relative:
+    if all(0 <= side <= 1 for side in sides) and any(sides):
+        parsed.decimals = 6
         for image in parsed.images:
             image.width = image.height = None  # those of the file itself are safer
     return parsed

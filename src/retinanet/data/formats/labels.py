@@ -251,7 +251,8 @@ class LabelFile:
         images: its images.
         classes: names of its classes, in the order of the labels in `images`.
         problems: the problems found while parsing, each with its split.
-        is_relative: whether boxes are fractions of the image rather than pixels.
+        decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
+            they are pixels.
     """
 
     file: Path | None
@@ -259,7 +260,7 @@ class LabelFile:
     images: list[LabelImage] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
     problems: list[tuple[str | None, Problem]] = field(default_factory=list)
-    is_relative: bool = False
+    decimals: int | None = None
 
     def label(self, name: str) -> int:
         """Return the label of a class in this file."""
@@ -420,16 +421,20 @@ def build(
     """
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
-    sizes = _sizes([path for file, image, path in found if file.is_relative and not image.width])
-    images: list[LabelledImage] = []
+    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
+        if path in images:
+            other = _build_image(file, image, path, image.id, classes, sizes, listed)
+            images[path] = _merge_images(images[path], other, listed)
+            continue
         candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
-        images.append(_build_image(file, image, path, id_, classes, sizes, listed))
+        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
     return Dataset(
-        images=tuple(images),
+        images=tuple(images.values()),
         classes=classes.names,
         category_ids=classes.ids,
         split=split,
@@ -508,6 +513,20 @@ def _key(image: LabelImage) -> str:
     return image.name.replace("\\", "/").removeprefix("./")
 
 
+def _merge_images(
+    image: LabelledImage, other: LabelledImage, problems: list[Problem]
+) -> LabelledImage:
+    """Unite two entries of one file: objects of both, the same ones once."""
+    known = {(item.label, item.box) for item in image.annotations}
+    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
+    reason = (
+        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
+        f"{other.id} with {len(other.annotations)}"
+    )
+    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
+    return replace(image, annotations=image.annotations + more)
+
+
 def _build_image(
     file: LabelFile,
     image: LabelImage,
@@ -519,7 +538,7 @@ def _build_image(
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
-    if file.is_relative and not (width and height):
+    if file.decimals and not (width and height):
         size = sizes.get(path)
         if isinstance(size, tuple):
             height, width = size
@@ -541,25 +560,26 @@ def _build_image(
             assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        if file.is_relative:
-            assert width is not None
-            assert height is not None
-            item = _to_pixels(item, width, height, image.rotations.get(index, 0.0))
+        if file.decimals and width and height:
+            rotation = image.rotations.get(index, 0.0)
+            item = _to_pixels(item, width, height, rotation, file.decimals)
         annotations.append(item if label == item.label else replace(item, label=label))
     return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
 
-def _to_pixels(item: Annotation, width: int, height: int, rotation: float) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to ten-thousandths of a pixel."""
+def _to_pixels(
+    item: Annotation, width: int, height: int, rotation: float, decimals: int
+) -> Annotation:
+    """Scale a box in fractions of the image, and polygons, to pixels."""
     x1, y1, x2, y2 = item.box
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     if rotation % 360:
         box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = (round(side, 4) for side in box)
+    x1, y1, x2, y2 = (round(side, decimals) for side in box)
     extra = item.extra
     if JSON_TEXT in extra:
         points = [
-            [round(v * (height if i % 2 else width), 4) for i, v in enumerate(polygon)]
+            [round(v * (height if i % 2 else width), decimals) for i, v in enumerate(polygon)]
             for polygon in json.loads(extra[JSON_TEXT])
         ]
         extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}

@@ -92,8 +92,9 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         members, problems = splits.setdefault(split, ([], []))
         root = list_file.parents[2]
         for line in read_lines(list_file):
-            name = re.sub(r"\s+(-1|0|1)$", "", line).replace("\\", "/")
-            member = _file_of(name, by_stem, root)
+            # A name may contain blanks; -1, 0 or 1 may follow it.
+            name = re.sub(r"\s+(-1|0|1)$", "", line)
+            member = _file_of(line, by_stem, root) or _file_of(name, by_stem, root)
             if member is None:
                 stem = PurePosixPath(name).name
                 reason = f"{name} is in the split {split}, but has no Annotations/{stem}.xml"
@@ -120,7 +121,7 @@ def _lists(tree: Tree) -> list[Path]:
 
 def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path | None:
     """Return the XML file of a name in a list: below the list's root, in the same folders."""
-    wanted = PurePosixPath(name)
+    wanted = PurePosixPath(name.replace("\\", "/"))
     candidates = by_stem.get(wanted.name, []) or by_stem.get(wanted.stem, [])
     candidates = [file for file in candidates if file.is_relative_to(root)] or candidates
     folders = wanted.parent.parts

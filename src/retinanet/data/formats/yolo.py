@@ -311,7 +311,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
 
 def parse(file: Path) -> LabelFile:
     """Parse the text file of an image; the classes are numbers."""
-    parsed = LabelFile(file, is_relative=True)
+    parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
     for number, line in enumerate(read_lines(file)):
@@ -345,7 +345,7 @@ def _read_split(
         if file is not None:
             parsed = parse(file)
         else:
-            parsed = LabelFile(None, images=[LabelImage("", "")], is_relative=True)
+            parsed = LabelFile(None, images=[LabelImage("", "")], decimals=4)
         parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
         files.append(parsed)
     if images and all(file.file is None for file in files):
