@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
 from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
-from retinanet.kernels import native
+from retinanet.postprocess import suppress
 from retinanet.structures import Detections
 
 MIN_TILE = 32
@@ -240,7 +239,16 @@ def merge_parts(
     boxes, scores, labels, kinds = (
         values[kept] for values in (merging.boxes, merging.scores, labels, kinds)
     )
-    best = _suppress(boxes, scores, kinds, nms_threshold)[:most]
+    best = suppress(
+        boxes,
+        scores,
+        kinds,
+        torch.zeros_like(kinds),
+        num_images=1,
+        num_classes=int(kinds.max()) + 1 if len(kinds) else 1,
+        threshold=nms_threshold,
+        max_count=most,
+    )
     return Detections(boxes[best], scores[best], labels[best])
 
 
@@ -354,20 +362,3 @@ def _intersections(boxes: Tensor, others: Tensor) -> Tensor:
 
 def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-
-
-def _suppress(boxes: Tensor, scores: Tensor, kinds: Tensor, threshold: float) -> Tensor:
-    """Places of the survivors, best first: of a hundred thousand boxes in a second or two."""
-    if not native.available():
-        survivors: Tensor = batched_nms(boxes, scores, kinds, threshold)
-        return survivors
-    kept, _ = native.batched_nms(
-        boxes,
-        scores,
-        kinds,
-        torch.tensor([len(scores)]),
-        classes=int(kinds.max()) + 1 if len(kinds) else 1,
-        threshold=threshold,
-        max_count=max(1, len(scores)),
-    )
-    return kept
