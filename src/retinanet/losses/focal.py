@@ -387,7 +387,7 @@ def sum_in_chunks(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> 
     count, classes = logits.shape
     dtype, on_cpu = weights.dtype, logits.device.type == "cpu"
     weights = torch.where((labels < IGNORED) | (labels >= classes), math.nan, weights)
-    positives, negatives = positive.expand(classes), negative.expand(classes)
+    positives = positive.expand(classes)
     elements = _CPU_CHUNK * torch.get_num_threads() if on_cpu else _GPU_CHUNK
     step = min(count, max(1, elements // classes))
     work = logits.new_empty((5, step, classes), dtype=dtype)
@@ -406,7 +406,7 @@ def sum_in_chunks(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> 
         value, slope = _value_and_slope(u, formula, *spare)
         own_value, own_slope = value[own], slope[own]
         value[own] = torch.where(is_positive, 0, own_value)
-        total += ((value @ negatives) * weight).sum(dtype=total.dtype)
+        total += (value.mul_(negative).sum(dim=1) * weight).sum(dtype=total.dtype)
         total += (own_value * own_weight).where(is_positive, 0).sum(dtype=total.dtype)
         if gradient is not None:
             part = gradient[rows].copy_(slope.mul_(weight[:, None] * negative))
