@@ -423,19 +423,6 @@ def iou(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     return both / (sum(areas) - both)
 
 
-def test_merging_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [
-        part(LEFT, (30, 20, 64, 60, 0.9), (5, 5, 20, 20, 0.3)),
-        part(RIGHT, (64, 22, 100, 60, 0.7)),
-        part(None, (6, 5, 20, 20, 0.5)),
-    ]
-    expected = merged(*parts)
-    assert len(expected) == 2
-    monkeypatch.setattr(tiles_module.native, "available", lambda: False)
-    assert merged(*parts) == expected
-    assert merged(part(LEFT), part(None)) == []
-
-
 def test_nothing_found_anywhere(detector: Detector) -> None:
     assert whites(detector.detect(black(200, 200), tile=SIDE)) == []
 

@@ -247,7 +247,7 @@ def merge_parts(
         num_images=1,
         num_classes=int(kinds.max()) + 1 if len(kinds) else 1,
         threshold=nms_threshold,
-        max_count=most,
+        max_count=max(1, len(kinds)) if most is None else most,
     )
     return Detections(boxes[best], scores[best], labels[best])
 
