@@ -37,10 +37,14 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.limits import clock
 from retinanet.bench.machine import describe_machine
 from retinanet.bench.run import peak_of
-from retinanet.bench.samples import anchors_for, jpeg, random_boxes
-from retinanet.bench.stages.class_loss import class_loss_input
-from retinanet.bench.stages.postprocess import outputs_like
-from retinanet.config import LossConfig
+from retinanet.bench.samples import (
+    anchors_for,
+    class_loss_input,
+    jpeg,
+    outputs_like,
+    random_boxes,
+)
+from retinanet.config import LossConfig, TrainConfig
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
@@ -115,7 +119,7 @@ def train_step(side: int, quick: bool) -> Work:
     model = network("resnet18", quick).train()
     images, targets = random_images(1, side), random_targets(10, 1, side, side)
     precision = "bf16" if choose_dtype("auto", CPU) == torch.bfloat16 else "float32"
-    optimizer = build_optimizer(model, optimizer="sgd", lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-6))
     sizes = feature_sizes(model.anchors.strides, side, side)
 
     def call() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,13 @@ if _WORKERS > 1:
 _PEAKS: dict[str, int] = {}
 
 
+def pytest_configure() -> None:
+    # SIGINT is ignored in what a shell starts in the background; tests of Ctrl-C need the handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests marked ``slow`` first: at the end one worker would wait for the other."""
+    """Run tests marked ``slow`` first: at the end the other worker would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -40,6 +50,16 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for worker, peak in sorted(_PEAKS.items()):
         terminalreporter.write_line(f"peak memory of worker {worker}: {peak / 2**20:.2f} GiB")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _return_free_memory() -> Iterator[None]:
+    """Give freed memory back to the system after each module: glibc keeps gigabytes otherwise."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from retinanet.bench import STAGES, Case, Machine, Row, Setting, Timing, describe_machine
+from retinanet.bench import STAGES, Machine, Row, Setting, Timing, describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -78,32 +78,28 @@ def test_summary_names_ends_and_growth(curves: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_curves_script_writes_its_files(tmp_path: Path) -> None:
+    options = ["--quick", "--out", tmp_path, "--only", "objects", "--threads", "1"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "curves.py", "--quick", "--out", tmp_path,
-         "--only", "objects", "--threads", "1"],
+        [sys.executable, ROOT / "benchmarks" / "curves.py", *options],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     stored = json.loads((tmp_path / "curves.json").read_text("utf-8"))
     assert list(stored["curves"]) == ["objects"]
     assert (tmp_path / "objects.png").read_bytes().startswith(b"\x89PNG")
-    lines = stored["curves"]["objects"]["lines"]
-    assert lines.keys() == {
-        "matching, 800 x 1088 px, 2 images",
-        "both losses, 80 classes, the same",
-    }
-    for line in lines.values():
+    for line in stored["curves"]["objects"]["lines"].values():
         assert all(point["seconds"] > 0 for point in line["points"])
         if sys.platform == "linux":
             assert all(point["memory"] is not None for point in line["points"])
         assert line["summary"] in done.stdout
 
 
-@pytest.mark.parametrize("name", ["batch", "classes", "images"])
+@pytest.mark.parametrize("name", ["objects", "batch", "classes", "images"])
 def test_curve_lines_run(
     curves: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,22 +203,10 @@ def test_check_goals_lower_and_upper_bounds(goals: Any) -> None:
         rival_memory=200,
         input_bytes=100,
     )
-    of_row = {
-        "speedup": 40,
-        "limit_fraction": 0.8,
-        "seconds": 0.3,
-        "memory": 99,
-        "memory_of_rival": 0.5,
-        "memory_of_input": 0.9,
-    }
-    assert goals.check_goals(row, of_row) == {
-        "speedup": False,
-        "limit_fraction": True,
-        "seconds": True,
-        "memory": False,
-        "memory_of_rival": True,
-        "memory_of_input": False,
-    }
+    lower = {"speedup": 40, "limit_fraction": 0.8}
+    upper = {"seconds": 0.3, "memory": 99, "memory_of_rival": 0.5, "memory_of_input": 0.9}
+    assert goals.check_goals(row, lower) == {"speedup": False, "limit_fraction": True}
+    assert list(goals.check_goals(row, upper).values()) == [True, False, True, False]
     unmeasured = Row("x", "y", "")
     assert goals.check_goals(unmeasured, {"speedup": 2, "memory": 1}) == {}
     described = goals.describe_goals(row, {"speedup": 40, "memory_of_input": 1.1})
@@ -248,12 +232,8 @@ def test_goals_of_kernel_rival_and_device(goals: Any) -> None:
 
 
 def test_goals_are_of_existing_cases_and_in_the_docs(goals: Any) -> None:
-    def names(cases: list[Case]) -> set[str]:
-        return {case.name for case in cases}
-
-    existing = {
-        (stage, name) for stage, of in STAGES.items() for name in names(of(Setting("tiny", CPU)))
-    }
+    setting = Setting("tiny", CPU)
+    existing = {(stage, case.name) for stage, of in STAGES.items() for case in of(setting)}
     elsewhere = {  # where there is bf16, or a GPU
         ("train-step", "ResNet-50 bf16"),
         ("train-step", "ResNet-18 bf16"),

@@ -79,11 +79,11 @@ BAD_USAGE = {
     ),
     "an option of images": (
         ["detect", "{run}", "clip.mp4", "--out={new}", "--tile=64"],
-        "--tile is for images",
+        "--tile is for images and --engine ray, not for videos: leave it out",
     ),
     "an option that a collection has not": (
         ["detect", "{run}", "{data}", "--out={new}", "--engine=ray", "--format=csv"],
-        "--format is for images without --engine ray",
+        "--format is for images, not for --engine ray",
     ),
     "an overlap of nothing": (
         ["detect", "{run}", "{data}", "--out={new}", "--overlap=0.2"],
@@ -98,7 +98,7 @@ BAD_USAGE = {
 
 FAILED = {
     "no such data": (["train", "{new}"], "there is no such file or folder"),
-    "no labelled data": (["data", "check", "{empty}"], "Looked for"),
+    "no labelled data": (["data", "check", "{empty}"], "no labelled data found in 0 images"),
     "a split": (["evaluate", "{run}", "{data}", "--split", "tset"], "did you mean test?"),
     "no such model": (["evaluate", "{new}", "{data}"], "{new}"),
     "no such image": (["detect", "{run}", "{new}.jpg"], "there is no such file or folder"),

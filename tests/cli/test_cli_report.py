@@ -172,7 +172,7 @@ ERRORS = {
     "two gammas": (
         ["loss-distribution", "{run}", "{data}", "--gamma=1", "--gamma=1"], 2, "different"
     ),
-    "a size": (["loss-distribution", "{run}", "{data}", "--image-size=8"], 2, "--image-size"),
+    "a size": (["loss-distribution", "{run}", "{data}", "--image-size=8"], 2, "image_size"),
     "a scale": (["speed-accuracy", "{run}", "--data={data}", "--scale=16"], 2, "got 16"),
     "a run twice": (["speed-accuracy", "{run}", "{run}", "--data={data}"], 2, "given twice"),
     "rounds": (["speed-accuracy", "{run}", "--data={data}", "--rounds=0"], 2, "--rounds"),

@@ -57,7 +57,7 @@ def test_a_clip(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     ended = cli("detect", tiny_run, clip, "--out", out, "--every=2", "--batch-size=2", *QUICK)
     assert ended.code == 0, ended.err
     assert signal.getsignal(signal.SIGINT) is before
-    assert f"{clip}: 6 frames (3 searched), " in ended.out
+    assert f"{clip}: 6 frames (3 processed), " in ended.out
     assert f"in {out / 'clip.mp4'} and {out / 'clip.jsonl'}" in ended.out
     assert "torch on cpu, float32" in ended.err
     assert frames_of(out / "clip.mp4") == len(lines_of(out / "clip.jsonl")) == 6
@@ -101,7 +101,7 @@ def test_one_bad_clip_stops_no_other(cli: Cli, tiny_run: Path, tmp_path: Path) -
     out = tmp_path / "found"
     ended = cli("detect", tiny_run, bad, good, "--out", out, *QUICK)
     assert ended.code == 1
-    assert "1 clip could not be read:" in ended.err
+    assert "1 video could not be read:" in ended.err
     assert f"{bad}: not a video of any known format" in ended.err
     assert frames_of(out / "good.mp4") == 6
     ended = cli("detect", tiny_run, bad, good, "--out", out, "--json", *QUICK)
@@ -166,7 +166,7 @@ def test_broken_frames_are_counted_and_the_exit_code_is_1(
     clip.write_bytes(content)
     ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
     assert ended.code == 1
-    assert f"{clip}: 2 broken frames left out" in ended.err
+    assert f"{clip}: 2 broken frames skipped" in ended.err
     assert f"{clip}: 4 frames, " in ended.out
     assert frames_of(tmp_path / "found" / "clip.mp4") == 4
 
@@ -201,7 +201,7 @@ def test_clips_and_images_are_not_mixed(cli: Cli, tiny_run: Path, tmp_path: Path
     clip = write_clip(tmp_path / "clip.mp4")
     ended = cli("detect", tiny_run, clip, tmp_path / "a.jpg", "--out", tmp_path / "found", *QUICK)
     assert ended.code == 2
-    assert f"clips and images in one call ({tmp_path / 'a.jpg'} is no clip)" in ended.err
+    assert f"videos and images in one call: {tmp_path / 'a.jpg'} is no video" in ended.err
 
 
 def test_a_camera_that_is_not_there(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from retinanet.config import DataConfig
 from retinanet.data import Dataset, loading
 from retinanet.data.loading import BatchLoader
+from retinanet.structures import Batch
 
 MakeImage = Callable[..., Path]
 """The fixture ``image``: (path, (width, height), seed, **PIL's save options)."""
@@ -70,3 +73,28 @@ def train_loader(
     numbers = range(start_step, steps)
     config = DataConfig().model_copy(update=options)  # smaller images than a recipe may have
     return loading.train_loader(dataset, config, steps=numbers, **own)
+
+
+def training(dataset: Dataset, **changes: Any) -> list[Batch]:
+    """Batches of training with every augmentation."""
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "steps": 7,
+        "seed": 5,
+        "image_size": 32,
+        "max_size": 64,
+        "scale_jitter": (0.6, 1.6),
+        "crop": True,
+        "colour": 0.5,
+        "vertical_flip": 0.5,
+    }
+    return list(train_loader(dataset, **(options | changes)))
+
+
+def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
+    """Assert that two series of batches are equal in every bit."""
+    for batch, other in zip(first, second, strict=True):
+        for name in ("images", "sizes", "original_sizes", "indices"):
+            assert torch.equal(getattr(batch, name), getattr(other, name)), name
+        assert torch.equal(batch.targets.boxes, other.targets.boxes)
+        assert torch.equal(batch.targets.labels, other.targets.labels)

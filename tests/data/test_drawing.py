@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from retinanet.data import drawing
-from retinanet.data.drawing import PALETTE, draw_boxes, draw_grid
+from retinanet.data.drawing import PALETTE, draw_boxes
 from retinanet.structures import BACKGROUND, IGNORED
 
 
@@ -61,17 +61,6 @@ def test_colour_by_class_repeats() -> None:
     drawn = draw_boxes(grey(), boxes, [0, 2, 2 + len(PALETTE)])
     assert count(drawn, PALETTE[0]) > 0
     assert count(drawn, PALETTE[2]) > 1.8 * count(drawn, PALETTE[0])
-
-
-def test_caption_stands_above_the_box_on_the_class_colour() -> None:
-    box = [100, 100, 300, 300]
-    without = draw_boxes(grey(), [box], width=2)
-    drawn = draw_boxes(grey(), [box], [0], [0.5], ["cell"], width=2)
-    above = np.array(drawn)[:99] != np.array(without)[:99]
-    assert above.any()
-    assert (np.array(drawn)[:, 301:] == 100).all() or count(drawn, PALETTE[0]) > count(
-        without, PALETTE[0]
-    )
 
 
 def test_captions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,45 +158,3 @@ def test_palette_is_told_apart_by_the_colour_blind() -> None:
         for i in range(7):
             for j in range(i):
                 assert np.abs(seen[i] - seen[j]).max() > 25, (PALETTE[i], PALETTE[j])
-
-
-# --- grids -------------------------------------------------------------------------------------
-
-
-def test_grid_layout() -> None:
-    images = [
-        Image.new("RGB", size, colour)
-        for size, colour in (((20, 10), "red"), ((10, 30), "lime"), ((20, 8), "blue"))
-    ]
-    sheet = draw_grid(images, columns=2, gap=4)
-    # Columns of 20; rows of 30 and 8: 4 + 20 + 4 + 20 + 4, 4 + 30 + 4 + 8 + 4
-    assert sheet.size == (52, 50)
-    assert sheet.getpixel((4, 14)) == (255, 0, 0)  # in the middle of its row
-    assert sheet.getpixel((4, 13)) == (255, 255, 255)
-    assert sheet.getpixel((33, 4)) == (0, 255, 0)
-    assert sheet.getpixel((4, 38)) == (0, 0, 255)
-
-
-def test_grid_of_tensors_and_columns() -> None:
-    assert draw_grid([grey(10, 10)] * 9, gap=0).size == (30, 30)
-    assert draw_grid([grey(10, 10)] * 5, gap=0).size == (30, 20)
-    assert draw_grid([grey(10, 10)] * 2, gap=0, columns=8).size == (20, 10)
-
-
-def test_grid_captions_fit() -> None:
-    plain = draw_grid([grey(50, 100)] * 2, columns=2)
-    captioned = draw_grid([grey(50, 100)] * 2, columns=2, captions=["a", "long " * 50])
-    stacked = np.array(draw_grid([grey(50, 100)] * 2, columns=1, captions=["a", "b"], gap=6))
-    letters = len(stacked) - 3 * 6 - 2 * 50  # what two lines of captions are high
-    assert (stacked[6 + 50 + letters // 2 + 6 :][:50, 6:106] == 100).all()  # the second image
-    assert captioned.width == plain.width
-    assert captioned.height > plain.height
-    gap = np.array(captioned)[:, 106:112]  # between the cells
-    assert (gap == 255).all()
-
-
-def test_grid_of_nothing() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        draw_grid([])
-    with pytest.raises(ValueError, match="1 captions for 2 images"):
-        draw_grid([grey(5, 5)] * 2, captions=["a"])

@@ -66,31 +66,15 @@ def test_layouts(tmp_path: Path, make_image: MakeImage, label_file: str, image_f
     assert train.images[0].path.is_file()
 
 
-def test_image_of_the_own_split_is_preferred(tmp_path: Path, make_image: MakeImage) -> None:
-    for split in ("train", "val"):
-        make_image(tmp_path / split / "1.jpg")
-        write(tmp_path / f"{split}.json", coco_json([coco_image(1, "1.jpg")]))
-    splits = read_splits(tmp_path)
-    assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
-        "train": "train",
-        "val": "val",
-    }
-
-
 def test_file_name_with_folders_of_another_machine(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "images" / "a.jpg")
     make_image(tmp_path / "sub" / "b.jpg")
-    images = [coco_image(1, "/home/x/data/a.jpg"), coco_image(2, "sub/b.jpg"),
-              coco_image(3, "C:\\x\\a.jpg"), coco_image(4, "none.jpg")]  # fmt: skip
+    make_image(tmp_path / "images" / "c.jpg")
+    names = ("/home/x/data/a.jpg", "sub/b.jpg", "C:\\x\\c.jpg", "none.jpg")
+    images = [coco_image(number, name) for number, name in enumerate(names)]
     file = write(tmp_path / "train.json", coco_json(images))
-    found = [image.path for image in read_dataset(file, "all").images]
-    assert found[:3] == [
-        tmp_path / "images" / "a.jpg",
-        tmp_path / "sub" / "b.jpg",
-        tmp_path / "images" / "a.jpg",
-    ]
-    assert not found[3].exists()
-    assert found[3].name == "none.jpg"
+    found = [image.path.relative_to(tmp_path) for image in read_dataset(file, "all").images]
+    assert list(map(str, found)) == ["images/a.jpg", "sub/b.jpg", "images/c.jpg", "images/none.jpg"]
 
 
 def test_instances_win_over_captions(tmp_path: Path) -> None:
@@ -115,13 +99,6 @@ def test_labels_are_the_same_in_every_split(tmp_path: Path) -> None:
     write(tmp_path / "val.json", json.dumps(val))
     with pytest.raises(DataError, match=r"val.json: category 2 is 'other', but 'b' in another"):
         read_splits(tmp_path)
-
-
-def test_masks_are_kept_as_text(tmp_path: Path) -> None:
-    objects = [coco_object(1, 1, [0, 0, 5, 5], segmentation=[[0, 0.25, 5, 5, 0, 5]])]
-    write(tmp_path / "train.json", coco_json([coco_image(1, "a.jpg")], objects))
-    (one,) = read_dataset(tmp_path / "train.json", "all").images[0].annotations
-    assert one.extra == {"segmentation": "[[0,0.25,5,5,0,5]]"}
 
 
 @pytest.mark.parametrize(
@@ -153,9 +130,9 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, message: str) -> N
 
 def test_results_are_not_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "results.json", '[{"image_id": 1}]')
-    with pytest.raises(DataError, match="no labelled data found here"):
+    with pytest.raises(DataError, match="no labelled data found in"):
         read_dataset(file)
-    with pytest.raises(DataError, match="no coco data here"):
+    with pytest.raises(DataError, match="no coco data in"):
         read_dataset(file, format="coco")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_classes_csv_gives_ids(tmp_path: Path, make_image: MakeImage) -> None:
     assert (dataset.classes, dataset.category_ids) == (("dog", "cat"), (3, 7))
     (problem,) = dataset.problems
     assert (problem.kind, problem.object) == ("class-unknown", 1)
-    assert problem.reason == "line 2: a.jpg: class 'cow' is not one of 2 known"
+    assert problem.reason == "a.jpg: object 1: class 'cow' is not one of 2 known"
 
 
 def test_number_classes_are_ordered_as_numbers(tmp_path: Path, make_image: MakeImage) -> None:
@@ -121,13 +122,18 @@ def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "a,b,c\n1,2,3\n", "class,xmin,ymin,xmax,ymax\ncat,1,2,3,4\n"],
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("a,b,c\n1,2,3\n", "no column for the image; columns are a, b, c"),
+        ("class,xmin,ymin,xmax,ymax\ncat,1,2,3,4\n", "no column for the image"),
+        ("file,label\na.jpg,cat\n", "no column for the box; columns are file, label"),
+    ],
 )
-def test_other_tables_are_no_labelled_data(tmp_path: Path, text: str) -> None:
+def test_other_tables_are_no_labelled_data(tmp_path: Path, text: str, reason: str) -> None:
     file = write(tmp_path / "x.csv", text)
     for format_ in (None, "csv"):
-        with pytest.raises(DataError, match=r"CSV: a \.csv with columns for the image"):
+        with pytest.raises(DataError, match=re.escape(f"x.csv: {reason}")):
             read_dataset(file, format=format_)
 
 

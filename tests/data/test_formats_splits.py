@@ -115,7 +115,12 @@ def test_missing_splits_and_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as caught:
         read_dataset(tmp_path / "empty")
-    for what in ("COCO: a .json", "VOC: Annotations/*.xml", "YOLO: a data.yaml", "CSV: a .csv"):
+    for what in (
+        "COCO .json",
+        "Pascal VOC .xml",
+        "YOLO .txt or data.yaml",
+        "a table of boxes (.csv)",
+    ):
         assert what in str(caught.value)
     assert "\n" not in str(caught.value)
 

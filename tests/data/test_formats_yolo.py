@@ -123,20 +123,21 @@ def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None
     assert [a.id for a in dataset.images[0].annotations] == [0, 5]  # NaN is left to the check
     found = [(p.kind, p.file.name, p.object) for p in dataset.problems]
     assert found == [
+        ("image-missing", "gone.txt", None),
         ("label-unreadable", "a.txt", 1),
         ("label-unreadable", "a.txt", 2),
-        ("class-unknown", "a.txt", 3),
         ("label-unreadable", "a.txt", 4),
-        ("image-missing", "gone.txt", None),
+        ("class-unknown", "a.txt", 3),
     ]
-    assert dataset.problems[0].reason == (
+    reasons = [problem.reason for problem in dataset.problems]
+    assert reasons[:2] == [
+        "labels 1 objects, but has no image gone.*",
         "row 2 (0 0.5 0.5 0.1): 4 values, not 5 (class x y width height) or a class and 3 or more "
-        "points"
-    )
-    assert dataset.problems[1].reason.endswith("holds a word that is no number")
-    assert dataset.problems[2].reason == "row 4: class 5 is not one of 0 to 1"
-    assert dataset.problems[3].reason.endswith("class -1 is not a whole number from 0")
-    assert dataset.problems[4].reason == "labels 1 objects, but has no image gone.*"
+        "points",
+    ]
+    assert reasons[2].endswith("holds a word that is no number")
+    assert reasons[3].endswith("class -1 is not a whole number from 0")
+    assert reasons[4] == "a.jpg: object 3: class '5' is not one of 2 known"
 
 
 def test_boxes_of_an_unreadable_image_are_told(tmp_path: Path, make_image: MakeImage) -> None:

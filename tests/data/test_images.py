@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,8 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from retinanet.data import images
-from retinanet.data.images import (
-    image_size,
-    network_size,
-    pad_batch,
-    padding_colour,
-    read_image,
-    read_reduced,
-    resize_to,
-    stored_size,
-)
+from retinanet.data.image_files import image_size, network_size, stored_size
+from retinanet.data.images import pad_batch, padding_colour, read_image, read_reduced, resize_to
 from retinanet.data.windows import open_windows
 from retinanet.errors import ConfigError, ImageError
 
@@ -56,7 +50,7 @@ def with_orientation(value: int) -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize("quality", [30, 75, 100])
+@pytest.mark.parametrize("quality", [30, 100])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -98,25 +92,12 @@ def test_stored_size_unpacks_nothing(
     assert stored_size(data) == (40, 56)
 
 
-def test_stored_size_is_that_before_the_orientation(photo: Image.Image) -> None:
-    data = encoded(photo, "JPEG", exif=with_orientation(6))
-    assert stored_size(data) == (40, 56)
-    assert image_size(data) == (56, 40)
-
-
 def test_exif_orientation_turns_the_right_way() -> None:
     # 6: "the 0th row is the right-hand side": the image is to be turned clockwise.
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0] = 255  # top left on disk: top right when upright
     image = read_image(encoded(Image.fromarray(pixels), "PNG", exif=with_orientation(6)))
     assert image[0].tolist() == [[0, 255], [0, 0], [0, 0]]
-
-
-@pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_senseless_orientation_is_upright(photo: Image.Image, orientation: int) -> None:
-    data = encoded(photo, "JPEG", exif=with_orientation(orientation))
-    assert read_image(data).shape == (3, 40, 56)
-    assert image_size(data) == (40, 56)
 
 
 def test_broken_exif_warns_nobody(photo: Image.Image) -> None:
@@ -126,81 +107,43 @@ def test_broken_exif_warns_nobody(photo: Image.Image) -> None:
         assert read_image(data).shape == (3, 40, 56)
 
 
-def test_greyscale_has_three_equal_channels(photo: Image.Image) -> None:
-    image = read_image(encoded(photo.convert("L"), "PNG"))
-    expected = torch.from_numpy(np.array(photo.convert("L")))
-    assert all(torch.equal(channel, expected) for channel in image)
+GREY_ALPHA = np.array([[[100, 255], [100, 0]]], np.uint8)
+RGBA = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
 
 
-def test_one_bit() -> None:
-    img = Image.new("1", (3, 2), 0)
-    img.putpixel((2, 1), 1)
-    image = read_image(encoded(img, "PNG"))
-    assert image[1].tolist() == [[0, 0, 0], [0, 0, 255]]
+def two_colours(mode: str) -> Image.Image:
+    """Of 10, 20, 30 and 200, 100, 50; by a palette if `mode` is P."""
+    img = Image.new(mode, (2, 1), 0 if mode == "P" else (10, 20, 30))
+    if mode == "P":
+        img.putpalette([10, 20, 30, 200, 100, 50])
+    img.putpixel((1, 0), 1 if mode == "P" else (200, 100, 50))
+    return img
 
 
-def test_palette(photo: Image.Image) -> None:
-    img = photo.quantize(16)
-    image = read_image(encoded(img, "PNG"))
-    assert torch.equal(image, torch.from_numpy(np.array(img.convert("RGB"))).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("format_", ["PNG", "GIF"])
-def test_transparent_palette_entry_is_white(format_: str) -> None:
-    img = Image.new("P", (2, 1), 0)
-    img.putpalette([10, 20, 30, 200, 100, 50])
-    img.putpixel((1, 0), 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_image(encoded(img, format_, transparency=0))
-    assert image[:, 0, 0].tolist() == [255, 255, 255]
-    assert image[:, 0, 1].tolist() == [200, 100, 50]
-
-
-def test_transparent_bytes_of_a_palette_warn_nobody() -> None:
-    img = Image.new("P", (2, 1), 0)
-    img.putpalette([10, 20, 30, 200, 100, 50])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_image(encoded(img, "PNG", transparency=bytes([0, 255])))
-    assert image[:, 0, 0].tolist() == [255, 255, 255]
-
-
-def test_alpha_is_laid_over_white() -> None:
-    pixels = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
-    image = read_image(encoded(Image.fromarray(pixels), "PNG"))
-    # alpha 51 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204 = 204; 40 + 204 = 244
-    assert image[:, 0].T.tolist() == [[100, 0, 200], [255, 255, 255], [224, 204, 244]]
-
-
-def test_opaque_alpha_changes_nothing(photo: Image.Image) -> None:
-    data = encoded(photo.convert("RGBA"), "PNG")
-    assert torch.equal(read_image(data), by_pillow(encoded(photo, "PNG")))
-
-
-def test_grey_with_alpha() -> None:
-    pixels = np.array([[[100, 255], [100, 0]]], np.uint8)
-    image = read_image(encoded(Image.fromarray(pixels, "LA"), "PNG"))
-    assert image[0].tolist() == [[100, 255]]
-
-
-def test_transparent_colour_of_plain_rgb() -> None:
-    img = Image.new("RGB", (2, 1), (1, 2, 3))
-    img.putpixel((1, 0), (9, 9, 9))
-    image = read_image(encoded(img, "PNG", transparency=(1, 2, 3)))
-    assert image[:, 0].T.tolist() == [[255, 255, 255], [9, 9, 9]]
-
-
-@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_the_high_byte(format_: str) -> None:
-    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    image = read_image(encoded(Image.fromarray(values), format_))
-    assert image[0].tolist() == [[0, 0, 1, 128, 255]]
-
-
-def test_sixteen_bits_big_endian() -> None:
-    image = Image.frombytes("I;16B", (2, 1), bytes([0x80, 0x01, 0xFF, 0xFF]))
-    assert read_image(encoded(image, "TIFF"))[0].tolist() == [[128, 255]]
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("source", "format_", "options", "expected"),
+    [
+        (Image.fromarray(np.uint8([[7, 9]])), "PNG", {}, [[7] * 3, [9] * 3]),
+        (Image.fromarray(np.array([[True, False]])), "PNG", {}, [[255] * 3, [0] * 3]),
+        (two_colours("P"), "PNG", {}, [[10, 20, 30], [200, 100, 50]]),
+        (two_colours("P"), "PNG", {"transparency": 0}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("P"), "GIF", {"transparency": 0}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("P"), "PNG", {"transparency": b"\0\xff"}, [[255] * 3, [200, 100, 50]]),
+        (two_colours("RGB"), "PNG", {"transparency": (10, 20, 30)}, [[255] * 3, [200, 100, 50]]),
+        (Image.fromarray(GREY_ALPHA, "LA"), "PNG", {}, [[100] * 3, [255] * 3]),
+        # alpha 51 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204 = 204; 40 + 204 = 244
+        (Image.fromarray(RGBA), "PNG", {}, [[100, 0, 200], [255] * 3, [224, 204, 244]]),
+        # 16 bits: the high byte
+        (Image.fromarray(np.uint16([[255, 32768]])), "PNG", {}, [[0] * 3, [128] * 3]),
+        (Image.fromarray(np.uint16([[256, 65535]])), "TIFF", {}, [[1] * 3, [255] * 3]),
+        (Image.frombytes("I;16B", (2, 1), b"\x80\1\xff\xff"), "TIFF", {}, [[128] * 3, [255] * 3]),
+    ],
+)
+def test_read_image_of_every_mode_is_rgb(
+    source: Image.Image, format_: str, options: dict[str, Any], expected: list[list[int]]
+) -> None:
+    assert read_image(encoded(source, format_, **options))[:, 0].T.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -293,28 +236,6 @@ def test_cmyk_is_pillows(photo: Image.Image) -> None:
     assert (read_image(data).float() - original).abs().mean() < 6
 
 
-def test_content_tells_the_format(photo: Image.Image, tmp_path: Path) -> None:
-    file = tmp_path / "really_a_png.jpg"
-    file.write_bytes(encoded(photo, "PNG"))
-    assert torch.equal(read_image(file), by_pillow(encoded(photo, "PNG")))
-    assert image_size(file) == (40, 56)
-    other = tmp_path / "really_a_jpeg.png"
-    other.write_bytes(encoded(photo, "JPEG"))
-    assert torch.equal(read_image(str(other)), by_pillow(other))
-
-
-def test_first_image_of_an_animation() -> None:
-    frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_paths_with_any_letters(photo: Image.Image, tmp_path: Path) -> None:
-    file = tmp_path / "größe 图 (1).jpg"
-    photo.save(file)
-    assert read_image(file).shape == (3, 40, 56)
-
-
 # --- arrays, tensors, PIL images ---------------------------------------------------------------
 
 
@@ -401,33 +322,20 @@ def one_line(error: pytest.ExceptionInfo[ImageError]) -> str:
 
 
 @pytest.mark.parametrize("read", [read_image, image_size, stored_size])
-def test_missing_file(read: object, tmp_path: Path) -> None:
-    with pytest.raises(ImageError) as error:
-        read(tmp_path / "gone.jpg")  # type: ignore[operator]
-    assert one_line(error) == f"{tmp_path / 'gone.jpg'}: there is no such file"
-
-
-@pytest.mark.parametrize("read", [read_image, image_size, stored_size])
-def test_folder(read: object, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"cannot be read: .*[Dd]irectory"):
-        read(tmp_path)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("read", [read_image, image_size, stored_size])
-def test_no_image(read: object, tmp_path: Path) -> None:
-    file = tmp_path / "page.jpg"
-    file.write_text("<!DOCTYPE html>\n<html>")
-    with pytest.raises(ImageError) as error:
-        read(file)  # type: ignore[operator]
-    assert one_line(error).startswith(f"{file}: not an image of any known format")
-    assert "<!DOCTYPE html>" in one_line(error)
-
-
-def test_empty_file(tmp_path: Path) -> None:
-    file = tmp_path / "empty.png"
-    file.touch()
-    with pytest.raises(ImageError, match=r"empty\.png: .*\(it is empty\)"):
-        read_image(file)
+def test_files_that_are_no_images(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<!DOCTYPE html>\n<html>")
+    (tmp_path / "empty.png").touch()
+    for name, reason in (
+        ("gone.jpg", "there is no such file"),
+        ("", "cannot be read: Is a directory"),
+        ("page.jpg", r"not an image of any known format \(it begins with b'<!DOCTYPE html>"),
+        ("empty.png", r"not an image of any known format \(it is empty\)"),
+    ):
+        with pytest.raises(
+            ImageError, match=f"{re.escape(str(tmp_path / name))}: {reason}"
+        ) as error:
+            read(tmp_path / name)
+        one_line(error)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
@@ -439,13 +347,7 @@ def test_truncated(photo: Image.Image, tmp_path: Path, format_: str, share: floa
     with pytest.raises(ImageError) as error:
         read_image(file)
     assert str(file) in one_line(error)
-
-
-def test_truncated_jpeg_says_so(photo: Image.Image, tmp_path: Path) -> None:
-    file = tmp_path / "cut.jpg"
-    file.write_bytes(encoded(photo.resize((200, 200)), "JPEG")[:1500])
-    with pytest.raises(ImageError, match=r"cut\.jpg: cannot be read: image file is truncated"):
-        read_image(file)
+    assert format_ != "JPEG" or "cannot be read: image file is truncated" in one_line(error)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
@@ -454,7 +356,7 @@ def test_damage_raises_nothing_else(
 ) -> None:
     data = encoded(photo, format_)
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(30):
         broken = bytearray(data)
         for place in rng.integers(2, len(data), 4):
             broken[place] = int(rng.integers(0, 256))
@@ -541,18 +443,6 @@ def test_pixels_are_the_same_without_the_fast_decoder(
         read_image(data[:1000])
 
 
-def test_the_fast_decoder_takes_plain_jpegs(
-    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("Pillow was asked")
-
-    monkeypatch.setattr(images, "_by_pillow", never)
-    assert read_image(encoded(photo, "JPEG", exif=with_orientation(6))).shape == (3, 56, 40)
-    with pytest.raises(ImageError, match="Pillow was asked"):
-        read_image(encoded(photo.convert("CMYK"), "JPEG"))
-
-
 def test_orientation_in_xmp(photo: Image.Image) -> None:
     # As Lightroom writes it; Pillow reads it where EXIF has none.
     xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -583,17 +473,9 @@ def test_reduced_to_twice_the_wanted_size_at_least(height: int, width: int, fact
     assert pixels.stride()[0] == 1
 
 
-def test_only_jpegs_are_reduced(photo: Image.Image) -> None:
-    large = photo.resize((560, 400))
-    for source in (encoded(large, "PNG"), large, np.array(large), read_image(large)):
-        pixels, size = read_reduced(source, 20, 40)
-        assert tuple(pixels.shape) == (3, 400, 560)
-        assert size == (400, 560)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # the fast decoder, and Pillow
-@pytest.mark.parametrize(("height", "width"), [(400, 560), (405, 569), (403, 563)])
+@pytest.mark.parametrize(("height", "width"), [(400, 560), (403, 563)])
 def test_reduced_image_is_the_whole_oneresize_pixels(
     photo: Image.Image, orientation: int, mode: str, height: int, width: int
 ) -> None:
@@ -622,11 +504,6 @@ def test_reduced_image_has_no_margin(orientation: int) -> None:
     assert size == (512, 513)
     assert tuple(reduced.shape) == (3, 64, 64)
     assert (reduced[:, :, :31].float().mean() < 128) == (orientation == 1)
-
-
-def test_reduced_orientation_and_size_agree_with_image_size(photo: Image.Image) -> None:
-    data = encoded(photo.resize((560, 400)), "JPEG", exif=with_orientation(6))
-    assert read_reduced(data, 20, 40)[1] == image_size(data) == (560, 400)
 
 
 @pytest.mark.data
@@ -701,31 +578,6 @@ def test_pad_batch() -> None:
     expected[0, :, :33, :20] = 1
     expected[1, :, :10, :] = 2
     assert torch.equal(batch, expected)
-
-
-def test_shared_batch_is_the_same_and_crosses_to_another_process() -> None:
-    images = [torch.full((3, 33, 20), 1, dtype=torch.uint8)]
-    batch, _ = pad_batch(images, (9, 8, 7))
-    shared, _ = pad_batch(images, (9, 8, 7), shared=True)
-    assert shared.is_shared()
-    assert not batch.is_shared()
-    assert torch.equal(batch, shared)
-    assert batch.stride() == shared.stride()
-    assert shared.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_pad_batch_without_images() -> None:
-    with pytest.raises(ValueError, match="at least one image"):
-        pad_batch([])
-
-
-@pytest.mark.data
-def test_real_photos_are_pillows(real_data: Path) -> None:
-    files = sorted((real_data / "coco128").rglob("*.jpg"))[::16]
-    assert files
-    for file in files:
-        assert torch.equal(read_image(file), by_pillow(file)), file
-        assert image_size(file) == tuple(by_pillow(file).shape[-2:])
 
 
 def test_padding_colour_is_the_mean() -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import random
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,17 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_folders import train_loader
+from labelled_folders import assert_same, train_loader, training
 from PIL import Image
 
 from retinanet.data import loading
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.loading import (
-    default_workers,
-    eval_loader,
-    readable_part,
-    usable_cpus,
-)
+from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import DataError, ImageError
 from retinanet.structures import BACKGROUND, IGNORED, Batch
 
@@ -49,28 +45,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Ten small images of several sizes."""
     sizes = [(30 + 3 * i, 48 - 2 * i) for i in range(10)]
     return make_dataset(tmp_path_factory.mktemp("images"), sizes)
-
-
-def training(dataset: Dataset, **changes: Any) -> list[Batch]:
-    options: dict[str, Any] = {
-        "batch_size": 4,
-        "steps": 7,
-        "seed": 5,
-        "image_size": 32,
-        "max_size": 64,
-        "scale_jitter": (0.6, 1.6),
-        "crop": True,
-        "colour": 0.5,
-        "vertical_flip": 0.5,
-    }
-    return list(train_loader(dataset, **(options | changes)))
-
-
-def assert_same(first: Batch, second: Batch) -> None:
-    for name in ("images", "sizes", "original_sizes", "indices"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
-    assert torch.equal(first.targets.boxes, second.targets.boxes)
-    assert torch.equal(first.targets.labels, second.targets.labels)
 
 
 def images(batches: Iterable[Batch]) -> list[tuple[Any, ...]]:
@@ -138,73 +112,28 @@ def test_batches_of_workers_need_no_copy(
     assert batch.images.is_shared() == in_worker
 
 
-def test_a_worker_uses_one_thread() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        counts: list[Any] = list(
-            loading.BatchLoader(_Threads(), range(3), workers=1, num_images=3, on_unreadable=None)
-        )
-    finally:
-        torch.set_num_threads(before)
-    assert counts == [1, 1, 1]
-
-
-class _Threads(torch.utils.data.Dataset[int]):
-    """In place of a data set: says with how many threads its process computes."""
-
-    def __getitem__(self, place: int) -> tuple[int, tuple[()]]:
-        return torch.get_num_threads(), ()
-
-
 def test_same_seed_same_batches(dataset: Dataset) -> None:
-    first, second = training(dataset), training(dataset)
-    for one, other in zip(first, second, strict=True):
-        assert_same(one, other)
+    torch.manual_seed(0)
+    random.seed(0)
+    first = training(dataset)
+    torch.manual_seed(1)  # the global state plays no part
+    random.seed(1)
+    second = training(dataset)
+    assert_same(first, second)
     assert any(
         not torch.equal(one.indices, other.indices)
         for one, other in zip(first, training(dataset, seed=6), strict=True)
     )
 
 
-def test_global_random_state_plays_no_part(dataset: Dataset) -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    first = training(dataset, steps=2)
-    torch.manual_seed(1)
-    random.seed(1)
-    for one, other in zip(first, training(dataset, steps=2), strict=True):
-        assert_same(one, other)
-
-
-@pytest.mark.parametrize("start", [1, 3, 6])
-def test_resumed_loader_goes_on_where_it_stopped(dataset: Dataset, start: int) -> None:
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (0, 1), (3, 3)])
+def test_resumed_loader_goes_on_where_it_stopped(
+    dataset: Dataset, start: int, workers: int
+) -> None:
     whole = training(dataset, multi_scale=(24, 32, 40))
-    rest = training(dataset, start_step=start, multi_scale=(24, 32, 40))
+    rest = training(dataset, start_step=start, multi_scale=(24, 32, 40), workers=workers)
     assert len(rest) == 7 - start
-    for one, other in zip(whole[start:], rest, strict=True):
-        assert_same(one, other)
-
-
-def test_nothing_left_to_do(dataset: Dataset) -> None:
-    assert training(dataset, start_step=7) == []
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(dataset: Dataset, workers: int) -> None:
-    for one, other in zip(training(dataset), training(dataset, workers=workers), strict=True):
-        assert_same(one, other)
-
-
-@pytest.mark.slow
-def test_spawned_workers(dataset: Dataset) -> None:
-    loader = train_loader(
-        dataset, batch_size=4, steps=2, seed=5, image_size=32, max_size=64, workers=1
-    )
-    loader.multiprocessing_context = multiprocessing.get_context("spawn")
-    alone = train_loader(dataset, batch_size=4, steps=2, seed=5, image_size=32, max_size=64)
-    for one, other in zip(alone, loader, strict=True):
-        assert_same(one, other)
+    assert_same(whole[start:], rest)
 
 
 def test_each_epoch_holds_each_image_once(dataset: Dataset) -> None:
@@ -212,18 +141,8 @@ def test_each_epoch_holds_each_image_once(dataset: Dataset) -> None:
     epochs = [indices[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4  # in another order each time
-
-
-def test_batch_larger_than_the_data(dataset: Dataset) -> None:
-    (batch,) = training(dataset, batch_size=25, steps=1)
-    counts = Counter(batch.indices.tolist())
-    assert sum(counts.values()) == 25
-    assert set(counts.values()) == {2, 3}  # two epochs and a half
-
-
-def test_a_image_changes_from_epoch_to_epoch(dataset: Dataset) -> None:
-    seen = [one for one in images(training(dataset, steps=10)) if one[0] == 3]
-    assert len({str(one) for one in seen}) == len(seen) == 4
+    (batch,) = training(dataset, batch_size=25, steps=1)  # larger than the data
+    assert set(Counter(batch.indices.tolist()).values()) == {2, 3}  # two epochs and a half
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -252,27 +171,6 @@ def test_multi_scale_draws_a_side_a_step(dataset: Dataset) -> None:
     assert {int(side[0]) for side in sides} == {24, 40}
 
 
-def test_multi_scale_moves_the_longest_side(tmp_path: Path) -> None:
-    wide = make_dataset(tmp_path, [(20, 100)])
-    (batch,) = training(
-        wide, batch_size=1, steps=1, multi_scale=(16,), scale_jitter=(1, 1), crop=False
-    )
-    # Longest 64 at side 32 is 32 at side 16: 100 becomes 32, and 20 becomes 6.4.
-    assert batch.sizes.tolist() == [[6, 32]]
-
-
-def test_flip_and_boxes(dataset: Dataset) -> None:
-    plain = {"scale_jitter": (1, 1), "crop": False, "colour": 0.0, "vertical_flip": 0.0}
-    common = {"image_size": 30, "max_size": 1000, "steps": 3} | plain
-    left = training(dataset, horizontal_flip=0.0, **common)
-    right = training(dataset, horizontal_flip=1.0, **common)
-    for one, other in zip(images(left), images(right), strict=True):
-        assert one[:2] == other[:2]
-        for (x1, y1, x2, y2), flipped in zip(one[3], other[3], strict=True):
-            width = one[1][1]
-            assert flipped == pytest.approx([width - x2, y1, width - x1, y2], abs=1e-4)
-
-
 def test_labels_of_ignored_regions_and_faulty_boxes(tmp_path: Path) -> None:
     nan = float("nan")
     plain = make_dataset(tmp_path, [(40, 40)], objects=0)
@@ -294,12 +192,6 @@ def test_labels_of_ignored_regions_and_faulty_boxes(tmp_path: Path) -> None:
         [8, 8, 24, 24],
         [60, 60, 80, 80],
     ]
-
-
-def test_image_without_objects(tmp_path: Path) -> None:
-    background = make_dataset(tmp_path, [(40, 40)], objects=0)
-    (batch,) = training(background, batch_size=1, steps=1)
-    assert tuple(batch.targets.boxes.shape) == (1, 0, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -369,17 +261,18 @@ def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
     )
     assert [int(batch.indices[0]) for batch in loader] == [0, 1, 2, *range(4, 12)]
     assert reported == list(loader.unreadable) == [3]
-    kept, unreadable = readable_part(broken, image_size=32, max_size=64)
-    assert [image.id for image in kept.images] == [0, 1, 2, *range(4, 12)]
-    assert str(broken.images[3].path) in unreadable[3]
+    assert str(broken.images[3].path) in loader.unreadable[3]
 
 
 def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
     broken = make_dataset(tmp_path, [(40, 40)] * 12)
     for index in (3, 7):  # 2 of 12 are over a tenth
         broken.images[index].path.write_bytes(b"no image")
+    loader = eval_loader(
+        broken, batch_size=1, image_size=32, max_size=64, on_unreadable=lambda index, message: None
+    )
     with pytest.raises(DataError, match=r"too many unreadable images: 2 of 12, .*image 7"):
-        readable_part(broken, image_size=32, max_size=64)
+        list(loader)
     (one,) = make_dataset(tmp_path, [(40, 40)]).images
     one.path.write_bytes(b"no image")
     alone = dataclasses.replace(broken, images=(one,))
@@ -393,9 +286,6 @@ def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
         ("fork", "f()", 1),
         ("spawn", "f()", 0),
         ("spawn", "if __name__ == '__main__':\n    f()", 1),
-        ("forkserver", "import sys\nif 1: f()", 0),
-        ("spawn", "no Python (", 1),  # a launcher's binary
-        ("spawn", None, 1),  # an interactive session
     ],
 )
 def test_loader_without_main_guard_uses_no_spawned_workers(
@@ -403,22 +293,19 @@ def test_loader_without_main_guard_uses_no_spawned_workers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
-    script: str | None,
+    script: str,
     workers: int,
 ) -> None:
-    file = tmp_path / "script.py"
-    if script is not None:
-        file.write_text(script)
+    (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
-    monkeypatch.setattr(
-        sys.modules["__main__"], "__file__", None if script is None else str(file), raising=False
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader = eval_loader(dataset, batch_size=1, image_size=32, max_size=64, workers=1)
+    assert loader.num_workers == workers
+    assert ["put its code under if __name__" in str(w.message) for w in caught] == [True] * (
+        not workers
     )
-    options: dict[str, Any] = {"batch_size": 1, "image_size": 32, "max_size": 64, "workers": 1}
-    if workers:
-        assert eval_loader(dataset, **options).num_workers == 1
-    else:
-        with pytest.warns(UserWarning, match=r'put its code under if __name__ == "__main__":'):
-            assert eval_loader(dataset, **options).num_workers == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -444,12 +331,10 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
     annotations = tuple(Annotation((1.0, 2.0, 3.0, 4.0), 0) for _ in range(10))
     images = tuple(LabelledImage(tmp_path / f"größe {i}.jpg", i, annotations) for i in range(1000))
     many = Dataset(images, ("a",), (1,), "train", "coco", tmp_path)
-    images_ = loading._Images(many)
-    size = len(pickle.dumps(images_))
+    loader = eval_loader(many, batch_size=1, image_size=32, max_size=64)
+    size = len(pickle.dumps(loader.dataset))
     # Per object four float32 and an int64; per image a path, and two int64.
-    assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 5 + 16) + 4000
-    assert images_.path(999) == str(images[999].path)
-    assert images_.objects(999)[0].tolist() == [[1, 2, 3, 4]] * 10
+    assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 5 + 16) + 6000
 
 
 @pytest.mark.parametrize(
@@ -494,24 +379,6 @@ def test_default_workers(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == expected
-
-
-@pytest.mark.parametrize(
-    ("quota", "expected"), [("max 100000", 16), ("250000 100000", 2), ("50000 100000", 1), ("", 16)]
-)
-def test_container_limit(monkeypatch: pytest.MonkeyPatch, quota: str, expected: int) -> None:
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: quota)
-    assert usable_cpus() == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_pinned_memory(dataset: Dataset) -> None:
-    batch = training(dataset, steps=1)[0]
-    assert batch.images.is_pinned()
-    assert batch.targets.boxes.is_pinned()
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_any_corner_moves_images_and_boxes_together(dataset: Dataset) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from labelled_folders import train_loader
+from labelled_folders import assert_same, train_loader, training
 from PIL import Image
 
 from retinanet.data import Dataset, convert, read_dataset
@@ -22,7 +20,6 @@ from retinanet.data.archives import archive_of
 from retinanet.data.dataset import Annotation, LabelledImage
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError, ImageError
-from retinanet.structures import Batch
 
 COUNT = 23
 
@@ -50,31 +47,6 @@ def shards(folder: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     return replace(read_dataset(out, "all"), split="train")
 
 
-def training(dataset: Dataset, **changes: Any) -> list[Batch]:
-    options: dict[str, Any] = {
-        "batch_size": 4,
-        "steps": 7,
-        "seed": 5,
-        "image_size": 32,
-        "max_size": 64,
-        "scale_jitter": (0.6, 1.6),
-        "crop": True,
-        "colour": 0.5,
-        "vertical_flip": 0.5,
-        "any_corner": True,
-    }
-    return list(train_loader(dataset, **(options | changes)))
-
-
-def assert_same(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        for name in ("images", "sizes", "original_sizes", "indices"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
-        assert torch.equal(one.targets.boxes, other.targets.boxes)
-        assert torch.equal(one.targets.labels, other.targets.labels)
-
-
 def drawn(dataset: Dataset, world_size: int, batch_size: int, steps: int, **more: Any) -> list[Any]:
     """[rank][step]: the indices that a process meets."""
     return [
@@ -98,17 +70,6 @@ def test_batches_are_those_of_the_folder(folder: Dataset, shards: Dataset, worke
     )
 
 
-def test_the_loader_needs_no_index_in_its_workers(shards: Dataset, tmp_path: Path) -> None:
-    from retinanet.data import archives
-
-    loader = train_loader(shards, batch_size=4, steps=7, seed=5, image_size=32, max_size=64)
-    batches = pickle.loads(pickle.dumps(loader.dataset))
-    archives._contents.cache_clear()
-    batch, unreadable = batches[3]
-    assert (len(batch.images), unreadable) == (4, [])
-    assert archives._contents.cache_info().misses == 0
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_every_image_once_an_epoch_over_all_processes(
@@ -126,12 +87,6 @@ def test_every_image_once_an_epoch_over_all_processes(
     passes = [stream[epoch * COUNT : (epoch + 1) * COUNT] for epoch in range(epochs)]
     assert all(sorted(one) == list(range(COUNT)) for one in passes)
     assert len({tuple(one) for one in passes}) == epochs
-
-
-def test_two_processes_share_nothing_in_an_epoch(shards: Dataset) -> None:
-    # 22 of 23 images: 11 steps of one image each, all within epoch 0
-    first, second = (list(chain(*batches)) for batches in drawn(shards, 2, 1, 11))
-    assert len({*first, *second}) == 22
 
 
 def archive_numbers(dataset: Dataset, indices: list[int]) -> list[int]:
@@ -164,26 +119,6 @@ def test_a_process_reads_a_few_shards_of_its_own_at_a_time(
         assert met[0][:12] != sorted(met[0][:12], key=met[0].index)  # mixed within the window
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_pieces_are_those_of_the_processes_in_later_epochs_too(
-    shards: Dataset, world_size: int, batch_size: int
-) -> None:
-    steps = math.ceil(3 * COUNT / (world_size * batch_size))
-    by_rank = drawn(shards, world_size, batch_size, steps)
-    stream = [
-        (rank, index)
-        for of_step in zip(*by_rank, strict=True)
-        for rank, batch in enumerate(of_step)
-        for index in batch
-    ]
-    for epoch in range(3):
-        part = stream[epoch * COUNT : (epoch + 1) * COUNT]
-        numbers = archive_numbers(shards, [index for _, index in part])
-        met = {(rank, number) for (rank, _), number in zip(part, numbers, strict=True)}
-        assert len(met) <= 8 + world_size - 1
-
-
 def test_shards_come_in_another_order_each_epoch(shards: Dataset) -> None:
     (batches,) = drawn(shards, 1, 1, 2 * COUNT, shard_window=1)
     numbers = archive_numbers(shards, list(chain(*batches)))
@@ -200,16 +135,6 @@ def test_resumed_by_shards_as_if_never_stopped(shards: Dataset, workers: int) ->
     for start in (1, 5, 11):
         rest = training(shards, **options, start_step=start, workers=workers)
         assert_same(rest, whole[start:])
-
-
-def test_the_order_by_shards_depends_on_the_seed(shards: Dataset) -> None:
-    def order(seed: int, order: str = "shards") -> list[int]:
-        (batch,) = training(shards, order=order, seed=seed, steps=1, batch_size=COUNT)
-        return batch.indices.tolist()
-
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-    assert order(1) != order(1, "images")
 
 
 def test_images_outside_of_shards_are_refused(folder: Dataset, shards: Dataset) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 from PIL import Image
 
-from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits, write_fixed
+from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits
 from retinanet.data.formats import digest, find_format
 from retinanet.data.formats.webdataset import parse_shard_size
-from retinanet.data.images import image_size, read_image, read_reduced
+from retinanet.data.image_files import image_size
+from retinanet.data.images import read_image, read_reduced
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.inference.sources import find_sources, is_single
 
@@ -144,34 +144,22 @@ def test_the_index_is_that_of_the_tar(shards: Path) -> None:
             assert archives.digest_of(member.read()) == with_index.members[name].digest
 
 
-def test_coco_through_shards_loses_nothing(tmp_path: Path, source: Path, shards: Path) -> None:
-    written = convert(shards, tmp_path / "back", "coco")
-    assert written.lost == {}
-    before, after = read_splits(source), read_splits(tmp_path / "back")
-    through = read_splits(shards)
-    for name, dataset in before.items():
-        assert through[name].format == "webdataset"
-        for other in (through[name], after[name]):
-            assert (other.classes, other.category_ids, other.extra, other.split) == (
-                dataset.classes, dataset.category_ids, dataset.extra, dataset.split
-            )  # fmt: skip
-            assert other.problems == ()
-            for image, copied in zip(dataset.images, other.images, strict=True):
-                same = replace(copied, path=image.path, label_file=image.label_file)
-                annotations = tuple(
-                    replace(a, area=b.area if b.area is None else a.area)
-                    for a, b in zip(copied.annotations, image.annotations, strict=True)
-                )
-                assert replace(same, annotations=annotations) == image
-                assert archives.read_image_file(copied.path) == image.path.read_bytes()
-    names = [image.path.name for image in after["val"].images]
-    assert names == ["v_one.png", "v_one_2.png", "V.jpg"]  # a key has no dots
-
-
-def test_the_same_data_give_the_same_bytes(tmp_path: Path, source: Path, shards: Path) -> None:
-    convert(source, tmp_path / "again", "webdataset", shard_size="3")
-    for file in shards.iterdir():
-        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", (1000, None)),
+        ("256MB", (None, 256_000_000)),
+        ("1.5gb", (None, 1_500_000_000)),
+        ("20 KB", (None, 20_000)),
+        *((text, None) for text in ("0", "0MB", "many", "1.5", "-3", "10TB")),
+    ],
+)
+def test_parse_shard_size(text: str, size: Any) -> None:
+    if size is not None:
+        assert parse_shard_size(text) == size
+        return
+    with pytest.raises(ConfigError, match="is neither a number of samples"):
+        parse_shard_size(text)
 
 
 def test_shards_of_bytes(tmp_path: Path, source: Path) -> None:
@@ -187,60 +175,6 @@ def test_shards_of_bytes(tmp_path: Path, source: Path) -> None:
     assert digest(read_dataset(tmp_path / "small")) == digest(read_dataset(tmp_path / "one"))
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("1000", (1000, None)),
-        ("256MB", (None, 256_000_000)),
-        ("1.5gb", (None, 1_500_000_000)),
-        ("20 KB", (None, 20_000)),
-    ],
-)
-def test_shard_sizes(text: str, size: Any) -> None:
-    assert parse_shard_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["0", "0MB", "many", "1.5", "-3", "10TB"])
-def test_no_shard_sizes(tmp_path: Path, source: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="is neither a number of samples"):
-        convert(source, tmp_path / "out", "webdataset", shard_size=text)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
-
-
-def test_a_shard_size_for_a_format_without_shards(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"a shard size \(9\) is for webdataset; voc has no shards"
-    ):
-        convert(source, tmp_path / "out", "voc", shard_size="9")
-
-
-def test_a_image_listed_twice_is_two_samples(tmp_path: Path, source: Path) -> None:
-    dataset = read_dataset(source)
-    twice = replace(dataset, images=(dataset.images[0], replace(dataset.images[0], id=99)))
-    convert({"train": twice}, tmp_path / "out", "webdataset")
-    assert [(i.path.name, i.id) for i in read_dataset(tmp_path / "out", "all").images] == [
-        ("00.jpg", 0), ("00_2.jpg", 99)
-    ]  # fmt: skip
-
-
-def test_links_are_refused(tmp_path: Path, source: Path, shards: Path) -> None:
-    with pytest.raises(DataError, match="a symlink cannot be in a tar"):
-        convert(source, tmp_path / "out", "webdataset", images="symlink")
-    with pytest.raises(DataError, match=r"tar/\w+\.\w+: lies in an archive, so it can only be cop"):
-        convert(shards, tmp_path / "out", "coco", images="hardlink")
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        assert total == 11
-        if done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", "webdataset", shard_size="2", progress=stop)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
-
-
 # ---- reading in place
 
 
@@ -252,41 +186,6 @@ def test_images_are_those_of_the_folder(source: Path, shards: Path) -> None:
         assert image_size(other.path) == image_size(image.path)
         assert torch.equal(read_reduced(other.path, 16, 32)[0], read_reduced(image.path, 16, 32)[0])
     assert digest(read_dataset(shards)) == digest(read_dataset(source))
-
-
-def test_threads_read_side_by_side(shards: Path) -> None:
-    paths = [image.path for image in read_dataset(shards).images]
-    expected = {path: archives.read_image_file(path) for path in paths}
-    wrong: list[Path] = []
-
-    def read_all() -> None:
-        for path in paths * 20:
-            if archives.read_image_file(path) != expected[path]:
-                wrong.append(path)
-
-    threads = [threading.Thread(target=read_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-def test_check_and_fix_of_shards(tmp_path: Path, source: Path) -> None:
-    labels = json.loads((source / "train.json").read_text("utf-8"))
-    labels["annotations"][1]["bbox"] = [5, 5, 0, 9]
-    write(source / "train.json", json.dumps(labels))
-    convert(source, tmp_path / "shards", "webdataset", shard_size="3")
-    splits = read_splits(tmp_path / "shards")
-    report = check_datasets(splits)
-    (problem,) = report.problems
-    assert (problem.kind, str(problem.file)) == (
-        "box-empty", str(tmp_path / "shards" / "train-000000.tar" / "01.json")
-    )  # fmt: skip
-    write_fixed(splits, report, tmp_path / "fixed")
-    fixed = read_splits(tmp_path / "fixed")
-    assert {one.format for one in fixed.values()} == {"webdataset"}
-    assert check_datasets(fixed).problems == ()
 
 
 def test_a_single_shard(shards: Path) -> None:
@@ -395,8 +294,9 @@ def test_ids_make_the_classes_where_they_are_told(tmp_path: Path) -> None:
     assert [a.label for a in dataset.images[0].annotations] == [1, 0]
     other = label(CAT | {"category_id": 8})
     make_tar(tmp_path / "y.tar", [("b.jpg", jpeg()), ("b.json", other)])
-    with pytest.raises(DataError, match=r"y.tar.b.json: class 'cat' has the category_id 8, and 9"):
-        read_dataset(tmp_path, "all")
+    assert read_dataset(tmp_path, "all").problems[-1].reason == (
+        "object 0: class 'cat' has category_id 8, and 9 elsewhere"
+    )
 
 
 def test_splits_by_names_and_folders(tmp_path: Path) -> None:
@@ -446,7 +346,7 @@ def test_a_compressed_tar(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(DataError, match="compressed one must be uncompressed"):
         read_dataset(tmp_path / "x.tar", "all")
-    with pytest.raises(DataError, match=r"no labelled data found.*WebDataset: uncompressed"):
+    with pytest.raises(DataError, match=r"no labelled data found in 0 images, 1 .tar"):
         read_dataset(tmp_path, "all")
 
 
@@ -538,82 +438,56 @@ def test_a_broken_catalogue(shards: Path, change: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("files", "kind", "file", "reason"),
     [
-        ([("b.jpg", jpeg())], "label-missing", "b.jpg", "key 'b' has no .json"),
-        ([("b.json", label())], "image-missing", "b.json", "key 'b' has labels and no image"),
-        (
-            [("b.jpg", jpeg()), ("b.png", jpeg()), ("b.json", label())],
-            "key-duplicate", "b.jpg", "key 'b' has 2 images: b.jpg, b.png",
-        ),
-        (
-            [("a.jpg", jpeg())],
-            "key-duplicate", "a.jpg", "occurs more than once in its shard; the first is read",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", b"{")],
-            "label-unreadable", "b.json", "not JSON: Expecting property name",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", b'{"boxes": []}')],
-            "label-unreadable", "b.json", "has no list \"objects\" but keys ['boxes']",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", b"3")],
-            "label-unreadable", "b.json", 'has no list "objects" but 3',
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label(width="40"))],
-            "label-unreadable", "b.json", "\"width\" is not a whole number but '40'",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label(id=[1]))],
-            "label-unreadable", "b.json", '"id" is neither number nor text but [1]',
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label(extra=1))],
-            "label-unreadable", "b.json", '"extra" is no object but 1',
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label(id="a"))],
-            "image-id-duplicate", "b.json", "image id a belongs to",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label({"class": "cat"}))],
-            "box-not-a-number", "b.json", "object 0: box None is not 4 numbers",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label({"box": [1, 2, 3, 4]}))],
-            "class-unknown", "b.json", "object 0: class None with category_id None is none of the",
-        ),
-        (
-            [("b.jpg", jpeg()), ("b.json", label(CAT, 7))],
-            "label-unreadable", "b.json", 'object 1: is 7, not {"class": "cat", "box": [x1, y1',
-        ),
+        ({"b.jpg": jpeg()}, "label-missing", "b.jpg", "key 'b' has no .json"),
+        ({"b.json": label()}, "image-missing", "b.json", "key 'b' has labels and no image"),
+        ({"b.png": jpeg(), "b.jpg": jpeg()}, "key-duplicate", "b.png", "key 'b' has 2 images"),
+        ({"./a.jpg": jpeg()}, "key-duplicate", "a.jpg", "occurs more than once in its shard; the"),
     ],
-)  # fmt: skip
-def test_faults_of_a_sample(
-    tmp_path: Path, files: list[tuple[str, bytes]], kind: str, file: str, reason: str
+)
+def test_faults_of_a_shard(
+    tmp_path: Path, files: dict[str, bytes], kind: str, file: str, reason: str
 ) -> None:
     good = [("a.jpg", jpeg()), ("a.json", label(CAT))]
-    shard = make_tar(tmp_path / "x.tar", [*good, *files])
+    shard = make_tar(tmp_path / "x.tar", [*good, *files.items()])
     dataset = read_dataset(shard, "all")
-    assert dataset.images[0].path == shard / "a.jpg"
     (problem,) = dataset.problems
     assert (problem.kind, problem.file) == (kind, shard / file)
     assert problem.reason.startswith(reason)
     assert problem in check_datasets({"all": dataset}).problems
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "reason"),
+    [
+        (b"{", "label-unreadable", "not JSON: Expecting property name"),
+        (b'{"boxes": []}', "label-unreadable", "has no list \"objects\" but keys ['boxes']"),
+        (b"3", "label-unreadable", 'has no list "objects" but 3'),
+        (label(width="40"), "label-unreadable", "\"width\" is not a whole number but '40'"),
+        (label(id=[1]), "label-unreadable", '"id" is neither number nor text but [1]'),
+        (label(extra=1), "label-unreadable", '"extra" is no object but 1'),
+        (label({"class": "cat"}), "box-not-a-number", "object 0: box None is not 4 numbers"),
+        (label({"box": [1, 2, 3, 4]}), "class-unknown", "object 0: its class is None, not a name"),
+        (label(CAT, 7), "label-unreadable", 'object 1: is 7, not {"class": "cat", "box": [x1, y1'),
+    ],
+)
+def test_faults_of_a_sample(tmp_path: Path, text: bytes, kind: str, reason: str) -> None:
+    files = [("a.jpg", jpeg()), ("a.json", label(CAT)), ("b.jpg", jpeg()), ("b.json", text)]
+    shard = make_tar(tmp_path / "x.tar", files)
+    (problem,) = read_dataset(shard, "all").problems
+    assert (problem.kind, problem.file) == (kind, shard / "b.json")
+    assert problem.reason.startswith(reason)
+
+
 def test_a_class_that_contradicts_its_id(shards: Path) -> None:
     (shards / "val-000000.index.json").unlink()
-    thing = {"class": "cat", "category_id": 7, "box": [1, 2, 3, 4]}
-    files = [("a.jpg", jpeg()), ("a.json", label(thing, {"category_id": 7, "box": [1, 2, 3, 4]}))]
+    files = [("a.jpg", jpeg()), ("a.json", label(CAT | {"category_id": 7}, CAT))]
     make_tar(shards / "val-000000.tar", files)
     dataset = read_dataset(shards, "val")
     assert dataset.problems[-1].reason == (
-        "object 0: class 'cat' with category_id 7 is none of the 3 classes"
+        "object 0: class 'cat' has category_id 7, and 90 elsewhere"
     )
     (only,) = dataset.images[0].annotations
-    assert dataset.classes[only.label] == "traffic light"  # an id that is known is enough
+    assert dataset.classes[only.label] == "cat"
 
 
 def test_shards_of_another_layout(tmp_path: Path) -> None:
@@ -629,12 +503,6 @@ def test_shards_of_another_layout(tmp_path: Path) -> None:
     make_tar(tmp_path / "plain" / "x.tar", [("a.jpg", jpeg()), ("b.jpg", jpeg())])
     with pytest.raises(DataError, match="no labelled data found"):
         read_dataset(tmp_path / "plain", "all")
-
-
-def test_a_member_outside_of_the_archive(tmp_path: Path) -> None:
-    shard = make_tar(tmp_path / "x.tar", [("../a.jpg", jpeg()), ("../a.json", label())])
-    with pytest.raises(DataError, match=r"x.tar: '../a.jpg' would lie outside of it"):
-        read_dataset(shard, "all")
 
 
 # ---- remote
@@ -702,18 +570,6 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
 # ---- what others made
 
 
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_that_are_no_ascii(tmp_path: Path, form: int) -> None:
-    # Python's pax puts "caf?.jpg" into the header, Go's "caf.jpg".
-    keys = ("café", "日本" * 30)
-    files = [(f"{key}{end}", content) for key in keys
-             for end, content in ((".jpg", jpeg()), (".json", label(CAT)))]  # fmt: skip
-    make_tar(tmp_path / "train-0.tar", files, format=form)
-    images = read_dataset(tmp_path / "train-0.tar", "all").images
-    assert [image.path.stem for image in images] == list(keys)
-    assert all(archives.read_image_file(image.path) == jpeg() for image in images)
-
-
 @pytest.mark.parametrize(
     ("member", "reason"),
     [
@@ -730,13 +586,6 @@ def test_an_index_that_lies(tmp_path: Path, member: list[Any], reason: str) -> N
     told = {"bytes": tar.stat().st_size, "members": [[*member, ""]]}
     (tmp_path / "train-0.index.json").write_text(json.dumps(told))
     with pytest.raises(DataError, match=reason):
-        read_splits(tmp_path)
-
-
-def test_an_index_without_a_bottom(tmp_path: Path) -> None:
-    make_tar(tmp_path / "train-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
-    (tmp_path / "train-0.index.json").write_text('{"members":' + "[" * 100_000)
-    with pytest.raises(DataError, match="is no index of an archive"):
         read_splits(tmp_path)
 
 
@@ -767,14 +616,7 @@ def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
         make_tar(tmp_path / f"test-{number}.tar", files)
     dataset = read_dataset(tmp_path, "test")
     assert dataset.problems == ()
-    assert [image.id for image in dataset.images] == ["000", "test-1/000"]
-
-
-def test_shards_in_a_folder_named_as_a_tar(tmp_path: Path) -> None:
-    folder = tmp_path / "cells.tar"
-    make_tar(folder / "test-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
-    (image,) = read_dataset(folder, "test").images
-    assert archives.read_image_file(image.path) == jpeg()
+    assert [image.id for image in dataset.images] == ["000", "000-2"]
 
 
 def test_images_of_any_name_stay_samples(tmp_path: Path, make_image: MakeImage) -> None:
@@ -793,12 +635,3 @@ def test_images_of_any_name_stay_samples(tmp_path: Path, make_image: MakeImage) 
     )
     told = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members
     assert json.loads(told["caf\udce9.json"].read())["file_name"] == "caf\udce9.jpg"
-
-
-def test_an_index_that_takes_one_file_for_another(tmp_path: Path) -> None:
-    files = [("a.jpg", jpeg()), ("a.json", label(CAT)), ("b.jpg", jpeg()), ("b.json", label(CAT))]
-    tar = make_tar(tmp_path / "train-0.tar", files)
-    there = archives.contents_of(str(tar)).members
-    swapped = replace(there["a.jpg"], offset=there["b.jpg"].offset)
-    with pytest.raises(ImageError, match="is not at byte"):
-        swapped.read()

@@ -111,7 +111,7 @@ def test_a_number_that_is_not_one_is_refused() -> None:
         ([{**GOOD, "bbox": 5}], "bbox 5 is not"),
         ([GOOD, {**GOOD, "score": -math.inf}], "entry 1 .* is not a finite number"),
         ([{**GOOD, "score": "high"}], "score 'high' is not a number"),
-        ([{**GOOD, "score": None}], "is not a finite number"),
+        ([{**GOOD, "score": None}], "score None is not a number"),
         ([{**GOOD, "bbox": [1, 2, math.nan, 3]}], "entry 0 .* is not a finite number"),
         ([{**GOOD, "bbox": [9, 9, -3, 4]}], "has a negative size"),
         ({"images": [], "annotations": []}, "contains labels .* not results"),
@@ -147,40 +147,13 @@ def test_files_and_lists_are_read_alike(tmp_path: Path, order: Any) -> None:
     "change",
     [
         {"id": 7},  # another key
-        {"segmentation": [1, 2]},
         {"image_id": "0"},  # the name of an image
         {"bbox": ["1", "2", "3", "4"]},
     ],
 )
-@pytest.mark.parametrize("place", [0, 1])
-def test_other_files_are_read_row_by_row(
-    tmp_path: Path, change: dict[str, Any], place: int
-) -> None:
-    dataset = make_dataset([[], []])
-    rows = [dict(GOOD), dict(GOOD)]
-    rows[place] |= change
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(rows))
-    for source in (file, rows):
-        assert (Results.read(source, dataset).table() == [[11, 1, 2, 3, 4, 0.5, 3]] * 2).all()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5},]',
-        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}',
-        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
-        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": }]',
-        '[{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}, '
-        '{"image_id": 11, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5-7}]',
-    ],
-)
-def test_nearly_json(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "results.json"
-    file.write_text(text)
-    with pytest.raises(DataError, match=r"results\.json is not JSON"):
-        Results.read(file, make_dataset([[], []]))
+def test_read_accepts_unusual_rows(change: dict[str, Any]) -> None:
+    table = Results.read([GOOD | change], make_dataset([[], []])).table()
+    assert table.tolist() == [[11, 1, 2, 3, 4, 0.5, 3]]
 
 
 def test_numbers_that_are_names_of_other_images() -> None:

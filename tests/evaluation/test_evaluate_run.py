@@ -21,12 +21,12 @@ from retinanet.config import LossSettings
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.loading import eval_loader
-from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
+from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.predict import Predictions, group_by_size, run_inference
-from retinanet.evaluation.run import evaluate, evaluate_model, match_classes, write_results
-from retinanet.inference.backends import Network, build_network
+from retinanet.evaluation.run import evaluate, match_classes
+from retinanet.inference.backends import build_network
 from retinanet.inference.detector import Detector
 from retinanet.losses.detection import detection_losses
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
@@ -108,18 +108,27 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PLAIN: dict[str, Any] = {"device": "cpu", "precision": "float32"}
+
+
 @pytest.fixture
 def val(painted: Path) -> Dataset:
     return read_dataset(painted, "val")
 
 
-def painter_network() -> Network:
-    return build_network(Painter(), torch.device("cpu"))  # type: ignore[arg-type]
+def painter_checkpoint(
+    model: nn.Module, dataset: Dataset, *, image_size: int = 128, max_size: int = 256, **info: Any
+) -> Checkpoint:
+    ids = dataset.category_ids
+    return Checkpoint(model, dataset.classes, ids, image_size, max_size, info)  # type: ignore[arg-type]
 
 
 def eval_metrics(model: nn.Module, dataset: Dataset, **changes: Any) -> Metrics:
-    options: dict[str, Any] = {"image_size": 128, "max_size": 256, "batch_size": 3, "device": "cpu"}
-    return evaluate_model(model, dataset, **{**options, **changes})  # type: ignore[arg-type]
+    names = ("image_size", "max_size", "loss", "detect")
+    checkpoint = painter_checkpoint(
+        model, dataset, **{name: changes.pop(name) for name in names if name in changes}
+    )
+    return evaluate(checkpoint, dataset, **{"batch_size": 3, "workers": 0, **PLAIN, **changes})
 
 
 def predict(model: nn.Module, dataset: Dataset, **changes: Any) -> Predictions:
@@ -231,39 +240,43 @@ def test_ignored_and_impossible_objects_do_not_break_the_loss(val: Dataset) -> N
     assert (metrics.objects, metrics.left_out, metrics.ignored) == (3, 2, 1)
 
 
-def test_progress_mode_and_limit(val: Dataset) -> None:
+def test_progress_and_thresholds(val: Dataset) -> None:
     seen: list[tuple[int, int]] = []
-    model = Painter().train()
-    metrics = eval_metrics(model, val, progress=lambda done, of: seen.append((done, of)))
+    eval_metrics(Painter(), val, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(2, 4), (3, 4), (4, 4)]  # batches of one size: two wide, a tall, a square
-    assert model.training
-    assert metrics.max_detections == 100
-    assert eval_metrics(model, val, detections_per_image=300).max_detections == 100
-    assert eval_metrics(model, val, score_threshold=0.995).detections == 1  # sigmoid(6) is .998
+    assert eval_metrics(Painter(), val, score_threshold=0.995).detections == 1  # sigmoid(6) is .998
 
 
-def test_no_image_at_all(val: Dataset) -> None:
+def test_evaluate_without_an_image(val: Dataset) -> None:
     metrics = eval_metrics(Painter(), replace(val, images=()), loss={})
     assert np.isnan(metrics.ap)
     assert metrics.loss is None
 
 
-def test_a_image_that_cannot_be_read_is_named(val: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"tile": 64}])
+def test_evaluate_unreadable_images_are_left_out_and_named(
+    val: Dataset, tmp_path: Path, options: dict[str, Any]
+) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
-    dataset = replace(val, images=(*val.images, LabelledImage(broken, 7)))
-    model = Painter().train()
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        eval_metrics(model, dataset)
-    assert model.training
+    spoilt = replace(val.images[1], path=broken, id=7)
+    dataset = replace(val, images=(val.images[0], spoilt, *val.images[1:]))
+    metrics = eval_metrics(Painter(), dataset, out=tmp_path / "out", **options)
+    assert list(metrics.unreadable) == [str(broken)]
+    assert "broken.png" in metrics.unreadable[str(broken)]
+    without = eval_metrics(Painter(), val, **options)
+    assert (metrics.images, metrics.objects, metrics.ap) == (4, 9, without.ap)
+    stored = Metrics.from_dict(json.loads((tmp_path / "out" / "metrics.json").read_text()))
+    assert stored.unreadable == metrics.unreadable
+    many = replace(val, images=(spoilt, replace(spoilt, id=8), *val.images))
+    with pytest.raises(DataError, match="too many unreadable images: 2 of 6, the last"):
+        eval_metrics(Painter(), many, **options)
 
 
 def test_written_results_are_read_back_to_the_same_ap(
     val: Dataset, painted: Path, tmp_path: Path
 ) -> None:
-    predictions = run_inference(painter_network(), val, image_size=128, max_size=256)
-    metrics = eval_metrics(Painter(), val)
-    write_results(tmp_path, metrics, predictions.results)
+    metrics = eval_metrics(Painter(), val, out=tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "results.json"]
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {row["image_id"] for row in rows} == {100, 101, 102, 103}
@@ -284,9 +297,7 @@ def test_data_that_is_not_cocos_gets_its_labels_written(val: Dataset, tmp_path: 
         format="voc",
         images=tuple(replace(one, id=one.path.stem + "x") for one in val.images),
     )
-    predictions = run_inference(painter_network(), named, image_size=128, max_size=256)
-    metrics = eval_metrics(Painter(), named)
-    write_results(tmp_path, metrics, predictions.results)
+    metrics = eval_metrics(Painter(), named, out=tmp_path)
     truth = json.loads((tmp_path / "instances.json").read_text())
     rows = json.loads((tmp_path / "results.json").read_text())
     assert_same(metrics, pycocotools_numbers(truth, rows))
@@ -439,15 +450,12 @@ def square_finder(**detect: Any) -> Checkpoint:
     return Checkpoint(model, ("red", "green"), (1, 2), 192, 192, {"detect": detect})
 
 
-PLAIN: dict[str, Any] = {"device": "cpu", "precision": "float32"}
-
-
 def test_max_detections_default_is_raised_to_the_objects_of_an_image(crowded: Dataset) -> None:
     # 144 objects, all found exactly: with 100 detections recall is at most 100/144.
     for metrics in (
         evaluate(square_finder(), crowded, workers=0, **PLAIN),
         eval_metrics(
-            SquareFinder(), crowded, image_size=192, max_size=192, detections_per_image=100
+            SquareFinder(), crowded, image_size=192, max_size=192, detect={"topk_candidates": 100}
         ),
     ):
         assert (metrics.max_detections, metrics.detections) == (144, 144)

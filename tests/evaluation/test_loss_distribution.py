@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import test_evaluate_run
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from test_evaluate_run import tiny_checkpoint
 from torch import Tensor
@@ -22,17 +21,14 @@ from retinanet.anchors import level_anchors
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.inference.backends import Network, build_network
+from retinanet.inference.backends import Network
+from retinanet.inference.detector import Detector
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import save_checkpoint
 from retinanet.report.loss_distribution import (
-    MAX_KEY,
     LossDistribution,
-    Sampling,
-    _Sample,
     anchor_losses,
     cumulative_share,
-    distribution_of,
     loss_distribution,
 )
 from retinanet.structures import BACKGROUND, IGNORED, Outputs, flatten_levels
@@ -61,24 +57,24 @@ def share_by_loop(losses: Sequence[float], fraction: float) -> float:
     return held / sum(losses)
 
 
-def network_of(**changes: Any) -> Network:
-    model = tiny_checkpoint(**changes).model
+def detector_of(classes: tuple[str, ...] = ("red", "green", "blue"), **loss: Any) -> Detector:
+    checkpoint = tiny_checkpoint(classes, loss=loss)
     # Scores of a trained model, not those of the prior.
     with torch.no_grad():
-        model.class_head.last.weight.mul_(60)
-    return build_network(model, torch.device("cpu"), precision="float32")
+        checkpoint.model.class_head.last.weight.mul_(60)
+    return Detector(checkpoint, device="cpu", precision="float32")
 
 
-def measure(network: Network, dataset: Dataset, **changes: Any) -> LossDistribution:
-    options: dict[str, Any] = {"image_size": 64, "max_size": 96}
-    return distribution_of(network, dataset, **{**options, **changes})
+def measure(detector: Detector, dataset: Dataset, **changes: Any) -> LossDistribution:
+    return loss_distribution(detector, dataset, workers=0, **changes)
 
 
 def losses_by_loop(
-    network: Network, dataset: Dataset, gamma: float, **matching: Any
+    detector: Detector, dataset: Dataset, gamma: float, **matching: Any
 ) -> tuple[list[float], list[float], int]:
     """Losses of positives and of negatives, and how many anchors were ignored."""
-    model = network.model
+    model, network = detector.model, detector.network
+    assert isinstance(network, Network)
     positives, negatives, ignored = [], [], 0
     for batch in eval_loader(
         dataset, batch_size=1, image_size=64, max_size=96, fill=(124, 116, 104)
@@ -133,19 +129,16 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_distribution_against_loops(val: Dataset) -> None:
-    network = network_of()
-    found = measure(network, val, gammas=(0.0, 2.0))
+    detector = detector_of()
+    found = measure(detector, val, gammas=(0.0, 2.0))
     assert found.images == 4
     assert (found.source, found.split, found.classes) == (str(val.source), "val", 3)
-    for place, gamma in enumerate((0.0, 2.0)):
-        positives, negatives, ignored = losses_by_loop(network, val, gamma)
+    for i, gamma in enumerate((0.0, 2.0)):
+        positives, negatives, ignored = losses_by_loop(detector, val, gamma)
         assert found.positive_anchors == found.positives_taken == len(positives) > 0
         assert found.negative_anchors == found.negatives_taken == len(negatives)
         assert found.ignored_anchors == ignored > 0
-        for curve, losses in (
-            (found.positives[place], positives),
-            (found.negatives[place], negatives),
-        ):
+        for curve, losses in ((found.positives[i], positives), (found.negatives[i], negatives)):
             assert curve.gamma == gamma
             assert curve.mean == pytest.approx(sum(losses) / len(losses), rel=1e-4)
             for at in (0, 100, 400, 495, 500):
@@ -157,126 +150,73 @@ def test_distribution_against_loops(val: Dataset) -> None:
 
 
 def test_matching_is_that_of_the_checkpoint(val: Dataset) -> None:
-    network = network_of()
     rules = {"foreground_iou": 0.6, "background_iou": 0.3, "low_quality_matches": True}
-    found = measure(network, val, matching={**rules, "gamma": 2.0, "normalizer": "running"})
-    positives, negatives, ignored = losses_by_loop(network, val, 0.0, **rules)
+    detector = detector_of(**rules, gamma=2.0, normalizer="running")
+    found = measure(detector, val)
+    positives, negatives, ignored = losses_by_loop(detector, val, 0.0, **rules)
     assert (found.positive_anchors, found.negative_anchors, found.ignored_anchors) == (
         len(positives), len(negatives), ignored,
     )  # fmt: skip
-    assert (found.foreground_iou, found.background_iou, found.low_quality_matches) == (
-        0.6,
-        0.3,
-        True,
-    )
-    assert measure(network, val).positive_anchors != found.positive_anchors
+    assert {name: getattr(found, name) for name in rules} == rules
+    assert measure(detector_of(), val).positive_anchors != found.positive_anchors
 
 
 def test_classes_are_matched_by_name(val: Dataset) -> None:
-    # The data's labels in the order of the model, or in another order with the map to it.
-    network = network_of()
     turned = {0: 2, 1: 0, 2: 1}
-    other = replace(
-        val,
-        classes=("green", "blue", "red"),
-        images=tuple(
-            replace(
-                one,
-                annotations=tuple(replace(a, label=turned[a.label]) for a in one.annotations),
-            )
-            for one in val.images
-        ),
-    )
-    straight = measure(network, val)
-    assert measure(network, other, label_map=(2, 0, 1)).positives == straight.positives
-    assert measure(network, other).positives != straight.positives
+    images = [
+        replace(
+            image,
+            annotations=tuple(replace(a, label=turned[a.label]) for a in image.annotations),
+        )
+        for image in val.images
+    ]
+    other = replace(val, classes=("green", "blue", "red"), images=tuple(images))
+    straight = measure(detector_of(), val)
+    assert measure(detector_of(), other).positives == straight.positives
+    swapped = measure(detector_of(("green", "blue", "red")), val)
+    assert swapped.positives != straight.positives
 
 
-def test_sample_is_even_bounded_and_seeded(val: Dataset) -> None:
-    network = network_of()
-    every = measure(network, val)
-    some = measure(network, val, sampling=Sampling(10, 300))
-    assert some.positive_anchors == every.positive_anchors
-    assert some.negative_anchors == every.negative_anchors
-    assert every.positive_anchors > 10
-    assert (some.positives_taken, some.negatives_taken) == (10, 300)
-    assert some == measure(network, val, sampling=Sampling(10, 300))
-    other = measure(network, val, sampling=Sampling(10, 300, 1))
-    assert other.negatives != some.negatives
-    # A sample of half of them tells the same.
-    half = measure(network, val, sampling=Sampling(max_negatives=every.negative_anchors // 2 + 1))
-    for one, whole in zip(half.negatives, every.negatives, strict=True):
-        assert one.mean == pytest.approx(whole.mean, rel=0.2)
-
-
-def sample_of(most: int, keys: Sequence[NDArray[np.int32]]) -> _Sample:
-    """A sample of images, in which each anchor's loss is the number of its image."""
-    sample = _Sample(most)
-    for number, own in enumerate(keys):
-        own = own[own < sample.limit]
-        sample.add(own, np.full((len(own), 2), number, np.float32), len(keys[number]))
-    sample.losses()  # cuts it
-    return sample
-
-
-def test_sample_is_of_the_lowest_keys() -> None:
-    rng = np.random.default_rng(0)
-    sizes = (0, 7, 500, 30, 0, 900, 1, 250, 400)
-    keys = [rng.integers(MAX_KEY, size=size, dtype=np.int32) for size in sizes]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    in_order = owner[np.argsort(np.concatenate(keys))]
-    for most in (1, 2, 20, 299, 300, 2087, 2088, 2089, 10_000):
-        sample = sample_of(most, keys)
-        assert (sample.seen, sample.taken) == (2088, min(most, 2088))
-        for place in (0, 1):
-            assert sorted(sample.losses()[:, place]) == sorted(in_order[:most])
-
-
-def test_sample_of_equal_keys_is_not_empty() -> None:
-    # More anchors of one key than the sample holds, which halving or a bare limit would all drop.
-    for most in (1, 3, 4):
-        assert sample_of(most, [np.full(5, 9, np.int32)] * 6).taken == most
-        assert sample_of(most, [np.zeros(5, np.int32)] * 6).taken == most
-
-
-def test_every_image_gives_its_part(val: Dataset, tmp_path: Path) -> None:
-    # First empty images, of no loss, then crowded ones, of much: each kind gives half, though the
-    # sample is full before the first crowded one comes.
+def test_negatives_over_the_maximum_are_sampled_evenly(
+    val: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # First empty images, of no loss, then crowded images, of much: each kind gives half.
     images = []
     for name, colour in (("empty", 0), ("crowded", 255)):
         Image.new("RGB", (96, 64), (colour,) * 3).save(tmp_path / f"{name}.png")
         images += [replace(val.images[0], path=tmp_path / f"{name}.png")] * 6
-    network = network_of()
+    detector = detector_of()
+    network = detector.network
 
     def run(imgs: Tensor) -> Outputs:
-        outputs = network(imgs)
+        outputs = network(imgs)  # type: ignore[operator]
         score = 9.0 if imgs.float().mean() > 100 else -30.0
-        return Outputs(tuple(torch.full_like(one, score) for one in outputs.logits), outputs.deltas)
+        return Outputs(tuple(torch.full_like(x, score) for x in outputs.logits), outputs.deltas)
 
-    judge = Network(network.model, torch.device("cpu"), "float32", "torch", "by brightness", run)
-    for seed in range(4):
-        found = measure(
-            judge, replace(val, images=tuple(images)), sampling=Sampling(10**5, 600, seed)
-        )
-        assert found.negative_anchors > 4 * 600
-        assert found.negatives_taken == 600
-        # Each of the 3 classes of a crowded anchor costs log(1 + e^9) = 9.0001. Half of 600 is 300,
-        # give or take 12.
-        assert found.negatives[0].mean / (3 * 9.0001) == pytest.approx(0.5, abs=0.09)
-        # The hardest tenth are crowded ones, which are alike: a tenth of 600 over some 300.
-        assert found.negatives[0].hardest[0.1] == pytest.approx(0.2, abs=0.04)
+    detector.network = Network(
+        detector.model, torch.device("cpu"), "float32", "torch", "by brightness", run
+    )
+    monkeypatch.setattr("retinanet.report.loss_distribution.MAX_NEGATIVES", 1500)
+    found = measure(detector, replace(val, images=tuple(images)))
+    assert found.negative_anchors > 3 * 1500
+    assert found.negatives_taken == pytest.approx(1500, rel=0.1)
+    assert found.positives_taken == found.positive_anchors
+    # Each of the 3 classes of a crowded anchor costs log(1 + e^9) = 9.0001.
+    assert found.negatives[0].mean / (3 * 9.0001) == pytest.approx(0.5, abs=0.05)
+    # The hardest tenth are of crowded images, whose anchors are alike: a tenth over a half.
+    assert found.negatives[0].hardest[0.1] == pytest.approx(0.2, abs=0.02)
 
 
 def test_focal_loss_moves_the_loss_to_the_hard(val: Dataset) -> None:
     # Sec. 5.1: as gamma rises the negatives' loss concentrates on the hard ones.
-    found = measure(network_of(), val)
-    shares = [one.hardest[0.1] for one in found.negatives]
+    found = measure(detector_of(), val)
+    shares = [curve.hardest[0.1] for curve in found.negatives]
     assert shares == sorted(shares)
     assert shares[-1] > shares[0]
 
 
 def test_as_json(val: Dataset) -> None:
-    found = measure(network_of(), val, gammas=(2.0,))
+    found = measure(detector_of(), val, gammas=(2.0,))
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["positives"][0]["hardest"].keys() == {"0.01", "0.1", "0.2"}
     assert len(values["negatives"][0]["cumulative"]) == 501
@@ -311,35 +251,33 @@ def test_of_a_run_folder(painted: Path, tmp_path: Path) -> None:
     assert larger.negative_anchors > 2 * found.negative_anchors
 
 
-def test_what_is_refused(val: Dataset, painted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = network_of()
-    nothing = replace(val, images=tuple(replace(one, annotations=()) for one in val.images))
+def test_loss_distribution_invalid_input_is_an_error(
+    val: Dataset, painted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = replace(val, images=tuple(replace(image, annotations=()) for image in val.images))
     with pytest.raises(DataError, match=r"split 'val'.*no anchor matches an object"):
-        measure(network, nothing)
+        measure(detector_of(), nothing)
     with monkeypatch.context() as patch:
         patch.setattr(
             "retinanet.report.loss_distribution.match_anchors",
             lambda anchors, *_, **__: torch.zeros(1, len(anchors), dtype=torch.int64),
         )
         with pytest.raises(DataError, match="no anchor is background"):
-            measure(network, val)
-    for gammas, said in (
+            measure(detector_of(), val)
+    for gammas, message in (
         ((), "one or more"),
         ((1.0, 1.0), "different numbers"),
         ((-0.5,), "got -0.5"),
         ((math.nan,), "got nan"),
         ((math.inf,), "got inf"),
     ):
-        with pytest.raises(ConfigError, match=said):
-            loss_distribution(tiny_checkpoint(), val, gammas=gammas, device="cpu")
-    with pytest.raises(ConfigError, match="one anchor or more"):
-        measure(network, val, sampling=Sampling(max_negatives=0))
+        with pytest.raises(ConfigError, match=message):
+            measure(detector_of(), val, gammas=gammas)
     with pytest.raises(DataError, match="no split 'tset'"):
         loss_distribution(tiny_checkpoint(), painted, split="tset", device="cpu")
     with pytest.raises(WeightsError, match="'blue'"):
         loss_distribution(tiny_checkpoint(("red", "green")), val, device="cpu")
-    with torch.no_grad():
-        network.model.class_head.last.bias.fill_(math.nan)  # type: ignore[union-attr]
-    broken = build_network(network.model, torch.device("cpu"), precision="float32")
+    broken = tiny_checkpoint()
+    torch.nn.init.constant_(broken.model.class_head.last.bias, math.nan)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="scores of the model are NaN or Inf"):
-        measure(broken, val)
+        loss_distribution(broken, val, workers=0, device="cpu", precision="float32")

@@ -184,7 +184,7 @@ def test_nms_threshold(detector: Detector) -> None:
         ({"nms_threshold": 0}, "detect.nms_threshold"),
         ({"detections_per_image": 0}, "detect.detections_per_image"),
         ({"topk_candidates": 0}, "detect.topk_candidates"),
-        ({"score_treshold": 0.5}, "no setting .*did you mean detect.score_threshold"),
+        ({"score_treshold": 0.5}, "unknown setting .*did you mean detect.score_threshold"),
         ({"image_size": 8}, "data.image_size"),
         ({"max_size": 8}, "data.max_size"),
         ({"precision": "half"}, "precision 'half'"),
@@ -210,7 +210,7 @@ def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in this folder"):
         detector.detect(tmp_path / "empty")
-    with pytest.raises(DataError, match="cannot search a float"):
+    with pytest.raises(DataError, match="unknown type of source: float"):
         detector.detect(1.5)
     broken = folder / "broken.png"
     broken.write_bytes((folder / "a.png").read_bytes()[:60])

@@ -33,7 +33,7 @@ def rival_recipe(*settings: str) -> Recipe:
 
 def tiny_rival(name: str, *settings: str, classes: int = 3) -> RivalNetwork:
     torch.manual_seed(0)
-    return build_rival(name, rival_recipe(*settings), classes)
+    return build_rival(name, rival_recipe(*settings), [f"class {k}" for k in range(classes)])
 
 
 def batch_of(
@@ -52,7 +52,7 @@ def batch_of(
     )
     sizes = torch.tensor([[height, width]] * len(boxes))
     targets = pad_targets(
-        [torch.tensor(one).reshape(-1, 4) for one in boxes],
-        [torch.tensor(one, dtype=torch.int64) for one in labels],
+        [torch.tensor(of_image).reshape(-1, 4) for of_image in boxes],
+        [torch.tensor(of_image, dtype=torch.int64) for of_image in labels],
     )
     return Batch(images, targets, sizes, sizes.clone(), torch.arange(len(boxes)))

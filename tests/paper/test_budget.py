@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 
 from retinanet.config import load_recipe
-from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.paper import budget
-from retinanet.paper.budget import Pace, estimate_seconds, measure_paces, steps_for, with_budget
-from retinanet.paper.plan import Plan, Settings, Training, read_data
+from retinanet.paper.budget import Pace, estimate_seconds, measure_paces, steps_for
+from retinanet.paper.plan import Plan, Training
 from retinanet.paper.run import Workers
-from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 
 
 def test_estimate_counts_rounds_of_average_trainings() -> None:
-    # 10 steps take 10, 4 and 6 s, and one has 2 s more: 22 / 3 s on average, two rounds of that.
+    # 10 steps take 10, 4 and 6 s, and one training has 2 s more: 22 / 3 s on average, two rounds.
     paces = [Pace(1.0, 0.0), Pace(0.4, 0.0), Pace(0.6, 2.0)]
     assert estimate_seconds(10, paces, 2) == pytest.approx(2 * 22 / 3)
     assert estimate_seconds(10, paces, 1) == pytest.approx(22)
@@ -33,23 +31,11 @@ def test_steps_for_is_the_inverse_of_the_estimate() -> None:
     assert estimate_seconds(30, paces, 1) == 160
 
 
-def test_budget_too_small_names_a_sufficient_one() -> None:
+def test_budget_too_small_names_a_sufficient_budget() -> None:
     # 5 rounds of 40 s and 20 steps of half a second: 250 s, rounded up to minutes.
     with pytest.raises(ConfigError, match=r"too small for 10 trainings.*--budget 5min"):
         steps_for(249, [Pace(0.5, 40)] * 10, 2)
     assert steps_for(250, [Pace(0.5, 40)] * 10, 2) == 20
-
-
-def test_budget_too_small_for_any_machine_is_rejected_before_measuring(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(budget, "measure_paces", lambda *_: pytest.fail("measured"))
-    synthetic_dataset(tmp_path / "d", splits={"train": 4, "val": 2}, image_size=64, empty=0.0)
-    sizes = ("anchors.sizes=[16,32,64,128,256]",)
-    settings = Settings(tmp_path / "d", image_size=64, overrides=sizes)
-    workers = Workers(tmp_path / "d", tmp_path, 2, "cpu")
-    with pytest.raises(ConfigError, match="a budget of 5 s is too small for 4 trainings"):
-        with_budget(5, [EXPERIMENTS["table3"]], None, settings, workers, read_data(settings))
 
 
 def training(name: str, *overrides: str, rival: str = "") -> Training:
@@ -67,7 +53,7 @@ def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
             seconds = probe.recipe.data.image_size / 100 + (1 if probe.rival else 0)
             lines = [json.dumps({"step": step, "seconds": seconds}) for step in range(12)]
             (folder / "log.jsonl").write_text("\n".join(lines), "utf-8")
-        result = Result("done", 12, 1.0, {"images": 20, "images_per_second": 10.0})
+        result = Result("done", 12, {"images": 20, "images_per_second": 10.0})
         return {probe.key: result for probe in plan.trainings}
 
     monkeypatch.setattr(budget, "run_plan", pretend)
@@ -85,9 +71,8 @@ def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len({pace.overhead for pace in paces}) == 1
     assert paces[0].overhead > 2.0  # 20 images at 10 per second, and the start
     # Three kinds, and a fourth so that as many jobs run as there will be.
-    assert len(probes) == 4
+    assert len({probe.name for probe in probes}) == len(probes) == 4
     assert all(probe.recipe.train.steps == 12 for probe in probes)
-    assert len({probe.name for probe in probes}) == 4
     assert [*tmp_path.glob(".pace*")] == []
 
 

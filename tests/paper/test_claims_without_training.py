@@ -51,7 +51,7 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
     The paper's loss, heads (four convolutions and the last), initial weights, SGD, learning rate
     and momentum, on an image of 3,069 anchors, of which about 100 are assigned to an object: far
     fewer negatives to a positive than in the paper, so that divergence is not made easier. Other
-    than there: one image a step, a ResNet-18 from nothing (group norm) and 64 channels.
+    than there: one image per step, a ResNet-18 from nothing (group norm) and 64 channels.
     """
     recipe = load_recipe("paper_1x", ["loss.classification=cross_entropy", "loss.alpha=none"])
     torch.manual_seed(seed)
@@ -84,13 +84,7 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
 def paper_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
     train = recipe.train
     assert (train.optimizer, train.lr, train.momentum) == ("sgd", 0.01, 0.9)  # Sec. 4.1
-    return build_optimizer(
-        model,
-        optimizer=train.optimizer,
-        lr=train.lr,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-    )
+    return build_optimizer(model, train)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +23,9 @@ from retinanet.model.backbone import build_backbone
 from retinanet.paper import rivals
 from retinanet.paper.rivals import (
     RIVALS,
-    RivalInfo,
     RivalNetwork,
     as_torchvision,
-    build_rival,
+    check_rival,
     load_rival,
     write_rival,
 )
@@ -49,11 +48,9 @@ class _Maps(nn.Module):
 
 
 def reference_of(network: RivalNetwork) -> nn.Module:
-    """Build torchvision's detector for images of 64 px in 0..1, with the same weights."""
-    pixels = {
-        "image_mean": (network.pixel_mean.flatten() / 255).tolist(),
-        "image_std": (network.pixel_std.flatten() / 255).tolist(),
-    }
+    """Build torchvision's detector for images of 64 px in 0..255, with the same weights."""
+    spec = network.settings.spec
+    pixels = {"image_mean": spec.pixel_mean, "image_std": spec.pixel_std}
     if network.settings.rival == "faster_rcnn":
         sizes = ((8,), (16,), (32,), (64,), (128,))
         reference = FasterRCNN(
@@ -82,12 +79,13 @@ def reference_of(network: RivalNetwork) -> nn.Module:
 def test_losses_equal_torchvisions(name: str) -> None:
     network = tiny_rival(name).train()
     reference = reference_of(network).train()
+    reference.transform.torch_choice = max  # draws no random number for the only scale
     batch = batch_of()
     torch.manual_seed(5)
     losses = network.losses(batch)
     torch.manual_seed(5)
     expected = reference(
-        list(batch.images.float() / 255),
+        list(batch.images.float()),
         [
             {"boxes": torch.tensor([[4.0, 6, 24, 30], [30, 30, 60, 62]]),
              "labels": torch.tensor([1, 3])},
@@ -95,9 +93,8 @@ def test_losses_equal_torchvisions(name: str) -> None:
         ],
     )  # fmt: skip
     box = sum(loss for key, loss in expected.items() if "box" in key)
-    # Pixels of 0..255 and of 0..1 are rounded differently.
-    torch.testing.assert_close(losses.box, box, rtol=1e-3, atol=0)
-    torch.testing.assert_close(losses.total, sum(expected.values()), rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses.box, box, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.total, sum(expected.values()), rtol=1e-5, atol=0)
     assert losses.foreground.tolist() == [2, 1]
 
 
@@ -108,11 +105,11 @@ def test_detections_equal_torchvisions(name: str) -> None:
     batch = batch_of()
     found = network.detect(batch)
     with torch.inference_mode():
-        expected = reference(list(batch.images.float() / 255))
+        expected = reference(list(batch.images.float()))
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours) > 10
-        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(ours.boxes, theirs["boxes"])
+        torch.testing.assert_close(ours.scores, theirs["scores"])
         torch.testing.assert_close(ours.labels, theirs["labels"] - 1)
 
 
@@ -148,9 +145,9 @@ def test_bfloat16_moves_no_anchor_and_gives_finite_gradients(name: str) -> None:
     batch = batch_of(64, 320, ((), ((270.0, 8.0, 300.0, 36.0),)), ((), (1,)))
     torch.manual_seed(3)
     exact = network.losses(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.manual_seed(3)
-        rough = network.losses(batch)
+    torch.manual_seed(3)
+    rough = network.losses(batch, "bf16")
+    assert rough.total != exact.total
     assert rough.total.dtype == torch.float32
     torch.testing.assert_close(rough.total, exact.total, rtol=0.1, atol=0)
     rough.total.backward()
@@ -163,27 +160,17 @@ def outputs_of(network: RivalNetwork, part: nn.Module, height: int, width: int, 
     hook = part.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     sizes = torch.tensor([[size, size], [height, width]])
     batch = dataclasses.replace(batch_of(height, width, ((), ()), ((), ())), sizes=sizes)
-    network.eval().detect(batch)
+    network.eval().detect(batch, "bf16")
     hook.remove()
     return outputs[0]
-
-
-def test_faster_rcnn_outputs_are_float32_under_autocast() -> None:
-    network = tiny_rival("faster_rcnn")
-    detector = network.detector
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, deltas = outputs_of(network, detector.rpn.head, 64, 64, 64)
-        last = outputs_of(network, detector.roi_heads.box_predictor, 64, 64, 64)
-    assert {output.dtype for output in (*logits, *deltas, *last)} == {torch.float32}
 
 
 def test_faster_rcnn_anchors_are_one_level_below_retinanets() -> None:
     network = tiny_rival("faster_rcnn")
     assert network.settings.sizes == (8, 16, 32, 64, 128)
-    with torch.autocast("cpu", torch.bfloat16):
-        anchors, _ = outputs_of(network, network.detector.rpn.anchor_generator, 64, 288, 64)
+    anchors, _ = outputs_of(network, network.detector.rpn.anchor_generator, 64, 288, 64)
     assert anchors.dtype == torch.float32
-    # 16 x 72 cells at P2: the last one has its corner at (284, 60), its square anchor 8 px.
+    # 16 x 72 cells at P2: the last has its corner at (284, 60), its square anchor 8 px.
     assert anchors[16 * 72 * 3 - 2].tolist() == [280, 56, 288, 64]
 
 
@@ -220,23 +207,13 @@ def test_ssd512_strides_and_scales() -> None:
     assert rivals.ssd_scales(7, 32 / 600) == pytest.approx(published)
 
 
-@pytest.mark.parametrize(
-    ("side", "coarsest"), [(32, 32), (64, 64), (192, 256), (384, 512), (600, 1024), (800, 1024)]
-)
+@pytest.mark.parametrize(("side", "coarsest"), [(32, 32), (192, 256), (600, 1024)])
 def test_ssd_coarsest_level_is_one_cell(side: int, coarsest: int) -> None:
     assert rivals.ssd_strides(side)[-1] == coarsest
 
 
-@pytest.mark.parametrize(("side", "smallest"), [(600, 32), (384, 32), (128, 16), (64, 32)])
-def test_ssd_smallest_box_follows_retinanets_smallest_anchor(side: int, smallest: int) -> None:
-    scales = rivals.ssd_scales(5, smallest / side)
-    assert scales[0] * side == pytest.approx(0.75 * smallest)
-    assert scales == sorted(scales)
-    assert scales[-2:] == [0.9, 1.06]
-
-
 @pytest.mark.parametrize("sizes", ["[8, 16, 32, 64, 128]", "none"])
-@pytest.mark.parametrize("side", [128, 192, 320, 500])
+@pytest.mark.parametrize("side", [128, 192, 500])
 def test_ssd_default_boxes_are_centred_in_the_image_and_cover_it(side: int, sizes: str) -> None:
     network = tiny_ssd(side, sizes)
     padded = -(-side // 32) * 32
@@ -275,11 +252,11 @@ def test_ssd_default_boxes_by_hand_do_not_depend_on_padding() -> None:
 def test_boxes_are_in_pixels_of_the_original(name: str) -> None:
     network = tiny_rival(name).eval()
     batch = batch_of()
-    (one, _) = network.detect(batch)
+    (plain, _) = network.detect(batch)
     enlarged = dataclasses.replace(batch, original_sizes=torch.tensor([[128, 192], [64, 64]]))
-    (two, _) = network.detect(enlarged)
-    torch.testing.assert_close(two.boxes, one.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0]))
-    assert (one.scores.diff() <= 0).all()
+    (large, _) = network.detect(enlarged)
+    torch.testing.assert_close(large.boxes, plain.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0]))
+    assert (plain.scores.diff() <= 0).all()
     padded = dataclasses.replace(batch, sizes=torch.tensor([[40, 50], [64, 64]]))
     boxes = network.detect(dataclasses.replace(padded, original_sizes=padded.sizes))[0].boxes
     assert boxes[:, 2].max() <= 50
@@ -300,13 +277,13 @@ def test_detections_follow_the_recipe_and_labels_count_from_0(name: str) -> None
         biases = [detector.roi_heads.box_predictor.cls_score.bias]
     else:
         assert detector.topk_candidates == 50
-        biases = [one.bias for one in detector.head.classification_head.module_list]
+        biases = [layer.bias for layer in detector.head.classification_head.module_list]
     with torch.no_grad():
         for bias in biases:
             bias.view(-1, 4)[:, 2] += 50  # background and three classes: the second of these
     found = network.detect(batch_of())
-    assert {label for one in found for label in one.labels.tolist()} == {1}
-    assert all(len(one) == 7 for one in found)
+    assert {label for image in found for label in image.labels.tolist()} == {1}
+    assert [len(image) for image in found] == [7, 7]
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -317,15 +294,14 @@ def test_backbone_has_weights_frozen_stages_and_pixels_of_the_file(
     given = build_backbone("resnet18", norm="frozen").state_dict()
     file = tmp_path / "weights.safetensors"
     metadata = {"input": "RGB, (x - 127.5) / 127.5", "padding": "SAME"}
-    save_file({key: one.clone() for key, one in given.items()}, str(file), metadata=metadata)
+    save_file({key: x.clone() for key, x in given.items()}, str(file), metadata=metadata)
     network = tiny_rival(
         name, "model.backbone=resnet18", f"model.backbone_weights={file}", "model.norm=frozen",
         "model.frozen_stages=2",
     )  # fmt: skip
     for key, value in network.backbone.state_dict().items():
         assert torch.equal(value, given[key]), key
-    assert network.settings.stride_padding == "same"
-    assert network.settings.frozen_stages == 2
+    assert network.settings.spec.stride_padding == "same"
     assert not network.backbone.conv1.weight.requires_grad
     assert not network.backbone.layer1[0].conv1.weight.requires_grad
     assert network.backbone.layer2[0].conv1.weight.requires_grad
@@ -340,21 +316,14 @@ def test_backbone_has_weights_frozen_stages_and_pixels_of_the_file(
 def write(folder: Path, name: str = "ssd") -> RivalNetwork:
     folder.mkdir(exist_ok=True)
     network = tiny_rival(name)
-    info = RivalInfo(
-        settings=network.settings, classes=("a", "b", "c"), category_ids=(4, 5, 9), max_size=96,
-        split={"seed": 7, "val_fraction": 0.3},
-    )  # fmt: skip
-    write_rival(folder, network, info)
+    write_rival(folder, network)
     return network
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_loaded_rival_detects_the_same(name: str, tmp_path: Path) -> None:
     network = write(tmp_path / "best", name).eval()
-    loaded, info = load_rival(tmp_path)
-    assert (info.classes, info.category_ids, info.max_size) == (("a", "b", "c"), (4, 5, 9), 96)
-    assert info.split == {"seed": 7, "val_fraction": 0.3}
-    assert isinstance(info.split["seed"], int)
+    loaded = load_rival(tmp_path)
     assert loaded.settings == network.settings
     assert not loaded.training
     batch = batch_of()
@@ -364,24 +333,20 @@ def test_loaded_rival_detects_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "why"),
+    ("old", "new", "why"),
     [
-        ("format", "retinanet checkpoint", "format: Input should be 'retinanet rival'"),
-        ("version", 99, "version: Input should be 1"),
-        ("classes", ["a"], "1 classes, 3 category_ids and a network with 3 classes"),
-        ("settings.rival", "yolo", "settings.rival: Input should be 'faster_rcnn' or 'ssd'"),
-        ("settings.channels", 0, "settings.channels: Input should be greater than or equal to 1"),
-        ("settings.backbone", "resnet19", "invalid model configuration .* no backbone"),
-        ("settings.channels", 32, "do not fit the network"),
+        ('"ssd"', '"yolo"', "Input should be 'faster_rcnn' or 'ssd'"),
+        ('"mobilenet_v2"', '"resnet19"', "no backbone"),
+        ('"channels": 16', '"channels": 32', "do not fit the network"),
+        ("{", "", "Invalid JSON"),
     ],
 )
-def test_invalid_info_is_an_error(tmp_path: Path, key: str, value: Any, why: str) -> None:
+def test_invalid_info_is_an_error(tmp_path: Path, old: str, new: str, why: str) -> None:
     write(tmp_path)
     file = tmp_path / "rival.json"
-    values = json.loads(file.read_text())
-    *path, last = key.split(".")
-    (values[path[0]] if path else values)[last] = value
-    file.write_text(json.dumps(values))
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
     with pytest.raises(WeightsError, match=why):
         load_rival(tmp_path)
 
@@ -392,34 +357,17 @@ def test_damaged_or_missing_files_are_errors(tmp_path: Path) -> None:
     write(tmp_path)
     weights = tmp_path / "rival.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(WeightsError, match=r"rival\.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match="is not a checkpoint of a rival"):
         load_rival(tmp_path)
-    (tmp_path / "rival.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"rival\.json: invalid: Invalid JSON"):
-        load_rival(tmp_path)
-
-
-# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_unsupported_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"rival 'fasterrcnn' is not one of .* faster_rcnn\?"):
-        build_rival("fasterrcnn", rival_recipe(), 3)
+        check_rival("fasterrcnn", rival_recipe())
     agnostic = rival_recipe("detect.class_agnostic_nms=true")
     with pytest.raises(ConfigError, match=r"set detect\.class_agnostic_nms=false"):
-        build_rival("ssd", agnostic, 3)
-    network = tiny_rival("faster_rcnn")
-    backbone = network.backbone
-    backbone.channels = (0, *backbone.channels[1:])
-    monkeypatch.setattr(rivals, "build_backbone", lambda name, **_: backbone)
+        check_rival("ssd", agnostic)
+    without_c2 = SimpleNamespace(channels=(0, 32, 96, 1280))
+    monkeypatch.setattr(rivals, "build_backbone", lambda name: without_c2)
     with pytest.raises(ConfigError, match="at stride 4, which backbone 'mobilenet_v2'"):
-        RivalNetwork(network.settings)
-
-
-@pytest.mark.parametrize("name", RIVALS)
-def test_wrong_mode_is_an_error(name: str) -> None:
-    network = tiny_rival(name)
-    with pytest.raises(ValueError, match=r"call train\(\) first"):
-        network.eval().losses(batch_of())
-    with pytest.raises(ValueError, match=r"call eval\(\) first"):
-        network.train().detect(batch_of())
+        check_rival("faster_rcnn", rival_recipe())

@@ -24,7 +24,6 @@ from retinanet.report.paper_plots import (
     SpeedMark,
     TableRow,
     letters,
-    place_labels,
     plot_architecture,
     plot_focal_loss,
     plot_loss_distribution,
@@ -172,17 +171,6 @@ def test_speed_marks_are_in_points_of_ap() -> None:
         SpeedMark("cells", 10, 20.0, "128", 9, 12),
         SpeedMark("cells", 20, 40.0, "192", 19, 22),
     )
-
-
-def test_place_labels_neighbouring_points_get_separate_labels() -> None:
-    # Two joined points each, the first of both in nearly one position.
-    a, b = SpeedMark("a", 50, 30, "400"), SpeedMark("b", 51, 30.2, "400")
-    series = [[a, SpeedMark("a", 90, 38)], [b, SpeedMark("b", 91, 22)]]
-    offsets = place_labels(series, (0, 100, 20, 40))
-    # The axis is 340 x 220 units: the second point is 3.4 to the right and 2.2 above.
-    across = offsets[b][0] + 3.4 - offsets[a][0]
-    up = offsets[b][1] + 2.2 - offsets[a][1]
-    assert abs(across) > 15 or abs(up) > 9
 
 
 def test_letters_continue_after_z() -> None:

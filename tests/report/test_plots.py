@@ -20,7 +20,6 @@ from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.report.figure import format_compact, open_figure
 from retinanet.report.plots import (
-    average_points,
     moving_mean,
     plot_confusion,
     plot_evaluation,
@@ -142,8 +141,8 @@ def test_plot_training_and_running(tmp_path: Path) -> None:
     lines = log_lines()
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
     assert read_log(log) == lines  # the truncated line is skipped
-    assert is_drawn(plot_training(log, tmp_path / "training.png"))
-    assert is_drawn(plot_running(log, tmp_path / "running.png"))
+    assert is_drawn(plot_training(lines, tmp_path / "training.png"))
+    assert is_drawn(plot_running(lines, tmp_path / "running.png"))
     other = plot_training(lines[:40], tmp_path / "other.png")
     assert other.read_bytes() != (tmp_path / "training.png").read_bytes()
 
@@ -165,9 +164,9 @@ def test_plot_training_incomplete_logs(tmp_path: Path, lines: list[dict[str, Any
     assert is_drawn(plot_running(lines, tmp_path / "running.png"))
 
 
-def test_plot_training_missing_log_is_an_error(tmp_path: Path) -> None:
+def test_read_log_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"log .*none\.jsonl cannot be read: No such file"):
-        plot_training(tmp_path / "none.jsonl", tmp_path / "training.png")
+        read_log(tmp_path / "none.jsonl")
 
 
 def test_plot_object_sizes_skips_invalid_boxes(tmp_path: Path) -> None:
@@ -180,15 +179,11 @@ def test_plot_object_sizes_skips_invalid_boxes(tmp_path: Path) -> None:
     assert is_drawn(plot_object_sizes({}, tmp_path / "none.png"))
 
 
-def test_moving_mean_and_average_points_by_hand() -> None:
+def test_moving_mean_by_hand() -> None:
     values = np.array([1.0, 2.0, 6.0, math.nan, 4.0])
     # Means of three values; of fewer at the ends and next to NaN.
     expected = [(1 + 2) / 2, (1 + 2 + 6) / 3, (2 + 6) / 2, (6 + 4) / 2, 4.0]
     np.testing.assert_allclose(moving_mean(values, 3), expected)
-    x, y = average_points(np.stack([np.arange(3000.0), np.ones(3000)], axis=1))
-    assert len(x) == 1500
-    assert x[0] == 0.5  # steps 0 and 1
-    assert (y == 1).all()
 
 
 def test_open_figure_logarithmic_ticks_are_plain_numbers(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,47 +23,87 @@ from retinanet.anchors import AnchorSpec
 from retinanet.inference import Detector, Source
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.serve import Settings, build_app
-from retinanet.serve.server import Server, bind
+from retinanet.serve.server import bind, make_server
 from retinanet.structures import Outputs
 
 PNG = {"Content-Type": "image/png"}
 
 
-class WhiteFinder(nn.Module):
-    """Every white cell of 8 x 8 pixels of the network input is an object of class 0."""
+class CellFinder(nn.Module):
+    """Detect cells of 8 x 8 pixels of the network input by their mean colour."""
 
-    num_classes = 2
     strides = (8,)
     size_divisor = 32
     anchors = AnchorSpec((16.0,), (8,), (1.0,), (1.0,))
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.register_buffer("pixel_mean", torch.full((3, 1, 1), 100.4))
         self.batches: list[tuple[int, ...]] = []
         self.gate = threading.Event()  # clear it to block the network
         self.gate.set()
 
+    def logits(self, cells: Tensor) -> Tensor:
+        """Compute the logit of each class from the mean colour of each cell."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor) -> Outputs:
         self.gate.wait()
         self.batches.append(tuple(images.shape))
-        cells = nn.functional.avg_pool2d(images.float().mean(dim=1, keepdim=True), 8)
-        logit = (cells - 200) / 10  # white: 5.5, a score of .996
-        deltas = torch.zeros(len(images), 4, *cells.shape[-2:])
+        logits = self.logits(nn.functional.avg_pool2d(images.float(), 8))
+        deltas = torch.zeros(len(images), 4, *logits.shape[-2:])
         # The anchor is 16 x 16 around the top left corner of the cell; the box is the cell itself.
         deltas[:, :2] = 0.25
-        deltas[:, 2:] = float(np.log(0.5))
-        return Outputs((torch.cat([logit, logit - 2], dim=1),), (deltas,))
+        deltas[:, 2:] = math.log(0.5)
+        return Outputs((logits,), (deltas,))
+
+
+class WhiteFinder(CellFinder):
+    """White cells are of class 0 with a score of .996, and of class 1 with a score of .971."""
+
+    def logits(self, cells: Tensor) -> Tensor:
+        logit = (cells.mean(dim=1, keepdim=True) - 200) / 10
+        return torch.cat([logit, logit - 2], dim=1)
+
+
+class ColourFinder(CellFinder):
+    """The score of class k is sigmoid((channel k - half) / 20).
+
+    Where half is 150, 255 gives .9948, 200 gives .9241, 170 gives .7311 and 110 gives .1192.
+    """
+
+    def __init__(self, half: float) -> None:
+        super().__init__(3)
+        self.half = half
+        self.pixel_mean.zero_()
+
+    def logits(self, cells: Tensor) -> Tensor:
+        return (cells - self.half) / 20
 
 
 def white_detector() -> Detector:
-    model: Any = WhiteFinder()
-    detect = {"detect": {"score_threshold": 0.5}}
-    checkpoint = Checkpoint(model, ("white", "bright"), (7, 9), 64, 128, detect)
+    return _detector(WhiteFinder(2), ("white", "bright"), (7, 9), 0.5)
+
+
+def colour_detector(
+    half: float = 150.0,
+    classes: Sequence[str] = ("red", "green", "<i>blue</i>"),
+    category_ids: Sequence[int] = (3, 7, 9),
+) -> Detector:
+    """Images of 64 x 96 pixels reach the network as they are."""
+    return _detector(ColourFinder(half), classes, category_ids, 0.05)
+
+
+def _detector(
+    network: Any, classes: Sequence[str], category_ids: Sequence[int], threshold: float
+) -> Detector:
+    settings = {"detect": {"score_threshold": threshold}}
+    checkpoint = Checkpoint(network, tuple(classes), tuple(category_ids), 64, 128, settings)
     return Detector(checkpoint, device="cpu", precision="float32")
 
 
-def finder(detector: Detector) -> WhiteFinder:
+def finder(detector: Detector) -> CellFinder:
     model: Any = detector.model
     return model
 
@@ -119,7 +160,7 @@ class Running:
         self.batcher = app.state.batcher
         self._listener = bind("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
-        self._server = Server(app, settings)
+        self._server = make_server(app, settings)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
 
     def __enter__(self) -> Running:
@@ -165,11 +206,13 @@ class Running:
 
 @contextmanager
 def running(
-    detector: Detector | None = None, settings: Settings | None = None
+    detectors: Mapping[str, Detector] | Detector | None = None,
+    settings: Settings | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     """A service that sockets can reach."""
     settings = settings or Settings()
-    app = build_app({"squares": detector or white_detector()}, settings)
+    app = build_app(detectors or white_detector(), settings, **options)
     with Running(app, settings) as service:
         yield service
 

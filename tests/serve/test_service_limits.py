@@ -86,22 +86,6 @@ def test_rejected_body_gets_its_response() -> None:
         assert service.send(post_request(data))[0] == 200
 
 
-def test_bytes_of_all_bodies_are_limited() -> None:
-    data = png_image()
-    settings = Settings(max_bytes=len(data) + 10, max_held_bytes=len(data) + 10)
-    detector = white_detector()
-    with client(detector, settings) as service, ThreadPoolExecutor(1) as pool:
-        finder(detector).gate.clear()
-        first = pool.submit(service.post, "/v1/detect", content=data, headers=PNG)
-        wait_until(lambda: service.app.state.batcher.num_running == 1)  # type: ignore[attr-defined]
-        response = service.post("/v1/detect", content=data, headers=PNG)
-        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-        assert "too many uploads" in response.json()["detail"]
-        finder(detector).gate.set()
-        assert first.result(120).status_code == 200
-        assert service.post("/v1/detect", content=data, headers=PNG).status_code == 200
-
-
 # Pixels.
 
 
@@ -268,7 +252,7 @@ def test_full_queue_is_503_with_retry_after() -> None:
         finder(detector).gate.clear()
         batcher = service.app.state.batcher  # type: ignore[attr-defined]
         accepted = [pool.submit(post) for _ in range(2)]
-        wait_until(lambda: batcher.num_pending == 2 and batcher.num_waiting == 1)
+        wait_until(lambda: batcher.num_pending == 2 and batcher.num_running == 1)
         assert "retinanet_queue_images 1.0" in service.get("/metrics").text
         response = service.post("/v1/detect", files=two)
         assert response.status_code == 503
@@ -340,9 +324,9 @@ def test_slow_upload_is_408() -> None:
 
 
 def test_large_headers_are_rejected() -> None:
-    header = b"X: " + 30_000 * b"x" + b"\r\n"
     with running() as service:
-        status, _, _ = service.send(b"GET / HTTP/1.1\r\nHost: x\r\n", *3 * [header])
+        header = b"X: " + 20_000 * b"x" + b"\r\n"
+        status, _, _ = service.send(b"GET / HTTP/1.1\r\nHost: x\r\n" + header)
         assert status == 400
 
 

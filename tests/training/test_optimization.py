@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import retinanet.training.optim as optimization
 from retinanet.config import TrainConfig
-from retinanet.training.optim import (
-    build_optimizer,
-    lr_factor,
-    resolve_steps,
-    scaled_lr,
-    set_lr,
-)
+from retinanet.training import optim, step
+from retinanet.training.optim import build_optimizer, resolve_steps
+from retinanet.training.step import lr_factor, set_lr
 
 
-def test_examples_in_docstrings() -> None:
-    result = doctest.testmod(optimization)
-    assert result.attempted >= 4
+@pytest.mark.parametrize("module", [optim, step])
+def test_examples_in_docstrings(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
     assert result.failed == 0
 
 
@@ -34,31 +31,25 @@ def test_examples_in_docstrings() -> None:
         (10_000, 300),  # 5,000, over max_steps
     ],
 )
-def test_steps_from_epochs_within_limits(images: int, expected: int) -> None:
+def test_resolve_steps_from_epochs_within_limits(images: int, expected: int) -> None:
     settings = TrainConfig(steps=7, epochs=2, min_steps=100, max_steps=300, batch_size=4)
     assert resolve_steps(images, settings) == expected
 
 
-def test_steps_as_given_without_epochs() -> None:
+def test_resolve_steps_without_epochs_ignores_the_limits() -> None:
     assert resolve_steps(5, TrainConfig(steps=7, min_steps=9, max_steps=9, batch_size=1)) == 7
 
 
-def test_linear_rule() -> None:
-    assert scaled_lr(0.01, 16, 16) == 0.01
-    assert scaled_lr(0.01, 64, 16) == 0.04
+def test_lr_factor_warmup_is_linear_and_reaches_one() -> None:
+    settings = TrainConfig(milestones=(0.5,), warmup_steps=4)
+    assert [lr_factor(s, 100, settings) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_warmup_is_linear_and_reaches_one() -> None:
-    plain = {"schedule": "steps", "milestones": (0.5,), "warmup_steps": 4}
-    factors = [lr_factor(step, 100, **plain) for step in range(5)]
-    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-def test_cosine_falls_from_one_to_almost_nothing() -> None:
-    cosine = {"schedule": "cosine", "milestones": (), "warmup_steps": 0}
-    assert lr_factor(0, 100, **cosine) == 1.0
-    assert lr_factor(50, 100, **cosine) == pytest.approx(0.5)
-    assert 0 < lr_factor(99, 100, **cosine) < 0.001
+def test_lr_factor_cosine_falls_from_one_to_almost_zero() -> None:
+    cosine = TrainConfig(schedule="cosine")
+    assert lr_factor(0, 100, cosine) == 1.0
+    assert lr_factor(50, 100, cosine) == pytest.approx(0.5)
+    assert 0 < lr_factor(99, 100, cosine) < 0.001
 
 
 class _TwoParts(nn.Module):
@@ -70,16 +61,10 @@ class _TwoParts(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_biases_do_not_decay_and_the_backbone_has_its_share(kind: str) -> None:
+def test_build_optimizer_biases_do_not_decay_and_the_backbone_has_its_share(kind: Any) -> None:
     model = _TwoParts()
-    optimizer = build_optimizer(
-        model,
-        optimizer=kind,
-        lr=1.0,
-        momentum=0.9,
-        weight_decay=0.1,
-        backbone_lr_factor=0.25,
-    )
+    settings = TrainConfig(optimizer=kind, lr=1.0, weight_decay=0.1, backbone_lr_factor=0.25)
+    optimizer = build_optimizer(model, settings)
     set_lr(optimizer, 2.0)
     found = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -97,7 +82,7 @@ def test_biases_do_not_decay_and_the_backbone_has_its_share(kind: str) -> None:
 def test_sgd_step_by_hand() -> None:
     model = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    optimizer = build_optimizer(model, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.5)
+    optimizer = build_optimizer(model, TrainConfig(lr=0.1, momentum=0.9, weight_decay=0.5))
     for expected in (
         0.75,  # velocity = 2 + .5 * 1 = 2.5; 1 - .1 * 2.5
         0.2875,  # velocity = .9 * 2.5 + 2 + .5 * .75 = 4.625; .75 - .4625

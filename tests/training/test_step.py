@@ -17,19 +17,24 @@ from torch.optim.swa_utils import AveragedModel
 
 import retinanet.training.task as task
 import retinanet.training.trainer as loop
+from retinanet.config import TrainConfig
 from retinanet.errors import NonFiniteLossError
 from retinanet.losses.detection import Losses
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 from retinanet.training.data import read_training_data
-from retinanet.training.optim import build_optimizer, lerp_unless, optimizer_step, update_ema
+from retinanet.training.optim import build_optimizer
 from retinanet.training.run_folder import read_progress
 from retinanet.training.step import (
     MAX_CONSECUTIVE_SKIPPED_STEPS,
     NonFiniteGuard,
-    PendingMetrics,
+    PendingStep,
+    StepContext,
     backward,
     clip_gradients,
+    lerp_unless,
+    optimizer_step,
+    update_ema,
 )
 
 CPU = torch.device("cpu")
@@ -81,20 +86,19 @@ def test_a_step_looks_at_no_value(settings: tuple[str, ...], objects: int) -> No
     accelerator = Accelerator(cpu=True)
     running = torch.zeros((), device=meta)
     losses, running = backward(
-        accelerator,
         model,
         model,
         a_batch("meta", objects),
+        StepContext(0, "float32", torch.amp.GradScaler("cpu", enabled=False), running),
+        accelerator=accelerator,
         settings=recipe.loss_settings,
         accumulate=recipe.train.accumulate,
-        precision="float32",
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        running=running,
     )
     assert all(one.grad is not None for one in model.parameters())
     refused = guard.check(losses, clip_gradients(model, 1.0))
     update_ema(averaged, model, 0.9, refused)
-    figures = PendingMetrics(losses, refused, guard.stopped)
+    figures = PendingStep(0, 0.1, a_batch("meta"), running)
+    figures.copy_metrics(losses, refused, guard.stopped)
     # The test would see it: this is the one look, and it comes a step later.
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         figures.read()
@@ -119,13 +123,16 @@ def test_figures_land_on_the_host_whatever_the_default_device(
         def record(self) -> None: ...
         def synchronize(self) -> None: ...
 
+    batch = a_batch("cpu")
     values = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]).as_subclass(OnAGpu)
     monkeypatch.setattr(torch, "stack", lambda _: values)
     monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    figures, stopped = PendingMetrics(of(1.0), torch.tensor(1.0), torch.tensor(0.0)).read()
+    pending = PendingStep(0, 0.1, batch, torch.tensor(1.0))
+    pending.copy_metrics(of(1.0), torch.tensor(1.0), torch.tensor(0.0))
+    figures, stopped = pending.read()
     assert asked == [("cpu", True)]
-    assert (figures.loss, figures.grad_norm, stopped) == (3.0, 4.0, False)
+    assert (figures["loss"], figures["grad_norm"], stopped) == (3.0, 4.0, False)
 
 
 # --- what the guard says --------------------------------------------------------------------------
@@ -181,9 +188,10 @@ def test_a_refused_step_is_as_if_it_had_not_been(
     def train(without: set[int], gradients: list[Tensor]) -> tuple[nn.Module, dict[int, Any]]:
         torch.manual_seed(0)
         model = nn.Conv2d(2, 3, 3)
-        optimizer = build_optimizer(
-            model, optimizer=kind, lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused
+        settings = TrainConfig(
+            optimizer=kind, lr=0.1, batch_size=16, momentum=0.9, weight_decay=0.1
         )
+        optimizer = build_optimizer(model, settings, fused=fused)
         for step, gradient in enumerate(gradients):
             model.weight.grad = torch.full_like(model.weight, NAN) if step in without else gradient
             model.bias.grad = torch.ones_like(model.bias)  # type: ignore[union-attr]
@@ -266,9 +274,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
 
     def spoiled(*arguments: Any, **options: Any) -> tuple[Losses, Tensor]:
         losses, running = backward(*arguments, **options)
-        seen.append(arguments[3].indices.tolist())
+        seen.append(arguments[2].indices.tolist())
         if len(seen) == step + 1:
-            for one in arguments[2].parameters():
+            for one in arguments[1].parameters():
                 if one.grad is not None:
                     one.grad.fill_(NAN)
         return losses, running

@@ -25,7 +25,7 @@ from retinanet.errors import (
     WeightsError,
 )
 from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.run import evaluate_model
+from retinanet.evaluation.run import evaluate
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.training import task
 from retinanet.training.data import read_training_data
@@ -212,10 +212,10 @@ def test_of_equal_aps_the_lowest_loss_is_the_best_and_without_losses_the_first(
     to_come = iter(losses)
 
     def judged(*arguments: Any, **options: Any) -> Metrics:
-        metrics = evaluate_model(*arguments, **options)
+        metrics = evaluate(*arguments, **options)
         return dataclasses.replace(metrics, ap=0.25, loss=next(to_come))
 
-    monkeypatch.setattr(task, "evaluate_model", judged)
+    monkeypatch.setattr(task, "evaluate", judged)
     recipe = tiny_recipe("train.steps=3", "train.validate_every=1")
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
     progress = read_progress(run.folder / "last")

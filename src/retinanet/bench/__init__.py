@@ -2,8 +2,7 @@
 
 from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Row, Setting, Timing
 from retinanet.bench.machine import Machine, describe_machine
-from retinanet.bench.rivals import RIVALS
-from retinanet.bench.run import bench, peak_memory
+from retinanet.bench.run import RIVALS, bench, peak_memory
 from retinanet.bench.stages import STAGES
 
 __all__ = [

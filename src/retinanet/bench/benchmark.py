@@ -14,13 +14,7 @@ Size = Literal["tiny", "small", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a stage.
-
-    Attributes:
-        size: input size.
-        device: device of networks, losses and post-processing.
-        vs: rivals, names of :data:`retinanet.bench.rivals.RIVALS`.
-    """
+    """Settings of a stage: input size, device, and rivals (:data:`retinanet.bench.run.RIVALS`)."""
 
     size: Size
     device: torch.device
@@ -40,13 +34,11 @@ class Rival:
         call: runs it once.
         compare: takes our output and the rival's and returns their difference as text; raises
             AssertionError if it exceeds the tolerance.
-        retained: bytes kept between calls; None: not counted.
     """
 
     name: str
     call: Callable[[], Any]
     compare: Callable[[Any, Any], str]
-    retained: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,6 @@ class Benchmark:
         seconds: reads the time from our output; None: the time of the call.
         note: implementation that ran.
         memory: whether to measure peak memory.
-        retained: bytes that ours keeps between calls; None: not counted.
     """
 
     ours: Callable[[], Any]
@@ -86,7 +77,6 @@ class Benchmark:
     seconds: Callable[[Any], float] | None = None
     note: str = ""
     memory: bool = True
-    retained: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +96,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call.
-
-    Attributes:
-        median: over all rounds.
-        low, high: quartiles.
-        rounds: number of rounds.
-    """
+    """Seconds per call: median and quartiles over the rounds."""
 
     median: float
     low: float
@@ -126,8 +110,7 @@ class Row:
 
     Attributes:
         stage: a name of :data:`retinanet.bench.STAGES`.
-        case: name of the case in the stage.
-        size: description of the input.
+        case, size: of the case.
         rival: name of the rival; empty: none.
         ours: our time; None: it did not run, see `note` or `error`.
         theirs: time of the rival.
@@ -138,7 +121,6 @@ class Row:
         limit_fraction: the limit's time / ours, median over rounds; 1 is the limit.
         memory, rival_memory: peak memory of a call in bytes, above the memory before it; None: not
             measured.
-        retained, rival_retained: bytes kept between calls; None: not counted.
         input_bytes: bytes of the logits.
         difference: difference of the two outputs.
         note: implementation that ran, or why the case was skipped.
@@ -159,8 +141,6 @@ class Row:
     limit_fraction: float | None = None
     memory: int | None = None
     rival_memory: int | None = None
-    retained: int | None = None
-    rival_retained: int | None = None
     input_bytes: int | None = None
     difference: str = ""
     note: str = ""

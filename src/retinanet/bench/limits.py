@@ -39,15 +39,8 @@ def matrix_limit(
 ) -> Limit:
     """Time of `flops` operations at the rate of the pyramid's and the heads' convolution.
 
-    That is a 3x3 convolution from 256 to 256 channels over a map of P3's size, in the fastest
-    memory layout or weight packing on this machine.
-
-    Args:
-        flops: operations of the benchmark; a multiply-add counts as two.
-        height, width: size of the map.
-        batch: images.
-        dtype: precision of the benchmark.
-        device: device of the benchmark.
+    That is a 3x3 convolution from 256 to 256 channels over `batch` maps of P3's size, in the
+    fastest memory layout or weight packing on this machine. A multiply-add counts as two.
     """
     convolution = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype).eval()
     last = nn.Conv2d(256, 256, 3, padding=1).to(device, dtype).eval()

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from retinanet.bench.tables import count
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.kernels import native, triton_probe
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "hotcoco", "pycocotools", "openvino")
@@ -29,14 +29,11 @@ class Machine:
     """What the results depend on.
 
     Attributes:
-        processor: its name.
-        cores: cores available to this process.
-        threads: torch's threads.
+        processor, gpu: names; no GPU: empty.
+        cores, threads: available to this process; torch's.
         instructions: widest instruction set that torch uses, and units for bf16 and int8.
         memory: bytes of RAM.
-        gpu: its name; empty: the run was on the CPU.
-        kernel: kernels in use where this package has its own.
-        native: whether those are this package's own.
+        kernel, native: kernels in use where this package has its own, and whether they are those.
         versions: of Python, torch and the other packages that are timed.
     """
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,13 @@ import torch
 
 from retinanet.bench.benchmark import Benchmark, Case, Row, Setting, Size, Timing
 from retinanet.bench.limits import clock
-from retinanet.bench.rivals import choose_rivals
 from retinanet.bench.stages import STAGES
-from retinanet.config import nearest
+from retinanet.config import check_choice
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
 from retinanet.model.precision import choose_device
+
+RIVALS = ("torchvision", "pycocotools", "fvcore")
+"""Packages to compare with; none is a dependency for it."""
 
 _ROUNDS: Mapping[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: Mapping[Size, float] = {"tiny": 1, "small": 5, "full": 40}
@@ -60,7 +63,7 @@ def bench(
         stages: names of :data:`STAGES`; empty: all.
         size: ``small`` for a quick run, ``full`` for the paper's and COCO's sizes, ``tiny`` for
             tests.
-        vs: rivals, names of :data:`retinanet.bench.rivals.RIVALS`, or ``none``.
+        vs: rivals, names of :data:`RIVALS`, or ``none``.
         device: device of networks, losses and post-processing.
         threads: torch's threads; None: unchanged.
         rounds: maximum rounds per case; None: 7, or 15 at full size.
@@ -72,51 +75,52 @@ def bench(
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
     for name in names:
-        if name not in STAGES:
-            raise ConfigError(
-                f"unknown stage {name!r}; available: {', '.join(STAGES)}{nearest(name, STAGES)}"
-            )
+        check_choice("stage", name, STAGES)
     setting = Setting(size, choose_device(device), choose_rivals(vs))
     rounds = _ROUNDS[size] if rounds is None else rounds
     seconds = _SECONDS[size] if seconds is None else seconds
-    return _run_stages(names, setting, threads, rounds, seconds, memory)
+
+    def run_stages() -> Iterator[Row]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            for stage in names:
+                for case in STAGES[stage](setting):
+                    try:
+                        rows = run(stage, case, setting, rounds, seconds, memory=memory)
+                    except Exception as error:  # the other cases still run
+                        rows = [Row(stage, case.name, case.size, error=_reason(error))]
+                    yield from rows
+        finally:
+            torch.set_num_threads(before)
+
+    return run_stages()
 
 
-def _run_stages(
-    names: Sequence[str],
-    setting: Setting,
-    threads: int | None,
-    rounds: int,
-    seconds: float,
-    memory: bool,
-) -> Iterator[Row]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        for stage in names:
-            for case in STAGES[stage](setting):
-                try:
-                    rows = run(stage, case, setting, rounds=rounds, seconds=seconds, memory=memory)
-                except Exception as error:  # the other cases still run
-                    rows = [Row(stage, case.name, case.size, error=_reason(error))]
-                yield from rows
-    finally:
-        torch.set_num_threads(before)
+def choose_rivals(names: Iterable[str]) -> tuple[str, ...]:
+    """Check the names and drop repeated ones; ``torchvision`` adds pycocotools if installed.
+
+    Raises:
+        ConfigError: a name is unknown, or its package is not installed.
+    """
+    chosen = list(dict.fromkeys(names))
+    for name in chosen:
+        check_choice("rival", name, (*RIVALS, "none"))
+        if name != "none" and find_spec(name) is None:
+            raise ConfigError(f"rival {name!r} is not installed: pip install {name}")
+    if "torchvision" in chosen and find_spec("pycocotools") is not None:
+        chosen.append("pycocotools")
+    return tuple(name for name in dict.fromkeys(chosen) if name != "none")
 
 
 def run(
-    stage: str, case: Case, setting: Setting, *, rounds: int, seconds: float, memory: bool
+    stage: str, case: Case, setting: Setting, rounds: int, seconds: float, *, memory: bool
 ) -> list[Row]:
-    """Run one case.
-
-    Args:
-        stage: its name, for the rows.
-        case: a case of that stage.
-        setting, rounds, seconds, memory: as for :func:`bench`.
+    """Run one case of a stage; the other arguments are those of :func:`bench`.
 
     Returns:
-        a row per rival, or one row if there is none. A rival that fails, or whose output differs
-        by more than the tolerance, has a row with `error` and no times.
+        a row per rival, or a row without a rival. A rival that fails, or whose output differs by
+        more than the tolerance, has a row with `error` and no times.
     """
     row = Row(stage, case.name, case.size)
     try:
@@ -124,10 +128,10 @@ def run(
     except MissingExtraError as error:
         return [replace(row, note=_reason(error))]
     first_calls, differences, errors = _compare(benchmark, setting.device)
-    rivals = [rival for rival in benchmark.rivals if rival.name in differences]
     failed = [replace(row, rival=name, error=error) for name, error in errors.items()]
-    if failed and not rivals:
+    if failed and not differences:
         return failed  # no rival confirms our output: it is not timed
+    rivals = [rival for rival in benchmark.rivals if rival.name in differences]
     benchmark = replace(benchmark, rivals=rivals)
     times = _measure(benchmark, first_calls, setting.device, rounds, seconds)
     ours = times[_OURS]
@@ -137,30 +141,30 @@ def run(
         first_call=first_calls[_OURS],
         note=benchmark.note,
         input_bytes=benchmark.input_bytes,
-        retained=benchmark.retained and benchmark.retained(),
     )
     if benchmark.limit is not None:
-        fractions = [benchmark.limit.factor * a / b for a, b in _pairs(times[_LIMIT], ours)]
+        fractions = [
+            benchmark.limit.factor * a / b for a, b in zip(times[_LIMIT], ours, strict=True)
+        ]
         median = statistics.median(fractions)
         row = replace(row, limit=benchmark.limit.name, limit_fraction=median)
-    retained = {rival.name: rival.retained and rival.retained() for rival in rivals}
     memory = memory and benchmark.memory
     del benchmark, rivals  # free their tensors before other processes are measured
     gc.collect()
     if memory:
         row = _with_memory(row, setting, "memory")
     rows = []
-    for name, amount in retained.items():
-        low, median, high = _quartiles([b / a for a, b in _pairs(ours, times[name])])
+    for name, difference in differences.items():
+        theirs = _timing(times[name])
+        speedup = _timing([b / a for a, b in zip(ours, times[name], strict=True)])
         of_rival = replace(
             row,
             rival=name,
-            theirs=_timing(times[name]),
-            speedup=median,
-            speedup_low=low,
-            speedup_high=high,
-            difference=differences[name],
-            rival_retained=amount,
+            theirs=theirs,
+            speedup=speedup.median,
+            speedup_low=speedup.low,
+            speedup_high=speedup.high,
+            difference=difference,
         )
         rows.append(_with_memory(of_rival, setting, "rival_memory") if memory else of_rival)
     return (rows or [row]) + failed
@@ -212,14 +216,14 @@ def _measure(
         calls[_LIMIT] = benchmark.limit.call
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    done = 0
-    while done < rounds and (done < _MIN_ROUNDS or time.perf_counter() < end):
+    for done in range(rounds):
+        if done >= _MIN_ROUNDS and time.perf_counter() >= end:
+            break
         for name, call in calls.items():
             if name == _OURS and benchmark.seconds is not None:
                 times[name].append(benchmark.seconds(call()))
             else:
                 times[name].append(clock(call, device))
-        done += 1
     return times
 
 
@@ -228,20 +232,11 @@ def _warm_up(call: Callable[[], Any], first_call: float = 0.0) -> None:
         call()
 
 
-def _timing(seconds: list[float]) -> Timing:
-    low, median, high = _quartiles(seconds)
-    return Timing(median, low, high, len(seconds))
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
+def _timing(values: Sequence[float]) -> Timing:
     if len(values) == 1:
-        return values[0], values[0], values[0]
+        return Timing(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, method="inclusive")
-    return low, median, high
-
-
-def _pairs(a: list[float], b: list[float]) -> Iterator[tuple[float, float]]:
-    return zip(a, b, strict=True)
+    return Timing(median, low, high, len(values))
 
 
 def _reason(error: Exception) -> str:
@@ -261,6 +256,11 @@ def _with_memory(row: Row, setting: Setting, name: Literal["memory", "rival_memo
         return replace(row, error=row.error or _reason(error))
 
 
+# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose memory is measured."""
+
+
 def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | None:
     """Peak memory of one call in bytes, above the memory before it, in a process of its own.
 
@@ -277,15 +277,8 @@ def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | No
         RetinaNetError: the process failed.
     """
     code = "import sys; from retinanet.bench import run; run.print_peak_memory(sys.argv[1])"
-    arguments = {
-        "stage": stage,
-        "case": case,
-        "rival": rival,
-        "size": setting.size,
-        "device": str(setting.device),
-        "vs": setting.vs,
-        "threads": torch.get_num_threads(),
-    }
+    threads = torch.get_num_threads()
+    arguments = [stage, case, rival, threads, setting.size, str(setting.device), setting.vs]
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
         capture_output=True,
@@ -297,31 +290,25 @@ def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | No
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         side = rival or "ours"
         raise RetinaNetError(f"{stage}: cannot measure the memory of {side}: {last}")
-    printed = done.stdout.split()[-1]
-    return None if printed == "None" else int(printed)
-
-
-# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment of a process whose memory is measured."""
+    peak: int | None = json.loads(done.stdout.split()[-1])
+    return peak
 
 
 def print_peak_memory(arguments: str) -> None:
     """Measure in the process that :func:`peak_memory` starts."""
-    values = json.loads(arguments)
-    torch.set_num_threads(values["threads"])
-    setting = Setting(values["size"], torch.device(values["device"]), tuple(values["vs"]))
-    cases = {case.name: case for case in STAGES[values["stage"]](setting)}
-    benchmark = cases[values["case"]].make()
+    stage, case, rival, threads, size, device, vs = json.loads(arguments)
+    torch.set_num_threads(threads)
+    setting = Setting(size, torch.device(device), tuple(vs))
+    benchmark = next(c for c in STAGES[stage](setting) if c.name == case).make()
     call, first_call = benchmark.ours, 0.0
-    if values["rival"]:
-        call = {rival.name: rival.call for rival in benchmark.rivals}[values["rival"]]
+    if rival:
+        call = next(other.call for other in benchmark.rivals if other.name == rival)
         first_call = clock(call, setting.device)
     else:
         call()
     _warm_up(call, first_call)
     gc.collect()
-    sys.stdout.write(f"{peak_of(call, setting.device)}\n")
+    sys.stdout.write(f"{json.dumps(peak_of(call, setting.device))}\n")
 
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> int | None:

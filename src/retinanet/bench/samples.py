@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import io
 from collections.abc import Sequence
-from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
 from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.model.torchvision_weights import our_name
+from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91
 
@@ -40,9 +39,8 @@ def jpeg(height: int, width: int, generator: np.random.Generator) -> bytes:
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     noise = generator.integers(-4, 5, pixels.shape)
     encoded = io.BytesIO()
-    Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(
-        encoded, "JPEG", quality=90
-    )
+    image = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+    image.save(encoded, "JPEG", quality=90)
     return encoded.getvalue()
 
 
@@ -59,6 +57,66 @@ def num_anchors(height: int, width: int) -> int:
 def anchors_for(height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
     """Make the paper's anchors of each level."""
     return tuple(level_anchors(default_anchor_spec(), map_sizes(height, width), device))
+
+
+def class_loss_input(
+    height: int, width: int, batch: int, classes: int, objects: int, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Random logits like those of a partly trained network, with about 8 anchors per object.
+
+    Returns:
+        (B, A * K, H_l, W_l) logits of each level in channels_last memory, as the head returns them;
+        (B, R) labels: the class, BACKGROUND or IGNORED.
+    """
+    generator = torch.Generator().manual_seed(0)
+    levels = [
+        torch.randn(batch, 9 * classes, h, w, generator=generator)
+        .mul_(1.2)
+        .sub_(5)
+        .to(device)
+        .contiguous(memory_format=torch.channels_last)
+        for h, w in map_sizes(height, width)
+    ]
+    anchors = num_anchors(height, width)
+    labels = torch.randint(0, classes, (batch, anchors), generator=generator)
+    kind = torch.rand(batch, anchors, generator=generator)
+    foreground = min(0.2, 8 * objects / anchors)
+    labels[kind > foreground] = IGNORED
+    labels[kind > 2 * foreground] = BACKGROUND
+    return levels, labels.to(device)
+
+
+def outputs_like(
+    height: int,
+    width: int,
+    batch: int,
+    classes: int,
+    device: torch.device,
+    *,
+    background: float = -8.0,
+    objects: int = 10,
+) -> Outputs:
+    """Random outputs like a trained network's: a few dozen high scores around each object.
+
+    Args:
+        height, width, batch, classes, device: of the outputs.
+        background: mean logit elsewhere; its standard deviation is 1.
+        objects: per image.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, deltas = [], []
+    for h, w in map_sizes(height, width):
+        level = torch.randn(batch, h, w, 9, classes, generator=generator).add_(background)
+        for image in range(batch):
+            for _ in range(objects // 2):
+                y, x = (int(torch.randint(0, side, (), generator=generator)) for side in (h, w))
+                label = int(torch.randint(0, classes, (), generator=generator))
+                cells = level[image, y : y + 3, x : x + 3, :, label]
+                cells.copy_(torch.randn(cells.shape, generator=generator).mul_(1.5))
+        offsets = torch.randn(batch, h, w, 36, generator=generator) * 0.1
+        logits.append(level.reshape(batch, h, w, 9 * classes).to(device).permute(0, 3, 1, 2))
+        deltas.append(offsets.to(device).permute(0, 3, 1, 2))
+    return Outputs(tuple(logits), tuple(deltas))
 
 
 def same_networks(
@@ -78,9 +136,8 @@ def same_networks(
     for name, buffer in body.named_buffers():
         if name.endswith(last_norm):
             buffer.fill_(0.2)  # as after training; at 1 each residual block doubles its input
-    extractor = _resnet_fpn_extractor(
-        body, 3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
-    )
+    levels = LastLevelP6P7(256, 256)
+    extractor = _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=levels)
     rival = torchvision_network(extractor, TORCHVISION_CLASSES)
     for layer in rival.head.modules():
         if isinstance(layer, nn.Conv2d) and layer.out_channels == 256:
@@ -129,33 +186,6 @@ def rms_error(output: Tensor, expected: Tensor) -> float:
     """RMS of the difference relative to the standard deviation of `expected`."""
     expected = expected.float()
     return float((output.float() - expected).norm() / (expected - expected.mean()).norm())
-
-
-def retained_bytes(root: Any) -> int:
-    """Bytes of all tensors reachable from `root`, counting shared storage once.
-
-    Attributes, containers and closures are followed. Tensors in oneDNN's layouts count without
-    their padding; memory outside torch is not counted.
-    """
-    seen: set[int] = set()
-    storages: dict[Any, int] = {}
-    queue = [root]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen or isinstance(item, ModuleType | type):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            try:
-                storage = item.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-            except (NotImplementedError, RuntimeError):  # a oneDNN tensor has no visible storage
-                storages[item] = total_bytes([item])
-        elif isinstance(item, FunctionType):  # not its globals, which are the whole module
-            queue += [item.__closure__, item.__defaults__]
-        else:
-            queue += gc.get_referents(item)
-    return sum(storages.values())
 
 
 def total_bytes(tensors: Sequence[Tensor]) -> int:

@@ -18,20 +18,18 @@ from typing import Annotated, Any
 import typer
 
 from retinanet import __version__
-from retinanet.cli import (
-    bench,
-    data,
-    demo,
-    detect,
-    evaluate,
-    export,
-    paper,
-    push,
-    report,
-    serve,
-    train,
-)
+from retinanet.cli import paper, report
+from retinanet.cli.bench import bench
 from retinanet.cli.console import STOPPED, TERMINATED, note, say
+from retinanet.cli.data import anchors, check, convert, show
+from retinanet.cli.demo import demo
+from retinanet.cli.detect import detect
+from retinanet.cli.evaluate import evaluate
+from retinanet.cli.export import export
+from retinanet.cli.push import push
+from retinanet.cli.serve import serve
+from retinanet.cli.settings import expand_groups
+from retinanet.cli.train import train
 from retinanet.errors import ConfigError, RetinaNetError
 
 # Base class of all usage errors, of typer's own click (since 0.26) or of the separate package.
@@ -40,21 +38,16 @@ _UsageError: Any = typer.BadParameter.__base__
 
 _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "": {
-        "demo": demo.demo,
-        "train": train.train,
-        "evaluate": evaluate.evaluate,
-        "detect": detect.detect,
-        "serve": serve.serve,
-        "push": push.push,
-        "export": export.export,
-        "bench": bench.bench,
+        "demo": demo,
+        "train": train,
+        "evaluate": evaluate,
+        "detect": detect,
+        "serve": serve,
+        "push": push,
+        "export": export,
+        "bench": bench,
     },
-    "data": {
-        "check": data.check,
-        "convert": data.convert,
-        "show": data.show,
-        "anchors": data.anchors,
-    },
+    "data": {"check": check, "convert": convert, "show": show, "anchors": anchors},
     "report": {
         "loss-distribution": report.loss_distribution,
         "speed-accuracy": report.speed_accuracy,
@@ -83,7 +76,7 @@ def _build_app() -> typer.Typer:
     }
     for group, commands in _COMMANDS.items():
         for name, function in commands.items():
-            apps[group].command(name, hidden=name in _HIDDEN)(function)
+            apps[group].command(name, hidden=name in _HIDDEN)(expand_groups(function))
         if group:
             apps[""].add_typer(apps[group])
     return apps[""]
@@ -150,35 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _OTHER_OPTIONS = {
-    "conf": "--score-threshold",
-    "conf-thres": "--score-threshold",
-    "confidence": "--score-threshold",
-    "confidence-threshold": "--score-threshold",
-    "score-thr": "--score-threshold",
-    "iou": "--nms-threshold",
-    "iou-thres": "--nms-threshold",
-    "nms": "--nms-threshold",
-    "max-det": "--detections-per-image",
-    "agnostic-nms": "--class-agnostic",
-    "imgsz": "--image-size",
-    "img-size": "--image-size",
-    "size": "--image-size",
-    "batch": "--batch-size",
-    "output": "--out",
-    "output-dir": "--out",
-    "work-dir": "--out",
-    "project": "--out",
-    "name": "--out",
-    "config": "--recipe",
-    "config-file": "--recipe",
-    "cfg": "--recipe",
-    "weights": "--init",
-    "pretrained": "--init",
-    "vid-stride": "--every",
-    "half": "--precision",
-    "format": "--to",
+    "--score-threshold": "conf conf-thres confidence confidence-threshold score-thr",
+    "--nms-threshold": "iou iou-thres nms",
+    "--detections-per-image": "max-det",
+    "--class-agnostic": "agnostic-nms",
+    "--image-size": "imgsz img-size size",
+    "--batch-size": "batch",
+    "--out": "output output-dir work-dir project name",
+    "--recipe": "config config-file cfg",
+    "--init": "weights pretrained",
+    "--every": "vid-stride",
+    "--precision": "half",
+    "--to": "format",
 }
-"""What other tools call an option of ours."""
+"""Names of our options in other tools."""
 
 
 def _unknown_option(error: Any) -> str | None:
@@ -190,8 +168,9 @@ def _unknown_option(error: Any) -> str | None:
 
     bare = name.lstrip("-").replace("_", "-")
     known = [option for param in error.ctx.command.params for option in param.opts]
-    if _OTHER_OPTIONS.get(bare) in known:
-        return f"no such option: {name}; did you mean {_OTHER_OPTIONS[bare]}?"
+    for option, names in _OTHER_OPTIONS.items():
+        if bare in names.split() and option in known:
+            return f"no such option: {name}; did you mean {option}?"
     setting = setting_of(bare.replace("-", "_"))
     if setting and "settings" in (param.name for param in error.ctx.command.params):
         return f"no such option: {name}; give the setting, without dashes: {setting}=VALUE"

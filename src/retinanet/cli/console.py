@@ -15,11 +15,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 """Console of results: standard output."""
@@ -27,14 +30,11 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 """Console of progress, notes and errors: standard error, so that results can be piped."""
 
+STOPPED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM (128 + the signal), as shells report them."""
 
 _MIN_WIDTH = 18  # characters of a table's first column
-
-STOPPED = 130
-"""Exit code after Ctrl-C (128 + SIGINT), as shells report it."""
-
-TERMINATED = 143
-"""Exit code after SIGTERM (128 + SIGTERM)."""
+_MAX_FAILURES = 20  # printed
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
@@ -45,6 +45,17 @@ def say(text: str = "", *, style: str | None = None) -> None:
 def note(text: str, *, style: str | None = None) -> None:
     """Print a line on standard error."""
     err.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def note_failures(reasons: Sequence[str], what: str, *, total: int | None = None) -> None:
+    """Print the number of failures and the first reasons on standard error."""
+    total = len(reasons) if total is None else total
+    note(f"{count(total, what)} could not be read:", style="red")
+    shown = reasons[:_MAX_FAILURES]
+    for reason in shown:
+        note(f"  {reason}")
+    if total > len(shown):
+        note(f"  and {total - len(shown)} more")
 
 
 def print_json(value: Any) -> None:
@@ -94,21 +105,32 @@ def figure(value: object) -> str:
     return str(value)
 
 
+def count(number: int, noun: str) -> str:
+    """Format a number of things: 1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+def progress(description: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show a progress bar on standard error; call the yielded function with (done, total)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        _Speed(),
         TimeElapsedColumn(),
         TextColumn("remaining"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=None)
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total)
 
         yield update

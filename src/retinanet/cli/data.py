@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retinanet.cli.console import note, print_json, progress, say, table
-from retinanet.cli.settings import ImageSize, Json, Settings, resolve_recipe
+from retinanet.cli.console import count, note, print_json, progress, say, table
+from retinanet.cli.settings import Json, LabelledData, RecipeOptions, option
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
-
-Data = Annotated[
-    Path,
-    typer.Argument(
-        help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, or CVAT's or "
-        "Label Studio's export."
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        help="Format of the data: coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
-        show_default="detected",
-    ),
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="Recipe whose image size and anchors are used.")
-]
-Split = Annotated[str, typer.Option(help="Split: train, val, test, all, ...")]
 
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
@@ -42,18 +23,78 @@ _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
 _MIN_GAIN = 0.02  # a smaller gain in recall is not worth more pixels
 
 
+@dataclass(frozen=True)
+class FormatOptions:
+    """The format of the data."""
+
+    format: str | None = option(
+        "Format of the data: coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
+        shown="detected",
+    )
+
+
+@dataclass(frozen=True)
+class SplitOptions(FormatOptions):
+    """A split of the data."""
+
+    split: str = option("Split: train, val, test, all, ...", "train")
+
+    def read(self, data: Path, config: Recipe) -> Dataset:
+        """Read the split."""
+        from retinanet.data import read_dataset
+
+        dataset = read_dataset(
+            data,
+            self.split,
+            format=self.format,
+            seed=config.split_seed,
+            val_fraction=config.data.val_fraction,
+        )
+        for line in dataset.description:
+            note(line)
+        return dataset
+
+
+@dataclass(frozen=True)
+class CheckOptions(FormatOptions):
+    """The check."""
+
+    fix: Path | None = option("Write a corrected copy; the data are never modified.", metavar="DIR")
+    all: bool = option("Print every problem.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(FormatOptions):
+    """The conversion."""
+
+    to: str = option("Format: coco, voc, yolo, csv or webdataset.", ...)
+    images: str = option("copy, hardlink or symlink.", "copy")
+    shard_size: str | None = option(
+        "Maximum images (1000) or bytes (256MB) per WebDataset shard.",
+        shown="256MB",
+        metavar="N|MB",
+    )
+    seed: int = option("Random seed of a validation split.", 0)
+    val_fraction: float = option(
+        "Fraction of the images for val, if the data has no val split.", 0.2
+    )
+
+
+@dataclass(frozen=True)
+class ShowOptions(SplitOptions):
+    """The drawings."""
+
+    out: Path = option("Output folder.", Path("shown"))
+    count: int = option("Number of images; 0: all.", 20, min=0)
+    anchors: bool = option("Also draw the anchors matched to each object.", False)
+    seed: int = option("Random seed of the choice of images.", 0)
+
+
 def check(
-    data: Data,
-    settings: Settings = None,
+    data: LabelledData,
+    recipe: RecipeOptions,
     *,
-    fix: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write a corrected copy; the data are never modified."),
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Print every problem.")] = False,
-    format: Format = None,
-    recipe: RecipeName = "quick",
-    image_size: ImageSize = None,
+    options: CheckOptions,
     json: Json = False,
 ) -> None:
     """Check labels and images, and print statistics.
@@ -62,26 +103,31 @@ def check(
     """
     from retinanet.data import check_datasets, read_splits, write_fixed
 
-    config = resolve_recipe(recipe, settings, image_size=image_size)
+    config = recipe.load()
     splits = read_splits(
-        data, format=format, seed=config.split_seed, val_fraction=config.data.val_fraction
+        data,
+        format=options.format,
+        seed=config.split_seed,
+        val_fraction=config.data.val_fraction,
     )
+    for line in next(iter(splits.values())).description:
+        note(line)
     with progress("opening images") as update:
         report = check_datasets(splits, progress=update)
     recall = None
     if any(split.objects for split in report.statistics.values()):
         recall = _recall(_with_known_size(splits, report), config)
     written = None
-    if fix is not None:
+    if options.fix is not None:
         with progress("writing") as update:
-            written = write_fixed(splits, report, fix, progress=update)
+            written = write_fixed(splits, report, options.fix, progress=update)
     if json:
         result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
     else:
-        _show_problems(report, data, None if every else _SHOWN_PROBLEMS)
+        _show_problems(report, data, None if options.all else _SHOWN_PROBLEMS)
         _show_statistics(report.statistics)
         if recall is not None:
             _show_recall(recall)
@@ -96,40 +142,16 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A labelled folder or file.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
     *,
-    to: Annotated[str, typer.Option(help="Format: coco, voc, yolo, csv or webdataset.")],
-    format: Format = None,
-    images: Annotated[str, typer.Option(help="copy, hardlink or symlink.")] = "copy",
-    shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|MB",
-            help="Maximum images (1000) or bytes (256MB) per WebDataset shard.",
-            show_default="256MB",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of a validation split.")] = 0,
-    val_fraction: Annotated[
-        float, typer.Option(help="Fraction of the images for val, if the data has no val split.")
-    ] = 0.2,
+    options: ConvertOptions,
     json: Json = False,
 ) -> None:
     """Convert labelled data to another format."""
     from retinanet.config import check_choice
     from retinanet.data import convert as convert_data
 
-    check_choice("--images", images, ("copy", "hardlink", "symlink"))
+    check_choice("--images", options.images, ("copy", "hardlink", "symlink"))
     with progress("writing") as update:
-        written = convert_data(
-            source,
-            target,
-            to,
-            format=format,
-            seed=seed,
-            val_fraction=val_fraction,
-            images=images,  # type: ignore[arg-type]  # checked above
-            shard_size=shard_size,
-            progress=update,
-        )
+        written = convert_data(source, target, progress=update, **vars(options))
     if json:
         print_json({name: getattr(written, name) for name in written.__slots__})
         return
@@ -137,29 +159,20 @@ def convert(
         f"{written.folder}: {written.format}",
         ["split", "origin", "images", "objects"],
         [
-            (name, written.origins[name], count, written.objects[name])
-            for name, count in written.images.items()
+            (name, written.origins[name], images_, written.objects[name])
+            for name, images_ in written.images.items()
         ],
         left=2,
     )
-    for what, count in written.lost.items():
-        say(f"left out: {count} {what}")
+    for what, number in written.lost.items():
+        say(f"left out: {number} {what}")
 
 
 def show(
-    data: Data,
-    settings: Settings = None,
+    data: LabelledData,
+    recipe: RecipeOptions,
     *,
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("shown"),
-    split: Split = "train",
-    count: Annotated[int, typer.Option(min=0, help="Number of images; 0: all.")] = 20,
-    with_anchors: Annotated[
-        bool, typer.Option("--anchors", help="Also draw the anchors matched to each object.")
-    ] = False,
-    format: Format = None,
-    recipe: RecipeName = "quick",
-    image_size: ImageSize = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the choice of images.")] = 0,
+    options: ShowOptions,
     json: Json = False,
 ) -> None:
     """Draw labelled images; with --anchors at the network's size, with their matched anchors.
@@ -167,20 +180,24 @@ def show(
     Anchors are white. An object without a matched anchor cannot be learned, and is marked.
     """
     from retinanet.cli.drawing import draw_labels
-    from retinanet.training.data import recipe_anchors
 
-    config = resolve_recipe(recipe, settings, image_size=image_size)
-    dataset = _read_split(data, split, format, config)
-    spec = recipe_anchors(config) if with_anchors else None
+    config = recipe.load()
+    dataset = options.read(data, config)
     with progress("drawing") as update:
         drawn = draw_labels(
-            dataset, out, count=count, seed=seed, spec=spec, recipe=config, progress=update
+            dataset,
+            options.out,
+            count=options.count,
+            seed=options.seed,
+            recipe=config if options.anchors else None,
+            progress=update,
         )
     if json:
-        print_json({"out": out, **drawn.to_dict()})
+        print_json({"out": options.out, **vars(drawn)})
     else:
-        say(f"{drawn.images} images of {dataset.split} with {drawn.objects} objects, in {out}")
-        if with_anchors:
+        images = count(drawn.images, "image")
+        say(f"{images} of {dataset.split} with {drawn.objects} objects, in {options.out}")
+        if options.anchors:
             say(
                 f"{drawn.anchors} anchors are matched to them; "
                 f"{drawn.unmatched} objects have none and cannot be learned"
@@ -192,13 +209,10 @@ def show(
 
 
 def anchors(
-    data: Data,
-    settings: Settings = None,
+    data: LabelledData,
+    recipe: RecipeOptions,
     *,
-    split: Split = "train",
-    format: Format = None,
-    recipe: RecipeName = "quick",
-    image_size: ImageSize = None,
+    options: SplitOptions,
     json: Json = False,
 ) -> None:
     """Print the anchor recall, and that of other settings.
@@ -207,74 +221,62 @@ def anchors(
     """
     from retinanet.data import usable
 
-    config = resolve_recipe(recipe, settings, image_size=image_size)
-    dataset, _ = usable(_read_split(data, split, format, config))
-    results = [
-        (words, changes, _recall({split: dataset}, resolve_recipe(
-            recipe, [*(settings or []), *changes], image_size=image_size)))
-        for words, changes in _candidates(config)
-    ]  # fmt: skip
+    config = recipe.load()
+    dataset, _ = usable(options.read(data, config))
+    results: list[tuple[str, list[str], AnchorRecall]] = []
+    for words, changes in _candidates(config):
+        changed = replace(recipe, settings=[*(recipe.settings or []), *changes])
+        results.append((words, changes, _recall({options.split: dataset}, changed.load())))
     # Candidates are in the order of their cost: suggest the first that is nearly as good as any.
-    enough = min(_ENOUGH_RECALL, max(found.recall for _, _, found in results) - _MIN_GAIN)
-    suggested = next(changes for _, changes, found in results if found.recall >= enough)
+    enough = min(_ENOUGH_RECALL, max(result.recall for _, _, result in results) - _MIN_GAIN)
+    suggested = next(changes for _, changes, result in results if result.recall >= enough)
     if json:
-        tried = [{"settings": changes, **found.to_dict()} for _, changes, found in results]
+        tried = [{"settings": changes, **result.to_dict()} for _, changes, result in results]
         print_json({"tried": tried, "suggested": suggested})
         return
     current = results[0][2]
     _show_recall(current)
-    missed = [(name, hit, of) for name, (hit, of) in current.by_class.items() if hit < of]
-    missed.sort(key=lambda row: row[1] / row[2])
+    missed = [(name, of, hit / of) for name, (hit, of) in current.by_class.items() if hit < of]
+    missed.sort(key=lambda row: row[2])
     if missed:
         table(
             "Classes of the lowest anchor recall",
             ["class", "objects", "recall"],
-            [(name, of, _ratio(hit, of)) for name, hit, of in missed[:_SHOWN_CLASSES]],
+            [(name, of, f"{recall:.1%}") for name, of, recall in missed[:_SHOWN_CLASSES]],
         )
     table(
         "Anchor recall of other settings, cheapest first",
         ["pixels", "anchors", "all", *current.by_size, "mean IoU"],
         [
             (
-                found.image_size,
+                result.image_size,
                 words,
-                f"{found.recall:.1%}",
-                *(_ratio(*counts) for counts in found.by_size.values()),
-                f"{found.mean_iou:.2f}",
+                f"{result.recall:.1%}",
+                *_size_recalls(result).values(),
+                f"{result.mean_iou:.2f}",
             )
-            for words, _, found in results
+            for words, _, result in results
         ],
         left=2,
     )
-    if suggested:
-        say(f"suggested: {shlex.join(suggested)}")
-    else:
-        say("the current settings are sufficient")
+    say(f"suggested: {shlex.join(suggested)}" if suggested else "the settings are sufficient")
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Return settings to compare, in words and as `key=value`; the first is the recipe itself."""
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+    """Yield settings to compare, in words and as `key=value`; the first is the recipe itself."""
+    no_p2, p2 = "model.p2=false", "model.p2=true"
     half = "anchors.sizes=[16,32,64,128,256]"
     wide = "anchors.aspect_ratios=[0.25,0.5,1.0,2.0,4.0]"
-    p2 = "model.p2=true"
     for factor in (1.0, 1.5, 2.0):
-        size: tuple[str, ...] = ()
-        if factor > 1:
-            sides = {"image_size": recipe.data.image_size, "max_size": recipe.data.max_size}
-            size = tuple(f"data.{name}={round(factor * side)}" for name, side in sides.items())
+        sides = {"image_size": recipe.data.image_size, "max_size": recipe.data.max_size}
+        size = [f"data.{name}={round(factor * side)}" for name, side in sides.items()]
+        if factor == 1:
+            size = []
         yield "the recipe's", size
-        yield "from 16 px on", (*size, "model.p2=false", half)
-        yield "from 16 px on, 1:4 to 4:1", (*size, "model.p2=false", half, wide)
-        yield "from 16 px on, with P2", (*size, p2, "anchors.sizes=none")
-        yield "from 8 px on, with P2", (*size, p2, "anchors.sizes=[8,16,32,64,128,256]")
-
-
-def _read_split(data: Path, split: str, format: str | None, config: Recipe) -> Dataset:
-    from retinanet.data import read_dataset
-
-    return read_dataset(
-        data, split, format=format, seed=config.split_seed, val_fraction=config.data.val_fraction
-    )
+        yield "from 16 px on", [*size, no_p2, half]
+        yield "from 16 px on, 1:4 to 4:1", [*size, no_p2, half, wide]
+        yield "from 16 px on, with P2", [*size, p2, "anchors.sizes=none"]
+        yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
 
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
@@ -292,19 +294,15 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
     """Return the splits without images whose size is in neither the labels nor a readable file."""
-    from dataclasses import replace
-
-    return {
-        name: replace(
-            dataset,
-            images=tuple(
-                image
-                for image in dataset.images
-                if (image.width and image.height) or not report.image_info[image.path].failure
-            ),
-        )
-        for name, dataset in splits.items()
-    }
+    known = {}
+    for name, dataset in splits.items():
+        images = [
+            image
+            for image in dataset.images
+            if (image.width and image.height) or not report.image_info[image.path].failure
+        ]
+        known[name] = replace(dataset, images=tuple(images))
+    return known
 
 
 def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:
@@ -313,8 +311,8 @@ def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:
     if not report.problems:
         say("no problems found")
         return
-    for kind, count in report.counts.items():
-        say(f"{kind} ({count}): {KINDS.get(kind, '')}", style="bold")
+    for kind, total in report.counts.items():
+        say(f"{kind} ({total}): {KINDS.get(kind, '')}", style="bold")
         problems = [problem for problem in report.problems if problem.kind == kind]
         for problem in problems[:limit]:
             file = problem.file
@@ -324,40 +322,38 @@ def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:
             is_named = problem.object is None or str(problem.object) in problem.reason
             name = "" if is_named else f" object {problem.object}:"
             say(f"  {file}:{name} {problem.reason}{fix}")
-        if limit is not None and count > limit:
-            say(f"  and {count - limit} more (--all prints them)")
+        if limit is not None and total > limit:
+            say(f"  and {total - limit} more (--all prints them)")
     say()
 
 
 def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
+    def number(values: Mapping[str, float], name: str) -> str:
+        return f"{values[name]:.0f}" if name in values else "-"
+
     splits = list(statistics.values())
-    rows = [
-        ("images", *(split.images for split in splits)),
-        ("without objects", *(split.background_images for split in splits)),
-        ("objects", *(split.objects for split in splits)),
-        ("crowd or difficult", *(split.ignored for split in splits)),
-        *(
-            (f"{size} objects", *(split.sizes[size] for split in splits))
-            for size in ("small", "medium", "large")
-        ),
-        *(
-            (f"objects per image, {name}", *(_number(s.boxes_per_image, key) for s in splits))
-            for name, key in (("median", "median"), ("maximum", "max"))
-        ),
-        ("side, median px", *(_number(split.side, "50") for split in splits)),
-        (
-            "side, 5% to 95% px",
-            *(f"{_number(split.side, '5')} - {_number(split.side, '95')}" for split in splits),
-        ),
+    columns = [
+        {
+            "images": split.images,
+            "without objects": split.background_images,
+            "objects": split.objects,
+            "crowd or difficult": split.ignored,
+            **{f"{size} objects": split.sizes[size] for size in ("small", "medium", "large")},
+            "objects per image, median": number(split.boxes_per_image, "median"),
+            "objects per image, maximum": number(split.boxes_per_image, "max"),
+            "side, median px": number(split.side, "50"),
+            "side, 5% to 95% px": f"{number(split.side, '5')} - {number(split.side, '95')}",
+        }
+        for split in splits
     ]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     table("Statistics", ["", *statistics], rows)
     for name, split in statistics.items():
         say(f"{name}: split by {split.origin}")
-    classes = list(splits[0].classes)
-    counts = {name: [split.classes.get(name, 0) for split in splits] for name in classes}
-    frequent = sorted(classes, key=lambda name: -sum(counts[name]))
+    counts = {name: [split.classes.get(name, 0) for split in splits] for name in splits[0].classes}
+    frequent = sorted(counts, key=lambda name: -sum(counts[name]))
     table(
-        f"Objects of {len(classes)} classes",
+        f"Objects of {len(counts)} classes",
         ["class", *statistics],
         [(name, *counts[name]) for name in frequent[:_SHOWN_CLASSES]],
     )
@@ -365,17 +361,13 @@ def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
         say(f"and {len(frequent) - _SHOWN_CLASSES} more classes")
 
 
-def _show_recall(found: AnchorRecall) -> None:
-    sizes = ", ".join(f"{name} {_ratio(*counts)}" for name, counts in found.by_size.items())
+def _show_recall(result: AnchorRecall) -> None:
+    sizes = ", ".join(f"{name} {recall}" for name, recall in _size_recalls(result).items())
     say(
-        f"anchor recall {found.recall:.1%} of {found.objects} objects "
-        f"(IoU {found.foreground_iou:g} at {found.image_size} px): {sizes}"
+        f"anchor recall {result.recall:.1%} of {result.objects} objects "
+        f"(IoU {result.foreground_iou:g} at {result.image_size} px): {sizes}"
     )
 
 
-def _ratio(matched: int, objects: int) -> str:
-    return f"{matched / objects:.1%}" if objects else "-"
-
-
-def _number(values: Mapping[str, float], name: str) -> str:
-    return f"{values[name]:.0f}" if name in values else "-"
+def _size_recalls(result: AnchorRecall) -> dict[str, str]:
+    return {name: f"{hit / of:.1%}" if of else "-" for name, (hit, of) in result.by_size.items()}

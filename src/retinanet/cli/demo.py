@@ -6,12 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from retinanet.cli.console import note, print_json, progress, say, seconds, table
-from retinanet.cli.settings import Device, Json
+from retinanet.cli.settings import DeviceOptions, Json, option
 from retinanet.cli.training import run_training, write_report
 
 if TYPE_CHECKING:
@@ -40,19 +38,21 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
 _MAX_DRAWN = 12  # images
 
 
-def demo(
-    *,
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Random seed of the images and both trainings.")] = 0,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class DemoOptions(DeviceOptions):
+    """The demo."""
+
+    out: Path = option("Output folder.", Path("demo"))
+    seed: int = option("Random seed of the images and both trainings.", 0)
+
+
+def demo(options: DemoOptions, *, json: Json = False) -> None:
     """Train with the focal loss and with cross entropy on synthetic images, and compare.
 
     Needs neither data nor the internet, and under four minutes on two processor cores.
     """
     start = time.monotonic()
-    result = run_demo(out, IMAGES, (), seed=seed, device=device)
+    result = run_demo(options.out, IMAGES, (), seed=options.seed, device=options.device)
     duration = time.monotonic() - start
     if json:
         print_json(result | {"seconds": round(duration, 1)})

@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retinanet.cli.console import note, print_json, progress, say, table
-from retinanet.cli.settings import (
-    Backend,
-    ClassAgnostic,
-    DetectionsPerImage,
-    Device,
-    NmsThreshold,
-    Precision,
-    ScoreThreshold,
-    thresholds_of,
-    tile_of,
-)
+from retinanet.cli.console import count, note, note_failures, print_json, progress, say, table
+from retinanet.cli.settings import DetectorOptions, Json, ThresholdOptions, TileOptions, option
 
-_SHOWN_FAILURES = 20
+if TYPE_CHECKING:
+    from retinanet.inference.detections import Failure
+    from retinanet.inference.detector import Detector
+    from retinanet.inference.sources import Source
 
-_FORMATS = "json,images"
 
-# What each kind of search has no use for; the message says for what it is.
-_OTHERS = {
-    "images": {"--every": "videos", "--track": "videos", "--workers": "--engine ray"},
-    "video": {
-        "--format": "images",
-        "--image-root": "images",
-        "--tile": "images",
-        "--overlap": "images",
-        "--workers": "--engine ray",
-    },
-    "ray": {
-        "--format": "images without --engine ray",
-        "--image-root": "images without --engine ray",
-        "--draw-threshold": "what is drawn, without --engine ray",
-        "--calibrate": "images and videos without --engine ray",
-        "--every": "videos",
-        "--track": "videos",
-    },
+@dataclass(frozen=True)
+class FileOptions:
+    """The files that are written."""
+
+    out: Path = option("Output folder.", Path("found"))
+    format: str | None = option(
+        "Any of json, images, coco, csv, yolo, labelstudio, cvat, separated by commas.",
+        shown="json,images",
+    )
+    image_root: str | None = option(
+        "Label Studio: prefix of an image's name in its address.", shown="/data/local-files/?d="
+    )
+    draw_threshold: float | None = option("Minimum score of a drawn box.", shown=".3")
+
+
+@dataclass(frozen=True)
+class KindOptions:
+    """What only videos or collections have."""
+
+    batch_size: int = option("Images per batch.", 1, min=1)
+    every: int | None = option("Video: process every N-th frame.", shown="1", min=1)
+    track: bool = option("Video: track objects across frames (ByteTrack).", False)
+    engine: str = option("local; or ray, for collections and clusters.", "local")
+    workers: int | None = option(
+        "Ray: detectors in parallel.", shown="one per GPU or 4 cores", min=1
+    )
+
+
+_KINDS = {"images": "images", "video": "videos", "ray": "--engine ray"}
+_ONLY_FOR = {
+    "format": ("images",),
+    "image_root": ("images",),
+    "draw_threshold": ("images", "video"),
+    "calibrate": ("images", "video"),
+    "tile": ("images", "ray"),
+    "overlap": ("images", "ray"),
+    "every": ("video",),
+    "track": ("video",),
+    "workers": ("ray",),
 }
 
 
@@ -63,190 +77,94 @@ def detect(
         ),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="Where the files go.")] = Path("found"),
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="Of json, images, coco, csv, yolo, labelstudio, cvat; commas between.",
-            show_default="json,images",
-        ),
-    ] = None,
-    image_root: Annotated[
-        str | None,
-        typer.Option(
-            help="Label Studio: what stands before an image's name in its address.",
-            show_default="/data/local-files/?d=",
-        ),
-    ] = None,
-    score_threshold: ScoreThreshold = None,
-    draw_threshold: Annotated[
-        float | None, typer.Option(help="Boxes under it are not drawn.", show_default=".3")
-    ] = None,
-    nms_threshold: NmsThreshold = None,
-    class_agnostic: ClassAgnostic = False,
-    detections_per_image: DetectionsPerImage = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Shorter side in pixels; larger finds smaller.", show_default="the model's"
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    backend: Backend = "auto",
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Images on which int8 is calibrated.", show_default="those to be searched"
-        ),
-    ] = None,
-    tile: Annotated[
-        str | None,
-        typer.Option(help="Search also in tiles of so many pixels, or auto: for huge images."),
-    ] = None,
-    overlap: Annotated[
-        float | None,
-        typer.Option(help="Share of a tile that its neighbour has too.", show_default=".2"),
-    ] = None,
-    every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Video: search each so-many-th frame.", show_default="1"),
-    ] = None,
-    track: Annotated[
-        bool, typer.Option("--track", help="Video: give each object a number that it keeps.")
-    ] = False,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: a collection, on a cluster too.")
-    ] = "local",
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ray: detectors at once.", show_default="one a GPU or 4 cores"),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    files: FileOptions,
+    thresholds: ThresholdOptions,
+    detector: DetectorOptions,
+    tiles: TileOptions,
+    other: KindOptions,
+    json: Json = False,
 ) -> None:
-    """Find objects in images, in videos, or in collections of any size.
+    """Detect objects in images, in videos, or in collections of any size.
 
-    An image that cannot be read stops nothing: it is named at the end, and the exit code is 1.
+    Images that cannot be read are skipped and listed at the end; the exit code is then 1.
     """
     from retinanet.config import check_choice
-    from retinanet.inference import load
-    from retinanet.inference.detections import DRAWN_SCORE, Failure
-    from retinanet.inference.sources import Source, is_video, iter_sources
-    from retinanet.inference.writers import LOCAL_FILES, open_outputs
+    from retinanet.inference.detections import DRAWN_SCORE
+    from retinanet.inference.sources import is_video
 
-    check_choice("--engine", engine, ("local", "ray"))
-    kind = "ray" if engine == "ray" else "video" if any(map(is_video, sources)) else "images"
-    _refuse_others(
-        kind,
-        {
-            "--format": formats,
-            "--image-root": image_root,
-            "--draw-threshold": draw_threshold,
-            "--calibrate": calibrate,
-            "--tile": tile,
-            "--overlap": overlap,
-            "--every": every,
-            "--track": track or None,
-            "--workers": workers,
-        },
-    )
-    drawn_score = DRAWN_SCORE if draw_threshold is None else draw_threshold
-    tiles: dict[str, Any] = {
-        "tile": tile_of(tile),
-        "overlap": 0.2 if overlap is None else overlap,
-    }
-    settings: dict[str, Any] = {
-        "precision": precision,
-        "backend": backend,
-        "image_size": image_size,
-        **thresholds_of(
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            class_agnostic=class_agnostic,
-            detections_per_image=detections_per_image,
-        ),
-    }
+    check_choice("--engine", other.engine, ("local", "ray"))
+    is_ray = other.engine == "ray"
+    kind = "ray" if is_ray else "video" if any(map(is_video, sources)) else "images"
+    given = {**vars(files), **vars(detector), **vars(tiles), **vars(other)}
+    given["track"] = other.track or None
+    _check_options(kind, [name for name, value in given.items() if value is not None])
+    options = {**vars(detector), **thresholds.given()}
+    drawn_score = DRAWN_SCORE if files.draw_threshold is None else files.draw_threshold
+    settings: dict[str, Any] = {"batch_size": other.batch_size}
     if kind == "ray":
         from retinanet.cli.detect_collection import detect_collections
 
-        detect_collections(
-            model,
-            sources,
-            out,
-            device=device,
-            workers=workers,
-            batch_size=batch_size,
-            json=json,
-            **tiles,
-            **settings,
-        )
-        return
-    if kind == "video":
+        del options["calibrate"]
+        options |= {**settings, **tiles.given(), "workers": other.workers}
+        is_complete = detect_collections(model, sources, files.out, options, json=json)
+    elif kind == "video":
         from retinanet.cli.detect_video import detect_videos
 
-        detect_videos(
-            model,
-            sources,
-            out,
-            every=1 if every is None else every,
-            track=track,
-            batch_size=batch_size,
-            draw_threshold=drawn_score,
-            calibrate=calibrate,
-            device=device,
-            json=json,
-            **settings,
-        )
-        return
+        settings |= {"every": other.every or 1, "track": other.track}
+        settings["draw_threshold"] = drawn_score
+        is_complete = detect_videos(model, sources, files.out, options, settings, json=json)
+    else:
+        settings |= tiles.given()
+        is_complete = _detect_images(model, sources, files, drawn_score, options, settings, json)
+    if not is_complete:
+        raise typer.Exit(1)
+
+
+def _check_options(kind: str, given: Sequence[str]) -> None:
+    """Raise a ConfigError for an option that would be ignored."""
+    from retinanet.errors import ConfigError
+
+    for name in given:
+        kinds = _ONLY_FOR.get(name, (kind,))
+        if kind not in kinds:
+            suitable = " and ".join(_KINDS[kind] for kind in kinds)
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {suitable}, not for {_KINDS[kind]}: "
+                "leave it out"
+            )
+
+
+def _detect_images(
+    model: str,
+    sources: Sequence[str],
+    files: FileOptions,
+    drawn_score: float,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    json: bool,
+) -> bool:
+    """Detect in images and print the summary; returns whether all could be read."""
+    from retinanet.inference import load
+    from retinanet.inference.detections import Failure
+    from retinanet.inference.sources import Source, iter_sources
+
     listed = list(iter_sources(sources, once=True))
-    readable = [one for one in listed if isinstance(one, Source)]
-    failures = [one for one in listed if isinstance(one, Failure)]
+    readable = [source for source in listed if isinstance(source, Source)]
+    failures = [source for source in listed if isinstance(source, Failure)]
     if not readable:
         raise failures[0].error
-    calibration: Any = calibrate
-    if precision == "int8" and calibrate is None:
-        calibration = [one.image for one in readable]
-    detector = load(model, device, calibrate=calibration, **settings)
-    chosen = [name.strip() for name in (formats or _FORMATS).split(",") if name.strip()]
-    objects: Counter[str] = Counter()
-    drawn: Counter[str] = Counter()
-    searched = 0
-    with (
-        open_outputs(
-            out,
-            chosen,
-            drawn_score=drawn_score,
-            image_root=LOCAL_FILES if image_root is None else image_root,
-        ) as write,
-        progress("detecting") as show,
-    ):
-        if not json:
-            note(detector.network.description)
-        for failure in failures:
-            write(failure)
-        streamed = detector.stream(
-            readable, batch_size=batch_size, keep_pixels="images" in chosen, **tiles
-        )
-        for done, one in enumerate(streamed, start=1):
-            write(one)
-            if isinstance(one, Failure):
-                failures.append(one)
-            else:
-                searched += 1
-                objects.update(detector.classes[label] for label in one.labels.tolist())
-                drawn.update(
-                    detector.classes[label] for _, score, label in one if score >= drawn_score
-                )
-            show(done, len(readable))
-
+    if options["precision"] == "int8" and options["calibrate"] is None:
+        options["calibrate"] = [source.image for source in readable]
+    detector = load(model, **options)
+    settings |= {"quiet": json, "drawn_score": drawn_score}
+    objects, drawn = _write_detections(detector, readable, failures, files, **settings)
+    images = len(listed) - len(failures)
     if json:
         print_json(
             {
-                "out": out,
+                "out": files.out,
                 "network": detector.network.description,
-                "images": searched,
+                "images": images,
                 "objects": dict(objects.most_common()),
                 "drawn": dict(drawn.most_common()),
                 "failures": [failure.to_dict() for failure in failures],
@@ -254,35 +172,56 @@ def detect(
         )
     else:
         if objects:
-            least = detector.thresholds["score_threshold"]
+            min_score = detector.thresholds["score_threshold"]
             table(
-                "Found",
-                ["class", f"score over {least:g}", f"of {drawn_score:g} and more"],
-                [(name, count, drawn[name]) for name, count in objects.most_common()],
+                "Detections",
+                ["class", f"score over {min_score:g}", f"of {drawn_score:g} and more"],
+                [(name, number, drawn[name]) for name, number in objects.most_common()],
             )
-        many = "" if searched == 1 else "s"
         say(
-            f"{objects.total()} boxes in {searched} image{many}, {drawn.total()} of them with a "
-            f"score of {drawn_score:g} and more, in {out}"
+            f"{objects.total()} boxes in {count(images, 'image')}, {drawn.total()} of them with a "
+            f"score of {drawn_score:g} and more, in {files.out}"
         )
     if failures:
-        note(
-            f"{len(failures)} image{'' if len(failures) == 1 else 's'} could not be read:",
-            style="red",
-        )
-        for failure in failures[:_SHOWN_FAILURES]:
-            note(f"  {failure.reason}")
-        if len(failures) > _SHOWN_FAILURES:
-            note(f"  and {len(failures) - _SHOWN_FAILURES} more")
-        raise typer.Exit(1)
+        note_failures([failure.reason for failure in failures], "image")
+    return not failures
 
 
-def _refuse_others(kind: str, given: Mapping[str, object]) -> None:
-    """Raise a ConfigError for an option that would be ignored."""
-    from retinanet.errors import ConfigError
+def _write_detections(
+    detector: Detector,
+    sources: list[Source],
+    failures: list[Failure],
+    files: FileOptions,
+    *,
+    quiet: bool,
+    drawn_score: float,
+    **settings: Any,
+) -> tuple[Counter[str], Counter[str]]:
+    """Write the files, add to `failures`; return the boxes per class, and those that are drawn."""
+    from retinanet.inference.detections import Failure
+    from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
-    for option, purpose in _OTHERS[kind].items():
-        if given[option] is not None:
-            raise ConfigError(f"{option} is for {purpose}: leave it out")
-    if given["--overlap"] is not None and given["--tile"] is None:
-        raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
+    names = (files.format or "json,images").split(",")
+    formats = [name.strip() for name in names if name.strip()]
+    image_root = LOCAL_FILES if files.image_root is None else files.image_root
+    objects: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
+    with (
+        open_outputs(files.out, formats, drawn_score=drawn_score, image_root=image_root) as write,
+        progress("detecting") as update,
+    ):
+        if not quiet:
+            note(detector.network.description)
+        for failure in failures:
+            write(failure)
+        stream = detector.stream(sources, keep_pixels="images" in formats, **settings)
+        for done, result in enumerate(stream, start=1):
+            write(result)
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                boxes = [(detector.classes[label], score) for _, score, label in result]
+                objects.update(name for name, _ in boxes)
+                drawn.update(name for name, score in boxes if score >= drawn_score)
+            update(done, len(sources))
+    return objects, drawn

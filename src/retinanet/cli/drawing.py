@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from retinanet.anchors import AnchorSpec, feature_sizes, level_anchors
+from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
 from retinanet.data import Annotation, Dataset, LabelledImage
 from retinanet.data.drawing import PALETTE, draw_boxes
@@ -20,12 +19,13 @@ from retinanet.data.images import pad_batch, read_image, resize_to
 from retinanet.errors import DataError
 from retinanet.matching import match_anchors
 from retinanet.structures import IGNORED, pad_targets
+from retinanet.training.data import recipe_anchors
 
 _WHITE = (255, 255, 255)
 _RED = (255, 0, 0)
 
 
-@dataclass(slots=True)
+@dataclass
 class DrawnLabels:
     """Counts of what was drawn.
 
@@ -41,10 +41,6 @@ class DrawnLabels:
     unmatched: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def draw_labels(
     dataset: Dataset,
@@ -52,11 +48,10 @@ def draw_labels(
     *,
     count: int,
     seed: int,
-    spec: AnchorSpec | None,
-    recipe: Recipe,
+    recipe: Recipe | None,
     progress: Callable[[int, int], None],
 ) -> DrawnLabels:
-    """Draw `count` images (0: all); given `spec`, at the network's size with matched anchors."""
+    """Draw `count` images (0: all); given a recipe, at the network's size with matched anchors."""
     images = list(dataset.images)
     if 0 < count < len(images):
         images = [images[i] for i in sorted(random.Random(seed).sample(range(len(images)), count))]
@@ -64,11 +59,11 @@ def draw_labels(
     drawn = DrawnLabels()
     for number, image in enumerate(images, start=1):
         try:
-            if spec is None:
+            if recipe is None:
                 boxes, labels = _objects(image.annotations)
                 drawing = draw_boxes(read_image(image.path), boxes, labels, names=dataset.classes)
             else:
-                drawing = _draw_matched(image, dataset.classes, spec, recipe, drawn)
+                drawing = _draw_matched(image, dataset.classes, recipe, drawn)
         except DataError as error:
             drawn.failures.append(str(error))
         else:
@@ -80,12 +75,9 @@ def draw_labels(
 
 
 def _draw_matched(
-    image: LabelledImage,
-    classes: Sequence[str],
-    spec: AnchorSpec,
-    recipe: Recipe,
-    drawn: DrawnLabels,
+    image: LabelledImage, classes: Sequence[str], recipe: Recipe, drawn: DrawnLabels
 ) -> Image.Image:
+    spec = recipe_anchors(recipe)
     boxes, labels = _objects(image.annotations)
     pixels, (scale_y, scale_x) = resize_to(
         read_image(image.path), recipe.data.image_size, recipe.data.max_size

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retinanet.cli.console import figure, print_json, progress, say, table
-from retinanet.cli.settings import Backend, Device, Precision, tile_of
+from retinanet.cli.console import figure, note, print_json, progress, say, table
+from retinanet.cli.settings import (
+    DetectorOptions,
+    Json,
+    LabelledData,
+    SplitOptions,
+    TileOptions,
+    option,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from retinanet.evaluation import Metrics
@@ -28,115 +37,73 @@ _MEANING = {
 }
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL|RESULTS",
-        help="A run folder, a checkpoint, an exported file, torchvision/NAME, hf://OWNER/NAME, "
-        "or a COCO results file.",
-    ),
-]
-Data = Annotated[
-    Path, typer.Argument(help="A labelled folder or file, in any format that data check reads.")
-]
-Split = Annotated[
-    str | None,
-    typer.Option(
-        help="Split of the data: train, val, test, all, or another one.",
-        show_default="val, or that of a label file",
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for metrics.json, results.json and plots.",
-        show_default="the run folder's evaluation/SPLIT",
-    ),
-]
-MaxDetections = Annotated[
-    int | None,
-    typer.Option(
+@dataclass(frozen=True)
+class EvaluationOptions(SplitOptions):
+    """The evaluation."""
+
+    out: Path | None = option(
+        "Folder for metrics.json, results.json and plots.",
+        shown="the run folder's evaluation/SPLIT",
+    )
+    max_detections: int | None = option(
+        "Detections per class and image that count; the model gives as many.",
+        shown="COCO's 100, or the most objects in an image",
         min=1,
-        help="Detections per class and image that count; the model gives as many.",
-        show_default="COCO's 100, or the most objects in an image",
-    ),
-]
-ImageSize = Annotated[
-    int | None, typer.Option(help="Shorter side in pixels.", show_default="the model's")
-]
-Calibrate = Annotated[
-    str | None, typer.Option(help="Calibration images for int8; not those evaluated.")
-]
-Tile = Annotated[
-    str | None,
-    typer.Option(help="Detect also in tiles of this many pixels, or auto: for huge images."),
-]
-Overlap = Annotated[
-    float, typer.Option(help="Overlap of adjacent tiles, share of the side in [0, 1).")
-]
+    )
+    batch_size: int = option("Images per batch.", 4, min=1)
 
 
 def evaluate(
-    model: Model,
-    data: Data,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RESULTS",
+            help="A run folder, a checkpoint, an exported file, torchvision/NAME, "
+            "hf://OWNER/NAME, or a COCO results file.",
+        ),
+    ],
+    data: LabelledData,
     *,
-    split: Split = None,
-    out: Out = None,
-    max_detections: MaxDetections = None,
-    image_size: ImageSize = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 4,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    backend: Backend = "auto",
-    calibrate: Calibrate = None,
-    tile: Tile = None,
-    overlap: Overlap = 0.2,
-    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    evaluation: EvaluationOptions,
+    detector: DetectorOptions,
+    tiles: TileOptions,
+    json: Json = False,
 ) -> None:
     """Evaluate a model or a COCO results file on labelled images."""
     from retinanet.evaluation.run import evaluate as evaluate_model_or_results
 
-    folder = out or _default_folder(Path(model), split or "val")
-    with progress("evaluating") as show:
-        metrics = evaluate_model_or_results(
-            model,
-            data,
-            split=split,
-            out=folder,
-            max_detections=max_detections,
-            image_size=image_size,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            backend=backend,
-            calibrate=calibrate,
-            tile=tile_of(tile),
-            overlap=overlap,
-            progress=show,
-        )
+    folder = evaluation.out
+    if folder is None and (run := run_folder(model)) is not None:
+        folder = run / "evaluation" / (evaluation.split or "val")
+    options = {**vars(evaluation), "out": folder, **vars(detector), **tiles.given()}
+    with progress("evaluating") as update:
+        metrics = evaluate_model_or_results(model, data, progress=update, **options)
     if folder is not None:
         from retinanet.report.plots import plot_evaluation
 
         plot_evaluation(metrics, folder / "plots")
+    for line in metrics.notes:
+        note(line)
     if json:
         print_json(metrics.to_dict())
-        return
-    show_metrics(metrics)
-    if folder is not None:
-        say(f"wrote metrics.json, results.json and plots/ to {folder}")
+    else:
+        _show_metrics(metrics)
+        if folder is not None:
+            say(f"wrote metrics.json, results.json and plots/ to {folder}")
+    if metrics.unreadable:
+        note(f"warning: {len(metrics.unreadable)} unreadable images were left out:")
+        for message in metrics.unreadable.values():
+            note(f"  {message}")
 
 
-def show_metrics(metrics: Metrics) -> None:
+def _show_metrics(metrics: Metrics) -> None:
     """Print the twelve numbers, the classes, the kinds of error, and what a limit cut."""
+    recall = "recall with {} detections per class and image"
     table(
         f"{metrics.images} images, {metrics.objects} objects",
         ["", "metric", "value"],
         [
-            (
-                name,
-                _MEANING.get(name, f"recall with {name[2:]} detections per class and image"),
-                value,
-            )
+            (name, _MEANING.get(name, recall.format(name[2:])), value)
             for name, value in metrics.summary().items()
         ],
         left=2,
@@ -152,13 +119,13 @@ def show_metrics(metrics: Metrics) -> None:
     )
     if len(classes) > _SHOWN_CLASSES:
         say(f"{len(classes) - _SHOWN_CLASSES} more classes are in metrics.json")
-    counts = metrics.errors.counts
+    errors = metrics.errors
     table(
         "Errors and the AP50 gained by fixing them",
         ["kind", "count", "AP50"],
         [
-            (kind.replace("_", " "), counts.get(kind), gain)
-            for kind, gain in metrics.errors.delta_ap.items()
+            (kind.replace("_", " "), errors.counts.get(kind), gain)
+            for kind, gain in errors.delta_ap.items()
         ],
     )
     say(
@@ -181,11 +148,3 @@ def show_metrics(metrics: Metrics) -> None:
             f"loss {figure(metrics.loss)} (class {figure(metrics.loss_classification)}, "
             f"box {figure(metrics.loss_box)}), {metrics.images_per_second or 0:.1f} images/s"
         )
-
-
-def _default_folder(model: Path, split: str) -> Path | None:
-    """Return the run folder's evaluation/SPLIT; None for other models and for results."""
-    for folder in (model, model.parent, model.parent.parent):
-        if (folder / "config.toml").is_file() and model.exists():
-            return folder / "evaluation" / split
-    return None

@@ -196,19 +196,20 @@ def run(
     with progress("tables and figures") as show:
         outputs = write_outputs(experiments, folder, trainings, progress=show)
     _print(outputs, folder, json)
-    if trainings is not None and (trainings.failures or trainings.plan.rejected):
+    if trainings is not None and trainings.failures:
         for training, why in trainings.failures.items():
             note(f"failed: {training}: {why}", style="red")
-        if trainings.failures:
-            note("rerun the command to try the failed trainings again")
+        note("rerun the command to try the failed trainings again")
         raise typer.Exit(1)
 
 
-def work() -> None:
-    """Run one training of a plan, read from standard input; started by ``run``."""
+def work(task: Annotated[Path, typer.Argument(help="Task file, written by run.")]) -> None:
+    """Run one training of a plan; started by ``run``, which stops it by closing its input."""
+    from retinanet.paper.work import Task, stop_when_input_closes
     from retinanet.paper.work import work as do
 
-    code = do(sys.stdin.fileno(), _show_event)
+    stop_when_input_closes()
+    code = do(Task.read(task), _show_event)
     if code:
         raise typer.Exit(code)
 
@@ -238,21 +239,19 @@ def _train(
     from retinanet.model.precision import choose_device
     from retinanet.paper.budget import with_budget
     from retinanet.paper.outputs import Trainings, read_external
-    from retinanet.paper.plan import check_images, check_networks, make_plan, read_data
+    from retinanet.paper.plan import check_networks, make_plan, read_data
     from retinanet.paper.run import Workers, run_plan
 
     splits = read_data(settings)
     metrics = read_external(external, splits)
     choose_device(device)
-    with progress("checking images") as show:
-        check_images(splits, ["val"] if settings.full else ["train", "val"], show)
     workers = Workers.default(settings.data, out, jobs=jobs, device=device, full=settings.full)
     if budget is not None:
         note(f"measuring the speed of this machine, for a budget of {format_seconds(budget)}")
         settings = with_budget(budget, experiments, rows, settings, workers, splits)
     every = make_plan(experiments, settings, splits)
     plan = every.only(rows) if rows else every
-    check_networks(plan, len(splits["train"].classes))
+    check_networks(plan, splits["train"].classes)
     workers = workers.limited_to(plan.trainings)
     _announce(plan, settings, workers)
     if settings.full:
@@ -324,10 +323,6 @@ def _announce(plan: Plan, settings: Settings, workers: Workers) -> None:
     """Print what will be trained, and how it differs from the paper's setting."""
     from retinanet.paper.plan import common_differences, size_changes
 
-    for (name, key), why in plan.rejected.items():
-        note(f"{name}, row {key} is left out: {why}", style="yellow")
-    if not plan.trainings:
-        return
     finished = len(workers.finished(plan.trainings))
     before = f", {finished} of them finished before" if finished else ""
     note(
@@ -402,7 +397,8 @@ def _print(outputs: Outputs, folder: Path, json: bool) -> None:
         return
     for result in outputs.tables:
         if result.rows:
-            table(result.heading, *result.table(wide=False))
+            narrow = result.table(wide=False)
+            table(result.heading, narrow.columns, narrow.rows)
         for line in filter(None, (result.not_coco, *result.footnotes)):
             say(line)
         if result.claims:

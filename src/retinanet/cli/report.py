@@ -3,59 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retinanet.cli.console import plain, print_json, progress, say, table
-from retinanet.cli.settings import Backend, Device, Precision
+from retinanet.cli.settings import (
+    DetectorOptions,
+    EngineOptions,
+    Json,
+    LabelledData,
+    SplitOptions,
+    option,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from retinanet.report.loss_distribution import LossDistribution
     from retinanet.report.speed_accuracy import SpeedAccuracy
 
-_DATA_HELP = "Labelled folder or file, in any format that data check reads."
 
-Split = Annotated[
-    str | None,
-    typer.Option(
-        help="Split: train, val, test, all, or another of the data.",
-        show_default="val, or that of a label file",
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option(help="Output folder.", show_default="the run folder's reports/")
-]
-Calibrate = Annotated[
-    str | None,
-    typer.Option(help="Images to calibrate int8 on; not those of the evaluation."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the content of the JSON file.")]
+@dataclass(frozen=True)
+class OutputOptions(SplitOptions):
+    """The images and the output folder."""
+
+    out: Path | None = option("Output folder.", shown="the run folder's reports/")
+
+
+@dataclass(frozen=True)
+class LossOptions(OutputOptions):
+    """The loss distribution."""
+
+    gamma: list[float] | None = option(
+        "Gamma of the focal loss. May be repeated.", shown="0, .5, 1 and 2"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions(OutputOptions):
+    """The measurement."""
+
+    data: Path = option("A labelled folder or file, as for data check.", ...)
+    scale: list[int] | None = option(
+        "Shorter side in pixels. May be repeated.",
+        shown="4/6 to 8/6 of each model's, as the paper's 400 to 800",
+    )
+    rounds: int = option("Interleaved timing rounds.", 7, min=1)
+    images: int = option("Number of images that are timed.", 8, min=1)
+    batch_size: int = option("Batch size for AP; single images are timed.", 4, min=1)
 
 
 def loss_distribution(
     run: Annotated[
         str, typer.Argument(help="Run folder, checkpoint, or torchvision/NAME.", metavar="RUN")
     ],
-    data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
+    data: LabelledData,
     *,
-    split: Split = None,
-    gamma: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Gamma of the focal loss. May be repeated.", show_default="0, .5, 1 and 2"
-        ),
-    ] = None,
-    out: Out = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=32, help="Shorter side in pixels.", show_default="the model's"),
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    backend: Backend = "auto",
-    calibrate: Calibrate = None,
+    options: LossOptions,
+    detector: DetectorOptions,
     json: Json = False,
 ) -> None:
     """Plot the distribution of a model's loss over anchors (the paper's Figure 4).
@@ -67,28 +74,22 @@ def loss_distribution(
     from retinanet.report.loss_distribution import loss_distribution as measure
     from retinanet.report.paper_plots import plot_loss_distribution
 
-    with progress("computing losses") as show:
+    gammas = GAMMAS if options.gamma is None else options.gamma
+    with progress("computing losses") as update:
         result = measure(
-            run,
-            data,
-            split=split,
-            gammas=GAMMAS if gamma is None else gamma,
-            image_size=image_size,
-            device=device,
-            precision=precision,
-            backend=backend,
-            calibrate=calibrate,
-            progress=show,
+            run, data, split=options.split, gammas=gammas, progress=update, **vars(detector)
         )
-    stem = _stem(out, run, f"loss-distribution-{result.split}")
-    files = plot_loss_distribution(result, stem, title=f"{_name(run)} on {result.split}")
+    stem = _stem(options.out, run, f"loss-distribution-{result.split}")
+    folder = run_folder(run)
+    name = run if folder is None else folder.resolve().name
     content = {"model": run, **result.to_dict()}
-    written = [*files, _write_json(stem, content)]
+    title = f"{name} on {result.split}"
+    files = [*plot_loss_distribution(result, stem, title=title), _write_json(stem, content)]
     if json:
         print_json(content)
         return
     _print_distribution(result)
-    _print_files(written)
+    _print_files(files)
 
 
 def speed_accuracy(
@@ -97,25 +98,8 @@ def speed_accuracy(
         typer.Argument(metavar="RUN", help="Run folders, checkpoints, or torchvision/NAME."),
     ],
     *,
-    data: Annotated[Path, typer.Option(help=_DATA_HELP)],
-    split: Split = None,
-    scale: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Shorter side in pixels. May be repeated.",
-            show_default="4/6 to 8/6 of each model's, as the paper's 400 to 800",
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 7,
-    images: Annotated[int, typer.Option(min=1, help="Number of images that are timed.")] = 8,
-    out: Out = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Batch size for AP; single images are timed.")
-    ] = 4,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    backend: Backend = "auto",
-    calibrate: Calibrate = None,
+    options: SpeedOptions,
+    engine: EngineOptions,
     json: Json = False,
 ) -> None:
     """Plot AP against time at several scales on this machine (the paper's Figure 2).
@@ -128,30 +112,27 @@ def speed_accuracy(
     from retinanet.report.speed_accuracy import speed_accuracy as measure
 
     models = name_models(runs)
-    machine = describe_machine(choose_device(device))
-    with progress("measuring") as show:
+    machine = describe_machine(choose_device(engine.device))
+    with progress("measuring") as update:
         result = measure(
             models,
-            data,
-            split=split,
-            scales=scale,
-            rounds=rounds,
-            images=images,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            backend=backend,
-            calibrate=calibrate,
+            options.data,
+            split=options.split,
+            scales=options.scale,
+            rounds=options.rounds,
+            images=options.images,
+            batch_size=options.batch_size,
             machine={"name": machine.name, **machine.to_dict()},
-            progress=show,
+            progress=update,
+            **vars(engine),
         )
-    stem = _stem(out, runs[0], f"speed-accuracy-{result.split}")
+    stem = _stem(options.out, runs[0], f"speed-accuracy-{result.split}")
     content = {"models": models, **result.to_dict()}
-    written = [_write_json(stem, content)]
+    files = [_write_json(stem, content)]
     marks = speed_marks(result)
     if marks:
         where = f"{Path(result.source).name} ({result.split}), {result.images} images"
-        written = [*plot_speed_accuracy(marks, stem, where=where, machine=machine.name), *written]
+        files = [*plot_speed_accuracy(marks, stem, where=where, machine=machine.name), *files]
     if json:
         print_json(content)
         return
@@ -159,7 +140,7 @@ def speed_accuracy(
     say(f"on {machine.name}; {result.points[0].network}")
     if not marks:
         say("no figure is drawn: the data has no ground-truth box, so AP is undefined")
-    _print_files(written)
+    _print_files(files)
 
 
 def _print_distribution(result: LossDistribution) -> None:
@@ -200,22 +181,7 @@ def _print_files(files: Sequence[Path]) -> None:
 
 def _stem(out: Path | None, run: str, name: str) -> Path:
     """Path of the files without suffix: in `out`, or in the model's run folder."""
-    if out is not None:
-        return out / name
-    return (_run_folder(run) or Path()) / "reports" / name
-
-
-def _run_folder(run: str) -> Path | None:
-    """Run folder of a checkpoint; None if it has none."""
-    model = Path(run)
-    folders = (model, model.parent, model.parent.parent)
-    return next((x for x in folders if (x / "config.toml").is_file() and model.exists()), None)
-
-
-def _name(run: str) -> str:
-    """Name of a model: its run folder's, else the argument."""
-    folder = _run_folder(run)
-    return run if folder is None else folder.resolve().name
+    return (out or (run_folder(run) or Path()) / "reports") / name
 
 
 def name_models(runs: Sequence[str]) -> dict[str, str]:
@@ -229,7 +195,7 @@ def name_models(runs: Sequence[str]) -> dict[str, str]:
     twice = [run for i, run in enumerate(runs) if Path(run) in map(Path, runs[:i])]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice: name each run once")
-    folders = [_run_folder(run) for run in runs]
+    folders = [run_folder(run) for run in runs]
     resolved = [folder and folder.resolve() for folder in folders]
     # best/ and last/ of a run, and models without a run folder, keep the argument as their name.
     paths = [path if path and resolved.count(path) == 1 else None for path in resolved]

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from retinanet.cli.console import STOPPED, note, say
-from retinanet.cli.settings import (
-    Backend,
-    ClassAgnostic,
-    DetectionsPerImage,
-    Device,
-    NmsThreshold,
-    Precision,
-    ScoreThreshold,
-    thresholds_of,
-)
+from retinanet.cli.settings import DetectorOptions, ThresholdOptions, option
 
 _KEY = "RETINANET_API_KEY"
 
 
-def _option(help_text: str, default: str) -> Any:
-    return typer.Option(help=help_text, show_default=default)
+@dataclass(frozen=True)
+class ServiceOptions:
+    """Limits and threads of the service; what is not given is the default of its settings."""
+
+    host: str = option("Address to listen on; 0.0.0.0 for all interfaces.", "127.0.0.1")
+    port: int = option("Port; 0 picks a free one.", 8000)
+    workers: int = option("Threads that run the network; they share the CPU cores.", 1)
+    batch_size: int | None = option(
+        "Maximum images per batch, all of one size.", shown="1 on a CPU, else 8"
+    )
+    max_wait_ms: float | None = option("Milliseconds to wait for a batch to fill.", shown="0")
+    queue: int | None = option("Maximum waiting images.", shown="128")
+    max_bytes: int | None = option("Maximum request size in bytes.", shown="33,554,432")
+    max_pixels: int | None = option("Maximum pixels per image.", shown="50,000,000")
+    max_images: int | None = option("Maximum images per request.", shown="32")
+    timeout: float | None = option("Maximum seconds per request, upload included.", shown="60")
+    api_key: str | None = option(
+        f"Key that requests must send. Prefer the environment variable {_KEY}: other users of "
+        "this machine can read a command line.",
+        shown="none",
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the given settings of the service, and the API key of the environment."""
+        key = os.environ.get(_KEY) if self.api_key is None else self.api_key
+        values = {**vars(self), "api_key": key, "host": None, "port": None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def serve(
@@ -38,104 +54,29 @@ def serve(
         ),
     ],
     *,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
-    workers: Annotated[
-        int, typer.Option(help="Threads that run the network; they share the CPU cores.")
-    ] = 1,
-    batch_size: Annotated[
-        int | None, _option("Maximum images per batch, all of one size.", "1 on a CPU, else 8")
-    ] = None,
-    max_wait_ms: Annotated[
-        float | None, _option("Milliseconds to wait for a batch to fill.", "0")
-    ] = None,
-    queue: Annotated[
-        int | None, _option("Maximum images waiting or in work; others get a 503.", "128")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, _option("Maximum request size in bytes.", "33,554,432")
-    ] = None,
-    max_pixels: Annotated[int | None, _option("Maximum pixels per image.", "50,000,000")] = None,
-    max_images: Annotated[int | None, _option("Maximum images per request.", "32")] = None,
-    timeout: Annotated[
-        float | None, _option("Maximum seconds per request, upload included.", "60")
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        _option(
-            f"Key that requests must send. Prefer the environment variable {_KEY}: other users of "
-            "this machine can read a command line.",
-            "none",
-        ),
-    ] = None,
-    score_threshold: ScoreThreshold = None,
-    nms_threshold: NmsThreshold = None,
-    class_agnostic: ClassAgnostic = False,
-    detections_per_image: DetectionsPerImage = None,
-    image_size: Annotated[
-        int | None, _option("Shorter side of the network input in pixels.", "the model's")
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    backend: Backend = "auto",
-    calibrate: Annotated[
-        str | None, typer.Option(help="Images for the calibration of int8.")
-    ] = None,
+    service: ServiceOptions,
+    thresholds: ThresholdOptions,
+    detector: DetectorOptions,
 ) -> None:
     """Serve models to browsers (a page) and programs (REST) until Ctrl-C.
 
     Running requests are finished first; a second Ctrl-C exits at once.
     """
-    from retinanet.serve import Settings, check_installed
-    from retinanet.serve.models import model_names
+    from retinanet.inference import load
+    from retinanet.serve import Settings, build_app, check_installed
+    from retinanet.serve.models import model_metrics, model_names
+    from retinanet.serve.server import bind, share_cores
+    from retinanet.serve.server import serve as serve_app
 
     check_installed()
-    limits = {
-        "workers": workers,
-        "batch_size": batch_size,
-        "max_wait_ms": max_wait_ms,
-        "queue": queue,
-        "max_bytes": max_bytes,
-        "max_pixels": max_pixels,
-        "max_images": max_images,
-        "timeout": timeout,
-        "api_key": os.environ.get(_KEY) if api_key is None else api_key,
-    }
-    settings = Settings(**{name: value for name, value in limits.items() if value is not None})  # type: ignore[arg-type]
-    thresholds = thresholds_of(
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        class_agnostic=class_agnostic,
-        detections_per_image=detections_per_image,
-    )
-    load_options = {
-        "device": device,
-        "precision": precision,
-        "backend": backend,
-        "calibrate": calibrate,
-        "image_size": image_size,
-        **thresholds,
-    }
-    _run(model_names(models), settings, (host, port), load_options)
-
-
-def _run(
-    paths: dict[str, str], settings: Any, address: tuple[str, int], load_options: dict[str, Any]
-) -> None:
-    """Load the models and serve them; `address` is (host, port)."""
-    from retinanet.inference import load
-    from retinanet.serve import build_app
-    from retinanet.serve.models import model_metrics
-    from retinanet.serve.server import bind, serve, share_cores
-
-    host = address[0]
-    with bind(*address) as listener:
+    host = service.host
+    paths = model_names(models)
+    settings = Settings(**service.given())
+    with bind(service.host, service.port) as listener:
         share_cores(settings.workers)
         detectors = {}
         for name, path in paths.items():
-            detectors[name] = load(path, **load_options)
+            detectors[name] = load(path, **vars(detector), **thresholds.given())
             note(f"{name}: {detectors[name].network.description}")
         metrics = {name: model_metrics(path) for name, path in paths.items()}
         app = build_app(detectors, settings, metrics=metrics)
@@ -146,10 +87,8 @@ def _run(
             )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"serving at {url}; Ctrl-C to stop"
-        server = serve(app, listener, settings, on_ready=lambda: say(ready))
-    if server.force_exit:
+        is_finished = serve_app(app, listener, settings, on_ready=lambda: say(ready))
+    if not is_finished:
         note("stopped without finishing running requests")
         sys.stdout.flush()
         os._exit(STOPPED)  # Python's own exit would free memory that network threads still use
-    if server.exit_signal == signal.SIGINT:
-        raise typer.Exit(STOPPED)

@@ -1,9 +1,16 @@
-"""Options that several commands share, and the recipe that they make up."""
+"""Options as fields of dataclasses, which several commands can share.
+
+A command takes such a group as one parameter; :func:`expand_groups` gives it one option per field.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -18,97 +25,188 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=32, help="Shorter image side in pixels.", show_default="the recipe's"),
+LabelledData = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, or CVAT's or "
+        "Label Studio's export.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-ScoreThreshold = Annotated[
-    float | None,
-    typer.Option(help="Drop boxes with a lower score.", show_default="the model's, .05"),
-]
-NmsThreshold = Annotated[
-    float | None,
-    typer.Option(help="IoU threshold for NMS.", show_default="the model's, .5"),
-]
-ClassAgnostic = Annotated[bool, typer.Option("--class-agnostic", help="Class-agnostic NMS.")]
-DetectionsPerImage = Annotated[
-    int | None,
-    typer.Option(help="Maximum number of boxes per image.", show_default="the model's, 100"),
-]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
-Precision = Annotated[str, typer.Option(help="Precision: auto, float32, bf16, fp16 or int8.")]
-Backend = Annotated[str, typer.Option(help="Inference engine: auto, torch, compile or openvino.")]
 
-
-def thresholds_of(
-    *,
-    score_threshold: float | None,
-    nms_threshold: float | None,
-    class_agnostic: bool,
-    detections_per_image: int | None,
-) -> dict[str, Any]:
-    """Return the given thresholds by the names that a detector has for them."""
-    given = {
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "detections_per_image": detections_per_image,
-        "class_agnostic_nms": class_agnostic or None,  # None: as the model's recipe says
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def resolve_recipe(
-    name: str,
-    settings: Sequence[str] | None,
-    *,
-    given: Mapping[str, object] | None = None,
-    epochs: float | None = None,
-    steps: int | None = None,
-    image_size: int | None = None,
-) -> Recipe:
-    """Load the recipe `name`, and override it with options, then ``key=value`` settings.
+def option(help: str, default: Any = None, *, shown: str | bool = True, **settings: Any) -> Any:
+    """Declare a field of a group.
 
     Args:
-        name: as :func:`retinanet.config.load_recipe` takes it.
-        settings: such as ``train.lr=0.005``.
-        given: settings that have an option of their own; None: not given.
-        epochs, steps: the exact length of a run.
-        image_size: the shorter side; the limit of the longer side keeps its ratio to it.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range, or both `epochs` and `steps` are given.
+        help: the help text.
+        default: ``...`` if the option is required.
+        shown: the default in the help; True: `default` itself.
+        settings: of ``typer.Option``.
     """
-    from retinanet.config import load_recipe
-    from retinanet.errors import ConfigError
-
-    if epochs is not None and steps is not None:
-        raise ConfigError("--epochs and --steps both set the length of the run: give one of them")
-    options = [f"{key}={value}" for key, value in (given or {}).items() if value is not None]
-    if epochs is not None:
-        # An exact number: the recipe's limits are for lengths that it computes itself.
-        options += [f"train.epochs={epochs}", "train.min_steps=1", "train.max_steps=1_000_000_000"]
-    if steps is not None:
-        options.append(f"train.steps={steps}")
-    if image_size is not None:
-        sides = load_recipe(name).data
-        longest = round(image_size * sides.max_size / sides.image_size)
-        options += [f"data.image_size={image_size}", f"data.max_size={longest}"]
-    return load_recipe(name, [*options, *(settings or [])])
+    metadata = {"help": help, "show_default": shown, **settings}
+    return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
-def tile_of(given: str | None) -> int | str | None:
-    """Parse ``--tile``: None, ``auto``, or pixels.
+def expand_groups(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter of a dataclass type by the fields of the dataclass, as options."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint):
+            groups[parameter.name] = hint
+            parameters += _group_parameters(hint)
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
 
-    Raises:
-        ConfigError: it is neither.
-    """
-    from retinanet.errors import ConfigError
+    @wraps(function)
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{item.name: values.pop(item.name) for item in fields(group)})
+        function(**values)
 
-    if given is None or given == "auto":
-        return given
-    if given.isascii() and given.isdecimal() and int(given) > 0:
-        return int(given)
-    raise ConfigError(f"--tile {given!r} is neither a number of pixels nor auto")
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _group_parameters(group: Any) -> Iterator[inspect.Parameter]:
+    types = get_type_hints(group, include_extras=True)
+    for item in fields(group):
+        kind = types[item.name]
+        if item.metadata:
+            # Without its name a bool would get an option --no-NAME too.
+            names = [f"--{item.name.replace('_', '-')}"] if kind is bool else []
+            kind = Annotated[kind, typer.Option(*names, **item.metadata)]
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
+        yield inspect.Parameter(
+            item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+        )
+
+
+@dataclass(frozen=True)
+class ThresholdOptions:
+    """Post-processing; what is not given is the model's."""
+
+    score_threshold: float | None = option(
+        "Drop boxes with a lower score.", shown="the model's, .05"
+    )
+    nms_threshold: float | None = option("IoU threshold for NMS.", shown="the model's, .5")
+    class_agnostic: bool = option("Class-agnostic NMS.", False)
+    detections_per_image: int | None = option(
+        "Maximum number of boxes per image.", shown="the model's, 100"
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the given thresholds by the names that a detector has for them."""
+        values = {
+            "score_threshold": self.score_threshold,
+            "nms_threshold": self.nms_threshold,
+            "detections_per_image": self.detections_per_image,
+            "class_agnostic_nms": self.class_agnostic or None,  # None: as the model's recipe says
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """The device."""
+
+    device: str = option("Device: auto, cpu, cuda, cuda:1, mps.", "auto")
+
+
+@dataclass(frozen=True)
+class EngineOptions(DeviceOptions):
+    """The inference engine."""
+
+    precision: str = option("Precision: auto, float32, bf16, fp16 or int8.", "auto")
+    backend: str = option("Inference engine: auto, torch, compile or openvino.", "auto")
+    calibrate: str | None = option(
+        "Calibration images for int8; not those of an evaluation. detect calibrates on its "
+        "sources by default."
+    )
+
+
+@dataclass(frozen=True)
+class DetectorOptions(EngineOptions):
+    """The inference engine and the size of its input."""
+
+    image_size: int | None = option(
+        "Shorter image side in pixels; larger detects smaller objects.", shown="the model's"
+    )
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """Detection in tiles."""
+
+    tile: str | None = option("Detect also in tiles of this many pixels, or auto: for huge images.")
+    overlap: float | None = option(
+        "Overlap of adjacent tiles, share of the side in [0, 1).", shown=".2"
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments of a detector.
+
+        Raises:
+            ConfigError: ``--tile`` is neither ``auto`` nor pixels, or ``--overlap`` has no tile.
+        """
+        from retinanet.errors import ConfigError
+
+        if self.overlap is not None and self.tile is None:
+            raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
+        tile: int | str | None = self.tile
+        if self.tile is not None and self.tile != "auto":
+            if not (self.tile.isascii() and self.tile.isdecimal() and int(self.tile) > 0):
+                raise ConfigError(f"--tile {self.tile!r} is neither a number of pixels nor auto")
+            tile = int(self.tile)
+        return {"tile": tile, "overlap": 0.2 if self.overlap is None else self.overlap}
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """The split of an evaluation."""
+
+    split: str | None = option(
+        "Split of the data: train, val, test, all, or another one.",
+        shown="val, or that of a label file",
+    )
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe, and settings that override it."""
+
+    settings: Settings = None
+    recipe: str = option("Recipe: quick, paper_1x, paper_table2, demo, or a file.", "quick")
+    image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
+
+    def load(self, overrides: Mapping[str, object] | None = None) -> Recipe:
+        """Load the recipe, and override it with `overrides`, the image size and the settings.
+
+        Args:
+            overrides: settings that have an option of their own; None: not given.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        from retinanet.config import load_recipe
+
+        values = {key: value for key, value in (overrides or {}).items() if value is not None}
+        if self.image_size is not None:
+            sides = load_recipe(self.recipe).data
+            # The limit of the longer side keeps its ratio to the shorter one.
+            longest = round(self.image_size * sides.max_size / sides.image_size)
+            values |= {"data.image_size": self.image_size, "data.max_size": longest}
+        options = [f"{key}={value}" for key, value in values.items()]
+        return load_recipe(self.recipe, [*options, *(self.settings or [])])
+
+
+def run_folder(model: str | Path) -> Path | None:
+    """Return the run folder of a model, or None if it has none."""
+    path = Path(model)
+    folders = (path, path.parent, path.parent.parent) if path.exists() else ()
+    return next((folder for folder in folders if (folder / "config.toml").is_file()), None)

@@ -4,92 +4,92 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retinanet.cli.console import print_json, say
-from retinanet.cli.settings import Device, ImageSize, Json, Settings, resolve_recipe
+from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option
 from retinanet.cli.training import describe_metrics, run_overfit, run_training, write_report
 
 if TYPE_CHECKING:
     from retinanet.training.overfit import OverfitResult
 
-Data = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="DATA",
-        help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Run folder; an unfinished run in it is resumed.", show_default="runs/NAME of DATA"
-    ),
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="Recipe: quick, paper_1x, paper_table2, demo, or a file.")
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(help="Backbone: resnet18 to resnet152, mobilenet_v2, timm/NAME, ..."),
-]
-BackboneWeights = Annotated[
-    str | None,
-    typer.Option(help="Backbone weights: a file, default (ImageNet, downloaded), or none."),
-]
-Init = Annotated[
-    str | None,
-    typer.Option(
-        help="Detector to start from: a run, a checkpoint, torchvision/NAME or hf://OWNER/NAME."
-    ),
-]
-Epochs = Annotated[float | None, typer.Option(min=0, help="Exact number of epochs.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Exact number of steps.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Images per step; the learning rate is scaled with it."),
-]
-Precision = Annotated[
-    str | None, typer.Option(help="Training precision: auto, float32, bf16 or fp16.")
-]
-Seed = Annotated[int | None, typer.Option(help="Random seed.")]
-Overfit = Annotated[
-    int | None,
-    typer.Option(
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings that have an option of their own."""
+
+    backbone: str | None = option("Backbone: resnet18 to resnet152, mobilenet_v2, timm/NAME, ...")
+    backbone_weights: str | None = option(
+        "Backbone weights: a file, default (ImageNet, downloaded), or none."
+    )
+    epochs: float | None = option("Exact number of epochs.", min=0)
+    steps: int | None = option("Exact number of steps.", min=1)
+    batch_size: int | None = option("Images per step; the learning rate is scaled with it.", min=1)
+    precision: str | None = option("Training precision: auto, float32, bf16 or fp16.")
+    seed: int | None = option("Random seed.")
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings by key.
+
+        Raises:
+            ConfigError: both ``--epochs`` and ``--steps`` are given.
+        """
+        from retinanet.errors import ConfigError
+
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError(
+                "--epochs and --steps both set the length of the run: give one of them"
+            )
+        # An exact number: the recipe's limits are for lengths that it computes itself.
+        limits = {"train.min_steps": 1, "train.max_steps": 1_000_000_000}
+        return {
+            "model.backbone": self.backbone,
+            "model.backbone_weights": self.backbone_weights,
+            "train.epochs": self.epochs,
+            "train.steps": self.steps,
+            "train.batch_size": self.batch_size,
+            "train.precision": self.precision,
+            "train.seed": self.seed,
+            **(limits if self.epochs is not None else {}),
+        }
+
+
+@dataclass(frozen=True)
+class RunOptions(DeviceOptions):
+    """The run."""
+
+    out: Path | None = option(
+        "Run folder; an unfinished run in it is resumed.", shown="runs/NAME of DATA"
+    )
+    init: str | None = option(
+        "Detector to start from: a run, a checkpoint, torchvision/NAME or hf://OWNER/NAME."
+    )
+    overfit: int | None = option(
+        "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
+        "not learned.",
         min=1,
         metavar="N",
-        help="Learn N images without augmentation to test the whole pipeline; exit code 1 if they "
-        "are not learned.",
-    ),
-]
-ShowRecipe = Annotated[
-    bool, typer.Option("--show-recipe", help="Print all settings as TOML and exit.")
-]
+    )
+    show_recipe: bool = option("Print all settings as TOML and exit.", False)
 
 
 def train(
-    data: Data = None,
-    settings: Settings = None,
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DATA",
+            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...",
+            show_default=False,
+        ),
+    ] = None,
     *,
-    out: Out = None,
-    recipe: RecipeName = "quick",
-    backbone: Backbone = None,
-    backbone_weights: BackboneWeights = None,
-    init: Init = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    image_size: ImageSize = None,
-    device: Device = "auto",
-    precision: Precision = None,
-    seed: Seed = None,
-    overfit: Overfit = None,
-    show_recipe: ShowRecipe = False,
+    recipe: RecipeOptions,
+    training: TrainingOptions,
+    run: RunOptions,
     json: Json = False,
 ) -> None:
     """Train a detector on your images.
@@ -98,37 +98,29 @@ def train(
     """
     from retinanet.config import to_toml
 
-    options = {
-        "model.backbone": backbone,
-        "model.backbone_weights": backbone_weights,
-        "train.batch_size": batch_size,
-        "train.precision": precision,
-        "train.seed": seed,
-    }
-    chosen = resolve_recipe(
-        recipe, settings, given=options, epochs=epochs, steps=steps, image_size=image_size
-    )
-    if show_recipe:
-        sys.stdout.write(to_toml(chosen))
+    config = recipe.load(training.overrides())
+    if run.show_recipe:
+        sys.stdout.write(to_toml(config))
         return
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
-    if overfit is not None:
-        verdict = run_overfit(chosen, data, out, overfit, steps=steps, device=device, init=init)
-        _show_overfit(verdict, json=json)
-        raise typer.Exit(verdict.exit_code)
-    folder = out or Path("runs") / (data.resolve().stem or "run")
-    run = run_training(chosen, data, folder, device=device, init=init)
-    report = write_report(run)
+    start: dict[str, Any] = {"device": run.device, "init": run.init}
+    if run.overfit is not None:
+        result = run_overfit(config, data, run.out, run.overfit, steps=training.steps, **start)
+        _show_overfit(result, json=json)
+        raise typer.Exit(result.exit_code)
+    folder = run.out or Path("runs") / (data.resolve().stem or "run")
+    trained = run_training(config, data, folder, **start)
+    report = write_report(trained)
     if json:
-        print_json({"folder": run.folder, "model": run.model, "metrics": run.metrics})
+        print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})
         return
-    if run.metrics:
-        say(f"result   {describe_metrics(run.metrics)}, on the split val")
-    say(f"model    {run.model}")
+    if trained.metrics:
+        say(f"result   {describe_metrics(trained.metrics)}, on the split val")
+    say(f"model    {trained.model}")
     if report is not None:
         say(f"report   {report}")
-    say(f"next     retinanet detect {shlex.quote(str(run.folder))} IMAGES --out found")
+    say(f"next     retinanet detect {shlex.quote(str(trained.folder))} IMAGES --out found")
 
 
 def _show_overfit(result: OverfitResult, *, json: bool) -> None:

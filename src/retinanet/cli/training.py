@@ -51,29 +51,14 @@ def run_training(
 
 
 def run_overfit(
-    recipe: Recipe,
-    data: str | Path,
-    folder: Path | None,
-    num_images: int,
-    *,
-    steps: int | None,
-    device: str,
-    init: str | None,
+    recipe: Recipe, data: Path, folder: Path | None, num_images: int, **options: Any
 ) -> OverfitResult:
     """Learn a few images with a progress bar; without a folder the run is deleted afterwards."""
     from retinanet.training.overfit import overfit
 
     with tempfile.TemporaryDirectory() as scratch, _Display("overfitting") as display:
-        return overfit(
-            recipe,
-            data,
-            folder or Path(scratch) / "run",
-            num_images=num_images,
-            steps=steps,
-            device=device,
-            init=init,
-            on_event=display.show,
-        )
+        out = folder or Path(scratch) / "run"
+        return overfit(recipe, data, out, num_images=num_images, on_event=display.show, **options)
 
 
 def write_report(run: Run) -> Path | None:
@@ -92,12 +77,9 @@ class _Display:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
+        columns = ("{task.description}", "{task.fields[left]}")
+        description, left = (TextColumn(text) for text in columns)
+        self._bar = Progress(description, BarColumn(), MofNCompleteColumn(), left)
         self._task = self._bar.add_task(title, total=None, left="")
         self._metrics = Text("")
         self._live = Live(
@@ -119,6 +101,8 @@ class _Display:
         data = event.data
         match event.kind:
             case "start" | "resume":
+                for line in data["data"]:
+                    note(line)
                 note(describe_start(event.kind, data))
             case "step":
                 self._step(data)
@@ -131,46 +115,33 @@ class _Display:
                 note(str(data["message"]))
 
     def _step(self, data: Mapping[str, Any]) -> None:
+        step, steps = data["step"], data["steps"]
         left = f"{seconds(data['seconds_left'])} left"
-        metrics = describe_step(data)
+        metrics = (
+            f"loss {data['loss']:.3f} (class {data['loss_classification']:.3f}, "
+            f"box {data['loss_box']:.3f}), {data['positives']:.1f} positives per image, "
+            f"lr {data['lr']:.1e}, {data['images_per_second']:.1f} images/s, "
+            f"waiting {100 * data['waiting']:.0f}%, {data['memory_mb']:.0f} MB"
+        )
         if err.is_terminal:
             self._bar.update(
-                self._task,
-                description=self._title,
-                completed=data["step"],
-                total=data["steps"],
-                left=left,
+                self._task, description=self._title, completed=step, total=steps, left=left
             )
             self._metrics.plain = metrics
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            note(f"step {data['step']}/{data['steps']}: {metrics}, {left}")
+            note(f"step {step}/{steps}: {metrics}, {left}")
 
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """Describe the training in a line."""
     begins = "training" if kind == "start" else f"resuming from step {data['step']}"
-    many = "process" if data["processes"] == 1 else "processes"
+    processes = "process" if data["processes"] == 1 else "processes"
     return (
         f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
         f"of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
-        f"{data['processes']} {many} on {data['device']}, {data['precision']}; "
+        f"{data['processes']} {processes} on {data['device']}, {data['precision']}; "
         f"split: {data['split_origin']}"
-    )
-
-
-def describe_step(data: Mapping[str, Any]) -> str:
-    """Describe a step's metrics in a line."""
-    return ", ".join(
-        (
-            f"loss {data['loss']:.3f} (class {data['loss_classification']:.3f}, "
-            f"box {data['loss_box']:.3f})",
-            f"{data['positives']:.1f} positives per image",
-            f"lr {data['lr']:.1e}",
-            f"{data['images_per_second']:.1f} images/s",
-            f"waiting {100 * data['waiting']:.0f}%",
-            f"{data['memory_mb']:.0f} MB",
-        )
     )
 
 

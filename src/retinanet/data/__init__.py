@@ -4,13 +4,21 @@ from retinanet.data.check import CheckReport, check_datasets, usable
 from retinanet.data.convert import Written, convert
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.fix import write_fixed
-from retinanet.data.formats import digest, find_format, read_dataset, read_splits
+from retinanet.data.formats import (
+    DataSource,
+    digest,
+    find_data,
+    find_format,
+    read_dataset,
+    read_splits,
+)
 from retinanet.data.statistics import AnchorRecall, Statistics, anchor_recall
 
 __all__ = [
     "AnchorRecall",
     "Annotation",
     "CheckReport",
+    "DataSource",
     "Dataset",
     "LabelledImage",
     "Problem",
@@ -20,6 +28,7 @@ __all__ = [
     "check_datasets",
     "convert",
     "digest",
+    "find_data",
     "find_format",
     "read_dataset",
     "read_splits",

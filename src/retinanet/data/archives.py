@@ -152,8 +152,6 @@ def file_size(path: Path) -> int:
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """Archive and name of the member; nothing is opened."""
-    if isinstance(path, Member):
-        return path.archive, path.name
     text = os.fspath(path)
     for found in _INSIDE.finditer(text):
         archive = text[: found.end()]
@@ -172,8 +170,7 @@ def read_file(address: str) -> bytes:
         FileNotFoundError: it does not exist.
         DataError: it cannot be read.
     """
-    with _store_errors(address):
-        system, path = _file_system(address)
+    with _open_store(address) as (system, path):
         return bytes(system.cat_file(path))
 
 
@@ -184,35 +181,35 @@ def list_names(address: str) -> list[str]:
         DataError: it cannot be read.
     """
     try:
-        with _store_errors(address):
-            system, path = _file_system(address)
+        with _open_store(address) as (system, path):
             paths = [str(listed).rstrip("/") for listed in system.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted({listed.rpartition("/")[2] for listed in paths if listed != path.rstrip("/")})
 
 
-def _file_system(address: str) -> tuple[Any, str]:
-    """Return fsspec's file system of an address, and the path in it."""
+@contextmanager
+def _open_store(address: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's file system of an address, and the path in it.
+
+    What a store raises becomes a DataError of one line, except for a missing file.
+    """
     import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:  # it names the package to install
-        raise DataError(f"{address}: {' '.join(str(error).split())}") from None
-    return system, str(path)
-
-
-@contextmanager
-def _store_errors(address: str) -> Iterator[None]:
-    """Convert what a store raises to a DataError of one line, except for a missing file."""
-    try:
-        yield
+        yield system, str(path)
     except (FileNotFoundError, NotADirectoryError, DataError):
         raise
+    except (ImportError, ValueError) as error:  # it names the package to install
+        raise DataError(f"{address}: {_one_line(error)}") from None
     except Exception as error:  # each store has its own
-        words = " ".join(str(error).split())
-        raise DataError(f"{address}: cannot be read: {type(error).__name__}: {words}") from None
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise DataError(f"{address}: cannot be read: {reason}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 # ---- reading
@@ -224,42 +221,39 @@ def read_members(members: Sequence[Member]) -> Iterator[bytes]:
     Raises:
         ImageError: the archive cannot be read, or has changed.
     """
-    # The header before a member is read with it: an index of another archive is detected.
-    spans = [(member.offset - _BLOCK, member.offset + member.size) for member in members]
     if members and is_remote(members[0].archive):
         for first in range(0, len(members), _MAX_RANGES):
             chunk = members[first : first + _MAX_RANGES]
-            for member, data in zip(chunk, _fetch(chunk, spans[first:]), strict=True):
+            for member, data in zip(chunk, _fetch(chunk), strict=True):
                 yield _checked(member, data)
         return
-    for member, (start, end) in zip(members, spans, strict=True):
+    for member in members:
         try:
             with open(member.archive, "rb", buffering=0) as file:
-                file.seek(start)
-                data = file.read(end - start)
+                file.seek(member.offset - _BLOCK)
+                data = file.read(_BLOCK + member.size)
         except OSError as error:
-            raise ImageError(
-                f"{os.fspath(member)}: cannot be read: {error.strerror or error}"
-            ) from None
+            reason = error.strerror or error
+            raise ImageError(f"{os.fspath(member)}: cannot be read: {reason}") from None
         yield _checked(member, data)
 
 
-def _fetch(members: Sequence[Member], spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Fetch spans of remote archives in parallel."""
-    starts, ends = map(list, zip(*spans[: len(members)], strict=True))
+def _fetch(members: Sequence[Member]) -> list[bytes]:
+    """Fetch members of remote archives in parallel, each with the header before it."""
+    starts = [member.offset - _BLOCK for member in members]
+    ends = [member.offset + member.size for member in members]
     try:
-        with _store_errors(os.fspath(members[0])):
-            system, _ = _file_system(members[0].archive)
-            paths = [_file_system(member.archive)[1] for member in members]
+        with _open_store(members[0].archive) as (system, _):
+            from fsspec.core import strip_protocol
+
+            paths = [strip_protocol(member.archive) for member in members]
             results = list(system.cat_ranges(paths, starts, ends, on_error="return"))
     except (DataError, OSError) as error:
-        raise ImageError(" ".join(str(error).split())) from None
+        raise ImageError(_one_line(error)) from None
     for member, result in zip(members, results, strict=True):
         if isinstance(result, Exception):
-            words = " ".join(str(result).split())
-            raise ImageError(
-                f"{os.fspath(member)}: cannot be read: {type(result).__name__}: {words}"
-            ) from None
+            reason = f"{type(result).__name__}: {_one_line(result)}"
+            raise ImageError(f"{os.fspath(member)}: cannot be read: {reason}") from None
     return results
 
 
@@ -270,7 +264,7 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
         ImageError: as :func:`read_members`.
     """
     remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
-    contents = dict(zip(remote, read_members(remote), strict=True))
+    contents: dict[str | Member, bytes] = dict(zip(remote, read_members(remote), strict=True))
     return [
         replace(file, content=contents[file])
         if isinstance(file, Member) and file in contents
@@ -280,20 +274,19 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
 
 
 def _checked(member: Member, data: bytes) -> bytes:
-    """Return the bytes of a member without its header, which must state its size."""
+    """Return the bytes of a member without its header, which must state its name and size.
+
+    So an index of another archive is detected.
+    """
     try:
         header = tarfile.TarInfo.frombuf(data[:_BLOCK], "utf-8", "surrogateescape")
+        name, size = _plain_name(header.name), header.size
     except tarfile.HeaderError:
-        header = None
+        name, size = "", -1
     # A header states other names only in part: of 100 bytes or more, or not ASCII.
-    name = "" if header is None else _plain_name(header.name)
     is_whole_name = len(name) < 90 and member.name.isascii()
-    if (
-        header is None
-        or header.size != member.size
-        or (is_whole_name and name != member.name)
-        or len(data) != _BLOCK + member.size
-    ):
+    is_other = is_whole_name and name != member.name
+    if size != member.size or is_other or len(data) != _BLOCK + member.size:
         raise ImageError(
             f"{os.fspath(member)}: is not at byte {member.offset} of the archive, which is cut off "
             f"or has changed since its index was made; copy it again, or delete "
@@ -321,39 +314,48 @@ def contents_of(archive: str) -> Contents:
     Raises:
         DataError: there is no such archive, it is cut off or no tar, or its index does not fit it.
     """
-    index = index_of(archive)
     if is_remote(archive):
-        return _contents(archive, index, None)
+        return _contents(archive, None)
     try:
         stat = os.stat(archive)
     except OSError as error:
         raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
     try:
-        of_index = os.stat(index).st_mtime_ns
+        of_index = os.stat(index_of(archive)).st_mtime_ns
     except OSError:
         of_index = 0
-    return _contents(archive, index, (stat.st_size, stat.st_mtime_ns, of_index))
+    return _contents(archive, (stat.st_size, stat.st_mtime_ns, of_index))
 
 
 @lru_cache(maxsize=256)
-def _contents(archive: str, index: str, stamp: tuple[int, ...] | None) -> Contents:
+def _contents(archive: str, stamp: tuple[int, ...] | None) -> Contents:
     try:
-        content = read_file(index)
+        content = read_file(index_of(archive))
     except FileNotFoundError:
-        return _scan(archive)
+        content = None
     try:
-        return _indexed(archive, index, content, stamp[0] if stamp else _size(archive))
+        with _open_store(archive) as (system, path):
+            if content is not None:
+                size = stamp[0] if stamp else int(system.info(path)["size"])
+                listed = _read_index(archive, content, size)
+            else:
+                with system.open(path, "rb", block_size=1 << 16) as file:
+                    listed = _read_headers(archive, file)
     except FileNotFoundError:
         raise DataError(f"{archive}: there is no such file") from None
+    members: dict[str, Member] = {}
+    repeated: dict[str, None] = {}
+    for member in listed:
+        if ".." in PurePosixPath(member.name).parts:
+            raise DataError(f"{archive}: {member.name!r} would lie outside of it")
+        if members.setdefault(member.name, member) is not member:
+            repeated[member.name] = None
+    return Contents(members, tuple(repeated), content is not None)
 
 
-def _size(archive: str) -> int:
-    with _store_errors(archive):
-        system, path = _file_system(archive)
-        return int(system.info(path)["size"])
-
-
-def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
+def _read_index(archive: str, content: bytes, size: int) -> list[Member]:
+    """Return the members that an index of an archive of `size` bytes lists."""
+    index = index_of(archive)
     try:
         stated = json.loads(content)
         known = int(stated["bytes"])
@@ -377,33 +379,12 @@ def _indexed(archive: str, index: str, content: bytes, size: int) -> Contents:
                 f"{index}: says that {member.name} has {member.size} bytes from byte "
                 f"{member.offset} on, in an archive of {size}; delete it to do without"
             )
-    return _contents_from(members, indexed=True)
+    return members
 
 
-def _contents_from(listed: list[Member], *, indexed: bool) -> Contents:
-    members: dict[str, Member] = {}
-    repeated: list[str] = []
-    for member in listed:
-        if ".." in PurePosixPath(member.name).parts:
-            raise DataError(f"{member.archive}: {member.name!r} would lie outside of it")
-        if members.setdefault(member.name, member) is not member:
-            repeated.append(member.name)
-    return Contents(members, tuple(dict.fromkeys(repeated)), indexed)
-
-
-def _scan(archive: str) -> Contents:
-    """Return the contents of an archive by its headers."""
-    try:
-        with _store_errors(archive):
-            system, path = _file_system(archive)
-            with system.open(path, "rb", block_size=1 << 16) as file:
-                return _scan_open(archive, file)
-    except FileNotFoundError:
-        raise DataError(f"{archive}: there is no such file") from None
-
-
-def _scan_open(archive: str, file: IO[bytes]) -> Contents:
-    listed: list[Member] = []
+def _read_headers(archive: str, file: IO[bytes]) -> list[Member]:
+    """Return the members of an archive by its headers."""
+    members: list[Member] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
@@ -411,22 +392,22 @@ def _scan_open(archive: str, file: IO[bytes]) -> Contents:
                     raise tarfile.ReadError("a negative size")
                 if info.isreg() and not info.issparse():
                     name = _plain_name(info.name)
-                    listed.append(Member(archive, name, info.offset_data, info.size))
+                    members.append(Member(archive, name, info.offset_data, info.size))
             end = tar.offset
         file.seek(end)
         whole = file.read(_BLOCK) == bytes(_BLOCK)
     # The others are of sizes that no machine has.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-        if not listed:
+        if not members:
             raise DataError(
                 f"{archive}: is no tar that can be read in place ({error}); a compressed one must "
                 f"be uncompressed"
             ) from None
         whole = False
     if not whole:
-        last = f"after {listed[-1].name}" if listed else "before its first file"
+        last = f"after {members[-1].name}" if members else "before its first file"
         raise DataError(f"{archive}: is cut off or damaged {last}; copy it again")
-    return _contents_from(listed, indexed=False)
+    return members
 
 
 def _plain_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections import Counter
@@ -14,12 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from retinanet.data import archives
 from retinanet.data.boxes import CLIPPED, check_box
+from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.loading import usable_cpus
+from retinanet.data.formats.labels import DROPPED
+from retinanet.data.image_files import SIDEWAYS, exif_orientation, suffix_of
 from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 
@@ -53,6 +54,10 @@ KINDS: dict[str, str] = {
 _CHUNK = 512  # images submitted to the threads at a time
 
 
+MAX_FAULTS = 0.05
+"""Share of faulty objects beyond which a warning is given."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """Result of opening an image file.
@@ -69,8 +74,8 @@ class ImageInfo:
     width: int | None = None
     orientation: int = 1
     suffix: str = ""
-    file_digest: bytes = b""
-    pixel_digest: bytes = b""
+    file_digest: str = ""
+    pixel_digest: str = ""
     failure: tuple[str, str] | None = None
 
 
@@ -166,6 +171,25 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     return replace(dataset, images=tuple(images)), dropped
 
 
+def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | None:
+    """Return how many objects and images are left out, and the first; None if there are none.
+
+    Args:
+        dataset: its problems count that no reader can repair.
+        dropped: further problems, from :func:`usable`.
+    """
+    faults = [problem for problem in dataset.problems if "dropped" in problem.fix] + [*dropped]
+    if not faults:
+        return None
+    kept = sum(len(image.annotations) for image in dataset.images)
+    share = len(faults) / (len(faults) + kept)
+    first = f"{faults[0].file}: {faults[0].reason}"
+    return (
+        f"{'warning: ' if share > MAX_FAULTS else ''}left out {len(faults)} faulty objects or "
+        f"images ({share:.1%}) of {dataset.split}, the first: {first}; see retinanet data check"
+    )
+
+
 # ---- images
 
 
@@ -192,7 +216,7 @@ def _open(path: Path) -> ImageInfo:
     if member is not None and member.digest not in ("", archives.digest_of(content)):
         reason = "its bytes differ from those of the index; copy the shard again"
         return ImageInfo(failure=("image-changed", reason))
-    digest = hashlib.blake2b(content, digest_size=16).digest()
+    digest = archives.digest_of(content)
     try:
         return _decode(path, content, digest)
     except UnidentifiedImageError:
@@ -206,31 +230,26 @@ def _open(path: Path) -> ImageInfo:
         return ImageInfo(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
 
 
-def _decode(path: Path, content: bytes, digest: bytes) -> ImageInfo:
+def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
     with Image.open(BytesIO(content)) as image:
         form = image.format or ""
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = exif_orientation(image)
         image.load()
         upright = ImageOps.exif_transpose(image)
         # Compare colours, not indices into palettes.
         pixels = upright.convert("RGBA") if upright.mode == "P" else upright
-        total = hashlib.blake2b(f"{pixels.mode} {pixels.size}".encode(), digest_size=16)
-        total.update(pixels.tobytes())
+        values = archives.digest_of(pixels.tobytes())
         width, height = upright.size
+    suffix = suffix_of(form)
     named = Image.registered_extensions().get(path.suffix.lower(), "")
-    same = {"MPO": "JPEG"}  # a JPEG with more images after the first
-    is_wrong = named != "" and same.get(named, named) != same.get(form, form)
     return ImageInfo(
         height=height,
         width=width,
         orientation=orientation if orientation in range(1, 9) else 1,
-        suffix=_SUFFIXES.get(form, f".{form.lower()}") if is_wrong else "",
+        suffix=suffix if named and suffix_of(named) != suffix else "",
         file_digest=digest,
-        pixel_digest=total.digest(),
+        pixel_digest=f"{pixels.mode} {pixels.size} {values}",
     )
-
-
-_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 
 
 def in_two_splits(
@@ -238,11 +257,11 @@ def in_two_splits(
 ) -> Iterator[tuple[str, int, Problem]]:
     """Split and index of each image that another split keeps, with its problem."""
     others = [name for name in splits if name not in ("train", "val", "test")]
-    first: dict[bytes, tuple[str, Path]] = {}
+    first: dict[str, tuple[str, Path]] = {}
     for name in ("test", *others, "val", "train"):
         for index, image in enumerate(splits[name].images if name in splits else ()):
             info = image_info[image.path]
-            key = info.pixel_digest or info.file_digest or str(image.path).encode()
+            key = info.pixel_digest or info.file_digest or str(image.path)
             split, path = first.setdefault(key, (name, image.path))
             if split == name:
                 continue
@@ -250,12 +269,8 @@ def in_two_splits(
             if path != image.path:
                 same_bytes = image_info[path].file_digest == info.file_digest
                 how = f"the same {'content' if same_bytes else 'pixels'} as {path}"
-            reason = f"in split {name} and in split {split}: {how}"
-            yield (
-                name,
-                index,
-                Problem("image-in-two-splits", image.path, None, reason, f"dropped from {name}"),
-            )
+            reason, fix = f"in split {name} and in split {split}: {how}", f"dropped from {name}"
+            yield name, index, Problem("image-in-two-splits", image.path, None, reason, fix)
 
 
 # ---- objects
@@ -264,10 +279,8 @@ def in_two_splits(
 def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> Iterator[Problem]:
     if info.failure:
         kind, reason = info.failure
-        if kind == "image-missing":
-            yield _missing(image)
-        else:
-            yield Problem(kind, image.path, None, reason, "the image is dropped")
+        is_missing = kind == "image-missing"
+        yield _missing(image) if is_missing else Problem(kind, image.path, None, reason, DROPPED)
     if info.suffix:
         reason = f"is named {image.path.suffix}, but its content is {info.suffix[1:]}"
         yield Problem("image-extension", image.path, None, reason, f"named {info.suffix}")
@@ -275,17 +288,24 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
     if height is None or width is None:
         height, width = image.height, image.width
     elif (image.height or height, image.width or width) != (height, width):
-        yield _size_problem(image, info)
+        reason = (
+            f"{image.path.name}: the labels state {image.width} x {image.height} (width x height), "
+            f"the image is {width} x {height}"
+        )
+        fix = "size corrected"
+        if labelled_as_stored(image, info):
+            reason += f" after its EXIF orientation {info.orientation}; labelled unrotated"
+            fix = "size and boxes rotated"
+        yield Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
     seen: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         fault = check_box(annotation.box, width, height)
         if fault:
             yield _box_problem(dataset, image, annotation, fault)
-        key = same_key(annotation)
-        if key in seen:
-            reason = f"repeats {_word(dataset)} {seen[key].id}"
+        first = seen.setdefault(same_key(annotation), annotation)
+        if first is not annotation:
+            reason = f"repeats {_word(dataset)} {first.id}"
             yield _box_problem(dataset, image, annotation, ("box-duplicate", reason, "dropped"))
-        seen.setdefault(key, annotation)
 
 
 def same_key(annotation: Annotation) -> tuple[object, ...]:
@@ -296,27 +316,16 @@ def same_key(annotation: Annotation) -> tuple[object, ...]:
     return (annotation.label, annotation.crowd, *(round(side, 2) for side in box))
 
 
-def _size_problem(image: LabelledImage, info: ImageInfo) -> Problem:
-    stated = f"{image.path.name}: the labels state {image.width} x {image.height} (width x height)"
-    reason, fix = f"{stated}, the image is {info.width} x {info.height}", "size corrected"
-    if labelled_as_stored(image, info):
-        reason += f" after its EXIF orientation {info.orientation}; labelled unrotated"
-        fix = "size and boxes rotated"
-    return Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
-
-
 def labelled_as_stored(image: LabelledImage, info: ImageInfo) -> bool:
     """Whether the labels are of the image before its EXIF orientation."""
-    return info.orientation >= 5 and (image.width, image.height) == (
-        info.height,
-        info.width,
-    )
+    is_swapped = (image.width, image.height) == (info.height, info.width)
+    return info.orientation in SIDEWAYS and is_swapped
 
 
 def _missing(image: LabelledImage) -> Problem:
     count = len(image.annotations)
     reason = f"no such image; {_label_file(image)} gives it {count} object{'s' * (count != 1)}"
-    return Problem("image-missing", image.path, None, reason, "the image is dropped")
+    return Problem("image-missing", image.path, None, reason, DROPPED)
 
 
 def _label_file(image: LabelledImage) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.formats import FORMATS, WRITABLE, read_splits
-from retinanet.data.formats.labels import can_be_a_file
+from retinanet.data.finder import can_be_a_file
+from retinanet.data.formats import FORMATS, WRITABLE, find_data, read_splits
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import ConfigError, DataError, ImageError
 
@@ -85,34 +85,17 @@ def convert(
         splits = read_splits(source, format=format, seed=seed, val_fraction=val_fraction)
     lost: Counter[str] = Counter()
     splits = {name: _writable(dataset, lost) for name, dataset in splits.items()}
-    return write(
-        splits,
-        target,
-        to,
-        images=images,
-        shard_size=shard_size or SHARD_SIZE,
-        progress=progress,
-        lost=lost,
-    )
+    writing = Writing(splits, Path(target), images, {}, progress, lost, shard_size or SHARD_SIZE)
+    return write(writing, to)
 
 
-def write(
-    splits: Mapping[str, Dataset],
-    target: str | Path,
-    to: str,
-    *,
-    images: Placing = "copy",
-    shard_size: str = SHARD_SIZE,
-    suffixes: Mapping[Path, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    lost: Counter[str] | None = None,
-) -> Written:
-    """Write splits whose images all exist into a new folder; arguments as :func:`convert`.
+def write(writing: Writing, to: str) -> Written:
+    """Write splits whose images all exist into a new folder, in the format `to`.
 
-    Args:
-        suffixes: new extensions of some images.
-        lost: counts of what was left out already.
+    Raises:
+        DataError: as :func:`convert`.
     """
+    splits, target = writing.splits, writing.folder
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no image to write")
     for name, dataset in splits.items():
@@ -121,16 +104,13 @@ def write(
             raise DataError(
                 f"{dataset.source}: a split is named {name!r}, which is no file name; rename it"
             )
-    folder = Path(target)
     write_format = FORMATS[to].write
     assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
-    with new_folder(folder, {dataset.source for dataset in splits.values()}) as draft:
-        writing = Writing(
-            splits, draft, images, suffixes or {}, progress, lost or Counter(), shard_size
-        )
-        write_format(writing)
+    with new_folder(target, {dataset.source for dataset in splits.values()}) as draft:
+        write_format(replace(writing, folder=draft))
+        _verify(draft, to, splits)
     return Written(
-        folder,
+        target,
         to,
         {name: len(dataset) for name, dataset in splits.items()},
         {name: sum(len(i.annotations) for i in d.images) for name, d in splits.items()},
@@ -139,11 +119,37 @@ def write(
     )
 
 
+def _verify(folder: Path, to: str, splits: Mapping[str, Dataset]) -> None:
+    """Read a written folder back and compare images and boxes.
+
+    Raises:
+        DataError: an image or a box is missing or differs.
+    """
+    written = find_data(folder, to).splits
+    for name, dataset in splits.items():
+        # YOLO cannot mark objects that are ignored, and they are left out.
+        kept = [
+            a for i in dataset.images for a in i.annotations if not (to == "yolo" and a.ignored)
+        ]
+        found = written[name]() if name in written else replace(dataset, images=())
+        if any(problem.kind == "image-unreadable" for problem in found.problems):
+            continue  # an image of the source that cannot be decoded: its boxes are not read
+        boxes = [a.box for image in found.images for a in image.annotations]
+        if len(found) != len(dataset) or len(boxes) != len(kept):
+            raise DataError(
+                f"{name}: {len(dataset)} images with {len(kept)} objects were written as {to}, but "
+                f"{len(found)} with {len(boxes)} are read back"
+                f"{': ' + found.problems[0].reason if found.problems else ''}; nothing is kept"
+            )
+        pairs = zip(sorted(a.box for a in kept), sorted(boxes), strict=True)
+        if any(abs(a - b) > 0.01 for pair in pairs for a, b in zip(*pair, strict=True)):
+            raise DataError(f"{name}: boxes differ after writing them as {to}; nothing is kept")
+
+
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
     """Drop what cannot be written: missing images, and boxes that are not four finite numbers."""
     images: list[LabelledImage] = []
-    for problem in dataset.problems:
-        lost[f"unreadable labels ({problem.kind})"] += 1
+    lost.update(f"unreadable labels ({problem.kind})" for problem in dataset.problems)
     for image in dataset.images:
         if not archives.is_image_file(image.path):
             lost["missing images"] += 1

@@ -95,6 +95,7 @@ class Dataset:
         problems: faults of labels that could not be read into an annotation.
         split_origin: how the split was made (such as ``seed 0, 20% for validation``).
         extra: other values of the whole data set (COCO's info, licences, supercategories).
+        description: what was found at `source`, and what was left out, a line each.
     """
 
     images: tuple[LabelledImage, ...]
@@ -106,6 +107,7 @@ class Dataset:
     problems: tuple[Problem, ...] = ()
     split_origin: str = "the format's own"
     extra: Mapping[str, Any] = field(default_factory=dict)
+    description: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.classes).items() if count > 1]

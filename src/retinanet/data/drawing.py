@@ -1,4 +1,4 @@
-"""Draw boxes on images, and grids of images."""
+"""Draw boxes on images."""
 
 from __future__ import annotations
 
@@ -102,64 +102,6 @@ def draw_boxes(
         if text:
             _draw_caption(canvas, corners[i], text, colour, font, line, taken, objects)
     return img
-
-
-def draw_grid(
-    images: Sequence[ImageLike],
-    *,
-    columns: int | None = None,
-    captions: Sequence[str] | None = None,
-    gap: int = 6,
-    background: Colour = (255, 255, 255),
-) -> Image.Image:
-    """Draw images in rows, each row as high as its highest image.
-
-    Args:
-        images: one or more, as :func:`draw_boxes` takes or returns them.
-        columns: None: about as many as rows.
-        captions: a line under each image.
-        gap: pixels between cells and around them.
-        background: colour behind the images.
-
-    Raises:
-        ValueError: there is no image, or the numbers of captions and images differ.
-    """
-    if not images:
-        raise ValueError("a grid needs at least one image")
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} images")
-    imgs = [
-        image.convert("RGB") if isinstance(image, Image.Image) else _to_pil(image)
-        for image in images
-    ]
-    columns = min(len(imgs), columns or math.ceil(math.sqrt(len(imgs))))
-    rows = [imgs[i : i + columns] for i in range(0, len(imgs), columns)]
-    cell_width = max(image.width for image in imgs)
-    heights = [max(image.height for image in row) for row in rows]
-    letter = max(12, round(cell_width / 40))
-    font = ImageFont.load_default(size=letter)
-    caption_height = round(letter * 1.5) if captions else 0
-    width = gap + columns * (cell_width + gap)
-    sheet = Image.new(
-        "RGB", (width, gap + sum(h + caption_height + gap for h in heights)), background
-    )
-    canvas = ImageDraw.Draw(sheet)
-    top = gap
-    for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for c, image in enumerate(row):
-            left = gap + c * (cell_width + gap)
-            middle = left + (cell_width - image.width) // 2
-            sheet.paste(image, (middle, top + (height - image.height) // 2))
-            if captions:
-                canvas.text(
-                    (left + cell_width / 2, top + height + letter * 0.2),
-                    _fitting(captions[r * columns + c], font, cell_width),
-                    fill=_readable_on(background),
-                    font=font,
-                    anchor="ma",
-                )
-        top += height + caption_height + gap
-    return sheet
 
 
 def _to_pil(image: ImageLike) -> Image.Image:
@@ -278,12 +220,3 @@ def _hidden(area: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float
 
 def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    """Return the text, shortened with an ellipsis if it does not fit."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

@@ -13,7 +13,7 @@ from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.formats import WRITABLE
 from retinanet.data.formats.labels import JSON_TEXT
-from retinanet.data.formats.writing import Placing
+from retinanet.data.formats.writing import Placing, Writing
 from retinanet.errors import DataError
 
 
@@ -60,14 +60,9 @@ def write_fixed(
     if len(formats) != 1:
         raise DataError(f"the splits are of several formats: {', '.join(sorted(formats))}")
     form = formats.pop()
-    return write(
-        fixed,
-        folder,
-        form if form in WRITABLE else "coco",
-        images=images,
-        suffixes={path: info.suffix for path, info in report.image_info.items() if info.suffix},
-        progress=progress,
-    )
+    suffixes = {path: info.suffix for path, info in report.image_info.items() if info.suffix}
+    writing = Writing(fixed, Path(folder), images, suffixes, progress)
+    return write(writing, form if form in WRITABLE else "coco")
 
 
 def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:

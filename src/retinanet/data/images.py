@@ -5,36 +5,33 @@ from __future__ import annotations
 import math
 import os
 import re
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from retinanet.data.archives import find_member
-from retinanet.errors import ConfigError, ImageError, RetinaNetError
+from retinanet.data.image_files import (
+    SIDEWAYS,
+    EncodedImage,
+    exif_orientation,
+    image_errors,
+    network_size,
+    open_source,
+    quiet,
+)
+from retinanet.errors import ConfigError, ImageError
 
 try:
     import simplejpeg
 except ImportError:  # there is no wheel for this machine: Pillow decodes all
     simplejpeg = None
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-    | {".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
-)
-"""Lower-case suffixes of images in a folder; the format of a file is found by its content."""
-
-EncodedImage = bytes | bytearray | memoryview
-"""The bytes of an image file."""
 
 ImageSource = str | os.PathLike[str] | EncodedImage | Image.Image | npt.NDArray[Any] | Tensor
 """Image types accepted by :func:`read_image`."""
@@ -54,21 +51,6 @@ _REDUCTIONS = (8, 4, 2)
 _DAMAGE = re.compile(r"premature end of data|bad Huffman code|[0-9]{3,} extraneous bytes")
 """Messages of JPEG decoders that mean lost pixels. Fewer extraneous bytes are the padding of some
 cameras."""
-
-SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
-
-# warnings.catch_warnings is not thread-safe: two threads could leave every warning switched off. A
-# forked child must not inherit the lock while it is held.
-_quiet_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    global _quiet_lock
-    _quiet_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def read_image(source: ImageSource, *, value_range: ValueRange | None = None) -> Tensor:
@@ -161,84 +143,53 @@ def _read(
         return _whole(_from_pixels(source, value_range))
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "PIL image")
-        with image_errors(name), _quiet():
+        with image_errors(name), quiet():
             return _whole(pil_to_rgb(source, value_range))
     name, file = open_source(source)
     with image_errors(name):
-        jpeg = _jpeg_bytes(file) if simplejpeg is not None else b""
-        complaint = ""
-        if jpeg:
-            try:
-                fast = _from_jpeg(jpeg, wanted)
-            except ValueError as error:
-                # Pillow decides whether the file is damaged.
-                complaint = str(error)
-            else:
-                if fast is not None:
-                    return fast
-            file = BytesIO(jpeg)
-        read = _by_pillow(file, wanted, value_range)
-        if _DAMAGE.search(complaint):
-            raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
-        return read
+        with quiet():
+            image = Image.open(file)
+        with image:
+            return _decode(name, image, wanted, value_range)
 
 
-def _by_pillow(
-    file: Any, wanted: tuple[int, int] | None, value_range: ValueRange | None
+def _decode(
+    name: str,
+    image: ImageFile.ImageFile,
+    wanted: tuple[int, int] | None,
+    value_range: ValueRange | None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Decode any format; the reference for :func:`_from_jpeg`."""
-    with _quiet():
-        image = Image.open(file)
-    with image:
-        width, height = image.size
-        factor = 1
-        if wanted is not None and image.format in ("JPEG", "MPO"):
-            factor = _reduction(height, width, *wanted)
-            image.draft(None, (width // factor, height // factor))
-        # Threads decode outside of the lock; only TIFF may warn here.
-        with _quiet() if image.format == "TIFF" else nullcontext():
-            image.load()
-        with _quiet():
-            if factor == 1:
-                return _whole(pil_to_rgb(image, value_range))
-            sideways = _exif_orientation(image) in SIDEWAYS
-            size = (width, height) if sideways else (height, width)
-            rows, columns = _without_margin(height, width, factor)
-            return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
-
-
-def _jpeg_bytes(source: str | os.PathLike[str] | BytesIO) -> bytes:
-    """Return the content of a JPEG file; empty for another format."""
-    if isinstance(source, BytesIO):
-        content = source.getvalue()
-        return content if content[:3] == b"\xff\xd8\xff" else b""
-    with open(source, "rb") as file:
-        start = file.read(3)
-        return start + file.read() if start == b"\xff\xd8\xff" else b""
-
-
-def _from_jpeg(
-    data: bytes, wanted: tuple[int, int] | None
-) -> tuple[Tensor, tuple[int, int]] | None:
-    """Decode a plain JPEG by libjpeg-turbo, to Pillow's pixels; None for other kinds of JPEG.
-
-    Raises:
-        ValueError: the decoder reported a fault, harmless or not.
-    """
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    limit = Image.MAX_IMAGE_PIXELS
-    if colours not in ("YCbCr", "RGB", "Gray") or (limit and height * width > 2 * limit):
-        return None
-    factor = 1 if wanted is None else _reduction(height, width, *wanted)
-    pixels = torch.from_numpy(
-        simplejpeg.decode_jpeg(data, min_height=-(-height // factor), min_width=-(-width // factor))
-    )
-    if factor > 1:
-        rows, columns = _without_margin(height, width, factor)
-        pixels = pixels[:rows, :columns]
-    orientation = _jpeg_orientation(data)
+    """Decode an opened file; plain JPEGs by simplejpeg, to Pillow's pixels but faster."""
+    width, height = image.size
+    is_jpeg = image.format in ("JPEG", "MPO")
+    factor = _reduction(height, width, *wanted) if wanted and is_jpeg else 1
+    # The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly
+    # repeated. Rounding to the nearest keeps the pixel grid within half a reduced pixel.
+    rows, columns = (max(1, (side + factor // 2) // factor) for side in (height, width))
+    with quiet():
+        orientation = exif_orientation(image)
     size = (width, height) if orientation in SIDEWAYS else (height, width)
-    return turn_upright(pixels.permute(2, 0, 1), orientation), size
+    complaint = ""
+    if is_jpeg and simplejpeg is not None and image.mode in ("RGB", "L"):
+        smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        assert image.fp is not None
+        image.fp.seek(0)
+        try:
+            pixels = simplejpeg.decode_jpeg(image.fp.read(), **smallest)[:rows, :columns]
+            return turn_upright(torch.from_numpy(pixels).permute(2, 0, 1), orientation), size
+        except ValueError as error:
+            complaint = str(error)  # Pillow decides whether the file is damaged
+    if factor > 1:
+        image.draft(None, (width // factor, height // factor))
+    # Threads decode outside of the lock; only TIFF may warn here.
+    with quiet() if image.format == "TIFF" else nullcontext():
+        image.load()
+    if _DAMAGE.search(complaint):
+        raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
+    with quiet():
+        if factor == 1:
+            return _whole(pil_to_rgb(image, value_range))
+        return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
 
 
 def is_tiff(stored: str | os.PathLike[str] | BytesIO) -> bool:
@@ -271,20 +222,6 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 """Turns (H, W, 3) pixels of each EXIF orientation upright."""
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """Return the orientation in EXIF or XMP; Pillow is called only if the file has either."""
-    position = 2
-    while (start := data[position : position + 2]) and start[0] == 0xFF and start != b"\xff\xda":
-        if start == b"\xff\xe1":
-            with _quiet(), Image.open(BytesIO(data)) as image:
-                return _exif_orientation(image)
-        if start == b"\xff\xff":  # padding
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 1
-
-
 def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
     """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
@@ -297,68 +234,8 @@ def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
     return 1
 
 
-def _without_margin(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Sides of a reduced image without a last row or column that is mostly padding.
-
-    The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly repeated.
-    Rounding to the nearest keeps the pixel grid within half a reduced pixel.
-    """
-    return max(1, (height + factor // 2) // factor), max(1, (width + factor // 2) // factor)
-
-
 def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return image, (image.shape[-2], image.shape[-1])
-
-
-def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
-
-    Raises:
-        ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
-    """
-    name, file = open_source(source)
-    with image_errors(name), _quiet(), Image.open(file) as image:
-        width, height = image.size
-        # Pillow states the size of a TIFF after its orientation, of all others before it.
-        sideways = image.format != "TIFF" and _exif_orientation(image) in SIDEWAYS
-    return (width, height) if sideways else (height, width)
-
-
-def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as stored, from its header alone.
-
-    :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
-    PNG, whose EXIF may follow its pixels.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
-    """
-    name, file = open_source(source)
-    with image_errors(name), _quiet(), Image.open(file) as image:
-        return image.height, image.width
-
-
-def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
-    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
-    """
-    name, file = open_source(source)
-    with image_errors(name), _quiet(), Image.open(file) as image:
-        tags = getattr(image, "tag_v2", {})
-        width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
-        return int(width) * int(length)
-
-
-def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
-    """Height and width at which an image enters the network, its aspect ratio kept.
-
-    The shorter side becomes `shorter`, or less where the longer side would exceed `longest`.
-    Neither becomes less than one pixel.
-    """
-    scale = min(shorter / min(height, width), longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize_to(
@@ -457,60 +334,6 @@ def _allocate(shape: tuple[int, ...], shared: bool) -> Tensor:
         return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
     # numpy requests huge pages, torch does not: new memory takes a tenth of the time.
     return torch.from_numpy(np.empty(shape, dtype=np.uint8))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress Pillow's warnings of big images, broken EXIF and the like."""
-    with _quiet_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def image_errors(name: str) -> Iterator[None]:
-    """Convert what a decoder raises to an ImageError of one line with the image's name."""
-    try:
-        yield
-    except RetinaNetError:
-        raise
-    except FileNotFoundError:
-        raise ImageError(f"{name}: there is no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{name}: not an image of any known format{_beginning(name)}; replace or remove it"
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: {error}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from None
-    # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error,
-    # zlib.error, IndexError, OverflowError, ...
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ImageError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
-
-
-def _beginning(name: str) -> str:
-    """Return the first bytes of a file that is no image, such as a Git LFS pointer."""
-    try:
-        with open(name, "rb") as file:
-            start = file.read(20)
-    except OSError:
-        return ""
-    return f" (it begins with {start!r})" if start else " (it is empty)"
-
-
-def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
-    """Return the name of an encoded image for messages, and its path or its bytes."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return "bytes of an image", BytesIO(source)
-    held = find_member(source)
-    return os.fspath(source), source if held is None else BytesIO(held.read())
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def pil_to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Tensor:

@@ -13,7 +13,6 @@ an epoch depends on the number of processes and on the images per process.
 
 from __future__ import annotations
 
-import ast
 import multiprocessing
 import os
 import random
@@ -21,9 +20,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.config import DataConfig
 from retinanet.data import archives
+from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
@@ -76,6 +76,13 @@ class BatchLoader(DataLoader[Batch]):
         num_images: int,
         on_unreadable: Callable[[int, str], None] | None,
     ) -> None:
+        if workers and _workers_would_rerun_script():
+            warnings.warn(
+                "images are loaded in this process, without workers: they would run the script "
+                'again; put its code under if __name__ == "__main__":, or set workers to 0',
+                stacklevel=3,
+            )
+            workers = 0
         super().__init__(
             batches,
             batch_size=None,  # an item is a batch already
@@ -121,12 +128,33 @@ class BatchLoader(DataLoader[Batch]):
                 continue
             self.unreadable[index] = message
             self._on_unreadable(index, message)
-            limit = max(1, MAX_UNREADABLE * self._num_images)
-            if len(self.unreadable) > limit or len(self.unreadable) == self._num_images:
-                raise DataError(
-                    f"too many unreadable images: {len(self.unreadable)} of {self._num_images}, "
-                    f"the last: {message}; run retinanet data check"
-                )
+            check_unreadable(len(self.unreadable), self._num_images, message)
+
+
+def check_unreadable(count: int, total: int, last: str) -> None:
+    """Check the number of unreadable images; `last` is the error message of one.
+
+    Raises:
+        DataError: more than :data:`MAX_UNREADABLE` of the images are unreadable.
+    """
+    if count > max(1, MAX_UNREADABLE * total) or count == total:
+        raise DataError(
+            f"too many unreadable images: {count} of {total}, the last: {last}; "
+            "run retinanet data check"
+        )
+
+
+def _workers_would_rerun_script() -> bool:
+    """Whether a worker process would execute the user's script from its first line.
+
+    Under the start methods spawn and forkserver (macOS, Windows, Linux from Python 3.14 on) a
+    worker imports the main module, and multiprocessing raises where that starts workers itself.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    script = str(getattr(sys.modules["__main__"], "__file__", ""))
+    if (method or multiprocessing.get_all_start_methods()[0]) == "fork" or script[-3:] != ".py":
+        return False
+    return "__name__" not in Path(script).read_text("utf-8", errors="replace")
 
 
 def train_loader(
@@ -180,7 +208,7 @@ def train_loader(
     batches = _TrainBatches(
         _Images(dataset), config, batch_size, seed, rank, world_size, tuple(fill), shards
     )
-    return _loader(batches, steps, workers, len(dataset), on_unreadable)
+    return BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
 
 
 def eval_loader(
@@ -205,33 +233,19 @@ def eval_loader(
     batches = _EvalBatches(
         _Images(dataset), Transform(max_size), batch_size, image_size, tuple(fill)
     )
-    numbers = range(rank, len(batches), world_size)
-    return _loader(batches, numbers, workers, len(dataset), on_unreadable)
+    numbers = range(rank, -(-len(dataset) // batch_size), world_size)
+    return BatchLoader(batches, numbers, workers, len(dataset), on_unreadable)
 
 
-def readable_part(
-    dataset: Dataset, *, image_size: int, max_size: int, workers: int = 0
-) -> tuple[Dataset, dict[int, str]]:
-    """Read every image once, and leave out those that cannot be read.
-
-    Returns:
-        The data set without them, and the error messages by their index in `dataset`.
-
-    Raises:
-        DataError: more than :data:`MAX_UNREADABLE` of the images cannot be read.
-    """
-    unreadable: dict[int, str] = {}
-    for _ in eval_loader(
-        dataset,
-        batch_size=1,
-        image_size=image_size,
-        max_size=max_size,
-        workers=workers,
-        on_unreadable=unreadable.__setitem__,
-    ):
-        pass
-    kept = tuple(image for i, image in enumerate(dataset.images) if i not in unreadable)
-    return replace(dataset, images=kept), unreadable
+def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
+    if not len(dataset):
+        raise ValueError(f"split {dataset.split!r} of {dataset.source} has no image")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not 1 or more")
+    if workers < 0:
+        raise ValueError(f"workers {workers} is not 0 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..world_size - 1 ({world_size - 1})")
 
 
 def default_workers() -> int:
@@ -246,17 +260,6 @@ def default_workers() -> int:
     if share < 2:
         return 0
     return min(8, share - 1) if torch.cuda.is_available() else 1
-
-
-def usable_cpus() -> int:
-    """Return number of processors that this process may use: by affinity and container quota."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
-        return max(1, min(cpus, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such limit ("max"), or no Linux
-        return cpus
 
 
 class _Images:
@@ -325,8 +328,7 @@ class _Shards:
         images: (N,) indices, shard after shard.
         ends: (S + 1,) start and end of each shard in them.
         window: shards that are shuffled together.
-        batch_size: images per batch and process.
-        world_size: number of processes.
+        batch_size, world_size: images per batch and process, and number of processes.
     """
 
     images: Tensor
@@ -337,11 +339,6 @@ class _Shards:
 
 
 def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> _Shards:
-    """Group the images by shard.
-
-    Raises:
-        DataError: an image is in no shard.
-    """
     by_shard: dict[str, list[int]] = {}
     for index, image in enumerate(dataset.images):
         archive = archives.archive_of(image.path)
@@ -352,13 +349,9 @@ def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> 
                 f"data.order as it is"
             )
         by_shard.setdefault(archive, []).append(index)
-    return _Shards(
-        torch.tensor(list(chain.from_iterable(by_shard.values()))),
-        torch.tensor([0, *accumulate(map(len, by_shard.values()))]),
-        window,
-        batch_size,
-        world_size,
-    )
+    images = torch.tensor(list(chain.from_iterable(by_shard.values())))
+    ends = torch.tensor([0, *accumulate(map(len, by_shard.values()))])
+    return _Shards(images, ends, window, batch_size, world_size)
 
 
 @dataclass(eq=False)
@@ -395,25 +388,20 @@ class _TrainBatches(TorchDataset[Any]):
         )
         count = len(self.images)
         for i, position in enumerate(positions):
+            epoch, index = divmod(position, count)
             for offset in range(1, min(_MAX_SUBSTITUTES, count - 1) + 1):
                 if samples[i] is not None:
                     break
                 # Of the same epoch, so that the choice depends on the data and the seed alone.
-                epoch, index = divmod(position, count)
-                substitute = epoch * count + (index + offset) % count
-                (samples[i],), more = _read_samples(
-                    self.images, [self._choose(substitute)], transform, shorter
-                )
+                chosen = self._choose(epoch * count + (index + offset) % count)
+                (samples[i],), more = _read_samples(self.images, [chosen], transform, shorter)
                 failures += more
         return _collate(samples, self.fill, config.any_corner), failures
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
         epoch, position = divmod(position, len(self.images))
-        if self.shards is None:
-            index = _order(self.seed, epoch, len(self.images))[position]
-        else:
-            index = _order_by_shards(self.seed, epoch, self.shards)[position]
+        index = _order(self.seed, epoch, len(self.images), self.shards)[position]
         return index, random.Random(f"{self.seed} image {epoch} {index}")
 
 
@@ -427,9 +415,6 @@ class _EvalBatches(TorchDataset[Any]):
     image_size: int
     fill: tuple[float, ...]
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
-
     def __getitem__(self, number: int) -> tuple[Batch | None, list[Unreadable]]:
         first = number * self.batch_size
         last = min(first + self.batch_size, len(self.images))
@@ -439,53 +424,37 @@ class _EvalBatches(TorchDataset[Any]):
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
-def _order(seed: int, epoch: int, count: int) -> Sequence[int]:
-    """Return the permutation of an epoch; random.Random gives the same on every platform."""
-    order = list(range(count))
-    random.Random(f"{seed} epoch {epoch}").shuffle(order)
-    return order
+def _order(seed: int, epoch: int, count: int, shards: _Shards | None) -> Sequence[int]:
+    """Return the permutation of an epoch; random.Random gives the same on every platform.
 
-
-@lru_cache(maxsize=2)
-def _order_by_shards(seed: int, epoch: int, shards: _Shards) -> Sequence[int]:
-    """Return the permutation of an epoch of which each process reads a piece of the shards.
-
-    Each process takes the same positions of the epoch as in any order, and finds the images of its
-    own piece there: so steps, epochs and resuming are those of the order by images.
+    Of shards, each process takes the same positions of the epoch as in any order, and finds the
+    images of its own piece there: so steps, epochs and resuming are those of the order by images.
     """
-    ends = shards.ends.tolist()
-    images = shards.images.tolist()
+    if shards is None:
+        order = list(range(count))
+        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        return order
+    ends, images = shards.ends.tolist(), shards.images.tolist()
     order = list(range(len(ends) - 1))
     random.Random(f"{seed} shards {epoch}").shuffle(order)
-    sequence = [(shard, i) for shard in order for i in images[ends[shard] : ends[shard + 1]]]
-    first = epoch * len(images)
-    ranks = [
-        position // shards.batch_size % shards.world_size
-        for position in range(first, first + len(images))
-    ]
+    sequence = iter([(s, i) for s in order for i in images[ends[s] : ends[s + 1]]])
+    first = epoch * count
+    ranks = [p // shards.batch_size % shards.world_size for p in range(first, first + count)]
     counts = Counter(ranks)
     pieces: list[Iterator[int]] = []
-    begin = 0
     for rank in range(shards.world_size):
-        piece = sequence[begin : begin + counts[rank]]
-        begin += counts[rank]
         draw = random.Random(f"{seed} windows {epoch} {rank}")
-        pieces.append(iter(_shuffled_by_windows(piece, shards.window, draw)))
+        windows: list[list[int]] = []
+        met: dict[int, None] = {}
+        for shard, image in islice(sequence, counts[rank]):
+            if shard not in met and len(met) % shards.window == 0:
+                windows.append([])
+            met[shard] = None
+            windows[-1].append(image)
+        for window in windows:
+            draw.shuffle(window)
+        pieces.append(chain.from_iterable(windows))
     return [next(pieces[rank]) for rank in ranks]
-
-
-def _shuffled_by_windows(
-    piece: Sequence[tuple[int, int]], window: int, draw: random.Random
-) -> list[int]:
-    """Shuffle the images of (shard, image) within `window` shards at a time."""
-    shards = list(dict.fromkeys(shard for shard, _ in piece))
-    window_of = {shard: i // window for i, shard in enumerate(shards)}
-    windows: list[list[int]] = [[] for _ in range(-(-len(shards) // window))]
-    for shard, image in piece:
-        windows[window_of[shard]].append(image)
-    for images in windows:
-        draw.shuffle(images)
-    return list(chain.from_iterable(windows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -527,16 +496,12 @@ def _read_samples(
     return samples, failures
 
 
-def _fetched(
-    files: list[str | archives.Member],
-) -> Sequence[str | archives.Member | ImageError]:
+def _fetched(files: list[str | archives.Member]) -> list[str | archives.Member | ImageError]:
     """Remote files with their bytes, fetched together; where that fails, each by itself."""
     try:
-        return archives.fetch_remote(files)
+        return [*archives.fetch_remote(files)]
     except ImageError as error:
-        if len(files) == 1:
-            return [error]
-        return [_fetched([file])[0] for file in files]
+        return [error] if len(files) == 1 else [_fetched([file])[0] for file in files]
 
 
 def _collate(
@@ -564,59 +529,4 @@ def _collate(
         sizes,
         torch.tensor([sample.original_size for sample in present], dtype=torch.int64),
         torch.tensor([sample.index for sample in present], dtype=torch.int64),
-    )
-
-
-def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
-    if not len(dataset):
-        raise ValueError(f"split {dataset.split!r} of {dataset.source} has no image")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is not 1 or more")
-    if workers < 0:
-        raise ValueError(f"workers {workers} is not 0 or more")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in 0..world_size - 1 ({world_size - 1})")
-
-
-def _loader(
-    batches: TorchDataset[Any],
-    numbers: range,
-    workers: int,
-    num_images: int,
-    on_unreadable: Callable[[int, str], None] | None,
-) -> BatchLoader:
-    if workers and _workers_would_rerun_script():
-        warnings.warn(
-            "images are loaded in this process, without workers: they would run the script "
-            'again; put its code under if __name__ == "__main__":, or set workers to 0',
-            stacklevel=3,
-        )
-        workers = 0
-    return BatchLoader(batches, numbers, workers, num_images, on_unreadable)
-
-
-def _workers_would_rerun_script() -> bool:
-    """Whether a worker process would execute the user's script from its first line.
-
-    Under the start methods spawn and forkserver (macOS, Windows, Linux from Python 3.14 on) a
-    worker imports the main module, and multiprocessing raises RuntimeError where that starts
-    workers itself.
-    """
-    method = multiprocessing.get_start_method(allow_none=True)
-    if (method or multiprocessing.get_all_start_methods()[0]) == "fork":
-        return False
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if script is None:  # an interactive session is not imported again
-        return False
-    try:
-        tree = ast.parse(Path(script).read_bytes())
-    except (OSError, SyntaxError, ValueError):  # a launcher, which is no Python source
-        return False
-    return not any(
-        isinstance(statement, ast.If)
-        and any(
-            isinstance(node, ast.Name) and node.id == "__name__"
-            for node in ast.walk(statement.test)
-        )
-        for statement in tree.body
     )

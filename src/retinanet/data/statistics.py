@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from retinanet.anchors import AnchorSpec, feature_sizes, level_anchors
 from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.image_files import image_size as size_on_disk
+from retinanet.data.image_files import network_size
+
+if TYPE_CHECKING:
+    from retinanet.anchors import AnchorSpec  # torch
 
 SMALL, MEDIUM = 32**2, 96**2
 """COCO's limits of small, medium and large objects, in square pixels of the image."""
@@ -64,36 +68,27 @@ class Statistics:
 
 def count_objects(dataset: Dataset, sizes: Sizes) -> Statistics:
     """Compute the statistics of a split; an image missing in `sizes` has the size in its labels."""
-    by_class = Counter(dict.fromkeys(range(len(dataset.classes)), 0))
-    images_of_class = Counter(by_class)
-    counts: list[int] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    areas: list[float] = []
-    for objects in _objects(dataset, sizes):
-        labels = [annotation.label for annotation in objects]
-        by_class.update(labels)
-        images_of_class.update(set(labels))
-        counts.append(len(objects))
-        boxes += [annotation.box for annotation in objects]
-        areas += [_area(annotation) for annotation in objects]
-    by_size = Counter(map(size_name, areas))
+    names = dataset.classes
+    objects = list(_objects(dataset, sizes))
+    labels = Counter(names[a.label] for of_image in objects for a in of_image)
+    images_of_class = Counter(name for o in objects for name in {names[a.label] for a in o})
+    by_size = Counter(size_name(_area(a)) for of_image in objects for a in of_image)
+    boxes = np.asarray([a.box for o in objects for a in o], dtype=np.float64).reshape(-1, 4)
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     all_sizes = [_size(image, sizes) for image in dataset.images]
     known = [(height, width) for height, width in all_sizes if height and width]
-    frequent = Counter(f"{width} x {height}" for height, width in known).most_common(10)
-    sides = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    widths, heights = sides[:, 2] - sides[:, 0], sides[:, 3] - sides[:, 1]
     return Statistics(
         images=len(dataset),
         background_images=sum(not image.annotations for image in dataset.images),
         objects=len(boxes),
         ignored=sum(a.ignored for image in dataset.images for a in image.annotations),
-        classes={name: by_class[label] for label, name in enumerate(dataset.classes)},
-        images_of_class={n: images_of_class[label] for label, n in enumerate(dataset.classes)},
+        classes={name: labels[name] for name in names},
+        images_of_class={name: images_of_class[name] for name in names},
         sizes={name: by_size[name] for name in SIZE_NAMES},
         side=_percentiles(np.sqrt(widths * heights)),
         aspect_ratio=_percentiles(heights / widths),
-        boxes_per_image=_range(counts, mean=True),
-        image_sizes=dict(frequent),
+        boxes_per_image=_range(list(map(len, objects)), mean=True),
+        image_sizes=dict(Counter(f"{width} x {height}" for height, width in known).most_common(10)),
         image_height=_range([height for height, _ in known]),
         image_width=_range([width for _, width in known]),
         origin=dataset.split_origin,
@@ -195,32 +190,37 @@ def anchor_recall(
     Raises:
         DataError: an image whose size is not in the labels cannot be read.
     """
-    best: list[npt.NDArray[np.float64]] = []
-    labels: list[str] = []
+    classes: list[str] = []
     sizes: list[str] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    inputs: list[tuple[int, int]] = []
+    # Boxes at the network's input by its padded size: few differ.
+    boxes: dict[tuple[int, int], list[tuple[float, ...]]] = {}
+    order: dict[tuple[int, int], list[int]] = {}
     for dataset in splits.values():
         for image, objects in zip(dataset.images, _objects(dataset, {}), strict=True):
             if not objects:
                 continue
-            scaled, size = _scale_boxes(image, objects, image_size, max_size)
-            boxes += scaled
-            inputs += [size] * len(objects)
-            labels += [dataset.classes[annotation.label] for annotation in objects]
+            height, width = image.height, image.width
+            if not height or not width:
+                height, width = size_on_disk(image.path)
+            new_height, new_width = network_size(height, width, image_size, max_size)
+            y, x = new_height / height, new_width / width
+            size = _padded(new_height, divisor), _padded(new_width, divisor)
+            order.setdefault(size, []).extend(range(len(classes), len(classes) + len(objects)))
+            boxes.setdefault(size, []).extend(
+                (x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in (a.box for a in objects)
+            )
+            classes += [dataset.classes[annotation.label] for annotation in objects]
             sizes += [size_name(_area(annotation)) for annotation in objects]
-            if len(boxes) >= 65536:
-                best.append(_best_iou(spec, boxes, inputs, divisor))
-                boxes, inputs = [], []
-    best.append(_best_iou(spec, boxes, inputs, divisor))
-    iou = np.concatenate(best)
+    iou = np.zeros(len(classes))
+    for size, scaled in boxes.items():
+        iou[order[size]] = _best_iou(spec, np.asarray(scaled), size)
     hit = iou >= foreground_iou
 
     def grouped(names: Iterable[str], keys: list[str]) -> dict[str, tuple[int, int]]:
         every, matched = Counter(keys), Counter(k for k, yes in zip(keys, hit, strict=True) if yes)
         return {name: (matched[name], every[name]) for name in names}
 
-    classes = dict.fromkeys(name for dataset in splits.values() for name in dataset.classes)
+    every_class = dict.fromkeys(name for dataset in splits.values() for name in dataset.classes)
     return AnchorRecall(
         image_size=image_size,
         max_size=max_size,
@@ -228,68 +228,39 @@ def anchor_recall(
         objects=len(iou),
         matched=int(hit.sum()),
         mean_iou=float(iou.mean()) if len(iou) else 0.0,
-        by_class=grouped(classes, labels),
+        by_class=grouped(every_class, classes),
         by_size=grouped(SIZE_NAMES, sizes),
     )
 
 
-def _scale_boxes(
-    image: LabelledImage, objects: Sequence[Annotation], image_size: int, max_size: int
-) -> tuple[list[tuple[float, float, float, float]], tuple[int, int]]:
-    """Scale boxes to the network's input; also return its (height, width)."""
-    from retinanet.data.images import image_size as size_on_disk
-    from retinanet.data.images import network_size
-
-    height, width = image.height, image.width
-    if not height or not width:
-        height, width = size_on_disk(image.path)
-    new_height, new_width = network_size(height, width, image_size, max_size)
-    scale_y, scale_x = new_height / height, new_width / width
-    boxes = [
-        (x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y)
-        for x1, y1, x2, y2 in (annotation.box for annotation in objects)
-    ]
-    return boxes, (new_height, new_width)
+def _padded(side: int, divisor: int) -> int:
+    return math.ceil(side / divisor) * divisor
 
 
 def _best_iou(
-    spec: AnchorSpec,
-    boxes: Sequence[tuple[float, float, float, float]],
-    inputs: Sequence[tuple[int, int]],
-    divisor: int,
+    spec: AnchorSpec, boxes: npt.NDArray[np.float64], size: tuple[int, int]
 ) -> npt.NDArray[np.float64]:
-    """(M,) the best IoU of each of M boxes with the anchors of its input (height, width)."""
-    sides = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    best = np.zeros(len(sides))
-    # Feature sizes by input size: few differ.
-    different = {size: index for index, size in enumerate(dict.fromkeys(inputs))}
-    which = np.asarray([different[size] for size in inputs], dtype=np.int64)
-    padded = [tuple(math.ceil(side / divisor) * divisor for side in size) for size in different]
-    cells = [feature_sizes(spec.strides, height, width) for height, width in padded]
+    """(M,) the best IoU of each of (M, 4) boxes with the anchors of an input (height, width)."""
+    from retinanet.anchors import feature_sizes, level_anchors
+
+    best = np.zeros(len(boxes))
+    cells = feature_sizes(spec.strides, *size)
     cell_anchors = level_anchors(spec, [(1, 1)] * len(spec.strides), device="cpu")
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for level, shapes in enumerate(cell_anchors):
-        nearest = [np.zeros(0), np.zeros(0)]
-        for axis in (0, 1):  # rows and y, then columns and x
-            count = np.asarray([of_input[level][axis] for of_input in cells])
-            step = np.asarray([_step(spec, of_input, level, axis) for of_input in cells])
-            centre = (sides[:, 1 - axis] + sides[:, 3 - axis]) / 2
-            cell = np.clip(np.rint(centre / step[which]), 0, count[which] - 1)
-            nearest[axis] = cell * step[which]
+        nearest = []
+        for axis in (1, 0):  # columns and x, then rows and y
+            # As in retinanet.anchors.level_anchors.
+            step, count = spec.strides[level], cells[level][axis]
+            if spec.rounding == "torchvision":
+                step = cells[0][axis] * spec.strides[0] // count
+            centre = (boxes[:, 1 - axis] + boxes[:, 3 - axis]) / 2
+            nearest.append(step * np.clip(np.rint(centre / step), 0, count - 1))
+        x, y = nearest
         for x1, y1, x2, y2 in shapes.double().numpy():
-            wide = np.minimum(sides[:, 2], nearest[1] + x2) - np.maximum(
-                sides[:, 0], nearest[1] + x1
-            )
-            high = np.minimum(sides[:, 3], nearest[0] + y2) - np.maximum(
-                sides[:, 1], nearest[0] + y1
-            )
+            wide = np.minimum(boxes[:, 2], x + x2) - np.maximum(boxes[:, 0], x + x1)
+            high = np.minimum(boxes[:, 3], y + y2) - np.maximum(boxes[:, 1], y + y1)
             overlap = np.maximum(wide, 0) * np.maximum(high, 0)
-            own = (sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])
-            np.maximum(best, overlap / (own + (x2 - x1) * (y2 - y1) - overlap), out=best)
+            union = area + (x2 - x1) * (y2 - y1) - overlap
+            np.maximum(best, overlap / union, out=best)
     return best
-
-
-def _step(spec: AnchorSpec, cells: Sequence[tuple[int, int]], level: int, axis: int) -> int:
-    """Pixels between cells, as in :func:`retinanet.anchors.level_anchors`."""
-    if spec.rounding == "torchvision":
-        return cells[0][axis] * spec.strides[0] // cells[level][axis]
-    return spec.strides[level]

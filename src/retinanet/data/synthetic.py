@@ -12,19 +12,18 @@ rather than by a drawing library, which may change.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.formats.coco import write_split
 
 CLASSES = ("circle", "square", "triangle")
 
@@ -79,35 +78,6 @@ def synthetic_dataset(
     Raises:
         ValueError: a number is out of range.
     """
-    splits = {"train": 200, "val": 50} if splits is None else splits
-    _check(image_size, objects, object_size, clutter, empty)
-    folder = Path(folder)
-    datasets = {}
-    for split, count in splits.items():
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        images = []
-        for number in range(count):
-            draw = random.Random(f"{seed} {split} {number}")
-            pixels, shapes = _image(draw, image_size, objects, object_size, clutter, empty)
-            file = folder / split / f"{number:06}.png"
-            Image.fromarray(pixels).save(file, compress_level=1)  # noise hardly shrinks
-            annotations = tuple(
-                Annotation(shape.box, shape.label, id=i, area=shape.area)
-                for i, shape in enumerate(shapes)
-            )
-            images.append(LabelledImage(file, number + 1, annotations, image_size, image_size))
-        labels = folder / f"{split}.json"
-        datasets[split] = _write_labels(labels, images, split, folder, seed)
-    return datasets
-
-
-def _check(
-    image_size: int,
-    objects: tuple[int, int],
-    object_size: tuple[float, float],
-    clutter: float,
-    empty: float,
-) -> None:
     if image_size < 32:
         raise ValueError(f"image_size {image_size} is under 32")
     if not 0 <= objects[0] <= objects[1]:
@@ -119,6 +89,32 @@ def _check(
         )
     if not (0 <= clutter <= 1 and 0 <= empty <= 1):
         raise ValueError(f"clutter {clutter} and empty {empty} are not in [0, 1]")
+    folder = Path(folder)
+    info = {"description": "Shapes in clutter, made by retinanet", "seed": seed}
+    datasets = {}
+    for split, count in ({"train": 200, "val": 50} if splits is None else splits).items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        labels = folder / f"{split}.json"
+        images, next_id = [], 1
+        for number in range(count):
+            draw = random.Random(f"{seed} {split} {number}")
+            wanted = 0 if draw.random() < empty else draw.randint(*objects)
+            pixels, shapes = _image(draw, image_size, wanted, object_size, clutter)
+            file = folder / split / f"{number:06}.png"
+            Image.fromarray(pixels).save(file, compress_level=1)  # noise hardly shrinks
+            annotations = tuple(
+                Annotation(shape.box, shape.label, id=id_, area=shape.area)
+                for id_, shape in enumerate(shapes, start=next_id)
+            )
+            next_id += len(shapes)
+            size = (image_size, image_size)
+            images.append(LabelledImage(file, number + 1, annotations, *size, labels))
+        datasets[split] = Dataset(
+            tuple(images), CLASSES, (1, 2, 3), split, "coco", folder, extra={"info": info}
+        )
+        with labels.open("w", encoding="utf-8") as stream:
+            write_split(stream, datasets[split], {image.path: image.path.name for image in images})
+    return datasets
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,55 +128,14 @@ class _Shape:
     area: float
 
 
-def _write_labels(
-    file: Path, images: Sequence[LabelledImage], split: str, source: Path, seed: int
-) -> Dataset:
-    """Write the JSON file of a split; return the data set as it is read."""
-    numbered, annotations, next_id = [], [], 1
-    for image in images:
-        own = []
-        for annotation in image.annotations:
-            x1, y1, x2, y2 = annotation.box
-            bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
-            annotations.append(
-                {
-                    "id": next_id,
-                    "image_id": image.id,
-                    "category_id": annotation.label + 1,
-                    "bbox": bbox,
-                    "area": annotation.area,
-                    "iscrowd": 0,
-                }
-            )
-            own.append(replace(annotation, id=next_id))
-            next_id += 1
-        numbered.append(
-            LabelledImage(image.path, image.id, tuple(own), image.width, image.height, file)
-        )
-    content: dict[str, Any] = {
-        "info": {"description": "Shapes in clutter, made by retinanet", "seed": seed},
-        "images": [
-            {"id": img.id, "file_name": img.path.name, "width": img.width, "height": img.height}
-            for img in images
-        ],
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
-    }
-    file.write_text(json.dumps(content), "utf-8")
-    ids = tuple(range(1, len(CLASSES) + 1))
-    return Dataset(tuple(numbered), CLASSES, ids, split, "coco", source)
-
-
 def _image(
     draw: random.Random,
     size: int,
-    objects: tuple[int, int],
+    wanted: int,
     object_size: tuple[float, float],
     clutter: float,
-    empty: float,
 ) -> tuple[npt.NDArray[np.uint8], list[_Shape]]:
     """(size, size, 3) RGB, and its objects."""
-    wanted = 0 if draw.random() < empty else draw.randint(*objects)
     shapes: list[_Shape] = []
     for _ in range(60 * wanted):
         if len(shapes) == wanted:
@@ -224,14 +179,10 @@ def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> 
         area = side**2 if label == 1 else side**2 * math.sqrt(3) / 4
     x = draw.uniform(half_width + 1, size - half_width - 1)
     y = draw.uniform(half_height + 1, size - half_height - 1)
-    box = (
-        round(x - half_width, 2),
-        round(y - half_height, 2),
-        round(x + half_width, 2),
-        round(y + half_height, 2),
-    )
+    sides = x - half_width, y - half_height, x + half_width, y + half_height
+    x1, y1, x2, y2 = (round(side, 2) for side in sides)
     moved = tuple((x + dx, y + dy) for dx, dy in outline)
-    return _Shape(label, moved, radius, box, round(area, 2))
+    return _Shape(label, moved, radius, (x1, y1, x2, y2), round(area, 2))
 
 
 def _are_separate(box: _Box, other: _Box, gap: float = 3.0) -> bool:
@@ -269,26 +220,20 @@ def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, flo
     x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
     length = draw.uniform(object_size[0] * 0.6, object_size[1] * 1.3)
     kind = draw.choice(("hair", "hair", "bar", "ellipse", "ring", "cross", "corner"))
+    extent = length
     if kind == "hair":
         _hair(draw, canvas)
-    elif kind == "bar":
-        bar = _bar(x, y, length, length * draw.uniform(0.12, 0.4), turn)
-        _paint(canvas, _around(x, y, length), _polygon(bar), colour, opacity, rim)
+        return
+    if kind == "bar":
+        inside = _polygon(_bar(x, y, length, length * draw.uniform(0.12, 0.4), turn))
     elif kind == "ellipse":
-        half = length / 2
-        ellipse = _disc(x, y, half, half * draw.uniform(0.25, 0.55), turn)
-        _paint(canvas, _around(x, y, length), ellipse, colour, opacity, rim)
+        inside = _disc(x, y, length / 2, length / 2 * draw.uniform(0.25, 0.55), turn)
     elif kind == "ring":
-        radius, thick = length / 2, max(1.2, length * draw.uniform(0.06, 0.14))
-        disc = _disc(x, y, radius, radius, 0.0)
-        _paint(
-            canvas,
-            _around(x, y, length),
-            lambda xs, ys: thick / 2 - np.abs(disc(xs, ys) - thick),
-            colour,
-            opacity,
-            rim,
-        )
+        thick = max(1.2, length * draw.uniform(0.06, 0.14))
+        disc = _disc(x, y, length / 2, length / 2, 0.0)
+
+        def inside(xs: _Array, ys: _Array) -> _Array:
+            return thick / 2 - np.abs(disc(xs, ys) - thick)
     else:
         thick = length * draw.uniform(0.14, 0.28)
         first = _polygon(_bar(x, y, length, thick, turn))
@@ -296,14 +241,12 @@ def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, flo
             x += (length - thick) / 2 * (math.cos(turn) - math.sin(turn))
             y += (length - thick) / 2 * (math.sin(turn) + math.cos(turn))
         second = _polygon(_bar(x, y, length, thick, turn + math.pi / 2))
-        _paint(
-            canvas,
-            _around(x, y, 2 * length),
-            lambda xs, ys: np.maximum(first(xs, ys), second(xs, ys)),
-            colour,
-            opacity,
-            rim,
-        )
+        extent = 2 * length
+
+        def inside(xs: _Array, ys: _Array) -> _Array:
+            return np.maximum(first(xs, ys), second(xs, ys))
+
+    _paint(canvas, _around(x, y, extent), inside, colour, opacity, rim)
 
 
 def _hair(draw: random.Random, canvas: _Array) -> None:

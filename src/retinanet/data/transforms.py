@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retinanet.data.images import network_size, resize_to
+from retinanet.data.image_files import network_size
+from retinanet.data.images import resize_to
 from retinanet.structures import IGNORED
 
 MIN_SIDE = 0.1

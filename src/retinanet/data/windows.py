@@ -11,8 +11,7 @@ import statistics
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import pairwise, product
@@ -24,17 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from retinanet.data.image_files import SIDEWAYS, image_errors, image_size, open_source
 from retinanet.data.images import (
-    SIDEWAYS,
     ImageSource,
     ValueRange,
     array_size,
     check_value_range,
     find_value_range,
-    image_errors,
-    image_size,
     is_tiff,
-    open_source,
     pil_to_rgb,
     read_image,
     resize_pixels,
@@ -84,9 +80,11 @@ class Windows(ABC):
             ImageError: as in :meth:`read`.
         """
         rows, columns = self.size
-        edges = _edges(rows, self._band_rows())
-        bands = (self.read((0, top, columns, bottom)) for top, bottom in pairwise(edges))
-        return _resize_bands(bands, self.size, height, width)
+        narrow = torch.empty(rows, width, 3, dtype=torch.uint8)
+        for top, bottom in pairwise([*range(0, rows, self._band_rows()), rows]):
+            band = self.read((0, top, columns, bottom))
+            narrow[top:bottom] = resize_pixels(band, bottom - top, width).permute(1, 2, 0)
+        return resize_pixels(narrow.permute(2, 0, 1), height, width)
 
     def _band_rows(self) -> int:
         return max(1, _BAND_PIXELS // self.size[1])
@@ -322,7 +320,7 @@ class _TiffPage(Windows):
                 f"{2 * limit}; save it as a TIFF in tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, int], Future[npt.NDArray[Any]]] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], npt.NDArray[Any]] = OrderedDict()
 
     def read(self, window: Window) -> Tensor:
         with image_errors(self._name):
@@ -360,27 +358,20 @@ class _TiffPage(Windows):
             values[a - y1 : b - y1, c - x1 : d - x1] = piece[a - top : b - top, c - left : d - left]
         return values
 
-    def _pieces(self, cells: list[tuple[int, int]]) -> Iterable[npt.NDArray[Any]]:
-        """Return decoded tiles or strips, from the cache where another window needed them."""
+    def _pieces(self, cells: list[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
+        """Return decoded tiles or strips, from the cache where an earlier window needed them."""
         size = self._rows * self._columns * self._samples * self._dtype.itemsize
         capacity = max(len(cells), CACHED_BYTES // size)
-        pieces, missing = [], []
-        with self._lock:
-            for cell in cells:
-                piece = self._cache.get(cell)
-                if piece is None:
-                    piece = self._cache[cell] = Future()
-                    missing.append((cell, piece))
+        for cell in cells:
+            piece = self._cache.get(cell)
+            if piece is None:
+                piece = self._decode(*cell)
+            with self._lock:
+                self._cache[cell] = piece
                 self._cache.move_to_end(cell)
-                pieces.append(piece)
-            while len(self._cache) > capacity:
-                self._cache.popitem(last=False)
-        for (row, column), piece in missing:
-            try:
-                piece.set_result(self._decode(row, column))
-            except BaseException as error:  # raised below, also to threads that wait for it
-                piece.set_exception(error)
-        return (piece.result() for piece in pieces)
+                while len(self._cache) > capacity:
+                    self._cache.popitem(last=False)
+            yield piece
 
     def _decode(self, row: int, column: int) -> npt.NDArray[Any]:
         planes, down, across = self._grid
@@ -442,23 +433,6 @@ class _Turned(Windows):
         if self.down_first:
             height, width = width, height
         return turn_upright(self._stored.reduced(height, width), self._orientation)
-
-
-def _resize_bands(
-    bands: Iterable[Tensor], size: tuple[int, int], height: int, width: int
-) -> Tensor:
-    """Resize an image of `size` given as (3, h, W) from top to bottom: first rows, then columns."""
-    narrow = torch.empty(size[0], width, 3, dtype=torch.uint8)
-    top = 0
-    for band in bands:
-        rows = band.shape[1]
-        narrow[top : top + rows] = resize_pixels(band, rows, width).permute(1, 2, 0)
-        top += rows
-    return resize_pixels(narrow.permute(2, 0, 1), height, width)
-
-
-def _edges(length: int, step: int) -> list[int]:
-    return [*range(0, length, step), length]
 
 
 def _open_file(stored: str | os.PathLike[str] | BytesIO) -> BinaryIO:

@@ -13,15 +13,7 @@ from retinanet.evaluation.results import Results
 
 if TYPE_CHECKING:
     from retinanet.evaluation.predict import run_inference
-    from retinanet.evaluation.run import evaluate, evaluate_model, match_classes, write_results
-
-_MODULES = {
-    "run_inference": "predict",
-    "evaluate": "run",
-    "evaluate_model": "run",
-    "match_classes": "run",
-    "write_results": "run",
-}
+    from retinanet.evaluation.run import evaluate, match_classes, write_results
 
 __all__ = [
     "MAX_DETECTIONS",
@@ -29,7 +21,6 @@ __all__ = [
     "Results",
     "evaluate",
     "evaluate_detections",
-    "evaluate_model",
     "match_classes",
     "run_inference",
     "write_results",
@@ -37,6 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"retinanet.evaluation.{_MODULES[name]}"), name)
+    if name in __all__:
+        module = "predict" if name == "run_inference" else "run"
+        return getattr(import_module(f"retinanet.evaluation.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

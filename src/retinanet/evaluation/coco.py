@@ -110,12 +110,24 @@ def evaluate_detections(
     )
 
 
-def _summary(evaluator: Any, max_detections: int) -> dict[str, float]:
+def _summary(evaluator: Any, max_detections: int) -> dict[str, Any]:
     """AP and AR over all classes, by their names in :class:`Metrics`."""
     precision: _Array = evaluator.eval["precision"][..., -1]
     recall: _Array = evaluator.eval["recall"]
     limits: list[int] = evaluator.params.max_dets
     average_recall = {limit: _mean(recall[:, :, _ALL, index]) for index, limit in enumerate(limits)}
+    return {
+        **_average_precision(precision),
+        **{f"ar{limit}": average_recall.get(limit, math.nan) for limit in (1, 10, 100)},
+        "ar": average_recall[max_detections],
+        "ar_small": _mean(recall[..., _SMALL, -1]),
+        "ar_medium": _mean(recall[..., _MEDIUM, -1]),
+        "ar_large": _mean(recall[..., _LARGE, -1]),
+    }
+
+
+def _average_precision(precision: _Array) -> dict[str, float]:
+    """AP of (T, R, .., areas) precision, by the names in :class:`Metrics`."""
     return {
         "ap": _mean(precision[..., _ALL]),
         "ap50": _mean(precision[_IOU_50, ..., _ALL]),
@@ -123,11 +135,6 @@ def _summary(evaluator: Any, max_detections: int) -> dict[str, float]:
         "ap_small": _mean(precision[..., _SMALL]),
         "ap_medium": _mean(precision[..., _MEDIUM]),
         "ap_large": _mean(precision[..., _LARGE]),
-        **{f"ar{limit}": average_recall.get(limit, math.nan) for limit in (1, 10, 100)},
-        "ar": average_recall[max_detections],
-        "ar_small": _mean(recall[..., _SMALL, -1]),
-        "ar_medium": _mean(recall[..., _MEDIUM, -1]),
-        "ar_large": _mean(recall[..., _LARGE, -1]),
     }
 
 
@@ -223,12 +230,7 @@ def _per_class(
                 category_id=category,
                 objects=objects[category],
                 detections=detected[category],
-                ap=_mean(own[..., _ALL]),
-                ap50=_mean(own[_IOU_50, :, _ALL]),
-                ap75=_mean(own[_IOU_75, :, _ALL]),
-                ap_small=_mean(own[..., _SMALL]),
-                ap_medium=_mean(own[..., _MEDIUM]),
-                ap_large=_mean(own[..., _LARGE]),
+                **_average_precision(own),
                 ar=_mean(recall[:, index]),
                 best_f1=float(f1[best]) if has_objects else math.nan,
                 best_score=float(scores[best, index]) if has_objects and f1[best] else math.nan,
@@ -282,11 +284,10 @@ def _best_threshold(precision: _Array, scores: _Array) -> tuple[float, float]:
 def _curves(evaluator: Any, dataset: Dataset) -> Curves:
     precision: _Array = evaluator.eval["precision"][..., _ALL, -1]  # (T, R, K)
     has_objects = precision[0, 0] > -1
-    mean = precision[..., has_objects].mean(axis=-1) if has_objects.any() else None
-    by_iou = {"0.50": _IOU_50, "0.75": _IOU_75}
-    means = {} if mean is None else {iou: mean[index] for iou, index in by_iou.items()}
-    if mean is not None:
-        means["0.50:0.95"] = mean.mean(axis=0)
+    means: dict[str, _Array] = {}
+    if has_objects.any():
+        mean = precision[..., has_objects].mean(axis=-1)
+        means = {"0.50": mean[_IOU_50], "0.75": mean[_IOU_75], "0.50:0.95": mean.mean(axis=0)}
     return Curves(
         recall=_rounded(_recalls()),
         precision={iou: _rounded(values) for iou, values in means.items()},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import numpy as np
+from pydantic import BeforeValidator, TypeAdapter
 
 NAN = math.nan
+
+# NaN is null in JSON.
+Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None else value)]
+Curve = tuple[Number, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +37,15 @@ class ClassMetrics:
     category_id: int
     objects: int
     detections: int
-    ap: float = NAN
-    ap50: float = NAN
-    ap75: float = NAN
-    ap_small: float = NAN
-    ap_medium: float = NAN
-    ap_large: float = NAN
-    ar: float = NAN
-    best_f1: float = NAN
-    best_score: float = NAN
+    ap: Number = NAN
+    ap50: Number = NAN
+    ap75: Number = NAN
+    ap_small: Number = NAN
+    ap_medium: Number = NAN
+    ap_large: Number = NAN
+    ar: Number = NAN
+    best_f1: Number = NAN
+    best_score: Number = NAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,9 @@ class Curves:
             classes without objects.
     """
 
-    recall: tuple[float, ...]
-    precision: Mapping[str, tuple[float, ...]]
-    per_class: tuple[tuple[float, ...], ...]
+    recall: Curve
+    precision: Mapping[str, Curve]
+    per_class: tuple[Curve, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +78,9 @@ class Errors:
         ap50: AP50 that the gains are added to.
     """
 
-    delta_ap: Mapping[str, float]
+    delta_ap: Mapping[str, Number]
     counts: Mapping[str, int]
-    ap50: float
+    ap50: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class Confusion:
 
     classes: tuple[str, ...]
     matrix: tuple[tuple[int, ...], ...]
-    score_threshold: float
+    score_threshold: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,8 @@ class CalibrationBin:
     lower: float
     upper: float
     detections: int
-    score: float
-    precision: float
+    score: Number
+    precision: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,8 @@ class Calibration:
         bins: ten bins of equal width.
     """
 
-    expected_error: float
-    largest_error: float
+    expected_error: Number
+    largest_error: Number
     bins: tuple[CalibrationBin, ...]
 
 
@@ -136,7 +140,7 @@ class Metrics:
             .50:.95; NaN beyond `max_detections`.
         ar, ar_small, ar_medium, ar_large: recall with `max_detections`.
         max_detections: detections per class and image that count, best first (COCO: 100).
-        images: number of images.
+        images: number of images, without the `unreadable` ones.
         objects: number of objects without the `ignored` ones (crowd and difficult).
         left_out: objects with an invalid box (NaN, Inf, inverted).
         detections: detections, counted or not.
@@ -149,21 +153,23 @@ class Metrics:
         curves, errors, confusion, calibration: see their classes.
         loss, loss_classification, loss_box: validation loss, mean over images; None: not computed.
         images_per_second: speed of loading, network and post-processing; None: not measured.
+        unreadable: error message by path of the images that were left out.
+        notes: what was read, and what was left out, a line each.
     """
 
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
-    ar1: float
-    ar10: float
-    ar100: float
-    ar: float
-    ar_small: float
-    ar_medium: float
-    ar_large: float
+    ap: Number
+    ap50: Number
+    ap75: Number
+    ap_small: Number
+    ap_medium: Number
+    ap_large: Number
+    ar1: Number
+    ar10: Number
+    ar100: Number
+    ar: Number
+    ar_small: Number
+    ar_medium: Number
+    ar_large: Number
     max_detections: int
     images: int
     objects: int
@@ -171,8 +177,8 @@ class Metrics:
     left_out: int
     detections: int
     per_class: tuple[ClassMetrics, ...] = field(repr=False)
-    best_f1: float
-    best_score: float
+    best_f1: Number
+    best_score: Number
     curves: Curves = field(repr=False)
     errors: Errors = field(repr=False)
     confusion: Confusion = field(repr=False)
@@ -183,90 +189,42 @@ class Metrics:
     images_per_second: float | None = None
     objects_over_limit: int = 0
     detections_over_limit: int = 0
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their short names, in COCO's order."""
-        limit = f"AR{self.max_detections}"
-        numbers = {
+        recalls = {"AR1": self.ar1, "AR10": self.ar10, "AR100": self.ar100}
+        return {
             "AP": self.ap,
             "AP50": self.ap50,
             "AP75": self.ap75,
             "APs": self.ap_small,
             "APm": self.ap_medium,
             "APl": self.ap_large,
-            "AR1": self.ar1,
-            "AR10": self.ar10,
-            "AR100": self.ar100,
-            limit: self.ar,
+            **{name: value for name, value in recalls.items() if not math.isnan(value)},
+            f"AR{self.max_detections}": self.ar,
             "ARs": self.ar_small,
             "ARm": self.ar_medium,
             "ARl": self.ar_large,
         }
-        order = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-        recalls = [name for name in numbers if name.startswith("AR") and name not in order]
-        kept = [name for name in recalls if name == limit or not math.isnan(numbers[name])]
-        sized = [name for name in ("ARs", "ARm", "ARl") if name not in kept]
-        return {name: numbers[name] for name in [*order, *kept, *sized]}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; NaN becomes None."""
-        plain = _to_json(self)
-        assert isinstance(plain, dict)
-        return plain
+        return to_json_types(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the output of :meth:`to_dict`.
 
         Raises:
-            KeyError, TypeError: a value is missing or unknown.
+            ValueError: a value is missing or of another type.
         """
-        rest = dict(values)
-        curves, errors = rest.pop("curves"), rest.pop("errors")
-        confusion, calibration = rest.pop("confusion"), rest.pop("calibration")
-        classes = tuple(ClassMetrics(**_number_or_nan(values)) for values in rest.pop("per_class"))
-        absent = ("loss", "loss_classification", "loss_box", "images_per_second")
-        optional = {name: rest.pop(name, None) for name in absent}
-        return cls(
-            **_number_or_nan(rest),
-            **optional,
-            per_class=classes,
-            curves=Curves(
-                recall=_floats(curves["recall"]),
-                precision={iou: _floats(curve) for iou, curve in curves["precision"].items()},
-                per_class=tuple(_floats(curve) for curve in curves["per_class"]),
-            ),
-            errors=Errors(**_number_or_nan(errors)),
-            confusion=Confusion(
-                classes=tuple(confusion["classes"]),
-                matrix=tuple(tuple(row) for row in confusion["matrix"]),
-                score_threshold=confusion["score_threshold"],
-            ),
-            calibration=Calibration(
-                expected_error=calibration["expected_error"],
-                largest_error=calibration["largest_error"],
-                bins=tuple(CalibrationBin(**_number_or_nan(bin_)) for bin_ in calibration["bins"]),
-            ),
-        )
+        metrics: Self = TypeAdapter(cls).validate_python(values)
+        return metrics
 
 
-def _to_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_to_json(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _number_or_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: NAN if value is None else value for name, value in values.items()}
-
-
-def _floats(values: list[float | None]) -> tuple[float, ...]:
-    return tuple(NAN if value is None else value for value in values)
+def to_json_types(value: Any) -> dict[str, Any]:
+    """Convert a dataclass to JSON types; NaN and Inf become None."""
+    values: dict[str, Any] = json.loads(TypeAdapter(type(value)).dump_json(value))
+    return values

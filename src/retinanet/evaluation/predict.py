@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
@@ -14,7 +14,10 @@ from retinanet.anchors import level_anchors
 from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
-from retinanet.data.loading import eval_loader
+from retinanet.data.loading import check_unreadable, eval_loader
+from retinanet.errors import DataError
+from retinanet.evaluation.coco import evaluate_detections
+from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results
 from retinanet.inference.backends import Network, Thresholds, detections_of
 from retinanet.inference.detections import Failure
@@ -33,16 +36,35 @@ class Predictions:
     """Output of a model on a data set.
 
     Attributes:
-        results: the detections.
-        loss, loss_classification, loss_box: as in :class:`~retinanet.evaluation.metrics.Metrics`.
+        results: the detections in the images that could be read.
+        unreadable: error message by path of the other images.
         images_per_second: loading, network and post-processing together.
+        loss_classification, loss_box: as in :class:`~retinanet.evaluation.metrics.Metrics`.
     """
 
     results: Results
-    loss: float | None
-    loss_classification: float | None
-    loss_box: float | None
+    unreadable: Mapping[str, str]
     images_per_second: float
+    loss_classification: float | None = None
+    loss_box: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The sum of both losses; None: not computed."""
+        if self.loss_classification is None or self.loss_box is None:
+            return None
+        return self.loss_classification + self.loss_box
+
+    def evaluate(self, **options: Any) -> Metrics:
+        """Compute the metrics; options as for :func:`evaluate_detections`."""
+        return replace(
+            evaluate_detections(self.results.dataset, self.results, **options),
+            loss=self.loss,
+            loss_classification=self.loss_classification,
+            loss_box=self.loss_box,
+            images_per_second=self.images_per_second,
+            unreadable=self.unreadable,
+        )
 
 
 @torch.inference_mode()
@@ -78,87 +100,132 @@ def run_inference(
         thresholds: as in :func:`retinanet.postprocess.postprocess`.
 
     Raises:
-        ImageError: an image cannot be read.
-        DataError: a box or score is NaN or Inf.
+        DataError: a box or score is NaN or Inf, or more than a tenth of the images are unreadable.
     """
     model = network.model
-    results = Results(dataset, label_map)
     losses = None if loss is None else _MeanLoss(loss, model.num_classes, label_map)
-    start = time.perf_counter()
-    done = 0
-    for batch in _load(network, dataset, batch_size, image_size, max_size, workers):
+
+    def detect(batch: Batch) -> list[Detections]:
         outputs = network(batch.images)
         if losses is not None:
             shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
             losses.add(outputs, level_anchors(model.anchors, shapes, device=network.device), batch)
-        detections = detections_of(model, outputs, batch.sizes, batch.original_sizes, **thresholds)
-        for index, image_detections in zip(batch.indices.tolist(), detections, strict=True):
-            results.add(index, image_detections)
-        done += len(detections)
-        if progress is not None:
-            progress(done, len(dataset))
-    seconds = time.perf_counter() - start
-    classification, box = (None, None) if losses is None else losses.means()
-    total = None if classification is None or box is None else classification + box
-    return Predictions(results, total, classification, box, len(dataset) / seconds)
+        return detections_of(model, outputs, batch.sizes, batch.original_sizes, **thresholds)
+
+    predictions = run_batches(
+        detect,
+        dataset,
+        device=network.device,
+        fill=padding_colour(model.pixel_mean),
+        image_size=image_size,
+        max_size=max_size,
+        batch_size=batch_size,
+        workers=workers,
+        label_map=label_map,
+        progress=progress,
+    )
+    if losses is None:
+        return predictions
+    classification, box = losses.means()
+    return replace(predictions, loss_classification=classification, loss_box=box)
+
+
+def run_batches(
+    detect: Callable[[Batch], list[Detections]],
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    batch_size: int,
+    label_map: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    **loading: Any,
+) -> Predictions:
+    """Load every image once, and call `detect` with batches of images of one padded size.
+
+    Args:
+        detect: from a batch on `device` to the detections in each of its images.
+        dataset, device, batch_size, label_map, progress: as in :func:`run_inference`.
+        loading: further arguments of :func:`~retinanet.data.loading.eval_loader`.
+    """
+    collected = _Collector(dataset, label_map, progress)
+    images: Iterator[Batch] = iter(())
+    if len(dataset):
+        loader = eval_loader(dataset, batch_size=1, on_unreadable=collected.skip, **loading)
+        images = (image.to(device, non_blocking=True) for image in loader)
+    for batch in group_by_size(images, batch_size):
+        collected.add(batch.indices.tolist(), detect(batch))
+    return collected.predictions()
 
 
 def run_detector(
     detector: Detector,
     dataset: Dataset,
     *,
-    batch_size: int = 1,
     label_map: Sequence[int] | None = None,
-    tile: int | str | None = None,
-    overlap: float = 0.2,
     progress: Progress | None = None,
-    **thresholds: Unpack[Thresholds],
+    **options: Any,
 ) -> Predictions:
-    """Run :meth:`Detector.stream` over a data set: tiles and exported files, without a loss.
+    """Run a detector over a data set: tiles and exported files, without a loss.
+
+    Args:
+        detector: any.
+        dataset, label_map, progress: as in :func:`run_inference`.
+        options: of :meth:`Detector.stream`.
 
     Raises:
-        ImageError: an image cannot be read.
-        DataError: a box or score is NaN or Inf.
+        DataError: as for :func:`run_inference`.
     """
-    results = Results(dataset, label_map)
-    start = time.perf_counter()
-    stream = detector.stream(
-        [image.path for image in dataset.images],
-        batch_size=batch_size,
-        tile=tile,
-        overlap=overlap,
-        **thresholds,
-    )
-    for index, output in enumerate(stream):
-        if isinstance(output, Failure):
+    collected = _Collector(dataset, label_map, progress)
+    paths = [image.path for image in dataset.images]
+    for index, output in enumerate(detector.stream(paths, **options)):
+        if not isinstance(output, Failure):
+            boxes = Detections(output.boxes, output.scores, output.labels)
+            collected.add([index], [boxes])
+        elif isinstance(output.error, DataError):
+            collected.skip(index, output.reason)
+            check_unreadable(len(collected.unreadable), len(dataset), output.reason)
+        else:
             raise output.error
-        results.add(index, Detections(output.boxes, output.scores, output.labels))
-        if progress is not None:
-            progress(index + 1, len(dataset))
-    seconds = time.perf_counter() - start
-    return Predictions(results, None, None, None, len(dataset) / seconds)
+    return collected.predictions()
 
 
-def _load(
-    network: Network,
-    dataset: Dataset,
-    batch_size: int,
-    image_size: int,
-    max_size: int,
-    workers: int,
-) -> Iterator[Batch]:
-    if not len(dataset):
-        return iter(())
-    loader = eval_loader(
-        dataset,
-        batch_size=1,
-        image_size=image_size,
-        max_size=max_size,
-        workers=workers,
-        fill=padding_colour(network.model.pixel_mean),
-    )
-    images = (image.to(network.device, non_blocking=True) for image in loader)
-    return group_by_size(images, batch_size)
+class _Collector:
+    """Detections and unreadable images of a data set, by index."""
+
+    def __init__(
+        self, dataset: Dataset, label_map: Sequence[int] | None, progress: Progress | None
+    ) -> None:
+        self._dataset, self._label_map, self._progress = dataset, label_map, progress
+        self._detections: dict[int, Detections] = {}
+        self.unreadable: dict[int, str] = {}
+        self._start = time.perf_counter()
+
+    def add(self, indices: Sequence[int], detections: Sequence[Detections]) -> None:
+        for index, found in zip(indices, detections, strict=True):
+            tensors = (found.boxes, found.scores, found.labels)
+            self._detections[index] = Detections(*(tensor.cpu() for tensor in tensors))
+        if self._progress is not None:
+            done = len(self._detections) + len(self.unreadable)
+            self._progress(done, len(self._dataset))
+
+    def skip(self, index: int, message: str) -> None:
+        """Leave out an image."""
+        self.unreadable[index] = message
+
+    def predictions(self) -> Predictions:
+        images = self._dataset.images
+        kept = sorted(self._detections)
+        dataset = self._dataset
+        if self.unreadable:
+            dataset = replace(dataset, images=tuple(images[index] for index in kept))
+        results = Results(dataset, self._label_map)
+        for position, index in enumerate(kept):
+            results.add(position, self._detections[index])
+        return Predictions(
+            results,
+            {str(images[index].path): self.unreadable[index] for index in sorted(self.unreadable)},
+            len(images) / (time.perf_counter() - self._start),
+        )
 
 
 def group_by_size(images: Iterable[Batch], batch_size: int) -> Iterator[Batch]:

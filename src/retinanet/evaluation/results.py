@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -79,29 +78,24 @@ class Results:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of COCO's results; numbers are exact, so that they give the same AP."""
-        for image_id, x, y, width, height, score, category in self.table().tolist():
-            yield {
-                "image_id": int(image_id),
-                "category_id": int(category),
-                "bbox": [x, y, width, height],
-                "score": score,
-            }
+        table = self.table()
+        for first in range(0, len(table), _CHUNK):
+            for image, x, y, width, height, score, category in table[
+                first : first + _CHUNK
+            ].tolist():
+                yield {
+                    "image_id": int(image),
+                    "category_id": int(category),
+                    "bbox": [x, y, width, height],
+                    "score": score,
+                }
 
     def write(self, file: Path) -> None:
         """Write COCO's results file, one detection per line, atomically."""
-        table = self.table()
         with open_atomic(file) as out:
-            separator = "[\n"
-            for first in range(0, len(table), _CHUNK):
-                for image_id, x, y, width, height, score, category in table[
-                    first : first + _CHUNK
-                ].tolist():
-                    out.write(
-                        f'{separator}{{"image_id": {image_id:.0f}, "category_id": {category:.0f}, '
-                        f'"bbox": [{x}, {y}, {width}, {height}], "score": {score}}}'
-                    )
-                    separator = ",\n"
-            out.write("\n]\n" if len(table) else "[\n\n]\n")
+            for i, row in enumerate(self.rows()):
+                out.write((",\n" if i else "[\n") + json.dumps(row))
+            out.write("\n]\n" if len(self) else "[]\n")
 
     @classmethod
     def read(cls, source: Path | Sequence[Mapping[str, Any]], dataset: Dataset) -> Results:
@@ -131,10 +125,7 @@ class Results:
                 f"{kind}"
             )
         results = cls(dataset)
-        table = _convert_rows(rows, dataset)
-        if table is None:  # something is unusual: row by row, to name the first wrong row
-            table = _parse_rows(rows, results, where)
-        results._parts = [(-1, table)]
+        results._parts = [(-1, _parse_rows(rows, results, where))]
         return results
 
 
@@ -212,29 +203,27 @@ def coco_images(dataset: Dataset) -> list[dict[str, Any]]:
 
 def coco_categories(dataset: Dataset) -> list[dict[str, Any]]:
     """COCO's ``categories``."""
-    return [
-        {"id": category, "name": name}
-        for category, name in zip(dataset.category_ids, dataset.classes, strict=True)
-    ]
+    pairs = zip(dataset.category_ids, dataset.classes, strict=True)
+    return [{"id": category, "name": name} for category, name in pairs]
 
 
 def ground_truth(dataset: Dataset) -> dict[str, Any]:
     """Return the :class:`GroundTruth` in COCO's instances format."""
     truth = GroundTruth.of(dataset)
-    rows = zip(
-        truth.image_ids.tolist(),
-        truth.category_ids.tolist(),
-        truth.boxes.tolist(),
-        truth.areas.tolist(),
-        truth.ignored.astype(int).tolist(),
-        strict=True,
-    )
-    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    columns = {
+        "image_id": truth.image_ids,
+        "category_id": truth.category_ids,
+        "bbox": truth.boxes,
+        "area": truth.areas,
+        "iscrowd": truth.ignored.astype(int),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return {
         "images": coco_images(dataset),
         # Ids from 1: pycocotools takes id 0 for "no match".
         "annotations": [
-            dict(zip(keys, (number, *row), strict=True)) for number, row in enumerate(rows, start=1)
+            {"id": number, **dict(zip(columns, row, strict=True))}
+            for number, row in enumerate(rows, start=1)
         ],
         "categories": coco_categories(dataset),
     }
@@ -251,42 +240,14 @@ def _read_json(file: Path) -> Any:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 
-def _convert_rows(rows: Sequence[Any], dataset: Dataset) -> NDArray[np.float64] | None:
-    """Convert rows without any fault and with integer ids; None: :func:`_parse_rows` has to."""
-    image_ids = coco_image_ids(dataset)
-    if any(image.id != id_ for image, id_ in zip(dataset.images, image_ids, strict=True)):
-        return None  # the file may use names that look like numbers
-    table = np.empty((len(rows), COLUMNS))
-    try:
-        for first in range(0, len(rows), _CHUNK):
-            part, out = rows[first : first + _CHUNK], table[first : first + _CHUNK]
-            images, categories, boxes, scores = (
-                [*map(itemgetter(key), part)]
-                for key in ("image_id", "category_id", "bbox", "score")
-            )
-            if not set(map(type, chain(images, categories))) <= {int} or {*map(len, boxes)} != {4}:
-                return None
-            out[:, 0], out[:, 1:5], out[:, 5], out[:, 6] = images, boxes, scores, categories
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        return None
-    valid = (
-        np.isfinite(table).all()
-        and (table[:, 3:5] >= 0).all()
-        and np.isin(table[:, 0], np.array(image_ids, dtype=np.float64)).all()
-        and np.isin(table[:, 6], np.array(dataset.category_ids, dtype=np.float64)).all()
-    )
-    return table if valid else None
-
-
 def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np.float64]:
-    """Convert rows one by one.
+    """Convert the rows of a results file to a table.
 
     Raises:
         DataError: for the first wrong row.
     """
-    dataset = results.dataset
-    image_ids = _image_ids_by_name(dataset, results.image_ids)
-    categories = set(dataset.category_ids)
+    image_ids = _image_ids_by_name(results.dataset, results.image_ids)
+    categories = set(results.dataset.category_ids)
     table = np.empty((len(rows), COLUMNS))
     unknown_images: Counter[Any] = Counter()
     unknown_categories: Counter[Any] = Counter()
@@ -297,21 +258,20 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
         except (KeyError, TypeError, IndexError):
             missing = [name for name in _KEYS if not isinstance(row, Mapping) or name not in row]
             raise DataError(f"{where}: entry {i} has no {', '.join(missing)}") from None
-        try:
-            table[i, 1:5] = box if len(box) == 4 else ()  # numpy would repeat a single number
-            table[i, 5] = score
-        except (TypeError, ValueError):
-            raise DataError(
-                f"{where}: entry {i} (image {image}): bbox {box} is not [x, y, width, height] "
-                f"or score {score!r} is not a number"
-            ) from None
         if not isinstance(image, int | str) or image not in image_ids:
             unknown_images[str(image)] += 1
         elif category not in categories:
             unknown_categories[category] += 1
         else:
-            table[i, 0], table[i, 6] = image_ids[image], category
-    _check_ids(unknown_images, unknown_categories, dataset, where)
+            try:
+                x, y, width, height = map(float, box)
+                table[i] = image_ids[image], x, y, width, height, float(score), category
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{where}: entry {i} (image {image}): bbox {box} is not [x, y, width, height] "
+                    f"or score {score!r} is not a number"
+                ) from None
+    _check_ids(unknown_images, unknown_categories, results.dataset, where)
     for wrong, what in (
         (~np.isfinite(table).all(axis=1), "or score {score} is not a finite number"),
         ((table[:, 3:5] < 0).any(axis=1), "has a negative size; expected [x, y, width, height]"),
@@ -342,7 +302,7 @@ def _check_ids(
 
 
 def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str, int]:
-    """COCO's id by whatever a results file may call an image; the data's own id goes first."""
+    """COCO's id by each name that a results file may give an image; the data's own id wins."""
     known: dict[int | str, int] = {}
     for image, id_ in zip(dataset.images, ids, strict=True):
         known.setdefault(image.path.stem, id_)

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
 from retinanet.config import repeated_names
-from retinanet.data import find_format, read_dataset
+from retinanet.data import find_data, read_dataset
+from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
-from retinanet.data.formats import FORMATS
 from retinanet.data.loading import default_workers
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
@@ -21,23 +19,16 @@ from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.predict import Predictions, Progress, run_detector, run_inference
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
-from retinanet.inference.backends import Network, Thresholds, build_network
-from retinanet.inference.detector import Detector, open_model
+from retinanet.inference.backends import Network, Thresholds
+from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.model.checkpoint import Checkpoint
-from retinanet.model.precision import choose_device
-from retinanet.model.retinanet import RetinaNet
 
 
-class DetectorOptions(Thresholds, total=False):
+class DetectorOptions(LoadOptions, total=False):
     """Options of :class:`~retinanet.inference.detector.Detector`."""
 
-    device: str
-    precision: str
-    backend: str
-    calibrate: Any
-    image_size: int | None
-    max_size: int | None
+    device: Any
 
 
 def evaluate(
@@ -57,7 +48,7 @@ def evaluate(
     """Evaluate a model, or the COCO results of any detector, on labelled images.
 
     The classes of model and data are matched by name. Detections of classes that the data lacks
-    are ignored.
+    are ignored. Images that cannot be read are left out, and named in :attr:`Metrics.unreadable`.
 
     Args:
         model: a run folder, a checkpoint, an exported file, a ``torchvision/..`` name, a
@@ -78,131 +69,68 @@ def evaluate(
         options: as in :class:`Detector`; for a :class:`Detector` only thresholds have an effect.
 
     Raises:
-        DataError: the data cannot be read, or the results do not fit it.
+        DataError: the data cannot be read, more than a tenth of the images are unreadable, or the
+            results do not fit the data.
         WeightsError: the model cannot be read, or lacks classes of objects in the data.
         ConfigError: an unknown device, precision or backend, or a threshold out of range.
         MissingExtraError: the backend is not installed.
-        ImageError: an image cannot be read.
     """
     if _is_results(model):
-        results, metrics = _evaluate_results(model, data, split, max_detections, options)
+        _reject_network_options(options)
+        dataset = read_eval_dataset(data, split, for_results=True)
+        source: Any = Path(model) if isinstance(model, str) else model
+        results = Results.read(source, dataset)
+        metrics = evaluate_detections(dataset, results, max_detections=max_detections)
     else:
-        results, metrics = _evaluate_detector(
-            open_detector(model, options),  # type: ignore[arg-type]
-            data,
-            split,
-            max_detections,
-            options,
-            batch_size=batch_size,
-            workers=workers,
-            tile=tile,
-            overlap=overlap,
-            progress=progress,
-        )
+        detector = open_detector(model, options)  # type: ignore[arg-type]
+        dataset = read_eval_dataset(data, split, info=detector.info)
+        limit, raised = _raised_limits(dataset, max_detections, detector)
+        changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
+        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        if tile is None and isinstance(detector.network, Network):
+            loss = detector.info.get("loss")
+            predictions = run_network(detector, dataset, workers, loss=loss, **running, **changed)
+        else:
+            running |= {"label_map": match_classes(detector.classes, dataset)}
+            running |= {"tile": tile, "overlap": overlap}
+            predictions = run_detector(detector, dataset, **running, **changed)
+        results = predictions.results
+        per_image = {**detector.thresholds, **changed}["detections_per_image"]
+        metrics = predictions.evaluate(max_detections=limit, detections_per_image=per_image)
+    fault = fault_summary(dataset)
+    metrics = replace(metrics, notes=(*dataset.description, *([fault] if fault else [])))
     if out is not None:
         write_results(out, metrics, results)
     return metrics
 
 
-def _evaluate_results(
-    source: Any,
-    data: str | Path | Dataset,
-    split: str | None,
-    max_detections: int | None,
-    options: DetectorOptions,
-) -> tuple[Results, Metrics]:
+def run_network(
+    detector: Detector, dataset: Dataset, workers: int | None, **options: Any
+) -> Predictions:
+    """Run the network of a detector, with its sizes and thresholds: :func:`run_inference`.
+
+    Raises:
+        WeightsError: as :func:`match_classes`.
+    """
+    assert isinstance(detector.network, Network)
+    return run_inference(
+        detector.network,
+        dataset,
+        image_size=detector.image_size,
+        max_size=detector.max_size,
+        workers=default_workers() if workers is None else workers,
+        label_map=match_classes(detector.classes, dataset),
+        **{**detector.thresholds, **options},
+    )
+
+
+def _reject_network_options(options: DetectorOptions) -> None:
     names = ("precision", "backend", "calibrate")
     if given := [name for name in names if options.get(name) not in (None, "auto")]:
         raise ConfigError(
             f"{', '.join(given)} given for a results file, which is evaluated without a network: "
             "leave it out"
         )
-    dataset = read_eval_dataset(data, split, for_results=True)
-    results = Results.read(Path(source) if isinstance(source, str) else source, dataset)
-    return results, evaluate_detections(dataset, results, max_detections=max_detections)
-
-
-def _evaluate_detector(
-    detector: Detector,
-    data: str | Path | Dataset,
-    split: str | None,
-    max_detections: int | None,
-    options: DetectorOptions,
-    *,
-    workers: int | None,
-    tile: int | str | None,
-    overlap: float,
-    **running: Any,
-) -> tuple[Results, Metrics]:
-    dataset = read_eval_dataset(data, split, info=detector.info)
-    running["label_map"] = match_classes(detector.classes, dataset)
-    limit, raised = _raised_limits(dataset, max_detections, detector.thresholds)
-    if isinstance(detector.network, ExportedNetwork) and max_detections is None:
-        raised = {}  # the limits of an exported file are fixed
-    given = {name: value for name, value in options.items() if name in Thresholds.__annotations__}
-    changed: dict[str, Any] = {**raised, **given}
-    used = {**detector.thresholds, **changed}
-    if tile is None and isinstance(detector.network, Network):
-        predictions = run_inference(
-            detector.network,
-            dataset,
-            image_size=detector.image_size,
-            max_size=detector.max_size,
-            workers=default_workers() if workers is None else workers,
-            loss=detector.info.get("loss"),
-            **running,
-            **used,
-        )
-    else:
-        predictions = run_detector(
-            detector, dataset, tile=tile, overlap=overlap, **running, **changed
-        )
-    return predictions.results, _metrics(predictions, limit, used["detections_per_image"])
-
-
-def evaluate_model(
-    model: RetinaNet,
-    dataset: Dataset,
-    *,
-    image_size: int,
-    max_size: int,
-    batch_size: int = 1,
-    workers: int = 0,
-    device: str | torch.device = "auto",
-    precision: str = "float32",
-    loss: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    **thresholds: Unpack[Thresholds],
-) -> Metrics:
-    """Evaluate a model during training; it keeps its mode (train or eval).
-
-    Args:
-        model: moved to `device`.
-        device, precision: as in :func:`retinanet.inference.backends.build_network`.
-        thresholds: as in :func:`run_inference`; where an image has more than 100 objects,
-            ``detections_per_image`` is raised to their number, as in :func:`evaluate`.
-
-    The other arguments are those of :func:`run_inference`.
-    """
-    limit, raised = _raised_limits(dataset, None, thresholds)
-    used: dict[str, Any] = {**thresholds, **raised}
-    was_training = model.training
-    try:
-        predictions = run_inference(
-            build_network(model, choose_device(device), precision=precision),
-            dataset,
-            image_size=image_size,
-            max_size=max_size,
-            batch_size=batch_size,
-            workers=workers,
-            loss=loss,
-            progress=progress,
-            **used,
-        )
-    finally:
-        model.train(was_training)
-    per_image = used.get("detections_per_image", MAX_DETECTIONS)
-    return _metrics(predictions, limit, per_image)
 
 
 def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
@@ -286,36 +214,19 @@ def open_detector(model: str | Path | Detector | Checkpoint, options: DetectorOp
 
 
 def _raised_limits(
-    dataset: Dataset, max_detections: int | None, thresholds: Thresholds
-) -> tuple[int, dict[str, int]]:
+    dataset: Dataset, max_detections: int | None, detector: Detector
+) -> tuple[int, dict[str, Any]]:
     """Return the detections per class and image that count, and the limits that are raised.
 
-    Up to COCO's 100 the model's own limits are kept, unless `max_detections` is given.
+    Up to COCO's 100 the model's own limits are kept, unless `max_detections` is given; those of an
+    exported file are fixed.
     """
     limit = max_detections_for(dataset) if max_detections is None else max_detections
-    if max_detections is None and limit <= MAX_DETECTIONS:
+    fixed = limit <= MAX_DETECTIONS or isinstance(detector.network, ExportedNetwork)
+    if max_detections is None and fixed:
         return limit, {}
-    current = {
-        "detections_per_image": thresholds.get("detections_per_image", MAX_DETECTIONS),
-        "topk_candidates": thresholds.get("topk_candidates", 1000),
-    }
-    return limit, {name: limit for name, value in current.items() if value < limit}
-
-
-def _metrics(predictions: Predictions, limit: int, per_image: int | None) -> Metrics:
-    metrics = evaluate_detections(
-        predictions.results.dataset,
-        predictions.results,
-        max_detections=limit,
-        detections_per_image=per_image,
-    )
-    return replace(
-        metrics,
-        loss=predictions.loss,
-        loss_classification=predictions.loss_classification,
-        loss_box=predictions.loss_box,
-        images_per_second=predictions.images_per_second,
-    )
+    limits = ("detections_per_image", "topk_candidates")
+    return limit, {name: limit for name in limits if detector.thresholds[name] < limit}  # type: ignore[literal-required]
 
 
 def _is_results(model: Any) -> bool:
@@ -327,7 +238,7 @@ def _is_results(model: Any) -> bool:
 
 def _split_of_file(path: Path, for_results: bool) -> str:
     """Split of a label file: of a training file the validation part, for results all of it."""
-    splits = tuple(FORMATS[find_format(path)].read(path, extras=False))
+    splits = tuple(find_data(path).splits)
     if len(splits) != 1:
         return "val"
     if for_results:

@@ -9,11 +9,8 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
-
-from filelock import FileLock
 
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError, RetinaNetError
@@ -21,7 +18,6 @@ from retinanet.files import write_atomic
 from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import MIN_STEPS, Plan, Settings, Training, make_plan
 from retinanet.paper.run import Workers, run_plan
-from retinanet.paper.work import Result
 from retinanet.report.plots import read_log
 
 _PROBE_STEPS = 12
@@ -83,24 +79,28 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
     Raises:
         RetinaNetError: a training fails.
     """
-    folder = workers.out / f".pace-{os.getpid()}"
-    kinds: dict[tuple[object, ...], Training] = {}
-    for training in trainings:
-        kinds.setdefault(_kind(training), _probe(training, f"pace-{len(kinds)}"))
-    probes = list(kinds.values())
+    out = workers.out / f".pace-{os.getpid()}"
+    kinds = {_kind(training): training for training in trainings}
     # With fewer probes than jobs each would have more of the machine.
-    jobs = min(workers.jobs, len(trainings))
-    fill = [replace(probes[i % len(probes)], name=f"fill-{i}") for i in range(jobs - len(probes))]
+    count = max(len(kinds), min(workers.jobs, len(trainings)))
+    keys = [list(kinds)[i % len(kinds)] for i in range(count)]
+    probes = [_probe(kinds[key], f"pace-{i}") for i, key in enumerate(keys)]
+    paces: dict[tuple[object, ...], Pace] = {}
     try:
-        results = run_plan(Plan((*probes, *fill), {}), replace(workers, out=folder))
-        paces: dict[tuple[object, ...], Pace] = {}
-        for kind, probe in kinds.items():
+        results = run_plan(Plan(tuple(probes), {}), replace(workers, out=out))
+        for key, probe in zip(keys, probes, strict=True):
             result = results[probe.key]
             if isinstance(result, str):
                 raise RetinaNetError(f"a first training of {_PROBE_STEPS} steps failed: {result}")
-            paces[kind] = _pace(probe.folder(folder), result)
+            log = read_log(probe.folder(out) / "log.jsonl")
+            metrics = result.metrics or {}
+            speed = metrics.get("images_per_second")
+            validation = metrics.get("images", 0) / speed if speed else 0.0
+            # The median, as the first steps are slow.
+            step = median(line["seconds"] for line in log if "seconds" in line)
+            paces[key] = Pace(step, _START_SECONDS + validation)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     return [paces[_kind(training)] for training in trainings]
 
 
@@ -132,26 +132,16 @@ def with_budget(
     settings = replace(settings, steps=MIN_STEPS)
     plan = make_plan(experiments, settings, splits)
     trainings = (plan.only(keys) if keys else plan).trainings
-    if not trainings:
-        return settings
     request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            # Measuring takes a minute: reject what cannot be enough before.
-            steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
-            paces = measure_paces(trainings, workers)
-            content = {
-                "names": names,
-                "budget": budget,
-                "trainings": len(paces),
-                "jobs": workers.jobs,
-                "seconds_per_step": sorted({pace.step for pace in paces}),
-                "steps": steps_for(budget, paces, workers.jobs),
-            }
-            write_atomic(file, json.dumps(content, indent=1) + "\n")
+    if not file.is_file():
+        # Measuring takes a minute: reject what cannot be enough before.
+        steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
+        paces = measure_paces(trainings, workers)
+        steps = steps_for(budget, paces, workers.jobs)
+        content = {"seconds_per_step": sorted({pace.step for pace in paces}), "steps": steps}
+        write_atomic(file, json.dumps(content, indent=1) + "\n")
     return replace(settings, steps=json.loads(file.read_text("utf-8"))["steps"])
 
 
@@ -168,12 +158,3 @@ def _probe(training: Training, name: str) -> Training:
     recipe = training.recipe
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)})
     return replace(training, recipe=recipe, name=name)
-
-
-def _pace(folder: Path, result: Result) -> Pace:
-    seconds = [line["seconds"] for line in read_log(folder / "log.jsonl") if "seconds" in line]
-    metrics = result.metrics or {}
-    speed = metrics.get("images_per_second")
-    # The median, as the first steps are slow.
-    validation = metrics.get("images", 0) / speed if speed else 0.0
-    return Pace(median(seconds), _START_SECONDS + validation)

@@ -68,23 +68,15 @@ def collect_results(
             of those that differ; ``coco``: True only for COCO at full length. Other facts are
             listed as they are.
         milliseconds: per image, by row key, where measured.
-
-    Raises:
-        ValueError: a key is not in the experiment, or a done training has no metrics.
     """
     times = milliseconds or {}
-    known = {row.key for row in experiment.rows}
-    for key in (*outcomes, *times):
-        if key not in known:
-            raise ValueError(f"{experiment.name} has no row {key!r}: {', '.join(sorted(known))}")
     rows = {
         row.key: RowResult(
             row.key,
             row.label,
-            row.trained,
             milliseconds=times.get(row.key),
             published=row.published,
-            **_row_values(row.label, outcomes.get(row.key, ())),
+            **_row_values(outcomes.get(row.key, ())),
         )
         for row in experiment.rows
     }
@@ -101,18 +93,19 @@ def collect_results(
     )
 
 
-def _row_values(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _row_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return scores, counts and notes of a row's trainings."""
     ended = [outcome for outcome in outcomes if outcome.status != "failed"]
     zeros = {outcome.seed: 0.0 for outcome in ended if outcome.status == "diverged"}
-    done = [outcome for outcome in ended if outcome.status == "done"]
+    done = {outcome.seed: outcome.metrics for outcome in ended if outcome.metrics is not None}
     by_column: dict[str, dict[int, float]] = {}
     for column, name in METRICS.items():
-        points = {outcome.seed: _points(label, outcome, name) for outcome in done}
-        measured = {seed: value for seed, value in points.items() if not math.isnan(value)}
-        # Without objects of a size there is no AP, and the 0 of a diverged training says nothing.
-        if (measured or not done) and (values := measured | zeros):
-            by_column[column] = values
+        # None and NaN: there are no objects of a size.
+        values = {seed: metrics[name] for seed, metrics in done.items()}
+        points = {seed: 100 * ap for seed, ap in values.items() if ap is not None and ap == ap}
+        # Without such objects the 0 of a diverged training has no meaning.
+        if (points or not done) and points | zeros:
+            by_column[column] = points | zeros
     return {
         "scores": {
             column: Score(
@@ -131,17 +124,6 @@ def _row_values(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         ),
         "folders": tuple(str(outcome.folder) for outcome in outcomes if outcome.folder),
     }
-
-
-def _points(label: str, outcome: Outcome, name: str) -> float:
-    """Return a metric of a done training in points; NaN: the data has no such objects."""
-    if outcome.metrics is None or name not in outcome.metrics:
-        raise ValueError(
-            f"{label}, seed {outcome.seed}: done, but its metrics have no {name!r} "
-            f"({outcome.folder or 'no folder'}): evaluate it again"
-        )
-    value = outcome.metrics[name]
-    return math.nan if value is None else 100 * float(value)
 
 
 def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
@@ -287,7 +269,7 @@ def t_quantile(level: float, dof: int) -> float:
 
 def evaluate_loss_shares(
     hardest: Mapping[str, Mapping[float, float]],
-) -> tuple[ClaimResult, ClaimResult]:
+) -> tuple[ClaimResult, ...]:
     """Evaluate the two claims of Figure 4, for one trained model.
 
     Source: Lin et al. 2017, Sec. 5.1: gamma has little effect on positives, and a large one on
@@ -296,45 +278,27 @@ def evaluate_loss_shares(
     keep more than half of their share of the loss, those of the negatives less.
 
     Args:
-        hardest: share of the loss in the hardest 20% of the anchors, 0..1, by gamma, of
-            ``positives`` and of ``negatives``; NaN: there is no loss.
-
-    Returns:
-        positives, negatives; marked with ``one seed``.
-
-    Raises:
-        ValueError: a kind, or gamma 0 or 2, is missing.
+        hardest: share of the loss in the hardest 20% of the anchors, 0..1, by gamma (with 0 and 2),
+            of ``positives`` and of ``negatives``; NaN: there is no loss.
     """
-    return (
-        _evaluate_shares("gamma 2 hardly moves the loss of positives", "positives", hardest),
-        _evaluate_shares(
-            "gamma 2 moves the loss of negatives to few of them", "negatives", hardest
-        ),
-    )
-
-
-def _evaluate_shares(
-    text: str, kind: str, hardest: Mapping[str, Mapping[float, float]]
-) -> ClaimResult:
-    shares = hardest.get(kind, {})
-    if not {0.0, 2.0} <= shares.keys():
-        raise ValueError(
-            f"the claims of Figure 4 need gamma 0 and 2: found {kind} with gamma "
-            f"{', '.join(f'{gamma:g}' for gamma in shares) or 'none'}"
-        )
-    before, after = shares[0.0], shares[2.0]
-    if math.isnan(before) or math.isnan(after):
-        return ClaimResult(text, "not measured", note=f"the {kind} have no loss")
-    keeps = 1 - after > (1 - before) / 2
-    return ClaimResult(
-        text,
-        "holds" if keeps == (kind == "positives") else "does not hold",
-        ("one seed",),
-        Comparison(
+    claims = {
+        "positives": "gamma 2 hardly moves the loss of positives",
+        "negatives": "gamma 2 moves the loss of negatives to few of them",
+    }
+    results = []
+    for kind, text in claims.items():
+        before, after = hardest[kind][0.0], hardest[kind][2.0]
+        if math.isnan(before) or math.isnan(after):
+            results.append(ClaimResult(text, "not measured", note=f"the {kind} have no loss"))
+            continue
+        keeps = 1 - after > (1 - before) / 2
+        shares = Comparison(
             Side(f"hardest 20% of {kind}, gamma 2", Score(100 * after)),
             Side("gamma 0", Score(100 * before)),
             100 * (after - before),
             unit="%",
             digits=0,
-        ),
-    )
+        )
+        verdict: Verdict = "holds" if keeps == (kind == "positives") else "does not hold"
+        results.append(ClaimResult(text, verdict, ("one seed",), shares))
+    return tuple(results)

@@ -17,13 +17,7 @@ Kind = Literal["over", "at_least", "about", "faster"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Values that the paper prints for a row; None: not printed.
-
-    Attributes:
-        ap, ap50, ap75: COCO metrics in points.
-        small, medium, large: AP by object size in points.
-        milliseconds: per image, on an Nvidia M40.
-    """
+    """Values that the paper prints for a row: AP in points, ms per image on an Nvidia M40."""
 
     ap: float
     ap50: float | None = None
@@ -45,8 +39,7 @@ class Row:
         depth: the backbone.
         scale: shorter side of the image in the paper, pixels; on small data the recipe's size times
             scale / 600.
-        rival: another detector to train (a name of :data:`retinanet.paper.rivals.RIVALS`); empty:
-            RetinaNet.
+        rival: another detector to train (:data:`retinanet.paper.rivals.RIVALS`); empty: RetinaNet.
         trained: False for rows with published values only.
         published: the paper's values; None: the paper has no such row.
     """
@@ -71,7 +64,7 @@ class Claim:
             ``about``: they differ by at most `within`; ``faster``: the first takes less time per
             image.
         first, second: keys of the rows of each side; the row with the highest mean AP counts, for
-            ``faster`` the one with the lowest time.
+            ``faster`` the row with the lowest time.
         within: points of AP, for ``at_least`` and ``about``.
         printed: (label, milliseconds) of both sides in the paper, for ``faster``.
     """
@@ -111,12 +104,5 @@ class Experiment:
     note: str = ""
 
     def row(self, key: str) -> Row:
-        """Return the row with a key.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.key == key:
-                return row
-        raise KeyError(f"{self.name} has no row {key!r}: {', '.join(row.key for row in self.rows)}")
+        """Return the row with a key."""
+        return next(row for row in self.rows if row.key == key)

@@ -32,7 +32,7 @@ from retinanet.paper.page import claims_markdown, write_page
 from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
 from retinanet.paper.results import TableResult
 from retinanet.paper.rivals import load_rival
-from retinanet.paper.run import Workers
+from retinanet.paper.run import Results, Workers
 from retinanet.paper.tables import EXPERIMENTS
 from retinanet.paper.work import Result
 from retinanet.report import paper_plots
@@ -55,14 +55,14 @@ class Trainings:
 
     Attributes:
         plan: the trainings.
-        results: of each, or why it failed, by (name, seed).
+        results: of each.
         settings, splits, workers: how they were run.
         external: metrics of other detectors by name, for table2 (:func:`read_external`).
         command: as it was entered.
     """
 
     plan: Plan
-    results: Mapping[tuple[str, int], Result | str]
+    results: Results
     settings: Settings
     splits: Mapping[str, Dataset]
     workers: Workers
@@ -80,10 +80,7 @@ class Trainings:
 
     def done(self, experiment: str, key: str) -> Training | None:
         """Return the first training of a row that is done."""
-        for training in self.plan.rows.get((experiment, key), ()):
-            if self.is_done(training):
-                return training
-        return None
+        return next(filter(self.is_done, self.plan.rows.get((experiment, key), ())), None)
 
     def is_done(self, training: Training) -> bool:
         """Return True if a training ended and did not diverge."""
@@ -116,7 +113,7 @@ def write_outputs(
         progress: callback with the number of experiments written and their total.
     """
     results: list[TableResult] = []
-    drawn: list[Path] = []
+    every_plot: list[Path] = []
     for count, experiment in enumerate(experiments, 1):
         result, files = _measure(experiment, out, trainings)
         for old in {*(out / "plots").glob(f"{experiment.name}.*")} - {*files}:
@@ -126,13 +123,13 @@ def write_outputs(
         if result.rows:
             write_atomic(out / f"{experiment.name}.csv", result.to_csv())
         results.append(result)
-        drawn += files
+        every_plot += files
         if progress is not None:
             progress(count, len(experiments))
     every = read_results(out)
     plots = {result.name: sorted((out / "plots").glob(f"{result.name}.*")) for result in every}
     write_atomic(out / "claims.md", claims_markdown(every))
-    return Outputs(tuple(results), tuple(drawn), write_page(out, every, plots))
+    return Outputs(tuple(results), tuple(every_plot), write_page(out, every, plots))
 
 
 def read_external(
@@ -217,34 +214,29 @@ def _about(trainings: Trainings) -> dict[str, Any]:
         "command": trainings.command,
         "data": f"{settings.data.resolve().name}: {counts['train']:,} training images, "
         f"{counts['val']:,} validation images",
-        "steps": plan.trainings[0].recipe.train.steps if plan.trainings else None,
+        "steps": plan.trainings[0].recipe.train.steps,
         "seeds": settings.seeds,
         "machine": "; ".join(machine.lines()[: 2 if machine.gpu else 1]),
         "coco": is_coco and settings.full and not (changed or settings.backbone_weights),
     }
-    if plan.trainings:
-        if not settings.full:
-            about["smaller than the paper"] = "; ".join(size_changes(plan, settings))
-        about["settings"] = common_differences(plan)
-    return about
+    if not settings.full:
+        about["smaller than the paper"] = "; ".join(size_changes(plan, settings))
+    return about | {"settings": common_differences(plan)}
 
 
 def _outcomes(experiment: Experiment, out: Path, trainings: Trainings) -> dict[str, list[Outcome]]:
-    outcomes: dict[str, list[Outcome]] = {}
+    outcomes = {
+        _EXTERNAL + name: [Outcome(0, "done", metrics)]
+        for name, metrics in trainings.external.items()
+        if experiment.name == "table2"
+    }
     for row in experiment.rows:
-        key = (experiment.name, row.key)
-        if key in trainings.plan.rejected:
-            outcomes[row.key] = [Outcome(0, "failed", note=trainings.plan.rejected[key])]
-        elif row.key.startswith(_EXTERNAL):
-            metrics = trainings.external[row.key.removeprefix(_EXTERNAL)]
-            outcomes[row.key] = [Outcome(0, "done", metrics)]
-        elif row.trained:
-            # Rows that were not asked for have no results.
-            outcomes[row.key] = [
-                _outcome(training, trainings.results[training.key], out)
-                for training in trainings.plan.rows[key]
-                if training.key in trainings.results
-            ]
+        # Trainings that were not asked for have no results.
+        outcomes[row.key] = outcomes.get(row.key) or [
+            _outcome(training, trainings.results[training.key], out)
+            for training in trainings.plan.rows.get((experiment.name, row.key), ())
+            if training.key in trainings.results
+        ]
     return outcomes
 
 
@@ -278,19 +270,21 @@ def _time(experiment: Experiment, trainings: Trainings) -> dict[str, float]:
 
 def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable[[], object]:
     """Return a function that detects objects in images that are loaded before."""
-    folder, device = training.folder(trainings.workers.out), trainings.workers.device
+    folder = training.folder(trainings.workers.out)
+    device: str | torch.device = trainings.workers.device
     if not training.rival:
         detector = Detector(load_checkpoint(folder), device=device, precision="float32")
         return detection_call(detector, images)
-    network, info = load_rival(folder, choose_device(device))
+    device = choose_device(device)
+    network = load_rival(folder, device)
     loader = eval_loader(
         images,
         batch_size=1,
-        image_size=info.settings.image_size,
-        max_size=info.max_size,
+        image_size=network.settings.image_size,
+        max_size=network.settings.max_size,
         fill=padding_colour(network.pixel_mean),
     )
-    batches = [batch.to(choose_device(device)) for batch in loader]
+    batches = [batch.to(device) for batch in loader]
 
     def call() -> None:
         with torch.inference_mode():

@@ -6,37 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, PackageLoader
 
-from retinanet.paper.results import (
-    CLAIM_COLUMNS,
-    SETTING_COLUMNS,
-    ClaimResult,
-    TableResult,
-    Verdict,
-    markdown_table,
-)
+from retinanet.paper.results import ClaimResult, PartKind, Table, TableResult, Verdict, markdown
 from retinanet.report.html import Page
-
-OVERVIEW_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
-"""Columns of the overview of all claims."""
-
-_MAX_UNBROKEN = 30  # characters of a cell that stays on one line
 
 _TEMPLATES = Environment(
     loader=PackageLoader("retinanet.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 _BLOCKS: Any = _TEMPLATES.get_template("paper_blocks.html").module
-
-# Contrast over 4.5 on white.
-_COLOURS: Mapping[Verdict, str] = {
-    "holds": "#1a7f37",
-    "does not hold": "#b42318",
-    "not separated": "#7a5d00",
-    "not measured": "#59636e",
-}
 
 _LEGEND = (
     "Points of AP: mean and standard deviation over seeds. The row with the highest mean of each "
@@ -68,116 +48,67 @@ def write_page(
 
     Raises:
         DataError: a plot cannot be read.
-        ValueError: a plot belongs to none of the results.
     """
-    out, plots = Path(out), dict(plots or {})
-    unknown = plots.keys() - {result.name for result in results}
-    if unknown:
-        raise ValueError(f"plots without a result: {', '.join(sorted(unknown))}")
+    out = Path(out)
     page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
     page.section("Overview")
-    for line in dict.fromkeys(result.not_coco for result in results if result.not_coco):
-        page.text(line)
-    claims = [(result, claim) for result in results for claim in result.claims]
+    claims = [claim for result in results for claim in result.claims]
     if claims:
-        page.facts(_counts([claim for _, claim in claims]))
-        rows = [([result.number, *claim.cells(labels=False)], claim) for result, claim in claims]
-        page.add(_claims_table(OVERVIEW_COLUMNS, rows))
+        page.facts(_counts(claims))
+    _add_parts(page, _overview(results))
+    if claims:
         page.text(_LEGEND)
-    else:
-        page.text("No claim was tested.")
     for result in results:
         page.section(result.number)
         page.heading(result.title)
-        _add_result(page, result, out, plots.get(result.name, ()))
+        files = (plots or {}).get(result.name, ())
+        shown = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        if shown:
+            page.images([(file, "") for file in shown])
+        if files:
+            page.add(_BLOCKS.links("Files", [(_address(file, out), file.name) for file in files]))
+        _add_parts(page, result.parts())
+        folders = [(row.label, _run_links(row.folders, out)) for row in result.rows if row.folders]
+        if folders:
+            page.add(_BLOCKS.folded_links("Run folders", folders))
     return page.write(out / "report.html")
 
 
 def claims_markdown(results: Sequence[TableResult]) -> str:
     """Format the overview of all claims in Markdown."""
+    return markdown(_overview(results))
+
+
+def _overview(results: Sequence[TableResult]) -> list[tuple[PartKind, Any]]:
     lines = dict.fromkeys(result.not_coco for result in results if result.not_coco)
     rows = [
         [result.number, *claim.cells(labels=False), claim.marked_verdict]
         for result in results
         for claim in result.claims
     ]
-    table = markdown_table(OVERVIEW_COLUMNS, rows, text=5) if rows else "No claim was tested."
-    return "\n\n".join([*(f"**{line}**" for line in lines), table]) + "\n"
+    table = Table(("", "the paper says", "paper", "here", "verdict"), rows, left=5)
+    last: tuple[PartKind, Any] = ("table", table) if rows else ("text", "No claim was tested.")
+    return [*(("strong", line) for line in lines), last]
 
 
-def _claims_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], ClaimResult]]) -> str:
-    """Render a table of text with the verdict of each row's claim in the last column."""
-    lines = []
-    for cells, claim in rows:
-        # A sign besides the colour, for colour-blind readers.
-        sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-        marks = f" ({', '.join(map(_unbroken, claim.marks))})" if claim.marks else ""
-        verdict = _unbroken(sign + claim.verdict) + marks
-        lines.append(([*map(_unbroken, cells)], _COLOURS[claim.verdict], verdict))
-    return str(_BLOCKS.claims(columns, lines))
-
-
-def _unbroken(text: str) -> str:
-    """Replace the spaces of a short text, and of ``1.0 ± 0.1 ms``, by non-breaking ones."""
-    if len(text) <= _MAX_UNBROKEN:
-        return text.replace(" ", "\u00a0")
-    for unit in (" ± ", " ms", "(best of "):
-        text = text.replace(unit, unit.replace(" ", "\u00a0"))
-    return text
-
-
-def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path]) -> None:
-    setting = f" In the paper: {result.setting}." if result.setting else ""
-    page.text(f"{result.section}.{setting}")
-    if result.not_coco:
-        page.text(result.not_coco)
-    shown = [plot for plot in plots if plot.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if shown:
-        page.images([(plot, "") for plot in shown])
-    if plots:
-        page.add(_BLOCKS.links("Files", [(_address(plot, out), plot.name) for plot in plots]))
-    if result.rows:
-        page.table(*result.table(wide=True))
-    for line in result.footnotes:
-        page.text(line)
-    if result.claims:
-        page.heading("The paper's conclusions")
-        rows = [(claim.cells(), claim) for claim in result.claims]
-        page.add(_claims_table(CLAIM_COLUMNS, rows))
-    if result.note:
-        page.text(result.note)
-    _add_about(page, result, out)
-
-
-def _add_about(page: Page, result: TableResult, out: Path) -> None:
-    command, facts, settings = result.about.get("command"), result.facts, result.settings
-    folders = [(row.label, row.folders) for row in result.rows if row.folders]
-    if not (command or facts or settings or folders):
-        return
-    page.heading("How it was measured")
-    if command:
-        page.code(str(command))
-    if facts:
-        page.table(["", ""], facts, left=2)
-    if settings:
-        plural = "" if len(settings) == 1 else "s"
-        title = f"{len(settings)} setting{plural} other than the paper's"
-        page.table(SETTING_COLUMNS, settings, left=3, folded=title)
-    if folders:
-        rows = [
-            (label, [(_address(_run_page(out / path), out), Path(path).name) for path in paths])
-            for label, paths in folders
-        ]
-        page.add(_BLOCKS.folded_links("Run folders", rows))
+def _add_parts(page: Page, parts: Iterable[tuple[PartKind, Any]]) -> None:
+    for kind, part in parts:
+        if kind == "table":
+            page.table(part.columns, part.rows, left=part.left, folded=part.title)
+        elif kind == "code":
+            page.code(part)
+        else:
+            for line in part if kind == "list" else [part]:
+                page.text(line)
 
 
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
     """Count the claims with each verdict."""
-    counts = Counter(claim.verdict for claim in claims)
     names = {"holds": "hold", "does not hold": "do not hold"}
-    total = f"claim{'' if len(claims) == 1 else 's'} of the paper"
-    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in _COLOURS}
-    return {total: len(claims), **{name: count for name, count in verdicts.items() if count}}
+    counts = Counter[str](claim.verdict for claim in claims)
+    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in get_args(Verdict)}
+    total = {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims)}
+    return total | {verdict: count for verdict, count in verdicts.items() if count}
 
 
 def _subtitle(results: Sequence[TableResult]) -> str:
@@ -189,10 +120,13 @@ def _subtitle(results: Sequence[TableResult]) -> str:
     return " · ".join(parts)
 
 
-def _run_page(folder: Path) -> Path:
-    """Return the report of a run folder, or the folder."""
-    report = folder / "report.html"
-    return report if report.is_file() else folder
+def _run_links(folders: Sequence[str], out: Path) -> list[tuple[str, str]]:
+    """Return address and name of each run folder's report, or of the folder."""
+    reports = [out / folder / "report.html" for folder in folders]
+    return [
+        (_address(report if report.is_file() else report.parent, out), report.parent.name)
+        for report in reports
+    ]
 
 
 def _address(path: Path, out: Path) -> str:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from retinanet.anchors import feature_sizes
 from retinanet.config import Recipe, load_recipe
-from retinanet.data import AnchorRecall, anchor_recall, check_datasets, digest, read_splits, usable
+from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, DataError
@@ -25,7 +25,7 @@ from retinanet.model.retinanet import build_retinanet
 from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.rivals import build_rival
 from retinanet.paper.tables import EXPERIMENTS
-from retinanet.training.data import recipe_anchors
+from retinanet.training.data import has_object, recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
 """The paper's backbones by depth."""
@@ -36,6 +36,12 @@ MIN_STEPS = 20
 _PAPER_SIZE = 600  # Sec. 5: shorter side of the image in most rows
 _MIN_SIZE = 32  # pixels
 
+_ROW_SETTINGS = {
+    setting.partition("=")[0]
+    for experiment in EXPERIMENTS.values()
+    for row in experiment.rows
+    for setting in row.settings
+}
 _FIXED = {
     "model.backbone": "set by --backbone",
     "model.backbone_weights": "set by --backbone-weights",
@@ -44,14 +50,8 @@ _FIXED = {
     "train.epochs": "set by --steps or --budget, the same for every row",
     "train.validate_every": "fixed: rows are validated once, after their last step",
     "train.early_stop": "fixed: every row runs all its steps",
+    **dict.fromkeys(_ROW_SETTINGS, "set by the rows, which differ in it"),
 }
-_ROW_SETTINGS = {
-    setting.partition("=")[0]
-    for experiment in EXPERIMENTS.values()
-    for row in experiment.rows
-    for setting in row.settings
-}
-_FIXED |= dict.fromkeys(_ROW_SETTINGS, "set by the rows, which differ in it")
 
 # Settings that do not change the weights, and the seed: not part of a training's name.
 _NOT_IN_NAME = ("data.workers", "train.trackers", "train.save_every", "train.seed")
@@ -131,20 +131,17 @@ class Plan:
     Attributes:
         trainings: each once, in the order of the rows; the first seed of all before the second.
         rows: trainings of a row, one per seed, by (experiment, row key).
-        rejected: why a row cannot be trained on this data, by (experiment, row key).
     """
 
     trainings: tuple[Training, ...]
     rows: Mapping[tuple[str, str], tuple[Training, ...]]
-    rejected: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def only(self, keys: Collection[str]) -> Plan:
         """Return the part for rows with these keys."""
         rows = {row: trainings for row, trainings in self.rows.items() if row[1] in keys}
         wanted = {training.key for trainings in rows.values() for training in trainings}
         trainings = tuple(training for training in self.trainings if training.key in wanted)
-        rejected = {row: why for row, why in self.rejected.items() if row[1] in keys}
-        return Plan(trainings, rows, rejected)
+        return Plan(trainings, rows)
 
 
 def read_data(settings: Settings) -> dict[str, Dataset]:
@@ -165,34 +162,13 @@ def read_data(settings: Settings) -> dict[str, Dataset]:
                 f"{', '.join(splits) or 'none'}"
             )
         images = usable(splits[name])[0].images
-        if all(annotation.ignored for image in images for annotation in image.annotations):
+        if not any(map(has_object, images)):
             few = "" if images else "; a single image cannot be split"
             raise DataError(f"{settings.data}: no object to {purpose} in {len(images)} images{few}")
     return {name: splits[name] for name in ("train", "val")}
 
 
-def check_images(
-    splits: Mapping[str, Dataset],
-    names: Collection[str],
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Decode every image of some splits, as a broken one would end each training.
-
-    Raises:
-        DataError: names the first image that cannot be read.
-    """
-    checked = check_datasets({name: usable(splits[name])[0] for name in names}, progress=progress)
-    infos = checked.image_info.items()
-    broken = [(path, info.failure[1]) for path, info in infos if info.failure]
-    if broken:
-        path, why = broken[0]
-        raise DataError(
-            f"{len(broken)} of {len(infos)} images cannot be read, the first: {path}: {why}; see "
-            "retinanet data check"
-        )
-
-
-def check_networks(plan: Plan, num_classes: int) -> None:
+def check_networks(plan: Plan, classes: Sequence[str]) -> None:
     """Build each kind of network once, with its weights, before the workers do.
 
     Raises:
@@ -204,9 +180,9 @@ def check_networks(plan: Plan, num_classes: int) -> None:
     }
     for training in kinds.values():
         if training.rival:
-            build_rival(training.rival, training.recipe, num_classes)
+            build_rival(training.rival, training.recipe, classes)
         else:
-            build_retinanet(num_classes, training.recipe.model_spec)
+            build_retinanet(len(classes), training.recipe.model_spec)
 
 
 def make_plan(
@@ -219,24 +195,16 @@ def make_plan(
     """
     data_digest = digest(usable(splits["train"])[0]) + digest(usable(splits["val"])[0])
     rows: dict[tuple[str, str], tuple[Training, ...]] = {}
-    rejected: dict[tuple[str, str], str] = {}
-    anchor_stats: dict[object, AnchorRecall] = {}
     for experiment in experiments:
-        for row in experiment.rows:
-            if not row.trained:
-                continue
+        for row in filter(lambda row: row.trained, experiment.rows):
             recipes = [resolve(experiment, row, settings, seed) for seed in range(settings.seeds)]
-            why = _why_rejected(row, recipes[0], splits["train"], anchor_stats)
-            if why:
-                rejected[experiment.name, row.key] = why
-                continue
             rows[experiment.name, row.key] = tuple(
                 Training(_name(recipe, row.rival, data_digest), recipe, row.rival, seed)
                 for seed, recipe in enumerate(recipes)
             )
     by_seed = [trainings[seed] for seed in range(settings.seeds) for trainings in rows.values()]
     trainings = {training.key: training for training in by_seed}
-    return Plan(tuple(trainings.values()), rows, rejected)
+    return Plan(tuple(trainings.values()), rows)
 
 
 def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0) -> Recipe:
@@ -247,7 +215,8 @@ def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0)
     last step, so that no row's weights are selected on the validation images.
 
     Raises:
-        ConfigError: a setting is unknown, out of range, or set by the rows or an option.
+        ConfigError: a setting is unknown, out of range, or set by the rows or an option; or images
+            are too small for a row.
     """
     overridden = {override.partition("=")[0].strip() for override in settings.overrides}
     for key in sorted(overridden & _FIXED.keys()):
@@ -278,7 +247,22 @@ def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0)
     steps = settings.load_recipe(experiment, own).train.steps
     own += [f"train.seed={seed}", f"data.split_seed={base.split_seed}"]
     own += [f"train.validate_every={steps}", "train.early_stop=0"]
-    return settings.load_recipe(experiment, [*own, *row.settings])
+    recipe = settings.load_recipe(experiment, [*own, *row.settings])
+    _check_mining(recipe, f"row {row.key} of {experiment.name}")
+    return recipe
+
+
+def _check_mining(recipe: Recipe, row: str) -> None:
+    """Check that an image has as many anchors as are mined."""
+    padded = math.ceil(recipe.data.image_size / DIVISOR) * DIVISOR
+    spec = recipe_anchors(recipe)
+    cells = feature_sizes(spec.strides, padded, padded)
+    anchors = spec.per_cell * sum(height * width for height, width in cells)
+    if recipe.loss.mining != "none" and anchors < recipe.loss.mining_size:
+        raise ConfigError(
+            f"{row}: an image of {recipe.data.image_size} px has {anchors} anchors, fewer than the "
+            f"{recipe.loss.mining_size} of a minibatch; use a larger --image-size"
+        )
 
 
 def differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
@@ -299,8 +283,7 @@ def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:
     Settings without effect on the result, and those that rows are about, are left out.
     """
     left_out = {*_ROW_SETTINGS, *_NOT_IN_NAME, "data.split_seed", "train.validate_every"}
-    if any(training.recipe.train.epochs is None for training in plan.trainings):
-        left_out |= {"train.min_steps", "train.max_steps"}
+    left_out |= {"train.min_steps", "train.max_steps"}
     every = [
         {name: (paper, here) for name, paper, here in differences(training.recipe)}
         for training in plan.trainings
@@ -308,36 +291,27 @@ def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:
     return [
         # Without the folder, which differs per machine.
         (name, paper, Path(here).name if name == "model.backbone_weights" else here)
-        for name, (paper, here) in (every[0] if every else {}).items()
+        for name, (paper, here) in every[0].items()
         if name not in left_out and all(own.get(name) == (paper, here) for own in every)
     ]
 
 
 def size_changes(plan: Plan, settings: Settings) -> list[str]:
     """Describe what replaces the paper's steps, sizes and backbones."""
-    if not plan.trainings:
-        return []
-    paper, first = Recipe().train, plan.trainings[0].recipe.train
-    trains = [training.recipe.train for training in plan.trainings]
-    steps = sorted({train.steps for train in trains if train.epochs is None})
-    length = f"{' and '.join(f'{n:,}' for n in steps)} steps" if steps else "the recipe's epochs"
-    changes = [
-        f"{length} of {first.batch_size} for {paper.steps:,} steps of {paper.batch_size} images"
-    ]
-    scales = {
-        _reference_scale(EXPERIMENTS[name]): name for name, _ in plan.rows if name in EXPERIMENTS
-    }
-    replaced = " and ".join(
-        f"{scale} px" + ("" if scale == _PAPER_SIZE else f" ({name})")
-        for scale, name in sorted(scales.items())
-    )
+    paper, here = Recipe().train, plan.trainings[0].recipe.train
+    scales = sorted({_reference_scale(EXPERIMENTS[name]) for name, _ in plan.rows})
+    replaced = " and ".join(f"{scale} px" for scale in scales)
     usual = settings.image_size or settings.load_recipe().data.image_size
-    changes.append(f"{usual} px for {replaced}, other scales in proportion")
-    used = {EXPERIMENTS[name].row(key).depth for name, key in plan.rows if name in EXPERIMENTS}
+    changes = [
+        f"{here.steps:,} steps of {here.batch_size} for {paper.steps:,} steps of "
+        f"{paper.batch_size} images",
+        f"{usual} px for {replaced}, other scales in proportion",
+    ]
+    used = {EXPERIMENTS[name].row(key).depth for name, key in plan.rows}
     for depth, backbone in BACKBONES.items():
-        here = _for_depth(settings.backbones, depth)
-        if depth in used and here and here != backbone:
-            changes.append(f"{here} for {backbone}")
+        replacement = _for_depth(settings.backbones, depth)
+        if depth in used and replacement not in ("", backbone):
+            changes.append(f"{replacement} for {backbone}")
     return changes
 
 
@@ -394,37 +368,3 @@ def _loss_name(recipe: Recipe) -> str:
     parts += [f"{len(anchors.scales)}x{len(anchors.aspect_ratios)}"]
     parts += [recipe.model.backbone.replace("/", "-"), f"{recipe.data.image_size}px"]
     return "-".join(parts)
-
-
-def _why_rejected(
-    row: Row, recipe: Recipe, train: Dataset, anchor_stats: dict[object, AnchorRecall]
-) -> str:
-    """Return why a data set cannot train a row; empty: it can.
-
-    Args:
-        row, recipe, train: the row, its settings, and the data.
-        anchor_stats: statistics computed before, which take seconds on large data; added to.
-    """
-    if row.rival:
-        return ""
-    side, longest = recipe.data.image_size, recipe.data.max_size
-    spec, iou = recipe_anchors(recipe), recipe.matching.foreground_iou
-    key = (spec, side, longest, iou)
-    if key not in anchor_stats:
-        anchor_stats[key] = anchor_recall({"train": train}, spec, side, longest, foreground_iou=iou)
-    stats = anchor_stats[key]
-    if not stats.matched and not recipe.matching.low_quality_matches:
-        return (
-            f"none of {stats.objects} objects overlaps an anchor by {iou:g} at {side} px: set "
-            "anchors.sizes to fit them (retinanet data anchors)"
-        )
-    if recipe.loss.mining != "none":
-        padded = math.ceil(side / DIVISOR) * DIVISOR
-        cells = feature_sizes(spec.strides, padded, padded)
-        anchors = spec.per_cell * sum(height * width for height, width in cells)
-        if anchors < recipe.loss.mining_size:
-            return (
-                f"an image of {side} px has {anchors} anchors, fewer than the "
-                f"{recipe.loss.mining_size} of a minibatch: use larger images"
-            )
-    return ""

@@ -7,40 +7,26 @@ the best checkpoint.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
-from retinanet.data.loading import eval_loader
-from retinanet.errors import ConfigError, NonFiniteLossError
-from retinanet.evaluation.coco import evaluate_detections
+from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.predict import group_by_size
-from retinanet.evaluation.results import Results
+from retinanet.evaluation.predict import run_batches
 from retinanet.losses.detection import Losses
-from retinanet.model.precision import autocast, choose_device
-from retinanet.paper.rivals import (
-    RivalInfo,
-    RivalNetwork,
-    build_rival,
-    check_rival,
-    load_rival,
-    write_rival,
-)
+from retinanet.model.precision import choose_device
+from retinanet.paper.rivals import RivalNetwork, build_rival, check_rival, load_rival, write_rival
 from retinanet.structures import Batch
-from retinanet.training.events import Emit, EventCallback
-from retinanet.training.nonfinite import NonFiniteStep
-from retinanet.training.step import merge_losses, micro_batches
-from retinanet.training.task import StepContext
+from retinanet.training.events import EventCallback
+from retinanet.training.step import StepContext, merge_losses, micro_batches
+from retinanet.training.task import TaskSettings, TrainingTask
 from retinanet.training.trainer import Run, run_task
 
 
@@ -62,22 +48,16 @@ def train_rival(
 
     Args:
         name: of :data:`retinanet.paper.rivals.RIVALS`.
-        recipe: all settings.
-        data: splits by name, or a labelled folder or file.
-        out: run folder; an unfinished run in it is resumed.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        on_event: callback for progress events.
+        recipe, data, out, device, on_event: as for RetinaNet.
 
     Raises:
-        ConfigError: there is no such rival, a setting is not supported, `out` contains another run,
-            or there are several processes.
-        DataError: the data has no image or no object to train on.
-        NonFiniteLossError: NaN or Inf loss or gradient.
-        WeightsError: the backbone's weights cannot be used.
+        ConfigError: as for RetinaNet, or there is no such rival, a setting is not supported, or
+            there are several processes.
+        DataError, NonFiniteLossError, WeightsError: as for RetinaNet.
     """
 
-    def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RivalTask:
-        return RivalTask(name, recipe, train_set, accelerator)
+    def make_task(settings: TaskSettings) -> RivalTask:
+        return RivalTask(settings, name)
 
     return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
@@ -86,7 +66,6 @@ def evaluate_rival(
     network: RivalNetwork,
     dataset: Dataset,
     *,
-    max_size: int,
     batch_size: int = 1,
     workers: int = 0,
     device: str | torch.device = "auto",
@@ -98,7 +77,6 @@ def evaluate_rival(
     Args:
         network: is moved to `device`.
         dataset: labelled images.
-        max_size: longer side of the images at most, pixels; the shorter one is the network's.
         batch_size: images per batch; it does not change the results.
         workers: processes that load images.
         device: for the network.
@@ -107,136 +85,72 @@ def evaluate_rival(
 
     Raises:
         ConfigError: an unknown device or precision.
-        ImageError: an image cannot be read.
-        DataError: the network predicts NaN or Inf.
+        DataError: the network predicts NaN or Inf, or too many images cannot be read.
     """
     device = choose_device(device)
+    settings = network.settings
     was_training = network.training
-    results = Results(dataset)
-    start, done = time.perf_counter(), 0
     try:
         network.to(device).eval()
-        for batch in _batches(network, dataset, max_size, batch_size, workers, device):
-            with autocast(precision, device):
-                found = network.detect(batch)
-            for index, detections in zip(batch.indices.tolist(), found, strict=True):
-                results.add(index, detections)
-            done += len(found)
-            if progress is not None:
-                progress(done, len(dataset))
+        predictions = run_batches(
+            lambda batch: network.detect(batch, precision),
+            dataset,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+            image_size=settings.image_size,
+            max_size=settings.max_size,
+            workers=workers,
+            fill=padding_colour(network.pixel_mean),
+        )
     finally:
         network.train(was_training)
-    seconds = time.perf_counter() - start
-    metrics = evaluate_detections(dataset, results)
-    return replace(metrics, images_per_second=len(dataset) / seconds)
+    return predictions.evaluate()
 
 
-def _batches(
-    network: RivalNetwork,
-    dataset: Dataset,
-    max_size: int,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Load batches with images of one padded size, as padding changes the features."""
-    if not len(dataset):
-        return iter(())
-    loader = eval_loader(
-        dataset,
-        batch_size=1,
-        image_size=network.settings.image_size,
-        max_size=max_size,
-        workers=workers,
-        fill=padding_colour(network.pixel_mean),
-    )
-    return group_by_size((image.to(device, non_blocking=True) for image in loader), batch_size)
+class RivalTask(TrainingTask):
+    """Train a rival."""
 
-
-class RivalTask:
-    """Train a rival: a :class:`retinanet.training.task.TrainingTask`."""
-
-    def __init__(
-        self, name: str, recipe: Recipe, train_set: Dataset, accelerator: Accelerator
-    ) -> None:
-        if accelerator.num_processes > 1:
+    def __init__(self, settings: TaskSettings, name: str) -> None:
+        super().__init__(settings)
+        if settings.accelerator.num_processes > 1:
             raise ConfigError(
-                f"{name} trains in one process: found {accelerator.num_processes}; start it "
-                "without accelerate launch"
+                f"{name} trains in one process: found {settings.accelerator.num_processes}; start "
+                "it without accelerate launch"
             )
-        check_rival(name, recipe)
-        self.info: Mapping[str, Any] = {"init": None, "rival": name}
+        check_rival(name, settings.recipe)
+        self.info = {"init": None, "rival": name}
         self._name = name
-        self._recipe = recipe
-        self._train_set = train_set
-        self._device = accelerator.device
 
     def build_model(self) -> nn.Module:
         """Build the network of a new run."""
-        return build_rival(self._name, self._recipe, len(self._train_set.classes))
+        settings = self.settings
+        return build_rival(self._name, settings.recipe, settings.train_set.classes)
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the network of a checkpoint."""
-        return load_rival(folder)[0]
+        return load_rival(folder)
 
     def training_step(
         self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
     ) -> tuple[Losses, Tensor]:
         """Compute losses and gradients of a batch."""
+        train = self.settings.recipe.train
         # torchvision's samplers use torch's generator, and so does the start of a loader, of which
         # a resumed run has another.
-        torch.manual_seed((self._recipe.train.seed * 1_000_003 + context.step) % 2**63)
-        accumulate = self._recipe.train.accumulate
+        torch.manual_seed((train.seed * 1_000_003 + context.step) % 2**63)
         parts = []
-        for piece in micro_batches(batch, accumulate):
-            with autocast(context.precision, self._device):
-                losses = cast(RivalNetwork, model).losses(piece)
-            torch.autograd.backward(context.scaler.scale(losses.total / accumulate))
+        for piece in micro_batches(batch, train.accumulate):
+            losses = cast(RivalNetwork, model).losses(piece, context.precision)
+            torch.autograd.backward(context.scaler.scale(losses.total / train.accumulate))
             parts.append(losses)
         return merge_losses(parts), context.running
 
-    def validate(
-        self,
-        model: nn.Module,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        workers: int,
-        precision: str,
-        progress: Callable[[int, int], None],
-    ) -> Metrics:
+    def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:
         """Evaluate the network."""
-        return evaluate_rival(
-            cast(RivalNetwork, model),
-            dataset,
-            max_size=self._recipe.data.max_size,
-            batch_size=batch_size,
-            workers=workers,
-            device=self._device,
-            precision=precision,
-            progress=progress,
-        )
+        options = self.settings.evaluation_options()
+        return evaluate_rival(cast(RivalNetwork, model), dataset, **options)
 
     def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write a checkpoint into a folder."""
-        data = self._recipe.data
-        network = cast(RivalNetwork, model)
-        info = RivalInfo(
-            settings=network.settings,
-            classes=self._train_set.classes,
-            category_ids=self._train_set.category_ids,
-            max_size=data.max_size,
-            split={"seed": self._recipe.split_seed, "val_fraction": data.val_fraction},
-        )
-        write_rival(folder, network, info)
-
-    def warning(self) -> None:
-        """Return no warning: a rival has its own anchors."""
-
-    def advise_on_unmatched(self) -> None:
-        """Accept steps without a positive: objects alone are counted."""
-
-    def report_nonfinite(self, run: Path, model: nn.Module, failed: NonFiniteStep) -> NoReturn:
-        """Raise the error of a NaN or Inf loss."""
-        saved = f"the last saved state is in {run / 'last'}"
-        raise NonFiniteLossError(failed.message(self._train_set, saved, of=f" of {self._name}"))
+        write_rival(folder, cast(RivalNetwork, model))

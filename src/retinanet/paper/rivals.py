@@ -10,33 +10,33 @@ labels are shifted in :func:`as_torchvision` and in :meth:`RivalNetwork.detect` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
-from retinanet.config import Recipe, check_choice
+from retinanet.config import DetectConfig, ModelSpec, Recipe, check_choice
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder, write_atomic
 from retinanet.inference.backends import to_original
 from retinanet.losses.detection import Losses
 from retinanet.model.backbone import Backbone, build_backbone, check_state
-from retinanet.model.retinanet import build_retinanet
+from retinanet.model.precision import autocast
+from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch, Detections, Targets
 
 RIVALS = ("faster_rcnn", "ssd")
@@ -49,45 +49,37 @@ SSD_MAPS = 3
 """Maps of the backbone that SSD uses: C3, C4 and C5, strides 8 to 32 as SSD512."""
 
 # Box sides of SSD512 for COCO as fractions of the image's (Liu et al. 2016, arXiv:1512.02325, Sec.
-# 3.4, and its published code): first and second level, last level, and one beyond.
+# 3.4, and its published code): first and second level, last level, and the size beyond it.
 _SSD_FIRST, _SSD_SECOND, _SSD_LAST, _SSD_BEYOND = 0.04, 0.1, 0.9, 1.06
 _SMALLEST_ANCHOR = 32 / 600  # of the paper, as a fraction of the image's side
 
 
 class RivalSettings(BaseModel):
-    """All that builds a rival.
+    """All that builds a rival: ``rival.json``.
 
     Attributes:
         rival: a name of :data:`RIVALS`.
-        num_classes: K, without the background.
-        backbone, norm, frozen_stages, norm_eps, stride_padding, pixel_mean, pixel_std, channels:
-            as in :class:`retinanet.model.retinanet.RetinaNet`.
-        sizes: anchor sizes in pixels, per level from P2 to P6.
-        aspect_ratios: height / width, of Faster R-CNN's anchors.
-        image_size: shorter side of the images in pixels; SSD's boxes are fractions of it.
-        score_threshold, nms_threshold, detections_per_image: of the detections.
-        topk_candidates: SSD's boxes per class before NMS.
+        classes: names in the order of the labels 0..K-1.
+        spec: of the RetinaNet whose backbone, weights, channels and anchor sizes it has.
+        detect: post-processing.
+        image_size, max_size: shorter side, and maximum of the longer side of the images, pixels;
+            SSD's boxes are fractions of the shorter side.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rival: Literal["faster_rcnn", "ssd"]
-    num_classes: int = Field(ge=1)
-    backbone: str
-    norm: str
-    frozen_stages: int
-    norm_eps: float
-    stride_padding: str
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
-    channels: int = Field(ge=1)
-    sizes: tuple[float, float, float, float, float]
-    aspect_ratios: tuple[float, ...]
+    classes: tuple[str, ...]
+    spec: ModelSpec
+    detect: DetectConfig
     image_size: int = Field(ge=1)
-    score_threshold: float
-    nms_threshold: float
-    detections_per_image: int
-    topk_candidates: int
+    max_size: int = Field(ge=1)
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Anchor sizes in pixels, of P2 to P6."""
+        assert self.spec.sizes is not None
+        return tuple(self.spec.sizes[:5])
 
 
 class RivalNetwork(nn.Module):
@@ -103,50 +95,38 @@ class RivalNetwork(nn.Module):
 
     Attributes:
         settings: builds it again.
-        num_classes: K, without the background.
-        pixel_mean, pixel_std: (3, 1, 1), RGB 0..255.
+        pixel_mean: (3, 1, 1), RGB 0..255.
         backbone: ours.
         detector: torchvision's; it uses the backbone but does not register it.
     """
 
     pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, settings: RivalSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.num_classes = settings.num_classes
-        for name in ("pixel_mean", "pixel_std"):
-            values = torch.tensor(getattr(settings, name), dtype=torch.float32)
-            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
-        self.backbone = build_backbone(
-            settings.backbone,
-            norm=settings.norm,
-            frozen_stages=settings.frozen_stages,
-            norm_eps=settings.norm_eps,
-            stride_padding=settings.stride_padding,
-        )
+        ours = RetinaNet(len(settings.classes), settings.spec)
+        self.register_buffer("pixel_mean", ours.pixel_mean, persistent=False)
+        self.backbone = ours.backbone
         build = _faster_rcnn if settings.rival == "faster_rcnn" else _ssd
         self.detector = build(settings, self.backbone)
         self.detector.transform = _Normalize(settings)
+        self.to(memory_format=torch.channels_last)
 
-    def losses(self, batch: Batch) -> Losses:
+    def losses(self, batch: Batch, precision: str = "float32") -> Losses:
         """Compute the losses in training mode; samplers draw from torch's generator.
 
         Args:
             batch: of :func:`retinanet.data.loading.train_loader`, on the network's device. Ignored
                 objects are left out: torchvision has no such label.
+            precision: of backbone and pyramid; heads and losses are in float32.
 
         Returns:
             Classification and box losses, each summed over the stages. `foreground` is the number
             of objects per image.
-
-        Raises:
-            ValueError: the network is in evaluation mode.
         """
-        if not self.training:
-            raise ValueError("losses need training mode: call train() first")
         targets = as_torchvision(batch.targets)
+        self.detector.backbone.precision = precision
         # The whole batch: in training an image may be in any corner of it.
         losses: dict[str, Tensor] = self.detector(list(batch.images.float()), targets)
         box = sum(loss for name, loss in losses.items() if "box" in name)
@@ -156,26 +136,23 @@ class RivalNetwork(nn.Module):
         return Losses(classification, box, objects, normaliser)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def detect(self, batch: Batch) -> list[Detections]:
+    def detect(self, batch: Batch, precision: str = "float32") -> list[Detections]:
         """Detect objects in evaluation mode.
 
         Args:
             batch: of :func:`retinanet.data.loading.eval_loader`, on the network's device.
+            precision: as for :meth:`losses`.
 
         Returns:
             Detections per image, highest score first, boxes in pixels of the original image,
             labels 0..K-1.
-
-        Raises:
-            ValueError: the network is in training mode.
         """
-        if self.training:
-            raise ValueError("detection needs evaluation mode: call eval() first")
         sizes, originals = batch.sizes.tolist(), batch.original_sizes.tolist()
         images = [
             image[:, :height, :width].float()
             for image, (height, width) in zip(batch.images, sizes, strict=True)
         ]
+        self.detector.backbone.precision = precision
         return [
             Detections(
                 to_original(found["boxes"], size, original), found["scores"], found["labels"] - 1
@@ -188,8 +165,8 @@ class _Normalize(GeneralizedRCNNTransform):  # type: ignore[misc]
     """Normalizes images of 0..255 and pads them to multiples of 32, without a resize."""
 
     def __init__(self, settings: RivalSettings) -> None:
-        side = settings.image_size
-        super().__init__(side, side, settings.pixel_mean, settings.pixel_std, DIVISOR)
+        side, spec = settings.image_size, settings.spec
+        super().__init__(side, side, spec.pixel_mean, spec.pixel_std, DIVISOR)
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         return image, target
@@ -205,29 +182,32 @@ class _Features(nn.Module):
         self._backbone = (backbone,)  # in a tuple: registered in RivalNetwork only
         self.levels = levels
         self.out_channels = out_channels
+        self.precision = "float32"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self._backbone[0](images)
-        result: dict[str, Tensor] = self.levels({str(i): level for i, level in enumerate(maps)})
-        return result
+        with autocast(self.precision, images.device):
+            maps = self._backbone[0](images)
+            levels = self.levels({str(i): level for i, level in enumerate(maps)})
+        return {name: level.float() for name, level in levels.items()}
 
 
 def _faster_rcnn(settings: RivalSettings, backbone: Backbone) -> FasterRCNN:
-    _check_stride_4(settings.backbone, backbone)
-    channels, num_classes = settings.channels, settings.num_classes + 1
+    _check_stride_4(settings.spec.backbone, backbone)
+    channels, detect = settings.spec.channels, settings.detect
     pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
-    anchors = _Anchors(tuple((size,) for size in settings.sizes), (settings.aspect_ratios,) * 5)
-    align = _RoIAlign(["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+    ratios = (settings.spec.aspect_ratios,) * 5
+    align = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+    # torchvision infers them from the first, perhaps unpadded, images.
+    align.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    align.map_levels = initLevelMapper(2, 5)
     return FasterRCNN(
         _Features(backbone, pyramid, channels),
-        rpn_anchor_generator=anchors,
-        rpn_head=_ProposalHead(channels, anchors.num_anchors_per_location()[0]),
+        len(settings.classes) + 1,
+        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in settings.sizes), ratios),
         box_roi_pool=align,
-        box_head=TwoMLPHead(channels * 7**2, 1024),
-        box_predictor=_Predictor(1024, num_classes),
-        box_score_thresh=settings.score_threshold,
-        box_nms_thresh=settings.nms_threshold,
-        box_detections_per_img=settings.detections_per_image,
+        box_score_thresh=detect.score_threshold,
+        box_nms_thresh=detect.nms_threshold,
+        box_detections_per_img=detect.detections_per_image,
     )
 
 
@@ -239,58 +219,23 @@ def _check_stride_4(name: str, backbone: Backbone) -> None:
         )
 
 
-class _Anchors(AnchorGenerator):  # type: ignore[misc]
-    """In float32 also under autocast: bfloat16 cannot represent pixel 257."""
-
-    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
-        anchors: list[Tensor] = super().forward(images, _float32_like(maps))
-        return anchors
-
-
-class _ProposalHead(RPNHead):  # type: ignore[misc]
-    """With float32 outputs also under autocast."""
-
-    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(maps)
-        return [level.float() for level in logits], [level.float() for level in deltas]
-
-
-class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
-    """With float32 outputs also under autocast."""
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = super().forward(features)
-        return logits.float(), deltas.float()
-
-
-class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
-    """With strides 4 to 32, which torchvision infers from the first, perhaps unpadded, images."""
-
-    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], _: Any) -> Tensor:
-        height, width = maps["0"].shape[-2:]
-        pooled: Tensor = super().forward(maps, boxes, [(4 * height, 4 * width)])
-        return pooled
-
-
 def _ssd(settings: RivalSettings, backbone: Backbone) -> SSD:
-    side, num_classes = settings.image_size, settings.num_classes + 1
+    side, channels, detect = settings.image_size, settings.spec.channels, settings.detect
     strides = ssd_strides(side)
     widths = list(backbone.channels[-SSD_MAPS:])
     extra = nn.ModuleList()
     for _ in strides[SSD_MAPS:]:
-        extra.append(_halving(widths[-1], settings.channels))
-        widths.append(settings.channels)
-    boxes = _DefaultBoxes(strides, side, settings.sizes[0] / side)
+        extra.append(_halving(widths[-1], channels))
+        widths.append(channels)
     return SSD(
         _Features(backbone, _SSDLevels(extra), widths),
-        boxes,
+        _DefaultBoxes(strides, side, settings.sizes[0] / side),
         (side, side),
-        num_classes,
-        head=_SSDHead(widths, boxes.num_anchors_per_location(), num_classes),
-        score_thresh=settings.score_threshold,
-        nms_thresh=settings.nms_threshold,
-        detections_per_img=settings.detections_per_image,
-        topk_candidates=settings.topk_candidates,
+        len(settings.classes) + 1,
+        score_thresh=detect.score_threshold,
+        nms_thresh=detect.nms_threshold,
+        detections_per_img=detect.detections_per_image,
+        topk_candidates=detect.topk_candidates,
     )
 
 
@@ -311,13 +256,6 @@ class _SSDLevels(nn.Module):
                 level = block(level)
                 levels.append(level)
         return {str(i): level for i, level in enumerate(levels)}
-
-
-class _SSDHead(SSDHead):  # type: ignore[misc]
-    """With float32 outputs also under autocast."""
-
-    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
-        return {name: output.float() for name, output in super().forward(maps).items()}
 
 
 class _DefaultBoxes(DefaultBoxGenerator):  # type: ignore[misc]
@@ -345,7 +283,7 @@ class _DefaultBoxes(DefaultBoxGenerator):  # type: ignore[misc]
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
         square = ImageList(torch.empty(self._side, self._side, device="meta"), images.image_sizes)
-        boxes: list[Tensor] = super().forward(square, _float32_like(maps))
+        boxes: list[Tensor] = super().forward(square, maps)
         counts = zip(maps, self.num_anchors_per_location(), self._shifts, strict=True)
         shifts = [torch.full((level[0, 0].numel() * n, 1), shift) for level, n, shift in counts]
         shift = torch.cat(shifts).to(boxes[0].device, non_blocking=True)
@@ -364,7 +302,7 @@ def ssd_strides(image_size: int) -> list[int]:
 
 
 def ssd_scales(levels: int, smallest: float) -> list[float]:
-    """Return box sides as fractions of the image's, one per level and one beyond.
+    """Return box sides as fractions of the image's, of each level and beyond the last.
 
     The first two are SSD512's, scaled so that the smallest box is 3/4 of RetinaNet's smallest
     anchor, as in the two papers (.04 x 600 px and 32 px). The last is SSD512's, so that one box is
@@ -391,11 +329,6 @@ def _halving(width: int, channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True))
 
 
-def _float32_like(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one channel with the maps' sizes."""
-    return [level.new_empty(level.shape[-2:], dtype=torch.float32) for level in maps]
-
-
 def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
     """Convert targets to torchvision's, without padding and ignored objects.
 
@@ -415,22 +348,18 @@ def check_rival(name: str, recipe: Recipe) -> None:
         ConfigError: there is no such rival or backbone, or a setting is not supported.
         MissingExtraError: timm is not installed.
     """
-    _check_settings(name, recipe)
+    check_choice("rival", name, RIVALS)
+    if recipe.detect.class_agnostic_nms:
+        raise ConfigError(
+            f"{name} has torchvision's NMS per class: set detect.class_agnostic_nms=false"
+        )
     # Not on the meta device: some of timm's backbones compute with values while they are built.
     backbone = build_backbone(recipe.model.backbone)
     if name == "faster_rcnn":
         _check_stride_4(recipe.model.backbone, backbone)
 
 
-def _check_settings(name: str, recipe: Recipe) -> None:
-    check_choice("rival", name, RIVALS)
-    if recipe.detect.class_agnostic_nms:
-        raise ConfigError(
-            f"{name} has torchvision's NMS per class: set detect.class_agnostic_nms=false"
-        )
-
-
-def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
+def build_rival(name: str, recipe: Recipe, classes: Sequence[str]) -> RivalNetwork:
     """Build a rival for training with a recipe.
 
     Its backbone, weights, frozen stages, norm and pixel statistics are what
@@ -440,65 +369,39 @@ def build_rival(name: str, recipe: Recipe, num_classes: int) -> RivalNetwork:
 
     Args:
         name: of :data:`RIVALS`.
-        recipe: ``model``, ``anchors``, ``data.image_size`` and ``detect`` are used.
-        num_classes: K, without the background.
+        recipe: ``model``, ``anchors``, ``data.image_size``, ``data.max_size`` and ``detect``.
+        classes: names, without the background.
 
     Raises:
         ConfigError: there is no such rival, or a setting is not supported.
         WeightsError: the backbone's weights are missing or do not fit.
         MissingExtraError: timm is not installed.
     """
-    _check_settings(name, recipe)
+    check_rival(name, recipe)
     # Built first, so with the random numbers that RetinaNet starts with.
-    ours = build_retinanet(num_classes, recipe.model_spec)
-    shared = ("backbone", "norm", "frozen_stages", "norm_eps", "stride_padding", "pixel_mean",
-              "pixel_std", "channels", "aspect_ratios")  # fmt: skip
+    ours = build_retinanet(len(classes), recipe.model_spec)
     settings = RivalSettings(
         rival=name,
-        num_classes=num_classes,
-        sizes=ours.anchors.sizes[:5],
+        classes=tuple(classes),
+        spec=ours.spec,
+        detect=recipe.detect,
         image_size=recipe.data.image_size,
-        **{key: getattr(ours.spec, key) for key in shared},
-        **recipe.detect.model_dump(exclude={"class_agnostic_nms"}),
+        max_size=recipe.data.max_size,
     )
     network = RivalNetwork(settings)
     network.backbone.load_state_dict(ours.backbone.state_dict())
-    return _channels_last(network)
+    return network
 
 
-class RivalInfo(BaseModel):
-    """``rival.json``: what a checkpoint has besides the weights.
-
-    Attributes:
-        settings: of the network.
-        classes: names in the order of the labels 0..K-1.
-        category_ids: the data's own id of each class.
-        max_size: longer side of the input at most, pixels.
-        split: ``seed`` and ``val_fraction`` of the validation split.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal["retinanet rival"] = "retinanet rival"
-    version: Literal[1] = 1
-    settings: RivalSettings
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    max_size: int = Field(ge=1)
-    split: Mapping[str, int | float]
-
-
-def write_rival(folder: Path, network: RivalNetwork, info: RivalInfo) -> None:
+def write_rival(folder: Path, network: RivalNetwork) -> None:
     """Write ``rival.safetensors`` and ``rival.json`` into a folder that exists."""
     state = network.state_dict()
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    write_atomic(folder / INFO_FILE, info.model_dump_json(indent=1) + "\n")
+    write_atomic(folder / INFO_FILE, network.settings.model_dump_json(indent=1) + "\n")
 
 
-def load_rival(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[RivalNetwork, RivalInfo]:
+def load_rival(path: str | Path, device: torch.device | str = "cpu") -> RivalNetwork:
     """Load a rival's checkpoint; the network is in evaluation mode.
 
     Args:
@@ -515,33 +418,13 @@ def load_rival(
         raise WeightsError(
             f"no {INFO_FILE} in {path} or its best/ and last/: give the run folder of a rival"
         )
-    file = folder / INFO_FILE
     try:
-        info = RivalInfo.model_validate_json(file.read_text("utf-8"))
-        network = RivalNetwork(info.settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise WeightsError(f"{file}: {where or 'invalid'}: {first['msg']}") from None
-    except (OSError, ConfigError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"invalid model configuration in {file}: {error}") from None
-    counts = (len(info.classes), len(info.category_ids), network.num_classes)
-    if len(set(counts)) != 1:
-        raise WeightsError(
-            f"{file}: {counts[0]} classes, {counts[1]} category_ids and a network with {counts[2]} "
-            "classes"
-        )
-    try:
+        text = (folder / INFO_FILE).read_text("utf-8")
+        network = RivalNetwork(RivalSettings.model_validate_json(text))
         state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    except (OSError, ConfigError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{folder} is not a checkpoint of a rival: {reason}") from None
     check_state(network.state_dict(), state, f"weights of {folder}")
     network.load_state_dict(state)
-    return _channels_last(network).to(device).eval(), info
-
-
-def _channels_last(network: RivalNetwork) -> RivalNetwork:
-    """Convert weights to the memory layout with the fastest convolutions."""
-    changed: Any = network.to(memory_format=torch.channels_last)
-    result: RivalNetwork = changed
-    return result
+    return network.to(device).eval()

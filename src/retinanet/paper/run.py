@@ -1,39 +1,41 @@
-"""Run the trainings of a plan, several at a time, until each has a result.
+"""Run the trainings of a plan in worker processes, several at a time, until each has a result.
 
 Results are kept: a training that has ended is never repeated, and one that was stopped is resumed.
-Two commands may use one folder: each training is locked while it runs.
+Several commands may use one folder: each training is locked while it runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import Literal
 
 import torch
+from filelock import FileLock, Timeout
 
-from retinanet.data.loading import usable_cpus
+from retinanet.config import to_toml
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import RetinaNetError
+from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.paper.plan import Plan, Training
-from retinanet.paper.work import EXIT_LOCKED, Result, Task, is_locked, read_result, start_worker
+from retinanet.paper.work import Result, Task, read_result
 
 MAX_ATTEMPTS = 2
-"""Starts of a worker that is killed; one that fails with an error is not started again."""
+"""Starts of a worker that is killed; one that ends with an error is not started again."""
 
 _POLL = 0.5  # seconds
-_POLL_LOCKED = 3.0  # seconds
 _STOP_TIMEOUT = 600.0  # seconds in which a worker saves its state
-# Variables of `accelerate launch`, under which this command may run, unlike its workers.
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+Results = dict[tuple[str, int], Result | str]
+"""Result of each training, or why it failed, by (name, seed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,180 +118,184 @@ class Workers:
         """Return True if a training has a result that can be read."""
         return isinstance(self.finished([training]).get(training.key), Result)
 
-    def finished(self, trainings: Iterable[Training]) -> dict[tuple[str, int], Result | str]:
-        """Return results, or why one cannot be read, by (name, seed); the rest is left out."""
-        found: dict[tuple[str, int], Result | str] = {}
+    def finished(self, trainings: Iterable[Training]) -> Results:
+        """Return the results of trainings that ended, or why one cannot be read."""
+        results: Results = {}
         for training in trainings:
             try:
                 result = read_result(training.folder(self.out))
             except RetinaNetError as error:
-                found[training.key] = str(error)
+                results[training.key] = str(error)
             else:
                 if result is not None:
-                    found[training.key] = result
-        return found
+                    results[training.key] = result
+        return results
+
+    def command(self, training: Training, job: int) -> tuple[list[str], dict[str, str]]:
+        """Write the task of a worker process; return its command and environment."""
+        gpus = self.gpus_of(job)
+        if training.rival:
+            gpus = gpus[:1]  # it trains in one process
+        recipe = training.recipe
+        if recipe.data.workers == "auto":
+            data = recipe.data.model_copy(update={"workers": max(0, self.threads - 1)})
+            recipe = recipe.model_copy(update={"data": data})
+        folder = training.folder(self.out).resolve()
+        file = folder.with_name(f"{folder.name}.task.json")
+        task = Task(
+            folder=str(folder),
+            data=str(self.data.resolve()),
+            recipe=to_toml(recipe),
+            rival=training.rival,
+            device=self.device,
+            threads=self.threads,
+        )
+        task.write(file)
+        launcher = ["-m"]
+        if len(gpus) > 1:
+            processes = f"--nproc-per-node={len(gpus)}"
+            launcher = ["-m", "torch.distributed.run", "--standalone", processes, "-m"]
+        command = [sys.executable, *launcher, "retinanet", "paper", "work", str(file)]
+        # Idle threads must not spin on cores that other jobs use.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment["OMP_NUM_THREADS"] = str(self.threads)
+        if gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(gpu) for gpu in range(self.gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
+        return command, environment
 
 
-def run_plan(
-    plan: Plan, workers: Workers, on_event: EventCallback | None = None
-) -> dict[tuple[str, int], Result | str]:
+def run_plan(plan: Plan, workers: Workers, on_event: EventCallback | None = None) -> Results:
     """Run every training of a plan that has no result.
 
-    Returns:
-        The result of each training, or why it failed, by (name, seed).
+    Args:
+        plan: the trainings.
+        workers: the processes.
+        on_event: callback for progress events.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once every worker has saved its state.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once every worker has saved its state.
     """
     emit = on_event or (lambda _: None)
-    return Scheduler(plan.trainings, workers.limited_to(plan.trainings), emit).run()
+    workers = workers.limited_to(plan.trainings)
+    results: Results = {}
+    with stop_on_signal() as stop:
+        scheduler = _Scheduler(workers, stop, emit)
+        with ThreadPoolExecutor(workers.jobs) as pool:
+            pending = {pool.submit(scheduler.run, training) for training in plan.trainings}
+            try:
+                while pending and not stop.is_set():
+                    ended, pending = wait(pending, _POLL, return_when="FIRST_COMPLETED")
+                    for event in (future.result() for future in ended):
+                        if not stop.is_set() and event.training is not None:
+                            results[event.training.key] = event.result or event.note
+                            emit(event)
+                    emit(_progress(plan, workers, results))
+                wait(pending)
+            except BaseException:  # a second Ctrl-C, or an error of the callback
+                stop.set()
+                scheduler.kill()
+                raise
+        if stop.is_set():
+            raise KeyboardInterrupt
+    return results
 
 
-class Scheduler:
-    """Runs trainings in worker processes, a thread per job."""
+class _Scheduler:
+    """Runs trainings in worker processes, each from a thread."""
 
-    def __init__(
-        self, trainings: Sequence[Training], workers: Workers, emit: EventCallback
-    ) -> None:
-        self._trainings = trainings
-        self._workers = workers
-        self._emit = emit
-        self._results: dict[tuple[str, int], Result | str] = {}
-        self._stop = threading.Event()
+    def __init__(self, workers: Workers, stop: StopRequest, emit: EventCallback) -> None:
+        self._workers, self._stop, self._emit = workers, stop, emit
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._jobs: SimpleQueue[int] = SimpleQueue()
         for job in range(workers.jobs):
             self._jobs.put(job)
 
-    def run(self) -> dict[tuple[str, int], Result | str]:
-        """Run all trainings; see :func:`run_plan`."""
-        with _stop_on_signals(self._stop):
-            try:
-                with ThreadPoolExecutor(self._workers.jobs) as pool:
-                    try:
-                        self._collect(pool)
-                    except BaseException:
-                        self._stop.set()  # or the pool would run all the others
-                        raise
-            except BaseException:
-                # A second Ctrl-C: no time for the workers to save their state.
-                for process in tuple(self._running):
-                    process.kill()
-                raise
-        if self._stop.is_set():
-            raise KeyboardInterrupt
-        return self._results
+    def kill(self) -> None:
+        """Kill all workers."""
+        for process in tuple(self._running):
+            process.kill()
 
-    def _collect(self, pool: ThreadPoolExecutor) -> None:
-        """Emit the events of trainings until all have ended or a stop is requested."""
-        waiting: set[tuple[str, int]] = set()
-        pending = {pool.submit(self._run_training, training) for training in self._trainings}
-        while pending:
-            done, pending = wait(pending, _POLL, return_when="FIRST_COMPLETED")
-            if self._stop.is_set():
-                return
-            for event in map(Future.result, done):
-                assert event.training is not None
-                key = event.training.key
-                if event.kind == "waiting":
-                    pending.add(pool.submit(self._run_training, event.training))
-                else:
-                    self._results[key] = event.result or event.note
-                if event.kind != "waiting" or key not in waiting:
-                    self._emit(event)
-                waiting.add(key)
-            self._emit(self._progress())
-
-    def _run_training(self, training: Training) -> Event:
+    def run(self, training: Training) -> Event:
+        """Run a training, unless another command does, which is waited for."""
         folder = training.folder(self._workers.out)
-        reason = "stopped"
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            for attempt in range(MAX_ATTEMPTS):
-                result = read_result(folder)
-                if result is not None:
-                    return Event("done" if attempt else "skipped", training, result)
-                if self._stop.is_set():
-                    break
-                if is_locked(folder):
-                    self._stop.wait(_POLL_LOCKED)
-                    return Event("waiting", training)
-                code, output = self._run_worker(training)
-                result = read_result(folder)
-                if result is not None:
-                    return Event("done", training, result)
-                if code == EXIT_LOCKED:
-                    return Event("waiting", training)
-                reason = _reason(output, code, _log_file(folder))
-                if not _signal_of(code):
-                    break
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            is_waiting = False
+            while not self._stop.is_set():
+                with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                    return self._run_locked(training, folder)
+                if not is_waiting:
+                    self._emit(Event("waiting", training))
+                is_waiting = True
+                self._stop.wait(_POLL)
         except (RetinaNetError, OSError) as error:
-            reason = str(error)
+            return Event("failed", training, note=str(error))
+        return Event("failed", training, note="stopped")
+
+    def _run_locked(self, training: Training, folder: Path) -> Event:
+        reason = "stopped"
+        for attempt in range(MAX_ATTEMPTS):
+            result = read_result(folder)
+            if result is not None:
+                return Event("done" if attempt else "skipped", training, result)
+            if self._stop.is_set():
+                break
+            reason, was_killed = self._run_worker(training, folder)
+            result = read_result(folder)
+            if result is not None:
+                return Event("done", training, result)
+            if not was_killed:
+                break
         return Event("failed", training, note=reason)
 
-    def _run_worker(self, training: Training) -> tuple[int, str]:
-        """Run a worker process; return its exit code and its output."""
-        log = _log_file(training.folder(self._workers.out))
+    def _run_worker(self, training: Training, folder: Path) -> tuple[str, bool]:
+        """Run a worker process; return why it failed, if it did, and whether it was killed."""
+        log = folder.with_name(f"{folder.name}.log")
         job = self._jobs.get()
+        command, environment = self._workers.command(training, job)
         try:
             with log.open("ab") as output:
                 start = output.tell()
-                process = start_worker(*self._command(training, job), output)
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches this process only
+                )
             self._running.add(process)
-            while process.poll() is None and not self._stop.is_set():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL)
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):  # of what an ended worker has not read
-                process.stdin.close()
-            try:
-                code = process.wait(_STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
+            code = self._wait(process)
             self._running.discard(process)
-            return code, log.read_bytes()[start:].decode("utf-8", "replace")
+            return _reason(log.read_bytes()[start:].decode("utf-8", "replace"), code, log)
         finally:
             self._jobs.put(job)
 
-    def _command(self, training: Training, job: int) -> tuple[Task, dict[str, str]]:
-        """Return the task and the environment of a worker."""
-        workers = self._workers
-        gpus = workers.gpus_of(job)
-        if training.rival:
-            gpus = gpus[:1]  # it trains in one process
-        task = Task.of(
-            training,
-            workers.out,
-            workers.data,
-            device=workers.device,
-            threads=workers.threads,
-            processes=max(1, len(gpus)),
-        )
-        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
-        environment["OMP_NUM_THREADS"] = str(workers.threads)
-        # Idle threads must not spin on cores that other jobs use: steps would take several times
-        # as long.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else [str(gpu) for gpu in range(workers.gpus)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
-        return task, environment
-
-    def _progress(self) -> Event:
-        done = total = 0
-        for training in self._trainings:
-            steps = training.recipe.train.steps  # of recipes with epochs an estimate
-            total += steps
-            finished = training.key in self._results
-            folder = training.folder(self._workers.out)
-            done += steps if finished else min(steps, _last_step(folder))
-        return Event("step", steps=done, total=total)
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for a worker, or stop it by closing its standard input; return its exit code."""
+        assert process.stdin is not None
+        while process.poll() is None and not self._stop.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL)
+        process.stdin.close()
+        try:
+            return process.wait(_STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
 
-def _log_file(folder: Path) -> Path:
-    """Return the file with the output of a run folder's workers."""
-    return folder.with_name(f"{folder.name}.log")
+def _progress(plan: Plan, workers: Workers, results: Results) -> Event:
+    done = total = 0
+    for training in plan.trainings:
+        steps = training.recipe.train.steps  # of recipes with epochs an estimate
+        total += steps
+        is_ended = training.key in results
+        done += steps if is_ended else min(steps, _last_step(training.folder(workers.out)))
+    return Event("step", steps=done, total=total)
 
 
 def _last_step(folder: Path) -> int:
@@ -303,46 +309,13 @@ def _last_step(folder: Path) -> int:
         return 0
 
 
-def _signal_of(code: int) -> str:
-    """Name what killed a process that exited with a code; empty: it exited by itself."""
-    number = -code if code < 0 else code - 128  # as a shell reports it
-    if 0 < number < 65:
-        return f"signal {number}" + (" (out of memory?)" if number == 9 else "")
-    # Windows: NTSTATUS errors, such as 0xC0000005 for an access violation.
-    return f"status {code:#x}" if code >= 0xC0000000 else ""
-
-
-def _reason(output: str, code: int, log: Path) -> str:
-    """Return why a worker failed, from its output and exit code."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines[-20:] if "error:" in line.lower()]
-    reason = (errors or lines[-1:] or [""])[-1].removeprefix("error: ")
-    if killed := _signal_of(code):
-        reason = f"killed by {killed}"
-    return f"{reason or f'exit code {code}'}; see {log}"
-
-
-@contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set an event on Ctrl-C, SIGTERM, or the end of the terminal."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def request(signum: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    # SIGHUP and SIGBREAK are not on every system, and nohup ignores the first.
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    before = {
-        number: signal.signal(number, request)
-        for number in numbers
-        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _reason(output: str, code: int, log: Path) -> tuple[str, bool]:
+    """Return why a worker failed, and whether it was killed: it printed no error then."""
+    lines = [line for line in output.splitlines() if any(map(str.isalnum, line))]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return f"{errors[-1]}; see {log}", False
+    if code < 0:
+        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{memory}; see {log}", True
+    return f"{(lines or [f'exit code {code}'])[-1]}; see {log}", True

@@ -57,9 +57,6 @@ def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Fig
 
     Suffixes select PNG or SVG. Equal figures give equal bytes.
     """
-    paths = [Path(file) for file in files]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
     style: Any = {**mpl.rcParamsDefault, "backend": "agg", **_STYLE}
     with mpl.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -72,7 +69,8 @@ def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Fig
         with warnings.catch_warnings():
             # Letters that the font lacks are drawn as boxes.
             warnings.filterwarnings("ignore", message=r"Glyph \d+")
-            for path in paths:
+            for path in map(Path, files):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 # Else the version of matplotlib or the date is written.
                 omitted = "Date" if path.suffix == ".svg" else "Software"
                 figure.savefig(path, metadata={omitted: None})
@@ -107,8 +105,7 @@ def format_count(number: int, noun: str) -> str:
 
 def format_compact(number: int) -> str:
     """Format a count in about four characters: 950, 12k, 3.4M."""
-    for limit, unit in ((1_000_000, "M"), (10_000, "k")):
+    for limit, divisor, unit in ((1_000_000, 1_000_000, "M"), (10_000, 1_000, "k")):
         if abs(number) >= limit:
-            divisor = 1_000_000 if unit == "M" else 1_000
             return f"{number / divisor:.3g}{unit}"
     return str(number)

@@ -9,7 +9,6 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +25,14 @@ from retinanet.evaluation.metrics import Metrics
 from retinanet.files import write_atomic
 from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
 from retinanet.inference.detector import load
+from retinanet.report.figure import format_count
 from retinanet.report.plots import (
     plot_evaluation,
     plot_object_sizes,
     plot_running,
     plot_training,
     read_log,
+    split_log,
 )
 
 ImageLike = Path | str | bytes | Image.Image
@@ -201,15 +202,14 @@ def write_report(
     Raises:
         DataError: the folder is not a run folder.
     """
-    run = _read_run(Path(folder))
+    run = _Run(Path(folder))
     splits, missing = (data, "") if data is not None else _read_data(run)
     page = Page(f"Run {run.folder.resolve().name}", _subtitle(run))
-    _add_summary(page, run)
-    _add_training(page, run)
+    _add_summary(page.section("Summary"), run)
+    _add_training(page.section("Training"), run)
     if run.metrics is not None:
         page.section("Validation")
-        best = max(run.validations, key=_ap_or_low, default=None)
-        when = f" after step {best['step']:,}, the best of the run" if best else ""
+        when = f" after step {run.best['step']:,}, the best of the run" if run.best else ""
         page.text(f"Metrics on the validation images{when}.")
         add_metrics(page, run.metrics, run.folder / "plots" / "validation")
     for name, metrics in run.evaluations.items():
@@ -220,10 +220,8 @@ def write_report(
         page.text(missing)
     else:
         _add_samples(page, run, splits, samples, device)
-        page.section("Data")
-        _add_data(page, run, splits)
-    page.section("Settings")
-    _add_settings(page, run)
+        _add_data(page.section("Data"), run, splits)
+    _add_settings(page.section("Settings"), run)
     return page.write(run.folder / "report.html")
 
 
@@ -243,6 +241,8 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         facts["loss"] = metrics.loss
     if metrics.images_per_second is not None:
         facts["images per second"] = f"{metrics.images_per_second:.1f}"
+    if metrics.unreadable:
+        facts["unreadable images"] = len(metrics.unreadable)
     page.facts(facts)
     files = plot_evaluation(metrics, plots)
     page.images([(files["precision_recall"], "")])
@@ -251,59 +251,51 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         page.images([(files[name], "")])
     recalls = {name: value for name, value in summary.items() if name.startswith("AR")}
     page.table(["", *recalls], [["recall", *recalls.values()]])
+    columns = {
+        "class": "name",
+        "objects": "objects",
+        "AP": "ap",
+        "AP50": "ap50",
+        "AP75": "ap75",
+        "APs": "ap_small",
+        "APm": "ap_medium",
+        "APl": "ap_large",
+        "AR": "ar",
+        "F1": "best_f1",
+        "at score": "best_score",
+    }
     classes = [c for c in metrics.per_class if c.objects or c.detections]
-    page.table(
-        ["class", "objects", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "F1", "at score"],
-        [
-            [
-                *(c.name, c.objects, c.ap, c.ap50, c.ap75),
-                *(c.ap_small, c.ap_medium, c.ap_large, c.ar, c.best_f1, c.best_score),
-            ]
-            for c in classes
-        ],
-        folded=f"Metrics of {len(classes)} classes" if len(classes) > _MAX_CLASSES else "",
-    )
+    folded = f"Metrics of {len(classes)} classes" if len(classes) > _MAX_CLASSES else ""
+    rows = [[getattr(c, field) for field in columns.values()] for c in classes]
+    page.table([*columns], rows, folded=folded)
 
 
-@dataclass(frozen=True, slots=True)
 class _Run:
-    """Content of a run folder."""
+    """Content of a run folder.
 
-    folder: Path
-    config: str
-    info: Mapping[str, Any]
-    steps: Sequence[Mapping[str, Any]]
-    validations: Sequence[Mapping[str, Any]]
-    log: Sequence[Mapping[str, Any]]
-    metrics: Metrics | None
-    evaluations: Mapping[str, Metrics]
+    Attributes:
+        best: the validation with the highest AP; None: there is none with an AP.
+    """
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return tomllib.loads(self.config)
-
-
-def _read_run(folder: Path) -> _Run:
-    config = folder / "config.toml"
-    if not config.is_file():
-        raise DataError(f"not a run folder: {folder} has no config.toml; give a training's --out")
-    info_file, log_file = folder / "run.json", folder / "log.jsonl"
-    info = _read_json(info_file) if info_file.is_file() else {}
-    log = read_log(log_file) if log_file.is_file() else []
-    files = sorted(folder.glob("evaluation/*/metrics.json"))
-    evaluations = {file.parent.name: _read_metrics(file) for file in files}
-    return _Run(
-        folder=folder,
-        config=config.read_text("utf-8"),
-        info=info if isinstance(info, dict) else {},
-        steps=[line for line in log if "validation" not in line],
-        validations=[
-            {**line["validation"], "step": line["step"]} for line in log if "validation" in line
-        ],
-        log=log,
-        metrics=_read_metrics(folder / "metrics.json"),
-        evaluations={name: metrics for name, metrics in evaluations.items() if metrics},
-    )
+    def __init__(self, folder: Path) -> None:
+        config = folder / "config.toml"
+        if not config.is_file():
+            raise DataError(
+                f"not a run folder: {folder} has no config.toml; give a training's --out"
+            )
+        info_file, log_file = folder / "run.json", folder / "log.jsonl"
+        self.folder = folder
+        self.config = config.read_text("utf-8")
+        self.settings = tomllib.loads(self.config)
+        self.info: dict[str, Any] = _read_json(info_file) if info_file.is_file() else {}
+        self.log = read_log(log_file) if log_file.is_file() else []
+        self.steps, self.validations = split_log(self.log)
+        known = [v for v in self.validations if v.get("ap") is not None]
+        self.best = max(known, key=lambda v: v["ap"], default=None)
+        validated = folder / "metrics.json"
+        self.metrics = _read_metrics(validated) if validated.is_file() else None
+        files = sorted(folder.glob("evaluation/*/metrics.json"))
+        self.evaluations = {file.parent.name: _read_metrics(file) for file in files}
 
 
 def _read_json(file: Path) -> Any:
@@ -313,13 +305,12 @@ def _read_json(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {error}") from None
 
 
-def _read_metrics(file: Path) -> Metrics | None:
-    if not file.is_file():
-        return None
+def _read_metrics(file: Path) -> Metrics:
+    values = _read_json(file)
     try:
-        return Metrics.from_dict(_read_json(file))
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        return Metrics.from_dict(values)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
         raise DataError(f"{file} has no evaluation metrics ({reason}); evaluate again") from None
 
 
@@ -329,16 +320,10 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
     if not source:
         return None, "run.json does not name the data folder, so no image is drawn."
     data, training = run.settings.get("data", {}), run.settings.get("train", {})
+    seed = data.get("split_seed", training.get("seed", 0))
     try:
-        return (
-            read_splits(
-                source,
-                seed=data.get("split_seed", training.get("seed", 0)),
-                val_fraction=data.get("val_fraction", 0.2),
-                extras=False,
-            ),
-            "",
-        )
+        fraction = data.get("val_fraction", 0.2)
+        return read_splits(source, seed=seed, val_fraction=fraction, extras=False), ""
     except RetinaNetError as error:
         return None, f"The data can no longer be read, so no image is drawn: {error}"
 
@@ -356,12 +341,10 @@ def _subtitle(run: _Run) -> str:
 
 
 def _add_summary(page: Page, run: _Run) -> None:
-    page.section("Summary")
     facts: dict[str, object] = {}
-    best = max(run.validations, key=_ap_or_low, default=None)
-    if best is not None and _ap_or_low(best) >= 0:
-        facts[f"best validation AP, at step {best['step']:,}"] = best["ap"]
-        facts["its AP50"] = best.get("ap50")
+    if run.best is not None:
+        facts[f"best validation AP, at step {run.best['step']:,}"] = run.best["ap"]
+        facts["its AP50"] = run.best.get("ap50")
     for name, metrics in run.evaluations.items():
         facts[f"AP on {name}"] = metrics.ap
     if run.steps:
@@ -385,7 +368,6 @@ def _add_summary(page: Page, run: _Run) -> None:
 
 
 def _add_training(page: Page, run: _Run) -> None:
-    page.section("Training")
     if not run.log:
         page.text("The log is empty.")
         return
@@ -394,13 +376,12 @@ def _add_training(page: Page, run: _Run) -> None:
     running = plot_running(run.log, plots / "running.png")
     page.images([(running, "")], folded="Speed, data loading, memory, foreground anchors")
     if run.validations:
-        best = max(range(len(run.validations)), key=lambda i: _ap_or_low(run.validations[i]))
         page.table(
             ["step", "AP", "AP50", "loss"],
             [[v["step"], v.get("ap"), v.get("ap50"), v.get("loss")] for v in run.validations],
             left=0,
-            strong=[best],
-            folded=f"{len(run.validations)} validations",
+            strong=[i for i, v in enumerate(run.validations) if v is run.best],
+            folded=format_count(len(run.validations), "validation"),
         )
 
 
@@ -435,11 +416,11 @@ def _add_samples(
     for image, found in zip(chosen, results, strict=True):
         if isinstance(found, ImageDetections):  # `data check` names unreadable images
             objects = sum(not a.ignored for a in image.annotations)
-            noun = "object" if objects == 1 else "objects"
-            pairs.append((draw_truth(image, dataset), f"{image.path.name}: {objects} {noun}"))
-            count = int((found.scores >= threshold).sum())
-            noun = "detection" if count == 1 else "detections"
-            pairs.append((found.draw(score_threshold=threshold), f"{count} {noun}"))
+            caption = f"{image.path.name}: {format_count(objects, 'object')}"
+            pairs.append((draw_truth(image, dataset), caption))
+            detected = int((found.scores >= threshold).sum())
+            drawn = found.draw(score_threshold=threshold)
+            pairs.append((drawn, format_count(detected, "detection")))
     page.images(pairs, columns=2)
 
 
@@ -480,11 +461,6 @@ def _add_settings(page: Page, run: _Run) -> None:
             rows.append([name, str(value)])
     if rows:
         page.table(["run.json", ""], rows, left=2)
-
-
-def _ap_or_low(validation: Mapping[str, Any]) -> float:
-    ap = validation.get("ap")
-    return -1.0 if ap is None or math.isnan(ap) else float(ap)
 
 
 def _duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ sum to one; plotted is its cumulative distribution, positives and negatives apar
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
+from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError
+from retinanet.evaluation.metrics import to_json_types
 from retinanet.evaluation.predict import Progress, invert_label_map, to_model_labels
 from retinanet.evaluation.run import (
     DetectorOptions,
@@ -44,34 +46,14 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0)
 HARDEST = (0.01, 0.1, 0.2)
 """Fractions of the anchors, those with the highest loss, whose share of the loss is reported."""
 
-MATCHING: dict[str, Any] = {
-    "foreground_iou": 0.5,
-    "background_iou": 0.4,
-    "low_quality_matches": False,
-}
+MAX_NEGATIVES = 10_000_000
+"""Background anchors that are sampled, about; the paper takes as many."""
 
-MAX_KEY = 2**31 - 1
 _POINTS = 501
 _CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
-_SLACK = 1.25  # a sample is cut when it exceeds its size by this factor
 
 _Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Maximum number of anchors that are sampled; the paper takes about as many as the defaults.
-
-    At the defaults the samples take up to 700 MB, whatever the size of the data.
-
-    Attributes:
-        max_positives, max_negatives: where the data has more, each has the same chance.
-        seed: of the sample.
-    """
-
-    max_positives: int = 100_000
-    max_negatives: int = 10_000_000
-    seed: int = 0
+_Array32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +84,7 @@ class LossDistribution:
         positives: curves of anchors matched to an object, one per gamma.
         negatives: curves of background anchors, one per gamma.
         positive_anchors, negative_anchors, ignored_anchors: anchors of the images by kind.
-        positives_taken, negatives_taken: anchors sampled.
+        positives_taken, negatives_taken: anchors sampled, each with the same chance.
         classes: number of classes, whose losses are summed per anchor.
         foreground_iou, background_iou, low_quality_matches: how anchors were matched.
         source, split: the data.
@@ -126,11 +108,7 @@ class LossDistribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; the keys of ``hardest`` are text, NaN is None."""
-        values: dict[str, Any] = dataclasses.asdict(self)
-        for curve in (*values["positives"], *values["negatives"]):
-            curve["cumulative"] = [_finite_or_none(share) for share in curve["cumulative"]]
-            curve["hardest"] = {f"{x:g}": _finite_or_none(y) for x, y in curve["hardest"].items()}
-        return values
+        return to_json_types(self)
 
 
 def loss_distribution(
@@ -139,7 +117,6 @@ def loss_distribution(
     *,
     split: str | None = None,
     gammas: Sequence[float] = GAMMAS,
-    sampling: Sampling | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     **options: Unpack[DetectorOptions],
@@ -152,7 +129,6 @@ def loss_distribution(
     Args:
         model, data, split, options: as in :func:`retinanet.evaluation.evaluate`.
         gammas: >= 0.
-        sampling: None: the defaults.
         workers: processes that load images; None: chosen for this machine.
         progress: called after each image.
 
@@ -164,77 +140,40 @@ def loss_distribution(
     """
     _check_gammas(gammas)
     detector = open_detector(model, options)
-    if not isinstance(detector.network, Network):
+    network = detector.network
+    if not isinstance(network, Network):
         raise ConfigError(
-            f"{detector.network.description} outputs boxes, not the scores of all anchors: "
+            f"{network.description} outputs boxes, not the scores of all anchors: "
             "give the run that it was exported from"
         )
     dataset = read_eval_dataset(data, split, info=detector.info)
-    return distribution_of(
-        detector.network,
-        dataset,
-        image_size=detector.image_size,
-        max_size=detector.max_size,
-        matching=detector.info.get("loss"),
-        label_map=match_classes(detector.classes, dataset),
-        gammas=gammas,
-        sampling=sampling,
-        workers=default_workers() if workers is None else workers,
-        progress=progress,
-    )
-
-
-@torch.inference_mode()
-def distribution_of(
-    network: Network,
-    dataset: Dataset,
-    *,
-    image_size: int,
-    max_size: int,
-    matching: Mapping[str, Any] | None = None,
-    label_map: Sequence[int] | None = None,
-    gammas: Sequence[float] = GAMMAS,
-    sampling: Sampling | None = None,
-    workers: int = 0,
-    progress: Progress | None = None,
-) -> LossDistribution:
-    """Compute :func:`loss_distribution` of a network, image by image.
-
-    Args:
-        network: from :func:`retinanet.inference.backends.build_network`.
-        dataset: the images.
-        image_size, max_size: shorter side, and maximum of the longer side, pixels.
-        matching: settings of which those in :data:`MATCHING` are used (``info["loss"]``).
-        label_map: the data's label of each label of the model.
-        gammas, sampling, workers, progress: as in :func:`loss_distribution`.
-    """
-    _check_gammas(gammas)
-    sampling = sampling or Sampling()
-    rules = MATCHING | {name: v for name, v in (matching or {}).items() if name in MATCHING}
-    model_labels = None if label_map is None else invert_label_map(label_map)
-    positives, negatives = _Sample(sampling.max_positives), _Sample(sampling.max_negatives)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    ignored = 0
+    model_labels = invert_label_map(match_classes(detector.classes, dataset))
+    settings = LossSettings(**(detector.info.get("loss") or {}))
+    generator = torch.Generator().manual_seed(0)
+    positives: list[_Array32] = []
+    negatives: list[_Array32] = []
+    counts: Counter[str] = Counter()
+    chance = 1.0
     loader = eval_loader(
         dataset,
         batch_size=1,
-        image_size=image_size,
-        max_size=max_size,
-        workers=workers,
+        image_size=detector.image_size,
+        max_size=detector.max_size,
+        workers=default_workers() if workers is None else workers,
         fill=padding_colour(network.model.pixel_mean),
     )
     for done, batch in enumerate(loader, start=1):
-        logits, labels = _anchors_of(network, batch.to(network.device), rules)
-        if model_labels is not None:
-            labels = to_model_labels(labels, model_labels)
+        logits, labels = _anchors_of(network, batch.to(network.device), settings)
+        labels = to_model_labels(labels, model_labels)
+        if done == 1:  # all images are resized to about the same number of anchors
+            chance = MAX_NEGATIVES / (len(labels) * len(dataset))
         # On the CPU, so that the sample does not depend on the device.
-        keys = torch.randint(MAX_KEY, (len(labels),), generator=generator, dtype=torch.int32)
-        keys = keys.to(labels.device)
-        for sample, kind in ((positives, labels >= 0), (negatives, labels == BACKGROUND)):
-            rows = (kind & (keys < sample.limit)).nonzero().flatten()
-            losses = anchor_losses(logits[rows], labels[rows], gammas)
-            sample.add(keys[rows].cpu().numpy(), losses.cpu().numpy(), int(kind.sum()))
-        ignored += int((labels == IGNORED).sum())
+        drawn = (torch.rand(len(labels), generator=generator) < chance).to(labels.device)
+        background = labels == BACKGROUND
+        for kept, rows in ((positives, labels >= 0), (negatives, background & drawn)):
+            kept.append(anchor_losses(logits[rows], labels[rows], gammas).cpu().numpy())
+        counts["background"] += int(background.sum())
+        counts["ignored"] += int((labels == IGNORED).sum())
         if progress is not None:
             progress(done, len(dataset))
     where = f"{dataset.source} (split {dataset.split!r})"
@@ -244,24 +183,32 @@ def distribution_of(
         fractions=tuple(fractions.tolist()),
         positives=_curves(positives, gammas, fractions, f"{where}: no anchor matches an object"),
         negatives=_curves(negatives, gammas, fractions, f"{where}: no anchor is background"),
-        positive_anchors=positives.seen,
-        negative_anchors=negatives.seen,
-        ignored_anchors=ignored,
-        positives_taken=positives.taken,
-        negatives_taken=negatives.taken,
+        positive_anchors=sum(map(len, positives)),
+        negative_anchors=counts["background"],
+        ignored_anchors=counts["ignored"],
+        positives_taken=sum(map(len, positives)),
+        negatives_taken=sum(map(len, negatives)),
         classes=network.model.num_classes,
+        foreground_iou=settings.foreground_iou,
+        background_iou=settings.background_iou,
+        low_quality_matches=settings.low_quality_matches,
         source=str(dataset.source),
         split=dataset.split,
-        **rules,
     )
 
 
-def _anchors_of(network: Network, batch: Any, rules: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _anchors_of(network: Network, batch: Any, settings: LossSettings) -> tuple[Tensor, Tensor]:
     """(R, K) logits and (R,) labels of the anchors of an image, labels of the data."""
     outputs = network(batch.images)
     shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-    anchors = torch.cat(level_anchors(network.model.anchors, shapes, device=network.device))
-    labels = anchor_labels(match_anchors(anchors, batch.targets, **rules), batch.targets.labels)
+    matches = match_anchors(
+        torch.cat(level_anchors(network.model.anchors, shapes, device=network.device)),
+        batch.targets,
+        foreground_iou=settings.foreground_iou,
+        background_iou=settings.background_iou,
+        low_quality_matches=settings.low_quality_matches,
+    )
+    labels = anchor_labels(matches, batch.targets.labels)
     return flatten_levels(outputs.logits, network.model.num_classes)[0], labels[0]
 
 
@@ -277,19 +224,11 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
         (N, G) float32 (float64 for float64 logits): sums over the K classes.
     """
     rows = max(1, _CHUNK // max(1, logits.shape[1]))
-    chunks = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
-    return torch.cat(
-        [
-            torch.stack(
-                [
-                    focal_loss(x, y, alpha=None, gamma=gamma, reduction="none").sum(dim=1)
-                    for gamma in gammas
-                ],
-                dim=1,
-            )
-            for x, y in chunks
-        ]
-    )
+    chunks = []
+    for x, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+        losses = [focal_loss(x, y, alpha=None, gamma=g, reduction="none") for g in gammas]
+        chunks.append(torch.stack([loss.sum(dim=1) for loss in losses], dim=1))
+    return torch.cat(chunks)
 
 
 def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
@@ -321,63 +260,22 @@ def _check_gammas(gammas: Sequence[float]) -> None:
             raise ConfigError(f"gamma must be 0 or more, got {gamma}")
 
 
-class _Sample:
-    """Losses of at most `max_size` anchors, each with the same chance.
-
-    An anchor draws a key in [0, MAX_KEY), and those with the lowest keys are the sample. Keys from
-    `limit` on can no longer be in it.
-    """
-
-    def __init__(self, max_size: int) -> None:
-        if max_size < 1:
-            raise ConfigError(f"samples need one anchor or more, got a maximum of {max_size}")
-        self.limit = MAX_KEY
-        self.seen = 0
-        self._max_size = max_size
-        self._keys: list[NDArray[np.int32]] = []
-        self._losses: list[NDArray[np.float32]] = []
-
-    @property
-    def taken(self) -> int:
-        return sum(map(len, self._keys))
-
-    def add(self, keys: NDArray[np.int32], losses: NDArray[np.float32], seen: int) -> None:
-        """Add (N,) keys under the limit and (N, G) losses, of `seen` anchors in the image."""
-        self.seen += seen
-        self._keys.append(keys)
-        self._losses.append(losses.astype(np.float32, copy=False))
-        if self.taken > _SLACK * self._max_size:
-            self._cut()
-
-    def losses(self) -> NDArray[np.float32]:
-        """(N, G) losses of the sample."""
-        self._cut()
-        return self._losses[0]
-
-    def _cut(self) -> None:
-        keys, losses = np.concatenate(self._keys), np.concatenate(self._losses)
-        if len(keys) > self._max_size:
-            lowest = np.argpartition(keys, self._max_size - 1)[: self._max_size]
-            self.limit = int(keys[lowest[-1]])
-            keys, losses = keys[lowest], losses[lowest]
-        self._keys, self._losses = [keys], [losses]
-
-
 def _curves(
-    sample: _Sample, gammas: Sequence[float], fractions: _Array, empty: str
+    parts: Sequence[_Array32], gammas: Sequence[float], fractions: _Array, empty: str
 ) -> tuple[LossCurve, ...]:
-    """Compute the curve of each gamma.
+    """Compute the curve of each gamma from parts of (N, G) losses.
 
     Raises:
-        DataError: the sample is empty, or a loss is NaN or Inf.
+        DataError: there is no loss, or a loss is NaN or Inf.
     """
-    if not sample.seen:
+    if not any(map(len, parts)):
         raise DataError(
             f"{empty}; take a split with objects, or see `retinanet data anchors` for their sizes"
         )
     points = np.concatenate([fractions, 1 - np.array(HARDEST)])
     curves = []
-    for gamma, losses in zip(gammas, sample.losses().T, strict=True):
+    for i, gamma in enumerate(gammas):
+        losses = np.concatenate([part[:, i] for part in parts])
         mean = float(losses.mean(dtype=np.float64))
         if not math.isfinite(mean):
             raise DataError(
@@ -385,11 +283,6 @@ def _curves(
             )
         shares = cumulative_share(losses, points)
         hardest = dict(zip(HARDEST, (1 - shares[len(fractions) :]).tolist(), strict=True))
-        curves.append(
-            LossCurve(float(gamma), mean, tuple(shares[: len(fractions)].tolist()), hardest)
-        )
+        cumulative = tuple(shares[: len(fractions)].tolist())
+        curves.append(LossCurve(float(gamma), mean, cumulative, hardest))
     return tuple(curves)
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

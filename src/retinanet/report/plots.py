@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,11 @@ from retinanet.report.figure import (
 SMALL, LARGE = 32.0, 96.0
 """COCO's limits of small and large objects: square roots of area, pixels."""
 
-_MAX_POINTS = 1500  # of a line; more are averaged
 _MAX_CLASSES = 40  # in a bar chart
 _MAX_CONFUSED = 20  # in a confusion matrix
 _PERCENT = PercentFormatter(1.0, decimals=0)
 _Array = NDArray[np.float64]
-_Log = str | Path | Sequence[Mapping[str, Any]]
+_Lines = Sequence[Mapping[str, Any]]
 
 _ERROR_KINDS = {
     "classification": "wrong class",
@@ -73,17 +72,21 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
-def plot_training(log: _Log, file: str | Path) -> Path:
+def split_log(lines: _Lines) -> tuple[_Lines, list[dict[str, Any]]]:
+    """Split a log into the lines of steps, and the validations with their step."""
+    steps = [line for line in lines if "validation" not in line]
+    validated = [line for line in lines if "validation" in line]
+    return steps, [{**line["validation"], "step": line["step"]} for line in validated]
+
+
+def plot_training(log: _Lines, file: str | Path) -> Path:
     """Plot losses, validation AP and learning rate against the step.
 
     Args:
-        log: a ``log.jsonl`` or its lines.
+        log: the lines of :func:`read_log`.
         file: the PNG to write.
-
-    Raises:
-        DataError: the log cannot be read.
     """
-    steps, validations = _split_log(log)
+    steps, validations = split_log(log)
     with open_figure(9.0, 5.6, file) as figure:
         axes = figure.subplots(2, 2)
         loss, parts, precision, rate = axes.flat
@@ -101,19 +104,19 @@ def plot_training(log: _Log, file: str | Path) -> Path:
             add_legend(axis)
         _plot_validations(precision, validations)
         rate.set_title("Learning rate")
-        _plot_steps(rate, steps, "lr", GREEN, "", smooth=False)
+        _plot_steps(rate, steps, "lr", GREEN, smooth=False)
         rate.set_ylim(bottom=0)
         for axis in axes.flat:
-            _label_steps(axis, steps, validations)
+            _label_steps(axis, log)
     return Path(file)
 
 
-def plot_running(log: _Log, file: str | Path) -> Path:
+def plot_running(log: _Lines, file: str | Path) -> Path:
     """Plot speed, data loading, memory and foreground anchors against the step.
 
-    Arguments and errors as for :func:`plot_training`.
+    Arguments as for :func:`plot_training`.
     """
-    steps, validations = _split_log(log)
+    steps, _ = split_log(log)
     panels = {
         "images_per_second": ("Images per second", GREEN),
         "waiting": ("Share of time waiting for data", ORANGE),
@@ -123,13 +126,13 @@ def plot_running(log: _Log, file: str | Path) -> Path:
     with open_figure(9.0, 4.6, file) as figure:
         axes = figure.subplots(2, 2).flat
         for axis, (name, (title, colour)) in zip(axes, panels.items(), strict=True):
-            _plot_steps(axis, steps, name, colour, "")
+            _plot_steps(axis, steps, name, colour)
             axis.set_title(title)
             axis.set_ylim(bottom=0)
             if name == "waiting":
                 axis.set_ylim(0, max(0.1, axis.get_ylim()[1]))
                 axis.yaxis.set_major_formatter(_PERCENT)
-            _label_steps(axis, steps, validations)
+            _label_steps(axis, log)
     return Path(file)
 
 
@@ -142,7 +145,7 @@ def plot_evaluation(metrics: Metrics, folder: str | Path) -> dict[str, Path]:
     """
     if math.isnan(metrics.ap):
         return {}
-    plots: dict[str, Callable[[Metrics, Path], Path]] = {
+    plots = {
         "precision_recall": plot_precision_recall,
         "classes": plot_classes,
         "sizes": plot_sizes,
@@ -156,11 +159,9 @@ def plot_evaluation(metrics: Metrics, folder: str | Path) -> dict[str, Path]:
 def plot_precision_recall(metrics: Metrics, file: str | Path) -> Path:
     """Plot precision against recall: the mean over classes at three IoUs, and each class at .50."""
     recall = metrics.curves.recall
-    shown = [
-        (c.name, c.ap50, curve)
-        for c, curve in zip(metrics.per_class, metrics.curves.per_class, strict=True)
-        if curve
-    ]
+    pairs = zip(metrics.per_class, metrics.curves.per_class, strict=True)
+    shown = [(c, curve) for c, curve in pairs if curve]
+    few = len(shown) <= len(COLOURS)
     with open_figure(9.0, 3.8, file) as figure:
         mean, classes = figure.subplots(1, 2, sharey=True)
         values = {"0.50": metrics.ap50, "0.75": metrics.ap75, "0.50:0.95": metrics.ap}
@@ -168,15 +169,12 @@ def plot_precision_recall(metrics: Metrics, file: str | Path) -> Path:
         for (iou, curve), colour in zip(curves, (BLUE, GREEN, ORANGE), strict=False):
             mean.plot(recall, curve, color=colour, label=f"IoU {iou}: AP {values[iou]:.3f}")
         mean.set(title="Mean over classes", ylabel="precision")
-        few = len(shown) <= len(COLOURS)
-        for i, (name, ap50, curve) in enumerate(shown):
+        for i, (c, curve) in enumerate(shown):
+            style: dict[str, Any] = {"color": BLUE, "alpha": 0.25, "linewidth": 0.9}
             if few:
-                label = f"{shorten(name)}: {ap50:.3f}"
-                classes.plot(recall, curve, color=COLOURS[i], label=label)
-            else:
-                classes.plot(recall, curve, color=BLUE, alpha=0.25, linewidth=0.9)
-        number = "" if few else f" ({len(shown)} classes)"
-        classes.set_title(f"Each class at IoU 0.50{number}")
+                style = {"color": COLOURS[i], "label": f"{shorten(c.name)}: {c.ap50:.3f}"}
+            classes.plot(recall, curve, **style)
+        classes.set_title(f"Each class at IoU 0.50{'' if few else f' ({len(shown)} classes)'}")
         for axis in (mean, classes):
             axis.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
             # Curves of good models leave the lower left free, those of bad ones the upper right.
@@ -218,7 +216,7 @@ def plot_sizes(metrics: Metrics, file: str | Path) -> Path:
         (-0.19, precision, BLUE, "AP"),
         (0.19, recall, SKY, f"recall with {metrics.max_detections} boxes"),
     )
-    with open_figure(5.2, 3.4, file) as figure:
+    with open_figure(5.2, 4.4, file) as figure:
         axis = figure.subplots()
         for shift, values, colour, name in bars:
             heights = np.nan_to_num(np.array(values))
@@ -243,14 +241,11 @@ def plot_errors(metrics: Metrics, file: str | Path) -> Path:
         gain, count = figure.subplots(1, 2, sharey=True)
         y = np.arange(len(_ERROR_KINDS))
         for axis, values, form in ((gain, gains, "{:.3f}"), (count, counts, "{:,}")):
-            axis.barh(y, values, 0.7, color=COLOURS[: len(values)])
-            largest = max(*values, 1e-9)
-            for i, value in enumerate(values):
-                text = form.format(value)
-                axis.text(value + 0.02 * largest, i, text, va="center", fontsize=8)
-            axis.set_xlim(0, 1.18 * largest)
+            bars = axis.barh(y, values, 0.7, color=COLOURS[: len(values)])
+            axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
+            axis.set_xlim(0, 1.18 * max(*values, 1e-9))
             axis.grid(axis="y", visible=False)
-            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
         gain.set_yticks(y, list(_ERROR_KINDS.values()))
         gain.invert_yaxis()
         gain.set_title(f"AP50 gained without them (now {errors.ap50:.3f})")
@@ -339,9 +334,8 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
             (crowding, counts, np.arange(-0.5, largest + width, width), "image"),
         )
         for axis, by_split, bins, noun in panels:
-            for (name, values), colour in zip(
-                by_split.items(), cycle_colours(len(by_split)), strict=True
-            ):
+            colours = cycle_colours(len(by_split))
+            for (name, values), colour in zip(by_split.items(), colours, strict=True):
                 if len(values):
                     weights = np.full(len(values), 1 / len(values))
                     label = f"{name} ({format_count(len(values), noun)})"
@@ -361,43 +355,18 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
     return Path(file)
 
 
-def _split_log(log: _Log) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]]]:
-    """Lines of steps, and validations with their step."""
-    lines = read_log(log) if isinstance(log, str | Path) else log
-    steps = [line for line in lines if "validation" not in line]
-    validations = [
-        {**line["validation"], "step": line["step"]} for line in lines if "validation" in line
-    ]
-    return steps, validations
-
-
 def _plot_steps(
-    axis: Any,
-    steps: Sequence[Mapping[str, Any]],
-    name: str,
-    colour: str,
-    label: str,
-    *,
-    smooth: bool = True,
+    axis: Any, steps: _Lines, name: str, colour: str, label: str = "", *, smooth: bool = True
 ) -> None:
     """Plot a value by step: its mean over 2% of the steps, over the pale values themselves."""
     points = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
     if not points:
         return
-    x, y = average_points(np.array(points, dtype=np.float64))
-    if not smooth or len(x) < 20:
-        axis.plot(x, y, color=colour, label=label)
-        return
-    axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.7)
-    axis.plot(x, moving_mean(y, max(3, len(y) // 50)), color=colour, label=label)
-
-
-def average_points(points: _Array) -> tuple[_Array, _Array]:
-    """Reduce (N, 2) points to at most 1,500 by averaging neighbours; x and y."""
-    if len(points) <= _MAX_POINTS:
-        return points[:, 0], points[:, 1]
-    means = np.array([part.mean(axis=0) for part in np.array_split(points, _MAX_POINTS)])
-    return means[:, 0], means[:, 1]
+    x, y = np.array(points, dtype=np.float64).T
+    if smooth and len(x) >= 20:
+        axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.7)
+        y = moving_mean(y, max(3, len(y) // 50))
+    axis.plot(x, y, color=colour, label=label)
 
 
 def moving_mean(values: _Array, width: int) -> _Array:
@@ -410,16 +379,15 @@ def moving_mean(values: _Array, width: int) -> _Array:
     return mean
 
 
-def _plot_validations(axis: Any, validations: Sequence[Mapping[str, Any]]) -> None:
+def _plot_validations(axis: Any, validations: _Lines) -> None:
     axis.set_title("Validation AP")
     known = [v for v in validations if v.get("ap") is not None]
     if not known:
         axis.text(0.5, 0.5, "not validated", ha="center", color=GREY, transform=axis.transAxes)
         axis.set_yticks([])
         return
-    best = max(known, key=lambda v: -1.0 if math.isnan(v["ap"]) else v["ap"])
-    labels = (("ap50", SKY, "AP50"), ("ap", BLUE, f"AP, best {best['ap']:.3f}"))
-    for name, colour, label in labels:
+    best = max(v["ap"] for v in known)
+    for name, colour, label in (("ap50", SKY, "AP50"), ("ap", BLUE, f"AP, best {best:.3f}")):
         y = [v.get(name, math.nan) for v in known]
         axis.plot([v["step"] for v in known], y, "o-", color=colour, markersize=3, label=label)
     top = max((v.get("ap50") or 0.0 for v in known), default=0.0)
@@ -437,11 +405,9 @@ def _scale_losses(axis: Any) -> None:
         axis.set_ylim(0, 1.1 * float(np.quantile(values, 0.995)))
 
 
-def _label_steps(
-    axis: Any, steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
-) -> None:
-    last = max((line["step"] for line in (*steps, *validations)), default=1)
-    axis.set_xlim(0, max(1, last))
+def _label_steps(axis: Any, log: _Lines) -> None:
+    # The markers of the last step are not cut off.
+    axis.set_xlim(0, 1.015 * max([1, *(line["step"] for line in log)]))
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(lambda value, _: format_compact(round(value)))
     axis.set_xlabel("step")

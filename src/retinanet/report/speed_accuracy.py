@@ -6,23 +6,25 @@ Source: Lin et al. 2017, Figure 2 and Table 1e: RetinaNet at depths 50 and 101 a
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
-from retinanet.data.loading import default_workers, eval_loader
-from retinanet.errors import ConfigError, DataError
-from retinanet.evaluation.coco import evaluate_detections
-from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.predict import Progress, run_inference
-from retinanet.evaluation.run import DetectorOptions, match_classes, read_eval_dataset
+from retinanet.data.loading import eval_loader
+from retinanet.errors import ConfigError, DataError, ImageError
+from retinanet.evaluation.metrics import Number, to_json_types
+from retinanet.evaluation.predict import Progress
+from retinanet.evaluation.run import (
+    DetectorOptions,
+    match_classes,
+    read_eval_dataset,
+    run_network,
+)
 from retinanet.inference.backends import Network, detect_batch
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
@@ -46,7 +48,7 @@ class CallTime(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SpeedPoint:
-    """One model at one scale.
+    """A model at a scale.
 
     Attributes:
         model: its name.
@@ -62,12 +64,12 @@ class SpeedPoint:
     model: str
     scale: int
     max_size: int
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float
-    ap_medium: float
-    ap_large: float
+    ap: Number
+    ap50: Number
+    ap75: Number
+    ap_small: Number
+    ap_medium: Number
+    ap_large: Number
     milliseconds: float
     milliseconds_low: float
     milliseconds_high: float
@@ -96,12 +98,7 @@ class SpeedAccuracy:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; NaN becomes None."""
-        values: dict[str, Any] = dataclasses.asdict(self)
-        for point in values["points"]:
-            for name, value in point.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    point[name] = None
-        return values
+        return to_json_types(self)
 
 
 def speed_accuracy(
@@ -147,31 +144,45 @@ def speed_accuracy(
     }
     dataset = _common_split(checkpoints, data, split)
     # All models before the first measurement: an error shows at once.
-    label_maps = {name: match_classes(c.classes, dataset) for name, c in checkpoints.items()}
+    for checkpoint in checkpoints.values():
+        match_classes(checkpoint.classes, dataset)
     settings = [
         (name, checkpoint, scale)
         for name, checkpoint in checkpoints.items()
         for scale in (paper_scales(checkpoint.image_size) if scales is None else sorted(scales))
     ]
-    timed = dataclasses.replace(dataset, images=tuple(_spread(dataset.images, images)))
-    evaluated: list[tuple[str, Detector, Metrics]] = []
+    timed = replace(dataset, images=tuple(_spread(dataset.images, images)))
+    points: list[SpeedPoint] = []
     calls: dict[str, Callable[[], object]] = {}
     for name, checkpoint, scale in settings:
         at_scale: dict[str, Any] = {**options, "image_size": scale}
         detector = Detector(checkpoint, **at_scale)
-        evaluated.append(
-            (name, detector, _accuracy(detector, dataset, label_maps[name], batch_size, workers))
-        )
         calls[f"{name} {scale}"] = detection_call(detector, timed)
+        metrics = run_network(detector, dataset, workers, batch_size=batch_size).evaluate(
+            analysis=False
+        )
+        if metrics.unreadable:
+            raise ImageError(next(iter(metrics.unreadable.values())))
+        points.append(
+            SpeedPoint(
+                model=name,
+                scale=detector.image_size,
+                max_size=detector.max_size,
+                **{field: getattr(metrics, field) for field in _AP_FIELDS},
+                milliseconds=0,
+                milliseconds_low=0,
+                milliseconds_high=0,
+                network=detector.network.description,
+            )
+        )
         if progress is not None:
-            progress(len(evaluated), len(settings))
-    times = time_in_turns(calls, rounds)
-    points = [
-        _point(name, detector, metrics, seconds, len(timed))
-        for (name, detector, metrics), seconds in zip(evaluated, times.values(), strict=True)
-    ]
+            progress(len(points), len(settings))
+    times = time_in_turns(calls, rounds).values()
     return SpeedAccuracy(
-        points=tuple(points),
+        points=tuple(
+            _with_time(point, seconds, len(timed))
+            for point, seconds in zip(points, times, strict=True)
+        ),
         images=len(dataset),
         timed=len(timed),
         rounds=rounds,
@@ -181,41 +192,9 @@ def speed_accuracy(
     )
 
 
-def _accuracy(
-    detector: Detector,
-    dataset: Dataset,
-    label_map: Sequence[int],
-    batch_size: int,
-    workers: int | None,
-) -> Metrics:
-    assert isinstance(detector.network, Network)  # built from a checkpoint
-    predictions = run_inference(
-        detector.network,
-        dataset,
-        image_size=detector.image_size,
-        max_size=detector.max_size,
-        batch_size=batch_size,
-        workers=default_workers() if workers is None else workers,
-        label_map=label_map,
-        **detector.thresholds,
-    )
-    return evaluate_detections(dataset, predictions.results, analysis=False)
-
-
-def _point(
-    name: str, detector: Detector, metrics: Metrics, seconds: CallTime, images: int
-) -> SpeedPoint:
+def _with_time(point: SpeedPoint, seconds: CallTime, images: int) -> SpeedPoint:
     median, low, high = (1000 * value / images for value in seconds)
-    return SpeedPoint(
-        model=name,
-        scale=detector.image_size,
-        max_size=detector.max_size,
-        **{field: getattr(metrics, field) for field in _AP_FIELDS},
-        milliseconds=median,
-        milliseconds_low=low,
-        milliseconds_high=high,
-        network=detector.network.description,
-    )
+    return replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
 
 
 def time_in_turns(
@@ -228,7 +207,7 @@ def time_in_turns(
     """Time several calls in turns.
 
     Args:
-        calls: by name; one that uses a GPU has to synchronise itself.
+        calls: by name; a call that uses a GPU has to synchronise itself.
         rounds: each call is timed once per round.
         warmup: untimed calls of each before the first round.
         clock: seconds.
@@ -247,7 +226,12 @@ def time_in_turns(
             start = clock()
             call()
             seconds[name].append(clock() - start)
-    return {name: _call_time(values) for name, values in seconds.items()}
+    times = {}
+    for name, values in seconds.items():
+        values = values * 2 if len(values) == 1 else values  # quartiles need two
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        times[name] = CallTime(median, low, high)
+    return times
 
 
 def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
@@ -307,22 +291,13 @@ def _check_arguments(
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} must be 1 or more, got {count}")
-    if scales is None:
-        return
-    if not scales or len(set(scales)) != len(scales):
+    if scales is not None and (not scales or len(set(scales)) != len(scales)):
         raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
-    for scale in scales:
+    for scale in scales or ():
         if not _MIN_SCALE <= scale <= _MAX_SCALE:
             raise ConfigError(
                 f"scale is a shorter side of {_MIN_SCALE} to {_MAX_SCALE} pixels, got {scale}"
             )
-
-
-def _call_time(seconds: list[float]) -> CallTime:
-    if len(seconds) == 1:
-        return CallTime(seconds[0], seconds[0], seconds[0])
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return CallTime(median, low, high)
 
 
 def _common_split(

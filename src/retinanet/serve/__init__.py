@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "build_app"]
 
-_PACKAGES = {"prometheus_client": "prometheus-client", "python_multipart": "python-multipart"}
-
 
 def build_app(
     detectors: Mapping[str, Detector] | Detector,
@@ -60,4 +58,4 @@ def check_installed() -> None:
 
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         if find_spec(package) is None:
-            raise MissingExtraError(_PACKAGES.get(package, package), "serve")
+            raise MissingExtraError(package.replace("_", "-"), "serve")

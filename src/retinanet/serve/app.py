@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -29,10 +29,9 @@ from retinanet.config import nearest
 from retinanet.serve import schema
 from retinanet.serve.batching import Batcher, Result
 from retinanet.serve.errors import RequestError
-from retinanet.serve.metrics import CONTENT_TYPE
-from retinanet.serve.middleware import Middleware
+from retinanet.serve.metrics import Middleware
 from retinanet.serve.settings import Settings
-from retinanet.serve.upload import FIELD, Body, ByteSemaphore, Upload, check_body_size
+from retinanet.serve.upload import FIELD, Upload, read_uploads
 
 _DESCRIPTION = (
     'Object detection in images. Every error response holds one line of text: `{"detail": "..."}`.'
@@ -52,29 +51,6 @@ _ERRORS = {
     504: "The request took too long.",
 }
 
-_UNSET: Any = None  # a default of type None would be documented as a nullable option
-
-
-class DetectOptions(BaseModel):
-    """Query parameters of ``/v1/detect``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = Field(_UNSET, description="Model name; the first model by default.")
-    score_threshold: float = Field(_UNSET, ge=0, lt=1, description="Minimum score.")
-    nms_threshold: float = Field(_UNSET, gt=0, le=1, description="IoU threshold for NMS.")
-    class_agnostic: bool = Field(_UNSET, description="Class-agnostic NMS.")
-    detections_per_image: int = Field(
-        _UNSET, ge=1, le=10_000, description="Maximum number of detections per image."
-    )
-
-    def thresholds(self) -> dict[str, Any]:
-        """Return the thresholds that were sent, by the detector's names."""
-        sent = self.model_dump(exclude_unset=True, exclude={"model"})
-        if "class_agnostic" in sent:
-            sent["class_agnostic_nms"] = sent.pop("class_agnostic")
-        return sent
-
 
 class Routes:
     """The routes and their common state.
@@ -82,23 +58,22 @@ class Routes:
     Args:
         batcher: runs the detectors.
         settings: limits.
-        metrics: AP, AP50, data and split by model name.
+        model_metrics: AP, AP50, data and split by model name.
     """
 
     def __init__(
         self,
         batcher: Batcher,
         settings: Settings,
-        metrics: Mapping[str, Mapping[str, Any] | None],
+        model_metrics: Mapping[str, Mapping[str, Any] | None],
     ) -> None:
         self.batcher = batcher
         self.settings = settings
-        self.model_metrics = metrics
+        self.model_metrics = model_metrics
         self.names = list(batcher.detectors)
-        self.semaphore = ByteSemaphore(settings.held_bytes_limit)
 
     async def detect(
-        self, request: Request, options: Annotated[DetectOptions, Query()]
+        self, request: Request, options: Annotated[schema.DetectOptions, Query()]
     ) -> Response:
         """Options that are not sent have the values of the model; see `/v1/model`.
 
@@ -106,23 +81,22 @@ class Routes:
         can be read, the response is 422.
         """
         start = time.perf_counter()
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
         model = self._find_model(options.model)
         _check_origin(request)
-        check_body_size(_content_length(request), self.settings)
         self.batcher.check_capacity()
-        body = Body(request, self.settings, self.semaphore)
+        uploads: list[Upload] | None = None
         try:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    uploads = await body.read_uploads()
-            except TimeoutError:
-                detail = f"the upload took over {self.settings.timeout:g} seconds"
+            async with asyncio.timeout(self.settings.timeout):
+                uploads = await read_uploads(request, self.settings)
+                futures = self.batcher.submit(model, uploads, options.thresholds())
+                results = await _wait_for_results(request, futures)
+        except TimeoutError:
+            seconds = f"over {self.settings.timeout:g} seconds"
+            if uploads is None:
+                detail = f"the upload took {seconds}"
                 raise RequestError(408, "slow_upload", detail) from None
-            futures = self.batcher.submit(model, uploads, options.thresholds())
-            results = await _wait_for_results(request, futures, deadline, self.settings.timeout)
-        finally:
-            self.semaphore.release(body.size)
+            detail = f"the request took {seconds}: send fewer images, or try again"
+            raise RequestError(504, "timeout", detail) from None
         return self._detect_response(model, uploads, results, start)
 
     async def models(self) -> Response:
@@ -136,21 +110,15 @@ class Routes:
         models = [self._describe_model(name) for name in self.names]
         return JSONResponse({"models": models, "limits": limits, "version": __version__})
 
-    async def healthz(self, request: Request) -> Response:
-        """Return 200 while the process answers requests and the network threads are alive."""
-        if not self.batcher.alive and not request.app.state.stopping:
-            raise RequestError(503, "internal", "a network thread has ended: restart the server")
-        return JSONResponse({"status": "alive"})
-
-    async def readyz(self, request: Request) -> Response:
-        """Return 200 from the end of the warm-up until the server begins to stop."""
-        if request.app.state.stopping or not self.batcher.alive:
-            raise RequestError(503, "busy", "the server is starting or stopping")
+    async def health(self) -> Response:
+        """Return 200 from the end of the warm-up, while all network threads are alive."""
+        if not self.batcher.ready:
+            raise RequestError(503, "busy", "the server is stopping, or a network thread has ended")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self) -> Response:
         """Return the metrics in Prometheus' text format."""
-        return Response(self.batcher.metrics.export(), media_type=CONTENT_TYPE)
+        return Response(self.batcher.metrics.export(), media_type=CONTENT_TYPE_LATEST)
 
     async def handle_error(self, request: Request, error: Exception) -> Response:
         """Answer an exception with one line of JSON."""
@@ -161,11 +129,9 @@ class Routes:
         assert isinstance(error, HTTPException)
         detail = error.detail
         if not isinstance(error, RequestError):
-            detail = {
-                404: "no such URL",
-                405: f"method not allowed: {request.method}",
-            }.get(error.status_code, detail)
-        self.batcher.metrics.count_failure(getattr(error, "reason", "route"))
+            routing = {404: "no such URL", 405: f"method not allowed: {request.method}"}
+            detail = routing.get(error.status_code, detail)
+        self.batcher.metrics.failures.labels(getattr(error, "reason", "route")).inc()
         return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
     def _find_model(self, name: str | None) -> str:
@@ -213,7 +179,7 @@ class Routes:
         if not processed:
             raise _no_image(errors)
         for _, error in errors:
-            self.batcher.metrics.count_failure(error.reason)
+            self.batcher.metrics.failures.labels(error.reason).inc()
         content = {
             "model": model,
             "images": [result.detections.to_dict() for result in processed],
@@ -224,11 +190,9 @@ class Routes:
                 "network": _milliseconds(sum(result.network_seconds for result in processed)),
             },
         }
-        return Response(
-            json.dumps(content, separators=(",", ":")),
-            media_type="application/json",
-            headers={"Cache-Control": "no-store"},
-        )
+        text = json.dumps(content, separators=(",", ":"))
+        headers = {"Cache-Control": "no-store"}
+        return Response(text, media_type="application/json", headers=headers)
 
 
 def make_app(
@@ -240,7 +204,6 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(batcher.start)
         yield
-        app.state.stopping = True
         await asyncio.to_thread(batcher.stop)
 
     app = FastAPI(
@@ -253,7 +216,6 @@ def make_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.stopping = False
     app.state.batcher = batcher
     routes = Routes(batcher, settings, metrics)
     app.add_middleware(Middleware, metrics=batcher.metrics)
@@ -262,12 +224,9 @@ def make_app(
     _add_api(app, routes)
     _add_page(app)
     description = app.openapi()  # FastAPI returns the same object every time
-    [model] = [
-        parameter
-        for parameter in description["paths"]["/v1/detect"]["post"]["parameters"]
-        if parameter["name"] == "model"
-    ]
-    model["schema"]["enum"] = routes.names
+    for parameter in description["paths"]["/v1/detect"]["post"]["parameters"]:
+        if parameter["name"] == "model":
+            parameter["schema"]["enum"] = routes.names
     return app
 
 
@@ -275,47 +234,34 @@ def _add_api(app: FastAPI, routes: Routes) -> None:
     key = routes.settings.api_key
     needs_key = [] if key is None else [_api_key_dependency(key)]
 
-    def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-        return {
+    def add(path: str, route: Any, summary: str, *codes: int, **options: Any) -> None:
+        responses: dict[int | str, dict[str, Any]] = {
             code: {"model": schema.ErrorResponse, "description": _ERRORS[code]}
             for code in codes
             if code != 401 or needs_key
         }
+        responses.update(options.pop("responses", {}))
+        dependencies = needs_key if 401 in codes else []
+        app.add_api_route(
+            path, route, summary=summary, responses=responses, dependencies=dependencies, **options
+        )
 
-    app.add_api_route(
+    add(
         "/v1/detect",
         routes.detect,
+        "Detect objects in one or several images",
+        *(400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504),
         methods=["POST"],
-        summary="Detect objects in one or several images",
         response_model=schema.DetectResponse,
-        responses=errors(400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504),
-        dependencies=needs_key,
         openapi_extra=_request_body(routes.settings),
     )
-    app.add_api_route(
-        "/v1/model",
-        routes.models,
-        summary="Models, their classes, and the limits of a request",
-        response_model=schema.ModelsResponse,
-        responses=errors(401, 500),
-        dependencies=needs_key,
-    )
-    for path, route, summary in (
-        ("/healthz", routes.healthz, "Liveness"),
-        ("/readyz", routes.readyz, "Readiness"),
-    ):
-        app.add_api_route(
-            path, route, summary=summary, response_model=schema.Health, responses=errors(503)
-        )
-    text: Any = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    app.add_api_route(
-        "/metrics",
-        routes.metrics,
-        summary="Prometheus metrics",
-        response_class=Response,
-        responses={**text, **errors(401)},
-        dependencies=needs_key,
-    )
+    summary = "Models, their classes, and the limits of a request"
+    add("/v1/model", routes.models, summary, 401, 500, response_model=schema.ModelsResponse)
+    add("/healthz", routes.health, "Liveness", 503, response_model=schema.Health)
+    add("/readyz", routes.health, "Readiness", 503, response_model=schema.Health)
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    options: Any = {"responses": text, "response_class": Response}
+    add("/metrics", routes.metrics, "Prometheus metrics", 401, **options)
 
     async def openapi() -> Response:
         return JSONResponse(app.openapi())
@@ -381,11 +327,11 @@ def _check_origin(request: Request) -> None:
     POST; other programs send neither.
     """
     site = request.headers.get("sec-fetch-site")
-    if site is None:
-        origin = request.headers.get("origin")
-        same = origin is None or origin.partition("://")[2] == request.headers.get("host")
-    else:
+    origin = request.headers.get("origin")
+    if site is not None:
         same = site in ("same-origin", "none")
+    else:
+        same = origin is None or origin.partition("://")[2] == request.headers.get("host")
     if not same:
         raise RequestError(403, "cross_origin", "pages of other sites may not send images here")
 
@@ -394,7 +340,7 @@ def _invalid_option(error: RequestValidationError) -> RequestError:
     first = error.errors()[0]
     name = str(first["loc"][-1])[:80]
     if first["type"] == "extra_forbidden":
-        known = list(DetectOptions.model_fields)
+        known = list(schema.DetectOptions.model_fields)
         detail = f"unknown option: {name!r}; known: {', '.join(known)}{nearest(name, known)}"
     else:
         expected = str(first["msg"]).removeprefix("Input should be ")
@@ -402,37 +348,21 @@ def _invalid_option(error: RequestValidationError) -> RequestError:
     return RequestError(400, "option", detail)
 
 
-def _content_length(request: Request) -> int:
-    """Return the announced body size, or 0: the bytes are counted in any case."""
-    value = request.headers.get("content-length", "")
-    return int(value) if value.isascii() and value.isdecimal() else 0
-
-
 async def _wait_for_results(
-    request: Request, futures: Sequence[Future[Result]], deadline: float, timeout: float
+    request: Request, futures: Sequence[Future[Result]]
 ) -> list[Result | BaseException]:
-    """Wait for the result of each image, and cancel them if nobody will receive them.
-
-    Raises:
-        RequestError: 504 after `timeout` seconds, 499 if the client disconnects.
-    """
+    """Wait for the result of each image; cancel them if the client disconnects."""
     results = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-    # Retrieve its CancelledError, which asyncio would log as never retrieved.
-    results.add_done_callback(lambda done: done.cancelled() or done.exception())
-    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
-    tasks: set[asyncio.Future[Any]] = {results, disconnected}
+    disconnected = asyncio.create_task(_wait_for_disconnect(request))
+    disconnected.add_done_callback(lambda _: results.cancel())
     try:
-        seconds = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if results.done():
-            return results.result()
+        return await results
+    except asyncio.CancelledError:
         if disconnected.done():
-            raise ClientDisconnect
-        detail = f"the request took over {timeout:g} seconds: send fewer images, or try again"
-        raise RequestError(504, "timeout", detail)
+            raise ClientDisconnect from None
+        raise
     finally:
         disconnected.cancel()
-        results.cancel()  # also cancels the futures of the images
 
 
 async def _wait_for_disconnect(request: Request) -> None:

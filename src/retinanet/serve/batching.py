@@ -66,48 +66,36 @@ class Batcher:
     Args:
         detectors: detectors by model name.
         settings: numbers of threads, batch size and queue length.
+
+    Attributes:
+        num_pending: number of images that were submitted and have no result yet.
+        num_running: number of images in the networks.
     """
 
     def __init__(self, detectors: Mapping[str, Detector], settings: Settings) -> None:
         self.detectors = dict(detectors)
         self.settings = settings
-        self.metrics = Metrics(lambda: self.num_waiting)
+        self.metrics = Metrics(lambda: max(0, self.num_pending - self.num_running))
+        self.num_pending = 0
+        self.num_running = 0
         self._changed = threading.Condition()
         self._decoded: deque[_Job] = deque()
-        self._num_pending = 0
-        self._num_running = 0
         self._stopping = False
-        self._seconds: dict[str, deque[float]] = {
-            name: deque(maxlen=_NUM_RECENT) for name in detectors
-        }
+        self._seconds = {name: deque[float](maxlen=_NUM_RECENT) for name in detectors}
         self._workers: list[threading.Thread] = []
         threads = settings.decode_threads or min(4, os.cpu_count() or 1)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     @property
-    def alive(self) -> bool:
-        """Whether all threads that run a network are alive."""
-        return bool(self._workers) and all(worker.is_alive() for worker in self._workers)
-
-    @property
-    def num_pending(self) -> int:
-        """Number of images that were submitted and have no result yet."""
-        return self._num_pending
-
-    @property
-    def num_running(self) -> int:
-        """Number of images in the networks."""
-        return self._num_running
+    def ready(self) -> bool:
+        """Whether images are accepted: all threads that run a network are alive."""
+        alive = bool(self._workers) and all(worker.is_alive() for worker in self._workers)
+        return alive and not self._stopping
 
     @property
     def num_decoded(self) -> int:
         """Number of decoded images that wait for a network."""
         return len(self._decoded)
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of images that wait for decoding or for a network."""
-        return max(0, self._num_pending - self._num_running)
 
     def seconds_per_image(self, model: str) -> float | None:
         """Return the median network time over recent images; None before the first image."""
@@ -124,12 +112,12 @@ class Batcher:
             return
         # Warm up in the threads that will run the networks: some backends keep state per thread.
         warm_ups: list[Future[None]] = [Future() for _ in range(self.settings.workers)]
-        for i, warm_up in enumerate(warm_ups):
-            worker = threading.Thread(
-                target=self._work, args=(warm_up,), name=f"network-{i}", daemon=True
-            )
+        self._workers = [
+            threading.Thread(target=self._work, args=(warm_up,), name=f"network-{i}", daemon=True)
+            for i, warm_up in enumerate(warm_ups)
+        ]
+        for worker in self._workers:
             worker.start()
-            self._workers.append(worker)
         for warm_up in warm_ups:
             warm_up.result()
 
@@ -147,8 +135,15 @@ class Batcher:
 
     def check_capacity(self, images: int = 1) -> None:
         """Raise a 503 error if the queue cannot take `images` more images."""
-        with self._changed:
-            self._check_capacity(images)
+        if not self.ready:
+            raise busy("the server is starting or stopping: try again", 2)
+        if self.num_pending + images > self.settings.queue:
+            known = [s for name in self.detectors if (s := self.seconds_per_image(name))]
+            seconds = max(known, default=1.0) * self.num_pending / self.settings.workers
+            raise busy(
+                f"queue is full: {self.num_pending} of {self.settings.queue} images; try again",
+                math.ceil(seconds),
+            )
 
     def submit(
         self, model: str, uploads: Sequence[Upload], thresholds: Mapping[str, Any]
@@ -174,30 +169,19 @@ class Batcher:
             except ConfigError as error:
                 raise RequestError(400, "option", str(error)) from None
         with self._changed:
-            self._check_capacity(len(uploads))
-            self._num_pending += len(uploads)
+            self.check_capacity(len(uploads))
+            self.num_pending += len(uploads)
         jobs = [_Job(model, upload, dict(thresholds)) for upload in uploads]
         for job in jobs:
             job.future.add_done_callback(partial(self._finish, job))
             self._decoders.submit(self._decode, job)
         return [job.future for job in jobs]
 
-    def _check_capacity(self, images: int) -> None:
-        if self._stopping or not self._workers:
-            raise busy("the server is starting or stopping: try again", 2)
-        if self._num_pending + images > self.settings.queue:
-            known = [s for name in self.detectors if (s := self.seconds_per_image(name))]
-            seconds = max(known, default=1.0) * self._num_pending / self.settings.workers
-            raise busy(
-                f"queue is full: {self._num_pending} of {self.settings.queue} images; try again",
-                math.ceil(seconds),
-            )
-
     def _finish(self, job: _Job, future: Future[Result]) -> None:
         # A cancelled job may stay in a queue for long: release its memory now.
         job.upload = Upload(job.upload.name, b"")
         with self._changed:
-            self._num_pending -= 1
+            self.num_pending -= 1
             if future.cancelled():
                 job.prepared = None
 
@@ -258,7 +242,7 @@ class Batcher:
                     self._decoded.remove(job)
                 jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
                 if jobs:
-                    self._num_running += len(jobs)
+                    self.num_running += len(jobs)
                     return jobs
 
     def _has_batch(self, batch_key: tuple[Any, ...], size: int) -> bool:
@@ -273,8 +257,7 @@ class Batcher:
         try:
             outputs = detector.detect_prepared(images, **jobs[0].thresholds)
             seconds = time.perf_counter() - start
-            self.metrics.count_batch(model, len(jobs), seconds)
-            self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
+            self._count_batch(model, len(jobs), seconds)
             for job, image, output in zip(jobs, images, outputs, strict=True):
                 detections = detector.image_detections(
                     output, Source(None, job.upload.name), image.size
@@ -287,13 +270,18 @@ class Batcher:
                     job.future.set_exception(error)
         finally:
             with self._changed:
-                self._num_running -= len(jobs)
+                self.num_running -= len(jobs)
+
+    def _count_batch(self, model: str, size: int, seconds: float) -> None:
+        self.metrics.batches.observe(size)
+        self.metrics.images.labels(model).inc(size)
+        self.metrics.network.labels(model).inc(seconds)
+        self._seconds[model].extend([seconds / size] * size)
 
 
 def _warm_up(detector: Detector) -> None:
     """Run a blank image twice, so that kernels are chosen and compiled and weights are packed."""
     size = detector.image_size
+    image = Prepared(torch.zeros((3, size, size), dtype=torch.uint8), (size, size))
     for _ in range(2):
-        detector.detect_prepared(
-            [Prepared(torch.zeros((3, size, size), dtype=torch.uint8), (size, size))]
-        )
+        detector.detect_prepared([image])

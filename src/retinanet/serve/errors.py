@@ -6,32 +6,13 @@ from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
 
-REASONS = (
-    "option",
-    "api_key",
-    "cross_origin",
-    "route",
-    "model",
-    "bytes",
-    "pixels",
-    "images",
-    "media_type",
-    "unreadable",
-    "slow_upload",
-    "busy",
-    "timeout",
-    "disconnected",
-    "internal",
-)
-"""Values of the label ``reason`` of the metric ``retinanet_failures_total``."""
-
 
 class RequestError(HTTPException):
     """An error response.
 
     Args:
         status_code: HTTP status.
-        reason: one of :data:`REASONS`.
+        reason: value of the label ``reason`` of ``retinanet_failures_total``.
         detail: one line for the user; never a path or other details of this machine.
         headers: extra response headers.
     """

@@ -1,28 +1,41 @@
-"""Prometheus metrics of one service, in a registry of its own."""
+"""Prometheus metrics of one service, and the ASGI middleware that counts its requests."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_REASONS = (
+    *("option", "api_key", "cross_origin", "route", "model", "bytes", "pixels", "images"),
+    *("media_type", "unreadable", "slow_upload", "busy", "timeout", "disconnected", "internal"),
 )
-
-from retinanet.serve.errors import REASONS
-
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
+_SECURITY_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+        b"form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=()"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+log = logging.getLogger("retinanet.serve")
 
 
 class Metrics:
-    """Counters of one service.
+    """Metrics of one service, in a registry of its own.
 
     Args:
         queue_length: returns the number of images that wait for decoding or for the network.
@@ -35,33 +48,61 @@ class Metrics:
             name = f"retinanet_{name}"
             return kind(name, help_text, labels, registry=self._registry, **options)
 
-        self._requests = create(Counter, "requests", "Requests.", "route", "method", "status")
-        self._latency = create(
+        self.requests = create(Counter, "requests", "Requests.", "route", "method", "status")
+        self.latency = create(
             Histogram, "request_seconds", "Time per request.", "route", buckets=_SECONDS
         )
-        self._failures = create(Counter, "failures", "Rejected requests and images.", "reason")
-        self._batches = create(Histogram, "batch_images", "Images per batch.", buckets=_BATCH_SIZES)
-        self._images = create(Counter, "images", "Images processed.", "model")
-        self._network = create(Counter, "network_seconds", "Time in the network.", "model")
+        self.failures = create(Counter, "failures", "Rejected requests and images.", "reason")
+        self.batches = create(Histogram, "batch_images", "Images per batch.", buckets=_BATCH_SIZES)
+        self.images = create(Counter, "images", "Images processed.", "model")
+        self.network = create(Counter, "network_seconds", "Time in the network.", "model")
         create(Gauge, "queue_images", "Images waiting.").set_function(queue_length)
-        for reason in REASONS:
-            self._failures.labels(reason)  # starts at 0, so that rates are defined
-
-    def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request that was answered after `seconds`."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._latency.labels(route).observe(seconds)
-
-    def count_failure(self, reason: str) -> None:
-        """Count a rejected request or image; `reason` is one of `REASONS`."""
-        self._failures.labels(reason).inc()
-
-    def count_batch(self, model: str, images: int, seconds: float) -> None:
-        """Count a batch of `images` that took `seconds` in the network."""
-        self._batches.observe(images)
-        self._images.labels(model).inc(images)
-        self._network.labels(model).inc(seconds)
+        for reason in _REASONS:
+            self.failures.labels(reason)  # starts at 0, so that rates are defined
 
     def export(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class Middleware:
+    """Count requests, add security headers, and answer unexpected errors with 500.
+
+    Args:
+        app: the ASGI application.
+        metrics: counts the requests.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *_SECURITY_HEADERS]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("request failed")
+            self._metrics.failures.labels("internal").inc()
+            if status == 0:
+                response = JSONResponse({"detail": "internal server error; see the log"}, 500)
+                await response(scope, receive, send_with_headers)
+        # Labels never hold text that a client can choose.
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        # 499: the client disconnected before the response, as nginx counts it.
+        self._metrics.requests.labels(route, method, str(status or 499)).inc()
+        self._metrics.latency.labels(route).observe(time.perf_counter() - start)

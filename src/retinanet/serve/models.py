@@ -23,7 +23,7 @@ def model_names(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
-            name, path = _default_name(argument), argument
+            name, path = _default_name(Path(argument)), argument
         if not name.strip() or not name.isprintable():
             raise ConfigError(f"model without a name: {argument!r}; use NAME={path or 'MODEL'}")
         if name in paths:
@@ -35,17 +35,13 @@ def model_names(arguments: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _default_name(path: str) -> str:
+def _default_name(path: Path) -> str:
     """Return the name of the run folder, or of a file without its suffix."""
-    parts = [part for part in Path(path).parts if part not in (".", "/")]
-    if not parts:
-        return Path(path).resolve().name
-    if len(parts) > 1 and parts[-1] == "model.safetensors":
-        parts.pop()
-    if len(parts) > 1 and parts[-1] in ("best", "last"):
-        parts.pop()
-    is_other_file = Path(path).is_file() and Path(path).name == parts[-1]
-    return Path(parts[-1]).stem if is_other_file else parts[-1]
+    if path.name == "model.safetensors" and path.parent.name:
+        path = path.parent
+    if path.name in ("best", "last") and path.parent.name:
+        path = path.parent
+    return path.stem if path.is_file() else path.name or path.resolve().name
 
 
 def model_metrics(path: str) -> dict[str, Any] | None:
@@ -54,24 +50,25 @@ def model_metrics(path: str) -> dict[str, Any] | None:
     The evaluation on ``test`` is preferred over that on ``val``, which chose the checkpoint, and
     both over the validation during training.
     """
-    for run in (Path(path), Path(path).parent, Path(path).parent.parent):
-        if (run / "config.toml").is_file():
-            break
-    else:
+    folder = Path(path)
+    runs = [run for run in (folder, *folder.parents[:2]) if (run / "config.toml").is_file()]
+    if not runs:
         return None
-    split, metrics = "test", _read_json(run / "evaluation" / "test" / "metrics.json")
-    if not metrics:
-        split, metrics = "val", _read_json(run / "evaluation" / "val" / "metrics.json")
-    metrics = metrics or _read_json(run / "metrics.json")
-    if not metrics:
-        return None
-    data = _read_json(run / "run.json").get("data")
-    return {
-        "AP": _rounded(metrics.get("ap")),
-        "AP50": _rounded(metrics.get("ap50")),
-        "data": Path(str(data)).name if data else None,  # without its path on this machine
-        "split": split,
-    }
+    run = runs[0]
+    for split, file in (
+        ("test", run / "evaluation" / "test" / "metrics.json"),
+        ("val", run / "evaluation" / "val" / "metrics.json"),
+        ("val", run / "metrics.json"),
+    ):
+        if metrics := _read_json(file):
+            data = _read_json(run / "run.json").get("data")
+            return {
+                "AP": _rounded(metrics.get("ap")),
+                "AP50": _rounded(metrics.get("ap50")),
+                "data": Path(str(data)).name if data else None,  # without its path on this machine
+                "split": split,
+            }
+    return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,33 @@
-"""Schemas of the responses, for the OpenAPI description only: the service builds JSON itself."""
+"""Options of ``/v1/detect``, and schemas of the responses for the OpenAPI description."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_UNSET: Any = None  # a default of type None would be documented as a nullable option
+
+
+class DetectOptions(BaseModel):
+    """Query parameters of ``/v1/detect``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(_UNSET, description="Model name; the first model by default.")
+    score_threshold: float = Field(_UNSET, ge=0, lt=1, description="Minimum score.")
+    nms_threshold: float = Field(_UNSET, gt=0, le=1, description="IoU threshold for NMS.")
+    class_agnostic: bool = Field(_UNSET, description="Class-agnostic NMS.")
+    detections_per_image: int = Field(
+        _UNSET, ge=1, le=10_000, description="Maximum number of detections per image."
+    )
+
+    def thresholds(self) -> dict[str, Any]:
+        """Return the thresholds that were sent, by the detector's names."""
+        sent = self.model_dump(exclude_unset=True, exclude={"model"})
+        if "class_agnostic" in sent:
+            sent["class_agnostic_nms"] = sent.pop("class_agnostic")
+        return sent
 
 
 class ErrorResponse(BaseModel):
@@ -17,10 +42,8 @@ class Detection(BaseModel):
     class_name: str = Field(alias="class")
     category_id: int = Field(description="Category id in the training data.")
     score: float = Field(ge=0, le=1)
-    box: list[float] = Field(
-        min_length=4,
-        max_length=4,
-        description="x1, y1, x2, y2 in pixels of the upright image as it was sent.",
+    box: tuple[float, float, float, float] = Field(
+        description="x1, y1, x2, y2 in pixels of the upright image as it was sent."
     )
 
 
@@ -78,9 +101,7 @@ class Model(BaseModel):
     thresholds: dict[str, float | int | bool]
     network: str = Field(description="Backend, device and precision.")
     metrics: Metrics | None
-    milliseconds: float | None = Field(
-        description="Median network time per image, over recent images."
-    )
+    milliseconds: float | None = Field(description="Median network time per image.")
 
 
 class Limits(BaseModel):

@@ -5,94 +5,70 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 
-from retinanet.data.loading import usable_cpus
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.serve.settings import Settings
 
-_MAX_HEADER_BYTES = 64 * 1024
-_MAX_CONNECTIONS = 1024
-_KEEP_ALIVE_SECONDS = 15
+
+def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+    """Build the uvicorn server of an application of :func:`retinanet.serve.build_app`."""
+    config = uvicorn.Config(
+        app,
+        http="h11",  # unlike httptools, it limits the size of the headers
+        limit_concurrency=1024,  # connections
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(settings.timeout) + 5,  # a request ends before
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="critical",  # the middleware logs the errors of the application
+        access_log=False,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
 
 
-class Server(uvicorn.Server):
-    """A uvicorn server that ends without raising the signal that ended it.
-
-    Args:
-        app: an application of :func:`retinanet.serve.build_app`.
-        settings: its settings.
-        on_ready: called once requests are accepted.
-
-    Attributes:
-        exit_signal: the signal that ended the server, if any.
-    """
-
-    def __init__(
-        self, app: FastAPI, settings: Settings, on_ready: Callable[[], None] = lambda: None
-    ) -> None:
-        config = uvicorn.Config(
-            app,
-            http="h11",  # unlike httptools, it limits the size of the headers
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(settings.timeout) + 5,  # a request ends before
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="critical",  # the middleware logs the errors of the application
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # nothing depends on the client's address
-        )
-        super().__init__(config)
-        self.exit_signal: int | None = None
-        self._app = app
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept requests."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Finish running requests and exit; a second Ctrl-C exits without finishing them."""
-        # uvicorn's own method records the signal to raise it again, so that SIGTERM would not exit
-        # with code 0.
-        self.exit_signal = sig
-        self._app.state.stopping = True
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
-        self.should_exit = True
-
-
-def serve(app: FastAPI, listener: socket.socket, settings: Settings, **options: Any) -> Server:
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    settings: Settings,
+    on_ready: Callable[[], None] = lambda: None,
+) -> bool:
     """Serve until SIGINT or SIGTERM, and finish running requests before returning.
 
     Args:
         app: an application of :func:`retinanet.serve.build_app`.
         listener: a socket of :func:`bind`; closed at the end.
         settings: the settings of `app`.
-        options: passed to :class:`Server`.
+        on_ready: called once requests are accepted.
 
     Returns:
-        The server, with the signal that ended it. If its ``force_exit`` is set, requests were not
-        finished and threads may still run a network: end the process with ``os._exit``.
+        Whether all requests were finished. If not, after a second Ctrl-C, threads may still run a
+        network: end the process with ``os._exit``.
 
     Raises:
+        KeyboardInterrupt: after a single Ctrl-C.
         Exception: any exception of a network during its warm-up.
     """
     app.state.batcher.start()
-    server = Server(app, settings, **options)
-    server.run(sockets=[listener])
-    return server
+    server = make_server(app, settings)
+    listener.listen(server.config.backlog)
+    on_ready()
+    # uvicorn raises the signal again at the end, and SIGTERM would end the process.
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        if not server.force_exit:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return not server.force_exit
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -108,16 +84,13 @@ def bind(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is out of range: {port}; use 0 to 65535")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind)
-    except OSError as error:
-        raise ConfigError(f"invalid --host: {host} ({error.strerror})") from None
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((host, port))
+    except socket.gaierror as error:
+        listener.close()
+        raise ConfigError(f"invalid --host: {host} ({error.strerror})") from None
     except OSError as error:
         listener.close()
         raise RetinaNetError(

@@ -6,12 +6,6 @@ from dataclasses import dataclass, field
 
 from retinanet.errors import ConfigError
 
-_MINIMUM = {
-    **dict.fromkeys(["max_bytes", "max_pixels", "max_images", "queue", "batch_size"], 1),
-    **dict.fromkeys(["workers", "decode_threads"], 1),
-    "max_wait_ms": 0,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -23,7 +17,6 @@ class Settings:
         max_images: images per request.
         queue: images waiting or in work; further requests are answered with 503.
         timeout: seconds per request, upload included.
-        max_held_bytes: bytes of all request bodies held at once; None: eight times `max_bytes`.
         batch_size: images per batch, all of one size; None: 1 on a CPU, 8 elsewhere.
         max_wait_ms: milliseconds to wait for a batch to fill.
         workers: threads that run the network; they share the CPU cores.
@@ -40,7 +33,6 @@ class Settings:
     max_images: int = 32
     queue: int = 128
     timeout: float = 60.0
-    max_held_bytes: int | None = None
     batch_size: int | None = None
     max_wait_ms: float = 0.0
     workers: int = 1
@@ -49,21 +41,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name, minimum in _MINIMUM.items():
-            value = getattr(self, name)
+        counts = ("max_bytes", "max_pixels", "max_images", "queue", "batch_size", "workers")
+        for name in (*counts, "decode_threads", "max_wait_ms"):
+            value, minimum = getattr(self, name), 0 if name == "max_wait_ms" else 1
             if value is not None and not value >= minimum:
-                raise ConfigError(f"{_option(name)} is out of range: {value}; minimum {minimum}")
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is out of range: {value}; minimum {minimum}")
         if not self.timeout > 0:
             raise ConfigError(f"--timeout is out of range: {self.timeout}; must be positive")
         if self.queue < self.max_images:
             raise ConfigError(
                 f"--queue {self.queue} is smaller than --max-images {self.max_images}: a request "
                 "with that many images would never be accepted; raise --queue"
-            )
-        if self.held_bytes_limit < self.max_bytes:
-            raise ConfigError(
-                f"max_held_bytes {self.max_held_bytes} is smaller than max_bytes "
-                f"{self.max_bytes}: a request of that size would never be accepted"
             )
         key = self.api_key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
@@ -73,12 +62,3 @@ class Settings:
                 "invalid API key: it is empty, starts or ends with a space, or contains characters "
                 "that a header cannot hold; use ASCII letters, digits and punctuation"
             )
-
-    @property
-    def held_bytes_limit(self) -> int:
-        """Maximum bytes of all request bodies held at once."""
-        return 8 * self.max_bytes if self.max_held_bytes is None else self.max_held_bytes
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

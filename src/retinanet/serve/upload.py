@@ -11,9 +11,9 @@ from PIL import Image
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from retinanet.config import nearest
-from retinanet.data.images import stored_size, stored_tile
+from retinanet.data.image_files import stored_size, stored_tile
 from retinanet.errors import ImageError
-from retinanet.serve.errors import RequestError, busy
+from retinanet.serve.errors import RequestError
 from retinanet.serve.settings import Settings
 
 FIELD = "images"
@@ -51,98 +51,82 @@ class Upload:
     data: bytes = field(repr=False)
 
 
-class ByteSemaphore:
-    """Limit on the bytes of all request bodies held at once."""
+async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
+    """Read the images of a ``multipart/form-data`` or ``image/*`` body.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held = 0
-
-    def acquire(self, size: int) -> None:
-        """Reserve `size` bytes, or raise a 503 error."""
-        if self.held + size > self.capacity:
-            raise busy("too many uploads at once: try again")
-        self.held += size
-
-    def release(self, size: int) -> None:
-        """Return `size` reserved bytes."""
-        self.held -= size
-
-
-class Body:
-    """A request body, read chunk by chunk within the limits.
-
-    Attributes:
-        size: bytes read, all reserved in the semaphore; the caller releases them.
+    Raises:
+        RequestError: 400 malformed form, 413 too large, 415 another media type, 422 no image.
     """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return await _read_form(request, settings)
+    if media_type.startswith("image/"):
+        data = b"".join([chunk async for chunk in _stream(request, settings)])
+        if not data:
+            raise RequestError(422, "unreadable", "empty request body: send an image")
+        return [Upload("image", data)]
+    found = repr(_printable(media_type)) if media_type else "no Content-Type"
+    raise RequestError(
+        415,
+        "media_type",
+        f"unsupported media type: {found}; send multipart/form-data with the field {FIELD!r}, "
+        "or one image as image/*",
+    )
 
-    def __init__(self, request: Request, settings: Settings, semaphore: ByteSemaphore) -> None:
-        self._request = request
-        self._settings = settings
-        self._semaphore = semaphore
-        self.size = 0
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks; raise a 413 or 503 error for the first chunk over a limit."""
-        async for chunk in self._request.stream():
-            check_body_size(self.size + len(chunk), self._settings)
-            self._semaphore.acquire(len(chunk))
-            self.size += len(chunk)
-            yield chunk
+async def _stream(request: Request, settings: Settings) -> AsyncGenerator[bytes, None]:
+    """Yield the chunks of the body, up to the maximum size."""
+    announced = request.headers.get("content-length", "")
+    size = int(announced) if announced.isascii() and announced.isdecimal() else 0
+    check_body_size(size, settings)
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        check_body_size(size, settings)
+        yield chunk
 
-    async def read_uploads(self) -> list[Upload]:
-        """Read the images of a ``multipart/form-data`` or ``image/*`` body.
 
-        Raises:
-            RequestError: 400 malformed form, 413 too large, 415 another media type, 422 no image.
-        """
-        media_type = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type == "multipart/form-data":
-            return await self._read_form()
-        if media_type.startswith("image/"):
-            data = b"".join([chunk async for chunk in self.stream()])
-            if not data:
-                raise RequestError(422, "unreadable", "empty request body: send an image")
-            return [Upload("image", data)]
-        found = repr(_printable(media_type)) if media_type else "no Content-Type"
+def check_body_size(size: int, settings: Settings) -> None:
+    """Raise a 413 error if a body of `size` bytes is over the limit."""
+    if size > settings.max_bytes:
         raise RequestError(
-            415,
-            "media_type",
-            f"unsupported media type: {found}; send multipart/form-data with the field {FIELD!r}, "
-            "or one image as image/*",
+            413,
+            "bytes",
+            f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller images",
         )
 
-    async def _read_form(self) -> list[Upload]:
-        async def chunks() -> AsyncGenerator[bytes, None]:
-            async for chunk in self.stream():
-                yield chunk
-            if not parser.complete:
-                raise _malformed("it ends before its last boundary")
 
-        parser = _FormParser(self._request, chunks(), self._settings)
-        try:
-            form = await parser.parse()
-        except (MultiPartException, ValueError) as error:
-            raise _malformed(getattr(error, "message", str(error))) from None
-        uploads: list[Upload] = []
-        try:
-            for name, value in form.multi_items():
-                if name != FIELD or isinstance(value, str):
-                    raise _unknown_field(_printable(name))
-                label = _printable(value.filename or "") or f"image_{len(uploads):06d}"
-                uploads.append(Upload(label, await value.read()))
-        finally:
-            await form.close()
-        if not uploads:
-            raise RequestError(422, "unreadable", f"the form field {FIELD!r} holds no image")
-        return uploads
+async def _read_form(request: Request, settings: Settings) -> list[Upload]:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        async for chunk in _stream(request, settings):
+            yield chunk
+        if not parser.complete:
+            raise _malformed("it ends before its last boundary")
+
+    parser = _FormParser(request, chunks(), settings)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:
+        raise _malformed(getattr(error, "message", str(error))) from None
+    uploads: list[Upload] = []
+    try:
+        for name, value in form.multi_items():
+            if name != FIELD or isinstance(value, str):
+                raise _unknown_field(_printable(name))
+            label = _printable(value.filename or "") or f"image_{len(uploads):06d}"
+            uploads.append(Upload(label, await value.read()))
+    finally:
+        await form.close()
+    if not uploads:
+        raise RequestError(422, "unreadable", f"the form field {FIELD!r} holds no image")
+    return uploads
 
 
 class _FormParser(MultiPartParser):
     """Starlette's form parser, which never spools to disk and limits the number of parts.
 
     Attributes:
-        complete: whether the last boundary was found.
+        complete: whether the last boundary was read.
     """
 
     def __init__(
@@ -164,16 +148,6 @@ class _FormParser(MultiPartParser):
 
     def on_end(self) -> None:
         self.complete = True
-
-
-def check_body_size(size: int, settings: Settings) -> None:
-    """Raise a 413 error if a body of `size` bytes is over the limit."""
-    if size > settings.max_bytes:
-        raise RequestError(
-            413,
-            "bytes",
-            f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller images",
-        )
 
 
 def check_image(data: bytes, settings: Settings) -> None:
@@ -208,11 +182,8 @@ def decode_error(error: Exception, name: str = "") -> str:
 
 
 def _too_many_pixels(found: str, settings: Settings) -> RequestError:
-    return RequestError(
-        413,
-        "pixels",
-        f"too many pixels: {found}; at most {settings.max_pixels:,} are accepted, send it smaller",
-    )
+    limit = f"at most {settings.max_pixels:,} are accepted, send it smaller"
+    return RequestError(413, "pixels", f"too many pixels: {found}; {limit}")
 
 
 def _malformed(reason: str) -> RequestError:

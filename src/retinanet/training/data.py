@@ -9,8 +9,9 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.images import image_size
+from retinanet.data.image_files import image_size
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
@@ -28,13 +29,11 @@ class TrainingData:
         train: images to train on, without faulty objects.
         val: images to validate on; None: no validation.
         num_images: images per split, as read.
-        num_left_out: faulty objects and images that were left out of ``train``.
     """
 
     train: Dataset
     val: Dataset | None
     num_images: Mapping[str, int]
-    num_left_out: int
 
     def digest(self, sizes: Mapping[str, int]) -> str:
         """Identify labels and files; `sizes` replaces file sizes, by path (unreadable images)."""
@@ -69,24 +68,17 @@ def read_training_data(
             f"{train.source}: the classes of train and val differ: "
             f"{', '.join(train.classes)} and {', '.join(val.classes)}"
         )
-    shared = {image.path for image in train.images} & {
-        image.path for image in (val.images if val else ())
-    }
-    if shared:
+    validated = {image.path for image in val.images} if val else set()
+    if shared := {image.path for image in train.images} & validated:
         emit(
             "message",
             message=f"warning: {len(shared)} images are in both train and val, the first: "
             f"{min(shared)}; the validation AP is too high",
         )
-    if left_out:
-        first = f"{left_out[0].file}: {left_out[0].reason}"
-        emit(
-            "message",
-            message=f"left out {len(left_out)} faulty objects or images of the training data, "
-            f"the first: {first}; see retinanet data check",
-        )
-    num_images = {name: len(split) for name, split in splits.items()}
-    return TrainingData(train, val, num_images, len(left_out))
+    for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
+        if fault is not None:
+            emit("message", message=fault)
+    return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:

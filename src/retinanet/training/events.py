@@ -34,3 +34,7 @@ class Emit(Protocol):
 
     def __call__(self, kind: Kind, /, **data: Any) -> None:
         """Send the event of that kind with these values."""
+
+
+def ignore(kind: Kind, /, **data: Any) -> None:
+    """Discard an event."""

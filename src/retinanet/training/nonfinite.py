@@ -3,103 +3,76 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
-from retinanet.errors import NonFiniteLossError, WeightsError
+from retinanet.errors import WeightsError
 from retinanet.files import replace_folder
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from retinanet.model.precision import autocast
-from retinanet.structures import Batch, Targets
+from retinanet.structures import Targets
+from retinanet.training.step import PendingStep
 
 
-@dataclass(frozen=True, slots=True)
-class NonFiniteStep:
-    """A step with a NaN or Inf loss or gradient.
+def describe_step(failed: PendingStep, dataset: Dataset, saved: str, of: str = "") -> str:
+    """Compose the error message of a step with a NaN or Inf loss or gradient.
 
-    Attributes:
-        step: from 0.
-        batch: its images, on the host.
-        running: () the running normalizer before it.
-        numbers: values of the log, and ``lr`` and ``precision``.
-        write: whether this process may write into the run folder.
+    Args:
+        failed: the step.
+        dataset: the images trained on; each process names its own.
+        saved: a clause that names what is saved.
+        of: the detector, such as `` of ssd``.
     """
-
-    step: int
-    batch: Batch
-    running: Tensor
-    numbers: Mapping[str, Any]
-    write: bool = True
-
-    def message(self, dataset: Dataset, next_step: str, of: str = "") -> str:
-        """Compose the error; `of` names the detector, `next_step` says what to look at."""
-        numbers = self.numbers
-        names = ", ".join(str(dataset.images[int(i)].id) for i in self.batch.indices)
-        return (
-            f"step {self.step}: the loss{of} is {numbers['loss']} (class "
-            f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
-            f"{numbers['grad_norm']}, learning rate {numbers['lr']:g}, images {names}; "
-            f"{next_step}; try a lower train.lr, train.warmup_steps or train.clip_norm"
-        )
+    numbers, _ = failed.read()
+    names = ", ".join(str(dataset.images[int(i)].id) for i in failed.batch.indices)
+    return (
+        f"step {failed.step}: the loss{of} is {numbers['loss']} (class "
+        f"{numbers['loss_classification']}, box {numbers['loss_box']}), gradient norm "
+        f"{numbers['grad_norm']}, learning rate {failed.lr:g}, images {names}; "
+        f"{saved}; try a lower train.lr, train.warmup_steps or train.clip_norm"
+    )
 
 
-def report_nonfinite(
-    run: Path, failed: NonFiniteStep, checkpoint: Checkpoint, dataset: Dataset
-) -> NoReturn:
-    """Save weights and batch in ``run/nonfinite/``, and stop.
+def save_step(
+    folder: Path, failed: PendingStep, checkpoint: Checkpoint, dataset: Dataset, precision: str
+) -> None:
+    """Save the weights before a step and its batch.
 
-    The optimizer has skipped the step and each later one
+    The optimizer has skipped the step and each later step
     (:class:`retinanet.training.step.NonFiniteGuard`), so the weights are the last good ones. The
     running statistics of norms that train (``model.norm=trained``) have no such guard: they contain
-    the bad batch, and on a GPU the one after it. Each process names its own images.
-
-    Raises:
-        NonFiniteLossError: always; names the images, the learning rate and the gradient's norm.
+    the bad batch, and on a GPU the next one.
     """
     images = [dataset.images[int(i)] for i in failed.batch.indices]
-    batch = failed.batch
+    tensors = {
+        "images": failed.batch.images.contiguous(),
+        "boxes": failed.batch.targets.boxes,
+        "labels": failed.batch.targets.labels,
+        "running": failed.running,
+    }
+    numbers = {"lr": failed.lr, "precision": precision, **failed.read()[0]}
+    story = {
+        "step": failed.step,
+        "images": [{"id": image.id, "file": str(image.path)} for image in images],
+        # JSON has no NaN
+        **{k: repr(v) if v != v else v for k, v in numbers.items()},
+    }
 
     def fill(draft: Path) -> None:
         (draft / "model").mkdir()
         write_checkpoint(draft / "model", checkpoint)
-        tensors = {
-            "images": batch.images.contiguous(),
-            "boxes": batch.targets.boxes,
-            "labels": batch.targets.labels,
-            "running": failed.running,
-        }
-        save_file(
-            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-            draft / "batch.safetensors",
-        )
-        story = {
-            "step": failed.step,
-            "images": [{"id": image.id, "file": str(image.path)} for image in images],
-            # JSON has no NaN
-            **{k: repr(v) if v != v else v for k, v in failed.numbers.items()},
-        }
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, draft / "batch.safetensors")
         (draft / "story.json").write_text(json.dumps(story, indent=1, default=str) + "\n", "utf-8")
 
-    saved = run / "nonfinite"
-    if failed.write:
-        replace_folder(saved, fill)
-    raise NonFiniteLossError(
-        failed.message(
-            dataset,
-            f"the weights before this step and the batch are in {saved} "
-            "(retinanet.training.nonfinite.replay repeats it)",
-        )
-    )
+    replace_folder(folder, fill)
 
 
 def replay(folder: str | Path) -> tuple[Losses, float]:

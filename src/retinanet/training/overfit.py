@@ -10,7 +10,7 @@ from pathlib import Path
 from retinanet.config import Recipe, build_recipe
 from retinanet.data.dataset import Dataset
 from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
-from retinanet.training.events import EventCallback, Kind
+from retinanet.training.events import EventCallback, ignore
 from retinanet.training.trainer import train
 
 TARGET_AP50 = 0.9
@@ -72,10 +72,6 @@ def overfit(
     Raises:
         RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
-
-    def ignore(kind: Kind, /, **data: object) -> None:
-        """Training reports the same again."""
-
     full = read_training_data(data, recipe, ignore).train
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))

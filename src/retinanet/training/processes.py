@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, utils
 
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.interrupts import StopRequest, stop_on_signal
@@ -31,7 +31,8 @@ def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accel
     """
     chosen = choose_device(device)
     for tracker in trackers:
-        _require_tracker(tracker)
+        if not getattr(utils, f"is_{tracker}_available")():
+            raise MissingExtraError(tracker, tracker)
     accelerator = Accelerator(
         # The recipe's precision is used: accelerate's own would copy the logits to float32.
         mixed_precision="no",
@@ -54,35 +55,11 @@ def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accel
     return accelerator
 
 
-def _require_tracker(name: str) -> None:
-    from accelerate.utils import is_mlflow_available, is_tensorboard_available, is_wandb_available
-
-    available = {
-        "tensorboard": is_tensorboard_available,
-        "wandb": is_wandb_available,
-        "mlflow": is_mlflow_available,
-    }
-    if not available[name]():
-        raise MissingExtraError(name, name)
-
-
-def from_main(accelerator: Accelerator, value: bool) -> bool:
-    """Broadcast the main process's value."""
-    if accelerator.num_processes == 1:
-        return value
-    mine = float(value and accelerator.is_main_process)
-    total = accelerator.reduce(torch.tensor(mine, device=accelerator.device), reduction="sum")
-    return bool(total)
-
-
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Use deterministic algorithms within, where `enabled`."""
-    if not enabled:
-        yield
-        return
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(enabled or before)
     try:
         yield
     finally:

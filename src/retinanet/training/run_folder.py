@@ -6,13 +6,12 @@ Tensors are stored as safetensors and the rest as JSON: opening a run executes n
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ class Progress:
         best_step: the step it was reached at.
         bad_validations: validations in a row without a better AP.
         stopped_early: whether ``train.early_stop`` or ``train.target_ap50`` ended the run.
-        left_out: faulty objects and images that were left out.
         unmatched_steps: steps with objects but without a positive anchor, while none had one; -1
             once there was a positive.
         seconds: time spent training, validation included.
@@ -59,7 +57,6 @@ class Progress:
     best_step: int = 0
     bad_validations: int = 0
     stopped_early: bool = False
-    left_out: int = 0
     unmatched_steps: int = 0
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +66,12 @@ class Progress:
     def finished(self) -> bool:
         """Whether nothing is left to train."""
         return self.stopped_early or (self.steps > 0 and self.step >= self.steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Progress:
+        """Read saved fields; those of other versions are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 class RunFolder:
@@ -122,12 +125,7 @@ class RunFolder:
         recover_folder(self.best)
 
     def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
-        """Refuse to resume a run of another detector, with other settings or on other data.
-
-        Args:
-            recipe: the settings now.
-            digest: of the data now.
-            rival: name of the rival detector trained now; None: RetinaNet.
+        """Reject a run of another detector, with other settings or on other data.
 
         Raises:
             ConfigError: names the first setting that differs, with both values.
@@ -170,23 +168,10 @@ class RunFolder:
                 "give an empty --out"
             )
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line to the log; NaN and Inf become null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
-        _append(self.log, finite)
-
     def truncate_log(self, step: int) -> None:
         """Drop the lines after `step` and an incomplete last one: the steps are done again."""
         kept = [line for line in _lines(self.log) if line.get("step", step + 1) <= step]
         write_atomic(self.log, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def note_unreadable(self, path: Path, size: int) -> None:
-        """Record an image that cannot be read, with its size in bytes (-1: unknown)."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        _append(self.unreadable, {"file": str(path), "size": size})
 
     def unreadable_sizes(self) -> dict[str, int]:
         """Sizes of the unreadable images by path, as recorded.
@@ -197,14 +182,6 @@ class RunFolder:
             return {}
         # The first record counts: the run was started with that size.
         return {line["file"]: line["size"] for line in reversed(_lines(self.unreadable))}
-
-
-def _append(file: Path, line: Mapping[str, Any]) -> None:
-    try:
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(line) + "\n")
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -272,7 +249,7 @@ def save_state(
     """Write the training state into an existing folder.
 
     Args:
-        folder: where the checkpoint is as well.
+        folder: the folder of the checkpoint.
         progress: the progress of the run.
         model: the weights that the optimizer updates (the checkpoint may contain EMA weights).
         optimizer: its momentum and moments are saved.
@@ -284,19 +261,16 @@ def save_state(
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    scalars: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if value is not None:
                 tensors[f"optimizer.{index}.{name}"] = value
-            elif value is not None:
-                scalars[f"{index}.{name}"] = value
     # safetensors rejects views, and two names of the same memory.
     save_file(
         {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
         folder / _TENSORS,
     )
-    text = {"progress": asdict(progress), "optimizer": scalars, "numbers": dict(numbers)}
+    text = {"progress": asdict(progress), "numbers": dict(numbers)}
     (folder / _NUMBERS).write_text(json.dumps(text, indent=1), "utf-8")
 
 
@@ -314,7 +288,7 @@ def load_state(
     try:
         tensors = load_file(folder / _TENSORS)
         stored = json.loads((folder / _NUMBERS).read_text("utf-8"))
-        progress = Progress(**stored["progress"])
+        progress = Progress.from_dict(stored["progress"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{folder}: the training state cannot be read ({error}); "
@@ -328,13 +302,12 @@ def load_state(
         model.load_state_dict(parts["model"])
     except RuntimeError as error:
         raise WeightsError(f"{folder}: the state is of another network: {error}") from None
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in (parts["optimizer"] | stored["optimizer"]).items():
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimizer"].items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     _match_strides(optimizer)
     torch.set_rng_state(parts["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in parts["random"]:
@@ -358,7 +331,8 @@ def _match_strides(optimizer: torch.optim.Optimizer) -> None:
 def read_progress(folder: Path) -> Progress | None:
     """Read the progress saved in a ``last/`` folder; None where there is none."""
     try:
-        return Progress(**json.loads((folder / _NUMBERS).read_text("utf-8"))["progress"])
+        stored = json.loads((folder / _NUMBERS).read_text("utf-8"))
+        return Progress.from_dict(stored["progress"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,22 +1,25 @@
-"""One training step: gradients, the non-finite guard, and metrics, without a device sync.
+"""One training step: learning rate, gradients, guard, update and metrics, without a device sync.
 
 (Hard example mining, ``loss.mining``, does sync: it has to read which anchors are hard.)
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from retinanet.anchors import feature_sizes, level_anchors
-from retinanet.config import LossSettings
+from retinanet.config import LossSettings, TrainConfig
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.precision import DTYPES
@@ -27,17 +30,60 @@ MAX_CONSECUTIVE_SKIPPED_STEPS = 20
 """Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""
 
 
+def lr_factor(step: int, steps: int, settings: TrainConfig) -> float:
+    """Factor of the learning rate in step `step` (from 0) of `steps`.
+
+    The schedule ``steps`` divides by 10 at each milestone, a share of `steps` (Sec. 4.1: 60k and
+    80k of 90k); ``cosine`` falls from 1 to 0. The first ``warmup_steps`` rise linearly (Goyal et
+    al. 2017, Sec. 2.2).
+
+    Example:
+        >>> paper = TrainConfig(milestones=(2 / 3, 8 / 9))
+        >>> [lr_factor(s, 90_000, paper) for s in (0, 59_999, 60_000, 79_999, 80_000)]
+        [1.0, 1.0, 0.1, 0.1, 0.01]
+    """
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+    passed = sum(step >= round(share * steps) for share in settings.milestones)
+    return warmup * float(f"1e-{passed}")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set each group's learning rate to its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_share"]
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """The inputs of a training step besides the batch.
+
+    Attributes:
+        step: from 0; everything drawn at random depends on it and on the seed alone.
+        precision: ``float32``, ``bf16`` or ``fp16``.
+        scaler: scales the loss under fp16.
+        running: () state of the normalizer ``running``: the moving average over whole batches.
+    """
+
+    step: int
+    precision: str
+    scaler: torch.amp.GradScaler
+    running: Tensor
+
+
 def backward(
-    accelerator: Accelerator,
     network: nn.Module,
-    model: RetinaNet,
+    model: nn.Module,
     batch: Batch,
+    context: StepContext,
     *,
+    accelerator: Accelerator,
     settings: LossSettings,
     accumulate: int,
-    precision: str,
-    scaler: torch.amp.GradScaler,
-    running: Tensor,
 ) -> tuple[Losses, Tensor]:
     """Compute losses and gradients of a batch in micro-batches.
 
@@ -46,16 +92,18 @@ def backward(
 
     Args:
         network: `model`, or its wrapper for several processes.
+        model: a RetinaNet.
         batch: this process's part.
+        context: precision, loss scale and running normalizer.
+        accelerator: the processes.
         settings: of the losses and the matching.
         accumulate: number of micro-batches.
-        precision: ``float32``, ``bf16`` or ``fp16``.
-        running: () state of the normalizer ``running``: the moving average over whole batches.
 
     Returns:
-        The losses of the whole batch, and the new `running`.
+        The losses of the whole batch, and the new running normalizer.
     """
-    device, dtype = batch.images.device, DTYPES[precision]
+    model = cast(RetinaNet, model)
+    device, dtype = batch.images.device, DTYPES[context.precision]
     sizes = feature_sizes(model.anchors.strides, *batch.images.shape[-2:])
     anchors = level_anchors(model.anchors, sizes, device)
     # Each micro-batch divides by its part of the whole batch's count.
@@ -74,15 +122,15 @@ def backward(
                     anchors,
                     piece.targets,
                     num_classes=model.num_classes,
-                    running=running / parts,
+                    running=context.running / parts,
                     world_foreground=world_foreground,
                     overwrite_logits=True,
                     settings=settings,
                 )
             )
-            torch.autograd.backward(scaler.scale(losses[-1].total / accumulate))
-    if settings.normalizer == "running":
-        running = losses[-1].normalizer * parts
+            torch.autograd.backward(context.scaler.scale(losses[-1].total / accumulate))
+    uses_running = settings.normalizer == "running"
+    running = losses[-1].normalizer * parts if uses_running else context.running
     total = merge_losses(losses)
     if accelerator.num_processes > 1:
         total = Losses(
@@ -156,6 +204,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
+# --- update ---------------------------------------------------------------------------------------
+
+
 class NonFiniteGuard:
     """Skip optimizer steps with a NaN or Inf loss or gradient on the device, without a sync.
 
@@ -184,25 +235,83 @@ class NonFiniteGuard:
         return skip.float()
 
 
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """Losses, positives per image and gradient norm of a step, on the host."""
-
-    loss: float
-    loss_classification: float
-    loss_box: float
-    positives: float
-    grad_norm: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the values by the names of the log."""
-        return asdict(self)
+def optimizer_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the weights, unless `skip` (() float32) is 1."""
+    if optimizer.defaults.get("fused"):
+        # Fused kernels read the flag on the device; GradScaler uses the same attribute.
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip:
+        optimizer.step()
 
 
-class PendingMetrics:
-    """Metrics of a step that the device may still compute: one asynchronous copy to the host."""
+def update_ema(ema: AveragedModel, model: nn.Module, decay: float, skip: Tensor) -> None:
+    """Update the EMA weights in place, unless the step was skipped; no device sync.
 
-    def __init__(self, losses: Losses, grad_norm: Tensor, stopped: Tensor) -> None:
+    Args:
+        ema: of `model`; updates are counted on the host. Skipped steps are therefore counted on a
+            GPU and not on a CPU: under fp16's loss scale the ramp at the beginning is a few steps
+            shorter there.
+        decay: share of the old value that is kept, after a ramp at the beginning.
+        skip: () float32, 1 where the step did not move the model.
+    """
+    on_cpu = skip.device.type == "cpu"
+    if on_cpu and skip:
+        return
+    updates = int(ema.n_averaged)
+    # The ramp keeps a short run's average from being its first step's weights.
+    weight = 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0
+    pairs = zip(
+        [*ema.module.parameters(), *ema.module.buffers()],
+        [*model.parameters(), *model.buffers()],
+        strict=True,
+    )
+    for average, value in pairs:
+        lerp_unless(average, value, weight, None if on_cpu else skip)
+    ema.n_averaged += 1
+
+
+@torch.no_grad()
+def lerp_unless(average: Tensor, value: Tensor, weight: float, skip: Tensor | None) -> None:
+    """Interpolate `average` towards `value` in place, without a device sync.
+
+    Args:
+        average: any shape; integers are copied from `value`.
+        value: of the same shape and type.
+        weight: in (0, 1]; 1 copies `value`.
+        skip: () float32, 1 where nothing may change, even where `value` is NaN; None: never skip.
+    """
+    if skip is not None:
+        # Not a weight of 0, which would let a NaN in.
+        value = torch.where(skip > 0, average, value)
+    if average.is_floating_point() and weight < 1:
+        average.lerp_(value, weight)
+    else:
+        average.copy_(value)
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+class PendingStep:
+    """A step that the device may still compute; its metrics are copied to the host asynchronously.
+
+    Attributes:
+        step: from 0.
+        lr: its learning rate.
+        batch: its images, on the host.
+        running: () the running normalizer before it.
+        speed: its speed and memory (:class:`Meter`).
+    """
+
+    def __init__(self, step: int, lr: float, batch: Batch, running: Tensor) -> None:
+        self.step, self.lr, self.batch, self.running = step, lr, batch, running
+        self.speed: dict[str, float] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def copy_metrics(self, losses: Losses, grad_norm: Tensor, stopped: Tensor) -> None:
+        """Start the copy of the losses, the gradient norm, and whether the run has ended."""
         self._values = torch.stack(
             [
                 losses.classification.float(),
@@ -212,7 +321,6 @@ class PendingMetrics:
                 stopped.float(),
             ]
         )
-        self._copied: torch.cuda.Event | None = None
         if self._values.device.type == "cuda":
             pinned = torch.empty(self._values.shape, device="cpu", pin_memory=True)
             self._values = pinned.copy_(self._values, non_blocking=True)
@@ -220,12 +328,21 @@ class PendingMetrics:
             self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._copied.record()
 
-    def read(self) -> tuple[StepMetrics, bool]:
-        """Wait for the step; return its metrics, and whether it ended the run."""
+    def read(self) -> tuple[dict[str, float], bool]:
+        """Wait for the step; return its metrics by their names in the log, and whether it failed.
+
+        ``positives`` are foreground anchors per image.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         classification, box, positives, norm, stopped = self._values.tolist()
-        metrics = StepMetrics(classification + box, classification, box, positives, norm)
+        metrics = {
+            "loss": classification + box,
+            "loss_classification": classification,
+            "loss_box": box,
+            "positives": positives,
+            "grad_norm": norm,
+        }
         return metrics, stopped > 0
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.windows import typical_side
 from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
-from retinanet.evaluation.run import evaluate_model
+from retinanet.evaluation.run import evaluate
 from retinanet.losses.detection import Losses
 from retinanet.model.checkpoint import (
     Checkpoint,
@@ -33,187 +33,151 @@ from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch
 from retinanet.training.data import anchor_advice, anchor_warning
 from retinanet.training.events import Emit
-from retinanet.training.nonfinite import NonFiniteStep, report_nonfinite
-from retinanet.training.step import backward
+from retinanet.training.nonfinite import save_step
+from retinanet.training.step import PendingStep, StepContext, backward
 
 
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """What a training step depends on besides the batch.
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskSettings:
+    """Settings of a run that its task needs.
 
     Attributes:
-        step: from 0; everything drawn at random depends on it and on the seed alone.
+        recipe: all settings.
+        train_set: the images to train on.
+        accelerator: the devices and processes.
         precision: ``float32``, ``bf16`` or ``fp16``.
-        scaler: scales the loss under fp16.
-        running: () a number carried from step to step (the normalizer ``running``).
+        workers: processes that load images.
+        emit: emits events.
     """
 
-    step: int
+    recipe: Recipe
+    train_set: Dataset
+    accelerator: Accelerator
     precision: str
-    scaler: torch.amp.GradScaler
-    running: Tensor
+    workers: int
+    emit: Emit
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step of this process."""
+        return self.recipe.train.batch_size // int(self.accelerator.num_processes)
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Return the arguments of an evaluation on this process."""
+        return {
+            "batch_size": max(1, self.batch_size),
+            "workers": self.workers,
+            "device": self.accelerator.device,
+            "precision": self.precision,
+            "progress": lambda done, total: self.emit("validating", done=done, total=total),
+        }
 
 
-class TrainingTask(Protocol):
-    """A detector to train.
+class TrainingTask:
+    """A detector to train. Its constructor raises errors of the recipe for the data.
 
     Its models have a ``pixel_mean`` (3, 1, 1) of 0..255 RGB, with which images are padded, and a
     part named ``backbone``, whose learning rate has a factor of its own.
 
     Attributes:
+        settings: of the run.
         info: entries for ``run.json``; ``rival`` is the name of another detector, whose runs are
-            not resumed as runs of this one.
+            not resumed as runs of this task.
+        training_step: computes losses and gradients of a batch, from the network (the model, or its
+            wrapper for several processes), the model, this process's part of the batch, and the
+            context; it returns the losses of the whole batch, and the new ``running``.
     """
 
     info: Mapping[str, Any]
+    training_step: Callable[[nn.Module, nn.Module, Batch, StepContext], tuple[Losses, Tensor]]
+
+    def __init__(self, settings: TaskSettings) -> None:
+        self.settings = settings
 
     def build_model(self) -> nn.Module:
         """Build the model of a new run."""
+        raise NotImplementedError
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint, from files in the run folder only."""
+        raise NotImplementedError
 
-    def training_step(
-        self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
-    ) -> tuple[Losses, Tensor]:
-        """Compute losses and gradients of a batch.
-
-        Args:
-            network: `model`, or its wrapper for several processes.
-            model: the model itself.
-            batch: this process's part.
-            context: step, precision, loss scale and ``running``.
-
-        Returns:
-            The losses of the whole batch, and the new ``running``.
-        """
-
-    def validate(
-        self,
-        model: nn.Module,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        workers: int,
-        precision: str,
-        progress: Callable[[int, int], None],
-    ) -> Metrics:
-        """Evaluate a model on a data set."""
+    def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:
+        """Evaluate a model after `step` steps; it may be in eval mode afterwards."""
+        raise NotImplementedError
 
     def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write a checkpoint into an existing folder."""
+        raise NotImplementedError
 
     def warning(self) -> str | None:
-        """Warning about the data at the start of a new run."""
+        """Return a warning about the data at the start of a new run; None: no warning."""
+        return None
 
     def advise_on_unmatched(self) -> str | None:
         """Name the setting to change where no anchor is positive; None: that is no error."""
+        return None
 
-    def report_nonfinite(self, run: Path, model: nn.Module, failed: NonFiniteStep) -> NoReturn:
-        """Raise a NonFiniteLossError that names the step.
+    def save_nonfinite(self, run: Path, model: nn.Module, failed: PendingStep) -> str:
+        """Save a step with a NaN or Inf loss or gradient.
 
         Args:
             run: the run folder.
             model: with the weights before the step.
             failed: the step.
+
+        Returns:
+            The part of the error message that names what is saved.
         """
+        return f"the last saved state is in {run / 'last'}"
 
 
-TaskFactory = Callable[[Accelerator, Dataset, Emit], TrainingTask]
-"""Make the task from the devices, the data to train on, and the function that emits events.
-
-It raises errors of the recipe for this data before anything is written.
-"""
-
-
-class RetinaNetTask:
+class RetinaNetTask(TrainingTask):
     """Train a RetinaNet.
 
     Args:
-        recipe: all settings.
-        train_set: the images to train on.
-        accelerator: the devices.
+        settings: of the run.
         init: a checkpoint to start from; None: the recipe's network.
-        emit: emits events.
 
     Raises:
         ConfigError: ``loss.alpha`` does not fit the classes.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        train_set: Dataset,
-        accelerator: Accelerator,
-        init: str | Path | None,
-        emit: Emit,
-    ) -> None:
+    def __init__(self, settings: TaskSettings, init: str | Path | None = None) -> None:
+        super().__init__(settings)
+        recipe, classes = settings.recipe, settings.train_set.classes
         alpha = recipe.loss.alpha
-        if isinstance(alpha, tuple) and len(alpha) != len(train_set.classes):
+        if isinstance(alpha, tuple) and len(alpha) != len(classes):
             raise ConfigError(
-                f"loss.alpha has {len(alpha)} numbers and the data {len(train_set.classes)} "
-                f"classes: {', '.join(train_set.classes)}"
+                f"loss.alpha has {len(alpha)} numbers and the data {len(classes)} "
+                f"classes: {', '.join(classes)}"
             )
-        self.info: Mapping[str, Any] = {"init": None if init is None else str(init)}
-        self._recipe = recipe
-        self._train_set = train_set
-        self._accelerator = accelerator
+        self.info = {"init": None if init is None else str(init)}
+        self.training_step = partial(
+            backward,
+            accelerator=settings.accelerator,
+            settings=recipe.loss_settings,
+            accumulate=recipe.train.accumulate,
+        )
         self._init = init
-        self._emit = emit
-        self._image_side = image_side(train_set)
-        self._loss = recipe.loss_settings
+        self._image_side = image_side(settings.train_set)
 
     def build_model(self) -> nn.Module:
         """Build the recipe's network, with the weights of ``init`` that fit."""
-        recipe, classes = self._recipe, self._train_set.classes
         if self._init is not None:
-            return _build_from(self._init, recipe, classes, self._emit)
-        return build_retinanet(len(classes), recipe.model_spec)
+            return _build_from(self._init, self.settings)
+        return build_retinanet(
+            len(self.settings.train_set.classes), self.settings.recipe.model_spec
+        )
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
         return load_checkpoint(folder).model
 
-    def training_step(
-        self, network: nn.Module, model: nn.Module, batch: Batch, context: StepContext
-    ) -> tuple[Losses, Tensor]:
-        """Compute losses and gradients: :func:`retinanet.training.step.backward`."""
-        return backward(
-            self._accelerator,
-            network,
-            cast(RetinaNet, model),
-            batch,
-            settings=self._loss,
-            accumulate=self._recipe.train.accumulate,
-            precision=context.precision,
-            scaler=context.scaler,
-            running=context.running,
-        )
-
-    def validate(
-        self,
-        model: nn.Module,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        workers: int,
-        precision: str,
-        progress: Callable[[int, int], None],
-    ) -> Metrics:
+    def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:
         """Evaluate with the recipe's sizes, loss and thresholds."""
-        return evaluate_model(
-            cast(RetinaNet, model),
-            dataset,
-            image_size=self._recipe.data.image_size,
-            max_size=self._recipe.data.max_size,
-            batch_size=batch_size,
-            workers=workers,
-            device=self._accelerator.device,
-            precision=precision,
-            loss=self._recipe.loss_settings.model_dump(mode="json"),
-            progress=progress,
-            **self._recipe.detect.model_dump(),
-        )
+        options = self.settings.evaluation_options()
+        return evaluate(self._checkpoint(model, step), dataset, **options)
 
     def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write a checkpoint into an existing folder."""
@@ -221,22 +185,29 @@ class RetinaNetTask:
 
     def warning(self) -> str | None:
         """Warn of a low anchor recall."""
-        return anchor_warning(self._recipe, self._train_set)
+        return anchor_warning(self.settings.recipe, self.settings.train_set)
 
     def advise_on_unmatched(self) -> str:
         """Name the setting to change where no anchor is positive."""
-        return anchor_advice(self._recipe, self._train_set)
+        return anchor_advice(self.settings.recipe, self.settings.train_set)
 
-    def report_nonfinite(self, run: Path, model: nn.Module, failed: NonFiniteStep) -> NoReturn:
-        """Save weights and batch, and raise a NonFiniteLossError."""
-        report_nonfinite(run, failed, self._checkpoint(model, failed.step), self._train_set)
+    def save_nonfinite(self, run: Path, model: nn.Module, failed: PendingStep) -> str:
+        """Save weights and batch, from which the step can be repeated."""
+        saved = run / "nonfinite"
+        if self.settings.accelerator.is_main_process:
+            checkpoint = self._checkpoint(model, failed.step)
+            save_step(saved, failed, checkpoint, self.settings.train_set, self.settings.precision)
+        return (
+            f"the weights before this step and the batch are in {saved} "
+            "(retinanet.training.nonfinite.replay repeats it)"
+        )
 
     def _checkpoint(self, model: nn.Module, step: int) -> Checkpoint:
-        recipe = self._recipe
+        recipe, train_set = self.settings.recipe, self.settings.train_set
         return Checkpoint(
             model=cast(RetinaNet, model),
-            classes=self._train_set.classes,
-            category_ids=self._train_set.category_ids,
+            classes=train_set.classes,
+            category_ids=train_set.category_ids,
             image_size=recipe.data.image_size,
             max_size=recipe.data.max_size,
             info={
@@ -260,12 +231,11 @@ def image_side(dataset: Dataset) -> int:
     return int(median(stated)) if stated else typical_side([image.path for image in dataset.images])
 
 
-def _build_from(
-    init: str | Path, recipe: Recipe, classes: tuple[str, ...], emit: Emit
-) -> RetinaNet:
+def _build_from(init: str | Path, settings: TaskSettings) -> RetinaNet:
     """Build the recipe's network with the weights of another checkpoint that fit."""
     source = load_checkpoint(init)
-    given, wanted = source.model.spec, recipe.model_spec
+    classes = settings.train_set.classes
+    given, wanted = source.model.spec, settings.recipe.model_spec
     if given.backbone != wanted.backbone:
         raise ConfigError(
             f"--init {init} has the backbone {given.backbone} and the recipe "
@@ -282,5 +252,7 @@ def _build_from(
     transferred = transfer_weights(model, classes, source)
     skipped = "; ".join(f"{name}: {reason}" for name, reason in transferred.skipped)
     left_out = f", left out {skipped}" if skipped else ""
-    emit("message", message=f"from {init}: {len(transferred.loaded)} tensors loaded{left_out}")
+    settings.emit(
+        "message", message=f"from {init}: {len(transferred.loaded)} tensors loaded{left_out}"
+    )
     return model

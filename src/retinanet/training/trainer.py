@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,31 +20,18 @@ from retinanet.config import Recipe
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
-from retinanet.data.loading import BatchLoader, default_workers, readable_part, train_loader
-from retinanet.errors import ConfigError, DataError, ImageError
+from retinanet.data.loading import BatchLoader, default_workers, train_loader
+from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data
-from retinanet.training.events import Emit, Event, EventCallback, Kind
-from retinanet.training.nonfinite import NonFiniteStep
-from retinanet.training.optim import (
-    build_optimizer,
-    lr_factor,
-    optimizer_step,
-    resolve_steps,
-    scaled_lr,
-    set_lr,
-    update_ema,
-)
-from retinanet.training.processes import (
-    deterministic,
-    from_main,
-    open_accelerator,
-    stop_after_step,
-)
+from retinanet.training.events import Event, EventCallback, Kind
+from retinanet.training.nonfinite import describe_step
+from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
+from retinanet.training.processes import deterministic, open_accelerator, stop_after_step
 from retinanet.training.run_folder import (
     Progress,
     RunFolder,
@@ -53,8 +40,18 @@ from retinanet.training.run_folder import (
     read_progress,
     save_state,
 )
-from retinanet.training.step import Meter, NonFiniteGuard, PendingMetrics, clip_gradients
-from retinanet.training.task import RetinaNetTask, StepContext, TaskFactory, TrainingTask
+from retinanet.training.step import (
+    Meter,
+    NonFiniteGuard,
+    PendingStep,
+    StepContext,
+    clip_gradients,
+    lr_factor,
+    optimizer_step,
+    set_lr,
+    update_ema,
+)
+from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
 
 MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
@@ -115,14 +112,14 @@ def train(
         WeightsError: `init` or the backbone's weights cannot be used.
     """
 
-    def make_task(accelerator: Accelerator, train_set: Dataset, emit: Emit) -> RetinaNetTask:
-        return RetinaNetTask(recipe, train_set, accelerator, init, emit)
+    def make_task(settings: TaskSettings) -> RetinaNetTask:
+        return RetinaNetTask(settings, init)
 
     return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
 def run_task(
-    make_task: TaskFactory,
+    make_task: Callable[[TaskSettings], TrainingTask],
     recipe: Recipe,
     data: str | Path | Mapping[str, Dataset],
     out: str | Path,
@@ -131,45 +128,51 @@ def run_task(
     on_event: EventCallback | None = None,
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
-    settings = recipe.train
-    accelerator = open_accelerator(device, settings.trackers, Path(out))
+    accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
     def emit(kind: Kind, /, **data: Any) -> None:
         if on_event is not None and accelerator.is_main_process:
             on_event(Event(kind, data))
 
     splits = read_training_data(data, recipe, emit)
-    task = make_task(accelerator, splits.train, emit)
-    per_process, rest = divmod(settings.batch_size, accelerator.num_processes)
-    if rest or per_process % settings.accumulate:
-        raise ConfigError(
-            f"train.batch_size {settings.batch_size} does not divide into "
-            f"{accelerator.num_processes} processes x {settings.accumulate} micro-batches"
-        )
+    workers = recipe.data.workers
+    settings = TaskSettings(
+        recipe=recipe,
+        train_set=splits.train,
+        accelerator=accelerator,
+        precision=_resolve_precision(recipe.train.precision, accelerator.device),
+        workers=default_workers() if workers == "auto" else workers,
+        emit=emit,
+    )
+    task = make_task(settings)
+    _check_batch_size(settings)
     run = RunFolder(out)
     with run.lock(accelerator.is_main_process):
-        stored = _open_run(run, recipe, splits, task, accelerator, emit)
+        stored = _open_run(run, splits, task)
         if stored is not None and stored.finished:
             early = " (stopped early)" if stored.stopped_early else ""
             emit("message", message=f"{run.path} is finished: {stored.step} steps{early}")
             return _result(run, stored)
-        if settings.trackers:
+        if recipe.train.trackers:
             accelerator.init_trackers("retinanet")
-        set_seed(settings.seed)
-        trainer = Trainer(recipe, task, splits, accelerator, run, emit, resume=stored is not None)
+        set_seed(recipe.train.seed)
+        trainer = Trainer(task, splits.val, run, resume=stored is not None)
         exit_code = trainer.fit()
         return _result(run, trainer.progress, exit_code)
 
 
-def _open_run(
-    run: RunFolder,
-    recipe: Recipe,
-    data: TrainingData,
-    task: TrainingTask,
-    accelerator: Accelerator,
-    emit: Emit,
-) -> Progress | None:
+def _check_batch_size(settings: TaskSettings) -> None:
+    train, processes = settings.recipe.train, settings.accelerator.num_processes
+    if train.batch_size % (processes * train.accumulate):
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} does not divide into "
+            f"{processes} processes x {train.accumulate} micro-batches"
+        )
+
+
+def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progress | None:
     """Start the run folder, or return the progress of the run to resume."""
+    recipe, accelerator = task.settings.recipe, task.settings.accelerator
     digest = data.digest(run.unreadable_sizes())
     if accelerator.is_main_process:
         run.recover()
@@ -192,7 +195,7 @@ def _open_run(
     run.check_same(recipe, digest, task.info.get("rival"))
     processes = json.loads(run.info.read_text("utf-8")).get("processes")
     if recipe.data.order == "shards" and processes != accelerator.num_processes:
-        emit(
+        task.settings.emit(
             "message",
             message=f"warning: the run was started with {processes} processes and resumes with "
             f"{accelerator.num_processes}, which share the shards differently: in this epoch "
@@ -201,88 +204,49 @@ def _open_run(
     return stored
 
 
-@dataclass(slots=True)
-class _PendingStep:
-    """A step that the device may still compute.
-
-    Attributes:
-        step: from 0.
-        lr: its learning rate.
-        batch: its images, on the host.
-        running: () the running normalizer before it.
-        metrics: its losses and gradient norm.
-        speed: its speed and memory.
-    """
-
-    step: int
-    lr: float
-    batch: Batch
-    running: Tensor
-    metrics: PendingMetrics
-    speed: dict[str, float] = field(default_factory=dict)
-
-
 class Trainer:
     """A training run: its fields are all that changes between steps.
 
     Attributes:
         task: computes losses, metrics and checkpoints.
+        val: the validation split, without images that cannot be read; None: no validation.
+        run: the run folder.
         model: the weights that the optimizer updates.
         network: `model`, or its wrapper for several processes.
         optimizer, scaler, guard: update the weights; scale the loss (fp16); skip bad steps.
         ema: EMA weights of `model`; None: not used.
         progress: steps, best AP, time.
         running: () the running normalizer.
-        run: the run folder.
         pending: steps whose metrics are not read yet.
-        val: the validation split, without images that cannot be read.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        task: TrainingTask,
-        data: TrainingData,
-        accelerator: Accelerator,
-        run: RunFolder,
-        emit: Emit,
-        *,
-        resume: bool,
+        self, task: TrainingTask, val: Dataset | None, run: RunFolder, *, resume: bool
     ) -> None:
         """Build the model and its optimizer, and restore the saved state to `resume`."""
-        settings = recipe.train
-        self.task, self.run, self.val = task, run, data.val
-        self._recipe, self._settings, self._data = recipe, settings, data
-        self._accelerator, self._emit = accelerator, emit
-        self._device = accelerator.device
-        self._workers = default_workers() if recipe.data.workers == "auto" else recipe.data.workers
-        self._precision = _resolve_precision(settings.precision, self._device)
+        self.task, self.val, self.run = task, val, run
+        self._settings = settings = task.settings.recipe.train
+        self._accelerator, self._emit = task.settings.accelerator, task.settings.emit
+        self._is_main = self._accelerator.is_main_process
+        self._device = self._accelerator.device
         # A resumed run needs only its own files: the backbone's weights may no longer be there.
         self.model = task.load_model(run.last) if resume else task.build_model()
         self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = AveragedModel(self.model, use_buffers=True) if settings.ema else None
-        self._lr = scaled_lr(settings.lr, settings.batch_size, settings.reference_batch)
-        self.optimizer = build_optimizer(
-            self.model,
-            optimizer=settings.optimizer,
-            lr=self._lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            backbone_lr_factor=settings.backbone_lr_factor,
-        )
+        self._lr = scaled_lr(settings)
+        self.optimizer = build_optimizer(self.model, settings)
+        self._precision = task.settings.precision
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
         self.guard = NonFiniteGuard(self._device, scaled=self.scaler.is_enabled())
         self.running = torch.tensor(RUNNING_START, dtype=torch.float32, device=self._device)
-        steps = resolve_steps(len(data.train), settings)
-        self.progress = Progress(steps=steps, left_out=data.num_left_out)
+        self.progress = Progress(steps=resolve_steps(len(task.settings.train_set), settings))
+        self._resumed = resume
         if resume:
             self._restore()
-        self._resumed = resume
-        distributed = accelerator.num_processes > 1
-        self.network = accelerator.prepare_model(self.model) if distributed else self.model
-        self.pending: deque[_PendingStep] = deque()
+        distributed = self._accelerator.num_processes > 1
+        self.network = self._accelerator.prepare_model(self.model) if distributed else self.model
+        self.pending: deque[PendingStep] = deque()
         self._ahead = steps_ahead(self._device)
-        self._validate_every = _period(settings.validate_every, steps)
         self._loader = self._train_loader()
         self._meter = Meter(settings.batch_size, self._device)
 
@@ -292,7 +256,7 @@ class Trainer:
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
         """
-        progress = self.progress
+        progress, settings = self.progress, self._settings
         self._emit_start()
         self.network.train()
         if not self._resumed:
@@ -300,27 +264,25 @@ class Trainer:
             if warning is not None:
                 self._emit("message", message=warning)
             self.save()  # from here on a run killed at any time can be resumed
+        validate_every = _period(settings.validate_every, progress.steps)
         interrupted = False
-        with (
-            deterministic(self._settings.deterministic),
-            stop_after_step(self._accelerator) as stop,
-        ):
+        with deterministic(settings.deterministic), stop_after_step(self._accelerator) as stop:
             self._meter.start_step()
             for batch in self._loader:
                 self.step(batch)
-                if progress.step % self._validate_every == 0 or progress.step == progress.steps:
+                if progress.step % validate_every == 0 or progress.step == progress.steps:
                     self.flush()
                     self.validate()
                 interrupted = stop.is_set()
                 ends = progress.finished or interrupted
-                if progress.step % self._settings.save_every == 0 or ends:
+                if progress.step % settings.save_every == 0 or ends:
                     self.flush()
                     self.save()
                 if ends:
                     break
                 self._meter.start_step()
         self._accelerator.wait_for_everyone()
-        if self._settings.trackers:
+        if settings.trackers:
             self._accelerator.end_training()
         self._emit_end(interrupted)
         return stop.exit_code if interrupted else 0
@@ -330,21 +292,11 @@ class Trainer:
         settings, progress = self._settings, self.progress
         batch = loaded.to(self._device, non_blocking=True)
         self._meter.batch_loaded()
-        lr = self._lr * lr_factor(
-            progress.step,
-            progress.steps,
-            schedule=settings.schedule,
-            milestones=settings.milestones,
-            warmup_steps=settings.warmup_steps,
-        )
+        lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
-        running = self.running
-        losses, self.running = self.task.training_step(
-            self.network,
-            self.model,
-            batch,
-            StepContext(progress.step, self._precision, self.scaler, running),
-        )
+        current = PendingStep(progress.step, lr, loaded, self.running)
+        context = StepContext(progress.step, self._precision, self.scaler, self.running)
+        losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model, settings.clip_norm)
         skip = self.guard.check(losses, grad_norm)
@@ -353,8 +305,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             update_ema(self.ema, self.model, settings.ema, skip)
-        metrics = PendingMetrics(losses, grad_norm, self.guard.stopped)
-        current = _PendingStep(progress.step, lr, loaded, running, metrics)
+        current.copy_metrics(losses, grad_norm, self.guard.stopped)
         self.pending.append(current)
         progress.step += 1
         done = self.pending.popleft() if len(self.pending) > self._ahead else None
@@ -377,17 +328,17 @@ class Trainer:
             return
         started = time.perf_counter()
         progress = self.progress
-        if self._accelerator.is_main_process:
-            metrics = self._val_metrics()
+        if self._is_main:
+            metrics = self.task.validate(self._eval_model(), self.val, progress.step)
+            self._drop_unreadable(metrics.unreadable)
             values = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
             # NaN (there is no object in val) is null in JSON, and never better.
             progress.metrics = {k: None if v != v else v for k, v in values.items()}
             self._keep_if_best(metrics)
-            self.run.append({"step": progress.step, "validation": progress.metrics})
+            _append(self.run.log, {"step": progress.step, "validation": progress.metrics})
             self._emit("validation", step=progress.step, **progress.metrics)
             self._stop_early_if_due(metrics)
-        self._accelerator.wait_for_everyone()
-        progress.stopped_early = from_main(self._accelerator, progress.stopped_early)
+        (progress.stopped_early,) = broadcast_object_list([progress.stopped_early])
         self.network.train()
         progress.seconds += time.perf_counter() - started
         if self._settings.trackers and progress.metrics:
@@ -396,7 +347,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state of this moment into ``last/``, whole or not at all."""
-        if not self._accelerator.is_main_process:
+        if not self._is_main:
             return
         extras = {"running": self.running}
         if self.ema is not None:
@@ -411,62 +362,34 @@ class Trainer:
 
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
-        self.running = extras["running"].to(self._device)
+        self.running = extras.pop("running").to(self._device)
         if self.ema is not None:
-            prefix = "averaged."
-            self.ema.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in extras.items() if k.startswith(prefix)}
-            )
+            averaged = {name.removeprefix("averaged."): value for name, value in extras.items()}
+            self.ema.load_state_dict(averaged)
         self.scaler.load_state_dict(numbers["scaler"])
-        if self._accelerator.is_main_process:
+        if self._is_main:
             self.run.truncate_log(self.progress.step)
 
     def _train_loader(self) -> BatchLoader:
+        settings = self.task.settings
         return train_loader(
-            self._data.train,
-            self._recipe.data,
-            batch_size=self._settings.batch_size // self._accelerator.num_processes,
+            settings.train_set,
+            settings.recipe.data,
+            batch_size=settings.batch_size,
             steps=range(self.progress.step, self.progress.steps),
             seed=self._settings.seed,
-            workers=self._workers,
+            workers=settings.workers,
             rank=self._accelerator.process_index,
             world_size=self._accelerator.num_processes,
             fill=padding_colour(cast(Tensor, self.model.pixel_mean)),
             on_unreadable=lambda index, message: self._note_unreadable(
-                self._data.train, index, message
+                settings.train_set.images[index].path, message
             ),
         )
 
     def _eval_model(self) -> nn.Module:
         """Return the EMA weights if enabled, else the model."""
         return self.model if self.ema is None else self.ema.module
-
-    def _val_metrics(self) -> Metrics:
-        try:
-            return self._evaluate()
-        except ImageError:
-            assert self.val is not None
-            before = self.val
-            self.val, unreadable = readable_part(
-                before,
-                image_size=self._recipe.data.image_size,
-                max_size=self._recipe.data.max_size,
-                workers=self._workers,
-            )
-            for index, message in unreadable.items():
-                self._note_unreadable(before, index, message)
-            return self._evaluate()
-
-    def _evaluate(self) -> Metrics:
-        assert self.val is not None
-        return self.task.validate(
-            self._eval_model(),
-            self.val,
-            batch_size=max(1, self._settings.batch_size // self._accelerator.num_processes),
-            workers=self._workers,
-            precision=self._precision,
-            progress=lambda done, total: self._emit("validating", done=done, total=total),
-        )
 
     def _keep_if_best(self, metrics: Metrics) -> None:
         progress = self.progress
@@ -498,22 +421,17 @@ class Trainer:
             progress.stopped_early = True
             self._emit("message", message=f"stopped early at step {progress.step}: {reason}")
 
-    def _check(self, done: _PendingStep) -> None:
+    def _check(self, done: PendingStep) -> None:
         """Read the metrics of a step; raise where they are NaN or Inf, or nothing matches."""
-        metrics, stopped = done.metrics.read()
-        numbers = metrics.as_dict()
-        if stopped:
-            self.progress.step = done.step  # no later step has moved anything
-            failed = NonFiniteStep(
-                step=done.step,
-                batch=done.batch,
-                running=done.running,
-                numbers={"lr": done.lr, "precision": self._precision, **numbers},
-                write=self._accelerator.is_main_process,
-            )
-            self.task.report_nonfinite(self.run.path, self.model, failed)
+        metrics, stopped = done.read()
         progress = self.progress
-        if metrics.positives > 0:
+        if stopped:
+            progress.step = done.step  # no later step has moved anything
+            saved = self.task.save_nonfinite(self.run.path, self.model, done)
+            rival = self.task.info.get("rival")
+            of = f" of {rival}" if rival else ""
+            raise NonFiniteLossError(describe_step(done, self.task.settings.train_set, saved, of))
+        if metrics["positives"] > 0:
             progress.unmatched_steps = -1
         elif progress.unmatched_steps >= 0 and bool((done.batch.targets.labels >= 0).any()):
             progress.unmatched_steps += 1
@@ -526,41 +444,53 @@ class Trainer:
                     )
                 progress.unmatched_steps = -1
 
-    def _log(self, done: _PendingStep) -> None:
-        if not self._accelerator.is_main_process:
+    def _log(self, done: PendingStep) -> None:
+        if not self._is_main:
             return
-        metrics, _ = done.metrics.read()
-        line = {"step": done.step + 1, **metrics.as_dict(), "lr": done.lr, **done.speed}
-        self.run.append(line)
+        metrics, _ = done.read()
+        line = {"step": done.step + 1, **metrics, "lr": done.lr, **done.speed}
+        _append(self.run.log, line)
         self._emit("step", steps=self.progress.steps, **line)
         if self._settings.trackers:
             values = {name: value for name, value in line.items() if name != "step"}
             self._accelerator.log(values, done.step + 1)
 
-    def _note_unreadable(self, dataset: Dataset, index: int, message: str) -> None:
+    def _drop_unreadable(self, unreadable: Mapping[str, str]) -> None:
+        """Report the unreadable images of the val split, and leave them out from now on."""
+        assert self.val is not None
+        kept = []
+        for image in self.val.images:
+            if str(image.path) in unreadable:
+                self._note_unreadable(image.path, unreadable[str(image.path)])
+            else:
+                kept.append(image)
+        self.val = replace(self.val, images=tuple(kept))
+
+    def _note_unreadable(self, path: Path, message: str) -> None:
         """Report and record an image that is skipped."""
-        path = dataset.images[index].path
-        try:
-            size = archives.file_size(path)
-        except (OSError, DataError):
-            size = -1
         if str(path) not in self.run.unreadable_sizes():
-            self.run.note_unreadable(path, size)
+            try:
+                size = archives.file_size(path)
+            except (OSError, DataError):
+                size = -1
+            _append(self.run.unreadable, {"file": str(path), "size": size})
         self._emit("message", message=f"warning: image skipped: {message}")
 
     def _emit_start(self) -> None:
+        train_set = self.task.settings.train_set
         self._emit(
             "resume" if self._resumed else "start",
             step=self.progress.step,
             steps=self.progress.steps,
-            images=len(self._data.train),
-            classes=len(self._data.train.classes),
+            images=len(train_set),
+            classes=len(train_set.classes),
             lr=self._lr,
             batch_size=self._settings.batch_size,
             device=str(self._device),
             processes=self._accelerator.num_processes,
             precision=self._precision,
-            split_origin=self._data.train.split_origin,
+            split_origin=train_set.split_origin,
+            data=train_set.description,
         )
 
     def _emit_end(self, interrupted: bool) -> None:
@@ -589,6 +519,19 @@ def steps_ahead(device: torch.device) -> int:
     With one a GPU never waits for the host, and the host hardly for the GPU.
     """
     return 1 if device.type == "cuda" else 0
+
+
+def _append(file: Path, line: Mapping[str, Any]) -> None:
+    """Append a line to a JSONL file; NaN and Inf become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(finite) + "\n")
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:

@@ -1,22 +1,20 @@
-"""A service with small models on its own port, and Chromium."""
+"""Small services on their own ports, and one Chromium for all tests of the page."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
-from colour_finder import Square, colour_finder, image
 from page_driver import KEY, PageDriver
+from PIL import Image
+from small_service import colour_detector, running
 
-from retinanet.serve import Settings, build_app
+from retinanet.serve import Settings
 
 FLAGS = [
     "--no-sandbox",
@@ -26,47 +24,28 @@ FLAGS = [
 ]
 
 
-@contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address of an application that runs in a thread."""
-    uvicorn = pytest.importorskip("uvicorn")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server() -> Iterator[str]:
-    """``colours``; ``strict``, which finds bright squares alone; ``other`` with other classes."""
-    pytest.importorskip("fastapi")
+    """``colours``; ``strict``, which detects bright squares only; ``other`` with other classes."""
     detectors = {
-        "colours": colour_finder(),
-        "strict": colour_finder(190.0, ("red", "green", "violet"), (2, 4, 6)),
-        "other": colour_finder(classes=("violet", "rose", "sky"), category_ids=(1, 2, 3)),
+        "colours": colour_detector(),
+        "strict": colour_detector(190.0, ("red", "green", "violet"), (2, 4, 6)),
+        "other": colour_detector(classes=("violet", "rose", "sky"), category_ids=(1, 2, 3)),
     }
-    judged = {"colours": {"AP": 0.5784, "AP50": 0.8912, "data": "/x/cells", "split": "val"}}
-    with served(build_app(detectors, metrics={**judged, "strict": None, "other": None})) as address:
-        yield address
+    metrics = {"colours": {"AP": 0.5784, "AP50": 0.8912, "data": "cells", "split": "val"}}
+    with running(detectors, metrics=metrics) as service:
+        yield f"http://127.0.0.1:{service.port}/"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def guarded() -> Iterator[str]:
     """A service with a key and low limits."""
-    pytest.importorskip("fastapi")
     settings = Settings(api_key=KEY, max_bytes=4000, max_pixels=20_000)
-    with served(build_app({"colours": colour_finder()}, settings)) as address:
-        yield address
+    with running({"colours": colour_detector()}, settings) as service:
+        yield f"http://127.0.0.1:{service.port}/"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -82,34 +61,35 @@ def chromium() -> Iterator[Any]:
 def open_page(chromium: Any, server: str) -> Iterator[Callable[..., PageDriver]]:
     """Open the page; at the end check that it logged no error and loaded nothing from elsewhere.
 
-    ``failures=True`` allows failed requests, which Chromium logs as errors.
+    ``failures=True`` allows failed requests, which Chromium logs as errors. ``ready=False`` does
+    not wait for the models.
     """
-    contexts = []
     drivers: list[PageDriver] = []
 
     def make(
-        address: str = server, *, failures: bool = False, opened: bool = True, **options: Any
+        address: str = server,
+        *,
+        failures: bool = False,
+        ready: bool = True,
+        script: str = "",
+        **options: Any,
     ) -> PageDriver:
-        script = options.pop("script", None)
-        options.setdefault("viewport", {"width": 1280, "height": 800})
-        context = chromium.new_context(**options)
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        if script:
-            context.add_init_script(script)
-        driver = PageDriver(context.new_page(), address)
-        driver.failures_expected = failures
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(30_000)
+        context.add_init_script(script)
+        driver = PageDriver(context.new_page(), address, failures)
         drivers.append(driver)
-        return driver.open() if opened else driver
+        driver.page.goto(address)
+        if ready:
+            driver.page.wait_for_selector("#model-facts dl")
+        return driver
 
     yield make
-    for context in contexts:
-        context.close()
     for driver in drivers:
+        driver.page.context.close()
         own = (driver.address, "blob:", "data:")
         assert [url for url in driver.requests if not url.startswith(own)] == []
-        ignored = "Failed to load resource" if driver.failures_expected else None
-        assert [one for one in driver.errors if not (ignored and ignored in one)] == []
+        assert driver.errors == []
 
 
 @pytest.fixture
@@ -118,30 +98,40 @@ def driver(open_page: Callable[..., PageDriver]) -> PageDriver:
 
 
 @pytest.fixture
-def draw(tmp_path: Path) -> Callable[..., Path]:
-    """Writes an image with squares, and gives its path."""
+def failing(open_page: Callable[..., PageDriver]) -> PageDriver:
+    """A page whose requests may fail."""
+    return open_page(failures=True)
 
-    def write(name: str, *squares: Square, **options: Any) -> Path:
-        size = {key: options.pop(key) for key in ("height", "width") if key in options}
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[..., Path]:
+    """Write a black image with squares of 8 x 8 pixels at (x, y) in a colour."""
+
+    def write(
+        name: str,
+        *squares: tuple[int, int, tuple[int, int, int]],
+        height: int = 64,
+        width: int = 96,
+        **options: Any,
+    ) -> Path:
+        pixels = np.zeros((height, width, 3), np.uint8)
+        for x, y, colour in squares:
+            pixels[y : y + 8, x : x + 8] = colour
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        image(*squares, **size).save(file, **options)
+        Image.fromarray(pixels).save(file, **options)
         return file
 
     return write
 
 
 @pytest.fixture
-def ask(server: str) -> Callable[..., dict[str, Any]]:
-    """Detect in a file without the page."""
+def detect(server: str) -> Callable[..., dict[str, Any]]:
+    """Detect objects in a file without the page."""
 
     def post(file: Path, model: str = "colours") -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"{server}v1/detect?model={model}",
-            file.read_bytes(),
-            {"Content-Type": "image/png"},
-        )
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
+        url = f"{server}v1/detect?model={model}"
+        headers = {"Content-Type": "image/png"}
+        return httpx.post(url, content=file.read_bytes(), headers=headers, timeout=60).json()
 
     return post

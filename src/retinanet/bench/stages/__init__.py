@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from retinanet.bench.benchmark import Case, Setting
-from retinanet.bench.stages.class_loss import class_loss
-from retinanet.bench.stages.data import data
-from retinanet.bench.stages.evaluation import evaluation
-from retinanet.bench.stages.inference import detection, inference
-from retinanet.bench.stages.matching import matching
-from retinanet.bench.stages.postprocess import postprocessing
-from retinanet.bench.stages.startup import startup
-from retinanet.bench.stages.train_step import train_step
+from retinanet.bench.stages.heads import class_loss, matching, postprocessing
+from retinanet.bench.stages.host import data, evaluation, startup
+from retinanet.bench.stages.networks import detection, inference, train_step
 
 STAGES: dict[str, Callable[[Setting], list[Case]]] = {
     "class-loss": class_loss,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.finder import LabelSet, Tree, count_suffixes, relative
 from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
+from retinanet.data.formats.labels import LabelFile
 from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
@@ -21,54 +24,167 @@ class Format(NamedTuple):
     """Functions of a format.
 
     Attributes:
-        matches: tests whether a folder or file is of this format.
+        detect: tests whether a file is a label file of this format, by its content.
+        parse: returns the images, objects and faults of a label file (of a shard: of each sample).
+        find: returns the label files of a tree; None if there are none.
         read: returns the splits by name, each read when called; an unnamed split is ``""``.
         write: writes splits into a new folder; None for formats that are only read.
-        looked_for: what `matches` looks for, in words.
+        label_files: what a label file of the format is, in words.
     """
 
-    matches: Callable[[Path], bool]
-    read: Callable[..., dict[str, Callable[[], Dataset]]]
+    detect: Callable[[Path], bool]
+    parse: Callable[..., LabelFile | list[LabelFile]]
+    find: Callable[[Tree], LabelSet | None]
+    read: Callable[[Tree, LabelSet], dict[str, Callable[[], Dataset]]]
     write: Callable[[Writing], None] | None
-    looked_for: str
+    label_files: str
 
 
-# In the order of detection: a VOC folder may contain a CSV file too, and CVAT's XML root begins as
-# VOC's.
+def _format(module: Any, label_files: str) -> Format:
+    write = getattr(module, "write", None)
+    return Format(module.detect, module.parse, module.find, module.read, write, label_files)
+
+
+# In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
-    "coco": Format(coco.is_coco, coco.read_coco, coco.write_coco, coco.LOOKED_FOR),
-    "labelstudio": Format(
-        label_studio.is_label_studio, label_studio.read_label_studio, None, label_studio.LOOKED_FOR
-    ),
-    "cvat": Format(cvat.is_cvat, cvat.read_cvat, None, cvat.LOOKED_FOR),
-    "voc": Format(voc.is_voc, voc.read_voc, voc.write_voc, voc.LOOKED_FOR),
-    "yolo": Format(yolo.is_yolo, yolo.read_yolo, yolo.write_yolo, yolo.LOOKED_FOR),
-    "csv": Format(csv.is_csv, csv.read_csv, csv.write_csv, csv.LOOKED_FOR),
-    "webdataset": Format(
-        webdataset.is_webdataset,
-        webdataset.read_webdataset,
-        webdataset.write_webdataset,
-        webdataset.LOOKED_FOR,
-    ),
+    "coco": _format(coco, "COCO .json"),
+    "labelstudio": _format(label_studio, "Label Studio .json"),
+    "cvat": _format(cvat, "CVAT .xml"),
+    "voc": _format(voc, "Pascal VOC .xml"),
+    "yolo": _format(yolo, "YOLO .txt or data.yaml"),
+    "csv": _format(csv, "a table of boxes (.csv)"),
+    "webdataset": _format(webdataset, "WebDataset .tar"),
 }
 
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
 """Formats that a data set can be written in."""
 
 
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """What was found below a path.
+
+    Attributes:
+        tree: the files.
+        labels: the label files that are read.
+        others: label files of other formats, which are not read, with the images that they label.
+        splits: the splits by name, each read when called; an unnamed split is ``""``.
+    """
+
+    tree: Tree
+    labels: LabelSet
+    others: tuple[LabelSet, ...]
+    splits: Mapping[str, Callable[[], Dataset]]
+
+    def describe(self) -> tuple[str, ...]:
+        """Return what was understood and what was left out, a line each."""
+        top = self.tree.top
+        splits = [name for name in _split_names(self.splits) if name]
+        drawn = "; val is drawn from train" if _draws_val(self.splits) else ""
+        form = FORMATS[self.labels.format].label_files
+        lines = [
+            f"{self.tree.path}: {form}: {self.labels.describe(top)}; "
+            f"splits {', '.join(splits)}{drawn}"
+        ]
+        for other in self.others:
+            new = other.stems() - self.labels.stems()
+            what = f"{len(new)} images more" if new else "labels of the same images"
+            lines.append(
+                f"not read: {FORMATS[other.format].label_files}: {other.describe(top)} ({what}; "
+                f"read it with --format {other.format})"
+            )
+        lines += [f"not read: {note}" for note in self.labels.notes]
+        groups = [
+            group for labels in (self.labels, *self.others) for group in labels.files.values()
+        ]
+        used = {file for group in groups for file in group}
+        noted = " ".join(self.labels.notes)
+        unused = [
+            relative(file, top)
+            for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
+            if file not in used and str(file) not in noted
+        ]
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
+        return tuple(lines)
+
+
+def find_data(path: str | Path, format: str | None = None) -> DataSource:
+    """Find the labelled data below a path, in any layout.
+
+    Of several formats the one that labels the most images is taken, of labels of the same images
+    the first of :data:`FORMATS`.
+
+    Args:
+        path: a folder, or a label file.
+        format: one of :data:`FORMATS`; None detects it.
+
+    Raises:
+        DataError: there is no such path or format, no labels are found (the message says what is
+            there), two formats label as many images, and not the same ones, or a file is broken.
+    """
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    if not archives.is_remote(path) and not path.exists():
+        raise DataError(f"{path}: there is no such file or folder")
+    tree = Tree(path)
+    names = [format] if format else [name for name in FORMATS if name != "webdataset"]
+    found = [labels for name in names if (labels := FORMATS[name].find(tree)) is not None]
+    if not found and format is None:
+        found = [labels for labels in [webdataset.find(tree)] if labels is not None]
+    if not found:
+        raise DataError(_nothing_found(tree, format))
+    if len(found) > 1:
+        found.sort(key=lambda labels: -len(labels.stems()))
+        first, second = found[0].stems(), found[1].stems()
+        if len(first) == len(second) and first != second:
+            names = [f"{labels.describe(tree.top)} ({labels.format})" for labels in found[:2]]
+            raise DataError(
+                f"{path}: {names[0]} and {names[1]} label {len(first)} images each, and not the "
+                f"same; give the path of one of them, or --format"
+            )
+    labels, *others = found
+    return DataSource(tree, labels, tuple(others), FORMATS[labels.format].read(tree, labels))
+
+
+def _nothing_found(tree: Tree, format: str | None) -> str:
+    """Return what is in a folder without labels, and why none of it is used."""
+    what = "no labelled data found" if format is None else f"no {format} data"
+    reasons = []
+    for suffix in (".json", ".xml", ".csv", ".txt", ".yaml"):
+        files = tree.with_suffix(suffix)
+        if files:
+            reasons.append(f"{relative(files[0], tree.top)}: {_reason(files[0])}")
+    there = ", ".join([f"{len(tree.images)} images", *count_suffixes(tree.label_files)])
+    known = FORMATS if format is None else {format: FORMATS[format]}
+    wanted = ", ".join(form.label_files for form in known.values())
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{tree.path}: {what} in {there}{why}; label files are {wanted}"
+
+
+def _reason(file: Path) -> str:
+    """Return why a file is not read, by its suffix."""
+    suffix = file.suffix.lower()
+    if suffix == ".csv":
+        return csv.missing_columns(file)
+    if suffix == ".json":
+        return "neither COCO (images, annotations, categories) nor Label Studio (a list of tasks)"
+    if suffix == ".xml":
+        return "its root is neither <annotation> (VOC) nor <annotations> (CVAT)"
+    if suffix == ".txt":
+        return "no image of its name, or no rows of class x y width height"
+    return "no names and train"
+
+
 def find_format(path: str | Path) -> str:
     """Detect the format of a folder or file.
 
     Raises:
-        DataError: it does not exist, or has no known format; the message lists what was looked for.
+        DataError: as :func:`find_data`.
     """
-    path = Path(path)
-    _check_exists(path)
-    for name, form in FORMATS.items():
-        if form.matches(path):
-            return name
-    looked = "; ".join(form.looked_for for form in FORMATS.values())
-    raise DataError(f"{path}: no labelled data found here. Looked for {looked}")
+    return find_data(path).labels.format
 
 
 def read_dataset(
@@ -96,20 +212,25 @@ def read_dataset(
         extras: keep values that training does not need (masks, licences, ...); False saves memory.
 
     Raises:
-        DataError: the format is unknown (the message lists what was looked for), there is no such
-            split (it suggests the nearest), or a file cannot be read.
+        DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
-    lazy = _open(path, format, extras)
+    source = find_data(path, format)
+    lazy = source.splits if extras else _without_extras(source.splits)
     names = _split_names(lazy)
+    description = source.describe()
     if split in lazy and not (split == "train" and _draws_val(lazy)):
-        return _named(lazy[split](), split)
-    if split in names:
-        return _draw_val(lazy, seed, val_fraction)[split]
-    if split == "all":
-        return _whole([lazy[name]() for name in _disjoint(lazy)])
-    raise DataError(
-        f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}{nearest(split, names)}"
-    )
+        dataset = lazy[split]()
+    elif split in names:
+        dataset = _draw_val(lazy, seed, val_fraction)[split]
+    elif split == "all":
+        dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
+    else:
+        hints = "".join(f"; {note}" for note in source.labels.notes if f" {split}" in note)
+        raise DataError(
+            f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}"
+            f"{nearest(split, names)}{hints}"
+        )
+    return replace(dataset, split=split, description=description)
 
 
 def read_splits(
@@ -125,11 +246,14 @@ def read_splits(
     Arguments, errors and drawn splits as :func:`read_dataset`. VOC's ``trainval`` is left out if
     there are train and val, which it repeats.
     """
-    lazy = _open(path, format, extras)
+    source = find_data(path, format)
+    lazy = source.splits if extras else _without_extras(source.splits)
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
+    datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
+    description = source.describe()
     return {
-        name: drawn[name] if name in drawn else _named(lazy[name](), name)
-        for name in _split_names(lazy)
+        name: replace(dataset, split=name, description=description)
+        for name, dataset in datasets.items()
     }
 
 
@@ -154,24 +278,18 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     return total.hexdigest()
 
 
-def _open(path: str | Path, format: str | None, extras: bool) -> dict[str, Callable[[], Dataset]]:
-    path = Path(path)
-    if format is None:
-        format = find_format(path)
-    elif format not in FORMATS:
-        raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
-    else:
-        _check_exists(path)
-    lazy = FORMATS[format].read(path, extras=extras)
-    if not lazy:
-        raise DataError(f"{path}: no {format} data here. Looked for {FORMATS[format].looked_for}")
-    return lazy
+def _without_extras(
+    splits: Mapping[str, Callable[[], Dataset]],
+) -> dict[str, Callable[[], Dataset]]:
+    def read(split: Callable[[], Dataset]) -> Dataset:
+        dataset = split()
+        images = []
+        for image in dataset.images:
+            annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
+            images.append(replace(image, extra={}, annotations=annotations))
+        return replace(dataset, images=tuple(images), extra={})
 
-
-def _check_exists(path: Path) -> None:
-    """Raise DataError if a local path does not exist."""
-    if not archives.is_remote(path) and not path.exists():
-        raise DataError(f"{path}: there is no such file or folder")
+    return {name: partial(read, split) for name, split in splits.items()}
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
@@ -210,10 +328,6 @@ def _draw_val(
         # What could not be read belongs to no split; it is reported once.
         "val": replace(source, images=val, split="val", split_origin=origin, problems=()),
     }
-
-
-def _named(dataset: Dataset, split: str) -> Dataset:
-    return dataset if dataset.split == split else replace(dataset, split=split)
 
 
 def _whole(parts: list[Dataset]) -> Dataset:

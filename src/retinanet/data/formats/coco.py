@@ -8,102 +8,119 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     JSON_TEXT,
-    ClassList,
-    ImageFinder,
-    image_folders,
+    LabelFile,
+    LabelImage,
+    build,
+    find_tables,
     json_has,
-    label_files,
+    json_values,
     merge_classes,
-    name_splits,
     read_json,
     short,
-    to_flag,
+    to_annotation,
+    to_box,
+    to_id,
     to_int,
-    to_number,
     to_size,
+    to_text,
 )
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.errors import DataError
 
-LOOKED_FOR = (
-    "COCO: a .json with images, annotations and categories, here, in annotations/ "
-    "or in a folder a split"
-)
-
 CATEGORY_EXTRAS = "category_extras"
 """Key of :attr:`Dataset.extra`: a dict per class, such as its supercategory."""
 
-_PARTS = frozenset({"images", "annotations", "categories"})
+_PARTS = ("images", "annotations", "categories")
 _IMAGE_KEYS = frozenset({"id", "file_name", "width", "height"})
-_ANNOTATION_KEYS = frozenset(
-    {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "difficult"}
-)
+_ANNOTATION_KEYS = frozenset({"image_id", "category_id", "bbox"})
 _CATEGORIES = re.compile(rb'"categories"\s*:\s*\[')
 
 
-def is_coco(path: Path) -> bool:
-    """Whether `path` is a COCO annotation file, or a folder with one."""
-    return bool(_files(path))
+def detect(file: Path) -> bool:
+    """Whether a file is a COCO annotation file."""
+    return json_has(file, b"{", (b'"images"', b'"annotations"'))
 
 
-def read_coco(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
-    """Read a COCO data set; each split's data set is read when called.
+def find(tree: Tree) -> LabelSet | None:
+    """Return the annotation files of a tree by split."""
+    # COCO's folder also holds captions and keypoints of the same images.
+    files = [file for file in tree.with_suffix(".json") if file.name.startswith("instances")]
+    is_coco = any(map(detect, files))
+    return find_tables(
+        "coco",
+        tree,
+        [".json"],
+        lambda file: (not is_coco or file in files) and detect(file),
+        parse,
+    )
 
-    Classes are the union of all splits' categories, by their ids, so that a label has one meaning.
 
-    Args:
-        path: the JSON file, or its folder.
-        extras: keep other values of objects and images (masks, licences, ...).
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+    """Read a COCO data set; each split's files are parsed when called.
+
+    Classes are the union of all files' categories, by their ids, so that a label has one meaning.
 
     Raises:
-        DataError: a file is not JSON (with line and column) or not COCO's, or two splits give one
+        DataError: a file is not JSON (with line and column) or not COCO's, or two files give one
             category id different names.
     """
-    files = _files(path)
     categories: dict[int, dict[str, Any]] = {}
-    for file in files.values():
+    for file in (file for group in labels.files.values() for file in group):
         for id_, category in _categories(file).items():
             known = categories.setdefault(id_, category)
             if known["name"] != category["name"]:
                 raise DataError(
                     f"{file}: category {id_} is {category['name']!r}, but {known['name']!r} in "
-                    f"another split; give each class one id"
+                    f"another file; give each class one id"
                 )
-    ordered = dict(sorted(categories.items()))
-    classes = merge_classes(((id_, item["name"]) for id_, item in ordered.items()), path)
-    kept = [ordered[id_] for id_ in classes.ids]
-    return {
-        split: partial(_read_file, file, split, kept, classes, path, extras)
-        for split, file in files.items()
-    }
+    names = [(id_, categories[id_]["name"]) for id_ in sorted(categories)]
+    classes = merge_classes(names, tree.path)
+    more = [
+        {key: value for key, value in categories[id_].items() if key not in ("id", "name")}
+        for id_ in classes.ids
+    ]
+
+    def read_files(split: str, files: list[Path]) -> Dataset:
+        parsed: list[LabelFile] = []
+        extra: dict[str, Any] = {}
+        for file in files:
+            content = _load(file)
+            extra |= {key: value for key, value in content.items() if key not in _PARTS}
+            parsed.append(_parse(file, content))
+        extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
+        return build("coco", split, parsed, classes, tree, extra=extra)
+
+    return {split: partial(read_files, split, files) for split, files in labels.files.items()}
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Annotation files by split."""
-    files = label_files(
-        path, [".json"], lambda file: json_has(file, b"{", (b'"images"', b'"annotations"'))
-    )
-    # COCO's folder also holds captions and keypoints of the same images.
-    instances = [file for file in files if file.name.startswith("instances")]
-    return name_splits(instances or files, path, "instances_")
+def parse(file: Path) -> LabelFile:
+    """Parse an annotation file.
+
+    Raises:
+        DataError: it is not JSON, or not COCO's.
+    """
+    return _parse(file, _load(file))
 
 
-def _load(file: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(file, dict, "COCO's object", hook)
-    for key in ("images", "annotations", "categories"):
+def _load(file: Path) -> dict[str, Any]:
+    def compact(value: dict[str, Any]) -> dict[str, Any]:
+        if JSON_TEXT in value and "image_id" in value:
+            value[JSON_TEXT] = to_text(value[JSON_TEXT])
+        return value
+
+    content: dict[str, Any] = read_json(file, dict, "COCO's object", compact)
+    for key in _PARTS:
         if not isinstance(content.get(key), list):
-            raise DataError(
-                f"{file}: has no list {key!r}; COCO needs images, annotations, categories"
-            )
+            raise DataError(f"{file}: has no list {key!r}; COCO needs {', '.join(_PARTS)}")
     return content
 
 
@@ -121,8 +138,10 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
                 listed, _ = json.JSONDecoder().raw_decode(text)
             except ValueError:
                 listed = None
-    if listed is None:
-        listed = _load(file)["categories"]
+    return _categories_by_id(file, _load(file)["categories"] if listed is None else listed)
+
+
+def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]]:
     categories: dict[int, dict[str, Any]] = {}
     for category in listed:
         id_ = to_int(category.get("id")) if isinstance(category, dict) else None
@@ -134,182 +153,111 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
     return categories
 
 
-def _read_file(
-    file: Path,
-    split: str,
-    categories: Sequence[Mapping[str, Any]],
-    classes: ClassList,
-    source: Path,
-    extras: bool,
-) -> Dataset:
-    def compact(value: dict[str, Any]) -> dict[str, Any]:
-        if JSON_TEXT in value and "image_id" in value:
-            mask = value.pop(JSON_TEXT)
-            if extras:
-                value[JSON_TEXT] = json.dumps(mask, separators=(",", ":"))
-        return value
-
-    content = _load(file, compact)
-    problems = list(classes.problems)
-    images = _images(file, content["images"], problems)
-    objects = _annotations(file, content["annotations"], images, classes.labels, problems, extras)
-
-    finder = ImageFinder(image_folders(file, split))
-    dataset_images = []
-    for id_, image in images.items():
-        dataset_images.append(
-            LabelledImage(
-                path=finder.find(image["file_name"]),
+def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
+    parsed = LabelFile(file)
+    labels = {
+        id_: parsed.label(category["name"])
+        for id_, category in _categories_by_id(file, content["categories"]).items()
+    }
+    images: dict[int | str, LabelImage] = {}
+    for number, image in enumerate(content["images"]):
+        id_ = to_id(image.get("id")) if isinstance(image, dict) else None
+        if id_ is None or not isinstance(image.get("file_name"), str):
+            reason = f"image {number} of the list needs an id and a file_name, got {short(image)}"
+            parsed.report("label-unreadable", number, reason)
+        elif id_ in images:
+            reason = (
+                f"image id {id_} belongs to {images[id_].name} and again to {image['file_name']}; "
+                f"its objects could be of either"
+            )
+            parsed.report("image-id-duplicate", id_, reason, "the second is dropped")
+        else:
+            images[id_] = LabelImage(
+                name=image["file_name"],
                 id=id_,
-                annotations=tuple(objects.get(id_, ())),
                 width=to_size(image.get("width")),
                 height=to_size(image.get("height")),
-                label_file=file,
-                extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS} if extras else {},
+                extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS},
             )
+    parsed.images = list(images.values())
+    seen: set[int | str] = set()
+    objects = content["annotations"]
+    for number, item in enumerate(objects):
+        objects[number] = None  # freed early: COCO's list is gigabytes
+        _parse_annotation(parsed, images, labels, seen, number, item)
+    return parsed
+
+
+def _parse_annotation(
+    parsed: LabelFile,
+    images: Mapping[int | str, LabelImage],
+    labels: Mapping[int, int],
+    seen: set[int | str],
+    number: int,
+    item: Any,
+) -> None:
+    id_ = to_id(item.get("id", number)) if isinstance(item, dict) else None
+    if id_ is None:
+        reason = f"annotation {number} of the list is not an object: {short(item)}"
+        parsed.report("label-unreadable", number, reason)
+        return
+    if id_ in seen:
+        reason = f"annotation id {id_} is used twice; evaluators match by it"
+        parsed.report("annotation-id-duplicate", id_, reason, "renumbered")
+    seen.add(id_)
+    image_id = to_id(item.get("image_id"))
+    image = None if image_id is None else images.get(image_id)
+    if image is None:
+        reason = f"annotation {id_} is of image {item.get('image_id')!r}, which is not in the file"
+        parsed.report("annotation-orphan", id_, reason)
+        return
+    where = f"annotation {id_} of image {image_id} ({image.name})"
+    category = to_int(item.get("category_id"))
+    if category is None or category not in labels:
+        reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
+        parsed.report("class-unknown", id_, reason)
+        return
+    box = to_box(item.get("bbox"))
+    if box is None:
+        reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
+        parsed.report("box-not-a-number", id_, reason)
+        return
+    x, y, width, height = box
+    image.annotations.append(
+        to_annotation(
+            (x, y, x + width, y + height), labels[category], number, item, _ANNOTATION_KEYS
         )
-    return Dataset(
-        images=tuple(dataset_images),
-        classes=classes.names,
-        category_ids=classes.ids,
-        split=split,
-        format="coco",
-        source=source,
-        problems=tuple(problems),
-        extra=_dataset_extra(content, categories) if extras else {},
     )
 
 
-def _dataset_extra(
-    content: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Info, licences and the like, and other values of categories than id and name, by label."""
-    whole = {key: value for key, value in content.items() if key not in _PARTS}
-    more = [
-        {key: value for key, value in category.items() if key not in ("id", "name")}
-        for category in categories
-    ]
-    if any(more):
-        whole[CATEGORY_EXTRAS] = more
-    return whole
-
-
-def _images(
-    file: Path, listed: list[Any], problems: list[Problem]
-) -> dict[int | str, dict[str, Any]]:
-    images: dict[int | str, dict[str, Any]] = {}
-    for number, image in enumerate(listed):
-        id_ = image.get("id") if isinstance(image, dict) else None
-        if not isinstance(id_, int | str) or not isinstance(image.get("file_name"), str):
-            problems.append(
-                Problem(
-                    "label-unreadable",
-                    file,
-                    number,
-                    f"image {number} of the list needs an id and a file_name, got {short(image)}",
-                    "dropped",
-                )
-            )
-        elif id_ in images:
-            problems.append(
-                Problem(
-                    "image-id-duplicate",
-                    file,
-                    id_,
-                    f"image id {id_} belongs to {images[id_]['file_name']} and again to "
-                    f"{image['file_name']}; its objects could be of either",
-                    "the second is dropped",
-                )
-            )
-        else:
-            images[id_] = image
-    return images
-
-
-def _annotations(
-    file: Path,
-    listed: list[Any],
-    images: Mapping[int | str, Mapping[str, Any]],
-    labels: Mapping[int, int],
-    problems: list[Problem],
-    extras: bool,
-) -> dict[int | str, list[Annotation]]:
-    objects: dict[int | str, list[Annotation]] = {}
-    seen: set[int | str] = set()
-    for number, item in enumerate(listed):
-        listed[number] = None  # freed early: COCO's list is gigabytes
-        id_ = item.get("id", number) if isinstance(item, dict) else number
-        if not isinstance(item, dict) or not isinstance(id_, int | str):
-            reason = f"annotation {number} of the list is not an object: {short(item)}"
-            problems.append(Problem("label-unreadable", file, number, reason, "dropped"))
-            continue
-        if id_ in seen:
-            reason = f"annotation id {id_} is used twice; evaluators match by it"
-            problems.append(Problem("annotation-id-duplicate", file, id_, reason, "renumbered"))
-        seen.add(id_)
-        image_id = item.get("image_id")
-        if not isinstance(image_id, int | str) or image_id not in images:
-            reason = f"annotation {id_} is of image {image_id!r}, which is not in the file"
-            problems.append(Problem("annotation-orphan", file, id_, reason, "dropped"))
-            continue
-        where = f"annotation {id_} of image {image_id} ({images[image_id]['file_name']})"
-        category = to_int(item.get("category_id"))
-        if category is None or category not in labels:
-            reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
-            problems.append(Problem("class-unknown", file, id_, reason, "dropped"))
-            continue
-        try:
-            x, y, width, height = (to_number(value) for value in item["bbox"])
-        except (KeyError, TypeError, ValueError):
-            reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
-            problems.append(Problem("box-not-a-number", file, id_, reason, "dropped"))
-            continue
-        area = item.get("area")
-        objects.setdefault(image_id, []).append(
-            Annotation(
-                box=(x, y, x + width, y + height),
-                label=labels[category],
-                id=id_,
-                crowd=to_flag(item.get("iscrowd", 0)),
-                difficult=to_flag(item.get("difficult", 0)),
-                area=float(area) if isinstance(area, int | float) else None,
-                extra={k: v for k, v in item.items() if k not in _ANNOTATION_KEYS}
-                if extras
-                else {},
-            )
-        )
-    return objects
-
-
-def write_coco(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write ``SPLIT.json`` and the images in ``SPLIT/``.
 
     Ids are kept if they are whole numbers and all different, else they count from 1.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
-        if not _distinct([image.id for image in dataset.images]):
-            image_ids = list(range(1, len(dataset) + 1))
-        else:
-            image_ids = [int(image.id) for image in dataset.images]
-        of_split = names[split]
         with (writing.folder / f"{split}.json").open("w", encoding="utf-8") as stream:
-            _write_file(stream, dataset, of_split, image_ids)
-        images += [(path, writing.folder / split / name) for path, name in of_split.items()]
-    writing.place(images)
+            write_split(stream, dataset, names[split])
+    writing.place(names, "{split}/{name}")
 
 
-def _distinct(ids: list[int | str]) -> bool:
-    return all(isinstance(id_, int) for id_ in ids) and len(set(ids)) == len(ids)
+def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:
+    """Return ids that are distinct whole numbers, else 1, 2, ..."""
+    is_distinct = all(isinstance(id_, int) for id_ in ids) and len(set(ids)) == len(ids)
+    return iter(ids) if is_distinct else iter(range(1, len(ids) + 1))
 
 
-def _write_file(
-    stream: TextIO, dataset: Dataset, names: Mapping[Path, str], image_ids: list[int]
-) -> None:
-    """Write one split, an object per line: as one string COCO's would take gigabytes."""
+def write_split(stream: TextIO, dataset: Dataset, names: Mapping[Path, str]) -> None:
+    """Write a split, an object per line: as one string COCO's would take gigabytes.
+
+    Args:
+        stream: of the text.
+        dataset: the split.
+        names: the images' names, by path.
+    """
+    image_ids = list(_ids([image.id for image in dataset.images]))
     more = dataset.extra.get(CATEGORY_EXTRAS) or [{}] * len(dataset.classes)
-    whole = {key: value for key, value in dataset.extra.items() if key != CATEGORY_EXTRAS}
     categories = [
         {"id": id_, "name": name, **extra}
         for id_, name, extra in zip(dataset.category_ids, dataset.classes, more, strict=True)
@@ -323,26 +271,28 @@ def _write_file(
         }
         for id_, image in zip(image_ids, dataset.images, strict=True)
     )
-    distinct = _distinct([a.id for image in dataset.images for a in image.annotations])
-    numbers = count(1)
+    ids = _ids([a.id for image in dataset.images for a in image.annotations])
     annotations = (
-        _item(annotation, dataset, id_, int(annotation.id) if distinct else next(numbers))
-        for id_, image in zip(image_ids, dataset.images, strict=True)
+        _item(annotation, dataset, image_id, next(ids))
+        for image_id, image in zip(image_ids, dataset.images, strict=True)
         for annotation in image.annotations
     )
     stream.write("{")
-    for key, value in whole.items():
-        stream.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
+    for key, value in dataset.extra.items():
+        if key != CATEGORY_EXTRAS:
+            stream.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
     for key, items in (("images", images), ("annotations", annotations)):
-        lines = (json.dumps(item, ensure_ascii=False) for item in items)
         stream.write(f'"{key}": [')
-        for number, line in enumerate(lines):
+        for number, item in enumerate(items):
+            line = json.dumps(item, ensure_ascii=False)
             stream.write(f"{',' if number else ''}\n{line}")
         stream.write("\n],\n")
     stream.write(f'"categories": {json.dumps(categories, ensure_ascii=False)}}}\n')
 
 
-def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> dict[str, Any]:
+def _item(
+    annotation: Annotation, dataset: Dataset, image_id: int | str, id_: int | str
+) -> dict[str, Any]:
     x1, y1, x2, y2 = annotation.box
     width, height = _side(x1, x2), _side(y1, y2)
     item: dict[str, Any] = {
@@ -352,12 +302,9 @@ def _item(annotation: Annotation, dataset: Dataset, image_id: int, id_: int) -> 
         "bbox": [_plain(side) for side in (x1, y1, width, height)],
         "area": _plain(width * height if annotation.area is None else annotation.area),
         "iscrowd": int(annotation.crowd),
+        **({"difficult": 1} if annotation.difficult else {}),
     }
-    if annotation.difficult:
-        item["difficult"] = 1
-    for key, value in annotation.extra.items():
-        item[key] = json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
-    return item
+    return item | json_values(annotation.extra)
 
 
 def _side(low: float, high: float) -> float:
@@ -365,12 +312,8 @@ def _side(low: float, high: float) -> float:
 
     (172.65 - 38.86 is 133.79000000000002.)
     """
-    length = high - low
-    for decimals in range(16):
-        rounded = round(length, decimals)
-        if low + rounded == high:
-            return rounded
-    return length
+    rounded = (round(high - low, decimals) for decimals in range(16))
+    return next((length for length in rounded if low + length == high), high - low)
 
 
 def _plain(value: float) -> int | float:

@@ -15,32 +15,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.dataset import Dataset
+from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     Box,
     LabelFile,
-    ReadImage,
-    ReadObject,
+    LabelImage,
     build_splits,
+    cut,
+    find_tables,
     from_text,
-    label_files,
+    listed_names,
     merge_classes,
-    read_lines,
-    split_of,
-    to_area,
-    to_flag,
+    to_annotation,
+    to_box,
     to_number,
     to_size,
     to_text,
 )
-from retinanet.data.formats.writing import Writing, number_text, own_area, size_of
+from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
-
-LOOKED_FOR = (
-    "CSV: a .csv with columns for the image and the box (such as filename, class, xmin, ymin, "
-    "xmax, ymax)"
-)
 
 # Column names of exporters, lower case, letters and digits only; the first one present is used.
 _COLUMNS: dict[str, tuple[str, ...]] = {
@@ -66,61 +61,74 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "split": ("split", "subset", "partition", "usage", "set"),
     "id": ("id", "annotationid"),
     "image_id": ("imageid",),
-    "crowd": ("iscrowd", "crowd"),
+    "iscrowd": ("iscrowd", "crowd"),
     "difficult": ("difficult",),
     "area": ("area",),
 }
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_BOXES = (("x1", "y1", "x2", "y2"), ("x", "y", "box_width", "box_height"), ("bbox",))
+_OTHERS = ("width", "height", "image", "class", "split", "image_id")
+_ROW_VALUES = ("id", "iscrowd", "difficult", "area")
 _NO_HEADER = ("image", "x1", "y1", "x2", "y2", "class")
 _CLASS_FILES = ("classes.csv", "class_list.csv")
+_SUFFIXES = (".csv", ".tsv")
+_SCORES = ("confidence", "conf", "score", "scores", "probability", "prob")
 _DEFAULT_CLASS = "object"  # without a column of classes
+_BACKGROUND = ("background", "none", "nan")
 EXTRA = "extra_"
 """Prefix of a column whose name would be taken for another's."""
 
-_Columns = Mapping[str, int]
+
+def detect(file: Path) -> bool:
+    """Whether a file is a table of boxes."""
+    try:
+        return file.name not in _CLASS_FILES and bool(_columns(next(_rows(file))[1]))
+    except (DataError, StopIteration):
+        return False
 
 
-def is_csv(path: Path) -> bool:
-    """Whether `path` is a CSV file of boxes, or a folder with one."""
-    return bool(_files(path))
+def find(tree: Tree) -> LabelSet | None:
+    """Return the tables of a tree by split; results of a detector beside labels are left out."""
+    tables = [file for file in tree.with_suffix(*_SUFFIXES) if detect(file)]
+    results = set(filter(_is_results, tables))
+    if len(results) == len(tables):
+        results = set()
+    labels = find_tables(
+        "csv", tree, _SUFFIXES, lambda file: file in tables and file not in results, parse
+    )
+    if labels is not None:
+        labels.notes += [f"{file}: detection results (it has scores)" for file in sorted(results)]
+    return labels
 
 
-def read_csv(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def _is_results(file: Path) -> bool:
+    """Whether a table that is not named after a split has a column of scores that differ."""
+    if split_word(file.stem):
+        return False
+    rows = [cells for _, cells in _rows(file)]
+    column = next((i for i, name in enumerate(rows[0]) if _word(name) in _SCORES), None)
+    if column is None:
+        return False
+    values = {to_number(cells[column]) for cells in rows[1:] if column < len(cells)}
+    return not values <= {0.0, 1.0, None}
+
+
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one (any other
     name is a problem), else all names in all files, sorted: the same for every split.
 
-    Args:
-        path: the file, or its folder.
-        extras: keep other columns.
-
     Raises:
         DataError: a file cannot be read, or lacks columns.
     """
-    files = [_parse(file, split, extras) for split, file in _files(path)]
-    source, classes = _listed_classes(path if path.is_dir() else path.parent)
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    source, classes = _listed_classes(tree)
     if not classes:
-        names = {o.name for file in files for image in file.images for o in image.objects}
+        names = {name for file in files for name in file.classes}
         is_number = all(name.isdecimal() for name in names)
         classes = list(enumerate(sorted(names, key=int) if is_number else sorted(names)))
-    return build_splits("csv", files, merge_classes(classes, source), path)
-
-
-def _files(path: Path) -> list[tuple[str, Path]]:
-    """CSV files of boxes, each with its split, or ``""``."""
-    files = label_files(
-        path, [".csv", ".tsv"], lambda file: file.name not in _CLASS_FILES and _has_boxes(file)
-    )
-    return [(split_of(file, path) or (file.stem if len(files) > 1 else ""), file) for file in files]
-
-
-def _has_boxes(file: Path) -> bool:
-    try:
-        rows = _rows(file)
-        return _columns(next(rows)[1]) is not None
-    except (DataError, StopIteration):
-        return False
+    return build_splits("csv", files, merge_classes(classes, source), tree)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
@@ -139,189 +147,173 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{file}: cannot be read as CSV: {error}") from None
 
 
-def _columns(first: Sequence[str]) -> dict[str, int] | None:
-    """Return indices of the columns by their meaning; None if they are not those of boxes.
+def _columns(first: Sequence[str]) -> dict[str, int]:
+    """Return indices of the columns by their meaning; empty if they are not those of boxes.
 
     A file without a header has the columns of ``_NO_HEADER``.
     """
     if _is_headerless(first):
         return {name: index for index, name in enumerate(_NO_HEADER)}
     words = [_word(word) for word in first]
-
-    def index_of(meaning: str) -> int | None:
-        return next((words.index(word) for word in _COLUMNS[meaning] if word in words), None)
-
-    for box in (("x1", "y1", "x2", "y2"), ("x", "y", "box_width", "box_height"), ("bbox",)):
-        if all(index_of(side) is not None for side in box):
-            break
-    else:
-        return None
-    if index_of("image") is None:
-        return None
+    indices = {
+        meaning: next((words.index(word) for word in names if word in words), None)
+        for meaning, names in _COLUMNS.items()
+    }
+    box = next((box for box in _BOXES if all(indices[side] is not None for side in box)), None)
+    if box is None or indices["image"] is None:
+        return {}
     columns: dict[str, int] = {}
-    others = ("width", "height", "image", "class", "split", "image_id", *_ROW_VALUES)
-    for meaning in (*box, *others):
-        index = index_of(meaning)
+    for meaning in (*box, *_OTHERS, *_ROW_VALUES):
+        index = indices[meaning]
         if index is not None and index not in columns.values():
             columns[meaning] = index
     return columns
 
 
+def missing_columns(file: Path) -> str:
+    """Return why a file is no table of boxes."""
+    try:
+        first = next(_rows(file))[1]
+    except StopIteration:
+        return "empty"
+    except DataError as error:
+        return str(error)
+    words = [_word(word) for word in first]
+    is_known = any(name in words for name in _COLUMNS["image"])
+    missing = "the box" if is_known else "the image"
+    return f"no column for {missing}; columns are {cut(', '.join(first), 200)}"
+
+
 def _is_headerless(first: Sequence[str]) -> bool:
     """Whether the first row is path, four numbers or nothing, class."""
-    return len(first) == len(_NO_HEADER) and bool(first[0]) and _is_row(first[1:5])
+    sides = first[1:5]
+    is_row = not any(sides) or all(to_number(side) is not None for side in sides)
+    return len(first) == len(_NO_HEADER) and bool(first[0]) and is_row
 
 
 def _word(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-_ROW_VALUES = ("id", "crowd", "difficult", "area")
-_BOX_COLUMNS = ("x1", "y1", "x2", "y2", "x", "y", "box_width", "box_height", "bbox")
+def parse(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse a table of boxes.
 
-
-def _is_row(cells: Sequence[str]) -> bool:
-    """Whether four cells are a box: all numbers, or all empty."""
-    if not any(cells):
-        return True
-    try:
-        for cell in cells:
-            to_number(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse(file: Path, split: str, extras: bool) -> LabelFile:
+    Raises:
+        DataError: it cannot be read.
+    """
     parsed = LabelFile(file, split)
     rows = list(_rows(file))
     first = rows[0][1]
-    columns = _columns(first) or {}
+    columns = _columns(first)
     others: dict[str, int] = {}
     if not _is_headerless(first):
         rows = rows[1:]
-        if extras:
-            others = {
-                name.removeprefix(EXTRA): index
-                for index, name in enumerate(first)
-                if name and index not in columns.values()
-            }
-    images: dict[tuple[str, str], ReadImage] = {}
+        known = set(columns.values())
+        others = {
+            name.removeprefix(EXTRA): index
+            for index, name in enumerate(first)
+            if name and index not in known
+        }
+    images: dict[tuple[str | None, str], LabelImage] = {}
     for number, (line, cells) in enumerate(rows):
-        _read_row(parsed, images, columns, others, line, cells, number)
+        texts = {key: cells[i] if i < len(cells) else "" for key, i in columns.items()}
+        extra = {
+            key: from_text(key, cells[i])
+            for key, i in others.items()
+            if i < len(cells) and cells[i]
+        }
+        _parse_row(parsed, images, texts, extra, line, number)
     parsed.images = list(images.values())
-    sides = [side for image in parsed.images for item in image.objects for side in item.box]
+    sides = [side for image in parsed.images for item in image.annotations for side in item.box]
     # Boxes in pixels do not all lie within [0, 1].
-    parsed.is_relative = all(0 <= side <= 1 for side in sides) and any(sides)
-    if parsed.is_relative:
+    if all(0 <= side <= 1 for side in sides) and any(sides):
+        parsed.decimals = 6
         for image in parsed.images:
             image.width = image.height = None  # those of the file itself are safer
     return parsed
 
 
-def _read_row(
+def _parse_row(
     parsed: LabelFile,
-    images: dict[tuple[str, str], ReadImage],
-    columns: _Columns,
-    others: _Columns,
+    images: dict[tuple[str | None, str], LabelImage],
+    cells: Mapping[str, str],
+    extra: dict[str, Any],
     line: int,
-    cells: list[str],
     number: int,
 ) -> None:
-    def cell(meaning: str) -> str:
-        index = columns.get(meaning)
-        return cells[index] if index is not None and index < len(cells) else ""
-
-    split = cell("split")
-    split = (split_word(split) or split) if split else parsed.split
-    name, class_name = cell("image"), cell("class") if "class" in columns else _DEFAULT_CLASS
-    box, problem = None, None
-    sides = [cell(meaning) for meaning in _BOX_COLUMNS if meaning in columns]
+    name, split = cells.get("image", ""), cells.get("split") or None
+    class_name = cells.get("class", "") if "class" in cells else _DEFAULT_CLASS
+    split = split and (split_word(split) or split)
+    sides = [cells[side] for form in _BOXES for side in form if side in cells]
+    box = _box(cells, sides)
+    problem = None
     if not name:
         problem = ("label-unreadable", "names no image")
-    elif any(sides):
-        try:
-            box = _box(columns, sides)
-            if not class_name:
-                problem = ("class-unknown", f"{name}: a box without a class")
-        except ValueError as error:
-            problem = ("box-not-a-number", f"{name}, {class_name or 'no class'}: {error}")
-    elif class_name and "class" in columns and not _is_background(class_name):
+    elif any(sides) and box is None:
+        stated = ", ".join(map(repr, sides))
+        problem = (
+            "box-not-a-number",
+            f"{name}, {class_name or 'no class'}: {stated}: not four numbers",
+        )
+    elif any(sides) and not class_name:
+        problem = ("class-unknown", f"{name}: a box without a class")
+    elif not any(sides) and cells.get("class", "none").lower() not in ("", *_BACKGROUND):
         problem = ("box-not-a-number", f"{name}, {class_name}: no box; leave the class empty too")
     if problem:
-        kind, reason = problem
-        parsed.report(kind, number, f"line {line}: {reason}", split=split)
+        parsed.report(problem[0], number, f"line {line}: {problem[1]}", split=split)
         return
     image = images.get((split, name))
     if image is None:
-        id_ = from_text("id", cell("image_id")) if cell("image_id") else Path(name).stem
-        image = ReadImage(name, split, id_, to_size(cell("width")), to_size(cell("height")))
-        images[split, name] = image
-    if box is None:
-        return
-    values = {
-        "id": from_text("id", cell("id")) if cell("id") else number,
-        "crowd": to_flag(cell("crowd")),
-        "difficult": to_flag(cell("difficult")),
-        "area": to_area(cell("area")),
-        "extra": {
-            key: from_text(key, cells[index])
-            for key, index in others.items()
-            if index < len(cells) and cells[index]
-        },
-    }
-    image.objects.append(ReadObject(class_name, box, f"line {line}: {name}", number, values))
+        id_ = from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
+        width, height = (to_size(cells.get(side)) for side in ("width", "height"))
+        image = images[split, name] = LabelImage(name, id_, width, height, split=split)
+    if box is not None:
+        values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
+        label = parsed.label(class_name)
+        image.annotations.append(to_annotation(box, label, number, values, ()))
 
 
-def _is_background(name: str) -> bool:
-    return name.lower() in ("background", "none", "nan")
-
-
-def _box(columns: _Columns, cells: list[str]) -> Box:
+def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
     if "bbox" in columns:
         cells = re.split(r"[,;\s]+", cells[0].strip("[](){} "))
-    try:
-        a, b, c, d = (to_number(cell) for cell in cells)
-    except ValueError:
-        raise ValueError(f"{', '.join(map(repr, cells))}: not four numbers") from None
-    return (a, b, c, d) if "x2" in columns else (a, b, a + c, b + d)
+    box = to_box(cells)
+    if box is None or "x2" in columns:
+        return box
+    x, y, width, height = box
+    return x, y, x + width, y + height
 
 
-def _listed_classes(folder: Path) -> tuple[Path, list[tuple[int, str]]]:
-    """Return a file of classes, and its ids and names; the folder and none if there is none."""
-    for file in (folder / name for name in _CLASS_FILES):
-        if file.is_file():
-            rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
-            return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
-    file = folder / "classes.txt"
-    return (file, list(enumerate(read_lines(file)))) if file.is_file() else (folder, [])
+def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
+    """Return a file of classes, and its ids and names; the path and none if there is none."""
+    file = tree.named(*_CLASS_FILES)
+    if file is not None:
+        rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
+        return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
+    file, names = listed_names(tree, "classes.txt")
+    return file, list(enumerate(names))
 
 
-def write_csv(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write ``SPLIT.csv``, the images in ``SPLIT/``, and ``classes.csv`` (class, id).
 
     Other columns than image, size, class and box are written if some object has such a value.
     """
     names = writing.names(together=False, stems=False)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
-        if dataset.extra:
-            writing.lost["values of the whole data set (info, licences)"] += 1
+        writing.count_dataset_values(dataset)
         if any(image.extra for image in dataset.images):
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
-        images += [(path, writing.folder / split / name) for path, name in names[split].items()]
     first = next(iter(writing.splits.values()))
     with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )
-    writing.place(images)
+    writing.place(names, "{split}/{name}")
 
 
 def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writing: Writing) -> None:
     rows: list[dict[str, Any]] = []
-    used: dict[str, None] = {}
     for image in dataset.images:
         height, width = size_of(image)
         name = f"{split}/{names[image.path]}"
@@ -331,38 +323,20 @@ def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writin
         if not image.annotations:
             rows.append(common)
         for annotation in image.annotations:
-            sides = map(number_text, annotation.box)
-            row = {
-                **common,
-                "class": dataset.classes[annotation.label],
-                **dict(zip(_SIDES, sides, strict=True)),
-                **_more(annotation, len(rows)),
-            }
-            rows.append(row)
-            used.update(dict.fromkeys(row))
-        used.update(dict.fromkeys(common))
-    ours = ("filename", "width", "height", "class", *_SIDES)
-    header = [*ours, *(key for key in used if key not in ours)]
+            sides = zip(SIDES, map(number_text, annotation.box), strict=True)
+            extra = {_column(key): to_text(value) for key, value in annotation.extra.items()}
+            values = object_values(annotation, len(rows))
+            name = dataset.classes[annotation.label]
+            rows.append({**common, "class": name, **dict(sides), **values, **extra})
+    header = dict.fromkeys(("filename", "width", "height", "class", *SIDES))
+    for row in rows:
+        header |= dict.fromkeys(row)
     with (writing.folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, header, restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _more(annotation: Annotation, number: int) -> dict[str, str]:
-    """Other values of an object, as columns."""
-    more: dict[str, str] = {}
-    if annotation.id != number:
-        more["id"] = to_text(annotation.id)
-    if annotation.crowd:
-        more["iscrowd"] = "1"
-    if annotation.difficult:
-        more["difficult"] = "1"
-    area = own_area(annotation)
-    if area is not None:
-        more["area"] = number_text(area)
-    for key, value in annotation.extra.items():
-        word = _word(key)
-        known = any(word in words for words in _COLUMNS.values())
-        more[f"{EXTRA}{key}" if known else key] = to_text(value)
-    return more
+def _column(key: str) -> str:
+    """Return the column of an extra value, which must not be read as another one."""
+    return f"{EXTRA}{key}" if any(_word(key) in words for words in _COLUMNS.values()) else key

@@ -9,44 +9,37 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from retinanet.data.dataset import Dataset, Problem
+from retinanet.data.dataset import Annotation, Dataset
+from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats.labels import (
-    ImageFinder,
+    DROPPED,
+    ENCLOSED,
     LabelFile,
-    ReadImage,
-    ReadObject,
+    LabelImage,
     build_splits,
-    can_be_a_file,
     cut,
     find_classes,
-    is_image,
+    find_tables,
     json_has,
-    label_files,
-    name_splits,
+    listed_names,
     read_json,
-    read_lines,
     short,
+    to_box,
+    to_id,
     to_number,
     to_size,
 )
 from retinanet.errors import DataError
 
-LOOKED_FOR = (
-    "Label Studio: a .json export (JSON or JSON-MIN) with rectangles, here or in a folder a split"
-)
-
 CONFIG_FILE = "label_studio_config.xml"
 """The labelling interface, if exported with the data: its labels are the classes."""
 
-_IMAGE_KEYS = ("image", "img", "image", "photo", "url")
+_IMAGE_KEYS = ("image", "img", "picture", "photo", "url")
 _MARKS = (
     *((b'"data"', mark) for mark in (b'"annotations"', b'"predictions"', b'"completions"')),
     (b'"rectanglelabels"',),
@@ -54,26 +47,56 @@ _MARKS = (
 )
 _BOX = ("x", "y", "width", "height")
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio puts it before a file's own name
-_DROPPED = "the image is dropped"
 _RECTANGLES = ("rectangle", "rectanglelabels", "labels")
-_OTHER_REGIONS = frozenset(
+_OTHER_SHAPES = frozenset(
     f"{shape}{labels}"
     for shape in ("polygon", "brush", "ellipse", "keypoint", "vector")
     for labels in ("", "labels")
 )
 
 
-def is_label_studio(path: Path) -> bool:
-    """Whether `path` is an export of Label Studio, or a folder with one."""
-    return bool(_files(path))
+def detect(file: Path) -> bool:
+    """Whether a file is an export of Label Studio."""
+    return json_has(file, b"[", *_MARKS)
 
 
-def read_label_studio(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def find(tree: Tree) -> LabelSet | None:
+    """Return the exports of a tree by split."""
+    return find_tables("labelstudio", tree, [".json"], detect, parse)
+
+
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read an export; the files are parsed once, a split's data set is built when called.
 
     Label Studio has no splits: a file's name or folder may indicate one (``train.json``). Classes
     are the labels of ``label_studio_config.xml``, or the lines of ``classes.txt``, if there is one
     (any other name is a problem), else all names, sorted.
+
+    Raises:
+        DataError: a file is not JSON or no list of tasks.
+    """
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    classes = find_classes(files, dict.fromkeys(_class_names(tree)), tree.path)
+    return build_splits("labelstudio", files, classes, tree)
+
+
+def _class_names(tree: Tree) -> list[str]:
+    config = tree.named(CONFIG_FILE)
+    if config is None:
+        return listed_names(tree, "classes.txt")[1]
+    try:
+        root = ET.parse(config).getroot()
+    except (ET.ParseError, OSError, LookupError, ValueError) as error:
+        raise DataError(f"{config}: not XML: {error}") from None
+    # With <Label> as a child of each: <RectangleLabels>, or <Labels> beside a <Rectangle>.
+    controls = [element for element in root.iter() if element.tag in ("RectangleLabels", "Labels")]
+    names = [label.get("value", "") for control in controls for label in control.iter("Label")]
+    return [name for name in names if name]
+
+
+def parse(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse an export.
 
     If several people labelled a task, one annotation counts: that marked as ground truth, else
     the first that was not cancelled. A task without any (skipped, not yet labelled, or with
@@ -82,46 +105,10 @@ def read_label_studio(path: Path, *, extras: bool = True) -> dict[str, Callable[
     A rotated rectangle is a problem, and the upright box around it is used; polygons and other
     shapes are problems and dropped.
 
-    Args:
-        path: the JSON file, or its folder.
-        extras: keep other values of regions and tasks.
-
     Raises:
-        DataError: a file is not JSON or no list of tasks.
+        DataError: it is not JSON or no list of tasks.
     """
-    files = [_parse(file, split, extras) for split, file in _files(path).items()]
-    folder = path if path.is_dir() else path.parent
-    classes = find_classes(files, _class_names(folder), path)
-    splits = build_splits("labelstudio", files, classes, path, _find)
-    parsed = {file.split: file for file in files}
-    return {
-        split: partial(_without_shared_images, build, parsed[split])
-        for split, build in splits.items()
-    }
-
-
-def _files(path: Path) -> dict[str, Path]:
-    files = label_files(path, [".json"], lambda file: json_has(file, b"[", *_MARKS))
-    return name_splits(files, path)
-
-
-def _class_names(folder: Path) -> list[str]:
-    config = folder / CONFIG_FILE
-    if config.is_file():
-        try:
-            root = ET.parse(config).getroot()
-        except (ET.ParseError, OSError, LookupError, ValueError) as error:
-            raise DataError(f"{config}: not XML: {error}") from None
-        # With <Label> as a child of each: <RectangleLabels>, or <Labels> beside a <Rectangle>.
-        controls = [one for one in root.iter() if one.tag in ("RectangleLabels", "Labels")]
-        names = [one.get("value", "") for control in controls for one in control.iter("Label")]
-        return list(dict.fromkeys(name for name in names if name))
-    file = folder / "classes.txt"
-    return list(dict.fromkeys(read_lines(file))) if file.is_file() else []
-
-
-def _parse(file: Path, split: str, extras: bool) -> LabelFile:
-    parsed = LabelFile(file, split, is_relative=True)
+    parsed = LabelFile(file, split, decimals=6)
     seen: set[int | str] = set()
     content = read_json(file, list, "a list of tasks")
     for number, task in enumerate(content):
@@ -130,35 +117,37 @@ def _parse(file: Path, split: str, extras: bool) -> LabelFile:
             reason = f"task {number} of the list is no object: {short(task)}"
             parsed.report("label-unreadable", number, reason)
             continue
-        own = _own_id(task.get("id"))
+        own = to_id(task.get("id"))
         id_ = number if own is None else own
+        is_min = not isinstance(task.get("data"), dict)
+        data = task if is_min else task["data"]
+        address = _image_address(data)
         if own in seen:
             # JSON-MIN has an entry for each person who labelled the task.
-            if isinstance(task.get("data"), dict):
+            if not is_min:
                 reason = f"task {id_} is there twice"
                 parsed.report("image-id-duplicate", id_, reason, "the second is dropped")
-            continue
+        elif address is None:
+            reason = f"task {id_} names no image: {short(data)}"
+            parsed.report("label-unreadable", id_, reason)
+        else:
+            path = _image_path(address)
+            bare = _UPLOADED.sub("", path.rpartition("/")[2], count=1)
+            image = LabelImage(path, id_, other_names=(bare,))
+            if is_min:
+                parsed.images.append(image)
+                _parse_min(parsed, image, task)
+            else:
+                image.extra = {k: v for k, v in data.items() if v != address}
+                _parse_task(parsed, image, task)
         if own is not None:
             seen.add(own)
-        if isinstance(task.get("data"), dict):
-            _read_task(parsed, task, id_, extras)
-        else:
-            _read_min(parsed, task, id_, extras)
     return parsed
 
 
-def _own_id(value: Any) -> int | str | None:
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
-
-
-def _read_task(parsed: LabelFile, task: Mapping[str, Any], id_: int | str, extras: bool) -> None:
-    """Read a task of the JSON export."""
-    data = task["data"]
-    address = _image_address(data)
-    if address is None:
-        reason = f"task {id_}: its data name no image: {short(data)}"
-        parsed.report("label-unreadable", id_, reason)
-        return
+def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -> None:
+    """Parse a task of the JSON export."""
+    where = f"task {image.id} ({_file_name(image)})"
     stated = task.get("annotations", task.get("completions"))
     every = [item for item in stated if isinstance(item, dict)] if isinstance(stated, list) else []
     kept = [item for item in every if not (item.get("was_cancelled") or item.get("skipped"))]
@@ -169,80 +158,58 @@ def _read_task(parsed: LabelFile, task: Mapping[str, Any], id_: int | str, extra
             why = "has predictions alone, which no person has confirmed"
         else:
             why = "is not labelled yet"
-        reason = f"task {id_} ({_file_name(address)}) {why}"
-        parsed.report("label-missing", id_, reason, _DROPPED)
+        parsed.report("label-missing", image.id, f"{where} {why}", DROPPED)
         return
     regions = next((item for item in kept if item.get("ground_truth")), kept[0]).get("result")
     if not isinstance(regions, list):
-        reason = f"task {id_} ({_file_name(address)}): its result is no list: {short(regions)}"
-        parsed.report("label-unreadable", id_, reason, _DROPPED)
+        reason = f"{where}: its result is no list: {short(regions)}"
+        parsed.report("label-unreadable", image.id, reason, DROPPED)
         return
-    image = ReadImage(address, parsed.split, id_)
-    if extras:
-        image.extra = {key: value for key, value in data.items() if value != address}
     parsed.images.append(image)
-    _read_regions(parsed, image, regions, extras)
-
-
-def _read_regions(parsed: LabelFile, image: ReadImage, regions: list[Any], extras: bool) -> None:
+    name = _file_name(image)
     # <Rectangle> with <Labels> gives a result of each kind, of one id.
     labelled = {
-        _key(region.get("id"))
+        to_id(region.get("id"))
         for region in regions
         if isinstance(region, dict) and region.get("type") == "labels"
     }
-    name = _file_name(image.name)
     for number, region in enumerate(regions):
         value = region.get("value") if isinstance(region, dict) else None
         kind = str(region.get("type")) if isinstance(region, dict) else "rectangle"
-        key = _key(region.get("id")) if isinstance(region, dict) else ""
-        if kind in _OTHER_REGIONS:
-            reason = f"{name}: region {key or number} is a {kind}, not a rectangle"
-            parsed.report("shape-not-box", key or number, reason)
-        elif kind not in ("rectangle", "rectanglelabels", "labels") or (
-            kind == "rectangle" and key and key in labelled
-        ):
+        key = (to_id(region.get("id")) if isinstance(region, dict) else None) or number
+        if kind in _OTHER_SHAPES:
+            reason = f"{name}: region {key} is a {kind}, not a rectangle"
+            parsed.report("shape-not-box", key, reason)
+        elif kind not in _RECTANGLES or (kind == "rectangle" and key in labelled):
             continue
         elif not isinstance(value, dict):
             reason = f"{name}: region {number} is no rectangle: {short(region)}"
             parsed.report("label-unreadable", number, reason)
         elif kind != "labels" or "x" in value:
-            _read_region(parsed, image, region, value, key or number, extras)
+            _parse_region(parsed, image, region, value, key)
 
 
-def _read_min(parsed: LabelFile, task: Mapping[str, Any], id_: int | str, extras: bool) -> None:
-    """Read a task of the JSON-MIN export: data and regions side by side, regions by control."""
-    address = _image_address(task)
-    if address is None:
-        parsed.report("label-unreadable", id_, f"task {id_} names no image: {short(task)}")
-        return
-    image = ReadImage(address, parsed.split, id_)
-    parsed.images.append(image)
+def _parse_min(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -> None:
+    """Parse a task of the JSON-MIN export: data and regions side by side, regions by control."""
     lists = (value for value in task.values() if isinstance(value, list))
     regions = (item for value in lists for item in value if isinstance(item, dict))
     for number, region in enumerate(regions):
         if "rectanglelabels" in region or all(side in region for side in _BOX):
-            key = _key(region.get("id")) or number
-            _read_region(parsed, image, region, region, key, extras)
-        elif any(kind in region for kind in _OTHER_REGIONS) or "points" in region:
-            reason = f"{_file_name(address)}: region {number} is not a rectangle: {short(region)}"
+            key = to_id(region.get("id")) or number
+            _parse_region(parsed, image, region, region, key)
+        elif any(kind in region for kind in _OTHER_SHAPES) or "points" in region:
+            reason = f"{_file_name(image)}: region {number} is not a rectangle: {short(region)}"
             parsed.report("shape-not-box", number, reason)
 
 
-def _key(value: Any) -> int | str:
-    """Return a region's id; empty if it has none."""
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else ""
-
-
-def _read_region(
+def _parse_region(
     parsed: LabelFile,
-    image: ReadImage,
+    image: LabelImage,
     region: Mapping[str, Any],
     value: Mapping[str, Any],
     key: int | str,
-    extras: bool,
 ) -> None:
-    where = f"{_file_name(image.name)}: region {key}"
+    where = f"{_file_name(image)}: region {key}"
     if image.width is None and image.height is None:
         image.width = to_size(region.get("original_width"))
         image.height = to_size(region.get("original_height"))
@@ -252,51 +219,44 @@ def _read_region(
     if not names:
         parsed.report("class-unknown", key, f"{where} has no label")
         return
-    try:
-        x, y, width, height = (to_number(value.get(side)) / 100 for side in _BOX)
-        rotation = to_number(value.get("rotation") or 0)
-        image_rotation = to_number(region.get("image_rotation") or 0)
-    except ValueError:
+    box = to_box([value.get(side) for side in _BOX])
+    rotation = to_number(value.get("rotation") or 0)
+    image_rotation = to_number(region.get("image_rotation") or 0)
+    if (
+        box is None
+        or rotation is None
+        or image_rotation is None
+        or not math.isfinite(rotation + image_rotation)
+    ):
         text = ", ".join(f"{side} {short(value.get(side))}" for side in (*_BOX, "rotation"))
         parsed.report("box-not-a-number", key, f"{where}: {text}: not numbers")
         return
-    if not (math.isfinite(rotation) and math.isfinite(image_rotation)):
-        parsed.report("box-not-a-number", key, f"{where}: rotation {rotation} is not an angle")
-        return
     if image_rotation % 360:
-        reason = f"{where} was drawn on the image turned by {image_rotation:g} degrees"
+        reason = f"{where} was drawn on the image rotated by {image_rotation:g} degrees"
         parsed.report("box-rotated", key, reason)
         return
     if rotation % 360:
-        fix = "the upright box around it is used"
-        parsed.report("box-rotated", key, f"{where} is turned by {rotation:g} degrees", fix)
-    extra: dict[str, Any] = {}
-    if extras:
-        extra = {name: region[name] for name in ("score", "origin", "meta") if region.get(name)}
-    box = (x, y, x + width, y + height)
+        parsed.report("box-rotated", key, f"{where} is rotated by {rotation:g} degrees", ENCLOSED)
+    extra = {name: region[name] for name in ("score", "origin", "meta") if region.get(name)}
+    x, y, width, height = (side / 100 for side in box)
     for number, name in enumerate(names, start=1):
+        image.rotations[len(image.annotations)] = rotation
         id_ = key if number == 1 else f"{key}-{number}"
-        values = {"id": id_, "extra": extra}
-        image.objects.append(ReadObject(name, box, where, id_, values, rotation))
+        label = parsed.label(name)
+        image.annotations.append(Annotation((x, y, x + width, y + height), label, id_, extra=extra))
 
 
 def _image_address(data: Mapping[str, Any]) -> str | None:
     """Return the address of the image: by its key, else the first text with an image's suffix."""
-    texts = {
-        key: value
-        for key, value in data.items()
-        # An image may also be written out within the JSON, as data:image/png;base64,...
-        if isinstance(value, str) and not value.startswith("data:") and can_be_a_file(value)
-    }
-    for key in _IMAGE_KEYS:
-        if texts.get(key):
-            return texts[key]
-    addresses = [value for value in texts.values() if is_image(_names(value)[0])]
+    # An image may also be written out within the JSON, as data:image/png;base64,...
+    texts = {k: v for k, v in data.items() if isinstance(v, str) and not v.startswith("data:")}
+    addresses = [texts[key] for key in _IMAGE_KEYS if texts.get(key)]
+    addresses += [text for text in texts.values() if is_image(_image_path(text))]
     return addresses[0] if addresses else None
 
 
-def _names(address: str) -> list[str]:
-    """Relative file names that an image's address may refer to, the likeliest first.
+def _image_path(address: str) -> str:
+    """Return the path in an image's address, without its leading ``/`` and ``..``.
 
     Addresses are ``/data/local-files/?d=a/1.jpg``, ``/data/upload/3/0123abcd-1.jpg``,
     ``s3://bucket/a/1.jpg``, ``https://host/a/1.jpg?signature``, or a plain path.
@@ -309,47 +269,9 @@ def _names(address: str) -> list[str]:
             name = unquote(parts.path) if parts.scheme or parts.netloc else address
     except ValueError:  # such as an IPv6 address that is none
         name = address
-    name = name.replace("\\", "/")
-    path = PurePosixPath("/".join(part for part in name.split("/") if part not in ("", ".", "..")))
-    names = ["/".join(path.parts[start:]) for start in range(len(path.parts))]
-    bare = _UPLOADED.sub("", path.name, count=1)
-    return [*names, bare] if bare != path.name else names or ["?"]
+    return "/".join(part for part in re.split(r"[\\/]", name) if part not in ("", ".", ".."))
 
 
-def _file_name(address: str) -> str:
+def _file_name(image: LabelImage) -> str:
     """Return the image's file name, in messages."""
-    return cut(_names(address)[0].rpartition("/")[2])
-
-
-def _find(finder: ImageFinder, address: str) -> Path:
-    """Return the image of an address: by as much of its path as exists, then by its file name."""
-    names = _names(address)
-    paths = (folder / name for name in names for folder in finder.folders)
-    return next((path for path in paths if path.is_file()), None) or finder.find(names[-1])
-
-
-def _without_shared_images(build: Callable[[], Dataset], parsed: LabelFile) -> Dataset:
-    """Drop images of different addresses that were found to be one file.
-
-    Two uploads of one name, or two folders with a 1.jpg each, may be.
-    """
-    dataset = build()
-    addresses = {
-        (image.path, read.name) for image, read in zip(dataset.images, parsed.images, strict=True)
-    }
-    counts = Counter(path for path, _ in addresses)
-    problems = [
-        Problem(
-            "image-missing",
-            image.path,
-            image.id,
-            f"task {image.id} and another, of another address, both match this file; store the "
-            f"images under the names in the export",
-            _DROPPED,
-        )
-        for image in dataset.images
-        if counts[image.path] > 1 and image.path.is_file()
-    ]
-    dropped = {problem.object for problem in problems}
-    kept = tuple(image for image in dataset.images if image.id not in dropped)
-    return replace(dataset, images=kept, problems=(*dataset.problems, *problems))
+    return cut(image.name.rpartition("/")[2])

@@ -1,4 +1,9 @@
-"""Shared parts of the label formats: find files, parse values, build data sets."""
+"""Shared parts of the label formats: find files and images, parse values, build data sets.
+
+Each format has ``detect(file)``, which tests a label file by its content, and ``parse(file)``,
+which returns its images, objects and faults as a :class:`LabelFile`. :func:`build` looks for the
+images, unites the classes of several files and converts boxes to pixels.
+"""
 
 from __future__ import annotations
 
@@ -6,188 +11,47 @@ import json
 import math
 import mmap
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.splits import split_word
+from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
+from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
 JSON_TEXT = "segmentation"
 """The key of `extra` that is kept as JSON text: as lists, COCO's masks would fill gigabytes."""
+
+DROPPED = "the image is dropped"
+"""The fix of an image whose labels cannot be used."""
+
+ENCLOSED = "the upright box around it is used"
+"""The fix of a rotated box."""
 
 Box = tuple[float, float, float, float]
 
 # ---- files
 
 
-class ImageFinder:
-    """Finds images by name in several folders; each folder is listed once.
+def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
+    """Return the first of the files `names` of a tree and its lines; the path if there is none.
 
-    Args:
-        folders: in order of preference; those that do not exist are skipped.
+    Repeated lines are kept.
     """
-
-    def __init__(self, folders: Iterable[Path]) -> None:
-        wanted = list(dict.fromkeys(folders))
-        self.folders = [folder for folder in wanted if folder.is_dir()] or wanted[:1]
-        self._names: dict[Path, frozenset[str]] = {}
-        self._stems: dict[Path, dict[str, str]] = {}
-
-    def find(self, name: str) -> Path:
-        """Return the file of that name; if there is none, the path at which it was expected.
-
-        Tried in each folder in turn: the name as it stands, then its last part (labels often hold
-        a path of the machine they were made on), then an image of the same stem and another
-        extension.
-        """
-        relative = PurePosixPath(name.replace("\\", "/"))
-        if relative.is_absolute() and Path(relative).is_file():
-            return Path(relative)
-        if not relative.name:
-            return self.folders[0] / "?"
-        if not relative.is_absolute() and len(relative.parts) > 1:
-            for folder in self.folders:
-                if relative.name in self._listed(folder / relative.parent):
-                    return folder / relative
-        for folder in self.folders:
-            if relative.name in self._listed(folder):
-                return folder / relative.name
-        for folder in self.folders:
-            stems = self._by_stem(folder)
-            other = stems.get(relative.stem) or stems.get(relative.name)
-            if other is not None:
-                return folder / other
-        return self.folders[0] / (relative.name if relative.is_absolute() else relative)
-
-    def _listed(self, folder: Path) -> frozenset[str]:
-        if folder not in self._names:
-            try:
-                with os.scandir(folder) as entries:
-                    self._names[folder] = frozenset(entry.name for entry in entries)
-            except OSError:
-                self._names[folder] = frozenset()
-        return self._names[folder]
-
-    def _by_stem(self, folder: Path) -> dict[str, str]:
-        if folder not in self._stems:
-            self._stems[folder] = {
-                name.rpartition(".")[0]: name
-                for name in sorted(self._listed(folder), reverse=True)
-                if is_image(name)
-            }
-        return self._stems[folder]
+    file = tree.named(*names)
+    return (tree.path, []) if file is None else (file, read_lines(file))
 
 
-def image_folders(file: Path, split: str) -> list[Path]:
-    """Folders that may hold the images of a label file, the most likely first.
-
-    The folders of other splits are left out: their images may have the same names.
-    """
-    beside = file.parent
-    root = beside.parent if beside.name in ("annotations", "labels") else beside
-    names = [
-        name
-        for name in dict.fromkeys((file.stem.removeprefix("instances_"), split))
-        if name not in ("", "..") and Path(name).name == name and can_be_a_file(name)
-    ]
-    bases = (root, root / "images")
-    subs = [
-        sub
-        for base in bases
-        if base.is_dir()
-        for sub in sorted(base.iterdir())
-        if sub.is_dir() and sub not in bases
-    ]
-    same = [sub for sub in subs if split and split_word(sub.name) == split]
-    neutral = [sub for sub in subs if not split or split_word(sub.name) is None]
-    return [
-        *([beside] if split and split_word(beside.name) == split else []),
-        *(base / name for name in names for base in bases),
-        *(root / name / "images" for name in names),
-        *same,
-        *(root / name for name in ("images", "", "JPEGImages", "img")),
-        beside,
-        *neutral,
-    ]
-
-
-def is_image(name: str | Path) -> bool:
-    """Whether a file has an extension of an image format."""
-    from retinanet.data.images import IMAGE_SUFFIXES
-
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def can_be_a_file(name: str) -> bool:
-    """Whether a file may have this path: no zero byte, no part longer than file systems allow."""
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError:
-        return False
-    parts = encoded.replace(b"\\", b"/").split(b"/")
-    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
-
-
-def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Return the images in a folder, sorted by path; `deep`: also in the folders below."""
-    files = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(file for file in files if is_image(file.name) and file.is_file())
-
-
-def label_files(
-    path: Path, suffixes: Sequence[str], is_format: Callable[[Path], bool]
-) -> list[Path]:
-    """Label files of many images each: `path`, or those in it, in annotations/ or a split's folder.
-
-    Args:
-        path: a file or a folder.
-        suffixes: lower-case extensions.
-        is_format: tests a file by its content.
-    """
-    files = [path]
-    if path.is_dir():
-        folders = [path, path / "annotations"]
-        folders += sorted(sub for sub in path.iterdir() if sub.is_dir() and split_word(sub.name))
-        files = [file for sub in folders if sub.is_dir() for file in sorted(sub.iterdir())]
-    return [
-        file
-        for file in files
-        if file.suffix.lower() in suffixes and file.is_file() and is_format(file)
-    ]
-
-
-def split_of(file: Path, path: Path) -> str | None:
-    """Return the split that a label file's name, or its own folder in `path`, indicates."""
-    word = split_word(file.stem)
-    in_own_folder = path.is_dir() and file.parent not in (path, path / "annotations")
-    return word or (split_word(file.parent.name) if in_own_folder else None)
-
-
-def name_splits(files: Sequence[Path], path: Path, prefix: str = "") -> dict[str, Path]:
-    """Label files by split: one file per split; the split of a single unnamed file is ``""``."""
-    splits: dict[str, Path] = {}
-    for file in files:
-        word = split_of(file, path)
-        alone = word or "" if len(files) == 1 else file.stem.removeprefix(prefix)
-        splits[word if word and word not in splits else alone] = file
-    return splits
-
-
-# ---- values
-
-
-def cut(text: str, limit: int = 80) -> str:
-    """Return a text in messages, cut to `limit` characters."""
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def short(value: Any) -> str:
-    """Return the repr of a value in messages."""
-    return cut(repr(value))
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, stripped."""
+    lines = file.read_text("utf-8-sig", errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
@@ -225,38 +89,59 @@ def read_json(
     return content
 
 
-def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text file that are not blank, stripped."""
-    lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+# ---- values
+
+
+def cut(text: str, limit: int = 80) -> str:
+    """Return a text in messages, cut to `limit` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def short(value: Any) -> str:
+    """Return the repr of a value in messages."""
+    return cut(repr(value))
 
 
 def to_int(value: Any) -> int | None:
-    """Return a whole number, also as a float or as text; None for anything else."""
-    if isinstance(value, bool):
+    """Return a whole number, also of a float or of text; None for anything else."""
+    number = to_number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def to_id(value: Any) -> int | str | None:
+    """Return an id: a whole number or text; None for anything else."""
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def to_number(value: Any) -> float | None:
+    """Return a float, also of text; None for anything else. NaN and Inf are returned."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and value.isdecimal() else None
-
-
-def to_size(value: Any) -> int | None:
-    """Pixels of an image's side; None if it is not stated: some tools write 0."""
     try:
-        number = to_number(value)
-        return int(number) if number >= 1 else None
+        return float(value)
     except (ValueError, OverflowError):
         return None
 
 
-def to_area(text: str | None) -> float | None:
-    """Return an area, or None."""
-    try:
-        return to_number((text or "").strip())
-    except ValueError:
+def to_size(value: Any) -> int | None:
+    """Pixels of an image's side; None if it is not stated: some tools write 0."""
+    number = to_number(value)
+    return int(number) if number is not None and 1 <= number < math.inf else None
+
+
+def to_box(values: Any) -> Box | None:
+    """Return four numbers; None for anything else."""
+    if not isinstance(values, list | tuple) or len(values) != 4:
         return None
+    a, b, c, d = map(to_number, values)
+    return None if a is None or b is None or c is None or d is None else (a, b, c, d)
+
+
+def to_flag(value: Any) -> bool:
+    """Return a flag as label files write it: 1, "1", true, "yes"."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("1", "true", "yes")
+    return bool(value)
 
 
 def from_text(key: str, text: str) -> Any:
@@ -265,7 +150,7 @@ def from_text(key: str, text: str) -> Any:
         return text
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     # Only values that are written as the same text: "007" and "1.50" are names, not numbers.
     return value if isinstance(value, list | dict) or to_text(value) == text else text
@@ -276,25 +161,12 @@ def to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def to_number(value: Any) -> float:
-    """Return a coordinate as a float.
-
-    Raises:
-        ValueError: it is not a number. NaN and Inf are returned: the check reports them.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a number") from None
-
-
-def to_flag(value: Any) -> bool:
-    """Return a flag as label files write it: 1, "1", true, "yes"."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("1", "true", "yes")
-    return bool(value)
+def json_values(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of `extra` for JSON: masks as lists rather than text."""
+    return {
+        key: json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
+        for key, value in extra.items()
+    }
 
 
 def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
@@ -307,89 +179,66 @@ def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-# ---- data sets
-
-
-@dataclass(frozen=True, slots=True)
-class ClassList:
-    """The classes of a data set, those of one name merged.
-
-    Attributes:
-        names: one per label, all different.
-        ids: of the first of each name, by label.
-        labels: the label of each id, also of those merged into another.
-        problems: one for each name that was there more than once.
-    """
-
-    names: tuple[str, ...]
-    ids: tuple[int, ...]
-    labels: Mapping[int, int]
-    problems: tuple[Problem, ...] = ()
-
-
-def merge_classes(classes: Iterable[tuple[int, str]], file: Path) -> ClassList:
-    """Merge classes of one name: as two classes they would share their objects at random.
+def to_annotation(
+    box: Box, label: int, number: int, values: Mapping[str, Any], known: Iterable[str]
+) -> Annotation:
+    """Return an object with the values of a label file.
 
     Args:
-        classes: id and name of each, in the order of their labels.
-        file: where they are listed.
+        box, label: of the object.
+        number: its index in the file; its id if `values` has none.
+        values: by COCO's and VOC's names: id, iscrowd, difficult, area, and others.
+        known: names of values that are not kept as others.
     """
-    ids_by_name: dict[str, list[int]] = {}
-    for id_, name in classes:
-        ids_by_name.setdefault(name, []).append(id_)
-    problems = [
-        Problem(
-            "class-duplicate",
-            file,
-            None,
-            f"classes {', '.join(map(str, ids[:-1]))} and {ids[-1]} are all named {name!r}"
-            if len(ids) > 2
-            else f"classes {ids[0]} and {ids[1]} are both named {name!r}",
-            f"merged into {ids[0]}; rename them to keep them apart",
-        )
-        for name, ids in ids_by_name.items()
-        if len(ids) > 1
-    ]
-    return ClassList(
-        tuple(ids_by_name),
-        tuple(ids[0] for ids in ids_by_name.values()),
-        {id_: label for label, ids in enumerate(ids_by_name.values()) for id_ in ids},
-        tuple(problems),
+    id_ = to_id(values.get("id"))
+    is_crowd = to_flag(values.get("iscrowd"))
+    return Annotation(
+        box,
+        label,
+        id=number if id_ is None else id_,
+        crowd=is_crowd,
+        # VOC files written here mark a crowd as difficult too, for programs without crowds.
+        difficult=to_flag(values.get("difficult")) and not is_crowd,
+        area=to_number(values.get("area")),
+        extra={k: v for k, v in values.items() if k not in known and k not in _OBJECT_VALUES},
     )
 
 
+_OBJECT_VALUES = frozenset({"id", "iscrowd", "difficult", "area"})
+
+
+# ---- label files
+
+
 @dataclass(slots=True)
-class ReadObject:
-    """An object as a label file states it, before the classes of all files are known.
+class LabelImage:
+    """An image as a label file states it.
 
     Attributes:
-        name: its class.
-        box: pixels, or fractions of the image where :attr:`LabelFile.is_relative`.
-        where: file, line or region, for messages.
-        position: its id or position in the file, for :attr:`Problem.object`.
-        values: other values of :class:`~retinanet.data.dataset.Annotation`.
-        rotation: degrees clockwise about (x1, y1); the enclosing upright box is used.
+        name: its path or file name; others that it may have are in `other_names`.
+        id: the source's own id, or the stem of the name.
+        width, height: pixels; None if they are not stated.
+        annotations: its objects; a label is an index in :attr:`LabelFile.classes`.
+        rotations: clockwise degrees about (x1, y1) of boxes, by index, if the file is relative.
+        split: the split that the file states for the image; None: that of the file.
+        path: its file, if known; else it is looked for by name.
     """
 
     name: str
-    box: Box
-    where: str
-    position: int | str
-    values: dict[str, Any] = field(default_factory=dict)
-    rotation: float = 0.0
-
-
-@dataclass(slots=True)
-class ReadImage:
-    """An image as a label file states it; attributes as of ``LabelledImage``."""
-
-    name: str
-    split: str
     id: int | str
     width: int | None = None
     height: int | None = None
-    objects: list[ReadObject] = field(default_factory=list)
+    annotations: list[Annotation] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    rotations: dict[int, float] = field(default_factory=dict)
+    split: str | None = None
+    path: Path | None = None
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the most likely first."""
+        return (self.name, *self.other_names)
 
 
 @dataclass(slots=True)
@@ -397,19 +246,25 @@ class LabelFile:
     """A parsed label file.
 
     Attributes:
-        split: of images that state no other.
+        file: its path; None for an image without one.
+        split: of images that state no other; None: the split that it is built for.
         images: its images.
+        classes: names of its classes, in the order of the labels in `images`.
         problems: the problems found while parsing, each with its split.
-        objects: number of objects parsed.
-        is_relative: whether boxes are fractions of the image rather than pixels.
+        decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
+            they are pixels.
     """
 
-    file: Path
-    split: str
-    images: list[ReadImage] = field(default_factory=list)
-    problems: list[tuple[str, Problem]] = field(default_factory=list)
-    objects: int = 0
-    is_relative: bool = False
+    file: Path | None
+    split: str | None = None
+    images: list[LabelImage] = field(default_factory=list)
+    classes: dict[str, int] = field(default_factory=dict)
+    problems: list[tuple[str | None, Problem]] = field(default_factory=list)
+    decimals: int | None = None
+
+    def label(self, name: str) -> int:
+        """Return the label of a class in this file."""
+        return self.classes.setdefault(name, len(self.classes))
 
     def report(
         self,
@@ -421,106 +276,326 @@ class LabelFile:
         split: str | None = None,
     ) -> None:
         """Add a problem."""
+        assert self.file is not None
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
 
 
+Parser = Callable[[Path], LabelFile]
+"""Parses a label file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassList:
+    """The classes of a data set, those of one name merged.
+
+    Attributes:
+        names: one per label, all different.
+        ids: of the first of each name, by label.
+        labels: the label of each class in a label file.
+        problems: one for each name that was there more than once.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    labels: Mapping[str, int]
+    problems: tuple[Problem, ...] = ()
+
+
+def merge_classes(
+    classes: Iterable[tuple[int, str]], file: Path, *, by_id: bool = False
+) -> ClassList:
+    """Merge classes of one name: as two classes they would share their objects at random.
+
+    Args:
+        classes: id and name of each, in the order of their labels.
+        file: where they are listed.
+        by_id: label files state the ids, as text, rather than the names.
+    """
+    ids_by_name: dict[str, list[int]] = {}
+    for id_, name in classes:
+        ids_by_name.setdefault(name, []).append(id_)
+    problems = [
+        Problem(
+            "class-duplicate",
+            file,
+            None,
+            f"classes {', '.join(map(str, ids[:-1]))} and {ids[-1]} are "
+            f"{'all' if len(ids) > 2 else 'both'} named {name!r}",
+            f"merged into {ids[0]}; rename them to keep them apart",
+        )
+        for name, ids in ids_by_name.items()
+        if len(ids) > 1
+    ]
+    labels = {
+        str(key): label
+        for label, (name, ids) in enumerate(ids_by_name.items())
+        for key in (ids if by_id else [name])
+    }
+    first_ids = tuple(ids[0] for ids in ids_by_name.values())
+    return ClassList(tuple(ids_by_name), first_ids, labels, tuple(problems))
+
+
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
     """Return the classes `listed` in `source`, from 1 on; if there are none, all names, sorted."""
-    found = {item.name for file in files for image in file.images for item in image.objects}
-    names = list(listed) or sorted(found - {""})
+    names = list(listed) or sorted({name for file in files for name in file.classes} - {""})
     return merge_classes(enumerate(names, start=1), source)
 
 
-def build_splits(
-    format: str,
-    files: Sequence[LabelFile],
-    classes: ClassList,
-    source: Path,
-    find: Callable[[ImageFinder, str], Path] = ImageFinder.find,
-) -> dict[str, Callable[[], Dataset]]:
-    """Return the splits of parsed label files; each data set is built when called.
+# ---- data sets
+
+
+def find_tables(
+    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool], parse: Parser
+) -> LabelSet | None:
+    """Find label files of many images each; None if there are none.
 
     Args:
-        find: finds an image by the name that a label file gives it.
+        format: name of the format.
+        tree: where to look.
+        suffixes: lower-case extensions.
+        detect: tests a file by its content.
+        parse: returns the images of a file.
     """
-    splits = dict.fromkeys(image.split for file in files for image in file.images)
-    splits |= dict.fromkeys(file.split for file in files if not file.images)
-    return {split: partial(_build, format, split, files, classes, source, find) for split in splits}
+
+    def items_of(file: Path) -> frozenset[Item]:
+        return frozenset(
+            (_stem(image.name), tuple(sorted(item.box for item in image.annotations)))
+            for image in parse(file).images
+        )
+
+    files = [file for file in tree.with_suffix(*suffixes) if detect(file)]
+    if not files:
+        return None
+    notes: list[str] = []
+    groups = keep_whole(tree.group(files, by_name=True), items_of, notes)
+    kept = [file for group in groups.values() for file in group]
+    return LabelSet(
+        format,
+        groups,
+        lambda: frozenset(stem for file in kept for stem, _ in items_of(file)),
+        notes,
+    )
 
 
-def _build(
+def _stem(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).stem.casefold()
+
+
+def build_splits(
+    format: str, files: Sequence[LabelFile], classes: ClassList, tree: Tree
+) -> dict[str, Callable[[], Dataset]]:
+    """Return the splits of parsed label files; each data set is built when called."""
+    splits: dict[str | None, None] = {}
+    for file in files:
+        splits |= dict.fromkeys(
+            file.split if image.split is None else image.split for image in file.images
+        )
+        if not file.images:
+            splits[file.split] = None
+    return {
+        split: partial(build, format, split, files, classes, tree)
+        for split in (name or "" for name in splits)
+    }
+
+
+def build(
     format: str,
     split: str,
-    files: Sequence[LabelFile],
+    files: Iterable[LabelFile],
     classes: ClassList,
-    source: Path,
-    find: Callable[[ImageFinder, str], Path],
+    tree: Tree,
+    *,
+    problems: Iterable[Problem] = (),
+    extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    images: list[LabelledImage] = []
-    problems = list(classes.problems)
-    for file in files:
-        problems += [problem for of_split, problem in file.problems if of_split == split]
-        finder = ImageFinder(image_folders(file.file, split))
-        images += [
-            build_image(image, find(finder, image.name), file, classes.names, problems)
-            for image in file.images
-            if image.split == split
-        ]
+    """Build the data set of a split from its label files.
+
+    Args:
+        format, extra: of the :class:`Dataset`.
+        split: images and problems that state another split are left out.
+        files: the parsed label files.
+        classes: of the whole data set.
+        tree: where the images are looked for.
+        problems: further problems.
+    """
+    listed = [*classes.problems, *problems]
+    found = _find_images(files, split, tree, listed)
+    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    images: dict[Path, LabelledImage] = {}
+    ids: set[int | str] = set()
+    for file, image, path in found:
+        if path in images:
+            other = _build_image(file, image, path, image.id, classes, sizes, listed)
+            images[path] = _merge_images(images[path], other, listed)
+            continue
+        candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
+        id_ = next(candidate for candidate in candidates if candidate not in ids)
+        ids.add(id_)
+        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
     return Dataset(
-        images=tuple(images),
+        images=tuple(images.values()),
         classes=classes.names,
         category_ids=classes.ids,
         split=split,
         format=format,
-        source=source,
-        problems=tuple(problems),
+        source=tree.path,
+        problems=tuple(listed),
+        extra=extra or {},
     )
 
 
-def build_image(
-    image: ReadImage,
-    path: Path,
+def _find_images(
+    files: Iterable[LabelFile], split: str, tree: Tree, problems: list[Problem]
+) -> list[tuple[LabelFile, LabelImage, Path]]:
+    """Return the images of a split with their paths; those of no or one path become problems."""
+    wanted: list[tuple[LabelFile, LabelImage]] = []
+    matches: list[Match] = []
+    for file in files:
+        problems += [problem for own, problem in file.problems if own in (None, split)]
+        for image in file.images:
+            if (file.split if image.split is None else image.split) not in (None, split):
+                continue
+            if image.path is not None:
+                match = Match(image.path)
+            elif not image.name or not all(map(can_be_a_file, image.names)):
+                assert file.file is not None
+                reason = f"image {image.id}: {short(image.name)} is no file name"
+                problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
+                continue
+            else:
+                assert file.file is not None
+                match = tree.find_image(image.names, file.file, split)
+            wanted.append((file, image))
+            matches.append(match)
+    # By stem only where other images are: the same stem in a folder of masks is no image.
+    folders = Counter(match.path.parent for match in matches if match.path is not None)
+    usual = max(folders, key=folders.__getitem__, default=None)
+    found: list[tuple[LabelFile, LabelImage, Path]] = []
+    uses: dict[Path, list[LabelImage]] = defaultdict(list)
+    for (file, image), match in zip(wanted, matches, strict=True):
+        if match.path is None and not match.several:
+            assert file.file is not None
+            match = tree.find_image(image.names, file.file, split, by_stem=True)
+            if match.path is not None and folders and match.path.parent not in folders:
+                match = Match(None)
+        if match.several:
+            assert file.file is not None
+            reason = (
+                f"image {image.id}: {short(image.name)} fits {len(match.several)} files, such as "
+                f"{relative(match.several[0], tree.root)} and "
+                f"{relative(match.several[1], tree.root)}; write the folder into the label"
+            )
+            problems.append(Problem("image-ambiguous", file.file, image.id, reason, DROPPED))
+            continue
+        path = match.path
+        if path is None:
+            assert file.file is not None
+            name = PurePosixPath(image.name.replace("\\", "/"))
+            path = (usual or file.file.parent) / (
+                name.name if usual or name.is_absolute() else name
+            )
+        else:
+            uses[path].append(image)
+        found.append((file, image, path))
+    ambiguous = {path for path, images in uses.items() if len({_key(i) for i in images}) > 1}
+    for _, image, path in found:
+        if path in ambiguous:
+            reason = (
+                f"image {image.id} and another, of another path, both match this file; store the "
+                f"images under the names in the labels"
+            )
+            problems.append(Problem("image-missing", path, image.id, reason, DROPPED))
+    return [item for item in found if item[2] not in ambiguous]
+
+
+def _key(image: LabelImage) -> str:
+    return image.name.replace("\\", "/").removeprefix("./")
+
+
+def _merge_images(
+    image: LabelledImage, other: LabelledImage, problems: list[Problem]
+) -> LabelledImage:
+    """Unite two entries of one file: objects of both, the same ones once."""
+    known = {(item.label, item.box) for item in image.annotations}
+    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
+    reason = (
+        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
+        f"{other.id} with {len(other.annotations)}"
+    )
+    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
+    return replace(image, annotations=image.annotations + more)
+
+
+def _build_image(
     file: LabelFile,
-    classes: Sequence[str],
+    image: LabelImage,
+    path: Path,
+    id_: int | str,
+    classes: ClassList,
+    sizes: Mapping[Path, tuple[int, int] | DataError],
     problems: list[Problem],
 ) -> LabelledImage:
-    """Convert an image at `path` with its objects; those of unknown classes become problems."""
-    width, height, objects = image.width, image.height, image.objects
-    scale_x, scale_y = 1.0, 1.0
-    if file.is_relative and objects:
-        if not width or not height:
-            height, width = read_size(path, problems)
-        if not width or not height:
+    """Convert an image with its objects; those of unknown classes become problems."""
+    width, height, objects = image.width, image.height, image.annotations
+    if file.decimals and not (width and height):
+        size = sizes.get(path)
+        if isinstance(size, tuple):
+            height, width = size
+        elif objects:
             objects = []
-        scale_x, scale_y = float(width or 1), float(height or 1)
-    labels = {name: label for label, name in enumerate(classes)}
+            if path.is_file():  # a missing image is reported by the check
+                reason = f"its boxes are fractions of an image whose size cannot be read: {size}"
+                problems.append(Problem("image-unreadable", path, None, reason, "dropped"))
+    names = list(file.classes)
+    labels = [classes.labels.get(name) for name in names]
     annotations = []
-    for item in objects:
-        if item.name not in labels:
-            reason = f"{item.where}: class {short(item.name)} is not one of {len(labels)} known"
-            problems.append(Problem("class-unknown", file.file, item.position, reason, "dropped"))
+    for index, item in enumerate(objects):
+        label = labels[item.label]
+        if label is None:
+            reason = (
+                f"{cut(image.name)}: object {item.id}: class {short(names[item.label])} is not one "
+                f"of {len(classes.labels)} known"
+            )
+            assert file.file is not None
+            problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        box = item.box
-        if file.is_relative:
-            x1, y1, x2, y2 = box
-            box = (x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y)
-            if item.rotation % 360:
-                box = enclosing_box(box, item.rotation, box[:2])
-            x1, y1, x2, y2 = (round(side, 6) for side in box)  # 12 pixels, not 12.000000000000002
-            box = (x1, y1, x2, y2)
-        annotations.append(Annotation(box, labels[item.name], **item.values))
-    return LabelledImage(path, image.id, tuple(annotations), width, height, file.file, image.extra)
+        if file.decimals and width and height:
+            rotation = image.rotations.get(index, 0.0)
+            item = _to_pixels(item, width, height, rotation, file.decimals)
+        annotations.append(item if label == item.label else replace(item, label=label))
+    return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
 
-def read_size(path: Path, problems: list[Problem]) -> tuple[int, int] | tuple[None, None]:
-    """Height and width of an image whose boxes are fractions; a problem if it is unreadable."""
-    from retinanet.data.images import image_size
+def _to_pixels(
+    item: Annotation, width: int, height: int, rotation: float, decimals: int
+) -> Annotation:
+    """Scale a box in fractions of the image, and polygons, to pixels."""
+    x1, y1, x2, y2 = item.box
+    box = (x1 * width, y1 * height, x2 * width, y2 * height)
+    if rotation % 360:
+        box = enclosing_box(box, rotation, box[:2])
+    x1, y1, x2, y2 = (round(side, decimals) for side in box)
+    extra = item.extra
+    if JSON_TEXT in extra:
+        points = [
+            [round(v * (height if i % 2 else width), decimals) for i, v in enumerate(polygon)]
+            for polygon in json.loads(extra[JSON_TEXT])
+        ]
+        extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}
+    return replace(item, box=(x1, y1, x2, y2), extra=extra)
 
-    try:
-        return image_size(path)
-    except (DataError, OSError) as error:
-        if path.is_file():  # a missing image is reported by the check
-            reason = f"its boxes are fractions of an image whose size cannot be read: {error}"
-            problems.append(Problem("image-unreadable", path, None, reason, "dropped"))
-        return None, None
+
+def _sizes(paths: list[Path]) -> dict[Path, tuple[int, int] | DataError]:
+    """Height and width of images, read in threads; the error of those that cannot be read."""
+
+    def read(path: Path) -> tuple[int, int] | DataError:
+        try:
+            return image_size(path)
+        except DataError as error:
+            return error
+
+    if not paths:
+        return {}
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        return dict(zip(paths, pool.map(read, paths), strict=True))

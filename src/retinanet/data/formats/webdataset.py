@@ -14,30 +14,39 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tarfile
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
 from retinanet.data import archives
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats.labels import (
+    DROPPED,
     JSON_TEXT,
-    ClassList,
-    is_image,
+    LabelFile,
+    LabelImage,
+    build,
+    json_values,
     merge_classes,
     short,
-    to_flag,
-    to_number,
+    to_annotation,
+    to_box,
+    to_id,
+    to_text,
 )
 from retinanet.data.formats.writing import Writing, size_of
+from retinanet.data.image_files import suffix_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
 from retinanet.files import write_atomic
-
-LOOKED_FOR = "WebDataset: uncompressed .tar shards with KEY.jpg and KEY.json"
 
 CATALOGUE = "retinanet.json"
 """File next to the shards: classes, and the shards of each split."""
@@ -48,63 +57,72 @@ _KEY = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
 _NUMBER = re.compile(r"[-_.]?[0-9]+$")
 _SHARD_SIZE = re.compile(r"([0-9]+)(?:(\.[0-9]+)? ?(KB|MB|GB))?", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_IN_WORDS = '{"objects": [{"class": "cat", "box": [x1, y1, x2, y2]}]}'
+_OBJECT = '{"class": "cat", "box": [x1, y1, x2, y2]}'
 
 
-@dataclass(frozen=True, slots=True)
-class _Catalogue:
-    """Content of ``retinanet.json``, or what was found without it.
-
-    Attributes:
-        classes, category_ids: of all splits; None: those that the objects name.
-        shards: addresses by split.
-        extra: values of the whole data set, by split.
-        file: its address; None if there is none.
-    """
-
-    classes: tuple[str, ...] | None
-    category_ids: tuple[int, ...]
-    shards: Mapping[str, list[str]]
-    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    file: str | None = None
+def detect(file: Path) -> bool:
+    """Whether the first files of a tar share a key, and one is an image."""
+    try:
+        with tarfile.open(file, "r:") as tar:
+            names = (_KEY.fullmatch(info.name) for info in tar if info.isreg())
+            samples = list(islice(filter(None, names), 2))
+    except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError):
+        return False
+    keys = {found.group(1) for found in samples}
+    return len(samples) == 2 and len(keys) == 1 and any(is_image(f.group()) for f in samples)
 
 
-def is_webdataset(path: Path) -> bool:
-    """Whether `path` is a shard or a folder of shards, here or at an fsspec address."""
-    address = archives.address_of(path)
-    if _is_shard(address):
-        return True
-    if CATALOGUE in archives.list_names(address):
-        return _load_catalogue(f"{address}/{CATALOGUE}") is not None
-    shards = [shard for split in _find_shards(address).values() for shard in split]
-    return bool(shards) and (archives.is_remote(address) or _begins_with_a_sample(shards[0]))
+def find(tree: Tree) -> LabelSet | None:
+    """Return the folder of shards, or the shard, of a tree."""
+    address = archives.address_of(tree.path)
+    if not _is_shard(address) and _load_catalogue(f"{address}/{CATALOGUE}") is None:
+        first = next((shard for split in _find_shards(address).values() for shard in split), None)
+        if first is None or not (archives.is_remote(address) or detect(Path(first))):
+            return None
+    return LabelSet("webdataset", {"": [tree.path]}, frozenset)
 
 
-def read_webdataset(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a folder of shards, or a single shard; each split's data set is read when called.
 
-    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
-
-    Args:
-        path: the folder or the ``.tar``, or an fsspec address of either.
-        extras: keep other values of objects and images.
+    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path. The path of the tree may
+    be an fsspec address.
 
     Raises:
         DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
             broken, or no sample has the layout.
     """
-    catalogue = _catalogue(archives.address_of(path))
-    if catalogue.classes is None:
-        names, category_ids = _named_classes(catalogue.shards)
+    path = tree.path
+    shards, catalogue = _open(archives.address_of(path))
+    ids: dict[str, int | None] = {}
+    if catalogue is not None:
+        pairs = list(zip(catalogue["category_ids"], catalogue["classes"], strict=True))
+        ids = {name: id_ for id_, name in pairs}
     else:
-        names, category_ids = catalogue.classes, catalogue.category_ids
-    pairs = zip(category_ids, names, strict=True)
-    classes = merge_classes(pairs, Path(catalogue.file or path))
+        for shard in (shard for split in shards.values() for shard in split):
+            parse(shard, ids=ids)
+        known = sorted((id_, name) for name, id_ in ids.items() if id_ is not None)
+        is_complete = len({id_ for id_, _ in known}) == len(ids)
+        pairs = known if is_complete else list(enumerate(sorted(ids), start=1))
+    classes = merge_classes(pairs, path)
+    known_ids = ids if len(ids) == len(pairs) else None  # None: a name has several
 
-    return {
-        split: partial(_read_split, catalogue, split, classes, path, extras)
-        for split in catalogue.shards
-    }
+    def build_split(split: str) -> Dataset:
+        files = [
+            file
+            for shard in shards[split]
+            for file in parse(shard, ids=known_ids, is_listed=catalogue is not None)
+        ]
+        problems = [problem for file in files for _, problem in file.problems]
+        unread = next((problem for problem in problems if problem.kind != "index-missing"), None)
+        if unread and not any(file.images for file in files):
+            raise DataError(
+                f"{unread.file}: {unread.reason}; no sample of {split or path} can be read"
+            )
+        extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
+        return build("webdataset", split, files, classes, tree, extra=extra)
+
+    return {split: partial(build_split, split) for split in shards}
 
 
 # ---- shards
@@ -117,47 +135,40 @@ def _is_shard(address: str) -> bool:
     )
 
 
-def _catalogue(address: str) -> _Catalogue:
-    """Return the catalogue of a folder or a single shard."""
-    single = _is_shard(address)
-    folder, _, name = address.rpartition("/") if single else (address, "", "")
-    if single and not archives.is_remote(address):
-        folder = os.path.dirname(address) or "."
-        name = os.path.basename(address)
+def _open(address: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+    """Return the shards of a folder or a single shard by split, and its catalogue."""
+    folder, single = os.path.split(address) if _is_shard(address) else (address, "")
+    folder = folder or "."
     file = f"{folder}/{CATALOGUE}"
     content = _load_catalogue(file)
     if content is None:
-        return _Catalogue(
-            None, (), {_split_of(name): [address]} if single else _find_shards(folder)
-        )
+        return {_split_of(single): [address]} if single else _find_shards(folder), None
     try:
-        classes = tuple(str(name) for name in content["classes"])
-        category_ids = tuple(int(id_) for id_ in content["category_ids"])
         splits = content["splits"].items()
-        listed = {str(k): [str(shard) for shard in v["shards"]] for k, v in splits}
-        extra = {str(split): dict(v.get("extra", {})) for split, v in splits}
+        listed = {str(split): [str(shard) for shard in v["shards"]] for split, v in splits}
+        ids = [int(id_) for id_ in content["category_ids"]]
+        count = len([str(name) for name in content["classes"]])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{file}: is broken ({type(error).__name__}: {error}); delete it to read the shards "
             f"without"
         ) from None
-    if len(set(category_ids)) != len(classes) or len(category_ids) != len(classes):
-        raise DataError(f"{file}: has {len(classes)} classes and category_ids {category_ids}")
+    if not len(set(ids)) == len(ids) == count:
+        raise DataError(f"{file}: has {count} classes and category_ids {ids}")
     known = {shard for shards in listed.values() for shard in shards}
-    names = archives.list_names(folder)
-    present = {other for other in names if other.lower().endswith(archives.SUFFIX)}
-    for shard in sorted(known ^ present):
+    for shard in sorted(known ^ set(_shards_in(folder))):
         what = "is missing, though listed in" if shard in known else "is not listed in"
         raise DataError(
             f"{folder}/{shard}: {what} {file}; copy all shards of the data set, or delete "
             f"{CATALOGUE} to read those that are present"
         )
-    if single and name not in known:
+    if single and single not in known:
         raise DataError(f"{address}: there is no such file")
-    if single:
-        listed = {split: [name] for split, shards in listed.items() if name in shards}
-    shards = {k: [f"{folder}/{shard}" for shard in of_split] for k, of_split in listed.items()}
-    return _Catalogue(classes, category_ids, shards, extra, file)
+    shards = {
+        split: [f"{folder}/{shard}" for shard in names if single in ("", shard)]
+        for split, names in listed.items()
+    }
+    return {split: of for split, of in shards.items() if of or not single}, content
 
 
 def _load_catalogue(file: str) -> dict[str, Any] | None:
@@ -180,20 +191,22 @@ def _load_catalogue(file: str) -> dict[str, Any] | None:
     return content
 
 
+def _shards_in(folder: str) -> list[str]:
+    names = archives.list_names(folder)
+    return [name for name in names if name.lower().endswith(archives.SUFFIX)]
+
+
 def _find_shards(address: str) -> dict[str, list[str]]:
     """Shards by split: ``train-000000.tar`` here, or any in a folder ``train``."""
     found: dict[str, list[str]] = {}
-    names = archives.list_names(address)
-    for name in names:
+    for name in archives.list_names(address):
+        word = split_word(name)
         if name.lower().endswith(archives.SUFFIX):
             found.setdefault(_split_of(name), []).append(f"{address}/{name}")
-    for name in names:
-        word = split_word(name)
-        if word and not PurePosixPath(name).suffix:
-            inside = archives.list_names(f"{address}/{name}")
-            shards = [shard for shard in inside if shard.lower().endswith(archives.SUFFIX)]
-            if shards:
-                found.setdefault(word, []).extend(f"{address}/{name}/{shard}" for shard in shards)
+        elif word and not PurePosixPath(name).suffix:
+            inside = _shards_in(f"{address}/{name}")
+            found.setdefault(word, []).extend(f"{address}/{name}/{shard}" for shard in inside)
+    found = {split: shards for split, shards in found.items() if shards}
     if len(found) == 1:
         ((name, shards),) = found.items()
         return {split_word(name) or "": shards}
@@ -205,45 +218,41 @@ def _split_of(name: str) -> str:
     return split_word(stem) or stem
 
 
-def _begins_with_a_sample(archive: str) -> bool:
-    """Whether the first files of a tar share a key, and one is an image."""
-    import tarfile
-
-    names: list[str] = []
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for info in tar:
-                if info.isreg() and _KEY.fullmatch(info.name):
-                    names.append(info.name)
-                if len(names) == 2:
-                    break
-    except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError):
-        return False
-    keys = {found.group(1) for name in names if (found := _KEY.fullmatch(name))}
-    return len(names) == 2 and len(keys) == 1 and any(map(is_image, names))
-
-
 # ---- samples
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """The two files of an image, as paths into the shard, and the parsed labels."""
+def parse(
+    archive: str | Path,
+    *,
+    ids: dict[str, int | None] | None = None,
+    is_listed: bool = False,
+) -> list[LabelFile]:
+    """Parse the labels of a shard, in order.
 
-    key: str
-    image: Path
-    label: Path
-    content: dict[str, Any]
+    Args:
+        archive: its address.
+        ids: category ids by class; further ones are added, and others are problems. None: not
+            checked.
+        is_listed: a catalogue lists the shard: a missing index is a problem.
 
-
-def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """Return the samples of a shard whose labels can be read, in order."""
+    Raises:
+        DataError: the shard cannot be read.
+    """
+    archive = os.fspath(archive)
     contents = archives.contents_of(archive)
+    results: list[LabelFile] = []
+
+    def report(name: str, kind: str, reason: str, fix: str = DROPPED) -> None:
+        results.append(LabelFile(Path(f"{archive}/{name}" if name else archive)))
+        results[-1].report(kind, None, reason, fix)
+
+    if is_listed and not contents.indexed:
+        index = Path(archives.index_of(archive)).name
+        reason = f"its index {index} is missing; its headers were read instead"
+        report("", "index-missing", reason, "created")
     for name in contents.repeated:
         reason = "occurs more than once in its shard; the first is read"
-        problems.append(
-            Problem("key-duplicate", _path(archive, name), None, reason, "the later are dropped")
-        )
+        report(name, "key-duplicate", reason, "the later are dropped")
     files: dict[str, dict[str, str]] = {}
     for name in contents.members:
         if found := _KEY.fullmatch(name):
@@ -256,173 +265,90 @@ def _samples(archive: str, problems: list[Problem]) -> Iterator[_Sample]:
             pairs.append((key, images[0], label))
         elif len(images) > 1:
             reason = f"key {key!r} has {len(images)} images: {', '.join(sorted(images))}"
-            problems.append(
-                Problem("key-duplicate", _path(archive, images[0]), None, reason, _DROPPED)
-            )
+            report(images[0], "key-duplicate", reason)
         elif images:
-            reason = f"key {key!r} has no .json, not even one without objects"
-            problems.append(
-                Problem("label-missing", _path(archive, images[0]), None, reason, _DROPPED)
+            report(
+                images[0],
+                "label-missing",
+                f"key {key!r} has no .json, not even one without objects",
             )
         elif label is not None:
-            reason = f"key {key!r} has labels and no image"
-            problems.append(
-                Problem("image-missing", _path(archive, label), None, reason, "dropped")
-            )
+            report(label, "image-missing", f"key {key!r} has labels and no image", "dropped")
     labels = archives.read_members([contents.members[label] for _, _, label in pairs])
-    for (key, image, label), text in zip(pairs, labels, strict=True):
-        content, reason = _parsed(text)
-        if content is None:
-            problems.append(
-                Problem("label-unreadable", _path(archive, label), None, reason, _DROPPED)
-            )
+    for (key, name, label), text in zip(pairs, labels, strict=True):
+        content = _content_of(text)
+        if isinstance(content, str):
+            report(label, "label-unreadable", content)
         else:
-            yield _Sample(key, _path(archive, image), _path(archive, label), content)
+            parsed = LabelFile(Path(f"{archive}/{label}"))
+            image = LabelImage(
+                name,
+                content.get("id", key),
+                content.get("width"),
+                content.get("height"),
+                extra=content.get("extra", {}),
+                path=Path(f"{archive}/{name}"),
+            )
+            parsed.images.append(image)
+            for number, item in enumerate(content["objects"]):
+                _parse_object(parsed, image, number, item, ids)
+            results.append(parsed)
+    return results
 
 
-_DROPPED = "the image is dropped"
-
-
-def _path(archive: str, name: str) -> Path:
-    return Path(f"{archive}/{name}")
-
-
-def _parsed(text: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Return the content of a ``KEY.json``; or None and what is wrong with it."""
+def _content_of(text: bytes) -> dict[str, Any] | str:
+    """Return the content of a ``KEY.json``, or what is wrong with it."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return None, f"not JSON: {error}"
+        return f"not JSON: {error}"
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
         held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else short(content)
-        return None, f'has no list "objects" but {held}; {_IN_WORDS} is read'
+        return f'has no list "objects" but {held}; {{"objects": [{_OBJECT}]}} is read'
     if not isinstance(content.get("extra", {}), dict):
-        return None, f'"extra" is no object but {short(content["extra"])}'
+        return f'"extra" is no object but {short(content["extra"])}'
     for side in ("width", "height"):
         value = content.get(side)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            return None, f'"{side}" is not a whole number but {short(value)}'
-    if not isinstance(content.get("id", 0), int | str):
-        return None, f'"id" is neither number nor text but {short(content["id"])}'
-    return content, ""
+            return f'"{side}" is not a whole number but {short(value)}'
+    if to_id(content.get("id", 0)) is None:
+        return f'"id" is neither number nor text but {short(content["id"])}'
+    return content
 
 
-def _named_classes(
-    shards: Mapping[str, Iterable[str]],
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the classes that the objects of all shards name, by their ids, else by name from 1."""
-    ids: dict[str, int | None] = {}
-    for archive in (shard for split in shards.values() for shard in split):
-        for sample in _samples(archive, []):
-            for item in sample.content["objects"]:
-                name = item.get("class") if isinstance(item, dict) else None
-                if not isinstance(name, str):
-                    continue
-                id_ = item.get("category_id")
-                id_ = id_ if isinstance(id_, int) and not isinstance(id_, bool) else None
-                if ids.setdefault(name, id_) != id_:
-                    raise DataError(
-                        f"{sample.label}: class {name!r} has the category_id {id_}, and "
-                        f"{ids[name]} in another sample; give each class one id, or none"
-                    )
-    known = {id_: name for name, id_ in ids.items() if id_ is not None}
-    if len(known) == len(ids):
-        return tuple(known[id_] for id_ in sorted(known)), tuple(sorted(known))
-    names = tuple(sorted(ids))
-    return names, tuple(range(1, len(names) + 1))
-
-
-def _read_split(
-    catalogue: _Catalogue,
-    split: str,
-    classes: ClassList,
-    source: Path,
-    extras: bool,
-) -> Dataset:
-    problems = list(classes.problems)
-    images: dict[int | str, LabelledImage] = {}
-    for archive in catalogue.shards[split]:
-        if catalogue.file is not None and not archives.contents_of(archive).indexed:
-            index = Path(archives.index_of(archive)).name
-            reason = f"its index {index} is missing; its headers were read instead"
-            problems.append(Problem("index-missing", Path(archive), None, reason, "created"))
-        for sample in _samples(archive, problems):
-            annotations = tuple(_objects(sample, classes, problems, extras))
-            content = sample.content
-            id_ = content.get("id", sample.key)
-            if id_ in images and "id" not in content:
-                # Other programs' keys may restart in each shard.
-                id_ = f"{PurePosixPath(archive).stem}/{sample.key}"
-            if id_ in images:
-                reason = f"image id {id_} belongs to {images[id_].path} too; results refer to it"
-                problems.append(Problem("image-id-duplicate", sample.label, id_, reason, _DROPPED))
-                continue
-            images[id_] = LabelledImage(
-                path=sample.image,
-                id=id_,
-                annotations=annotations,
-                width=content.get("width"),
-                height=content.get("height"),
-                label_file=sample.label,
-                extra=content.get("extra", {}) if extras else {},
-            )
-    unread = [p for p in problems if p.kind not in ("index-missing", "class-duplicate")]
-    if unread and not images:
-        first = unread[0]
-        raise DataError(f"{first.file}: {first.reason}; no sample of {split or source} can be read")
-    return Dataset(
-        images=tuple(images.values()),
-        classes=classes.names,
-        category_ids=classes.ids,
-        split=split,
-        format="webdataset",
-        source=source,
-        problems=tuple(problems),
-        extra=catalogue.extra.get(split, {}) if extras else {},
-    )
-
-
-def _objects(
-    sample: _Sample, classes: ClassList, problems: list[Problem], extras: bool
-) -> Iterator[Annotation]:
-    by_id = classes.labels
-    by_name = {name: label for label, name in enumerate(classes.names)}
-
-    def problem(kind: str, number: int, reason: str) -> None:
-        problems.append(
-            Problem(kind, sample.label, number, f"object {number}: {reason}", "dropped")
-        )
-
-    for number, item in enumerate(sample.content["objects"]):
-        if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
-            problem("label-unreadable", number, f"is {short(item)}, not {_IN_WORDS[13:-2]}")
-            continue
-        name, category = item.get("class"), item.get("category_id")
-        label = by_id.get(category) if isinstance(category, int) else None
-        if label is None or (name is not None and classes.names[label] != name):
-            label = by_name.get(name) if isinstance(name, str) else None
-            if label is None or (isinstance(category, int) and category in by_id):
-                what = f"class {name!r} with category_id {category!r}"
-                problem("class-unknown", number, f"{what} is none of the {len(by_name)} classes")
-                continue
-        try:
-            x1, y1, x2, y2 = (to_number(value) for value in item["box"])
-        except (KeyError, TypeError, ValueError):
-            problem("box-not-a-number", number, f"box {short(item.get('box'))} is not 4 numbers")
-            continue
-        area, id_ = item.get("area"), item.get("id", number)
-        extra = dict(item.get("extra", {})) if extras else {}
-        if JSON_TEXT in extra and not isinstance(extra[JSON_TEXT], str):
-            extra[JSON_TEXT] = json.dumps(extra[JSON_TEXT], separators=(",", ":"))
-        yield Annotation(
-            box=(x1, y1, x2, y2),
-            label=label,
-            id=id_ if isinstance(id_, int | str) else number,
-            crowd=to_flag(item.get("crowd", False)),
-            difficult=to_flag(item.get("difficult", False)),
-            area=float(area) if isinstance(area, int | float) else None,
-            extra=extra,
-        )
+def _parse_object(
+    parsed: LabelFile,
+    image: LabelImage,
+    number: int,
+    item: Any,
+    ids: dict[str, int | None] | None,
+) -> None:
+    where = f"object {number}"
+    if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
+        reason = f"{where}: is {short(item)}, not {_OBJECT}"
+        parsed.report("label-unreadable", number, reason)
+        return
+    name, category = item.get("class"), to_id(item.get("category_id"))
+    if not isinstance(name, str):
+        parsed.report("class-unknown", number, f"{where}: its class is {name!r}, not a name")
+        return
+    category = category if isinstance(category, int) else None
+    expected = category if ids is None else ids.setdefault(name, category)
+    if None not in (category, expected) and category != expected:
+        reason = f"{where}: class {name!r} has category_id {category}, and {expected} elsewhere"
+        parsed.report("class-unknown", number, reason)
+        return
+    box = to_box(item.get("box"))
+    if box is None:
+        reason = f"{where}: box {short(item.get('box'))} is not 4 numbers"
+        parsed.report("box-not-a-number", number, reason)
+        return
+    extra = dict(item.get("extra", {}))
+    if JSON_TEXT in extra:
+        extra[JSON_TEXT] = to_text(extra[JSON_TEXT])
+    own = {key: item.get(key) for key in ("id", "difficult", "area")}
+    values = {**extra, **own, "iscrowd": item.get("crowd")}
+    image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
 
 
 # ---- writing
@@ -435,17 +361,17 @@ def parse_shard_size(text: str) -> tuple[int | None, int | None]:
         ConfigError: it is neither, or zero.
     """
     found = _SHARD_SIZE.fullmatch(text.strip())
-    if found is None or not float(f"{found.group(1)}{found.group(2) or ''}"):
+    number = float(f"{found.group(1)}{found.group(2) or ''}") if found else 0
+    if found is None or not number:
         raise ConfigError(
             f"shard size {text!r} is neither a number of samples (1000) nor of KB, MB or GB (256MB)"
         )
     if found.group(3) is None:
         return int(found.group(1)), None
-    whole = float(f"{found.group(1)}{found.group(2) or ''}")
-    return None, max(1, round(whole * _UNITS[found.group(3).upper()]))
+    return None, max(1, round(number * _UNITS[found.group(3).upper()]))
 
 
-def write_webdataset(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
 
     A key is the name of the image without its extension, with ``_`` for dots, at which keys end;
@@ -483,39 +409,37 @@ def _write_split(
     max_samples: int | None,
     max_bytes: int | None,
 ) -> dict[str, Any]:
-    """Write the shards of a split; its entry in ``retinanet.json``."""
-    shards: list[dict[str, Any]] = []
+    """Write the shards of a split; return its entry in ``retinanet.json``."""
+    shards: dict[str, int] = {}
     keys: set[str] = set()
     with ExitStack() as stack:
         writer: archives.ArchiveWriter | None = None
+        file = ""
         for image in dataset.images:
             content = archives.read_image_file(image.path)
             text = json.dumps(_content(image, dataset), ensure_ascii=False)
             # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
             label = text.encode(errors="backslashreplace")
             if writer is None or (
-                shards[-1]["samples"] == max_samples
+                shards[file] == max_samples
                 or (max_bytes and writer.size + len(content) + len(label) > max_bytes)
             ):
                 stack.close()
-                file = writing.folder / f"{split or 'all'}-{len(shards):06d}.tar"
-                writer = archives.ArchiveWriter(file)
+                file = f"{split or 'all'}-{len(shards):06d}.tar"
+                writer = archives.ArchiveWriter(writing.folder / file)
                 stack.callback(writer.close)
-                shards.append({"file": file.name, "samples": 0, "objects": 0})
+                shards[file] = 0
             name = Path(names[image.path])
             key = _free_key(name.stem.replace(".", "_"), keys)
             writer.add(f"{key}{name.suffix if is_image(name) else _suffix(content)}", content)
             writer.add(f"{key}.json", label)
-            shards[-1]["samples"] += 1
-            shards[-1]["objects"] += len(image.annotations)
+            shards[file] += 1
             writing.count_image()
     return {
         "made_by": dataset.split_origin,
         "samples": len(dataset),
-        "objects": sum(len(image.annotations) for image in dataset.images),
-        "shards": [shard["file"] for shard in shards],
-        "samples_by_shard": [shard["samples"] for shard in shards],
-        "objects_by_shard": [shard["objects"] for shard in shards],
+        "shards": list(shards),
+        "samples_by_shard": list(shards.values()),
         "extra": dict(dataset.extra),
     }
 
@@ -530,16 +454,11 @@ def _free_key(stem: str, taken: set[str]) -> str:
 
 def _suffix(image: bytes) -> str:
     """Return the extension of an image by its content."""
-    from io import BytesIO
-
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with Image.open(BytesIO(image)) as opened:
-            form = (opened.format or "").lower()
+            return suffix_of(opened.format or "")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        form = "jpeg"  # so that it stays a sample, and the check reports it
-    return {"jpeg": ".jpg", "mpo": ".jpg", "tiff": ".tif", "jpeg2000": ".jp2"}.get(form, f".{form}")
+        return ".jpg"  # so that it stays a sample, and the check reports it
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
@@ -562,14 +481,9 @@ def _object(annotation: Annotation, dataset: Dataset) -> dict[str, Any]:
         "box": list(annotation.box),
         "id": annotation.id,
     }
-    if annotation.crowd:
-        item["crowd"] = True
-    if annotation.difficult:
-        item["difficult"] = True
+    more = {"crowd": annotation.crowd, "difficult": annotation.difficult}
+    item |= {key: True for key, value in more.items() if value}
     if annotation.area is not None:
         item["area"] = annotation.area
-    extra = {
-        key: json.loads(value) if key == JSON_TEXT and isinstance(value, str) else value
-        for key, value in annotation.extra.items()
-    }
+    extra = json_values(annotation.extra)
     return item | ({"extra": extra} if extra else {})

@@ -15,10 +15,15 @@ from typing import Literal
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.formats.labels import to_text
+from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
 Placing = Literal["copy", "hardlink", "symlink"]
 """How an image gets into the new folder."""
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+"""Names of the sides of a box in VOC and CSV."""
 
 SHARD_SIZE = "256MB"
 """Default size of a WebDataset shard."""
@@ -47,6 +52,11 @@ class Writing:
     lost: Counter[str] = field(default_factory=Counter)
     shard_size: str = SHARD_SIZE
     done: int = 0
+
+    def count_dataset_values(self, dataset: Dataset) -> None:
+        """Count the values of a data set that a format without them cannot hold."""
+        if dataset.extra:
+            self.lost["values of the whole data set (info, licences)"] += 1
 
     def count_image(self) -> None:
         """Report one more image as done."""
@@ -84,9 +94,20 @@ class Writing:
         taken.add(key)
         return f"{stem}{suffix}"
 
-    def place(self, images: Iterable[tuple[Path, Path]]) -> None:
-        """Copy or link images, given as pairs of source and target, in several threads."""
-        pairs = list(dict.fromkeys(images))
+    def place(self, names: Mapping[str, Mapping[Path, str]], layout: str) -> None:
+        """Copy or link images in several threads.
+
+        Args:
+            names: names of the images by split, as of :meth:`names`.
+            layout: path of an image in the folder, such as ``images/{split}/{name}``.
+        """
+        pairs = list(
+            dict.fromkeys(
+                (path, self.folder / layout.format(split=split, name=name))
+                for split, of_split in names.items()
+                for path, name in of_split.items()
+            )
+        )
         for folder in {target.parent for _, target in pairs}:
             folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool:
@@ -147,14 +168,28 @@ def size_of(image: LabelledImage) -> tuple[int, int]:
     """
     if image.width and image.height:
         return image.height, image.width
-    from retinanet.data.images import image_size
-
     return image_size(image.path)
 
 
 def number_text(value: float) -> str:
     """Return the shortest text of a number: 12, not 12.0."""
     return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def object_values(annotation: Annotation, number: int) -> dict[str, str]:
+    """Return values of an object beyond class and box, as text, by COCO's and VOC's names.
+
+    Args:
+        annotation: the object.
+        number: the id that a reader gives it if none is written.
+    """
+    area = own_area(annotation)
+    return {
+        **({"id": to_text(annotation.id)} if annotation.id != number else {}),
+        **({"iscrowd": "1"} if annotation.crowd else {}),
+        **({"difficult": "1"} if annotation.difficult else {}),
+        **({"area": number_text(area)} if area is not None else {}),
+    }
 
 
 def own_area(annotation: Annotation) -> float | None:

@@ -9,106 +9,173 @@ a ten-thousandth, so that a box written with ten decimals is read unchanged.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import yaml
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
+from retinanet.data.dataset import Annotation, Dataset, Problem
+from retinanet.data.finder import LabelSet, Tree, is_image, scan
 from retinanet.data.formats.labels import (
+    JSON_TEXT,
     ClassList,
+    LabelFile,
+    LabelImage,
+    build,
     cut,
-    images_in,
+    listed_names,
     merge_classes,
     read_lines,
-    read_size,
+    to_int,
+    to_number,
 )
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
-LOOKED_FOR = (
-    "YOLO: a data.yaml with names and train, or images/ with labels/*.txt, or .txt files beside "
-    "images"
-)
-
-_NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names")
+_NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names", "_darknet.labels")
+_IMAGES_OR_LABELS = re.compile(r"(images?|imgs?|jpegimages|labels?|annotations?|txts?|yolo)")
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def is_yolo(path: Path) -> bool:
-    """Whether `path` is a YOLO data.yaml or a folder of images with YOLO rows."""
-    if path.is_file():
-        return path.suffix.lower() in (".yaml", ".yml") and _is_data_yaml(path)
-    return path.is_dir() and (_find_yaml(path) is not None or bool(_folders(path)))
+def detect(file: Path) -> bool:
+    """Whether the first line of a text file is a row of YOLO."""
+    lines = read_lines(file)
+    return bool(lines) and not isinstance(_row(lines[0]), str)
 
 
-def read_yolo(path: Path, *, extras: bool = True) -> dict[str, Callable[[], Dataset]]:
+def find(tree: Tree) -> LabelSet | None:
+    """Return the data.yaml (or Darknet's obj.data) of a tree, or its text files by split."""
+    texts = _Texts(tree)
+    stems = {image.stem.casefold() for image in tree.images}
+
+    def labelled() -> frozenset[str]:
+        return frozenset(stems & texts.by_stem.keys())
+
+    settings = [file for file in tree.with_suffix(".yaml", ".yml") if _is_data_yaml(file)]
+    settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
+    if settings:
+        first, *others = sorted(settings, key=lambda file: len(file.parts))
+        return LabelSet("yolo", {"": [first]}, labelled, [f"{file}: not read" for file in others])
+    if tree.path.is_file():
+        return None
+    pairs = [(image, texts.of(image)) for image in tree.images]
+    files = [file for _, file in pairs if file is not None]
+    if not any(map(detect, files)):
+        return None
+    return LabelSet("yolo", tree.group(dict.fromkeys(files)), labelled)
+
+
+def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a YOLO data set; each split's data set is read when called.
 
-    Args:
-        path: the folder, or its data.yaml.
-        extras: keep polygons.
+    Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders.
 
     Raises:
         DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
     """
-    file = path if path.is_file() else _find_yaml(path)
-    if file is not None:
-        names, splits = _from_yaml(file)
-        root = file.parent
+    texts = _Texts(tree)
+    (file, *_), *_ = labels.files.values()
+    names: Sequence[str] = ()
+    if file.suffix.lower() != ".txt":
+        splits, names = _from_settings(file, tree, labels.notes)
     else:
-        root = path
-        splits = _folders(path)
-        names = _names_beside(root)
-    if not names:
-        names = _numbers(splits.values())
-    classes = merge_classes(enumerate(names), file or path)
-
+        file = tree.path
+        splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
+    names = names or listed_names(tree, *_NAME_FILES)[1] or _numbers(splits, texts)
+    classes = merge_classes(enumerate(names), file, by_id=True)
     return {
-        split: partial(_read_split, split, images, classes, path, extras)
+        split: partial(_read_split, split, images, classes, tree, texts)
         for split, images in splits.items()
     }
 
 
-def label_path(image: Path) -> Path:
-    """Return the text file of an image: in ``labels`` for ``images``, or next to the image."""
-    parts = list(image.parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            mirrored = Path(*parts).with_suffix(".txt")
-            # In a flat folder called images the text files are next to the images.
-            beside = image.with_suffix(".txt")
-            return beside if beside.is_file() and not mirrored.is_file() else mirrored
-    return image.with_suffix(".txt")
+class _Texts:
+    """The text files of a tree by stem.
+
+    Attributes:
+        by_stem: text files that may hold the rows of an image, by lower-case stem.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.by_stem: dict[str, list[Path]] = {}
+        for file in tree.files:
+            if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES:
+                self.by_stem.setdefault(file.stem.casefold(), []).append(file)
+
+    def of(self, image: Path) -> Path | None:
+        """Return the text file of an image: of the same folders but for images/ and labels/."""
+        candidates = self.by_stem.get(image.stem.casefold(), [])
+        split, folders = self.tree.split_of(image), self._folders(image)
+        same = [file for file in candidates if self._folders(file) == folders]
+        if not same and len(candidates) == 1 and self.tree.split_of(candidates[0]) in ("", split):
+            return candidates[0]
+        # In labels/ rather than next to the image, where tools leave other text files.
+        return min(
+            same,
+            key=lambda file: (file.stem != image.stem, file.parent == image.parent, file),
+            default=None,
+        )
+
+    def expected(self, image: Path) -> Path:
+        """Return the path at which an image's text file is looked for first."""
+        parts = ["labels" if part.casefold() == "images" else part for part in image.parent.parts]
+        return Path(*parts, f"{image.stem}.txt")
+
+    def _folders(self, path: Path) -> list[str]:
+        parts = path.parent.relative_to(self.tree.root).parts
+        return [p for p in map(str.casefold, parts) if not _IMAGES_OR_LABELS.fullmatch(p)]
 
 
-def _find_yaml(folder: Path) -> Path | None:
-    first = [folder / "data.yaml", folder / "data.yml", folder / "dataset.yaml"]
-    others = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    for file in [*first, *others]:
-        if file.is_file() and _is_data_yaml(file):
-            return file
-    return None
-
-
-def _is_data_yaml(file: Path) -> bool:
+def _is_data_yaml(file: Path, separator: str = ":") -> bool:
     try:
         text = file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return False
     # By its keys, unparsed: a broken data.yaml is still one, and reading it reports the fault.
-    keys = {line.partition(":")[0].strip() for line in text.splitlines() if ":" in line}
+    lines = (line for line in text.splitlines() if separator in line)
+    keys = {line.partition(separator)[0].strip() for line in lines}
     return bool(keys & {"names", "nc"}) and bool(keys & set(_SPLIT_KEYS))
 
 
-def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+def _from_settings(
+    file: Path, tree: Tree, notes: list[str]
+) -> tuple[dict[str, list[Path]], Sequence[str]]:
+    """Return the images of each split, and the names of the classes, of data.yaml or obj.data."""
+    if file.suffix.lower() == ".data":
+        lines = (line.partition("=") for line in read_lines(file))
+        content: dict[Any, Any] = {key.strip(): value.strip() for key, _, value in lines}
+        named = tree.named(PurePosixPath(content.get("names", "").replace("\\", "/")).name)
+        names: Sequence[str] = read_lines(named) if named else ()
+    else:
+        content = _load_yaml(file)
+        names = _yaml_names(file, content)
+    base = _yaml_base(file, content.get("path"))
+    splits: dict[str, list[Path]] = {}
+    for key, split in _SPLIT_KEYS.items():
+        entries = content.get(key)
+        for entry in entries if isinstance(entries, list) else [entries] if entries else []:
+            images = _entry_images(file, base, str(entry), tree, split)
+            if images is not None:
+                splits.setdefault(split, []).extend(images)
+            elif split == "test":  # exporters name it also where there is none
+                notes.append(f"{file}: {key}: {entry} does not exist")
+            else:
+                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
+    if not any(splits.values()):
+        raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
+    return {split: images for split, images in splits.items() if images}, names
+
+
+def _load_yaml(file: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(file.read_text("utf-8-sig"))
+        # Names stay text: on, off and 007 are classes, no truth values and no number.
+        content = yaml.load(file.read_text("utf-8-sig"), Loader=_TextLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
@@ -116,22 +183,13 @@ def _from_yaml(file: Path) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
         raise DataError(f"{file}: not YAML: {what}{where}") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: holds no keys; YOLO needs names and train")
-    names = _yaml_names(file, content)
-    base = _yaml_base(file, content.get("path"))
-    splits: dict[str, list[Path]] = {}
-    for key, split in _SPLIT_KEYS.items():
-        entries = content.get(key)
-        if not entries:
-            continue
-        for entry in entries if isinstance(entries, list) else [entries]:
-            found = _yaml_images(file, base, str(entry))
-            if found is not None:
-                splits.setdefault(split, []).extend(found)
-            else:
-                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
-    if not any(splits.values()):
-        raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
-    return names, splits
+    return content
+
+
+class _TextLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads every scalar as text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
@@ -149,8 +207,8 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
                 f"got {sorted(numbered)[:10]}"
             )
         return tuple(numbered[number] for number in range(len(numbered)))
-    count = content.get("nc")
-    if isinstance(count, int) and count > 0:
+    count = to_int(content.get("nc"))
+    if count is not None and count > 0:
         return tuple(str(number) for number in range(count))
     raise DataError(f"{file}: has no names; write names: [first, second, ...]")
 
@@ -165,243 +223,181 @@ def _yaml_base(file: Path, path: Any) -> Path:
     return file.parent
 
 
-def _yaml_images(file: Path, base: Path, entry: str) -> list[Path] | None:
-    """Images of a folder or of a list file; None where there is neither."""
-    # Exporters write ../train/images for what lies beside the file.
+def _entry_images(file: Path, base: Path, entry: str, tree: Tree, split: str) -> list[Path] | None:
+    """Images of a folder or of a list file; None where there is neither.
+
+    Exporters write ../train/images for what lies beside the file, and paths of other machines: the
+    longest tail that exists counts.
+    """
     plain = entry.replace("\\", "/")
-    stripped = plain
-    while stripped.startswith(("../", "./")):
-        stripped = stripped.partition("/")[2]
-    for target in (base / plain, file.parent / plain, base / stripped, file.parent / stripped):
+    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", ".", "..")]
+    targets = [base / plain, file.parent / plain]
+    for start in range(len(parts)):
+        tail = PurePosixPath(*parts[start:])
+        targets += [folder / tail for folder in (base, file.parent, tree.top)]
+    for target in targets:
         if target.is_dir():
-            return _below(target)
+            images = target / "images"
+            target = Path(os.path.normpath(images if images.is_dir() else target))
+            if target.is_relative_to(tree.root):
+                return [image for image in tree.images if image.is_relative_to(target)]
+            return [path for path in scan(target) if is_image(path.name)]
         if target.is_file() and target.suffix == ".txt":
-            lines = read_lines(target)
-            return [_listed(line, target, base) for line in lines]
+            return _listed(target, tree, split)
     return None
 
 
-def _listed(line: str, list_file: Path, base: Path) -> Path:
-    for folder in (list_file.parent, base):
-        if (folder / line).is_file():
-            return folder / line
-    return list_file.parent / line
+def _listed(list_file: Path, tree: Tree, split: str) -> list[Path]:
+    """Return the images of a list; a missing one by the path at which it was expected."""
+    images = []
+    for line in read_lines(list_file):
+        path = tree.find_image([line], list_file, "").path
+        path = path or tree.find_image([line], list_file, "", by_stem=True).path
+        images.append(path or list_file.parent / line)
+    return images
 
 
-def _below(folder: Path) -> list[Path]:
-    images = folder / "images"
-    return images_in(images if images.is_dir() else folder, deep=True)
+def _from_lists(tree: Tree) -> dict[str, list[Path]]:
+    """Return the images of lists such as train.txt by split."""
+    splits: dict[str, list[Path]] = {}
+    for file in tree.with_suffix(".txt"):
+        word = split_word(file.stem)
+        if word and len(file.parts) <= len(tree.top.parts) + 2:
+            lines = read_lines(file)
+            if lines and all(is_image(line) for line in lines[:5]):
+                splits.setdefault(word, []).extend(_listed(file, tree, word))
+    return splits
 
 
-def _folders(root: Path) -> dict[str, list[Path]]:
-    """Images by split of a data set without data.yaml; those of no split are the split ``""``."""
-    groups: dict[str, list[Path]] = {}
-    if (root / "images").is_dir() and (root / "labels").is_dir():
-        for sub in sorted((root / "images").iterdir()):
-            word = split_word(sub.name) if sub.is_dir() else None
-            if word:
-                groups.setdefault(word, []).extend(images_in(sub, deep=True))
-        if not groups:
-            groups[""] = images_in(root / "images", deep=True)
-    else:
-        for sub in sorted(root.iterdir()):
-            word = split_word(sub.name) if sub.is_dir() else None
-            if word:
-                groups.setdefault(word, []).extend(_below(sub))
-        if not any(groups.values()):
-            groups = {"": images_in(root)}
-    groups = {split: images for split, images in groups.items() if images}
-    every = [image for images in groups.values() for image in images]
-    return groups if _any_rows(every) else {}
+def _from_folders(tree: Tree, texts: _Texts, notes: list[str]) -> dict[str, list[Path]]:
+    """Return images by the split of their folder; folders without any label are left out."""
+    folders: dict[Path, list[Path]] = {}
+    for image in tree.images:
+        folders.setdefault(image.parent, []).append(image)
+    images: list[Path] = []
+    for folder, inside in folders.items():
+        if any(texts.of(image) is not None for image in inside):
+            images += inside
+        else:
+            notes.append(f"{folder}: {len(inside)} images without a label")
+    return tree.group(images)
 
 
-def _any_rows(images: Iterable[Path]) -> bool:
-    """Whether some image has a text file with a row that reads as YOLO's."""
-    for image in images:
-        file = label_path(image)
-        if file.is_file():
-            for line in read_lines(file):
-                if _is_row(line):
-                    return True
-                break
-    return False
-
-
-def _names_beside(root: Path) -> tuple[str, ...]:
-    for folder in (root, root / "labels", root.parent if root.name == "images" else root):
-        for name in _NAME_FILES:
-            if (folder / name).is_file():
-                return tuple(read_lines(folder / name))
-    return ()
-
-
-def _numbers(groups: Iterable[Sequence[Path]]) -> tuple[str, ...]:
+def _numbers(splits: Mapping[str, Sequence[Path]], texts: _Texts) -> list[str]:
     """Numbers as the names of classes without names."""
-    last = -1
-    for images in groups:
-        for image in images:
-            file = label_path(image)
-            if file.is_file():
-                for line in read_lines(file):
-                    try:
-                        last = max(last, _row(line)[0])
-                    except ValueError:
-                        continue
-    return tuple(str(number) for number in range(last + 1))
+    files = {texts.of(image) for images in splits.values() for image in images} - {None}
+    rows = (_row(line) for file in files if file for line in read_lines(file))
+    last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
+    return [str(number) for number in range(last + 1)]
 
 
-def _row(line: str) -> tuple[int, list[float]]:
+def _row(line: str) -> tuple[int, list[float]] | str:
     """Class, and centre x, centre y, width, height or a polygon's x, y, x, y, ... of a row.
 
-    Raises:
-        ValueError: the row is neither.
+    A text states what is wrong with the row.
     """
     words = line.split()
-    try:
-        number = float(words[0])
-        values = [float(word) for word in words[1:]]
-    except ValueError:
-        raise ValueError("holds a word that is no number") from None
+    number, *values = map(to_number, words)
+    if number is None or None in values:
+        return "holds a word that is no number"
     if not number.is_integer() or number < 0:
-        raise ValueError(f"class {words[0]} is not a whole number from 0")
+        return f"class {words[0]} is not a whole number from 0"
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        raise ValueError(
+        return (
             f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
         )
-    return int(number), values
+    return int(number), [value for value in values if value is not None]
+
+
+def parse(file: Path) -> LabelFile:
+    """Parse the text file of an image; the classes are numbers."""
+    parsed = LabelFile(file, decimals=4)
+    image = LabelImage(f"{file.stem}.jpg", file.stem)
+    parsed.images.append(image)
+    for number, line in enumerate(read_lines(file)):
+        row = _row(line)
+        if isinstance(row, str):
+            reason = f"row {number + 1} ({cut(line, 60)}): {row}"
+            parsed.report("label-unreadable", number, reason)
+            continue
+        label, values = row
+        extra: dict[str, Any] = {}
+        if len(values) == 4:
+            x, y, w, h = values
+            box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        else:
+            xs, ys = values[::2], values[1::2]
+            box = min(xs), min(ys), max(xs), max(ys)
+            extra = {JSON_TEXT: f"[{values}]"}
+        image.annotations.append(Annotation(box, parsed.label(str(label)), number, extra=extra))
+    return parsed
 
 
 def _read_split(
-    split: str, images: list[Path], classes: ClassList, source: Path, extras: bool
+    split: str, images: list[Path], classes: ClassList, tree: Tree, texts: _Texts
 ) -> Dataset:
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        read = list(pool.map(lambda img: _read_image(img, classes.labels, extras), images))
-    return Dataset(
-        images=tuple(image for image, _ in read),
-        classes=classes.names,
-        category_ids=classes.ids,
-        split=split,
-        format="yolo",
-        source=source,
-        problems=(
-            *classes.problems,
-            *(problem for _, problems in read for problem in problems),
-            *_without_image(images),
-        ),
-    )
-
-
-def _without_image(images: Iterable[Path]) -> Iterator[Problem]:
-    """Label files, in the folders of the others, whose image is not there."""
-    expected: dict[Path, set[str]] = {}
+    files = []
+    problems = []
     for image in images:
-        file = label_path(image)
-        expected.setdefault(file.parent, set()).add(file.name)
-    for folder, names in sorted(expected.items()):
-        for file in sorted(folder.glob("*.txt")):
-            if file.name in names or file.name in _NAME_FILES:
-                continue
-            lines = read_lines(file)
-            # Lists of images and notes lie there too: only rows make a label file.
-            if lines and _is_row(lines[0]):
-                reason = f"labels {len(lines)} objects, but has no image {file.stem}.*"
-                yield Problem("image-missing", file, None, reason, "dropped")
+        file = texts.of(image) if image.is_relative_to(tree.root) else None
+        if file is None and texts.expected(image).is_file():
+            file = texts.expected(image)
+        if file is not None:
+            parsed = parse(file)
+        else:
+            parsed = LabelFile(None, images=[LabelImage("", "")], decimals=4)
+        parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
+        files.append(parsed)
+    if images and all(file.file is None for file in files):
+        expected = texts.expected(images[0])
+        reason = f"none of its {len(images)} images has a label; looked for {expected} and so on"
+        problems.append(Problem("label-missing", images[0].parent, None, reason))
+    problems += _without_image(files, tree)
+    return build("yolo", split, files, classes, tree, problems=problems)
 
 
-def _is_row(line: str) -> bool:
-    try:
-        _row(line)
-    except ValueError:
-        return False
-    return True
+def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
+    """Label files, in the folders of the others, whose image is not there."""
+    known = {file.file for file in files if file.file is not None}
+    folders = {file.parent for file in known}
+    stems = {image.stem.casefold() for image in tree.images}
+    for file in tree.files:
+        # Lists of images and notes lie there too: only rows make a label file.
+        is_text = file.suffix.lower() == ".txt" and file.name not in _NAME_FILES
+        is_other = is_text and file.parent in folders and file not in known
+        if is_other and file.stem.casefold() not in stems and detect(file):
+            reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
+            yield Problem("image-missing", file, None, reason, "dropped")
 
 
-def _read_image(
-    image: Path, labels: Mapping[int, int], extras: bool
-) -> tuple[LabelledImage, list[Problem]]:
-    file = label_path(image)
-    lines = read_lines(file) if file.is_file() else []
-    label_file = file if file.is_file() else None
-    problems: list[Problem] = []
-    height, width = read_size(image, problems if lines else [])
-    if not width or not height:
-        return LabelledImage(image, image.stem, label_file=label_file), problems
-    annotations = []
-    for row, line in enumerate(lines):
-        try:
-            number, values = _row(line)
-        except ValueError as error:
-            reason = f"row {row + 1} ({cut(line, 60)}): {error}"
-            problems.append(Problem("label-unreadable", file, row, reason, "dropped"))
-            continue
-        if number not in labels:
-            reason = f"row {row + 1}: class {number} is not one of 0 to {len(labels) - 1}"
-            problems.append(Problem("class-unknown", file, row, reason, "dropped"))
-            continue
-        box, extra = _to_pixels(values, width, height)
-        annotations.append(Annotation(box, labels[number], row, extra=extra if extras else {}))
-    return (
-        LabelledImage(image, image.stem, tuple(annotations), width, height, label_file),
-        problems,
-    )
-
-
-def _to_pixels(
-    values: Sequence[float], width: int, height: int
-) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
-    extra: dict[str, Any] = {}
-    if len(values) == 4:
-        x, y, w, h = values
-        sides = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
-    else:
-        xs = [value * width for value in values[::2]]
-        ys = [value * height for value in values[1::2]]
-        sides = min(xs), min(ys), max(xs), max(ys)
-        points = ",".join(f"{round(v, 4)!r}" for pair in zip(xs, ys, strict=True) for v in pair)
-        extra["segmentation"] = f"[[{points}]]"
-    x1, y1, x2, y2 = (round(side, 4) for side in sides)
-    return (x1, y1, x2, y2), extra
-
-
-def write_yolo(writing: Writing) -> None:
+def write(writing: Writing) -> None:
     """Write images/SPLIT/, labels/SPLIT/ and data.yaml.
 
     Objects that are ignored (crowds, difficult ones) are left out: a row cannot say so, and as
     plain rows they would be trained on.
     """
     names = writing.names(together=False, stems=True)
-    images: list[tuple[Path, Path]] = []
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
         folder.mkdir(parents=True)
         for image in dataset.images:
-            name = names[split][image.path]
             height, width = size_of(image)
             rows = []
             for annotation in image.annotations:
                 if annotation.ignored:
                     writing.lost["objects that are ignored (crowd or difficult)"] += 1
-                else:
-                    rows.append(_row_text(annotation, width, height))
-                    _count_lost(annotation, writing)
-            (folder / f"{Path(name).stem}.txt").write_text("".join(rows), "utf-8")
-            images.append((image.path, writing.folder / "images" / split / name))
-    classes = next(iter(writing.splits.values())).classes
+                    continue
+                writing.lost["areas that are not the box's"] += own_area(annotation) is not None
+                writing.lost.update(f"values of {key!r}" for key in annotation.extra)
+                x1, y1, x2, y2 = annotation.box
+                centre = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
+                values = (*centre, (x2 - x1) / width, (y2 - y1) / height)
+                text = " ".join(f"{value:.10f}" for value in values)
+                rows.append(f"{annotation.label} {text}\n")
+            stem = Path(names[split][image.path]).stem
+            (folder / f"{stem}.txt").write_text("".join(rows), "utf-8")
     content: dict[str, Any] = {split: f"images/{split}" for split in writing.splits}
-    content["names"] = dict(enumerate(classes))
+    content["names"] = dict(enumerate(next(iter(writing.splits.values())).classes))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (writing.folder / "data.yaml").write_text(text, "utf-8")
-    writing.place(images)
-
-
-def _row_text(annotation: Annotation, width: int, height: int) -> str:
-    x1, y1, x2, y2 = annotation.box
-    shares = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
-    return " ".join([str(annotation.label), *(f"{share:.10f}" for share in shares)]) + "\n"
-
-
-def _count_lost(annotation: Annotation, writing: Writing) -> None:
-    if own_area(annotation) is not None:
-        writing.lost["areas that are not the box's"] += 1
-    for key in annotation.extra:
-        writing.lost[f"values of {key!r}"] += 1
+    writing.place(names, "images/{split}/{name}")

@@ -3,9 +3,7 @@
 const SUFFIX = /\.(jpe?g|jpe|jfif|mpo|png|bmp|tiff?|webp|gif|p[pgb]m|jp2|avif|hei[cf])$/i;
 
 /** Whether a file may be an image; the server decides. */
-export function isImage(file) {
-  return SUFFIX.test(file.name) || /^image\/(?!svg)/.test(file.type);
-}
+export const isImage = (file) => SUFFIX.test(file.name) || /^image\/(?!svg)/.test(file.type);
 
 /**
  * Decode a file to an upright bitmap, as the server does; of an animation, the first frame.
@@ -30,52 +28,36 @@ export async function makeThumbnail(file, height) {
   return canvas.convertToBlob({ type: "image/jpeg", quality: 0.8 });
 }
 
-// Chromium ignores the EXIF orientation of WebP files; the server applies it. To find out what this
-// browser does, decode a WebP of 2 x 1 pixels with an orientation of 90 degrees.
+// Chromium ignores the EXIF orientation of WebP files; the server applies it. To check this browser,
+// decode a WebP of 2 x 1 pixels with an orientation of 90 degrees.
 const ROTATED_WEBP =
   "UklGRlAAAABXRUJQVlA4WAoAAAAIAAAAAQAAAAAAVlA4TA8AAAAvAQAAAAcQ/Y/+ByKi/wEARVhJRhoAAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==";
-let appliesWebpOrientation = null;
-
-function checkWebpOrientation() {
-  appliesWebpOrientation ??= (async () => {
-    const bytes = Uint8Array.from(atob(ROTATED_WEBP), (char) => char.charCodeAt(0));
-    const file = new Blob([bytes], { type: "image/webp" });
-    return (await createImageBitmap(file, { imageOrientation: "from-image" })).height === 2;
-  })().catch(() => true);
-  return appliesWebpOrientation;
-}
+const ignoresWebpOrientation = (async () => {
+  const bytes = Uint8Array.from(atob(ROTATED_WEBP), (char) => char.charCodeAt(0));
+  return (await createImageBitmap(new Blob([bytes], { type: "image/webp" }))).width === 2;
+})().catch(() => false);
 
 /** EXIF orientation (1 to 8) of a WebP file, if the browser ignores it; else 1. */
 async function ignoredOrientation(file) {
-  const read = async (start, length) =>
-    new DataView(await file.slice(start, start + length).arrayBuffer());
-  const head = await read(0, 12);
-  if (head.byteLength < 12 || text(head, 0) !== "RIFF" || text(head, 8) !== "WEBP") return 1;
-  if (await checkWebpOrientation()) return 1;
-  for (let start = 12; start + 8 <= file.size; ) {
-    const chunk = await read(start, 8);
-    const length = chunk.getUint32(4, true);
-    if (text(chunk, 0) === "EXIF") return exifOrientation(await read(start + 8, length));
-    start += 8 + length + (length % 2);
-  }
-  return 1;
-}
-
-const text = (view, start) =>
-  String.fromCharCode(...[0, 1, 2, 3].map((i) => view.getUint8(start + i)));
-
-/** Value of tag 0x112 in the first directory of EXIF data, or 1. */
-function exifOrientation(view) {
+  const head = await file.slice(0, 12).text();
+  if (!/^RIFF[^]{4}WEBP$/.test(head) || !(await ignoresWebpOrientation)) return 1;
+  const view = new DataView(await file.arrayBuffer());
+  const text = (start) => String.fromCharCode(...new Uint8Array(view.buffer, start, 4));
   try {
-    const start = text(view, 0) === "Exif" ? 6 : 0;
-    const little = view.getUint16(start) === 0x4949;
-    const directory = start + view.getUint32(start + 4, little);
+    let start = 12;
+    while (text(start) !== "EXIF") {
+      const length = view.getUint32(start + 4, true);
+      start += 8 + length + (length % 2);
+    }
+    const base = start + (text(start + 8) === "Exif" ? 14 : 8);
+    const little = view.getUint16(base) === 0x4949;
+    const directory = base + view.getUint32(base + 4, little);
     for (let i = 0; i < view.getUint16(directory, little); i++) {
       const entry = directory + 2 + 12 * i;
       if (view.getUint16(entry, little) === 0x112) return view.getUint16(entry + 8, little);
     }
   } catch {
-    // Truncated: no orientation.
+    // The file has no EXIF data, or they are truncated: no orientation.
   }
   return 1;
 }

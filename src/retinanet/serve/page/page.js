@@ -1,113 +1,78 @@
 // The page: models, images and their strip, messages, and keyboard control.
 
-import { renderSaveCard } from "./download.js";
-import { decode, isImage, makeThumbnail } from "./images.js";
+import { isImage, decode, makeThumbnail } from "./images.js";
 import { listenToInputs } from "./inputs.js";
-import { renderModels, renderPanel, setThreshold, showClasses, view } from "./panel.js";
-import { explain, getModels, hasKey, Queue, RequestError, setKey } from "./service.js";
+import { activate, renderModels, setThreshold, showClasses } from "./panel.js";
+import "./save.js";
+import { cancel, enqueue, getModels, hasKey, pause, setKey } from "./service.js";
 import {
-  $, announce, changed, describe, element, fileKind, formatBytes, hideMessage, isSameSize, jobsOf,
-  messageIsPersistent, onChange, plural, setText, showMessage, state, statusOf,
+  $, announce, caption, changed, describe, element, fileKind, formatBytes, isSameSize, jobsOf, notify, onChange,
+  plural, scored, setText, state, statusOf, stored, visible,
 } from "./state.js";
+import { draw, fit, pan, panes, setImage, setPanes, view, zoom, zoomTo } from "./view.js";
 
 const THUMBNAIL_HEIGHT = 66; // CSS pixels
 
-const queue = new Queue({
-  onDone: ({ image }) => image === state.current && announce(describe(image)),
-  onPause: showPause,
-  isUrgent: ({ image }) => image === state.current,
-});
+// --- messages and the API key ---------------------------------------------------------------------
 
-// --- messages and the API key -------------------------------------------------------------------
+let renderedPause = null;
 
-let keyIsNeeded = false;
-
-function showPause(pause) {
-  if (pause?.kind === "key") askForKey();
-  else if (pause) {
-    const text = pause.kind === "busy" ? "The server is busy." : "The server does not respond.";
-    const action = () => queue.retry();
-    const options = { button: "Try now", action, persistent: true, until: pause.until };
-    showMessage(`${text} Trying again in`, options);
-  } else if (messageIsPersistent()) hideMessage();
+function renderMessages() {
+  $("notice").hidden = !state.notice;
+  setText($("notice-text"), state.notice);
+  $("pause").hidden = !state.pause;
+  if (!state.pause || state.pause === renderedPause) return;
+  renderedPause = state.pause;
+  const { text, button, until } = state.pause;
+  setText($("pause-text"), text);
+  $("resume").textContent = button;
+  $("resume").onclick = until ? state.pause.resume : askForKey;
+  countDown();
+  if (!until) askForKey();
 }
 
-function closeMessage() {
-  hideMessage();
-  if (keyIsNeeded) showKeyMessage();
-  else if (queue.pause) showPause(queue.pause);
-}
-
-function showKeyMessage() {
-  const options = { button: "Enter the key", action: askForKey, persistent: true };
-  showMessage("This server requires an API key.", options);
+function countDown() {
+  const seconds = Math.ceil(((state.pause?.until ?? 0) - Date.now()) / 1000);
+  setText($("countdown"), seconds > 0 ? `${seconds} s` : "");
 }
 
 function askForKey() {
-  keyIsNeeded = true;
   $("key-message").classList.toggle("bad", hasKey());
   $("key-message").textContent = hasKey()
     ? "The server did not accept this key. Check it for missing or extra characters."
     : "Ask the server's administrator for the key. It is kept until this tab is closed.";
-  showKeyMessage();
-  if (!$("key-dialog").open) $("key-dialog").showModal();
+  $("key-dialog").showModal();
   $("key").select();
 }
 
-$("key-form").onsubmit = () => {
-  keyIsNeeded = false;
-  setKey($("key").value.trim());
-  hideMessage();
-  if (state.models.length === 0) connect();
-  else queue.resume();
-};
+setInterval(countDown, 250);
+$("key-form").onsubmit = () => setKey($("key").value.trim());
 $("key-later").onclick = () => $("key-dialog").close();
-$("message-close").onclick = closeMessage;
+$("notice-close").onclick = () => notify("");
 
-// --- models -------------------------------------------------------------------------------------
-
-let backoff = 1;
-let connectTimer = 0;
+// --- models ---------------------------------------------------------------------------------------
 
 async function connect() {
-  clearTimeout(connectTimer);
-  try {
-    setModels(await getModels());
-  } catch (error) {
-    const status = error instanceof RequestError ? error.status : -1;
-    if (status === 401) {
-      askForKey();
-      return;
+  for (;;) {
+    try {
+      setModels(await getModels());
+      break;
+    } catch (error) {
+      await pause(`The server does not list its models: ${error.message} Trying again in`, 5);
     }
-    const seconds = error.retryAfter ?? backoff;
-    backoff = Math.min(15, 2 * backoff);
-    const text =
-      { 0: "The server does not respond.", 503: "The server is not ready yet." }[status] ??
-      `The server does not list its models: ${explain(error)}`;
-    const until = Date.now() + 1000 * seconds;
-    const options = { button: "Try now", action: connect, persistent: true, until };
-    showMessage(`${text} Trying again in`, options);
-    connectTimer = setTimeout(connect, 1000 * seconds);
-    return;
   }
-  hideMessage();
   $("models").hidden = false;
   $("second-label").hidden = state.models.length < 2;
   $("first-model").replaceChildren(...state.models.map(({ name }) => new Option(name)));
-  $("first-model").value = (state.models.find((model) => model.default) ?? state.models[0]).name;
   selectModels();
 }
 
 function setModels({ models, limits, version }) {
-  // Keep the objects of known models: detections refer to them.
-  state.models = models.map((model) =>
-    Object.assign(state.models.find(({ name }) => name === model.name) ?? {}, model),
-  );
-  Object.assign(state, { limits: limits ?? {}, version: version ?? "" });
-  const { bytes, pixels } = state.limits;
-  const millions = (pixels / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 });
-  const parts = [bytes && formatBytes(bytes), pixels && `${millions} million pixels`].filter(Boolean);
-  $("limits").textContent = parts.length > 0 ? `Up to ${parts.join(" and ")} per image.` : "";
+  Object.assign(state, { models, limits, version });
+  const byName = (name) => models.find((model) => model.name === name);
+  state.selected.forEach((model) => Object.assign(model, byName(model.name)));
+  const megapixels = (limits.pixels / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 });
+  $("limits").textContent = `Up to ${formatBytes(limits.bytes)} and ${megapixels} million pixels per image.`;
 }
 
 /** Use the selected models: request their detections of all images. */
@@ -116,77 +81,70 @@ function selectModels() {
   const others = state.models.filter((model) => model !== first);
   const second = others.find(({ name }) => name === $("second-model").value);
   state.selected = second ? [first, second] : [first];
-  const options = others.map(({ name }) => new Option(name, name));
-  $("second-model").replaceChildren(new Option("none", ""), ...options);
-  $("second-model").value = second?.name ?? "";
-  document.body.classList.toggle("comparing", Boolean(second));
   const names = state.selected.map(({ name }) => name);
+  $("second-model").replaceChildren(new Option("none", ""), ...others.map(({ name }) => new Option(name)));
+  $("second-model").value = second?.name ?? "";
   document.title = `${names.join(" and ")} · retinanet`;
   $("save-model-label").hidden = !second;
   $("save-model").replaceChildren(...names.map((name) => new Option(name)));
-  const scores = state.selected.map((model) => model.thresholds?.score_threshold ?? 0);
+  const scores = state.selected.map(({ thresholds }) => thresholds.score_threshold ?? 0);
   $("score").min = $("score-number").min = Math.floor(100 * Math.min(...scores)) / 100;
   setThreshold(state.threshold);
-  view.setPanes(names);
-  for (const job of [...queue.waiting, ...queue.running]) {
-    if (!state.selected.includes(job.model)) queue.cancel(job);
+  setPanes(state.selected, activate);
+  for (const image of state.images) {
+    for (const job of image.jobs.values()) if (!names.includes(job.model.name)) cancel(job);
+    requestDetections(image);
   }
-  state.images.forEach(requestDetections);
   renderModels();
-  if (state.current) showImage(state.current, true);
+  changed();
 }
 
 $("first-model").onchange = $("second-model").onchange = selectModels;
 
-/** The median speed changes while the server works. */
-const refreshSpeed = () => getModels().then((content) => (setModels(content), renderModels()), () => {});
-
-// --- images -------------------------------------------------------------------------------------
-
-let numAdded = 0;
+// --- images ---------------------------------------------------------------------------------------
 
 function addFiles(files) {
   const skipped = files.filter(({ file }) => !isImage(file)).map(({ name }) => name);
-  if (skipped.length > 0) {
-    const names = skipped.slice(0, 3).join(", ") + (skipped.length > 3 ? " and others" : "");
-    showMessage(`${plural(skipped.length, "file")} skipped (not an image): ${names}.`);
-  } else if (files.length === 0) showMessage("No images found.");
-  else if (!messageIsPersistent()) closeMessage();
+  const names = skipped.slice(0, 3).join(", ") + (skipped.length > 3 ? " and others" : "");
+  notify(skipped.length > 0 ? `${plural(skipped.length, "file")} skipped (not an image): ${names}.` : "");
+  if (files.length === 0) notify("No images found.");
   const images = files.filter(({ file }) => isImage(file)).map(createImage);
   state.images.push(...images);
   images.forEach(requestDetections);
   $("strip").append(...images.map((image) => image.element));
-  for (const image of images) inSight.observe(image.element);
   if (images.length > 0) select(images[0]);
-  changed();
 }
 
 function createImage({ file, name }) {
-  const image = { file, name, id: `image-${++numAdded}`, jobs: new Map(), size: null };
-  Object.assign(image, { thumbnail: "", undecodable: false, tooLarge: "" });
-  image.element = element(
-    "li",
-    { className: "thumb", id: image.id, role: "option", ariaSelected: "false", tabIndex: -1, title: name },
-    element("span", { className: "kind" }),
-    element("span", { className: "label" }),
-  );
-  image.element.onclick = () => select(image);
+  const image = { file, name, jobs: new Map(), size: null, undecodable: false, tooLarge: "" };
+  image.input = element("input", { type: "radio", name: "image", className: "visually-hidden" });
+  image.input.onchange = () => select(image);
+  image.label = element("span", { className: "label" });
+  image.preview = element("span", { className: "kind" });
+  image.element = element("label", { className: "thumb", title: name }, image.input, image.preview, image.label);
+  image.element.image = image;
+  sight.observe(image.element);
   return image;
 }
 
 /** Queue an image for the selected models that have not processed it. */
 function requestDetections(image) {
-  const maximum = state.limits.bytes;
-  if (image.file.size > maximum) {
+  if (image.file.size > state.limits.bytes) {
     image.tooLarge =
       `The image is ${formatBytes(image.file.size)}; this server accepts at most ` +
-      `${formatBytes(maximum)}. It was not sent.`;
+      `${formatBytes(state.limits.bytes)}. It was not sent.`;
     return;
   }
   for (const model of state.selected) {
-    const status = image.jobs.get(model.name)?.status ?? "cancelled";
-    if (status === "cancelled") queue.add(image, model);
+    if ((image.jobs.get(model.name)?.status ?? "cancelled") === "cancelled") enqueue(image, model, onDone);
   }
+}
+
+function onDone({ image }) {
+  const isFinished = state.images.every((item) => ["done", "failed", "cancelled"].includes(statusOf(item)));
+  if (isFinished) getModels().then(setModels).then(renderModels).catch(() => {}); // the speed has changed
+  if (isFinished && state.images.length > 1) announce(`Finished. ${progress()}. ${describe(state.current)}`);
+  else if (image === state.current) announce(describe(image));
 }
 
 function retry(image) {
@@ -195,303 +153,220 @@ function retry(image) {
   changed();
 }
 
-function remove(image) {
-  const index = state.images.indexOf(image);
-  const isFocused = image.element.contains(document.activeElement);
-  for (const job of image.jobs.values()) queue.cancel(job);
-  release(image);
-  state.images.splice(index, 1);
-  select(state.images[Math.min(index, state.images.length - 1)] ?? null);
-  if (!state.current) focusInputs();
-  else if (isFocused) state.current.element.focus();
-}
-
-function release(image) {
-  inSight.unobserve(image.element);
-  image.element.remove();
-  URL.revokeObjectURL(image.thumbnail);
-}
-
-function clear() {
-  queue.cancelAll();
-  state.images.forEach(release);
-  state.images = [];
-  select(null);
-  focusInputs();
-  announce("All images removed.");
-}
-
-/** Focus the inputs after they were moved, as moving them loses the focus. */
-const focusInputs = () => queueMicrotask(() => $("choose").focus());
-
-function select(image) {
-  const previous = state.current;
-  state.current = image;
-  if (previous) Object.assign(previous.element, { ariaSelected: "false", tabIndex: -1 });
-  if (image) {
-    Object.assign(image.element, { ariaSelected: "true", tabIndex: 0 });
-    image.element.scrollIntoView({ block: "nearest", inline: "nearest" });
-    announce(describe(image));
+function remove(images) {
+  const index = state.images.indexOf(state.current);
+  for (const image of images) {
+    image.jobs.forEach(cancel);
+    sight.unobserve(image.element);
+    image.element.remove();
+    URL.revokeObjectURL(image.preview.src);
   }
-  if (image !== previous) showImage(image);
+  state.images = state.images.filter((image) => !images.includes(image));
+  select(state.images[Math.min(index, state.images.length - 1)] ?? null);
+  (state.current?.input ?? $("choose")).focus();
+}
+
+let shown = null; // the image whose pixels are in view
+
+async function select(image) {
+  state.current = image;
+  changed();
+  if (image === shown) return;
+  shown = image;
+  setImage(null, null);
+  if (!image) return;
+  image.input.checked = true;
+  image.element.scrollIntoView({ block: "nearest", inline: "nearest" });
+  announce(describe(image));
+  $("work").ariaBusy = "true";
+  // The browser may have no decoder; if the file is broken, the server says so.
+  const bitmap = await decode(image.file).catch(() => null);
+  if (shown !== image) return bitmap?.close();
+  image.undecodable = bitmap === null;
+  image.size = bitmap && { width: bitmap.width, height: bitmap.height };
+  setImage(bitmap, image.size);
+  $("work").ariaBusy = "false";
+  changed();
 }
 
 function step(offset) {
   const image = state.images[state.images.indexOf(state.current) + offset];
-  if (!image) return;
-  const inStrip = $("strip").contains(document.activeElement);
-  select(image);
-  if (inStrip) image.element.focus();
+  if (image) select(image);
 }
 
-let showTurn = 0;
+// Thumbnails are made for visible images, one after the other.
+let thumbnails = Promise.resolve();
 
-async function showImage(image, keepZoom = false) {
-  const turn = ++showTurn;
-  changed();
-  if (!image || !keepZoom) view.setImage(null, null);
-  if (!image) return;
-  $("view").setAttribute("aria-busy", "true");
-  // The browser may have no decoder; if the file is broken, the server says so.
-  const bitmap = await decode(image.file).catch(() => null);
-  if (turn !== showTurn) {
-    bitmap?.close();
-    return;
-  }
-  image.undecodable = bitmap === null;
-  image.size = bitmap && { width: bitmap.width, height: bitmap.height };
-  view.setImage(bitmap, image.size, keepZoom);
-  $("view").removeAttribute("aria-busy");
-  changed();
-}
-
-// --- strip --------------------------------------------------------------------------------------
-
-function renderThumb(image) {
-  const status = statusOf(image);
-  const numbers = jobsOf(image).flatMap((job) => job?.detections?.visible().length ?? []);
-  const label =
-    { running: "detecting", done: numbers.join(" | ") }[status] ?? status;
-  image.element.dataset.status = status;
-  setText(image.element.querySelector(".label"), label);
-  const kind = image.element.querySelector(".kind")?.textContent ?? "";
-  const count = numbers.length === 1 ? plural(numbers[0], "object") : `${label} objects`;
-  image.element.ariaLabel = `${image.name}, ${kind && `${kind} `}${status === "done" ? count : label}`;
-}
-
-// Thumbnails are made for visible images, two at a time.
-const thumbnailQueue = new Set();
-let numThumbnailTasks = 0;
-
-const inSight = new IntersectionObserver(
+const sight = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {
-      const image = state.images.find(({ id }) => id === target.id);
-      if (isIntersecting && image && !image.thumbnail) thumbnailQueue.add(image);
-      else thumbnailQueue.delete(image);
+      target.image.inSight = isIntersecting;
+      if (isIntersecting) thumbnails = thumbnails.then(() => showThumbnail(target.image));
     }
-    for (let n = numThumbnailTasks; n < 2; n++) makeThumbnails();
   },
   { root: $("strip"), rootMargin: "0px 300px" },
 );
 
-async function makeThumbnails() {
-  numThumbnailTasks++;
-  for (const image of thumbnailQueue) {
-    thumbnailQueue.delete(image);
-    const height = Math.ceil(THUMBNAIL_HEIGHT * Math.min(2, devicePixelRatio));
-    const blob = await makeThumbnail(image.file, height).catch(() => null);
-    const kind = image.element.querySelector(".kind");
-    if (!state.images.includes(image)) continue;
-    if (blob) {
-      image.thumbnail = URL.createObjectURL(blob);
-      kind?.replaceWith(element("img", { alt: "", src: image.thumbnail }));
-    } else {
-      kind.textContent = fileKind(image);
-      inSight.unobserve(image.element);
-      changed();
-    }
-  }
-  numThumbnailTasks--;
+async function showThumbnail(image) {
+  if (!image.inSight || image.preview.src || !state.images.includes(image)) return;
+  const height = Math.ceil(THUMBNAIL_HEIGHT * Math.min(2, devicePixelRatio));
+  const blob = await makeThumbnail(image.file, height).catch(() => null);
+  if (!state.images.includes(image)) return;
+  if (!blob) return setText(image.preview, fileKind(image));
+  const preview = element("img", { alt: "", src: URL.createObjectURL(blob) });
+  image.preview.replaceWith(preview);
+  image.preview = preview;
 }
 
-// --- rendering ----------------------------------------------------------------------------------
-
-let numUnfinished = 0;
-let stripFrame = 0;
+// --- rendering ------------------------------------------------------------------------------------
 
 onChange(() => {
   const { current, images } = state;
-  const jobs = jobsOf(current);
-  const detections = jobs.map((job) => job?.detections ?? null);
-  renderLayout(images.length > 0);
-  if (current) renderImage(current, jobs, detections);
-  renderPanel(detections);
-  renderSaveCard();
-  renderProgress(images);
-  // The strip of a thousand images may follow a moment later.
-  stripFrame ||= requestAnimationFrame(() => {
-    stripFrame = 0;
-    state.images.forEach(renderThumb);
-  });
+  $("work").classList.toggle("empty", images.length === 0);
+  renderMessages();
+  renderProgress();
+  images.forEach(renderThumb);
+  if (current) renderImage(current);
 });
 
-function renderLayout(hasImages) {
-  for (const id of ["bar", "panes", "strip-bar"]) $(id).hidden = !hasImages;
-  $("empty").hidden = hasImages;
-  const parent = hasImages ? $("strip-inputs") : $("inputs");
-  if ($("choose").parentElement !== parent) {
-    parent.append(...["choose", "choose-folder", "paste", "camera"].map($));
-  }
+function progress() {
+  const statuses = state.images.map(statusOf);
+  const number = (...names) => statuses.filter((status) => names.includes(status)).length;
+  const parts = [plural(statuses.length, "image")];
+  if (number("waiting", "running") > 0) parts.push(`${number("done", "failed", "cancelled")} processed`);
+  for (const name of ["failed", "cancelled"]) if (number(name) > 0) parts.push(`${number(name)} ${name}`);
+  $("progress").max = Math.max(1, statuses.length);
+  $("progress").value = number("done", "failed", "cancelled");
+  return parts.join(" · ");
 }
 
-function renderImage(image, jobs, detections) {
-  setText($("name"), image.name);
-  $("name").title = image.name;
-  const known = detections.find(Boolean);
-  if (image.undecodable && !view.size && known) view.setImage(null, known);
+function renderProgress() {
+  setText($("progress-text"), progress());
+  $("progress").hidden = $("cancel").hidden = $("progress").value === state.images.length;
+}
+
+function renderThumb(image) {
+  const status = statusOf(image);
+  const numbers = jobsOf(image).flatMap((job) => (job?.result ? [visible(job.result).length] : []));
+  const counts = numbers.length === 1 ? plural(numbers[0], "object") : `${numbers.join(" | ")} objects`;
+  const label = { running: "detecting", done: numbers.join(" | ") }[status] ?? status;
+  image.element.dataset.status = status;
+  setText(image.label, label);
+  image.input.ariaLabel = `${image.name}, ${status === "done" ? counts : label}`;
+}
+
+function renderImage(image) {
+  const jobs = jobsOf(image);
+  const known = jobs.find((job) => job?.result)?.result;
+  if (image.undecodable && !view.size && known) setImage(null, known);
   const size = image.size ?? known;
   const facts = [size && `${size.width} × ${size.height} px`, formatBytes(image.file.size)];
-  view.panes.forEach((pane, n) => {
-    const { name } = state.selected[n];
-    const item = detections[n];
-    const misplaced = item && image.size && !isSameSize(item, image.size);
-    const drawn = misplaced ? null : item;
-    // Unchanged boxes are kept, as one may have the focus; another model may change the colours.
-    if (pane.detections !== drawn || pane.models !== state.selected) pane.setDetections(drawn);
-    pane.models = state.selected;
-    pane.setVisible(drawn?.visible() ?? []);
-    pane.setMessage(...stageMessage(image, jobs[n], misplaced));
-    if (!item) return;
-    const objects = plural(item.visible().length, "object");
-    const { total } = item.milliseconds;
-    setText(pane.title, `${name} · ${objects}`);
-    const model = jobs.length > 1 ? `${name} ` : "";
-    facts.push(`${model}${objects}${total ? ` in ${Math.round(total)} ms` : ""}`);
+  panes.forEach((pane, n) => {
+    const result = jobs[n]?.result;
+    const isMisplaced = result && image.size && !isSameSize(result, image.size);
+    pane.detections = result && !isMisplaced ? visible(result) : [];
+    pane.canvas.ariaLabel = [image.name, ...pane.detections.slice(0, 20).map(caption)].join(", ");
+    showStageMessage(pane, ...stageMessage(image, jobs[n], isMisplaced));
+    if (!result) return;
+    const objects = plural(visible(result).length, "object");
+    setText(pane.title, `${result.model} · ${objects}`);
+    const model = jobs.length > 1 ? `${result.model} ` : "";
+    facts.push(`${model}${objects}${result.milliseconds ? ` in ${Math.round(result.milliseconds)} ms` : ""}`);
   });
+  setText($("name"), image.name);
+  $("name").title = image.name;
   setText($("facts"), facts.filter(Boolean).join(" · "));
+  draw();
 }
 
-/** The text over the image, and its options as of `setMessage`. */
-function stageMessage(image, job, misplaced) {
-  const tryAgain = { isError: true, button: "Try again", action: () => retry(image) };
-  if (image.tooLarge) return [image.tooLarge, { isError: true }];
-  if (!job || job.status === "waiting") return ["Waiting"];
+/** The text over the image, and the label and action of its button if there is something to do. */
+function stageMessage(image, job, isMisplaced) {
+  const tryAgain = ["Try again", () => retry(image)];
+  if (image.tooLarge) return [image.tooLarge];
+  if (!job || job.status === "waiting" || (job.status === "running" && state.pause)) return ["Waiting"];
   if (job.status === "running") return ["Detecting…"];
-  if (job.status === "failed") return [job.error, tryAgain];
-  if (job.status === "cancelled") return ["Cancelled.", { ...tryAgain, isError: false }];
-  const { detections } = job;
-  if (misplaced) {
-    const [here, there] = [image.size, detections].map(({ width, height }) => `${width} × ${height}`);
-    return [
-      `The browser decodes this image to ${here} pixels, the server to ${there}. Its boxes would be ` +
-        "misplaced and are not drawn; see the list.",
-    ];
+  if (job.status === "failed") return [job.error, ...tryAgain];
+  if (job.status === "cancelled") return ["Cancelled.", ...tryAgain];
+  const { result } = job;
+  if (isMisplaced) {
+    const [here, there] = [image.size, result].map(({ width, height }) => `${width} × ${height}`);
+    return [`The browser decodes this image to ${here} pixels, the server to ${there}. Its boxes would be misplaced and are not drawn; see the list.`];
   }
-  const undecodable =
-    image.undecodable && view.size
-      ? `This browser cannot display ${fileKind(image)} images; the boxes are drawn on an empty canvas. `
-      : "";
-  if (detections.visible().length > 0) return [undecodable.trim()];
-  if (detections.length === 0) return [`${undecodable}No objects were detected.`];
-  const isUnderThreshold = detections.counts().size === 0;
+  const undecodable = image.undecodable
+    ? `This browser cannot display ${fileKind(image)} images; the boxes are drawn on an empty canvas. `
+    : "";
+  if (visible(result).length > 0) return [undecodable.trim()];
+  if (result.detections.length === 0) return [`${undecodable}No objects were detected.`];
+  const isUnderThreshold = scored(result).length === 0;
   const text = isUnderThreshold
-    ? `No score of ${state.threshold.toFixed(2)} or more; ${plural(detections.length, "object")} below.`
+    ? `No score of ${state.threshold.toFixed(2)} or more; ${plural(result.detections.length, "object")} below.`
     : "All detected classes are hidden.";
-  const action = () => {
-    showClasses(detections.model.classes, true);
+  const showAll = () => {
+    showClasses(job.model.classes, true);
     if (isUnderThreshold) setThreshold(0);
   };
-  return [undecodable + text, { button: "Show all", action }];
+  return [undecodable + text, "Show all", showAll];
 }
 
-function renderProgress(images) {
-  const counts = { waiting: 0, running: 0, done: 0, failed: 0, cancelled: 0 };
-  for (const image of images) counts[statusOf(image)]++;
-  const unfinished = counts.waiting + counts.running;
-  const parts = [plural(images.length, "image")];
-  if (unfinished > 0) parts.push(`${images.length - unfinished} processed`);
-  if (counts.failed > 0) parts.push(`${counts.failed} failed`);
-  if (counts.cancelled > 0) parts.push(`${counts.cancelled} cancelled`);
-  setText($("progress-text"), parts.join(" · "));
-  $("progress").hidden = $("cancel").hidden = unfinished === 0;
-  $("progress").max = Math.max(1, images.length);
-  $("progress").value = images.length - unfinished;
-  if (unfinished === 0 && numUnfinished > 0) {
-    refreshSpeed();
-    if (images.length > 1) announce(`Finished. ${parts.join(", ")}. ${describe(state.current)}`);
+function showStageMessage({ message }, text, button = "", action = null) {
+  message.hidden = !text;
+  message.classList.toggle("bad", statusOf(state.current) === "failed");
+  if (message.dataset.text !== text + button) {
+    message.dataset.text = text + button; // a message that stays keeps the focus on its button
+    const buttons = button ? [" ", element("button", { type: "button", className: "small" }, button)] : [];
+    message.replaceChildren(text, ...buttons);
   }
-  numUnfinished = unfinished;
+  if (button) message.lastChild.onclick = action;
 }
 
-// --- controls -----------------------------------------------------------------------------------
+// --- controls -------------------------------------------------------------------------------------
 
-$("zoom-in").onclick = () => view.zoom(1.4);
-$("zoom-out").onclick = () => view.zoom(1 / 1.4);
-$("fit").onclick = () => view.fit();
-$("full").onclick = () => view.zoomTo(1);
-$("remove").onclick = () => remove(state.current);
-$("clear").onclick = clear;
-$("cancel").onclick = () => (queue.cancelAll(), announce("Cancelled."));
+$("zoom-in").onclick = () => zoom(1.4);
+$("zoom-out").onclick = () => zoom(1 / 1.4);
+$("fit").onclick = fit;
+$("full").onclick = () => zoomTo(1);
+$("remove").onclick = () => remove([state.current]);
+$("clear").onclick = () => remove(state.images);
+$("cancel").onclick = () => state.images.forEach((image) => image.jobs.forEach(cancel));
 $("help").onclick = () => $("help-dialog").showModal();
+$("theme").onchange = () => setTheme($("theme").value);
 
 const KEYS = {
   ArrowLeft: () => step(-1),
   ArrowRight: () => step(1),
-  "+": () => view.zoom(1.4),
-  "=": () => view.zoom(1.4),
-  "-": () => view.zoom(1 / 1.4),
-  "−": () => view.zoom(1 / 1.4),
-  0: () => view.fit(),
-  1: () => view.zoomTo(1),
-  Delete: () => remove(state.current),
+  "+": () => zoom(1.4),
+  "=": () => zoom(1.4),
+  "-": () => zoom(1 / 1.4),
+  0: fit,
+  1: () => zoomTo(1),
+  Delete: () => remove([state.current]),
 };
 const PAN_KEYS = {
-  ArrowLeft: () => view.pan(60, 0),
-  ArrowRight: () => view.pan(-60, 0),
-  ArrowUp: () => view.pan(0, 60),
-  ArrowDown: () => view.pan(0, -60),
-};
-const STRIP_KEYS = {
-  Home: () => step(-state.images.indexOf(state.current)),
-  End: () => step(state.images.length - 1 - state.images.indexOf(state.current)),
+  ArrowLeft: () => pan(60, 0),
+  ArrowRight: () => pan(-60, 0),
+  ArrowUp: () => pan(0, 60),
+  ArrowDown: () => pan(0, -60),
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
-  if (document.querySelector("dialog[open]")) return;
-  if (event.target.closest?.("input:not([type=checkbox]), select, textarea")) return;
-  let action = (event.shiftKey && PAN_KEYS[event.key]) || KEYS[event.key];
-  if ($("strip").contains(event.target)) action ??= STRIP_KEYS[event.key];
-  if (!state.current) action = null;
-  if (event.key === "?") action = () => $("help-dialog").showModal();
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.closest?.("input:not([type=checkbox], [type=radio]), select")) return;
+  let action = state.current && ((event.shiftKey && PAN_KEYS[event.key]) || KEYS[event.key]);
+  // Arrows go from radio button to radio button: in the strip to an image, in a list to a detection.
+  if (event.target.type === "radio" && action === KEYS[event.key] && event.key.startsWith("Arrow")) return;
+  if (event.key === "?") action = $("help").onclick;
   if (!action) return;
   action();
   event.preventDefault();
 });
 
-const THEMES = ["auto", "light", "dark"];
-
 function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  const name = theme[0].toUpperCase() + theme.slice(1);
-  $("theme-name").textContent = name;
-  $("theme").ariaLabel = $("theme").title = `Colours: ${name}`;
-  view.draw();
+  $("theme").value = document.documentElement.dataset.theme = theme;
+  stored("localStorage", "retinanet.theme", theme);
+  draw();
 }
 
-$("theme").onclick = () => {
-  const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % 3];
-  setTheme(theme);
-  announce(`Colours: ${theme}`);
-  try {
-    localStorage.setItem("retinanet.theme", theme);
-  } catch {
-    // Storage is disabled: the theme is kept until the page is closed.
-  }
-};
-
 listenToInputs(addFiles);
-setTheme(document.documentElement.dataset.theme);
+$("theme").value = document.documentElement.dataset.theme;
 setThreshold(state.threshold);
 connect();

@@ -1,219 +1,159 @@
 // Requests to the service, and the queue of images that wait for them.
 
-import { changed, Detections } from "./state.js";
+import { changed, state, stored } from "./state.js";
 
-const KEY = "retinanet.key";
 const MAX_UPLOADS = 3;
 
-let apiKey = "";
-try {
-  apiKey = sessionStorage.getItem(KEY) ?? "";
-} catch {
-  // Storage is disabled: the key is kept until the page is closed.
-}
+let apiKey = stored("sessionStorage", "retinanet.key") ?? "";
 
 export const hasKey = () => apiKey !== "";
 
 export function setKey(key) {
   apiKey = key;
-  try {
-    sessionStorage.setItem(KEY, key);
-  } catch {
-    // As above.
+  stored("sessionStorage", "retinanet.key", key);
+  state.pause?.resume();
+}
+
+/** An error that is explained to the user as it is. */
+class ExplainedError extends Error {}
+
+/** Wait, as all requests do, until `seconds` (0: any time) have passed or the user continues. */
+export function pause(text, seconds, button = "Try now") {
+  if (!state.pause) {
+    const { promise, resolve } = Promise.withResolvers();
+    const resume = () => {
+      clearTimeout(timer);
+      state.pause = null;
+      changed();
+      resolve();
+    };
+    const timer = seconds && setTimeout(resume, 1000 * seconds);
+    state.pause = { text, button, until: seconds && Date.now() + 1000 * seconds, promise, resume };
+    changed();
+  }
+  return state.pause.promise;
+}
+
+const url = (path) => new URL(path, document.baseURI);
+const isAlive = () => fetch(url("healthz"), { cache: "no-store" }).then(({ ok }) => ok, () => false);
+
+async function waitForServer() {
+  for (let seconds = 1; !(await isAlive()); seconds = Math.min(15, 2 * seconds)) {
+    await pause("The server does not respond. Trying again in", seconds);
   }
 }
 
-/** An error response; `status` is 0 if the server did not respond. */
-export class RequestError extends Error {
-  constructor(status, message, retryAfter = null) {
-    super(message);
-    this.status = status;
-    this.retryAfter = retryAfter;
+/** Fetch JSON; waits while the server is busy, does not respond, or needs another key. */
+async function request(path, { signal, ...options } = {}) {
+  for (let closed = 0; ; ) {
+    while (state.pause) await state.pause.promise;
+    signal?.throwIfAborted();
+    const key = apiKey;
+    const headers = { Accept: "application/json", ...(key && { "X-API-Key": key }) };
+    let response;
+    try {
+      response = await fetch(url(path), { cache: "no-store", headers, signal, ...options });
+    } catch (error) {
+      if (signal?.aborted) throw error;
+      if (!(await isAlive())) await waitForServer();
+      else if (++closed === 2) {
+        throw new ExplainedError("The server closed the connection during the upload; the image may be too large.");
+      }
+      continue;
+    }
+    if (response.status === 401) {
+      // Another request may have asked for the key meanwhile.
+      if (key === apiKey) await pause("This server requires an API key.", 0, "Enter the key");
+    } else if (response.status === 503) {
+      const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "2") || 1;
+      await pause("The server is busy. Trying again in", Math.min(60, seconds));
+    } else return readResponse(response);
   }
 }
 
-async function request(path, options = {}) {
-  const headers = { Accept: "application/json", ...(apiKey && { "X-API-Key": apiKey }) };
-  let response;
-  try {
-    response = await fetch(new URL(path, document.baseURI), { cache: "no-store", headers, ...options });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new RequestError(0, "The server does not respond.");
-  }
-  const content = await response.json().catch((error) => {
-    if (error.name === "AbortError") throw error;
-    return null;
-  });
-  if (!response.ok) {
-    const retryAfter = Number.parseFloat(response.headers.get("Retry-After"));
-    const detail = typeof content?.detail === "string" ? content.detail : "";
-    throw new RequestError(response.status, detail, Number.isFinite(retryAfter) ? retryAfter : null);
-  }
-  if (content === null) throw new RequestError(500, "The response is not JSON.");
-  return content;
+const EXPLANATIONS = {
+  400: "The server rejected the request",
+  404: "The server does not know this model",
+  408: "The upload took too long",
+  413: "The image is too large for this server",
+  415: "The server does not accept this type of file",
+  422: "The image cannot be read",
+  500: "The server failed on this image",
+  504: "The server took too long for this image",
+};
+
+async function readResponse(response) {
+  const content = await response.json().catch(() => null);
+  if (response.ok && content === null) throw new ExplainedError("The response is not JSON.");
+  if (response.ok) return content;
+  const text = EXPLANATIONS[response.status];
+  const detail = String(content?.detail ?? "").replace(/^image: /, "");
+  const reason = detail.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
+  if (text) throw new ExplainedError(`${text}${reason && `: ${reason}`}.`);
+  throw new ExplainedError(detail || `The server responded with status ${response.status}.`);
 }
 
 /** {models, limits, version} */
 export const getModels = () => request("v1/model");
 
-const isAlive = () =>
-  fetch(new URL("healthz", document.baseURI), { cache: "no-store" }).then(({ ok }) => ok, () => false);
-
 /** Detect with the model's own thresholds; the page filters further. */
-async function detect({ file, name }, model, signal) {
+async function detect({ image, model, abort }) {
+  const data = await image.file.arrayBuffer().catch(() => {
+    throw new ExplainedError("The file can no longer be read: it was moved, changed or deleted.");
+  });
   const body = new FormData();
-  body.append("images", file, name);
+  body.append("images", new Blob([data]), "image");
   const query = new URLSearchParams({ model: model.name });
-  const content = await request(`v1/detect?${query}`, { method: "POST", body, signal });
-  if (content?.failures?.length) throw new RequestError(422, content.failures[0].reason);
-  if (!content?.images?.length) throw new RequestError(500, "The response contains no image.");
-  return new Detections(model, content.images[0], content.milliseconds ?? {});
+  const content = await request(`v1/detect?${query}`, { method: "POST", body, signal: abort.signal });
+  const [result] = content.images ?? [];
+  if (!Array.isArray(result?.detections)) throw new ExplainedError("The response contains no image.");
+  return { ...result, model: model.name, milliseconds: content.milliseconds?.total };
 }
 
-/** Explain an error response to the user; `name` of the image is removed from its detail. */
-export function explain(error, name = "") {
-  const detail = error.message.startsWith(`${name}: `)
-    ? error.message.slice(name.length + 2)
-    : error.message;
-  const text = {
-    400: "The server rejected the request",
-    404: "The server does not know this model",
-    408: "The upload took too long",
-    413: "The image is too large for this server",
-    415: "The server does not accept this type of file",
-    422: "The image cannot be read",
-    500: "The server failed on this image",
-    504: "The server took too long for this image",
-  }[error.status];
-  if (!text) return detail || `The server responded with status ${error.status}.`;
-  const reason = detail.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
-  return `${text}${reason ? `: ${reason}` : ""}.`;
+// --- queue ----------------------------------------------------------------------------------------
+
+const waiting = new Set();
+const running = new Set();
+
+/** Queue an image for a model; `onDone` is called when the job is done or failed. */
+export function enqueue(image, model, onDone) {
+  const job = { image, model, onDone, status: "waiting", error: "", result: null, abort: new AbortController() };
+  image.jobs.set(model.name, job);
+  waiting.add(job);
+  queueMicrotask(send); // after all images of the task are queued
 }
 
-/**
- * Queue of jobs {image, model, status, error, detections}, a few uploads at a time.
- *
- * @param onDone called with every job that is done or failed.
- * @param onPause called with {kind: "key" | "busy" | "offline", until} when sending pauses, and with
- *   null when it resumes.
- * @param isUrgent whether a job goes before the others.
- */
-export class Queue {
-  constructor({ onDone, onPause, isUrgent }) {
-    Object.assign(this, { onDone, onPause, isUrgent });
-    this.waiting = new Set();
-    this.running = new Set();
-    this.pause = null;
-    this.backoff = 1;
-    this.timer = 0;
-  }
+export function cancel(job) {
+  if (job.status !== "waiting" && job.status !== "running") return;
+  waiting.delete(job);
+  job.status = "cancelled";
+  job.abort.abort();
+  changed();
+}
 
-  add(image, model) {
-    const job = { image, model, status: "waiting", error: "", detections: null, hangUps: 0 };
-    image.jobs.set(model.name, job);
-    this.waiting.add(job);
-    queueMicrotask(() => this.#send()); // after all images of the task are queued
+function send() {
+  while (running.size < MAX_UPLOADS && waiting.size > 0) {
+    const jobs = [...waiting];
+    run(jobs.find(({ image }) => image === state.current) ?? jobs[0]);
   }
+}
 
-  cancel(job) {
-    this.waiting.delete(job);
-    job.abort?.abort();
-    if (job.status === "waiting" || job.status === "running") job.status = "cancelled";
-    changed();
-  }
-
-  cancelAll() {
-    for (const job of [...this.waiting, ...this.running]) this.cancel(job);
-    if (this.pause && this.pause.kind !== "key") this.resume();
-  }
-
-  resume() {
-    clearTimeout(this.timer);
-    this.pause = null;
-    this.onPause(null);
-    this.#send();
-  }
-
-  /** End a pause; if the server is still offline, wait longer. */
-  async retry() {
-    clearTimeout(this.timer);
-    const { pause } = this;
-    const offline = pause?.kind === "offline" && !(await isAlive());
-    if (this.pause !== pause) return;
-    if (offline) {
-      this.backoff = Math.min(15, 2 * this.backoff);
-      this.#pauseFor("offline", this.backoff);
-    } else this.resume();
-  }
-
-  #send() {
-    while (!this.pause && this.running.size < MAX_UPLOADS && this.waiting.size > 0) {
-      const jobs = [...this.waiting];
-      const next = jobs.find(this.isUrgent) ?? jobs[0];
-      this.waiting.delete(next);
-      this.#run(next);
+async function run(job) {
+  waiting.delete(job);
+  running.add(job);
+  job.status = "running";
+  changed();
+  try {
+    job.result = await detect(job);
+    job.status = "done";
+  } catch (error) {
+    if (job.status !== "cancelled") {
+      job.status = "failed";
+      job.error = error instanceof ExplainedError ? error.message : `Invalid response: ${error.message}.`;
     }
   }
-
-  async #run(job) {
-    job.abort = new AbortController();
-    const { signal } = job.abort;
-    job.status = "running";
-    this.running.add(job);
-    changed();
-    try {
-      const detections = await detect(job.image, job.model, signal);
-      if (signal.aborted) return;
-      Object.assign(job, { status: "done", detections });
-      this.backoff = 1;
-    } catch (error) {
-      if (!signal.aborted) await this.#handleError(job, error);
-    } finally {
-      this.running.delete(job);
-      changed();
-      if (job.status === "done" || job.status === "failed") this.onDone(job);
-      this.#send();
-    }
-  }
-
-  async #handleError(job, error) {
-    const fail = (text) => Object.assign(job, { status: "failed", error: text });
-    if (!(error instanceof RequestError)) return fail(`Invalid response: ${error.message}.`);
-    if (error.status === 401) this.#waitAgain(job, "key");
-    else if (error.status === 503) {
-      this.#waitAgain(job, "busy", Math.min(60, Math.max(0.2, error.retryAfter ?? 2)));
-    } else if (error.status === 0) await this.#handleNoResponse(job, fail);
-    else fail(explain(error, job.image.name));
-  }
-
-  /** Find out if the file is gone, the server is offline, or only this upload was dropped. */
-  async #handleNoResponse(job, fail) {
-    try {
-      await job.image.file.slice(0, 1).arrayBuffer();
-    } catch {
-      return fail("The file can no longer be read: it was moved, changed or deleted.");
-    }
-    const alive = await isAlive();
-    if (alive && ++job.hangUps >= 2) {
-      return fail("The server closed the connection during the upload; the image may be too large.");
-    }
-    this.#waitAgain(job, alive ? "" : "offline", this.backoff);
-  }
-
-  #waitAgain(job, pause, seconds) {
-    if (job.status === "cancelled") return;
-    job.status = "waiting";
-    this.waiting = new Set([job, ...this.waiting]);
-    if (pause && !this.pause) this.#pauseFor(pause, seconds);
-  }
-
-  #pauseFor(kind, seconds) {
-    this.pause = { kind, until: 0 };
-    if (seconds) {
-      this.pause.until = Date.now() + 1000 * seconds;
-      this.timer = setTimeout(() => this.retry(), 1000 * seconds);
-    }
-    this.onPause(this.pause);
-  }
+  running.delete(job);
+  changed();
+  if (job.status !== "cancelled") job.onDone(job);
+  send();
 }

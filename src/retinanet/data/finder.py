@@ -1,0 +1,340 @@
+"""Find label files and images in a folder, whatever its layout. Imports no torch.
+
+The content of a file decides, not the name of its folder. An image is found by the path in its
+label: the longest tail of the path that exists in the tree, then the stem.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from retinanet.data.image_files import IMAGE_SUFFIXES
+from retinanet.data.splits import split_word
+from retinanet.errors import DataError
+
+MAX_DEPTH = 12
+"""Folders below the given one that are searched."""
+
+MAX_FILES = 5_000_000
+"""Files in a tree beyond which searching it is an error."""
+
+_LABEL_FOLDER = re.compile(
+    r"annot\w*|labels?(_\w*)?|xmls?|imagesets|main|bbox\w*|jsons?", re.IGNORECASE
+)
+_IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|jpegimages|data|dataset", re.IGNORECASE)
+_MASK_FOLDER = re.compile(r"mask|segm|trimap|depth|result|predict|found|visuali", re.IGNORECASE)
+_MAX_CLIMB = 3
+_NAMED_FILES = 3  # in descriptions; more are counted
+
+
+def is_image(name: str | Path) -> bool:
+    """Whether a file has an extension of an image format."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def can_be_a_file(name: str) -> bool:
+    """Whether a file may have this path: no zero byte, no part longer than file systems allow."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    parts = encoded.replace(b"\\", b"/").split(b"/")
+    return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
+
+
+def scan(folder: Path) -> list[Path]:
+    """Return the files below a folder in order; hidden ones are left out, links are followed.
+
+    Raises:
+        DataError: there are more than ``MAX_FILES``.
+    """
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def walk(path: Path, depth: int) -> None:
+        try:
+            status = path.stat()
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError:
+            return
+        key = (status.st_dev, status.st_ino)
+        if key in seen:  # a link to a folder that contains it, or a second link
+            return
+        seen.add(key)
+        for entry in entries:
+            if entry.name.startswith("."):  # also macOS's ._NAME beside each file
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                continue
+            if not is_folder:
+                files.append(path / entry.name)
+            elif depth < MAX_DEPTH:
+                walk(path / entry.name, depth + 1)
+        if len(files) > MAX_FILES:
+            raise DataError(f"{folder}: over {MAX_FILES} files; give the folder of one data set")
+
+    walk(folder, 0)
+    return files
+
+
+class Match(NamedTuple):
+    """An image found for a label.
+
+    Attributes:
+        path: its file; None if there is none, or several.
+        is_exact: whether it has the name in the label, not only its stem.
+        several: files that fit equally well.
+    """
+
+    path: Path | None
+    is_exact: bool = True
+    several: tuple[Path, ...] = ()
+
+
+class Tree:
+    """The files below a path.
+
+    Args:
+        path: a folder or a label file.
+
+    Attributes:
+        path: as given.
+        top: the folder in which label files are searched.
+        root: the folder in which images are searched: `top`, or above a folder of labels.
+        files: the files below `top` that are no images.
+        label_files: `files`; of a label file, itself.
+        images: the images below `root`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        is_folder = path.is_dir()
+        self.top = self.root = path if is_folder else path.parent
+        files = scan(self.top)
+        self.images = [file for file in files if is_image(file.name)]
+        self.files = [file for file in files if not is_image(file.name)]
+        self.label_files = self.files if is_folder else [path]
+        is_label_folder = False
+        for _ in range(_MAX_CLIMB):
+            is_label_folder |= bool(_LABEL_FOLDER.fullmatch(self.root.name))
+            if self.images or self.root.parent == self.root:
+                break
+            if not is_label_folder and not _LABEL_FOLDER.fullmatch(self.root.parent.name):
+                break
+            self.root = self.root.parent
+            self.images = [file for file in scan(self.root) if is_image(file.name)]
+
+    def with_suffix(self, *suffixes: str) -> list[Path]:
+        """Return the label files with one of these lower-case suffixes."""
+        return [file for file in self.label_files if file.suffix.lower() in suffixes]
+
+    def split_of(self, file: Path, *, by_name: bool = False) -> str:
+        """Return the split that the folders of a file below `top` indicate, or ``""``.
+
+        Args:
+            file: below `top` or `root`.
+            by_name: a file of many images may also be named after its split.
+        """
+        word = split_word(file.stem) if by_name else None
+        for base in (self.top, self.root):
+            if word or not file.is_relative_to(base):
+                continue
+            parts = reversed(file.relative_to(base).parent.parts)
+            return next(filter(None, map(split_word, parts)), None) or ""
+        return word or ""
+
+    def group(self, files: Iterable[Path], *, by_name: bool = False) -> dict[str, list[Path]]:
+        """Group files by split; without a split beside ``val`` or ``test`` they are ``train``."""
+        groups: dict[str, list[Path]] = {}
+        for file in files:
+            groups.setdefault(self.split_of(file, by_name=by_name), []).append(file)
+        if "" in groups and len(groups) > 1 and "train" not in groups:
+            groups = {"train" if split == "" else split: group for split, group in groups.items()}
+        return groups
+
+    def named(self, *names: str) -> Path | None:
+        """Return the first file of one of these names: in `top`, above it up to `root`, below."""
+        above = [self.top, *(p for p in self.top.parents if p.is_relative_to(self.root))]
+        for name in names:
+            for folder in above:
+                if (folder / name).is_file():
+                    return folder / name
+        wanted = {name.casefold() for name in names}
+        found = [file for file in self.files if file.name.casefold() in wanted]
+        return min(found, key=lambda file: len(file.parts), default=None)
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        return _index(self.images, lambda path: path.name)
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        return _index(self.images, lambda path: path.stem)
+
+    def find_image(
+        self, names: Iterable[str], label_file: Path, split: str, *, by_stem: bool = False
+    ) -> Match:
+        """Find the image of a label.
+
+        Args:
+            names: paths or names in the label, the first that exists counts.
+            label_file: the file of the label; folders near it are preferred.
+            split: of the label; the same name in another split's folder is another image.
+            by_stem: accept the same stem with another extension.
+        """
+        paths = [PurePosixPath(name.replace("\\", "/")) for name in names]
+        for path in paths:
+            if by_stem:
+                candidates = self._by_stem.get(path.stem.casefold(), [])
+                candidates = candidates or self._by_stem.get(path.name.casefold(), [])
+            else:
+                direct = label_file.parent / path
+                if is_image(path.name) and direct.is_file() and len(path.parts) > 1:
+                    return Match(Path(os.path.normpath(direct)))
+                candidates = self._by_name.get(path.name.casefold(), [])
+            best = self._best(candidates, path, label_file, split)
+            if len(best) == 1:
+                return Match(best[0], not by_stem)
+            if best:
+                return Match(None, not by_stem, tuple(best))
+        return Match(None)
+
+    def _best(
+        self, candidates: list[Path], path: PurePosixPath, label_file: Path, split: str
+    ) -> list[Path]:
+        """Return the candidates that fit best; several if none is better than the others."""
+        ranked: dict[tuple[int, ...], list[Path]] = defaultdict(list)
+        parts = [part.casefold() for part in path.parts]
+        folders = _own_folders(label_file.parent, self.root)
+        for candidate in candidates:
+            tail = _common_tail(parts, [part.casefold() for part in candidate.parts])
+            own_split = self.split_of(candidate)
+            if tail < 2 and split not in ("", "trainval") and own_split not in ("", split):
+                continue
+            inside = candidate.parent.relative_to(self.root).parts
+            rank = (
+                tail,
+                _common_tail(list(path.parts), list(candidate.parts)),  # A.png is not a.png
+                not any(map(_MASK_FOLDER.search, inside)),
+                own_split == split,
+                candidate.parent == label_file.parent,
+                len(folders & _own_folders(candidate.parent, self.root)),
+                len(os.path.commonpath((candidate, label_file))),
+                any(map(_IMAGE_FOLDER.fullmatch, inside)),
+            )
+            ranked[rank].append(candidate)
+        return ranked[max(ranked)] if ranked else []
+
+
+def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, list[Path]]:
+    index: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        index[key(file).casefold()].append(file)
+    return dict(index)
+
+
+def _common_tail(one: list[str], other: list[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _own_folders(folder: Path, root: Path) -> set[str]:
+    """Names of the folders below `root` that tell data apart, such as ``cam1``."""
+    parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+    return {
+        part.casefold()
+        for part in parts
+        if not _IMAGE_FOLDER.fullmatch(part) and not _LABEL_FOLDER.fullmatch(part)
+    }
+
+
+@dataclass(slots=True)
+class LabelSet:
+    """The label files of one format in a tree.
+
+    Attributes:
+        format: name of the format.
+        files: the label files by split, or the file that lists the splits.
+        stems: returns the stems of the images that they label, lower case.
+        notes: what else was found of this format and is not read, a line each.
+    """
+
+    format: str
+    files: dict[str, list[Path]]
+    stems: Callable[[], frozenset[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def describe(self, top: Path) -> str:
+        """Return the label files in a few words: their number and folder, or the file."""
+        files = [file for group in self.files.values() for file in group]
+        if len(files) <= _NAMED_FILES:
+            return ", ".join(relative(file, top) for file in files)
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        suffixes = "/".join(sorted({file.suffix.lower() for file in files}))
+        where = "" if folder == top else f" in {relative(folder, top)}"
+        return f"{len(files)} {suffixes} files{where}"
+
+
+Item = tuple[str, tuple[tuple[float, ...], ...]]
+"""The stem of an image and its boxes."""
+
+
+def keep_whole(
+    groups: Mapping[str, list[Path]], items_of: Callable[[Path], frozenset[Item]], notes: list[str]
+) -> dict[str, list[Path]]:
+    """Leave out label files whose labels are all in other files: a subset beside the whole.
+
+    Files without a split whose labels are those of the splits are left out, and of each split the
+    smaller files.
+
+    Args:
+        groups: files of many images each, by split.
+        items_of: returns the labels of a file.
+        notes: a line for each file that is left out is added.
+    """
+    kept: dict[str, list[Path]] = {}
+    for split in sorted(groups, key=lambda name: name == ""):
+        files = groups[split]
+        if len(files) == 1 and (split or len(groups) == 1):
+            kept[split] = files
+            continue
+        items = {file: items_of(file) for file in files}
+        known: set[Item] = set()
+        if split == "":
+            known.update(*(items_of(file) for group in kept.values() for file in group))
+        for file in sorted(files, key=lambda file: -len(items[file])):
+            if items[file] and items[file] <= known:
+                notes.append(f"{file}: the labels of its {len(items[file])} images are in others")
+            else:
+                kept.setdefault(split, []).append(file)
+                known |= items[file]
+        if split in kept:
+            kept[split].sort()
+    return kept
+
+
+def relative(path: Path, top: Path) -> str:
+    """Return a path relative to a folder, for messages."""
+    return str(path.relative_to(top)) if path.is_relative_to(top) else str(path)
+
+
+def count_suffixes(files: Iterable[Path]) -> Iterator[str]:
+    """Yield ``12 .txt`` for each suffix of files, the most frequent first."""
+    counts: dict[str, int] = defaultdict(int)
+    for file in files:
+        counts[file.suffix.lower() or "without suffix"] += 1
+    for suffix, number in sorted(counts.items(), key=lambda item: -item[1]):
+        yield f"{number} {suffix}"

@@ -1,0 +1,155 @@
+"""Image files without their pixels: names, sizes from headers, and errors. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from retinanet.data.archives import find_member
+from retinanet.errors import ImageError, RetinaNetError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+    | {".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
+)
+"""Lower-case suffixes of images in a folder; the format of a file is found by its content."""
+
+EncodedImage = bytes | bytearray | memoryview
+"""The bytes of an image file."""
+
+SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
+
+# warnings.catch_warnings is not thread-safe: two threads could leave every warning switched off. A
+# forked child must not inherit the lock while it is held.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
+
+
+def suffix_of(form: str) -> str:
+    """Return the extension of Pillow's name of a format."""
+    return _SUFFIXES.get(form, f".{form.lower()}")
+
+
+def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
+    """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
+
+    Raises:
+        ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
+    """
+    name, file = open_source(source)
+    with image_errors(name), quiet(), Image.open(file) as image:
+        width, height = image.size
+        # Pillow states the size of a TIFF after its orientation, of all others before it.
+        sideways = image.format != "TIFF" and exif_orientation(image) in SIDEWAYS
+    return (width, height) if sideways else (height, width)
+
+
+def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+    """Height and width at which an image enters the network, its aspect ratio kept.
+
+    The shorter side becomes `shorter`, or less where the longer side would exceed `longest`.
+    Neither becomes less than one pixel.
+    """
+    scale = min(shorter / min(height, width), longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
+    """Height and width of an image as stored, from its header alone.
+
+    :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
+    PNG, whose EXIF may follow its pixels.
+
+    Raises:
+        ImageError: as in :func:`image_size`.
+    """
+    name, file = open_source(source)
+    with image_errors(name), quiet(), Image.open(file) as image:
+        return image.height, image.width
+
+
+def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
+    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0.
+
+    Raises:
+        ImageError: as in :func:`image_size`.
+    """
+    name, file = open_source(source)
+    with image_errors(name), quiet(), Image.open(file) as image:
+        tags = getattr(image, "tag_v2", {})
+        width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
+        return int(width) * int(length)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress Pillow's warnings of big images, broken EXIF and the like."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Convert what a decoder raises to an ImageError of one line with the image's name."""
+    try:
+        yield
+    except RetinaNetError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name}: not an image of any known format{_beginning(name)}; replace or remove it"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name}: {error}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
+    # Damaged files make Pillow's plugins raise nearly anything: OSError, SyntaxError, struct.error,
+    # zlib.error, IndexError, OverflowError, ...
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ImageError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
+
+
+def _beginning(name: str) -> str:
+    """Return the first bytes of a file that is no image, such as a Git LFS pointer."""
+    try:
+        with open(name, "rb") as file:
+            start = file.read(20)
+    except OSError:
+        return ""
+    return f" (it begins with {start!r})" if start else " (it is empty)"
+
+
+def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:
+    """Return the name of an encoded image for messages, and its path or its bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "bytes of an image", BytesIO(source)
+    held = find_member(source)
+    return os.fspath(source), source if held is None else BytesIO(held.read())
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 if it states none."""
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))

@@ -1,0 +1,460 @@
+"""Tiny data sets in the folder layouts that people have, with what each must be read as.
+
+Every image is 40 x 30 pixels with two objects, (4, 5, 14, 15) of class ``cat`` and (20, 10, 30, 25)
+of class ``dog``, unless the layout says otherwise.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+WIDTH, HEIGHT = 40, 30
+OBJECTS = (("cat", (4, 5, 14, 15)), ("dog", (20, 10, 30, 25)))
+CLASSES = ("cat", "dog")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of files.
+
+    Attributes:
+        title: for the table in the documentation.
+        build: writes the files into a folder.
+        format: the format that it is read as.
+        splits: number of images per split; a validation split that is drawn is not listed.
+        starts: further paths that must be read as the same objects, relative to the root: a label
+            folder, a file; with the number of images.
+        left_out: parts of the lines that report what was found and not read.
+    """
+
+    title: str
+    build: Callable[[Path], None]
+    format: str
+    splits: Mapping[str, int]
+    starts: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+def write_image(path: Path, value: int = 128) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (WIDTH, HEIGHT), (value % 256, 80, 40)).save(path)
+
+
+def write_images(folder: Path, stems: Iterable[str], suffix: str = ".jpg") -> None:
+    for number, stem in enumerate(stems):
+        write_image(folder / f"{stem}{suffix}", 40 * number)
+
+
+def stems(count: int, prefix: str = "img") -> list[str]:
+    return [f"{prefix}_{number}" for number in range(count)]
+
+
+def voc_text(filename: str, folder: str = "images") -> str:
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin>"
+        f"<xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
+        for name, b in OBJECTS
+    )
+    return (
+        f"<annotation><folder>{folder}</folder><filename>{filename}</filename><size>"
+        f"<width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>{objects}"
+        "</annotation>"
+    )
+
+
+def write_voc(folder: Path, names: Iterable[str], suffix: str = ".jpg") -> None:
+    for stem in names:
+        write(folder / f"{stem}.xml", voc_text(f"{Path(stem).name}{suffix}"))
+
+
+def yolo_text() -> str:
+    lines = []
+    for label, (_, (x1, y1, x2, y2)) in enumerate(OBJECTS):
+        cx, cy = (x1 + x2) / 2 / WIDTH, (y1 + y2) / 2 / HEIGHT
+        lines.append(f"{label} {cx} {cy} {(x2 - x1) / WIDTH} {(y2 - y1) / HEIGHT}\n")
+    return "".join(lines)
+
+
+def write_yolo(folder: Path, names: Iterable[str]) -> None:
+    for stem in names:
+        write(folder / f"{stem}.txt", yolo_text())
+
+
+def coco_dict(file_names: Iterable[str], first_id: int = 1) -> dict[str, Any]:
+    images, annotations = [], []
+    for number, name in enumerate(file_names, start=first_id):
+        images.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        for category, (_, (x1, y1, x2, y2)) in enumerate(OBJECTS, start=1):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            annotations.append(
+                {
+                    "id": 10 * number + category,
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write_coco(file: Path, file_names: Iterable[str], first_id: int = 1) -> None:
+    write(file, json.dumps(coco_dict(file_names, first_id)))
+
+
+def write_rows(file: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([list(header), *map(list, rows)])
+
+
+TF_HEADER = ("filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")
+
+
+def tf_rows(file_names: Iterable[str]) -> list[tuple[Any, ...]]:
+    return [(name, WIDTH, HEIGHT, cls, *box) for name in file_names for cls, box in OBJECTS]
+
+
+# -- Pascal VOC --------------------------------------------------------------------------------
+
+
+def voc_beside(labels: str, images: str) -> Callable[[Path], None]:
+    def build(root: Path) -> None:
+        write_voc(root / labels, stems(3))
+        write_images(root / images, stems(3))
+
+    return build
+
+
+def voc_split_folders(labels: str, images: str) -> Callable[[Path], None]:
+    """`labels` and `images` contain ``{}`` where the split's name stands."""
+
+    def build(root: Path) -> None:
+        for split, count in (("train", 3), ("val", 2)):
+            write_voc(root / labels.format(split), stems(count, split))
+            write_images(root / images.format(split), stems(count, split))
+
+    return build
+
+
+def voc_and_csv(root: Path) -> None:
+    """The same labels as XML beside the images and as a CSV file per split."""
+    for split, count in (("train", 3), ("test", 2)):
+        write_voc(root / "images" / split, stems(count, split))
+        write_images(root / "images" / split, stems(count, split))
+        names = [f"{stem}.jpg" for stem in stems(count, split)]
+        write_rows(root / "images" / f"{split}_labels.csv", TF_HEADER, tf_rows(names))
+
+
+def voc_with_a_small_folder_beside(root: Path) -> None:
+    """Upper-case folders, and a small folder whose name is like a split's."""
+    write_voc(root / "ANNOTATIONS", stems(6))
+    write_images(root / "IMAGES", stems(6))
+    write_voc(root / "Validation_Images", stems(2, "extra"))
+    write_images(root / "Validation_Images", stems(2, "extra"))
+
+
+def vocdevkit(root: Path) -> None:
+    for year, counts in (("VOC2007", (2, 1)), ("VOC2012", (3, 2))):
+        base = root / "VOCdevkit" / year
+        for split, count in zip(("train", "val"), counts, strict=True):
+            names = stems(count, f"{year}_{split}")
+            write_voc(base / "Annotations", names)
+            write_images(base / "JPEGImages", names)
+            write(base / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{n}\n" for n in names))
+
+
+def pets(root: Path) -> None:
+    write_voc(root / "annotations" / "xmls", stems(3))
+    write_images(root / "images", stems(3))
+    write(root / "annotations" / "list.txt", "#Image CLASS-ID\nimg_0 1\nimg_1 1\n")
+    write_images(root / "annotations" / "trimaps", stems(3), ".png")
+
+
+def cvat_voc(root: Path) -> None:
+    names = ["cam1/a", "cam1/b", "cam2/a"]
+    write_voc(root / "Annotations", names)
+    write_images(root / "JPEGImages", names)
+    lines = "".join(f"{name}\n" for name in names)
+    write(root / "ImageSets" / "Main" / "default.txt", lines)
+    write(root / "labelmap.txt", "# label:color_rgb:parts:actions\ncat:::\ndog:::\n")
+
+
+# -- COCO --------------------------------------------------------------------------------------
+
+
+def coco_standard(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        names = [f"{stem}.jpg" for stem in stems(count, split)]
+        write_coco(root / "annotations" / f"instances_{split}2017.json", names)
+        write_images(root / f"{split}2017", stems(count, split))
+
+
+def coco_per_image(root: Path) -> None:
+    for number, stem in enumerate(stems(3), start=1):
+        write_coco(root / "labels" / f"{stem}.json", [f"{stem}.jpg"], number)
+    write_images(root / "images", stems(3))
+
+
+def coco_in_parts(root: Path) -> None:
+    """Two files of one split, whose image ids both begin at 1."""
+    for part in ("a", "b"):
+        names = [f"{stem}.jpg" for stem in stems(2, part)]
+        write_coco(root / "annotations" / f"train_{part}.json", names)
+        write_images(root / "images", stems(2, part))
+    write_coco(root / "annotations" / "val.json", ["v_0.jpg"])
+    write_images(root / "images", stems(1, "v"))
+
+
+def roboflow_coco(root: Path) -> None:
+    for split, count in (("train", 3), ("valid", 2), ("test", 1)):
+        names = [f"{stem}.jpg" for stem in stems(count, split)]
+        write_coco(root / split / "_annotations.coco.json", names)
+        write_images(root / split, stems(count, split))
+    write(root / "README.roboflow.txt", "exported\n")
+
+
+# -- YOLO --------------------------------------------------------------------------------------
+
+
+def yolo_yaml(root: Path, train: str, val: str, extra: str = "") -> None:
+    write(root / "data.yaml", f"train: {train}\nval: {val}\n{extra}nc: 2\nnames: ['cat', 'dog']\n")
+
+
+def yolo_standard(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        write_images(root / "images" / split, stems(count, split))
+        write_yolo(root / "labels" / split, stems(count, split))
+    yolo_yaml(root, "images/train", "images/val")
+
+
+def roboflow_yolo(root: Path) -> None:
+    """Names a test split that was not exported."""
+    for split, count in (("train", 3), ("valid", 2)):
+        write_images(root / split / "images", stems(count, split))
+        write_yolo(root / split / "labels", stems(count, split))
+    yolo_yaml(root, "../train/images", "../valid/images", "test: ../test/images\n")
+
+
+def yolo_capital_folders(root: Path) -> None:
+    for split, count in (("Train", 3), ("Val", 2)):
+        write_images(root / split / "Images", stems(count, split))
+        write_yolo(root / split / "Labels", stems(count, split))
+    write(root / "classes.txt", "cat\ndog\n")
+
+
+def yolo_lists(root: Path) -> None:
+    """Lists of images over one folder."""
+    write_images(root / "images", stems(6))
+    write_yolo(root / "labels", stems(6))
+    write(root / "classes.txt", "cat\ndog\n")
+    write(root / "train.txt", "".join(f"./images/{stem}.jpg\n" for stem in stems(6)[:4]))
+    write(root / "val.txt", "".join(f"./images/{stem}.jpg\n" for stem in stems(6)[4:]))
+
+
+def yolo_lists_of_another_machine(root: Path) -> None:
+    write_images(root / "images", stems(6))
+    write_yolo(root / "labels", stems(6))
+    lines = [f"/content/drive/project/images/{stem}.jpg\n" for stem in stems(6)[:4]]
+    write(root / "train.txt", "".join(lines))
+    write(root / "val.txt", "".join(f".\\images\\{stem}.jpg\n" for stem in stems(6)[4:]))
+    yolo_yaml(root, "/content/drive/project/train.txt", "/content/drive/project/val.txt")
+
+
+def darknet(root: Path) -> None:
+    write_images(root / "obj_train_data", stems(3))
+    write_yolo(root / "obj_train_data", stems(3))
+    write(root / "obj.names", "cat\ndog\n")
+    write(
+        root / "obj.data",
+        "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
+    )
+    write(root / "train.txt", "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3)))
+
+
+def roboflow_darknet(root: Path) -> None:
+    for split, count in (("train", 3), ("valid", 2)):
+        write_images(root / split, stems(count, split))
+        write_yolo(root / split, stems(count, split))
+        write(root / split / "_darknet.labels", "cat\ndog\n")
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def roboflow_tensorflow(root: Path) -> None:
+    for split, count in (("train", 3), ("valid", 2)):
+        names = [f"{stem}.jpg" for stem in stems(count, split)]
+        write_images(root / split, stems(count, split))
+        write_rows(root / split / "_annotations.csv", TF_HEADER, tf_rows(names))
+
+
+def vott(root: Path) -> None:
+    """VoTT's export beside a file of old detection results."""
+    folder = root / "vott-csv-export"
+    write_images(folder, stems(3))
+    rows = [(f"{stem}.jpg", *box, cls) for stem in stems(3) for cls, box in OBJECTS]
+    write_rows(
+        folder / "project-export.csv", ("image", "xmin", "ymin", "xmax", "ymax", "label"), rows
+    )
+    write_rows(
+        root / "Detection_Results.csv",
+        ("image", "xmin", "ymin", "xmax", "ymax", "label", "confidence", "x_size", "y_size"),
+        [("old_0.jpg", 1, 1, 5, 5, 0, 0.9, WIDTH, HEIGHT)],
+    )
+
+
+LAYOUTS: dict[str, Layout] = {
+    "voc-annotations-images": Layout(
+        "`annotations/*.xml`, `images/`",
+        voc_beside("annotations", "images"),
+        "voc",
+        {"": 3},
+        {"annotations": 3, "annotations/img_1.xml": 1},
+    ),
+    "voc-annots-images": Layout(
+        "`annots/*.xml`, `images/`", voc_beside("annots", "images"), "voc", {"": 3}, {"annots": 3}
+    ),
+    "voc-dataset-split-annots": Layout(
+        "`dataset/train/annots/*.xml`, `dataset/train/images/`",
+        voc_split_folders("dataset/{}/annots", "dataset/{}/images"),
+        "voc",
+        {"train": 3, "val": 2},
+        {"dataset": 5, "dataset/train": 3, "dataset/val/annots": 2},
+    ),
+    "voc-and-csv": Layout(
+        "`images/train/*.xml` and `.jpg` with `images/train_labels.csv`",
+        voc_and_csv,
+        "voc",
+        {"train": 3, "test": 2},
+        {"images/train": 3, "images/train_labels.csv": 3},
+        ("train_labels.csv",),
+    ),
+    "voc-capitals": Layout(
+        "`ANNOTATIONS/*.xml`, `IMAGES/`, beside a smaller labelled folder",
+        voc_with_a_small_folder_beside,
+        "voc",
+        {"train": 6, "val": 2},
+        {"ANNOTATIONS": 6, "Validation_Images": 2},
+    ),
+    "voc-devkit": Layout(
+        "`VOCdevkit/VOC2007` and `VOC2012` together",
+        vocdevkit,
+        "voc",
+        {"train": 5, "val": 3},
+        {"VOCdevkit": 8, "VOCdevkit/VOC2007": 3, "VOCdevkit/VOC2012/Annotations": 5},
+    ),
+    "voc-xmls": Layout(
+        "`annotations/xmls/*.xml`, `images/`",
+        pets,
+        "voc",
+        {"": 3},
+        {"annotations": 3, "annotations/xmls": 3},
+    ),
+    "voc-split-annotations": Layout(
+        "`train/annotations/*.xml`, `train/images/`",
+        voc_split_folders("{}/annotations", "{}/images"),
+        "voc",
+        {"train": 3, "val": 2},
+        {"train": 3},
+    ),
+    "voc-cvat": Layout(
+        "CVAT's VOC: folders in `Annotations/` and `JPEGImages/`, `ImageSets/Main/default.txt`",
+        cvat_voc,
+        "voc",
+        {"": 3},
+    ),
+    "coco": Layout(
+        "`annotations/instances_train2017.json`, `train2017/`",
+        coco_standard,
+        "coco",
+        {"train": 3, "val": 2},
+        {"annotations": 5, "annotations/instances_val2017.json": 2},
+    ),
+    "coco-per-image": Layout(
+        "one COCO JSON per image: `labels/*.json`, `images/`",
+        coco_per_image,
+        "coco",
+        {"": 3},
+        {"labels": 3},
+    ),
+    "coco-parts": Layout(
+        "several COCO JSON files of one split",
+        coco_in_parts,
+        "coco",
+        {"train": 4, "val": 1},
+        {"annotations/val.json": 1},
+    ),
+    "roboflow-coco": Layout(
+        "Roboflow COCO: `train/_annotations.coco.json` beside the images",
+        roboflow_coco,
+        "coco",
+        {"train": 3, "val": 2, "test": 1},
+        {"valid": 2},
+    ),
+    "yolo": Layout(
+        "`data.yaml`, `images/train/`, `labels/train/*.txt`",
+        yolo_standard,
+        "yolo",
+        {"train": 3, "val": 2},
+        {"data.yaml": 5},
+    ),
+    "roboflow-yolo": Layout(
+        "Roboflow YOLO: `train/images/`, `train/labels/`, `test` missing",
+        roboflow_yolo,
+        "yolo",
+        {"train": 3, "val": 2},
+        {"data.yaml": 5},
+    ),
+    "yolo-capitals": Layout(
+        "`Train/Images/`, `Train/Labels/*.txt`, `classes.txt`",
+        yolo_capital_folders,
+        "yolo",
+        {"train": 3, "val": 2},
+    ),
+    "yolo-lists": Layout(
+        "`train.txt` and `val.txt` over one `images/`", yolo_lists, "yolo", {"train": 4, "val": 2}
+    ),
+    "yolo-moved": Layout(
+        "lists and `data.yaml` with paths of another machine",
+        yolo_lists_of_another_machine,
+        "yolo",
+        {"train": 4, "val": 2},
+    ),
+    "darknet": Layout(
+        "Darknet: `obj.data`, `obj.names`, `train.txt`", darknet, "yolo", {"train": 3}
+    ),
+    "roboflow-darknet": Layout(
+        "Roboflow Darknet: `train/*.txt` beside the images, `_darknet.labels`",
+        roboflow_darknet,
+        "yolo",
+        {"train": 3, "val": 2},
+    ),
+    "tensorflow-csv": Layout(
+        "TensorFlow Object Detection CSV: `train/_annotations.csv`",
+        roboflow_tensorflow,
+        "csv",
+        {"train": 3, "val": 2},
+    ),
+    "vott": Layout(
+        "VoTT CSV, beside a file of detection results",
+        vott,
+        "csv",
+        {"": 3},
+        left_out=("Detection_Results.csv",),
+    ),
+}
