@@ -19,7 +19,6 @@ from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError, ImageError
 from retinanet.evaluation.run import evaluate
 from retinanet.inference import Detector, Failure, ImageDetections
-from retinanet.inference import tiles as tiles_module
 from retinanet.inference.sources import Source
 from retinanet.inference.tiles import MIN_TILE, Part, merge_parts, tile_side, tile_windows
 from retinanet.model.checkpoint import Checkpoint
