@@ -177,7 +177,7 @@ def _best_of_level(
         return empty, empty, empty.float()
     size = min(_BLOCK, count)
     whole = count // size * size
-    maxima = [flat[:, :whole].unflatten(1, (-1, size)).amax(dim=2)]
+    maxima = [flat[:, :whole].view(images, -1, size).amax(dim=2)]
     if whole < count:
         maxima.append(flat[:, whole:].amax(dim=1, keepdim=True))
     highest = torch.cat(maxima, dim=1).float()

@@ -303,7 +303,9 @@ class BackboneConv2d(nn.Conv2d):
             scale, shift = scale_and_shift(norm)
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
-        return self._conv_forward(F.pad(x, self.margins) if self.margins else x, weight, bias)
+        x = F.pad(x, self.margins) if self.margins else x
+        result: Tensor = self._conv_forward(x, weight, bias)
+        return result
 
 
 def _replace_convolutions(backbone: nn.Module, *, same_padding: bool) -> None:
@@ -460,14 +462,16 @@ def _read_weights(file: Path) -> BackboneWeights:
     return BackboneWeights(
         state,
         str(file),
-        mean and (mean, mean, mean),
-        std and (std, std, std),
+        mean,
+        std,
         "same" if re.search(r"\bSAME\b", metadata.get("padding", "")) else None,
         "frozen" in metadata.get("batch_norm", ""),
     )
 
 
-def _stated_input(text: str, where: str) -> tuple[float | None, float | None]:
+def _stated_input(
+    text: str, where: str
+) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
     """Parse mean and standard deviation from metadata such as ``RGB, (x - 127.5) / 127.5``."""
     if not text:
         return None, None
@@ -478,7 +482,8 @@ def _stated_input(text: str, where: str) -> tuple[float | None, float | None]:
             f"{where}: unknown format of its metadata input {text!r}; give model.pixel_mean and "
             "model.pixel_std, and remove that line from the file"
         )
-    return float(match[1]), float(match[2])
+    mean, std = float(match[1]), float(match[2])
+    return (mean, mean, mean), (std, std, std)
 
 
 def _fetch_timm(name: str) -> BackboneWeights:
