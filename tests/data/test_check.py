@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -447,3 +449,13 @@ def test_real_faults_are_found(real_data: Path) -> None:
         "annotation 10148 of image 361919 (000000361919.jpg): "
         "skis box [102.5, 190.05, 105, 190.05] has no height"
     )
+
+
+def test_check_imports_no_torch(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg")
+    write(tmp_path / "a.txt", "0 .5 .5 .5 .5")
+    script = (
+        "import sys; from retinanet.data import check_datasets, read_splits; "
+        f"check_datasets(read_splits({str(tmp_path)!r})); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

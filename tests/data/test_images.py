@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retinanet.data import images
 from retinanet.data.image_files import image_size, network_size, stored_size
-from retinanet.data.images import pad_batch, padding_colour, read_image, read_reduced, resize_to
+from retinanet.data.images import pad_batch, read_image, read_reduced, resize_to
 from retinanet.data.windows import open_windows
 from retinanet.errors import ConfigError, ImageError
 
@@ -98,13 +98,6 @@ def test_exif_orientation_turns_the_right_way() -> None:
     pixels[0, 0] = 255  # top left on disk: top right when upright
     image = read_image(encoded(Image.fromarray(pixels), "PNG", exif=with_orientation(6)))
     assert image[0].tolist() == [[0, 255], [0, 0], [0, 0]]
-
-
-def test_broken_exif_warns_nobody(photo: Image.Image) -> None:
-    data = encoded(photo, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read_image(data).shape == (3, 40, 56)
 
 
 GREY_ALPHA = np.array([[[100, 255], [100, 0]]], np.uint8)
@@ -260,16 +253,9 @@ def test_array_and_tensor_agree(photo: Image.Image) -> None:
         (3, 4, 5)
     )
     assert read_image(np.array([[True, False]]))[0].tolist() == [[255, 0]]
-
-
-def test_callers_memory_is_not_shared(photo: Image.Image) -> None:
-    array = np.array(photo)
-    image = read_image(array)
-    image.zero_()
-    assert array.any()
-    tensor = torch.full((3, 2, 2), 7, dtype=torch.uint8)
-    read_image(tensor).zero_()
-    assert (tensor == 7).all()
+    for source in (array, expected):  # the caller's memory is not shared
+        read_image(source).zero_()
+        assert source.any()
 
 
 @pytest.mark.parametrize(
@@ -578,7 +564,3 @@ def test_pad_batch() -> None:
     expected[0, :, :33, :20] = 1
     expected[1, :, :10, :] = 2
     assert torch.equal(batch, expected)
-
-
-def test_padding_colour_is_the_mean() -> None:
-    assert padding_colour(torch.full((3, 1, 1), 100.4)) == (100, 100, 100)
