@@ -20,7 +20,7 @@ from test_coco_metrics import (
     random_case,
 )
 
-from retinanet.data.dataset import Annotation
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.results import Results, coco_image_ids, ground_truth
