@@ -278,3 +278,10 @@ def test_boxes_under_a_pixel_look_normalised(tmp_path: Path) -> None:
     write_images(tmp_path, ["a"])
     report = check_datasets({"all": read_dataset(tmp_path, "all")})
     assert report.counts == {"box-normalised": 1}
+
+
+def test_documentation_lists_the_layouts() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    table = text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0]
+    rows = [f"| {layout.title} | {layout.format} |" for layout in LAYOUTS.values()]
+    assert table.splitlines()[2:] == rows

@@ -310,7 +310,7 @@ def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str
     # A tool that needs whole numbers writes 12 for 12.png.
     own = {image.id for image in dataset.images}
     numbers = Counter(int(i.path.stem) for i in dataset.images if i.path.stem.isdecimal())
-    by_number = {
+    by_number: dict[int | str, int] = {
         int(image.path.stem): id_
         for image, id_ in zip(dataset.images, ids, strict=True)
         if image.path.stem.isdecimal() and numbers[int(image.path.stem)] == 1
