@@ -99,7 +99,7 @@ def search_parts(
     for start in range(0, len(wanted), batch_size):
         some = wanted[start : start + batch_size]
         prepared = [detector.prepare(file if one is None else windows.read(one)) for one in some]
-        found = detector.search(prepared)
+        found = detector.detect_prepared(prepared)
         parts += [Part(one, objects) for one, objects in zip(some, found, strict=True)]
     return windows.size, parts
 
@@ -295,7 +295,8 @@ def search_file(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     if arguments.plain:
         whole = read_image(file)
-        windows = tile_windows(tuple(whole.shape[-2:]), arguments.tile, arguments.overlap)  # type: ignore[arg-type]
+        size = (whole.shape[-2], whole.shape[-1])
+        windows = list(tile_windows(size, arguments.tile, arguments.overlap))
         objects = 0
         for x1, y1, x2, y2 in windows:
             objects += len(detector.detect(whole[:, y1:y2, x1:x2]))
@@ -309,7 +310,7 @@ def search_file(arguments: argparse.Namespace) -> None:
         )
         objects = len(found)  # type: ignore[arg-type]
         size = found.size  # type: ignore[union-attr]
-        count = 1 + len(tile_windows(size, arguments.tile, arguments.overlap))
+        count = 1 + len(list(tile_windows(size, arguments.tile, arguments.overlap)))
     seconds = time.perf_counter() - began
     searched = _peak()
     if arguments.draw and not arguments.plain:

@@ -29,7 +29,7 @@ from PIL import Image
 from retinanet.bench.machine import describe_machine
 from retinanet.inference import Detector, load
 from retinanet.inference.sources import find_sources
-from retinanet.video.detect import _Item, _Work, detect_video
+from retinanet.video.detect import _Item, _Pipeline, detect_video
 from retinanet.video.reading import Sound, VideoReader
 from retinanet.video.writing import VideoWriter
 
@@ -79,11 +79,11 @@ def one_after_the_other(
     """Seconds of each stage when nothing runs beside it, and what the network was given."""
     spent = dict.fromkeys(STAGES, 0.0)
     reader = VideoReader(clip)
-    work = _Work(detector, reader, None, 1, 1, draw_threshold, {})
+    pipeline = _Pipeline(detector, reader, None, 1, 1, draw_threshold, detector.thresholds)
     writer = VideoWriter(out / "serial.mp4", reader)
     lines = io.StringIO()
-    given = []
-    read = reader.read(Event())
+    prepared = []
+    frames = reader.read(Event())
 
     def timed(stage: str, function: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
@@ -91,34 +91,23 @@ def one_after_the_other(
         spent[stage] += time.perf_counter() - began
         return result
 
-    while (one := timed("decode", next, read, None)) is not None:
-        if isinstance(one, Sound):
-            timed("encode", writer.write_sound, one)
+    while (frame := timed("decode", next, frames, None)) is not None:
+        if isinstance(frame, Sound):
+            timed("encode", writer.write_sound, frame)
             continue
-        item = _Item(one, Future())
+        item = _Item(frame, Future())
         assert item.ready is not None
-        item.ready.set_result(timed("prepare", work._prepare, one.frame))
-        given.append(item.ready.result()[1])
-        [objects] = timed("search", detector.detect_prepared, [given[-1]])
-        item.found = detector.image_detections(
-            objects, find_sources(np.zeros((1, 1, 3), np.uint8))[0], reader.size
+        item.ready.set_result(timed("prepare", pipeline._prepare, frame.image))
+        prepared.append(item.ready.result()[1])
+        [(item.found, item.tracks)] = timed(
+            "search", lambda item=item: [*pipeline._detect_batch([item])]
         )
         item.encodable = Future()
-        item.encodable.set_result(timed("draw", work._annotate, item, writer))
-        timed("encode", lambda item=item: list(work._write(iter([item]), _Open(writer), lines)))
+        item.encodable.set_result(timed("draw", pipeline._annotate, item, writer))
+        timed("encode", pipeline._write, item, writer, lines)
     timed("encode", writer.finish)
     reader.close()
-    return spent, given
-
-
-class _Open:
-    """A writer that is not finished by those who write one frame."""
-
-    def __init__(self, writer: VideoWriter) -> None:
-        self.write, self.write_sound = writer.write, writer.write_sound
-
-    def finish(self) -> None:
-        """Not yet."""
+    return spent, prepared
 
 
 def main() -> None:

@@ -66,17 +66,6 @@ def test_layouts(tmp_path: Path, make_image: MakeImage, label_file: str, image_f
     assert train.images[0].path.is_file()
 
 
-def test_image_of_the_own_split_is_preferred(tmp_path: Path, make_image: MakeImage) -> None:
-    for split in ("train", "val"):
-        make_image(tmp_path / split / "1.jpg")
-        write(tmp_path / f"{split}.json", coco_json([coco_image(1, "1.jpg")]))
-    splits = read_splits(tmp_path)
-    assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
-        "train": "train",
-        "val": "val",
-    }
-
-
 def test_file_name_with_folders_of_another_machine(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "images" / "a.jpg")
     make_image(tmp_path / "sub" / "b.jpg")
@@ -110,13 +99,6 @@ def test_labels_are_the_same_in_every_split(tmp_path: Path) -> None:
     write(tmp_path / "val.json", json.dumps(val))
     with pytest.raises(DataError, match=r"val.json: category 2 is 'other', but 'b' in another"):
         read_splits(tmp_path)
-
-
-def test_masks_are_kept_as_text(tmp_path: Path) -> None:
-    objects = [coco_object(1, 1, [0, 0, 5, 5], segmentation=[[0, 0.25, 5, 5, 0, 5]])]
-    write(tmp_path / "train.json", coco_json([coco_image(1, "a.jpg")], objects))
-    (one,) = read_dataset(tmp_path / "train.json", "all").images[0].annotations
-    assert one.extra == {"segmentation": "[[0,0.25,5,5,0,5]]"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import check_datasets, convert, find_format, read_dataset, read_splits
+from retinanet.data import check_datasets, find_format, read_dataset, read_splits
 from retinanet.errors import DataError
 
 # 10 and 20 percent of 40 x 30 pixels are 4 and 6.
@@ -109,20 +109,12 @@ def test_images_by_their_address(
     assert read_dataset(tmp_path, "all").images[0].path == tmp_path / place
 
 
-def test_folders_tell_images_of_one_name_apart(tmp_path: Path, make_image: MakeImage) -> None:
-    for seed, place in enumerate(("a.jpg", "left/a.jpg", "right/a.jpg")):
-        make_image(tmp_path / place, seed=seed)
-    address = "/data/local-files/?d=project/"
-    tasks = [task(f"{address}{side}/a.jpg", id_=i) for i, side in enumerate(("left", "right"))]
-    export(tmp_path, *tasks)
-    found = [one.path for one in read_dataset(tmp_path, "all").images]
-    assert found == [tmp_path / "left" / "a.jpg", tmp_path / "right" / "a.jpg"]
-
-
-def test_a_image_of_no_file_is_missing(tmp_path: Path) -> None:
-    export(tmp_path, task("s3://bucket/x/a.jpg", region()))
-    (problem,) = check_datasets(read_splits(tmp_path)).problems
-    assert (problem.kind, problem.file) == ("image-missing", tmp_path / "x" / "a.jpg")
+def test_sizes_that_the_regions_lack_are_read(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "a.jpg", size=(80, 60))
+    export(tmp_path, task("a.jpg", region(original_width=None, original_height=None)))
+    image = read_dataset(tmp_path, "all").images[0]
+    assert (image.width, image.height) == (80, 60)
+    assert image.annotations[0].box == (8, 12, 28, 42)
 
 
 def test_the_image_under_another_key(tmp_path: Path, make_image: MakeImage) -> None:
@@ -174,18 +166,6 @@ def test_tasks_that_nobody_labelled(tmp_path: Path, make_image: MakeImage) -> No
             "task 3 (c.jpg) has predictions alone, which no person has confirmed",
         ),
     ]
-
-
-def test_the_size_of_the_image_where_the_region_has_none(
-    tmp_path: Path, make_image: MakeImage
-) -> None:
-    make_image(tmp_path / "a.jpg", size=(80, 60))
-    one = region()
-    del one["original_width"], one["original_height"]
-    export(tmp_path, task("a.jpg", one))
-    image = read_dataset(tmp_path, "all").images[0]
-    assert (image.width, image.height) == (80, 60)
-    assert image.annotations[0].box == (8, 12, 28, 42)
 
 
 def test_a_size_that_cannot_be_known(tmp_path: Path) -> None:
@@ -313,16 +293,6 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
     with pytest.raises(DataError, match=r"neither COCO .* nor Label Studio"):
         find_format(tmp_path)
-
-
-def test_it_is_converted(tmp_path: Path, make_image: MakeImage) -> None:
-    make_image(tmp_path / "ls" / "a.jpg")
-    export(tmp_path / "ls", task("a.jpg", region(score=0.5)))
-    convert(tmp_path / "ls", tmp_path / "coco", "coco")
-    (one,) = read_dataset(tmp_path / "coco", "all").images[0].annotations
-    assert (one.box, one.extra) == (BOX, {"score": 0.5})
-    with pytest.raises(DataError, match="labelstudio can be read, not written"):
-        convert(tmp_path / "coco", tmp_path / "other", "labelstudio")
 
 
 ODD: tuple[Any, ...] = (

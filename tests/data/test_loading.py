@@ -126,17 +126,14 @@ def test_same_seed_same_batches(dataset: Dataset) -> None:
     )
 
 
-@pytest.mark.parametrize("start", [1, 3, 6])
-def test_resumed_loader_goes_on_where_it_stopped(dataset: Dataset, start: int) -> None:
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (0, 1), (3, 3)])
+def test_resumed_loader_goes_on_where_it_stopped(
+    dataset: Dataset, start: int, workers: int
+) -> None:
     whole = training(dataset, multi_scale=(24, 32, 40))
-    rest = training(dataset, start_step=start, multi_scale=(24, 32, 40))
+    rest = training(dataset, start_step=start, multi_scale=(24, 32, 40), workers=workers)
     assert len(rest) == 7 - start
     assert_same(whole[start:], rest)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(dataset: Dataset, workers: int) -> None:
-    assert_same(training(dataset), training(dataset, workers=workers))
 
 
 def test_each_epoch_holds_each_image_once(dataset: Dataset) -> None:
@@ -172,15 +169,6 @@ def test_multi_scale_draws_a_side_a_step(dataset: Dataset) -> None:
     sides = [batch.sizes.amin(dim=1) for batch in batches]
     assert all((side == side[0]).all() for side in sides)  # one side for the whole batch
     assert {int(side[0]) for side in sides} == {24, 40}
-
-
-def test_multi_scale_moves_the_longest_side(tmp_path: Path) -> None:
-    wide = make_dataset(tmp_path, [(20, 100)])
-    (batch,) = training(
-        wide, batch_size=1, steps=1, multi_scale=(16,), scale_jitter=(1, 1), crop=False
-    )
-    # Longest 64 at side 32 is 32 at side 16: 100 becomes 32, and 20 becomes 6.4.
-    assert batch.sizes.tolist() == [[6, 32]]
 
 
 def test_labels_of_ignored_regions_and_faulty_boxes(tmp_path: Path) -> None:
@@ -345,8 +333,8 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
     many = Dataset(images, ("a",), (1,), "train", "coco", tmp_path)
     loader = eval_loader(many, batch_size=1, image_size=32, max_size=64)
     size = len(pickle.dumps(loader.dataset))
-    # Per object four float32 and an int64; per image a path, and two int64.
-    assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 5 + 16) + 6000
+    # Per object four float32 and an int64; per image a path, and little else.
+    assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 50) + 6000
 
 
 @pytest.mark.parametrize(
@@ -391,15 +379,6 @@ def test_default_workers(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers() == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_pinned_memory(dataset: Dataset) -> None:
-    batch = training(dataset, steps=1)[0]
-    assert batch.images.is_pinned()
-    assert batch.targets.boxes.is_pinned()
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_any_corner_moves_images_and_boxes_together(dataset: Dataset) -> None:

@@ -119,15 +119,6 @@ def test_a_process_reads_a_few_shards_of_its_own_at_a_time(
         assert met[0][:12] != sorted(met[0][:12], key=met[0].index)  # mixed within the window
 
 
-def test_shards_come_in_another_order_each_epoch(shards: Dataset) -> None:
-    (batches,) = drawn(shards, 1, 1, 2 * COUNT, shard_window=1)
-    numbers = archive_numbers(shards, list(chain(*batches)))
-    first, second = (list(dict.fromkeys(part)) for part in (numbers[:COUNT], numbers[COUNT:]))
-    assert sorted(first) == sorted(second) == list(range(8))
-    assert first != second
-    assert first != list(range(8))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_by_shards_as_if_never_stopped(shards: Dataset, workers: int) -> None:
     options: Any = {"order": "shards", "shard_window": 2, "steps": 12, "rank": 1, "world_size": 2}

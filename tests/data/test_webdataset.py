@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 from PIL import Image
 
-from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits, write_fixed
+from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits
 from retinanet.data.formats import digest, find_format
 from retinanet.data.formats.webdataset import parse_shard_size
 from retinanet.data.image_files import image_size
@@ -145,30 +144,6 @@ def test_the_index_is_that_of_the_tar(shards: Path) -> None:
             assert archives.digest_of(member.read()) == with_index.members[name].digest
 
 
-def test_coco_through_shards_loses_nothing(tmp_path: Path, source: Path, shards: Path) -> None:
-    written = convert(shards, tmp_path / "back", "coco")
-    assert written.lost == {}
-    before, after = read_splits(source), read_splits(tmp_path / "back")
-    through = read_splits(shards)
-    for name, dataset in before.items():
-        assert through[name].format == "webdataset"
-        for other in (through[name], after[name]):
-            assert (other.classes, other.category_ids, other.extra, other.split) == (
-                dataset.classes, dataset.category_ids, dataset.extra, dataset.split
-            )  # fmt: skip
-            assert other.problems == ()
-            for image, copied in zip(dataset.images, other.images, strict=True):
-                same = replace(copied, path=image.path, label_file=image.label_file)
-                annotations = tuple(
-                    replace(a, area=b.area if b.area is None else a.area)
-                    for a, b in zip(copied.annotations, image.annotations, strict=True)
-                )
-                assert replace(same, annotations=annotations) == image
-                assert archives.read_image_file(copied.path) == image.path.read_bytes()
-    names = [image.path.name for image in after["val"].images]
-    assert names == ["v_one.png", "v_one_2.png", "V.jpg"]  # a key has no dots
-
-
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -200,13 +175,6 @@ def test_shards_of_bytes(tmp_path: Path, source: Path) -> None:
     assert digest(read_dataset(tmp_path / "small")) == digest(read_dataset(tmp_path / "one"))
 
 
-def test_links_are_refused(tmp_path: Path, source: Path, shards: Path) -> None:
-    with pytest.raises(DataError, match="a symlink cannot be in a tar"):
-        convert(source, tmp_path / "out", "webdataset", images="symlink")
-    with pytest.raises(DataError, match=r"tar/\w+\.\w+: lies in an archive, so it can only be cop"):
-        convert(shards, tmp_path / "out", "coco", images="hardlink")
-
-
 # ---- reading in place
 
 
@@ -218,41 +186,6 @@ def test_images_are_those_of_the_folder(source: Path, shards: Path) -> None:
         assert image_size(other.path) == image_size(image.path)
         assert torch.equal(read_reduced(other.path, 16, 32)[0], read_reduced(image.path, 16, 32)[0])
     assert digest(read_dataset(shards)) == digest(read_dataset(source))
-
-
-def test_threads_read_side_by_side(shards: Path) -> None:
-    paths = [image.path for image in read_dataset(shards).images]
-    expected = {path: archives.read_image_file(path) for path in paths}
-    wrong: list[Path] = []
-
-    def read_all() -> None:
-        for path in paths * 20:
-            if archives.read_image_file(path) != expected[path]:
-                wrong.append(path)
-
-    threads = [threading.Thread(target=read_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-def test_check_and_fix_of_shards(tmp_path: Path, source: Path) -> None:
-    labels = json.loads((source / "train.json").read_text("utf-8"))
-    labels["annotations"][1]["bbox"] = [5, 5, 0, 9]
-    write(source / "train.json", json.dumps(labels))
-    convert(source, tmp_path / "shards", "webdataset", shard_size="3")
-    splits = read_splits(tmp_path / "shards")
-    report = check_datasets(splits)
-    (problem,) = report.problems
-    assert (problem.kind, str(problem.file)) == (
-        "box-empty", str(tmp_path / "shards" / "train-000000.tar" / "01.json")
-    )  # fmt: skip
-    write_fixed(splits, report, tmp_path / "fixed")
-    fixed = read_splits(tmp_path / "fixed")
-    assert {one.format for one in fixed.values()} == {"webdataset"}
-    assert check_datasets(fixed).problems == ()
 
 
 def test_a_single_shard(shards: Path) -> None:
@@ -635,18 +568,6 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
 
 
 # ---- what others made
-
-
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_names_that_are_no_ascii(tmp_path: Path, form: int) -> None:
-    # Python's pax puts "caf?.jpg" into the header, Go's "caf.jpg".
-    keys = ("café", "日本" * 30)
-    files = [(f"{key}{end}", content) for key in keys
-             for end, content in ((".jpg", jpeg()), (".json", label(CAT)))]  # fmt: skip
-    make_tar(tmp_path / "train-0.tar", files, format=form)
-    images = read_dataset(tmp_path / "train-0.tar", "all").images
-    assert [image.path.stem for image in images] == list(keys)
-    assert all(archives.read_image_file(image.path) == jpeg() for image in images)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_evaluate_run
 import torch
+from painter import tiny_checkpoint
 from PIL import Image
-from test_evaluate_run import tiny_checkpoint
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
@@ -26,16 +25,13 @@ from retinanet.inference.detector import Detector
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import save_checkpoint
 from retinanet.report.loss_distribution import (
+    GAMMAS,
     LossDistribution,
     anchor_losses,
     cumulative_share,
     loss_distribution,
 )
 from retinanet.structures import BACKGROUND, IGNORED, Outputs, flatten_levels
-
-painted, val = test_evaluate_run.painted, test_evaluate_run.val  # fixtures
-
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
 
 
 def by_hand(logits: Sequence[float], label: int, gamma: float) -> float:
@@ -108,23 +104,17 @@ def test_cumulative_share_by_hand() -> None:
     assert np.isnan(cumulative_share(np.zeros(3), np.array([0.5]))).all()
 
 
-def test_anchor_losses_by_hand() -> None:
+def test_anchor_losses_by_hand_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     labels = torch.tensor([0, 1, 2, BACKGROUND, BACKGROUND, 0, 1, 2, BACKGROUND])
     expected = [
         [by_hand(row, label, gamma) for gamma in GAMMAS]
         for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
-    torch.testing.assert_close(
-        anchor_losses(logits, labels, GAMMAS), torch.tensor(expected, dtype=torch.float64)
-    )
-
-
-def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, labels = torch.randn(50, 3), torch.randint(-1, 3, (50,))
-    whole = anchor_losses(logits, labels, GAMMAS)
-    monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", 20)
-    torch.testing.assert_close(anchor_losses(logits, labels, GAMMAS), whole)
+    for chunk in (2**22, 7):
+        monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", chunk)
+        losses = anchor_losses(logits, labels, GAMMAS)
+        torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
     assert anchor_losses(logits[:0], labels[:0], GAMMAS).shape == (0, 4)
 
 

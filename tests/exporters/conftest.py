@@ -1,4 +1,4 @@
-"""A small random detector whose scores are spread out, as a checkpoint and in float32."""
+"""A tiny random detector whose scores are spread out, as a checkpoint and in float32."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
+from tiny_backbone import tiny_backbone as tiny_backbone
 
 DETECT = {
     "score_threshold": 0.3,
@@ -24,13 +25,14 @@ DETECT = {
 
 
 @pytest.fixture(scope="session")
-def checkpoint() -> Checkpoint:
+def checkpoint(tiny_backbone: str) -> Checkpoint:
     torch.manual_seed(0)
-    model = RetinaNet(backbone="resnet18", num_classes=3, channels=16, head_depth=1, norm="frozen")
+    model = RetinaNet(backbone=tiny_backbone, num_classes=3, channels=16, head_depth=1)
     for head in (model.class_head, model.box_head):
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 nn.init.kaiming_normal_(parameter)
+    model.class_head.last.weight.data.mul_(4)
     nn.init.constant_(model.class_head.last.bias, -3.0)
     model.box_head.last.weight.data.mul_(0.02)  # else boxes cover all or nothing
     return Checkpoint(model, ("ä", "b", "c"), (7, 9, 11), 64, 96, {"detect": DETECT})

@@ -1,4 +1,4 @@
-"""A real checkpoint of a small network, images for it, and what it finds in them."""
+"""A checkpoint of a small network with random weights, images, and the rows of a collection."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retinanet.inference import load
-from retinanet.inference.detections import Failure
+from retinanet.inference import Failure, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import RetinaNet
 
@@ -20,7 +19,7 @@ SETTINGS: dict[str, Any] = {"device": "cpu", "precision": "float32"}
 
 
 def save_small_model(folder: Path, seed: int = 0) -> Path:
-    """Random weights, large enough that scores differ."""
+    """Save random weights that give different scores."""
     torch.manual_seed(seed)
     model = RetinaNet(backbone="mobilenet_v2", num_classes=2, channels=16, head_depth=1, prior=0.1)
     for weights in model.parameters():
@@ -32,9 +31,9 @@ def save_small_model(folder: Path, seed: int = 0) -> Path:
     return save_checkpoint(folder, Checkpoint(model, ("white", "bright"), (7, 9), 64, 128, info))
 
 
-def save_images(folder: Path, count: int, seed: int = 0) -> Path:
-    """Of noise, each another size."""
-    rng = np.random.default_rng(seed)
+def save_images(folder: Path, count: int) -> Path:
+    """Save images of noise, of different sizes."""
+    rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         height, width = rng.integers(40, 120, 2)
@@ -43,44 +42,32 @@ def save_images(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
-def local_rows(model: Path, sources: Any, batch_size: int = 1) -> list[dict[str, Any]]:
-    """What the local engine finds."""
-    streamed = load(model, **SETTINGS).stream(sources, batch_size=batch_size)
-    return [one.to_dict() for one in streamed if not isinstance(one, Failure)]
+def local_rows(model: Path, sources: Any) -> list[dict[str, Any]]:
+    """Rows of the local engine."""
+    results = load(model, **SETTINGS).stream(sources)
+    return [result.to_dict() for result in results if not isinstance(result, Failure)]
 
 
 def jsonl_rows(out: Path) -> list[dict[str, Any]]:
-    """What a collection found, in the order of its shards."""
+    """Rows of a collection, in the order of its shards; the Parquet files must have the same."""
+    import pyarrow.parquet as pq
+
     files = sorted((out / "jsonl").iterdir())
-    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
-
-
-def parquet_rows(out: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    files = sorted((out / "parquet").iterdir())
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def shard_metadata(out: Path) -> list[dict[str, Any]]:
-    """Return the metadata of the shards that exist."""
-    import pyarrow.parquet as pq
-
-    files = sorted((out / "parquet").glob("*.parquet"))
-    return [json.loads(pq.read_metadata(file).metadata[b"retinanet"]) for file in files]
+    rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    tables = sorted((out / "parquet").glob("*.parquet"))
+    assert [row for file in tables for row in pq.read_table(file).to_pylist()] == rows
+    return rows
 
 
 def assert_same_rows(
     found: list[dict[str, Any]], expected: list[dict[str, Any]], *, names: bool = True
 ) -> None:
-    """That two engines found the same, but for the last digits."""
-    assert len(found) == len(expected)
+    """Compare the rows of two engines, up to the last digits."""
     assert sum(len(row["detections"]) for row in expected) > len(expected)
-    for one, other in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         for key in ("file", "height", "width") if names else ("height", "width"):
-            assert one[key] == other[key]
-        assert len(one["detections"]) == len(other["detections"])
-        for a, b in zip(one["detections"], other["detections"], strict=True):
+            assert ours[key] == theirs[key]
+        for a, b in zip(ours["detections"], theirs["detections"], strict=True):
             assert (a["class"], a["category_id"]) == (b["class"], b["category_id"])
             assert a["score"] == pytest.approx(b["score"], abs=1e-4)
             assert a["box"] == pytest.approx(b["box"], abs=0.01)

@@ -1,4 +1,4 @@
-"""What runs the network: each backend gives the outputs of the network itself."""
+"""Backends: each gives the outputs of the network itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import pickle
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from white_finder import WhiteFinder, black
 
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.inference import Detector, openvino_backend
-from retinanet.inference.backends import build_network, detect_batch, to_original
+from retinanet.inference.backends import Network, build_network, detect_batch, to_original
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Outputs
@@ -28,10 +30,10 @@ needs_openvino = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> RetinaNet:
     torch.manual_seed(0)
-    built = RetinaNet(backbone="resnet18", num_classes=20, channels=16, head_depth=1, norm="group")
+    built = RetinaNet(backbone="resnet18", num_classes=20, channels=16, head_depth=1)
     for head in (built.class_head, built.box_head):
         for parameter in head.parameters():
             if parameter.dim() > 1:
@@ -39,59 +41,98 @@ def model() -> RetinaNet:
     return built
 
 
+@pytest.fixture(scope="module")
+def openvino_network(model: RetinaNet) -> Iterator[Callable[[str], Network]]:
+    """Networks of one conversion, by precision."""
+    convert, calibration = cache(openvino_backend.convert), [random_images(1, 3, 96, 128)] * 2
+
+    def build(precision: str) -> Network:
+        images = calibration if precision == "int8" else None
+        return build_network(
+            model, CPU, precision=precision, backend="openvino", calibration=images
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_backend, "convert", lambda model: convert(model).clone())
+        yield cache(build)
+
+
 def random_images(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def errors(got: Outputs, expected: Outputs) -> list[float]:
-    return [
-        float((one.float() - other).norm() / other.norm())
-        for part, other_part in zip(got, expected, strict=True)
-        for one, other in zip(part, other_part, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("backend", "precision", "tolerance"),
-    [
-        ("auto", "float32", 1e-4),
-        ("torch", "bf16", 0.1),
-        pytest.param("openvino", "float32", 1e-4, marks=needs_openvino),
-        pytest.param("openvino", "bf16", 0.1, marks=needs_openvino),
-        pytest.param("openvino", "int8", 0.3, marks=[needs_openvino, pytest.mark.slow]),
-        pytest.param("compile", "float32", 1e-4, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:int8 outputs differ")
-def test_each_backend_says_what_the_network_says(
-    model: RetinaNet, backend: str, precision: str, tolerance: float
-) -> None:
-    calibration = [random_images(1, 3, 96, 128)] * 2 if precision == "int8" else None
-    network = build_network(
-        model, CPU, precision=precision, backend=backend, calibration=calibration
+def max_error(got: Outputs, expected: Outputs) -> float:
+    """Largest relative error of a level; the smallest two levels have too few values."""
+    return max(
+        float((ours.float() - theirs).norm() / theirs.norm())
+        for got_part, expected_part in zip(got, expected, strict=True)
+        for ours, theirs in zip(got_part[:3], expected_part[:3], strict=True)
     )
-    assert network.precision == precision
-    assert network.backend == ("torch" if backend == "auto" else backend)
+
+
+def check_network(
+    network: Network, model: RetinaNet, precision: str, backend: str, *shapes: tuple[int, ...]
+) -> float:
+    """Return the largest error over images of these shapes."""
+    assert (network.precision, network.backend) == (precision, backend)
     assert precision in network.description
-    # Compiling takes half a minute per size: one is enough.
-    shapes = ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32))
-    for shape in shapes[-1:] if backend == "compile" else shapes:
+    errors = []
+    for shape in shapes:
         images = random_images(*shape)
         with torch.inference_mode():
             expected = model(images)
         got = network(images)
-        assert max(errors(got, expected)[:3]) <= tolerance, shape
-        assert [one.shape for one in got.logits] == [one.shape for one in expected.logits]
+        errors.append(max_error(got, expected))
+        assert [part.shape for part in got.logits] == [part.shape for part in expected.logits]
         # In channels_last memory post-processing reads them without a copy.
-        first = got.logits[0]
-        assert first.is_contiguous(memory_format=torch.channels_last)
+        assert got.logits[0].is_contiguous(memory_format=torch.channels_last)
+    return max(errors)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=needs_openvino)])
-def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path, backend: str) -> None:
+SHAPES = ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32))
+
+
+def test_torch_network_outputs_equal_the_model(model: RetinaNet) -> None:
+    network = build_network(model, CPU, precision="float32")
+    assert check_network(network, model, "float32", "torch", *SHAPES) <= 1e-4
+    network = build_network(model, CPU, precision="bf16", backend="torch")
+    assert check_network(network, model, "bf16", "torch", *SHAPES) <= 0.1
+
+
+@pytest.mark.slow
+def test_compiled_network_outputs_equal_the_model(model: RetinaNet) -> None:
+    network = build_network(model, CPU, precision="float32", backend="compile")
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert copied.description == network.description
+    assert check_network(network, model, "float32", "compile", (1, 3, 32, 32)) <= 1e-4
+
+
+@needs_openvino
+@pytest.mark.filterwarnings("ignore:int8 outputs differ")
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("float32", 1e-4), ("bf16", 0.1), pytest.param("int8", 0.3, marks=pytest.mark.slow)],
+)
+def test_openvino_network_outputs_equal_the_model(
+    model: RetinaNet,
+    openvino_network: Callable[[str], Network],
+    precision: str,
+    tolerance: float,
+) -> None:
+    network = openvino_network(precision)
+    assert check_network(network, model, precision, "openvino", *SHAPES) <= tolerance
+    images = random_images(1, 3, 64, 64)
+    expected = network(images)
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert copied.description == network.description
+        torch.testing.assert_close(copied(images), expected)
+    torch.testing.assert_close(network(images.float() + 0.2), expected)
+
+
+def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path) -> None:
     checkpoint = Checkpoint(model, tuple(map(str, range(20))), tuple(range(20)), 64, 64, {})
-    detector = Detector(checkpoint, device="cpu", precision="float32", backend=backend)
+    detector = Detector(checkpoint, device="cpu", precision="float32")
     image = random_images(3, 64, 64)
     for _ in range(3):  # weights are packed for a size that came twice
         (expected,) = detector.detect([image], score_threshold=0.0)
@@ -108,13 +149,6 @@ def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path, backend: 
         assert other.network.description == detector.network.description
 
 
-@pytest.mark.slow
-def test_compiled_network_copies(model: RetinaNet) -> None:
-    network = build_network(model, CPU, precision="float32", backend="compile")
-    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        assert other.description == network.description
-
-
 @pytest.mark.parametrize(
     ("machine", "vnni", "expected"),
     [("x86_64", False, False), ("AMD64", True, True), ("arm64", False, True)],
@@ -127,15 +161,8 @@ def test_overflow_fix_follows_the_processor(
     assert openvino_backend.has_vnni() is expected
 
 
-@needs_openvino
-def test_openvino_takes_images_that_are_not_whole_numbers(model: RetinaNet) -> None:
-    network = build_network(model, CPU, precision="float32", backend="openvino")
-    images = random_images(1, 3, 64, 64)
-    for one, other in zip(network(images.float() + 0.2), network(images), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_what_was_trained_later_is_not_in_it(model: RetinaNet) -> None:
+def test_network_is_not_affected_by_later_training(model: RetinaNet) -> None:
+    model = copy.deepcopy(model)
     network = build_network(model, CPU, precision="float32")
     images = random_images(1, 3, 64, 64)
     before = network(images)
@@ -167,18 +194,20 @@ def test_a_module_of_ones_own_runs_as_it_is() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_exist(model: RetinaNet, settings: dict[str, Any], message: str) -> None:
+def test_build_network_invalid_settings_are_errors(
+    model: RetinaNet, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         build_network(model, CPU, **settings)
 
 
-def test_openvino_is_for_the_cpu(model: RetinaNet) -> None:
+def test_openvino_on_another_device_is_an_error(model: RetinaNet) -> None:
     with pytest.raises(ConfigError, match="openvino runs on the CPU, the device is meta"):
         build_network(model, torch.device("meta"), backend="openvino")
 
 
 @pytest.mark.parametrize("missing", ["openvino", pytest.param("nncf", marks=needs_openvino)])
-def test_a_missing_extra_is_named(
+def test_missing_extra_is_named(
     model: RetinaNet, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -188,7 +217,9 @@ def test_a_missing_extra_is_named(
         build_network(model, CPU, precision="int8", calibration=[random_images(1, 3, 32, 32)])
 
 
-def test_compile_without_a_compiler(model: RetinaNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_a_compiler_is_an_error(
+    model: RetinaNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class InvalidCxxCompiler(Exception):
         pass
 
@@ -206,9 +237,6 @@ def test_to_original_scales_each_side_by_its_own_factor() -> None:
     boxes = torch.tensor([[10.0, 3.3, 50.0, 33.0], [-2.0, -1.0, 104.0, 40.0]])
     expected = torch.tensor([[30.1, 10.0, 150.5, 100.0], [0.0, 0.0, 301.0, 100.0]])
     torch.testing.assert_close(to_original(boxes, (33, 100), (100, 301)), expected)
-
-
-def test_to_original_of_nothing() -> None:
     assert to_original(torch.zeros(0, 4), (10, 10), (20, 20)).shape == (0, 4)
 
 
@@ -236,7 +264,7 @@ def test_detect_batch_maps_each_image_by_its_own_size() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_finds_about_the_same(precision: str) -> None:
+def test_half_precision_detects_about_the_same(precision: str) -> None:
     torch.manual_seed(0)
     model = build_retinanet(
         backbone="mobilenet_v2",

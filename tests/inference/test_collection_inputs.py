@@ -1,4 +1,4 @@
-"""What a collection consists of; no Ray here."""
+"""Inputs and outputs of a collection, without Ray."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import fsspec
 import pytest
 from small_collection import save_images
 
-from retinanet.batch.inputs import iter_images, iter_inputs
-from retinanet.batch.store import Store, is_address, open_files, whole_address
+from retinanet.batch.inputs import iter_images, list_inputs
+from retinanet.batch.store import Store, open_files
 from retinanet.errors import DataError, MissingExtraError
-from retinanet.inference.detections import Failure
-from retinanet.inference.sources import find_sources
+from retinanet.inference import Failure, find_sources
+from retinanet.inference.sources import Source
 
 
 @pytest.fixture
@@ -32,53 +32,44 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_a_folder_with_all_below_it(tree: Path) -> None:
-    expected = ["a.png", "b.png", "left/a.png", "left/one.tar", "left/deep/c.JPG"]
-    assert list(iter_inputs([str(tree)])) == [f"{tree}/{name}" for name in expected]
-    assert list(iter_inputs(["images/"])) == [f"images/{name}" for name in expected]
+def test_folder_is_listed_with_subfolders(tree: Path) -> None:
+    expected = ["a.png", "b.png", "left/a.png", "left/deep/c.JPG", "left/one.tar"]
+    assert list_inputs([str(tree)]) == [f"{tree}/{name}" for name in expected]
+    assert list_inputs(["images/"]) == [f"images/{name}" for name in expected]
+    (tree / "left" / "loop").unlink()  # fsspec follows links
+    assert list_inputs([f"file://{tree}"]) == [f"file://{tree}/{name}" for name in expected]
     # The same images as those of the local engine.
-    local = {str(one.image) for one in find_sources(tree)}
-    assert local == {name for name in iter_inputs([str(tree)]) if not name.endswith(".tar")}
+    local = [str(source.image) for source in find_sources(tree)]
+    assert local == [name for name in list_inputs([str(tree)]) if not name.endswith(".tar")]
 
 
-def test_globs(tree: Path) -> None:
-    assert list(iter_inputs(["images/*.png"])) == ["images/a.png", "images/b.png"]
-    assert list(iter_inputs([f"{tree}/*/a.png"])) == [f"{tree}/left/a.png"]
-    assert list(iter_inputs(["im*/**/*.JPG"])) == ["images/left/deep/c.JPG"]
-    assert list(iter_inputs([f"file://{tree}/b.*"])) == [f"file://{tree}/b.png"]
-    (tree / "[a].png").write_bytes(b"")  # what exists is no glob
-    assert list(iter_inputs(["images/[a].png"])) == ["images/[a].png"]
+def test_globs_are_matched(tree: Path) -> None:
+    assert list_inputs(["images/*.png"]) == ["images/a.png", "images/b.png"]
+    assert list_inputs([f"{tree}/*/a.png"]) == [f"{tree}/left/a.png"]
+    assert list_inputs(["im*/**/*.JPG"]) == ["images/left/deep/c.JPG"]
+    assert list_inputs([f"file://{tree}/b.*"]) == [f"file://{tree}/b.png"]
+    (tree / "[a].png").write_bytes(b"")  # an existing file is no glob
+    assert list_inputs(["images/[a].png"]) == ["images/[a].png"]
 
 
-def test_braces(tree: Path) -> None:
+def test_braces_are_expanded(tree: Path) -> None:
     given = ["images/{b,a}.png", "images/left/{one..one}.tar"]
     (tree / "left" / "{one..one}.tar").write_bytes(b"")
-    assert list(iter_inputs(given)) == [
-        "images/b.png",
-        "images/a.png",
-        "images/left/{one..one}.tar",
-    ]
+    assert list_inputs(given) == ["images/b.png", "images/a.png", "images/left/{one..one}.tar"]
     for i in range(9, 12):
         (tree / f"s{i:02d}.tar").write_bytes(b"")
     expected = [f"images/s{i:02d}.tar" for i in range(9, 12)]
-    assert list(iter_inputs(["images/s{09..11}.tar"])) == expected
+    assert list_inputs(["images/s{09..11}.tar"]) == expected
 
 
-def test_a_list_is_not_looked_into(tree: Path) -> None:
+def test_lines_of_a_list_file_are_not_checked(tree: Path) -> None:
     (tree / "list.txt").write_text("a.png\r\n\n  s3://bucket/b c.jpg \nnowhere.tar\n")
     expected = ["a.png", "s3://bucket/b c.jpg", "nowhere.tar"]
-    assert list(iter_inputs([str(tree / "list.txt")])) == expected
-
-
-def test_a_listing_is_lazy(tree: Path) -> None:
-    inputs = iter_inputs(["images/a.png", "nowhere.png"])
-    assert next(inputs) == "images/a.png"
-    with pytest.raises(DataError, match=r"nowhere\.png: there is no such file"):
-        next(inputs)
+    assert list_inputs([str(tree / "list.txt")]) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("given", "message"),
     [
         ("nowhere", "nowhere: there is no such file or folder"),
         ("images/*.gif", "images/*.gif: no image matches (.avif"),
@@ -91,16 +82,16 @@ def test_a_listing_is_lazy(tree: Path) -> None:
         ("nonsense://a", "nonsense://a: Protocol not known: nonsense"),
     ],
 )
-def test_what_stands_for_nothing(tree: Path, given: str, why: str) -> None:
+def test_source_without_images_is_an_error(tree: Path, given: str, message: str) -> None:
     Path("empty").mkdir()
     Path("empty.txt").write_text("\n")
     with pytest.raises(DataError) as caught:
-        list(iter_inputs([given]))
-    assert str(caught.value).startswith(why)
+        list_inputs([given])
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+def test_folder_that_cannot_be_listed_is_an_error(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = os.scandir
@@ -111,26 +102,20 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(
         return before(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(DataError, match=r"left/deep: cannot be listed: .*Permission denied"):
-        list(iter_inputs(["images"]))
+    with pytest.raises(DataError, match=r"left/deep: cannot be listed: Permission denied"):
+        list_inputs(["images"])
 
 
-def test_missing_extras(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "braceexpand", None)
-    with pytest.raises(MissingExtraError, match=r"retinanet\[webdataset\]"):
-        list(iter_inputs(["a{0..3}.tar"]))
-    monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingExtraError, match=r"retinanet\[ray\]"):
-        open_files("a.png")
-
-
-def test_hub_addresses_want_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+        list_inputs(["a{0..3}.tar"])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match=r"retinanet\[hub\]"):
         open_files("hf://datasets/owner/name/a.jpg")
 
 
-def tar(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+def write_tar(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     with tarfile.open(file, mode) as archive:  # type: ignore[call-overload]
         for name, data in members.items():
             entry = tarfile.TarInfo(name)
@@ -139,85 +124,66 @@ def tar(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return file
 
 
-def test_images_of_each_kind_of_input(tmp_path: Path) -> None:
+def test_images_of_files_addresses_and_tar_files_are_read(tmp_path: Path) -> None:
     folder = save_images(tmp_path / "images", 3)
     first, second, third = sorted(folder.iterdir())
     data = second.read_bytes()
-    shard = tar(tmp_path / "shard.tar", {"x.png": data, "x.json": b"{}", "./d/y.v2.PNG": data})
-    packed = tar(tmp_path / "shard.tar.gz", {"z.png": data}, "w:gz")
-    failures: list[Failure] = []
-    inputs = [str(first), f"file://{second}", str(shard), f"file://{packed}", str(third)]
-    inputs[4:4] = [f"file://{tmp_path}/gone.png", str(tmp_path / "gone.tar")]
-    found = list(iter_images(inputs, failures.append))
-    assert [one.name for one in found] == [
-        str(first),
-        f"file://{second}",
-        f"{shard}/x.png",
-        f"{shard}/d/y.v2.PNG",
-        f"file://{packed}/z.png",
-        str(third),
-    ]
-    assert found[0].image == str(first)  # read by the detector's threads
-    assert [one.image for one in found[1:5]] == [data] * 4
-    assert [one.to_dict() for one in failures] == [
-        {"file": name, "reason": f"{name}: there is no such file"} for name in inputs[4:6]
-    ]
+    shard = write_tar(
+        tmp_path / "shard.tar", {"x.png": data, "x.json": b"{}", "./d/y.v2.PNG": data}
+    )
+    packed = write_tar(tmp_path / "shard.tar.gz", {"z.png": data}, "w:gz")
+    gone = [f"file://{tmp_path}/gone.png", str(tmp_path / "gone.tar")]
+    found = list(
+        iter_images(
+            [str(first), f"file://{second}", str(shard), f"file://{packed}", *gone, str(third)]
+        )
+    )
+    sources = [source for source in found if isinstance(source, Source)]
+    names = [str(first), f"file://{second}", f"{shard}/x.png", f"{shard}/d/y.v2.PNG"]
+    names += [f"file://{packed}/z.png", gone[0], str(third)]
+    assert [source.name for source in sources] == names
+    assert sources[0].image == str(first)  # read by the detector's threads
+    assert [source.load() for source in sources[1:5]] == [data] * 4
+    with pytest.raises(DataError, match=r"^file://.*/gone\.png: there is no such file$"):
+        sources[5].read()
+    (failure,) = (failure for failure in found if isinstance(failure, Failure))
+    assert failure.to_dict() == {"file": gone[1], "reason": f"{gone[1]}: there is no such file"}
 
 
-def test_more_addresses_than_are_fetched_at_once(tmp_path: Path) -> None:
-    for i in range(100):
-        (tmp_path / f"{i:03d}.png").write_text(str(i))
-    inputs = list(iter_inputs([f"file://{tmp_path}"]))
-    found = list(iter_images(inputs, lambda failure: pytest.fail(str(failure))))
-    assert [int(one.image) for one in found] == list(range(100))
-
-
-def test_a_tar_file_that_is_cut_short(tmp_path: Path) -> None:
+def test_damaged_tar_file_gives_its_first_images(tmp_path: Path) -> None:
     data = save_images(tmp_path, 1).joinpath("000.png").read_bytes()
-    shard = tar(tmp_path / "shard.tar", {f"{i}.png": data for i in range(3)})
+    shard = write_tar(tmp_path / "shard.tar", {f"{i}.png": data for i in range(3)})
     whole = shard.read_bytes()
     shard.write_bytes(whole[: 2 * 512 + len(data) + len(data) // 2])
-    failures: list[Failure] = []
-    found = list(iter_images([str(shard)], failures.append))
-    assert [one.name for one in found] == [f"{shard}/0.png"]
-    assert len(failures) == 1
-    assert failures[0].reason.startswith(f"{shard}: cannot be read: unexpected end of data")
+    source, failure = iter_images([str(shard)])
+    assert isinstance(source, Source)
+    assert source.name == f"{shard}/0.png"
+    assert isinstance(failure, Failure)
+    assert failure.reason.startswith(f"{shard}: cannot be read: unexpected end of data")
     shard.write_text("no tar file")
-    assert list(iter_images([str(shard)], failures.append)) == []
-    assert "cannot be read" in failures[1].reason
-
-
-def test_addresses() -> None:
-    assert is_address("s3://bucket")
-    assert not is_address("a:b")
-    assert not is_address("C:/folder")
-    assert not is_address("folder/a://b")
-    assert whole_address(Path("s3://bucket/out")) == "s3://bucket/out"
-    assert whole_address("s3://bucket/out") == "s3://bucket/out"
-    assert whole_address(Path("/a/b")) == "/a/b"
-    assert whole_address("C:/a") == "C:/a"
+    (failure,) = iter_images([str(shard)])
+    assert "cannot be read" in failure.reason  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
-def test_store(tmp_path: Path, scheme: str) -> None:
-    # file:// is treated as an address whose files are renamed when complete.
+def test_store_files_are_complete_or_missing(tmp_path: Path, scheme: str) -> None:
+    # file:// is an address whose files are renamed when complete.
     store = Store(f"{scheme}{tmp_path}/out")
     assert store.names() == set()
-    store.write("parquet/1", "0123456789")
-    store.write("parquet/2", "")
-    assert store.read("parquet/1") == b"0123456789"
-    assert store.names("parquet") == {"1", "2"}
-    store.write("parquet/1", "again")
-    assert store.read("parquet/1") == b"again"
-    assert store.names("parquet") == {"1", "2"}
+    for content in ("0123456789", b"again"):
+        store.write("parquet/1", content)
+        store.write("parquet/2", "")
+        with store.open("parquet/1") as file:
+            assert file.read() in (content, str(content).encode())
+        assert store.names("parquet") == {"1", "2"}
     with pytest.raises(FileNotFoundError):
-        store.put(tmp_path / "nothing", "parquet/3")
-    assert store.names("parquet") == {"1", "2"}
-    with pytest.raises(FileNotFoundError):
-        store.read("nothing")
+        store.open("nothing")
+    assert Store(Path("s3://bucket/out")).address == "s3://bucket/out"  # pathlib drops a slash
 
 
-def test_store_that_lists_the_folder_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_lists_the_folder_itself_has_no_such_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     files = fsspec.filesystem("memory")
     listed = ["/bucket/found/", "/bucket/found/plan.json", "/bucket/found/parquet/"]
     monkeypatch.setattr(type(files), "ls", lambda *_, **__: listed)

@@ -210,7 +210,7 @@ def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in this folder"):
         detector.detect(tmp_path / "empty")
-    with pytest.raises(DataError, match="cannot search a float"):
+    with pytest.raises(DataError, match="unknown type of source: float"):
         detector.detect(1.5)
     broken = folder / "broken.png"
     broken.write_bytes((folder / "a.png").read_bytes()[:60])

@@ -604,12 +604,12 @@ def test_clips_without_a_image(detector: Detector, tmp_path: Path) -> None:
         frame.sample_rate = 48000
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
-    assert refused(detector, clip, out) == f"{clip}: holds no video stream (streams: audio)"
+    assert refused(detector, clip, out) == f"{clip}: contains no video stream (streams: audio)"
     clip = tmp_path / "clip.mov"
     write_clip(clip, walk(4), codec="mjpeg", form="yuvj420p", time_base=Fraction(1, 25))
     damage(clip, range(4))
     assert refused(detector, clip, out) == (
-        f"{clip}: holds no frame that can be read; 4 damaged ones"
+        f"{clip}: contains no frame that can be read; 4 damaged ones"
     )
 
 

@@ -212,14 +212,6 @@ def test_ssd_coarsest_level_is_one_cell(side: int, coarsest: int) -> None:
     assert rivals.ssd_strides(side)[-1] == coarsest
 
 
-@pytest.mark.parametrize(("side", "smallest"), [(600, 32), (128, 16), (64, 32)])
-def test_ssd_smallest_box_follows_retinanets_smallest_anchor(side: int, smallest: int) -> None:
-    scales = rivals.ssd_scales(5, smallest / side)
-    assert scales[0] * side == pytest.approx(0.75 * smallest)
-    assert scales == sorted(scales)
-    assert scales[-2:] == [0.9, 1.06]
-
-
 @pytest.mark.parametrize("sizes", ["[8, 16, 32, 64, 128]", "none"])
 @pytest.mark.parametrize("side", [128, 192, 500])
 def test_ssd_default_boxes_are_centred_in_the_image_and_cover_it(side: int, sizes: str) -> None:

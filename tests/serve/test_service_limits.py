@@ -153,6 +153,17 @@ def test_decompression_bomb_is_rejected_before_decoding(monkeypatch: pytest.Monk
             assert decoded == [], name
 
 
+def test_gif_frame_larger_than_its_header_is_rejected() -> None:
+    # Pillow enlarges the image to the frame before it counts the pixels.
+    data = bytearray(png_image(64, 64, "GIF"))
+    data[6:10] = struct.pack("<HH", 8, 8)
+    start = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))
+    struct.pack_into("<HH", data, start + 5, 60_000, 60_000)
+    with client() as service:
+        response = service.post("/v1/detect", content=bytes(data), headers=PNG)
+    assert response.status_code == 413
+
+
 def test_compressed_text_in_png_is_not_expanded() -> None:
     packed = zlib.compress(bytes(150_000_000), 1)
     whole = png_image()

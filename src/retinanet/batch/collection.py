@@ -10,24 +10,27 @@ between machines and rebuilt when one dies, for a detector that waits for its ne
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from retinanet import __version__, errors
-from retinanet.batch.inputs import is_archive, iter_inputs
-from retinanet.batch.store import Store, is_address
+from retinanet.batch.inputs import is_archive, list_inputs
+from retinanet.batch.store import Store
 from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_files
 from retinanet.config import check_choice
+from retinanet.data.archives import is_remote
 from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
 from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
@@ -37,13 +40,18 @@ from retinanet.model.checkpoint import load_checkpoint, write_checkpoint
 from retinanet.model.precision import Precision
 
 SUMMARY = "summary.json"
-VERSION = 2
+VERSION = 3
 
-_ROUNDS = 3  # in which shards that failed are tried again
-_MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a shard is what a kill loses
-_CORES = 4  # per detector without a GPU; more help a network little
-_STORE = 200_000_000  # bytes of Ray's object store beside the model: only lists go through it
-_STREAM = ("batch_size", "tile", "overlap")
+_MAX_ROUNDS = 3  # in which shards that failed are repeated
+_MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a kill loses the shards in work
+_CORES = 4  # per detector without a GPU; a network uses more of them poorly
+_STORE = 200_000_000  # bytes of Ray's object store besides the model: only lists go through it
+_STREAM: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": 0.2}
+_RAY_DATA = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "max_errored_blocks": -1,  # a shard that is lost with its machine is repeated afterwards
+}
 
 Progress = Callable[[int, int], None]
 """Called with the shards done and their number."""
@@ -93,7 +101,7 @@ def detect_collection(
     """Detect in a collection on a Ray cluster; shards that an earlier call wrote are skipped.
 
     Runs on the cluster that this process is connected to, else on that of ``RAY_ADDRESS``, else on
-    one found on this machine, else on a local one that is started and stopped again. Each machine
+    a cluster of this machine, else on a local one that is started and stopped again. Each machine
     needs this package. The model's files are sent to it.
 
     Args:
@@ -122,28 +130,35 @@ def detect_collection(
         MissingExtraError: Ray, or the package of an address, is not installed.
     """
     ray = _import_ray()
-    stream: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": 0.2}
-    stream |= {name: options.pop(name) for name in _STREAM if name in options}
+    stream = {name: options.pop(name, default) for name, default in _STREAM.items()}
     sizes = {"batch_size": stream["batch_size"], "workers": workers, "shard_size": shard_size}
-    for name, value in sizes.items():
+    for setting, value in sizes.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} {value} is under 1")
+            raise ConfigError(f"{setting} {value} is under 1")
     check_tiling(stream["tile"], stream["overlap"])
     device = options.pop("device", "auto")
     # Loaded here too: an error in it is raised at once, not by a machine of the cluster.
     detector, files, name = _read_model(model, options)
     listed = [sources] if isinstance(sources, str | Path) else sources
-    inputs = list(iter_inputs([os.fspath(source) for source in listed]))
+    inputs = list_inputs([os.fspath(source) for source in listed])
     if not inputs:
         raise DataError("no source is given")
     store = Store(out)
-    plan = _plan(store, inputs, shard_size, _identity(detector, files, options, stream))
-    shards = _cut(inputs, plan["shard_size"])
-    before = len(_missing(store, shards))
-    if before:
-        is_relative = any(not (is_address(name) or os.path.isabs(name)) for name in inputs)
-        size = sum(map(len, files.values()))
-        with _cluster(ray, size), _ray_data(ray):
+    # Base of relative paths; empty: there are none.
+    base = "" if all(is_remote(path) or os.path.isabs(path) for path in inputs) else os.getcwd()
+    plan = {
+        "format": "retinanet collection",
+        "version": VERSION,
+        "made by": f"retinanet {__version__}",
+        "inputs": len(inputs),
+        "listing": _digest(base, *inputs),
+        "shard_size": shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS))),
+        **_identity(detector, files, {**options, **stream}),
+    }
+    shards = _cut(inputs, _check_plan(store, plan, any_size=shard_size is None))
+    done_before = len(shards) - len(_missing(store, shards))
+    if done_before < len(shards):
+        with _cluster(ray, sum(map(len, files.values()))), _ray_data(ray):
             resources = Resources.of(ray, device, workers, on_note)
             work = Work(
                 model=files,
@@ -151,12 +166,12 @@ def detect_collection(
                 options={"device": device, **options},
                 stream=stream,
                 out=store,
-                base=os.getcwd() if is_relative else "",
+                base=base,
                 threads=resources.cpus,
                 fsspec=_fsspec_settings(),
             )
             _run_shards(ray, work, resources, shards, on_progress)
-    return _summarize(store, len(shards), len(shards) - before)
+    return _summarize(store, len(shards), done_before)
 
 
 def _import_ray() -> Any:
@@ -199,106 +214,76 @@ def _read_model(
     return Detector(checkpoint, device="cpu", **checked), files, ""
 
 
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else os.fsencode(part)
+        digest.update(b"%d\n" % len(content) + content)
+    return digest.hexdigest()
+
+
 def _identity(
-    detector: Detector,
-    files: Mapping[str, bytes],
-    options: Mapping[str, Any],
-    stream: Mapping[str, Any],
+    detector: Detector, files: Mapping[str, bytes], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return everything that the detections depend on, except the images."""
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name} {len(content)}\n".encode())
-        digest.update(content)
     return {
-        "model": digest.hexdigest(),
+        "model": _digest(*(part for file in sorted(files.items()) for part in file)),
         "classes": list(detector.classes),
-        "settings": {
-            "precision": options.get("precision", "auto"),
-            "backend": options.get("backend", "auto"),
-            "image_size": detector.image_size,
-            "max_size": detector.max_size,
-            "tile": stream["tile"],
-            "overlap": stream["overlap"],
-            **detector.thresholds,
-        },
+        "precision": options.get("precision", "auto"),
+        "backend": options.get("backend", "auto"),
+        "image_size": detector.image_size,
+        "max_size": detector.max_size,
+        "tile": options["tile"],
+        "overlap": options["overlap"],
+        **detector.thresholds,
     }
 
 
-def _plan(
-    store: Store, inputs: Sequence[str], shard_size: int | None, identity: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the folder's plan if it is the same, or write a new one.
+def _check_plan(store: Store, plan: dict[str, Any], *, any_size: bool) -> int:
+    """Compare with the folder's plan, or write it; returns the size of the folder's shards.
 
     Raises:
         ConfigError: the folder was begun for something else.
         DataError: it cannot be written to.
     """
-    listing = hashlib.sha256()
-    for name in inputs:
-        base = "" if is_address(name) or os.path.isabs(name) else os.getcwd()
-        listing.update(os.fsencode(f"{base}\n{name}\n"))
-    size = shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS)))
-    new = {
-        "format": "retinanet collection",
-        "version": VERSION,
-        "made by": f"retinanet {__version__}",
-        "inputs": len(inputs),
-        "listing": listing.hexdigest(),
-        "shard_size": size,
-        **identity,
-    }
     try:
-        old = _read_plan(store)
-        if old is None:
-            store.write(PLAN, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
-            return new
+        names = store.names()
+        if not names:
+            store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+            return int(plan["shard_size"])
+        if PLAN not in names:
+            raise ConfigError(
+                f"{store.address} contains other files, and no {PLAN}: choose another --out"
+            )
+        with store.open(PLAN) as file:
+            content = file.read()
     except RetinaNetError:
         raise
     except Exception as error:  # of a disk, or of any store
         why = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{store.address} cannot be written to: {why}") from None
-    if shard_size is None:
-        new["shard_size"] = old["shard_size"]
-    differs = _difference(old, new)
-    if differs:
+    try:
+        old = dict(json.loads(content))
+    except (ValueError, TypeError):
+        old = {}
+    if (old.get("format"), old.get("version")) != (plan["format"], plan["version"]):
+        raise ConfigError(
+            f"{store.address}/{PLAN} is not of a collection of this version: choose another --out"
+        )
+    if any_size:
+        plan = {**plan, "shard_size": old["shard_size"]}
+    for key in plan:
+        if old.get(key) == plan[key] or key == "made by":
+            continue
+        differs = f"with {key} {old.get(key)}, not {plan[key]}"
+        if key in ("model", "classes"):
+            differs = "with another model"
+        elif key in ("inputs", "listing"):
+            differs = f"for other images ({old.get('inputs')} inputs then, {plan['inputs']} now)"
         raise ConfigError(
             f"{store.address} was begun {differs}; choose another --out, or remove this one"
         )
-    return old
-
-
-def _read_plan(store: Store) -> dict[str, Any] | None:
-    names = store.names()
-    if PLAN not in names:
-        if names:
-            raise ConfigError(
-                f"{store.address} holds other files, and no {PLAN}: choose another --out"
-            )
-        return None
-    try:
-        plan = json.loads(store.read(PLAN))
-        if plan["format"] == "retinanet collection" and plan["version"] == VERSION:
-            return dict(plan)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(
-        f"{store.address}/{PLAN} is not of a collection of this version: choose another --out"
-    )
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Describe the first difference; empty if there is none."""
-    if old["model"] != new["model"] or old["classes"] != new["classes"]:
-        return "with another model"
-    settings = {**old["settings"], "shard_size": old["shard_size"]}
-    wanted = {**new["settings"], "shard_size": new["shard_size"]}
-    for key in sorted(settings.keys() | wanted.keys()):
-        if settings.get(key) != wanted.get(key):
-            return f"with {key} {settings.get(key)}, not {wanted.get(key)}"
-    if old["listing"] != new["listing"]:
-        return f"for other images ({old['inputs']} inputs then, {new['inputs']} now)"
-    return ""
+    return int(plan["shard_size"])
 
 
 def _cut(inputs: Sequence[str], size: int) -> list[list[str]]:
@@ -373,7 +358,7 @@ class Resources:
 
 @contextmanager
 def _cluster(ray: Any, model_size: int) -> Iterator[None]:
-    """Connect to a cluster, or start a local one and stop it at the end.
+    """Connect to a cluster, or start a local one, and disconnect or stop it at the end.
 
     Raises:
         DataError: there is no cluster at RAY_ADDRESS.
@@ -385,15 +370,18 @@ def _cluster(ray: Any, model_size: int) -> Iterator[None]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     local = {"include_dashboard": False, "object_store_memory": _STORE + 2 * model_size}
     with _no_stderr():
-        try:
-            ray.init(address=address or "auto", **quiet)
-        except (ConnectionError, ValueError) as error:
-            if address and address != "local":
-                why = next(iter(str(error).splitlines()), "")
-                raise DataError(
-                    f"no Ray cluster answers at RAY_ADDRESS {address}: {why}; unset it to work "
-                    "on this machine alone"
-                ) from None
+        if address != "local":
+            try:
+                ray.init(address=address or "auto", **quiet)
+            except (ConnectionError, ValueError) as error:
+                if address:
+                    why = next(iter(str(error).splitlines()), "")
+                    raise DataError(
+                        f"no Ray cluster answers at RAY_ADDRESS {address}: {why}; unset it to work "
+                        "on this machine alone"
+                    ) from None
+                address = "local"
+        if address == "local":
             ray.init(address="local", **local, **quiet)
     try:
         yield
@@ -403,33 +391,31 @@ def _cluster(ray: Any, model_size: int) -> Iterator[None]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Discard the process's standard error: Ray's core writes to it."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discard what Ray's core writes to the process's standard error."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
     try:
-        os.dup2(null, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)
 
 
 @contextmanager
 def _ray_data(ray: Any) -> Iterator[None]:
     """Set Ray Data to continue after lost shards, without output, and restore it at the end."""
-    wanted = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        "max_errored_blocks": -1,  # a shard that is lost with its machine is repeated afterwards
-    }
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before, level = {name: getattr(context, name) for name in wanted}, logger.level
-    logger.setLevel(logging.CRITICAL)
-    for name, value in wanted.items():
+    before, level = {name: getattr(context, name) for name in _RAY_DATA}, logger.level
+    for name, value in _RAY_DATA.items():
         setattr(context, name, value)
+    logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        # Ray prints the death of a process to the standard output.
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            # Ray 2.60 deprecates max_task_retries, and has no replacement.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
@@ -456,8 +442,8 @@ def _run_shards(
     """
     reference = ray.put(work)
     problems: dict[int, str] = {}
-    missing = _missing(work.out, shards)
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
+        missing = _missing(work.out, shards)
         done = len(shards) - len(missing)
         if on_progress is not None:
             on_progress(done, len(shards))
@@ -472,7 +458,7 @@ def _run_shards(
             ),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            max_task_retries=_ROUNDS,  # of a shard whose process dies
+            max_task_retries=_MAX_ROUNDS,  # of a shard whose process dies; else without end
         )
         for row in results.iter_rows():
             if row["fatal"]:
@@ -483,12 +469,11 @@ def _run_shards(
             done += 1
             if on_progress is not None:
                 on_progress(done, len(shards))
-        missing = _missing(work.out, shards)
-    if missing:
+    if missing := _missing(work.out, shards):
         problem = problems.get(missing[0], "its process died; was its memory enough?")
         raise DataError(
-            f"{len(missing)} of {len(shards)} shards failed {_ROUNDS} times; shard {missing[0]}: "
-            f"{problem}; rerun the command to resume"
+            f"{len(missing)} of {len(shards)} shards failed {_MAX_ROUNDS} times; shard "
+            f"{missing[0]}: {problem}; rerun the command to resume"
         )
 
 
@@ -512,7 +497,7 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
     failures: list[dict[str, str]] = []
 
     def read(shard: int) -> dict[str, Any]:
-        with store.files.open(store.path(shard_files(shard)[1]), "rb") as file:
+        with store.open(shard_files(shard)[1]) as file:
             metadata = pq.read_metadata(file).metadata[METADATA]
         return dict(json.loads(metadata))
 
@@ -524,11 +509,10 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
             failures += metadata["errors"]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failures]
     store.write("errors.jsonl", "".join(lines))
-    with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
-        schema = pa.schema({"file": pa.string(), "reason": pa.string()})
-        table = pa.Table.from_pylist(failures, schema)
-        pq.write_table(table, Path(folder, "errors"), compression="zstd")
-        store.put(Path(folder, "errors"), "errors.parquet")
+    schema = pa.schema({"file": pa.string(), "reason": pa.string()})
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(failures, schema), table, compression="zstd")
+    store.write("errors.parquet", table.getvalue())
     summary = CollectionSummary(
         out=store.address,
         images=images,

@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
+from retinanet.data.archives import address_of, is_remote
 from retinanet.errors import DataError, MissingExtraError
+from retinanet.files import write_atomic
 
 # Object stores: a file appears when it is complete; renaming it would be a copy.
 _ATOMIC = frozenset(
     {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2", "memory"}
 )
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 
 
-def is_address(name: str) -> bool:
-    """Return whether `name` is an address such as ``s3://bucket/folder``, not a path."""
-    return "://" in name and _SCHEME.match(name) is not None
-
-
-def whole_address(name: str | Path) -> str:
-    """Restore the second slash that a :class:`~pathlib.Path` removes from an address."""
-    text = os.fspath(name)
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", text)
-    return f"{match[1]}://{text[match.end() :]}" if match else text
-
-
 def open_files(address: str) -> tuple[Any, str]:
-    """Return the file system of an address or a path, and the path in it.
+    """Return fsspec's file system of an address or a path, and the path in it.
 
     Listings are not cached: they grow with the collection, and other machines write there too.
 
     Raises:
-        MissingExtraError: fsspec is not installed, or huggingface_hub for an ``hf://`` address.
+        MissingExtraError: huggingface_hub is not installed, for an ``hf://`` address.
         DataError: an unknown kind of address, or its package is not installed.
     """
-    try:
-        import fsspec
-    except ImportError:
-        raise MissingExtraError("fsspec", "ray") from None
-    scheme = address.partition("://")[0] if is_address(address) else "file"
+    import fsspec
+
+    scheme = address.partition("://")[0]
     try:
         files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
@@ -71,71 +54,44 @@ class Store:
     """
 
     def __init__(self, address: str | Path) -> None:
-        text = whole_address(address)
-        self.address = text.rstrip("/") if is_address(text) else os.path.abspath(text)
-        self._opened: tuple[Any, str] | None = None
+        text = address_of(address)
+        self.address = text.rstrip("/") if is_remote(text) else os.path.abspath(text)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address, "_opened": None}
-
-    @property
-    def files(self) -> Any:
-        """The file system."""
-        return self._open()[0]
-
-    def path(self, name: str = "") -> str:
-        """Return the path of the file `name` (relative, with slashes) in the file system."""
-        root = self._open()[1].rstrip("/")
-        return f"{root}/{name}" if name else root
-
-    def read(self, name: str) -> bytes:
-        """Read a file.
+    def open(self, name: str) -> Any:
+        """Open the file `name` (relative, with slashes) for reading bytes.
 
         Raises:
             FileNotFoundError: it does not exist.
         """
-        data: bytes = self.files.cat_file(self.path(name))
-        return data
+        files, root = open_files(self.address)
+        return files.open(f"{root}/{name}", "rb")
 
     def names(self, folder: str = "") -> set[str]:
         """Return the names in a folder; none if the folder does not exist."""
-        path = self.path(folder)
+        files, root = open_files(self.address)
+        path = f"{root}/{folder}".rstrip("/")
         try:
-            found = [str(entry).rstrip("/") for entry in self.files.ls(path, detail=False)]
+            listed = [str(entry).rstrip("/") for entry in files.ls(path, detail=False)]
         except FileNotFoundError:
             return set()
-        # Some stores list the folder itself.
-        names = {entry.rpartition("/")[2] for entry in found if entry.strip("/") != path.strip("/")}
-        return {name for name in names if not name.endswith(".part")}
+        # Some stores list the folder itself; files that are being written are hidden or .part.
+        names = {
+            entry.rpartition("/")[2] for entry in listed if entry.strip("/") != path.strip("/")
+        }
+        return {name for name in names if not name.startswith(".") and not name.endswith(".part")}
 
-    def write(self, name: str, text: str) -> None:
-        """Write a text file, complete or not at all."""
-        with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
-            file = Path(folder, "file")
-            file.write_text(text, encoding="utf-8", newline="\n")
-            self.put(file, name)
-
-    def put(self, file: Path, name: str) -> None:
-        """Copy a local file to `name`, complete or not at all."""
-        target = self.path(name)
-        part = f"{target}.{uuid.uuid4().hex}.part"
-        if not is_address(self.address):
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(file, part)
-                with open(part, "r+b") as written:
-                    os.fsync(written.fileno())
-                os.replace(part, target)
-            finally:
-                Path(part).unlink(missing_ok=True)
-        elif self.address.partition("://")[0] in _ATOMIC:
-            self.files.put_file(str(file), target)
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file, complete or not at all."""
+        if not is_remote(self.address):
+            write_atomic(Path(self.address, name), content)
+            return
+        files, root = open_files(self.address)
+        target = f"{root}/{name}"
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        if self.address.partition("://")[0] in _ATOMIC:
+            files.pipe_file(target, data)
         else:
-            self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(file), part)
-            self.files.mv(part, target)
-
-    def _open(self) -> tuple[Any, str]:
-        if self._opened is None:
-            self._opened = open_files(self.address)
-        return self._opened
+            part = f"{target}.{uuid.uuid4().hex}.part"
+            files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            files.pipe_file(part, data)
+            files.mv(part, target)

@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from retinanet.batch.inputs import iter_images
 from retinanet.batch.store import Store
+from retinanet.data.archives import is_remote
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import load
@@ -26,6 +28,7 @@ METADATA = b"retinanet"
 """Key of a shard's Parquet metadata: JSON with images, objects, errors, network, process."""
 
 _ROWS = 256  # images in memory before they are written: a tar file may contain any number
+_FETCHES = 16  # simultaneous reads from addresses, where latency counts, not the processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +81,19 @@ class ShardDetector:
 
         self._work = work
         fsspec.config.conf.update(work.fsspec)
-        host = socket.gethostname()
+        host, advice = socket.gethostname(), "give a folder on a disk that all machines share"
         if work.base:
             try:
                 os.chdir(work.base)
             except OSError:
                 raise DataError(
-                    f"relative paths are of {work.base}, which is not on {host}: give a folder "
-                    "on a disk that all machines share, or addresses such as s3://"
+                    f"relative paths are of {work.base}, which is not on {host}: {advice}, or "
+                    "addresses such as s3://"
                 ) from None
         if PLAN not in work.out.names():
             raise DataError(
-                f"{work.out.address} cannot be seen from {host}: give a folder on a disk that all "
-                "machines share, or an address such as s3://"
+                f"{work.out.address} cannot be seen from {host}: {advice}, or an address such as "
+                "s3://"
             )
         torch.set_num_threads(work.threads)  # detectors share the processors of a machine
         with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
@@ -107,58 +110,70 @@ class ShardDetector:
         Returns:
             ``shard``; ``error``: empty, or why it failed; ``fatal``: whether every shard fails.
         """
-        shard, error, fatal = int(row["shard"]), "", self._error is not None
+        shard, error = int(row["shard"]), ""
         if self._error is not None:
             error = f"{type(self._error).__name__}: {self._error}"
         else:
             try:
                 self._write(shard, json.loads(row["inputs"]))
             except Exception as raised:  # a full disk, a network: the driver tries again
-                where = traceback.extract_tb(raised.__traceback__)[-1]
-                place = f"{Path(where.filename).name}:{where.lineno}"
-                error = f"{type(raised).__name__}: {raised} ({place})"
-        return {"shard": shard, "error": error, "fatal": fatal}
+                frame = traceback.extract_tb(raised.__traceback__)[-1]
+                where = f"{Path(frame.filename).name}:{frame.lineno}"
+                error = f"{type(raised).__name__}: {raised} ({where})"
+        return {"shard": shard, "error": error, "fatal": self._error is not None}
 
     def _write(self, shard: int, inputs: Sequence[str]) -> None:
-        failures: list[dict[str, str]] = []
-        objects: Counter[str] = Counter()
-        images = 0
+        workers = max(2, self._work.threads, _FETCHES if any(map(is_remote, inputs)) else 0)
+        results = self._detector.stream(iter_images(inputs), workers=workers, **self._work.stream)
         with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
-            parquet, jsonl = Path(folder, "parquet"), Path(folder, "jsonl")
-            with _ShardWriter(parquet, jsonl) as writer:
-                for found in self._detect(inputs, failures):
-                    images += 1
-                    objects.update(found.classes[label] for label in found.labels.tolist())
-                    writer.add(_encodable(found.to_dict()))
-                writer.metadata = {
-                    "images": images,
-                    "objects": dict(objects),
-                    "errors": failures,
-                    "network": self._detector.network.description,
-                    "process": f"{socket.gethostname()}:{os.getpid()}",
-                }
+            files = (Path(folder, "jsonl"), Path(folder, "parquet"))
+            write_shard(results, *files, network=self._detector.network.description)
             # The Parquet file comes last: a shard that has it is complete.
-            for file, name in zip((jsonl, parquet), shard_files(shard), strict=True):
-                self._work.out.put(file, name)
-
-    def _detect(
-        self, inputs: Sequence[str], failures: list[dict[str, str]]
-    ) -> Iterator[ImageDetections]:
-        def failed(failure: Failure) -> None:
-            failures.append(_encodable(failure.to_dict()))
-
-        images = iter_images(inputs, failed)
-        workers = max(2, self._work.threads)
-        for result in self._detector.stream(images, workers=workers, **self._work.stream):
-            if isinstance(result, Failure):
-                failed(result)
-            else:
-                yield result
+            for file, name in zip(files, shard_files(shard), strict=True):
+                self._work.out.write(name, file.read_bytes())
 
 
 def shard_files(shard: int) -> tuple[str, str]:
     """Return the files of a shard's detections: JSON lines and Parquet."""
     return f"jsonl/{shard:06d}.jsonl", f"parquet/{shard:06d}.parquet"
+
+
+def write_shard(
+    results: Iterator[ImageDetections | Failure], jsonl: Path, parquet: Path, *, network: str
+) -> None:
+    """Write detections as JSON lines and as Parquet, as they come; failures into the metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = {"class": pa.string(), "category_id": pa.int64(), "score": pa.float64()}
+    detection = pa.struct({**fields, "box": pa.list_(pa.float64())})
+    columns = {"file": pa.string(), "height": pa.int32(), "width": pa.int32()}
+    schema = pa.schema({**columns, "detections": pa.list_(detection)})
+    images = 0
+    errors: list[dict[str, Any]] = []
+    objects: Counter[str] = Counter()
+    with (
+        jsonl.open("w", encoding="utf-8", newline="\n") as lines,
+        pq.ParquetWriter(parquet, schema, compression="zstd") as table,
+    ):
+        while chunk := list(islice(results, _ROWS)):
+            errors += [_encodable(item.to_dict()) for item in chunk if isinstance(item, Failure)]
+            rows = [
+                _encodable(item.to_dict()) for item in chunk if isinstance(item, ImageDetections)
+            ]
+            images += len(rows)
+            objects.update(found["class"] for row in rows for found in row["detections"])
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            if rows:
+                table.write_table(pa.Table.from_pylist(rows, schema))
+        metadata = {
+            "images": images,
+            "objects": dict(objects),
+            "errors": errors,
+            "network": network,
+            "process": f"{socket.gethostname()}:{os.getpid()}",
+        }
+        table.add_key_value_metadata({METADATA: json.dumps(metadata)})
 
 
 def _encodable(row: dict[str, Any]) -> dict[str, Any]:
@@ -168,54 +183,3 @@ def _encodable(row: dict[str, Any]) -> dict[str, Any]:
         key: text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         for key, text in texts.items()
     }
-
-
-class _ShardWriter:
-    """Writes the rows of a shard as Parquet and JSON lines as they come."""
-
-    def __init__(self, parquet: Path, jsonl: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        detection = pa.struct(
-            {
-                "class": pa.string(),
-                "category_id": pa.int64(),
-                "score": pa.float64(),
-                "box": pa.list_(pa.float64()),
-            }
-        )
-        self._schema = pa.schema(
-            {
-                "file": pa.string(),
-                "height": pa.int32(),
-                "width": pa.int32(),
-                "detections": pa.list_(detection),
-            }
-        )
-        self.metadata: dict[str, Any] = {}
-        self._parquet = pq.ParquetWriter(parquet, self._schema, compression="zstd")
-        self._jsonl = jsonl.open("w", encoding="utf-8", newline="\n")
-        self._rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._parquet.add_key_value_metadata({METADATA: json.dumps(self.metadata)})
-        self._parquet.close()
-        self._jsonl.close()
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == _ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._rows:
-            self._parquet.write_table(pa.Table.from_pylist(self._rows, self._schema))
-            self._jsonl.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
-            self._rows.clear()

@@ -154,6 +154,7 @@ class Metrics:
         loss, loss_classification, loss_box: validation loss, mean over images; None: not computed.
         images_per_second: speed of loading, network and post-processing; None: not measured.
         unreadable: error message by path of the images that were left out.
+        notes: what was read, and what was left out, a line each.
     """
 
     ap: Number
@@ -189,6 +190,7 @@ class Metrics:
     objects_over_limit: int = 0
     detections_over_limit: int = 0
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, float]:
         """COCO's twelve numbers by their short names, in COCO's order."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from torchvision.ops import nms
 from retinanet.anchors import anchor_grid, cell_anchors
 from retinanet.boxes import clip_boxes, decode_boxes
 from retinanet.data.images import padding_colour
-from retinanet.inference.backends import Thresholds, to_original
+from retinanet.inference.backends import Thresholds, merge_thresholds, to_original
+from retinanet.inference.detector import Detector
 from retinanet.inference.openvino_backend import any_size
-from retinanet.model.retinanet import RetinaNet
+from retinanet.model.fused import fused_copy
 from retinanet.structures import Outputs, flatten_level
 
 PADDING_LABEL = -1
@@ -39,71 +39,44 @@ MAX_BATCH, MAX_SIDE = 4096, 65535
 _NO_SCORE = -1.0  # of an empty candidate; scores are 0 or more
 
 
-class Suppression(NamedTuple):
-    """Settings of non-maximum suppression.
-
-    Attributes:
-        classes: K; 1 for class-agnostic suppression.
-        threshold: IoU threshold.
-        max_boxes: maximum number of boxes per class.
-        side: upper bound of the coordinates, pixels.
-    """
-
-    classes: int
-    threshold: float
-    max_boxes: int
-    side: int
-
-
-Suppress = Callable[[Tensor, Tensor, Tensor, Suppression], Tensor]
-"""(B, T, 4) boxes, (B, T) scores (negative: empty), (B, T) labels to (B, T) bool: boxes kept."""
-
-
 class DetectorGraph(nn.Module):
     """Resizing, network and post-processing as one module.
 
     Args:
-        network: from :func:`retinanet.model.fused.fused_copy`, without packing.
-        image_size, max_size: shorter side, and maximum of the longer side, pixels.
-        thresholds: all of :class:`retinanet.inference.backends.Thresholds`.
-        suppress: implementation of non-maximum suppression, which differs between engines.
-        size: :func:`network_size` or :func:`network_size_of_tensors`.
+        detector: on the CPU.
+        to: "onnx", "openvino", "torch" or "aotinductor": the engine, which decides on the
+            implementation of non-maximum suppression and of the network's size.
+        thresholds: override those of the detector.
     """
 
     colour: Tensor
 
-    def __init__(
-        self,
-        network: RetinaNet,
-        *,
-        image_size: int,
-        max_size: int,
-        thresholds: Thresholds,
-        suppress: Suppress,
-        size: Callable[[int, int, int, int], tuple[int, int]],
-    ) -> None:
+    def __init__(self, detector: Detector, to: str, **thresholds: Unpack[Thresholds]) -> None:
         super().__init__()
-        self.size = size
-        self.network = network
-        self.image_size, self.max_size = image_size, max_size
-        self.topk_candidates = thresholds["topk_candidates"]
-        self.detections_per_image = thresholds["detections_per_image"]
-        threshold = thresholds["score_threshold"]
+        self.network = fused_copy(detector.model, torch.float32, pack=False)
+        self.image_size, self.max_size = detector.image_size, detector.max_size
+        self.size = symbolic_network_size if to == "aotinductor" else network_size
+        in_engine = to in ("onnx", "openvino")
+        self.suppress = suppress_by_engine if in_engine else suppress_by_torchvision
+        used = merge_thresholds(detector.thresholds, thresholds)
+        self.topk_candidates = used["topk_candidates"]
+        self.detections_per_image = used["detections_per_image"]
+        threshold = used["score_threshold"]
         self.min_logit = math.log(threshold / (1 - threshold)) if threshold else -math.inf
-        self.suppression = Suppression(
-            1 if thresholds["class_agnostic_nms"] else network.num_classes,
-            thresholds["nms_threshold"],
-            self.detections_per_image,
-            max_size,
-        )
-        self.suppress = suppress
-        colour = torch.tensor(padding_colour(network.pixel_mean), dtype=torch.float32)
+        self.suppression: dict[str, Any] = {
+            "classes": 1 if used["class_agnostic_nms"] else self.network.num_classes,
+            "threshold": used["nms_threshold"],
+            "max_boxes": self.detections_per_image,
+            "side": self.max_size,
+        }
+        colour = torch.tensor(padding_colour(self.network.pixel_mean), dtype=torch.float32)
         self.register_buffer("colour", colour.view(3, 1, 1), persistent=False)
-        for level, root in enumerate(network.anchors.sizes):
-            cell = cell_anchors(network.anchors, root).float()
+        for level, root in enumerate(self.network.anchors.sizes):
+            cell = cell_anchors(self.network.anchors, root).float()
             self.register_buffer(f"cell_{level}", cell, persistent=False)
+        self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Detect objects.
 
         Args:
@@ -115,17 +88,16 @@ class DetectorGraph(nn.Module):
             in the rows after them boxes and scores are 0, labels :data:`PADDING_LABEL`.
         """
         padded, size, original = self.prepare(images)
-        outputs = self.network(padded)
         candidates = [
             best_of_level(*level, self.min_logit, self.topk_candidates)
-            for level in self.levels(outputs, padded)
+            for level in self.levels(self.network(padded), padded)
         ]
         logits, labels, deltas, anchors = (
             torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True)
         )
         boxes = clip_boxes(decode_boxes(deltas, anchors), size)
         scores = torch.where(logits > -math.inf, logits.sigmoid(), _NO_SCORE)
-        kept = self.suppress(boxes, scores, labels, self.suppression)
+        kept = self.suppress(boxes, scores, labels, **self.suppression)
         scores = torch.where(kept, scores, _NO_SCORE)
         missing = self.detections_per_image - scores.shape[1]
         if missing > 0:  # fewer candidates than detections per image; known when tracing
@@ -187,7 +159,7 @@ class DetectorGraph(nn.Module):
 class RawDetectorGraph(DetectorGraph):
     """Boxes and scores of all anchors, for engines with their own NMS."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score every anchor.
 
         Args:
@@ -205,32 +177,34 @@ class RawDetectorGraph(DetectorGraph):
 
 
 def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
-    """Compute :func:`retinanet.data.images.network_size` for symbolic sides of torch.export."""
-    scale = torch.sym_min(
-        shorter / torch.sym_min(height, width), longest / torch.sym_max(height, width)
-    )
-    rows, columns = (
-        cast(int, torch.sym_max(1, cast(int, round(side * scale)))) for side in (height, width)
-    )
-    return rows, columns
+    """Compute :func:`retinanet.data.images.network_size` in tensors.
 
-
-def network_size_of_tensors(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
-    """Compute :func:`network_size` without Python's ``round``, which a saved program cannot have.
-
-    AOTInductor of torch 2.15 reads feature maps of such sizes in the wrong order.
+    The shapes of the graph are then in terms of two new symbols, and a saved program cannot have
+    Python's ``round``.
     """
     sides = _sides(height, width)
     # Not `shorter / sides`: torch computes a product with the reciprocal, which rounds twice.
     wanted = sides.new_tensor((shorter, longest))
     scale = (wanted / torch.stack((sides.amin(dim=0), sides.amax(dim=0)))).amin(dim=0)
     whole = (sides * scale).round().clamp(min=1).long()
-    rows, columns = cast(
-        list[int], [side.item() for side in whole]
-    )  # int() would make them constant
+    rows, columns = (cast(int, side.item()) for side in whole)  # int() would make it constant
     for side in (rows, columns):
         torch._check(side >= 1)
         torch._check(side <= longest)
+    return rows, columns
+
+
+def symbolic_network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+    """Compute :func:`network_size` from the symbols of the image's size, for AOTInductor.
+
+    AOTInductor of torch 2.15 reads feature maps of other sizes in the wrong order.
+    """
+    scale = torch.sym_min(
+        shorter / torch.sym_min(height, width), longest / torch.sym_max(height, width)
+    )
+    rows, columns = (
+        cast(int, torch.sym_max(1, cast(int, round(side * scale)))) for side in (height, width)
+    )
     return rows, columns
 
 
@@ -263,29 +237,6 @@ def best_of_level(
 
 
 def suppress_by_torchvision(
-    boxes: Tensor, scores: Tensor, labels: Tensor, settings: Suppression
-) -> Tensor:
-    """Suppress with torchvision, all images and classes in one call."""
-    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
-    groups = images if settings.classes == 1 else images * settings.classes + labels
-    candidates = (scores >= 0).flatten().nonzero()[:, 0]
-    # Two boxes in front that nothing suppresses: torchvision's nms is exported with the assertion
-    # that at least two boxes are kept.
-    two = torch.arange(2, device=boxes.device)
-    corners = torch.cat((two.new_zeros(2, 4), boxes.flatten(0, 1)[candidates]))
-    corners[:2, 2:] += 1
-    # Offset the groups so that they do not overlap; float32 is too coarse for the coordinates.
-    groups = torch.cat((two, groups.flatten()[candidates] + 2))
-    moved = corners.double() + (groups * (settings.side + 1))[:, None]
-    own_scores = torch.cat((two.to(scores.dtype) + 1, scores.flatten()[candidates]))
-    indices = nms(moved, own_scores.double(), settings.threshold)
-    kept = torch.zeros(2 + scores.numel(), dtype=torch.bool, device=boxes.device)
-    kept = kept.index_fill(0, torch.cat((two, candidates + 2))[indices], True)
-    return kept[2:].view_as(scores)
-
-
-@torch.library.custom_op("retinanet::suppress", mutates_args=())
-def _suppress(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
@@ -294,37 +245,68 @@ def _suppress(
     max_boxes: int,
     side: int,
 ) -> Tensor:
-    return suppress_by_torchvision(
-        boxes, scores, labels, Suppression(classes, threshold, max_boxes, side)
-    )
+    """Suppress with torchvision, all images and classes in one call.
+
+    Args:
+        boxes: (B, T, 4).
+        scores: (B, T); negative: an empty candidate.
+        labels: (B, T).
+        classes: K; 1 for class-agnostic suppression.
+        threshold: IoU threshold.
+        max_boxes: maximum number of boxes per class; for engines that need one.
+        side: upper bound of the coordinates, pixels.
+
+    Returns:
+        (B, T) bool: the boxes to keep.
+    """
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
+    groups = images if classes == 1 else images * classes + labels
+    candidates = (scores >= 0).flatten().nonzero()[:, 0]
+    # Two boxes in front that nothing suppresses: torchvision's nms is exported with the assertion
+    # that at least two boxes are kept.
+    two = torch.arange(2, device=boxes.device)
+    corners = torch.cat((two.new_zeros(2, 4), boxes.flatten(0, 1)[candidates]))
+    corners[:2, 2:] += 1
+    # Offset the groups so that they do not overlap; float32 is too coarse for the coordinates.
+    groups = torch.cat((two, groups.flatten()[candidates] + 2))
+    moved = corners.double() + (groups * (side + 1))[:, None]
+    own_scores = torch.cat((two.to(scores.dtype) + 1, scores.flatten()[candidates]))
+    indices = nms(moved, own_scores.double(), threshold)
+    kept = torch.zeros(2 + scores.numel(), dtype=torch.bool, device=boxes.device)
+    kept = kept.index_fill(0, torch.cat((two, candidates + 2))[indices], True)
+    return kept[2:].view_as(scores)
 
 
-@_suppress.register_fake
+suppress_by_engine = torch.library.custom_op(
+    "retinanet::suppress", suppress_by_torchvision, mutates_args=()
+)
+"""One node of the graph, ``retinanet::suppress``, that a converter translates."""
+
+
+@suppress_by_engine.register_fake
 def _(boxes: Tensor, scores: Tensor, labels: Tensor, *_: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-def suppress_by_engine(
-    boxes: Tensor, scores: Tensor, labels: Tensor, settings: Suppression
-) -> Tensor:
-    """Suppress in one node, ``retinanet::suppress``, that a converter translates."""
-    return cast(Tensor, _suppress(boxes, scores, labels, *settings))
+def export_program(detector: Detector, to: str, form: str) -> torch.export.ExportedProgram:
+    """Export a detector for any batch size, height and width.
 
-
-def export_program(
-    detector: nn.Module, image_size: int, max_size: int
-) -> torch.export.ExportedProgram:
-    """Export a :class:`DetectorGraph` for any batch size, height and width."""
+    Args:
+        detector: on the CPU.
+        to: as for :class:`DetectorGraph`.
+        form: a key of :data:`OUTPUTS`.
+    """
+    graph = (DetectorGraph if form == "detections" else RawDetectorGraph)(detector, to)
     # The example has another size than the network's input, and a coarsest level of more than one
     # cell if any image has: AOTInductor takes a side of 1 as constant.
-    longer = min(max_size, 2 * image_size)
-    example = torch.zeros(2, 3, image_size - 7, longer - 5, dtype=torch.uint8)
+    longer = min(detector.max_size, 2 * detector.image_size)
+    example = torch.zeros(2, 3, detector.image_size - 7, longer - 5, dtype=torch.uint8)
     batch = torch.export.Dim("batch", max=MAX_BATCH)
     height, width = (torch.export.Dim(name, max=MAX_SIDE) for name in ("height", "width"))
     with any_size(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from torch and torchvision
         program = torch.export.export(
-            detector.eval(),
+            graph,
             (example,),
             dynamic_shapes={"images": {0: batch, 2: height, 3: width}},
         )

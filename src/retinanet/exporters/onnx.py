@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
-import operator
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,27 +18,21 @@ from retinanet.inference.openvino_backend import quiet
 OPSET = 22
 """Supported from ONNX Runtime 1.22 on, the minimum version."""
 
-_INT64, _DOUBLE, _BOOL = 7, 11, 9  # onnx.TensorProto.DataType
-
-_DIMENSIONS = {
-    "images": ("batch", "", "height", "width"),
-    **dict.fromkeys(("boxes", "scores", "labels", "count"), ("batch",)),
-}
+_BOOL = 9  # onnx.TensorProto.DataType
 
 
-def onnx_model(
-    program: torch.export.ExportedProgram, form: str, text: str, properties: dict[str, str]
-) -> Any:
-    """Convert a program to an ``onnx.ModelProto``.
+def write_onnx(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
+    """Write an ONNX file.
 
     Args:
         program: with ``retinanet::suppress`` for non-maximum suppression.
-        form: a key of :data:`OUTPUTS`.
+        file: the file.
         text: metadata for :func:`retinanet.inference.exported.read_exported`.
-        properties: more metadata.
     """
     import onnx
 
+    values = json.loads(text)
+    outputs = OUTPUTS[values["form"]]
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from torch
         converted = torch.onnx.export(
@@ -46,8 +40,8 @@ def onnx_model(
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=list(OUTPUTS[form]),
-            custom_translation_table=_translations(),
+            output_names=list(outputs),
+            custom_translation_table={torch.ops.retinanet.suppress.default: _suppress()},
             verbose=False,
         )
     assert converted is not None
@@ -58,43 +52,27 @@ def onnx_model(
     del graph.value_info[:]
     for item in (*graph.node, *graph.initializer, *graph.input, *graph.output, graph, model):
         del item.metadata_props[:]
-    for value, names in _DIMENSIONS.items():
-        for tensor in (*graph.input, *graph.output):
-            if tensor.name == value:
-                for dimension, name in zip(tensor.type.tensor_type.shape.dim, names, strict=False):
-                    if name:
-                        dimension.dim_param = name
+    shape = graph.input[0].type.tensor_type.shape.dim
+    shape[2].dim_param, shape[3].dim_param = "height", "width"
+    for tensor in (*graph.input, *graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
     graph.name = "retinanet"
     model.producer_name, model.producer_version = "retinanet", __version__
-    onnx.helper.set_model_props(model, {**properties, TEXT_KEY: text})
+    properties = {key: values[key] for key in ("classes", "category_ids", "preprocessing")}
+    properties["thresholds"] = values["info"]["detect"]
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in properties.items()}
+    onnx.helper.set_model_props(model, {**texts, TEXT_KEY: text})
     onnx.checker.check_model(model, full_check=True)
-    return model
+    file.write_bytes(model.SerializeToString())
 
 
-def _translations() -> dict[Any, Any]:
-    """Return translations that torch lacks, or that compute sizes in float32."""
+def _suppress() -> Any:
+    """Return the translation of ``retinanet::suppress``."""
     import onnx
-    from onnxscript import ir
     from onnxscript import opset18 as op
 
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=onnx.numpy_helper.from_array(np.asarray(value, dtype)))
-
-    def double(value: Any) -> Any:
-        number = isinstance(value, int | float)
-        return constant(value, np.float64) if number else op.Cast(value, to=_DOUBLE)
-
-    def divide(a: Any, b: Any) -> Any:
-        return op.Div(double(a), double(b))
-
-    def multiply(a: Any, b: Any) -> Any:
-        floats = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-        if any(getattr(value, "dtype", None) in floats for value in (a, b)):
-            a, b = double(a), double(b)
-        return op.Mul(a, b)
-
-    def rounded(value: Any, digits: Any = None) -> Any:
-        return op.Cast(op.Round(value), to=_INT64)
 
     def suppress(
         boxes: Any,
@@ -125,9 +103,4 @@ def _translations() -> dict[Any, Any]:
         ones = op.Expand(constant(1, np.float32), op.Shape(indices, end=1))
         return op.Cast(op.ScatterND(zeros, indices, ones), to=_BOOL)
 
-    return {
-        operator.truediv: divide,
-        operator.mul: multiply,
-        builtins.round: rounded,
-        torch.ops.retinanet.suppress.default: suppress,
-    }
+    return suppress

@@ -1,4 +1,4 @@
-"""Convert a detector to an ``openvino.Model``, optionally in int8."""
+"""Convert a detector in ONNX to OpenVINO, optionally in int8."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from retinanet.inference.exported import TEXT_KEY
 from retinanet.inference.openvino_backend import NARROW, calibration_images, quantize
 
 
-def openvino_model(
-    onnx_file: Path, text: str, *, int8: bool, calibration: Iterable[Tensor] | None = None
-) -> Any:
-    """Convert an ONNX file of :mod:`retinanet.exporters.onnx` to an ``openvino.Model``.
+def write_openvino(
+    file: Path, text: str, precision: str, calibration: Iterable[Tensor] | None
+) -> None:
+    """Convert the ONNX file beside `file`, and delete it.
 
     Args:
-        onnx_file: the file.
+        file: the ``.xml``; the weights go to the ``.bin`` beside it.
         text: metadata for :func:`retinanet.inference.exported.read_exported`.
-        int8: quantise the network.
+        precision: "float32", "fp16" or "int8".
         calibration: for int8: (1, 3, H, W) uint8 images of the network's size.
 
     Raises:
@@ -29,8 +29,9 @@ def openvino_model(
     """
     import openvino
 
+    onnx_file = file.with_suffix(".onnx")
     model = openvino.convert_model(onnx_file)
-    if int8:
+    if precision == "int8":
         # The file may run on a CPU without VNNI.
         images = calibration_images(calibration)
         model = quantize(model, images, _not_quantized(model), overflow_fix=True)
@@ -39,7 +40,8 @@ def openvino_model(
             _replace_resize(node)
     model.validate_nodes_and_infer_types()
     model.set_rt_info(text, [TEXT_KEY])
-    return model
+    openvino.save_model(model, file, compress_to_fp16=precision == "fp16")
+    onnx_file.unlink()
 
 
 def _not_quantized(model: Any) -> set[str]:
@@ -49,30 +51,23 @@ def _not_quantized(model: Any) -> set[str]:
     after: set[str] = set()  # operations after some convolution
     before: set[str] = set()  # operations before some convolution
     for node in order:
-        inputs = [value.get_source_output().get_node() for value in node.inputs()]
+        sources = [value.get_source_output().get_node() for value in node.inputs()]
         if any(
-            source.get_type_name() in convolutions or source.get_friendly_name() in after
-            for source in inputs
+            x.get_type_name() in convolutions or x.get_friendly_name() in after for x in sources
         ):
             after.add(node.get_friendly_name())
     for node in reversed(order):
-        users = [
-            value.get_node() for output in node.outputs() for value in output.get_target_inputs()
-        ]
-        if any(
-            user.get_type_name() in convolutions or user.get_friendly_name() in before
-            for user in users
-        ):
+        users = [target.get_node() for out in node.outputs() for target in out.get_target_inputs()]
+        if any(x.get_type_name() in convolutions or x.get_friendly_name() in before for x in users):
             before.add(node.get_friendly_name())
     exact = set()
     for node in order:
         name, kind = node.get_friendly_name(), node.get_type_name()
-        if kind in ("Constant", "Parameter", "Result"):
-            continue
         if kind in convolutions:
-            if name not in before and node.output(0).get_partial_shape()[1].get_length() <= NARROW:
+            is_last = name not in before
+            if is_last and node.output(0).get_partial_shape()[1].get_length() <= NARROW:
                 exact.add(name)
-        elif not (name in before and name in after):
+        elif kind not in ("Constant", "Parameter", "Result") and name not in before & after:
             exact.add(name)
     return exact
 

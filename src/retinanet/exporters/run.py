@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
-import psutil
-import torch
 from torch import Tensor
 
 from retinanet import __version__
@@ -23,15 +19,7 @@ from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
 from retinanet.errors import ConfigError, DataError, ImageError, MissingExtraError, WeightsError
-from retinanet.exporters.graph import (
-    DetectorGraph,
-    RawDetectorGraph,
-    export_program,
-    network_size,
-    network_size_of_tensors,
-    suppress_by_engine,
-    suppress_by_torchvision,
-)
+from retinanet.exporters.graph import export_program
 from retinanet.exporters.validate import (
     TOLERANCES,
     ExportReport,
@@ -46,7 +34,6 @@ from retinanet.inference.exported import DETECTIONS, FORMAT, FORMAT_VERSION, SCO
 from retinanet.inference.openvino_backend import CALIBRATION_IMAGES
 from retinanet.inference.sources import find_sources
 from retinanet.model.checkpoint import Checkpoint, checkpoint_text, load_checkpoint
-from retinanet.model.fused import fused_copy
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aotinductor": ".pt2"}
 """File suffix by target."""
@@ -54,13 +41,13 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aotinductor":
 PRECISIONS = ("float32", "fp16", "int8")
 
 _PACKAGES = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino", "onnx", "onnxscript"),
+    "onnx": {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"},
+    "openvino": {"openvino": "openvino", "onnx": "onnx", "onnxscript": "onnx"},
+    "int8": {"nncf": "openvino"},
 }
-_AOT_MIN_SIZE = 128  # the coarsest level's stride: see export_program
+"""Packages and their extras by target and precision."""
 
-Progress = Callable[[str], None]
-"""Called with messages."""
+_AOT_MIN_SIZE = 128  # the coarsest level's stride: see export_program
 
 
 class ExportOptions(Thresholds, total=False):
@@ -68,6 +55,7 @@ class ExportOptions(Thresholds, total=False):
 
     image_size: int | None
     max_size: int | None
+    nms: bool
 
 
 def export(
@@ -77,12 +65,11 @@ def export(
     out: str | Path | None = None,
     precision: str = "float32",
     calibrate: Any = None,
-    nms: bool = True,
     data: str | Path | Dataset | None = None,
     split: str | None = None,
     images: int = 20,
     tolerance: Iterable[str] = (),
-    progress: Progress = lambda message: None,
+    progress: Callable[[str], None] = lambda message: None,
     **options: Unpack[ExportOptions],
 ) -> ExportReport:
     """Export a model and validate the file against the network.
@@ -97,12 +84,12 @@ def export(
         precision: "float32", or for OpenVINO "fp16" (weights, half the size) or "int8".
         calibrate: for int8: a data set (its training images) or images as
             :meth:`Detector.detect` takes them.
-        nms: False: output boxes and scores of all anchors, for an engine with its own NMS.
         data, split, images: what to compare on, as in :func:`validate_file`.
         tolerance: ``score=``, ``box=``, ``apart=``, ``ap=``: changes to the precision's
             :class:`~retinanet.exporters.validate.Tolerance`.
         progress: called with messages.
-        options: sizes and thresholds other than the model's, built into the file.
+        options: built into the file: sizes and thresholds other than the model's; ``nms=False``:
+            output boxes and scores of all anchors, for an engine with its own NMS.
 
     Returns:
         The comparison; ``passed`` is False if the file is beyond the tolerance.
@@ -116,8 +103,10 @@ def export(
     _check_options(to, precision, calibrate, images)
     allowed = TOLERANCES[precision].override(tolerance)
     _check_packages(to, precision)
+    settings: dict[str, Any] = {**options}
+    form = DETECTIONS if settings.pop("nms", True) else SCORES
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
-    detector = Detector(checkpoint, device="cpu", precision="float32", **options)
+    detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
     if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
         raise ConfigError(
             f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
@@ -125,15 +114,24 @@ def export(
         )
     run = None if isinstance(model, Checkpoint) else Path(model)
     file = _output_file(run, to, out)
-    text = _metadata(checkpoint, detector, to, precision, DETECTIONS if nms else SCORES)
+    text = _metadata(checkpoint, detector, to, precision, form)
     with _draft(file) as draft:
+        progress("tracing the network")
+        program = export_program(detector, to, form)
+        progress("compiling, which takes minutes" if to == "aotinductor" else "writing the file")
         if to in ("torch", "aotinductor"):
-            _write_torch(draft, detector, text, to, nms, progress)
+            from retinanet.exporters.torch import write_torch
+
+            write_torch(program, draft, text, compiled=to == "aotinductor")
         else:
-            write_onnx(draft.with_suffix(".onnx"), detector, text, nms, progress)
+            from retinanet.exporters.onnx import write_onnx
+
+            write_onnx(program, draft.with_suffix(".onnx"), text)
         if to == "openvino":
+            from retinanet.exporters.openvino import write_openvino
+
             calibration = calibration_inputs(detector, calibrate) if precision == "int8" else None
-            _write_openvino(draft, text, precision, calibration, progress)
+            write_openvino(draft, text, precision, calibration)
     progress("comparing with the network")
     report = validate_file(
         file, detector, data=data, split=split, images=images, tolerance=allowed, run=run
@@ -165,11 +163,10 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
 
 def _check_packages(to: str, precision: str) -> None:
     """Check for the packages that write and run the file, before minutes of work."""
-    for package in (*_PACKAGES.get(to, ()), *(("nncf",) if precision == "int8" else ())):
+    for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
         try:
             import_module(package)
         except ImportError:
-            extra = "openvino" if package in ("openvino", "nncf") else "onnx"
             raise MissingExtraError(package, extra) from None
 
 
@@ -207,103 +204,26 @@ def _draft(file: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder; files written there are renamed to `file` at the end."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_drafts(file)
-        folder = Path(tempfile.mkdtemp(prefix=f".{file.name}.{os.getpid()}.", dir=file.parent))
+        with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            draft = Path(folder) / file.name
+            yield draft
+            written = parts_of(draft)
+            for path in written:
+                with path.open("r+b") as opened:
+                    os.fsync(opened.fileno())
+            # Two files cannot be renamed at once: without the .xml, the .bin is not used.
+            for old in (file, report_file(file)):
+                old.unlink(missing_ok=True)
+            for path in reversed(written):
+                path.replace(file.with_name(path.name))
     except OSError as error:
         raise WeightsError(f"cannot write {file}: {error}") from None
-    try:
-        draft = folder / file.name
-        yield draft
-        written = [path for path in parts_of(draft) if path.is_file()]
-        for path in written:
-            with path.open("r+b") as opened:
-                os.fsync(opened.fileno())
-        # Two files cannot be renamed at once: without the .xml, the .bin is not used.
-        for old in (file, report_file(file)):
-            old.unlink(missing_ok=True)
-        for path in reversed(written):
-            path.replace(file.with_name(path.name))
-    except OSError as error:
-        raise WeightsError(f"cannot write {file}: {error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_stale_drafts(file: Path) -> None:
-    """Remove folders of killed exports: those whose process no longer exists."""
-    for folder in file.parent.glob(f".{glob.escape(file.name)}.*.*"):
-        process = folder.name.removeprefix(f".{file.name}.").split(".")[0]
-        if process.isdecimal() and folder.is_dir() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _program(
-    detector: Detector, *, nms: bool, engine_nms: bool, saved: bool
-) -> torch.export.ExportedProgram:
-    graph = (DetectorGraph if nms else RawDetectorGraph)(
-        fused_copy(detector.model, torch.float32, pack=False),
-        image_size=detector.image_size,
-        max_size=detector.max_size,
-        thresholds=detector.thresholds,
-        suppress=suppress_by_engine if engine_nms else suppress_by_torchvision,
-        size=network_size_of_tensors if saved else network_size,
-    )
-    return export_program(graph, detector.image_size, detector.max_size)
-
-
-def write_onnx(file: Path, detector: Detector, text: str, nms: bool, progress: Progress) -> None:
-    """Write an ONNX file with the metadata `text`."""
-    from retinanet.exporters.onnx import onnx_model
-
-    progress("tracing the network")
-    program = _program(detector, nms=nms, engine_nms=True, saved=False)
-    progress("writing ONNX")
-    values = json.loads(text)
-    properties = {
-        key: json.dumps(values[key], ensure_ascii=False)
-        for key in ("classes", "category_ids", "preprocessing")
-    }
-    properties["thresholds"] = json.dumps(values["info"]["detect"])
-    model = onnx_model(program, DETECTIONS if nms else SCORES, text, properties)
-    file.write_bytes(model.SerializeToString())
-
-
-def _write_openvino(
-    draft: Path,
-    text: str,
-    precision: str,
-    calibration: Iterable[Tensor] | None,
-    progress: Progress,
-) -> None:
-    """Convert the draft's ONNX file."""
-    import openvino
-
-    from retinanet.exporters.openvino import openvino_model
-
-    progress("calibrating" if precision == "int8" else "writing OpenVINO")
-    onnx_file = draft.with_suffix(".onnx")
-    model = openvino_model(onnx_file, text, int8=precision == "int8", calibration=calibration)
-    openvino.save_model(model, draft, compress_to_fp16=precision == "fp16")
-    onnx_file.unlink()
-
-
-def _write_torch(
-    file: Path, detector: Detector, text: str, to: str, nms: bool, progress: Progress
-) -> None:
-    from retinanet.exporters.torch import compile_program, save_program
-
-    compiled = to == "aotinductor"
-    progress("tracing the network")
-    program = _program(detector, nms=nms, engine_nms=False, saved=not compiled)
-    progress("compiling, which takes minutes" if compiled else "writing")
-    (compile_program if compiled else save_program)(program, file, text)
 
 
 def calibration_inputs(detector: Detector, source: Any) -> Iterator[Tensor]:
     """Yield calibration images at the network's size; of a data set its training images."""
     split = detector.info.get("split") or {}
     options = {key: split[key] for key in ("seed", "val_fraction") if split.get(key) is not None}
-    sources: Sequence[Any]
     try:
         # Not the validation split, on which the file is compared.
         dataset = (
@@ -311,9 +231,9 @@ def calibration_inputs(detector: Detector, source: Any) -> Iterator[Tensor]:
             if isinstance(source, Dataset)
             else read_dataset(source, "train", extras=False, **options)
         )
-        sources = [image.path for image in dataset.images]
+        sources: list[Any] = [image.path for image in dataset.images]
     except (DataError, TypeError):
-        sources = find_sources(source)
+        sources = [*find_sources(source)]
     fill = padding_colour(detector.model.pixel_mean)
     for image in spread(sources, CALIBRATION_IMAGES):
         try:

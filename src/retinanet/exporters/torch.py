@@ -14,35 +14,36 @@ from retinanet.inference.exported import TEXT_KEY
 from retinanet.inference.openvino_backend import quiet
 
 
-def save_program(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    """Write a program for ``torch.export.load``, with the text in ``extra/retinanet``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from torch
-        torch.export.save(program, file, extra_files={TEXT_KEY: text})
+def write_torch(
+    program: torch.export.ExportedProgram, file: Path, text: str, *, compiled: bool
+) -> None:
+    """Write a program for ``torch.export.load``, with the text in ``extra/retinanet``.
 
-
-def compile_program(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    """Compile to machine code for this CPU, for ``torch._inductor.aoti_load_package``.
+    Args:
+        program: the detector.
+        file: the package.
+        text: metadata for :func:`retinanet.inference.exported.read_exported`.
+        compiled: compile to machine code for this CPU, for ``aoti_load_package``.
 
     Raises:
         ConfigError: no working C++ compiler.
     """
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from torch
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
-    except Exception as error:
-        if "compiler" not in f"{type(error).__name__} {error}".lower():
-            raise
-        raise ConfigError(
-            "--aot needs a working C++ compiler: "
-            f"{str(error).strip().splitlines()[0]}; export without --aot"
-        ) from None
-    _strip_sources(file, text)
-
-
-def _strip_sources(file: Path, text: str) -> None:
-    """Add the text; drop the generated C++ sources, which contain paths of this machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from torch
+        if not compiled:
+            torch.export.save(program, file, extra_files={TEXT_KEY: text})
+            return
+        try:
+            with quiet():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        except Exception as error:
+            if "compiler" not in f"{type(error).__name__} {error}".lower():
+                raise
+            raise ConfigError(
+                "--aot needs a working C++ compiler: "
+                f"{str(error).strip().splitlines()[0]}; export without --aot"
+            ) from None
+    # Drop the generated C++ sources, which contain paths of this machine.
     stripped = file.with_suffix(".stripped")
     with zipfile.ZipFile(file) as package, zipfile.ZipFile(stripped, "w") as out:
         for entry in package.infolist():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _SAME_CORNERS = 0.1  # pixels; matches boxes without an area, as at an image's e
 _NMS_MARGIN = 0.05  # this close to the IoU threshold, rounding may decide which box is kept
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tolerance:
     """Allowed difference between a file and the network.
 
@@ -52,24 +53,23 @@ class Tolerance:
         Raises:
             ConfigError: an unknown name, or a value that is not a number of 0 or more.
         """
-        changes = {}
-        names = [field.name for field in fields(self)]
+        values = asdict(self)
         for setting in settings:
             name, _, value = setting.partition("=")
             try:
                 number = float(value)
             except ValueError:
                 number = -1
-            if name not in names or not number >= 0:
+            if name not in values or not number >= 0:
                 raise ConfigError(
-                    f"tolerance {setting!r} is not name=number, of {', '.join(names)}, 0 or more"
+                    f"tolerance {setting!r} is not name=number, of {', '.join(values)}, 0 or more"
                 )
-            changes[name] = number
-        return replace(self, **changes)
+            values[name] = number
+        return Tolerance(**values)
 
     def widened(self, by: Tolerance) -> Tolerance:
         """Return the sum of both."""
-        return Tolerance(*(getattr(self, f.name) + getattr(by, f.name) for f in fields(self)))
+        return Tolerance(*map(sum, zip(astuple(self), astuple(by), strict=True)))
 
 
 TOLERANCES = {
@@ -87,7 +87,7 @@ RESIZED = Tolerance(score=0.03, box=3.0, apart=0.05, ap=1.0)
 """Added for images that the engine resizes itself: pixels may round differently."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Agreement:
     """Comparison of two sets of detections in the same images.
 
@@ -127,7 +127,7 @@ class Agreement:
         return {**asdict(self), "apart": self.apart}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExportReport:
     """An exported file and its comparison with the network.
 
@@ -163,17 +163,14 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {
+        return {
+            **asdict(self),
             "retinanet": __version__,
             "file": self.file.name,
-            "tolerance": asdict(self.tolerance),
             "network_size": self.network_size.to_dict(),
             "whole": self.whole.to_dict(),
-            "failures": list(self.failures),
             "passed": self.passed,
         }
-        return values
 
 
 def validate_file(
@@ -202,22 +199,22 @@ def validate_file(
         DataError, ImageError: the data cannot be read.
     """
     exported = read_exported(file)
-    allowed = tolerance or TOLERANCES[exported.precision]
+    precision = exported.precision
+    allowed = tolerance or TOLERANCES[precision]
     file_detector = Detector(exported, device="cpu")
     with _sample_images(data, split, run, detector, images) as (sample, description):
         at_size, whole = _compare_detectors(detector, file_detector, sample, allowed)
-    failures = []
-    for where, agreement, limit in (
-        ("at the network's size", at_size, allowed),
-        ("whole images", whole, allowed.widened(RESIZED)),
-    ):
-        if not agreement.apart <= limit.apart:
-            advice = "" if exported.precision == "float32" else ", or export in float32"
-            failures.append(
-                f"{where}: {agreement.apart:.2%} of the boxes differ by more than {limit.score:g} "
-                f"in score or {limit.box:g} pixels or have no match, over {limit.apart:.2%}: "
-                f"compare the AP with --data{advice}"
-            )
+    advice = "" if precision == "float32" else ", or export in float32"
+    failures = [
+        f"{where}: {agreement.apart:.2%} of the boxes differ by more than {limit.score:g} in "
+        f"score or {limit.box:g} pixels or have no match, over {limit.apart:.2%}: compare the AP "
+        f"with --data{advice}"
+        for where, agreement, limit in (
+            ("at the network's size", at_size, allowed),
+            ("whole images", whole, allowed.widened(RESIZED)),
+        )
+        if not agreement.apart <= limit.apart
+    ]
     if at_size.matched == 0:
         failures.append(
             f"in {description} the network found {at_size.boxes} boxes, the file {at_size.found}, "
@@ -236,7 +233,7 @@ def validate_file(
     return ExportReport(
         file=Path(file),
         target=exported.target,
-        precision=exported.precision,
+        precision=precision,
         form=exported.form,
         bytes=sum(path.stat().st_size for path in parts_of(Path(file))),
         images=description,
@@ -283,10 +280,8 @@ def compare(
         tolerance: allowed differences.
         thresholds: all thresholds in use.
     """
-    counts = dict.fromkeys(
-        ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond"), 0
-    )
-    scores, corners = ([torch.zeros(0, dtype=torch.float32)] for _ in range(2))
+    counts: Counter[str] = Counter()
+    scores, corners = ([torch.zeros(0)] for _ in range(2))
     for expected, detected in pairs:
         left, right = match(expected, detected)
         score = (expected.scores[left] - detected.scores[right]).abs()
@@ -302,13 +297,16 @@ def compare(
             for row in sorted(set(range(len(own))) - set(matched.tolist())):
                 rounding = _at_a_threshold(own, other, row, tolerance, thresholds)
                 counts["at_a_threshold" if rounding else "unmatched"] += 1
+    names = ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond")
     score, corner = torch.cat(scores), torch.cat(corners)
+    if not len(score):
+        score = corner = torch.zeros(1)
     return Agreement(
-        **counts,
-        score=float(score.max()) if len(score) else 0.0,
-        box=float(corner.max()) if len(corner) else 0.0,
-        score_median=float(score.median()) if len(score) else 0.0,
-        box_median=float(corner.median()) if len(corner) else 0.0,
+        **{name: counts[name] for name in names},
+        score=float(score.max()),
+        box=float(corner.max()),
+        score_median=float(score.median()),
+        box_median=float(corner.median()),
     )
 
 
@@ -318,21 +316,20 @@ def match(first: Detections, second: Detections) -> tuple[Tensor, Tensor]:
     distance = (first.boxes[:, None] - second.boxes).abs().amax(dim=2)
     iou[distance <= _SAME_CORNERS] = 1
     iou[first.labels[:, None] != second.labels] = 0
-    left: list[int] = []
-    right: list[int] = []
-    rows, columns = (iou >= _MIN_IOU).nonzero(as_tuple=True)
-    for pair in iou[rows, columns].argsort(descending=True, stable=True).tolist():
-        row, column = int(rows[pair]), int(columns[pair])
-        if row not in left and column not in right:
-            left.append(row)
-            right.append(column)
+    candidates = (iou >= _MIN_IOU).nonzero()
+    order = iou[candidates.unbind(1)].argsort(descending=True, stable=True)
+    matched: dict[int, int] = {}
+    for row, column in candidates[order].tolist():
+        if row not in matched and column not in matched.values():
+            matched[row] = column
+    left, right = list(matched), list(matched.values())
     return torch.tensor(left, dtype=torch.int64), torch.tensor(right, dtype=torch.int64)
 
 
 def _at_a_threshold(
     own: Detections, other: Detections, row: int, tolerance: Tolerance, thresholds: Thresholds
 ) -> bool:
-    """Whether rounding may explain that `other` lacks a box."""
+    """Return whether rounding may explain that `other` lacks a box."""
     score = float(own.scores[row])
     if score - thresholds["score_threshold"] <= tolerance.score:
         return True

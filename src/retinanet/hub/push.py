@@ -18,7 +18,7 @@ from retinanet.hub.facts import RunFacts, read_run
 from retinanet.inference import Detector, ImageDetections
 from retinanet.inference.detections import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, Checkpoint, write_checkpoint
-from retinanet.model.hub import parse_hub_name, refuse_hub
+from retinanet.model.hub import parse_hub_name, raise_hub_error
 
 _NUM_EXAMPLES = 4
 _MAX_EXAMPLE_SIDE = 1024  # pixels
@@ -94,7 +94,7 @@ def push(
         except WeightsError:
             raise
         except Exception as error:  # of the hub, the network or the disk
-            refuse_hub(error, f"hf://{repository}", pushing=True, secret=token)
+            raise_hub_error(error, f"hf://{repository}", pushing=True, secret=token)
     url = f"{api.endpoint}/{repository}"
     return Pushed(f"hf://{repository}@{done.oid}", url, str(done.oid), tuple(files))
 

@@ -6,7 +6,9 @@ torch.compile; compiling takes half a minute per image size) and ``openvino`` (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
@@ -42,7 +44,7 @@ class Thresholds(TypedDict, total=False):
 
 
 def merge_thresholds(*layers: Any) -> Thresholds:
-    """Merge mappings of thresholds, the last one first in rank, over the defaults; None is unset.
+    """Merge mappings of thresholds over the defaults; later ones override, None is unset.
 
     Raises:
         ConfigError: an unknown name, or a value out of range.
@@ -54,6 +56,7 @@ def merge_thresholds(*layers: Any) -> Thresholds:
     return cast(Thresholds, checked.model_dump())
 
 
+@dataclass(eq=False)
 class Network:
     """A trained network, ready for inference. It can be copied and pickled.
 
@@ -63,28 +66,20 @@ class Network:
         precision: "float32", "bf16", "fp16" or "int8".
         backend: "torch", "compile" or "openvino".
         description: precision, backend and details in a few words.
+        run: images to outputs.
     """
 
-    def __init__(
-        self,
-        model: RetinaNet,
-        device: torch.device,
-        precision: str,
-        backend: str,
-        description: str,
-        run: Callable[[Tensor], Outputs],
-    ) -> None:
-        self.model = model
-        self.device = device
-        self.precision = precision
-        self.backend = backend
-        self.description = description
-        self._run = run
+    model: RetinaNet
+    device: torch.device
+    precision: str
+    backend: str
+    description: str
+    run: Callable[[Tensor], Outputs]
 
     def __call__(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) RGB, uint8 or float 0..255, padded to multiples of 32, on the device."""
         with torch.inference_mode():
-            return self._run(images)
+            return self.run(images)
 
 
 def build_network(
@@ -122,7 +117,7 @@ def build_network(
         backend = "openvino" if precision == "int8" else "torch"
     if not isinstance(model, RetinaNet):
         name = _NAMES[choose_dtype(precision, device)]
-        run = _Autocast(model.eval().to(device), name, device)
+        run = partial(_run_autocast, model.eval().to(device), name, device)
         return Network(model, device, name, "torch", f"torch on {device.type}, {name}", run)
     if backend == "openvino":
         return _openvino(model, device, precision, calibration)
@@ -130,23 +125,17 @@ def build_network(
         raise ConfigError(f"precision int8 needs backend openvino, got {backend}")
     dtype = choose_dtype(precision, device)
     model.eval().to(device)
-    compiled = backend == "compile"
-    fused = fused_copy(model, dtype, pack=not compiled)
+    is_compiled = backend == "compile"
+    fused = fused_copy(model, dtype, pack=not is_compiled)
     details = [f"torch on {device.type}", _NAMES[dtype]]
     if _has_batch_norm(model) and not _has_batch_norm(fused):
         details.append("batch norm folded")
-    if compiled:
+    if is_compiled:
         details.append("compiled")
     elif device.type == "cpu" and can_pack(dtype):
         details.append("oneDNN with fused activations")
-    return Network(
-        model,
-        device,
-        _NAMES[dtype],
-        backend,
-        ", ".join(details),
-        _Compiled(fused, device) if compiled else fused,
-    )
+    run = _Compiled(fused, device) if is_compiled else fused
+    return Network(model, device, _NAMES[dtype], backend, ", ".join(details), run)
 
 
 def _openvino(
@@ -172,16 +161,10 @@ def _has_batch_norm(model: RetinaNet) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-class _Autocast:
-    """A module run as it is, under autocast."""
-
-    def __init__(self, model: Any, precision: str, device: torch.device) -> None:
-        self._model, self._precision, self._device = model, precision, device
-
-    def __call__(self, images: Tensor) -> Outputs:
-        with autocast(self._precision, self._device):
-            outputs: Outputs = self._model(images)
-        return outputs
+def _run_autocast(model: Any, precision: str, device: torch.device, images: Tensor) -> Outputs:
+    with autocast(precision, device):
+        outputs: Outputs = model(images)
+    return outputs
 
 
 class _Compiled:
@@ -224,7 +207,7 @@ def detect_batch(
     """Detect the objects in a batch.
 
     Args:
-        network: as :func:`build_network` gives it.
+        network: of :func:`build_network`.
         images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
         sizes: (B, 2) height and width of each image before padding.
         original_sizes: (B, 2) height and width of each image before resizing.
@@ -233,8 +216,7 @@ def detect_batch(
     Returns:
         For each image its detections, in pixels of the original image and clipped to it.
     """
-    outputs = network(images)
-    return detections_of(network.model, outputs, sizes, original_sizes, **thresholds)
+    return detections_of(network.model, network(images), sizes, original_sizes, **thresholds)
 
 
 def detections_of(
@@ -259,6 +241,14 @@ def detections_of(
             found, sizes.tolist(), original_sizes.tolist(), strict=True
         )
     ]
+
+
+def group_by(images: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> list[list[int]]:
+    """Group the indices of images that may share a batch: those of equal `key`."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(key(image), []).append(index)
+    return list(groups.values())
 
 
 def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:

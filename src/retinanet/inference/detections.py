@@ -1,7 +1,7 @@
-"""Detections of one image, and their conversion to and from supervision.
+"""Detections of an image, and their conversion to and from supervision.
 
-Source of the other side: https://supervision.roboflow.com/ (its annotators, zones and trackers).
-Boxes are (x1, y1, x2, y2) pixels, float32, on both sides, so a round trip changes nothing.
+Boxes are (x1, y1, x2, y2) pixels, float32, in supervision too (https://supervision.roboflow.com/),
+so a round trip changes nothing.
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ from retinanet.errors import DataError, MissingExtraError
 from retinanet.structures import Detections
 
 DRAWN_SCORE = 0.3
-"""Score from which a box is drawn: AP wants every box over .05, a person's eye does not."""
+"""Default minimum score of a drawn box; evaluation uses .05."""
 
 DRAWN_PIXELS = 2**25
-"""Pixels of a drawn image at the most (5,793 x 5,793): a larger one is drawn reduced."""
+"""Maximum pixels of a drawn image (5,793 x 5,793): a larger image is drawn reduced."""
 
 CAPTIONED = 1000
-"""Boxes of an image at the most that get a caption each: more would find no place."""
+"""Maximum boxes of an image that are drawn with captions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageDetections:
-    """The objects found in one image, best first.
+    """The objects detected in an image, best first.
 
     Attributes:
         boxes: (N, 4) float32 (x1, y1, x2, y2) pixels of the upright image as it was given.
         scores: (N,) float32 in [0, 1].
-        labels: (N,) int64, the place in `classes`.
+        labels: (N,) int64, indices into `classes`.
         classes: the detector's class names.
-        category_ids: the ids by label of the data that it was trained on.
-        name: a relative path that tells it from the other images of the same call, such as
-            ``street/1.jpg``.
+        category_ids: ids by label in the data that the detector was trained on.
+        name: a relative path, unique among the images of a call, such as ``street/1.jpg``.
         size: (height, width) of the image in pixels.
-        image: what was given: a path, or the image itself.
+        image: as given: a path, or the image itself.
         value_range: of `image`, as in :func:`retinanet.data.images.read_image`.
-        pixels: (3, H, W) uint8 RGB, where :meth:`Detector.stream` was to keep them.
+        pixels: (3, H, W) uint8 RGB, if :meth:`Detector.stream` was called with ``keep_pixels``.
     """
 
     boxes: Tensor
@@ -71,56 +70,55 @@ class ImageDetections:
 
     @property
     def source(self) -> str:
-        """The image's path as it was given; its name where it came as pixels."""
+        """The image's path as it was given; its name where it was given as pixels."""
         return str(self.image) if isinstance(self.image, str | Path) else self.name
 
     def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
         """Draw the boxes of at least `score_threshold` with their classes and scores.
 
-        An image of more than :data:`DRAWN_PIXELS` is drawn reduced; boxes in this object stay those
-        of the full size. Over :data:`CAPTIONED` boxes get thin lines and no captions.
+        An image of more than :data:`DRAWN_PIXELS` is drawn reduced. More than :data:`CAPTIONED`
+        boxes are drawn with thin lines and without captions.
 
         Args:
-            image: what to draw on, in any form that :func:`retinanet.data.images.read_image` takes;
-                None is the image that detection ran on.
+            image: image to draw on, as :func:`retinanet.data.images.read_image` takes it; None is
+                the image that detection ran on.
 
         Raises:
-            DataError: the image has another size than the one that detection ran on.
+            DataError: the image has another size than the image that detection ran on.
             ImageError: it can no longer be read.
         """
-        if image is None and self.pixels is not None:
-            img, value_range = self.pixels, None
-        else:
-            img = self.image if image is None else image
-            value_range = self.value_range if image is None else None
+        value_range = None
+        if image is None:
+            image = self.image if self.pixels is None else self.pixels
+            value_range = self.value_range if self.pixels is None else None
         height, width = self.size
         scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
         if scale < 1:
-            windows = open_windows(img, value_range=value_range)
+            windows = open_windows(image, value_range=value_range)
             pixels, size = None, windows.size
         else:
-            pixels = read_image(img, value_range=value_range)
+            pixels = read_image(image, value_range=value_range)
             size = (pixels.shape[-2], pixels.shape[-1])
         if size != self.size:
             raise DataError(
                 f"{self.name}: the image to draw on is {size[1]} x {size[0]}, "
-                f"the one that was searched {width} x {height} pixels"
+                f"the detections are of {width} x {height} pixels"
             )
         if pixels is None:
             pixels = windows.reduced(int(height * scale) or 1, int(width * scale) or 1)
-        shrunk = self.boxes.new_tensor((pixels.shape[-1] / width, pixels.shape[-2] / height))
+        scales = self.boxes.new_tensor((pixels.shape[-1] / width, pixels.shape[-2] / height))
         kept = self.scores >= score_threshold
-        boxes = self.boxes[kept] * shrunk.repeat(2)
+        boxes = self.boxes[kept] * scales.repeat(2)
         labels, scores = self.labels[kept], self.scores[kept]
         if len(boxes) > CAPTIONED:
-            # Lines for the objects, where those for the image would hide them.
+            # Lines of a width for the objects: that for the image would hide them.
             line = max(1, round(float((boxes[:, 2:] - boxes[:, :2]).median()) / 12))
             names = [""] * len(self.classes)
             return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names, width=line)
         return draw_boxes(pixels, boxes, labels, scores, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: file, size, and each object's class, score and box."""
+        """Return plain values for JSON: file, size, and each object's class, score and box."""
         return {
             "file": self.source,
             "height": self.size[0],
@@ -145,11 +143,10 @@ class ImageDetections:
         return to_supervision(self)
 
     def from_supervision(self, objects: Any) -> ImageDetections:
-        """The same image with what became of its objects in supervision: filtered, merged, ...
+        """Return a copy with the objects of ``supervision.Detections``: filtered, merged, ...
 
         Args:
-            objects: ``supervision.Detections`` in pixels of this image, with classes and
-                confidences.
+            objects: in pixels of this image, with classes and confidences.
 
         Raises:
             DataError: it has no classes or no confidences, or classes that this detector lacks.
@@ -160,12 +157,12 @@ class ImageDetections:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An image that could not be searched.
+    """An image that could not be read.
 
     Attributes:
-        source: its path as it was given, or its name where it came as pixels.
-        reason: one line.
-        error: what was raised.
+        source: its path as it was given, or its name where it was given as pixels.
+        reason: why, on a single line.
+        error: the exception.
     """
 
     source: str
@@ -173,7 +170,7 @@ class Failure:
     error: Exception = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, str]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"file": self.source, "reason": self.reason}
 
 
@@ -183,20 +180,19 @@ def to_supervision(
     *,
     tracks: Sequence[int] | None = None,
 ) -> Any:
-    """`objects` as ``supervision.Detections``, in their order.
+    """Convert to ``supervision.Detections``, in the same order; the arrays are copies.
 
-    ``xyxy`` (N, 4) float32, ``confidence`` (N,) float32, ``class_id`` (N,) int64, and
-    ``data["class_name"]`` (N,) where the names are known, which supervision's annotators show. The
-    arrays are copies. ``metadata`` stays empty: supervision refuses to merge what differs in it.
+    ``xyxy`` (N, 4) float32, ``confidence`` (N,) float32, ``class_id`` (N,) int64, and with class
+    names ``data["class_name"]`` (N,), which supervision's annotators show.
 
     Args:
         objects: of one image.
-        classes: names by label; None: those of a :class:`ImageDetections`.
-        tracks: (N,) a number that an object keeps from frame to frame: ``tracker_id``.
+        classes: names by label; None: those of an :class:`ImageDetections`.
+        tracks: (N,) numbers by track: ``tracker_id``.
 
     Raises:
         MissingExtraError: supervision is not installed.
-        ValueError: `tracks` are not as many as the objects.
+        ValueError: the numbers of tracks and objects differ.
     """
     try:
         import supervision
@@ -220,9 +216,7 @@ def to_supervision(
 
 
 def from_supervision(objects: Any, *, num_classes: int | None = None) -> Detections:
-    """``supervision.Detections`` as ours, best first; those of one score keep their order.
-
-    Masks, tracks and other data have no place in ours and stay behind.
+    """Convert ``supervision.Detections``, best first; masks, tracks and other data are dropped.
 
     Args:
         objects: with ``class_id`` and ``confidence``, unless it is empty.
@@ -232,22 +226,17 @@ def from_supervision(objects: Any, *, num_classes: int | None = None) -> Detecti
         DataError: there are no classes or confidences, or a label that is not 0..K-1.
     """
     count = len(objects)
-    if count:
-        for name in ("class_id", "confidence"):
-            if getattr(objects, name) is None:
-                raise DataError(
-                    f"supervision's Detections of {count} objects have no {name}; set it first"
-                )
+    for name in ("class_id", "confidence"):
+        if count and getattr(objects, name) is None:
+            raise DataError(
+                f"supervision's Detections of {count} objects have no {name}; set it first"
+            )
     boxes = np.asarray(objects.xyxy, dtype=np.float32).reshape(-1, 4)
-    scores = np.asarray([] if not count else objects.confidence, dtype=np.float32)
-    labels = np.asarray([] if not count else objects.class_id, dtype=np.int64)
-    if count and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
-        odd = labels.min() if labels.min() < 0 else labels.max()
-        known = "any class" if num_classes is None else f"the classes 0 to {num_classes - 1}"
-        raise DataError(f"supervision's class_id {odd} is not one of {known}")
+    scores = np.asarray(objects.confidence if count else [], dtype=np.float32)
+    labels = np.asarray(objects.class_id if count else [], dtype=np.int64)
+    for label in labels.tolist():
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            known = "any class" if num_classes is None else f"the classes 0 to {num_classes - 1}"
+            raise DataError(f"supervision's class_id {label} is not one of {known}")
     order = np.argsort(-scores, kind="stable")
-    return Detections(
-        torch.from_numpy(boxes[order]),
-        torch.from_numpy(scores[order]),
-        torch.from_numpy(labels[order]),
-    )
+    return Detections(*(torch.from_numpy(values[order]) for values in (boxes, scores, labels)))

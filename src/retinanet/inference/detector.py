@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from retinanet.inference.backends import (
     Thresholds,
     build_network,
     detect_batch,
+    group_by,
     merge_thresholds,
     to_original,
 )
@@ -59,6 +60,16 @@ from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Detections
 
 _MAX_FAILURES_WAITING = 64  # failures that wait for a batch to be full
+
+
+class LoadOptions(Thresholds, total=False):
+    """Options of :func:`load`; :class:`Detector` describes them."""
+
+    precision: str
+    backend: str
+    calibrate: Any
+    image_size: int | None
+    max_size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +145,9 @@ class Detector:
         if isinstance(checkpoint, ExportedFile):
             check_built_in(
                 checkpoint,
+                calibrate,
                 precision=precision,
                 backend=backend,
-                calibrate=calibrate,
                 image_size=self.image_size,
                 max_size=self.max_size,
             )
@@ -226,7 +237,7 @@ class Detector:
                 trained on (:func:`retinanet.inference.tiles.tile_side`). None: no tiles.
                 ``detections_per_image`` then limits a tile, and the image if it is given here or
                 to the detector.
-            overlap: share of a tile's side that the next tile covers too, in [0, 1).
+            overlap: fraction of a tile's side that the next tile covers too, in [0, 1).
             value_range: as in :meth:`detect`.
             keep_pixels: keep an image that was read at full size in
                 :attr:`ImageDetections.pixels`, so that drawing does not read it again.
@@ -241,8 +252,6 @@ class Detector:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} is under 1")
-        if workers is None:
-            workers = min(4, os.cpu_count() or 1)
         settings = merge_thresholds(self.thresholds, thresholds)
         check_tiling(tile, overlap)
         side = None if tile is None else tile_side(tile, self.image_size, self.info)
@@ -257,11 +266,21 @@ class Detector:
                 replace(source, value_range=value_range) if isinstance(source, Source) else source
                 for source in listed
             )
-        pieces = cut_images(listed, side, overlap)
         given = thresholds.get("detections_per_image")
         max_detections = self._max_detections if given is None else given
-        read = partial(self._read, keep_pixels=keep_pixels)
-        return self._stream(pieces, read, batch_size, max(1, workers), settings, max_detections)
+        workers = max(1, min(4, os.cpu_count() or 1) if workers is None else workers)
+        pieces = _read_ahead(
+            cut_images(listed, side, overlap),
+            partial(self._read, keep_pixels=keep_pixels),
+            workers=workers,
+            ahead=workers + batch_size,
+        )
+        batches = _batches(pieces, batch_size)
+        return (
+            result
+            for batch in batches
+            for result in self._detect_pieces(batch, settings, max_detections)
+        )
 
     def prepare(self, image: Source | ImageSource, *, keep_pixels: bool = False) -> Prepared:
         """Read and resize an image for :meth:`detect_prepared`; several threads may call this.
@@ -276,8 +295,7 @@ class Detector:
         source = image if isinstance(image, Source) else Source(image, "image")
         pixels, size = source.read_reduced(self.image_size, self.max_size)
         resized, _ = resize_to(pixels, self.image_size, self.max_size, size)
-        is_whole = (pixels.shape[-2], pixels.shape[-1]) == size
-        return Prepared(resized, size, pixels if keep_pixels and is_whole else None)
+        return Prepared(resized, size, pixels if keep_pixels and _sides(pixels) == size else None)
 
     def detect_prepared(
         self, prepared: Sequence[Prepared], **thresholds: Unpack[Thresholds]
@@ -291,32 +309,33 @@ class Detector:
         Returns:
             For each image its detections, on the CPU, in pixels of the original image.
         """
-        if not prepared:
-            return []
         used = Thresholds(**{**self.thresholds, **thresholds})
+        images = [image.pixels for image in prepared]
         if isinstance(self.network, ExportedNetwork):
-            reduced = self.network.detect([image.pixels for image in prepared], **used)
             return [
                 Detections(
                     to_original(objects.boxes, _sides(image.pixels), image.size),
                     objects.scores,
                     objects.labels,
                 )
-                for objects, image in zip(reduced, prepared, strict=True)
+                for objects, image in zip(
+                    self.network.detect(images, **used), prepared, strict=True
+                )
             ]
-        found: list[Detections | None] = [None] * len(prepared)
-        for positions in _of_one_padded_size(prepared):
-            same = [prepared[position] for position in positions]
-            images, sizes = pad_batch([image.pixels for image in same], fill=self._fill)
-            original_sizes = torch.tensor([image.size for image in same])
-            batch = detect_batch(
-                self.network, images.to(self.device), sizes, original_sizes, **used
+        found: dict[int, Detections] = {}
+        # Padding affects the features: padded to the largest image of a batch, the scores of an
+        # image would depend on the others.
+        for indices in group_by(images, _padded_size):
+            batch, sizes = pad_batch([images[i] for i in indices], fill=self._fill)
+            original_sizes = torch.tensor([prepared[i].size for i in indices])
+            results = detect_batch(
+                self.network, batch.to(self.device), sizes, original_sizes, **used
             )
-            for position, objects in zip(positions, batch, strict=True):
-                found[position] = Detections(
+            for i, objects in zip(indices, results, strict=True):
+                found[i] = Detections(
                     objects.boxes.cpu(), objects.scores.cpu(), objects.labels.cpu()
                 )
-        return cast(list[Detections], found)
+        return [found[i] for i in range(len(prepared))]
 
     def image_detections(
         self,
@@ -339,26 +358,6 @@ class Detector:
             pixels=pixels,
         )
 
-    def _stream(
-        self,
-        pieces: Iterator[Piece | Failure],
-        read: Callable[[Piece], _Ready],
-        batch_size: int,
-        workers: int,
-        thresholds: Thresholds,
-        max_detections: int | None,
-    ) -> Iterator[ImageDetections | Failure]:
-        waiting: list[_Ready | Failure] = []
-        ready = 0
-        for item in _read_ahead(pieces, read, workers=workers, ahead=workers + batch_size):
-            waiting.append(item)
-            ready += _prepared_of(item) is not None
-            # A failure waits only for the images before it, and their number is bounded.
-            if ready in (0, batch_size) or len(waiting) - ready > _MAX_FAILURES_WAITING:
-                yield from self._detect_waiting(waiting, thresholds, max_detections)
-                waiting, ready = [], 0
-        yield from self._detect_waiting(waiting, thresholds, max_detections)
-
     def _calibration(self, sources: Any) -> Iterator[Tensor]:
         """Yield the readable images as the network gets them."""
         for source in find_sources(sources):
@@ -368,78 +367,60 @@ class Detector:
                 continue  # reported when detection reads it
             yield pad_batch([image], fill=self._fill)[0]
 
-    def _read(self, piece: Piece, *, keep_pixels: bool) -> _Ready:
+    def _read(self, piece: Piece, *, keep_pixels: bool) -> Prepared | None:
+        """Read a piece; a failure is recorded in its image."""
         image = piece.image
-        if image.failure is not None:
-            return _Ready(piece, image.failure)
+        if image.failure is not None or image.source is None:
+            return None
         try:
-            return _Ready(piece, self._prepare(piece, keep_pixels))
-        except Exception as error:  # any decoder's: it is reported, not swallowed
-            return _Ready(piece, image.source.failure(error))
+            windows = image.windows
+            if windows is None:
+                return self.prepare(image.source, keep_pixels=keep_pixels)
+            if piece.window is None:
+                sides = network_size(*windows.size, self.image_size, self.max_size)
+                return Prepared(windows.reduced(*sides), windows.size)
+            return self.prepare(windows.read(piece.window))
+        except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
+            image.failure = image.source.failure(error)
+            return None
 
-    def _prepare(self, piece: Piece, keep_pixels: bool) -> Prepared:
-        windows = piece.image.windows
-        if windows is None:
-            return self.prepare(piece.image.source, keep_pixels=keep_pixels)
-        if piece.window is None:
-            sides = network_size(*windows.size, self.image_size, self.max_size)
-            return Prepared(windows.reduced(*sides), windows.size)
-        pixels = windows.read(piece.window)
-        resized, _ = resize_to(pixels, self.image_size, self.max_size)
-        return Prepared(resized, _sides(pixels))
-
-    def _detect_waiting(
-        self,
-        waiting: list[_Ready | Failure],
-        thresholds: Thresholds,
-        max_detections: int | None,
+    def _detect_pieces(
+        self, batch: _Batch, thresholds: Thresholds, max_detections: int | None
     ) -> Iterator[ImageDetections | Failure]:
         """Detect in a batch; images in tiles keep `max_detections` boxes (None: all)."""
-        ready = [image for image in map(_prepared_of, waiting) if image is not None]
-        found = iter(self.detect_prepared(ready, **thresholds))
-        for item in waiting:
-            if isinstance(item, Failure):
-                yield item
-                continue
-            image, window = item.piece.image, item.piece.window
-            if isinstance(item.prepared, Failure):
-                image.failure = image.failure or item.prepared
+        images = [prepared for _, prepared in batch if prepared is not None]
+        results = iter(self.detect_prepared(images, **thresholds))
+        for piece, prepared in batch:
+            image = piece.image
+            if prepared is not None:
+                image.parts.append(Part(piece.window, next(results)))
+            if image.failure is not None:
                 image.parts.clear()
-            else:
-                prepared, objects = item.prepared, next(found)
-                if window is None and item.piece.last:
-                    yield self.image_detections(
-                        objects, image.source, prepared.size, prepared.original
-                    )
-                    continue
-                image.parts.append(Part(window, objects))
-            if not item.piece.last:
+            if not piece.is_last:
                 continue
             if image.failure is not None:
                 yield image.failure
                 continue
-            assert image.windows is not None
-            size = image.windows.size
-            objects = merge_parts(
-                image.parts,
-                size,
-                nms_threshold=thresholds["nms_threshold"],
-                class_agnostic_nms=thresholds["class_agnostic_nms"],
-                most=max_detections,
-            )
-            yield self.image_detections(objects, image.source, size)
+            assert image.source is not None
+            if image.windows is None:
+                assert prepared is not None
+                objects, size, pixels = image.parts[0].objects, prepared.size, prepared.original
+            else:
+                objects = merge_parts(
+                    image.parts,
+                    image.windows.size,
+                    nms_threshold=thresholds["nms_threshold"],
+                    class_agnostic_nms=thresholds["class_agnostic_nms"],
+                    max_detections=max_detections,
+                )
+                size, pixels = image.windows.size, None
+            yield self.image_detections(objects, image.source, size, pixels)
 
 
 def load(
     path_or_name: str | Path,
     device: str | torch.device = "auto",
-    *,
-    precision: str = "auto",
-    backend: str = "auto",
-    calibrate: Any = None,
-    image_size: int | None = None,
-    max_size: int | None = None,
-    **thresholds: Unpack[Thresholds],
+    **options: Unpack[LoadOptions],
 ) -> Detector:
     """Load the detector in a run folder or a checkpoint, or of a published name.
 
@@ -447,22 +428,15 @@ def load(
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
             model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (a program: open
             only your own), or ``torchvision/retinanet_resnet50_fpn_v2``.
-        device: as in :class:`Detector`, and so are the options that follow.
+        device: as in :class:`Detector`.
+        options: ``precision``, ``backend``, ``calibrate``, ``image_size``, ``max_size`` and the
+            thresholds of :class:`Detector`.
 
     Raises:
         WeightsError: there is no checkpoint, or it cannot be used.
         ConfigError, MissingExtraError: as :class:`Detector`.
     """
-    return Detector(
-        open_model(path_or_name),
-        device=device,
-        precision=precision,
-        backend=backend,
-        calibrate=calibrate,
-        image_size=image_size,
-        max_size=max_size,
-        **thresholds,
-    )
+    return Detector(open_model(path_or_name), device=device, **options)
 
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
@@ -476,61 +450,57 @@ def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
     return load_checkpoint(path_or_name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A piece that is read and resized, or why it is not."""
-
-    piece: Piece
-    prepared: Prepared | Failure
+_Read = tuple[Piece, Prepared | None]
+"""A piece and its pixels; None: its image failed."""
+_Batch = list[_Read]
 
 
-def _prepared_of(item: _Ready | Failure) -> Prepared | None:
-    if isinstance(item, _Ready) and isinstance(item.prepared, Prepared):
-        return item.prepared
-    return None
+def _read_ahead(
+    pieces: Iterator[Piece],
+    read: Callable[[Piece], Prepared | None],
+    *,
+    workers: int,
+    ahead: int,
+) -> Iterator[_Read]:
+    """Read pieces in threads, in order, at most `ahead` of them before they are needed."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="read-image") as pool:
+        pending: deque[tuple[Piece, Future[Prepared | None]]] = deque()
+        try:
+            while True:
+                for piece in islice(pieces, ahead - len(pending)):
+                    pending.append((piece, pool.submit(read, piece)))
+                if not pending:
+                    return
+                piece, future = pending.popleft()
+                yield piece, future.result()
+                del future
+        finally:
+            for _, future in pending:
+                future.cancel()
 
 
-def _of_one_padded_size(images: Sequence[Prepared]) -> list[list[int]]:
-    """Group the positions of images by their height and width padded to multiples of 32.
-
-    Padding reaches the features: padded to the largest of a batch, the scores of an image would
-    depend on the other images.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for position, image in enumerate(images):
-        divisor = RetinaNet.size_divisor
-        padded = tuple(-(-side // divisor) * divisor for side in image.pixels.shape[-2:])
-        groups.setdefault(padded, []).append(position)
-    return list(groups.values())
+def _batches(pieces: Iterator[_Read], batch_size: int) -> Iterator[_Batch]:
+    """Group pieces into batches of `batch_size` readable ones."""
+    batch: _Batch = []
+    for read in pieces:
+        batch.append(read)
+        ready = sum(prepared is not None for _, prepared in batch)
+        # Failures wait only for the images before them, and their number is bounded.
+        if ready in (0, batch_size) or len(batch) - ready > _MAX_FAILURES_WAITING:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _sides(pixels: Tensor) -> tuple[int, int]:
     return pixels.shape[-2], pixels.shape[-1]
 
 
-def _read_ahead(
-    pieces: Iterator[Piece | Failure],
-    read: Callable[[Piece], _Ready],
-    *,
-    workers: int,
-    ahead: int,
-) -> Iterator[_Ready | Failure]:
-    """Read pieces in threads, in order, at most `ahead` of them before they are needed."""
-
-    def attempt(piece: Piece | Failure) -> _Ready | Failure:
-        return piece if isinstance(piece, Failure) else read(piece)
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="read-image") as pool:
-        pending: deque[Future[_Ready | Failure]] = deque()
-        try:
-            pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, ahead))
-            while pending:
-                first = pending.popleft()
-                pending.extend(pool.submit(attempt, piece) for piece in islice(pieces, 1))
-                yield first.result()
-        finally:
-            for future in pending:
-                future.cancel()
+def _padded_size(pixels: Tensor) -> tuple[int, ...]:
+    """Return height and width padded to multiples of the network's divisor."""
+    divisor = RetinaNet.size_divisor
+    return tuple(-(-side // divisor) * divisor for side in _sides(pixels))
 
 
 def _sizes(

@@ -1,11 +1,10 @@
 """Networks in exported files: ``.onnx``, OpenVINO's ``.xml`` and torch's ``.pt2``.
 
-Such a file holds the whole detector (:mod:`retinanet.exporters`): image in, boxes out.
-Images are resized before they go in, as for every network; a file's own resizing leaves such an
-image as it is. The metadata is a text in the file, as in a checkpoint.
+Such a file contains the whole detector (:mod:`retinanet.exporters`): image in, boxes out. Images
+are resized before, as for every network; the file's own resizing then leaves them as they are.
 
-An ONNX or OpenVINO file is data. A ``.pt2`` is a program, and one of AOTInductor is machine code:
-opening it runs its author's code.
+An ONNX or OpenVINO file is data. A ``.pt2`` is a program, and a file of AOTInductor is machine
+code: opening it runs its author's code.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
 from retinanet.data.image_files import network_size
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
-from retinanet.inference.backends import Thresholds
-from retinanet.model.checkpoint import CheckpointText
+from retinanet.inference.backends import Thresholds, group_by
+from retinanet.model.checkpoint import parse_text
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
@@ -35,7 +34,7 @@ from retinanet.structures import Detections, Outputs
 FORMAT = "retinanet export"
 FORMAT_VERSION = 1
 TEXT_KEY = "retinanet"
-"""Key of the text: a metadata property (ONNX), an rt_info (OpenVINO), ``extra/retinanet``."""
+"""Key of the metadata: a metadata property (ONNX), an rt_info (OpenVINO), ``extra/retinanet``."""
 
 DETECTIONS, SCORES = "detections", "scores"
 """Forms: with post-processing; or boxes and scores of all anchors, for an external NMS."""
@@ -43,6 +42,12 @@ DETECTIONS, SCORES = "detections", "scores"
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
 _TARGETS = {".onnx": ("onnx",), ".xml": ("openvino",), ".pt2": ("torch", "aotinductor")}
+_RUNNERS = {
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "torch.export",
+    "aotinductor": "AOTInductor",
+}
 _Run = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -92,19 +97,13 @@ def read_exported(path: str | Path) -> ExportedFile:
     suffix = path.suffix.lower()
     text = {".onnx": _onnx_text, ".xml": _openvino_text, ".pt2": _torch_text}[suffix](path)
     if not text:
-        _reject(path, f"it holds no text {TEXT_KEY!r}: it is not of retinanet export")
+        _reject(path, f"it has no text {TEXT_KEY!r}: it is not of retinanet export")
     try:
         values = json.loads(text)
     except ValueError as error:
         _reject(path, f"its text is not JSON: {error}")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        _reject(path, f'its text lacks "format": "{FORMAT}"')
-    version = values.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version > FORMAT_VERSION:
-        _reject(
-            path,
-            f"it has version {version!r}, this package reads up to {FORMAT_VERSION}: upgrade it",
-        )
+    checked = parse_text(values, path, FORMAT, FORMAT_VERSION)
+    spec = checked.spec
     known = {
         "target": _TARGETS[suffix],
         "form": (DETECTIONS, SCORES),
@@ -113,26 +112,21 @@ def read_exported(path: str | Path) -> ExportedFile:
     for key, choices in known.items():
         if values.get(key) not in choices:
             _reject(path, f"{key} is {values.get(key)!r}, not one of {', '.join(choices)}")
-    checked = CheckpointText(values, path)
-    spec = checked.spec()
-    info = checked.info
     try:
-        detect = build_recipe({"detect": info.get("detect")}, str(path)).detect
+        detect = build_recipe({"detect": checked.info.get("detect")}, str(path)).detect
     except ConfigError as error:
         _reject(path, f"info.detect has no thresholds: {error}")
     return ExportedFile(
         path=path,
-        target=values["target"],
-        form=values["form"],
-        precision=values["precision"],
+        **{key: values[key] for key in known},
         classes=checked.classes,
         category_ids=checked.category_ids,
-        image_size=checked.whole("preprocessing", "image_size"),
-        max_size=checked.whole("preprocessing", "max_size"),
+        image_size=checked.image_size,
+        max_size=checked.max_size,
         thresholds=cast(Thresholds, detect.model_dump()),
         strides=(4,) * spec.p2 + (8, 16, 32, 64, 128),
         per_cell=len(spec.scales) * len(spec.aspect_ratios),
-        info=info,
+        info=checked.info,
     )
 
 
@@ -144,45 +138,30 @@ def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torc
     Raises:
         ConfigError: as there, or the file does not run on that device.
     """
-    if name == "auto":
-        found = choose_device("auto")
-        fits = file.target == "onnx" and found.type == "cuda" and _onnx_has_cuda()
-        return found if fits else torch.device("cpu")
     device = choose_device(name)
-    if file.target == "onnx" and device.type == "cuda" and not _onnx_has_cuda():
-        raise ConfigError(
-            f"this onnxruntime runs {file.path.name} on the CPU alone, the device is {device}: "
-            "pip install onnxruntime-gpu, or give --device cpu"
-        )
-    if device.type not in ("cpu", "cuda" if file.target == "onnx" else "cpu"):
-        raise ConfigError(
-            f"{file.path.name} runs on the CPU, the device is {device}: give --device cpu, or the "
-            "run that it was exported from"
-        )
-    return device
+    if device.type == "cpu":
+        return device
+    if file.target == "onnx" and device.type == "cuda":
+        if _onnx_has_cuda():
+            return device
+        problem = "this onnxruntime runs {} on the CPU alone, the device is {}: "
+        remedy = "pip install onnxruntime-gpu, or give --device cpu"
+    else:
+        problem = "{} runs on the CPU, the device is {}: "
+        remedy = "give --device cpu, or the run that it was exported from"
+    if name == "auto":
+        return torch.device("cpu")
+    raise ConfigError(problem.format(file.path.name, device) + remedy)
 
 
-def check_built_in(
-    file: ExportedFile,
-    *,
-    precision: str,
-    backend: str,
-    calibrate: Any,
-    image_size: int,
-    max_size: int,
-) -> None:
-    """Check that the options are those that were built in.
+def check_built_in(file: ExportedFile, calibrate: Any, **options: int | str) -> None:
+    """Check that ``precision``, ``backend`` and sizes are those that were built in, or auto.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or there are images to calibrate on.
     """
-    options = {
-        "image_size": (image_size, file.image_size),
-        "max_size": (max_size, file.max_size),
-        "precision": (precision, file.precision),
-        "backend": (backend, file.target),
-    }
-    for key, (wanted, built) in options.items():
+    for key, wanted in options.items():
+        built = file.target if key == "backend" else getattr(file, key)
         if wanted not in ("auto", built):
             raise ConfigError(
                 f"{file.path.name} was exported with {key} {built}, got {wanted}: "
@@ -210,8 +189,8 @@ class ExportedNetwork:
         """Load the network; it uses as many threads as torch.
 
         Args:
-            file: as :func:`read_exported` gives it.
-            device: as :func:`choose_exported_device` gives it.
+            file: of :func:`read_exported`.
+            device: of :func:`choose_exported_device`.
 
         Raises:
             WeightsError: the file is missing or damaged.
@@ -221,18 +200,16 @@ class ExportedNetwork:
         self.device = device
         self.precision = file.precision
         self.backend = file.target
+        runner = _RUNNERS[file.target]
+        self.description = f"{runner} on {device.type}, {file.precision}, {file.path.name}"
         if not file.path.is_file():
             _reject(file.path, "the exported file is missing; export it again")
-        build = {
-            "onnx": _onnx_run,
-            "openvino": _openvino_run,
-            "torch": _torch_run,
-            "aotinductor": _aotinductor_run,
-        }[file.target]
-        self._run: _Run = build(file.path, device)
-        name = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch.export"}
-        runner = name.get(file.target, "AOTInductor")
-        self.description = f"{runner} on {device.type}, {file.precision}, {file.path.name}"
+        if file.target == "onnx":
+            self._run = _onnx_run(file.path, device)
+        elif file.target == "openvino":
+            self._run = _openvino_run(file.path)
+        else:
+            self._run = _torch_run(file.path, file.target)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ExportedNetwork, (self.file, self.device)
@@ -256,14 +233,13 @@ class ExportedNetwork:
         """
         if self.file.form == SCORES:
             return
-        for key, built in self.file.thresholds.items():
-            wanted = thresholds.get(key, built)
+        for key, built in cast(dict[str, Any], self.file.thresholds).items():
+            wanted: Any = thresholds.get(key, built)
+            fits, allowed = wanted == built, ""
             if key == "score_threshold":
-                fits, allowed = cast(float, wanted) >= cast(float, built), " or more"
+                fits, allowed = wanted >= built, " or more"
             elif key == "detections_per_image":
-                fits, allowed = cast(int, wanted) <= cast(int, built), " or less"
-            else:
-                fits, allowed = wanted == built, ""
+                fits, allowed = wanted <= built, " or less"
             if not fits:
                 raise ConfigError(
                     f"{self.file.path.name} was exported with {key} {built}, which allows "
@@ -283,19 +259,16 @@ class ExportedNetwork:
         """
         used = Thresholds(**{**self.file.thresholds, **thresholds})  # type: ignore[typeddict-item]
         self.check(used)
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_shape.setdefault(tuple(image.shape), []).append(index)
+        read = self._select if self.file.form == DETECTIONS else self._postprocess
         found: dict[int, Detections] = {}
-        for shape, indices in by_shape.items():
-            outputs = self._run(torch.stack([images[i] for i in indices]).contiguous())
-            read = self._select if self.file.form == DETECTIONS else self._postprocess
+        for indices in group_by(images, lambda image: image.shape):
+            batch = torch.stack([images[i] for i in indices]).contiguous()
+            outputs = self._run(batch)
             for row, index in enumerate(indices):
-                parts = [part[row].cpu() for part in outputs]
-                found[index] = read(parts, (shape[1], shape[2]), used)
+                found[index] = read([part[row].cpu() for part in outputs], batch.shape[2:], used)
         return [found[index] for index in range(len(images))]
 
-    def _select(self, parts: list[Tensor], size: tuple[int, int], used: Thresholds) -> Detections:
+    def _select(self, parts: list[Tensor], size: Sequence[int], used: Thresholds) -> Detections:
         boxes, scores, labels, count = parts
         count = (scores[: int(count)] > used["score_threshold"]).sum()
         last = min(int(count), used["detections_per_image"])
@@ -303,11 +276,12 @@ class ExportedNetwork:
         return Detections(boxes[:last].clone(), scores[:last].clone(), labels[:last].clone())
 
     def _postprocess(
-        self, parts: list[Tensor], size: tuple[int, int], used: Thresholds
+        self, parts: list[Tensor], size: Sequence[int], used: Thresholds
     ) -> Detections:
         """Post-process as for every network, with the boxes as its anchors."""
         boxes, scores = parts
-        sides = network_size(*size, self.file.image_size, self.file.max_size)
+        height, width = size
+        sides = network_size(height, width, self.file.image_size, self.file.max_size)
         divisor = RetinaNet.size_divisor
         padded = (-(-side // divisor) * divisor for side in sides)
         cells = feature_sizes(self.file.strides, *padded)
@@ -319,13 +293,13 @@ class ExportedNetwork:
                 tuple(level.new_zeros(1, 4, len(level), 1) for level in logits),
             ),
             torch.split(boxes, counts),
-            torch.tensor([size]),
+            torch.tensor([[height, width]]),
             num_classes=len(self.file.classes),
             **used,
         )[0]
 
 
-def _onnx_session(path: Path, providers: list[Any], *, ready: bool) -> Any:
+def _onnx_session(path: Path, providers: list[Any], *, optimize: bool) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -334,7 +308,7 @@ def _onnx_session(path: Path, providers: list[Any], *, ready: bool) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not ready:
+    if not optimize:
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_DISABLE_ALL
     try:
@@ -350,7 +324,7 @@ def _onnx_has_cuda() -> bool:
 
 
 def _onnx_text(path: Path) -> str:
-    session = _onnx_session(path, ["CPUExecutionProvider"], ready=False)
+    session = _onnx_session(path, ["CPUExecutionProvider"], optimize=False)
     return str(session.get_modelmeta().custom_metadata_map.get(TEXT_KEY, ""))
 
 
@@ -358,7 +332,7 @@ def _onnx_run(path: Path, device: torch.device) -> _Run:
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-    session = _onnx_session(path, providers, ready=True)
+    session = _onnx_session(path, providers, optimize=True)
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Sequence[Tensor]:
@@ -383,7 +357,7 @@ def _openvino_text(path: Path) -> str:
     return str(model.get_rt_info([TEXT_KEY]).astype(str)) if model.has_rt_info([TEXT_KEY]) else ""
 
 
-def _openvino_run(path: Path, device: torch.device) -> _Run:
+def _openvino_run(path: Path) -> _Run:
     from retinanet.inference.openvino_backend import compile_on_cpu
 
     # Below float32, boxes would be pixels off; int8 convolutions stay int8.
@@ -409,23 +383,15 @@ def _torch_text(path: Path) -> str:
     return ""
 
 
-def _torch_run(path: Path, device: torch.device) -> _Run:
-    import torchvision  # noqa: F401  its nms is asked for by name
+def _torch_run(path: Path, target: str) -> _Run:
+    import torchvision  # noqa: F401  the file calls its nms by name
 
     try:
-        module = torch.export.load(path).module()
-    except Exception as error:
-        _reject(path, f"torch.export cannot load it: {error}")
-    return cast(_Run, module)
-
-
-def _aotinductor_run(path: Path, device: torch.device) -> _Run:
-    import torchvision  # noqa: F401  as above
-
-    try:
+        if target == "torch":
+            return cast(_Run, torch.export.load(path).module())
         return cast(_Run, torch._inductor.aoti_load_package(str(path)))
     except Exception as error:
-        _reject(path, f"AOTInductor cannot load it: {error}")
+        _reject(path, f"{_RUNNERS[target]} cannot load it: {error}")
 
 
 def _reject(path: Path, why: str) -> NoReturn:

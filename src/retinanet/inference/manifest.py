@@ -11,10 +11,7 @@ from retinanet.errors import DataError
 from retinanet.files import write_atomic
 
 MANIFEST = ".retinanet-outputs"
-"""Name of the record: a header line, then a JSON object per file, written before the file is.
-
-Hidden, so that it is in the way of no pattern and no name of an output.
-"""
+"""Name of the record: a header line, then a JSON object per file, written before the file is."""
 
 _HEADER = json.dumps({"format": "retinanet detect", "version": 1})
 
@@ -42,7 +39,7 @@ class OutputFolder:
         self._stale = {name for name, listed in self._files.items() if listed == kind}
 
     def claim(self, file: Path) -> Path:
-        """Record that `file`, below the folder, is an output; returns it.
+        """Record that `file`, below the folder, is an output, and return it.
 
         Raises:
             DataError: it exists, and detection did not write it.
@@ -55,25 +52,23 @@ class OutputFolder:
                     f"output file exists and was not written by retinanet detect: {file}; "
                     "choose another --out"
                 )
+            self._files[name] = self._kind
             self.path.mkdir(parents=True, exist_ok=True)
             manifest = self.path / MANIFEST
-            line = json.dumps({"file": name, "kind": self._kind})
-            # The line break comes first: a killed process may have left half a line.
-            text = f"\n{line}" if manifest.is_file() else f"{_HEADER}\n{line}"
+            start = "" if manifest.is_file() else _HEADER
             with manifest.open("a", encoding="utf-8") as lines:
-                lines.write(text)
-            self._files[name] = self._kind
+                # The line break comes first: a killed process may have left half a line.
+                lines.write(f"{start}\n{_line(name, self._kind)}")
         return file
 
     def delete_stale(self) -> None:
         """Delete the files of this kind that earlier detections wrote and this one did not.
 
         Raises:
-            DataError: one cannot be deleted.
+            DataError: a file cannot be deleted.
         """
         if not self._stale:
             return
-        folders: set[Path] = set()
         for name in self._stale:
             file = self.path / name
             try:
@@ -83,14 +78,17 @@ class OutputFolder:
                     f"cannot delete an output of an earlier detection: {file}: {error.strerror}; "
                     "choose another --out"
                 ) from None
-            folders.update(self.path / parent for parent in Path(name).parents)
             del self._files[name]
+            for folder in file.parents[: len(Path(name).parts) - 1]:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
         self._stale.clear()
-        for folder in sorted(folders - {self.path}, key=lambda path: -len(path.parts)):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        rest = [json.dumps({"file": name, "kind": kind}) for name, kind in self._files.items()]
+        rest = [_line(name, kind) for name, kind in self._files.items()]
         write_atomic(self.path / MANIFEST, "\n".join((_HEADER, *rest)))
+
+
+def _line(name: str, kind: str) -> str:
+    return json.dumps({"file": name, "kind": kind})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -135,6 +133,18 @@ class OutputFilter:
     def inputs(self, files: Iterable[Path]) -> list[Path]:
         """Return the files that are not outputs."""
         return [file for file in files if not self.is_output(file)]
+
+    def check(self, file: str | Path) -> None:
+        """Check that a file that was named explicitly is no output.
+
+        Raises:
+            DataError: it is one.
+        """
+        if self.is_output(file):
+            raise DataError(
+                f"{file}: is an output of an earlier detection; copy it out of that folder to "
+                "use it as an input"
+            )
 
     def _read(self, folder: Path) -> frozenset[str]:
         if folder not in self._outputs:

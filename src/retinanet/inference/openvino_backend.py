@@ -40,18 +40,19 @@ _HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 class OpenVINONetwork:
-    """A compiled ``openvino.Model`` as a function of images, with torch's number of threads.
+    """An ``openvino.Model`` as a function of images, with torch's number of threads.
 
-    Copies and pickles hold the compiled model, for the same version of OpenVINO.
+    Copies and pickles contain the compiled model, for the same version of OpenVINO.
 
     Attributes:
         deviation: of int8: relative rms of the outputs to those of float32; None otherwise.
     """
 
-    def __init__(self, compiled: Any, levels: int, deviation: float | None = None) -> None:
+    def __init__(self, compiled: Any, levels: int, hint: str) -> None:
         self._compiled = compiled
         self._levels = levels
-        self.deviation = deviation
+        self._hint = hint
+        self.deviation: float | None = None
 
     def __call__(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) images to the outputs of the network; several threads may call."""
@@ -63,12 +64,18 @@ class OpenVINONetwork:
         return Outputs(tuple(maps[: self._levels]), tuple(maps[self._levels :]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        blob = self._compiled.export_model()
-        return _import_network, (blob, self._levels, self.deviation)
+        state = {"deviation": self.deviation}
+        return _import_network, (self._compiled.export_model(), self._levels, self._hint), state
 
 
-def _import_network(blob: bytes, levels: int, deviation: float | None) -> OpenVINONetwork:
-    return OpenVINONetwork(import_openvino().Core().import_model(blob, "CPU"), levels, deviation)
+def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
+    # The exported model does not contain its precision: bf16 would be used where the CPU has it.
+    compiled = import_openvino().Core().import_model(blob, "CPU", _settings(hint))
+    return OpenVINONetwork(compiled, levels, hint)
+
+
+def _compile(model: Any, levels: int, hint: str) -> OpenVINONetwork:
+    return OpenVINONetwork(compile_on_cpu(model, hint), levels, hint)
 
 
 def import_openvino() -> Any:
@@ -86,12 +93,15 @@ def import_openvino() -> Any:
 
 def compile_on_cpu(model: Any, hint: str = "f32") -> Any:
     """Compile an ``openvino.Model`` for this CPU, with torch's number of threads."""
-    settings = {
+    return import_openvino().Core().compile_model(model, "CPU", _settings(hint))
+
+
+def _settings(hint: str) -> dict[str, Any]:
+    return {
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return import_openvino().Core().compile_model(model, "CPU", settings)
 
 
 def openvino_network(
@@ -110,22 +120,21 @@ def openvino_network(
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
     import_openvino()
+    images = calibration_images(calibration) if precision == "int8" else []  # before the conversion
     levels = len(model.strides)
     converted = convert(model)
     if precision != "int8":
-        return OpenVINONetwork(compile_on_cpu(converted, _HINTS[precision]), levels)
+        return _compile(converted, levels, _HINTS[precision])
     exact = {
         _convolution_before(output)
         for output in converted.outputs
         if output.get_partial_shape()[3].get_length() <= NARROW
     }
-    images = calibration_images(calibration)
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    network = OpenVINONetwork(compile_on_cpu(quantized, "bf16" if has_bf16 else "f32"), levels)
-    network.deviation = _deviation(
-        network, OpenVINONetwork(compile_on_cpu(converted), levels), images[:_COMPARED_IMAGES]
-    )
+    network = _compile(quantized, levels, "bf16" if has_bf16 else "f32")
+    reference = _compile(converted, levels, "f32")
+    network.deviation = max(_deviations(network, reference, images[:_COMPARED_IMAGES]))
     if network.deviation > MAX_INT8_DEVIATION:
         warnings.warn(
             f"int8 outputs differ from float32 by {network.deviation:.0%} rms on the calibration "
@@ -136,8 +145,10 @@ def openvino_network(
     return network
 
 
-def _deviation(network: OpenVINONetwork, reference: OpenVINONetwork, images: list[Tensor]) -> float:
-    """Relative rms of the differences, of the logits or the deltas, whichever is larger."""
+def _deviations(
+    network: OpenVINONetwork, reference: OpenVINONetwork, images: list[Tensor]
+) -> list[float]:
+    """Relative rms differences of the logits and of the deltas."""
     error, total = torch.zeros(2), torch.zeros(2)
     for image in images:
         for part, (ours, theirs) in enumerate(zip(network(image), reference(image), strict=True)):
@@ -145,7 +156,7 @@ def _deviation(network: OpenVINONetwork, reference: OpenVINONetwork, images: lis
                 centred = expected - expected.mean() if part == 0 else expected
                 error[part] += (out - expected).square().sum()
                 total[part] += centred.square().sum()
-    return float((error / total.clamp(min=1e-12)).sqrt().max())
+    return (error / total.clamp(min=1e-12)).sqrt().tolist()
 
 
 def convert(model: RetinaNet) -> Any:
@@ -184,7 +195,7 @@ def calibration_images(calibration: Iterable[Tensor] | None) -> list[Tensor]:
     images = list(islice(calibration or (), CALIBRATION_IMAGES))
     if not images:
         raise ConfigError(
-            "precision int8 is calibrated on images of the kind that will be searched: "
+            "precision int8 is calibrated on images like those to be detected in: "
             "give some (--calibrate FOLDER)"
         )
     return images

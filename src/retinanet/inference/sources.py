@@ -1,9 +1,10 @@
-"""What a person points the detector at, as single images: paths, folders, globs, pixels."""
+"""Sources of images: paths, folders, globs, tar archives, arrays, tensors and encoded bytes."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,21 +22,23 @@ from retinanet.errors import DataError, ImageError
 from retinanet.inference.detections import Failure
 from retinanet.inference.manifest import OutputFilter
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+)
+"""Lower-case suffixes of videos."""
+
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
-
-
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One image to search.
+    """An input image.
 
     Attributes:
-        image: its path, or its pixels or encoded bytes in a form that :meth:`read` takes.
-        name: a relative path that no other image of the same call has.
-        value_range: the values of black and of full intensity, as in
-            :func:`retinanet.data.images.read_image`.
+        image: its path, or its pixels or encoded bytes as :func:`read_image` takes them.
+        name: a relative path, unique among the images of a call.
+        value_range: as in :func:`read_image`.
     """
 
     image: Any
@@ -43,7 +46,7 @@ class Source:
     value_range: ValueRange | None = None
 
     def read(self) -> Tensor:
-        """The image, (3, H, W) uint8 RGB, upright.
+        """Read the image as (3, H, W) uint8 RGB, upright.
 
         Raises:
             ImageError: it cannot be read, or is no image.
@@ -51,51 +54,38 @@ class Source:
         return self._read(read_image)
 
     def read_reduced(self, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
-        """As :func:`retinanet.data.images.read_reduced`: for a resize, and the whole's size.
-
-        Raises:
-            ImageError: as in :meth:`read`.
-        """
+        """Call :func:`retinanet.data.images.read_reduced`; errors as :meth:`read`."""
         return self._read(read_reduced, shorter, longest)
 
     def open_windows(self) -> Windows:
-        """As :func:`retinanet.data.windows.open_windows`: to read parts of the image.
-
-        Raises:
-            ImageError: as in :meth:`read`.
-        """
+        """Call :func:`retinanet.data.windows.open_windows`; errors as :meth:`read`."""
         return self._read(open_windows)
 
+    def load(self) -> Any:
+        """Return the image in a form that :func:`read_image` takes."""
+        return self.image
+
     def _read(self, read: Callable[..., _T], *sides: int) -> _T:
-        if isinstance(self.image, str | Path):
-            # Errors name the file.
-            return read(self.image, *sides, value_range=self.value_range)
         try:
-            return read(self.image, *sides, value_range=self.value_range)
-        except Exception as error:  # such as an array of objects
+            return read(self.load(), *sides, value_range=self.value_range)
+        except Exception as error:
+            if isinstance(self.image, str | Path):
+                raise  # it names the file
             raise ImageError(f"{self.name}: {error}") from error
 
     def failure(self, error: Exception) -> Failure:
-        """That reading or searching it raised `error`."""
+        """Report `error`, which reading the image raised."""
         path = str(self.image) if isinstance(self.image, str | Path) else self.name
-        # Our own errors name the image; those of the libraries below say neither that nor what
-        # they are.
-        own = isinstance(error, DataError)
-        reason = str(error) if own else f"{path}: {type(error).__name__}: {error}"
+        # Errors of libraries contain neither the image nor their own type.
+        is_ours = isinstance(error, DataError)
+        reason = str(error) if is_ours else f"{path}: {type(error).__name__}: {error}"
         return Failure(path, " ".join(reason.split()), error)
 
 
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
-)
-"""Lower-case suffixes of files that are searched frame by frame."""
-
-
 def is_video(given: str | Path) -> bool:
-    """Whether `given` names a video by its suffix, or a camera by its number.
+    """Return whether `given` is a video by its suffix, or the number of a camera.
 
-    What is there is a file or a folder, whatever digits its name has; so is a folder named like a
-    video.
+    An existing file or folder is never a camera, and a folder never a video.
     """
     path = Path(given)
     if str(given).isdecimal():
@@ -104,7 +94,7 @@ def is_video(given: str | Path) -> bool:
 
 
 def is_single(given: Any) -> bool:
-    """Whether `given` is one image rather than several: neither list, folder, glob nor batch."""
+    """Return whether `given` is one image: neither a list, a folder, a glob nor a batch."""
     if isinstance(given, str | Path):
         if _is_archive(given):
             return False
@@ -130,11 +120,12 @@ def find_sources(given: Any) -> list[Source]:
         DataError: a path does not exist or is such an output, a folder or a glob holds no image, or
             a type is unknown.
     """
-    found = list(iter_sources(given if is_sequence(given) else [given]))
-    for source in found:
+    found = []
+    for source in iter_sources(given if is_sequence(given) else [given]):
         if isinstance(source, Failure):
             raise source.error
-    return [source for source in found if isinstance(source, Source)]
+        found.append(source)
+    return found
 
 
 def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source | Failure]:
@@ -144,18 +135,15 @@ def iter_sources(given: Iterable[Any], *, once: bool = False) -> Iterator[Source
     names by their folders; any other iterable is expanded item by item.
 
     Args:
-        given: items as :func:`find_sources` takes them.
-        once: skip files of a sequence that came before: a file named twice, or named beside its
-            folder.
+        given: items as :func:`find_sources` takes them; a Failure is yielded as it is.
+        once: leave out files of a sequence that came before.
     """
     outputs = OutputFilter()
+    found = (source for i, item in enumerate(given) for source in _expand_or_fail(item, i, outputs))
     if is_sequence(given):
-        groups = [_expand_or_fail(item, i, outputs) for i, item in enumerate(given)]
-        found = [source for group in groups for source in group]
-        yield from _distinct(_without_repeats(found) if once else found)
+        yield from _distinct(_without_repeats(found) if once else list(found))
     else:
-        for i, item in enumerate(given):
-            yield from _expand_or_fail(item, i, outputs)
+        yield from found
 
 
 def is_sequence(given: Any) -> bool:
@@ -163,93 +151,128 @@ def is_sequence(given: Any) -> bool:
     return isinstance(given, Sequence) and not isinstance(given, str | EncodedImage)
 
 
-def _expand_or_fail(item: Any, index: int, outputs: OutputFilter) -> list[Source | Failure]:
+def is_image_name(name: str | Path) -> bool:
+    """Return whether a file is an image by its suffix, and not hidden.
+
+    macOS writes ``._1.jpg`` beside ``1.jpg`` on foreign disks.
+    """
+    path = Path(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def list_folder(folder: str | Path) -> list[Path]:
+    """List the files below a folder, sorted, without hidden ones and what links to folders lead to.
+
+    Raises:
+        DataError: a folder cannot be listed: its images would be lost silently.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+
+    return _walk(folder, None, fail)
+
+
+def match_glob(pattern: str | Path) -> tuple[Path, list[Path]]:
+    """Return the folder before the first wildcard, and the matching files, without hidden ones.
+
+    Raises:
+        DataError: the pattern is invalid.
+    """
+    from fsspec.utils import glob_translate  # as for addresses; unlike glob, without links' loops
+
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    depth = None if "**" in parts else len(parts) - fixed
     try:
-        return list(_expand(item, index, outputs))
+        matches = re.compile(glob_translate(Path(*parts[fixed:]).as_posix())).match
+    except ValueError as error:
+        raise DataError(f"{pattern}: invalid glob: {error}") from None
+    files = _walk(root, depth) if root.is_dir() else []
+    return root, [file for file in files if matches(file.relative_to(root).as_posix())]
+
+
+def _walk(
+    folder: str | Path, depth: int | None, onerror: Callable[[OSError], None] | None = None
+) -> list[Path]:
+    found = []
+    for where, folders, names in os.walk(folder, onerror=onerror):
+        level = len(Path(where).relative_to(folder).parts) + 1
+        deeper = depth is None or level < depth
+        folders[:] = [name for name in folders if deeper and not name.startswith(".")]
+        found += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _expand_or_fail(item: Any, index: int, outputs: OutputFilter) -> list[Source] | list[Failure]:
+    if isinstance(item, Failure):
+        return [item]
+    try:
+        return list(_expand(item, f"image_{index:06d}", outputs))
     except DataError as error:
-        name = str(item) if isinstance(item, str | Path) else _name(index)
+        name = str(item) if isinstance(item, str | Path) else f"image_{index:06d}"
         return [Failure(name, str(error), error)]
 
 
-def _expand(item: Any, index: int, outputs: OutputFilter) -> Iterator[Source]:
+def _expand(item: Any, name: str, outputs: OutputFilter) -> Iterator[Source]:
     if isinstance(item, Source):
         yield item
     elif isinstance(item, str | Path):
         yield from _expand_path(item, outputs)
     elif isinstance(item, Tensor | np.ndarray) and item.ndim == 4:
-        yield from (Source(img, f"{_name(index)}_{i:06d}") for i, img in enumerate(item))
+        yield from (Source(image, f"{name}_{i:06d}") for i, image in enumerate(item))
     elif isinstance(item, Tensor | np.ndarray | Image.Image | EncodedImage):
-        yield Source(item, _name(index))
+        yield Source(item, name)
     else:
         raise DataError(
-            f"cannot search a {type(item).__name__}; give a path, a folder, a glob, an array, "
-            "a tensor, a PIL image, the bytes of an image file, or a list of them"
+            f"unknown type of source: {type(item).__name__}; give a path, a folder, a glob, an "
+            "array, a tensor, a PIL image, the bytes of an image file, or a list of them"
         )
 
 
 def _expand_path(given: str | Path, outputs: OutputFilter) -> Iterator[Source]:
     path = Path(given)
-    # What exists is never a glob, whatever brackets its name holds.
+    # An existing file is never a glob, whatever brackets its name contains.
     if path.is_dir():
-        images = sorted(_files_under(path, _is_image))
-        files = outputs.inputs(images) or sorted(_files_under(path, _is_archive))
-        if not files:
-            raise DataError(
-                f"{given}: no image in this folder ({_SUFFIXES}), and no .tar{_ignored(images)}"
-            )
-        yield from _named(files, path)
+        root, files, problem = path, list_folder(path), "no image in this folder"
+        images = [file for file in files if is_image_name(file)]
+        inputs = outputs.inputs(images) or [file for file in files if _is_archive(file)]
     elif _is_archive(path):
         yield from _members(path, "")
+        return
     elif archives.archive_of(path) is not None:
         yield Source(path, path.name)
+        return
     elif path.is_file():
-        if outputs.is_output(path):
-            raise DataError(
-                f"{given}: is an output of an earlier detection; copy it out of that folder to "
-                "use it as an input"
-            )
+        outputs.check(path)
         yield Source(given, path.name)
+        return
     elif glob.has_magic(str(given)):
-        matches = (Path(match) for match in glob.iglob(str(given), recursive=True))
-        images = sorted(
-            match
-            for match in matches
-            if _is_archive(match) or (_is_image(match) and match.is_file())
-        )
-        files = outputs.inputs(images)
-        if not files:
-            raise DataError(f"{given}: no image matches ({_SUFFIXES}){_ignored(images)}")
-        parts = path.parts
-        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        yield from _named(files, Path(*parts[:fixed]))
+        root, files = match_glob(path)
+        problem = "no image matches"
+        images = [file for file in files if is_image_name(file) or _is_archive(file)]
+        inputs = outputs.inputs(images)
     else:
         raise DataError(f"{given}: there is no such file or folder")
-
-
-def _ignored(outputs: Sequence[Path]) -> str:
-    return f" but {len(outputs)} outputs of an earlier detection" if outputs else ""
-
-
-def _named(files: Iterable[Path], folder: Path) -> Iterator[Source]:
-    """Images, and those in archives, named by their paths relative to `folder`."""
-    for file in files:
-        name = file.relative_to(folder).as_posix()
+    if not inputs:
+        ignored = f" but {len(images)} outputs of an earlier detection" if images else ""
+        raise DataError(f"{given}: {problem} ({_SUFFIXES}), and no .tar{ignored}")
+    for file in inputs:
+        name = file.relative_to(root).as_posix()
         if _is_archive(file):
             yield from _members(file, f"{name}/")
         else:
             yield Source(file, name)
 
 
-def _members(archive: Path, before: str) -> Iterator[Source]:
-    """The images of a tar, in its order."""
-    names = [
-        name
-        for name in archives.contents_of(archives.address_of(archive)).members
-        if _is_image(Path(name))
-    ]
+def _members(archive: Path, prefix: str) -> Iterator[Source]:
+    """Yield the images of a tar file, in its order."""
+    members = archives.contents_of(archives.address_of(archive)).members
+    names = [name for name in members if is_image_name(name)]
     if not names:
         raise DataError(f"{archive}: no image in this archive ({_SUFFIXES})")
-    yield from (Source(archive / name, f"{before}{name}") for name in names)
+    yield from (Source(archive / name, f"{prefix}{name}") for name in names)
 
 
 def _is_archive(given: str | Path) -> bool:
@@ -259,51 +282,38 @@ def _is_archive(given: str | Path) -> bool:
     return archives.is_remote(path) or path.is_file()
 
 
-def _files_under(folder: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(where, name) for name in names)
-        yield from (file for file in files if wanted(file))
+def _file_of(source: Source | Failure) -> str | None:
+    """Return the absolute path of a source that is a file."""
+    if isinstance(source, Source) and isinstance(source.image, str | Path):
+        return os.path.abspath(source.image)
+    return None
 
 
-def _is_image(file: Path) -> bool:
-    # macOS leaves ._1.jpg beside 1.jpg on foreign disks: not an image.
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-
-
-def _without_repeats(found: list[Source | Failure]) -> list[Source | Failure]:
-    kept, seen = [], set()
-    for one in found:
-        if isinstance(one, Source) and isinstance(one.image, str | Path):
-            file = os.path.abspath(one.image)
-            if file in seen:
-                continue
+def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure]:
+    kept: list[Source | Failure] = []
+    seen: set[str] = set()
+    for source in found:
+        file = _file_of(source)
+        if file is None or file not in seen:
+            kept.append(source)
+        if file is not None:
             seen.add(file)
-        kept.append(one)
     return kept
 
 
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
-    """The same sources; if two share a name, files are named by their path from where all lie."""
-    names = [one.name.casefold() for one in found if isinstance(one, Source)]
-    if len(set(names)) == len(names):
+    """Return the same sources; where names repeat, files are named from their common folder."""
+    names = [source.name.casefold() for source in found if isinstance(source, Source)]
+    files = {i: file for i, source in enumerate(found) if (file := _file_of(source))}
+    if len(set(names)) == len(names) or not files:
         return found
-    files = {
-        i: os.path.abspath(one.image)
-        for i, one in enumerate(found)
-        if isinstance(one, Source) and isinstance(one.image, str | Path)
-    }
     try:
         root = os.path.commonpath({os.path.dirname(file) for file in files.values()})
-    except ValueError:  # two drives, or no file at all: whoever writes files numbers them
+    except ValueError:  # on two drives: the writers number the files
         return found
     return [
-        replace(one, name=Path(os.path.relpath(files[i], root)).as_posix())
-        if isinstance(one, Source) and i in files
-        else one
-        for i, one in enumerate(found)
+        replace(source, name=Path(os.path.relpath(files[i], root)).as_posix())
+        if isinstance(source, Source) and i in files
+        else source
+        for i, source in enumerate(found)
     ]
-
-
-def _name(index: int) -> str:
-    return f"image_{index:06d}"

@@ -1,57 +1,60 @@
 """Output files of detection, written image by image: memory does not grow with their number.
 
-Every writer is a context manager that yields a function to call with each :class:`ImageDetections`
-or :class:`Failure`. A file of several images is written under another name and renamed when the
-context ends without an error, so it is never seen incomplete.
+Each writer is a context manager that yields a function to call with each :class:`ImageDetections`.
+A file of several images is written under another name and renamed when the context ends without an
+error, so it is never seen incomplete.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
+from torch import Tensor
 
 from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data.drawing import PALETTE
-from retinanet.errors import DataError
 from retinanet.files import open_atomic, write_atomic
 from retinanet.inference.detections import DRAWN_SCORE, Failure, ImageDetections
 from retinanet.inference.manifest import OutputFolder
 
-Write = Callable[[ImageDetections | Failure], None]
-"""Takes the result of one image."""
+Write = Callable[[Any], None]
+"""Takes an :class:`ImageDetections`; that of JSON and of :func:`open_outputs` also a Failure."""
 
 Claim = Callable[[Path], Path]
 """Takes the path of an output before it is written; see :meth:`OutputFolder.claim`."""
 
-OUTPUT_FORMATS = ("json", "images", "coco", "csv", "yolo", "labelstudio", "cvat")
-"""What :func:`open_outputs` can write."""
-
 LOCAL_FILES = "/data/local-files/?d="
-"""Where Label Studio finds a file of its own disk, by its path under the document root."""
+"""Address under which Label Studio serves a file of its own disk."""
 
-_CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
-_FILES = {
+_FILES: dict[str, tuple[str, ...]] = {
     "json": ("detections.json",),
+    "images": (),
     "coco": ("coco_results.json",),
     "csv": ("detections.csv",),
     "yolo": ("classes.txt",),
     "labelstudio": ("label_studio_tasks.json", "label_studio_config.xml"),
     "cvat": ("cvat_annotations.xml", "cvat_labels.json"),
 }
+
+OUTPUT_FORMATS = tuple(_FILES)
+"""Formats of :func:`open_outputs`."""
+
+_CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @contextmanager
@@ -59,11 +62,8 @@ def open_outputs(
     folder: str | Path,
     formats: Iterable[str] = ("json", "images"),
     *,
-    image_ids: Mapping[Path, int | str] | None = None,
     drawn_score: float = DRAWN_SCORE,
-    confidences: bool = True,
     image_root: str = LOCAL_FILES,
-    model_version: str = f"retinanet {__version__}",
 ) -> Iterator[Write]:
     """Write detections into `folder`, in each of `formats`.
 
@@ -84,10 +84,8 @@ def open_outputs(
     Args:
         folder: created if missing.
         formats: from :data:`OUTPUT_FORMATS`.
-        image_ids: as in :func:`write_coco`.
         drawn_score: minimum score of a drawn box.
-        confidences: whether YOLO's lines end in the score.
-        image_root, model_version: as in :func:`write_label_studio`.
+        image_root: as in :func:`write_label_studio`.
 
     Raises:
         ConfigError: an unknown format.
@@ -98,109 +96,111 @@ def open_outputs(
         check_choice("output format", name, OUTPUT_FORMATS)
     output = OutputFolder(folder, "images")
     folder, claim = output.path, output.claim
-    openers: dict[str, Callable[[], AbstractContextManager[Write]]] = {
+    writers: dict[str, Callable[[], AbstractContextManager[Write]]] = {
         "json": partial(write_json, folder / "detections.json"),
-        "images": partial(
-            write_images, folder / "images", score_threshold=drawn_score, claim=claim
-        ),
-        "coco": partial(write_coco, folder / "coco_results.json", image_ids=image_ids),
+        "images": partial(write_images, folder / "images", drawn_score, claim),
+        "coco": partial(write_coco, folder / "coco_results.json"),
         "csv": partial(write_csv, folder / "detections.csv"),
-        "yolo": partial(write_yolo, folder, confidences=confidences, claim=claim),
-        "labelstudio": partial(
-            write_label_studio, folder, image_root=image_root, model_version=model_version
-        ),
+        "yolo": partial(write_yolo, folder, claim),
+        "labelstudio": partial(write_label_studio, folder, image_root),
         "cvat": partial(write_cvat, folder),
     }
     for name in chosen:
-        for file in _FILES.get(name, ()):
+        for file in _FILES[name]:
             claim(folder / file)
     with ExitStack() as stack:
-        writes = [stack.enter_context(openers[name]()) for name in chosen]
+        opened = {name: stack.enter_context(writers[name]()) for name in chosen}
 
         def write(result: ImageDetections | Failure) -> None:
-            for write_result in writes:
-                write_result(result)
+            for name, write_result in opened.items():
+                if name == "json" or isinstance(result, ImageDetections):
+                    write_result(result)
 
         yield write
     output.delete_stale()
 
 
 @contextmanager
-def write_json(file: str | Path) -> Iterator[Write]:
-    """``{"images": [...], "failures": [...]}`` of what ``to_dict`` gives; a line an object."""
-    failures: list[str] = []
+def _write_items(
+    file: str | Path,
+    items: Callable[[ImageDetections], Iterable[str]],
+    start: str = "[\n",
+    separator: str = ",\n",
+    end: str = "\n]\n",
+) -> Iterator[Write]:
+    """Write the items of each image, such as those of a JSON list."""
     with open_atomic(file) as out:
-        between = "\n"
-        out.write('{"images": [')
+        before = start
 
-        def write(result: ImageDetections | Failure) -> None:
-            nonlocal between
-            if isinstance(result, Failure):
-                failures.append(_json(result.to_dict()))
-                return
-            entry = result.to_dict()
-            objects = ",\n  ".join(_json(found) for found in entry.pop("detections"))
-            head = _json(entry).removesuffix("}")
-            out.write(f'{between}{head}, "detections": [')
-            out.write(f"\n  {objects}]}}" if objects else "]}")
-            between = ",\n"
+        def write(result: ImageDetections) -> None:
+            nonlocal before
+            for item in items(result):
+                out.write(before + item)
+                before = separator
 
         yield write
-        out.write('\n],\n"failures": [')
-        out.write("".join(f"\n{failure}," for failure in failures).removesuffix(","))
-        out.write("\n]}\n" if failures else "]}\n")
+        out.write(end if before == separator else start + end.lstrip("\n"))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
-def write_coco(
-    file: str | Path, *, image_ids: Mapping[Path, int | str] | None = None
-) -> Iterator[Write]:
-    """COCO's results: a list of ``image_id``, ``category_id``, ``bbox`` (x, y, w, h), ``score``.
-
-    Args:
-        file: where it goes.
-        image_ids: the data set's image id by the absolute path of the image. None: the image's
-            name without its suffix, a number where it is one (COCO's ``000000000139.jpg`` is 139);
-            its whole name where an earlier image has taken that.
-
-    Raises:
-        DataError: an image has no id in `image_ids`.
-    """
-    taken: set[int | str] = set()
+def write_json(file: str | Path) -> Iterator[Write]:
+    """Write ``{"images": [...], "failures": [...]}`` of ``to_dict()``; an object per line."""
+    failures: list[str] = []
     with open_atomic(file) as out:
-        between = "\n"
-        out.write("[")
+        before = '{"images": [\n'
 
         def write(result: ImageDetections | Failure) -> None:
-            nonlocal between
+            nonlocal before
+            entry = result.to_dict()
             if isinstance(result, Failure):
+                failures.append(_json(entry))
                 return
-            image_id = _image_id(result, image_ids, taken)
-            for box, score, label in result:
-                x1, y1, x2, y2 = box.tolist()
-                entry = {
-                    "image_id": image_id,
-                    "category_id": result.category_ids[label],
-                    "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                    "score": round(score, 6),
-                }
-                out.write(f"{between}{_json(entry)}")
-                between = ",\n"
+            objects = ",\n  ".join(_json(found) for found in entry.pop("detections"))
+            out.write(f'{before}{_json(entry).removesuffix("}")}, "detections": [')
+            out.write(f"\n  {objects}]}}" if objects else "]}")
+            before = ",\n"
 
         yield write
-        out.write("\n]\n")
+        out.write("\n" if before == ",\n" else before)
+        listed = "".join(f"\n{failure}," for failure in failures).removesuffix(",")
+        out.write(f'],\n"failures": [{listed}]}}\n')
+
+
+def write_coco(file: str | Path) -> AbstractContextManager[Write]:
+    """Write COCO results: ``image_id``, ``category_id``, ``bbox`` (x, y, w, h), ``score``.
+
+    The id is the image's name without its suffix, a number where it is one (COCO's
+    ``000000000139.jpg`` is 139); its whole name where an earlier image has that id.
+    """
+    taken: set[int | str] = set()
+
+    def rows(result: ImageDetections) -> Iterator[str]:
+        image_id = _image_id(result.name, taken)
+        for box, score, label in result:
+            x1, y1, x2, y2 = box.tolist()
+            row = {
+                "image_id": image_id,
+                "category_id": result.category_ids[label],
+                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 6),
+            }
+            yield _json(row)
+
+    return _write_items(file, rows)
 
 
 @contextmanager
 def write_csv(file: str | Path) -> Iterator[Write]:
-    """A row an object: file, width, height, class, score, x1, y1, x2, y2."""
+    """Write a row per object: file, width, height, class, score, x1, y1, x2, y2."""
     with open_atomic(file) as out:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(_CSV_COLUMNS)
 
-        def write(result: ImageDetections | Failure) -> None:
-            if isinstance(result, Failure):
-                return
+        def write(result: ImageDetections) -> None:
             height, width = result.size
             for box, score, label in result:
                 corners = [round(value, 3) for value in box.tolist()]
@@ -211,125 +211,90 @@ def write_csv(file: str | Path) -> Iterator[Write]:
 
 
 @contextmanager
-def write_yolo(
-    folder: str | Path, *, confidences: bool = True, claim: Claim = Path
-) -> Iterator[Write]:
-    """``labels/NAME.txt``: a line an object: class, and centre and size in shares of the image.
+def write_yolo(folder: Path, claim: Claim) -> Iterator[Write]:
+    """Write ``labels/NAME.txt`` with a line per object, and ``classes.txt`` with the class names.
 
-    Args:
-        folder: ``labels`` is made in it, with the subfolders of the images; ``classes.txt`` names
-            the classes, a line each.
-        confidences: whether lines end in the score.
+    A line is the class, centre and size as fractions of the image, and the score. ``labels`` has
+    the subfolders of the images; `claim` is called with each path.
     """
-    folder = Path(folder)
     taken: set[str] = set()
 
-    def write(result: ImageDetections | Failure) -> None:
-        if isinstance(result, Failure):
-            return
+    def write(result: ImageDetections) -> None:
         if not taken:
             write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in result.classes))
-        height, width = result.size
-        lines = []
+        lines = ""
         for box, score, label in result:
-            x1, y1, x2, y2 = box.tolist()
-            shares = (
-                (x1 + x2) / 2 / width,
-                (y1 + y2) / 2 / height,
-                (x2 - x1) / width,
-                (y2 - y1) / height,
-            )
-            numbers = [*shares, score] if confidences else shares
-            lines.append(" ".join([str(label), *(f"{value:.6f}" for value in numbers)]))
-        name = _unique(result.name, ".txt", taken)
-        write_atomic(claim(folder / "labels" / name), "".join(f"{line}\n" for line in lines))
+            x1, y1, x2, y2 = _fractions(result, box)
+            numbers = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, score)
+            lines += " ".join([str(label), *(f"{value:.6f}" for value in numbers)]) + "\n"
+        write_atomic(claim(folder / "labels" / _unique(result.name, ".txt", taken)), lines)
 
     yield write
 
 
-@contextmanager
 def write_label_studio(
-    folder: str | Path,
-    *,
-    image_root: str = LOCAL_FILES,
-    model_version: str = f"retinanet {__version__}",
-) -> Iterator[Write]:
-    """Pre-annotations for Label Studio: ``label_studio_tasks.json``, a task an image.
+    folder: Path, image_root: str = LOCAL_FILES
+) -> AbstractContextManager[Write]:
+    """Write pre-annotations for Label Studio: ``label_studio_tasks.json``, a task per image.
 
-    Beside it ``label_studio_config.xml``, the labelling interface with the classes, for the
-    project's settings. Sources: https://labelstud.io/guide/predictions and
+    ``label_studio_config.xml`` is the labelling interface with the classes, for the project's
+    settings. Sources: https://labelstud.io/guide/predictions and
     https://labelstud.io/tags/rectanglelabels
 
     Args:
-        folder: where both go.
-        image_root: what stands before an image's name to make its address: the part of a URL, or
+        folder: of both files.
+        image_root: prefix of an image's name in its address: the part of a URL, or
             :data:`LOCAL_FILES` with or without a folder under the document root and a ``/``.
-        model_version: by which Label Studio tells predictions of several models apart.
     """
-    folder = Path(folder)
-    with open_atomic(folder / "label_studio_tasks.json") as out:
-        between = "\n"
-        out.write("[")
+    is_first = True
 
-        def write(result: ImageDetections | Failure) -> None:
-            nonlocal between
-            if isinstance(result, Failure):
-                return
-            if between == "\n":
-                config = _label_studio_config(result.classes)
-                write_atomic(folder / "label_studio_config.xml", config)
-            # A name may hold bytes that are no text; an address can.
-            address = image_root + quote(result.name, safe="/", errors="surrogateescape")
-            prediction: dict[str, object] = {
-                "model_version": model_version,
-                "result": [
-                    _label_studio_region(
-                        index, box.tolist(), score, result.classes[label], result.size
-                    )
-                    for index, (box, score, label) in enumerate(result)
-                ],
+    def tasks(result: ImageDetections) -> Iterator[str]:
+        nonlocal is_first
+        if is_first:
+            config = _label_studio_config(result.classes)
+            write_atomic(folder / "label_studio_config.xml", config)
+            is_first = False
+        # A name may contain bytes that are no text; an address can.
+        address = image_root + quote(result.name, safe="/", errors="surrogateescape")
+        prediction: dict[str, object] = {
+            "model_version": f"retinanet {__version__}",
+            "result": _label_studio_regions(result),
+        }
+        if len(result):
+            prediction["score"] = round(float(result.scores.mean()), 6)
+        yield _json({"data": {"image": address}, "predictions": [prediction]})
+
+    return _write_items(folder / "label_studio_tasks.json", tasks)
+
+
+def _label_studio_regions(result: ImageDetections) -> list[dict[str, object]]:
+    """Rectangles in percent of the image."""
+    height, width = result.size
+    regions: list[dict[str, object]] = []
+    for index, (box, score, label) in enumerate(result):
+        x1, y1, x2, y2 = (100 * value for value in _fractions(result, box))
+        sides = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}
+        regions.append(
+            {
+                "id": f"box{index}",
+                "type": "rectanglelabels",
+                "from_name": "label",
+                "to_name": "image",
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "score": round(score, 6),
+                "value": {
+                    **{side: round(value, 6) for side, value in sides.items()},
+                    "rotation": 0,
+                    "rectanglelabels": [result.classes[label]],
+                },
             }
-            if len(result):
-                prediction["score"] = round(float(result.scores.mean()), 6)
-            task = {"data": {"image": address}, "predictions": [prediction]}
-            out.write(f"{between}{_json(task)}")
-            between = ",\n"
-
-        yield write
-        out.write("\n]\n")
-
-
-def _label_studio_region(
-    index: int, box: list[float], score: float, name: str, size: tuple[int, int]
-) -> dict[str, object]:
-    """A rectangle in percent of the image."""
-    height, width = size
-    x1, y1, x2, y2 = box
-    shares = {
-        "x": x1 / width,
-        "y": y1 / height,
-        "width": (x2 - x1) / width,
-        "height": (y2 - y1) / height,
-    }
-    return {
-        "id": f"box{index}",
-        "type": "rectanglelabels",
-        "from_name": "label",
-        "to_name": "image",
-        "original_width": width,
-        "original_height": height,
-        "image_rotation": 0,
-        "score": round(score, 6),
-        "value": {
-            **{side: round(100 * share, 6) for side, share in shares.items()},
-            "rotation": 0,
-            "rectanglelabels": [name],
-        },
-    }
+        )
+    return regions
 
 
 def _label_studio_config(classes: tuple[str, ...]) -> str:
-    """The labelling interface of a project: an image, and upright rectangles of the classes."""
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image", zoom="true")
     control = ET.SubElement(
@@ -337,142 +302,128 @@ def _label_studio_config(classes: tuple[str, ...]) -> str:
     )
     for label, name in enumerate(classes):
         ET.SubElement(control, "Label", value=_xml(name), background=_colour(label))
-    ET.indent(view)
-    return ET.tostring(view, encoding="unicode") + "\n"
+    return f"{_xml_text(view)}\n"
 
 
-@contextmanager
-def write_cvat(folder: str | Path) -> Iterator[Write]:
-    """Pre-annotations for CVAT: ``cvat_annotations.xml``, "CVAT for images 1.1".
+def write_cvat(folder: Path) -> AbstractContextManager[Write]:
+    """Write pre-annotations for CVAT: ``cvat_annotations.xml``, "CVAT for images 1.1".
 
-    Images are known by their names in the task. Beside it ``cvat_labels.json``, the classes for
-    the "Raw" tab of a new task's labels; each has an attribute for the score.
+    CVAT matches images by their names in the task. ``cvat_labels.json`` has the classes for the
+    "Raw" tab of a new task's labels; each has an attribute for the score.
     Source: https://docs.cvat.ai/docs/manual/advanced/xml_format/
     """
-    folder = Path(folder)
-    with open_atomic(folder / "cvat_annotations.xml") as out:
-        out.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n')
-        images = count()
+    indices = count()
 
-        def write(result: ImageDetections | Failure) -> None:
-            if isinstance(result, Failure):
-                return
-            index = next(images)
-            if index == 0:
-                write_atomic(folder / "cvat_labels.json", _cvat_labels(result.classes))
-                out.write(ET.tostring(_cvat_meta(result.classes), encoding="unicode") + "\n")
-            height, width = result.size
-            image = ET.Element(
-                "image", id=str(index), name=_xml(result.name), width=str(width), height=str(height)
-            )
-            for box, score, label in result:
-                sides = (f"{value:.3f}" for value in box.tolist())
-                values = {
-                    "label": _xml(result.classes[label]),
-                    "source": "auto",
-                    "occluded": "0",
-                    **dict(zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)),
-                    "z_order": "0",
-                }
-                element = ET.SubElement(image, "box", values)
-                ET.SubElement(element, "attribute", name="score").text = f"{score:.6f}"
-            ET.indent(image)
-            out.write(ET.tostring(image, encoding="unicode") + "\n")
+    def images(result: ImageDetections) -> Iterator[str]:
+        index = next(indices)
+        if index == 0:
+            labels = _cvat_labels(result.classes)
+            text = json.dumps(labels, indent=1, ensure_ascii=False)
+            write_atomic(folder / "cvat_labels.json", f"{text}\n")
+            yield _xml_text(_cvat_meta(labels))
+        height, width = result.size
+        image = ET.Element(
+            "image", id=str(index), name=_xml(result.name), width=str(width), height=str(height)
+        )
+        for box, score, label in result:
+            sides = (f"{value:.3f}" for value in box.tolist())
+            values = {
+                "label": _xml(result.classes[label]),
+                "source": "auto",
+                "occluded": "0",
+                **dict(zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)),
+                "z_order": "0",
+            }
+            element = ET.SubElement(image, "box", values)
+            ET.SubElement(element, "attribute", name="score").text = f"{score:.6f}"
+        yield _xml_text(image)
 
-        yield write
-        out.write("</annotations>\n")
+    return _write_items(
+        folder / "cvat_annotations.xml",
+        images,
+        start='<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n',
+        separator="\n",
+        end="\n</annotations>\n",
+    )
 
 
-def _cvat_meta(classes: tuple[str, ...]) -> ET.Element:
+def _cvat_labels(classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    # CVAT has no field for a score; the attribute is a text as its numbers are integers.
+    score = {"name": "score", "input_type": "text", "default_value": ""}
+    return [
+        {
+            "name": _xml(name),
+            "color": _colour(label),
+            "type": "rectangle",
+            "attributes": [{**score, "mutable": False, "values": [""]}],
+        }
+        for label, name in enumerate(classes)
+    ]
+
+
+def _cvat_meta(labels: list[dict[str, Any]]) -> ET.Element:
     meta = ET.Element("meta")
     task = ET.SubElement(meta, "task")
     ET.SubElement(task, "mode").text = "annotation"
-    labels = ET.SubElement(task, "labels")
-    for index, name in enumerate(classes):
-        label = ET.SubElement(labels, "label")
-        ET.SubElement(label, "name").text = _xml(name)
-        ET.SubElement(label, "color").text = _colour(index)
-        ET.SubElement(label, "type").text = "rectangle"
+    listed = ET.SubElement(task, "labels")
+    for values in labels:
+        label = ET.SubElement(listed, "label")
+        for key in ("name", "color", "type"):
+            ET.SubElement(label, key).text = values[key]
+        (score,) = values["attributes"]
         attribute = ET.SubElement(ET.SubElement(label, "attributes"), "attribute")
-        for key, value in {**_CVAT_SCORE, "mutable": "False", "values": ""}.items():
+        for key, value in {**score, "mutable": "False", "values": ""}.items():
             ET.SubElement(attribute, key).text = value
-    ET.indent(meta)
     return meta
 
 
-# CVAT has no field for a score; as text, for its numbers are whole.
-_CVAT_SCORE: dict[str, str] = {"name": "score", "input_type": "text", "default_value": ""}
-
-
-def _cvat_labels(classes: tuple[str, ...]) -> str:
-    score = {**_CVAT_SCORE, "mutable": False, "values": [""]}
-    labels = [
-        {
-            "name": _xml(name),
-            "color": _colour(index),
-            "type": "rectangle",
-            "attributes": [score],
-        }
-        for index, name in enumerate(classes)
-    ]
-    return json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
-
-
-def _colour(label: int) -> str:
-    """Of a class, as in the images that we draw."""
-    red, green, blue = PALETTE[label % len(PALETTE)]
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _xml(text: str) -> str:
-    """`text` without the characters that XML cannot hold, not even escaped."""
-    return _NOT_XML.sub("\ufffd", text)
-
-
 @contextmanager
-def write_images(
-    folder: str | Path, *, score_threshold: float = DRAWN_SCORE, claim: Claim = Path
-) -> Iterator[Write]:
-    """Each image with its boxes of at least `score_threshold` drawn on it, by its name."""
-    folder = Path(folder)
+def write_images(folder: Path, score_threshold: float, claim: Claim) -> Iterator[Write]:
+    """Write each image under its name, with its boxes of at least `score_threshold` drawn on it."""
     taken: set[str] = set()
 
-    def write(result: ImageDetections | Failure) -> None:
-        if isinstance(result, Failure):
-            return
+    def write(result: ImageDetections) -> None:
         suffix = PurePosixPath(result.name).suffix
         if suffix.lower() not in _IMAGE_SUFFIXES:
             suffix = ".jpg"
         drawn = result.draw(score_threshold=score_threshold)
         kind = Image.registered_extensions()[suffix.lower()]
+        # Pillow's default for TIFF is no compression.
+        options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {"quality": 90}
         encoded = BytesIO()
-        if kind == "TIFF":  # which is not compressed unless it is asked for
-            drawn.save(encoded, kind, compression="tiff_adobe_deflate")
-        else:
-            drawn.save(encoded, kind, quality=90)
+        drawn.save(encoded, kind, **options)
         write_atomic(claim(folder / _unique(result.name, suffix, taken)), encoded.getvalue())
 
     yield write
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _fractions(result: ImageDetections, box: Tensor) -> list[float]:
+    """Return the corners of a box as fractions of the image."""
+    height, width = result.size
+    sides = (width, height, width, height)
+    return [value / side for value, side in zip(box.tolist(), sides, strict=True)]
 
 
-def _image_id(
-    found: ImageDetections, image_ids: Mapping[Path, int | str] | None, taken: set[int | str]
-) -> int | str:
-    if image_ids is not None:
-        file = Path(os.path.abspath(found.source))
-        if file not in image_ids:
-            raise DataError(f"{found.source}: the data set has no id for this image")
-        return image_ids[file]
-    stem = str(PurePosixPath(found.name).with_suffix(""))
+def _colour(label: int) -> str:
+    """Return the colour of a class in drawn images."""
+    red, green, blue = PALETTE[label % len(PALETTE)]
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _xml(text: str) -> str:
+    """Replace the characters that XML cannot contain, not even escaped."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
+def _xml_text(element: ET.Element) -> str:
+    ET.indent(element)
+    return ET.tostring(element, encoding="unicode")
+
+
+def _image_id(name: str, taken: set[int | str]) -> int | str:
+    stem = str(PurePosixPath(name).with_suffix(""))
     own = int(stem) if stem.isascii() and stem.isdecimal() else stem
-    choices = chain((own, found.name), (f"{found.name}-{number}" for number in count(2)))
+    choices = chain((own, name), (f"{name}-{number}" for number in count(2)))
     chosen = next(choice for choice in choices if choice not in taken)
     taken.add(chosen)
     return chosen
@@ -485,8 +436,7 @@ def _unique(name: str, suffix: str, taken: set[str]) -> str:
     systems of macOS and Windows. The path stays inside the folder that it is joined to.
     """
     path = PurePosixPath(name.replace("\\", "/"))
-    parts = [part for part in path.parts if part not in ("..", path.anchor)]
-    path = PurePosixPath(*parts)
+    path = PurePosixPath(*(part for part in path.parts if part not in ("..", path.anchor)))
     choices = chain(
         (str(path.with_suffix(suffix)), f"{path}{suffix}"),
         (str(path.with_name(f"{path.stem}-{number}{suffix}")) for number in count(2)),

@@ -12,8 +12,6 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.files import write_atomic
@@ -137,17 +135,13 @@ def with_budget(
     request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            # Measuring takes a minute: reject what cannot be enough before.
-            steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
-            paces = measure_paces(trainings, workers)
-            content = {
-                "seconds_per_step": sorted({pace.step for pace in paces}),
-                "steps": steps_for(budget, paces, workers.jobs),
-            }
-            write_atomic(file, json.dumps(content, indent=1) + "\n")
+    if not file.is_file():
+        # Measuring takes a minute: reject what cannot be enough before.
+        steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
+        paces = measure_paces(trainings, workers)
+        steps = steps_for(budget, paces, workers.jobs)
+        content = {"seconds_per_step": sorted({pace.step for pace in paces}), "steps": steps}
+        write_atomic(file, json.dumps(content, indent=1) + "\n")
     return replace(settings, steps=json.loads(file.read_text("utf-8"))["steps"])
 
 

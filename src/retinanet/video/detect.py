@@ -1,8 +1,8 @@
 """Detection in videos and cameras: reading, detecting and writing run side by side.
 
-Three threads pass frames on through bounded queues: one decodes, one runs the network, one encodes
-and writes; a pool beside them resizes and draws. Memory grows with the video only by the index of
-the mp4 file, about 200 bytes per frame with its sound.
+One thread decodes, one runs the network, a pool resizes and draws, and the calling thread encodes
+and writes. Memory grows with the video only by the index of the mp4 file, about 200 bytes per frame
+with its sound.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from threading import Event
 from time import perf_counter
-from typing import Any, Generic, TextIO, TypeVar, Unpack
+from typing import Any, TextIO, TypeVar, Unpack
 
 import numpy as np
 
@@ -37,8 +36,9 @@ from retinanet.video.writing import VideoWriter
 
 _T = TypeVar("_T")
 
-_POLL = 0.1  # seconds between a waiting thread's checks for cancellation
+_POLL = 0.1  # seconds
 _UNTRACKED: Colour = (160, 160, 160)
+_MAX_WAITING = 32  # frames that wait for a batch, however few of them detection runs on
 
 Progress = Callable[[int, int | None], None]
 """Called with the frames written and the total (None: unknown)."""
@@ -115,7 +115,6 @@ def detect_video(
     track: bool = False,
     batch_size: int = 1,
     draw_threshold: float = DRAWN_SCORE,
-    workers: int | None = None,
     stop: Event | None = None,
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
@@ -137,7 +136,6 @@ def detect_video(
         track: track objects across frames (:class:`Tracker`); colours are by track.
         batch_size: frames per batch of the network.
         draw_threshold: minimum score of a drawn box, and with `track` of one that begins a track.
-        workers: threads that resize and draw; None is one per processor, four at most.
         stop: set it to end the video early, with both files complete up to there. None: SIGINT and
             SIGTERM do so, and are raised again afterwards.
         progress: called in this thread.
@@ -156,18 +154,17 @@ def detect_video(
         reader = VideoReader(source)
         try:
             video, lines = _output_files(reader, source, Path(out), name)
-            tracker = (
-                Tracker(
+            tracker = None
+            if track:
+                tracker = Tracker(
                     float(reader.rate or 25),
                     threshold=draw_threshold,
                     across_classes=merged["class_agnostic_nms"],
                 )
-                if track
-                else None
+            pipeline = _Pipeline(
+                detector, reader, tracker, every, batch_size, draw_threshold, merged
             )
-            work = _Pipeline(detector, reader, tracker, every, batch_size, draw_threshold, merged)
-            workers = workers or min(4, os.cpu_count() or 1)
-            summary = _write_files(work, video, lines, workers, stop or signals, progress)
+            summary = _write_files(pipeline, video, lines, stop or signals, progress)
         except DataError:
             if signals.received is None:
                 raise  # otherwise: stopped before the first frame
@@ -179,23 +176,18 @@ def detect_video(
 
 
 def _write_files(
-    work: _Pipeline,
-    video: Path,
-    lines: Path,
-    workers: int,
-    stop: Event,
-    progress: Progress | None,
+    pipeline: _Pipeline, video: Path, lines: Path, stop: Event, progress: Progress | None
 ) -> VideoSummary:
     """Run the pipeline into the two files, under other names until it has ended."""
-    reader, began = work.reader, perf_counter()
+    reader, began = pipeline.reader, perf_counter()
     parts = [file.with_name(f"{file.name}.part") for file in (video, lines)]
     writer = VideoWriter(parts[0], reader)
     try:
         with parts[1].open("w", encoding="utf-8", newline="\n") as text:
-            work.run(writer, text, workers, stop, progress)
+            pipeline.run(writer, text, stop, progress)
     finally:
         writer.close()
-        if not work.written:
+        if not pipeline.written:
             for part in parts:
                 part.unlink(missing_ok=True)
     for part, file in zip(parts, (video, lines), strict=True):
@@ -204,12 +196,12 @@ def _write_files(
         source=reader.source,
         video=video,
         lines=lines,
-        frames=work.written,
-        searched=work.searched,
+        frames=pipeline.written,
+        searched=pipeline.searched,
         broken=reader.broken,
         missing=reader.missing,
-        objects=dict(work.objects.most_common()),
-        tracks=None if work.tracker is None else work.tracker.count,
+        objects=dict(pipeline.objects.most_common()),
+        tracks=None if pipeline.tracker is None else pipeline.tracker.count,
         codec=writer.codec,
         sound=writer.sound,
         lost_sound=writer.lost_sound,
@@ -240,7 +232,7 @@ class _Item:
 
 @dataclass(slots=True)
 class _Pipeline:
-    """Detection in one video."""
+    """Detection in a video."""
 
     detector: Detector
     reader: VideoReader
@@ -254,32 +246,30 @@ class _Pipeline:
     objects: Counter[str] = field(default_factory=Counter)
 
     def run(
-        self,
-        writer: VideoWriter,
-        lines: TextIO,
-        workers: int,
-        stop: Event,
-        progress: Progress | None,
+        self, writer: VideoWriter, lines: TextIO, stop: Event, progress: Progress | None
     ) -> None:
         """Read, detect and write until the video has ended or `stop` is set."""
-        cancelled = Event()
+        workers = min(4, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="video-pool")
-        read = _Stage(self._read(pool, stop), self.batch_size + workers, cancelled, "video-read")
-        detected = _Stage(self._detect(read, pool, writer), workers + 1, cancelled, "video-detect")
-        done = _Stage(self._write(detected, writer, lines), 1, cancelled, "video-write")
-        stages = (read, detected, done)
+        reading = ThreadPoolExecutor(1, thread_name_prefix="video-read")
+        detecting = ThreadPoolExecutor(1, thread_name_prefix="video-detect")
         try:
-            for stage in stages:
-                stage.start()
-            for total in done:
-                if progress is not None:
-                    progress(self.written, total)
+            read = _run_ahead(self._read(pool, stop), self.batch_size + workers, reading)
+            detected = _run_ahead(self._detect(read, pool, writer), workers + 1, detecting)
+            for item in detected:
+                self._write(item, writer, lines)
+                if progress is not None and isinstance(item, _Item):
+                    total = self.reader.frames
+                    progress(self.written, None if total is None else max(total, self.written))
+            if not self.written:
+                raise DataError(f"{self.reader.source}: no frame was read")
+            writer.finish()
         finally:
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for stage in stages:
-                stage.join()
-            pool.shutdown()
+            # Threads that wait for a cancelled future end; the others finish their item.
+            for executor in (reading, pool, detecting):
+                executor.shutdown(wait=False, cancel_futures=True)
+            for executor in (reading, pool, detecting):
+                executor.shutdown()
 
     def _read(self, pool: ThreadPoolExecutor, stop: Event) -> Iterator[_Item | Sound]:
         for item in self.reader.read(stop):
@@ -293,30 +283,30 @@ class _Pipeline:
     def _detect(
         self, items: Iterator[_Item | Sound], pool: ThreadPoolExecutor, writer: VideoWriter
     ) -> Iterator[_Item | Sound]:
-        waiting: list[_Item] = []
         last: tuple[ImageDetections, Sequence[int | None]] | None = None
-
-        def flush() -> Iterator[_Item]:
-            nonlocal last
-            for item, result in zip(waiting, self._detect_batch(waiting), strict=True):
+        for batch in self._batches(items):
+            if isinstance(batch, Sound):
+                yield batch  # need not wait for the network: the file interleaves it by its time
+                continue
+            for item, result in zip(batch, self._detect_batch(batch), strict=True):
                 last = result or last
                 assert last is not None  # detection runs on the first frame
                 item.found, item.tracks = last
                 item.encodable = pool.submit(self._annotate, item, writer)
                 yield item
-            waiting.clear()
 
+    def _batches(self, items: Iterator[_Item | Sound]) -> Iterator[list[_Item] | Sound]:
+        waiting: list[_Item] = []
         for item in items:
             if isinstance(item, Sound):
-                yield item  # need not wait for the network: the file interleaves it by its time
+                yield item
                 continue
             waiting.append(item)
-            # Frames in memory are bounded, however few of them detection runs on.
-            if sum(frame.ready is not None for frame in waiting) == self.batch_size or len(
-                waiting
-            ) >= max(32, self.batch_size):
-                yield from flush()
-        yield from flush()
+            is_full = sum(frame.ready is not None for frame in waiting) == self.batch_size
+            if is_full or len(waiting) >= max(_MAX_WAITING, self.batch_size):
+                yield waiting
+                waiting = []
+        yield waiting
 
     def _detect_batch(
         self, items: Sequence[_Item]
@@ -335,24 +325,15 @@ class _Pipeline:
             self.objects.update(self.detector.classes[i] for i in objects.labels.tolist())
             yield self.detector.image_detections(objects, source, self.reader.size), tracks
 
-    def _write(
-        self, items: Iterator[_Item | Sound], writer: VideoWriter, lines: TextIO
-    ) -> Iterator[int | None]:
-        """Write each item; yields the expected number of frames after each frame."""
-        for item in items:
-            if isinstance(item, Sound):
-                writer.write_sound(item)
-                continue
-            assert item.encodable is not None
-            writer.write(item.encodable.result(), item.frame.pts)
-            lines.write(json.dumps(self._line(item), ensure_ascii=False, allow_nan=False) + "\n")
-            lines.flush()
-            self.written += 1
-            total = self.reader.frames
-            yield None if total is None else max(total, self.written)
-        if not self.written:
-            raise DataError(f"{self.reader.source}: no frame was read")
-        writer.finish()
+    def _write(self, item: _Item | Sound, writer: VideoWriter, lines: TextIO) -> None:
+        if isinstance(item, Sound):
+            writer.write_sound(item)
+            return
+        assert item.encodable is not None
+        writer.write(item.encodable.result(), item.frame.pts)
+        lines.write(json.dumps(self._line(item), ensure_ascii=False, allow_nan=False) + "\n")
+        lines.flush()
+        self.written += 1
 
     def _prepare(self, image: Any) -> tuple[Pixels, Prepared]:
         pixels = self.reader.rgb(image)
@@ -360,31 +341,33 @@ class _Pipeline:
 
     def _annotate(self, item: _Item, writer: VideoWriter) -> Any:
         assert item.found is not None
-        found = item.found
-        tracks = item.tracks or [None] * len(found)
+        found, image = item.found, item.frame.image
         kept = [i for i, score in enumerate(found.scores.tolist()) if score >= self.draw_threshold]
-        image = item.frame.image
         if not kept:
             return writer.encodable(image, None)
         pixels = self.reader.rgb(image) if item.ready is None else item.ready.result()[0]
-        boxes, scores = found.boxes[kept], found.scores[kept]
-        labels = found.labels[kept]
-        if self.tracker is None:
-            drawn = draw_boxes(pixels, boxes, labels, scores, found.classes, enlarge_to=0)
-        else:
+        labels: Any = found.labels[kept]
+        names, colours = list(found.classes), PALETTE
+        if self.tracker is not None:
+            # Each box has its own name and colour.
+            tracks = [item.tracks[i] for i in kept]
             names = [
-                found.classes[label] + ("" if tracks[i] is None else f" {tracks[i]}")
-                for i, label in zip(kept, labels.tolist(), strict=True)
+                names[label] + ("" if track is None else f" {track}")
+                for label, track in zip(labels.tolist(), tracks, strict=True)
             ]
-            drawn = draw_boxes(
-                pixels,
-                boxes,
-                np.arange(len(kept)),
-                scores,
-                names,
-                colours=[_track_colour(tracks[i]) for i in kept],
-                enlarge_to=0,
+            colours = tuple(
+                _UNTRACKED if track is None else PALETTE[track % len(PALETTE)] for track in tracks
             )
+            labels = np.arange(len(kept))
+        drawn = draw_boxes(
+            pixels,
+            found.boxes[kept],
+            labels,
+            found.scores[kept],
+            names,
+            colours=colours,
+            enlarge_to=0,
+        )
         return writer.encodable(image, np.asarray(drawn))
 
     def _line(self, item: _Item) -> dict[str, Any]:
@@ -401,85 +384,28 @@ class _Pipeline:
         return line
 
 
-class _Stage(Generic[_T]):
-    """Runs an iterator in a thread of its own, at most `size` items ahead.
-
-    An error in the thread is raised to the consumer. Once `cancelled` is set the thread ends with
-    its next item, and the consumer gets :class:`_Cancelled`.
-    """
-
-    def __init__(self, items: Iterator[_T], size: int, cancelled: Event, name: str) -> None:
-        self._queue: Queue[tuple[str, Any]] = Queue(size)
-        self._cancelled = cancelled
-        self._ended = False
-        self._thread = Thread(target=self._run, args=(items,), name=name, daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[_T]:
-        return self
-
-    def __next__(self) -> _T:
-        if self._ended:
-            raise StopIteration
-        while True:
-            if self._cancelled.is_set():
-                raise _Cancelled
-            try:
-                kind, item = self._queue.get(timeout=_POLL)
-            except Empty:
-                continue
-            if kind == "item":
-                return item  # type: ignore[no-any-return]
-            self._ended = True
-            if kind == "error":
-                raise item
-            raise StopIteration
-
-    def join(self) -> None:
-        """Wait until the thread has ended, if it was started."""
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self, items: Iterator[_T]) -> None:
-        try:
-            for item in items:
-                if not self._put("item", item):
-                    return
-        except _Cancelled:
+def _run_ahead(items: Iterator[_T], size: int, thread: ThreadPoolExecutor) -> Iterator[_T]:
+    """Run an iterator in an executor of a single thread, at most `size` items ahead."""
+    end: Any = object()
+    pending = deque(thread.submit(next, items, end) for _ in range(size))
+    while True:
+        # Waiting in steps: a signal does not interrupt a wait on every platform.
+        while not wait([pending[0]], timeout=_POLL).done:
+            pass
+        item = pending.popleft().result()
+        if item is end:
             return
-        except BaseException as error:
-            self._put("error", error)
-        else:
-            self._put("end", None)
-
-    def _put(self, kind: str, item: Any) -> bool:
-        while not self._cancelled.is_set():
-            try:
-                self._queue.put((kind, item), timeout=_POLL)
-            except Full:
-                continue
-            return True
-        return False
-
-
-class _Cancelled(Exception):
-    """The pipeline was cancelled by an error in another stage."""
-
-
-def _track_colour(number: int | None) -> Colour:
-    return _UNTRACKED if number is None else PALETTE[number % len(PALETTE)]
+        pending.append(thread.submit(next, items, end))
+        yield item
 
 
 def _output_files(
     reader: VideoReader, source: str | Path, out: Path, name: str | None
 ) -> tuple[Path, Path]:
     """Return the two files to write, in a folder that exists and lists them as outputs."""
-    stem = name or (reader.source.replace(" ", "-") if reader.live else Path(source).stem)
+    stem = name or (reader.source.replace(" ", "-") if reader.is_live else Path(source).stem)
     video, lines = out / f"{stem}.mp4", out / f"{stem}.jsonl"
-    if not reader.live and video.resolve() == Path(source).resolve():
+    if not reader.is_live and video.resolve() == Path(source).resolve():
         raise DataError(f"{source}: would be overwritten; give another --out than its own folder")
     try:
         out.mkdir(parents=True, exist_ok=True)

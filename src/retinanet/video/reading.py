@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,35 +23,15 @@ _MAX_SAMPLES = 32  # frames of a video that int8 is calibrated on; held in memor
 
 # A video ends early, or has a hole, if it lacks so many seconds and frames of what it states.
 _MIN_GAP_SECONDS, _MIN_GAP_FRAMES = 0.25, 3
-_CONSTANT_RATE = 0.95  # share of the frames that follow each other at the stated rate
+_CONSTANT_RATE = 0.95  # fraction of the frames that follow each other at the stated rate
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Turns the stored image upright: first transpose, then mirror.
+class Turn(NamedTuple):
+    """Turns a stored frame upright: transpose, then mirror left and right, top and bottom."""
 
-    Attributes:
-        transposed: rows become columns.
-        mirrored: left becomes right.
-        flipped: top becomes bottom.
-    """
-
-    transposed: bool = False
-    mirrored: bool = False
-    flipped: bool = False
-
-    def apply(self, pixels: Pixels) -> Pixels:
-        """(H, W, 3) as stored to upright, contiguous."""
-        if self.transposed:
-            pixels = pixels.transpose(1, 0, 2)
-        if self.mirrored:
-            pixels = pixels[:, ::-1]
-        if self.flipped:
-            pixels = pixels[::-1]
-        return np.ascontiguousarray(pixels)
-
-
-UPRIGHT = Turn()
+    is_transposed: bool = False
+    is_mirrored: bool = False
+    is_flipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +41,7 @@ class Frame:
     Attributes:
         image: PyAV's frame as stored: not turned.
         number: 0, 1, ... of the frames that could be read.
-        pts: its time in units of the clip's time base; grows from frame to frame.
+        pts: its time in units of the video's time base; grows from frame to frame.
         time: the same in seconds.
     """
 
@@ -76,8 +56,8 @@ class Sound:
     """A packet of a sound stream, still encoded.
 
     Attributes:
-        packet: PyAV's.
-        stream: the place of its stream among :attr:`VideoReader.sounds`.
+        packet: PyAV's packet.
+        stream: index of its stream in :attr:`VideoReader.sounds`.
     """
 
     packet: Any
@@ -85,19 +65,19 @@ class Sound:
 
 
 class VideoReader:
-    """An opened clip or camera.
+    """An opened video or camera.
 
     Attributes:
         source: as given; ``camera 0`` for a camera.
-        size: (height, width) in pixels of the upright image; a clip that changes it on the way is
-            resized to that of its first frame.
-        turn: what makes a stored frame upright.
-        time_base: seconds a unit of `pts`.
-        rate: frames a second as the clip states it, its mean where they vary; None: not stated.
-        frames: how many frames there are about; None: not known, as of a camera.
+        size: (height, width) in pixels of the upright image; frames of another size are resized to
+            that of the first frame.
+        turn: how a stored frame is turned upright.
+        time_base: seconds per unit of `pts`.
+        rate: stated frames per second, the mean of a varying rate; None: not stated.
+        frames: approximate number of frames; None: unknown, as of a camera.
         pixel_aspect: width / height of a pixel, upright.
-        live: whether it is a camera.
-        sounds: PyAV's streams of sound.
+        is_live: whether it is a camera.
+        sounds: PyAV's sound streams.
         first: the first frame that can be read, for its colours.
         broken: frames that could not be decoded so far; exact once the video has been read.
         missing: frames that the container states, or its times imply, and does not contain; known
@@ -109,13 +89,13 @@ class VideoReader:
         """Open it and decode its first frame.
 
         Raises:
-            DataError: there is no such file or camera, it is no video, or holds no frame.
+            DataError: there is no such file or camera, it is no video, or contains no frame.
             MissingExtraError: PyAV is not installed.
         """
         av = import_av()
         number = camera_number(source)
-        self.live = number is not None
-        self.source = f"camera {number}" if self.live else str(source)
+        self.is_live = number is not None
+        self.source = f"camera {number}" if self.is_live else str(source)
         self.broken = 0
         self.missing = 0
         self.cut = ""
@@ -123,29 +103,28 @@ class VideoReader:
             if number is not None:
                 self._container = _open_camera(av, number)
             else:
-                # By a container of its own, so that the clip is then read from its beginning.
+                # By a container of its own, so that the video is then read from its beginning.
                 with av.open(self.source) as container:
                     stream = _video_stream(container, self.source)
                     self.first = _first_frame(av, container, stream, self.source)
                 self._container = av.open(self.source)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise DataError(_why_not_opened(self.source, self.live, error)) from None
-        self._stream = _video_stream(self._container, self.source)
-        if self.live:
-            self.first = _first_frame(av, self._container, self._stream, self.source)
+            raise DataError(_why_not_opened(self.source, self.is_live, error)) from None
+        stream = self._stream = _video_stream(self._container, self.source)
+        if self.is_live:
+            self.first = _first_frame(av, self._container, stream, self.source)
         else:
-            self._stream.thread_type = "AUTO"  # frames side by side: costs latency, saves time
+            stream.thread_type = "AUTO"  # decode frames in parallel: more latency, less time
         self.turn = _turn(self.first)
         height, width = self.first.height, self.first.width
-        self.size = (width, height) if self.turn.transposed else (height, width)
-        self.time_base: Fraction = self._stream.time_base
-        self.rate: Fraction | None = self._stream.average_rate or self._stream.guessed_rate or None
-        self.frames = None if self.live else _frame_count(av, self._container, self._stream)
-        aspect = self._stream.codec_context.sample_aspect_ratio or Fraction(1)
-        self.pixel_aspect = 1 / aspect if self.turn.transposed else aspect
-        self.sounds = [] if self.live else list(self._container.streams.audio)
-        self._sound_indices = {sound.index: i for i, sound in enumerate(self.sounds)}
-        self._times = _Times(self._container, self._stream, float(self.rate or 25))
+        self.size = (width, height) if self.turn.is_transposed else (height, width)
+        self.time_base: Fraction = stream.time_base
+        self.rate: Fraction | None = stream.average_rate or stream.guessed_rate or None
+        self.frames = None if self.is_live else _frame_count(av, self._container, stream)
+        aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
+        self.pixel_aspect = 1 / aspect if self.turn.is_transposed else aspect
+        self.sounds = [] if self.is_live else list(self._container.streams.audio)
+        self._times = _Times(self._container, stream, float(self.rate or 25))
 
     def close(self) -> None:
         """Close the file or the camera."""
@@ -159,8 +138,8 @@ class VideoReader:
         """
         av = import_av()
         step = max(1, round(1 / (self.time_base * (self.rate or 25))))
-        number, last, begin = 0, None, None
-        packets = damaged = 0
+        number, last, start = 0, None, None
+        packets = 0
         for packet in self._packets(av):
             if stop.is_set():
                 return
@@ -171,19 +150,17 @@ class VideoReader:
             try:
                 images = packet.decode()
             except av.FFmpegError:
-                damaged += 1
                 self.broken += 1
                 continue
             for image in images:
                 if image.is_corrupt:
-                    damaged += 1
                     self.broken += 1
                     continue
                 pts = image.pts if image.pts is not None else image.dts
-                if self.live and pts is not None:
-                    # A camera's clock counts from when the machine was started.
-                    begin = pts if begin is None else begin
-                    pts -= begin
+                if self.is_live and pts is not None:
+                    # A camera's clock starts with the machine.
+                    start = pts if start is None else start
+                    pts -= start
                 if pts is None or (last is not None and pts <= last):
                     pts = 0 if last is None else last + step
                 last = pts
@@ -191,17 +168,23 @@ class VideoReader:
                 self._times.add(time)
                 yield Frame(image, number, pts, time)
                 number += 1
-        if damaged:
+        if self.broken:
             # Frames that depend on a damaged key frame never leave the decoder.
             self.broken = max(self.broken, packets - number)
-        if not self.live:
+        if not self.is_live:
             self.missing = self._times.missing(self.broken)
 
     def rgb(self, frame: Any) -> Pixels:
-        """(H, W, 3) uint8 RGB, upright, of :attr:`size`; may be called from several threads."""
+        """Convert to (H, W, 3) uint8 RGB, upright, of :attr:`size`; several threads may call."""
         height, width = self.first.height, self.first.width
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        return self.turn.apply(pixels) if self.turn != UPRIGHT else np.ascontiguousarray(pixels)
+        pixels: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        if self.turn.is_transposed:
+            pixels = pixels.transpose(1, 0, 2)
+        if self.turn.is_mirrored:
+            pixels = pixels[:, ::-1]
+        if self.turn.is_flipped:
+            pixels = pixels[::-1]
+        return np.ascontiguousarray(pixels)
 
     def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
         """Return up to `max_images` frames, spread over the video.
@@ -209,7 +192,7 @@ class VideoReader:
         Raises:
             DataError: it is a camera, which has no frames yet.
         """
-        if self.live:
+        if self.is_live:
             raise DataError(
                 f"{self.source}: there is nothing to calibrate int8 on yet; "
                 "name a folder of such images with --calibrate"
@@ -229,13 +212,14 @@ class VideoReader:
 
     def _packets(self, av: Any) -> Iterator[Any]:
         """Yield packets of the image as they are, of sound as :class:`Sound`."""
+        streams = {sound.index: i for i, sound in enumerate(self.sounds)}
         try:
             for packet in self._container.demux([self._stream, *self.sounds]):
                 self._times.add_packet(packet)
                 if packet.stream.index == self._stream.index:
                     yield packet
                 elif packet.dts is not None:
-                    yield Sound(packet, self._sound_indices[packet.stream.index])
+                    yield Sound(packet, streams[packet.stream.index])
         except av.FFmpegError as error:
             self.cut = error.strerror or type(error).__name__
 
@@ -246,10 +230,9 @@ class _Times:
     def __init__(self, container: Any, stream: Any, rate: float) -> None:
         self._step = 1 / rate
         self._stated_end = None
-        if container.duration:
-            # Both in microseconds.
+        if container.duration:  # microseconds
             self._stated_end = (container.duration + (container.start_time or 0)) / 1_000_000
-        # An index lists every frame: there a longer interval is the video's own.
+        # An index lists every frame: a longer interval is then the video's own.
         self._has_index = bool(stream.frames)
         self._intervals: Counter[int] = Counter()  # in steps
         self._last: float | None = None
@@ -270,18 +253,19 @@ class _Times:
         self._last = time
 
     def missing(self, broken: int) -> int:
-        """Return how many frames are missing at the end and in holes, beside the `broken` ones."""
+        """Return how many frames are missing at the end and in holes, besides the `broken` ones."""
         threshold = max(_MIN_GAP_SECONDS, _MIN_GAP_FRAMES * self._step)
         total = 0
-        stated = self._stated_end
-        if stated is not None and self._image in self._ends:  # noqa: SIM102
-            if stated - max(self._ends.values()) > threshold:
-                total += round((stated - self._ends[self._image]) / self._step)
-        regular = self._intervals[1] >= _CONSTANT_RATE * self._intervals.total()
-        if regular and not self._has_index:
-            gaps = {steps: n for steps, n in self._intervals.items() if steps > 1}
+        if self._stated_end is not None and self._image in self._ends:
+            lacking = self._stated_end - max(self._ends.values())
+            if lacking > threshold:
+                total = round((self._stated_end - self._ends[self._image]) / self._step)
+        is_regular = self._intervals[1] >= _CONSTANT_RATE * self._intervals.total()
+        if is_regular and not self._has_index:
             holes = sum(
-                (steps - 1) * n for steps, n in gaps.items() if steps * self._step > threshold
+                (steps - 1) * count
+                for steps, count in self._intervals.items()
+                if steps > 1 and steps * self._step > threshold
             )
             total += max(0, holes - broken)
         return total
@@ -309,16 +293,15 @@ def camera_number(source: str | Path) -> int | None:
 def _open_camera(av: Any, number: int) -> Any:
     waits = (_CAMERA_WAIT, _CAMERA_WAIT)
     if sys.platform == "darwin":
-        # It opens at no rate but one that the camera has; 30 is what nearly all have.
+        # It opens only at a rate that the camera supports; nearly all support 30.
         return av.open(
             str(number), format="avfoundation", options={"framerate": "30"}, timeout=waits
         )
     if sys.platform == "win32":
         from av.device import enumerate_input_devices
 
-        cameras = [
-            camera for camera in enumerate_input_devices("dshow") if "video" in camera.media_types
-        ]
+        devices = enumerate_input_devices("dshow")
+        cameras = [device for device in devices if "video" in device.media_types]
         if number >= len(cameras):
             raise FileNotFoundError(2, f"there are {len(cameras)} cameras")
         return av.open(f"video={cameras[number].name}", format="dshow", timeout=waits)
@@ -334,7 +317,7 @@ def _video_stream(container: Any, source: str) -> Any:
                 raise DataError(f"{source}: this PyAV has no decoder for its codec")
             return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
-    raise DataError(f"{source}: holds no video stream (streams: {kinds})")
+    raise DataError(f"{source}: contains no video stream (streams: {kinds})")
 
 
 def _first_frame(av: Any, container: Any, stream: Any, source: str) -> Any:
@@ -352,12 +335,12 @@ def _first_frame(av: Any, container: Any, stream: Any, source: str) -> Any:
                 damaged += 1
     except av.FFmpegError:
         damaged += 1
-    many = f"; {damaged} damaged ones" if damaged else ""
-    raise DataError(f"{source}: holds no frame that can be read{many}")
+    details = f"; {damaged} damaged ones" if damaged else ""
+    raise DataError(f"{source}: contains no frame that can be read{details}")
 
 
 def _frame_count(av: Any, container: Any, stream: Any) -> int | None:
-    """As stated, or by length and rate."""
+    """Return the stated number of frames, else length times rate."""
     if stream.frames:
         return int(stream.frames)
     if container.duration and stream.average_rate:
@@ -366,19 +349,19 @@ def _frame_count(av: Any, container: Any, stream: Any) -> int | None:
 
 
 def _turn(frame: Any) -> Turn:
-    """Of the display matrix: x' = a x + c y, y' = b x + d y; the nearest of right angles."""
+    """Return the nearest right angle of the display matrix: x' = a x + c y, y' = b x + d y."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return UPRIGHT
+        return Turn()
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         return Turn(True, c < 0, b < 0)
     return Turn(False, a < 0, d < 0)
 
 
-def _why_not_opened(source: str, live: bool, error: Exception) -> str:
+def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if live:
+    if is_live:
         return f"{source}: cannot be opened: {reason}; is it plugged in, and used by no one else?"
     path = Path(source)
     if not path.exists():

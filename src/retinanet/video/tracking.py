@@ -1,4 +1,4 @@
-"""Numbers that objects keep from frame to frame: ByteTrack, of the library ``trackers``."""
+"""Track objects across frames: ByteTrack (arXiv:2110.06864), of the library ``trackers``."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from typing import Any
 import numpy as np
 
 from retinanet.errors import MissingExtraError
+from retinanet.inference.detections import to_supervision
 from retinanet.structures import Detections
 
-WEAKEST = 0.1
-"""Boxes under this score go on with no track; ByteTrack (arXiv:2110.06864) looks no lower."""
+MIN_SCORE = 0.1
+"""Boxes of a lower score never continue a track, as in ByteTrack."""
 
-_LEAST_IOU = 0.2  # of a box with where its track should be; as ByteTrack's own code has it
-_SECONDS_LOST = 1.0  # an object that is not found for longer comes back under another number
+_MIN_IOU = 0.2  # of a box with the predicted box of its track; as in ByteTrack's own code
+_MAX_SECONDS_LOST = 1.0  # after which an object gets a new number
 
 
 class Tracker:
-    """Gives each object a number from 1 on, in the order of their coming.
+    """Numbers objects 1, 2, ... in the order of their tracks.
 
-    Boxes of at least `threshold` begin tracks, weaker ones only carry on with tracks that found no
-    better; so an object half hidden keeps its number. It gets the number when it has been found in
-    two searched frames in a row.
+    Boxes of at least `threshold` begin tracks; weaker ones only continue tracks without a better
+    box, so an object half hidden keeps its number. A track is numbered with its second consecutive
+    detection.
 
     Attributes:
-        count: how many numbers have been given.
+        count: tracks so far.
     """
 
     def __init__(self, rate: float, *, threshold: float, across_classes: bool) -> None:
-        """Begin without objects.
+        """Begin without tracks.
 
         Args:
-            rate: frames a second of the clip, of all frames, searched or not.
-            threshold: score from which a box begins a track.
-            across_classes: whether an object may change its class; where several classes may be
-                found in one place, their tracks would change places.
+            rate: frames per second of the video.
+            threshold: minimum score of a box that begins a track.
+            across_classes: a track may change its class. Not for several classes per box, whose
+                tracks would then be exchanged.
 
         Raises:
             MissingExtraError: trackers or supervision is not installed.
@@ -44,62 +45,51 @@ class Tracker:
             import trackers
         except ImportError as error:
             raise MissingExtraError(error.name or "trackers", "video") from None
-        self._supervision: Any = supervision
-        self._kind: Any = trackers.ByteTrackTracker
+        self._empty: Any = supervision.Detections.empty
+        self._new_tracker: Any = trackers.ByteTrackTracker
         self._settings = {
             "frame_rate": rate,
-            "lost_track_buffer": round(30 * _SECONDS_LOST),  # it counts in 30ths of a second
+            "lost_track_buffer": round(30 * _MAX_SECONDS_LOST),  # in 30ths of a second
             "track_activation_threshold": threshold,
-            "minimum_iou_threshold": _LEAST_IOU,
+            "minimum_iou_threshold": _MIN_IOU,
             "high_conf_det_threshold": threshold,
         }
         self._across_classes = across_classes
-        self._trackers: dict[int, Any] = {}
-        self._numbers: dict[int, dict[int, int]] = {}
+        self._trackers: dict[int, Any] = {}  # by class
+        self._numbers: dict[int, dict[int, int]] = {}  # by class and the tracker's own id
         self.count = 0
 
     def update(self, objects: Detections, time: float) -> list[int | None]:
-        """The number of each of the objects found in the next searched frame.
+        """Return the track number of each object in the next frame; None: no track yet.
 
         Args:
-            objects: found in it.
-            time: seconds, more than at the call before.
-
-        Returns:
-            For each object its number; None: it has none, or none yet.
+            objects: of that frame.
+            time: seconds, more than at the previous call.
         """
-        boxes = objects.boxes.numpy().astype(np.float64)
-        scores = objects.scores.numpy()
-        labels = objects.labels.numpy()
+        detections = to_supervision(objects)
+        detections.data["row"] = np.arange(len(objects))
+        labels = detections.class_id
         groups = np.zeros_like(labels) if self._across_classes else labels
-        numbers: list[int | None] = [None] * len(scores)
-        for group in sorted({*groups[scores >= WEAKEST].tolist(), *self._trackers}):
-            rows = np.flatnonzero((groups == group) & (scores >= WEAKEST))
-            tracker = self._trackers.get(group)
-            if tracker is None:
-                tracker = self._trackers[group] = self._kind(**self._settings)
-                self._numbers[group] = {}
-            if not len(rows) and not tracker.tracks:
+        is_used = detections.confidence >= MIN_SCORE
+        numbers: list[int | None] = [None] * len(objects)
+        for group in sorted({*groups[is_used].tolist(), *self._trackers}):
+            own = is_used & (groups == group)
+            if group not in self._trackers:
+                self._trackers[group] = self._new_tracker(**self._settings)
+            tracker, known = self._trackers[group], self._numbers.setdefault(group, {})
+            if not own.any() and not tracker.tracks:
                 continue
             tracked = tracker.update(
-                self._supervision.Detections(
-                    xyxy=boxes[rows],
-                    confidence=scores[rows],
-                    class_id=labels[rows],
-                    data={"row": rows},
-                )
-                if len(rows)
-                else self._supervision.Detections.empty(),
-                timestamp=time,
+                detections[own] if own.any() else self._empty(), timestamp=time
             )
-            known = self._numbers[group]
-            if len(tracked):
-                for row, own in zip(tracked.data["row"], tracked.tracker_id, strict=True):
-                    if own >= 0:
-                        if own not in known:
-                            self.count += 1
-                            known[int(own)] = self.count
-                        numbers[row] = known[int(own)]
-            alive = {one.tracker_id for one in tracker.tracks}
-            self._numbers[group] = {own: number for own, number in known.items() if own in alive}
+            for row, track_id in zip(
+                tracked.data.get("row", ()), tracked.tracker_id if len(tracked) else (), strict=True
+            ):
+                if track_id >= 0:
+                    if track_id not in known:
+                        self.count += 1
+                        known[int(track_id)] = self.count
+                    numbers[row] = known[int(track_id)]
+            alive = {track.tracker_id for track in tracker.tracks}
+            self._numbers[group] = {id_: known[id_] for id_ in known if id_ in alive}
         return numbers

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from retinanet.errors import DataError
-from retinanet.video.reading import Pixels, Sound, VideoReader, import_av
+from retinanet.video.reading import Pixels, Sound, Turn, VideoReader, import_av
 
 ENCODERS = ("libx264", "libopenh264", "mpeg4")
-"""Those that may write the image, the first that PyAV has; all play everywhere, the last is
-twice the size."""
+"""Encoders in order of preference; all play everywhere, the last is twice the size."""
 
 COPIED_SOUND = frozenset({"aac", "mp3", "mp2", "ac3", "eac3", "opus", "flac", "alac"})
-"""Kinds of sound that go into the mp4 as they are: those that players expect in one."""
+"""Codecs of sound that players expect in an mp4: they are copied."""
 
 _CONTAINER = {
     # While it is written a file of fragments, each readable; when closed an ordinary mp4.
@@ -26,29 +25,28 @@ _CONTAINER = {
     "flush_packets": "1",
 }
 _QUALITY = {"preset": "veryfast", "crf": "20", "g": "250"}
-_BITS = 0.15  # a pixel, for encoders that know no constant quality
-_FINEST = 65535  # units a second of MPEG-4 part 2
-_SMOOTH = 60_000  # units a second that frames of 24, 25, 30, 50, 60 and their 1000/1001 fall on
-_LIMITED = 1  # AVCOL_RANGE_MPEG: 16..235, what yuv420p is taken for
-# Where AVCOL_SPC and SWS_CS, which PyAV takes, do not agree.
+_BITS = 0.15  # per pixel, for encoders without constant quality
+_MPEG4_UNITS = 65535  # maximum units of time per second of MPEG-4 part 2
+_COMMON_UNITS = 60_000  # units per second that frames of 24, 25, 30, 50, 60 and x 1000/1001 fall on
+_LIMITED = 1  # AVCOL_RANGE_MPEG: 16..235, the range that players assume for yuv420p
+# AVCOL_SPC to SWS_CS, which PyAV takes.
 _MATRICES = {5: 5, 6: 5, 1: 1, 4: 4, 7: 7, 9: 9}
+_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # of AAC, by channels
 
-_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # that AAC has, by channels
-
-_own = local()
+_thread = local()
 
 
 class VideoWriter:
-    """Writes what a :class:`VideoReader` reads, with other images.
+    """Writes the frames of a :class:`VideoReader`, annotated, and its sound.
 
     Attributes:
-        codec: what encodes the image.
-        sound: a few words on what becomes of each stream of sound; empty: there is none.
+        codec: encoder of the image.
+        sound: what becomes of each stream of sound; empty: there is none.
         lost_sound: packets of sound that could not be written.
     """
 
     def __init__(self, file: Path, reader: VideoReader) -> None:
-        """Say what will be in the file; it is made with the first thing written.
+        """Set up the streams; the file is created with the first frame or packet.
 
         Raises:
             DataError: PyAV has no encoder.
@@ -59,16 +57,19 @@ class VideoWriter:
         self._container = av.open(str(file), "w", format="mp4", options=_CONTAINER)
         self.codec = _encoder(av)
         height, width = reader.size
-        # yuv420p has one colour for 2 x 2 pixels: a last odd row or column is written twice.
+        # yuv420p has one colour per 2 x 2 pixels: a last odd row or column is written twice.
         self._margin = (height % 2, width % 2)
         height, width = height + height % 2, width + width % 2
         rate = reader.rate or Fraction(25)
         self._video = self._container.add_stream(self.codec, rate=rate)
         context = self._video.codec_context
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-        context.time_base = _time_base(self.codec, reader.time_base)
+        # The video's own time base, so that no time is rounded, where the codec supports it.
+        context.time_base = reader.time_base
+        if self.codec == "mpeg4" and reader.time_base.denominator > _MPEG4_UNITS:
+            context.time_base = Fraction(1, _COMMON_UNITS)
         context.sample_aspect_ratio = reader.pixel_aspect
-        context.thread_count = 0  # as many as suit the machine
+        context.thread_count = 0  # chosen by ffmpeg
         self._matrix = _MATRICES.get(int(reader.first.colorspace))
         if self._matrix is not None:
             context.colorspace = reader.first.colorspace
@@ -80,61 +81,55 @@ class VideoWriter:
         else:
             context.bit_rate = round(_BITS * width * height * rate)
         self.lost_sound = 0
-        self._sounds = [self._add_sound(one) for one in reader.sounds]
-        # Streams made for broadcast carry in each packet what an mp4 says once.
-        self._bare = {
-            place: av.bitstream.BitStreamFilterContext("aac_adtstoasc", source)
-            for place, source in enumerate(reader.sounds)
-            if self._sounds[place][1] == "copied"
+        self._sounds = [self._add_sound(source) for source in reader.sounds]
+        # Broadcast streams repeat in each packet a header that an mp4 has once.
+        self._filters = {
+            index: av.bitstream.BitStreamFilterContext("aac_adtstoasc", source)
+            for index, source in enumerate(reader.sounds)
+            if self._sounds[index][1] == "copied"
             and source.codec_context.name == "aac"
             and not source.codec_context.extradata
         }
-        self.sound = "; ".join(words for _, words in self._sounds)
+        self.sound = "; ".join(result for _, result in self._sounds)
 
     def encodable(self, frame: Any, drawn: Pixels | None) -> Any:
-        """A frame as the encoder takes it; may be called from several threads.
+        """Return a frame as the encoder takes it; several threads may call.
 
         Args:
             frame: PyAV's frame as it was read.
-            drawn: what to show in its place, (H, W, 3) upright; None: the frame itself, whose
-                colours then need not go through RGB.
+            drawn: the annotated image, (H, W, 3) upright; None: the frame itself, whose colours
+                then need not go through RGB.
         """
-        reader = self._reader
-        matrix = {} if self._matrix is None else {"dst_colorspace": self._matrix}
+        reader, first = self._reader, self._reader.first
+        options: dict[str, Any] = {"format": "yuv420p", "dst_color_range": _LIMITED}
+        if self._matrix is not None:
+            options["dst_colorspace"] = self._matrix
         if drawn is None:
-            first = reader.first
-            if any(self._margin) or reader.size != (first.height, first.width) or _turned(reader):
-                drawn = reader.rgb(frame)
-            else:
+            if reader.turn == Turn() and not any(self._margin):
                 return _reformatter().reformat(
-                    frame,
-                    width=first.width,
-                    height=first.height,
-                    format="yuv420p",
-                    dst_color_range=_LIMITED,
-                    **matrix,
+                    frame, width=first.width, height=first.height, **options
                 )
+            drawn = reader.rgb(frame)
         if any(self._margin):
             drawn = np.pad(drawn, ((0, self._margin[0]), (0, self._margin[1]), (0, 0)), "edge")
         image = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")
-        return _reformatter().reformat(image, format="yuv420p", dst_color_range=_LIMITED, **matrix)
+        return _reformatter().reformat(image, **options)
 
     def write(self, frame: Any, pts: int) -> None:
-        """The next frame, of :meth:`encodable`, at `pts` of the clip's time base."""
+        """Write the next frame, of :meth:`encodable`, at `pts` of the video's time base."""
         frame.pts, frame.time_base = pts, self._reader.time_base
         frame.pict_type = 0  # the encoder chooses its own key frames
         self._container.mux(self._video.encode(frame))
 
     def write_sound(self, sound: Sound) -> None:
-        """A packet of sound; one that is damaged is counted and left out."""
-        stream, words = self._sounds[sound.stream]
+        """Write a packet of sound; a damaged one is counted and left out."""
+        stream, result = self._sounds[sound.stream]
         if stream is None:
             return
-        bare = self._bare.get(sound.stream)
         try:
-            if words == "copied":
-                packets = [sound.packet] if bare is None else bare.filter(sound.packet)
-                for packet in packets:
+            if result == "copied":
+                bare = self._filters.get(sound.stream)
+                for packet in [sound.packet] if bare is None else bare.filter(sound.packet):
                     packet.stream = stream
                     self._container.mux(packet)
             else:
@@ -146,18 +141,18 @@ class VideoWriter:
     def finish(self) -> None:
         """Write what the encoders still hold, and the index."""
         self._container.mux(self._video.encode(None))
-        for stream, words in self._sounds:
-            if stream is not None and words != "copied":
+        for stream, result in self._sounds:
+            if stream is not None and result != "copied":
                 self._container.mux(stream.encode(None))
         self._container.close()
 
     def close(self) -> None:
-        """Close the file as it is, after an error; nothing to do after :meth:`finish`."""
+        """Close the file as it is, after an error; without effect after :meth:`finish`."""
         with suppress(self._av.FFmpegError):
             self._container.close()
 
     def _add_sound(self, source: Any) -> tuple[Any, str]:
-        """A stream for it, and what becomes of it."""
+        """Add a stream for it; returns the stream and what becomes of the sound."""
         context = source.codec_context
         if context is None:
             return None, "left out: no decoder for it"
@@ -168,7 +163,7 @@ class VideoWriter:
             rates = self._av.codec.Codec("aac", "w").audio_rates or [context.sample_rate]
         except self._av.FFmpegError:
             return None, f"left out: no encoder for {name}"
-        rate = min(rates, key=lambda one: abs(one - context.sample_rate))
+        rate = min(rates, key=lambda rate: abs(rate - context.sample_rate))
         stream = self._container.add_stream("aac", rate=rate)
         stream.layout = _LAYOUTS.get(context.layout.nb_channels, "stereo")
         return stream, f"{name} encoded anew as aac"
@@ -176,30 +171,16 @@ class VideoWriter:
 
 def _encoder(av: Any) -> str:
     for name in ENCODERS:
-        try:
+        with suppress(av.codec.codec.UnknownCodecError):
             av.codec.Codec(name, "w")
-        except av.codec.codec.UnknownCodecError:
-            continue
-        return name
+            return name
     raise DataError(f"this PyAV has no encoder for mp4 ({', '.join(ENCODERS)}); install its wheel")
 
 
-def _time_base(codec: str, own: Fraction) -> Fraction:
-    """Seconds a unit: the clip's own, so that no time is rounded, where the codec takes it."""
-    if codec == "mpeg4" and own.denominator > _FINEST:
-        return Fraction(1, _SMOOTH)
-    return own
-
-
-def _turned(reader: VideoReader) -> bool:
-    turn = reader.turn
-    return turn.transposed or turn.mirrored or turn.flipped
-
-
 def _reformatter() -> Any:
-    """This thread's own: it keeps its tables and threads from frame to frame."""
-    if not hasattr(_own, "reformatter"):
+    """Return this thread's reformatter: it keeps its tables and threads from frame to frame."""
+    if not hasattr(_thread, "reformatter"):
         from av.video.reformatter import VideoReformatter
 
-        _own.reformatter = VideoReformatter()
-    return _own.reformatter
+        _thread.reformatter = VideoReformatter()
+    return _thread.reformatter

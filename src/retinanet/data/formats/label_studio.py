@@ -108,7 +108,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     Raises:
         DataError: it is not JSON or no list of tasks.
     """
-    parsed = LabelFile(file, split, is_relative=True)
+    parsed = LabelFile(file, split, decimals=6)
     seen: set[int | str] = set()
     content = read_json(file, list, "a list of tasks")
     for number, task in enumerate(content):

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
@@ -33,6 +34,8 @@ DROPPED = "the image is dropped"
 
 ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
+
+_TOLERANCE = 1e-3  # of fractions of an image
 
 Box = tuple[float, float, float, float]
 
@@ -54,13 +57,23 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text file by its first bytes: spreadsheets write UTF-16."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig"
+
+
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
     """Whether a JSON file begins with `start` and holds all marks of an alternative; unparsed."""
     try:
         with (
             file.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
+            data: Any = mapped
+            if encoding_of(mapped[:2]) == "utf-16":
+                data = mapped[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
             return any(all(data.find(mark) >= 0 for mark in marks) for marks in alternatives)
@@ -251,7 +264,8 @@ class LabelFile:
         images: its images.
         classes: names of its classes, in the order of the labels in `images`.
         problems: the problems found while parsing, each with its split.
-        is_relative: whether boxes are fractions of the image rather than pixels.
+        decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
+            they are pixels.
     """
 
     file: Path | None
@@ -259,7 +273,7 @@ class LabelFile:
     images: list[LabelImage] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
     problems: list[tuple[str | None, Problem]] = field(default_factory=list)
-    is_relative: bool = False
+    decimals: int | None = None
 
     def label(self, name: str) -> int:
         """Return the label of a class in this file."""
@@ -326,6 +340,20 @@ def merge_classes(
         for name, ids in ids_by_name.items()
         if len(ids) > 1
     ]
+    folded: dict[str, list[str]] = {}
+    for name in ids_by_name:
+        folded.setdefault(name.strip().casefold(), []).append(name)
+    problems += [
+        Problem(
+            "class-similar",
+            file,
+            None,
+            f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they are "
+            f"one class, give them one name",
+        )
+        for names in folded.values()
+        if len(names) > 1
+    ]
     labels = {
         str(key): label
         for label, (name, ids) in enumerate(ids_by_name.items())
@@ -333,6 +361,22 @@ def merge_classes(
     }
     first_ids = tuple(ids[0] for ids in ids_by_name.values())
     return ClassList(tuple(ids_by_name), first_ids, labels, tuple(problems))
+
+
+def scale_normalised(parsed: LabelFile) -> bool:
+    """Read the boxes of a file as fractions of the image if most of them lie within [0, 1].
+
+    A few beyond (rounding, faults) do not make all others pixels.
+    """
+    boxes = [item.box for image in parsed.images for item in image.annotations]
+    low, high = -_TOLERANCE, 1 + _TOLERANCE
+    inside = sum(all(low <= side <= high for side in box) and any(box) for box in boxes)
+    if inside <= len(boxes) / 2:
+        return False
+    parsed.decimals = 6
+    for image in parsed.images:
+        image.width = image.height = None  # those of the file itself are safer
+    return True
 
 
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
@@ -420,16 +464,20 @@ def build(
     """
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
-    sizes = _sizes([path for file, image, path in found if file.is_relative and not image.width])
-    images: list[LabelledImage] = []
+    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
+        if path in images:
+            other = _build_image(file, image, path, image.id, classes, sizes, listed)
+            images[path] = _merge_images(images[path], other, listed)
+            continue
         candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
-        images.append(_build_image(file, image, path, id_, classes, sizes, listed))
+        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
     return Dataset(
-        images=tuple(images),
+        images=tuple(images.values()),
         classes=classes.names,
         category_ids=classes.ids,
         split=split,
@@ -474,6 +522,13 @@ def _find_images(
             match = tree.find_image(image.names, file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
+            if match.path is None and "%" in image.name:
+                match = tree.find_image(map(unquote, image.names), file.file, split)
+                if match.path is not None:
+                    reason = f"image {image.id}: no file is named {short(image.name)}"
+                    used = f"{match.path.name} is used"
+                    problem = Problem("image-name-encoded", file.file, image.id, reason, used)
+                    problems.append(problem)
         if match.several:
             assert file.file is not None
             reason = (
@@ -508,6 +563,20 @@ def _key(image: LabelImage) -> str:
     return image.name.replace("\\", "/").removeprefix("./")
 
 
+def _merge_images(
+    image: LabelledImage, other: LabelledImage, problems: list[Problem]
+) -> LabelledImage:
+    """Unite two entries of one file: objects of both, the same ones once."""
+    known = {(item.label, item.box) for item in image.annotations}
+    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
+    reason = (
+        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
+        f"{other.id} with {len(other.annotations)}"
+    )
+    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
+    return replace(image, annotations=image.annotations + more)
+
+
 def _build_image(
     file: LabelFile,
     image: LabelImage,
@@ -519,7 +588,7 @@ def _build_image(
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
-    if file.is_relative and not (width and height):
+    if file.decimals and not (width and height):
         size = sizes.get(path)
         if isinstance(size, tuple):
             height, width = size
@@ -541,25 +610,26 @@ def _build_image(
             assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        if file.is_relative:
-            assert width is not None
-            assert height is not None
-            item = _to_pixels(item, width, height, image.rotations.get(index, 0.0))
+        if file.decimals and width and height:
+            rotation = image.rotations.get(index, 0.0)
+            item = _to_pixels(item, width, height, rotation, file.decimals)
         annotations.append(item if label == item.label else replace(item, label=label))
     return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
 
-def _to_pixels(item: Annotation, width: int, height: int, rotation: float) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to ten-thousandths of a pixel."""
+def _to_pixels(
+    item: Annotation, width: int, height: int, rotation: float, decimals: int
+) -> Annotation:
+    """Scale a box in fractions of the image, and polygons, to pixels."""
     x1, y1, x2, y2 = item.box
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     if rotation % 360:
         box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = (round(side, 4) for side in box)
+    x1, y1, x2, y2 = (round(side, decimals) for side in box)
     extra = item.extra
     if JSON_TEXT in extra:
         points = [
-            [round(v * (height if i % 2 else width), 4) for i, v in enumerate(polygon)]
+            [round(v * (height if i % 2 else width), decimals) for i, v in enumerate(polygon)]
             for polygon in json.loads(extra[JSON_TEXT])
         ]
         extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,35 +60,25 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _OBJECT = '{"class": "cat", "box": [x1, y1, x2, y2]}'
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a shard or a folder of shards, here or at an fsspec address."""
-    address = archives.address_of(path)
-    if _is_shard(address) or _load_catalogue(f"{address}/{CATALOGUE}") is not None:
-        return True
-    shards = [shard for split in _find_shards(address).values() for shard in split]
-    return bool(shards) and (archives.is_remote(address) or detect(Path(shards[0])))
-
-
 def detect(file: Path) -> bool:
     """Whether the first files of a tar share a key, and one is an image."""
-    names: list[str] = []
     try:
         with tarfile.open(file, "r:") as tar:
-            for info in tar:
-                if info.isreg() and _KEY.fullmatch(info.name):
-                    names.append(info.name)
-                if len(names) == 2:
-                    break
+            names = (_KEY.fullmatch(info.name) for info in tar if info.isreg())
+            samples = list(islice(filter(None, names), 2))
     except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError):
         return False
-    keys = {found.group(1) for name in names if (found := _KEY.fullmatch(name))}
-    return len(names) == 2 and len(keys) == 1 and any(map(is_image, names))
+    keys = {found.group(1) for found in samples}
+    return len(samples) == 2 and len(keys) == 1 and any(is_image(f.group()) for f in samples)
 
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the folder of shards, or the shard, of a tree."""
-    if not matches(tree.path):
-        return None
+    address = archives.address_of(tree.path)
+    if not _is_shard(address) and _load_catalogue(f"{address}/{CATALOGUE}") is None:
+        first = next((shard for split in _find_shards(address).values() for shard in split), None)
+        if first is None or not (archives.is_remote(address) or detect(Path(first))):
+            return None
     return LabelSet("webdataset", {"": [tree.path]}, frozenset)
 
 
@@ -146,19 +137,15 @@ def _is_shard(address: str) -> bool:
 
 def _open(address: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
     """Return the shards of a folder or a single shard by split, and its catalogue."""
-    single = _is_shard(address)
-    folder, name = address, ""
-    if single:
-        head, name = os.path.split(address)
-        folder = head or "."
+    folder, single = os.path.split(address) if _is_shard(address) else (address, "")
+    folder = folder or "."
     file = f"{folder}/{CATALOGUE}"
     content = _load_catalogue(file)
     if content is None:
-        return {_split_of(name): [address]} if single else _find_shards(folder), None
+        return {_split_of(single): [address]} if single else _find_shards(folder), None
     try:
-        listed = {
-            str(k): [str(shard) for shard in v["shards"]] for k, v in content["splits"].items()
-        }
+        splits = content["splits"].items()
+        listed = {str(split): [str(shard) for shard in v["shards"]] for split, v in splits}
         ids = [int(id_) for id_ in content["category_ids"]]
         count = len([str(name) for name in content["classes"]])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -169,18 +156,19 @@ def _open(address: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
     if not len(set(ids)) == len(ids) == count:
         raise DataError(f"{file}: has {count} classes and category_ids {ids}")
     known = {shard for shards in listed.values() for shard in shards}
-    present = {n for n in archives.list_names(folder) if n.lower().endswith(archives.SUFFIX)}
-    for shard in sorted(known ^ present):
+    for shard in sorted(known ^ set(_shards_in(folder))):
         what = "is missing, though listed in" if shard in known else "is not listed in"
         raise DataError(
             f"{folder}/{shard}: {what} {file}; copy all shards of the data set, or delete "
             f"{CATALOGUE} to read those that are present"
         )
-    if single and name not in known:
+    if single and single not in known:
         raise DataError(f"{address}: there is no such file")
-    if single:
-        listed = {split: [name] for split, shards in listed.items() if name in shards}
-    return {k: [f"{folder}/{shard}" for shard in v] for k, v in listed.items()}, content
+    shards = {
+        split: [f"{folder}/{shard}" for shard in names if single in ("", shard)]
+        for split, names in listed.items()
+    }
+    return {split: of for split, of in shards.items() if of or not single}, content
 
 
 def _load_catalogue(file: str) -> dict[str, Any] | None:
@@ -203,20 +191,22 @@ def _load_catalogue(file: str) -> dict[str, Any] | None:
     return content
 
 
+def _shards_in(folder: str) -> list[str]:
+    names = archives.list_names(folder)
+    return [name for name in names if name.lower().endswith(archives.SUFFIX)]
+
+
 def _find_shards(address: str) -> dict[str, list[str]]:
     """Shards by split: ``train-000000.tar`` here, or any in a folder ``train``."""
     found: dict[str, list[str]] = {}
-    names = archives.list_names(address)
-    for name in names:
+    for name in archives.list_names(address):
+        word = split_word(name)
         if name.lower().endswith(archives.SUFFIX):
             found.setdefault(_split_of(name), []).append(f"{address}/{name}")
-    for name in names:
-        word = split_word(name)
-        if word and not PurePosixPath(name).suffix:
-            inside = archives.list_names(f"{address}/{name}")
-            shards = [shard for shard in inside if shard.lower().endswith(archives.SUFFIX)]
-            if shards:
-                found.setdefault(word, []).extend(f"{address}/{name}/{shard}" for shard in shards)
+        elif word and not PurePosixPath(name).suffix:
+            inside = _shards_in(f"{address}/{name}")
+            found.setdefault(word, []).extend(f"{address}/{name}/{shard}" for shard in inside)
+    found = {split: shards for split, shards in found.items() if shards}
     if len(found) == 1:
         ((name, shards),) = found.items()
         return {split_word(name) or "": shards}
