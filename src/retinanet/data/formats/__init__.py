@@ -60,6 +60,9 @@ WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not Non
 """Formats that a data set can be written in."""
 
 
+_SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
+
+
 @dataclass(frozen=True, slots=True)
 class DataSource:
     """What was found below a path.
@@ -102,9 +105,9 @@ class DataSource:
         unused = [
             relative(file, top)
             for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
-            if file not in used and str(file) not in noted
+            if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
         ]
-        if unused:
+        if unused and self.labels.format != "webdataset":  # shards have an index each
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
         return tuple(lines)
