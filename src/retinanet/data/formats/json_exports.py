@@ -63,7 +63,7 @@ def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
     )
     parsed.images.append(image)
     for number, shape in enumerate(_list(content.get("shapes"))):
-        points = shape.get("points")
+        points: Any = shape.get("points")
         kind = shape.get("shape_type") or "polygon"
         box = _around(points)
         if kind == "circle" and box is not None:  # the centre and a point on the circle
