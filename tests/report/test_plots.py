@@ -25,8 +25,8 @@ from retinanet.report.plots import (
     plot_object_sizes,
     plot_running,
     plot_training,
-    read_log,
 )
+from retinanet.training.run_folder import read_log
 
 
 def is_drawn(file: Path) -> bool:

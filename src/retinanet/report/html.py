@@ -31,9 +31,9 @@ from retinanet.report.plots import (
     plot_object_sizes,
     plot_running,
     plot_training,
-    read_log,
     split_log,
 )
+from retinanet.training.run_folder import read_log
 
 ImageLike = Path | str | bytes | Image.Image
 """An image to embed: a file, the bytes of a file, or a PIL image."""

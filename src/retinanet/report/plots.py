@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from retinanet.data.dataset import Dataset
-from retinanet.errors import DataError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.report.figure import (
     BLUE,
@@ -53,25 +51,6 @@ _ERROR_KINDS = {
 }
 
 
-def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``log.jsonl``; a truncated last line is skipped.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        text = Path(file).read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"log {file} cannot be read: {error.strerror}") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
-
-
 def split_log(lines: _Lines) -> tuple[_Lines, list[dict[str, Any]]]:
     """Split a log into the lines of steps, and the validations with their step."""
     steps = [line for line in lines if "validation" not in line]
@@ -83,7 +62,7 @@ def plot_training(log: _Lines, file: str | Path) -> Path:
     """Plot losses, validation AP and learning rate against the step.
 
     Args:
-        log: the lines of :func:`read_log`.
+        log: the lines of ``log.jsonl``.
         file: the PNG to write.
     """
     steps, validations = split_log(log)
