@@ -100,6 +100,7 @@ def test_a_number_that_is_not_one_is_refused() -> None:
         ),
         ([{**GOOD, "image_id": "11"}], r"of image 11, which .* does not have"),
         ([{**GOOD, "image_id": [1]}], r"of image \[1\], which .* does not have"),
+        ([{**GOOD, "category_id": [1]}], r"category_id \[1\], which .* does not have"),
         ([{**GOOD, "category_id": 91}], r"category_id 91, which .* does not have; did you mean 90"),
         ([GOOD, {"image_id": 11, "score": 1}], "entry 1 has no category_id, bbox"),
         ([3], "entry 0 has no image_id, category_id, bbox, score"),

@@ -262,7 +262,7 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
                 f"{where}: entry {i} is of image {image}, which {data} does not have; "
                 "is it the right split?"
             )
-        if category not in categories:
+        if not isinstance(category, int | float) or category not in categories:
             hint = nearest(str(category), map(str, dataset.category_ids))
             raise DataError(
                 f"{where}: entry {i} has category_id {category}, which {data} does not have{hint}"
