@@ -18,7 +18,7 @@ from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_paths
 from retinanet.inference import Detector, ImageDetections
 from retinanet.inference.detections import DRAWN_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
-from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
+from retinanet.model.hub import HubName, parse_hub_name, raise_hub_error
 
 IMAGES = 4
 """Number of example images in a card."""
@@ -98,7 +98,7 @@ def push(
         except WeightsError:
             raise
         except Exception as error:  # of the hub, the network or the disk
-            refuse_hub(error, f"hf://{repository}", pushing=True, secret=token)
+            raise_hub_error(error, f"hf://{repository}", pushing=True, secret=token)
     return Pushed(
         f"hf://{repository}@{done.oid}", f"{api.endpoint}/{repository}", str(done.oid), tuple(files)
     )
