@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,21 @@ class Dataset:
                 f"{self.source}: several classes are named {repeated[0]!r}; give each class a name "
                 f"of its own, or give their objects one label"
             )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Iterable[Any],
+        boxes: Iterable[Any],
+        labels: Iterable[Any],
+        classes: Sequence[str],
+        *,
+        split: str = "train",
+    ) -> Dataset:
+        """Build a data set in memory; see :func:`retinanet.data.memory.from_arrays`."""
+        from retinanet.data.memory import from_arrays
+
+        return from_arrays(images, boxes, labels, classes, split=split)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -52,7 +52,7 @@ class OverfitResult:
 
 def overfit(
     recipe: Recipe,
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
     *,
     num_images: int = 8,
