@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from retinanet.anchors import ASPECT_RATIOS, OCTAVE_SCALES, default_anchor_spec
 from retinanet.config import (
     LossSettings,
     Recipe,
@@ -38,13 +37,8 @@ def test_defaults_are_the_papers() -> None:
     assert (recipe.detect.score_threshold, recipe.detect.nms_threshold) == (0.05, 0.5)
     assert recipe.detect.topk_candidates == 1000
     assert recipe.data.image_size == 600
-
-
-def test_defaults_agree_with_the_rooms() -> None:
-    recipe = Recipe()
-    assert recipe.anchors.scales == OCTAVE_SCALES
-    assert recipe.anchors.aspect_ratios == ASPECT_RATIOS
-    assert recipe.anchors.rounding == default_anchor_spec().rounding
+    assert recipe.anchors.scales == (1, 2 ** (1 / 3), 2 ** (2 / 3))
+    assert recipe.anchors.aspect_ratios == (0.5, 1, 2)
     assert recipe.loss_settings == LossSettings()
 
 

@@ -21,6 +21,7 @@ from retinanet.losses import (
     BOX_LOSSES,
     RUNNING_START,
     box_loss,
+    classification_loss,
     cross_entropy,
     detection_losses,
     focal_loss,
@@ -385,6 +386,30 @@ def test_each_box_loss(box: str, weight: float) -> None:
     assert_close(losses.box, expected * weight)
 
 
+def test_permuted_anchors_leave_the_losses() -> None:
+    """The loss is a sum over anchors; so their order within a level must not matter."""
+    outputs, targets = make_outputs(), make_targets()
+    expected = losses_of(outputs, targets, low_quality_matches=True)
+    generator = torch.Generator().manual_seed(0)
+    logits, deltas, anchors = [], [], []
+    for own_logits, own_deltas, boxes in zip(*outputs, ANCHORS, strict=True):
+        order = torch.randperm(len(boxes), generator=generator)
+        for parts, level, last in ((logits, own_logits, CLASSES), (deltas, own_deltas, 4)):
+            rows = flatten_level(level, last)[:, order]
+            parts.append(rows.transpose(1, 2).reshape(3, last, len(order), 1))
+        anchors.append(boxes[order])
+    permuted = detection_losses(
+        Outputs(tuple(logits), tuple(deltas)),
+        anchors,
+        targets,
+        num_classes=CLASSES,
+        settings=LossSettings(low_quality_matches=True),
+    )
+    assert torch.equal(permuted.foreground, expected.foreground)
+    assert_close(permuted.classification, expected.classification)
+    assert_close(permuted.box, expected.box)
+
+
 def test_matching_options_arrive() -> None:
     outputs, targets = make_outputs(), make_targets()
     plain = losses_of(outputs, targets).foreground
@@ -523,6 +548,12 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
 
 def test_refused_shapes() -> None:
     outputs, targets = make_outputs(), make_targets()
+    logits, labels = (
+        [flatten_level(level, CLASSES) for level in outputs.logits],
+        torch.full((3, 5), -1),
+    )
+    with pytest.raises(ValueError, match=r"weights \(B,\), got .*, \(3, 5\) and \(3,\)"):
+        classification_loss(logits, labels, torch.ones(3), LossConfig())
     with pytest.raises(ValueError, match="logits, deltas and anchors have 3, 3 and 2 levels"):
         detection_losses(outputs, ANCHORS[:2], targets, num_classes=CLASSES)
     with pytest.raises(ValueError, match=r"level 0: logits \(3, 27, 12, 16\), .* and 4 classes"):
