@@ -110,7 +110,7 @@ class DataSource:
         return tuple(lines)
 
 
-def find_data(path: str | Path, format: str | None = None) -> DataSource:
+def find_data(path: str | Path, format: str | None = None, *, extras: bool = True) -> DataSource:
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
@@ -119,6 +119,7 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
     Args:
         path: a folder, or a label file.
         format: one of :data:`FORMATS`; None detects it.
+        extras: keep values that training does not need (masks, licences, ...).
 
     Raises:
         DataError: there is no such path or format, no labels are found (the message says what is
@@ -129,7 +130,7 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if not archives.is_remote(path) and not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
-    tree = Tree(path)
+    tree = Tree(path, extras=extras)
     names = [format] if format else [name for name in FORMATS if name != "webdataset"]
     found = [labels for name in names if (labels := FORMATS[name].find(tree)) is not None]
     if not found and format is None:
@@ -146,7 +147,10 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
                 f"same; give the path of one of them, or --format"
             )
     labels, *others = found
-    return DataSource(tree, labels, tuple(others), FORMATS[labels.format].read(tree, labels))
+    splits = FORMATS[labels.format].read(tree, labels)
+    if not extras:
+        splits = {name: partial(_without_extras, split) for name, split in splits.items()}
+    return DataSource(tree, labels, tuple(others), splits)
 
 
 def _nothing_found(tree: Tree, format: str | None) -> str:
@@ -214,8 +218,8 @@ def read_dataset(
     Raises:
         DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     names = _split_names(lazy)
     description = source.describe()
     if split in lazy and not (split == "train" and _draws_val(lazy)):
@@ -246,8 +250,8 @@ def read_splits(
     Arguments, errors and drawn splits as :func:`read_dataset`. VOC's ``trainval`` is left out if
     there are train and val, which it repeats.
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
     description = source.describe()
@@ -278,18 +282,15 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     return total.hexdigest()
 
 
-def _without_extras(
-    splits: Mapping[str, Callable[[], Dataset]],
-) -> dict[str, Callable[[], Dataset]]:
-    def read(split: Callable[[], Dataset]) -> Dataset:
-        dataset = split()
-        images = []
-        for image in dataset.images:
-            annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
-            images.append(replace(image, extra={}, annotations=annotations))
-        return replace(dataset, images=tuple(images), extra={})
-
-    return {name: partial(read, split) for name, split in splits.items()}
+def _without_extras(split: Callable[[], Dataset]) -> Dataset:
+    dataset = split()
+    images = []
+    for image in dataset.images:
+        annotations = image.annotations
+        if any(annotation.extra for annotation in annotations):
+            annotations = tuple(replace(annotation, extra={}) for annotation in annotations)
+        images.append(replace(image, extra={}, annotations=annotations))
+    return replace(dataset, images=tuple(images), extra={})
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
