@@ -13,8 +13,18 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, count_suffixes, relative
-from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
-from retinanet.data.formats.labels import LabelFile
+from retinanet.data.formats import (
+    coco,
+    csv,
+    cvat,
+    json_exports,
+    label_studio,
+    text_rows,
+    voc,
+    webdataset,
+    yolo,
+)
+from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
@@ -45,6 +55,18 @@ def _format(module: Any, label_files: str) -> Format:
     return Format(module.detect, module.parse, module.find, module.read, write, label_files)
 
 
+def _read_only(name: str, label_files: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
+    """Return a format of a file per image (``.txt``, LabelMe), or of many, that is only read."""
+    is_per_image = suffixes == [".txt"] or name == "labelme"
+
+    def find(tree: Tree) -> LabelSet | None:
+        if is_per_image:
+            return find_files(name, tree, suffixes, detect)
+        return find_tables(name, tree, suffixes, detect, parse)
+
+    return Format(detect, parse, find, partial(read_files, name, parse), None, label_files)
+
+
 # In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
     "coco": _format(coco, "COCO .json"),
@@ -53,11 +75,31 @@ FORMATS: dict[str, Format] = {
     "voc": _format(voc, "Pascal VOC .xml"),
     "yolo": _format(yolo, "YOLO .txt or data.yaml"),
     "csv": _format(csv, "a table of boxes (.csv)"),
+    "labelme": _read_only(
+        "labelme", "LabelMe .json", [".json"], json_exports.is_labelme, json_exports.parse_labelme
+    ),
+    "via": _read_only(
+        "via", "VIA .json or .csv", [".json", ".csv"], json_exports.is_via, json_exports.parse_via
+    ),
+    "createml": _read_only(
+        *("createml", "Create ML .json", [".json"]),
+        *(json_exports.is_createml, json_exports.parse_createml),
+    ),
+    **{
+        name: _read_only(
+            *(name, f"{title} .txt", [".txt"]),
+            *(partial(text_rows.detect, format=name), partial(text_rows.parse, format=name)),
+        )
+        for name, title in (("kitti", "KITTI"), ("visdrone", "VisDrone"), ("dota", "DOTA"))
+    },
     "webdataset": _format(webdataset, "WebDataset .tar"),
 }
 
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
 """Formats that a data set can be written in."""
+
+
+_SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +144,9 @@ class DataSource:
         unused = [
             relative(file, top)
             for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
-            if file not in used and str(file) not in noted
+            if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
         ]
-        if unused:
+        if unused and self.labels.format != "webdataset":  # shards have an index each
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
         return tuple(lines)
