@@ -14,7 +14,7 @@ from PIL import Image
 import retinanet as rn
 from retinanet.data import read_dataset, read_splits
 from retinanet.data.images import read_image
-from retinanet.data.memory import from_arrays, from_torch
+from retinanet.data.memory import from_torch
 from retinanet.errors import DataError
 
 RED = np.full((30, 40, 3), (200, 10, 20), np.uint8)
@@ -51,7 +51,7 @@ def test_images_in_memory_keep_their_pixels(image: Any) -> None:
 )
 def test_arrays_that_do_not_fit_are_an_error(boxes: Any, labels: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        from_arrays([RED], boxes, labels, ["cat", "dog"])
+        rn.Dataset.from_arrays([RED], boxes, labels, ["cat", "dog"])
 
 
 class MapStyle:
