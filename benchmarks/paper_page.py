@@ -17,7 +17,7 @@ from pathlib import Path
 
 from retinanet.files import write_atomic
 from retinanet.paper.outputs import read_results
-from retinanet.paper.results import TableResult, markdown_table
+from retinanet.paper.results import Table, TableResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
@@ -63,7 +63,7 @@ def claims_table(results_by_data: Mapping[str, Sequence[TableResult]]) -> str:
                 row[column] = claim.marked_verdict + (f": {here}" if here != "-" else "")
     ordered = sorted(rows.values(), key=lambda row: row[0])
     columns = ["", "the paper says", "paper", *results_by_data]
-    return markdown_table(columns, ordered, text=3 + count)
+    return Table(columns, ordered, left=3 + count).to_markdown()
 
 
 def main(outs: Sequence[str]) -> None:

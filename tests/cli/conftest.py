@@ -1,4 +1,4 @@
-"""A tiny data set in every format, a run trained on it, and the command line as a function."""
+"""A tiny data set in four formats, a run trained on it, and the command line as a function."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from retinanet.cli import main
 from retinanet.data import convert
 from retinanet.data.synthetic import synthetic_dataset
+from tiny_backbone import tiny_backbone as tiny_backbone
 
 TINY = (
-    "--backbone=mobilenet_v2",
+    "--backbone=tiny",
     "--backbone-weights=none",
     "--batch-size=2",
     "--image-size=64",
@@ -32,7 +33,7 @@ TINY = (
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left behind."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -40,11 +41,16 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """Standard output, which is nothing but JSON."""
+        """Standard output as JSON."""
         return json.loads(self.out)
 
 
 Cli = Callable[..., Ended]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _backbone(tiny_backbone: str) -> None:
+    pass
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
     def run(*arguments: object) -> Ended:
         capsys.readouterr()
-        code = main([str(one) for one in arguments])
+        code = main([str(argument) for argument in arguments])
         return Ended(code, *capsys.readouterr())
 
     return run
@@ -61,7 +67,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture(scope="session")
 def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same eight images as COCO, VOC, YOLO and CSV, by format."""
+    """Return the same eight images as COCO, VOC, YOLO and CSV, by format."""
     folder = tmp_path_factory.mktemp("tiny")
     synthetic_dataset(
         folder / "coco",
@@ -78,7 +84,7 @@ def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of two steps; tests do not change it."""
+    """Return the folder of a finished run of two steps; tests do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", str(tiny_sets["coco"]), *TINY, "--steps=2", f"--out={folder}"]) == 0
     return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from retinanet.cli.demo import run_demo
 from retinanet.config import load_recipe
 from retinanet.data import read_splits
 
@@ -45,27 +46,25 @@ def test_check_train_evaluate_detect(
 
     test = read_splits(data)["test"]
     out = tmp_path / "found"
-    ended = cli("detect", run, *(one.path for one in test.images), f"--out={out}",
+    ended = cli("detect", run, *(image.path for image in test.images), f"--out={out}",
                 "--format=json,images,coco,csv,yolo", "--score-threshold=0.001",
                 "--detections-per-image=7", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.json["failures"] == []
     found = json.loads((out / "detections.json").read_text())["images"]
-    objects = sum(len(one["detections"]) for one in found)
+    objects = sum(len(image["detections"]) for image in found)
     assert sum(ended.json["objects"].values()) == objects
-    sure = sum(box["score"] >= 0.3 for one in found for box in one["detections"])
+    sure = sum(box["score"] >= 0.3 for image in found for box in image["detections"])
     assert sum(ended.json["drawn"].values()) == sure
     assert 0 < objects <= 14  # two images, seven boxes each
     assert len(json.loads((out / "coco_results.json").read_text())) == objects
-    assert (
-        len(list(csv.reader((out / "detections.csv").read_text("utf-8").splitlines())))
-        == 1 + objects
-    )
+    rows = csv.reader((out / "detections.csv").read_text("utf-8").splitlines())
+    assert len(list(rows)) == 1 + objects
     assert len(list((out / "images").iterdir())) == 2
     assert len(list((out / "labels").iterdir())) == 2
 
 
-def test_results_file_is_judged_as_the_model_was(
+def test_results_file_has_the_metrics_of_the_model(
     cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
 ) -> None:
     data = tiny_sets["coco"]
@@ -77,7 +76,7 @@ def test_results_file_is_judged_as_the_model_was(
         assert results.json[name] == model.json[name]
 
 
-def test_evaluate_prints_the_twelve_numbers(
+def test_evaluate_prints_all_metrics(
     cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
 ) -> None:
     ended = cli("evaluate", tiny_run, tiny_sets["coco"], f"--out={tmp_path}")
@@ -88,39 +87,34 @@ def test_evaluate_prints_the_twelve_numbers(
         assert kind in ended.out
 
 
-def test_train_again_says_that_it_is_finished(cli: Cli, tiny_sets: dict[str, Path],
-                                              tiny_run: Path) -> None:  # fmt: skip
+def test_train_again_is_finished(cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path) -> None:
     weights = (tiny_run / "last" / "model.safetensors").read_bytes()
-    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}")
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}", "--json")
     assert ended.code == 0, ended.err
     assert "is finished: 2 steps" in ended.err
     assert (tiny_run / "last" / "model.safetensors").read_bytes() == weights
-
-
-def test_train_with_other_settings_is_refused(
-    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path
-) -> None:
+    assert ended.json["folder"] == str(tiny_run)
+    assert set(ended.json["metrics"]) >= {"ap", "ap50", "loss"}
     ended = cli("train", tiny_sets["coco"], *TINY, "--steps=3", f"--out={tiny_run}")
     assert ended.code == 2
     assert "train.steps = 2" in ended.err
 
 
-def test_train_json_is_json_alone(cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path) -> None:
-    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}", "--json")
-    assert ended.json["folder"] == str(tiny_run)
-    assert set(ended.json["metrics"]) >= {"ap", "ap50", "loss"}
-
-
-def test_train_from_another_checkpoint(
-    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+def test_train_from_another_checkpoint_into_the_default_folder(
+    cli: Cli,
+    tiny_sets: dict[str, Path],
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=1", f"--init={tiny_run}",
-                f"--out={tmp_path / 'run'}")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=1", f"--init={tiny_run}")
     assert ended.code == 0, ended.err
     assert f"from {tiny_run}: " in ended.err
+    assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
 
 
-def test_train_overfit_gives_a_verdict_and_an_exit_code(
+def test_train_overfit_prints_a_verdict_with_exit_code_1(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,19 +141,8 @@ def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     # The longer side keeps its ratio to the shorter one.
     ratio = quick.data.max_size / quick.data.image_size
     assert (recipe.data.image_size, recipe.data.max_size) == (192, round(192 * ratio))
-
-
-def test_a_setting_goes_over_an_option(cli: Cli, tmp_path: Path) -> None:
-    ended = cli("train", "x", "train.seed=3", "--seed=7", "--show-recipe")
-    assert "\nseed = 3\n" in ended.out
-
-
-def test_the_run_is_named_after_the_data(
-    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli("train", tiny_sets["coco"], *TINY, "--steps=1").code == 0
-    assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
+    # A setting overrides an option.
+    assert "\nseed = 3\n" in cli("train", "x", "train.seed=3", "--seed=7", "--show-recipe").out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
@@ -205,3 +188,18 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
     assert f"resuming from step {steps[-1]}" in ended.err
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+
+
+def test_demo(tmp_path: Path) -> None:
+    settings = tuple(word for word in TINY if not word.startswith("--"))
+    extra = ("model.backbone=tiny", "model.backbone_weights=none", "train.steps=2",
+             "train.batch_size=2", "data.image_size=64", "data.max_size=64")  # fmt: skip
+    images = {"train": 4, "val": 2, "test": 3}
+    results = run_demo(tmp_path, images, (*settings, *extra), seed=0, device="cpu")
+    assert [result.loss for result in results] == ["focal loss", "cross entropy"]
+    assert all(0 <= result.metrics.ap <= 1 for result in results)
+    drawn = {file.name for file in (tmp_path / "images").iterdir()}
+    assert {f"000000_{name}.png" for name in ("labels", "focal_loss", "cross_entropy")} <= drawn
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "cross_entropy/report.html" in page
+    assert (tmp_path / "cross_entropy" / "report.html").is_file()

@@ -41,18 +41,26 @@ def write_clip(file: Path, frames: int = 6, codec: str = "libx264") -> Path:
     return file
 
 
-def frames_of(file: Path) -> int:
-    with av.open(str(file)) as clip:
-        return sum(1 for _ in clip.decode(video=0))
+def num_frames(file: Path) -> int:
+    with av.open(str(file)) as video:
+        return sum(1 for _ in video.decode(video=0))
 
 
-def lines_of(file: Path) -> list[Any]:
+def read_lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def test_a_clip(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4")
-    out = tmp_path / "found"
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_clip(tmp_path / "clip.mp4")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "found"
+
+
+def test_video_is_annotated(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     ended = cli("detect", tiny_run, clip, "--out", out, "--every=2", "--batch-size=2", *QUICK)
     assert ended.code == 0, ended.err
@@ -60,12 +68,10 @@ def test_a_clip(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     assert f"{clip}: 6 frames (3 processed), " in ended.out
     assert f"in {out / 'clip.mp4'} and {out / 'clip.jsonl'}" in ended.out
     assert "torch on cpu, float32" in ended.err
-    assert frames_of(out / "clip.mp4") == len(lines_of(out / "clip.jsonl")) == 6
+    assert num_frames(out / "clip.mp4") == len(read_lines(out / "clip.jsonl")) == 6
 
 
-def test_what_is_printed_as_json(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4")
-    out = tmp_path / "found"
+def test_video_summary_as_json(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:
     ended = cli("detect", tiny_run, clip, "--out", out, "--track", "--json", *QUICK)
     assert ended.code == 0
     [video] = ended.json["videos"]
@@ -73,54 +79,51 @@ def test_what_is_printed_as_json(cli: Cli, tiny_run: Path, tmp_path: Path) -> No
     assert (video["frames"], video["searched"], video["broken"]) == (6, 6, 0)
     assert isinstance(video["tracks"], int)
     assert ended.json["failures"] == []
-    assert "track" in json.dumps(lines_of(out / "clip.jsonl")) or not video["objects"]
+    assert "track" in json.dumps(read_lines(out / "clip.jsonl")) or not video["objects"]
 
 
-def test_clips_of_the_same_name(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    for name in ("a/clip.mp4", "a/clip.mkv", "b/clip.mp4"):
+def test_videos_of_the_same_name_are_numbered(
+    cli: Cli, tiny_run: Path, tmp_path: Path, out: Path
+) -> None:
+    names = ("a/clip.mp4", "a/clip.mkv", "b/clip.mp4")
+    for name in names:
         write_clip(tmp_path / name, 3)
-    out = tmp_path / "found"
     ended = cli("detect", tiny_run, tmp_path / "a" / "*.m*4", tmp_path / "a" / "clip.mkv",
                 tmp_path / "b" / "clip.mp4", "--out", out, "--json", *QUICK)  # fmt: skip
     assert ended.code == 0, ended.err
-    assert sorted(one.name for one in out.glob("*.mp4")) == [
-        "clip-2.mp4",
-        "clip-3.mp4",
-        "clip.mp4",
+    written = sorted(file.name for file in out.glob("*.mp4"))
+    assert written == ["clip-2.mp4", "clip-3.mp4", "clip.mp4"]
+    assert [video["file"] for video in ended.json["videos"]] == [
+        str(tmp_path / name) for name in names
     ]
-    assert [one["file"] for one in ended.json["videos"]] == [
-        str(tmp_path / name) for name in ("a/clip.mp4", "a/clip.mkv", "b/clip.mp4")
-    ]
-    files = {lines_of(one)[0]["file"] for one in out.glob("*.jsonl")}
-    assert len(files) == 3
+    assert len({read_lines(file)[0]["file"] for file in out.glob("*.jsonl")}) == 3
 
 
-def test_one_bad_clip_stops_no_other(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    good, bad = write_clip(tmp_path / "good.mp4"), tmp_path / "bad.mp4"
+def test_unreadable_video_is_listed_and_the_others_processed(
+    cli: Cli, tiny_run: Path, clip: Path, tmp_path: Path, out: Path
+) -> None:
+    bad = tmp_path / "bad.mp4"
     bad.write_text("no video")
-    out = tmp_path / "found"
-    ended = cli("detect", tiny_run, bad, good, "--out", out, *QUICK)
+    ended = cli("detect", tiny_run, bad, clip, "--out", out, "--json", *QUICK)
     assert ended.code == 1
     assert "1 video could not be read:" in ended.err
     assert f"{bad}: not a video of any known format" in ended.err
-    assert frames_of(out / "good.mp4") == 6
-    ended = cli("detect", tiny_run, bad, good, "--out", out, "--json", *QUICK)
-    assert ended.code == 1
-    assert [one["file"] for one in ended.json["failures"]] == [str(bad)]
+    assert [failure["file"] for failure in ended.json["failures"]] == [str(bad)]
+    assert num_frames(out / "clip.mp4") == 6
 
 
-def test_one_clip_is_not_written_over_another(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+def test_video_is_not_overwritten_by_another(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     clips = [write_clip(tmp_path / name) for name in ("a.mkv", "a.mp4")]
     before = clips[1].read_bytes()
     ended = cli("detect", tiny_run, *clips, "--out", tmp_path, *QUICK)
     assert ended.code == 1
-    [said] = ended.err.splitlines()
-    assert said.startswith(f"error: {clips[1]}: would be overwritten by the output of {clips[0]}")
+    [line] = ended.err.splitlines()
+    assert line.startswith(f"error: {clips[1]}: would be overwritten by the output of {clips[0]}")
     assert clips[1].read_bytes() == before
 
 
 def test_ctrl_c_before_the_first_frame(
-    cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny_run: Path, clip: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(video.VideoReader):
         def __init__(self, source: Any) -> None:
@@ -128,66 +131,66 @@ def test_ctrl_c_before_the_first_frame(
             super().__init__(source)
 
     monkeypatch.setattr(video, "VideoReader", Interrupted)
-    clip = write_clip(tmp_path / "clip.mp4")
-    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
+    ended = cli("detect", tiny_run, clip, "--out", out, *QUICK)
     assert ended.code == 130
     assert "no frame was read" not in ended.err
-    assert [file.name for file in (tmp_path / "found").iterdir()] == [".retinanet-outputs"]
+    assert [file.name for file in out.iterdir()] == [".retinanet-outputs"]
 
 
-FAILED = {
-    "a text": (b"no video", "error: {clip}: not a video of any known format"),
-    "nothing": (b"", "error: {clip}: is empty"),
-    "no file": (None, "error: {clip}: there is no such file or folder"),
-}
-
-
-@pytest.mark.parametrize("name", FAILED)
-def test_a_clip_that_cannot_be_read(cli: Cli, tiny_run: Path, tmp_path: Path, name: str) -> None:
-    content, said = FAILED[name]
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no video", "error: {clip}: not a video of any known format"),
+        (b"", "error: {clip}: is empty"),
+        (None, "error: {clip}: there is no such file or folder"),
+    ],
+)
+def test_the_only_video_is_unreadable(
+    cli: Cli, tiny_run: Path, tmp_path: Path, out: Path, content: bytes | None, message: str
+) -> None:
     clip = tmp_path / "clip.mp4"
     if content is not None:
         clip.write_bytes(content)
-    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
+    ended = cli("detect", tiny_run, clip, "--out", out, *QUICK)
     assert ended.code == 1
-    assert said.format(clip=clip) in ended.err.splitlines()[-1]
-    assert len(ended.err.splitlines()) == 2  # what runs the network, and why it did not
+    assert message.format(clip=clip) in ended.err.splitlines()[-1]
+    assert len(ended.err.splitlines()) == 2  # the network, and the error
 
 
-def test_broken_frames_are_counted_and_the_exit_code_is_1(
-    cli: Cli, tiny_run: Path, tmp_path: Path
+def test_broken_frames_are_counted_with_exit_code_1(
+    cli: Cli, tiny_run: Path, tmp_path: Path, out: Path
 ) -> None:
     clip = write_clip(tmp_path / "clip.mov", codec="mjpeg")
     with av.open(str(clip)) as opened:
-        places = [(one.pos, one.size) for one in opened.demux(video=0) if one.size]
+        packets = [(packet.pos, packet.size) for packet in opened.demux(video=0) if packet.size]
     content = bytearray(clip.read_bytes())
-    for pos, size in places[2:4]:
-        content[pos : pos + size] = b"\xff" * size
+    for position, size in packets[2:4]:
+        content[position : position + size] = b"\xff" * size
     clip.write_bytes(content)
-    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", *QUICK)
+    ended = cli("detect", tiny_run, clip, "--out", out, *QUICK)
     assert ended.code == 1
     assert f"{clip}: 2 broken frames skipped" in ended.err
     assert f"{clip}: 4 frames, " in ended.out
-    assert frames_of(tmp_path / "found" / "clip.mp4") == 4
+    assert num_frames(out / "clip.mp4") == 4
 
 
-def test_clip_cut_in_half_is_kept_and_the_exit_code_is_1(
-    cli: Cli, tiny_run: Path, tmp_path: Path
+def test_truncated_video_is_kept_with_exit_code_1(
+    cli: Cli, tiny_run: Path, tmp_path: Path, out: Path
 ) -> None:
     clip = write_clip(tmp_path / "clip.mkv", 40, codec="mjpeg")
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) // 2])
-    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found", "--json", *QUICK)
+    ended = cli("detect", tiny_run, clip, "--out", out, "--json", *QUICK)
     assert ended.code == 1
     [summary] = ended.json["videos"]
     assert summary["frames"] + summary["broken"] + summary["missing"] == 40
     assert 15 < summary["frames"] < 25
-    assert frames_of(tmp_path / "found" / "clip.mp4") == summary["frames"]
+    assert num_frames(out / "clip.mp4") == summary["frames"]
 
 
-def test_outputs_are_no_inputs_of_the_next_call(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4")
-    out = tmp_path / "found"
+def test_outputs_are_not_inputs_of_the_next_call(
+    cli: Cli, tiny_run: Path, clip: Path, tmp_path: Path, out: Path
+) -> None:
     for _ in range(2):
         ended = cli("detect", tiny_run, tmp_path / "**/*.mp4", "--out", out, "--json", *QUICK)
         assert ended.code == 0, ended.err
@@ -197,40 +200,48 @@ def test_outputs_are_no_inputs_of_the_next_call(cli: Cli, tiny_run: Path, tmp_pa
     assert "is an output of an earlier detection" in ended.err
 
 
-def test_clips_and_images_are_not_mixed(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4")
-    ended = cli("detect", tiny_run, clip, tmp_path / "a.jpg", "--out", tmp_path / "found", *QUICK)
+def test_videos_and_images_in_one_call_are_an_error(
+    cli: Cli, tiny_run: Path, clip: Path, tmp_path: Path, out: Path
+) -> None:
+    ended = cli("detect", tiny_run, clip, tmp_path / "a.jpg", "--out", out, *QUICK)
     assert ended.code == 2
     assert f"videos and images in one call: {tmp_path / 'a.jpg'} is no video" in ended.err
 
 
-def test_a_camera_that_is_not_there(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    ended = cli("detect", tiny_run, "97", "--out", tmp_path / "found", *QUICK)
+def test_missing_camera_is_an_error(cli: Cli, tiny_run: Path, out: Path) -> None:
+    ended = cli("detect", tiny_run, "97", "--out", out, *QUICK)
     assert ended.code == 1
     assert ended.err.splitlines()[-1].startswith("error: camera 97: cannot be opened: ")
 
 
-def test_int8_is_calibrated_on_the_clip(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("nncf")
-    clip = write_clip(tmp_path / "clip.mp4")
-    seen: list[Any] = []
+def test_int8_is_calibrated_on_the_first_readable_video(
+    cli: Cli,
+    tiny_run: Path,
+    clip: Path,
+    tmp_path: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calibrations: list[Any] = []
 
-    def load(*given: Any, **settings: Any) -> Any:
-        seen.append(settings["calibrate"])
+    def load(*_: Any, **options: Any) -> Any:
+        calibrations.append(options["calibrate"])
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retinanet.inference.load", load)
-        cli("detect", tiny_run, clip, "--precision=int8", "--out", tmp_path / "found")
-    assert {one.shape for one in seen[0]} == {(64, 96, 3)}
+    monkeypatch.setattr("retinanet.inference.load", load)
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no video")
+    cli("detect", tiny_run, bad, clip, "--precision=int8", "--out", out)
+    assert {image.shape for image in calibrations[0]} == {(64, 96, 3)}
+    ended = cli("detect", tiny_run, bad, "--precision=int8", "--out", out)
+    assert f"{bad}: not a video of any known format" in ended.err
 
 
-def test_a_missing_extra(
-    cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_extra_is_an_error(
+    cli: Cli, tiny_run: Path, clip: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = write_clip(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    ended = cli("detect", tiny_run, clip, "--out", tmp_path / "found")
+    ended = cli("detect", tiny_run, clip, "--out", out)
     assert ended.code == 1
     [line] = ended.err.splitlines()
     assert line.endswith(
@@ -274,6 +285,6 @@ def test_signal_ends_a_camera(
     assert "stopped" in printed.err
     [video] = json.loads(printed.out)["videos"]
     assert video["stopped"]
-    assert frames_of(tmp_path / "camera-0.mp4") == video["frames"] >= 5
-    assert len(lines_of(tmp_path / "camera-0.jsonl")) == video["frames"]
+    assert num_frames(tmp_path / "camera-0.mp4") == video["frames"] >= 5
+    assert len(read_lines(tmp_path / "camera-0.jsonl")) == video["frames"]
     assert signal.getsignal(number) is before

@@ -186,18 +186,6 @@ def test_voc_to_voc_keeps_nested_values(tmp_path: Path, make_image: MakeImage) -
     }
 
 
-def test_names_of_two_splits_that_meet_in_voc(tmp_path: Path, make_image: MakeImage) -> None:
-    for seed, split in enumerate(("train", "val")):
-        make_image(tmp_path / "in" / split / "1.png", seed=seed)
-        objects = [coco_object(1, 1, [seed + 1, 1, 5, 5])]
-        write(tmp_path / "in" / f"{split}.json", coco_json([coco_image(1, "1.png")], objects))
-    convert(tmp_path / "in", tmp_path / "out", "voc")
-    splits = read_splits(tmp_path / "out")
-    assert [i.path.name for d in splits.values() for i in d.images] == ["1.png", "val_1.png"]
-    assert [d.images[0].annotations[0].box[0] for d in splits.values()] == [1, 2]
-    assert [d.images[0].id for d in splits.values()] == [1, 1]
-
-
 def test_names_that_would_meet(tmp_path: Path, make_image: MakeImage) -> None:
     """a.png and a.jpg share a YOLO label file; x/a.png and y/a.png share a folder."""
     names = ["x/a.png", "y/a.png", "x/a.jpg", "x/A.png"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
 
@@ -180,32 +179,6 @@ def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> Non
         except DataError:
             pass
     assert read > 5
-
-
-@pytest.mark.data
-def test_a_real_data_set_as_cvat_writes_it(real_data: Path, tmp_path: Path) -> None:
-    splits = read_splits(real_data / "bccd")
-    root = ET.Element("annotations")
-    for name, dataset in splits.items():
-        for one in dataset.images:
-            size = {"width": str(one.width), "height": str(one.height)}
-            element = ET.SubElement(root, "image", name=one.path.name, subset=name, **size)
-            for annotation in one.annotations:
-                sides = zip(("xtl", "ytl", "xbr", "ybr"), annotation.box, strict=True)
-                values = {"label": dataset.classes[annotation.label], "occluded": "0"}
-                values |= {side: f"{value:.2f}" for side, value in sides}
-                ET.SubElement(element, "box", values)
-    (tmp_path / "images").symlink_to(next(iter(splits["train"].images)).path.parent)
-    ET.ElementTree(root).write(tmp_path / "annotations.xml")
-    again = read_splits(tmp_path)
-    assert list(again) == list(splits)
-    for name, dataset in splits.items():
-        assert again[name].classes == dataset.classes
-        for one, other in zip(dataset.images, again[name].images, strict=True):
-            assert other.path.is_file()
-            assert [(a.box, a.label) for a in one.annotations] == [
-                (a.box, a.label) for a in other.annotations
-            ]
 
 
 def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, make_image: MakeImage) -> None:

@@ -50,32 +50,6 @@ def test_splits_share_one_list_of_classes(tmp_path: Path, make_image: MakeImage)
     assert len(read_dataset(tmp_path, "all")) == 3  # not five: trainval is train and val again
 
 
-def test_layouts(tmp_path: Path, make_image: MakeImage) -> None:
-    _make(tmp_path / "VOCdevkit" / "VOC2012", make_image)
-    _lists(tmp_path / "VOCdevkit" / "VOC2012", train="ab", val="c")
-    assert len(read_dataset(tmp_path, "train")) == 2
-    assert len(read_dataset(tmp_path / "VOCdevkit" / "VOC2012" / "Annotations", "train")) == 2
-
-    flat = tmp_path / "flat"
-    for seed, stem in enumerate("xyz"):
-        make_image(flat / f"{stem}.png", seed=seed)
-        write(flat / f"{stem}.xml", voc_xml(f"{stem}.jpg", [("cat", (1, 1, 5, 5))]))
-    assert find_format(flat) == "voc"
-    assert [image.path.name for image in read_dataset(flat, "all").images] == [
-        "x.png",  # the label says .jpg
-        "y.png",
-        "z.png",
-    ]
-
-    split = tmp_path / "split"
-    for seed, part in enumerate(("train", "valid", "test")):
-        make_image(split / part / "same.jpg", seed=seed)
-        write(split / part / "same.xml", voc_xml("same.jpg", [("cat", (1, 1, 5, 5))]))
-    splits = read_splits(split)
-    assert list(splits) == ["train", "val", "test"]
-    assert splits["val"].images[0].path == split / "valid" / "same.jpg"
-
-
 def test_classes_txt_gives_order_and_bounds(tmp_path: Path, make_image: MakeImage) -> None:
     _make(tmp_path, make_image)
     write(tmp_path / "classes.txt", "zebra\ncat\n")

@@ -52,24 +52,6 @@ def test_data_yaml(
         assert splits["val"].images[0].path.samefile(other)
 
 
-def test_roboflow_layout(tmp_path: Path, make_image: MakeImage) -> None:
-    for part in ("train", "valid", "test"):
-        _pair(tmp_path, make_image, f"{part}/images", f"{part}/labels", part)
-    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\n"
-    write(tmp_path / "data.yaml", text + "names: ['a', 'b']\n")
-    splits = read_splits(tmp_path)
-    assert {name: one.images[0].id for name, one in splits.items()} == {
-        "train": "train",
-        "val": "valid",
-        "test": "test",
-    }
-    (tmp_path / "data.yaml").unlink()
-    again = read_splits(tmp_path)
-    assert list(again) == ["train", "val", "test"]
-    assert again["train"].classes == ("0", "1")  # nobody named them
-    assert len(again["val"].images[0].annotations) == 1
-
-
 def test_trees_without_yaml(tmp_path: Path, make_image: MakeImage) -> None:
     _pair(tmp_path / "split", make_image, "images/train2017", "labels/train2017")
     _pair(tmp_path / "split", make_image, "images/val2017", "labels/val2017", "b")

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from layouts import CLASSES, LAYOUTS, OBJECTS, Layout
+from layouts import (
+    CLASSES,
+    HEIGHT,
+    LAYOUTS,
+    OBJECTS,
+    TF_HEADER,
+    WIDTH,
+    Layout,
+    coco_dict,
+    tf_rows,
+    voc_text,
+    write,
+    write_coco,
+    write_images,
+    write_rows,
+    write_voc,
+    write_yolo,
+)
 
+from retinanet.data.check import check_datasets
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import read_dataset, read_splits
+from retinanet.errors import DataError
 
 
 def boxes(dataset: Dataset) -> set[tuple[str, tuple[float, ...]]]:
@@ -19,14 +39,15 @@ def boxes(dataset: Dataset) -> set[tuple[str, tuple[float, ...]]]:
     }
 
 
-def assert_complete(dataset: Dataset, count: int) -> None:
+def assert_complete(dataset: Dataset, count: int, classes: tuple[str, str] = CLASSES) -> None:
     assert [problem.reason for problem in dataset.problems] == []
     assert len(dataset.images) == count
     assert len({image.path for image in dataset.images}) == count
     assert all(image.path.is_file() for image in dataset.images)
     assert sum(len(image.annotations) for image in dataset.images) == 2 * count
-    assert dataset.classes == CLASSES
-    expected = {(name, tuple(map(float, box))) for name, box in OBJECTS}
+    assert dataset.classes == classes
+    pairs = zip(classes, OBJECTS, strict=True)
+    expected = {(name, tuple(map(float, box))) for name, (_, box) in pairs}
     assert {(n, tuple(round(v, 3) for v in b)) for n, b in boxes(dataset)} == expected
 
 
@@ -44,12 +65,224 @@ def test_layout_is_read_from_its_root(layout: Layout, tmp_path: Path) -> None:
     for name, count in layout.splits.items():
         if name in ("", "train") and "val" not in layout.splits:
             continue  # a validation split is drawn
-        assert_complete(datasets[name], count)
+        assert_complete(datasets[name], count, layout.classes)
     whole = read_dataset(tmp_path, "all")
-    assert_complete(whole, total)
+    assert_complete(whole, total, layout.classes)
     assert whole.format == layout.format
 
 
 def test_layout_is_read_from_other_paths(layout: Layout, tmp_path: Path) -> None:
     for start, count in layout.starts.items():
-        assert_complete(read_dataset(tmp_path / start, "all"), count)
+        assert_complete(read_dataset(tmp_path / start, "all"), count, layout.classes)
+
+
+def test_description_names_what_is_read_and_what_is_not(layout: Layout, tmp_path: Path) -> None:
+    first, *others = read_dataset(tmp_path, "all").description
+    for split in filter(None, layout.splits):
+        assert split in first
+    for part in layout.left_out:
+        assert any(part in line for line in others)
+
+
+def test_labels_of_different_images_in_two_formats_are_an_error(tmp_path: Path) -> None:
+    write_voc(tmp_path / "a", ["x"])
+    write_coco(tmp_path / "b.json", ["y.jpg"])
+    write_images(tmp_path / "images", ["x", "y"])
+    with pytest.raises(DataError, match=r"b\.json \(coco\) and a/x\.xml \(voc\) label 1 images"):
+        read_dataset(tmp_path, "all")
+    assert len(read_dataset(tmp_path, "all", format="voc")) == 1
+
+
+def test_one_name_in_two_folders_belongs_to_the_folder_of_its_label(tmp_path: Path) -> None:
+    for camera in ("cam1", "cam2"):
+        write_images(tmp_path / "images" / camera, ["0"])
+    names = ["C:\\d\\cam2\\0.jpg", "C:\\d\\cam1\\0.jpg"]
+    write_coco(tmp_path / "labels.json", names)
+    found = read_dataset(tmp_path, "all").images
+    assert [image.path.parent.name for image in found] == ["cam2", "cam1"]
+
+
+def test_name_that_fits_several_files_is_a_problem(tmp_path: Path) -> None:
+    for camera in ("cam1", "cam2"):
+        write_images(tmp_path / camera, ["0"])
+    write_coco(tmp_path / "labels.json", ["0.jpg"])
+    dataset = read_dataset(tmp_path, "all")
+    (problem,) = dataset.problems
+    assert (problem.kind, len(dataset)) == ("image-ambiguous", 0)
+    assert "cam1/0.jpg and cam2/0.jpg" in problem.reason
+
+
+def test_missing_image_is_not_replaced_by_a_mask(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a"])
+    write_images(tmp_path / "masks", ["a", "b"], ".png")
+    write_coco(tmp_path / "labels.json", ["a.jpg", "b.jpg"])
+    paths = [image.path for image in read_dataset(tmp_path, "all").images]
+    assert paths == [tmp_path / "images" / "a.jpg", tmp_path / "images" / "b.jpg"]
+
+
+def test_image_listed_twice_keeps_the_objects_of_both(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a"])
+    content = coco_dict(["a.jpg", "a.jpg"])
+    content["annotations"][-1]["bbox"] = [1, 1, 3, 3]
+    write(tmp_path / "labels.json", json.dumps(content))
+    dataset = read_dataset(tmp_path, "all")
+    assert [len(image.annotations) for image in dataset.images] == [3]
+    assert [problem.kind for problem in dataset.problems] == ["image-duplicate"]
+
+
+def test_links_hidden_files_and_loops_are_no_trouble(tmp_path: Path) -> None:
+    LAYOUTS["voc-xmls"].build(tmp_path / "data")
+    write(tmp_path / "data" / "annotations" / "xmls" / "._img_0.xml", "binary")
+    write(tmp_path / "data" / ".cache" / "x.xml", "<annotation></annotation>")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "set").symlink_to(tmp_path / "data")
+    assert_complete(read_dataset(tmp_path / "linked", "all"), 3)
+
+
+def test_names_that_yaml_takes_for_other_values_stay_text(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a"])
+    write(tmp_path / "labels" / "a.txt", "2 .5 .5 .2 .2\n")
+    write(tmp_path / "data.yaml", "train: images\nnc: 3\nnames: [on, off, 007]\n")
+    assert read_dataset(tmp_path, "all").classes == ("on", "off", "007")
+
+
+def test_voc_list_with_blanks_in_names(tmp_path: Path) -> None:
+    names = ["my photo 0", "b"]
+    write_voc(tmp_path / "Annotations", names)
+    write_images(tmp_path / "JPEGImages", names)
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "my photo 0\nb  1\n")
+    assert_complete(read_dataset(tmp_path, "all"), 2)
+
+
+def test_split_without_any_label_is_a_problem(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "train", ["a"])
+    write_yolo(tmp_path / "labels" / "train", ["a"])
+    write_images(tmp_path / "images" / "val", ["b", "c"])
+    write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [cat, dog]\n")
+    (problem,) = read_dataset(tmp_path, "val").problems
+    assert problem.kind == "label-missing"
+    assert "none of its 2 images has a label; looked for" in problem.reason
+
+
+def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a", "b"])
+    write(tmp_path / "table.csv", "file,label\na.jpg,cat\n")
+    with pytest.raises(DataError) as caught:
+        read_dataset(tmp_path)
+    assert "no labelled data found in 2 images, 1 .csv" in str(caught.value)
+    assert "no column for the box; columns are file, label" in str(caught.value)
+
+
+# -- values ------------------------------------------------------------------------------------
+
+
+def test_one_value_beyond_one_does_not_make_fractions_pixels(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    rows = [("a.jpg", "cat", 0.1, 0.5, 1.0000005, 0.75), ("a.jpg", "cat", 0.5, 0.5, 0.75, 0.9)]
+    write_rows(tmp_path / "t.csv", ("image", "class", "xmin", "ymin", "xmax", "ymax"), rows)
+    (image,) = read_dataset(tmp_path, "all").images
+    assert image.annotations[0].box == pytest.approx((4, 15, 40, 22.5), abs=1e-3)
+
+
+def test_normalised_coco_boxes_are_scaled_and_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    content = coco_dict(["a.jpg"])
+    for item in content["annotations"]:
+        item["bbox"] = [0.25, 0.5, 0.5, 0.5]
+    write(tmp_path / "labels.json", json.dumps(content))
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.images[0].annotations[0].box == (10, 15, 30, 30)
+    assert [problem.kind for problem in dataset.problems] == ["box-normalised"]
+
+
+def test_lvis_names_and_masks_without_boxes(tmp_path: Path) -> None:
+    write_images(tmp_path / "val2017", ["a"])
+    content = coco_dict(["a.jpg"])
+    del content["images"][0]["file_name"]
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/val2017/a.jpg"
+    first, second = content["annotations"]
+    del first["bbox"], second["bbox"]
+    first["segmentation"] = [[4, 5, 14, 5, 14, 15]]
+    # Columns of 30 pixels: the second object's rectangle.
+    counts = [20 * HEIGHT + 10, 15] + [15, 15] * 9 + [(WIDTH - 30) * HEIGHT + 5]
+    second["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+    write(tmp_path / "labels.json", json.dumps(content))
+    assert_complete(read_dataset(tmp_path, "all"), 1)
+
+
+def test_groups_of_open_images_are_crowds(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    header = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
+    rows = [("a", "/m/01g317", 0.1, 0.5, 0.1, 0.5, 1), ("a", "/m/01g317", 0.5, 0.9, 0.1, 0.5, 0)]
+    write_rows(tmp_path / "labels.csv", header, rows)
+    (image,) = read_dataset(tmp_path, "all").images
+    assert [annotation.crowd for annotation in image.annotations] == [True, False]
+
+
+def test_keypoint_rows_have_the_box_first(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a"])
+    write(tmp_path / "labels" / "a.txt", "0 .5 .5 .5 .5 .1 .1 2 .2 .2 2\n")
+    write(tmp_path / "data.yaml", "train: images\nnames: [person]\nkpt_shape: [2, 3]\n")
+    (image,) = read_dataset(tmp_path, "all").images
+    assert image.annotations[0].box == (10, 7.5, 30, 22.5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+@pytest.mark.parametrize("format_", ["csv", "coco"])
+def test_encodings_of_spreadsheets(tmp_path: Path, encoding: str, format_: str) -> None:
+    write_images(tmp_path, ["a"])
+    name = "labels.csv" if format_ == "csv" else "labels.json"
+    if format_ == "csv":
+        write_rows(tmp_path / name, TF_HEADER, tf_rows(["a.jpg"]))
+    else:
+        write_coco(tmp_path / name, ["a.jpg"])
+    (tmp_path / name).write_bytes((tmp_path / name).read_text("utf-8").encode(encoding))
+    assert_complete(read_dataset(tmp_path, "all"), 1)
+
+
+def test_percent_encoded_names_are_a_last_resort(tmp_path: Path) -> None:
+    write_images(tmp_path, ["my photo"])
+    write_coco(tmp_path / "labels.json", ["my%20photo.jpg"])
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.path.name for image in dataset.images] == ["my photo.jpg"]
+    assert [problem.kind for problem in dataset.problems] == ["image-name-encoded"]
+
+
+@pytest.mark.parametrize("encoding", ["GBK", "utf-8", "windows-1252"])
+def test_voc_in_other_encodings_and_with_a_namespace(tmp_path: Path, encoding: str) -> None:
+    name = "M\u00fcll" if encoding == "windows-1252" else "\u732b"
+    text = voc_text("a.jpg").replace("cat", name).replace("<annotation>", '<annotation xmlns="x">')
+    (tmp_path / "a.xml").write_bytes(
+        f'<?xml version="1.0" encoding="{encoding}"?>{text}'.encode(encoding)
+    )
+    write_images(tmp_path, ["a"])
+    assert set(read_dataset(tmp_path, "all").classes) == {name, "dog"}
+
+
+def test_classes_that_differ_in_case_are_reported(tmp_path: Path) -> None:
+    write_voc(tmp_path, ["a"])
+    text = (tmp_path / "a.xml").read_text().replace("dog", "Cat")
+    write(tmp_path / "a.xml", text)
+    write_images(tmp_path, ["a"])
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.classes == ("Cat", "cat")
+    assert [problem.kind for problem in dataset.problems] == ["class-similar"]
+
+
+def test_boxes_under_a_pixel_look_normalised(tmp_path: Path) -> None:
+    write_voc(tmp_path, ["a"])
+    text = (tmp_path / "a.xml").read_text()
+    for old, new in (("4", "0.1"), ("5", "0.1"), ("14", "0.5"), ("15", "0.5")):
+        text = text.replace(f">{old}<", f">{new}<")
+    write(tmp_path / "a.xml", text)
+    write_images(tmp_path, ["a"])
+    report = check_datasets({"all": read_dataset(tmp_path, "all")})
+    assert report.counts == {"box-normalised": 1}
+
+
+def test_documentation_lists_the_layouts() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    table = text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0]
+    rows = [f"| {layout.title} | {layout.format} |" for layout in LAYOUTS.values()]
+    assert table.splitlines()[2:] == rows

@@ -284,20 +284,6 @@ def test_tiles_of_earlier_windows_are_kept(tmp_path: Path) -> None:
         opened.read((190, 120, 200, 140))
 
 
-def test_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "CACHED_BYTES", 20_000)  # always too little
-    file = write_tiff(tmp_path / "a.tif", "jpeg")
-    whole, opened = read_image(file), open_windows(file)
-    rng = np.random.default_rng(0)
-    spots = []
-    for _ in range(100):
-        x1, y1 = int(rng.integers(0, WIDTH - 60)), int(rng.integers(0, HEIGHT - 60))
-        spots.append((x1, y1, x1 + 60, y1 + 60))
-    with ThreadPoolExecutor(8) as pool:
-        for (x1, y1, x2, y2), read in zip(spots, pool.map(opened.read, spots), strict=True):
-            assert torch.equal(read, whole[:, y1:y2, x1:x2])
-
-
 def test_typical_side(tmp_path: Path) -> None:
     files = []
     for number, (width, height) in enumerate([(30, 90), (50, 40), (70, 71), (200, 100), (9, 9)]):

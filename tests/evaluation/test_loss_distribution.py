@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_evaluate_run
 import torch
+from painter import tiny_checkpoint
 from PIL import Image
-from test_evaluate_run import tiny_checkpoint
 from torch import Tensor
 
 from retinanet.anchors import level_anchors
@@ -26,16 +25,13 @@ from retinanet.inference.detector import Detector
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import save_checkpoint
 from retinanet.report.loss_distribution import (
+    GAMMAS,
     LossDistribution,
     anchor_losses,
     cumulative_share,
     loss_distribution,
 )
 from retinanet.structures import BACKGROUND, IGNORED, Outputs, flatten_levels
-
-painted, val = test_evaluate_run.painted, test_evaluate_run.val  # fixtures
-
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
 
 
 def by_hand(logits: Sequence[float], label: int, gamma: float) -> float:
@@ -49,7 +45,7 @@ def by_hand(logits: Sequence[float], label: int, gamma: float) -> float:
 
 
 def share_by_loop(losses: Sequence[float], fraction: float) -> float:
-    """What the easiest anchors hold: whole ones, and of the last the part that is left."""
+    """Share of the easiest anchors, of the last of which only a part counts."""
     left, held = fraction * len(losses), 0.0
     for loss in sorted(losses):
         held += min(1.0, max(0.0, left)) * loss
@@ -80,7 +76,7 @@ def losses_by_loop(
         dataset, batch_size=1, image_size=64, max_size=96, fill=(124, 116, 104)
     ):
         outputs: Outputs = network(batch.images)
-        shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
+        shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
         anchors = torch.cat(level_anchors(model.anchors, shapes))
         matches = match_anchors(anchors, batch.targets, **matching)
         labels = anchor_labels(matches, batch.targets.labels)[0].tolist()
@@ -97,7 +93,7 @@ def losses_by_loop(
 def test_cumulative_share_against_a_loop() -> None:
     losses = np.random.default_rng(0).gamma(0.3, size=37)
     fractions = np.array([0, 0.01, 0.25, 0.5, 0.777, 0.99, 1])
-    expected = [share_by_loop(losses.tolist(), one) for one in fractions]
+    expected = [share_by_loop(losses.tolist(), x) for x in fractions]
     np.testing.assert_allclose(cumulative_share(losses, fractions), expected, rtol=1e-12)
 
 
@@ -108,23 +104,17 @@ def test_cumulative_share_by_hand() -> None:
     assert np.isnan(cumulative_share(np.zeros(3), np.array([0.5]))).all()
 
 
-def test_anchor_losses_by_hand() -> None:
+def test_anchor_losses_by_hand_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     labels = torch.tensor([0, 1, 2, BACKGROUND, BACKGROUND, 0, 1, 2, BACKGROUND])
     expected = [
         [by_hand(row, label, gamma) for gamma in GAMMAS]
         for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
-    torch.testing.assert_close(
-        anchor_losses(logits, labels, GAMMAS), torch.tensor(expected, dtype=torch.float64)
-    )
-
-
-def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, labels = torch.randn(50, 3), torch.randint(-1, 3, (50,))
-    whole = anchor_losses(logits, labels, GAMMAS)
-    monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", 20)
-    torch.testing.assert_close(anchor_losses(logits, labels, GAMMAS), whole)
+    for chunk in (2**22, 7):
+        monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", chunk)
+        losses = anchor_losses(logits, labels, GAMMAS)
+        torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
     assert anchor_losses(logits[:0], labels[:0], GAMMAS).shape == (0, 4)
 
 
@@ -242,7 +232,7 @@ def test_of_a_run_folder(painted: Path, tmp_path: Path) -> None:
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert (found.foreground_iou, found.background_iou) == (0.4, 0.3)
-    assert [one.gamma for one in found.positives] == list(GAMMAS)
+    assert [curve.gamma for curve in found.positives] == list(GAMMAS)
     # An untrained model scores all alike, so the loss is spread evenly over the negatives.
     assert found.negatives[0].hardest[0.2] == pytest.approx(0.2, abs=0.02)
     larger = loss_distribution(

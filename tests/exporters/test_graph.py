@@ -15,7 +15,6 @@ from retinanet.exporters.graph import (
     PADDING_LABEL,
     DetectorGraph,
     RawDetectorGraph,
-    Suppression,
     network_size,
     suppress_by_engine,
     suppress_by_torchvision,
@@ -121,8 +120,8 @@ def test_suppression_by_hand(suppress: Any) -> None:
     boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 10], [50, 50, 60, 60.0]]])
     scores = torch.tensor([[0.9, 0.8, 0.7, -1.0]])
     labels = torch.tensor([[0, 0, 1, 0]])
-    by_class = suppress(boxes, scores, labels, Suppression(2, 0.5, 10, 100))
+    by_class = suppress(boxes, scores, labels, 2, 0.5, 10, 100)
     assert by_class.tolist() == [[True, False, True, False]]  # IoU .6 in class 0
-    agnostic = suppress(boxes, scores, labels, Suppression(1, 0.5, 10, 100))
+    agnostic = suppress(boxes, scores, labels, 1, 0.5, 10, 100)
     assert agnostic.tolist() == [[True, False, False, False]]
-    assert not suppress(boxes, scores - 2, labels, Suppression(2, 0.5, 10, 100)).any()
+    assert not suppress(boxes, scores - 2, labels, 2, 0.5, 10, 100).any()

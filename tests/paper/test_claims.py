@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from results_setup import OVER, collect, done, metrics, trainings
@@ -81,19 +80,6 @@ def test_failed_training_is_noted_and_not_counted() -> None:
     assert (result.rows[0].seeds, result.rows[0].scores["AP"].std) == (1, None)
     assert result.rows[0].folders == ("runs/x/seed-0", "runs/x/seed-1")
     assert result.footnotes == ["gamma 2: seed 1 failed: no memory left"]
-
-
-def test_unknown_row_is_an_error() -> None:
-    with pytest.raises(ValueError, match="table1b has no row 'd'"):
-        collect({"d": done(0.1)})
-    with pytest.raises(ValueError, match="table1b has no row 'e'"):
-        collect({}, milliseconds={"e": 3.0})
-
-
-@pytest.mark.parametrize("numbers", [None, {"ap": 0.3}])
-def test_done_training_without_metrics_is_an_error(numbers: Mapping[str, Any] | None) -> None:
-    with pytest.raises(ValueError, match=r"gamma 2, seed 4: done, but .* \(runs/y\): evaluate"):
-        collect({"a": [Outcome(4, "done", numbers, "runs/y")]})
 
 
 # --- verdicts -------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def first_losses(prior: float, steps: int, seed: int) -> list[float]:
     The paper's loss, heads (four convolutions and the last), initial weights, SGD, learning rate
     and momentum, on an image of 3,069 anchors, of which about 100 are assigned to an object: far
     fewer negatives to a positive than in the paper, so that divergence is not made easier. Other
-    than there: one image a step, a ResNet-18 from nothing (group norm) and 64 channels.
+    than there: one image per step, a ResNet-18 from nothing (group norm) and 64 channels.
     """
     recipe = load_recipe("paper_1x", ["loss.classification=cross_entropy", "loss.alpha=none"])
     torch.manual_seed(seed)

@@ -38,9 +38,9 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 def test_narrow_table_for_a_terminal() -> None:
     result = example()
     assert result.heading == "Table 1b: Gamma"
-    columns, rows = result.table(wide=False)
-    assert columns == ["", "AP", "AP50", "AP75", "ms", "seeds", "paper AP", "paper ms"]
-    assert rows == [
+    table = result.table(wide=False)
+    assert table.columns == ["", "AP", "AP50", "AP75", "ms", "seeds", "paper AP", "paper ms"]
+    assert table.rows == [
         ["gamma 2", "31.0 ± 1.4", "62.0 ± 2.8", "15.5 ± 0.7", "12.3", "2", "34.0", "98"],
         ["gamma 0", "25.0", "50.0", "12.5", "-", "1", "31.1", "-"],
         ["hinge", "0.0†", "0.0†", "0.0†", "-", "1", "-", "-"],
@@ -116,7 +116,7 @@ def test_every_experiment_in_every_format(name: str) -> None:
     assert result.heading in result.to_markdown()
     assert ("Not a COCO result" in result.to_markdown()) == bool(experiment.rows)
     for wide in (False, True):
-        columns, rows = result.table(wide=wide)
-        assert all(len(row) == len(columns) for row in rows)
+        table = result.table(wide=wide)
+        assert all(len(row) == len(table.columns) for row in table.rows)
     # All rows are equal: no order is found, and every "about" holds.
     assert {claim.verdict for claim in result.claims} <= {"not separated", "holds"}

@@ -127,13 +127,11 @@ def test_as_torchvision_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", RIVALS)
-@pytest.mark.parametrize("labels", [((), ()), ((), (1,))])
-def test_images_without_objects_train(name: str, labels: tuple[tuple[int, ...], ...]) -> None:
+def test_images_without_objects_train(name: str) -> None:
     network = tiny_rival(name).train()
-    boxes = tuple(((10.0, 8.0, 40.0, 36.0),) * len(of_image) for of_image in labels)
-    losses = network.losses(batch_of(boxes=boxes, labels=labels))
+    losses = network.losses(batch_of(boxes=((), ()), labels=((), ())))
     losses.total.backward()
-    assert losses.foreground[0] == 0
+    assert losses.foreground.tolist() == [0, 0]
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -210,14 +208,6 @@ def test_ssd512_strides_and_scales() -> None:
 @pytest.mark.parametrize(("side", "coarsest"), [(32, 32), (192, 256), (600, 1024)])
 def test_ssd_coarsest_level_is_one_cell(side: int, coarsest: int) -> None:
     assert rivals.ssd_strides(side)[-1] == coarsest
-
-
-@pytest.mark.parametrize(("side", "smallest"), [(600, 32), (128, 16), (64, 32)])
-def test_ssd_smallest_box_follows_retinanets_smallest_anchor(side: int, smallest: int) -> None:
-    scales = rivals.ssd_scales(5, smallest / side)
-    assert scales[0] * side == pytest.approx(0.75 * smallest)
-    assert scales == sorted(scales)
-    assert scales[-2:] == [0.9, 1.06]
 
 
 @pytest.mark.parametrize("sizes", ["[8, 16, 32, 64, 128]", "none"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -113,18 +112,6 @@ def test_finished_training_keeps_its_checkpoint_and_is_not_repeated(
     assert work_here(row, tmp_path, shapes) == 0
     assert read_result(folder) == result
     assert (folder / "log.jsonl").read_bytes() == log
-
-
-def test_image_missing_from_val_is_skipped(shapes: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(shapes, data)
-    next((data / "val").glob("*.png")).unlink()
-    row = training("train.steps=1", "train.validate_every=1")
-    assert work_here(row, tmp_path / "out", data) == 0
-    result = read_result(row.folder(tmp_path / "out"))
-    assert result is not None
-    assert result.metrics is not None
-    assert result.metrics["images"] == 3
 
 
 def test_diverged_training_is_a_result(shapes: Path, tmp_path: Path) -> None:

@@ -145,13 +145,9 @@ def test_paper_plot_writes_png_and_svg(name: str, tmp_path: Path) -> None:
     assert "<path" in svg
     assert "<dc:date>" not in svg
     assert dict(mpl.rcParams) == before
-
-
-@pytest.mark.parametrize("name", ["fig2", "fig3", "table"])
-def test_paper_plot_equal_data_gives_equal_bytes(name: str, tmp_path: Path) -> None:
-    first, second = (PLOTS[name](tmp_path / folder / "figure") for folder in ("a", "b"))
-    for a, b in zip(first, second, strict=True):
-        assert a.read_bytes() == b.read_bytes()
+    if name in ("fig2", "fig3", "table"):
+        for first, second in zip(files, PLOTS[name](tmp_path / "again" / "figure"), strict=True):
+            assert first.read_bytes() == second.read_bytes()
 
 
 def test_plot_table_replaces_a_suffix_and_keeps_a_dot(tmp_path: Path) -> None:
@@ -159,13 +155,9 @@ def test_plot_table_replaces_a_suffix_and_keeps_a_dot(tmp_path: Path) -> None:
     assert names == ["a.png", "b.png", "lr.01.png"]
 
 
-def test_plot_speed_accuracy_without_points_is_an_error(tmp_path: Path) -> None:
+def test_speed_marks_are_in_points_of_ap(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no point to draw"):
         plot_speed_accuracy((), tmp_path / "x")
-    assert not list(tmp_path.iterdir())
-
-
-def test_speed_marks_are_in_points_of_ap() -> None:
     # AP from a fraction to points; NaN is left out.
     assert speed_marks(speed()) == (
         SpeedMark("cells", 10, 20.0, "128", 9, 12),

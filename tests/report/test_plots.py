@@ -11,13 +11,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from results import evaluated, log_lines
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.dataset import Annotation
 from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
-from retinanet.evaluation.metrics import Metrics
 from retinanet.report.figure import format_compact, open_figure
 from retinanet.report.plots import (
     moving_mean,
@@ -26,65 +25,8 @@ from retinanet.report.plots import (
     plot_object_sizes,
     plot_running,
     plot_training,
-    read_log,
 )
-from retinanet.structures import Detections
-
-
-def evaluated(
-    classes: tuple[str, ...], *, seed: int = 0, images: int = 6
-) -> tuple[Dataset, Metrics]:
-    """A data set, and the metrics of detections that are mostly right."""
-    rng = np.random.default_rng(seed)
-    imgs, found = [], []
-    for i in range(images):
-        corners = rng.uniform(0, 300, (6, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(10, 150, (6, 2))], axis=1)
-        labels = rng.integers(0, len(classes), 6)
-        objects = tuple(
-            Annotation(tuple(box.tolist()), int(label))
-            for box, label in zip(boxes, labels, strict=True)
-        )
-        imgs.append(LabelledImage(Path(f"{i}.png"), i + 1, objects, 450, 450))
-        wrong = rng.random(6) < 0.3
-        said = np.where(wrong, rng.integers(0, len(classes), 6), labels)
-        found.append(
-            (
-                i,
-                Detections(
-                    torch.tensor(boxes + rng.normal(0, 4, boxes.shape), dtype=torch.float32),
-                    torch.tensor(rng.uniform(0.1, 1, 6), dtype=torch.float32),
-                    torch.tensor(said, dtype=torch.int64),
-                ),
-            )
-        )
-    dataset = Dataset(
-        tuple(imgs), classes, tuple(range(len(classes))), "val", "coco", Path("labels.json")
-    )
-    return dataset, evaluate_detections(dataset, found)
-
-
-def log_lines(steps: int = 60) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        lines.append(
-            {
-                "step": step,
-                "loss": 2.0 / step + 0.1,
-                "loss_classification": 1.5 / step,
-                "loss_box": 0.5 / step + 0.1,
-                "positives": 20.0,
-                "lr": 0.01,
-                "images_per_second": 12.0,
-                "waiting": 0.02,
-                "memory_mb": 900.0,
-                "seconds": 0.5,
-            }
-        )
-        if step % 20 == 0:
-            found = {"ap": step / 200, "ap50": step / 100, "loss": 2.2 / step + 0.1}
-            lines.append({"step": step, "validation": found})
-    return lines
+from retinanet.training.run_folder import read_log
 
 
 def is_drawn(file: Path) -> bool:
@@ -93,31 +35,23 @@ def is_drawn(file: Path) -> bool:
     return image.format == "PNG" and pixels.shape[1] > 500 and (pixels < 200).mean() > 0.002
 
 
-def test_plot_evaluation_writes_every_plot(tmp_path: Path) -> None:
+def test_plot_evaluation_writes_every_plot_and_equal_metrics_give_equal_files(
+    tmp_path: Path,
+) -> None:
     settings = dict(mpl.rcParams)
     _, metrics = evaluated(("cat", "dog"))
-    files = plot_evaluation(metrics, tmp_path / "plots")
-    assert set(files) == {
-        *("precision_recall", "classes", "sizes", "errors", "confusion", "calibration"),
-    }
-    for file in files.values():
-        assert is_drawn(file)
-    assert dict(mpl.rcParams) == settings
-
-
-def test_plot_evaluation_equal_metrics_give_equal_files(tmp_path: Path) -> None:
-    _, metrics = evaluated(("cat", "dog"))
-    first = plot_evaluation(metrics, tmp_path / "a")
-    second = plot_evaluation(metrics, tmp_path / "b")
+    first, second = (plot_evaluation(metrics, tmp_path / folder) for folder in ("a", "b"))
+    assert set(first) == {"precision_recall", "classes", "errors", "confusion", "calibration"}
     for name, file in first.items():
+        assert is_drawn(file)
         assert file.read_bytes() == second[name].read_bytes()
+    assert dict(mpl.rcParams) == settings
 
 
 def test_plot_evaluation_many_classes_and_odd_names(tmp_path: Path) -> None:
     # Warnings are errors: dollar signs are no formulas, and letters may be missing in the font.
     names = ("US$ 5 and $ 6", "_under^score", "猫", "a name that is much longer than the space is")
-    classes = (*names, *(f"class {i}" for i in range(60)))
-    _, metrics = evaluated(classes, images=40)
+    _, metrics = evaluated((*names, *(f"class {i}" for i in range(60))), images=40)
     files = plot_evaluation(metrics, tmp_path)
     assert all(is_drawn(file) for file in files.values())
     with Image.open(files["confusion"]) as image:
@@ -128,28 +62,16 @@ def test_plot_evaluation_no_detection_and_no_object(tmp_path: Path) -> None:
     dataset, _ = evaluated(("cat", "dog"))
     nothing = evaluate_detections(dataset, [])
     assert all(is_drawn(file) for file in plot_evaluation(nothing, tmp_path / "nothing").values())
-    empty = replace(
-        dataset, images=tuple(replace(image, annotations=()) for image in dataset.images)
-    )
-    metrics = evaluate_detections(empty, [])
+    images = tuple(replace(image, annotations=()) for image in dataset.images)
+    metrics = evaluate_detections(replace(dataset, images=images), [])
     assert plot_evaluation(metrics, tmp_path / "empty") == {}
     assert is_drawn(plot_confusion(metrics, tmp_path / "confusion.png"))
-
-
-def test_plot_training_and_running(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    lines = log_lines()
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
-    assert read_log(log) == lines  # the truncated line is skipped
-    assert is_drawn(plot_training(lines, tmp_path / "training.png"))
-    assert is_drawn(plot_running(lines, tmp_path / "running.png"))
-    other = plot_training(lines[:40], tmp_path / "other.png")
-    assert other.read_bytes() != (tmp_path / "training.png").read_bytes()
 
 
 @pytest.mark.parametrize(
     "lines",
     [
+        log_lines(),
         [],
         log_lines(1),
         [line for line in log_lines() if "validation" not in line],
@@ -157,22 +79,24 @@ def test_plot_training_and_running(tmp_path: Path) -> None:
         [{"step": 5, "validation": {"ap": math.nan, "ap50": math.nan, "loss": None}}],
         [{"step": 5, "validation": {"ap": 0.2}}],
     ],
-    ids=["empty", "one step", "no validation", "not finite", "no object", "AP alone"],
+    ids=["whole", "empty", "one step", "no validation", "not finite", "no object", "AP alone"],
 )
-def test_plot_training_incomplete_logs(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+def test_plot_training_and_running(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     assert is_drawn(plot_training(lines, tmp_path / "training.png"))
     assert is_drawn(plot_running(lines, tmp_path / "running.png"))
 
 
-def test_read_log_missing_file_is_an_error(tmp_path: Path) -> None:
+def test_read_log_skips_a_truncated_line(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in log_lines()) + '{"step": 61, "lo')
+    assert read_log(log) == log_lines()
     with pytest.raises(DataError, match=r"log .*none\.jsonl cannot be read: No such file"):
         read_log(tmp_path / "none.jsonl")
 
 
 def test_plot_object_sizes_skips_invalid_boxes(tmp_path: Path) -> None:
     dataset, _ = evaluated(("cat", "dog"))
-    nan = float("nan")
-    faulty = (Annotation((nan, 0, 1, 1), 0), Annotation((5, 5, 5, 9), 0))
+    faulty = (Annotation((math.nan, 0, 1, 1), 0), Annotation((5, 5, 5, 9), 0))
     spoilt = replace(dataset, images=(replace(dataset.images[0], annotations=faulty),))
     splits = {"train": dataset, "val": spoilt, "test": replace(dataset, images=())}
     assert is_drawn(plot_object_sizes(splits, tmp_path / "sizes.png"))
@@ -196,8 +120,6 @@ def test_open_figure_logarithmic_ticks_are_plain_numbers(tmp_path: Path) -> None
     assert "math" not in text
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (9500, "9500"), (12_000, "12k"), (3_400_000, "3.4M")]
-)
-def test_format_compact(number: int, text: str) -> None:
-    assert format_compact(number) == text
+def test_format_compact() -> None:
+    numbers = (0, 9500, 12_000, 3_400_000)
+    assert [format_compact(number) for number in numbers] == ["0", "9500", "12k", "3.4M"]

@@ -1,4 +1,4 @@
-"""A tiny labelled folder for the tests of training."""
+"""A tiny labelled folder for the tests of training, and a finished run on it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tiny import tiny_recipe
 
 import retinanet.training.trainer as loop
 from retinanet.data.synthetic import synthetic_dataset
+from retinanet.training.events import Event
 from retinanet.training.optim import build_optimizer
 
 
@@ -17,6 +19,17 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-data")
     synthetic_dataset(folder, splits={"train": 12, "val": 4}, image_size=64, seed=3)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[loop.Run, list[Event]]:
+    """A run of four steps with two validations, and its events; not to be changed."""
+    events: list[Event] = []
+    recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return loop.train(recipe, tiny_data, out, device="cpu", on_event=events.append), events
 
 
 @pytest.fixture

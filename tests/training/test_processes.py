@@ -1,4 +1,4 @@
-"""What needs processes of its own: kill -9 and resume, and two ranks."""
+"""Training that needs processes of its own: kill and resume, and two processes; and shards."""
 
 from __future__ import annotations
 
@@ -7,131 +7,150 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from retinanet.data.formats import read_splits
-from retinanet.data.synthetic import synthetic_dataset
-
-_SCRIPT = Path(__file__).with_name("train_in_process.py")
-
-
-def _environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(_SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, **more)
-
-
-def _command(data: Path, out: Path, *settings: str) -> list[str]:
-    return [sys.executable, str(_SCRIPT), str(data), str(out), *settings]
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "last" / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_ends_at_the_same_weights(
-    tiny_data: Path, tmp_path: Path
-) -> None:
-    settings = ("train.steps=12", "train.save_every=2", "train.validate_every=4", "train.ema=0.9")
-    subprocess.run(
-        _command(tiny_data, tmp_path / "whole", *settings), env=_environment(), check=True
-    )
-
-    killed = 0
-    log = tmp_path / "parts" / "log.jsonl"
-    command = _command(tiny_data, tmp_path / "parts", *settings)
-    # Kill after the log grew by a few lines: once between two saves, once right after one.
-    for lines_before_the_kill in (3, 7, 10):
-        process = subprocess.Popen(command, env=_environment())
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and len(log.read_text().splitlines()) >= lines_before_the_kill:
-                process.kill()
-                killed += 1
-                break
-            time.sleep(0.002)
-        process.wait(timeout=60)
-    assert killed >= 2
-    subprocess.run(command, env=_environment(), check=True)
-
-    expected, found = _weights(tmp_path / "whole"), _weights(tmp_path / "parts")
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
-    steps = [
-        json.loads(line)["step"] for line in log.read_text().splitlines() if "loss_box" in line
-    ]
-    assert steps == list(range(1, 13))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "loss",
-    [
-        ("loss.normalizer=image",),
-        ("loss.normalizer=batch",),
-        ("loss.normalizer=running",),
-        ("loss.mining=ohem_1_3", "loss.classification=cross_entropy", "loss.normalizer=batch"),
-    ],
+from tiny import (
+    Stop,
+    assert_same_weights,
+    messages,
+    read_log,
+    steps_of,
+    stop_at,
+    tiny_recipe,
+    weights,
 )
-def test_two_ranks_one_without_objects_equal_one_process(
-    tmp_path: Path, loss: tuple[str, ...]
+
+from retinanet.config import DataConfig
+from retinanet.data import convert, read_splits
+from retinanet.data.loading import train_loader
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.training.events import Event
+from retinanet.training.trainer import train
+
+SCRIPT = Path(__file__).with_name("train_in_process.py")
+BY_SHARDS = ("data.order=shards", "data.shard_window=2", "train.save_every=2")
+LOSSES = (
+    ("loss.normalizer=image",),
+    ("loss.normalizer=batch",),
+    ("loss.normalizer=running",),
+    ("loss.mining=ohem_1_3", "loss.classification=cross_entropy", "loss.normalizer=batch"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the other processes: sums in another order are not equal bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "of-tiny"
+    convert(tiny_data, folder, "webdataset", shard_size="2")
+    return folder
+
+
+def run_script(
+    *arguments: object, processes: int = 1, kill_at: int | None = None, log: Path | None = None
 ) -> None:
+    """Run the script, or kill it once `log` has `kill_at` lines."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    prefix = [sys.executable, *(launch if processes > 1 else [])]
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=path)
+    process = subprocess.Popen(
+        [*prefix, str(SCRIPT), *map(str, arguments)], env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while log is not None and process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= (kill_at or 0):
+            os.killpg(process.pid, 9)
+            break
+        time.sleep(0.002)
+    assert (process.wait(timeout=200) != 0) == (log is not None)
+
+
+@pytest.mark.slow
+def test_train_killed_twice_ends_at_the_same_weights(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=10", "train.save_every=2", "train.validate_every=4", "train.ema=0.9")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_recipe(*settings), tiny_data, whole, device="cpu")
+    for lines in (3, 7):  # between two saves, and right after a save
+        run_script(tiny_data, parts, *settings, kill_at=lines, log=parts / "log.jsonl")
+    train(tiny_recipe(*settings), tiny_data, parts, device="cpu")
+    assert_same_weights(whole, parts)
+    assert steps_of(parts) == list(range(1, 11))
+
+
+def test_train_from_shards_equals_from_the_folder(
+    tiny_data: Path, shards: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("train.steps=4", "data.any_corner=true", "data.scale_jitter=[0.7, 1.4]")
+    for name, data in (("folder", tiny_data), ("shards", shards)):
+        train(recipe, data, tmp_path / name, device="cpu")
+    assert read_log(tmp_path / "folder") == read_log(tmp_path / "shards")
+    assert_same_weights(tmp_path / "folder", tmp_path / "shards")
+
+
+def test_train_order_by_shards_resumes_and_warns_of_another_number_of_processes(
+    shards: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*BY_SHARDS, "train.steps=4")
+    train(recipe, shards, tmp_path / "whole", device="cpu")
+    with pytest.raises(Stop):
+        train(recipe, shards, tmp_path / "run", device="cpu", on_event=stop_at(3))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"processes": 2}))
+    events: list[Event] = []
+    train(recipe, shards, tmp_path / "run", device="cpu", on_event=events.append)
+    assert any("started with 2 processes and resumes with 1" in m for m in messages(events))
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_killed_on_shards_and_resumed_and_without_objects_in_rank_1(
+    shards: Path, tmp_path: Path
+) -> None:
+    # A batch is the whole set; the first step's order says which two images fall to rank 1.
     data = tmp_path / "data"
     synthetic_dataset(data, splits={"train": 4, "val": 2}, image_size=64, seed=1)
-    settings = (
-        "train.batch_size=4",
-        "train.optimizer=sgd",
-        "train.lr=0.05",
-        "train.clip_norm=0",
-        "data.horizontal_flip=0",
-        *loss,
-    )
-    # A batch is the whole set; the first step's order says which two images fall to rank 1.
-    order = _first_batch(data)
+    config = DataConfig(image_size=64, max_size=64)
+    loader = train_loader(read_splits(data)["train"], config, batch_size=4, steps=range(1), seed=0)
+    order = next(iter(loader)).indices.tolist()
     labels = json.loads((data / "train.json").read_text())
     bare = {labels["images"][i]["id"] for i in order[2:]}
     labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] not in bare]
     (data / "train.json").write_text(json.dumps(labels))
+    settings = ("train.steps=1", "train.optimizer=sgd", "train.lr=0.05", "train.clip_norm=0",
+                "data.horizontal_flip=0")  # fmt: skip
+    by_shards = (*BY_SHARDS, "train.steps=6", "data.workers=1")
+    parts = tmp_path / "parts"
+    log = parts / "log.jsonl"
+    run_script(shards, parts, *by_shards, processes=2, kill_at=4, log=log)
+    trainings: list[object] = [shards, parts, *by_shards, "--"]
+    trainings += [shards, tmp_path / "whole", *by_shards]
+    for i, loss in enumerate(LOSSES):
+        trainings += ["--", data, tmp_path / f"two{i}", *settings, *loss]
+    run_script(*trainings, processes=2)
 
-    subprocess.run(
-        _command(data, tmp_path / "one", *settings, "train.steps=1"),
-        env=_environment(),
-        check=True,
-        timeout=200,
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = _command(data, tmp_path / "two", *settings, "train.steps=1")
-    subprocess.run(
-        [two[0], *launch, *two[1:]],
-        env=_environment(ACCELERATE_USE_CPU="true"),
-        check=True,
-        timeout=200,
-    )
-
-    expected, found = _weights(tmp_path / "one"), _weights(tmp_path / "two")
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    line_one, line_two = (
-        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
-        for name in ("one", "two")
-    )
-    assert line_two["loss"] == pytest.approx(line_one["loss"], rel=1e-4)
-    assert line_two["positives"] == line_one["positives"]
-
-
-def _first_batch(data: Path) -> list[int]:
-    from retinanet.config import DataConfig
-    from retinanet.data.loading import train_loader
-
-    config = DataConfig(image_size=64, max_size=64)
-    train = read_splits(data)["train"]
-    loader = train_loader(train, config, batch_size=4, steps=range(1), seed=0)
-    return next(iter(loader)).indices.tolist()
+    assert_same_weights(tmp_path / "whole", parts)
+    info = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert (info["processes"], info["format"]) == (2, "webdataset")
+    for i, loss in enumerate(LOSSES):
+        one, two = tmp_path / f"one{i}", tmp_path / f"two{i}"
+        train(tiny_recipe(*settings, *loss), data, one, device="cpu")
+        found = weights(two / "last")
+        for name, value in weights(one / "last").items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        expected, line = read_log(one)[0], read_log(two)[0]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert line["positives"] == expected["positives"]
 
 
 def test_script_without_main_guard_trains_under_spawn(tiny_data: Path, tmp_path: Path) -> None:
@@ -146,9 +165,10 @@ def test_script_without_main_guard_trains_under_spawn(tiny_data: Path, tmp_path:
         f"run = rn.train({str(tiny_data)!r}, recipe=recipe, out='run', device='cpu')\n"
         "print('steps', run.step)\n"
     )
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=_environment(),
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -47,12 +47,6 @@ def seconds(value: float | None) -> str:
     return f"{_three_digits(value / 1e-6)} us"
 
 
-def median(row: Row, name: str = "ours") -> str:
-    """Format the median time of ours or theirs."""
-    timing = row.ours if name == "ours" else row.theirs
-    return seconds(timing.median if timing else None)
-
-
 def megabytes(value: int | None) -> str:
     """Format bytes as MB; None: a dash."""
     if value is None:
@@ -65,17 +59,19 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def ratio(row: Row) -> str:
-    """Format the speedup with its quartiles over rounds."""
-    if row.speedup is None or row.speedup_low is None or row.speedup_high is None:
-        return "-"
-    low, high = _three_digits(row.speedup_low), _three_digits(row.speedup_high)
-    return f"{_three_digits(row.speedup)} ({low}-{high})"
-
-
-def limit_fraction(row: Row) -> str:
-    """Format the fraction of the machine's limit."""
-    return "-" if row.limit_fraction is None else f"{row.limit_fraction:.0%}"
+def figures(row: Row) -> list[str]:
+    """Format ours, theirs, the speedup with its quartiles, the limit, and the memory of both."""
+    speedup = "-"
+    if row.speedup is not None and row.speedup_low is not None and row.speedup_high is not None:
+        low, high = _three_digits(row.speedup_low), _three_digits(row.speedup_high)
+        speedup = f"{_three_digits(row.speedup)} ({low}-{high})"
+    return [
+        *(seconds(timing.median if timing else None) for timing in (row.ours, row.theirs)),
+        speedup,
+        "-" if row.limit_fraction is None else f"{row.limit_fraction:.0%}",
+        megabytes(row.memory),
+        megabytes(row.rival_memory),
+    ]
 
 
 def remarks(row: Row) -> list[str]:
@@ -99,15 +95,9 @@ def _cells(row: Row, name_rival: bool) -> list[str]:
         description += f" / {row.rival}"
     if row.difference:
         description += f" ({row.difference})"
-    return [
-        "; ".join([description, *remarks(row)]),
-        median(row),
-        median(row, "theirs"),
-        ratio(row),
-        limit_fraction(row) + (f" ({row.limit})" if row.limit else ""),
-        megabytes(row.memory),
-        megabytes(row.rival_memory),
-    ]
+    ours, theirs, speedup, limit, *memory = figures(row)
+    limit += f" ({row.limit})" if row.limit else ""
+    return ["; ".join([description, *remarks(row)]), ours, theirs, speedup, limit, *memory]
 
 
 def _escape(cell: str) -> str:

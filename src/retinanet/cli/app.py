@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        note(f"error: {_one_line(error)}", style="red")
+        note(f"error: {describe_error(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
     if code in (STOPPED, TERMINATED):
         resumable = words[0] in ("train", "demo", "paper") or "ray" in words
@@ -177,7 +177,8 @@ def _unknown_option(error: Any) -> str | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Describe an error in a line, with what to do next."""
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         where = f' (see "{context.command_path} --help")' if context else ""

@@ -122,13 +122,12 @@ def _print_results(results: Iterable[Row], machine: Machine, form: str) -> list[
 
 
 def _times(row: Row) -> list[str]:
-    from retinanet.bench.tables import median, ratio
+    from retinanet.bench.tables import figures
 
-    texts = [median(row)] if row.ours else []
+    ours, theirs, speedup, *_ = figures(row)
+    texts = [ours] if row.ours else []
     if row.theirs:
-        texts.append(
-            f"{row.rival} {median(row, 'theirs')}, {ratio(row)} times as long ({row.difference})"
-        )
+        texts.append(f"{row.rival} {theirs}, {speedup} times as long ({row.difference})")
     return texts
 
 
@@ -138,7 +137,7 @@ def print_table(stage: str, rows: list[Row]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from retinanet.bench.tables import limit_fraction, median, megabytes, ratio
+    from retinanet.bench.tables import figures
 
     rivals = list(dict.fromkeys(row.rival for row in rows if row.rival))
     table = Table(
@@ -162,13 +161,6 @@ def print_table(stage: str, rows: list[Row]) -> None:
             details.append(f"failed: {row.error}")
         elif row.ours is None:
             details.append(row.note)
-        table.add_row(
-            "\n".join([escape(case), *(f"[dim]{escape(line)}[/dim]" for line in details)]),
-            median(row),
-            median(row, "theirs"),
-            ratio(row),
-            limit_fraction(row),
-            megabytes(row.memory),
-            megabytes(row.rival_memory),
-        )
+        lines = [escape(case), *(f"[dim]{escape(line)}[/dim]" for line in details)]
+        table.add_row("\n".join(lines), *figures(row))
     out.print(table)

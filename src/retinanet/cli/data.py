@@ -28,7 +28,7 @@ class FormatOptions:
     """The format of the data."""
 
     format: str | None = option(
-        "Format of the data: coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
+        "Format of the data, such as coco, voc or yolo (docs/data.md).",
         shown="detected",
     )
 
@@ -43,13 +43,16 @@ class SplitOptions(FormatOptions):
         """Read the split."""
         from retinanet.data import read_dataset
 
-        return read_dataset(
+        dataset = read_dataset(
             data,
             self.split,
             format=self.format,
             seed=config.split_seed,
             val_fraction=config.data.val_fraction,
         )
+        for line in dataset.description:
+            note(line)
+        return dataset
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def check(
         seed=config.split_seed,
         val_fraction=config.data.val_fraction,
     )
+    for line in next(iter(splits.values())).description:
+        note(line)
     with progress("opening images") as update:
         report = check_datasets(splits, progress=update)
     recall = None

@@ -36,6 +36,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
 """Settings over the recipe ``demo`` by loss; all others are the same."""
 
 _MAX_DRAWN = 12  # images
+_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,34 @@ def demo(options: DemoOptions, *, json: Json = False) -> None:
     Needs neither data nor the internet, and under four minutes on two processor cores.
     """
     start = time.monotonic()
-    result = run_demo(options.out, IMAGES, (), seed=options.seed, device=options.device)
+    out = options.out
+    results = run_demo(out, IMAGES, (), seed=options.seed, device=options.device)
     duration = time.monotonic() - start
     if json:
-        print_json(result | {"seconds": round(duration, 1)})
+        keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "best_f1", "best_score")
+        losses = {r.loss: {key: getattr(r.metrics, key) for key in keys} for r in results}
+        paths = {"images": out / "images", "report": out / "report.html", "model": results[0].model}
+        print_json({"losses": losses, **paths, "seconds": round(duration, 1)})
         return
     table(
         f"The same network and number of steps, {IMAGES['test']} test images",
-        ["loss", "AP", "AP50", "AP75", "AP of small objects"],
-        [
-            (name, *(metrics[key] for key in ("ap", "ap50", "ap75", "ap_small")))
-            for name, metrics in result["losses"].items()
-        ],
+        ["loss", *_COLUMNS],
+        [(r.loss, *(r.metrics.summary()[name] for name in _COLUMNS)) for r in results],
     )
-    say(f"images  {result['images']}")
-    say(f"report    {result['report']}")
-    say(f"model     {result['model']}")
+    say(f"images    {out / 'images'}")
+    say(f"report    {out / 'report.html'}")
+    say(f"model     {results[0].model}")
     note(f"total time {seconds(duration)}")
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Training and evaluation with a loss."""
+
+    loss: str
+    folder: Path
+    model: Path
+    metrics: Metrics
 
 
 def run_demo(
@@ -78,7 +90,7 @@ def run_demo(
     *,
     seed: int,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> list[LossResult]:
     """Make the data, train and evaluate with each of :data:`LOSSES`, and write the report.
 
     Args:
@@ -87,9 +99,6 @@ def run_demo(
         settings: settings over the recipe ``demo``.
         seed: random seed of the images and both trainings.
         device: device to train on.
-
-    Returns:
-        metrics by loss, and paths of the results.
     """
     from retinanet.config import load_recipe
     from retinanet.data.synthetic import synthetic_dataset
@@ -97,79 +106,55 @@ def run_demo(
 
     note(f"making {sum(images.values())} images in {out / 'data'}")
     splits = synthetic_dataset(out / "data", splits=images, seed=seed, **SHAPES)
-    results: list[_Result] = []
+    results = []
     for name, changes in LOSSES.items():
         recipe = load_recipe("demo", (f"train.seed={seed}", *changes, *settings))
         folder = out / name.replace(" ", "_")
         run = run_training(recipe, out / "data", folder, device=device, title=name)
-        with progress(f"evaluating {name}") as show:
-            metrics = evaluate(
-                run.model,
-                splits["test"],
-                out=folder / "evaluation" / "test",
-                device=device,
-                progress=show,
-            )
+        test = folder / "evaluation" / "test"
+        with progress(f"evaluating {name}") as update:
+            metrics = evaluate(run.model, splits["test"], out=test, device=device, progress=update)
         write_report(run)
-        results.append(_Result(name, folder, run.model, metrics))
+        results.append(LossResult(name, folder, run.model, metrics))
     drawn = _draw(results, splits["test"], out / "images", device)
-    report = _write_comparison(results, drawn, out)
-    keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "best_f1", "best_score")
-    return {
-        "losses": {
-            result.name: {key: getattr(result.metrics, key) for key in keys} for result in results
-        },
-        "images": out / "images",
-        "report": report,
-        "model": results[0].model,
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """Training and evaluation with one loss."""
-
-    name: str
-    folder: Path
-    model: Path
-    metrics: Metrics
+    _write_comparison(results, drawn, out / "report.html")
+    return results
 
 
 def _draw(
-    results: list[_Result], dataset: Dataset, folder: Path, device: str
+    results: list[LossResult], dataset: Dataset, folder: Path, device: str
 ) -> list[tuple[Image.Image, str]]:
     """Draw ground truth and each model's detections on some test images, and save the files.
 
     Returns:
         images with captions, row by row: the ground truth, then each model.
     """
-    from retinanet.inference import ImageDetections, load
+    from retinanet.inference import load
     from retinanet.report.html import draw_truth
 
     images = [image for image in dataset.images if image.annotations][:_MAX_DRAWN]
     paths = [image.path for image in images]
-    detections = [list(load(result.model, device).stream(paths)) for result in results]
+    detections: list[Any] = [load(result.model, device).detect(paths) for result in results]
     folder.mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[Image.Image, str]] = []
     for i, image in enumerate(images):
-        truth = draw_truth(image, dataset)
-        truth.save(folder / f"{image.path.stem}_labels.png")
-        drawn.append((truth, f"{image.path.name}: ground truth"))
+        drawings = {"labels": (draw_truth(image, dataset), f"{image.path.name}: ground truth")}
         for result, of_model in zip(results, detections, strict=True):
-            of_image = of_model[i]
-            if isinstance(of_image, ImageDetections):
-                # The threshold with the best F1 on the test images.
-                threshold = max(0.05, result.metrics.best_score)
-                boxes = of_image.draw(score_threshold=threshold)
-                boxes.save(folder / f"{image.path.stem}_{result.folder.name}.png")
-                drawn.append((boxes, f"{result.name}, scores of at least {threshold:.2f}"))
+            # The threshold with the best F1 on the test images.
+            threshold = max(0.05, result.metrics.best_score)
+            caption = f"{result.loss}, scores of at least {threshold:.2f}"
+            drawing = of_model[i].draw(score_threshold=threshold)
+            drawings[result.folder.name] = (drawing, caption)
+        for name, (drawing, _) in drawings.items():
+            drawing.save(folder / f"{image.path.stem}_{name}.png")
+        drawn += drawings.values()
     return drawn
 
 
 def _write_comparison(
-    results: list[_Result], drawn: list[tuple[Image.Image, str]], out: Path
-) -> Path:
-    """Write ``report.html``: the table, the images, and each evaluation."""
+    results: list[LossResult], drawn: list[tuple[Image.Image, str]], file: Path
+) -> None:
+    """Write the page: the table, the images, and each evaluation."""
     from retinanet.report.html import Page, add_metrics
 
     page = Page(
@@ -182,17 +167,16 @@ def _write_comparison(
         "for choosing the checkpoint. Each image has about a thousand background anchors per "
         "foreground anchor, the imbalance that the focal loss addresses."
     )
-    columns = ["AP", "AP50", "AP75", "APs", "APm"]
-    rows = []
-    for result in results:
-        summary = result.metrics.summary()
-        rows.append([result.name, *(summary[name] for name in columns), result.metrics.best_f1])
-    page.table(["loss", *columns, "best F1"], rows)
+    rows = [
+        [r.loss, *(r.metrics.summary()[name] for name in _COLUMNS), r.metrics.best_f1]
+        for r in results
+    ]
+    page.table(["loss", *_COLUMNS, "best F1"], rows)
     page.section("Detections")
     page.images(drawn, columns=1 + len(results))
     for result in results:
-        page.section(result.name.capitalize())
+        page.section(result.loss.capitalize())
         address = f"{result.folder.name}/report.html"
         page.link("Training", address, address)
         add_metrics(page, result.metrics, result.folder / "evaluation" / "test" / "plots")
-    return page.write(out / "report.html")
+    page.write(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,15 +154,11 @@ def _samples(videos: list[str]) -> list[Any]:
 
     for video in videos:
         try:
-            reader = VideoReader(video)
+            with closing(VideoReader(video)) as reader:
+                return list(reader.samples())
         except DataError:
             if video == videos[-1]:
                 raise
-            continue
-        try:
-            return list(reader.samples())
-        finally:
-            reader.close()
     return []
 
 

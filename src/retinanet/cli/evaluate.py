@@ -82,6 +82,8 @@ def evaluate(
         from retinanet.report.plots import plot_evaluation
 
         plot_evaluation(metrics, folder / "plots")
+    for line in metrics.notes:
+        note(line)
     if json:
         print_json(metrics.to_dict())
     else:

@@ -397,7 +397,8 @@ def _print(outputs: Outputs, folder: Path, json: bool) -> None:
         return
     for result in outputs.tables:
         if result.rows:
-            table(result.heading, *result.table(wide=False))
+            narrow = result.table(wide=False)
+            table(result.heading, narrow.columns, narrow.rows)
         for line in filter(None, (result.not_coco, *result.footnotes)):
             say(line)
         if result.claims:

@@ -80,10 +80,8 @@ def loss_distribution(
             run, data, split=options.split, gammas=gammas, progress=update, **vars(detector)
         )
     stem = _stem(options.out, run, f"loss-distribution-{result.split}")
-    folder = run_folder(run)
-    name = run if folder is None else folder.resolve().name
     content = {"model": run, **result.to_dict()}
-    title = f"{name} on {result.split}"
+    title = f"{_name(run)} on {result.split}"
     files = [*plot_loss_distribution(result, stem, title=title), _write_json(stem, content)]
     if json:
         print_json(content)
@@ -185,7 +183,7 @@ def _stem(out: Path | None, run: str, name: str) -> Path:
 
 
 def name_models(runs: Sequence[str]) -> dict[str, str]:
-    """Models by name: the run folder's, with as many parent folders as make the names unique.
+    """Models by name: that of the run folder where it is unique, else as given.
 
     Raises:
         ConfigError: a model is given twice.
@@ -195,18 +193,15 @@ def name_models(runs: Sequence[str]) -> dict[str, str]:
     twice = [run for i, run in enumerate(runs) if Path(run) in map(Path, runs[:i])]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice: name each run once")
-    folders = [run_folder(run) for run in runs]
-    resolved = [folder and folder.resolve() for folder in folders]
-    # best/ and last/ of a run, and models without a run folder, keep the argument as their name.
-    paths = [path if path and resolved.count(path) == 1 else None for path in resolved]
-    for depth in range(1, 1 + max((len(path.parts) for path in paths if path), default=1)):
-        names = [
-            str(Path(*path.parts[-depth:])) if path else run
-            for run, path in zip(runs, paths, strict=True)
-        ]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(names, runs, strict=True))
+    names = [_name(run) for run in runs]
+    return {
+        name if names.count(name) == 1 else run: run for name, run in zip(names, runs, strict=True)
+    }
+
+
+def _name(run: str) -> str:
+    folder = run_folder(run)
+    return run if folder is None else folder.resolve().name
 
 
 def _write_json(stem: Path, value: Mapping[str, Any]) -> Path:

@@ -102,12 +102,8 @@ class ThresholdOptions:
 
     def given(self) -> dict[str, Any]:
         """Return the given thresholds by the names that a detector has for them."""
-        values = {
-            "score_threshold": self.score_threshold,
-            "nms_threshold": self.nms_threshold,
-            "detections_per_image": self.detections_per_image,
-            "class_agnostic_nms": self.class_agnostic or None,  # None: as the model's recipe says
-        }
+        values = {**vars(self)}
+        values["class_agnostic_nms"] = values.pop("class_agnostic") or None  # None: the model's
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -101,6 +101,8 @@ class _Display:
         data = event.data
         match event.kind:
             case "start" | "resume":
+                for line in data["data"]:
+                    note(line)
                 note(describe_start(event.kind, data))
             case "step":
                 self._step(data)

@@ -31,6 +31,9 @@ KINDS: dict[str, str] = {
     "image-extension": "the file's extension is of another format",
     "image-in-two-splits": "the same image is in two splits",
     "image-id-duplicate": "two images have one id",
+    "image-duplicate": "an image is listed twice",
+    "image-ambiguous": "the name in the labels fits several files",
+    "image-name-encoded": "the name in the labels is percent-encoded",
     "image-changed": "an image in a shard differs from the shard's index",
     "index-missing": "a shard has no index, though others have",
     "key-duplicate": "a sample of a shard is not unique",
@@ -40,10 +43,12 @@ KINDS: dict[str, str] = {
     "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
     "class-duplicate": "two classes have one name",
+    "class-similar": "names of classes differ only in case or blanks",
     "class-unknown": "an object's class is not listed",
     "box-not-a-number": "a box is not four finite numbers",
     "box-inverted": "left and right, or top and bottom, are swapped",
     "box-empty": "a box has no width or no height",
+    "box-normalised": "boxes look normalised to 0..1, where pixels are expected",
     "box-outside": "a box is outside its image, wholly or in part",
     "box-duplicate": "an object is listed twice",
     "box-rotated": "a box is rotated",
@@ -52,6 +57,10 @@ KINDS: dict[str, str] = {
 """Descriptions of the problems by kind."""
 
 _CHUNK = 512  # images submitted to the threads at a time
+
+
+MAX_FAULTS = 0.05
+"""Share of faulty objects beyond which a warning is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +176,25 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     return replace(dataset, images=tuple(images)), dropped
 
 
+def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | None:
+    """Return how many objects and images are left out, and the first; None if there are none.
+
+    Args:
+        dataset: its problems count that no reader can repair.
+        dropped: further problems, from :func:`usable`.
+    """
+    faults = [problem for problem in dataset.problems if "dropped" in problem.fix] + [*dropped]
+    if not faults:
+        return None
+    kept = sum(len(image.annotations) for image in dataset.images)
+    share = len(faults) / (len(faults) + kept)
+    first = f"{faults[0].file}: {faults[0].reason}"
+    return (
+        f"{'warning: ' if share > MAX_FAULTS else ''}left out {len(faults)} faulty objects or "
+        f"images ({share:.1%}) of {dataset.split}, the first: {first}; see retinanet data check"
+    )
+
+
 # ---- images
 
 
@@ -278,6 +306,9 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
     for annotation in image.annotations:
         fault = check_box(annotation.box, width, height)
         if fault:
+            yield _box_problem(dataset, image, annotation, fault)
+        elif all(0 <= side <= 1 for side in annotation.box) and (width or 2) > 1:
+            fault = "box-normalised", "is under one pixel: it looks normalised to 0..1", ""
             yield _box_problem(dataset, image, annotation, fault)
         first = seen.setdefault(same_key(annotation), annotation)
         if first is not annotation:

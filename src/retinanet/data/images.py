@@ -166,8 +166,8 @@ def _decode(
     # The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly
     # repeated. Rounding to the nearest keeps the pixel grid within half a reduced pixel.
     rows, columns = (max(1, (side + factor // 2) // factor) for side in (height, width))
-    with quiet():
-        orientation = exif_orientation(image)
+    with quiet():  # of a PNG it may follow the pixels, which are decoded outside of the lock
+        orientation = exif_orientation(image) if is_jpeg else 1
     size = (width, height) if orientation in SIDEWAYS else (height, width)
     complaint = ""
     if is_jpeg and simplejpeg is not None and image.mode in ("RGB", "L"):

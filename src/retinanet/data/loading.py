@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import random
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -34,7 +37,7 @@ from torch.utils.data import Dataset as TorchDataset
 from retinanet.config import DataConfig
 from retinanet.data import archives
 from retinanet.data.cpus import usable_cpus
-from retinanet.data.dataset import Dataset
+from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
 from retinanet.errors import DataError, ImageError
@@ -263,61 +266,40 @@ def default_workers() -> int:
 
 
 class _Images:
-    """Paths and objects of a data set in a few flat buffers.
+    """Files and objects of a data set in one flat buffer.
 
     A worker process copies each page of memory with a Python object that it touches, and would in
-    time hold all annotations itself. Buffers are shared, and quick to send.
+    time hold all annotations itself. A buffer is shared, and quick to send.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        paths = [os.fsencode(image.path) for image in dataset.images]
-        self._paths = b"".join(paths)
-        self._path_ends = torch.tensor([0, *accumulate(map(len, paths))])
-        self._members = _members(dataset)
-        annotations = [image.annotations for image in dataset.images]
-        self._ends = torch.tensor([0, *accumulate(map(len, annotations))])
-        flat = [a for of_image in annotations for a in of_image]
-        self._boxes = torch.tensor([a.box for a in flat], dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor(
-            [IGNORED if a.ignored else a.label for a in flat], dtype=torch.int64
-        )
+        records = [_record(image) for image in dataset.images]
+        self._buffer = b"".join(records)
+        self._ends = torch.tensor([0, *accumulate(map(len, records))])
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def path(self, index: int) -> str | archives.Member:
-        """Return the path of an image, or its position in a shard."""
-        start, end = self._path_ends[index : index + 2].tolist()
-        path = self._paths[start:end]
-        if self._members is None:
-            return os.fsdecode(path)
-        length, offset, size = self._members[index].tolist()
-        if not length:
-            return os.fsdecode(path)
-        name = os.fsdecode(path[-length:]).replace(os.sep, "/")
-        archive = archives.address_of(os.fsdecode(path[: -length - 1]))
-        return archives.Member(archive, name, offset, size)
-
-    def objects(self, index: int) -> tuple[Tensor, Tensor]:
-        """(M, 4) boxes in pixels of the image on disk, and (M,) labels."""
+    def __getitem__(self, index: int) -> tuple[str | archives.Member, Tensor, Tensor]:
+        """File, (M, 4) boxes in pixels of the image on disk, and (M,) labels."""
         start, end = self._ends[index : index + 2].tolist()
-        return self._boxes[start:end], self._labels[start:end]
+        file, boxes, labels = pickle.loads(self._buffer[start:end])
+        boxes = np.frombuffer(boxes, np.float32).reshape(-1, 4).copy()
+        return (
+            file,
+            torch.from_numpy(boxes),
+            torch.from_numpy(np.frombuffer(labels, np.int64).copy()),
+        )
 
 
-def _members(dataset: Dataset) -> Tensor | None:
-    """(N, 3) length in bytes of the name in the shard, offset and size; None without shards.
-
-    Zeros for an image in no shard, or missing from it: reading it raises.
-    """
-    rows: list[tuple[int, int, int]] = []
-    for image in dataset.images:
-        try:
-            member = archives.find_member(image.path)
-        except DataError:
-            member = None
-        length = 0 if member is None else len(os.fsencode(member.name))
-        rows.append((0, 0, 0) if member is None else (length, member.offset, member.size))
-    return torch.tensor(rows) if any(length for length, _, _ in rows) else None
+def _record(image: LabelledImage) -> bytes:
+    file: str | archives.Member = str(image.path)
+    with suppress(DataError):  # reading it raises
+        member = archives.find_member(image.path)
+        file = replace(member, digest="") if member else file
+    boxes = np.array([a.box for a in image.annotations], np.float32)
+    labels = np.array([IGNORED if a.ignored else a.label for a in image.annotations], np.int64)
+    return pickle.dumps((file, boxes.tobytes(), labels.tobytes()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -478,9 +460,9 @@ def _read_samples(
     """Read and transform images; None and a message for each that cannot be read."""
     samples: list[_Sample | None] = []
     failures: list[Unreadable] = []
-    for (index, draw), file in zip(
-        chosen, _fetched([images.path(index) for index, _ in chosen]), strict=True
-    ):
+    records = [images[index] for index, _ in chosen]
+    files = _fetched([file for file, _, _ in records])
+    for (index, draw), file, (_, boxes, labels) in zip(chosen, files, records, strict=True):
         try:
             if isinstance(file, ImageError):
                 raise file
@@ -490,7 +472,7 @@ def _read_samples(
             failures.append((index, str(error)))
             continue
         image, boxes, labels = transform(
-            image, *images.objects(index), shorter=shorter, generator=draw, size=size
+            image, boxes, labels, shorter=shorter, generator=draw, size=size
         )
         samples.append(_Sample(index, draw, image, boxes, labels, size))
     return samples, failures

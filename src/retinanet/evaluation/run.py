@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from retinanet.config import repeated_names
 from retinanet.data import find_data, read_dataset
+from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
 from retinanet.errors import ConfigError, DataError, WeightsError
@@ -95,6 +97,8 @@ def evaluate(
         results = predictions.results
         per_image = {**detector.thresholds, **changed}["detections_per_image"]
         metrics = predictions.evaluate(max_detections=limit, detections_per_image=per_image)
+    fault = fault_summary(dataset)
+    metrics = replace(metrics, notes=(*dataset.description, *([fault] if fault else [])))
     if out is not None:
         write_results(out, metrics, results)
     return metrics

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +39,6 @@ MAX_BATCH, MAX_SIDE = 4096, 65535
 _NO_SCORE = -1.0  # of an empty candidate; scores are 0 or more
 
 
-class Suppression(NamedTuple):
-    """Settings of non-maximum suppression.
-
-    Attributes:
-        classes: K; 1 for class-agnostic suppression.
-        threshold: IoU threshold.
-        max_boxes: maximum number of boxes per class.
-        side: upper bound of the coordinates, pixels.
-    """
-
-    classes: int
-    threshold: float
-    max_boxes: int
-    side: int
-
-
 class DetectorGraph(nn.Module):
     """Resizing, network and post-processing as one module.
 
@@ -79,12 +63,12 @@ class DetectorGraph(nn.Module):
         self.detections_per_image = used["detections_per_image"]
         threshold = used["score_threshold"]
         self.min_logit = math.log(threshold / (1 - threshold)) if threshold else -math.inf
-        self.suppression = Suppression(
-            1 if used["class_agnostic_nms"] else self.network.num_classes,
-            used["nms_threshold"],
-            self.detections_per_image,
-            self.max_size,
-        )
+        self.suppression: dict[str, Any] = {
+            "classes": 1 if used["class_agnostic_nms"] else self.network.num_classes,
+            "threshold": used["nms_threshold"],
+            "max_boxes": self.detections_per_image,
+            "side": self.max_size,
+        }
         colour = torch.tensor(padding_colour(self.network.pixel_mean), dtype=torch.float32)
         self.register_buffer("colour", colour.view(3, 1, 1), persistent=False)
         for level, root in enumerate(self.network.anchors.sizes):
@@ -113,7 +97,7 @@ class DetectorGraph(nn.Module):
         )
         boxes = clip_boxes(decode_boxes(deltas, anchors), size)
         scores = torch.where(logits > -math.inf, logits.sigmoid(), _NO_SCORE)
-        kept = self.suppress(boxes, scores, labels, self.suppression)
+        kept = self.suppress(boxes, scores, labels, **self.suppression)
         scores = torch.where(kept, scores, _NO_SCORE)
         missing = self.detections_per_image - scores.shape[1]
         if missing > 0:  # fewer candidates than detections per image; known when tracing
@@ -253,29 +237,6 @@ def best_of_level(
 
 
 def suppress_by_torchvision(
-    boxes: Tensor, scores: Tensor, labels: Tensor, settings: Suppression
-) -> Tensor:
-    """Suppress with torchvision, all images and classes in one call."""
-    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
-    groups = images if settings.classes == 1 else images * settings.classes + labels
-    candidates = (scores >= 0).flatten().nonzero()[:, 0]
-    # Two boxes in front that nothing suppresses: torchvision's nms is exported with the assertion
-    # that at least two boxes are kept.
-    two = torch.arange(2, device=boxes.device)
-    corners = torch.cat((two.new_zeros(2, 4), boxes.flatten(0, 1)[candidates]))
-    corners[:2, 2:] += 1
-    # Offset the groups so that they do not overlap; float32 is too coarse for the coordinates.
-    groups = torch.cat((two, groups.flatten()[candidates] + 2))
-    moved = corners.double() + (groups * (settings.side + 1))[:, None]
-    own_scores = torch.cat((two.to(scores.dtype) + 1, scores.flatten()[candidates]))
-    indices = nms(moved, own_scores.double(), settings.threshold)
-    kept = torch.zeros(2 + scores.numel(), dtype=torch.bool, device=boxes.device)
-    kept = kept.index_fill(0, torch.cat((two, candidates + 2))[indices], True)
-    return kept[2:].view_as(scores)
-
-
-@torch.library.custom_op("retinanet::suppress", mutates_args=())
-def _suppress(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
@@ -284,21 +245,47 @@ def _suppress(
     max_boxes: int,
     side: int,
 ) -> Tensor:
-    return suppress_by_torchvision(
-        boxes, scores, labels, Suppression(classes, threshold, max_boxes, side)
-    )
+    """Suppress with torchvision, all images and classes in one call.
+
+    Args:
+        boxes: (B, T, 4).
+        scores: (B, T); negative: an empty candidate.
+        labels: (B, T).
+        classes: K; 1 for class-agnostic suppression.
+        threshold: IoU threshold.
+        max_boxes: maximum number of boxes per class; for engines that need one.
+        side: upper bound of the coordinates, pixels.
+
+    Returns:
+        (B, T) bool: the boxes to keep.
+    """
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
+    groups = images if classes == 1 else images * classes + labels
+    candidates = (scores >= 0).flatten().nonzero()[:, 0]
+    # Two boxes in front that nothing suppresses: torchvision's nms is exported with the assertion
+    # that at least two boxes are kept.
+    two = torch.arange(2, device=boxes.device)
+    corners = torch.cat((two.new_zeros(2, 4), boxes.flatten(0, 1)[candidates]))
+    corners[:2, 2:] += 1
+    # Offset the groups so that they do not overlap; float32 is too coarse for the coordinates.
+    groups = torch.cat((two, groups.flatten()[candidates] + 2))
+    moved = corners.double() + (groups * (side + 1))[:, None]
+    own_scores = torch.cat((two.to(scores.dtype) + 1, scores.flatten()[candidates]))
+    indices = nms(moved, own_scores.double(), threshold)
+    kept = torch.zeros(2 + scores.numel(), dtype=torch.bool, device=boxes.device)
+    kept = kept.index_fill(0, torch.cat((two, candidates + 2))[indices], True)
+    return kept[2:].view_as(scores)
 
 
-@_suppress.register_fake
+suppress_by_engine = torch.library.custom_op(
+    "retinanet::suppress", suppress_by_torchvision, mutates_args=()
+)
+"""One node of the graph, ``retinanet::suppress``, that a converter translates."""
+
+
+@suppress_by_engine.register_fake
 def _(boxes: Tensor, scores: Tensor, labels: Tensor, *_: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
-
-
-def suppress_by_engine(
-    boxes: Tensor, scores: Tensor, labels: Tensor, settings: Suppression
-) -> Tensor:
-    """Suppress in one node, ``retinanet::suppress``, that a converter translates."""
-    return cast(Tensor, _suppress(boxes, scores, labels, *settings))
 
 
 def export_program(detector: Detector, to: str, form: str) -> torch.export.ExportedProgram:

@@ -11,7 +11,7 @@ from torch import Tensor
 from retinanet.boxes import decode_boxes
 from retinanet.config import LossConfig, LossSettings
 from retinanet.losses.box import box_loss
-from retinanet.losses.focal import weighted_label_loss
+from retinanet.losses.focal import make_formula, weighted_sum
 from retinanet.losses.ohem import NEGATIVES_PER_POSITIVE, hard_examples
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.structures import (
@@ -154,20 +154,32 @@ def classification_loss(
 
     Returns:
         () float32 or float64.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    kind = settings.classification
-    total = weights.new_zeros(())
     rows = [level.shape[1] for level in logits]
+    if labels.dim() != 2 or weights.shape != labels.shape[:1] or sum(rows) != labels.shape[1]:
+        raise ValueError(
+            "the classification loss takes logits (B, R_l, K) per level, labels (B, R) and weights "
+            f"(B,), got {[tuple(level.shape) for level in logits]}, {tuple(labels.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    kind = settings.classification
+    if kind == "cross_entropy":
+        formula = make_formula("focal", gamma=0.0)
+    else:
+        formula = make_formula(
+            kind, gamma=settings.gamma, beta=settings.beta, margin=settings.margin
+        )
+    total = weights.new_zeros(())
     for level, level_labels in zip(logits, torch.split(labels, rows, dim=1), strict=True):
-        total = total + weighted_label_loss(
+        total = total + weighted_sum(
             level.flatten(0, 1),
             level_labels.flatten(),
             weights[:, None].expand_as(level_labels).flatten(),
-            kind="focal" if kind == "cross_entropy" else kind,
-            gamma=0.0 if kind == "cross_entropy" else settings.gamma,
-            beta=settings.beta if kind == "focal_star" else 0.0,
-            margin=settings.margin,
-            alpha=settings.alpha,
+            formula,
+            settings.alpha,
             overwrite_logits=overwrite_logits,
         )
     return total

@@ -12,15 +12,13 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.files import write_atomic
 from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import MIN_STEPS, Plan, Settings, Training, make_plan
 from retinanet.paper.run import Workers, run_plan
-from retinanet.report.plots import read_log
+from retinanet.training.run_folder import read_log
 
 _PROBE_STEPS = 12
 _START_SECONDS = 8.0  # in which a worker imports torch and reads its data, about
@@ -137,17 +135,13 @@ def with_budget(
     request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
-            # Measuring takes a minute: reject what cannot be enough before.
-            steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
-            paces = measure_paces(trainings, workers)
-            content = {
-                "seconds_per_step": sorted({pace.step for pace in paces}),
-                "steps": steps_for(budget, paces, workers.jobs),
-            }
-            write_atomic(file, json.dumps(content, indent=1) + "\n")
+    if not file.is_file():
+        # Measuring takes a minute: reject what cannot be enough before.
+        steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
+        paces = measure_paces(trainings, workers)
+        steps = steps_for(budget, paces, workers.jobs)
+        content = {"seconds_per_step": sorted({pace.step for pace in paces}), "steps": steps}
+        write_atomic(file, json.dumps(content, indent=1) + "\n")
     return replace(settings, steps=json.loads(file.read_text("utf-8"))["steps"])
 
 

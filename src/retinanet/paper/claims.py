@@ -68,22 +68,15 @@ def collect_results(
             of those that differ; ``coco``: True only for COCO at full length. Other facts are
             listed as they are.
         milliseconds: per image, by row key, where measured.
-
-    Raises:
-        ValueError: a key is not in the experiment, or a done training has no metrics.
     """
     times = milliseconds or {}
-    unknown = {*outcomes, *times} - {row.key for row in experiment.rows}
-    if unknown:
-        raise ValueError(f"{experiment.name} has no row {min(unknown)!r}")
     rows = {
         row.key: RowResult(
             row.key,
             row.label,
-            row.trained,
             milliseconds=times.get(row.key),
             published=row.published,
-            **_row_values(row.label, outcomes.get(row.key, ())),
+            **_row_values(outcomes.get(row.key, ())),
         )
         for row in experiment.rows
     }
@@ -100,18 +93,19 @@ def collect_results(
     )
 
 
-def _row_values(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _row_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return scores, counts and notes of a row's trainings."""
     ended = [outcome for outcome in outcomes if outcome.status != "failed"]
     zeros = {outcome.seed: 0.0 for outcome in ended if outcome.status == "diverged"}
-    done = [outcome for outcome in ended if outcome.status == "done"]
+    done = {outcome.seed: outcome.metrics for outcome in ended if outcome.metrics is not None}
     by_column: dict[str, dict[int, float]] = {}
     for column, name in METRICS.items():
-        points = {outcome.seed: _points(label, outcome, name) for outcome in done}
-        measured = {seed: value for seed, value in points.items() if not math.isnan(value)}
-        # Without objects of a size there is no AP, and the 0 of a diverged training says nothing.
-        if (measured or not done) and (values := measured | zeros):
-            by_column[column] = values
+        # None and NaN: there are no objects of a size.
+        values = {seed: metrics[name] for seed, metrics in done.items()}
+        points = {seed: 100 * ap for seed, ap in values.items() if ap is not None and ap == ap}
+        # Without such objects the 0 of a diverged training has no meaning.
+        if (points or not done) and points | zeros:
+            by_column[column] = points | zeros
     return {
         "scores": {
             column: Score(
@@ -130,17 +124,6 @@ def _row_values(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         ),
         "folders": tuple(str(outcome.folder) for outcome in outcomes if outcome.folder),
     }
-
-
-def _points(label: str, outcome: Outcome, name: str) -> float:
-    """Return a metric of a done training in points; NaN: the data has no such objects."""
-    if outcome.metrics is None or name not in outcome.metrics:
-        raise ValueError(
-            f"{label}, seed {outcome.seed}: done, but its metrics have no {name!r} "
-            f"({outcome.folder or 'no folder'}): evaluate it again"
-        )
-    value = outcome.metrics[name]
-    return math.nan if value is None else 100 * float(value)
 
 
 def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:

@@ -123,12 +123,7 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
     Args:
         model: any RetinaNet.
         height, width: of the image in pixels; padded to multiples of 32.
-
-    Raises:
-        ValueError: the image has no pixels.
     """
-    if height < 1 or width < 1:
-        raise ValueError(f"an image has at least one pixel: got {height} x {width}")
     divisor, pyramid = model.size_divisor, model.pyramid
     height, width = (math.ceil(side / divisor) * divisor for side in (height, width))
 

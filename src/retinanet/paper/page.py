@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, PackageLoader
 
-from retinanet.paper.results import (
-    CLAIM_COLUMNS,
-    SETTING_COLUMNS,
-    ClaimResult,
-    TableResult,
-    markdown_table,
-)
+from retinanet.paper.results import ClaimResult, PartKind, Table, TableResult, Verdict, markdown
 from retinanet.report.html import Page
-
-OVERVIEW_COLUMNS = ("", "the paper says", "paper", "here", "verdict")
-"""Columns of the overview of all claims."""
 
 _TEMPLATES = Environment(
     loader=PackageLoader("retinanet.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -58,94 +49,66 @@ def write_page(
     Raises:
         DataError: a plot cannot be read.
     """
-    out, plots = Path(out), plots or {}
+    out = Path(out)
     page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
     page.section("Overview")
-    for line in _not_coco(results):
-        page.text(line)
-    claims = [(result, claim) for result in results for claim in result.claims]
+    claims = [claim for result in results for claim in result.claims]
     if claims:
-        page.facts(_counts([claim for _, claim in claims]))
-        rows = [[result.number, *_cells(claim, labels=False)] for result, claim in claims]
-        page.table(OVERVIEW_COLUMNS, rows, left=len(OVERVIEW_COLUMNS))
+        page.facts(_counts(claims))
+    _add_parts(page, _overview(results))
+    if claims:
         page.text(_LEGEND)
-    else:
-        page.text("No claim was tested.")
     for result in results:
         page.section(result.number)
         page.heading(result.title)
-        _add_result(page, result, out, plots.get(result.name, ()))
+        files = (plots or {}).get(result.name, ())
+        shown = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        if shown:
+            page.images([(file, "") for file in shown])
+        if files:
+            page.add(_BLOCKS.links("Files", [(_address(file, out), file.name) for file in files]))
+        _add_parts(page, result.parts())
+        folders = [(row.label, _run_links(row.folders, out)) for row in result.rows if row.folders]
+        if folders:
+            page.add(_BLOCKS.folded_links("Run folders", folders))
     return page.write(out / "report.html")
 
 
 def claims_markdown(results: Sequence[TableResult]) -> str:
     """Format the overview of all claims in Markdown."""
+    return markdown(_overview(results))
+
+
+def _overview(results: Sequence[TableResult]) -> list[tuple[PartKind, Any]]:
+    lines = dict.fromkeys(result.not_coco for result in results if result.not_coco)
     rows = [
         [result.number, *claim.cells(labels=False), claim.marked_verdict]
         for result in results
         for claim in result.claims
     ]
-    table = markdown_table(OVERVIEW_COLUMNS, rows, text=5) if rows else "No claim was tested."
-    return "\n\n".join([*(f"**{line}**" for line in _not_coco(results)), table]) + "\n"
+    table = Table(("", "the paper says", "paper", "here", "verdict"), rows, left=5)
+    last: tuple[PartKind, Any] = ("table", table) if rows else ("text", "No claim was tested.")
+    return [*(("strong", line) for line in lines), last]
 
 
-def _not_coco(results: Sequence[TableResult]) -> list[str]:
-    return list(dict.fromkeys(result.not_coco for result in results if result.not_coco))
-
-
-def _cells(claim: ClaimResult, *, labels: bool = True) -> list[str]:
-    sign = {"holds": "✓ ", "does not hold": "✗ "}.get(claim.verdict, "")
-    return [*claim.cells(labels=labels), sign + claim.marked_verdict]
-
-
-def _add_result(page: Page, result: TableResult, out: Path, plots: Sequence[Path]) -> None:
-    setting = f" In the paper: {result.setting}." if result.setting else ""
-    page.text(f"{result.section}.{setting}")
-    if result.not_coco:
-        page.text(result.not_coco)
-    shown = [plot for plot in plots if plot.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if shown:
-        page.images([(plot, "") for plot in shown])
-    if plots:
-        page.add(_BLOCKS.links("Files", [(_address(plot, out), plot.name) for plot in plots]))
-    if result.rows:
-        page.table(*result.table(wide=True))
-    for line in result.footnotes:
-        page.text(line)
-    if result.claims:
-        page.heading("The paper's conclusions")
-        page.table(CLAIM_COLUMNS, map(_cells, result.claims), left=len(CLAIM_COLUMNS))
-    if result.note:
-        page.text(result.note)
-    if result.rows:
-        page.heading("How it was measured")
-        _add_about(page, result, out)
-
-
-def _add_about(page: Page, result: TableResult, out: Path) -> None:
-    if result.about.get("command"):
-        page.code(str(result.about["command"]))
-    if result.facts:
-        page.table(["", ""], result.facts, left=2)
-    settings = result.settings
-    if settings:
-        plural = "" if len(settings) == 1 else "s"
-        title = f"{len(settings)} setting{plural} other than the paper's"
-        page.table(SETTING_COLUMNS, settings, left=3, folded=title)
-    folders = [(row.label, row.folders) for row in result.rows if row.folders]
-    if folders:
-        rows = [
-            (label, [(_address(_run_page(out / path), out), Path(path).name) for path in paths])
-            for label, paths in folders
-        ]
-        page.add(_BLOCKS.folded_links("Run folders", rows))
+def _add_parts(page: Page, parts: Iterable[tuple[PartKind, Any]]) -> None:
+    for kind, part in parts:
+        if kind == "table":
+            page.table(part.columns, part.rows, left=part.left, folded=part.title)
+        elif kind == "code":
+            page.code(part)
+        else:
+            for line in part if kind == "list" else [part]:
+                page.text(line)
 
 
 def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
     """Count the claims with each verdict."""
     names = {"holds": "hold", "does not hold": "do not hold"}
-    counts = Counter(names.get(claim.verdict, claim.verdict) for claim in claims)
-    return {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims), **counts}
+    counts = Counter[str](claim.verdict for claim in claims)
+    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in get_args(Verdict)}
+    total = {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims)}
+    return total | {verdict: count for verdict, count in verdicts.items() if count}
 
 
 def _subtitle(results: Sequence[TableResult]) -> str:
@@ -157,10 +120,13 @@ def _subtitle(results: Sequence[TableResult]) -> str:
     return " · ".join(parts)
 
 
-def _run_page(folder: Path) -> Path:
-    """Return the report of a run folder, or the folder."""
-    report = folder / "report.html"
-    return report if report.is_file() else folder
+def _run_links(folders: Sequence[str], out: Path) -> list[tuple[str, str]]:
+    """Return address and name of each run folder's report, or of the folder."""
+    reports = [out / folder / "report.html" for folder in folders]
+    return [
+        (_address(report if report.is_file() else report.parent, out), report.parent.name)
+        for report in reports
+    ]
 
 
 def _address(path: Path, out: Path) -> str:

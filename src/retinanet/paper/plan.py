@@ -283,8 +283,7 @@ def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:
     Settings without effect on the result, and those that rows are about, are left out.
     """
     left_out = {*_ROW_SETTINGS, *_NOT_IN_NAME, "data.split_seed", "train.validate_every"}
-    if any(training.recipe.train.epochs is None for training in plan.trainings):
-        left_out |= {"train.min_steps", "train.max_steps"}
+    left_out |= {"train.min_steps", "train.max_steps"}
     every = [
         {name: (paper, here) for name, paper, here in differences(training.recipe)}
         for training in plan.trainings
@@ -299,27 +298,20 @@ def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:
 
 def size_changes(plan: Plan, settings: Settings) -> list[str]:
     """Describe what replaces the paper's steps, sizes and backbones."""
-    paper, first = Recipe().train, plan.trainings[0].recipe.train
-    trains = [training.recipe.train for training in plan.trainings]
-    steps = sorted({train.steps for train in trains if train.epochs is None})
-    length = f"{' and '.join(f'{n:,}' for n in steps)} steps" if steps else "the recipe's epochs"
-    changes = [
-        f"{length} of {first.batch_size} for {paper.steps:,} steps of {paper.batch_size} images"
-    ]
-    scales = {
-        _reference_scale(EXPERIMENTS[name]): name for name, _ in plan.rows if name in EXPERIMENTS
-    }
-    replaced = " and ".join(
-        f"{scale} px" + ("" if scale == _PAPER_SIZE else f" ({name})")
-        for scale, name in sorted(scales.items())
-    )
+    paper, here = Recipe().train, plan.trainings[0].recipe.train
+    scales = sorted({_reference_scale(EXPERIMENTS[name]) for name, _ in plan.rows})
+    replaced = " and ".join(f"{scale} px" for scale in scales)
     usual = settings.image_size or settings.load_recipe().data.image_size
-    changes.append(f"{usual} px for {replaced}, other scales in proportion")
-    used = {EXPERIMENTS[name].row(key).depth for name, key in plan.rows if name in EXPERIMENTS}
+    changes = [
+        f"{here.steps:,} steps of {here.batch_size} for {paper.steps:,} steps of "
+        f"{paper.batch_size} images",
+        f"{usual} px for {replaced}, other scales in proportion",
+    ]
+    used = {EXPERIMENTS[name].row(key).depth for name, key in plan.rows}
     for depth, backbone in BACKBONES.items():
-        here = _for_depth(settings.backbones, depth)
-        if depth in used and here and here != backbone:
-            changes.append(f"{here} for {backbone}")
+        replacement = _for_depth(settings.backbones, depth)
+        if depth in used and replacement not in ("", backbone):
+            changes.append(f"{replacement} for {backbone}")
     return changes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -25,9 +25,11 @@ METRICS = {
 }
 """Columns of a table and the names of their values in a training's metrics."""
 
-CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
-SETTING_COLUMNS = ("setting", "paper", "here")
+PartKind = Literal["text", "strong", "list", "table", "code"]
+"""Kinds of a document's parts: a paragraph (``text``, ``strong``), lines, a table, a command."""
 
+_CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
+_SETTING_COLUMNS = ("setting", "paper", "here")
 _PUBLISHED = dict(zip((*METRICS, "ms"), (field.name for field in fields(Published)), strict=True))
 _DIVERGED = "†"
 _STRICT = ConfigDict(extra="forbid")  # rejects the JSON of another version
@@ -94,7 +96,6 @@ class RowResult:
 
     Attributes:
         key, label: of the row.
-        trained: False for a row with published values only.
         scores: points of AP by column (``AP`` ... ``APl``); columns without a value are left out.
         by_seed: AP in points per seed; 0 for a diverged training.
         milliseconds: per image; None: not measured.
@@ -109,7 +110,6 @@ class RowResult:
 
     key: str
     label: str
-    trained: bool = True
     scores: Mapping[str, Score] = field(default_factory=dict)
     by_seed: Mapping[int, float] = field(default_factory=dict)
     milliseconds: float | None = None
@@ -204,19 +204,16 @@ class TableResult:
         """``Table 1b: Focal loss over gamma, ...``."""
         return f"{self.number}: {self.title}"
 
-    def table(self, *, wide: bool) -> tuple[list[str], list[list[str]]]:
-        """Return columns and rows of text, measured values beside the paper's.
+    def table(self, *, wide: bool) -> Table:
+        """Return measured values beside the paper's.
 
         Args:
             wide: with all columns; False: a table for a terminal with 80 columns, which has no AP
                 by object size and only AP and time of the paper.
         """
-        if not self.rows:
-            return [], []
         short = ("AP", "AP50", "AP75", "ms")
         shown = [column for column in self.shown if wide or column in short]
         printed = [column for column in self.shown if wide or column in ("AP", "ms")]
-        columns = ["", *shown, "seeds", *(f"paper {column}" for column in printed)]
         rows = [
             [
                 row.label,
@@ -226,7 +223,7 @@ class TableResult:
             ]
             for row in self.rows
         ]
-        return columns, rows
+        return Table(["", *shown, "seeds", *(f"paper {column}" for column in printed)], rows)
 
     @property
     def not_coco(self) -> str:
@@ -255,39 +252,34 @@ class TableResult:
             lines += [f"{row.label}: {note}" for note in row.notes]
         return lines
 
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """How it was measured, without the command and the settings."""
-        left_out = ("command", "settings", "coco")
-        return [
-            (name, f"{value:,}" if isinstance(value, int) else str(value))
+    def parts(self) -> list[tuple[PartKind, Any]]:
+        """Return text, tables and command, in order: the content of all documents."""
+        setting = f" In the paper: {self.setting}." if self.setting else ""
+        claims = [[*claim.cells(), claim.marked_verdict] for claim in self.claims]
+        facts = [
+            f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}"
             for name, value in self.about.items()
-            if name not in left_out and value not in (None, "")
+            if name not in ("command", "settings", "coco") and value not in (None, "")
         ]
-
-    @property
-    def settings(self) -> list[list[str]]:
-        """(setting, the paper's, here) of each setting that differs from the paper's."""
-        return [[str(cell) for cell in row] for row in self.about.get("settings") or ()]
+        settings = [[str(cell) for cell in row] for row in self.about.get("settings") or ()]
+        plural = "" if len(settings) == 1 else "s"
+        title = f"{len(settings)} setting{plural} other than the paper's"
+        parts: list[tuple[PartKind, Any]] = [
+            ("text", f"{self.section}.{setting}"),
+            ("strong", self.not_coco),
+            ("table", self.table(wide=True)),
+            ("list", self.footnotes),
+            ("table", Table(_CLAIM_COLUMNS, claims, left=4)),
+            ("text", self.note),
+            ("list", facts),
+            ("code", self.about.get("command")),
+            ("table", Table(_SETTING_COLUMNS, settings, left=3, title=title)),
+        ]
+        return [(kind, part) for kind, part in parts if part]
 
     def to_markdown(self) -> str:
         """Format the table, its claims and how it was measured."""
-        setting = f" In the paper: {self.setting}." if self.setting else ""
-        columns, rows = self.table(wide=True)
-        claims = [[*claim.cells(), claim.marked_verdict] for claim in self.claims]
-        parts = [
-            f"## {self.heading}",
-            f"{self.section}.{setting}",
-            f"**{self.not_coco}**" if self.not_coco else "",
-            markdown_table(columns, rows) if rows else "",
-            _markdown_list(self.footnotes),
-            markdown_table(CLAIM_COLUMNS, claims, text=4) if claims else "",
-            self.note,
-            _markdown_list(f"{name}: {value}" for name, value in self.facts),
-            f"```sh\n{self.about['command']}\n```" if self.about.get("command") else "",
-            markdown_table(SETTING_COLUMNS, self.settings, text=3) if self.settings else "",
-        ]
-        return "\n\n".join(filter(None, parts)) + "\n"
+        return markdown([("text", f"## {self.heading}"), *self.parts()])
 
     def to_csv(self) -> str:
         """Format a line per row; ``data`` and ``coco`` say what it was measured on."""
@@ -326,22 +318,44 @@ class TableResult:
         return TypeAdapter(cls).validate_json(text)
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
-    """Format a table in Markdown.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of text.
 
-    Args:
+    Attributes:
         columns: titles.
         rows: as many cells each.
-        text: number of first columns that are aligned to the left.
+        left: number of first columns that are aligned to the left.
+        title: under which it is folded on a page; empty: not folded.
     """
-    rule = [":--" if i < text else "--:" for i in range(len(columns))]
-    escaped = [[_escape(cell) for cell in line] for line in (columns, *rows)]
-    lines = [escaped[0], rule, *escaped[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    title: str = ""
+
+    def __bool__(self) -> bool:
+        """Return True if it has rows."""
+        return bool(self.rows)
+
+    def to_markdown(self) -> str:
+        """Format in Markdown."""
+        rule = [":--" if i < self.left else "--:" for i in range(len(self.columns))]
+        escaped = [[_escape(cell) for cell in line] for line in (self.columns, *self.rows)]
+        lines = [escaped[0], rule, *escaped[1:]]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _markdown_list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_escape(line)}" for line in lines)
+def markdown(parts: Iterable[tuple[PartKind, Any]]) -> str:
+    """Format parts of a document in Markdown."""
+    formats: dict[PartKind, Callable[[Any], str]] = {
+        "text": str,
+        "strong": "**{}**".format,
+        "list": lambda lines: "\n".join(f"- {_escape(line)}" for line in lines),
+        "table": Table.to_markdown,
+        "code": "```sh\n{}\n```".format,
+    }
+    return "\n\n".join(formats[kind](part) for kind, part in parts) + "\n"
 
 
 def _escape(text: str) -> str:

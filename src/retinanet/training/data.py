@@ -9,6 +9,7 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.errors import ConfigError, DataError
@@ -74,13 +75,9 @@ def read_training_data(
             message=f"warning: {len(shared)} images are in both train and val, the first: "
             f"{min(shared)}; the validation AP is too high",
         )
-    if left_out:
-        first = f"{left_out[0].file}: {left_out[0].reason}"
-        emit(
-            "message",
-            message=f"left out {len(left_out)} faulty objects or images of the training data, "
-            f"the first: {first}; see retinanet data check",
-        )
+    for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
+        if fault is not None:
+            emit("message", message=fault)
     return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
 
 

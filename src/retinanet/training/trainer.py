@@ -490,6 +490,7 @@ class Trainer:
             processes=self._accelerator.num_processes,
             precision=self._precision,
             split_origin=train_set.split_origin,
+            data=train_set.description,
         )
 
     def _emit_end(self, interrupted: bool) -> None:

@@ -131,24 +131,6 @@ def test_paste_adds_an_image(driver: PageDriver, draw: Draw) -> None:
     assert not driver.page.is_visible("#notice")
 
 
-def test_paste_button_reads_the_clipboard(open_page: OpenPage) -> None:
-    driver = open_page(permissions=["clipboard-read", "clipboard-write"])
-    driver.page.evaluate(
-        """async () => {
-            const canvas = new OffscreenCanvas(96, 64);
-            const context = canvas.getContext("2d");
-            context.fillRect(0, 0, 96, 64);
-            context.fillStyle = "rgb(255 0 0)";
-            context.fillRect(16, 24, 8, 8);
-            const blob = await canvas.convertToBlob({ type: "image/png" });
-            await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
-        }"""
-    )
-    driver.page.click("#paste")
-    driver.wait()
-    assert driver.boxes() == [[16, 24, 24, 32]]
-
-
 def test_camera_takes_an_image_and_stops(open_page: OpenPage) -> None:
     driver = open_page(permissions=["camera"])
     driver.page.click("#camera")

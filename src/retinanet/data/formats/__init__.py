@@ -13,8 +13,18 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, count_suffixes, relative
-from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
-from retinanet.data.formats.labels import LabelFile
+from retinanet.data.formats import (
+    coco,
+    csv,
+    cvat,
+    json_exports,
+    label_studio,
+    text_rows,
+    voc,
+    webdataset,
+    yolo,
+)
+from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
@@ -45,6 +55,18 @@ def _format(module: Any, label_files: str) -> Format:
     return Format(module.detect, module.parse, module.find, module.read, write, label_files)
 
 
+def _read_only(name: str, label_files: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
+    """Return a format of a file per image (``.txt``, LabelMe), or of many, that is only read."""
+    is_per_image = suffixes == [".txt"] or name == "labelme"
+
+    def find(tree: Tree) -> LabelSet | None:
+        if is_per_image:
+            return find_files(name, tree, suffixes, detect)
+        return find_tables(name, tree, suffixes, detect, parse)
+
+    return Format(detect, parse, find, partial(read_files, name, parse), None, label_files)
+
+
 # In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
     "coco": _format(coco, "COCO .json"),
@@ -53,11 +75,31 @@ FORMATS: dict[str, Format] = {
     "voc": _format(voc, "Pascal VOC .xml"),
     "yolo": _format(yolo, "YOLO .txt or data.yaml"),
     "csv": _format(csv, "a table of boxes (.csv)"),
+    "labelme": _read_only(
+        "labelme", "LabelMe .json", [".json"], json_exports.is_labelme, json_exports.parse_labelme
+    ),
+    "via": _read_only(
+        "via", "VIA .json or .csv", [".json", ".csv"], json_exports.is_via, json_exports.parse_via
+    ),
+    "createml": _read_only(
+        *("createml", "Create ML .json", [".json"]),
+        *(json_exports.is_createml, json_exports.parse_createml),
+    ),
+    **{
+        name: _read_only(
+            *(name, f"{title} .txt", [".txt"]),
+            *(partial(text_rows.detect, format=name), partial(text_rows.parse, format=name)),
+        )
+        for name, title in (("kitti", "KITTI"), ("visdrone", "VisDrone"), ("dota", "DOTA"))
+    },
     "webdataset": _format(webdataset, "WebDataset .tar"),
 }
 
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
 """Formats that a data set can be written in."""
+
+
+_SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +135,24 @@ class DataSource:
                 f"not read: {FORMATS[other.format].label_files}: {other.describe(top)} ({what}; "
                 f"read it with --format {other.format})"
             )
-        return (*lines, *(f"not read: {note}" for note in self.labels.notes))
+        lines += [f"not read: {note}" for note in self.labels.notes]
+        groups = [
+            group for labels in (self.labels, *self.others) for group in labels.files.values()
+        ]
+        used = {file for group in groups for file in group}
+        noted = " ".join(self.labels.notes)
+        unused = [
+            relative(file, top)
+            for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
+            if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
+        ]
+        if unused and self.labels.format != "webdataset":  # shards have an index each
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
+        return tuple(lines)
 
 
-def find_data(path: str | Path, format: str | None = None) -> DataSource:
+def find_data(path: str | Path, format: str | None = None, *, extras: bool = True) -> DataSource:
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
@@ -105,6 +161,7 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
     Args:
         path: a folder, or a label file.
         format: one of :data:`FORMATS`; None detects it.
+        extras: keep values that training does not need (masks, licences, ...).
 
     Raises:
         DataError: there is no such path or format, no labels are found (the message says what is
@@ -115,7 +172,7 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if not archives.is_remote(path) and not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
-    tree = Tree(path)
+    tree = Tree(path, extras=extras)
     names = [format] if format else [name for name in FORMATS if name != "webdataset"]
     found = [labels for name in names if (labels := FORMATS[name].find(tree)) is not None]
     if not found and format is None:
@@ -132,7 +189,10 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
                 f"same; give the path of one of them, or --format"
             )
     labels, *others = found
-    return DataSource(tree, labels, tuple(others), FORMATS[labels.format].read(tree, labels))
+    splits = FORMATS[labels.format].read(tree, labels)
+    if not extras:
+        splits = {name: partial(_without_extras, split) for name, split in splits.items()}
+    return DataSource(tree, labels, tuple(others), splits)
 
 
 def _nothing_found(tree: Tree, format: str | None) -> str:
@@ -200,8 +260,8 @@ def read_dataset(
     Raises:
         DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     names = _split_names(lazy)
     description = source.describe()
     if split in lazy and not (split == "train" and _draws_val(lazy)):
@@ -232,8 +292,8 @@ def read_splits(
     Arguments, errors and drawn splits as :func:`read_dataset`. VOC's ``trainval`` is left out if
     there are train and val, which it repeats.
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
     description = source.describe()
@@ -264,18 +324,15 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     return total.hexdigest()
 
 
-def _without_extras(
-    splits: Mapping[str, Callable[[], Dataset]],
-) -> dict[str, Callable[[], Dataset]]:
-    def read(split: Callable[[], Dataset]) -> Dataset:
-        dataset = split()
-        images = []
-        for image in dataset.images:
-            annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
-            images.append(replace(image, extra={}, annotations=annotations))
-        return replace(dataset, images=tuple(images), extra={})
-
-    return {name: partial(read, split) for name, split in splits.items()}
+def _without_extras(split: Callable[[], Dataset]) -> Dataset:
+    dataset = split()
+    images = []
+    for image in dataset.images:
+        annotations = image.annotations
+        if any(annotation.extra for annotation in annotations):
+            annotations = tuple(replace(annotation, extra={}) for annotation in annotations)
+        images.append(replace(image, extra={}, annotations=annotations))
+    return replace(dataset, images=tuple(images), extra={})
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:

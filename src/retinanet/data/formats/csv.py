@@ -23,10 +23,12 @@ from retinanet.data.formats.labels import (
     LabelImage,
     build_splits,
     cut,
+    encoding_of,
     find_tables,
     from_text,
     listed_names,
     merge_classes,
+    scale_normalised,
     to_annotation,
     to_box,
     to_number,
@@ -61,7 +63,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "split": ("split", "subset", "partition", "usage", "set"),
     "id": ("id", "annotationid"),
     "image_id": ("imageid",),
-    "iscrowd": ("iscrowd", "crowd"),
+    "iscrowd": ("iscrowd", "crowd", "isgroupof"),
     "difficult": ("difficult",),
     "area": ("area",),
 }
@@ -69,7 +71,8 @@ _BOXES = (("x1", "y1", "x2", "y2"), ("x", "y", "box_width", "box_height"), ("bbo
 _OTHERS = ("width", "height", "image", "class", "split", "image_id")
 _ROW_VALUES = ("id", "iscrowd", "difficult", "area")
 _NO_HEADER = ("image", "x1", "y1", "x2", "y2", "class")
-_CLASS_FILES = ("classes.csv", "class_list.csv")
+CLASS_FILES = ("classes.csv", "class_list.csv")
+"""Files with the names and ids of the classes."""
 _SUFFIXES = (".csv", ".tsv")
 _SCORES = ("confidence", "conf", "score", "scores", "probability", "prob")
 _DEFAULT_CLASS = "object"  # without a column of classes
@@ -81,7 +84,7 @@ EXTRA = "extra_"
 def detect(file: Path) -> bool:
     """Whether a file is a table of boxes."""
     try:
-        return file.name not in _CLASS_FILES and bool(_columns(next(_rows(file))[1]))
+        return file.name not in CLASS_FILES and bool(_columns(next(_rows(file))[1]))
     except (DataError, StopIteration):
         return False
 
@@ -134,7 +137,9 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the rows that are not blank."""
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        with file.open("rb") as head:
+            encoding = encoding_of(head.read(2))
+        with file.open(newline="", encoding=encoding, errors="replace") as stream:
             first = stream.readline()
             stream.seek(0)
             # A quoted header may contain other separators too, but less often.
@@ -224,12 +229,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         }
         _parse_row(parsed, images, texts, extra, line, number)
     parsed.images = list(images.values())
-    sides = [side for image in parsed.images for item in image.annotations for side in item.box]
-    # Boxes in pixels do not all lie within [0, 1].
-    if all(0 <= side <= 1 for side in sides) and any(sides):
-        parsed.decimals = 6
-        for image in parsed.images:
-            image.width = image.height = None  # those of the file itself are safer
+    scale_normalised(parsed)
     return parsed
 
 
@@ -285,7 +285,7 @@ def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
 
 def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
     """Return a file of classes, and its ids and names; the path and none if there is none."""
-    file = tree.named(*_CLASS_FILES)
+    file = tree.named(*CLASS_FILES)
     if file is not None:
         rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
         return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
@@ -305,7 +305,7 @@ def write(writing: Writing) -> None:
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
     first = next(iter(writing.splits.values()))
-    with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
+    with (writing.folder / CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
@@ -33,6 +34,8 @@ DROPPED = "the image is dropped"
 
 ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
+
+_TOLERANCE = 1e-3  # of fractions of an image
 
 Box = tuple[float, float, float, float]
 
@@ -54,13 +57,23 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text file by its first bytes: spreadsheets write UTF-16."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig"
+
+
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
     """Whether a JSON file begins with `start` and holds all marks of an alternative; unparsed."""
     try:
         with (
             file.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
+            data: Any = mapped
+            if encoding_of(mapped[:2]) == "utf-16":
+                data = mapped[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
             return any(all(data.find(mark) >= 0 for mark in marks) for marks in alternatives)
@@ -327,6 +340,20 @@ def merge_classes(
         for name, ids in ids_by_name.items()
         if len(ids) > 1
     ]
+    folded: dict[str, list[str]] = {}
+    for name in ids_by_name:
+        folded.setdefault(name.strip().casefold(), []).append(name)
+    problems += [
+        Problem(
+            "class-similar",
+            file,
+            None,
+            f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they are "
+            f"one class, give them one name",
+        )
+        for names in folded.values()
+        if len(names) > 1
+    ]
     labels = {
         str(key): label
         for label, (name, ids) in enumerate(ids_by_name.items())
@@ -336,6 +363,22 @@ def merge_classes(
     return ClassList(tuple(ids_by_name), first_ids, labels, tuple(problems))
 
 
+def scale_normalised(parsed: LabelFile) -> bool:
+    """Read the boxes of a file as fractions of the image if most of them lie within [0, 1].
+
+    A few beyond (rounding, faults) do not make all others pixels.
+    """
+    boxes = [item.box for image in parsed.images for item in image.annotations]
+    low, high = -_TOLERANCE, 1 + _TOLERANCE
+    inside = sum(all(low <= side <= high for side in box) and any(box) for box in boxes)
+    if inside <= len(boxes) / 2:
+        return False
+    parsed.decimals = 6
+    for image in parsed.images:
+        image.width = image.height = None  # those of the file itself are safer
+    return True
+
+
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
     """Return the classes `listed` in `source`, from 1 on; if there are none, all names, sorted."""
     names = list(listed) or sorted({name for file in files for name in file.classes} - {""})
@@ -343,6 +386,43 @@ def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path
 
 
 # ---- data sets
+
+
+def find_files(
+    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool]
+) -> LabelSet | None:
+    """Find label files of one image each; None if there are none.
+
+    The first files of a folder decide: a broken file among good ones is a fault.
+
+    Args:
+        format, tree, suffixes, detect: as in :func:`find_tables`.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for file in tree.with_suffix(*suffixes):
+        folders.setdefault(file.parent, []).append(file)
+    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
+    stems = frozenset(file.stem.casefold() for file in files)
+    return LabelSet(format, tree.group(files), lambda: stems) if files else None
+
+
+def read_files(
+    format: str, parse: Callable[..., LabelFile], tree: Tree, labels: LabelSet
+) -> dict[str, Callable[[], Dataset]]:
+    """Read label files that name their classes; each split's data set is built when called.
+
+    Classes are the lines of ``classes.txt`` if there is one (any other name is a problem), else all
+    names, sorted.
+
+    Args:
+        format: name of the format.
+        parse: parses a file of a split.
+        tree, labels: the label files.
+    """
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    source, names = listed_names(tree, "classes.txt")
+    return build_splits(format, files, find_classes(files, names, source), tree)
 
 
 def find_tables(
@@ -422,15 +502,19 @@ def build(
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
     sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
-    images: list[LabelledImage] = []
+    images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
+        if path in images:
+            other = _build_image(file, image, path, image.id, classes, sizes, listed)
+            images[path] = _merge_images(images[path], other, listed)
+            continue
         candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
-        images.append(_build_image(file, image, path, id_, classes, sizes, listed))
+        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
     return Dataset(
-        images=tuple(images),
+        images=tuple(images.values()),
         classes=classes.names,
         category_ids=classes.ids,
         split=split,
@@ -475,6 +559,13 @@ def _find_images(
             match = tree.find_image(image.names, file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
+            if match.path is None and "%" in image.name:
+                match = tree.find_image(map(unquote, image.names), file.file, split)
+                if match.path is not None:
+                    reason = f"image {image.id}: no file is named {short(image.name)}"
+                    used = f"{match.path.name} is used"
+                    problem = Problem("image-name-encoded", file.file, image.id, reason, used)
+                    problems.append(problem)
         if match.several:
             assert file.file is not None
             reason = (
@@ -507,6 +598,20 @@ def _find_images(
 
 def _key(image: LabelImage) -> str:
     return image.name.replace("\\", "/").removeprefix("./")
+
+
+def _merge_images(
+    image: LabelledImage, other: LabelledImage, problems: list[Problem]
+) -> LabelledImage:
+    """Unite two entries of one file: objects of both, the same ones once."""
+    known = {(item.label, item.box) for item in image.annotations}
+    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
+    reason = (
+        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
+        f"{other.id} with {len(other.annotations)}"
+    )
+    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
+    return replace(image, annotations=image.annotations + more)
 
 
 def _build_image(

@@ -26,6 +26,7 @@ from retinanet.data.formats.labels import (
     LabelImage,
     build,
     find_classes,
+    find_files,
     from_text,
     listed_names,
     read_lines,
@@ -36,7 +37,8 @@ from retinanet.data.formats.labels import (
 )
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 
-_ROOT = re.compile(rb"<annotation[\s>/]")  # CVAT's is <annotations>
+_ENCODING = re.compile(rb"""encoding=["']([A-Za-z0-9_.-]+)["']""")
+_ROOT = re.compile(rb"<([\w-]+:)?annotation[\s>/]")  # CVAT's is <annotations>
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
 _OWN_ELEMENTS = frozenset({"name", "bndbox"})
@@ -54,13 +56,7 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the XML files of a tree by split."""
-    folders: dict[Path, list[Path]] = {}
-    for file in tree.with_suffix(".xml"):
-        folders.setdefault(file.parent, []).append(file)
-    # By the first files of a folder: a broken file among good ones is a fault.
-    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
-    stems = frozenset(file.stem.casefold() for file in files)
-    return LabelSet("voc", tree.group(files), lambda: stems) if files else None
+    return find_files("voc", tree, [".xml"], detect)
 
 
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
@@ -92,8 +88,9 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         members, problems = splits.setdefault(split, ([], []))
         root = list_file.parents[2]
         for line in read_lines(list_file):
-            name = re.sub(r"\s+(-1|0|1)$", "", line).replace("\\", "/")
-            member = _file_of(name, by_stem, root)
+            # A name may contain blanks; -1, 0 or 1 may follow it.
+            name = re.sub(r"\s+(-1|0|1)$", "", line)
+            member = _file_of(line, by_stem, root) or _file_of(name, by_stem, root)
             if member is None:
                 stem = PurePosixPath(name).name
                 reason = f"{name} is in the split {split}, but has no Annotations/{stem}.xml"
@@ -120,7 +117,7 @@ def _lists(tree: Tree) -> list[Path]:
 
 def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path | None:
     """Return the XML file of a name in a list: below the list's root, in the same folders."""
-    wanted = PurePosixPath(name)
+    wanted = PurePosixPath(name.replace("\\", "/"))
     candidates = by_stem.get(wanted.name, []) or by_stem.get(wanted.stem, [])
     candidates = [file for file in candidates if file.is_relative_to(root)] or candidates
     folders = wanted.parent.parts
@@ -140,7 +137,7 @@ def parse(file: Path) -> LabelFile:
     """Parse an XML file; one that cannot be read has no image, and a problem."""
     parsed = LabelFile(file)
     try:
-        tree = ET.parse(file).getroot()
+        tree = _root_of(file.read_bytes())
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
         parsed.report("label-unreadable", None, reason, DROPPED)
@@ -173,6 +170,18 @@ def parse(file: Path) -> LabelFile:
         values = _values(element, _OWN_ELEMENTS)
         image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
     return parsed
+
+
+def _root_of(content: bytes) -> ET.Element:
+    """Parse XML in any encoding that Python knows, without namespaces."""
+    declared = _ENCODING.search(content[:200])
+    name = declared.group(1).decode() if declared else "utf-8"
+    # The parser itself knows UTF-8, UTF-16 and Latin-1 only.
+    is_known = name.lower().startswith(("utf", "iso-8859-1", "us-ascii"))
+    root = ET.fromstring(content if is_known else content.decode(name))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
 
 
 def _text(element: ET.Element, path: str) -> str:

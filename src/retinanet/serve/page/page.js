@@ -88,7 +88,7 @@ function selectModels() {
   $("save-model-label").hidden = !second;
   $("save-model").replaceChildren(...names.map((name) => new Option(name)));
   const scores = state.selected.map(({ thresholds }) => thresholds.score_threshold ?? 0);
-  $("score").min = $("score-number").min = Math.floor(100 * Math.min(...scores)) / 100;
+  $("score").min = Math.floor(100 * Math.min(...scores)) / 100;
   setThreshold(state.threshold);
   setPanes(state.selected, activate);
   for (const image of state.images) {
@@ -335,7 +335,6 @@ const KEYS = {
   ArrowLeft: () => step(-1),
   ArrowRight: () => step(1),
   "+": () => zoom(1.4),
-  "=": () => zoom(1.4),
   "-": () => zoom(1 / 1.4),
   0: fit,
   1: () => zoomTo(1),
