@@ -163,8 +163,8 @@ class Dataset:
                 )
             if any(not 0 <= n < len(classes) or n != int(n) for n in numbers.tolist()):
                 raise DataError(
-                    f"image {index}: labels {numbers.tolist()[:5]} are not all whole numbers from 0 to "
-                    f"{len(classes) - 1}; there are {len(classes)} classes"
+                    f"image {index}: labels {numbers.tolist()[:5]} are not all whole numbers from "
+                    f"0 to {len(classes) - 1}; there are {len(classes)} classes"
                 )
             annotations = tuple(
                 Annotation((box[0], box[1], box[2], box[3]), int(label), number)

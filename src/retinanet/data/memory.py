@@ -66,8 +66,9 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
     """Read the splits that a function of the user yields.
 
     Args:
-        reader: yields per image ``(image, boxes, names)``: the image as in :meth:`Dataset.from_arrays`,
-            (M, 4) boxes x1, y1, x2, y2 in pixels, and M class names; optionally the split, fourth.
+        reader: yields per image ``(image, boxes, names)``: the image as in
+            :meth:`Dataset.from_arrays`, (M, 4) boxes x1, y1, x2, y2 in pixels, and M class names;
+            optionally the split, fourth.
 
     Raises:
         DataError: it yields another form.
