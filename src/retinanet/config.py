@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from retinanet.errors import ConfigError
 
@@ -45,6 +45,9 @@ _OTHER_NAMES = {
     "data.workers": ("num_workers", "workers_per_gpu"),
     "data.colour": ("color", "hsv_h", "hsv_s", "hsv_v", "color_jitter"),
     "data.scale_jitter": ("scale", "scale_range"),
+    "data.single_class": ("single_cls",),
+    "data.balance": ("sampler_train",),
+    "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
     "model.backbone": ("arch", "depth", "weights"),
     "model.backbone_weights": ("pretrained", "weights_backbone"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
@@ -198,6 +201,18 @@ class DataConfig(_Section):
     workers: int | Literal["auto"] = "auto"  # processes that load images
     val_fraction: float = Field(0.2, gt=0, lt=1)  # share of "val" where the data has no splits
     split_seed: int | None = None  # which images those are; None: by train.seed
+    classes: tuple[str, ...] = ()  # train on these only; (): on all of the data
+    single_class: bool = False  # all objects are of one class, "object"
+    balance: Literal["none", "repeat_factor"] = "none"  # the paper has none
+    balance_threshold: float = Field(0.001, gt=0, le=1)  # LVIS (Gupta et al. 2019), App. B.2
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        # data.classes=[person,car] and data.classes=person,car are not TOML, but are clear.
+        if isinstance(value, str):
+            value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+        return value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -206,6 +221,11 @@ class DataConfig(_Section):
             raise ValueError(f"scale_jitter {self.scale_jitter} is not 0 < low <= high")
         if any(side < 32 for side in self.multi_scale):
             raise ValueError(f"multi_scale {self.multi_scale} has a side under 32 pixels")
+        if self.balance != "none" and self.order == "shards":
+            raise ValueError(
+                f"balance {self.balance} draws single images, and order shards reads each shard "
+                "once per epoch: give data.order=images, or data.balance=none"
+            )
         if self.max_size < self.image_size:
             raise ValueError(
                 f"max_size {self.max_size}, the longer side at most, is under image_size "

@@ -31,6 +31,7 @@ def postprocess(
     nms_threshold: float = _DEFAULTS.nms_threshold,
     detections_per_image: int = _DEFAULTS.detections_per_image,
     class_agnostic_nms: bool = _DEFAULTS.class_agnostic_nms,
+    selected: Sequence[int] | None = None,
 ) -> list[Detections]:
     """Select the detections of each image: threshold, best per level, decoding, NMS.
 
@@ -47,6 +48,7 @@ def postprocess(
         nms_threshold: IoU threshold of non-maximum suppression, in (0, 1].
         detections_per_image: maximum number of detections per image.
         class_agnostic_nms: let boxes of different classes suppress each other too.
+        selected: labels to detect, as if the network had no others; None: all.
 
     Returns:
         B :class:`Detections`, best first, in pixels of the network's input. A logit that is NaN
@@ -67,16 +69,18 @@ def postprocess(
         )
     # The sigmoid is monotonic, so logits are compared: few of them are turned into scores.
     min_logit = math.log(score_threshold / (1 - score_threshold)) if score_threshold else -math.inf
+    device = outputs.logits[0].device
+    classes = None if selected is None else torch.tensor(selected, device=device)
     levels = []
     for logits, deltas, boxes in zip(outputs.logits, outputs.deltas, anchors, strict=True):
-        image, index, logit = _best_of_level(
-            flatten_level(logits, num_classes), min_logit, topk_candidates
-        )
-        row = index // num_classes
+        flat = flatten_level(logits, num_classes)
+        flat = flat if classes is None else flat[..., classes]
+        image, index, logit = _best_of_level(flat, min_logit, topk_candidates)
+        row, label = index // flat.shape[-1], index % flat.shape[-1]
         levels.append(
             (
                 image,
-                index % num_classes,
+                label if classes is None else classes[label],
                 logit.sigmoid(),
                 decode_boxes(flatten_level(deltas, 4)[image, row].float(), boxes[row]),
             )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import count, note, note_failures, print_json, progress, say, table
-from retinanet.cli.settings import DetectorOptions, Json, ThresholdOptions, TileOptions, option
+from retinanet.cli.settings import (
+    ClassOptions,
+    DetectorOptions,
+    Json,
+    ThresholdOptions,
+    TileOptions,
+    option,
+)
 
 if TYPE_CHECKING:
     from retinanet.inference.detections import Failure
@@ -78,6 +85,7 @@ def detect(
     ],
     *,
     files: FileOptions,
+    selection: ClassOptions,
     thresholds: ThresholdOptions,
     detector: DetectorOptions,
     tiles: TileOptions,
@@ -98,7 +106,7 @@ def detect(
     given = {**vars(files), **vars(detector), **vars(tiles), **vars(other)}
     given["track"] = other.track or None
     _check_options(kind, [name for name, value in given.items() if value is not None])
-    options = {**vars(detector), **thresholds.given()}
+    options = {**vars(detector), **selection.given(), **thresholds.given()}
     drawn_score = DRAWN_SCORE if files.draw_threshold is None else files.draw_threshold
     settings: dict[str, Any] = {"batch_size": other.batch_size}
     if kind == "ray":

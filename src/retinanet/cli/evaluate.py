@@ -10,6 +10,7 @@ import typer
 
 from retinanet.cli.console import figure, note, print_json, progress, say, table
 from retinanet.cli.settings import (
+    ClassOptions,
     DetectorOptions,
     Json,
     LabelledData,
@@ -66,6 +67,7 @@ def evaluate(
     *,
     evaluation: EvaluationOptions,
     detector: DetectorOptions,
+    selection: ClassOptions,
     tiles: TileOptions,
     json: Json = False,
 ) -> None:
@@ -75,7 +77,8 @@ def evaluate(
     folder = evaluation.out
     if folder is None and (run := run_folder(model)) is not None:
         folder = run / "evaluation" / (evaluation.split or "val")
-    options = {**vars(evaluation), "out": folder, **vars(detector), **tiles.given()}
+    options = {**vars(evaluation), "out": folder, **vars(detector)}
+    options |= {**selection.given(), **tiles.given()}
     with progress("evaluating") as update:
         metrics = evaluate_model_or_results(model, data, progress=update, **options)
     if folder is not None:

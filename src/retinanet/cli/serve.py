@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import STOPPED, note, say
-from retinanet.cli.settings import DetectorOptions, ThresholdOptions, option
+from retinanet.cli.settings import ClassOptions, DetectorOptions, ThresholdOptions, option
 
 _KEY = "RETINANET_API_KEY"
 
@@ -55,6 +55,7 @@ def serve(
     ],
     *,
     service: ServiceOptions,
+    selection: ClassOptions,
     thresholds: ThresholdOptions,
     detector: DetectorOptions,
 ) -> None:
@@ -76,7 +77,8 @@ def serve(
         share_cores(settings.workers)
         detectors = {}
         for name, path in paths.items():
-            detectors[name] = load(path, **vars(detector), **thresholds.given())
+            options = {**vars(detector), **selection.given(), **thresholds.given()}
+            detectors[name] = load(path, **options)
             note(f"{name}: {detectors[name].network.description}")
         metrics = {name: model_metrics(path) for name, path in paths.items()}
         app = build_app(detectors, settings, metrics=metrics)

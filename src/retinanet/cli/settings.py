@@ -135,6 +135,33 @@ class DetectorOptions(EngineOptions):
     )
 
 
+def split_names(text: str) -> list[str]:
+    """Split names at commas; a name that contains a comma is quoted.
+
+    Raises:
+        ConfigError: there is no name.
+    """
+    import csv
+
+    from retinanet.errors import ConfigError
+
+    names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row]
+    if not all(names) or not names:
+        raise ConfigError(f"--classes {text!r} has no or an empty name: give person,car, say")
+    return names
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """The classes."""
+
+    classes: str | None = option("Only these classes: names separated by commas.", shown="all")
+
+    def given(self) -> dict[str, Any]:
+        """Return the argument of a detector or an evaluation, if it is given."""
+        return {} if self.classes is None else {"classes": split_names(self.classes)}
+
+
 @dataclass(frozen=True)
 class TileOptions:
     """Detection in tiles."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retinanet.cli.console import print_json, say
-from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option
+from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
 from retinanet.cli.training import describe_metrics, run_overfit, run_training, write_report
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class TrainingOptions:
     )
     epochs: float | None = option("Exact number of epochs.", min=0)
     steps: int | None = option("Exact number of steps.", min=1)
+    classes: str | None = option(
+        "Train on these classes only: names separated by commas.", shown="all"
+    )
     batch_size: int | None = option("Images per step; the learning rate is scaled with it.", min=1)
     precision: str | None = option("Training precision: auto, float32, bf16 or fp16.")
     seed: int | None = option("Random seed.")
@@ -44,6 +48,8 @@ class TrainingOptions:
             raise ConfigError(
                 "--epochs and --steps both set the length of the run: give one of them"
             )
+        # A list in JSON is one in TOML.
+        classes = None if self.classes is None else dumps(split_names(self.classes))
         # An exact number: the recipe's limits are for lengths that it computes itself.
         limits = {"train.min_steps": 1, "train.max_steps": 1_000_000_000}
         return {
@@ -52,6 +58,7 @@ class TrainingOptions:
             "train.epochs": self.epochs,
             "train.steps": self.steps,
             "train.batch_size": self.batch_size,
+            "data.classes": classes,
             "train.precision": self.precision,
             "train.seed": self.seed,
             **(limits if self.epochs is not None else {}),

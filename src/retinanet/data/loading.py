@@ -4,7 +4,8 @@ Training reads an endless stream: the permutation of epoch 0, then that of epoch
 s of P processes with B images each takes positions s * P * B up to (s + 1) * P * B of it, of which
 rank r takes its own B. Every choice is drawn from (seed, epoch, image) or (seed, step), so a batch
 depends neither on the step at which the loader was started nor on the number of workers, and the
-images of a step do not depend on how many processes share them.
+images of a step do not depend on how many processes share them. With ``data.balance`` the images
+of an epoch are drawn from (seed, epoch), rare classes more often (:mod:`retinanet.data.balance`).
 
 For data in shards (:mod:`retinanet.data.formats.webdataset`) there is another order, in which each
 process reads shards of its own, a few at a time. All of the above holds but the last: the order of
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.config import DataConfig
 from retinanet.data import archives
+from retinanet.data.balance import RepeatFactors, balance
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.images import pad_batch, read_reduced
@@ -184,6 +186,7 @@ def train_loader(
             pieces of as many images as each takes of that epoch (a shard at a border is read by
             both processes, each its part), and the images of ``shard_window`` shards at a time are
             shuffled together. Every image still occurs once per epoch over all processes.
+            With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
         steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run.
@@ -209,7 +212,15 @@ def train_loader(
     if config.order == "shards":
         shards = _shards(dataset, config.shard_window, batch_size, world_size)
     batches = _TrainBatches(
-        _Images(dataset), config, batch_size, seed, rank, world_size, tuple(fill), shards
+        _Images(dataset),
+        config,
+        batch_size,
+        seed,
+        rank,
+        world_size,
+        tuple(fill),
+        shards,
+        balance(dataset, config),
     )
     return BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
 
@@ -348,6 +359,7 @@ class _TrainBatches(TorchDataset[Any]):
     world_size: int
     fill: tuple[float, ...]
     shards: _Shards | None
+    repeats: RepeatFactors | None
 
     def __getitem__(self, step: int) -> tuple[Batch | None, list[Unreadable]]:
         config = self.config
@@ -368,7 +380,7 @@ class _TrainBatches(TorchDataset[Any]):
         samples, failures = _read_samples(
             self.images, [self._choose(position) for position in positions], transform, shorter
         )
-        count = len(self.images)
+        count = self._epoch_size
         for i, position in enumerate(positions):
             epoch, index = divmod(position, count)
             for offset in range(1, min(_MAX_SUBSTITUTES, count - 1) + 1):
@@ -382,9 +394,15 @@ class _TrainBatches(TorchDataset[Any]):
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
-        epoch, position = divmod(position, len(self.images))
-        index = _order(self.seed, epoch, len(self.images), self.shards)[position]
-        return index, random.Random(f"{self.seed} image {epoch} {index}")
+        epoch, position = divmod(position, self._epoch_size)
+        index = _order(self.seed, epoch, len(self.images), self.shards, self.repeats)[position]
+        # The repetitions of an image in an epoch are augmented differently.
+        repetition = "" if self.repeats is None else f" {position}"
+        return index, random.Random(f"{self.seed} image {epoch} {index}{repetition}")
+
+    @cached_property
+    def _epoch_size(self) -> int:
+        return len(self.images) if self.repeats is None else self.repeats.epoch_size
 
 
 @dataclass(eq=False)
@@ -406,15 +424,18 @@ class _EvalBatches(TorchDataset[Any]):
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
-def _order(seed: int, epoch: int, count: int, shards: _Shards | None) -> Sequence[int]:
-    """Return the permutation of an epoch; random.Random gives the same on every platform.
+def _order(
+    seed: int, epoch: int, count: int, shards: _Shards | None, repeats: RepeatFactors | None
+) -> Sequence[int]:
+    """Return the images of an epoch in order; random.Random gives the same on every platform.
 
     Of shards, each process takes the same positions of the epoch as in any order, and finds the
     images of its own piece there: so steps, epochs and resuming are those of the order by images.
     """
     if shards is None:
-        order = list(range(count))
-        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        draw = random.Random(f"{seed} epoch {epoch}")
+        order = list(range(count)) if repeats is None else repeats.draw(draw)
+        draw.shuffle(order)
         return order
     ends, images = shards.ends.tolist(), shards.images.tolist()
     order = list(range(len(ends) - 1))

@@ -66,6 +66,13 @@ class Results:
             raise DataError(f"{path.name}: a detected box or score is NaN or Inf")
         self._parts.append((index, rows))
 
+    def of_classes(self, dataset: Dataset) -> Results:
+        """Keep the detections of the classes of `dataset`, which has the same images."""
+        kept = Results(dataset)
+        table = self.table()
+        kept._parts = [(-1, table[np.isin(table[:, 6], dataset.category_ids)])]
+        return kept
+
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self._parts)
 

@@ -13,6 +13,7 @@ from retinanet.data import find_data, read_dataset
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
+from retinanet.data.selection import SINGLE_CLASS, select_as_trained, select_classes
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
 from retinanet.evaluation.metrics import Metrics
@@ -42,13 +43,15 @@ def evaluate(
     workers: int | None = None,
     tile: int | str | None = None,
     overlap: float = 0.2,
+    classes: Sequence[str] | None = None,
     progress: Progress | None = None,
     **options: Unpack[DetectorOptions],
 ) -> Metrics:
     """Evaluate a model, or the COCO results of any detector, on labelled images.
 
     The classes of model and data are matched by name. Detections of classes that the data lacks
-    are ignored. Images that cannot be read are left out, and named in :attr:`Metrics.unreadable`.
+    are ignored. A model that was trained on selected or merged classes is evaluated on the same.
+    Images that cannot be read are left out, and named in :attr:`Metrics.unreadable`.
 
     Args:
         model: a run folder, a checkpoint, an exported file, a ``torchvision/..`` name, a
@@ -65,6 +68,8 @@ def evaluate(
         batch_size: images per batch.
         workers: processes that load images; None: chosen for this machine.
         tile, overlap: as in :meth:`Detector.stream`; with tiles, as with exported files, no loss.
+        classes: names of the data's classes to evaluate on, with their metrics of an evaluation on
+            all; no loss where the model has others. None: all.
         progress: called after each batch.
         options: as in :class:`Detector`; for a :class:`Detector` only thresholds have an effect.
 
@@ -72,23 +77,29 @@ def evaluate(
         DataError: the data cannot be read, more than a tenth of the images are unreadable, or the
             results do not fit the data.
         WeightsError: the model cannot be read, or lacks classes of objects in the data.
-        ConfigError: an unknown device, precision or backend, or a threshold out of range.
+        ConfigError: an unknown device, precision, backend or class, or a threshold out of range.
         MissingExtraError: the backend is not installed.
     """
     if _is_results(model):
         _reject_network_options(options)
-        dataset = read_eval_dataset(data, split, for_results=True)
         source: Any = Path(model) if isinstance(model, str) else model
-        results = Results.read(source, dataset)
+        results = Results.read(source, read_eval_dataset(data, split, for_results=True))
+        if classes is not None:
+            results = results.of_classes(select_classes(results.dataset, classes))
+        dataset = results.dataset
         metrics = evaluate_detections(dataset, results, max_detections=max_detections)
     else:
         detector = open_detector(model, options)  # type: ignore[arg-type]
         dataset = read_eval_dataset(data, split, info=detector.info)
+        if classes is not None:
+            dataset = select_classes(dataset, classes)
         limit, raised = _raised_limits(dataset, max_detections, detector)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if tile is None and isinstance(detector.network, Network):
-            loss = detector.info.get("loss")
+            # Objects of the model's other classes would count as background.
+            has_others = classes is not None and not set(detector.classes) <= set(dataset.classes)
+            loss = None if has_others else detector.info.get("loss")
             predictions = run_network(detector, dataset, workers, loss=loss, **running, **changed)
         else:
             running |= {"label_map": match_classes(detector.classes, dataset)}
@@ -154,7 +165,7 @@ def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
         raise WeightsError(
             f"the model lacks {len(missing)} classes of objects in {dataset.source} "
             f"({dataset.split}): {_shorten(missing)}; its {len(classes)} classes are "
-            f"{_shorten(classes)}"
+            f"{_shorten(classes)}; --classes evaluates on some classes only"
         )
     labels_by_name = {name: label for label, name in enumerate(dataset.classes)}
     return tuple(labels_by_name.get(name, -1) for name in classes)
@@ -171,14 +182,15 @@ def read_eval_dataset(
 
     Args:
         data, split: as in :func:`evaluate`.
-        info: of the model's checkpoint: its ``split`` is how the training made a validation split.
+        info: of the model's checkpoint: its ``split`` is how the training made a validation split,
+            its ``selection`` the classes that it selected or merged.
         for_results: a file without splits is taken as a whole.
 
     Raises:
         DataError: the data cannot be read or the split has no image.
     """
     if isinstance(data, Dataset):
-        return data
+        return select_as_trained(data, info or {})
     path = Path(data)
     if split is None:
         split = _split_of_file(path, for_results) if path.is_file() else "val"
@@ -187,18 +199,19 @@ def read_eval_dataset(
     dataset = read_dataset(path, split, extras=False, **options)
     if not len(dataset):
         raise DataError(f"{path}: split {dataset.split!r} has no image")
-    return dataset
+    return select_as_trained(dataset, info or {})
 
 
 def write_results(folder: str | Path, metrics: Metrics, results: Results) -> None:
     """Write ``metrics.json`` and ``results.json`` (COCO's results format).
 
-    For data of other formats than COCO's, ``instances.json`` has the labels in COCO's format with
-    the image ids of the results, so that any COCO tool can repeat the evaluation.
+    For data of other formats than COCO's, and for merged classes, ``instances.json`` has the labels
+    in COCO's format with the image ids of the results, so that any COCO tool can repeat the
+    evaluation.
     """
     folder = Path(folder)
     results.write(folder / "results.json")
-    if results.dataset.format != "coco":
+    if results.dataset.format != "coco" or results.dataset.classes == (SINGLE_CLASS,):
         write_atomic(folder / "instances.json", json.dumps(ground_truth(results.dataset)) + "\n")
     text = json.dumps(metrics.to_dict(), indent=1, allow_nan=False)
     write_atomic(folder / "metrics.json", text + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from retinanet.config import to_toml
 from retinanet.data import Dataset, digest, read_splits, usable
+from retinanet.data.selection import select_as_trained
 from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.files import write_atomic
 from retinanet.hub.card import write_card
@@ -185,7 +186,12 @@ def _read_data(data: str | Path, facts: RunFacts) -> dict[str, Dataset]:
     """Read the run's splits and check that they are what it was trained on."""
     split = facts.checkpoint.info.get("split", {})
     seed, val_fraction = split.get("seed") or 0, split.get("val_fraction") or 0.2
-    splits = read_splits(data, seed=seed, val_fraction=val_fraction, extras=False)
+    splits = {
+        name: select_as_trained(dataset, facts.checkpoint.info)
+        for name, dataset in read_splits(
+            data, seed=seed, val_fraction=val_fraction, extras=False
+        ).items()
+    }
     if set(splits["train"].classes if "train" in splits else ()) != set(facts.checkpoint.classes):
         raise DataError(f"{data}: its classes are not the model's; give the training data")
     if known := facts.run.get("data_digest"):

@@ -202,6 +202,8 @@ def detect_batch(
     images: Tensor,
     sizes: Tensor,
     original_sizes: Tensor,
+    *,
+    selected: Sequence[int] | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> list[Detections]:
     """Detect the objects in a batch.
@@ -211,12 +213,16 @@ def detect_batch(
         images: (B, 3, H, W) uint8 RGB, or float 0..255, on the network's device.
         sizes: (B, 2) height and width of each image before padding.
         original_sizes: (B, 2) height and width of each image before resizing.
+        selected: labels to detect; None: all.
         thresholds: those that differ from the defaults.
 
     Returns:
         For each image its detections, in pixels of the original image and clipped to it.
     """
-    return detections_of(network.model, network(images), sizes, original_sizes, **thresholds)
+    outputs = network(images)
+    return detections_of(
+        network.model, outputs, sizes, original_sizes, selected=selected, **thresholds
+    )
 
 
 def detections_of(
@@ -224,6 +230,8 @@ def detections_of(
     outputs: Outputs,
     sizes: Tensor,
     original_sizes: Tensor,
+    *,
+    selected: Sequence[int] | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> list[Detections]:
     """Post-process outputs that are already computed; otherwise as :func:`detect_batch`."""
@@ -233,6 +241,7 @@ def detections_of(
         level_anchors(model.anchors, feature_sizes, device=outputs.logits[0].device),
         sizes,
         num_classes=model.num_classes,
+        selected=selected,
         **thresholds,
     )
     return [

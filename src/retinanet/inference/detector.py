@@ -26,6 +26,7 @@ from retinanet.data.images import (
     padding_colour,
     resize_to,
 )
+from retinanet.data.selection import labels_of
 from retinanet.errors import ConfigError, ImageError
 from retinanet.inference.backends import (
     Network,
@@ -98,6 +99,7 @@ class Detector:
         network: the network with its ``precision``, ``backend`` and ``description``.
         image_size, max_size: shorter side, and maximum of the longer side, in pixels, to which
             images are resized for the network.
+        selected: labels that are detected; None: all.
         thresholds: post-processing settings by name.
     """
 
@@ -111,6 +113,7 @@ class Detector:
         calibrate: Any = None,
         image_size: int | None = None,
         max_size: int | None = None,
+        classes: Sequence[str] | None = None,
         **thresholds: Unpack[Thresholds],
     ) -> None:
         """Move the checkpoint's model to the device and set it to eval mode.
@@ -128,11 +131,14 @@ class Detector:
                 will run on; the first 300 are used.
             image_size: None is the training size; larger finds smaller objects.
             max_size: None is the training size, scaled with `image_size`.
+            classes: names of the classes to detect, as if the model had no others (an exported file
+                applies its limits to all classes first); None: all.
             thresholds: override those of the checkpoint: ``score_threshold``, ``topk_candidates``
                 (per level), ``nms_threshold``, ``detections_per_image``, ``class_agnostic_nms``.
 
         Raises:
-            ConfigError: an unknown device, precision, backend or option, or a value out of range.
+            ConfigError: an unknown device, precision, backend, class or option, or a value out of
+                range.
             MissingExtraError: the backend is not installed.
         """
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
@@ -141,6 +147,7 @@ class Detector:
         self.info = checkpoint.info
         self.classes = checkpoint.classes
         self.category_ids = checkpoint.category_ids
+        self.selected = None if classes is None else labels_of(classes, self.classes, "the model")
         self.network: Network | ExportedNetwork
         if isinstance(checkpoint, ExportedFile):
             check_built_in(
@@ -313,11 +320,7 @@ class Detector:
         images = [image.pixels for image in prepared]
         if isinstance(self.network, ExportedNetwork):
             return [
-                Detections(
-                    to_original(objects.boxes, _sides(image.pixels), image.size),
-                    objects.scores,
-                    objects.labels,
-                )
+                self._scale_and_select(objects, image)
                 for objects, image in zip(
                     self.network.detect(images, **used), prepared, strict=True
                 )
@@ -329,13 +332,26 @@ class Detector:
             batch, sizes = pad_batch([images[i] for i in indices], fill=self._fill)
             original_sizes = torch.tensor([prepared[i].size for i in indices])
             results = detect_batch(
-                self.network, batch.to(self.device), sizes, original_sizes, **used
+                self.network,
+                batch.to(self.device),
+                sizes,
+                original_sizes,
+                selected=self.selected,
+                **used,
             )
             for i, objects in zip(indices, results, strict=True):
                 found[i] = Detections(
                     objects.boxes.cpu(), objects.scores.cpu(), objects.labels.cpu()
                 )
         return [found[i] for i in range(len(prepared))]
+
+    def _scale_and_select(self, objects: Detections, image: Prepared) -> Detections:
+        """Scale the detections of an exported file to the original image, and select classes."""
+        boxes = to_original(objects.boxes, _sides(image.pixels), image.size)
+        if self.selected is None:
+            return Detections(boxes, objects.scores, objects.labels)
+        kept = torch.isin(objects.labels, torch.tensor(self.selected))
+        return Detections(boxes[kept], objects.scores[kept], objects.labels[kept])
 
     def image_detections(
         self,
@@ -420,6 +436,8 @@ class Detector:
 def load(
     path_or_name: str | Path,
     device: str | torch.device = "auto",
+    *,
+    classes: Sequence[str] | None = None,
     **options: Unpack[LoadOptions],
 ) -> Detector:
     """Load the detector in a run folder or a checkpoint, or of a published name.
@@ -428,7 +446,7 @@ def load(
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
             model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (a program: open
             only your own), or ``torchvision/retinanet_resnet50_fpn_v2``.
-        device: as in :class:`Detector`.
+        device, classes: as in :class:`Detector`.
         options: ``precision``, ``backend``, ``calibrate``, ``image_size``, ``max_size`` and the
             thresholds of :class:`Detector`.
 
@@ -436,7 +454,7 @@ def load(
         WeightsError: there is no checkpoint, or it cannot be used.
         ConfigError, MissingExtraError: as :class:`Detector`.
     """
-    return Detector(open_model(path_or_name), device=device, **options)
+    return Detector(open_model(path_or_name), device=device, classes=classes, **options)
 
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:

@@ -20,6 +20,7 @@ from retinanet.data import read_splits, usable
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
+from retinanet.data.selection import select
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import write_atomic
@@ -324,7 +325,9 @@ def _read_data(run: _Run) -> tuple[Mapping[str, Dataset] | None, str]:
     seed = data.get("split_seed", training.get("seed", 0))
     try:
         fraction = data.get("val_fraction", 0.2)
-        return read_splits(source, seed=seed, val_fraction=fraction, extras=False), ""
+        splits = read_splits(source, seed=seed, val_fraction=fraction, extras=False)
+        selection = data.get("classes", ()), data.get("single_class", False)
+        return {name: select(split, *selection) for name, split in splits.items()}, ""
     except RetinaNetError as error:
         return None, f"The data can no longer be read, so no image is drawn: {error}"
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.balance import balance
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
+from retinanet.data.selection import select
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
@@ -48,6 +50,7 @@ def read_training_data(
 
     Raises:
         DataError: there is no train split or no object in it, or train and val differ in classes.
+        ConfigError: ``data.classes`` names a class that the data lacks.
     """
     if isinstance(data, Mapping):
         splits = data
@@ -57,8 +60,11 @@ def read_training_data(
         )
     if "train" not in splits:
         raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
-    train, left_out = usable(splits["train"])
+    classes, single_class = recipe.data.classes, recipe.data.single_class
+    train, left_out = usable(select(splits["train"], classes, single_class))
     val = splits.get("val")
+    if val is not None:
+        val = select(val, classes, single_class)
     if not any(has_object(image) for image in train.images):
         raise DataError(
             f"{train.source}: no object to train on in {len(train)} images; "
@@ -79,6 +85,8 @@ def read_training_data(
     for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
         if fault is not None:
             emit("message", message=fault)
+    if (repeats := balance(train, recipe.data)) is not None:
+        emit("message", message=repeats.describe())
     return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
 
 

@@ -113,6 +113,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "colour": 0.0,
         "any_corner": False,
         "order": "images",
+        "balance": "none",
     }
     batch_size = min(recipe.train.batch_size, num_images)
     values["train"] |= {

@@ -219,8 +219,17 @@ class RetinaNetTask(TrainingTask):
                 "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # The tile size where it is chosen automatically.
                 "image_side": self._image_side,
+                **_selection(recipe),
             },
         )
+
+
+def _selection(recipe: Recipe) -> dict[str, Any]:
+    """Record the selected classes, so that an evaluation selects the same."""
+    data = recipe.data
+    if not data.classes and not data.single_class:
+        return {}
+    return {"selection": {"classes": list(data.classes), "single_class": data.single_class}}
 
 
 def image_side(dataset: Dataset) -> int:

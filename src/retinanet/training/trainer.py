@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from retinanet.config import Recipe
 from retinanet.data import archives
+from retinanet.data.balance import epoch_size
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import BatchLoader, default_workers, train_loader
@@ -188,7 +189,7 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
                 "data_digest": digest,
                 "split_origin": data.train.split_origin,
                 "images": dict(data.num_images),
-                "steps": resolve_steps(len(data.train), recipe.train),
+                "steps": resolve_steps(epoch_size(data.train, recipe.data), recipe.train),
                 "processes": accelerator.num_processes,
             }
             run.start(recipe, describe_machine(accelerator.device) | info | dict(task.info))
@@ -240,7 +241,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
         self.guard = NonFiniteGuard(self._device, scaled=self.scaler.is_enabled())
         self.running = torch.tensor(RUNNING_START, dtype=torch.float32, device=self._device)
-        self.progress = Progress(steps=resolve_steps(len(task.settings.train_set), settings))
+        num_images = epoch_size(task.settings.train_set, task.settings.recipe.data)
+        self.progress = Progress(steps=resolve_steps(num_images, settings))
         self._resumed = resume
         if resume:
             self._restore()
