@@ -76,6 +76,21 @@ def test_results_file_has_the_metrics_of_the_model(
         assert results.json[name] == model.json[name]
 
 
+def test_classes_of_evaluate_and_detect(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    data = tiny_sets["coco"]
+    ended = cli("evaluate", tiny_run, data, "--classes=circle, square",
+                f"--out={tmp_path}", "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert {row["name"] for row in ended.json["per_class"]} == {"circle", "square"}
+    images = read_splits(data)["test"].images
+    ended = cli("detect", tiny_run, images[0].path, f"--out={tmp_path}", "--classes=square",
+                "--score-threshold=0.001", "--json")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert set(ended.json["objects"]) == {"square"}
+
+
 def test_evaluate_prints_all_metrics(
     cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +142,7 @@ def test_train_overfit_prints_a_verdict_with_exit_code_1(
 
 def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     options = ["--backbone=resnet34", "--backbone-weights=none", "--epochs=3", "--batch-size=4"]
-    options += ["--image-size=192", "--precision=bf16", "--seed=7"]
+    options += ["--image-size=192", "--precision=bf16", "--seed=7", '--classes=cat,"a, b"']
     ended = cli("train", "--show-recipe", *options)
     file = tmp_path / "mine.toml"
     file.write_text(ended.out)
@@ -138,6 +153,7 @@ def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     assert (recipe.train.epochs, recipe.train.min_steps) == (3.0, 1)
     assert recipe.train.max_steps > quick.train.max_steps
     assert (recipe.train.batch_size, recipe.train.precision, recipe.train.seed) == (4, "bf16", 7)
+    assert recipe.data.classes == ("cat", "a, b")
     # The longer side keeps its ratio to the shorter one.
     ratio = quick.data.max_size / quick.data.image_size
     assert (recipe.data.image_size, recipe.data.max_size) == (192, round(192 * ratio))

@@ -84,6 +84,9 @@ def test_the_recipes_that_come_along() -> None:
         ("model.head_norm=none", "model", "head_norm", "none"),
         ("model.pixel_mean=[1, 2, 3]", "model", "pixel_mean", (1.0, 2.0, 3.0)),
         ("train.trackers=['wandb']", "train", "trackers", ("wandb",)),
+        ("data.classes=['a b', 'c']", "data", "classes", ("a b", "c")),
+        ("data.classes=[person, car]", "data", "classes", ("person", "car")),
+        ("data.classes=person,car", "data", "classes", ("person", "car")),
     ],
 )
 def test_overrides(override: str, section: str, key: str, value: Any) -> None:

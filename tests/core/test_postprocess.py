@@ -97,6 +97,20 @@ def test_class_agnostic_nms() -> None:
     assert second.labels.tolist() == [0]
 
 
+def test_postprocess_selected_classes_are_as_if_there_were_no_others() -> None:
+    scores = {(0, 0, 0, column): 0.9 - column / 100 for column in range(4)}
+    scores |= {(0, 1, 0, 0): 0.4, (0, 1, 3, 3): 0.3}
+    limits: dict[str, Any] = {"topk_candidates": 2, "detections_per_image": 2}
+    (found,) = run(outputs_of(scores), selected=[1], class_agnostic_nms=True, **limits)
+    assert_close(found.scores, torch.tensor([0.4, 0.3]))
+    assert found.labels.tolist() == [1, 1]
+    assert found.boxes.tolist() == [ANCHORS[0][0].clamp(0, 32).tolist(), [16, 16, 32, 32]]
+    (both,) = run(outputs_of(scores), selected=[0, 1])
+    (every,) = run(outputs_of(scores))
+    assert_close(both.boxes, every.boxes)
+    assert torch.equal(both.labels, every.labels)
+
+
 def test_best_come_first_and_the_rest_is_dropped() -> None:
     scores = {(0, 0, 0, column): 0.5 + column / 10 for column in range(4)}
     scores |= {(0, 1, 3, 0): 0.55}

@@ -169,6 +169,16 @@ def test_thresholds_of_checkpoint_detector_and_call(checkpoint: Checkpoint, squa
     assert len(one(strict.detect(square, score_threshold=0.5))) == 2
 
 
+def test_detector_with_classes_detects_only_these(checkpoint: Checkpoint, square: Pixels) -> None:
+    detector = Detector(checkpoint, device="cpu", precision="float32", classes=["bright"])
+    assert (detector.classes, detector.selected) == (("white", "bright"), (1,))
+    found = one(detector.detect(square, class_agnostic_nms=True, detections_per_image=1))
+    assert found.labels.tolist() == [1]
+    assert one(detector.detect(square, tile=96)).labels.tolist() == [1]
+    with pytest.raises(ConfigError, match=r"unknown class 'brigt'.*did you mean bright\?"):
+        Detector(checkpoint, device="cpu", classes=["white", "brigt"])
+
+
 def test_nms_threshold(detector: Detector) -> None:
     # Two white cells side by side do not overlap: only at an IoU of 0 would one go. Boxes here are
     # disjoint by construction, so the class-agnostic pair is the one that NMS can act on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,9 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_weights, messages, read_log, steps_of, tiny_recipe, weights
+from tiny import (
+    Stop,
+    assert_same_weights,
+    messages,
+    read_log,
+    steps_of,
+    stop_at,
+    tiny_recipe,
+    weights,
+)
 
 from retinanet.data import read_dataset, read_splits
+from retinanet.data.balance import balance
 from retinanet.data.dataset import Dataset
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import (
@@ -26,10 +37,12 @@ from retinanet.errors import (
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate
 from retinanet.model.checkpoint import load_checkpoint
+from retinanet.report.html import write_report
 from retinanet.training import task
 from retinanet.training.data import read_training_data
 from retinanet.training.events import Event, ignore
 from retinanet.training.nonfinite import replay
+from retinanet.training.overfit import overfit
 from retinanet.training.run_folder import read_progress
 from retinanet.training.trainer import Run, train
 
@@ -359,3 +372,49 @@ def test_image_side_is_known_whether_labels_state_it_or_not(tmp_path: Path) -> N
         split, (dataclasses.replace(image, width=None, height=None) for image in split.images)
     )
     assert task.image_side(split) == task.image_side(unstated) == 96
+
+
+def test_train_on_selected_classes_and_evaluate_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.steps=1", "data.classes=[circle,square]")
+    events: list[Event] = []
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    checkpoint = load_checkpoint(run.folder)
+    assert set(checkpoint.classes) == {"circle", "square"}
+    splits = read_splits(tiny_data)
+    names = [splits["val"].classes[a.label] for i in splits["val"].images for a in i.annotations]
+    metrics = evaluate(run.folder, tiny_data, device="cpu", precision="float32")
+    assert metrics.objects == names.count("circle") + names.count("square")
+    assert metrics.ap == run.metrics["ap"]
+    assert metrics.loss == pytest.approx(run.metrics["loss"], rel=1e-5)
+    (start,) = (event for event in events if event.kind == "start")
+    assert any("train: 2 of 3 classes are selected" in line for line in start.data["data"])
+    with pytest.raises(ConfigError, match=r"unknown class 'cirle'.*did you mean circle\?"):
+        train(tiny_recipe("data.classes=cirle"), tiny_data, tmp_path / "no", device="cpu")
+
+
+def test_train_single_class(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.steps=1", "data.single_class=true")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    assert load_checkpoint(run.folder).classes == ("object",)
+    splits = read_splits(tiny_data)
+    objects = sum(len(image.annotations) for image in splits["val"].images)
+    assert evaluate(run.folder, tiny_data, device="cpu").objects == objects
+    assert write_report(run.folder).is_file()
+    chosen = tiny_recipe("data.single_class=true", "data.classes=circle")
+    assert overfit(chosen, tiny_data, tmp_path / "few", num_images=2, steps=1).images == 2
+
+
+def test_train_balanced_resumed_equals_uninterrupted(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ["data.balance=repeat_factor", "data.balance_threshold=1.0", "train.save_every=2"]
+    recipe = tiny_recipe(*settings, "train.epochs=1.2", "train.min_steps=1")
+    events: list[Event] = []
+    whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu", on_event=events.append)
+    factors = balance(read_splits(tiny_data)["train"], recipe.data)
+    assert factors is not None
+    assert factors.epoch_size > 12
+    assert factors.describe() in messages(events)
+    assert whole.step == math.ceil(1.2 * factors.epoch_size / 4)
+    with pytest.raises(Stop):
+        train(recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=stop_at(3))
+    parts = train(recipe, tiny_data, tmp_path / "parts", device="cpu")
+    assert_same_weights(whole.folder, parts.folder)

@@ -71,7 +71,7 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
         description=(
             *dataset.description,
             f"{dataset.split}: {len(classes)} of {len(dataset.classes)} classes are selected: "
-            f"{', '.join(classes)}; {removed} objects of other classes are removed",
+            f"{', '.join(classes)}; objects of other classes, removed: {removed}",
         ),
     )
 
