@@ -392,14 +392,14 @@ def test_evaluate_some_classes_gives_their_metrics_of_an_evaluation_on_all(
 def test_evaluate_selects_and_merges_classes_as_the_training_did(
     painted: Path, val: Dataset, tmp_path: Path
 ) -> None:
-    info = {"selection": {"classes": ["red", "green"], "single_class": False}}
-    checkpoint = tiny_checkpoint(("red", "green"), info)
+    selection: dict[str, Any] = {"classes": ["red", "green"], "single_class": False}
+    checkpoint = tiny_checkpoint(("red", "green"), selection=selection)
     metrics = evaluate(checkpoint, painted, **PLAIN)
     assert [row.name for row in metrics.per_class] == ["red", "green"]
     assert metrics.objects == 8
     assert any("2 of 3 classes are selected: red, green" in note for note in metrics.notes)
-    info = {"selection": {"classes": [], "single_class": True}}
-    metrics = evaluate(tiny_checkpoint(("object",), info), val, out=tmp_path, **PLAIN)
+    merged = tiny_checkpoint(("object",), selection={"classes": [], "single_class": True})
+    metrics = evaluate(merged, val, out=tmp_path, **PLAIN)
     assert [(row.name, row.objects) for row in metrics.per_class] == [("object", 9)]
     again = evaluate(str(tmp_path / "results.json"), tmp_path / "instances.json")
     assert again.per_class == metrics.per_class

@@ -406,7 +406,8 @@ def test_train_single_class(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_train_balanced_resumed_equals_uninterrupted(tiny_data: Path, tmp_path: Path) -> None:
     settings = ["data.balance=repeat_factor", "data.balance_threshold=1.0", "train.save_every=2"]
-    recipe = tiny_recipe(*settings, "train.epochs=1.2", "train.min_steps=1")
+    settings += ["train.epochs=1.2", "train.min_steps=1", "train.validate_every=100"]
+    recipe = tiny_recipe(*settings)
     events: list[Event] = []
     whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu", on_event=events.append)
     factors = balance(read_splits(tiny_data)["train"], recipe.data)
