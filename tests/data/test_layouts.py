@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 from layouts import (
     CLASSES,
+    HEIGHT,
     LAYOUTS,
     OBJECTS,
+    TF_HEADER,
+    WIDTH,
     Layout,
     coco_dict,
+    tf_rows,
+    voc_text,
     write,
     write_coco,
     write_images,
+    write_rows,
     write_voc,
     write_yolo,
 )
 
+from retinanet.data.check import check_datasets
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import read_dataset, read_splits
 from retinanet.errors import DataError
@@ -164,3 +171,117 @@ def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
         read_dataset(tmp_path)
     assert "no labelled data found in 2 images, 1 .csv" in str(caught.value)
     assert "no column for the box; columns are file, label" in str(caught.value)
+
+
+# -- values ------------------------------------------------------------------------------------
+
+
+def test_one_value_beyond_one_does_not_make_fractions_pixels(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    rows = [("a.jpg", "cat", 0.1, 0.5, 1.0000005, 0.75), ("a.jpg", "cat", 0.5, 0.5, 0.75, 0.9)]
+    write_rows(tmp_path / "t.csv", ("image", "class", "xmin", "ymin", "xmax", "ymax"), rows)
+    (image,) = read_dataset(tmp_path, "all").images
+    assert image.annotations[0].box == pytest.approx((4, 15, 40, 22.5), abs=1e-3)
+
+
+def test_normalised_coco_boxes_are_scaled_and_reported(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    content = coco_dict(["a.jpg"])
+    for item in content["annotations"]:
+        item["bbox"] = [0.25, 0.5, 0.5, 0.5]
+    write(tmp_path / "labels.json", json.dumps(content))
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.images[0].annotations[0].box == (10, 15, 30, 30)
+    assert [problem.kind for problem in dataset.problems] == ["box-normalised"]
+
+
+def test_lvis_names_and_masks_without_boxes(tmp_path: Path) -> None:
+    write_images(tmp_path / "val2017", ["a"])
+    content = coco_dict(["a.jpg"])
+    del content["images"][0]["file_name"]
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/val2017/a.jpg"
+    first, second = content["annotations"]
+    del first["bbox"], second["bbox"]
+    first["segmentation"] = [[4, 5, 14, 5, 14, 15]]
+    # Columns of 30 pixels: the second object's rectangle.
+    counts = [20 * HEIGHT + 10, 15] + [15, 15] * 9 + [(WIDTH - 30) * HEIGHT + 5]
+    second["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+    write(tmp_path / "labels.json", json.dumps(content))
+    assert_complete(read_dataset(tmp_path, "all"), 1)
+
+
+def test_groups_of_open_images_are_crowds(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a"])
+    header = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
+    rows = [("a", "/m/01g317", 0.1, 0.5, 0.1, 0.5, 1), ("a", "/m/01g317", 0.5, 0.9, 0.1, 0.5, 0)]
+    write_rows(tmp_path / "labels.csv", header, rows)
+    (image,) = read_dataset(tmp_path, "all").images
+    assert [annotation.crowd for annotation in image.annotations] == [True, False]
+
+
+def test_keypoint_rows_have_the_box_first(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a"])
+    write(tmp_path / "labels" / "a.txt", "0 .5 .5 .5 .5 .1 .1 2 .2 .2 2\n")
+    write(tmp_path / "data.yaml", "train: images\nnames: [person]\nkpt_shape: [2, 3]\n")
+    (image,) = read_dataset(tmp_path, "all").images
+    assert image.annotations[0].box == (10, 7.5, 30, 22.5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+@pytest.mark.parametrize("format_", ["csv", "coco"])
+def test_encodings_of_spreadsheets(tmp_path: Path, encoding: str, format_: str) -> None:
+    write_images(tmp_path, ["a"])
+    name = "labels.csv" if format_ == "csv" else "labels.json"
+    if format_ == "csv":
+        write_rows(tmp_path / name, TF_HEADER, tf_rows(["a.jpg"]))
+    else:
+        write_coco(tmp_path / name, ["a.jpg"])
+    (tmp_path / name).write_bytes((tmp_path / name).read_text("utf-8").encode(encoding))
+    assert_complete(read_dataset(tmp_path, "all"), 1)
+
+
+def test_percent_encoded_names_are_a_last_resort(tmp_path: Path) -> None:
+    write_images(tmp_path, ["my photo"])
+    write_coco(tmp_path / "labels.json", ["my%20photo.jpg"])
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.path.name for image in dataset.images] == ["my photo.jpg"]
+    assert [problem.kind for problem in dataset.problems] == ["image-name-encoded"]
+
+
+@pytest.mark.parametrize("encoding", ["GBK", "utf-8", "windows-1252"])
+def test_voc_in_other_encodings_and_with_a_namespace(tmp_path: Path, encoding: str) -> None:
+    name = "M\u00fcll" if encoding == "windows-1252" else "\u732b"
+    text = voc_text("a.jpg").replace("cat", name).replace("<annotation>", '<annotation xmlns="x">')
+    (tmp_path / "a.xml").write_bytes(
+        f'<?xml version="1.0" encoding="{encoding}"?>{text}'.encode(encoding)
+    )
+    write_images(tmp_path, ["a"])
+    assert set(read_dataset(tmp_path, "all").classes) == {name, "dog"}
+
+
+def test_classes_that_differ_in_case_are_reported(tmp_path: Path) -> None:
+    write_voc(tmp_path, ["a"])
+    text = (tmp_path / "a.xml").read_text().replace("dog", "Cat")
+    write(tmp_path / "a.xml", text)
+    write_images(tmp_path, ["a"])
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.classes == ("Cat", "cat")
+    assert [problem.kind for problem in dataset.problems] == ["class-similar"]
+
+
+def test_boxes_under_a_pixel_look_normalised(tmp_path: Path) -> None:
+    write_voc(tmp_path, ["a"])
+    text = (tmp_path / "a.xml").read_text()
+    for old, new in (("4", "0.1"), ("5", "0.1"), ("14", "0.5"), ("15", "0.5")):
+        text = text.replace(f">{old}<", f">{new}<")
+    write(tmp_path / "a.xml", text)
+    write_images(tmp_path, ["a"])
+    report = check_datasets({"all": read_dataset(tmp_path, "all")})
+    assert report.counts == {"box-normalised": 1}
+
+
+def test_documentation_lists_the_layouts() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    table = text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0]
+    rows = [f"| {layout.title} | {layout.format} |" for layout in LAYOUTS.values()]
+    assert table.splitlines()[2:] == rows

@@ -21,7 +21,7 @@ from test_coco_metrics import (
     results_of,
 )
 
-from retinanet.data.dataset import Annotation
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.results import Results, coco_image_ids, ground_truth
@@ -191,3 +191,17 @@ def test_evaluate_detections_does_not_import_what_runs_a_model() -> None:
         "assert not hasattr(evaluation, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_results_with_the_number_of_a_file_name_are_of_that_image(tmp_path: Path) -> None:
+    images = tuple(
+        LabelledImage(tmp_path / f"{n}.png", f"{n}.png", (Annotation((0, 0, n, n), 0),), 40, 40)
+        for n in (12, 2, 1)
+    )
+    dataset = Dataset(images, ("cat",), (1,), "val", "voc", tmp_path)
+    rows = [
+        {"image_id": n, "category_id": 1, "bbox": [0, 0, n, n], "score": 0.9} for n in (1, 2, 12)
+    ]
+    table = Results.read(rows, dataset).table()
+    by_size = dict(zip(table[:, 3].tolist(), table[:, 0].tolist(), strict=True))
+    assert by_size == {12.0: 1.0, 2.0: 2.0, 1.0: 3.0}

@@ -31,6 +31,9 @@ KINDS: dict[str, str] = {
     "image-extension": "the file's extension is of another format",
     "image-in-two-splits": "the same image is in two splits",
     "image-id-duplicate": "two images have one id",
+    "image-duplicate": "an image is listed twice",
+    "image-ambiguous": "the name in the labels fits several files",
+    "image-name-encoded": "the name in the labels is percent-encoded",
     "image-changed": "an image in a shard differs from the shard's index",
     "index-missing": "a shard has no index, though others have",
     "key-duplicate": "a sample of a shard is not unique",
@@ -40,10 +43,12 @@ KINDS: dict[str, str] = {
     "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
     "class-duplicate": "two classes have one name",
+    "class-similar": "names of classes differ only in case or blanks",
     "class-unknown": "an object's class is not listed",
     "box-not-a-number": "a box is not four finite numbers",
     "box-inverted": "left and right, or top and bottom, are swapped",
     "box-empty": "a box has no width or no height",
+    "box-normalised": "boxes look normalised to 0..1, where pixels are expected",
     "box-outside": "a box is outside its image, wholly or in part",
     "box-duplicate": "an object is listed twice",
     "box-rotated": "a box is rotated",
@@ -301,6 +306,9 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
     for annotation in image.annotations:
         fault = check_box(annotation.box, width, height)
         if fault:
+            yield _box_problem(dataset, image, annotation, fault)
+        elif all(0 <= side <= 1 for side in annotation.box) and (width or 2) > 1:
+            fault = "box-normalised", "is under one pixel: it looks normalised to 0..1", ""
             yield _box_problem(dataset, image, annotation, fault)
         first = seen.setdefault(same_key(annotation), annotation)
         if first is not annotation:

@@ -307,7 +307,18 @@ def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str
     for image, id_ in zip(dataset.images, ids, strict=True):
         known.setdefault(image.path.stem, id_)
         known.setdefault(image.path.name, id_)
-    known |= {id_: id_ for id_ in ids}
+    # A tool that needs whole numbers writes 12 for 12.png.
+    own = {image.id for image in dataset.images}
+    numbers = Counter(int(i.path.stem) for i in dataset.images if i.path.stem.isdecimal())
+    by_number: dict[int | str, int] = {
+        int(image.path.stem): id_
+        for image, id_ in zip(dataset.images, ids, strict=True)
+        if image.path.stem.isdecimal() and numbers[int(image.path.stem)] == 1
+    }
+    if any(isinstance(id_, int) for id_ in own) or len(by_number) < len(ids):
+        known |= {id_: id_ for id_ in ids}
+    else:
+        known |= by_number
     return known | {image.id: id_ for image, id_ in zip(dataset.images, ids, strict=True)}
 
 

@@ -25,6 +25,7 @@ from retinanet.data.formats.labels import (
     json_values,
     merge_classes,
     read_json,
+    scale_normalised,
     short,
     to_annotation,
     to_box,
@@ -162,6 +163,9 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     images: dict[int | str, LabelImage] = {}
     for number, image in enumerate(content["images"]):
         id_ = to_id(image.get("id")) if isinstance(image, dict) else None
+        if id_ is not None and "file_name" not in image and isinstance(image.get("coco_url"), str):
+            # LVIS has addresses: http://images.cocodataset.org/val2017/000000397133.jpg
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
         if id_ is None or not isinstance(image.get("file_name"), str):
             reason = f"image {number} of the list needs an id and a file_name, got {short(image)}"
             parsed.report("label-unreadable", number, reason)
@@ -185,6 +189,9 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     for number, item in enumerate(objects):
         objects[number] = None  # freed early: COCO's list is gigabytes
         _parse_annotation(parsed, images, labels, seen, number, item)
+    if scale_normalised(parsed):
+        reason = "most boxes lie within 0 and 1: these look normalised; COCO's boxes are pixels"
+        parsed.report("box-normalised", None, reason, "read as fractions of the image")
     return parsed
 
 
@@ -218,6 +225,8 @@ def _parse_annotation(
         parsed.report("class-unknown", id_, reason)
         return
     box = to_box(item.get("bbox"))
+    if box is None and not item.get("bbox"):
+        box = _mask_box(item.get(JSON_TEXT))
     if box is None:
         reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
         parsed.report("box-not-a-number", id_, reason)
@@ -228,6 +237,27 @@ def _parse_annotation(
             (x, y, x + width, y + height), labels[category], number, item, _ANNOTATION_KEYS
         )
     )
+
+
+def _mask_box(text: Any) -> tuple[float, float, float, float] | None:
+    """Return x, y, width and height of a mask: polygons, or RLE with counts; None otherwise."""
+    try:
+        mask = json.loads(text)
+        if isinstance(mask, dict):
+            from hotcoco import mask as rle
+
+            height, width = mask["size"]
+            counts = mask["counts"]
+            if isinstance(counts, list):
+                mask = rle.frPyObjects(mask, height, width)
+            else:
+                mask = {"size": [height, width], "counts": counts.encode()}
+            return to_box([float(side) for side in rle.toBbox(mask)])
+        xs = [x for polygon in mask for x in polygon[::2]]
+        ys = [y for polygon in mask for y in polygon[1::2]]
+        return to_box([min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return None
 
 
 def write(writing: Writing) -> None:

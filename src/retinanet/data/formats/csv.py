@@ -23,10 +23,12 @@ from retinanet.data.formats.labels import (
     LabelImage,
     build_splits,
     cut,
+    encoding_of,
     find_tables,
     from_text,
     listed_names,
     merge_classes,
+    scale_normalised,
     to_annotation,
     to_box,
     to_number,
@@ -61,7 +63,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "split": ("split", "subset", "partition", "usage", "set"),
     "id": ("id", "annotationid"),
     "image_id": ("imageid",),
-    "iscrowd": ("iscrowd", "crowd"),
+    "iscrowd": ("iscrowd", "crowd", "isgroupof"),
     "difficult": ("difficult",),
     "area": ("area",),
 }
@@ -134,7 +136,9 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the rows that are not blank."""
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        with file.open("rb") as head:
+            encoding = encoding_of(head.read(2))
+        with file.open(newline="", encoding=encoding, errors="replace") as stream:
             first = stream.readline()
             stream.seek(0)
             # A quoted header may contain other separators too, but less often.
@@ -224,12 +228,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         }
         _parse_row(parsed, images, texts, extra, line, number)
     parsed.images = list(images.values())
-    sides = [side for image in parsed.images for item in image.annotations for side in item.box]
-    # Boxes in pixels do not all lie within [0, 1].
-    if all(0 <= side <= 1 for side in sides) and any(sides):
-        parsed.decimals = 6
-        for image in parsed.images:
-            image.width = image.height = None  # those of the file itself are safer
+    scale_normalised(parsed)
     return parsed
 
 

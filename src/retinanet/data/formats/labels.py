@@ -19,6 +19,7 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
@@ -33,6 +34,8 @@ DROPPED = "the image is dropped"
 
 ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
+
+_TOLERANCE = 1e-3  # of fractions of an image
 
 Box = tuple[float, float, float, float]
 
@@ -54,13 +57,23 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text file by its first bytes: spreadsheets write UTF-16."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    return "utf-8-sig"
+
+
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
     """Whether a JSON file begins with `start` and holds all marks of an alternative; unparsed."""
     try:
         with (
             file.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
+            data: Any = mapped
+            if encoding_of(mapped[:2]) == "utf-16":
+                data = mapped[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
             return any(all(data.find(mark) >= 0 for mark in marks) for marks in alternatives)
@@ -327,6 +340,20 @@ def merge_classes(
         for name, ids in ids_by_name.items()
         if len(ids) > 1
     ]
+    folded: dict[str, list[str]] = {}
+    for name in ids_by_name:
+        folded.setdefault(name.strip().casefold(), []).append(name)
+    problems += [
+        Problem(
+            "class-similar",
+            file,
+            None,
+            f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they are "
+            f"one class, give them one name",
+        )
+        for names in folded.values()
+        if len(names) > 1
+    ]
     labels = {
         str(key): label
         for label, (name, ids) in enumerate(ids_by_name.items())
@@ -334,6 +361,22 @@ def merge_classes(
     }
     first_ids = tuple(ids[0] for ids in ids_by_name.values())
     return ClassList(tuple(ids_by_name), first_ids, labels, tuple(problems))
+
+
+def scale_normalised(parsed: LabelFile) -> bool:
+    """Read the boxes of a file as fractions of the image if most of them lie within [0, 1].
+
+    A few beyond (rounding, faults) do not make all others pixels.
+    """
+    boxes = [item.box for image in parsed.images for item in image.annotations]
+    low, high = -_TOLERANCE, 1 + _TOLERANCE
+    inside = sum(all(low <= side <= high for side in box) and any(box) for box in boxes)
+    if inside <= len(boxes) / 2:
+        return False
+    parsed.decimals = 6
+    for image in parsed.images:
+        image.width = image.height = None  # those of the file itself are safer
+    return True
 
 
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
@@ -479,6 +522,13 @@ def _find_images(
             match = tree.find_image(image.names, file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
+            if match.path is None and "%" in image.name:
+                match = tree.find_image(map(unquote, image.names), file.file, split)
+                if match.path is not None:
+                    reason = f"image {image.id}: no file is named {short(image.name)}"
+                    used = f"{match.path.name} is used"
+                    problem = Problem("image-name-encoded", file.file, image.id, reason, used)
+                    problems.append(problem)
         if match.several:
             assert file.file is not None
             reason = (

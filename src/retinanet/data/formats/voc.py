@@ -36,7 +36,8 @@ from retinanet.data.formats.labels import (
 )
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 
-_ROOT = re.compile(rb"<annotation[\s>/]")  # CVAT's is <annotations>
+_ENCODING = re.compile(rb"""encoding=["']([A-Za-z0-9_.-]+)["']""")
+_ROOT = re.compile(rb"<([\w-]+:)?annotation[\s>/]")  # CVAT's is <annotations>
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LIST_OF_A_CLASS = ("_train", "_val", "_trainval", "_test")
 _OWN_ELEMENTS = frozenset({"name", "bndbox"})
@@ -141,7 +142,7 @@ def parse(file: Path) -> LabelFile:
     """Parse an XML file; one that cannot be read has no image, and a problem."""
     parsed = LabelFile(file)
     try:
-        tree = ET.parse(file).getroot()
+        tree = _root_of(file.read_bytes())
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
         parsed.report("label-unreadable", None, reason, DROPPED)
@@ -174,6 +175,18 @@ def parse(file: Path) -> LabelFile:
         values = _values(element, _OWN_ELEMENTS)
         image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
     return parsed
+
+
+def _root_of(content: bytes) -> ET.Element:
+    """Parse XML in any encoding that Python knows, without namespaces."""
+    declared = _ENCODING.search(content[:200])
+    name = declared.group(1).decode() if declared else "utf-8"
+    # The parser itself knows UTF-8, UTF-16 and Latin-1 only.
+    is_known = name.lower().startswith(("utf", "iso-8859-1", "us-ascii"))
+    root = ET.fromstring(content if is_known else content.decode(name))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
 
 
 def _text(element: ET.Element, path: str) -> str:

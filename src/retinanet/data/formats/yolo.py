@@ -81,15 +81,17 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     texts = _Texts(tree)
     (file, *_), *_ = labels.files.values()
     names: Sequence[str] = ()
+    keypoints = False
     if file.suffix.lower() != ".txt":
         splits, names = _from_settings(file, tree, labels.notes)
+        keypoints = any(line.startswith("kpt_shape") for line in read_lines(file))
     else:
         file = tree.path
         splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
     names = names or listed_names(tree, *_NAME_FILES)[1] or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
     return {
-        split: partial(_read_split, split, images, classes, tree, texts)
+        split: partial(_read_split, split, images, classes, tree, texts, keypoints)
         for split, images in splits.items()
     }
 
@@ -309,8 +311,13 @@ def _row(line: str) -> tuple[int, list[float]] | str:
     return int(number), [value for value in values if value is not None]
 
 
-def parse(file: Path) -> LabelFile:
-    """Parse the text file of an image; the classes are numbers."""
+def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
+    """Parse the text file of an image; the classes are numbers.
+
+    Args:
+        file: the text file.
+        keypoints: rows are a box and keypoints, rather than a box or a polygon.
+    """
     parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
@@ -322,8 +329,8 @@ def parse(file: Path) -> LabelFile:
             continue
         label, values = row
         extra: dict[str, Any] = {}
-        if len(values) == 4:
-            x, y, w, h = values
+        if len(values) == 4 or keypoints:
+            x, y, w, h = values[:4]
             box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
         else:
             xs, ys = values[::2], values[1::2]
@@ -334,7 +341,12 @@ def parse(file: Path) -> LabelFile:
 
 
 def _read_split(
-    split: str, images: list[Path], classes: ClassList, tree: Tree, texts: _Texts
+    split: str,
+    images: list[Path],
+    classes: ClassList,
+    tree: Tree,
+    texts: _Texts,
+    keypoints: bool,
 ) -> Dataset:
     files = []
     problems = []
@@ -343,7 +355,7 @@ def _read_split(
         if file is None and texts.expected(image).is_file():
             file = texts.expected(image)
         if file is not None:
-            parsed = parse(file)
+            parsed = parse(file, keypoints=keypoints)
         else:
             parsed = LabelFile(None, images=[LabelImage("", "")], decimals=4)
         parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
