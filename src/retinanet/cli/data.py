@@ -42,7 +42,9 @@ class SplitOptions(FormatOptions):
     def read(self, data: Path, config: Recipe) -> Dataset:
         """Read the split."""
         from retinanet.data import read_dataset
+        from retinanet.training.data import recipe_anchors
 
+        recipe_anchors(config)  # errors in them come first
         dataset = read_dataset(
             data,
             self.split,
