@@ -71,15 +71,3 @@ def test_switched_off_or_not_installed_is_not_probed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_probe, "is_installed", lambda: False)
     assert not triton_probe.is_usable(GPU)
     assert probed == []
-
-
-def test_interpreter_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    probed = patch_probe(monkeypatch, None)
-    assert triton_probe.is_usable(torch.device("cpu"))
-    assert probed == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_this_gpu() -> None:
-    assert triton_probe.is_usable(torch.device("cuda"))
