@@ -207,12 +207,6 @@ def test_crowd_is_not_an_object() -> None:
         assert matches.tolist() == [[IGNORED]]
 
 
-def test_padding_is_not_an_object() -> None:
-    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    padding = targets_of([0, 0, 10, 10], labels=[BACKGROUND])
-    assert match_anchors(anchors, padding).tolist() == [[BACKGROUND]]
-
-
 def test_place_counts_the_rows_that_do_not_match() -> None:
     anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
     target = targets_of([0, 0, 9, 9], [0, 0, 99, 99], [0, 0, 10, 10], labels=[-1, -2, 4])
@@ -247,11 +241,6 @@ def test_impossible_arguments(arguments, message: str) -> None:  # type: ignore[
     good = {"anchors": torch.zeros(3, 4), "targets": targets_of([0, 0, 10, 10])}
     with pytest.raises(ValueError, match=message):
         match_anchors(**(good | arguments))
-
-
-def test_other_functions_refuse_wrong_shapes() -> None:
-    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(1, 4\)"):
-        anchor_labels(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zlib import crc32
 
 import pytest
 import torch
@@ -352,30 +351,6 @@ def test_a_library_of_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = native.load_library(tmp_path)
     assert found.functions is None
     assert found.reason == f"{link.name} was built from other sources: install again"
-
-
-@needs_library
-def test_version_is_the_checksum_of_the_sources() -> None:
-    folder = Path(native.__file__).parent
-    if not (folder / "native.c").is_file():
-        pytest.skip("installed from a wheel")
-    both = b"".join((folder / name).read_bytes() for name in native.SOURCES)
-    assert native.library.functions.retinanet_version() == crc32(both)
-
-
-@needs_library
-def test_a_library_without_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RETINANET_NATIVE", raising=False)
-    link = beside_the_library(tmp_path)
-
-    class Lacking:
-        def __init__(self, file: str) -> None:
-            self.retinanet_version = lambda: 1
-
-    monkeypatch.setattr(native, "CDLL", Lacking)
-    found = native.load_library(tmp_path)
-    assert found.functions is None
-    assert found.reason.startswith(f"{link.name} does not load: ")
 
 
 def test_suppression_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:

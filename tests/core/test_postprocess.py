@@ -296,16 +296,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert_close(own.boxes, other.boxes)
 
 
-def test_no_gradient_is_kept() -> None:
-    outputs, anchors, sizes = random_outputs(images=1)
-    for levels in outputs:
-        for level in levels:
-            level.requires_grad_()
-    (found,) = postprocess(outputs, anchors, sizes, num_classes=7)
-    assert not found.boxes.requires_grad
-    assert not found.scores.requires_grad
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -187,12 +187,6 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
     )
 
 
-def test_another_backbones_weights_are_refused(tmp_path: Path) -> None:
-    save_file(_state("mobilenet_v2"), tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=r"100 missing \(conv1.weight, .*\.\.\.\)|missing"):
-        _build(tmp_path / "a.safetensors")
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.{suffix}"
@@ -249,12 +243,6 @@ def test_folded_batch_norm_is_only_taken_frozen(tmp_path: Path) -> None:
     assert _build(file).spec.norm == "frozen"
     with pytest.raises(ConfigError, match="norm is \"frozen\" with them, got 'trained'"):
         _build(file, norm="trained")
-
-
-def test_group_norm_does_not_take_batch_norms_weights(tmp_path: Path) -> None:
-    save_file(_state("resnet18"), tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=r"unknown .bn1\.running_mean"):
-        _build(tmp_path / "a.safetensors", norm="group")
 
 
 def test_nothing_is_frozen_when_nothing_was_loaded() -> None:
@@ -371,8 +359,10 @@ def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         build_backbone("timm/resnet10t")
 
 
-@pytest.mark.parametrize("stride_padding", ["symmetric", "same"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext101_32x8d", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("name", "stride_padding"),
+    [("resnet18", "same"), ("resnet50", "symmetric"), ("mobilenet_v2", "same")],
+)
 def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_padding: str) -> None:
     """Maps and gradients are those of batch norm in eval mode; names of weights stay."""
     torch.manual_seed(0)

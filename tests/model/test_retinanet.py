@@ -149,16 +149,6 @@ def test_group_norm_in_the_heads() -> None:
     assert all(block[0].bias is None for block in model.class_head.tower)
 
 
-def test_the_first_cross_entropy_without_the_prior_is_k_ln_2_an_anchor() -> None:
-    model = build_retinanet(
-        backbone="resnet18", num_classes=5, backbone_weights="none", norm="group", prior=0.5
-    )
-    with torch.no_grad():
-        logits = flatten_levels(model(_pixels(1, 3, 64, 64)).logits, 5)
-    cross_entropy = nn.functional.softplus(logits).sum(-1).mean()  # all background
-    assert cross_entropy == pytest.approx(5 * math.log(2), rel=0.01)
-
-
 def test_normalisation_is_inside(small: RetinaNet) -> None:
     seen = []
     handle = small.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

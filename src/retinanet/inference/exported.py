@@ -342,10 +342,10 @@ def _onnx_run(path: Path, device: torch.device) -> _Run:
 
 
 def _openvino_model(path: Path) -> Any:
-    from retinanet.inference.openvino_backend import import_openvino
+    from retinanet.inference.openvino_backend import openvino_core
 
     try:
-        return import_openvino().Core().read_model(path)
+        return openvino_core().read_model(path)
     except MissingExtraError:
         raise
     except Exception as error:

@@ -46,14 +46,14 @@ class Backbone(nn.Module):
 
     channels: tuple[int, int, int, int]
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules, in order, of the stem and of the stages of C2, C3, C4 and C5."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Maps:
         """Map normalized images (B, 3, H, W) to C2..C5: (B, channels[i], H / s, W / s)."""
         maps, x = [], images
-        for stage in self.stages():
+        for stage in self.stage_modules():
             for module in stage:
                 x = module(x)
             maps.append(x)
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         """Return the parameters of the stem and of the stages of C2, C3, C4 and C5."""
         return [
             [parameter for module in stage for parameter in module.parameters()]
-            for stage in self.stages()
+            for stage in self.stage_modules()
         ]
 
     def train(self, mode: bool = True) -> Self:
@@ -89,7 +89,7 @@ class ResNet(Backbone):
         widest = net.fc.in_features
         self.channels = (widest // 8, widest // 4, widest // 2, widest)
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each stage."""
         stem = [self.conv1, self.bn1, self.relu, self.maxpool]
         return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
@@ -106,7 +106,7 @@ class MobileNetV2(Backbone):
         self.features = net.features
         self.channels = (24, 32, 96, 1280)
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each stage."""
         return [list(self.features)[start:end] for start, end in pairwise((0, *self.ends))]
 
