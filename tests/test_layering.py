@@ -21,8 +21,8 @@ SOURCE = Path(retinanet.__file__).parent
 # A package may import from packages of a lower layer only, not from others of its own layer.
 LAYER = {
     **dict.fromkeys(["errors", "structures", "files", "interrupts"], 0),
-    **dict.fromkeys(["config", "boxes", "anchors", "kernels"], 1),
-    **dict.fromkeys(["matching", "postprocess"], 2),
+    **dict.fromkeys(["config", "boxes", "kernels"], 1),
+    **dict.fromkeys(["anchors", "matching", "postprocess"], 2),
     "losses": 3,
     **dict.fromkeys(["model", "data"], 10),
     "inference": 20,

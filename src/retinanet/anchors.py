@@ -6,18 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-OCTAVE_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-"""Sec. 4: three sizes an octave, so that a level reaches the next one's smallest."""
+from retinanet.config import AnchorConfig, Rounding
 
-ASPECT_RATIOS = (0.5, 1.0, 2.0)
-"""Sec. 4: height / width."""
-
-Rounding = Literal["none", "torchvision"]
+_DEFAULTS = AnchorConfig()
 
 
 @dataclass(frozen=True)
@@ -25,12 +20,12 @@ class AnchorSpec:
     """All that determines the anchors of an image.
 
     Attributes:
-        sizes: square root of an anchor's area in pixels at scale 1, one a level.
-        strides: pixels from cell to cell, one a level.
+        sizes: square root of an anchor's area in pixels at scale 1, per level.
+        strides: pixels from cell to cell, per level.
         scales: factors of the size.
         aspect_ratios: height / width.
-        rounding: ``none``: exact sizes; ``torchvision``: what torchvision's weights were trained
-            with (see :func:`level_anchors`).
+        rounding: ``none``: exact sizes; ``torchvision``: for torchvision's weights (see
+            :func:`level_anchors`).
 
     Raises:
         ValueError: a list is empty, a number is not over 0, `sizes` and `strides` differ in
@@ -39,9 +34,9 @@ class AnchorSpec:
 
     sizes: tuple[float, ...]
     strides: tuple[int, ...]
-    scales: tuple[float, ...] = OCTAVE_SCALES
-    aspect_ratios: tuple[float, ...] = ASPECT_RATIOS
-    rounding: Rounding = "none"
+    scales: tuple[float, ...] = _DEFAULTS.scales
+    aspect_ratios: tuple[float, ...] = _DEFAULTS.aspect_ratios
+    rounding: Rounding = _DEFAULTS.rounding
 
     def __post_init__(self) -> None:
         for name in ("sizes", "strides", "scales", "aspect_ratios"):
@@ -50,7 +45,7 @@ class AnchorSpec:
                 raise ValueError(f"anchor {name} must be one or more numbers over 0, got {numbers}")
         if len(self.sizes) != len(self.strides):
             raise ValueError(
-                f"anchors need one size a level: got {len(self.sizes)} sizes {self.sizes} "
+                f"anchors need one size per level: got {len(self.sizes)} sizes {self.sizes} "
                 f"for {len(self.strides)} levels of stride {self.strides}"
             )
         if self.rounding not in ("none", "torchvision"):
@@ -58,19 +53,19 @@ class AnchorSpec:
 
     @property
     def per_cell(self) -> int:
-        """A: anchors a cell."""
+        """A: anchors per cell."""
         return len(self.scales) * len(self.aspect_ratios)
 
 
 def anchor_spec(
     strides: Sequence[int],
     *,
-    sizes: Sequence[float] | None = None,
-    scales: Sequence[float] = OCTAVE_SCALES,
-    aspect_ratios: Sequence[float] = ASPECT_RATIOS,
-    rounding: Rounding = "none",
+    sizes: Sequence[float] | None = _DEFAULTS.sizes,
+    scales: Sequence[float] = _DEFAULTS.scales,
+    aspect_ratios: Sequence[float] = _DEFAULTS.aspect_ratios,
+    rounding: Rounding = _DEFAULTS.rounding,
 ) -> AnchorSpec:
-    """An :class:`AnchorSpec` from plain lists; `sizes` None is 4 x stride (Sec. 4: 32 on P3).
+    """Build an :class:`AnchorSpec` from lists; `sizes` None is 4 x stride (Sec. 4: 32 on P3).
 
     Raises:
         ValueError: as :class:`AnchorSpec`.
@@ -87,7 +82,7 @@ def anchor_spec(
 
 
 def default_anchor_spec(p2: bool = False) -> AnchorSpec:
-    """The paper's: areas 32^2 on P3 to 512^2 on P7, A = 9; `p2` adds 16^2 on P2.
+    """Build the paper's: areas 32^2 on P3 to 512^2 on P7, A = 9; `p2` adds 16^2 on P2.
 
     Example: Sec. 4, "in total there are A = 9 anchors per level".
 
@@ -100,7 +95,7 @@ def default_anchor_spec(p2: bool = False) -> AnchorSpec:
 
 
 def feature_sizes(strides: Sequence[int], height: int, width: int) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of each level for an image of `height` x `width` pixels."""
+    """Return rows and columns of each level for an image of `height` x `width` pixels."""
     return tuple((math.ceil(height / stride), math.ceil(width / stride)) for stride in strides)
 
 
@@ -109,23 +104,23 @@ def level_anchors(
     feature_sizes: Sequence[tuple[int, int]],
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """The anchors of an image, level by level.
+    """Return the anchors of an image by level.
 
-    They run row by row, in a row cell by cell, in a cell ratio by ratio, and for a ratio scale by
-    scale (torchvision's order, so that its weights fit). The first cell's anchors are centred on
-    the image's corner (torchvision, detectron2; the paper does not say).
+    Their order is: rows, cells of a row, aspect ratios of a cell, scales of a ratio (torchvision's
+    order, so that its weights fit). The first cell's anchors are centred on the image's corner
+    (torchvision, detectron2; the paper does not say).
 
-    ``rounding="torchvision"`` repeats three habits of torchvision: sizes cut down to whole pixels,
-    corners rounded to whole pixels, and the distance between cells as the image's side divided by
-    the level's, whole pixels: under 128 on P7 of an 800 px image, for instance.
+    ``rounding="torchvision"`` reproduces torchvision: sizes are truncated to whole pixels, corners
+    rounded to whole pixels, and the distance between cells is the image's side divided by the
+    level's, in whole pixels: under 128 on P7 of an 800 px image, for instance.
 
     Args:
-        spec: what to make.
-        feature_sizes: (rows, columns) of each level, as :func:`feature_sizes` gives them.
-        device: where to; None: torch's default.
+        spec: of the anchors.
+        feature_sizes: (rows, columns) of each level, as :func:`feature_sizes` returns them.
+        device: None: torch's default.
 
     Returns:
-        L tensors (H_l * W_l * A, 4), float32 pixels; kept for the next call: do not write to them.
+        L tensors (H_l * W_l * A, 4), float32 pixels; cached: do not write to them.
 
     Raises:
         ValueError: the number of levels differs from the spec's.
@@ -136,17 +131,17 @@ def level_anchors(
             f"got {len(feature_sizes)} feature sizes"
         )
     cells = tuple((int(rows), int(columns)) for rows, columns in feature_sizes)
-    place = torch.get_default_device() if device is None else torch.device(device)
-    return list(_level_anchors(spec, cells, place))
+    target = torch.get_default_device() if device is None else torch.device(device)
+    return list(_level_anchors(spec, cells, target))
 
 
-# 200,000 anchors take 3 MB, for as long as the process lives.
+# 200,000 anchors take 3 MB, for as long as the process runs.
 @lru_cache(maxsize=32)
 def _level_anchors(
     spec: AnchorSpec, cells: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    # They are made on the CPU, whatever torch's default device is. A tensor born in inference mode
-    # could not be trained with when the cache hands it out again.
+    # Computed on the CPU, whatever torch's default device is; and not as inference tensors, which a
+    # later training step could not use.
     with torch.inference_mode(False), torch.no_grad():
         height, width = (side * spec.strides[0] for side in cells[0])
         levels = []
@@ -155,13 +150,13 @@ def _level_anchors(
             if spec.rounding == "torchvision":
                 steps = (height // rows, width // columns)
             anchors = anchor_grid(cell_anchors(spec, size), rows, columns, steps)
-            # The copy waits until it is there: whoever gets it next may be on another stream.
+            # A synchronous copy: the next caller may use another stream.
             levels.append(anchors.to(torch.float32).to(device))
         return tuple(levels)
 
 
 def anchor_grid(cell: Tensor, rows: int, columns: int, steps: tuple[int, int]) -> Tensor:
-    """One cell's anchors (A, 4) at every cell of a level, (rows * columns * A, 4) of their type.
+    """Repeat a cell's anchors (A, 4) at every cell of a level: (rows * columns * A, 4).
 
     `steps` are the pixels from row to row and from column to column.
     """
@@ -173,7 +168,7 @@ def anchor_grid(cell: Tensor, rows: int, columns: int, steps: tuple[int, int]) -
 
 
 def cell_anchors(spec: AnchorSpec, size: float) -> Tensor:
-    """(A, 4) float64 anchors centred on 0, of a level of this `size`; on the CPU."""
+    """Compute the anchors (A, 4) of a level of this `size`, centred on 0: float64 on the CPU."""
     sides = [size * scale for scale in spec.scales]
     if spec.rounding == "torchvision":
         sides = [float(int(side)) for side in sides]

@@ -1,4 +1,4 @@
-"""Boxes as the network states them (offsets from anchors) and as everybody else does (corners)."""
+"""Box encoding: anchor deltas to and from corners (x1, y1, x2, y2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LOG_SCALE = math.log(1000 / 16)
 def encode_boxes(
     anchors: Tensor, boxes: Tensor, *, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
 ) -> Tensor:
-    r"""Offsets that lead from each anchor to its box.
+    r"""Compute the deltas from each anchor to its box.
 
     .. math:: d = (\Delta x / w_a, \Delta y / h_a, \log(w / w_a), \log(h / h_a))
 
@@ -24,13 +24,13 @@ def encode_boxes(
     Args:
         anchors: (..., 4) pixels.
         boxes: (..., 4) pixels; shapes broadcast.
-        weights: factors of the four offsets.
+        weights: factors of the four deltas.
 
     Returns:
         (..., 4) deltas (dx, dy, dw, dh), float32 or wider.
 
     Raises:
-        ValueError: the last side is not 4.
+        ValueError: the last dimension is not 4.
 
     Example: a box as wide as its anchor, twice as high and half its width to the right.
 
@@ -55,19 +55,19 @@ def encode_boxes(
 def decode_boxes(
     deltas: Tensor, anchors: Tensor, *, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
 ) -> Tensor:
-    """Boxes that the deltas lead to: the inverse of :func:`encode_boxes`.
+    """Apply deltas to anchors: the inverse of :func:`encode_boxes`.
 
     Args:
         deltas: (..., 4) dx, dy, dw, dh, any float type; computed in float32 or wider. dw and dh
-            over log(1000 / 16) count as that (Detectron), so that exp() cannot overflow.
+            are clamped to log(1000 / 16) (Detectron), so that exp() cannot overflow.
         anchors: (..., 4) pixels; shapes broadcast.
-        weights: the factors that :func:`encode_boxes` used.
+        weights: those of :func:`encode_boxes`.
 
     Returns:
         (..., 4) pixels, not clipped.
 
     Raises:
-        ValueError: the last side is not 4.
+        ValueError: the last dimension is not 4.
     """
     _check_boxes(deltas, "deltas")
     _check_boxes(anchors, "anchors")
@@ -82,7 +82,7 @@ def decode_boxes(
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
-    """Boxes cut off at the border of their image.
+    """Clip boxes to the border of their image.
 
     Args:
         boxes: (..., 4) pixels.
@@ -92,7 +92,7 @@ def clip_boxes(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
         (..., 4), x in [0, width] and y in [0, height].
 
     Raises:
-        ValueError: the last side of `boxes` is not 4, or that of `sizes` not 2.
+        ValueError: the last dimension of `boxes` is not 4, or that of `sizes` not 2.
     """
     _check_boxes(boxes, "boxes")
     limits = torch.as_tensor(sizes, device=boxes.device).to(boxes.dtype)

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from retinanet.errors import ConfigError
 
+Rounding = Literal["none", "torchvision"]
+
 _OTHER_NAMES = {
     "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
     "train.batch_size": ("batch", "ims_per_batch", "samples_per_gpu"),
@@ -59,7 +61,7 @@ _OTHER_NAMES = {
     "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),
     "detect.class_agnostic_nms": ("agnostic_nms", "class_agnostic"),
 }
-"""What torchvision, detectron2, mmdetection and Ultralytics call a setting of ours."""
+"""Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
 
 
 class _Section(BaseModel):
@@ -68,7 +70,7 @@ class _Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none(cls, values: Any) -> Any:
-        # TOML has no null: the text "none" is None for a setting that may be None.
+        # TOML has no null: "none" is None for a setting that may be None.
         if not isinstance(values, dict):
             return values
         optional = {
@@ -83,8 +85,8 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
-    backbone: str = "resnet50"  # Sec. 4; a torchvision name that we know, or "timm/NAME"
-    backbone_weights: str = "default"  # ImageNet weights: "default" (fetched), "none", or a file
+    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
+    backbone_weights: str = "default"  # ImageNet weights: "default", "none", or a file
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
@@ -92,10 +94,10 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
-    prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: score of every anchor at the start
-    pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: what the weights want
+    prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
+    pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None
-    stride_padding: Literal["symmetric", "same"] | None = None  # of stride-2 convolutions; likewise
+    stride_padding: Literal["symmetric", "same"] | None = None  # None: as the weights
 
 
 class AnchorConfig(_Section):
@@ -104,7 +106,7 @@ class AnchorConfig(_Section):
     sizes: tuple[float, ...] | None = None  # square root of area per level; None: 4 x stride
     scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
-    rounding: Literal["none", "torchvision"] = "none"  # torchvision rounds to whole pixels
+    rounding: Rounding = "none"  # torchvision rounds to whole pixels
 
     @model_validator(mode="after")
     def _check_positive(self) -> Self:
@@ -145,7 +147,7 @@ class LossConfig(_Section):
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
     margin: float = Field(0.5, gt=0, le=1)  # of hinge (Sec. 5.1, which gives no number)
-    mining: Literal["none", "ohem", "ohem_1_3"] = "none"  # Sec. 5.1: the anchors that are learned
+    mining: Literal["none", "ohem", "ohem_1_3"] = "none"  # Sec. 5.1
     mining_size: int = Field(128, ge=1)  # Sec. 5.1: anchors kept per image (Table 1d: 128 to 512)
     mining_nms: float = Field(0.7, gt=0, le=1)  # Sec. 5.1: IoU of the NMS (Table 1d: .7 and .5)
     box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
@@ -170,7 +172,7 @@ class LossConfig(_Section):
         # Sec. 5.1: OHEM trains with plain cross entropy.
         if values.get("mining", "none") != "none":
             values = {"classification": "cross_entropy", **values}
-        # .25 goes with the focusing (Table 1b); without it, it is the worst but one of Table 1a.
+        # .25 is the best alpha with gamma 2 (Table 1b), and a bad one without it (Table 1a).
         other = values.get("classification", "focal") != "focal"
         return {"alpha": None, **values} if other else values
 
@@ -194,9 +196,7 @@ class DataConfig(_Section):
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images
-    val_fraction: float = Field(
-        0.2, gt=0, lt=1
-    )  # share kept for "val" where the data has no splits
+    val_fraction: float = Field(0.2, gt=0, lt=1)  # share of "val" where the data has no splits
     split_seed: int | None = None  # which images those are; None: by train.seed
 
     @model_validator(mode="after")
@@ -343,7 +343,7 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from None
+        raise ConfigError(f"{where}: {explain(error)}") from None
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:
@@ -361,11 +361,11 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
     try:
         return ModelSpec.model_validate(values | settings | texts)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return '; did you mean X?' for the known name nearest to `word`, or an empty text."""
+    """Return '; did you mean X?' for the known name nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -386,7 +386,7 @@ def setting_of(name: str) -> str | None:
 
 
 def repeated_names(names: Iterable[str]) -> list[str]:
-    """Names that occur more than once, each listed once."""
+    """List the names that occur more than once, each once."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -448,7 +448,7 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _parse_value(text: str) -> Any:
-    # The second time with zeros: .5 is a number to all but TOML.
+    # Then with zeros: TOML does not accept .5 as a number.
     for written in (text, re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)):
         try:
             return tomllib.loads(f"value = {written}")["value"]
@@ -464,7 +464,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     values.setdefault(section, {})[name] = value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """Compose a line from the first of pydantic's errors."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     if first["type"] == "extra_forbidden":

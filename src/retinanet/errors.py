@@ -1,16 +1,15 @@
-"""Every exception that this package raises on purpose.
+"""The exceptions of this package.
 
-RetinaNetError                 the root: catch this one to catch them all
+RetinaNetError                 the root
 ├── ConfigError                a setting is unknown, out of range or contradicts another
 ├── DataError                  labels or images that cannot be used
-│   └── ImageError             one image that cannot be read
+│   └── ImageError             an image that cannot be read
 ├── WeightsError               a checkpoint or weights file that cannot be used
-├── NonFiniteLossError         training met a NaN or an infinity
+├── NonFiniteLossError         a NaN or Inf loss in training
 └── MissingExtraError          an optional dependency is not installed
 
-Each message is one line that says what is wrong, what was found, where, and what to do next.
-Functions on the ground floor (losses, matching, ...) raise ``ValueError`` for arguments that make
-no sense, as torch does.
+Each message is one line: what is wrong, what was found, where, and what to do next. The functions
+of the core (losses, matching, ...) raise ``ValueError`` for invalid arguments, as torch does.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class DataError(RetinaNetError):
 
 
 class ImageError(DataError):
-    """One image that cannot be read."""
+    """An image that cannot be read."""
 
 
 class WeightsError(RetinaNetError):
@@ -37,7 +36,7 @@ class WeightsError(RetinaNetError):
 
 
 class NonFiniteLossError(RetinaNetError):
-    """Training met a loss or a gradient that is NaN or infinite."""
+    """A loss or a gradient of training is NaN or Inf."""
 
 
 class MissingExtraError(RetinaNetError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from retinanet.structures import BACKGROUND, IGNORED, Targets, is_readable
 
 _DEFAULTS = MatchingConfig()
 
-_RUN = 8192  # consecutive anchors that are compared with the same objects, on a CPU
-_CPU_TILE = 64  # objects compared at a time with a run of anchors: 2 MB per intermediate
+# On a CPU runs of consecutive anchors are compared with the objects near them. Many objects need
+# short runs, which have fewer of them near; few objects need long runs, which are fewer calls.
+_MIN_RUN, _MAX_RUN = 1024, 2**14
+_CPU_PAIRS = 2**18  # objects of an image times anchors of a run
+_CPU_TILE = 64  # objects compared at a time with a run
 _DEVICE_PAIRS = 2**23  # pairs compared at a time on other devices: 32 MB per intermediate
 
 
@@ -70,9 +75,9 @@ def match_anchors(
     usable = (sides > 0).all(dim=-1) & boxes.isfinite().all(dim=-1)
     kinds = torch.where(usable, labels, BACKGROUND)
     match = match_on_cpu if is_readable(boxes) else match_on_device
-    # Columns that are contiguous in memory, since all comparisons are by column.
-    anchors = anchors.to(boxes.dtype).T.contiguous().T
-    return match(anchors, boxes, kinds, foreground_iou, background_iou, low_quality_matches)
+    return match(
+        anchors.to(boxes.dtype), boxes, kinds, foreground_iou, background_iou, low_quality_matches
+    )
 
 
 def anchor_labels(matches: Tensor, labels: Tensor) -> Tensor:
@@ -112,78 +117,110 @@ def match_on_cpu(
     labels, where BACKGROUND also marks boxes that cannot be matched.
     """
     matches = kinds.new_full((len(boxes), len(anchors)), BACKGROUND)
-    areas = _area(anchors)
-    runs = [slice(start, start + _RUN) for start in range(0, len(anchors), _RUN)]
-    if not runs:
+    if not matches.numel() or not kinds.shape[1]:
         return matches
-    # (runs, 1, 4) and (runs, 1): bounds of the anchors of a run
-    low, high = (torch.stack([end(anchors[run], 0) for run in runs])[:, None] for end in _ENDS)
-    min_area, max_area = (
-        torch.stack([end(areas[run], 0) for run in runs])[:, None] for end in _ENDS
-    )
-    for match, kind, box in zip(matches, kinds, boxes, strict=True):
-        near = ((box[:, :2] < high[..., 2:]) & (box[:, 2:] > low[..., :2])).all(dim=2)
-        objects, regions = near & (kind >= 0), near & (kind == IGNORED)
-        highest = None
+    runs, columns = _Runs(anchors, kinds.shape[1]), _columns(boxes)
+    near, similar = runs.near(columns, background_iou)
+    objects, regions = near & (kinds >= 0)[:, None], near & (kinds == IGNORED)[:, None]
+    similar &= objects
+    for image, match in enumerate(matches):
+        own = columns[:, image]
+        highest = boxes.new_zeros(near.shape[1:])
+        before, best = -1, highest
+        for i, index, iou in runs.compare(own, similar[image]):
+            maximum = iou.amax(dim=0)
+            better = maximum >= background_iou
+            if i == before:
+                # A later tile must be better, not only as good: the first of equals is matched.
+                better &= maximum > best
+                maximum = torch.maximum(maximum, best)
+            before, best = i, maximum
+            rows = better.nonzero()[:, 0]
+            if len(rows):
+                place = index[iou[:, rows].argmax(dim=0)]
+                match[runs.slices[i]][rows] = place.where(best[rows] >= foreground_iou, IGNORED)
+            if low_quality_matches:
+                highest[i, index] = iou.amax(dim=1)
         if low_quality_matches:
-            highest = boxes.new_zeros(len(box))
-            for run, row in zip(runs, objects, strict=True):
-                for index in _tiles(row.nonzero()[:, 0]):
-                    iou = _iou(anchors[run], box[index])
-                    highest[index] = torch.maximum(highest[index], iou.amax(dim=1))
-        else:
-            # IoU is at most the smaller area divided by the larger; 1% of slack for rounding.
-            area, min_iou = _area(box), 0.99 * background_iou
-            objects &= (area >= min_iou * min_area) & (min_iou * area <= max_area)
-        for i in (objects | regions).any(dim=1).nonzero()[:, 0].tolist():
-            match[runs[i]] = _match_run(
-                anchors[runs[i]],
-                box,
-                objects[i].nonzero()[:, 0],
-                regions[i].nonzero()[:, 0],
-                (foreground_iou, background_iou),
-                highest,
-            )
+            _match_low_quality(runs, match, own, objects[image], highest, background_iou)
+        for i, _, covered in runs.compare(own, regions[image], _covered):
+            inside = (covered >= foreground_iou).any(dim=0)
+            match[runs.slices[i]].masked_fill_(inside & (match[runs.slices[i]] < 0), IGNORED)
     return matches
 
 
-def _match_run(
-    anchors: Tensor,
-    boxes: Tensor,
-    objects: Tensor,
-    regions: Tensor,
-    thresholds: tuple[float, float],
-    highest: Tensor | None,
-) -> Tensor:
-    """Match a run of anchors (r, 4) to some boxes of an image, given by index; (r,) as matches.
+def _match_low_quality(
+    runs: _Runs, match: Tensor, boxes: Tensor, near: Tensor, highest: Tensor, min_iou: float
+) -> None:
+    """Match the best anchors of each object to the object that they overlap most.
 
-    `highest` (M,) is each object's highest IoU with any anchor, for low-quality matches.
+    Args:
+        match: (R,) of one image, changed in place.
+        boxes: (5, M) columns.
+        near: (runs, M) objects near each run.
+        highest: (runs, M) highest IoU of each object with the run, where that is `min_iou` or more.
     """
-    foreground_iou, background_iou = thresholds
-    best = boxes.new_zeros(len(anchors))
-    place = objects.new_zeros(len(anchors))
-    chosen = torch.zeros_like(best, dtype=torch.bool)
-    for index in _tiles(objects):
-        iou = _iou(anchors, boxes[index])
-        maximum = iou.amax(dim=0)
-        # A later tile must be better, not only as good: the first of equals is matched.
-        better = maximum > best
-        if highest is None:
-            better &= maximum >= background_iou
-        else:
-            chosen |= ((iou == highest[index, None]) & (iou > 0)).any(dim=0)
-        rows = better.nonzero()[:, 0]
-        place[rows] = index[iou[:, rows].argmax(dim=0)]
-        best = torch.maximum(best, maximum)
-    matches = _threshold(best, place, chosen, thresholds)
-    inside = torch.zeros_like(chosen)
-    for index in _tiles(regions):
-        inside |= (_covered(anchors, boxes[index]) >= foreground_iou).any(dim=0)
-    return matches.masked_fill_(inside & (matches < 0), IGNORED)
+    # Objects without a similar anchor have not been compared with all anchors near them.
+    rest = near & (highest.amax(dim=0) < min_iou)
+    for i, index, iou in runs.compare(boxes, rest):
+        highest[i, index] = iou.amax(dim=1)
+    top = highest.amax(dim=0)
+    chosen = torch.zeros_like(match, dtype=torch.bool)
+    for i, index, iou in runs.compare(boxes, (highest == top) & (top > 0)):
+        chosen[runs.slices[i]] |= (iou == top[index, None]).any(dim=0)
+    rows, index = chosen.nonzero()[:, 0], near.any(dim=0).nonzero()[:, 0]
+    for part in torch.split(rows, max(1, _CPU_PAIRS // len(index))) if len(rows) else ():
+        match[part] = index[_iou(runs.values[:, part], boxes[:, index]).argmax(dim=0)]
 
 
-def _tiles(index: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(index, _CPU_TILE) if len(index) else ()
+class _Runs:
+    """Consecutive anchors, which are similar in position and size, and the bounds of each run.
+
+    Attributes:
+        values: (5, R) columns of the anchors.
+        slices: of the anchors, by run.
+    """
+
+    def __init__(self, anchors: Tensor, num_objects: int) -> None:
+        self.values = _columns(anchors)
+        length = min(_MAX_RUN, max(_MIN_RUN, _CPU_PAIRS // num_objects))
+        self.slices = [slice(start, start + length) for start in range(0, len(anchors), length)]
+        parts = [self.values[:, part] for part in self.slices]
+        self.low = torch.stack([part.amin(dim=1) for part in parts], dim=1)[..., None]
+        self.high = torch.stack([part.amax(dim=1) for part in parts], dim=1)[..., None]
+
+    def near(self, boxes: Tensor, min_iou: float) -> tuple[Tensor, Tensor]:
+        """Find the boxes that may overlap a run's anchors, and those that may by `min_iou`.
+
+        IoU is at most the smaller area divided by the larger; 1% of slack for rounding.
+
+        Args:
+            boxes: (5, B, M) columns.
+
+        Returns:
+            (B, runs, M) bool each.
+        """
+        x1, y1, x2, y2, area = boxes[:, :, None]
+        low, high, slack = self.low, self.high, 0.99 * min_iou
+        near = (x1 < high[2]) & (y1 < high[3]) & (x2 > low[0]) & (y2 > low[1])
+        return near, near & (area >= slack * low[4]) & (slack * area <= high[4])
+
+    def compare(
+        self,
+        boxes: Tensor,
+        pairs: Tensor,
+        measure: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Compare each run with the boxes (5, M) that are True in `pairs` (runs, M), in tiles.
+
+        Yields:
+            the run, indices (m,) of boxes in rising order, and their IoU (m, r).
+        """
+        measure = measure or _iou
+        counts = pairs.sum(dim=1).tolist()
+        for i, own in enumerate(torch.split(pairs.nonzero()[:, 1], counts)):
+            for index in torch.split(own, _CPU_TILE) if counts[i] else ():
+                yield i, index, measure(self.values[:, self.slices[i]], boxes[:, index])
 
 
 def match_on_device(
@@ -200,64 +237,63 @@ def match_on_device(
     """
     images, objects = kinds.shape
     # Rows that match nothing must not turn a maximum into NaN.
-    boxes = boxes.masked_fill((kinds == BACKGROUND)[..., None], 0)
+    columns = _columns(boxes.masked_fill((kinds == BACKGROUND)[..., None], 0))
     length = max(1, min(len(anchors), _DEVICE_PAIRS // max(1, images)))
     tile = max(1, _DEVICE_PAIRS // max(1, images * length))
     tiles = [slice(first, first + tile) for first in range(0, objects, tile)]
+    runs = torch.split(_columns(anchors), length, dim=1)
 
-    def iou_of_objects(run: Tensor, columns: slice) -> Tensor:
-        return _iou(run, boxes[:, columns]).masked_fill(kinds[:, columns, None] < 0, 0)
+    def iou_of_objects(run: Tensor, part: slice) -> Tensor:
+        return _iou(run, columns[..., part]).masked_fill(kinds[:, part, None] < 0, 0)
 
     highest = [boxes.new_zeros(())] * len(tiles)
     if low_quality_matches:
-        for run in torch.split(anchors, length):
-            for i, columns in enumerate(tiles):
-                maximum = iou_of_objects(run, columns).amax(dim=2, keepdim=True)
+        for run in runs:
+            for i, part in enumerate(tiles):
+                maximum = iou_of_objects(run, part).amax(dim=2, keepdim=True)
                 highest[i] = torch.maximum(highest[i], maximum)
     matches = [kinds.new_full((images, 0), BACKGROUND)]
-    for run in torch.split(anchors, length):
-        best = boxes.new_zeros(images, len(run))
-        place = torch.zeros_like(best, dtype=torch.int64)
+    for run in runs:
+        best = boxes.new_zeros(images, run.shape[1])
+        index = torch.zeros_like(best, dtype=torch.int64)
         chosen = torch.zeros_like(best, dtype=torch.bool)
         inside = torch.zeros_like(best, dtype=torch.bool)
-        for columns, top in zip(tiles, highest, strict=True):
-            iou = iou_of_objects(run, columns)
-            covered = _covered(run, boxes[:, columns])
-            covered = covered.masked_fill(kinds[:, columns, None] != IGNORED, 0)
-            tile_best, tile_place = iou.max(dim=1)
-            place = torch.where(tile_best > best, tile_place + columns.start, place)
+        for part, top in zip(tiles, highest, strict=True):
+            iou = iou_of_objects(run, part)
+            covered = _covered(run, columns[..., part])
+            covered = covered.masked_fill(kinds[:, part, None] != IGNORED, 0)
+            tile_best, tile_index = iou.max(dim=1)
+            index = torch.where(tile_best > best, tile_index + part.start, index)
             best = torch.maximum(best, tile_best)
             inside = inside | (covered >= foreground_iou).any(dim=1)
             if low_quality_matches:
                 chosen = chosen | ((iou == top) & (iou > 0)).any(dim=1)
-        match = _threshold(best, place, chosen, (foreground_iou, background_iou))
+        match = torch.where(best < foreground_iou, IGNORED, index)
+        match = torch.where(best < background_iou, BACKGROUND, match)
+        match = torch.where(chosen, index, match)
         matches.append(torch.where(inside & (match < 0), IGNORED, match))
     return torch.cat(matches, dim=1)
 
 
-def _threshold(
-    best: Tensor, place: Tensor, chosen: Tensor, thresholds: tuple[float, float]
-) -> Tensor:
-    """Turn the best IoU and its index, (...) each, into matches; `chosen` anchors always match."""
-    matches = torch.where(best < thresholds[0], IGNORED, place)
-    matches = torch.where(best < thresholds[1], BACKGROUND, matches)
-    return torch.where(chosen, place, matches)
+def _columns(boxes: Tensor) -> Tensor:
+    """Return the corners and areas of boxes (..., 4) as contiguous columns (5, ...)."""
+    return torch.cat((boxes.movedim(-1, 0), _area(boxes)[None]))
 
 
 def _iou(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Compute the IoU of anchors (r, 4) and boxes (..., m, 4): (..., m, r)."""
+    """Compute the IoU of anchors (5, r) and boxes (5, ..., m), both columns: (..., m, r)."""
     overlap = _overlap(anchors, boxes)
-    return overlap.div_((_area(anchors) + _area(boxes)[..., None]).sub_(overlap))
+    return overlap.div_((anchors[4] + boxes[4, ..., None]).sub_(overlap))
 
 
 def _covered(anchors: Tensor, boxes: Tensor) -> Tensor:
     """Compute the share of each anchor's area that each box covers: (..., m, r)."""
-    return _overlap(anchors, boxes).div_(_area(anchors))
+    return _overlap(anchors, boxes).div_(anchors[4])
 
 
 def _overlap(anchors: Tensor, boxes: Tensor) -> Tensor:
-    x1, y1, x2, y2 = anchors.unbind(-1)
-    left, top, right, bottom = boxes[..., None].unbind(-2)
+    x1, y1, x2, y2, _ = anchors.unbind()
+    left, top, right, bottom, _ = boxes[..., None].unbind()
     width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_min_(0)
     height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_min_(0)
     return width.mul_(height)
@@ -265,6 +301,3 @@ def _overlap(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-_ENDS = (torch.amin, torch.amax)

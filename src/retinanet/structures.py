@@ -1,6 +1,6 @@
-"""The values that pass between the rooms: what the model returns, its targets, what is found.
+"""Values that packages exchange: the outputs of the model, its targets, batches, detections.
 
-Letters in shapes: B images, L levels, A anchors a cell, R anchors in all, K classes, N boxes,
+Letters in shapes: B images, L levels, A anchors per cell, R anchors in total, K classes, N boxes,
 M objects, H and W rows and columns. Boxes are always (x1, y1, x2, y2) in pixels, width = x2 - x1.
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BACKGROUND = -1
-"""Label or match of an anchor that holds no object; as a label of an object row: padding."""
+"""Label or match of an anchor without an object; as the label of an object: padding."""
 
 IGNORED = -2
-"""Label or match that counts neither as object nor as background: a crowd, an IoU in between."""
+"""Label or match that is neither object nor background: a crowd, an IoU in between."""
 
 
 class Outputs(NamedTuple):
-    """What the network says of a batch, level by level in the heads' own layout.
+    """Outputs of the network for a batch, by level in the heads' layout.
 
     ``logits[l]``: (B, A * K, H_l, W_l), channel ``a * K + k``; ``deltas[l]``: (B, A * 4, H_l, W_l),
     channel ``a * 4 + i``. In channels_last memory :func:`flatten_level` is a view, not a copy.
@@ -33,19 +33,19 @@ class Outputs(NamedTuple):
 
 
 def flatten_level(level: Tensor, last: int) -> Tensor:
-    """(B, A * last, H, W) to (B, H * W * A, last): rows then run in the order of the anchors."""
+    """Reshape (B, A * last, H, W) to (B, H * W * A, last), in the order of the anchors."""
     batch = level.shape[0]
     return level.permute(0, 2, 3, 1).reshape(batch, -1, last)
 
 
 def flatten_levels(levels: tuple[Tensor, ...] | list[Tensor], last: int) -> Tensor:
-    """Levels of (B, A * last, H_l, W_l) to one (B, R, last), in the order of the anchors."""
+    """Join levels (B, A * last, H_l, W_l) to (B, R, last), in the order of the anchors."""
     return torch.cat([flatten_level(level, last) for level in levels], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The objects of a batch, padded to the image that holds most.
+    """The objects of a batch, padded to the largest number per image.
 
     Attributes:
         boxes: (B, M, 4) float32 pixels of the network's input; padding rows are zero.
@@ -57,7 +57,7 @@ class Targets:
     labels: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        """The same targets on `device`."""
+        """Return the targets on `device`."""
         return Targets(
             self.boxes.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
@@ -65,10 +65,10 @@ class Targets:
 
 
 def pad_targets(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
-    """Per image (M_i, 4) boxes and (M_i,) labels to one padded :class:`Targets`."""
-    most = max((len(one) for one in labels), default=0)
-    padded_boxes = torch.zeros(len(labels), most, 4, dtype=torch.float32)
-    padded_labels = torch.full((len(labels), most), BACKGROUND, dtype=torch.int64)
+    """Pad boxes (M_i, 4) and labels (M_i,) of each image to :class:`Targets`."""
+    objects = max(map(len, labels), default=0)
+    padded_boxes = torch.zeros(len(labels), objects, 4, dtype=torch.float32)
+    padded_labels = torch.full((len(labels), objects), BACKGROUND, dtype=torch.int64)
     for i, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
         padded_boxes[i, : len(image_labels)] = image_boxes
         padded_labels[i, : len(image_labels)] = image_labels
@@ -77,14 +77,14 @@ def pad_targets(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Images and their objects as the network takes them.
+    """Input of the network: images and their objects.
 
     Attributes:
         images: (B, 3, H, W) uint8 RGB, padded at the right and the bottom.
         targets: objects in the pixels of `images`.
         sizes: (B, 2) int64 height and width of each image before padding.
         original_sizes: (B, 2) int64 height and width of the upright image on disk.
-        indices: (B,) int64 place of each image in its dataset.
+        indices: (B,) int64 index of each image in its dataset.
     """
 
     images: Tensor
@@ -94,7 +94,7 @@ class Batch:
     indices: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with what the network needs on `device`; sizes and indices stay."""
+        """Return the batch with images and targets on `device`; sizes and indices stay."""
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
             self.targets.to(device, non_blocking=non_blocking),
@@ -104,7 +104,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader, so that the copy to a GPU can overlap."""
+        """Copy to pinned memory (for the DataLoader), so that copies to a GPU can overlap."""
         pinned = Targets(self.targets.boxes.pin_memory(), self.targets.labels.pin_memory())
         return Batch(
             self.images.pin_memory(), pinned, self.sizes, self.original_sizes, self.indices
@@ -112,7 +112,7 @@ class Batch:
 
 
 def concatenate_batches(batches: Sequence[Batch]) -> Batch:
-    """One batch of the images of several, all padded to the same height and width."""
+    """Join batches whose images are padded to the same height and width."""
     if len(batches) == 1:
         return batches[0]
     largest = max(batch.targets.labels.shape[1] for batch in batches)
@@ -132,7 +132,7 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What was found in one image, best first.
+    """Detections of an image, best first.
 
     Attributes:
         boxes: (N, 4) float32 pixels.

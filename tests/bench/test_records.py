@@ -61,10 +61,10 @@ def test_exponents_are_relative_to_the_work(curves: Any) -> None:
 
 
 def test_exponents_of_zero_or_tiny_values_are_unknown(curves: Any) -> None:
-    # From 0 objects; from 0 bytes; both under a millisecond; and from under it, counted as 1 ms.
-    line = points((0, 0.01, 0), (1, 0.02, 0), (10, 0.04, 10**9))
+    line = points((0, 0.01, 0), (1, 0.02, 0), (10, 0.04, 10**9))  # from 0 objects and 0 bytes
     assert curves.exponents(line, "seconds", 1.0)[0] is None
     assert curves.exponents(line, "memory", 1.0) == [None, None]
+    # Both under a millisecond; and from under it, counted as 1 ms.
     short = points((1, 1e-5, 0), (10, 5e-4, 0), (100, 1e-1, 0))
     assert curves.exponents(short, "seconds", 1.0) == [None, pytest.approx(2.0)]
 

@@ -74,13 +74,6 @@ def test_decode_bounds_the_scale(beyond: float) -> None:
     assert_close(box, torch.tensor([[-492.0, -492.0, 508.0, 508.0]]))
 
 
-def test_decode_leaves_scales_under_the_bound() -> None:
-    anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
-    scale = MAX_LOG_SCALE - 0.5
-    box = decode_boxes(torch.tensor([[0.0, 0.0, scale, scale]]), anchor)
-    assert_close(box[0, 2] - box[0, 0], torch.tensor(1000 * math.exp(-0.5)))
-
-
 def test_half_precision_deltas_are_decoded_in_float32() -> None:
     deltas = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.bfloat16)
     anchor = torch.tensor([[100.0, 100.0, 900.0, 900.0]])

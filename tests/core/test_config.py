@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from retinanet.anchors import ASPECT_RATIOS, OCTAVE_SCALES, default_anchor_spec
 from retinanet.config import (
     LossSettings,
     Recipe,
     build_recipe,
     load_recipe,
-    nearest,
     recipe_names,
     setting_names,
     to_toml,
@@ -38,13 +36,8 @@ def test_defaults_are_the_papers() -> None:
     assert (recipe.detect.score_threshold, recipe.detect.nms_threshold) == (0.05, 0.5)
     assert recipe.detect.topk_candidates == 1000
     assert recipe.data.image_size == 600
-
-
-def test_defaults_agree_with_the_rooms() -> None:
-    recipe = Recipe()
-    assert recipe.anchors.scales == OCTAVE_SCALES
-    assert recipe.anchors.aspect_ratios == ASPECT_RATIOS
-    assert recipe.anchors.rounding == default_anchor_spec().rounding
+    assert recipe.anchors.scales == (1, 2 ** (1 / 3), 2 ** (2 / 3))
+    assert recipe.anchors.aspect_ratios == (0.5, 1, 2)
     assert recipe.loss_settings == LossSettings()
 
 
@@ -87,9 +80,6 @@ def test_the_recipes_that_come_along() -> None:
         ("model.backbone_weights=./.5.pth", "model", "backbone_weights", "./.5.pth"),
         ("loss.alpha=none", "loss", "alpha", None),
         ("loss.mining=none", "loss", "mining", "none"),
-        ("loss.mining_size=512", "loss", "mining_size", 512),
-        ("loss.mining_nms=0.5", "loss", "mining_nms", 0.5),
-        ("loss.margin=0.8", "loss", "margin", 0.8),
         ("anchors.sizes=none", "anchors", "sizes", None),
         ("model.head_norm=none", "model", "head_norm", "none"),
         ("model.pixel_mean=[1, 2, 3]", "model", "pixel_mean", (1.0, 2.0, 3.0)),
@@ -154,37 +144,26 @@ def test_settings_cannot_be_changed() -> None:
         ("imgsz=640", "did you mean data.image_size?"),
         ("conf=.3", "did you mean detect.score_threshold?"),
         ("model.test_cfg.score_thr=.3", "did you mean detect.score_threshold?"),
-        ("max_det=300", "did you mean detect.detections_per_image?"),
-        ("patience=5", "did you mean train.early_stop?"),
         ("qqqqqqqqqqqqqqqqq=1", "unknown setting 'qqqqqqqqqqqqqqqqq'"),
         ("=1", "unknown setting ''"),
-        ("train=1", "unknown setting 'train'"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
-        ("train.lr=fast", "(got 'fast')"),
         ("train.lr=0", "train.lr: Input should be greater than 0 (got 0)"),
         ("train.lr=inf", "train.lr: Input should be a finite number (got inf)"),
         ("loss.gamma=nan", "loss.gamma: Input should be"),
         ("train.momentum=1", "train.momentum: Input should be less than 1 (got 1)"),
         ("train.batch_size=2.5", "train.batch_size: Input should be a valid integer"),
         ("model.norm=batch", "model.norm: Input should be 'frozen', 'trained' or 'group'"),
-        ("model.prior=1", "model.prior: Input should be less than 1"),
         ("model.pixel_mean=[1, 2]", "model.pixel_mean: Field required"),
         ("data.image_size=31", "data.image_size: Input should be greater than or equal to 32"),
         ("train.trackers=['x']", "train.trackers: Input should be 'tensorboard', 'wandb' or"),
         ("matching.foreground_iou=0.3", "background_iou 0.4 is over foreground_iou 0.3"),
         ("loss.mining=ohem_13", "loss.mining: Input should be 'none', 'ohem' or 'ohem_1_3'"),
-        ("loss.mining_size=0", "loss.mining_size: Input should be greater than or equal to 1"),
-        ("loss.mining_nms=0", "loss.mining_nms: Input should be greater than 0"),
-        ("loss.mining_nms=1.1", "loss.mining_nms: Input should be less than or equal to 1"),
-        ("loss.margin=0", "loss.margin: Input should be greater than 0"),
-        ("loss.margin=1.1", "loss.margin: Input should be less than or equal to 1"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
         ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
         ("anchors.scales=[]", "scales () must be one or more positive numbers"),
         ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) must be one or more"),
         ("anchors.sizes=[-8]", "sizes (-8.0,) must be one or more positive numbers"),
         ("data.scale_jitter=[1.2, 0.8]", "scale_jitter (1.2, 0.8) is not 0 < low <= high"),
-        ("data.scale_jitter=[0, 1]", "scale_jitter (0.0, 1.0) is not 0 < low <= high"),
         ("data.multi_scale=[400, 16]", "(400, 16) has a side under 32 pixels"),
         ("train.accumulate=3", "batch_size 16 does not divide by accumulate 3"),
         ("train.min_steps=2000000000", "min_steps 2000000000 is over max_steps 1000000000"),
@@ -232,13 +211,6 @@ def test_refused_files(tmp_path: Path) -> None:
 def test_errors_say_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^run\.json: unknown setting 'loss\.gama'"):
         build_recipe({"loss": {"gama": 2}}, "run.json")
-
-
-@pytest.mark.parametrize(
-    ("word", "answer"), [("train.lrr", "; did you mean train.lr?"), ("zzz", "")]
-)
-def test_nearest(word: str, answer: str) -> None:
-    assert nearest(word, setting_names()) == answer
 
 
 def test_other_tools_names_are_of_settings_that_exist() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,9 +11,7 @@ from retinanet.structures import (
     IGNORED,
     Batch,
     Detections,
-    Targets,
     flatten_level,
-    flatten_levels,
     pad_targets,
 )
 
@@ -52,14 +48,6 @@ def test_flatten_level_is_a_view_in_channels_last() -> None:
     flat = flatten_level(level, 4)
     assert flat.data_ptr() == level.data_ptr()
     assert flat.is_contiguous()
-
-
-def test_flatten_levels_is_the_levels_in_turn() -> None:
-    levels = [make_level(2, 3, 4, 4, 4), make_level(2, 3, 4, 2, 2)]
-    together = flatten_levels(levels, 4)
-    assert together.shape == (2, 60, 4)
-    assert_close(together[:, :48], flatten_level(levels[0], 4))
-    assert_close(together[:, 48:], flatten_level(levels[1], 4))
 
 
 def test_pad_targets() -> None:
@@ -123,10 +111,3 @@ def test_detections() -> None:
         ([0, 0, 1, 1], 0.5, 7),
         ([2, 2, 3, 3], 0.25, 1),
     ]
-
-
-@pytest.mark.parametrize("value", [Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0)), make_batch()])
-def test_values_are_frozen(value: object) -> None:
-    name = dataclasses.fields(value)[0].name  # type: ignore[arg-type]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(value, name, None)

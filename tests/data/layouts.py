@@ -32,6 +32,7 @@ class Layout:
         starts: further paths that must be read as the same objects, relative to the root: a label
             folder, a file; with the number of images.
         left_out: parts of the lines that report what was found and not read.
+        classes: of the first and the second object.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Layout:
     splits: Mapping[str, int]
     starts: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    classes: tuple[str, str] = CLASSES
 
 
 def write(path: Path, text: str) -> None:
@@ -318,6 +320,105 @@ def vott(root: Path) -> None:
     )
 
 
+# -- other tools -------------------------------------------------------------------------------
+
+
+def labelme(root: Path) -> None:
+    for stem in stems(3):
+        shapes = [
+            {"label": name, "points": [box[:2], box[2:]], "shape_type": "rectangle"}
+            for name, box in OBJECTS
+        ]
+        content = {"version": "5.2.1", "shapes": shapes, "imagePath": f"..\\images\\{stem}.jpg"}
+        content |= {"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH}
+        write(root / "json" / f"{stem}.json", json.dumps(content))
+    write_images(root / "images", stems(3))
+
+
+def via_regions() -> list[dict[str, Any]]:
+    (cat, (x1, y1, x2, y2)), (dog, (a, b, c, d)) = OBJECTS
+    rectangle = {"name": "rect", "x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}
+    polygon = {"name": "polygon", "all_points_x": [a, c, c], "all_points_y": [b, b, d]}
+    return [
+        {"shape_attributes": rectangle, "region_attributes": {"type": cat}},
+        {"shape_attributes": polygon, "region_attributes": {"type": dog}},
+    ]
+
+
+def via_json(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        content = {
+            f"{stem}.jpg1234": {"filename": f"{stem}.jpg", "size": 1234, "regions": via_regions()}
+            for stem in stems(count, split)
+        }
+        write(root / split / "via_region_data.json", json.dumps(content))
+        write_images(root / split, stems(count, split))
+
+
+def via_csv(root: Path) -> None:
+    rows = [
+        (f"{stem}.jpg", *(json.dumps(region[key]) for key in region))
+        for stem in stems(3)
+        for region in via_regions()
+    ]
+    header = ("filename", "region_shape_attributes", "region_attributes")
+    write_rows(root / "via.csv", header, rows)
+    write_images(root, stems(3))
+
+
+def createml(root: Path) -> None:
+    for split, count in (("train", 3), ("valid", 2)):
+        annotations = [
+            {
+                "label": name,
+                "coordinates": {
+                    "x": (x1 + x2) / 2,
+                    "y": (y1 + y2) / 2,
+                    "width": x2 - x1,
+                    "height": y2 - y1,
+                },
+            }
+            for name, (x1, y1, x2, y2) in OBJECTS
+        ]
+        content = [
+            {"image": f"{stem}.jpg", "annotations": annotations} for stem in stems(count, split)
+        ]
+        write(root / split / "_annotations.createml.json", json.dumps(content))
+        write_images(root / split, stems(count, split))
+
+
+def kitti(root: Path) -> None:
+    rows = "".join(
+        f"{name} 0.00 0 -1.57 {x1} {y1} {x2} {y2} 1 1 1 1 1 1 0\n"
+        for name, (x1, y1, x2, y2) in OBJECTS
+    )
+    for stem in stems(3, "00000"):
+        write(root / "training" / "label_2" / f"{stem}.txt", rows)
+    write_images(root / "training" / "image_2", stems(3, "00000"), ".png")
+
+
+def visdrone(root: Path) -> None:
+    """Category 4 is car, 1 pedestrian."""
+    (_, (x1, y1, x2, y2)), (_, (a, b, c, d)) = OBJECTS
+    rows = f"{x1},{y1},{x2 - x1},{y2 - y1},1,4,0,0\n{a},{b},{c - a},{d - b},1,1,0,0,\n"
+    for split, count in (("train", 3), ("val", 2)):
+        base = root / f"VisDrone2019-DET-{split}"
+        for stem in stems(count, split):
+            write(base / "annotations" / f"{stem}.txt", rows)
+        write_images(base / "images", stems(count, split))
+
+
+def dota(root: Path) -> None:
+    rows = "".join(
+        f"{x1} {y1} {x2} {y1} {x2} {y2} {x1} {y2} {name} 0\n" for name, (x1, y1, x2, y2) in OBJECTS
+    )
+    for split, count in (("train", 3), ("val", 2)):
+        for stem in stems(count, split):
+            text = f"imagesource:GoogleEarth\ngsd:0.1\n{rows}"
+            write(root / split / "labelTxt" / f"{stem}.txt", text)
+        write_images(root / split / "images", stems(count, split), ".png")
+
+
 LAYOUTS: dict[str, Layout] = {
     "voc-annotations-images": Layout(
         "`annotations/*.xml`, `images/`",
@@ -456,5 +557,36 @@ LAYOUTS: dict[str, Layout] = {
         "csv",
         {"": 3},
         left_out=("Detection_Results.csv",),
+    ),
+    "labelme": Layout("LabelMe: a `.json` per image", labelme, "labelme", {"": 3}, {"json": 3}),
+    "via-json": Layout(
+        "VGG Image Annotator: `train/via_region_data.json` beside the images",
+        via_json,
+        "via",
+        {"train": 3, "val": 2},
+        {"val": 2},
+    ),
+    "via-csv": Layout("VGG Image Annotator: `.csv`", via_csv, "via", {"": 3}, {"via.csv": 3}),
+    "createml": Layout(
+        "Create ML: `train/_annotations.createml.json`",
+        createml,
+        "createml",
+        {"train": 3, "val": 2},
+    ),
+    "kitti": Layout(
+        "KITTI: `training/label_2/*.txt`, `training/image_2/`", kitti, "kitti", {"train": 3}
+    ),
+    "visdrone": Layout(
+        "VisDrone: `VisDrone2019-DET-train/annotations/*.txt`",
+        visdrone,
+        "visdrone",
+        {"train": 3, "val": 2},
+        classes=("car", "pedestrian"),
+    ),
+    "dota": Layout(
+        "DOTA: `train/labelTxt/*.txt` (the box around each quadrilateral)",
+        dota,
+        "dota",
+        {"train": 3, "val": 2},
     ),
 }

@@ -109,7 +109,7 @@ def test_missing_splits_and_folders_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file or folder"):
         read_dataset(tmp_path / "gone", format="coco")
     with pytest.raises(
-        DataError, match="no format 'coca': coco, labelstudio, cvat, voc, yolo, csv, webdat"
+        DataError, match="no format 'coca': coco, labelstudio, cvat, voc, yolo, csv, labelme"
     ):
         read_dataset(tmp_path, format="coca")
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageFile, ImageOps, features
 from torch import Tensor
 
 from retinanet.data import images
@@ -72,6 +72,7 @@ def test_exif_orientation(photo: Image.Image, orientation: int, format_: str) ->
     data = encoded(photo, format_, exif=with_orientation(orientation))
     image = read_image(data)
     torch.testing.assert_close(image, by_pillow(data), rtol=0, atol=0)
+    assert torch.equal(read_image(Image.open(BytesIO(data))), image)
     assert tuple(image.shape) == ((3, 40, 56) if orientation < 5 else (3, 56, 40))
     assert image_size(data) == tuple(image.shape[-2:])
     assert image.stride()[0] == 1  # the channels of a pixel lie side by side
@@ -232,13 +233,6 @@ def test_cmyk_is_pillows(photo: Image.Image) -> None:
 # --- arrays, tensors, PIL images ---------------------------------------------------------------
 
 
-def test_pil_image_with_orientation(photo: Image.Image) -> None:
-    image = Image.open(BytesIO(encoded(photo, "JPEG", exif=with_orientation(6))))
-    assert read_image(image).shape == (3, 56, 40)
-    # One that has been turned already is not turned again.
-    assert read_image(ImageOps.exif_transpose(image)).shape == (3, 56, 40)
-
-
 def test_array_and_tensor_agree(photo: Image.Image) -> None:
     array = np.array(photo)
     expected = torch.from_numpy(array).permute(2, 0, 1)
@@ -369,18 +363,6 @@ def test_huge_image(monkeypatch: pytest.MonkeyPatch) -> None:
                 read(data)
 
 
-def test_header_that_promises_too_much(tmp_path: Path) -> None:
-    # A PNG of a few bytes that claims 100,000 x 100,000 pixels must not take the memory for them.
-    file = tmp_path / "bomb.png"
-    with file.open("wb") as stream:
-        stream.write(b"\x89PNG\r\n\x1a\n")
-        size = (100_000).to_bytes(4, "big")
-        PngImagePlugin.putchunk(stream, b"IHDR", size, size, b"\x08\x02\x00\x00\x00")
-        PngImagePlugin.putchunk(stream, b"IDAT", b"")
-    with pytest.raises(ImageError, match=r"bomb\.png: .*10000000000 pixels"):
-        read_image(file)
-
-
 def test_garbage_in_the_middle_is_no_image(photo: Image.Image, tmp_path: Path) -> None:
     # Pillow would fill the rest of the image with whatever comes.
     data = encoded(photo.resize((400, 400)), "JPEG", quality=95)
@@ -490,19 +472,6 @@ def test_reduced_image_has_no_margin(orientation: int) -> None:
     assert size == (512, 513)
     assert tuple(reduced.shape) == (3, 64, 64)
     assert (reduced[:, :, :31].float().mean() < 128) == (orientation == 1)
-
-
-@pytest.mark.data
-def test_reduced_real_photos(real_data: Path) -> None:
-    gaps = []
-    for file in sorted((real_data / "coco128").rglob("*.jpg"))[::16]:
-        pixels, size = read_reduced(file, 100, 150)
-        whole, _ = resize_to(read_image(file), 100, 150)
-        got, _ = resize_to(pixels, 100, 150, size)
-        assert size[1] >= pixels.shape[-1] >= 2 * got.shape[-1]
-        gaps.append(float((got.int() - whole.int()).abs().float().mean()))
-    assert 0 < max(gaps) < 3
-    assert sum(gaps) / len(gaps) < 1.1
 
 
 # --- sizes and batches -------------------------------------------------------------------------

@@ -154,13 +154,6 @@ def test_a_shard_that_changes_while_it_is_read(
         list(loader)
 
 
-def test_a_image_that_is_not_in_its_shard(shards: Dataset) -> None:
-    gone = replace(shards.images[0], path=shards.images[0].path.with_name("gone.png"))
-    dataset = replace(shards, images=(gone, *shards.images[1:]))
-    with pytest.raises(ImageError, match=r"train-000000.tar/gone.png: there is no 'gone.png' in"):
-        list(eval_loader(dataset, batch_size=4, image_size=32, max_size=64))
-
-
 @pytest.fixture(scope="module")
 def bucket(shards: Dataset) -> Iterator[str]:
     """The shards on an s3 server of this machine."""

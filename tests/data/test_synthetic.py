@@ -100,16 +100,6 @@ def test_objects_are_in_the_images_where_the_labels_say(tmp_path: Path) -> None:
         assert y1 - 1 <= y <= y2 + 2
 
 
-def test_clutter_grows(tmp_path: Path) -> None:
-    def roughness(clutter: float) -> float:
-        folder = tmp_path / str(clutter)
-        dataset = synthetic_dataset(folder, splits={"train": 6}, clutter=clutter, empty=1.0)
-        arrays = [pixels(dataset["train"], i).astype(float) for i in range(6)]
-        return float(np.mean([np.abs(np.diff(array, axis=0)).mean() for array in arrays]))
-
-    assert roughness(0.0) < roughness(0.5) < roughness(1.0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -76,12 +76,6 @@ def test_default_resizes_only() -> None:
     assert torch.equal(image, painted(20, 30, [(2, 4, 12, 10)]))  # the one given is unchanged
 
 
-def test_each_axis_has_its_own_scale() -> None:
-    # 30 x 31 to shorter 10: width 31 / 3 = 10.33 becomes 10, so x shrinks by 10 / 31.
-    _, boxes, _ = run(Transform(1000), painted(30, 31, []), [(0, 0, 31, 30)], [0], 10)
-    assert boxes == [[0, 0, 10, 10]]
-
-
 @pytest.mark.parametrize(
     ("draws", "flipped"),
     [

@@ -1,4 +1,4 @@
-"""COCO's numbers: the published ones, pycocotools' on random data, and hand-computed ones."""
+"""COCO's numbers: published, of pycocotools on random data, and computed by hand."""
 
 from __future__ import annotations
 
@@ -169,23 +169,23 @@ def test_each_class_equals_pycocotools() -> None:
     rows = list(results_of(dataset, found).rows())
     evaluator = pycocotools_evaluator(ground_truth(dataset), rows)
     precision, recall = evaluator.eval["precision"][..., 2], evaluator.eval["recall"][..., 2]
-    for one, curve in zip(metrics.per_class, metrics.curves.per_class, strict=True):
-        place = evaluator.params.catIds.index(one.category_id)
-        own = precision[:, :, place]
+    for metric, curve in zip(metrics.per_class, metrics.curves.per_class, strict=True):
+        index = evaluator.params.catIds.index(metric.category_id)
+        own = precision[:, :, index]
         np.testing.assert_allclose(
-            [one.ap, one.ap50, one.ap75, one.ap_small, one.ap_medium, one.ap_large, one.ar],
+            [getattr(metric, name) for name in (*TWELVE[:6], "ar")],
             [
                 mean_or_nan(own[..., 0]),
                 mean_or_nan(own[0, :, 0]),
                 mean_or_nan(own[5, :, 0]),
                 *(mean_or_nan(own[..., area]) for area in (1, 2, 3)),
-                mean_or_nan(recall[:, place, 0]),
+                mean_or_nan(recall[:, index, 0]),
             ],
             rtol=0,
             atol=1e-9,
         )
         np.testing.assert_allclose(curve, own[0, :, 0] if curve else [], atol=1e-4)
-        assert bool(curve) == (one.objects > 0)
+        assert bool(curve) == (metric.objects > 0)
 
 
 @pytest.mark.parametrize("limit", [1, 5, 30, 100, 500])
@@ -208,7 +208,7 @@ def test_dense_data_needs_a_higher_limit() -> None:
     corners = [(20.0 * (i % 25), 20.0 * (i // 25)) for i in range(300)]
     objects = [Annotation((x, y, x + 16, y + 16), 0) for x, y in corners]
     dataset = make_dataset([objects])
-    rows = [(list(one.box), 0.9, 0) for one in objects]
+    rows = [(list(a.box), 0.9, 0) for a in objects]
     found = [(0, make_detections(rows))]
     cut = evaluate_detections(dataset, found, max_detections=100)
     assert cut.ar == pytest.approx(1 / 3)
@@ -291,7 +291,7 @@ def test_calibration_of_boxes_that_are_half_right() -> None:
     rows = [([50.0 * i, 0, 50.0 * i + 40, 40], 0.75, 0) for i in range(10)]
     metrics = evaluate_detections(make_dataset([truth]), [(0, make_detections(rows))])
     assert metrics.calibration.expected_error == pytest.approx(0.25)
-    full = [one for one in metrics.calibration.bins if one.detections]
+    full = [b for b in metrics.calibration.bins if b.detections]
     assert len(full) == 1
     assert (full[0].lower, full[0].detections) == (pytest.approx(0.7), 10)
     assert (full[0].score, full[0].precision) == (pytest.approx(0.75), pytest.approx(0.5))

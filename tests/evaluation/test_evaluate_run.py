@@ -230,7 +230,7 @@ def test_evaluate_invalid_arguments(painted: Path, tmp_path: Path) -> None:
         (tmp_path / "nothing.json", painted, {}, DataError, "no such file"),
         ([], painted, {"split": "tset"}, DataError, "no split 'tset'"),
         ([], tmp_path / "nowhere", {}, DataError, "no such file or folder"),
-        ([row], painted, {}, DataError, "does not have: 5"),
+        ([row], painted, {}, DataError, "entry 0 is of image 5, which .* does not have"),
         (tiny_checkpoint(), painted, {"precision": "bf17"}, ConfigError, "precision"),
         ([], painted, {"precision": "bf16"}, ConfigError, "given for a results file"),
     ]

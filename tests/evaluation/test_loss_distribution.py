@@ -45,7 +45,7 @@ def by_hand(logits: Sequence[float], label: int, gamma: float) -> float:
 
 
 def share_by_loop(losses: Sequence[float], fraction: float) -> float:
-    """What the easiest anchors hold: whole ones, and of the last the part that is left."""
+    """Share of the easiest anchors, of the last of which only a part counts."""
     left, held = fraction * len(losses), 0.0
     for loss in sorted(losses):
         held += min(1.0, max(0.0, left)) * loss
@@ -76,7 +76,7 @@ def losses_by_loop(
         dataset, batch_size=1, image_size=64, max_size=96, fill=(124, 116, 104)
     ):
         outputs: Outputs = network(batch.images)
-        shapes = [(one.shape[-2], one.shape[-1]) for one in outputs.logits]
+        shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
         anchors = torch.cat(level_anchors(model.anchors, shapes))
         matches = match_anchors(anchors, batch.targets, **matching)
         labels = anchor_labels(matches, batch.targets.labels)[0].tolist()
@@ -93,7 +93,7 @@ def losses_by_loop(
 def test_cumulative_share_against_a_loop() -> None:
     losses = np.random.default_rng(0).gamma(0.3, size=37)
     fractions = np.array([0, 0.01, 0.25, 0.5, 0.777, 0.99, 1])
-    expected = [share_by_loop(losses.tolist(), one) for one in fractions]
+    expected = [share_by_loop(losses.tolist(), x) for x in fractions]
     np.testing.assert_allclose(cumulative_share(losses, fractions), expected, rtol=1e-12)
 
 
@@ -232,7 +232,7 @@ def test_of_a_run_folder(painted: Path, tmp_path: Path) -> None:
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert (found.foreground_iou, found.background_iou) == (0.4, 0.3)
-    assert [one.gamma for one in found.positives] == list(GAMMAS)
+    assert [curve.gamma for curve in found.positives] == list(GAMMAS)
     # An untrained model scores all alike, so the loss is spread evenly over the negatives.
     assert found.negatives[0].hardest[0.2] == pytest.approx(0.2, abs=0.02)
     larger = loss_distribution(

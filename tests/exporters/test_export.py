@@ -283,11 +283,11 @@ def with_text(values: dict[str, Any], files: dict[str, Path], file: Path) -> Pat
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 2}, "version 2, this package reads up to 1: upgrade it"),
+        ({"version": 2}, "version 2; this package reads up to 1: upgrade it"),
         ({"format": "other"}, 'lacks "format": "retinanet export"'),
         ({"form": "masks"}, "form is 'masks', not one of detections, scores"),
         ({"target": "torch"}, "target is 'torch', not one of onnx"),
-        ({"classes": []}, "classes is not a list of str"),
+        ({"classes": []}, "classes: Tuple should have at least 1 item"),
         ({"info": {"detect": {"score_threshold": 7}}}, "info.detect has no thresholds"),
     ],
 )

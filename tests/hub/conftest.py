@@ -1,4 +1,4 @@
-"""A stand-in for the hub, and a run that is full of what must not leave the machine."""
+"""A stand-in for the hub, and a run whose records name the machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import HOME, HOST, TOKEN
-from stand_in import Hub, stand_in
+from stand_in import HOME, HOST, TOKEN, URL, Hub, default_client
 
 from retinanet.config import load_recipe, to_toml
 from retinanet.data import digest, read_splits, usable
@@ -22,27 +21,29 @@ from retinanet.model.retinanet import RetinaNet
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub where ``me`` may write, with a cache of its own, and without a token at hand."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    with stand_in() as server:
-        server.tokens[TOKEN] = "me"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        # The stand-in has no Xet, which moves large files from 2025 on; LFS is what it replaced.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        yield server
+    """An empty hub where ``me`` may write, with an own cache and without a token."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    hub = Hub(tokens={TOKEN: "me"})
+    monkeypatch.setattr(constants, "ENDPOINT", URL)
+    template = URL + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.set_client_factory(hub.client)
+    yield hub
+    huggingface_hub.set_client_factory(default_client)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small images with squares, round things and so on, in three splits."""
+    """Small images in the splits train and val."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     synthetic_dataset(
         folder, splits={"train": 4, "val": 3}, image_size=64, objects=(1, 3), object_size=(16, 24)
@@ -52,13 +53,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, trained: Path) -> Path:
-    """The run for a test of its own, which may change it."""
+    """A copy of the run, which a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "runs" / "shapes"))
 
 
 @pytest.fixture(scope="session")
 def prepared(trained: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What would be pushed of the run, with its data; tests do not change it."""
+    """The files of a push with the data; tests do not change them."""
     folder = tmp_path_factory.mktemp("prepared") / "out"
     prepare(trained, "me/shapes", folder, data=data, device="cpu")
     return folder
@@ -66,7 +67,7 @@ def prepared(trained: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A run folder as training leaves it, of a network that knows nothing."""
+    """A run folder of an untrained network."""
     splits = read_splits(data)
     classes = splits["train"].classes
     torch.manual_seed(0)
@@ -98,7 +99,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         "data": f"{HOME}/data/shapes",
         "data_digest": trained,
         "split_origin": "seed 0, 20% for validation",
-        "images": {name: len(one) for name, one in splits.items()},
+        "images": {name: len(split) for name, split in splits.items()},
         "steps": 9,
     }
     (folder / "run.json").write_text(json.dumps(record))
@@ -118,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         "best_score": 0.41,
         "images_per_second": 7.25,
         "calibration": {"expected_error": 0.31},
-        "note": f"judged on {HOME}/data/shapes/val.json",
+        "note": f"evaluated on {HOME}/data/shapes/val.json",
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder

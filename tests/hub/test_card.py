@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,17 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_the_head_is_the_hubs_schema(run: Path, tmp_path: Path) -> None:
+def test_card_yaml_follows_the_hubs_schema(run: Path, tmp_path: Path) -> None:
     text = card(run, tmp_path / "out", license="apache-2.0", dataset="me/shapes-data")
     data = hub.ModelCard(text).data
     assert (data.library_name, data.pipeline_tag) == ("retinanet", "object-detection")
     assert (data.license, data.datasets) == ("apache-2.0", ["me/shapes-data"])
     assert "mobilenet-v2" in data.tags
-    values = {one.metric_type: one.metric_value for one in data.eval_results}
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
     assert values == {"map": 0.1235, "map_50": 0.25, "map_75": 0.125}
-    for one in data.eval_results:
-        assert (one.task_type, one.dataset_split) == ("object-detection", "val")
-        assert (one.dataset_type, one.dataset_name) == ("me/shapes-data", "shapes")
-    # Without a license and an id nothing is made up.
+    for result in data.eval_results:
+        assert (result.task_type, result.dataset_split) == ("object-detection", "val")
+        assert (result.dataset_type, result.dataset_name) == ("me/shapes-data", "shapes")
     head = yaml.safe_load(card(run, tmp_path / "bare").split("---")[1])
     assert "license" not in head
     assert "datasets" not in head
@@ -92,7 +92,7 @@ def test_card_of_a_checkpoint_alone_states_what_is_unknown(run: Path, tmp_path: 
     assert text.count("Not recorded with this checkpoint.") == 2
     assert "Its accuracy is unknown." in text
     assert "model-index" not in text
-    files = sorted(one.name for one in (tmp_path / "out").iterdir())
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert files == ["README.md", "model.json", "model.safetensors"]
 
 
@@ -102,8 +102,6 @@ def test_card_of_the_last_weights_has_no_metrics_of_the_best(run: Path, tmp_path
 
 
 def test_class_names_are_escaped(run: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     loaded = load_checkpoint(run)
     names = ("a|b", "<script>", "![x](http://x)", *loaded.classes[3:])
     names = names[: len(loaded.classes)]
@@ -117,8 +115,6 @@ def test_class_names_are_escaped(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_class_called_like_a_path_keeps_its_name(run: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     loaded = load_checkpoint(run)
     names = ("/m/01g317", *loaded.classes[1:])  # as in Open Images
     save_checkpoint(run / "best", replace(loaded, classes=names))

@@ -19,7 +19,6 @@ from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError, ImageError
 from retinanet.evaluation.run import evaluate
 from retinanet.inference import Detector, Failure, ImageDetections
-from retinanet.inference import tiles as tiles_module
 from retinanet.inference.sources import Source
 from retinanet.inference.tiles import MIN_TILE, Part, merge_parts, tile_side, tile_windows
 from retinanet.model.checkpoint import Checkpoint
@@ -429,19 +428,6 @@ def iou(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     both = max(0.0, wide) * max(0.0, high)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
     return both / (sum(areas) - both)
-
-
-def test_merge_parts_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [
-        part(LEFT, (30, 20, 64, 60, 0.9), (5, 5, 20, 20, 0.3)),
-        part(RIGHT, (64, 22, 100, 60, 0.7)),
-        part(None, (6, 5, 20, 20, 0.5)),
-    ]
-    expected = merged(*parts)
-    assert len(expected) == 2
-    monkeypatch.setattr(tiles_module.native, "available", lambda: False)
-    assert merged(*parts) == expected
-    assert merged(part(LEFT), part(None)) == []
 
 
 def test_evaluate_in_tiles(detector: Detector, tmp_path: Path) -> None:

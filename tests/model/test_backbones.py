@@ -187,12 +187,6 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
     )
 
 
-def test_another_backbones_weights_are_refused(tmp_path: Path) -> None:
-    save_file(_state("mobilenet_v2"), tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=r"100 missing \(conv1.weight, .*\.\.\.\)|missing"):
-        _build(tmp_path / "a.safetensors")
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.{suffix}"
@@ -219,7 +213,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="holds no state dict"):
+    with pytest.raises(WeightsError, match="no state dict, that is, tensors by name"):
         _build(tmp_path / "a.pth")
 
 
@@ -239,7 +233,7 @@ def test_the_file_says_how_it_wants_its_input_and_settings_go_first(tmp_path: Pa
     assert model.spec.pixel_std == (4.0, 5.0, 6.0)
     assert model.spec.stride_padding == "symmetric"
     save_file(_state("resnet18"), file, metadata={"input": "BGR, as Caffe"})
-    with pytest.raises(WeightsError, match="input 'BGR, as Caffe' is not understood"):
+    with pytest.raises(WeightsError, match=r"input 'BGR, as Caffe'; give model.pixel_mean"):
         _build(file)
 
 
@@ -249,12 +243,6 @@ def test_folded_batch_norm_is_only_taken_frozen(tmp_path: Path) -> None:
     assert _build(file).spec.norm == "frozen"
     with pytest.raises(ConfigError, match="norm is \"frozen\" with them, got 'trained'"):
         _build(file, norm="trained")
-
-
-def test_group_norm_does_not_take_batch_norms_weights(tmp_path: Path) -> None:
-    save_file(_state("resnet18"), tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match=r"unknown .bn1\.running_mean"):
-        _build(tmp_path / "a.safetensors", norm="group")
 
 
 def test_nothing_is_frozen_when_nothing_was_loaded() -> None:
@@ -295,7 +283,7 @@ def test_without_internet_the_choices_are_named(file: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"cannot fetch https://download.pytorch.org/models/{file}.pth: ")
     assert "--backbone-weights FILE" in message
-    assert "none to start from nothing" in message
+    assert "none to train from scratch" in message
     assert "\n" not in message
 
 
@@ -371,8 +359,10 @@ def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         build_backbone("timm/resnet10t")
 
 
-@pytest.mark.parametrize("stride_padding", ["symmetric", "same"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext101_32x8d", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("name", "stride_padding"),
+    [("resnet18", "same"), ("resnet50", "symmetric"), ("mobilenet_v2", "same")],
+)
 def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_padding: str) -> None:
     """Maps and gradients are those of batch norm in eval mode; names of weights stay."""
     torch.manual_seed(0)

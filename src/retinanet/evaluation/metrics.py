@@ -19,16 +19,10 @@ Curve = tuple[Number, ...]
 
 @dataclass(frozen=True, slots=True)
 class ClassMetrics:
-    """Metrics of one class; NaN where the data has no object of that size.
+    """Metrics of a class, as in :class:`Metrics`; NaN where the data has no object of that size.
 
     Attributes:
-        name: the class.
         category_id: id in the data.
-        objects: objects, crowd and difficult ones excluded.
-        detections: detections of this class.
-        ap, ap50, ap75: mean over IoU .50:.95; at IoU .50; at IoU .75.
-        ap_small, ap_medium, ap_large: objects under 32^2 square pixels, to 96^2, over it.
-        ar: recall at `max_detections`, mean over IoU .50:.95.
         best_f1: best harmonic mean of precision and recall at IoU .50.
         best_score: score threshold of `best_f1`.
     """
@@ -140,8 +134,8 @@ class Metrics:
             .50:.95; NaN beyond `max_detections`.
         ar, ar_small, ar_medium, ar_large: recall with `max_detections`.
         max_detections: detections per class and image that count, best first (COCO: 100).
-        images: number of images, without the `unreadable` ones.
-        objects: number of objects without the `ignored` ones (crowd and difficult).
+        images: number of images, without `unreadable`.
+        objects, ignored: number of objects, and of crowd and difficult objects, not among them.
         left_out: objects with an invalid box (NaN, Inf, inverted).
         detections: detections, counted or not.
         objects_over_limit: objects that cannot be matched, as their image has more than

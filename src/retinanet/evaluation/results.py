@@ -246,11 +246,11 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
     Raises:
         DataError: for the first wrong row.
     """
-    image_ids = _image_ids_by_name(results.dataset, results.image_ids)
-    categories = set(results.dataset.category_ids)
+    dataset = results.dataset
+    image_ids = _image_ids_by_name(dataset, results.image_ids)
+    categories = set(dataset.category_ids)
+    data = f"{dataset.source} ({dataset.split})"
     table = np.empty((len(rows), COLUMNS))
-    unknown_images: Counter[Any] = Counter()
-    unknown_categories: Counter[Any] = Counter()
     for i, row in enumerate(rows):
         try:
             image, category = row["image_id"], row["category_id"]
@@ -259,19 +259,23 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
             missing = [name for name in _KEYS if not isinstance(row, Mapping) or name not in row]
             raise DataError(f"{where}: entry {i} has no {', '.join(missing)}") from None
         if not isinstance(image, int | str) or image not in image_ids:
-            unknown_images[str(image)] += 1
-        elif category not in categories:
-            unknown_categories[category] += 1
-        else:
-            try:
-                x, y, width, height = map(float, box)
-                table[i] = image_ids[image], x, y, width, height, float(score), category
-            except (TypeError, ValueError):
-                raise DataError(
-                    f"{where}: entry {i} (image {image}): bbox {box} is not [x, y, width, height] "
-                    f"or score {score!r} is not a number"
-                ) from None
-    _check_ids(unknown_images, unknown_categories, results.dataset, where)
+            raise DataError(
+                f"{where}: entry {i} is of image {image}, which {data} does not have; "
+                "is it the right split?"
+            )
+        if not isinstance(category, int | float) or category not in categories:
+            hint = nearest(str(category), map(str, dataset.category_ids))
+            raise DataError(
+                f"{where}: entry {i} has category_id {category}, which {data} does not have{hint}"
+            )
+        try:
+            x, y, width, height = map(float, box)
+            table[i] = image_ids[image], x, y, width, height, float(score), category
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{where}: entry {i} (image {image}): bbox {box} is not [x, y, width, height] "
+                f"or score {score!r} is not a number"
+            ) from None
     for wrong, what in (
         (~np.isfinite(table).all(axis=1), "or score {score} is not a finite number"),
         ((table[:, 3:5] < 0).any(axis=1), "has a negative size; expected [x, y, width, height]"),
@@ -283,22 +287,6 @@ def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np
                 + what.format(score=rows[i]["score"])
             )
     return table
-
-
-def _check_ids(
-    images: Counter[Any], categories: Counter[Any], dataset: Dataset, where: str
-) -> None:
-    if images:
-        raise DataError(
-            f"{where}: {images.total()} detections are of images that {dataset.source} "
-            f"({dataset.split}) does not have: {_shorten(images)}; is it the right split?"
-        )
-    if categories:
-        hint = nearest(str(next(iter(categories))), map(str, dataset.category_ids))
-        raise DataError(
-            f"{where}: {categories.total()} detections have a category_id that {dataset.source} "
-            f"does not have: {_shorten(categories)}{hint}"
-        )
 
 
 def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str, int]:
@@ -320,9 +308,3 @@ def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str
     else:
         known |= by_number
     return known | {image.id: id_ for image, id_ in zip(dataset.images, ids, strict=True)}
-
-
-def _shorten(counts: Counter[Any]) -> str:
-    names = [str(name) for name in list(counts)[:5]]
-    more = len(counts) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")

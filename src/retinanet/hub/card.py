@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeGuard
 
 from retinanet import __version__
+from retinanet.data import Dataset
 from retinanet.hub.facts import RunFacts
 
 FEW_IMAGES = 1000
@@ -30,75 +30,53 @@ _SUMMARY = (
     ("ap_large", "APl", "over 96²"),
     ("ar100", "AR100", "recall with 100 detections per class and image"),
 )
+_METRIC_TYPES = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!])")
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Size of a split.
+def write_card(
+    facts: RunFacts,
+    repository: str,
+    *,
+    license: str | None,
+    dataset: str | None,
+    splits: Mapping[str, Dataset],
+    examples: Sequence[tuple[str, int]],
+    drawn_score: float,
+    megabytes: float,
+) -> str:
+    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub.
 
-    Attributes:
-        images: number of images.
-        objects: objects by class name, ignored ones excluded.
-    """
-
-    images: int
-    objects: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """An image with its detections.
-
-    Attributes:
-        file: its name beside the card.
-        objects: number of detections drawn.
-    """
-
-    file: str
-    objects: int
-
-
-@dataclass(frozen=True, slots=True)
-class CardOptions:
-    """Facts that the run does not record.
-
-    Attributes:
+    Args:
+        facts: the model and its run, without paths.
         repository: ``OWNER/NAME``.
-        license: of the weights, by its name on the hub, such as ``apache-2.0``.
+        license: of the weights, by its name on the hub.
         dataset: id of the data on the hub.
-        counts: by split, from the data.
-        examples: images.
-        drawn_score: score threshold of their detections.
+        splits: the data, for the numbers of objects; may be empty.
+        examples: image files beside the card, and the numbers of detections drawn on them.
+        drawn_score: score threshold of these detections.
         megabytes: size of the weights.
     """
-
-    repository: str
-    license: str | None = None
-    dataset: str | None = None
-    counts: Mapping[str, Counts] = field(default_factory=dict)
-    examples: Sequence[Example] = ()
-    drawn_score: float = 0.3
-    megabytes: float = 0.0
-
-
-def write_card(facts: RunFacts, options: CardOptions) -> str:
-    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub."""
     from huggingface_hub import ModelCard
 
     checkpoint, metrics, run = facts.checkpoint, facts.metrics, facts.run
+    name = repository.rpartition("/")[2]
     versions = run.get("versions")
-    made_with = versions.get("retinanet") if isinstance(versions, Mapping) else None
+    version = versions.get("retinanet") if isinstance(versions, Mapping) else None
     card = ModelCard.from_template(
-        _card_data(facts, options),
+        _card_data(facts, name, license, dataset),
         template_str=(files("retinanet.hub") / "model_card.md").read_text("utf-8"),
-        name=_name(options),
-        address=f"hf://{options.repository}",
-        version=f"made with {_plain(made_with or __version__)}",
-        options=options,
+        name=name,
+        address=f"hf://{repository}",
+        version=f"made with {_plain(version or __version__)}",
+        dataset=dataset or _data_name(run),
+        counts={split: _count_objects(data) for split, data in splits.items()},
+        examples=examples,
+        drawn_score=drawn_score,
+        megabytes=megabytes,
         checkpoint=checkpoint,
         classes=checkpoint.classes,
-        backbone=_backbone(facts),
+        backbone=str(checkpoint.model.spec.backbone),
         parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
         metrics=metrics,
         per_class=[row for row in metrics.get("per_class", []) if row.get("objects")],
@@ -107,9 +85,8 @@ def write_card(facts: RunFacts, options: CardOptions) -> str:
         run=run,
         recipe=facts.recipe,
         step=checkpoint.info.get("step"),
-        data_name=_data_name(run),
         machine=_machine(run),
-        limits=[*_limits(facts, options)],
+        limits=[*_limits(facts, splits)],
         plain=_plain,
         figure=lambda value: f"{value:.3f}" if _is_number(value) else "-",
         is_number=_is_number,
@@ -117,7 +94,7 @@ def write_card(facts: RunFacts, options: CardOptions) -> str:
     return str(card.content).rstrip() + "\n"
 
 
-def _card_data(facts: RunFacts, options: CardOptions) -> Any:
+def _card_data(facts: RunFacts, name: str, license: str | None, dataset: str | None) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     data_name = _data_name(facts.run)
@@ -125,38 +102,45 @@ def _card_data(facts: RunFacts, options: CardOptions) -> Any:
         EvalResult(
             task_type="object-detection",
             task_name="Object detection",
-            dataset_type=options.dataset or _slug(data_name),
+            dataset_type=dataset or _slug(data_name),
             dataset_name=data_name,
             dataset_split="val",
             metric_type=kind,
-            metric_name=name,
+            metric_name=key.upper(),
             metric_value=round(facts.metrics[key], 4),
             verified=False,
         )
-        for key, name, kind in (
-            ("ap", "AP", "map"),
-            ("ap50", "AP50", "map_50"),
-            ("ap75", "AP75", "map_75"),
-        )
+        for key, kind in _METRIC_TYPES.items()
         if _is_number(facts.metrics.get(key))
     ]
+    backbone = _slug(str(facts.checkpoint.model.spec.backbone))
     return ModelCardData(
         library_name="retinanet",
         pipeline_tag="object-detection",
-        tags=["object-detection", "retinanet", "focal-loss", _slug(_backbone(facts))],
-        license=options.license,
-        datasets=[options.dataset] if options.dataset else None,
-        model_name=_name(options),
+        tags=["object-detection", "retinanet", "focal-loss", backbone],
+        license=license,
+        datasets=[dataset] if dataset else None,
+        model_name=name,
         eval_results=results or None,
     )
 
 
-def _limits(facts: RunFacts, options: CardOptions) -> Iterator[str]:
+def _count_objects(dataset: Dataset) -> tuple[int, dict[str, int]]:
+    """Return the numbers of images, and of objects by class, ignored ones excluded."""
+    objects = dict.fromkeys(dataset.classes, 0)
+    for image in dataset.images:
+        for annotation in image.annotations:
+            objects[dataset.classes[annotation.label]] += not annotation.ignored
+    return len(dataset), objects
+
+
+def _limits(facts: RunFacts, splits: Mapping[str, Dataset]) -> Iterator[str]:
     """Warnings that follow from the numbers of the run."""
     metrics, run = facts.metrics, facts.run
     images = run.get("images")
-    trained = options.counts.get("train") or (images if isinstance(images, Mapping) else {})
-    count = trained.images if isinstance(trained, Counts) else trained.get("train")
+    count = images.get("train") if isinstance(images, Mapping) else None
+    if "train" in splits:
+        count = len(splits["train"])
     if isinstance(count, int) and count < FEW_IMAGES:
         yield (
             f"It was trained on only {count} images: expect failures on images from other cameras, "
@@ -189,18 +173,9 @@ def _limits(facts: RunFacts, options: CardOptions) -> Iterator[str]:
         yield f"Classes with too few objects for a reliable AP: {', '.join(uncertain[:10])}{more}."
     if _is_number(small := metrics.get("ap_small")) and small < ap / 2:
         yield f"It is weak on small objects: APs is {small:.3f}."
-    calibration = metrics.get("calibration")
-    error = calibration.get("expected_error") if isinstance(calibration, Mapping) else None
+    error = (metrics.get("calibration") or {}).get("expected_error")
     if _is_number(error):
         yield f"Scores differ from the precision by {error:.2f} on average."
-
-
-def _name(options: CardOptions) -> str:
-    return options.repository.rpartition("/")[2]
-
-
-def _backbone(facts: RunFacts) -> str:
-    return str(facts.checkpoint.model.spec.backbone)
 
 
 def _data_name(run: Mapping[str, Any]) -> str:
@@ -211,13 +186,11 @@ def _data_name(run: Mapping[str, Any]) -> str:
 
 def _machine(run: Mapping[str, Any]) -> str:
     """Return the processor, without the name of the machine."""
-    device = str(run.get("device") or "an unknown device")
+    device, threads = str(run.get("device") or "an unknown device"), run.get("threads")
     if not device.startswith("cpu"):
         return _plain(run.get("device_name") or device)
-    threads = run.get("threads")
-    return _plain(run.get("device_name") or "a CPU") + (
-        f" with {threads} threads" if isinstance(threads, int) else ""
-    )
+    suffix = f" with {threads} threads" if isinstance(threads, int) else ""
+    return _plain(run.get("device_name") or "a CPU") + suffix
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,17 +25,25 @@ class RunFacts:
 
     Attributes:
         checkpoint: the model, on the CPU.
-        folder: the checkpoint's folder.
         recipe: settings of the training; None for a checkpoint without its run.
         run: ``run.json``, data and versions of the training; may be empty.
         metrics: ``metrics.json``, of the validation split; may be empty.
     """
 
     checkpoint: Checkpoint
-    folder: Path
     recipe: Recipe | None
     run: Mapping[str, Any]
     metrics: Mapping[str, Any]
+
+    def public(self) -> RunFacts:
+        """Return the facts with paths cut to their last part."""
+        recipe = self.recipe
+        if recipe is not None:
+            values = without_paths(recipe.model_dump(mode="json"))
+            recipe = build_recipe(values, "the run's recipe")
+        checkpoint = replace(self.checkpoint, info=without_paths(self.checkpoint.info))
+        metrics = without_paths(self.metrics, self.checkpoint.classes)
+        return RunFacts(checkpoint, recipe, without_paths(self.run), metrics)
 
 
 def read_run(run: str | Path) -> RunFacts:
@@ -50,15 +58,12 @@ def read_run(run: str | Path) -> RunFacts:
     checkpoint = load_checkpoint(folder)
     root = next((f for f in (folder, folder.parent) if (f / "config.toml").is_file()), None)
     if root is None:
-        return RunFacts(checkpoint, folder, None, {}, _read(folder / "metrics.json"))
+        return RunFacts(checkpoint, None, {}, _read(folder / "metrics.json"))
     # A run's metrics are those of its best weights.
-    best = folder.name in ("best", ".best.ready") or folder == root
+    is_best = folder.name in ("best", ".best.ready") or folder == root
+    metrics = _read(root / "metrics.json") if is_best else {}
     return RunFacts(
-        checkpoint,
-        folder,
-        load_recipe(root / "config.toml"),
-        _read(root / "run.json"),
-        _read(root / "metrics.json") if best else {},
+        checkpoint, load_recipe(root / "config.toml"), _read(root / "run.json"), metrics
     )
 
 
@@ -90,8 +95,3 @@ def without_paths(value: Any, names: Collection[str] = ()) -> Any:
         if kind(value).is_absolute():
             return kind(value).name
     return _PATH.sub(r"\1", value)
-
-
-def public_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe with paths cut to file names."""
-    return build_recipe(without_paths(recipe.model_dump(mode="json")), "the run's recipe")

@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from retinanet.config import to_toml
 from retinanet.data import Dataset, digest, read_splits, usable
 from retinanet.errors import DataError, MissingExtraError, WeightsError
 from retinanet.files import write_atomic
-from retinanet.hub.card import CardOptions, Counts, Example, write_card
-from retinanet.hub.facts import RunFacts, public_recipe, read_run, without_paths
+from retinanet.hub.card import write_card
+from retinanet.hub.facts import RunFacts, read_run
 from retinanet.inference import Detector, ImageDetections
 from retinanet.inference.detections import DRAWN_SCORE
-from retinanet.model.checkpoint import WEIGHTS_FILE, write_checkpoint
-from retinanet.model.hub import HubName, parse_hub_name, refuse_hub
+from retinanet.model.checkpoint import WEIGHTS_FILE, Checkpoint, write_checkpoint
+from retinanet.model.hub import parse_hub_name, raise_hub_error
 
-IMAGES = 4
-"""Number of example images in a card."""
-
+_NUM_EXAMPLES = 4
 _MAX_EXAMPLE_SIDE = 1024  # pixels
 
 
@@ -59,12 +57,10 @@ def push(
     """Push a run to the hub in one commit; the repository is created if it does not exist.
 
     Args:
-        run: a run or checkpoint folder.
-        repository: ``OWNER/NAME``.
+        run, repository, data, license, dataset, device: as in :func:`prepare`.
         private: create a private repository; an existing public one is an error.
         message: commit message.
         token: None: that of huggingface_hub (``hf auth login``, ``HF_TOKEN``).
-        data, license, dataset, device: as in :func:`prepare`.
         progress: called with messages.
 
     Raises:
@@ -98,10 +94,9 @@ def push(
         except WeightsError:
             raise
         except Exception as error:  # of the hub, the network or the disk
-            refuse_hub(error, f"hf://{repository}", pushing=True, secret=token)
-    return Pushed(
-        f"hf://{repository}@{done.oid}", f"{api.endpoint}/{repository}", str(done.oid), tuple(files)
-    )
+            raise_hub_error(error, f"hf://{repository}", pushing=True, secret=token)
+    url = f"{api.endpoint}/{repository}"
+    return Pushed(f"hf://{repository}@{done.oid}", url, str(done.oid), tuple(files))
 
 
 def prepare(
@@ -112,7 +107,6 @@ def prepare(
     data: str | Path | None = None,
     license: str | None = None,
     dataset: str | None = None,
-    images: int = IMAGES,
     device: str = "auto",
 ) -> list[str]:
     """Write the files that :func:`push` uploads into `folder`.
@@ -128,7 +122,6 @@ def prepare(
             are then public with the card. None: neither.
         license: of the weights, by its name on the hub.
         dataset: id of the data on the hub.
-        images: number of example images.
         device: for detection in the examples.
 
     Returns:
@@ -149,41 +142,38 @@ def prepare(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"{folder} exists and is not an empty folder; give a new one")
-    splits = None if data is None else _read_data(data, facts)
+    splits = {} if data is None else _read_data(data, facts)
     target.mkdir(parents=True, exist_ok=True)
-    info = without_paths(facts.checkpoint.info)
-    write_checkpoint(target, replace(facts.checkpoint, info=info))
+    facts = facts.public()
+    write_checkpoint(target, facts.checkpoint)
     if facts.recipe is not None:
-        write_atomic(target / "config.toml", to_toml(public_recipe(facts.recipe)))
-    metrics = without_paths(facts.metrics, facts.checkpoint.classes)
-    if metrics:
-        text = json.dumps(metrics, indent=1, allow_nan=False)
+        write_atomic(target / "config.toml", to_toml(facts.recipe))
+    if facts.metrics:
+        text = json.dumps(facts.metrics, indent=1, allow_nan=False)
         write_atomic(target / "metrics.json", text + "\n")
     score = facts.metrics.get("best_score")
     drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DRAWN_SCORE
-    examples: list[Example] = []
-    if splits is not None and "val" in splits:
-        examples = _draw(facts, splits["val"], target, images, drawn_score, device)
-    options = CardOptions(
+    examples = []
+    if "val" in splits:
+        examples = _draw(facts.checkpoint, splits["val"], target, drawn_score, device)
+    card = write_card(
+        facts,
         repository,
         license=license,
         dataset=dataset,
-        counts={} if splits is None else _counts(splits),
+        splits=splits,
         examples=examples,
         drawn_score=drawn_score,
         megabytes=(target / WEIGHTS_FILE).stat().st_size / 1e6,
     )
-    public = replace(facts, run=without_paths(facts.run), metrics=metrics)
-    if facts.recipe is not None:
-        public = replace(public, recipe=public_recipe(facts.recipe))
-    write_atomic(target / "README.md", write_card(public, options))
+    write_atomic(target / "README.md", card)
     return sorted(f.relative_to(target).as_posix() for f in target.rglob("*") if f.is_file())
 
 
 def _repository_name(given: str) -> str:
     """Return ``OWNER/NAME``, also of ``hf://OWNER/NAME``."""
     try:
-        name: HubName = parse_hub_name(given if given.startswith("hf:") else f"hf://{given}")
+        name = parse_hub_name(given if given.startswith("hf:") else f"hf://{given}")
     except WeightsError:
         raise WeightsError(f"invalid repository name {given!r}; give OWNER/NAME") from None
     if name.revision is not None:
@@ -193,19 +183,16 @@ def _repository_name(given: str) -> str:
 
 def _read_data(data: str | Path, facts: RunFacts) -> dict[str, Dataset]:
     """Read the run's splits and check that they are what it was trained on."""
-    made = facts.checkpoint.info.get("split", {})
-    splits = read_splits(
-        data, seed=made.get("seed") or 0, val_fraction=made.get("val_fraction") or 0.2, extras=False
-    )
+    split = facts.checkpoint.info.get("split", {})
+    seed, val_fraction = split.get("seed") or 0, split.get("val_fraction") or 0.2
+    splits = read_splits(data, seed=seed, val_fraction=val_fraction, extras=False)
     if set(splits["train"].classes if "train" in splits else ()) != set(facts.checkpoint.classes):
         raise DataError(f"{data}: its classes are not the model's; give the training data")
-    known = facts.run.get("data_digest")
-    if known:
+    if known := facts.run.get("data_digest"):
         # As in training, which leaves out what is wrong in "train".
-        now = digest(usable(splits["train"])[0]) + (
-            digest(splits["val"]) if "val" in splits else ""
-        )
-        if now != known:
+        found = digest(usable(splits["train"])[0])
+        found += digest(splits["val"]) if "val" in splits else ""
+        if found != known:
             raise DataError(
                 f"{data} is not the training data of the run, or has changed since; leave it out, "
                 "or give the right data"
@@ -213,30 +200,19 @@ def _read_data(data: str | Path, facts: RunFacts) -> dict[str, Dataset]:
     return splits
 
 
-def _counts(splits: Mapping[str, Dataset]) -> dict[str, Counts]:
-    counts = {}
-    for name, dataset in splits.items():
-        objects = dict.fromkeys(dataset.classes, 0)
-        for image in dataset.images:
-            for annotation in image.annotations:
-                objects[dataset.classes[annotation.label]] += not annotation.ignored
-        counts[name] = Counts(len(dataset), objects)
-    return counts
-
-
 def _draw(
-    facts: RunFacts, dataset: Dataset, folder: Path, count: int, score: float, device: str
-) -> list[Example]:
+    checkpoint: Checkpoint, dataset: Dataset, folder: Path, score: float, device: str
+) -> list[tuple[str, int]]:
     """Draw the detections of random images; files are numbered, as names may be private."""
-    images = random.Random(0).sample(dataset.images, min(count, len(dataset)))
-    detector = Detector(facts.checkpoint, device=device)
+    images = random.Random(0).sample(dataset.images, min(_NUM_EXAMPLES, len(dataset)))
+    detector = Detector(checkpoint, device=device)
     examples = []
     for number, image in enumerate(images, start=1):
-        found = detector.detect(image.path)
-        assert isinstance(found, ImageDetections)
-        drawn = found.draw(score_threshold=score)
+        detections = detector.detect(image.path)
+        assert isinstance(detections, ImageDetections)
+        drawn = detections.draw(score_threshold=score)
         drawn.thumbnail((_MAX_EXAMPLE_SIDE, _MAX_EXAMPLE_SIDE))
         name = f"example_{number}.jpg"
         drawn.save(folder / name, quality=88)
-        examples.append(Example(name, int((found.scores >= score).sum())))
+        examples.append((name, int((detections.scores >= score).sum())))
     return examples

@@ -25,7 +25,7 @@ from retinanet.config import build_recipe
 from retinanet.data.image_files import network_size
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.inference.backends import Thresholds, group_by
-from retinanet.model.checkpoint import CheckpointText
+from retinanet.model.checkpoint import parse_text
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.postprocess import postprocess
@@ -102,14 +102,8 @@ def read_exported(path: str | Path) -> ExportedFile:
         values = json.loads(text)
     except ValueError as error:
         _reject(path, f"its text is not JSON: {error}")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        _reject(path, f'its text lacks "format": "{FORMAT}"')
-    version = values.get("version")
-    if type(version) is not int or version > FORMAT_VERSION:
-        _reject(
-            path,
-            f"it has version {version!r}, this package reads up to {FORMAT_VERSION}: upgrade it",
-        )
+    checked = parse_text(values, path, FORMAT, FORMAT_VERSION)
+    spec = checked.spec
     known = {
         "target": _TARGETS[suffix],
         "form": (DETECTIONS, SCORES),
@@ -118,8 +112,6 @@ def read_exported(path: str | Path) -> ExportedFile:
     for key, choices in known.items():
         if values.get(key) not in choices:
             _reject(path, f"{key} is {values.get(key)!r}, not one of {', '.join(choices)}")
-    checked = CheckpointText(values, path)
-    spec = checked.spec()
     try:
         detect = build_recipe({"detect": checked.info.get("detect")}, str(path)).detect
     except ConfigError as error:
@@ -129,8 +121,8 @@ def read_exported(path: str | Path) -> ExportedFile:
         **{key: values[key] for key in known},
         classes=checked.classes,
         category_ids=checked.category_ids,
-        image_size=checked.whole("preprocessing", "image_size"),
-        max_size=checked.whole("preprocessing", "max_size"),
+        image_size=checked.image_size,
+        max_size=checked.max_size,
         thresholds=cast(Thresholds, detect.model_dump()),
         strides=(4,) * spec.p2 + (8, 16, 32, 64, 128),
         per_cell=len(spec.scales) * len(spec.aspect_ratios),
@@ -350,10 +342,10 @@ def _onnx_run(path: Path, device: torch.device) -> _Run:
 
 
 def _openvino_model(path: Path) -> Any:
-    from retinanet.inference.openvino_backend import import_openvino
+    from retinanet.inference.openvino_backend import openvino_core
 
     try:
-        return import_openvino().Core().read_model(path)
+        return openvino_core().read_model(path)
     except MissingExtraError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -70,7 +71,7 @@ class OpenVINONetwork:
 
 def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
     # The exported model does not contain its precision: bf16 would be used where the CPU has it.
-    compiled = import_openvino().Core().import_model(blob, "CPU", _settings(hint))
+    compiled = openvino_core().import_model(blob, "CPU", _settings(hint))
     return OpenVINONetwork(compiled, levels, hint)
 
 
@@ -91,9 +92,26 @@ def import_openvino() -> Any:
     return openvino
 
 
+def openvino_core() -> Any:
+    """Return the ``openvino.Core`` of this process, which is never deleted.
+
+    OpenVINO 2026.4 sets a signal stack for the thread that first uses a core, and frees it with
+    the core: the next signal, such as that of Ctrl-C or of a data loader, crashes the process.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    return _core(import_openvino())
+
+
+@cache
+def _core(openvino: Any) -> Any:
+    return openvino.Core()
+
+
 def compile_on_cpu(model: Any, hint: str = "f32") -> Any:
     """Compile an ``openvino.Model`` for this CPU, with torch's number of threads."""
-    return import_openvino().Core().compile_model(model, "CPU", _settings(hint))
+    return openvino_core().compile_model(model, "CPU", _settings(hint))
 
 
 def _settings(hint: str) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
 from retinanet.inference.detections import Failure
 from retinanet.inference.sources import Source
-from retinanet.kernels import native
+from retinanet.postprocess import suppress
 from retinanet.structures import Detections
 
 MIN_TILE = 32
@@ -237,7 +236,16 @@ def merge_parts(
     boxes, scores, groups = (
         values[kept] for values in (merging.boxes, merging.scores, merging.groups)
     )
-    best = _suppress(boxes, scores, groups, nms_threshold)[:max_detections]
+    best = suppress(
+        boxes,
+        scores,
+        groups,
+        torch.zeros_like(groups),
+        num_images=1,
+        num_classes=int(groups.max()) + 1 if len(groups) else 1,
+        threshold=nms_threshold,
+        max_count=max(1, len(groups)) if max_detections is None else max_detections,
+    )
     return Detections(boxes[best], scores[best], labels[kept][best])
 
 
@@ -331,20 +339,3 @@ class _Merging:
         meets = ((every[:, :2] <= own[2:]) & (every[:, 2:] >= own[:2])).all(dim=1)
         meets[part] = False
         return torch.cat([self.rows[i] for i in meets.nonzero()[:, 0].tolist()] or [own[:0]])
-
-
-def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """Return the indices of the survivors of NMS, best first."""
-    if not native.available():
-        survivors: Tensor = batched_nms(boxes, scores, groups, threshold)
-        return survivors
-    kept, _ = native.batched_nms(
-        boxes,
-        scores,
-        groups,
-        torch.tensor([len(scores)]),
-        classes=int(groups.max()) + 1 if len(groups) else 1,
-        threshold=threshold,
-        max_count=max(1, len(scores)),
-    )
-    return kept

@@ -1,10 +1,10 @@
 /* The inner loops, compiled once for each level of the processor: native.c includes this file with
  *   NAMED(f)   the name of f at this level,
- *   TARGET     the attribute that lets the compiler use the level's instructions,
- *   FUSED      1 if it has fused multiply-add.
+ *   TARGET     the attribute that enables the level's instructions,
+ *   FUSED      1 if the level has fused multiply-add.
  *
- * The loops are plain C for the compiler to vectorise. Nothing here relies on there being no NaN:
- * "a > b ? b : a" keeps a NaN in a, and is one instruction.
+ * The loops are plain C for the compiler to vectorise, and correct for NaN: "a > b ? b : a" keeps a
+ * NaN in a, and is one instruction.
  */
 
 #if FUSED
@@ -13,11 +13,10 @@
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* exp(-a) for a >= 0, to about 1 ulp; 0 from 87 on, where float32 soon has no digits left. Of a NaN
- * it makes any number. */
+/* exp(-a) for a >= 0, to about 1 ulp; 0 from 87 on, where float32 soon underflows. The result for a
+ * NaN is any number. */
 TARGET static INLINE float NAMED(exp_minus)(float a) {
-    /* n = the integer next to -a / ln 2, found by adding a number so great that no fraction fits;
-     * its bits then end in n. */
+    /* n = -a / ln 2 rounded, by adding a number so large that no fraction fits: its bits end in n. */
     float shifted = FMA(a, -1.44269504f, 12582912.0f);
     float n = shifted - 12582912.0f;
     /* r = -a - n ln 2, with ln 2 in two parts, the first of few digits. */
@@ -36,17 +35,16 @@ TARGET static INLINE float NAMED(exp_minus)(float a) {
     return a > 87.0f ? 0.0f : e;
 }
 
-/* Value and slope of one element's loss, times a weight, as a function of u, the logit seen from
- * the wrong side. Curves: CROSS_ENTROPY, FOCAL_1, FOCAL_2, FOCAL (any gamma), STAR. */
+/* Value and slope of an element's loss, times a weight, as a function of u = -x_t.
+ * Curves: CROSS_ENTROPY, FOCAL_1, FOCAL_2, FOCAL (any gamma), STAR. */
 TARGET static INLINE float NAMED(element)(
-    int curve, float u, float weight, float gamma, float beta, float inverse, float shift,
-    float *slope
+    int curve, float u, float weight, float gamma, float beta, float *slope
 ) {
     float z = curve == STAR ? FMA(gamma, u, -beta) : u;
-    /* t = exp(-|z|) lies in [0, 1]: nothing overflows, and both sigmoids keep all their digits. */
+    /* t = exp(-|z|) is in [0, 1]: nothing overflows, and both sigmoids keep all their digits. */
     float t = NAMED(exp_minus)(fabsf(z));
     float one = 1.0f + t, two = 2.0f + t;
-    float both = 1.0f / (one * two); /* one division for the two that are wanted */
+    float both = 1.0f / (one * two); /* one division for two quotients */
     float high = both * two;         /* sigmoid(|z|) */
     float low = t * high;            /* sigmoid(-|z|) */
     /* log(1 + t) = 2 artanh(s) with s = t / (2 + t) <= 1/3: an odd polynomial, error 5e-9. */
@@ -58,13 +56,13 @@ TARGET static INLINE float NAMED(element)(
     tail = FMA(tail, squared, 3.33332070e-1f);
     s = s + s;
     float log1p = FMA(s * squared, tail, s);
-    int wrong = !(z < 0.0f); /* so that a NaN gets into the cost */
+    int wrong = !(z < 0.0f); /* true for NaN, which then enters the cost */
     float p = wrong ? high : low; /* sigmoid(z) = 1 - p_t */
     if (curve == STAR) {
-        float beyond = u - shift;
+        float beyond = u - beta / gamma;
         beyond = beyond < 0.0f ? 0.0f : beyond;
         *slope = (z != z ? z : p) * weight;
-        return FMA(log1p, inverse, beyond) * weight;
+        return FMA(log1p, 1.0f / gamma, beyond) * weight;
     }
     float cost = (wrong ? z : 0.0f) + log1p; /* log(1 + e^z) */
     if (curve == CROSS_ENTROPY) {
@@ -72,7 +70,7 @@ TARGET static INLINE float NAMED(element)(
         return cost * weight;
     }
     float rest = wrong ? low : high;
-    float bounded = cost > 110.0f ? 110.0f : cost; /* so that 0 times infinity is not met */
+    float bounded = cost > 110.0f ? 110.0f : cost; /* avoids 0 times infinity */
     float factor;
     if (curve == FOCAL_1) {
         factor = p;
@@ -92,13 +90,13 @@ TARGET static INLINE float NAMED(element)(
 /* Sum of weights[i] * loss(u[i]); slopes[i] = weights[i] * loss'(u[i]). */
 TARGET static INLINE float NAMED(block)(
     int curve, const float *restrict u, const float *restrict weights, float *restrict slopes,
-    int count, float gamma, float beta, float inverse, float shift
+    int count, float gamma, float beta
 ) {
     float sum = 0.0f;
     SIMD_SUM(sum)
     for (int i = 0; i < count; i++) {
         float slope;
-        sum += NAMED(element)(curve, u[i], weights[i], gamma, beta, inverse, shift, &slope);
+        sum += NAMED(element)(curve, u[i], weights[i], gamma, beta, &slope);
         slopes[i] = slope;
     }
     return sum;
@@ -108,17 +106,16 @@ TARGET static INLINE float NAMED(block)(
 #define CURVE(name, curve)                                                                         \
     TARGET static double NAMED(name)(                                                              \
         const float *restrict u, const float *restrict weights, float *restrict slopes,            \
-        int count, float gamma, float beta, float inverse, float shift                             \
+        int count, float gamma, float beta                                                         \
     ) {                                                                                            \
         double sum = 0.0;                                                                          \
         int i = 0;                                                                                 \
         for (; i + SUM_BLOCK <= count; i += SUM_BLOCK)                                             \
             sum += NAMED(block)(                                                                   \
-                curve, u + i, weights + i, slopes + i, SUM_BLOCK, gamma, beta, inverse, shift      \
+                curve, u + i, weights + i, slopes + i, SUM_BLOCK, gamma, beta                      \
             );                                                                                     \
-        return sum + NAMED(block)(                                                                 \
-            curve, u + i, weights + i, slopes + i, count - i, gamma, beta, inverse, shift          \
-        );                                                                                         \
+        return sum +                                                                               \
+               NAMED(block)(curve, u + i, weights + i, slopes + i, count - i, gamma, beta);        \
     }
 
 CURVE(cross_entropy, CROSS_ENTROPY)
@@ -145,33 +142,16 @@ TARGET static void NAMED(narrow)(const float *restrict from, uint16_t *restrict 
     }
 }
 
-/* Whether one of the numbers is over `least`; a NaN never is. */
-TARGET static int NAMED(any_over)(const float *restrict values, int count, float least) {
-    int found = 0;
-    SIMD_OR(found)
-    for (int i = 0; i < count; i++) found |= values[i] > least;
-    return found;
-}
-
-TARGET static int NAMED(any_over_bf16)(const uint16_t *restrict values, int count, float least) {
-    int found = 0;
-    SIMD_OR(found)
-    for (int i = 0; i < count; i++) {
-        found |= float_of((int32_t)((uint32_t)values[i] << 16)) > least;
-    }
-    return found;
-}
-
-/* Whether the box overlaps one of `count` others by an IoU over `most`: the sums and their order
- * are those of torchvision's nms, so that no bit differs. */
+/* True if the IoU of the box and one of `count` others is over the threshold. The operations and
+ * their order are those of torchvision's nms, so that no bit differs. */
 TARGET static int NAMED(overlaps)(
     const float *restrict x1, const float *restrict y1, const float *restrict x2,
     const float *restrict y2, const float *restrict areas, int count, const float *restrict box,
-    float area, float most
+    float area, float threshold
 ) {
     float left = box[0], top = box[1], right = box[2], bottom = box[3];
-    int found = 0;
-    SIMD_OR(found)
+    int any = 0;
+    SIMD_OR(any)
     for (int i = 0; i < count; i++) {
         float inner_left = x1[i] < left ? left : x1[i];
         float inner_top = y1[i] < top ? top : y1[i];
@@ -181,17 +161,15 @@ TARGET static int NAMED(overlaps)(
         width = 0.0f < width ? width : 0.0f;
         height = 0.0f < height ? height : 0.0f;
         float inner = width * height;
-        found |= inner / (areas[i] + area - inner) > most;
+        any |= inner / (areas[i] + area - inner) > threshold;
     }
-    return found;
+    return any;
 }
 
 static const Level NAMED(level) = {
     {NAMED(cross_entropy), NAMED(focal_1), NAMED(focal_2), NAMED(focal), NAMED(star)},
     NAMED(widen),
     NAMED(narrow),
-    NAMED(any_over),
-    NAMED(any_over_bf16),
     NAMED(overlaps),
 };
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from retinanet.boxes import decode_boxes
 from retinanet.config import LossConfig, LossSettings
 from retinanet.losses.box import box_loss
-from retinanet.losses.focal import weighted_label_loss
+from retinanet.losses.focal import make_formula, weighted_sum
 from retinanet.losses.ohem import NEGATIVES_PER_POSITIVE, hard_examples
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.structures import (
@@ -35,9 +35,8 @@ class Losses:
         classification: ().
         box: (), already times its weight.
         foreground: (B,) int64 number of foreground anchors per image.
-        normalizer: () what the sums of the batch were divided by; for ``image`` the mean over the
-            images. With ``running`` this is the state to pass to the next step. (With mining it is
-            the box loss's only.)
+        normalizer: () divisor of the batch's sums (with mining the box loss's); for ``image`` the
+            mean over the images. With ``running`` this is the state to pass to the next step.
     """
 
     classification: Tensor
@@ -78,7 +77,7 @@ def detection_losses(
         targets: the objects of the B images.
         num_classes: K.
         settings: the losses, their parameters and the matching; None: the paper's. ``normalizer``
-            is what the sums are divided by, with n the number of foreground anchors: ``image``:
+            is the divisor of the sums, with n the number of foreground anchors: ``image``:
             each image's sum by max(1, its n), then the mean over the images (the paper,
             torchvision); ``batch``: by max(1, n of the batch); ``running``: by the moving average
             of the batch's n (detectron2), this batch's included.
@@ -154,20 +153,32 @@ def classification_loss(
 
     Returns:
         () float32 or float64.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    kind = settings.classification
-    total = weights.new_zeros(())
     rows = [level.shape[1] for level in logits]
+    if labels.dim() != 2 or weights.shape != labels.shape[:1] or sum(rows) != labels.shape[1]:
+        raise ValueError(
+            "the classification loss takes logits (B, R_l, K) per level, labels (B, R) and weights "
+            f"(B,), got {[tuple(level.shape) for level in logits]}, {tuple(labels.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    kind = settings.classification
+    if kind == "cross_entropy":
+        formula = make_formula("focal", gamma=0.0)
+    else:
+        formula = make_formula(
+            kind, gamma=settings.gamma, beta=settings.beta, margin=settings.margin
+        )
+    total = weights.new_zeros(())
     for level, level_labels in zip(logits, torch.split(labels, rows, dim=1), strict=True):
-        total = total + weighted_label_loss(
+        total = total + weighted_sum(
             level.flatten(0, 1),
             level_labels.flatten(),
             weights[:, None].expand_as(level_labels).flatten(),
-            kind="focal" if kind == "cross_entropy" else kind,
-            gamma=0.0 if kind == "cross_entropy" else settings.gamma,
-            beta=settings.beta if kind == "focal_star" else 0.0,
-            margin=settings.margin,
-            alpha=settings.alpha,
+            formula,
+            settings.alpha,
             overwrite_logits=overwrite_logits,
         )
     return total

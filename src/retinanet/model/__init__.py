@@ -1,4 +1,4 @@
-"""The network: backbone, pyramid, heads, and weights in and out."""
+"""The network: backbone, pyramid and heads; checkpoints and pretrained weights."""
 
 from retinanet.model.checkpoint import (
     Checkpoint,

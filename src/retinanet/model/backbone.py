@@ -1,7 +1,7 @@
-"""Backbones: images to feature maps C2..C5, and where their ImageNet weights come from.
+"""Backbones: images to feature maps C2..C5, and their ImageNet weights.
 
-Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet); the networks are torchvision's, or timm's as
-an extra. C2..C5 are the last feature maps at strides 4, 8, 16 and 32.
+Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet). The networks are torchvision's or, with an
+extra, timm's. C2..C5 are the last feature maps at strides 4, 8, 16 and 32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
 import torchvision
@@ -22,21 +22,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.config import nearest
+from retinanet.config import check_choice, nearest
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-"""What torchvision's ImageNet weights were trained with, as 0..255 RGB."""
+"""Statistics of 0..255 RGB with which torchvision's ImageNet weights were trained."""
 
 CHOICES = (
-    "give a file (--backbone-weights FILE), or none to start from nothing "
+    "give a file (--backbone-weights FILE), or none to train from scratch "
     "(--backbone-weights none model.norm=group)"
 )
 
+Maps = tuple[Tensor | None, Tensor, Tensor, Tensor]
+
 
 class Backbone(nn.Module):
-    """Feature maps of an image.
+    """A network that returns feature maps.
 
     Attributes:
         channels: of C2, C3, C4, C5; 0 for a C2 that the network does not have.
@@ -44,25 +46,35 @@ class Backbone(nn.Module):
 
     channels: tuple[int, int, int, int]
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) normalised to C2..C5: (B, channels[i], H / s, W / s), s = 4, 8, 16, 32."""
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """Return the modules, in order, of the stem and of the stages of C2, C3, C4 and C5."""
         raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Maps:
+        """Map normalized images (B, 3, H, W) to C2..C5: (B, channels[i], H / s, W / s)."""
+        maps, x = [], images
+        for stage in self.stage_modules():
+            for module in stage:
+                x = module(x)
+            maps.append(x)
+        return maps[1], maps[2], maps[3], maps[4]
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of the stem and of the stages that make C2, C3, C4 and C5."""
-        raise NotImplementedError
+        """Return the parameters of the stem and of the stages of C2, C3, C4 and C5."""
+        return [
+            [parameter for module in stage for parameter in module.parameters()]
+            for stage in self.stage_modules()
+        ]
 
     def train(self, mode: bool = True) -> Self:
-        """As any module, but batch norm whose weights are frozen keeps its statistics too."""
+        """Set the mode, except that batch norm with frozen weights keeps its statistics too."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _BatchNorm) and not _is_trained(module):
+            if isinstance(module, _BatchNorm) and (
+                module.weight is None or not module.weight.requires_grad
+            ):
                 module.eval()
         return self
-
-
-def _is_trained(norm: _BatchNorm) -> bool:
-    return norm.weight is not None and norm.weight.requires_grad
 
 
 class ResNet(Backbone):
@@ -77,17 +89,10 @@ class ResNet(Backbone):
         widest = net.fc.in_features
         self.channels = (widest // 8, widest // 4, widest // 2, widest)
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        stem = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        c2 = self.layer1(stem)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        return c2, c3, c4, self.layer4(c4)
-
-    def stage_parameters(self) -> list[list[nn.Parameter]]:
-        stem = [*self.conv1.parameters(), *self.bn1.parameters()]
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        return [stem, *(list(stage.parameters()) for stage in stages)]
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """Return the modules of each stage."""
+        stem = [self.conv1, self.bn1, self.relu, self.maxpool]
+        return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
 
 class MobileNetV2(Backbone):
@@ -101,59 +106,49 @@ class MobileNetV2(Backbone):
         self.features = net.features
         self.channels = (24, 32, 96, 1280)
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        maps, x = [], images
-        for place, block in enumerate(self.features, start=1):
-            x = block(x)
-            if place in self.ends[1:]:
-                maps.append(x)
-        c2, c3, c4, c5 = maps
-        return c2, c3, c4, c5
-
-    def stage_parameters(self) -> list[list[nn.Parameter]]:
-        starts = (0, *self.ends[:-1])
-        return [
-            list(self.features[start:end].parameters())
-            for start, end in zip(starts, self.ends, strict=True)
-        ]
+    def stage_modules(self) -> list[list[nn.Module]]:
+        """Return the modules of each stage."""
+        return [list(self.features)[start:end] for start, end in pairwise((0, *self.ends))]
 
 
 class Timm(Backbone):
-    """A timm network that gives feature maps at strides 8, 16 and 32."""
+    """A timm network that returns feature maps at strides 8, 16 and 32."""
 
     def __init__(self, name: str, norm_layer: Callable[[int], nn.Module] | None) -> None:
         super().__init__()
         timm = _import_timm()
         short = name.removeprefix("timm/")
-        # A name with a slash or a colon would make timm look on the internet for a description.
+        # For a name with a slash or a colon timm would look on the internet.
         if not re.fullmatch(r"[\w.]+", short) or not timm.is_model(short):
             raise ConfigError(f"backbone {name!r}: timm has no {short!r}; see timm.list_models()")
         try:
             self.net = timm.create_model(short, features_only=True, pretrained=False)
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-            raise ConfigError(f"backbone {name!r} gives no feature maps: {_line(error)}") from None
+            raise ConfigError(
+                f"backbone {name!r} has no feature maps: {_first_line(error)}"
+            ) from None
         strides = self.net.feature_info.reduction()
         if not {8, 16, 32} <= set(strides):
             raise ConfigError(
                 f"backbone {name!r} has feature maps at strides {sorted(set(strides))}; "
                 "8, 16 and 32 are needed"
             )
-        self.places = [
-            max((i for i, one in enumerate(strides) if one == stride), default=-1)
-            for stride in (4, 8, 16, 32)
-        ]
+        last = {stride: i for i, stride in enumerate(strides)}
+        self.indices = [last.get(stride, -1) for stride in (4, 8, 16, 32)]
         widths = self.net.feature_info.channels()
-        two, three, four, five = (widths[i] if i >= 0 else 0 for i in self.places)
+        two, three, four, five = (widths[i] if i >= 0 else 0 for i in self.indices)
         self.channels = (two, three, four, five)
         if norm_layer is not None:
             _replace_batch_norm(self.net, norm_layer)
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Maps:
+        """Map images to C2..C5."""
         maps = self.net(images)
-        two, three, four, five = self.places
+        two, three, four, five = self.indices
         return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of the stages, whose last modules are known by name."""
         info = self.net.feature_info
         strides = dict(zip(info.module_name(), info.reduction(), strict=True))
         # timm may flatten stages.0 to a child stages_0.
@@ -166,8 +161,7 @@ class Timm(Backbone):
             before += len(list(module.parameters(recurse=False)))
         if not all(ends.get(stride) for stride in (8, 16, 32)):
             raise ConfigError(
-                "it is not known where the stages of this timm backbone end: "
-                "set model.frozen_stages=0"
+                "the stages of this timm backbone are unknown: set model.frozen_stages=0"
             )
         parameters = list(self.net.parameters())
         stem = min(ends.get(2, 0), ends[8])
@@ -175,14 +169,7 @@ class Timm(Backbone):
         return [parameters[start:end] for start, end in pairwise(bounds)]
 
 
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext101_32x8d",
-)
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
 BACKBONES: dict[str, Callable[[str, Callable[[int], nn.Module]], Backbone]] = {
     **dict.fromkeys(RESNETS, ResNet),
     "mobilenet_v2": MobileNetV2,
@@ -197,25 +184,23 @@ def build_backbone(
     norm_eps: float = 1e-5,
     stride_padding: str = "symmetric",
 ) -> Backbone:
-    """A backbone with random weights.
+    """Build a backbone with random weights.
 
     Args:
-        name: one of ``BACKBONES``, or ``timm/NAME``.
+        name: a name in ``BACKBONES``, or ``timm/NAME``.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
-            usual; "group": group norm in its place (Wu and He 2018).
-        frozen_stages: 0..5: that many of the stem, C2, C3, C4, C5 are not trained.
-        norm_eps: of batch norm; torchvision's own networks alone.
+            usual; "group": group norm instead (Wu and He 2018).
+        frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
+        norm_eps: of batch norm; only for torchvision's networks.
         stride_padding: of stride-2 convolutions: "symmetric" (torch), or "same": at the right and
             the bottom, which is TensorFlow's SAME for even sizes.
 
     Raises:
-        ConfigError: there is no such backbone, or it does not give the feature maps.
-        MissingExtraError: timm is asked for and not installed.
+        ConfigError: an argument is invalid, or the network lacks the feature maps.
+        MissingExtraError: the backbone is timm's, which is not installed.
     """
-    if norm not in ("frozen", "trained", "group"):
-        raise ConfigError(f"norm {norm!r} is none of frozen, trained, group")
-    if stride_padding not in ("symmetric", "same"):
-        raise ConfigError(f"stride_padding {stride_padding!r} is neither symmetric nor same")
+    check_choice("norm", norm, ("frozen", "trained", "group"))
+    check_choice("stride_padding", stride_padding, ("symmetric", "same"))
     if not 0 <= frozen_stages <= 5:
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
@@ -229,13 +214,11 @@ def build_backbone(
         known = ", ".join(BACKBONES)
         hint = nearest(name, BACKBONES)
         raise ConfigError(f"there is no backbone {name!r}: choose {known} or timm/NAME{hint}")
-    if stride_padding == "same":
-        _pad_right_and_bottom(backbone)
+    _replace_convolutions(backbone, same_padding=stride_padding == "same")
     if norm == "frozen":
         for module in backbone.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        _fold_frozen_norms(backbone)
     if frozen_stages:
         for stage in backbone.stage_parameters()[:frozen_stages]:
             for parameter in stage:
@@ -244,13 +227,13 @@ def build_backbone(
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm in 32 groups, or as many as leave at least two channels in each."""
+    """Return group norm in 32 groups, or as many as have at least two channels each."""
     groups = max((g for g in (32, 16, 8, 4, 2) if channels % (2 * g) == 0), default=1)
     return nn.GroupNorm(groups, channels)
 
 
 def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(C,) each: what batch norm in eval mode does to a channel x is scale * x + shift."""
+    """Return (C,) each, such that batch norm in eval mode is scale * x + shift."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -261,84 +244,87 @@ def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics, scale and offset stay: an affine map a channel.
+    """Batch norm with constant statistics, scale and offset: an affine map per channel.
 
     Attributes:
-        folded: the convolution before it does its work (:class:`FoldingConv2d`), so that no map is
-            read, written and kept for the gradient once more. The result is the same but for
-            rounding.
+        folded: True if the convolution before it applies it (:class:`BackboneConv2d`), which saves
+            reading, writing and keeping a map. The result differs by rounding only.
     """
 
     folded = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize, unless the convolution has."""
         return x if self.folded else super().forward(x)
 
 
-class FoldingConv2d(nn.Conv2d):
-    """A convolution that does the work of the frozen batch norm after it, if it is told to."""
+class BackboneConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's padding, or the frozen batch norm that follows it, or both.
 
-    # In a tuple, so that the norm is no child of this: names of weights stay.
-    _norm: tuple[FrozenBatchNorm2d, ...] = ()
+    Args:
+        conv: the convolution whose weights it takes over.
+        norm: a batch norm that is applied to this convolution's output only.
+        same_padding: pad as TensorFlow's SAME does on even sizes: kernel - 2 in all, the odd pixel
+            of it at the right and the bottom.
 
-    def fold(self, norm: FrozenBatchNorm2d) -> None:
-        """From now on do the work of `norm`, whose input is this convolution's output alone."""
-        norm.folded = True
-        self._norm = (norm,)
+    Attributes:
+        margins: zeros added at the left, right, top and bottom before the convolution.
+    """
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._norm and self._norm[0].folded:
-            scale, shift = scale_and_shift(self._norm[0])
+    def __init__(
+        self, conv: nn.Conv2d, norm: FrozenBatchNorm2d | None, *, same_padding: bool
+    ) -> None:
+        with torch.device("meta"):  # without memory and random numbers
+            super().__init__(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                0 if same_padding else conv.padding,  # type: ignore[arg-type]
+                conv.dilation,  # type: ignore[arg-type]
+                conv.groups,
+                conv.bias is not None,
+            )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.margins: tuple[int, ...] = ()
+        if same_padding:
+            vertical, horizontal = conv.kernel_size[0] - 2, conv.kernel_size[1] - 2
+            top, left = vertical // 2, horizontal // 2
+            self.margins = (left, horizontal - left, top, vertical - top)
+        # In a tuple, so that the norm is not a child of this module: names of weights stay.
+        self.norms = () if norm is None else (norm,)
+        if norm is not None:
+            norm.folded = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad and convolve with the weights times the norm's scale."""
+        weight, bias = self.weight, self.bias
+        for norm in self.norms:
+            scale, shift = scale_and_shift(norm)
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
-        result: Tensor = super()._conv_forward(x, weight, bias)
+        x = F.pad(x, self.margins) if self.margins else x
+        result: Tensor = self._conv_forward(x, weight, bias)
         return result
 
 
-class SamePadConv2d(FoldingConv2d):
-    """A stride-2 convolution that pads as TensorFlow's SAME does on even sizes."""
+def _replace_convolutions(backbone: nn.Module, *, same_padding: bool) -> None:
+    """Let convolutions apply the frozen norms after them, and pad those of stride 2.
 
-    def margins(self) -> tuple[int, int, int, int]:
-        """Pixels of zeros at the left, the right, the top and the bottom.
-
-        SAME on an even size pads kernel - 2 in all, the odd pixel of it after the image.
-        """
-        vertical, horizontal = self.kernel_size[0] - 2, self.kernel_size[1] - 2
-        top, left = vertical // 2, horizontal // 2
-        return left, horizontal - left, top, vertical - top
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(x, self.margins()), self.weight, self.bias)
-
-
-def _fold_frozen_norms(backbone: nn.Module) -> None:
-    """Let each convolution of torchvision's networks do the work of the frozen norm after it.
-
-    There a norm is always registered right after its convolution.
+    In torchvision's networks a norm is always registered right after its convolution.
     """
-    for conv, norm in pairwise(list(backbone.modules())):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
-            if type(conv) is nn.Conv2d:
-                conv.__class__ = FoldingConv2d  # the same, but for what it does with its weights
-            cast(FoldingConv2d, conv).fold(norm)
-
-
-def _pad_right_and_bottom(backbone: nn.Module) -> None:
+    following = dict(pairwise(backbone.modules()))
     for module in list(backbone.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Conv2d and child.stride == (2, 2) and min(child.kernel_size) > 2:
-                same = SamePadConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    (child.kernel_size[0], child.kernel_size[1]),
-                    stride=2,
-                    groups=child.groups,
-                    bias=child.bias is not None,
-                )
-                same.weight, same.bias = child.weight, child.bias
-                setattr(module, name, same)
-            elif isinstance(child, nn.MaxPool2d) and child.stride == 2:
-                # Zeros are as good as minus infinity here: what is pooled has passed a ReLU.
+            halves = same_padding and getattr(child, "stride", None) in (2, (2, 2))
+            if type(child) is nn.Conv2d:
+                norm = following.get(child)
+                norm = norm if isinstance(norm, FrozenBatchNorm2d) else None
+                pads = halves and min(child.kernel_size) > 2
+                if norm is not None or pads:
+                    setattr(module, name, BackboneConv2d(child, norm, same_padding=pads))
+            elif isinstance(child, nn.MaxPool2d) and halves:
+                # Zeros are equivalent to minus infinity: the input has passed a ReLU.
                 setattr(module, name, nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)))
 
 
@@ -346,33 +332,34 @@ def _replace_batch_norm(net: nn.Module, norm_layer: Callable[[int], nn.Module]) 
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _BatchNorm):
-                # timm's batch norm may carry the activation that follows it.
+                # timm's batch norm may contain the activation that follows it.
                 after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
                 group = norm_layer(child.num_features)
                 setattr(module, name, nn.Sequential(group, *after) if after else group)
 
 
 class BackboneWeights(NamedTuple):
-    """Weights for a backbone and what they say about their input; None where they say nothing."""
+    """Weights for a backbone and what their file states about the input; None: nothing stated."""
 
     state: dict[str, Tensor]
-    pixel_mean: tuple[float, float, float] | None
-    pixel_std: tuple[float, float, float] | None
-    stride_padding: str | None
-    keep_frozen: bool
     source: str
+    pixel_mean: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None
+    stride_padding: str | None = None
+    keep_frozen: bool = False
 
 
 def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
-    """ImageNet weights of the backbone `name`.
+    """Find ImageNet weights of a backbone.
 
     Args:
-        weights: "default": torchvision's IMAGENET1K_V1 (timm's own for timm), fetched once and then
+        name: of the backbone.
+        weights: "default": torchvision's IMAGENET1K_V1 (timm's own for timm), downloaded once and
             cached; "none"; or a .safetensors or torch .pth file in torchvision's layout, with or
             without the classifier. Opening a file runs no code.
 
     Raises:
-        WeightsError: they cannot be fetched, or the file cannot be read.
+        WeightsError: they cannot be downloaded, or the file cannot be read.
     """
     if str(weights) == "none":
         return None
@@ -381,29 +368,29 @@ def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
     if name.startswith("timm/"):
         return _fetch_timm(name)
     if name not in BACKBONES:
-        return None  # build_backbone says so, with the names that there are
-    # The first of torchvision's: the nearest to the paper's, which are He et al.'s own.
+        return None  # build_backbone raises the error
+    # torchvision's first weights are the nearest to He et al.'s, which the paper uses.
     entry = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    return BackboneWeights(fetch_state(entry, CHOICES), None, None, None, False, entry.url)
+    return BackboneWeights(fetch_state(entry, CHOICES), entry.url)
 
 
 def fetch_state(entry: Any, otherwise: str) -> dict[str, Tensor]:
-    """The tensors of a torchvision weights entry, from torch's cache or the internet.
+    """Return the tensors of a torchvision weights entry, from torch's cache or the internet.
 
     Raises:
-        WeightsError: no internet, or a damaged download; `otherwise` says what to do instead.
+        WeightsError: no internet, or a damaged download; `otherwise` ends the message.
     """
     try:
         state: dict[str, Tensor] = entry.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
         )
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot fetch {entry.url}: {_line(error)}; {otherwise}") from None
+        raise WeightsError(f"cannot fetch {entry.url}: {_first_line(error)}; {otherwise}") from None
     return state
 
 
 def load_backbone(backbone: Backbone, weights: BackboneWeights) -> None:
-    """Put `weights` into `backbone`: every one of its tensors, exactly.
+    """Load weights into a backbone: every tensor of it, exactly.
 
     Raises:
         WeightsError: tensors are missing, unknown, or of another shape; they are listed.
@@ -420,8 +407,12 @@ def load_backbone(backbone: Backbone, weights: BackboneWeights) -> None:
 
 
 def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Raise a WeightsError that lists how `state` misses the names and shapes of `wanted`."""
-    # Batch norm's count of batches serves an averaging that is not used; old files lack it.
+    """Compare names and shapes of a state dict with those that a network needs.
+
+    Raises:
+        WeightsError: lists the tensors that are missing, unknown, or of another shape.
+    """
+    # Batch norm's count of batches is not used; old files lack it.
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in wanted and not k.endswith("num_batches_tracked")]
     shapes = [
@@ -431,9 +422,9 @@ def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
     ]
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
     misfits = [
-        f"{len(found)} {word} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for word, found in kinds
-        if found
+        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in kinds
+        if names
     ]
     if misfits:
         raise WeightsError(f"{what} do not fit the network: {'; '.join(misfits)}")
@@ -441,9 +432,6 @@ def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(side) for side in tensor.shape) or "a number"
-
-
-_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 def _read_weights(file: Path) -> BackboneWeights:
@@ -458,36 +446,43 @@ def _read_weights(file: Path) -> BackboneWeights:
                 loaded: Any = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except (
+        OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise WeightsError(
-            f"{where}: neither .safetensors nor a torch file of plain tensors: {_line(error)}"
+            f"{where}: neither .safetensors nor a torch file of plain tensors: {_first_line(error)}"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{where}: holds no state dict, that is, names with tensors")
-    mean, std = _stated_input(metadata.get("input", ""), where)
-    padding = "same" if re.search(r"\bSAME\b", metadata.get("padding", "")) else None
-    frozen = "frozen" in metadata.get("batch_norm", "")
+        raise WeightsError(f"{where}: no state dict, that is, tensors by name")
     state = {str(key).removeprefix("module."): value for key, value in loaded.items()}
-    return BackboneWeights(state, mean, std, padding, frozen, str(file))
+    mean, std = _stated_input(metadata.get("input", ""), where)
+    return BackboneWeights(
+        state,
+        str(file),
+        mean,
+        std,
+        "same" if re.search(r"\bSAME\b", metadata.get("padding", "")) else None,
+        "frozen" in metadata.get("batch_norm", ""),
+    )
 
 
 def _stated_input(
     text: str, where: str
 ) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
-    """Mean and deviation from a line such as ``RGB, (x - 127.5) / 127.5``."""
+    """Parse mean and standard deviation from metadata such as ``RGB, (x - 127.5) / 127.5``."""
     if not text:
         return None, None
     number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(rf"\s*RGB\s*,\s*\(x - {number}\) / {number}\s*", text)
-    if not found or float(found[2]) == 0:
+    match = re.fullmatch(rf"\s*RGB\s*,\s*\(x - {number}\) / {number}\s*", text)
+    if not match or float(match[2]) == 0:
         raise WeightsError(
-            f"{where}: its input {text!r} is not understood; give model.pixel_mean and "
-            "model.pixel_std, and take that line out of the file"
+            f"{where}: unknown format of its metadata input {text!r}; give model.pixel_mean and "
+            "model.pixel_std, and remove that line from the file"
         )
-    mean, std = float(found[1]), float(found[2])
+    mean, std = float(match[1]), float(match[2])
     return (mean, mean, mean), (std, std, std)
 
 
@@ -496,13 +491,14 @@ def _fetch_timm(name: str) -> BackboneWeights:
     try:
         net = timm.create_model(name.removeprefix("timm/"), features_only=True, pretrained=True)
     except Exception as error:  # timm's downloader has no exception of its own
-        raise WeightsError(f"cannot fetch weights of {name}: {_line(error)}; {CHOICES}") from None
-    settings = net.pretrained_cfg
+        raise WeightsError(
+            f"cannot fetch weights of {name}: {_first_line(error)}; {CHOICES}"
+        ) from None
     mean, std = (
-        tuple(255.0 * value for value in settings.get(key, default))
+        tuple(255.0 * value for value in net.pretrained_cfg.get(key, default))
         for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))
     )
-    return BackboneWeights(dict(net.state_dict()), mean, std, None, False, name)
+    return BackboneWeights(dict(net.state_dict()), name, mean, std)
 
 
 def _import_timm() -> Any:
@@ -513,7 +509,6 @@ def _import_timm() -> Any:
     return timm
 
 
-def _line(error: BaseException) -> str:
-    """The first line of what an error says."""
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,24 +1,25 @@
 """Checkpoints: a folder with ``model.safetensors`` and a readable ``model.json``.
 
-Opening one runs no code: the tensors are safetensors, the rest is plain text that is checked before
-anything is built from it.
+Loading a checkpoint runs no code: the tensors are safetensors, and the text is validated before a
+network is built from it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retinanet.config import ModelSpec, build_model_spec, repeated_names
+from retinanet.config import ModelSpec, explain, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
@@ -33,6 +34,12 @@ FORMAT_VERSION = 1
 
 PREPROCESSING = ("pixel_mean", "pixel_std")
 ANCHORS = ("sizes", "scales", "aspect_ratios", "rounding")
+# backbone_weights does not matter to a network whose weights are in the checkpoint.
+NETWORK = tuple(
+    key
+    for key in ModelSpec.model_fields
+    if key not in (*PREPROCESSING, *ANCHORS, "backbone_weights")
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,9 @@ class Checkpoint:
         classes: names, in the order of its labels 0..K-1.
         category_ids: the data's own id of each class.
         image_size: shorter side of its input, pixels.
-        max_size: longer side at most.
-        info: plain values that go with it, such as ``detect`` (a mapping with score_threshold,
-            topk_candidates, nms_threshold, detections_per_image, class_agnostic_nms) and where it
-            comes from.
+        max_size: maximum of the longer side.
+        info: plain values, such as ``detect`` (a mapping with score_threshold, topk_candidates,
+            nms_threshold, detections_per_image, class_agnostic_nms) and the origin of the model.
     """
 
     model: RetinaNet
@@ -67,15 +73,14 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` as `folder`; a kill at any time leaves the old one or the new one.
-
-    Whatever else is in the folder goes with the old one.
+    """Write a checkpoint atomically; all previous content of the folder is replaced.
 
     Raises:
-        WeightsError: `folder` holds something that is not a checkpoint, or cannot be written.
+        WeightsError: `folder` is not empty and not a checkpoint, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / TEXT_FILE).is_file() and _any_inside(folder):
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not (folder / TEXT_FILE).is_file():
         raise WeightsError(f"{folder} exists and is no checkpoint: choose another folder")
     try:
         return replace_folder(folder, lambda draft: write_checkpoint(draft, checkpoint))
@@ -83,11 +88,8 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         raise WeightsError(f"cannot write the checkpoint {folder}: {error}") from None
 
 
-_SPACES = re.compile(r"\n *")
-
-
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the two files into `folder`, which exists: for use inside ``replace_folder``."""
+    """Write the two files into an existing folder, for use in ``replace_folder``."""
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
@@ -95,25 +97,31 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     text = json.dumps(checkpoint_text(checkpoint), indent=2, ensure_ascii=False)
     # Lists of plain values on one line; inside a JSON string there is no line break.
-    text = re.sub(r"\[\n *([^\[\]{}]*?)\n *\]", lambda m: f"[{_SPACES.sub(' ', m[1])}]", text)
+    text = re.sub(
+        r"\[\n *([^\[\]{}]*?)\n *\]", lambda m: "[" + re.sub(r"\n *", " ", m[1]) + "]", text
+    )
     write_atomic(folder / TEXT_FILE, text + "\n")
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint; the model comes in eval mode.
+    """Load a checkpoint; the model is in eval mode.
 
     Args:
         path: a run folder (its best, else its last), a checkpoint folder, a ``model.safetensors``
-            in one, ``torchvision/retinanet_resnet50_fpn`` or ``.._v2``, or ``hf://OWNER/NAME`` of
-            the Hugging Face hub, maybe with ``@REVISION`` (fetched once, cached).
-        device: where the model goes.
+            in one, ``torchvision/retinanet_resnet50_fpn`` or ``.._v2``, or ``hf://OWNER/NAME`` on
+            the Hugging Face Hub, optionally with ``@REVISION`` (downloaded once, cached).
+        device: of the model.
 
     Raises:
-        WeightsError: there is no such checkpoint, or it is damaged or made for something else.
-        MissingExtraError: its backbone needs timm, or the hub huggingface_hub.
+        WeightsError: there is no such checkpoint, or it is damaged or of another kind.
+        MissingExtraError: its backbone needs timm, or the Hub huggingface_hub.
     """
     if str(path).startswith("torchvision/"):
-        checkpoint = _from_torchvision(str(path))
+        loaded = fetch_torchvision(str(path))
+        info = {"source": str(path), "detect": dict(loaded.detect)}
+        sizes = loaded.image_size, loaded.max_size
+        model = to_channels_last(loaded.model)
+        checkpoint = Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
     elif is_hub_name(path):
         folder = fetch_hub(path, (WEIGHTS_FILE, TEXT_FILE))
         checkpoint = _read(folder)
@@ -124,13 +132,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     return checkpoint
 
 
-def _any_inside(folder: Path) -> bool:
-    """Whether `folder` is a file, or a folder that is not empty."""
-    return not folder.is_dir() or next(folder.iterdir(), None) is not None
-
-
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means."""
+    """Find the checkpoint folder of a run folder, a checkpoint folder or a file in it."""
     folder = path.parent if path.name in (WEIGHTS_FILE, TEXT_FILE) else path
     for candidate in map(readable_folder, (folder, folder / "best", folder / "last")):
         if (candidate / TEXT_FILE).is_file() or (candidate / WEIGHTS_FILE).is_file():
@@ -147,27 +150,31 @@ def find_checkpoint(path: Path) -> Path:
 def _read(folder: Path) -> Checkpoint:
     for name in (TEXT_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise WeightsError(f"checkpoint {folder} has no {name}: it is not whole")
+            raise WeightsError(f"incomplete checkpoint {folder}: it has no {name}")
         try:
             (folder / name).open("rb").close()  # safetensors reports any failure as a missing file
         except OSError as error:
             raise WeightsError(f"{folder / name} cannot be read: {error.strerror}") from None
-    text = CheckpointText(_parse(folder / TEXT_FILE), folder / TEXT_FILE)
-    spec = text.spec()
+    file = folder / TEXT_FILE
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} is not JSON: {error}") from None
+    text = parse_text(values, file, FORMAT, FORMAT_VERSION)
     try:
         state = load_file(str(folder / WEIGHTS_FILE))
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{folder / WEIGHTS_FILE} is no safetensors file: {error}") from None
     try:
-        # Built without memory, so that a text that asks for too much is refused before it gets it;
-        # timm computes tables while it builds, which need a place.
-        on_meta = not spec.backbone.startswith("timm/")
+        # Built without memory, so that a text that asks for too much is rejected first. (timm
+        # computes tables while it builds a network, which need memory.)
+        on_meta = not text.spec.backbone.startswith("timm/")
         with torch.device("meta" if on_meta else "cpu"):
-            model = RetinaNet(len(text.classes), spec)
+            model = RetinaNet(len(text.classes), text.spec)
     except MissingExtraError:
         raise
     except (ConfigError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{text.file} describes no network: {error}") from None
+        raise WeightsError(f"{file}: invalid model configuration: {error}") from None
     check_state(model.state_dict(), state, f"weights of {folder}")
     model.load_state_dict(state, strict=False, assign=True)
     model.float()
@@ -176,28 +183,15 @@ def _read(folder: Path) -> Checkpoint:
         to_channels_last(model),
         text.classes,
         text.category_ids,
-        text.whole("preprocessing", "image_size"),
-        text.whole("preprocessing", "max_size"),
+        text.image_size,
+        text.max_size,
         text.info,
     )
 
 
-def _from_torchvision(name: str) -> Checkpoint:
-    loaded = fetch_torchvision(name)
-    return Checkpoint(
-        to_channels_last(loaded.model),
-        loaded.classes,
-        loaded.category_ids,
-        loaded.image_size,
-        loaded.max_size,
-        {"source": name, "detect": dict(loaded.detect)},
-    )
-
-
 def checkpoint_text(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What model.json says; num_classes is not in it, for the classes are."""
+    """Return the content of model.json; the number of classes follows from their names."""
     spec = checkpoint.model.spec.model_dump()
-    elsewhere = {*PREPROCESSING, *ANCHORS, "backbone_weights"}
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -209,112 +203,88 @@ def checkpoint_text(checkpoint: Checkpoint) -> dict[str, Any]:
             **{key: spec[key] for key in PREPROCESSING},
         },
         "anchors": {key: spec[key] for key in ANCHORS},
-        "network": {key: value for key, value in spec.items() if key not in elsewhere},
+        "network": {key: spec[key] for key in NETWORK},
         "info": checkpoint.info,
     }
 
 
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise WeightsError(f'{file} is not a checkpoint\'s: it lacks "format": "{FORMAT}"')
+class CheckpointText(NamedTuple):
+    """The validated content of model.json; attributes as of :class:`Checkpoint`."""
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_size: int
+    max_size: int
+    spec: ModelSpec
+    info: dict[str, Any]
+
+
+class _Preprocessing(BaseModel):
+    image_size: PositiveInt
+    max_size: PositiveInt
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+
+class _Text(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    category_ids: tuple[int, ...]
+    preprocessing: _Preprocessing
+    anchors: dict[str, Any]
+    network: dict[str, Any]
+    info: dict[str, Any]
+
+
+def parse_text(values: object, file: Path, kind: str, max_version: int) -> CheckpointText:
+    """Validate the text of a checkpoint or an exported file.
+
+    Args:
+        values: parsed JSON.
+        file: for messages.
+        kind: required value of ``format``.
+        max_version: highest ``version`` that is supported.
+
+    Raises:
+        WeightsError: the text is of another kind or version, or a value is invalid.
+    """
+    if not isinstance(values, dict) or values.get("format") != kind:
+        raise WeightsError(f'{file} is not a {kind}: it lacks "format": "{kind}"')
     version = values.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > max_version:
         raise WeightsError(
-            f"{file} has version {version!r}; this package reads up to {FORMAT_VERSION}: upgrade it"
+            f"{file} has version {version!r}; this package reads up to {max_version}: upgrade it"
         )
-    return values
-
-
-# What a network of this version is described by, and the kinds of value that JSON gives for it.
-_NETWORK: dict[str, tuple[type, ...]] = {
-    "backbone": (str,),
-    "norm": (str,),
-    "frozen_stages": (int,),
-    "norm_eps": (int, float),
-    "p2": (bool,),
-    "p6_from": (str,),
-    "channels": (int,),
-    "head_depth": (int,),
-    "head_norm": (str,),
-    "prior": (int, float),
-    "stride_padding": (str,),
-}
-
-
-class CheckpointText:
-    """model.json, every value checked as it is read; a bad one is a WeightsError."""
-
-    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
-        self.values = values
-        self.file = file
-        self.classes: tuple[str, ...] = tuple(self._list(values, "classes", str))
-        self.category_ids: tuple[int, ...] = tuple(self._list(values, "category_ids", int))
-        if len(self.classes) != len(self.category_ids):
-            self._refuse(
-                f"{len(self.classes)} classes and {len(self.category_ids)} category_ids differ"
+    try:
+        # As JSON, in which numbers are strictly numbers and lists may be tuples.
+        text = _Text.model_validate_json(json.dumps(values))
+        pixels = text.preprocessing.model_dump(include=set(PREPROCESSING))
+        settings = pixels | text.anchors | text.network
+        lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
+        spec = ModelSpec.model_validate(settings | lists, strict=True)
+    except ValidationError as error:
+        raise WeightsError(f"{file}: invalid model configuration: {explain(error)}") from None
+    for section, keys in (("anchors", ANCHORS), ("network", NETWORK)):
+        if odd := sorted(set(getattr(text, section)) ^ set(keys)):
+            raise WeightsError(
+                f"{file}: {section} has settings that are missing or unknown: {', '.join(odd)}"
             )
-        self.info: dict[str, Any] = self._section("info")
-
-    def spec(self) -> ModelSpec:
-        """Return the settings of the network."""
-        network = self._section("network")
-        if set(network) != set(_NETWORK):
-            odd = sorted(set(network) ^ set(_NETWORK))
-            self._refuse(f"network has settings that are missing or unknown: {', '.join(odd)}")
-        for key, kinds in _NETWORK.items():
-            # True is an int in Python, and not in JSON.
-            if not isinstance(network[key], kinds) or (
-                isinstance(network[key], bool) and bool not in kinds
-            ):
-                self._refuse(f"network.{key} is {network[key]!r}")
-        preprocessing, anchors = self._section("preprocessing"), self._section("anchors")
-        numbers = {key: tuple(self._list(preprocessing, key, float)) for key in PREPROCESSING}
-        lists = {key: tuple(self._list(anchors, key, float)) for key in ANCHORS[:3]}
-        try:
-            settings = {**network, **numbers, **lists, "rounding": anchors.get("rounding")}
-            return build_model_spec(None, **settings)
-        except ConfigError as error:
-            self._refuse(f"invalid model configuration: {error}")
-
-    def whole(self, section: str, key: str) -> int:
-        """A positive whole number."""
-        value = self._section(section).get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._refuse(f"{section}.{key} is {value!r}, not a positive whole number")
-        return int(value)
-
-    def _section(self, key: str) -> dict[str, Any]:
-        section = self.values.get(key)
-        if not isinstance(section, dict):
-            self._refuse(f"it has no section {key}")
-        return dict(section)
-
-    def _list(self, values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-        found = values.get(key)
-        kinds = (int, float) if kind is float else (kind,)
-        if (
-            not isinstance(found, list)
-            or not found
-            or not all(isinstance(one, kinds) and not isinstance(one, bool) for one in found)
-        ):
-            self._refuse(f"{key} is not a list of {kind.__name__} values")
-        return list(found)
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise WeightsError(f"{self.file}: {why}")
+    if len(text.classes) != len(text.category_ids):
+        raise WeightsError(
+            f"{file}: {len(text.classes)} classes and {len(text.category_ids)} category_ids differ"
+        )
+    sizes = text.preprocessing.image_size, text.preprocessing.max_size
+    return CheckpointText(text.classes, text.category_ids, *sizes, spec, text.info)
 
 
 class TransferReport(NamedTuple):
-    """What :func:`transfer_weights` did.
+    """The result of :func:`transfer_weights`.
 
     Attributes:
-        loaded: names of the tensors that were taken whole.
+        loaded: names of the tensors that were copied whole.
         skipped: (name, reason) of those that were not.
-        rows: classes whose rows of the class head were taken.
+        rows: classes whose rows of the class head were copied.
     """
 
     loaded: tuple[str, ...]
@@ -325,19 +295,19 @@ class TransferReport(NamedTuple):
 def transfer_weights(
     model: RetinaNet, classes: Sequence[str], source: Checkpoint
 ) -> TransferReport:
-    """Start `model` from the weights of another, maybe with other classes.
+    """Initialize a model with the weights of another, whose classes may differ.
 
-    Tensors of the same name and shape are taken. In the last convolution of the class head, the
-    rows of classes that both have by name are taken; the other classes keep their start.
+    Tensors of the same name and shape are copied. In the last convolution of the class head, the
+    rows of classes with the same name are copied; the other classes keep their initialization.
 
     Args:
-        model: what to load into, in place.
+        model: changed in place.
         classes: its class names.
-        source: where from.
+        source: the other model.
 
     Raises:
-        ValueError: `classes` are not as many as the model's.
-        WeightsError: nothing fits, or several classes of either have the same name.
+        ValueError: the number of `classes` differs from the model's.
+        WeightsError: nothing fits, or several classes of either model have the same name.
     """
     for what, names in (("the source", source.classes), ("the data", classes)):
         if repeated := repeated_names(names):
@@ -350,15 +320,15 @@ def transfer_weights(
     target, given = model.state_dict(), source.model.state_dict()
     loaded: list[str] = []
     skipped: list[tuple[str, str]] = []
-    same_anchors = _shape_of_cells(model) == _shape_of_cells(source.model)
-    same_levels = model.p2 == source.model.p2
-    shared = [name for name in classes if name in source.classes]
+    same_anchors = _cell(model) == _cell(source.model)
     for name, tensor in target.items():
         if name not in given:
             skipped.append((name, "the source has none"))
         elif name.startswith(("class_head.last.", "box_head.last.")) and not same_anchors:
             skipped.append((name, "the anchors of a cell or the channels differ"))
-        elif name.startswith(("pyramid.lateral.", "pyramid.output.")) and not same_levels:
+        elif (
+            name.startswith(("pyramid.lateral.", "pyramid.output.")) and model.p2 != source.model.p2
+        ):
             skipped.append((name, "with and without P2 the levels count differently"))
         elif name.startswith("class_head.last."):
             _copy_rows(tensor, given[name], classes, source.classes)
@@ -368,16 +338,15 @@ def transfer_weights(
             tensor.copy_(given[name])
             loaded.append(name)
     skipped += [(name, "the model has none") for name in given if name not in target]
-    if not same_anchors:
-        shared = []
-    else:
-        new = [name for name in classes if name not in shared]
-        skipped += [(f"class_head.last: {name}", "a class that the source lacks") for name in new]
-        skipped += [
-            (f"class_head.last: {name}", "a class that the model lacks")
-            for name in source.classes
-            if name not in shared
-        ]
+    shared = []
+    if same_anchors:
+        shared = [name for name in classes if name in source.classes]
+        for names, owner in ((classes, "source"), (source.classes, "model")):
+            skipped += [
+                (f"class_head.last: {name}", f"a class that the {owner} lacks")
+                for name in names
+                if name not in shared
+            ]
     for key in (*PREPROCESSING, "stride_padding", "norm_eps"):
         given_value, own_value = getattr(source.model.spec, key), getattr(model.spec, key)
         if given_value != own_value:
@@ -387,16 +356,16 @@ def transfer_weights(
     return TransferReport(tuple(loaded), tuple(skipped), tuple(shared))
 
 
-def _shape_of_cells(model: RetinaNet) -> tuple[Any, ...]:
+def _cell(model: RetinaNet) -> tuple[Any, ...]:
     return model.anchors.scales, model.anchors.aspect_ratios, model.spec.channels
 
 
 def _copy_rows(
     target: Tensor, given: Tensor, classes: Sequence[str], source_classes: Sequence[str]
 ) -> None:
-    """Rows a * K + k of the class head, whose first axis is anchors times classes."""
+    """Copy rows a * K + k of the class head, whose first axis is anchors times classes."""
     to = target.view(-1, len(classes), *target.shape[1:])
-    of = given.reshape(-1, len(source_classes), *given.shape[1:])
+    source = given.reshape(-1, len(source_classes), *given.shape[1:])
     for i, name in enumerate(classes):
         if name in source_classes:
-            to[:, i] = of[:, source_classes.index(name)]
+            to[:, i] = source[:, source_classes.index(name)]

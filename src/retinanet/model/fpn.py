@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 class FeaturePyramid(nn.Module):
-    """Laterals and a top-down sum, and two coarser levels above.
+    """Lateral connections, a top-down sum, and two coarser levels.
 
     Args:
-        in_channels: of the maps that come in, finest first.
+        in_channels: of the input maps, finest first.
         channels: of every level.
         p6_from: "c5" (the paper) or "p5".
     """
@@ -40,7 +40,7 @@ class FeaturePyramid(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps, finest first, each half as large as the one before, to levels, finest first."""
+        """Map feature maps, each half as large as the map before, to levels, finest first."""
         inner = self.lateral[-1](maps[-1])
         levels = [self.output[-1](inner)]
         for i in range(len(maps) - 2, -1, -1):
@@ -52,10 +52,10 @@ class FeaturePyramid(nn.Module):
 
 
 def _halve(convolution: nn.Conv2d, level: Tensor) -> Tensor:
-    """A stride-2 convolution, on a CPU in its weights' precision whatever autocast says.
+    """Apply a stride-2 convolution, on a CPU in its weights' precision even under autocast.
 
-    These maps are tiny, and on one of a single cell the bfloat16 weight gradient of torch 2.15's
-    CPU kernels holds whatever lay in memory: infinities in a step whose loss is fine.
+    For a map of a single cell, torch 2.15's bfloat16 weight gradient on a CPU is uninitialized
+    memory. These maps are tiny.
     """
     if level.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         result: Tensor = convolution(level)

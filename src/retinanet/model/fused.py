@@ -1,12 +1,8 @@
-"""The network for inference alone: the same outputs in fewer passes over memory.
+"""The network for inference: the same outputs in fewer passes over memory.
 
-A trained network spends much of its time on what lies between the convolutions: batch norm, ReLU
-and the residual sums each read and write every feature map. Here batch norm, whose statistics no
-longer change, is folded into the weights; weights lie in the layout that the CPU's convolutions
-want (oneDNN's); and bias, sum and activation are done on a tile while it is in the cache.
-
-The model itself stays the definition: :func:`fused_copy` leaves it as it is, and tests hold the two
-equal. Folding is exact but for rounding.
+Batch norm, ReLU and residual sums read and write every feature map. Here batch norm is folded into
+the weights of the convolutions; bias, sum and activation are computed with them, tile by tile (with
+oneDNN on a CPU). The results differ from the model's by rounding; tests compare the two.
 """
 
 from __future__ import annotations
@@ -25,9 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.model.backbone import (
     Backbone,
-    FoldingConv2d,
+    BackboneConv2d,
     FrozenBatchNorm2d,
-    SamePadConv2d,
     scale_and_shift,
 )
 from retinanet.model.heads import Head
@@ -38,36 +33,34 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu_,
     "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
 }
-# The same as oneDNN calls it: name and constants.
+# Name and constants of an activation in oneDNN.
 _ONEDNN: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
 
-_CONVOLUTIONS = (nn.Conv2d, FoldingConv2d, SamePadConv2d)
+_CONVOLUTIONS = (nn.Conv2d, BackboneConv2d)
 _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
-# Sizes of image for which the backbone's weights are kept arranged: landscape and portrait. The
-# heads' are kept for the levels of one: five arrangements of theirs are as large as the backbone's.
+# Image sizes for which packed weights of the backbone are kept: landscape and portrait. The heads'
+# are kept for the levels of one size: five packings of theirs are as large as the backbone's.
 _SHAPES_KEPT = 2
 
-# Several threads may run one network; a lock of the module itself could not be copied.
-_arranging = threading.Lock()
+# Several threads may run a network; a lock in the module could not be copied.
+_packing = threading.Lock()
 
 
 def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> RetinaNet:
-    """A copy of a network for inference at its present device, with weights of `dtype`.
+    """Return a copy of a network for inference on its device, with weights of `dtype`.
 
-    Batch norm that could be followed through the backbone is folded away; a backbone that cannot be
-    traced (some of timm's) keeps it, and its residual sums too.
+    A backbone that cannot be traced (some of timm's) keeps its batch norm and residual sums.
 
     Args:
-        model: stays as it is. What was trained goes in: call this again after more training.
-        dtype: of weights and feature maps; logits and deltas come out in it.
-        pack: run oneDNN's fused convolutions where the device is a CPU and torch has them, with
-            weights arranged for the last sizes of image that came twice. Leave the network where
-            it is and as it is then.
+        model: not changed; after more training a new copy is needed.
+        dtype: of weights, feature maps, logits and deltas.
+        pack: use oneDNN's fused convolutions on a CPU where torch has them, with weights packed for
+            the last image sizes that occurred twice. Do not move or change the copy then.
 
     Returns:
         a network in eval mode whose outputs differ from the model's by rounding; without gradient.
@@ -79,17 +72,17 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     for head in (copy.class_head, copy.box_head):
         _fuse_head(head)
     _fuse_plain(copy)
-    convolutions = [one for one in copy.modules() if isinstance(one, FusedConv2d)]
+    convolutions = [module for module in copy.modules() if isinstance(module, FusedConv2d)]
     # pixel_mean and pixel_std stay exact; forward() computes with them in float32.
     mean, deviation = copy.pixel_mean, copy.pixel_std
-    biases = [one.bias.data for one in convolutions]
+    biases = [module.bias.data for module in convolutions]
     copy = to_channels_last(copy.to(dtype))
     copy.pixel_mean, copy.pixel_std = mean, deviation
     if pack and mean.device.type == "cpu" and can_pack(dtype):
         for module, bias in zip(convolutions, biases, strict=True):
             module.shapes_kept = _SHAPES_KEPT
-            if not module.adds:  # torch refuses it there
-                # Kept exact: an error in it would be the same at every place.
+            if not module.adds:  # for which torch supports no other type
+                # In float32: a rounding error would be the same in every cell.
                 module.bias = nn.Parameter(bias, requires_grad=False)
         for head in (copy.class_head, copy.box_head):
             for part in head.modules():
@@ -100,9 +93,9 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
 
 @lru_cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's convolutions with fused activations, and this CPU for `dtype`.
+    """Return True if oneDNN's fused convolutions run here with weights of `dtype`.
 
-    They are no public part of torch, so they are tried: weights of `dtype`, a bias in float32.
+    They are not a public part of torch, so they are tried.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -123,13 +116,13 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 class FusedConv2d(nn.Module):
-    """A convolution, the batch norm after it, a sum and an activation in one.
+    """A convolution with the batch norm, sum and activation that follow it.
 
     Args:
-        conv: whose weights and geometry are taken.
+        conv: the source of weights and geometry.
         norm: batch norm in eval mode, folded into weight and bias.
         activation: "none", "relu" or "relu6".
-        adds: whether it is called with what is to be added.
+        adds: True if it is called with a second map, which is added.
     """
 
     def __init__(
@@ -149,25 +142,22 @@ class FusedConv2d(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.padding: tuple[int, ...] = cast("tuple[int, ...]", conv.padding)
-        self.before: tuple[int, ...] = ()
-        if isinstance(conv, SamePadConv2d):
-            self.padding, self.before = (0, 0), conv.margins()
+        self.margins = conv.margins if isinstance(conv, BackboneConv2d) else ()
         self.activation = activation
         self.shapes_kept: int | None = None
         self._packed: dict[torch.Size, Tensor | None] = {}  # the last used last
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors in oneDNN's layout can be neither copied nor pickled: a copy packs its own.
+        # Tensors in oneDNN's layout cannot be copied or pickled: a copy packs its own.
         return {**self.__dict__, "_packed": {}}
 
     def _weight_for(self, shape: torch.Size) -> Tensor:
-        """The weight in the layout that oneDNN wants for an input of this shape.
+        """Return the weight packed for inputs of this shape, from their second occurrence on.
 
-        The layout depends on the shape, and a convolution with that of another shape can take a
-        hundred times as long. The first input of a shape takes the plain weight, which oneDNN
-        arranges at each call; the second shows that it pays to keep it arranged.
+        The layout depends on the shape, and a convolution with the layout of another shape can take
+        a hundred times as long. A weight that is not packed is packed by oneDNN at each call.
         """
-        with _arranging:
+        with _packing:
             known = shape in self._packed
             packed = self._packed.pop(shape, None)
             if known and packed is None:
@@ -182,7 +172,7 @@ class FusedConv2d(nn.Module):
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         return self.padding, self.stride, self.dilation, self.groups
 
-    def _shape_of_output(self, x: Tensor) -> tuple[int, ...]:
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         sides = (
             (side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for side, pad, stride, dilation, kernel in zip(
@@ -192,12 +182,12 @@ class FusedConv2d(nn.Module):
         return (len(x), len(self.bias), *sides)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) to (B, C', H', W').
+        """Map (B, C, H, W) to (B, C', H', W').
 
         `other` is added before the activation; its memory may be used for the output.
         """
-        if self.before:
-            x = F.pad(x, self.before)
+        if self.margins:
+            x = F.pad(x, self.margins)
         geometry = self._geometry()
         if self.shapes_kept is not None:
             weight = self._weight_for(x.shape)
@@ -207,7 +197,7 @@ class FusedConv2d(nn.Module):
                 y = torch.ops.mkldnn._convolution_pointwise(
                     x, weight, self.bias, *geometry, name, constants, ""
                 )
-            elif other.shape != self._shape_of_output(x):  # it is broadcast
+            elif other.shape != self._output_shape(x):  # broadcast
                 y = torch.ops.mkldnn._convolution_pointwise(
                     x, weight, self.bias, *geometry, "none", [], ""
                 )
@@ -227,8 +217,8 @@ class FusedConv2d(nn.Module):
 
 
 def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one convolution that is as good as this one and batch norm after it."""
-    # Exactly; on the CPU, since Apple's GPUs have no float64.
+    """Return weight and bias of a convolution that includes the batch norm after it."""
+    # In float64; on the CPU, since Apple's GPUs have none.
     scale, shift = scale_and_shift(deepcopy(norm).cpu().double())
     folded = weight.cpu().double() * scale[:, None, None, None]
     shift = bias.cpu().double() * scale + shift
@@ -236,7 +226,7 @@ def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Ten
 
 
 def _fuse_head(head: Head) -> None:
-    """Each (convolution, ReLU) of the tower to one."""
+    """Fuse each (convolution, ReLU) of the tower."""
     for i, block in enumerate(head.tower):
         parts = list(cast(nn.Sequential, block))
         if len(parts) == 2 and type(parts[0]) is nn.Conv2d and isinstance(parts[1], nn.ReLU):
@@ -244,10 +234,10 @@ def _fuse_head(head: Head) -> None:
 
 
 def _fuse_plain(model: nn.Module) -> None:
-    """Convolutions with nothing to fuse, for their weights' layout."""
+    """Replace convolutions with nothing to fuse, for packed weights."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in _CONVOLUTIONS and not getattr(child, "_norm", ()):
+            if type(child) in _CONVOLUTIONS and not getattr(child, "norms", ()):
                 setattr(parent, name, FusedConv2d(cast(nn.Conv2d, child)))
 
 
@@ -258,7 +248,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(backbone: Backbone) -> fx.GraphModule | None:
-    """The backbone with its convolutions fused; None: it cannot be traced."""
+    """Return the backbone with its convolutions fused; None if it cannot be traced."""
     try:
         graph = _Tracer().trace(backbone)
     except Exception:  # timm's networks may do anything that a proxy cannot follow
@@ -274,8 +264,8 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
             last = _only_user(node)
         total, other = _only_user(last), None
         if total is not None and total.target in (operator.add, operator.iadd, torch.add):
-            other = next((one for one in total.args if one is not last), None)
-            # A convolution cannot write where it reads.
+            other = next((term for term in total.args if term is not last), None)
+            # A convolution cannot write to its input.
             fits = isinstance(other, fx.Node) and other is not node.args[0] and not total.kwargs
             if fits and _may_be_overwritten(graph, modules, cast(fx.Node, other), total):
                 last = total
@@ -299,7 +289,7 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
 
 
 def _module(node: fx.Node | None, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> Any:
-    """The module that the node calls, where it is of just one of these types."""
+    """Return the module that the node calls if it is exactly of one of these types."""
     if node is None or node.op != "call_module":
         return None
     module = modules.get(str(node.target))
@@ -322,11 +312,11 @@ def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
 def _may_be_overwritten(
     graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, by: fx.Node
 ) -> bool:
-    """Whether the node's memory is its own, is there before, and is read by nothing after `by`.
+    """Return True if the node's memory is its own, and nothing after node `by` reads it.
 
-    Of a block's two convolutions that meet in a sum this leaves the later one to make it.
+    Of two convolutions whose outputs are added, the later one computes the sum.
     """
     if _module(node, modules, (FusedConv2d, nn.MaxPool2d)) is None:
         return False
-    order = {one: i for i, one in enumerate(graph.nodes)}
+    order = {other: i for i, other in enumerate(graph.nodes)}
     return all(user is by or order[user] < order[by] for user in node.users)

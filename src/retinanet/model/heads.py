@@ -1,7 +1,7 @@
-"""The two subnets that every level of the pyramid shares.
+"""The class and box subnets, shared by all levels of the pyramid.
 
-Source: Lin et al. 2017, Sec. 4 (their shape) and Sec. 4.1 (their start: Gaussian with deviation
-.01, bias 0, but for the prior).
+Source: Lin et al. 2017, Sec. 4 (shape) and Sec. 4.1 (initialization: Gaussian with standard
+deviation .01, bias 0 except for the prior).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Head(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, level: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, outputs, H, W)."""
+        """Map (B, channels, H, W) to (B, outputs, H, W)."""
         result: Tensor = self.last(self.tower(level))
         return result
 
 
 def prior_bias(prior: float) -> float:
-    """The bias that makes sigmoid give `prior` (Sec. 3.3): -log((1 - prior) / prior).
+    """Return the bias whose sigmoid is `prior` (Sec. 3.3): -log((1 - prior) / prior).
 
     >>> round(prior_bias(0.01), 4)
     -4.5951

@@ -1,8 +1,8 @@
-"""Checkpoints from the Hugging Face hub: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
+"""Checkpoints on the Hugging Face Hub: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
 
-Fetched once and cached by huggingface_hub, which also knows the token (``hf auth login`` or
-``HF_TOKEN``), another hub (``HF_ENDPOINT``), and how to do without a network
-(``HF_HUB_OFFLINE=1``). Of a repository only the two files of a checkpoint are fetched.
+huggingface_hub downloads and caches them, and reads the token (``hf auth login`` or ``HF_TOKEN``),
+the address of the hub (``HF_ENDPOINT``) and offline mode (``HF_HUB_OFFLINE=1``). Of a repository
+only the two files of a checkpoint are downloaded.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import NamedTuple, NoReturn
 
 from retinanet.errors import MissingExtraError, WeightsError
 
-# A Path makes one slash of two.
+# Path replaces "//" by "/".
 _NAME = re.compile(r"hf:/{1,2}(?P<repository>[^/@\s]+/[^/@\s]+)(?:@(?P<revision>[^@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubName(NamedTuple):
-    """What a name on the hub says; `revision` is a branch, a tag or a commit, None the newest."""
+    """A parsed name; `revision` is a branch, a tag or a commit; None: the newest."""
 
     repository: str
     revision: str | None
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether `name` means a place on the hub rather than on this disk."""
+    """Return True if `name` is on the hub rather than on this disk."""
     return _text(name).startswith("hf:/")
 
 
 def parse_hub_name(name: str | Path) -> HubName:
-    """The repository and the revision of ``hf://OWNER/NAME@REVISION``.
+    """Parse ``hf://OWNER/NAME@REVISION``.
 
     Raises:
-        WeightsError: it is not of that form.
+        WeightsError: the name is not of that form.
     """
     found = _NAME.fullmatch(_text(name))
     if found is None:
@@ -50,15 +50,15 @@ def _text(name: str | Path) -> str:
 
 
 def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
-    """The folder of the cache that holds a checkpoint of the hub; its name is the commit.
+    """Download a checkpoint and return its folder in the cache, whose name is the commit.
 
     Args:
         name: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
         files: names of the files of a checkpoint.
 
     Raises:
-        WeightsError: there is no such model or revision, or none that may be seen; it holds no
-            checkpoint of this package; or it is not in the cache and the hub cannot be reached.
+        WeightsError: there is no such model or revision, or access is denied; it is not a
+            checkpoint; or it is not in the cache and the hub cannot be reached.
         MissingExtraError: huggingface_hub is not installed.
     """
     repository, revision = parse_hub_name(name)
@@ -73,24 +73,24 @@ def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
             )
         )
     except Exception as error:  # of the hub, the network or the disk: each has classes of its own
-        refuse_hub(error, f"hf://{repository}", revision)
-    missing = [one for one in files if not (folder / one).is_file()]
+        raise_hub_error(error, f"hf://{repository}", revision)
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise WeightsError(
             f"hf://{repository} holds no {' and no '.join(missing)}: it is no checkpoint of "
-            f"retinanet's"
+            "retinanet's"
         )
     return folder
 
 
 def hub_source(name: str | Path, folder: Path) -> str:
-    """The name with the commit that `folder` holds, so that it can be fetched again as it is."""
+    """Return the name with the commit in the cache's `folder`, for reproducible downloads."""
     repository, revision = parse_hub_name(name)
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     return f"hf://{repository}@{commit}" if commit else f"hf://{repository}"
 
 
-def refuse_hub(
+def raise_hub_error(
     error: Exception,
     name: str,
     revision: str | None = None,
@@ -98,14 +98,14 @@ def refuse_hub(
     pushing: bool = False,
     secret: str | None = None,
 ) -> NoReturn:
-    """Say in one line what the hub's `error` means.
+    """Raise a WeightsError that explains an error of the hub in one line.
 
     Args:
-        error: what huggingface_hub raised.
-        name: what was asked for, ``hf://OWNER/NAME``.
-        revision: of it.
-        pushing: it was to be written, not read.
-        secret: a token, which is kept out of the line.
+        error: raised by huggingface_hub.
+        name: of the model, ``hf://OWNER/NAME``.
+        revision: of the model.
+        pushing: True for an upload.
+        secret: a token to remove from the message.
 
     Raises:
         WeightsError: always.
@@ -117,9 +117,9 @@ def refuse_hub(
     hub = constants.ENDPOINT
     cannot = "cannot be pushed to" if pushing else "cannot be had"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _first(error) if not secret else _first(error).replace(secret, "***")
+    detail = _first(error) if not secret else _first(error).replace(secret, "***")
     if isinstance(error, errors.HFValidationError):
-        why = f"is no name on the hub: {said}"
+        why = f"is no name on the hub: {detail}"
     elif isinstance(error, errors.GatedRepoError):
         why = f"is gated: accept its terms at {hub}/{name.removeprefix('hf://')}, then give a token"
     elif isinstance(error, errors.RevisionNotFoundError):
@@ -131,28 +131,28 @@ def refuse_hub(
         else:
             why = f"is not on {hub}, or is private and {token} does not reach it"
     elif status == 403:
-        why = f"may not be changed with this token: {said}"
+        why = f"may not be changed with this token: {detail}"
     elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         why = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
         why = "cannot be pushed to: HF_HUB_OFFLINE is set" if pushing else why
     elif status is not None:
-        why = f"{cannot}: {hub} answered {status}: {said}"
+        why = f"{cannot}: {hub} answered {status}: {detail}"
     elif isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
         why = f"{cannot}: {hub} is not reached{'' if pushing else ', and it is not in the cache'}"
     else:
-        why = f"{cannot}: {type(error).__name__}: {said}"
+        why = f"{cannot}: {type(error).__name__}: {detail}"
     raise WeightsError(f"{name} {why}") from None
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """Whether the connection failed: httpx's errors are no OSErrors, and its name has changed."""
+    """Return True if the connection failed: httpx's errors are not OSErrors."""
     return any(
-        one.__module__.startswith("httpx") or one in (ConnectionError, TimeoutError)
-        for one in type(error).__mro__
+        kind.__module__.startswith("httpx") or kind in (ConnectionError, TimeoutError)
+        for kind in type(error).__mro__
     )
 
 
 def _first(error: Exception) -> str:
-    """The first line of a message that says something."""
+    """Return the first line of a message that is not empty."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

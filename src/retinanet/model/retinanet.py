@@ -29,7 +29,7 @@ from retinanet.structures import Outputs
 
 @contextmanager
 def _default_float32() -> Iterator[None]:
-    """Let modules be created in float32 whatever torch's default type is; also a decorator."""
+    """Create modules in float32 whatever torch's default dtype is; also a decorator."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -45,10 +45,10 @@ class RetinaNet(nn.Module):
 
     Attributes:
         num_classes: K.
-        anchors: the anchors that its outputs refer to.
-        strides: pixels of the input a cell, a level: 8, 16, 32, 64, 128 (4 before them with P2).
-        pixel_mean, pixel_std: (3, 1, 1) of 0..255 RGB, subtracted and divided by inside.
-        spec: builds the same network again: ``RetinaNet(model.num_classes, model.spec)``.
+        anchors: of the outputs.
+        strides: pixels of the input per cell, by level: 8, 16, 32, 64, 128 (with P2 4 first).
+        pixel_mean, pixel_std: (3, 1, 1) of 0..255 RGB, with which images are normalized.
+        spec: all settings: ``RetinaNet(model.num_classes, model.spec)`` is the same network.
         size_divisor: height and width of the images are multiples of it.
     """
 
@@ -107,20 +107,20 @@ class RetinaNet(nn.Module):
         self.set_pixel_statistics()
 
     def set_pixel_statistics(self, device: torch.device | str = "cpu") -> None:
-        """Make pixel_mean and pixel_std on `device` from the spec, where they alone are kept."""
+        """Create pixel_mean and pixel_std on `device` from the spec."""
         for name in ("pixel_mean", "pixel_std"):
             values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device=device)
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Raw class logits and box deltas of every anchor.
+        """Compute raw class logits and box deltas of every anchor.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 or any float type with values 0..255; H and W multiples
                 of 32, padded at the right and the bottom.
 
         Returns:
-            The outputs, a level each: (B, A * K, H_l, W_l) and (B, A * 4, H_l, W_l).
+            The outputs by level: (B, A * K, H_l, W_l) and (B, A * 4, H_l, W_l).
 
         Raises:
             ValueError: the images have another shape.
@@ -132,7 +132,7 @@ class RetinaNet(nn.Module):
                 f"height and width of images are multiples of {self.size_divisor}, got "
                 f"{images.shape[2]} x {images.shape[3]}; pad at the right and the bottom"
             )
-        # In float32 whatever the weights are: bfloat16 keeps 8 bits, and the difference has more.
+        # In float32 whatever the weights are: bfloat16 has 8 bits, and the difference needs more.
         pixels = (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
         maps = self.backbone(pixels.to(self.class_head.last.weight.dtype))
         levels = self.pyramid(maps if self.p2 else maps[1:])
@@ -150,41 +150,27 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
     Args:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
-        settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`:
-
-            - backbone: resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or timm/NAME.
-            - backbone_weights: "default" (ImageNet, fetched once), "none", or a file
-              (:func:`retinanet.model.backbone.find_weights`).
-            - norm: of the backbone: "frozen" batch norm, "trained" batch norm, or "group" norm for
-              training from scratch.
-            - frozen_stages: number of the stem, C2, .., C5 that keep the loaded weights; with
-              backbone_weights "none" it counts as 0.
-            - p2: add a level at stride 4 below P3, for small objects; not in the paper.
-            - p6_from: "c5", or "p5" as some implementations do.
-            - channels: of the pyramid and the heads.
-            - head_depth: convolutions in each head before the last.
-            - head_norm: "none" or "group".
-            - prior: initial score of every anchor (Sec. 3.3).
-            - sizes: square root of the anchors' area in pixels, per level; None: 4 x stride.
-            - scales, aspect_ratios: factors of the size, and height / width, of the anchors.
-            - rounding: "none", or "torchvision" for its weights.
-            - pixel_mean, pixel_std: of 0..255 RGB; None: what the weights state, else ImageNet's.
-            - stride_padding: "symmetric" or "same"; None: what the weights state, or "symmetric".
+        settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
+            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or
+            timm/NAME), ``backbone_weights`` ("default": ImageNet, downloaded once; "none"; or a
+            file), ``norm`` of the backbone ("frozen" or "trained" batch norm, or "group" norm for
+            training from scratch), ``p2`` (a level at stride 4 for small objects; not in the
+            paper), and ``sizes`` (square root of the anchors' area in pixels, per level).
 
     Raises:
         ConfigError: a setting is unknown, out of range or contradicts another.
-        WeightsError: the weights cannot be fetched or do not fit; the message says what to do.
+        WeightsError: the weights cannot be downloaded or do not fit.
         MissingExtraError: timm is not installed.
     """
     spec = build_model_spec(spec, **settings)
     start = spec.backbone_weights
     if spec.norm == "group" and start == "default":
         raise ConfigError(
-            'norm "group" starts from nothing, but backbone_weights is "default" (ImageNet, with '
+            'norm "group" trains from scratch, but backbone_weights is "default" (ImageNet, with '
             "batch norm): set backbone_weights to none, or norm to frozen or trained"
         )
     if spec.norm == "frozen" and start == "none":
-        # Untrained statistics normalise nothing: activations grow from block to block.
+        # Without statistics nothing is normalized: activations grow from block to block.
         raise ConfigError(
             'norm "frozen" keeps the statistics of pretrained weights, but backbone_weights is '
             '"none": set norm to group (model.norm=group), or to trained with large batches'
@@ -209,5 +195,5 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
 
 
 def to_channels_last(model: RetinaNet) -> RetinaNet:
-    """The model with its weights in channels_last memory, in which convolutions are fastest."""
+    """Convert the weights to channels_last memory, in which convolutions are fastest."""
     return model.to(memory_format=torch.channels_last)

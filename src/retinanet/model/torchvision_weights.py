@@ -1,9 +1,9 @@
-"""torchvision's RetinaNets, as models of this package.
+"""torchvision's RetinaNet weights, loaded into models of this package.
 
-The networks are the same but for names, and torchvision's have habits of their own: anchors cut to
-whole pixels; 91 classes, of which 11 (the background and ten ids that COCO does not use) are never
-trained; v1 makes P6 from P5, and its published weights have batch norm without epsilon; v2 makes P6
-from C5 and has group norm in the heads.
+The networks differ in names, and in torchvision's choices: anchors rounded to whole pixels; 91
+classes, of which 11 (the background and ten ids that COCO does not use) are never trained; v1
+computes P6 from P5, and its published weights have batch norm without epsilon; v2 computes P6 from
+C5 and has group norm in the heads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from retinanet.model.retinanet import RetinaNet
 V1 = "torchvision/retinanet_resnet50_fpn"
 V2 = "torchvision/retinanet_resnet50_fpn_v2"
 TORCHVISION_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # The published weights of v1 were trained with a batch norm that had no epsilon.
     V1: (
         detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
         {"p6_from": "p5", "head_norm": "none", "norm_eps": 0.0},
@@ -35,7 +34,7 @@ TORCHVISION_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 
-# torchvision's own settings of its transform and its postprocessing.
+# torchvision's settings of its transform and its post-processing.
 IMAGE_SIZE, MAX_SIZE = 800, 1333
 DETECT: dict[str, Any] = {
     "score_threshold": 0.05,
@@ -47,7 +46,7 @@ DETECT: dict[str, Any] = {
 
 
 class Loaded(NamedTuple):
-    """A model of torchvision's and what goes with it."""
+    """A model of torchvision's with its classes and settings."""
 
     model: RetinaNet
     classes: tuple[str, ...]
@@ -58,12 +57,12 @@ class Loaded(NamedTuple):
 
 
 def fetch_torchvision(name: str) -> Loaded:
-    """torchvision's COCO model, its 80 living classes with their COCO ids.
+    """Download torchvision's COCO model with the 80 classes in use of COCO's 91 ids.
 
-    The rows of the 11 dead classes are left out; the logits of the others are torchvision's.
+    The rows of the unused classes are dropped; the logits of the others are torchvision's.
 
     Raises:
-        WeightsError: there is no such model, or it cannot be fetched.
+        WeightsError: there is no such model, or it cannot be downloaded.
     """
     if name not in TORCHVISION_MODELS:
         raise WeightsError(f"there is no {name}: choose {' or '.join(TORCHVISION_MODELS)}")
@@ -72,7 +71,7 @@ def fetch_torchvision(name: str) -> Loaded:
     state = fetch_state(entry, f"fetch it where there is internet and put the file into {cache}")
     names = entry.meta["categories"]
     model = from_torchvision(name, state, num_classes=len(names))
-    ids = [i for i, one in enumerate(names) if one not in ("__background__", "N/A")]
+    ids = [i for i, label in enumerate(names) if label not in ("__background__", "N/A")]
     classes = tuple(names[i] for i in ids)
     return Loaded(keep_classes(model, ids), classes, tuple(ids), IMAGE_SIZE, MAX_SIZE, DETECT)
 
@@ -80,12 +79,12 @@ def fetch_torchvision(name: str) -> Loaded:
 def from_torchvision(
     name: str, state: Mapping[str, Tensor], *, num_classes: int, norm_eps: float | None = None
 ) -> RetinaNet:
-    """A model with the weights of a torchvision state dict.
+    """Build a model with the weights of a torchvision state dict.
 
     Args:
-        name: which of ``TORCHVISION_MODELS`` the state dict is of.
-        state: its names and tensors, as written by any release of torchvision.
-        num_classes: its classes, torchvision's background included.
+        name: key of ``TORCHVISION_MODELS``.
+        state: names and tensors, as written by any release of torchvision.
+        num_classes: including torchvision's background.
         norm_eps: of batch norm; None: that of torchvision's published weights. A v1 that was
             built without them has 1e-5.
 
@@ -103,7 +102,7 @@ def from_torchvision(
 
 
 def keep_classes(model: RetinaNet, kept: list[int]) -> RetinaNet:
-    """The same model with the classes `kept` alone, in that order."""
+    """Return the same model with only the classes `kept`, in that order."""
     smaller = RetinaNet(len(kept), model.spec)
     state = model.state_dict()
     for key in ("class_head.last.weight", "class_head.last.bias"):
@@ -114,7 +113,7 @@ def keep_classes(model: RetinaNet, kept: list[int]) -> RetinaNet:
 
 
 # torchvision's name -> ours. In older files a block is one module less deep, and the heads'
-# convolutions stand at every other place of their sequence.
+# convolutions have the even positions of their sequence.
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.body\.(.+)", r"backbone.\1"),
     (r"backbone\.fpn\.inner_blocks\.(\d+)(?:\.0)?\.(weight|bias)", r"pyramid.lateral.\1.\2"),
@@ -132,7 +131,7 @@ _OLD_TOWER = re.compile(r"head\.(classification|regression)_head\.conv\.(\d+)\.(
 
 
 def our_name(key: str) -> str:
-    """What this package calls the tensor `key` of torchvision's RetinaNet."""
+    """Translate the name of a tensor of torchvision's RetinaNet."""
     if old := _OLD_TOWER.fullmatch(key):
         head = "class_head" if old[1] == "classification" else "box_head"
         return f"{head}.tower.{int(old[2]) // 2}.0.{old[3]}"

@@ -18,7 +18,7 @@ from retinanet.files import write_atomic
 from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import MIN_STEPS, Plan, Settings, Training, make_plan
 from retinanet.paper.run import Workers, run_plan
-from retinanet.report.plots import read_log
+from retinanet.training.run_folder import read_log
 
 _PROBE_STEPS = 12
 _START_SECONDS = 8.0  # in which a worker imports torch and reads its data, about

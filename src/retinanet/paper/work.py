@@ -19,8 +19,8 @@ from retinanet.config import build_recipe
 from retinanet.errors import DataError, NonFiniteLossError
 from retinanet.files import write_atomic
 from retinanet.paper.rival_training import train_rival
-from retinanet.report.plots import read_log
 from retinanet.training.events import EventCallback
+from retinanet.training.run_folder import read_log
 from retinanet.training.trainer import train
 
 _RESULT = "result.json"

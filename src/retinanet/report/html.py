@@ -31,9 +31,9 @@ from retinanet.report.plots import (
     plot_object_sizes,
     plot_running,
     plot_training,
-    read_log,
     split_log,
 )
+from retinanet.training.run_folder import read_log
 
 ImageLike = Path | str | bytes | Image.Image
 """An image to embed: a file, the bytes of a file, or a PIL image."""
@@ -245,10 +245,11 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         facts["unreadable images"] = len(metrics.unreadable)
     page.facts(facts)
     files = plot_evaluation(metrics, plots)
-    page.images([(files["precision_recall"], "")])
-    page.images([(files["sizes"], ""), (files["calibration"], "")], columns=2)
-    for name in ("errors", "classes", "confusion"):
+    for name in ("precision_recall", "errors", "classes"):
         page.images([(files[name], "")])
+    small = len(metrics.confusion.classes) <= _MAX_CLASSES
+    pair = [(files["calibration"], ""), (files["confusion"], "")]
+    page.images(pair, columns=2 if small else 1)
     recalls = {name: value for name, value in summary.items() if name.startswith("AR")}
     page.table(["", *recalls], [["recall", *recalls.values()]])
     columns = {

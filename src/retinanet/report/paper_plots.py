@@ -58,11 +58,9 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class StarCurve:
-    """FL* with one setting.
+    """FL* with one setting: x_t and loss.
 
     Attributes:
-        gamma, beta: the setting.
-        x, y: x_t and loss.
         effective: True if AP was over 33.5 in the paper, or the equivalent here; None: unknown.
     """
 
@@ -112,13 +110,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """A head, shared by all levels.
-
-    Attributes:
-        convolutions: in order.
-        per_cell: anchors per cell.
-        outputs: values per anchor: K classes, or 4 of a box.
-    """
+    """A head, shared by all levels: `outputs` values (K classes, or 4) per anchor."""
 
     convolutions: tuple[Convolution, ...]
     per_cell: int
@@ -130,13 +122,10 @@ class Architecture:
     """A network as Figure 3 shows it.
 
     Attributes:
-        backbone: name.
         height, width: of the image, padded to multiples of 32.
-        maps: of the backbone that the pyramid takes, finest first.
-        levels: of the pyramid, finest first.
-        class_subnet, box_subnet: the heads.
-        anchors: in the image, all levels together.
-        parameters: of the network.
+        maps, levels: of the backbone that the pyramid takes, and of the pyramid; finest first.
+        anchors: number in the image, all levels together.
+        parameters: number of weights.
     """
 
     backbone: str
@@ -172,13 +161,9 @@ class SpeedMark:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A row of a table, as measured and as published; in points of AP.
+    """A row of a table in points of AP: mean and standard deviation over seeds, and the paper's AP.
 
-    Attributes:
-        label: its name.
-        measured: mean AP over seeds; None: not run.
-        deviation: standard deviation over seeds; None: one seed.
-        published: the paper's AP; None: the paper has no such row.
+    None: not run, a single seed, not in the paper.
     """
 
     label: str
@@ -247,10 +232,7 @@ def _plot_variants(
 def plot_star_grid(curves: Sequence[StarCurve], file: str | Path, bar: str = "") -> Files:
     """Figure 7: FL* over a grid of gamma and beta, by whether training with it is effective.
 
-    Args:
-        curves: one per setting.
-        file: path of both files.
-        bar: criterion of effective, for the legend: ``AP over 33.5``.
+    `bar` is the criterion of effective, for the legend: ``AP over 33.5``.
     """
     kinds: tuple[tuple[bool | None, str, str], ...] = (
         (None, "unknown", "#B9BEC6"),
@@ -283,11 +265,11 @@ def plot_loss_distribution(
     """Figure 4: cumulative share of the loss over positives and over negatives.
 
     Args:
-        result: of one model.
+        result: of a model.
         file: path of both files.
         title: above both panels, such as the model's name.
-        published: the paper's points (fraction, cumulative share) of the positives; its text says
-            that the hardest 20% account for about half of the loss, (.8, .5).
+        published: the paper's points (fraction, cumulative share) of the positives: the hardest 20%
+            account for about half of the loss, (.8, .5).
     """
     panels = (
         ("positives", result.positives, result.positives_taken, result.positive_anchors),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from retinanet.data.dataset import Dataset
-from retinanet.errors import DataError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.report.figure import (
     BLUE,
@@ -53,25 +51,6 @@ _ERROR_KINDS = {
 }
 
 
-def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``log.jsonl``; a truncated last line is skipped.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        text = Path(file).read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"log {file} cannot be read: {error.strerror}") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
-
-
 def split_log(lines: _Lines) -> tuple[_Lines, list[dict[str, Any]]]:
     """Split a log into the lines of steps, and the validations with their step."""
     steps = [line for line in lines if "validation" not in line]
@@ -83,7 +62,7 @@ def plot_training(log: _Lines, file: str | Path) -> Path:
     """Plot losses, validation AP and learning rate against the step.
 
     Args:
-        log: the lines of :func:`read_log`.
+        log: the lines of ``log.jsonl``.
         file: the PNG to write.
     """
     steps, validations = split_log(log)
@@ -140,7 +119,7 @@ def plot_evaluation(metrics: Metrics, folder: str | Path) -> dict[str, Path]:
     """Write all plots of an evaluation into `folder`.
 
     Returns:
-        files by name: ``precision_recall``, ``classes``, ``sizes``, ``errors``, ``confusion``,
+        files by name: ``precision_recall``, ``classes``, ``errors``, ``confusion``,
         ``calibration``. Empty if there is no ground-truth box.
     """
     if math.isnan(metrics.ap):
@@ -148,7 +127,6 @@ def plot_evaluation(metrics: Metrics, folder: str | Path) -> dict[str, Path]:
     plots = {
         "precision_recall": plot_precision_recall,
         "classes": plot_classes,
-        "sizes": plot_sizes,
         "errors": plot_errors,
         "confusion": plot_confusion,
         "calibration": plot_calibration,
@@ -204,31 +182,6 @@ def plot_classes(metrics: Metrics, file: str | Path) -> Path:
         axis.set_xticks(np.linspace(0, 1, 6))
         axis.grid(axis="y", visible=False)
         add_legend(axis, loc="lower right")
-    return Path(file)
-
-
-def plot_sizes(metrics: Metrics, file: str | Path) -> Path:
-    """Plot AP and recall of small, medium and large objects."""
-    names = ("small\nunder 32²", "medium\nto 96²", "large\nover 96²")
-    precision = (metrics.ap_small, metrics.ap_medium, metrics.ap_large)
-    recall = (metrics.ar_small, metrics.ar_medium, metrics.ar_large)
-    bars = (
-        (-0.19, precision, BLUE, "AP"),
-        (0.19, recall, SKY, f"recall with {metrics.max_detections} boxes"),
-    )
-    with open_figure(5.2, 4.4, file) as figure:
-        axis = figure.subplots()
-        for shift, values, colour, name in bars:
-            heights = np.nan_to_num(np.array(values))
-            axis.bar(np.arange(3) + shift, heights, 0.36, color=colour, label=name)
-            for i, value in enumerate(values):
-                text = "none" if math.isnan(value) else f"{value:.3f}"
-                axis.text(i + shift, heights[i] + 0.015, text, ha="center", fontsize=8, color=DARK)
-        axis.set_xticks(range(3), names)
-        axis.set(ylim=(0, 1.12), ylabel="mean over IoU 0.50:0.95", title="By object size")
-        axis.set_yticks(np.linspace(0, 1, 6))
-        axis.grid(axis="x", visible=False)
-        figure.legend(loc="outside lower center", ncols=2)
     return Path(file)
 
 

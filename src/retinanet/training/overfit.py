@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retinanet.config import Recipe, build_recipe
 from retinanet.data.dataset import Dataset
+from retinanet.data.memory import Reader
 from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
+from retinanet.training.run_folder import read_log
 from retinanet.training.trainer import train
 
 TARGET_AP50 = 0.9
@@ -52,7 +53,7 @@ class OverfitResult:
 
 def overfit(
     recipe: Recipe,
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
     *,
     num_images: int = 8,
@@ -80,8 +81,7 @@ def overfit(
     run = train(
         fixed, {"train": chosen, "val": chosen}, out, device=device, init=init, on_event=on_event
     )
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in read_log(run.folder / "log.jsonl") if "loss" in line]
     first, last = losses[:5], losses[-5:]
     result = OverfitResult(
         images=count,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retinanet.config import Recipe, load_recipe, to_toml
-from retinanet.errors import ConfigError, WeightsError
+from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import recover_folder, write_atomic
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
@@ -77,7 +76,7 @@ class Progress:
 class RunFolder:
     """The paths of a run, its log, and its lock.
 
-    ``config.toml`` the resolved recipe; ``run.json`` versions, seed, data digest, device, git;
+    ``config.toml`` the resolved recipe; ``run.json`` versions, seed, data digest, device;
     ``log.jsonl`` a line per step; ``metrics.json`` the validation of ``best/``; ``last/`` and
     ``best/`` checkpoints, ``last/`` with the state to resume from; ``unreadable.jsonl`` the images
     that were skipped.
@@ -170,7 +169,7 @@ class RunFolder:
 
     def truncate_log(self, step: int) -> None:
         """Drop the lines after `step` and an incomplete last one: the steps are done again."""
-        kept = [line for line in _lines(self.log) if line.get("step", step + 1) <= step]
+        kept = [line for line in read_log(self.log) if line.get("step", step + 1) <= step]
         write_atomic(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def unreadable_sizes(self) -> dict[str, int]:
@@ -181,22 +180,30 @@ class RunFolder:
         if not self.unreadable.is_file():
             return {}
         # The first record counts: the run was started with that size.
-        return {line["file"]: line["size"] for line in reversed(_lines(self.unreadable))}
+        return {line["file"]: line["size"] for line in reversed(read_log(self.unreadable))}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a JSONL file."""
+def read_log(file: str | Path) -> list[dict[str, Any]]:
+    """Read the lines of a ``log.jsonl``; a truncated last line is skipped.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        text = Path(file).read_text("utf-8")
+    except OSError as error:
+        raise DataError(f"log {file} cannot be read: {error.strerror}") from None
     lines = []
-    for text in file.read_text("utf-8").splitlines():
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(line))
         except ValueError:
             continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Versions, device and source revision of this process."""
+    """Versions and device of this process."""
     packages = ("retinanet", "torch", "torchvision", "accelerate", "hotcoco", "numpy", "pillow")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
@@ -206,24 +213,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "git": _git_revision(),
     }
-
-
-def _git_revision() -> str | None:
-    """Describe the source tree's revision; None for an installed package."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -199,8 +199,8 @@ def test_tab_reaches_every_control(driver: PageDriver, draw: Draw) -> None:
         assert visible, name
         reached.append(name)
     expected = ["first-model", "second-model", "theme", "help", "zoom-out", "zoom-in", "fit"]
-    expected += ["full", "remove", "choose", "choose-folder", "paste", "camera", "clear", "image"]
-    expected += ["score-number", "score", "all", "none", "red", "green", "<i>blue</i>"]
+    expected += ["full", "remove", "choose", "choose-folder", "camera", "clear", "image"]
+    expected += ["score", "all", "none", "red", "green", "<i>blue</i>"]
     expected += ["detection-0", "save-which", "save-visible", "save-json", "save-coco", "save-png"]
     assert reached == expected
 
@@ -211,7 +211,7 @@ def test_question_mark_opens_help(driver: PageDriver) -> None:
     assert page.is_visible("#help-dialog")
     page.keyboard.press("Escape")
     assert not page.is_visible("#help-dialog")
-    page.focus("#score-number")
+    page.focus("#theme")
     page.keyboard.press("?")
     assert not page.is_visible("#help-dialog")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,20 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, count_suffixes, relative
-from retinanet.data.formats import coco, csv, cvat, label_studio, voc, webdataset, yolo
-from retinanet.data.formats.labels import LabelFile
+from retinanet.data.formats import (
+    coco,
+    csv,
+    cvat,
+    json_exports,
+    label_studio,
+    text_rows,
+    voc,
+    webdataset,
+    yolo,
+)
+from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
+from retinanet.data.memory import Reader, import_reader, read_with
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
 
@@ -45,6 +56,18 @@ def _format(module: Any, label_files: str) -> Format:
     return Format(module.detect, module.parse, module.find, module.read, write, label_files)
 
 
+def _read_only(name: str, label_files: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
+    """Return a format of a file per image (``.txt``, LabelMe), or of many, that is only read."""
+    is_per_image = suffixes == [".txt"] or name == "labelme"
+
+    def find(tree: Tree) -> LabelSet | None:
+        if is_per_image:
+            return find_files(name, tree, suffixes, detect)
+        return find_tables(name, tree, suffixes, detect, parse)
+
+    return Format(detect, parse, find, partial(read_files, name, parse), None, label_files)
+
+
 # In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
     "coco": _format(coco, "COCO .json"),
@@ -53,6 +76,23 @@ FORMATS: dict[str, Format] = {
     "voc": _format(voc, "Pascal VOC .xml"),
     "yolo": _format(yolo, "YOLO .txt or data.yaml"),
     "csv": _format(csv, "a table of boxes (.csv)"),
+    "labelme": _read_only(
+        "labelme", "LabelMe .json", [".json"], json_exports.is_labelme, json_exports.parse_labelme
+    ),
+    "via": _read_only(
+        "via", "VIA .json or .csv", [".json", ".csv"], json_exports.is_via, json_exports.parse_via
+    ),
+    "createml": _read_only(
+        *("createml", "Create ML .json", [".json"]),
+        *(json_exports.is_createml, json_exports.parse_createml),
+    ),
+    **{
+        name: _read_only(
+            *(name, f"{title} .txt", [".txt"]),
+            *(partial(text_rows.detect, format=name), partial(text_rows.parse, format=name)),
+        )
+        for name, title in (("kitti", "KITTI"), ("visdrone", "VisDrone"), ("dota", "DOTA"))
+    },
     "webdataset": _format(webdataset, "WebDataset .tar"),
 }
 
@@ -60,76 +100,83 @@ WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not Non
 """Formats that a data set can be written in."""
 
 
+_SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
+
+
 @dataclass(frozen=True, slots=True)
 class DataSource:
     """What was found below a path.
 
     Attributes:
-        tree: the files.
-        labels: the label files that are read.
-        others: label files of other formats, which are not read, with the images that they label.
+        format: name of the format.
         splits: the splits by name, each read when called; an unnamed split is ``""``.
+        description: what is read and what is left out, a line each.
     """
 
-    tree: Tree
-    labels: LabelSet
-    others: tuple[LabelSet, ...]
+    format: str
     splits: Mapping[str, Callable[[], Dataset]]
-
-    def describe(self) -> tuple[str, ...]:
-        """Return what was understood and what was left out, a line each."""
-        top = self.tree.top
-        splits = [name for name in _split_names(self.splits) if name]
-        drawn = "; val is drawn from train" if _draws_val(self.splits) else ""
-        form = FORMATS[self.labels.format].label_files
-        lines = [
-            f"{self.tree.path}: {form}: {self.labels.describe(top)}; "
-            f"splits {', '.join(splits)}{drawn}"
-        ]
-        for other in self.others:
-            new = other.stems() - self.labels.stems()
-            what = f"{len(new)} images more" if new else "labels of the same images"
-            lines.append(
-                f"not read: {FORMATS[other.format].label_files}: {other.describe(top)} ({what}; "
-                f"read it with --format {other.format})"
-            )
-        lines += [f"not read: {note}" for note in self.labels.notes]
-        groups = [
-            group for labels in (self.labels, *self.others) for group in labels.files.values()
-        ]
-        used = {file for group in groups for file in group}
-        noted = " ".join(self.labels.notes)
-        unused = [
-            relative(file, top)
-            for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
-            if file not in used and str(file) not in noted
-        ]
-        if unused:
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
-        return tuple(lines)
+    description: tuple[str, ...]
 
 
-def find_data(path: str | Path, format: str | None = None) -> DataSource:
+def _describe(
+    tree: Tree, labels: LabelSet, others: Iterable[LabelSet], splits: Mapping[str, object]
+) -> Iterator[str]:
+    """Yield what is read and what is left out, a line each."""
+    named = [name for name in _split_names(splits) if name]
+    drawn = "; val is drawn from train" if _draws_val(splits) else ""
+    yield (
+        f"{tree.path}: {FORMATS[labels.format].label_files}: {labels.describe(tree.top)}; "
+        f"splits {', '.join(named)}{drawn}"
+    )
+    used = {file for group in labels.files.values() for file in group}
+    for other in others:
+        new = other.stems() - labels.stems()
+        what = f"{len(new)} images more" if new else "labels of the same images"
+        yield (
+            f"not read: {FORMATS[other.format].label_files}: {other.describe(tree.top)} ({what}; "
+            f"read it with --format {other.format})"
+        )
+        used |= {file for group in other.files.values() for file in group}
+    yield from (f"not read: {note}" for note in labels.notes)
+    noted = " ".join(labels.notes)
+    unused = [
+        relative(file, tree.top)
+        for file in tree.with_suffix(".json", ".xml", ".csv", ".tsv")
+        if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
+    ]
+    if unused and labels.format != "webdataset":  # shards have an index each
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        yield f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)"
+
+
+def find_data(
+    path: str | Path | Reader, format: str | None = None, *, extras: bool = True
+) -> DataSource:
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
     the first of :data:`FORMATS`.
 
     Args:
-        path: a folder, or a label file.
+        path: a folder, a label file, or a reader (:func:`retinanet.data.memory.read_with`), also as
+            ``module:function``.
         format: one of :data:`FORMATS`; None detects it.
+        extras: keep values that training does not need (masks, licences, ...).
 
     Raises:
         DataError: there is no such path or format, no labels are found (the message says what is
             there), two formats label as many images, and not the same ones, or a file is broken.
     """
+    if callable(path) or (not Path(path).exists() and import_reader(str(path))):
+        reader = path if callable(path) else import_reader(str(path))
+        assert reader is not None
+        return _read_reader(reader)
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if not archives.is_remote(path) and not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
-    tree = Tree(path)
+    tree = Tree(path, extras=extras)
     names = [format] if format else [name for name in FORMATS if name != "webdataset"]
     found = [labels for name in names if (labels := FORMATS[name].find(tree)) is not None]
     if not found and format is None:
@@ -146,7 +193,21 @@ def find_data(path: str | Path, format: str | None = None) -> DataSource:
                 f"same; give the path of one of them, or --format"
             )
     labels, *others = found
-    return DataSource(tree, labels, tuple(others), FORMATS[labels.format].read(tree, labels))
+    splits = FORMATS[labels.format].read(tree, labels)
+    if not extras:
+        splits = {name: partial(_without_extras, split) for name, split in splits.items()}
+    return DataSource(labels.format, splits, tuple(_describe(tree, labels, others, splits)))
+
+
+def _read_reader(reader: Reader) -> DataSource:
+    """Return what a reader of the user yields."""
+    datasets = read_with(reader)
+    name = getattr(reader, "__name__", "reader")
+    images = sum(map(len, datasets.values()))
+    splits = {split: partial(datasets.__getitem__, split) for split in datasets}
+    shown = ", ".join(filter(None, _split_names(splits)))
+    drawn = "; val is drawn from train" if _draws_val(splits) else ""
+    return DataSource("reader", splits, (f"{name}: {images} images; splits {shown}{drawn}",))
 
 
 def _nothing_found(tree: Tree, format: str | None) -> str:
@@ -184,11 +245,11 @@ def find_format(path: str | Path) -> str:
     Raises:
         DataError: as :func:`find_data`.
     """
-    return find_data(path).labels.format
+    return find_data(path).format
 
 
 def read_dataset(
-    path: str | Path,
+    path: str | Path | Reader,
     split: str = "train",
     *,
     format: str | None = None,
@@ -214,10 +275,9 @@ def read_dataset(
     Raises:
         DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     names = _split_names(lazy)
-    description = source.describe()
     if split in lazy and not (split == "train" and _draws_val(lazy)):
         dataset = lazy[split]()
     elif split in names:
@@ -225,16 +285,16 @@ def read_dataset(
     elif split == "all":
         dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
     else:
-        hints = "".join(f"; {note}" for note in source.labels.notes if f" {split}" in note)
+        hints = "".join(f"; {note}" for note in source.description[1:] if f" {split}" in note)
         raise DataError(
             f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}"
             f"{nearest(split, names)}{hints}"
         )
-    return replace(dataset, split=split, description=description)
+    return replace(dataset, split=split, description=source.description)
 
 
 def read_splits(
-    path: str | Path,
+    path: str | Path | Reader,
     *,
     format: str | None = None,
     seed: int = 0,
@@ -246,13 +306,12 @@ def read_splits(
     Arguments, errors and drawn splits as :func:`read_dataset`. VOC's ``trainval`` is left out if
     there are train and val, which it repeats.
     """
-    source = find_data(path, format)
-    lazy = source.splits if extras else _without_extras(source.splits)
+    source = find_data(path, format, extras=extras)
+    lazy = source.splits
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
-    description = source.describe()
     return {
-        name: replace(dataset, split=name, description=description)
+        name: replace(dataset, split=name, description=source.description)
         for name, dataset in datasets.items()
     }
 
@@ -278,18 +337,15 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     return total.hexdigest()
 
 
-def _without_extras(
-    splits: Mapping[str, Callable[[], Dataset]],
-) -> dict[str, Callable[[], Dataset]]:
-    def read(split: Callable[[], Dataset]) -> Dataset:
-        dataset = split()
-        images = []
-        for image in dataset.images:
-            annotations = tuple(replace(a, extra={}) if a.extra else a for a in image.annotations)
-            images.append(replace(image, extra={}, annotations=annotations))
-        return replace(dataset, images=tuple(images), extra={})
-
-    return {name: partial(read, split) for name, split in splits.items()}
+def _without_extras(split: Callable[[], Dataset]) -> Dataset:
+    dataset = split()
+    images = []
+    for image in dataset.images:
+        annotations = image.annotations
+        if any(annotation.extra for annotation in annotations):
+            annotations = tuple(replace(annotation, extra={}) for annotation in annotations)
+        images.append(replace(image, extra={}, annotations=annotations))
+    return replace(dataset, images=tuple(images), extra={})
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:

@@ -94,7 +94,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         parsed: list[LabelFile] = []
         extra: dict[str, Any] = {}
         for file in files:
-            content = _load(file)
+            content = _load(file, keep_masks=tree.extras)
             extra |= {key: value for key, value in content.items() if key not in _PARTS}
             parsed.append(_parse(file, content))
         extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
@@ -112,10 +112,12 @@ def parse(file: Path) -> LabelFile:
     return _parse(file, _load(file))
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, *, keep_masks: bool = True) -> dict[str, Any]:
     def compact(value: dict[str, Any]) -> dict[str, Any]:
         if JSON_TEXT in value and "image_id" in value:
-            value[JSON_TEXT] = to_text(value[JSON_TEXT])
+            mask = value.pop(JSON_TEXT)
+            if keep_masks:
+                value[JSON_TEXT] = to_text(mask)
         return value
 
     content: dict[str, Any] = read_json(file, dict, "COCO's object", compact)

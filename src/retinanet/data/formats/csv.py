@@ -71,7 +71,8 @@ _BOXES = (("x1", "y1", "x2", "y2"), ("x", "y", "box_width", "box_height"), ("bbo
 _OTHERS = ("width", "height", "image", "class", "split", "image_id")
 _ROW_VALUES = ("id", "iscrowd", "difficult", "area")
 _NO_HEADER = ("image", "x1", "y1", "x2", "y2", "class")
-_CLASS_FILES = ("classes.csv", "class_list.csv")
+CLASS_FILES = ("classes.csv", "class_list.csv")
+"""Files with the names and ids of the classes."""
 _SUFFIXES = (".csv", ".tsv")
 _SCORES = ("confidence", "conf", "score", "scores", "probability", "prob")
 _DEFAULT_CLASS = "object"  # without a column of classes
@@ -83,7 +84,7 @@ EXTRA = "extra_"
 def detect(file: Path) -> bool:
     """Whether a file is a table of boxes."""
     try:
-        return file.name not in _CLASS_FILES and bool(_columns(next(_rows(file))[1]))
+        return file.name not in CLASS_FILES and bool(_columns(next(_rows(file))[1]))
     except (DataError, StopIteration):
         return False
 
@@ -284,7 +285,7 @@ def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
 
 def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
     """Return a file of classes, and its ids and names; the path and none if there is none."""
-    file = tree.named(*_CLASS_FILES)
+    file = tree.named(*CLASS_FILES)
     if file is not None:
         rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
         return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
@@ -304,7 +305,7 @@ def write(writing: Writing) -> None:
             writing.lost["values of an image other than its size"] += 1
         _write_split(dataset, split, names[split], writing)
     first = next(iter(writing.splits.values()))
-    with (writing.folder / _CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
+    with (writing.folder / CLASS_FILES[0]).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(
             [("class", "id"), *zip(first.classes, first.category_ids, strict=True)]
         )

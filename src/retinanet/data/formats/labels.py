@@ -388,6 +388,43 @@ def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path
 # ---- data sets
 
 
+def find_files(
+    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool]
+) -> LabelSet | None:
+    """Find label files of one image each; None if there are none.
+
+    The first files of a folder decide: a broken file among good ones is a fault.
+
+    Args:
+        format, tree, suffixes, detect: as in :func:`find_tables`.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for file in tree.with_suffix(*suffixes):
+        folders.setdefault(file.parent, []).append(file)
+    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
+    stems = frozenset(file.stem.casefold() for file in files)
+    return LabelSet(format, tree.group(files), lambda: stems) if files else None
+
+
+def read_files(
+    format: str, parse: Callable[..., LabelFile], tree: Tree, labels: LabelSet
+) -> dict[str, Callable[[], Dataset]]:
+    """Read label files that name their classes; each split's data set is built when called.
+
+    Classes are the lines of ``classes.txt`` if there is one (any other name is a problem), else all
+    names, sorted.
+
+    Args:
+        format: name of the format.
+        parse: parses a file of a split.
+        tree, labels: the label files.
+    """
+    pairs = [(split, file) for split, group in labels.files.items() for file in group]
+    files = [parse(file, split=split) for split, file in pairs]
+    source, names = listed_names(tree, "classes.txt")
+    return build_splits(format, files, find_classes(files, names, source), tree)
+
+
 def find_tables(
     format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool], parse: Parser
 ) -> LabelSet | None:

@@ -26,6 +26,7 @@ from retinanet.data.formats.labels import (
     LabelImage,
     build,
     find_classes,
+    find_files,
     from_text,
     listed_names,
     read_lines,
@@ -55,13 +56,7 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the XML files of a tree by split."""
-    folders: dict[Path, list[Path]] = {}
-    for file in tree.with_suffix(".xml"):
-        folders.setdefault(file.parent, []).append(file)
-    # By the first files of a folder: a broken file among good ones is a fault.
-    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
-    stems = frozenset(file.stem.casefold() for file in files)
-    return LabelSet("voc", tree.group(files), lambda: stems) if files else None
+    return find_files("voc", tree, [".xml"], detect)
 
 
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:

@@ -37,18 +37,6 @@ function listenToClipboard(addFiles) {
     event.preventDefault();
     paste([...(event.clipboardData?.files ?? [])]);
   });
-  $("paste").onclick = async () => {
-    try {
-      const files = [];
-      for (const item of await navigator.clipboard.read()) {
-        const type = item.types.find((name) => name.startsWith("image/"));
-        if (type) files.push(new File([await item.getType(type)], "", { type }));
-      }
-      paste(files);
-    } catch {
-      notify("The browser denied access to the clipboard: press Ctrl V instead.");
-    }
-  };
 }
 
 function listenToDrops(addFiles) {

@@ -4,9 +4,9 @@ import {
   $, announce, changed, classNames, colourOf, countClasses, describe, element, jobsOf, onChange, plural, scored,
   setText, state, visible,
 } from "./state.js";
-import { draw, fit, reveal, zoomToDetection } from "./view.js";
+import { centre, draw, fit, view, zoomToDetection } from "./view.js";
 
-const MAX_UNSEARCHED_CLASSES = 12;
+const MAX_UNSORTED_CLASSES = 12;
 const NUM_BINS = 50;
 
 /** The filter of score and classes has changed. */
@@ -21,14 +21,11 @@ export function setThreshold(value) {
   state.threshold = Math.round(100 * Math.max(Number($("score").min), Math.min(1, value))) / 100;
   $("score").value = state.threshold;
   $("score").ariaValueText = state.threshold.toFixed(2);
-  if (document.activeElement !== $("score-number")) $("score-number").value = state.threshold.toFixed(2);
+  setText($("score-number"), state.threshold.toFixed(2));
   filterChanged(500);
 }
 
 $("score").oninput = () => setThreshold($("score").valueAsNumber);
-$("score-number").oninput = () => $("score-number").checkValidity() && setThreshold($("score-number").valueAsNumber);
-$("score-number").onblur = () => setThreshold(state.threshold);
-
 function renderScores(results) {
   const minimum = Number($("score").min);
   const bins = new Array(NUM_BINS).fill(0);
@@ -62,8 +59,7 @@ function renderClasses(results) {
     classRows = new Map(classNames().map((name) => [name, createClassRow(name)]));
   }
   const counts = results.map((result) => countClasses(scored(result)));
-  const isLong = classRows.size > MAX_UNSEARCHED_CLASSES;
-  $("class-search").hidden = !isLong;
+  const isLong = classRows.size > MAX_UNSORTED_CLASSES;
   $("difference-head").hidden = counts.length < 2;
   const listed = [];
   for (const [name, { item, checkbox, count }] of classRows) {
@@ -72,7 +68,6 @@ function renderClasses(results) {
     setText(count, numbers.join(" | ") + difference);
     checkbox.checked = !state.hiddenClasses.has(name);
     item.classList.toggle("zero", counts.length > 0 && !numbers.some(Boolean));
-    item.hidden = !isFound(name);
     listed.push(item);
   }
   if (isLong) listed.sort((a, b) => a.classList.contains("zero") - b.classList.contains("zero"));
@@ -81,7 +76,6 @@ function renderClasses(results) {
 }
 
 const signed = (number) => `${number > 0 ? "+" : number < 0 ? "−" : "±"}${Math.abs(number)}`;
-const isFound = (name) => name.toLowerCase().includes($("class-search").value.trim().toLowerCase());
 
 function createClassRow(name) {
   const checkbox = element("input", { type: "checkbox", value: name });
@@ -105,9 +99,8 @@ export function showClasses(names, isShown) {
   filterChanged();
 }
 
-$("all").onclick = () => showClasses(classNames().filter(isFound), true);
-$("none").onclick = () => showClasses(classNames().filter(isFound), false);
-$("class-search").oninput = changed;
+$("all").onclick = () => showClasses(classNames(), true);
+$("none").onclick = () => showClasses(classNames(), false);
 
 // --- lists of detections --------------------------------------------------------------------------
 
@@ -136,7 +129,7 @@ function createList({ model, detections }, n) {
   for (const detection of detections) {
     const [x1, y1, x2, y2] = detection.box.map(Math.round);
     const input = element("input", { type: "radio", name: `detection-${n}`, className: "visually-hidden" });
-    input.onfocus = () => (activate(detection), reveal(detection));
+    input.onfocus = () => (activate(detection), view.fitted || centre(detection));
     input.onblur = () => activate(null);
     input.onkeydown = (event) => {
       if (event.key === "Enter") zoomToDetection(detection);

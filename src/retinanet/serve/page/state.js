@@ -11,7 +11,7 @@ export const state = {
   current: null, // the image in view
   active: null, // the highlighted detection
   notice: "", // a message that the user can close
-  pause: null, // {text, button, until, promise, resume}: no request is sent meanwhile
+  pause: null, // {text, button, isTimed, promise, resume}: no request is sent meanwhile
 };
 
 /** A function that runs `callback` in the next frame, once for any number of calls. */
@@ -121,32 +121,16 @@ export const classNames = () => [...new Set(state.selected.flatMap(({ classes })
 
 /** The palette of `retinanet detect`; the first seven colours are Okabe and Ito's. */
 const PALETTE = [
-  ...[[213, 94, 0], [0, 158, 115], [86, 180, 233], [240, 228, 66], [204, 121, 167]],
-  ...[[0, 114, 178], [230, 159, 0], [150, 230, 80], [140, 80, 220], [0, 220, 220]],
-  ...[[160, 60, 60], [255, 255, 255]],
+  ...["#d55e00", "#009e73", "#56b4e9", "#f0e442", "#cc79a7", "#0072b2"],
+  ...["#e69f00", "#96e650", "#8c50dc", "#00dcdc", "#a03c3c", "#ffffff"],
 ];
+const DARK = ["#0072b2", "#8c50dc", "#a03c3c"];
 
-let colours = { models: null, byName: new Map() };
+/** Colour of a class; the classes of a second model follow the first's. */
+export const colourOf = (name) => PALETTE[Math.max(0, classNames().indexOf(name)) % PALETTE.length];
 
-/** [r, g, b] of a class; the classes of a second model follow the first's. */
-function rgbOf(name) {
-  if (colours.models !== state.selected) {
-    const entries = classNames().map((key, n) => [key, PALETTE[n % PALETTE.length]]);
-    colours = { models: state.selected, byName: new Map(entries) };
-  }
-  return colours.byName.get(name) ?? PALETTE.at(-1);
-}
-
-export const colourOf = (name) => `rgb(${rgbOf(name).join(" ")})`;
-
-/** Black or white, whichever has the higher contrast (WCAG relative luminance). */
-export function textColourOf(name) {
-  const [r, g, b] = rgbOf(name).map((value) => {
-    const part = value / 255;
-    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-  });
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
-}
+/** Black or white, whichever has the higher contrast on the colour of a class. */
+export const textColourOf = (name) => (DARK.includes(colourOf(name)) ? "#fff" : "#000");
 
 // --- texts ----------------------------------------------------------------------------------------
 

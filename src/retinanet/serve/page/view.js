@@ -80,27 +80,22 @@ export function pan(dx, dy) {
   move();
 }
 
-/** Centre a detection, with some context around it. */
-export function zoomToDetection({ box: [x1, y1, x2, y2] }) {
+/** Centre a detection. */
+export function centre({ box: [x1, y1, x2, y2] }) {
   const { width, height } = area();
-  const scale = Math.min(width / (x2 - x1), height / (y2 - y1)) / 2.5;
-  view.scale = clamp(scale, Math.min(fitScale(), 1), MAX_SCALE / 2);
   view.x = width / 2 - (view.scale * (x1 + x2)) / 2;
   view.y = height / 2 - (view.scale * (y1 + y2)) / 2;
-  view.fitted = false;
   move();
 }
 
-/** Pan as little as needed to show a detection. */
-export function reveal({ box: [x1, y1, x2, y2] }) {
-  if (view.fitted) return;
-  const shift = (low, high, length) => {
-    if (low < 0 && high > length) return 0;
-    return low < 8 ? 8 - low : Math.min(0, length - 8 - high);
-  };
+/** Centre a detection, with some context around it. */
+export function zoomToDetection(detection) {
   const { width, height } = area();
-  const { x, y, scale } = view;
-  pan(shift(x + scale * x1, x + scale * x2, width), shift(y + scale * y1, y + scale * y2, height));
+  const [x1, y1, x2, y2] = detection.box;
+  const scale = Math.min(width / (x2 - x1), height / (y2 - y1)) / 2.5;
+  view.scale = clamp(scale, Math.min(fitScale(), 1), MAX_SCALE / 2);
+  view.fitted = false;
+  centre(detection);
 }
 
 /** Keep the image in sight: centred if it is smaller than the stage. */

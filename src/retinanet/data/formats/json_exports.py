@@ -1,0 +1,206 @@
+"""JSON of annotation tools that is only read: LabelMe, VGG Image Annotator (VIA) and Create ML.
+
+Sources: https://github.com/wkentaro/labelme (JSON per image, shapes as points),
+https://www.robots.ox.ac.uk/~vgg/software/via/ (JSON of a project or of annotations),
+https://developer.apple.com/documentation/createml (list of images, boxes by their centre).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from retinanet.data.dataset import Annotation
+from retinanet.data.formats.labels import (
+    Box,
+    LabelFile,
+    LabelImage,
+    json_has,
+    read_json,
+    short,
+    to_box,
+    to_number,
+    to_size,
+)
+
+_CLASS_ATTRIBUTES = ("class", "label", "name", "type", "category", "object")
+
+
+def is_labelme(file: Path) -> bool:
+    """Whether a file is LabelMe's."""
+    return json_has(file, b"{", (b'"shapes"', b'"imagePath"'))
+
+
+def is_via(file: Path) -> bool:
+    """Whether a file is a VIA project, or its annotations as JSON or CSV."""
+    if file.suffix.lower() == ".csv":
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            return "region_shape_attributes" in stream.readline()
+    return json_has(file, b"{", (b'"regions"', b'"shape_attributes"'), (b'"_via_img_metadata"',))
+
+
+def is_createml(file: Path) -> bool:
+    """Whether a file is Create ML's."""
+    return json_has(file, b"[", (b'"annotations"', b'"coordinates"'))
+
+
+def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse a LabelMe file: rectangles, circles, and the boxes around polygons.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    content = read_json(file, dict, "LabelMe's object")
+    parsed = LabelFile(file, split)
+    image = LabelImage(
+        str(content.get("imagePath") or f"{file.stem}.jpg"),
+        file.stem,
+        to_size(content.get("imageWidth")),
+        to_size(content.get("imageHeight")),
+    )
+    parsed.images.append(image)
+    for number, shape in enumerate(_list(content.get("shapes"))):
+        points: Any = shape.get("points")
+        kind = shape.get("shape_type") or "polygon"
+        box = _around(points)
+        if kind == "circle" and box is not None:  # the centre and a point on the circle
+            (x, y), (to_x, to_y) = points[:2]
+            radius = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
+            box = (x - radius, y - radius, x + radius, y + radius)
+        elif kind not in ("rectangle", "polygon"):
+            parsed.report("shape-not-box", number, f"shape {number} is a {short(kind)}")
+            continue
+        _add(parsed, image, number, str(shape.get("label") or ""), box, points)
+    return parsed
+
+
+def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse a VIA file: rectangles, circles, ellipses, and the boxes around polygons.
+
+    The class is the attribute named so (class, label, name, type, ...), else the first one.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    if file.suffix.lower() == ".csv":
+        content = _via_rows(file)
+    else:
+        content = read_json(file, dict, "VIA's object")
+        content = content.get("_via_img_metadata", content)
+    parsed = LabelFile(file, split)
+    for key, item in content.items():
+        if not isinstance(item, dict) or "regions" not in item:
+            continue
+        image = LabelImage(str(item.get("filename") or key), str(item.get("filename") or key))
+        parsed.images.append(image)
+        regions = item["regions"]
+        regions = list(regions.values()) if isinstance(regions, dict) else regions
+        for number, region in enumerate(_list(regions)):
+            shape = region.get("shape_attributes") or {}
+            attributes = region.get("region_attributes") or {}
+            box = via_box(shape)
+            if box is None and shape.get("name") in ("point", "polyline"):
+                reason = f"{image.name}: region {number} is a {shape['name']}"
+                parsed.report("shape-not-box", number, reason)
+                continue
+            _add(parsed, image, number, via_class(attributes), box, shape)
+    return parsed
+
+
+def _via_rows(file: Path) -> dict[str, Any]:
+    """Return VIA's CSV in the form of its JSON: the attributes of a region are JSON in a cell."""
+    images: dict[str, Any] = {}
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        for row in csv.DictReader(stream):
+            name = row.get("filename") or ""
+            regions = images.setdefault(name, {"filename": name, "regions": []})["regions"]
+            try:
+                shape = json.loads(row.get("region_shape_attributes") or "{}")
+                attributes = json.loads(row.get("region_attributes") or "{}")
+            except ValueError:
+                shape, attributes = {"name": "a cell that is not JSON"}, {"class": "?"}
+            if shape:
+                regions.append({"shape_attributes": shape, "region_attributes": attributes})
+    return images
+
+
+def via_box(shape: Mapping[str, Any]) -> Box | None:
+    """Return the box around a shape of VIA; None if it has none."""
+    if "all_points_x" in shape:
+        xs, ys = shape["all_points_x"], shape.get("all_points_y")
+        points = list(zip(xs, ys, strict=False)) if isinstance(ys, list) else None
+        return None if shape.get("name") == "polyline" else _around(points)
+    if "cx" in shape:
+        radius = shape.get("r")
+        rx, ry = to_number(shape.get("rx", radius)), to_number(shape.get("ry", radius))
+        x, y = to_number(shape["cx"]), to_number(shape.get("cy"))
+        if rx is None or ry is None or x is None or y is None:
+            return None
+        return x - rx, y - ry, x + rx, y + ry
+    box = to_box([shape.get(side) for side in ("x", "y", "width", "height")])
+    return None if box is None else (box[0], box[1], box[0] + box[2], box[1] + box[3])
+
+
+def via_class(attributes: Mapping[str, Any]) -> str:
+    """Return the class among the attributes of a region: of a choice, the one that is chosen."""
+    names = {str(key).lower(): value for key, value in attributes.items()}
+    value = next((names[key] for key in _CLASS_ATTRIBUTES if names.get(key)), None)
+    if value is None:
+        value = next(iter(attributes.values()), "")
+    if isinstance(value, dict):  # checkboxes
+        value = next((str(key) for key, chosen in value.items() if chosen), "")
+    return str(value)
+
+
+def parse_createml(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse a Create ML file: boxes by their centre, in pixels.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    parsed = LabelFile(file, split)
+    for item in _list(read_json(file, list, "Create ML's list")):
+        name = str(item.get("image") or item.get("imagefilename") or "")
+        image = LabelImage(name, name)
+        parsed.images.append(image)
+        for number, annotation in enumerate(_list(item.get("annotations"))):
+            sides = annotation.get("coordinates") or {}
+            box = to_box([sides.get(side) for side in ("x", "y", "width", "height")])
+            if box is not None:
+                x, y, width, height = box
+                box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            _add(parsed, image, number, str(annotation.get("label") or ""), box, sides)
+    return parsed
+
+
+def _add(
+    parsed: LabelFile, image: LabelImage, number: int, name: str, box: Box | None, stated: Any
+) -> None:
+    """Add an object to an image; without a class or four numbers it is a problem."""
+    if not name:
+        parsed.report("class-unknown", number, f"{image.name}: object {number} has no class")
+    elif box is None:
+        reason = f"{image.name}: object {number} ({name}): {short(stated)}: no box"
+        parsed.report("box-not-a-number", number, reason)
+    else:
+        image.annotations.append(Annotation(box, parsed.label(name), number))
+
+
+def _around(points: Any) -> Box | None:
+    """Return the box around points; None if they are not at least two pairs of numbers."""
+    if not isinstance(points, Sequence) or len(points) < 2:
+        return None
+    try:
+        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+    except (TypeError, ValueError):
+        return None
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _list(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a list; anything else is empty."""
+    items = value if isinstance(value, list) else []
+    return (item for item in items if isinstance(item, dict))
