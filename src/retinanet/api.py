@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from retinanet.config import Recipe, load_recipe
 from retinanet.data.dataset import Dataset
+from retinanet.data.memory import Reader, from_torch
 from retinanet.errors import ConfigError
 from retinanet.training.events import EventCallback
 from retinanet.training.trainer import Run
@@ -14,7 +16,7 @@ from retinanet.training.trainer import train as train_by_recipe
 
 
 def train(
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Any],
     *,
     out: str | Path,
     recipe: str | Path | Recipe = "quick",
@@ -22,17 +24,22 @@ def train(
     device: str = "auto",
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Run:
     """Train a RetinaNet on labelled images, or resume a run that was stopped.
 
     Args:
-        data: a folder or file of any format of :mod:`retinanet.data.formats`, or splits by name.
+        data: a folder or file of any format of :mod:`retinanet.data.formats`; a function that
+            yields images with their boxes and class names
+            (:func:`retinanet.data.memory.read_with`); or splits by name, each a :class:`Dataset` or
+            a map-style data set of ``(image, {"boxes", "labels"})``.
         out: the run folder; an unfinished run of the same recipe and data in it is resumed.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
         settings: overrides of the recipe, such as ``"train.lr=0.005"``.
         device: ``auto`` or a torch device.
         init: a checkpoint to start from.
         on_event: callback for progress events.
+        classes: names by label of map-style data sets; None: their ``classes``, else numbers.
 
     Raises:
         ConfigError: an unknown setting or recipe, or `settings` given with a built recipe.
@@ -44,4 +51,9 @@ def train(
         recipe = load_recipe(recipe, settings)
     elif list(settings):
         raise ConfigError("settings cannot override a built recipe; pass them to load_recipe")
+    if isinstance(data, Mapping):
+        data = {
+            name: part if isinstance(part, Dataset) else from_torch(part, classes, split=name)
+            for name, part in data.items()
+        }
     return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from retinanet.errors import DataError
 
@@ -117,5 +119,72 @@ class Dataset:
                 f"of its own, or give their objects one label"
             )
 
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Iterable[Any],
+        boxes: Iterable[Any],
+        labels: Iterable[Any],
+        classes: Sequence[str],
+        *,
+        split: str = "train",
+    ) -> Dataset:
+        """Build a data set from images, boxes and labels in memory.
+
+        Images in memory are written as PNG files into a temporary folder of this process, so that
+        workers, resuming and reports treat them as any others.
+
+        Args:
+            images: paths, PIL images, arrays (H, W) or (H, W, 3) in RGB, or tensors (3, H, W).
+            boxes: per image (M, 4) x1, y1, x2, y2 in pixels.
+            labels: per image (M,) indices in `classes`.
+            classes: names of the classes, all different.
+            split: name of the split.
+
+        Raises:
+            DataError: the numbers of images, boxes and labels differ, or a label is out of range.
+            ImageError: an image cannot be read.
+        """
+        from retinanet.data.images import as_file
+
+        classes = tuple(map(str, classes))
+        found: list[LabelledImage] = []
+        try:
+            rows = list(zip(images, boxes, labels, strict=True))
+        except ValueError:
+            raise DataError("images, boxes and labels differ in number: give one of each") from None
+        for index, (image, image_boxes, image_labels) in enumerate(rows):
+            corners = _numbers(image_boxes, index, "boxes")
+            numbers = _numbers(image_labels, index, "labels").reshape(-1)
+            if corners.size != 4 * len(numbers) or (corners.size and corners.shape[-1] != 4):
+                raise DataError(
+                    f"image {index}: boxes of shape {corners.shape} and {len(numbers)} labels; "
+                    "expected (M, 4) and (M,)"
+                )
+            if any(not 0 <= n < len(classes) or n != int(n) for n in numbers.tolist()):
+                raise DataError(
+                    f"image {index}: labels {numbers.tolist()[:5]} are not all whole numbers from "
+                    f"0 to {len(classes) - 1}; there are {len(classes)} classes"
+                )
+            annotations = tuple(
+                Annotation((box[0], box[1], box[2], box[3]), int(label), number)
+                for number, (box, label) in enumerate(
+                    zip(corners.reshape(-1, 4).tolist(), numbers.tolist(), strict=True)
+                )
+            )
+            found.append(
+                LabelledImage(as_file(image, f"{split or 'image'}-{index}"), index, annotations)
+            )
+        return cls(
+            tuple(found), classes, tuple(range(len(classes))), split, "memory", Path("memory")
+        )
+
     def __len__(self) -> int:
         return len(self.images)
+
+
+def _numbers(values: Any, index: int, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"image {index}: {what} are not numbers: {str(values)[:80]}") from None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -452,3 +457,26 @@ def _over_white(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return colour.copy()
     mixed = (colour * alpha + 255 * (255 - alpha) + 127) // 255
     return mixed.astype(np.uint8)
+
+
+def as_file(image: ImageSource, name: str) -> Path:
+    """Return the path of an image; one in memory is written as PNG into a temporary folder.
+
+    Args:
+        image: as in :func:`read_image`.
+        name: of a new file, without its extension; a number makes it unique.
+    """
+    if isinstance(image, str | os.PathLike):
+        return Path(image)
+    pixels = read_image(image).permute(1, 2, 0).numpy()
+    folder = _temporary_folder()
+    file = folder / f"{len(os.listdir(folder)):07d}-{name}.png"
+    Image.fromarray(pixels).save(file, compress_level=1)
+    return file
+
+
+@lru_cache(maxsize=1)
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="retinanet-images-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

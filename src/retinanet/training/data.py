@@ -12,6 +12,7 @@ from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
+from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
@@ -41,7 +42,7 @@ class TrainingData:
 
 
 def read_training_data(
-    data: str | Path | Mapping[str, Dataset], recipe: Recipe, emit: Emit
+    data: str | Path | Reader | Mapping[str, Dataset], recipe: Recipe, emit: Emit
 ) -> TrainingData:
     """Read and check the splits to train and validate on.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from retinanet.config import Recipe, build_recipe
 from retinanet.data.dataset import Dataset
+from retinanet.data.memory import Reader
 from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.run_folder import read_log
@@ -52,7 +53,7 @@ class OverfitResult:
 
 def overfit(
     recipe: Recipe,
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
     *,
     num_images: int = 8,

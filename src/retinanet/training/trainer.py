@@ -21,6 +21,7 @@ from retinanet.data import archives
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import BatchLoader, default_workers, train_loader
+from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import replace_folder, write_atomic
@@ -82,7 +83,7 @@ class Run:
 
 def train(
     recipe: Recipe,
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
     *,
     device: str = "auto",
@@ -121,7 +122,7 @@ def train(
 def run_task(
     make_task: Callable[[TaskSettings], TrainingTask],
     recipe: Recipe,
-    data: str | Path | Mapping[str, Dataset],
+    data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
     *,
     device: str = "auto",

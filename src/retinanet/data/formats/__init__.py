@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from retinanet.data.formats import (
 )
 from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
+from retinanet.data.memory import Reader, import_reader, read_with
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
 
@@ -107,59 +108,58 @@ class DataSource:
     """What was found below a path.
 
     Attributes:
-        tree: the files.
-        labels: the label files that are read.
-        others: label files of other formats, which are not read, with the images that they label.
+        format: name of the format.
         splits: the splits by name, each read when called; an unnamed split is ``""``.
+        description: what is read and what is left out, a line each.
     """
 
-    tree: Tree
-    labels: LabelSet
-    others: tuple[LabelSet, ...]
+    format: str
     splits: Mapping[str, Callable[[], Dataset]]
-
-    def describe(self) -> tuple[str, ...]:
-        """Return what was understood and what was left out, a line each."""
-        top = self.tree.top
-        splits = [name for name in _split_names(self.splits) if name]
-        drawn = "; val is drawn from train" if _draws_val(self.splits) else ""
-        form = FORMATS[self.labels.format].label_files
-        lines = [
-            f"{self.tree.path}: {form}: {self.labels.describe(top)}; "
-            f"splits {', '.join(splits)}{drawn}"
-        ]
-        for other in self.others:
-            new = other.stems() - self.labels.stems()
-            what = f"{len(new)} images more" if new else "labels of the same images"
-            lines.append(
-                f"not read: {FORMATS[other.format].label_files}: {other.describe(top)} ({what}; "
-                f"read it with --format {other.format})"
-            )
-        lines += [f"not read: {note}" for note in self.labels.notes]
-        groups = [
-            group for labels in (self.labels, *self.others) for group in labels.files.values()
-        ]
-        used = {file for group in groups for file in group}
-        noted = " ".join(self.labels.notes)
-        unused = [
-            relative(file, top)
-            for file in self.tree.with_suffix(".json", ".xml", ".csv", ".tsv")
-            if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
-        ]
-        if unused and self.labels.format != "webdataset":  # shards have an index each
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            lines.append(f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)")
-        return tuple(lines)
+    description: tuple[str, ...]
 
 
-def find_data(path: str | Path, format: str | None = None, *, extras: bool = True) -> DataSource:
+def _describe(
+    tree: Tree, labels: LabelSet, others: Iterable[LabelSet], splits: Mapping[str, object]
+) -> Iterator[str]:
+    """Yield what is read and what is left out, a line each."""
+    named = [name for name in _split_names(splits) if name]
+    drawn = "; val is drawn from train" if _draws_val(splits) else ""
+    yield (
+        f"{tree.path}: {FORMATS[labels.format].label_files}: {labels.describe(tree.top)}; "
+        f"splits {', '.join(named)}{drawn}"
+    )
+    used = {file for group in labels.files.values() for file in group}
+    for other in others:
+        new = other.stems() - labels.stems()
+        what = f"{len(new)} images more" if new else "labels of the same images"
+        yield (
+            f"not read: {FORMATS[other.format].label_files}: {other.describe(tree.top)} ({what}; "
+            f"read it with --format {other.format})"
+        )
+        used |= {file for group in other.files.values() for file in group}
+    yield from (f"not read: {note}" for note in labels.notes)
+    noted = " ".join(labels.notes)
+    unused = [
+        relative(file, tree.top)
+        for file in tree.with_suffix(".json", ".xml", ".csv", ".tsv")
+        if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
+    ]
+    if unused and labels.format != "webdataset":  # shards have an index each
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        yield f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)"
+
+
+def find_data(
+    path: str | Path | Reader, format: str | None = None, *, extras: bool = True
+) -> DataSource:
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
     the first of :data:`FORMATS`.
 
     Args:
-        path: a folder, or a label file.
+        path: a folder, a label file, or a reader (:func:`retinanet.data.memory.read_with`), also as
+            ``module:function``.
         format: one of :data:`FORMATS`; None detects it.
         extras: keep values that training does not need (masks, licences, ...).
 
@@ -167,6 +167,10 @@ def find_data(path: str | Path, format: str | None = None, *, extras: bool = Tru
         DataError: there is no such path or format, no labels are found (the message says what is
             there), two formats label as many images, and not the same ones, or a file is broken.
     """
+    if callable(path) or (not Path(path).exists() and import_reader(str(path))):
+        reader = path if callable(path) else import_reader(str(path))
+        assert reader is not None
+        return _read_reader(reader)
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise DataError(f"no format {format!r}: {', '.join(FORMATS)}{nearest(format, FORMATS)}")
@@ -192,7 +196,18 @@ def find_data(path: str | Path, format: str | None = None, *, extras: bool = Tru
     splits = FORMATS[labels.format].read(tree, labels)
     if not extras:
         splits = {name: partial(_without_extras, split) for name, split in splits.items()}
-    return DataSource(tree, labels, tuple(others), splits)
+    return DataSource(labels.format, splits, tuple(_describe(tree, labels, others, splits)))
+
+
+def _read_reader(reader: Reader) -> DataSource:
+    """Return what a reader of the user yields."""
+    datasets = read_with(reader)
+    name = getattr(reader, "__name__", "reader")
+    images = sum(map(len, datasets.values()))
+    splits = {split: partial(datasets.__getitem__, split) for split in datasets}
+    shown = ", ".join(filter(None, _split_names(splits)))
+    drawn = "; val is drawn from train" if _draws_val(splits) else ""
+    return DataSource("reader", splits, (f"{name}: {images} images; splits {shown}{drawn}",))
 
 
 def _nothing_found(tree: Tree, format: str | None) -> str:
@@ -230,11 +245,11 @@ def find_format(path: str | Path) -> str:
     Raises:
         DataError: as :func:`find_data`.
     """
-    return find_data(path).labels.format
+    return find_data(path).format
 
 
 def read_dataset(
-    path: str | Path,
+    path: str | Path | Reader,
     split: str = "train",
     *,
     format: str | None = None,
@@ -263,7 +278,6 @@ def read_dataset(
     source = find_data(path, format, extras=extras)
     lazy = source.splits
     names = _split_names(lazy)
-    description = source.describe()
     if split in lazy and not (split == "train" and _draws_val(lazy)):
         dataset = lazy[split]()
     elif split in names:
@@ -271,16 +285,16 @@ def read_dataset(
     elif split == "all":
         dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
     else:
-        hints = "".join(f"; {note}" for note in source.labels.notes if f" {split}" in note)
+        hints = "".join(f"; {note}" for note in source.description[1:] if f" {split}" in note)
         raise DataError(
             f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}"
             f"{nearest(split, names)}{hints}"
         )
-    return replace(dataset, split=split, description=description)
+    return replace(dataset, split=split, description=source.description)
 
 
 def read_splits(
-    path: str | Path,
+    path: str | Path | Reader,
     *,
     format: str | None = None,
     seed: int = 0,
@@ -296,9 +310,8 @@ def read_splits(
     lazy = source.splits
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
-    description = source.describe()
     return {
-        name: replace(dataset, split=name, description=description)
+        name: replace(dataset, split=name, description=source.description)
         for name, dataset in datasets.items()
     }
 
