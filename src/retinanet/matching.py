@@ -137,8 +137,8 @@ def match_on_cpu(
             before, best = i, maximum
             rows = better.nonzero()[:, 0]
             if len(rows):
-                place = index[iou[:, rows].argmax(dim=0)]
-                match[runs.slices[i]][rows] = place.where(best[rows] >= foreground_iou, IGNORED)
+                matched = index[iou[:, rows].argmax(dim=0)]
+                match[runs.slices[i]][rows] = matched.where(best[rows] >= foreground_iou, IGNORED)
             if low_quality_matches:
                 highest[i, index] = iou.amax(dim=1)
         if low_quality_matches:
