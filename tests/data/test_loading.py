@@ -298,7 +298,9 @@ def test_loader_without_main_guard_uses_no_spawned_workers(
 ) -> None:
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = eval_loader(dataset, batch_size=1, image_size=32, max_size=64, workers=1)
