@@ -73,7 +73,7 @@ def test_rejected_body_gets_its_response() -> None:
     data = png_image()
     with running(settings=Settings(max_bytes=1_000_000)) as service:
         for _ in range(3):
-            status, _, body = service.send(post_request(bytes(3_000_000)))
+            status, body = service.send(post_request(bytes(3_000_000)))
             assert (status, b"1,000,000 bytes" in body) == (413, True)
         # Rejected by its announced length, before the body is sent.
         more = "Expect: 100-continue\r\n"
@@ -299,7 +299,7 @@ def test_disconnected_client_cancels_its_images() -> None:
 
 def test_slow_upload_is_408() -> None:
     with running(settings=Settings(timeout=0.4)) as service:
-        status, _, body = service.send(post_request(png_image())[:-30])
+        status, body = service.send(post_request(png_image())[:-30])
         assert status == 408
         assert b"the upload took over 0.4 seconds" in body
 
