@@ -1,13 +1,12 @@
-"""What each exported form of a run costs and keeps: time, AP, size, memory.
+"""Time, AP, file size and memory of each exported form of a run.
 
     python benchmarks/export_table.py RUN DATA --split S [--formats ...] [--images N] [--rounds R]
 
-Exports the run (a file that is in --out already is taken as it is), then searches the same prepared
-images one by one with each file and with the run itself through ``Detector.search``. They take
-turns: every form once a round over all images, in turned order every second round. Prints a
-markdown table: milliseconds an image (median, least and most of the rounds), AP on the split, MB
-of the file with what belongs to it, and the most memory that a process of its own held that loaded
-the form and searched five images.
+Exports the run (a file that exists in --out is reused), then detects in the same prepared images
+with each file and with the run itself through ``Detector.detect_prepared``, in interleaved rounds
+whose order is reversed every second round. Prints a Markdown table: milliseconds per image (median,
+minimum and maximum of the rounds), AP on the split, MB of the file with what belongs to it, and the
+peak memory of a process that loads the form and detects in five images.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def own_peak() -> float:
 
 
 def memory(model: str, precision: str, images: list[str], threads: int) -> float:
-    """MB at the most of a process that opens a form and searches `images`."""
+    """Return the peak memory in MB of a process that loads a form and detects in `images`."""
     asked = {"model": model, "precision": precision, "images": images, "threads": threads}
     command = [sys.executable, __file__, "--tell-memory", json.dumps(asked)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -113,7 +112,7 @@ def memory(model: str, precision: str, images: list[str], threads: int) -> float
 
 
 def tell_memory(asked: dict[str, Any]) -> None:
-    """Of the process that :func:`memory` starts: search, and print the peak."""
+    """Detect and print the peak, in the process that :func:`memory` starts."""
     torch.set_num_threads(asked["threads"])
     detector = opened(asked["model"], asked["precision"])
     for image in asked["images"]:

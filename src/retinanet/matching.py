@@ -17,6 +17,7 @@ _DEFAULTS = MatchingConfig()
 _MIN_RUN, _MAX_RUN = 1024, 2**14
 _CPU_PAIRS = 2**18  # objects of an image times anchors of a run
 _CPU_TILE = 64  # objects compared at a time with a run
+_FEW_PAIRS = 2**16  # pairs of all images that are compared at once
 _DEVICE_PAIRS = 2**23  # pairs compared at a time on other devices: 32 MB per intermediate
 
 
@@ -74,7 +75,9 @@ def match_anchors(
     sides = boxes[..., 2:] - boxes[..., :2]
     usable = (sides > 0).all(dim=-1) & boxes.isfinite().all(dim=-1)
     kinds = torch.where(usable, labels, BACKGROUND)
-    match = match_on_cpu if is_readable(boxes) else match_on_device
+    # A loop over images and runs does not pay for few pairs.
+    prunes = is_readable(boxes) and kinds.numel() * len(anchors) > _FEW_PAIRS
+    match = match_on_cpu if prunes else match_on_device
     return match(
         anchors.to(boxes.dtype), boxes, kinds, foreground_iou, background_iou, low_quality_matches
     )
@@ -137,8 +140,8 @@ def match_on_cpu(
             before, best = i, maximum
             rows = better.nonzero()[:, 0]
             if len(rows):
-                place = index[iou[:, rows].argmax(dim=0)]
-                match[runs.slices[i]][rows] = place.where(best[rows] >= foreground_iou, IGNORED)
+                matched = index[iou[:, rows].argmax(dim=0)]
+                match[runs.slices[i]][rows] = matched.where(best[rows] >= foreground_iou, IGNORED)
             if low_quality_matches:
                 highest[i, index] = iou.amax(dim=1)
         if low_quality_matches:
@@ -216,6 +219,8 @@ class _Runs:
         Yields:
             the run, indices (m,) of boxes in rising order, and their IoU (m, r).
         """
+        if not pairs.any():
+            return
         measure = measure or _iou
         counts = pairs.sum(dim=1).tolist()
         for i, own in enumerate(torch.split(pairs.nonzero()[:, 1], counts)):

@@ -16,7 +16,7 @@ from retinanet.structures import Detections, Outputs, flatten_level
 
 _DEFAULTS = DetectConfig()
 
-_BLOCK = 64  # consecutive logits that are skipped at once if none is above the threshold
+_BLOCK = 128  # consecutive logits that are skipped at once if none is above the threshold
 
 
 @torch.no_grad()

@@ -215,12 +215,7 @@ def test_missing_camera_is_an_error(cli: Cli, tiny_run: Path, out: Path) -> None
 
 
 def test_int8_is_calibrated_on_the_first_readable_video(
-    cli: Cli,
-    tiny_run: Path,
-    clip: Path,
-    tmp_path: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Cli, tiny_run: Path, clip: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrations: list[Any] = []
 

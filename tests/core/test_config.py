@@ -275,20 +275,6 @@ def test_toml_keeps_every_digit() -> None:
     assert build_recipe(tomllib.loads(to_toml(recipe)), "back").train.lr == math.pi / 1000
 
 
-def test_toml_names_every_setting_that_is_set() -> None:
-    written = tomllib.loads(to_toml(Recipe()))
-    names = {f"{section}.{key}" for section in written if section != "name"
-             for key in written[section]}  # fmt: skip
-    unset = {
-        f"{section}.{key}"
-        for section, values in Recipe().model_dump().items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-        if value is None
-    }
-    assert names == set(setting_names()) - unset
-
-
 def test_mining_alone_is_of_plain_cross_entropy() -> None:
     loss = load_recipe("quick", ["loss.mining=ohem"]).loss
     assert (loss.classification, loss.alpha) == ("cross_entropy", None)

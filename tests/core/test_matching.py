@@ -19,6 +19,7 @@ from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
 @pytest.fixture(params=["cpu", "device"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations: the CPU's, and the device's in small tiles, on the CPU."""
+    monkeypatch.setattr(module, "_FEW_PAIRS", 0)
     if request.param == "device":
         monkeypatch.setattr(module, "match_on_cpu", module.match_on_device)
         monkeypatch.setattr(module, "_DEVICE_PAIRS", 20_000)
@@ -264,6 +265,7 @@ def test_all_images_at_once_is_image_by_image_to_the_bit(
     low_quality_matches: bool, objects: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random objects with ties, crowds, padding and boxes without area, in whole and tiny tiles."""
+    monkeypatch.setattr(module, "_FEW_PAIRS", 0)
     generator = torch.Generator().manual_seed(objects)
     anchors = small_grid()
     boxes = torch.stack([random_objects(objects, 400, generator) for _ in range(3)])

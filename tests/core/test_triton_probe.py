@@ -1,4 +1,4 @@
-"""Triton kernels are used only on a GPU that has been seen to run one."""
+"""The probe that decides, once per GPU, whether Triton kernels are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def no_memory_of_earlier_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reset_probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RETINANET_TRITON", raising=False)
     monkeypatch.setattr(triton_probe, "is_installed", lambda: True)
     triton_probe._runs_on.cache_clear()

@@ -219,7 +219,7 @@ def test_the_same_image_in_two_splits(tmp_path: Path, make_image: MakeImage) -> 
     write_fixed(splits, report, tmp_path / "fixed")
     fixed = read_splits(tmp_path / "fixed")
     # val has nothing left, and none is made up for it
-    assert {name: len(one) for name, one in fixed.items()} == {"train": 1, "val": 0, "test": 1}
+    assert {name: len(item) for name, item in fixed.items()} == {"train": 1, "val": 0, "test": 1}
 
 
 def test_a_image_listed_in_two_splits(tmp_path: Path, make_image: MakeImage) -> None:

@@ -85,9 +85,9 @@ def test_there_and_back_between_all(tmp_path: Path, source: Path, first: str, se
     convert(source, tmp_path / "one", first)
     convert(tmp_path / "one", tmp_path / "two", second)
     convert(tmp_path / "two", tmp_path / "back", first)
-    one, back = read_splits(tmp_path / "one"), read_splits(tmp_path / "back")
+    item, back = read_splits(tmp_path / "one"), read_splits(tmp_path / "back")
     assert {dataset.format for dataset in back.values()} == {first}
-    assert _plain(back) == _plain(one)
+    assert _plain(back) == _plain(item)
     assert {d.classes for d in back.values()} == {("traffic light", "ünused", "cat")}
     assert list(back) == ["train", "val", "test"]
     assert [d.problems for d in back.values()] == [(), (), ()]

@@ -67,9 +67,9 @@ def test_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
     original = drawing.ImageDraw.ImageDraw.text
 
-    def spy(self: object, place: object, text: str, **options: object) -> None:
+    def spy(self: object, position: object, text: str, **options: object) -> None:
         texts.append(text)
-        original(self, place, text, **options)
+        original(self, position, text, **options)
 
     monkeypatch.setattr(drawing.ImageDraw.ImageDraw, "text", spy)
     box = [[100, 100, 300, 300]]
@@ -91,7 +91,7 @@ def test_captions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_best_caption_gets_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
     monkeypatch.setattr(
-        drawing.ImageDraw.ImageDraw, "text", lambda _, place, text, **o: texts.append(text)
+        drawing.ImageDraw.ImageDraw, "text", lambda _, position, text, **o: texts.append(text)
     )
     crowd = [[100 + i, 100, 130 + i, 130] for i in range(30)]
     draw_boxes(grey(), crowd, [0] * 30, [i / 100 for i in range(30)], ["nucleus"])

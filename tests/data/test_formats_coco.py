@@ -22,15 +22,15 @@ def test_boxes_ids_and_flags(tmp_path: Path, make_image: MakeImage) -> None:
     write(tmp_path / "train.json", coco_json([image], objects))
     write(tmp_path / "val.json", coco_json([]))
     dataset = read_dataset(tmp_path, "train")
-    (one,) = dataset.images
+    (item,) = dataset.images
     assert (dataset.format, dataset.classes, dataset.category_ids) == (
         "coco",
         ("cat", "dog"),
         (1, 2),
     )
-    assert (one.id, one.width, one.height, one.extra) == (3, 40, 30, {"license": 4})
-    assert one.path == tmp_path / "train" / "a.jpg"
-    crowd, other = one.annotations
+    assert (item.id, item.width, item.height, item.extra) == (3, 40, 30, {"license": 4})
+    assert item.path == tmp_path / "train" / "a.jpg"
+    crowd, other = item.annotations
     # x + width = 1 + 10, y + height = 2 + 5
     assert (crowd.box, crowd.label, crowd.id, crowd.crowd, crowd.area) == (
         (1, 2, 11, 7), 1, 7, True, 33.5
@@ -181,12 +181,12 @@ def test_faulty_objects_are_recorded(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_real_coco(real_data: Path) -> None:
     splits = read_splits(real_data / "coco_320")
-    assert {name: len(one) for name, one in splits.items()} == {"train": 2921, "val": 206}
+    assert {name: len(item) for name, item in splits.items()} == {"train": 2921, "val": 206}
     assert sum(len(image.annotations) for image in splits["train"].images) == 27509
     assert sum(a.crowd for image in splits["val"].images for a in image.annotations) == 21
     assert splits["val"].category_ids[-1] == 90
     assert all(image.path.is_file() for image in splits["train"].images)
     nuclei = read_splits(real_data / "nuclei")
-    assert {name: len(one) for name, one in nuclei.items()} == {"train": 532, "val": 132}
+    assert {name: len(item) for name, item in nuclei.items()} == {"train": 532, "val": 132}
     only_file = real_data / "coco_eval" / "instances_val2014_100.json"
     assert len(read_dataset(only_file, "val")) == 100

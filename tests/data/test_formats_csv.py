@@ -61,18 +61,18 @@ def test_splits_by_column_and_by_file(tmp_path: Path, make_image: MakeImage) -> 
     text = f"{header},split\na.jpg,cat,1,1,2,2,TRAIN\nb.jpg,dog,1,1,2,2,valid\nc.jpg,,,,,,test\n"
     write(tmp_path / "one" / "labels.csv", text)
     splits = read_splits(tmp_path / "one")
-    assert {name: one.images[0].id for name, one in splits.items()} == {
+    assert {name: item.images[0].id for name, item in splits.items()} == {
         "train": "a",
         "val": "b",
         "test": "c",
     }
-    assert {one.classes for one in splits.values()} == {("cat", "dog")}
+    assert {item.classes for item in splits.values()} == {("cat", "dog")}
 
     for part in ("train", "valid"):
         make_image(tmp_path / "two" / part / "a.jpg")
         write(tmp_path / "two" / part / "_annotations.csv", f"{header}\na.jpg,cat,1,1,2,2\n")
     splits = read_splits(tmp_path / "two")
-    assert {name: one.images[0].path.parent.name for name, one in splits.items()} == {
+    assert {name: item.images[0].path.parent.name for name, item in splits.items()} == {
         "train": "train",
         "val": "valid",
     }

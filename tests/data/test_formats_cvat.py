@@ -57,8 +57,8 @@ def test_boxes_labels_and_background(tmp_path: Path, make_image: MakeImage) -> N
 
 def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, make_image: MakeImage) -> None:
     places = ("Train/day/a.jpg", "Train/night/a.jpg", "Validation/b.jpg", "default/c.jpg")
-    for seed, place in enumerate(places):
-        make_image(tmp_path / "images" / place, seed=seed)
+    for seed, position in enumerate(places):
+        make_image(tmp_path / "images" / position, seed=seed)
     text = annotations(
         image("day/a.jpg", box(), more='subset="Train"'),
         image("night/a.jpg", box(), more='subset="Train"'),
@@ -67,12 +67,12 @@ def test_subsets_are_splits_and_names_hold_folders(tmp_path: Path, make_image: M
     )
     write(tmp_path / "annotations.xml", text)
     train, val = (read_dataset(tmp_path, split) for split in ("train", "val"))
-    found = [one.path.relative_to(tmp_path / "images").as_posix() for one in train.images]
+    found = [item.path.relative_to(tmp_path / "images").as_posix() for item in train.images]
     assert found == list(places[:2])
-    assert [one.path.name for one in val.images] == ["b.jpg"]
+    assert [item.path.name for item in val.images] == ["b.jpg"]
     every = read_dataset(tmp_path, "all").images
-    assert sorted(one.path.name for one in every) == ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]
-    assert all(one.path.is_file() for one in every)
+    assert sorted(item.path.name for item in every) == ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]
+    assert all(item.path.is_file() for item in every)
 
 
 def test_extra_comes_along(tmp_path: Path, make_image: MakeImage) -> None:
@@ -80,9 +80,9 @@ def test_extra_comes_along(tmp_path: Path, make_image: MakeImage) -> None:
     inside = '<attribute name="score">0.5</attribute><attribute name="breed">pug</attribute>'
     text = box(more='occluded="1" z_order="0" source="auto"', inside=inside)
     write(tmp_path / "x.xml", annotations(image(inside=text)))
-    (one,) = read_dataset(tmp_path, "all").images[0].annotations
+    (item,) = read_dataset(tmp_path, "all").images[0].annotations
     wanted = {"occluded": 1, "source": "auto", "attributes": {"score": 0.5, "breed": "pug"}}
-    assert one.extra == wanted
+    assert item.extra == wanted
     (bare,) = read_dataset(tmp_path, "all", extras=False).images[0].annotations
     assert bare.extra == {}
 
@@ -187,7 +187,7 @@ def test_tasks_of_one_subset_count_from_0_each(tmp_path: Path, make_image: MakeI
         more = f'subset="test" task_id="{seed}"'
         write(tmp_path / f"{name}.xml", annotations(image(f"{name}.jpg", box(), more=more)))
     dataset = read_dataset(tmp_path, "test")
-    assert [(one.id, one.path.name) for one in dataset.images] == [
+    assert [(item.id, item.path.name) for item in dataset.images] == [
         (0, "a.jpg"), ("0-2", "b.jpg"), ("0-3", "c.jpg")
     ]  # fmt: skip
 

@@ -67,11 +67,11 @@ def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "a.jpg")
     make_image(tmp_path / "b.jpg", seed=1)
     sizes = {"original_width": 40, "original_height": 30}
-    one = {**SHARES, "rotation": 0, "rectanglelabels": ["cat"], **sizes}
+    item = {**SHARES, "rotation": 0, "rectanglelabels": ["cat"], **sizes}
     row = {
         "id": 1,
         "image": "/data/upload/1/0123abcd-a.jpg",
-        "label": [one],
+        "label": [item],
         "annotator": 1,
         "annotation_id": 9,
         "lead_time": 3.5,
@@ -87,7 +87,7 @@ def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "place"),
+    ("address", "position"),
     [
         ("a.jpg", "a.jpg"),
         ("/data/local-files/?d=project/left/a%20b.jpg", "left/a b.jpg"),
@@ -102,11 +102,11 @@ def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
     ],
 )
 def test_images_by_their_address(
-    tmp_path: Path, make_image: MakeImage, address: str, place: str
+    tmp_path: Path, make_image: MakeImage, address: str, position: str
 ) -> None:
-    make_image(tmp_path / place)
+    make_image(tmp_path / position)
     export(tmp_path, task(address, region()))
-    assert read_dataset(tmp_path, "all").images[0].path == tmp_path / place
+    assert read_dataset(tmp_path, "all").images[0].path == tmp_path / position
 
 
 def test_sizes_that_the_regions_lack_are_read(tmp_path: Path, make_image: MakeImage) -> None:
@@ -119,9 +119,9 @@ def test_sizes_that_the_regions_lack_are_read(tmp_path: Path, make_image: MakeIm
 
 def test_the_image_under_another_key(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "a.jpg")
-    one = task("")
-    one["data"] = {"note": "seen at noon", "photograph": "s3://x/a.jpg", "patient": 7}
-    export(tmp_path, one)
+    item = task("")
+    item["data"] = {"note": "seen at noon", "photograph": "s3://x/a.jpg", "patient": 7}
+    export(tmp_path, item)
     (image,) = read_dataset(tmp_path, "all").images
     assert image.path == tmp_path / "a.jpg"
     assert image.extra == {"note": "seen at noon", "patient": 7}
@@ -156,7 +156,7 @@ def test_tasks_that_nobody_labelled(tmp_path: Path, make_image: MakeImage) -> No
         task("d.jpg", region(), id_=4),
     )
     dataset = read_dataset(tmp_path, "all")
-    assert [one.path.name for one in dataset.images] == ["d.jpg"]
+    assert [item.path.name for item in dataset.images] == ["d.jpg"]
     assert [(p.kind, p.object, p.reason) for p in dataset.problems] == [
         ("label-missing", 1, "task 1 (a.jpg) was skipped"),
         ("label-missing", 2, "task 2 (b.jpg) is not labelled yet"),
@@ -170,8 +170,8 @@ def test_tasks_that_nobody_labelled(tmp_path: Path, make_image: MakeImage) -> No
 
 def test_a_size_that_cannot_be_known(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", "no image")
-    one = region(original_width="wide", original_height=None)
-    export(tmp_path, task("a.jpg", one))
+    item = region(original_width="wide", original_height=None)
+    export(tmp_path, task("a.jpg", item))
     dataset = read_dataset(tmp_path, "all")
     assert dataset.images[0].annotations == ()
     (problem,) = dataset.problems
@@ -227,8 +227,8 @@ def test_turned_rectangles(tmp_path: Path, make_image: MakeImage) -> None:
         ("box-rotated", "r2", "dropped"),
     ]
     # Clockwise about (4, 6): 10 to the right becomes 10 down, 15 down becomes 15 to the left.
-    (one,) = dataset.images[0].annotations
-    assert one.box == pytest.approx((-11, 6, 4, 16))
+    (item,) = dataset.images[0].annotations
+    assert item.box == pytest.approx((-11, 6, 4, 16))
 
 
 def test_faults_are_recorded(tmp_path: Path, make_image: MakeImage) -> None:
@@ -308,7 +308,7 @@ def mutated(value: Any, source: random.Random) -> Any:
     if isinstance(value, dict):
         return {k: mutated(v, source) for k, v in value.items() if source.random() > 0.02}
     if isinstance(value, list):
-        return [mutated(one, source) for one in value]
+        return [mutated(item, source) for item in value]
     return value
 
 
@@ -349,7 +349,7 @@ def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> Non
     )
     dataset = read_dataset(tmp_path, "all")
     assert [image.id for image in dataset.images] == [3, 4]
-    assert [(one.kind, one.object) for one in dataset.problems] == [
+    assert [(item.kind, item.object) for item in dataset.problems] == [
         ("image-missing", 1), ("image-missing", 2)
     ]  # fmt: skip
     assert "match this file" in dataset.problems[0].reason

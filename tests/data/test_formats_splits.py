@@ -75,13 +75,13 @@ def _coco(root: Path, **splits: int) -> Path:
 def test_val_is_held_out_of_train_and_test_untouched(tmp_path: Path) -> None:
     _coco(tmp_path, train=10, test=4)
     splits = read_splits(tmp_path, seed=3, val_fraction=0.3)
-    assert {name: len(one) for name, one in splits.items()} == {"train": 7, "val": 3, "test": 4}
+    assert {name: len(item) for name, item in splits.items()} == {"train": 7, "val": 3, "test": 4}
     assert splits["train"].split_origin == "seed 3, 30% of train for validation"
     assert splits["val"].split_origin == "seed 3, 30% of train for validation"
     assert splits["test"].split_origin == "the format's own"
-    for name, one in splits.items():
+    for name, item in splits.items():
         alone = read_dataset(tmp_path, name, seed=3, val_fraction=0.3)
-        assert alone == one
+        assert alone == item
     assert len(read_dataset(tmp_path, "all")) == 14
 
 
@@ -89,9 +89,9 @@ def test_a_single_file_is_what_its_name_says(tmp_path: Path) -> None:
     _coco(tmp_path, train=10, val=2, cells=5)
     assert list(read_splits(tmp_path / "val.json")) == ["val"]
     made = read_splits(tmp_path / "train.json")
-    assert {name: len(one) for name, one in made.items()} == {"train": 8, "val": 2}
+    assert {name: len(item) for name, item in made.items()} == {"train": 8, "val": 2}
     made = read_splits(tmp_path / "cells.json")
-    assert {name: len(one) for name, one in made.items()} == {"train": 4, "val": 1}
+    assert {name: len(item) for name, item in made.items()} == {"train": 4, "val": 1}
     assert made["val"].split_origin == "seed 0, 20% for validation"
     assert len(read_dataset(tmp_path / "cells.json", "all")) == 5
 

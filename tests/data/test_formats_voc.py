@@ -44,8 +44,8 @@ def test_splits_share_one_list_of_classes(tmp_path: Path, make_image: MakeImage)
     _lists(tmp_path, train="a", val="b", trainval="ab", test="c", dog_train="a")
     splits = read_splits(tmp_path)
     assert list(splits) == ["train", "val", "test"]
-    assert {one.classes for one in splits.values()} == {("cat", "dog")}
-    assert {one.split_origin for one in splits.values()} == {"the format's own"}
+    assert {item.classes for item in splits.values()} == {("cat", "dog")}
+    assert {item.split_origin for item in splits.values()} == {"the format's own"}
     assert [image.id for image in read_dataset(tmp_path, "trainval").images] == ["a", "b"]
     assert len(read_dataset(tmp_path, "all")) == 3  # not five: trainval is train and val again
 
@@ -103,8 +103,12 @@ def test_xml_of_other_programs_is_not_voc(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_real_voc(real_data: Path) -> None:
     splits = read_splits(real_data / "bccd")
-    assert {name: len(one) for name, one in splits.items()} == {"train": 205, "val": 87, "test": 72}
-    assert {one.classes for one in splits.values()} == {("Platelets", "RBC", "WBC")}
-    assert {one.format for one in splits.values()} == {"voc"}
-    assert sum(len(i.annotations) for one in splits.values() for i in one.images) == 4888
+    assert {name: len(item) for name, item in splits.items()} == {
+        "train": 205,
+        "val": 87,
+        "test": 72,
+    }
+    assert {item.classes for item in splits.values()} == {("Platelets", "RBC", "WBC")}
+    assert {item.format for item in splits.values()} == {"voc"}
+    assert sum(len(i.annotations) for item in splits.values() for i in item.images) == 4888
     assert len(read_dataset(real_data / "bccd", "trainval")) == 292

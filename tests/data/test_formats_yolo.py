@@ -61,7 +61,7 @@ def test_trees_without_yaml(tmp_path: Path, make_image: MakeImage) -> None:
         _pair(tmp_path / "whole", make_image, "images", "labels", stem)
     write(tmp_path / "whole" / "classes.txt", "cat\ndog\n")
     splits = read_splits(tmp_path / "whole")
-    assert {name: len(one) for name, one in splits.items()} == {"train": 4, "val": 1}
+    assert {name: len(item) for name, item in splits.items()} == {"train": 4, "val": 1}
     assert splits["train"].classes == ("cat", "dog")
     assert splits["train"].split_origin == "seed 0, 20% for validation"
 
@@ -165,7 +165,7 @@ def test_data_yaml_runs_no_code(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_real_yolo(real_data: Path) -> None:
     splits = read_splits(real_data / "coco128")
-    assert {name: len(one) for name, one in splits.items()} == {"train": 128, "val": 128}
+    assert {name: len(item) for name, item in splits.items()} == {"train": 128, "val": 128}
     assert splits["train"].classes[0] == "person"
     assert len(splits["train"].classes) == 80
     assert any(not image.annotations for image in splits["train"].images)

@@ -338,8 +338,8 @@ def test_damage_raises_nothing_else(
     rng = np.random.default_rng(0)
     for _ in range(30):
         broken = bytearray(data)
-        for place in rng.integers(2, len(data), 4):
-            broken[place] = int(rng.integers(0, 256))
+        for position in rng.integers(2, len(data), 4):
+            broken[position] = int(rng.integers(0, 256))
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             with contextlib.suppress(ImageError):  # and nothing else
@@ -374,12 +374,12 @@ def test_garbage_in_the_middle_is_no_image(photo: Image.Image, tmp_path: Path) -
         "zeros": data[:middle] + bytes(3000) + data[middle + 3000 :],
         "missing": data[:middle] + data[middle + 3000 :],
     }
-    for way, content in damaged.items():
+    for variant, content in damaged.items():
         file.write_bytes(content)
         for read in (read_image, lambda source: read_reduced(source, 100, 100)):
             with pytest.raises(ImageError) as error:
                 read(file)
-            assert one_line(error).startswith(f"{file}: cannot be read: "), way
+            assert one_line(error).startswith(f"{file}: cannot be read: "), variant
 
 
 def test_harmless_oddities_of_a_jpeg_are_let_through(photo: Image.Image) -> None:
@@ -513,9 +513,9 @@ def test_resize_is_torchvisions(photo: Image.Image, size: tuple[int, int]) -> No
     from torchvision.transforms.v2 import functional as F
 
     image = read_image(photo)
-    for one in (image, image.contiguous(), image.flip(2), image[:, 3:31, 2:40]):
-        expected = F.resize(one, list(size), antialias=True)
-        assert torch.equal(images.resize_pixels(one, *size), expected)
+    for item in (image, image.contiguous(), image.flip(2), image[:, 3:31, 2:40]):
+        expected = F.resize(item, list(size), antialias=True)
+        assert torch.equal(images.resize_pixels(item, *size), expected)
     assert images.resize_pixels(image, *size).stride()[0] == 1  # still channels_last
 
 

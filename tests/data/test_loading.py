@@ -121,8 +121,8 @@ def test_same_seed_same_batches(dataset: Dataset) -> None:
     second = training(dataset)
     assert_same(first, second)
     assert any(
-        not torch.equal(one.indices, other.indices)
-        for one, other in zip(first, training(dataset, seed=6), strict=True)
+        not torch.equal(entry.indices, other.indices)
+        for entry, other in zip(first, training(dataset, seed=6), strict=True)
     )
 
 
@@ -243,8 +243,8 @@ def test_train_loader_unreadable_image_is_replaced_and_reported_once(
     path.write_bytes(broken.images[0].path.read_bytes())
     # Only the unreadable image's positions differ from those of the repaired data.
     repaired = torch.cat([batch.indices for batch in training(broken, steps=9)]).tolist()
-    assert [i for i, (one, other) in enumerate(zip(indices, repaired, strict=True))
-            if one != other] == [i for i, index in enumerate(repaired) if index == 5]  # fmt: skip
+    assert [i for i, (entry, other) in enumerate(zip(indices, repaired, strict=True))
+            if entry != other] == [i for i, index in enumerate(repaired) if index == 5]  # fmt: skip
 
 
 def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
@@ -273,9 +273,9 @@ def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"too many unreadable images: 2 of 12, .*image 7"):
         list(loader)
-    (one,) = make_dataset(tmp_path, [(40, 40)]).images
-    one.path.write_bytes(b"no image")
-    alone = dataclasses.replace(broken, images=(one,))
+    (entry,) = make_dataset(tmp_path, [(40, 40)]).images
+    entry.path.write_bytes(b"no image")
+    alone = dataclasses.replace(broken, images=(entry,))
     with pytest.raises(DataError, match="1 of 1"):
         training(alone, batch_size=1, on_unreadable=lambda index, message: None)
 
@@ -298,7 +298,9 @@ def test_loader_without_main_guard_uses_no_spawned_workers(
 ) -> None:
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = eval_loader(dataset, batch_size=1, image_size=32, max_size=64, workers=1)

@@ -85,8 +85,8 @@ def test_every_image_once_an_epoch_over_all_processes(
         index for of_step in zip(*by_rank, strict=True) for batch in of_step for index in batch
     ]
     passes = [stream[epoch * COUNT : (epoch + 1) * COUNT] for epoch in range(epochs)]
-    assert all(sorted(one) == list(range(COUNT)) for one in passes)
-    assert len({tuple(one) for one in passes}) == epochs
+    assert all(sorted(item) == list(range(COUNT)) for item in passes)
+    assert len({tuple(item) for item in passes}) == epochs
 
 
 def archive_numbers(dataset: Dataset, indices: list[int]) -> list[int]:
@@ -100,23 +100,23 @@ def test_a_process_reads_a_few_shards_of_its_own_at_a_time(
     shards: Dataset, world_size: int, window: int
 ) -> None:
     steps = COUNT // world_size
-    met: list[list[int]] = [
+    seen: list[list[int]] = [
         archive_numbers(shards, list(chain(*batches)))
         for batches in drawn(shards, world_size, 1, steps, shard_window=window)
     ]
     # Eight shards; where two pieces meet a shard is read by both.
-    assert sum(len(set(one)) for one in met) <= 8 + world_size - 1
-    assert max(Counter(shard for one in met for shard in set(one)).values()) <= 2
-    for one in met:
-        turns = list(dict.fromkeys(one))
+    assert sum(len(set(item)) for item in seen) <= 8 + world_size - 1
+    assert max(Counter(shard for item in seen for shard in set(item)).values()) <= 2
+    for item in seen:
+        turns = list(dict.fromkeys(item))
         reached = 0
-        for shard in one:
+        for shard in item:
             # Never more than a window ahead, and never back once a window is done.
-            place = turns.index(shard)
-            assert place // window >= reached
-            reached = place // window
+            position = turns.index(shard)
+            assert position // window >= reached
+            reached = position // window
     if window == 4 and world_size == 1:
-        assert met[0][:12] != sorted(met[0][:12], key=met[0].index)  # mixed within the window
+        assert seen[0][:12] != sorted(seen[0][:12], key=seen[0].index)  # mixed within the window
 
 
 @pytest.mark.parametrize("workers", [0, 2])

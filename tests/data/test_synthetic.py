@@ -34,11 +34,11 @@ def test_reads_back_as_it_was_returned(made: dict[str, Dataset]) -> None:
         assert again.category_ids == dataset.category_ids == (1, 2, 3)
         assert again.format == dataset.format
         assert not again.problems
-        assert [one.path for one in again.images] == [one.path for one in dataset.images]
-        for one, other in zip(again.images, dataset.images, strict=True):
-            assert (one.id, one.width, one.height) == (other.id, other.width, other.height)
-            assert one.label_file == other.label_file
-            for a, b in zip(one.annotations, other.annotations, strict=True):
+        assert [item.path for item in again.images] == [item.path for item in dataset.images]
+        for item, other in zip(again.images, dataset.images, strict=True):
+            assert (item.id, item.width, item.height) == (other.id, other.width, other.height)
+            assert item.label_file == other.label_file
+            for a, b in zip(item.annotations, other.annotations, strict=True):
                 assert a.box == pytest.approx(b.box, abs=1e-9)
                 assert (a.label, a.id, a.area) == (b.label, b.id, b.area)
 
@@ -72,7 +72,7 @@ def test_larger_set_begins_with_the_smaller(tmp_path: Path, made: dict[str, Data
 
 def test_objects_lie_inside_apart_and_in_range(made: dict[str, Dataset]) -> None:
     for image in made["train"].images:
-        boxes = [one.box for one in image.annotations]
+        boxes = [item.box for item in image.annotations]
         for x1, y1, x2, y2 in boxes:
             assert 0 <= x1 < x2 <= 160
             assert 0 <= y1 < y2 <= 160
@@ -88,9 +88,9 @@ def test_objects_are_in_the_images_where_the_labels_say(tmp_path: Path) -> None:
         tmp_path, splits={"train": 20}, objects=(1, 1), clutter=0.0, empty=0.0
     )["train"]
     for i, image in enumerate(plain.images):
-        (one,) = image.annotations
+        (item,) = image.annotations
         array = pixels(plain, i).astype(float)
-        x1, y1, x2, y2 = (int(value) for value in one.box)
+        x1, y1, x2, y2 = (int(value) for value in item.box)
         # The strongest edges of the image are those of the object.
         edges = np.zeros((160, 160))
         edges[1:] += np.abs(np.diff(array, axis=0)).sum(axis=2)

@@ -180,15 +180,15 @@ def mild() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("place", "reference"),
+    ("position", "reference"),
     [(0, F.adjust_brightness), (1, F.adjust_contrast), (2, F.adjust_saturation)],
 )
 @pytest.mark.parametrize(("strength", "draw"), [(0.4, 0.0), (1.0, 0.8), (1.0, 0.5)])
 def test_brightness_contrast_and_saturation_are_torchvisions(
-    mild: Tensor, place: int, reference: object, draw: float, strength: float
+    mild: Tensor, position: int, reference: object, draw: float, strength: float
 ) -> None:
     draws = [0.5] * 4
-    draws[place] = draw
+    draws[position] = draw
     expected = reference(mild, 1 + 0.5 * strength * (2 * draw - 1))  # type: ignore[operator]
     difference = recoloured(mild, strength, draws).int() - expected.int()
     assert difference.abs().max() <= 1  # torchvision rounds down

@@ -132,8 +132,8 @@ def test_the_index_is_that_of_the_tar(shards: Path) -> None:
         index = json.loads(shard.with_suffix(".index.json").read_text())
         assert index["bytes"] == shard.stat().st_size
         with tarfile.open(shard) as tar:
-            members = [(one.name, one.offset_data, one.size) for one in tar]
-        assert [tuple(one[:3]) for one in index["members"]] == members
+            members = [(item.name, item.offset_data, item.size) for item in tar]
+        assert [tuple(item[:3]) for item in index["members"]] == members
         with_index = archives.contents_of(str(shard))
         shard.with_suffix(".index.json").unlink()
         without = archives.contents_of(str(shard))
@@ -197,12 +197,12 @@ def test_a_single_shard(shards: Path) -> None:
 def test_shards_as_images_to_search(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [source.name for source in find_sources(shards / "train-000001.tar")]
     assert names == ["03.jpg", "04.png", "05.png"]
-    assert [one.name for one in find_sources(shards)][:2] == [
+    assert [item.name for item in find_sources(shards)][:2] == [
         "train-000000.tar/00.jpg", "train-000000.tar/01.png"
     ]  # fmt: skip
     assert len(find_sources(str(shards / "train-*.tar"))) == 8
-    (one,) = find_sources(shards / "train-000001.tar" / "04.png")
-    assert one.read().shape == (3, 30, 44)
+    (item,) = find_sources(shards / "train-000001.tar" / "04.png")
+    assert item.read().shape == (3, 30, 44)
     assert is_single(shards / "train-000001.tar" / "04.png")
     assert not is_single(shards / "train-000001.tar")
     with pytest.raises(DataError, match=r"there is no 'no.png' in this archive"):
@@ -232,8 +232,8 @@ def test_the_webdataset_library_reads_ours(shards: Path, source: Path) -> None:
     for sample, image in zip(samples, ours, strict=True):
         pixels = sample[image.path.suffix[1:]]
         assert torch.equal(torch.from_numpy(pixels.copy()).permute(2, 0, 1), read_image(image.path))
-        assert [tuple(one["box"]) for one in sample["json"]["objects"]] == [
-            one.box for one in image.annotations
+        assert [tuple(item["box"]) for item in sample["json"]["objects"]] == [
+            item.box for item in image.annotations
         ]
     gc.collect()  # what it left open
 
@@ -309,8 +309,8 @@ def test_splits_by_names_and_folders(tmp_path: Path) -> None:
         tmp_path / "bare" / "shard-000001.tar", [*sample, ("b.jpg", jpeg()), ("b.json", label())]
     )
     flat, deep = read_splits(tmp_path / "flat"), read_splits(tmp_path / "deep")
-    assert {name: len(one) for name, one in flat.items()} == {"train": 1, "val": 2}
-    assert {name: len(one) for name, one in deep.items()} == {"train": 1, "val": 1}
+    assert {name: len(item) for name, item in flat.items()} == {"train": 1, "val": 2}
+    assert {name: len(item) for name, item in deep.items()} == {"train": 1, "val": 1}
     assert {k: len(v) for k, v in read_splits(tmp_path / "bare").items()} == {"train": 1, "val": 1}
 
 
@@ -527,8 +527,8 @@ def test_remote_shards(shards: Path, remote: tuple[str, Callable[[], None]]) -> 
     address, without_index = remote
     here = read_splits(shards)
     for again in range(2):
-        for place in (address, Path(address)):  # the command line has paths
-            there = read_splits(place)
+        for position in (address, Path(address)):  # the command line has paths
+            there = read_splits(position)
             for name, dataset in here.items():
                 assert there[name].problems == ()
                 assert [i.id for i in there[name].images] == [i.id for i in dataset.images]
@@ -539,8 +539,8 @@ def test_remote_shards(shards: Path, remote: tuple[str, Callable[[], None]]) -> 
                     assert torch.equal(read_image(other.path), read_image(image.path))
         without_index()
         archives._contents.cache_clear()
-    (one, *_) = find_sources(f"{address}/train-000001.tar")
-    assert one.read().shape[0] == 3
+    (item, *_) = find_sources(f"{address}/train-000001.tar")
+    assert item.read().shape[0] == 3
 
 
 def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> None:
@@ -583,8 +583,8 @@ def test_what_can_be_wrong_far_away(remote: tuple[str, Callable[[], None]]) -> N
 )
 def test_an_index_that_lies(tmp_path: Path, member: list[Any], reason: str) -> None:
     tar = make_tar(tmp_path / "train-0.tar", [("a.jpg", jpeg()), ("a.json", label(CAT))])
-    told = {"bytes": tar.stat().st_size, "members": [[*member, ""]]}
-    (tmp_path / "train-0.index.json").write_text(json.dumps(told))
+    stated = {"bytes": tar.stat().st_size, "members": [[*member, ""]]}
+    (tmp_path / "train-0.index.json").write_text(json.dumps(stated))
     with pytest.raises(DataError, match=reason):
         read_splits(tmp_path)
 
@@ -621,7 +621,7 @@ def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
 
 def test_images_of_any_name_stay_samples(tmp_path: Path, make_image: MakeImage) -> None:
     names = ["img.dat", "plain", ".hidden.jpg", "x.jpg.", "caf\udce9.jpg", "broken"]
-    content = {name: jpeg(colour=10 * place) for place, name in enumerate(names)}
+    content = {name: jpeg(colour=10 * position) for position, name in enumerate(names)}
     content["broken"] = b"nothing"
     for name in names:
         write(tmp_path / "source" / "test" / name, "").write_bytes(content[name])
@@ -633,5 +633,5 @@ def test_images_of_any_name_stay_samples(tmp_path: Path, make_image: MakeImage) 
     assert [archives.read_image_file(image.path) for image in dataset.images] == list(
         content.values()
     )
-    told = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members
-    assert json.loads(told["caf\udce9.json"].read())["file_name"] == "caf\udce9.jpg"
+    stated = archives.contents_of(archives.archive_of(dataset.images[4].path) or "").members
+    assert json.loads(stated["caf\udce9.json"].read())["file_name"] == "caf\udce9.jpg"

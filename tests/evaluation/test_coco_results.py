@@ -202,4 +202,4 @@ def test_results_with_the_number_of_a_file_name_are_of_that_image(tmp_path: Path
     ]
     table = Results.read(rows, dataset).table()
     by_size = dict(zip(table[:, 3].tolist(), table[:, 0].tolist(), strict=True))
-    assert by_size == {12.0: 1.0, 2.0: 2.0, 1.0: 3.0}
+    assert by_size == {12.0: 12.0, 2.0: 2.0, 1.0: 1.0}

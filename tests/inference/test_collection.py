@@ -455,9 +455,9 @@ def test_collection_on_a_real_cluster_survives_a_killed_worker(
     import pyarrow.parquet as pq
 
     out, listed = tmp_path / "out", tmp_path / "images.txt"
-    listed.write_text("".join(f"{file}\n" for file in sorted(images.iterdir()) * 40))
+    listed.write_text("".join(f"{file}\n" for file in sorted(images.iterdir()) * 16))
     command = [sys.executable, "-m", "retinanet", "detect", str(model), str(listed), "--json"]
-    command += [f"--out={out}", "--engine=ray", "--workers=2"]
+    command += [f"--out={out}", "--engine=ray", "--workers=1"]
     command += ["--device=cpu", "--precision=float32"]
     environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_WAIT_POLICY": "PASSIVE"}
     with subprocess.Popen(
@@ -474,6 +474,6 @@ def test_collection_on_a_real_cluster_survives_a_killed_worker(
     assert written, errors
     assert process.returncode == 0, errors
     summary = json.loads(printed)
-    assert (summary["images"], summary["errors"], summary["shards"]) == (400, 0, 25)
-    expected = local_rows(model, images) * 40
+    assert (summary["images"], summary["errors"], summary["shards"]) == (160, 0, 10)
+    expected = local_rows(model, images) * 16
     assert_same_rows(jsonl_rows(out), expected)

@@ -32,7 +32,9 @@ def several(found: ImageDetections | list[ImageDetections]) -> list[ImageDetecti
     return found
 
 
-def test_found_on_the_original_pixels(detector: Detector, square: Pixels) -> None:
+def test_detect_boxes_are_in_pixels_of_the_original_image(
+    detector: Detector, square: Pixels
+) -> None:
     found = one(detector.detect(square))
     # White before bright: best first, and both, as NMS is a class's own.
     torch.testing.assert_close(found.boxes, torch.tensor([BOX, BOX]))
@@ -46,26 +48,6 @@ def test_found_on_the_original_pixels(detector: Detector, square: Pixels) -> Non
     (box, score, label), _ = found
     assert box.tolist() == BOX
     assert (score, label) == (float(found.scores[0]), 0)
-
-
-def test_every_kind_of_image_gives_the_same(
-    detector: Detector, square: Pixels, folder: Path
-) -> None:
-    tensor = torch.from_numpy(square).permute(2, 0, 1)
-    file = folder / "a.png"
-    kinds = [
-        square,
-        square[:, :, 0],
-        Image.fromarray(square),
-        tensor,
-        file,
-        str(file),
-        file.read_bytes(),
-        bytearray(file.read_bytes()),
-        memoryview(file.read_bytes()),
-    ]
-    for found in [one(detector.detect(kind)) for kind in kinds] + several(detector.detect(kinds)):
-        assert found.boxes.tolist() == [BOX, BOX]
 
 
 def test_detect_with_value_range_scales_pixels_of_other_ranges(
@@ -87,7 +69,7 @@ def test_detect_with_value_range_scales_pixels_of_other_ranges(
         detector.detect(square, value_range=(1, 0))
 
 
-def test_folder_glob_list_and_batch_give_lists(
+def test_detect_folder_glob_list_and_batch_give_lists(
     detector: Detector, folder: Path, square: Pixels
 ) -> None:
     expected = ["a.png", "left/a.png", "right/a.png"]
@@ -98,29 +80,7 @@ def test_folder_glob_list_and_batch_give_lists(
     assert detector.detect([]) == []
 
 
-def test_batches_of_unequal_images_are_as_one_at_a_time(detector: Detector) -> None:
-    rng = np.random.default_rng(0)
-    images = []
-    for height, width in ((64, 64), (100, 260), (260, 100), (37, 64), (500, 11), (128, 192)):
-        cells = rng.random((-(-height // 16), -(-width // 16))) < 0.1
-        pixels = np.kron(cells, np.ones((16, 16)))[:height, :width, None] * 255
-        images.append(pixels.astype(np.uint8).repeat(3, axis=2))
-    alone = [one(detector.detect(image)) for image in images]
-    assert sum(len(found) for found in alone) > 5
-    for batch_size in (2, 4, 6):
-        together = several(detector.detect(images, batch_size=batch_size))
-        for lone, shared in zip(alone, together, strict=True):
-            torch.testing.assert_close(lone.boxes, shared.boxes)
-            torch.testing.assert_close(lone.scores, shared.scores)
-            assert lone.size == shared.size
-    for found, image in zip(alone, images, strict=True):
-        height, width = image.shape[:2]
-        assert (found.boxes >= 0).all()
-        assert (found.boxes[:, 2] <= width).all()
-        assert (found.boxes[:, 3] <= height).all()
-
-
-def test_batch_size_is_what_the_network_takes(
+def test_stream_batches_have_batch_size_readable_images(
     detector: Detector, checkpoint: Checkpoint, square: Pixels
 ) -> None:
     model: Any = checkpoint.model
@@ -133,7 +93,9 @@ def test_batch_size_is_what_the_network_takes(
     assert [shape[0] for shape in model.batches] == [2, 1]
 
 
-def test_exif_turned_image(detector: Detector, tmp_path: Path, square: Pixels) -> None:
+def test_detect_rotated_by_exif_is_upright(
+    detector: Detector, tmp_path: Path, square: Pixels
+) -> None:
     file = tmp_path / "turned.png"
     image = Image.fromarray(square)
     exif = image.getexif()
@@ -145,7 +107,7 @@ def test_exif_turned_image(detector: Detector, tmp_path: Path, square: Pixels) -
     assert found.boxes[0].tolist() == [128 - 32.0, 32.0, 128 - 16.0, 48.0]
 
 
-def test_image_size_can_be_changed(checkpoint: Checkpoint, square: Pixels) -> None:
+def test_detector_image_size_scales_max_size(checkpoint: Checkpoint, square: Pixels) -> None:
     model: Any = checkpoint.model
     detector = Detector(checkpoint, device="cpu", image_size=128)
     assert detector.max_size == 256  # grown with it
@@ -155,7 +117,9 @@ def test_image_size_can_be_changed(checkpoint: Checkpoint, square: Pixels) -> No
     assert Detector(checkpoint, device="cpu", image_size=128, max_size=150).max_size == 150
 
 
-def test_thresholds_of_checkpoint_detector_and_call(checkpoint: Checkpoint, square: Pixels) -> None:
+def test_detect_thresholds_of_call_detector_and_checkpoint(
+    checkpoint: Checkpoint, square: Pixels
+) -> None:
     detector = Detector(checkpoint, device="cpu", precision="float32")
     assert detector.thresholds["score_threshold"] == 0.5
     assert detector.thresholds["topk_candidates"] == 1000  # the paper's, where nothing is said
@@ -201,19 +165,23 @@ def test_nms_threshold(detector: Detector) -> None:
         ({"device": "gpu"}, "device 'gpu'"),
     ],
 )
-def test_wrong_options(checkpoint: Checkpoint, options: dict[str, Any], message: str) -> None:
+def test_detector_invalid_options_are_errors(
+    checkpoint: Checkpoint, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Detector(checkpoint, **{"device": "cpu", **options})
 
 
-def test_wrong_options_of_a_call(detector: Detector, square: Pixels) -> None:
+def test_detect_options_out_of_range_are_errors(detector: Detector, square: Pixels) -> None:
     with pytest.raises(ConfigError, match="score_threshold"):
         detector.detect(square, score_threshold=-1)
     with pytest.raises(ConfigError, match="batch_size 0"):
         detector.detect(square, batch_size=0)
 
 
-def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> None:
+def test_detect_unreadable_sources_are_errors(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
     for missing in ("nowhere.jpg", str(tmp_path / "*.jpg")):
         with pytest.raises(DataError, match="no "):
             detector.detect(missing)
@@ -230,7 +198,9 @@ def test_errors_of_detect(detector: Detector, folder: Path, tmp_path: Path) -> N
         detector.detect(folder)
 
 
-def test_a_broken_image_stops_nothing(detector: Detector, folder: Path, square: Pixels) -> None:
+def test_stream_continues_after_unreadable_images(
+    detector: Detector, folder: Path, square: Pixels
+) -> None:
     broken = folder / "left" / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff no more of this")
     sources = [square, broken, folder, "nowhere.png", None, square, np.zeros((2, 3, 4), "U1")]
@@ -248,7 +218,7 @@ def test_a_broken_image_stops_nothing(detector: Detector, folder: Path, square: 
         assert failed[0].to_dict() == {"file": str(broken), "reason": failed[0].reason}
 
 
-def test_whatever_a_decoder_raises_is_reported(
+def test_stream_reports_any_error_of_a_decoder(
     detector: Detector, square: Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = iter([MemoryError("of all\nmemory"), None])
@@ -266,7 +236,7 @@ def test_whatever_a_decoder_raises_is_reported(
     assert isinstance(second, ImageDetections)
 
 
-def test_errors_of_the_network_are_not_the_images_fault(
+def test_stream_raises_errors_of_the_network(
     detector: Detector, checkpoint: Checkpoint, square: Pixels
 ) -> None:
     def fail(*_: Any) -> None:
@@ -277,7 +247,7 @@ def test_errors_of_the_network_are_not_the_images_fault(
         list(detector.stream([square]))
 
 
-def test_stream_of_nothing_says_so_at_once(detector: Detector, tmp_path: Path) -> None:
+def test_stream_without_images_is_an_error_at_once(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image in this folder"):
         detector.stream(tmp_path)
     assert list(detector.stream([])) == []
@@ -313,7 +283,7 @@ def test_threads_end_with_the_stream(detector: Detector, square: Pixels) -> None
     assert not [t for t in threading.enumerate() if t.name.startswith("read-image")]
 
 
-def test_real_network_end_to_end(tmp_path: Path) -> None:
+def test_load_and_detect_with_a_real_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_retinanet(
         backbone="mobilenet_v2",
@@ -341,7 +311,7 @@ def test_real_network_end_to_end(tmp_path: Path) -> None:
     assert len(one(detector.detect(pixels, score_threshold=0.5))) == 0
 
 
-def test_load_says_what_is_missing(tmp_path: Path) -> None:
+def test_load_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere"):
         load(tmp_path / "nowhere")
 
@@ -360,11 +330,11 @@ def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
     checkpoint = Checkpoint(model, ("a",), (0,), 64, 96, {"detect": {"score_threshold": 0.02}})
     detector = Detector(checkpoint, device="cpu", precision="float32")
     random = np.random.default_rng(0)
-    sizes = [(64, 64), (64, 96), (96, 64), (60, 64), (64, 90)]
+    sizes = [(64, 64), (64, 96), (96, 64), (60, 64), (64, 90), (260, 100), (500, 11)]
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     for alone, joined in zip(
         several(detector.detect(images)),
-        several(detector.detect(images, batch_size=5)),
+        several(detector.detect(images, batch_size=7)),
         strict=True,
     ):
         assert len(alone) == len(joined) > 10

@@ -1,4 +1,4 @@
-"""Videos: each frame's boxes, times and sound are those of the source, whatever it is."""
+"""Videos: boxes, times and sound of each frame are those of the source."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 from clips import av, box_at, damage, read_clip, sound_packets, walk, write_clip
 from torch import Tensor
-from white_finder import Pixels, WhiteFinder, black
+from white_finder import WhiteFinder, black
 
 from retinanet.data.drawing import PALETTE
 from retinanet.errors import ConfigError, DataError, MissingExtraError
@@ -32,6 +33,7 @@ from retinanet.video import writing as video_writing
 from retinanet.video.detect import detect_video
 from retinanet.video.reading import VideoReader
 from retinanet.video.tracking import Tracker
+from retinanet.video.writing import VideoWriter
 
 
 def lines_of(file: Path) -> list[Any]:
@@ -54,11 +56,22 @@ def no_thread_left() -> bool:
     return not [one for one in threading.enumerate() if one.name.startswith("video-")]
 
 
-# -- what is written ---------------------------------------------------------------------------
+def remux(
+    given: Path, out: Path, *, left_out: Sequence[int] = (), options: dict[str, str] | None = None
+) -> None:
+    """Copy the packets of the image but some."""
+    with av.open(str(given)) as source, av.open(str(out), "w", options=options or {}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for i, packet in enumerate(source.demux()):
+            if packet.size and i not in left_out:
+                packet.stream = stream
+                target.mux(packet)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_each_frame_has_its_own_boxes(detector: Detector, tmp_path: Path, batch_size: int) -> None:
+def test_video_lines_have_the_boxes_of_their_frames(
+    detector: Detector, tmp_path: Path, batch_size: int
+) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(11), options={"crf": "10"})
     summary = detect_video(detector, clip, tmp_path / "found", batch_size=batch_size)
@@ -75,7 +88,7 @@ def test_each_frame_has_its_own_boxes(detector: Detector, tmp_path: Path, batch_
     assert files_in(tmp_path / "found") == ["clip.jsonl", "clip.mp4"]
 
 
-def test_boxes_are_drawn_where_they_were_found(detector: Detector, tmp_path: Path) -> None:
+def test_video_boxes_are_drawn_where_they_were_detected(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     # Twice the size of the network's input: boxes of 16 x 16, with room inside of the lines.
     images = [np.kron(one, np.ones((4, 4, 1), np.uint8)) for one in walk(6)]
@@ -93,7 +106,7 @@ def test_boxes_are_drawn_where_they_were_found(detector: Detector, tmp_path: Pat
         assert image[middle, (x1 - 40) % 384].max() < 30
 
 
-def test_times_and_sound_are_the_clips_own(detector: Detector, tmp_path: Path) -> None:
+def test_video_times_and_sound_are_those_of_the_source(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     times = np.cumsum([6400, 512, 1024, 300, 301, 7000, 512, 90, 512, 512]).tolist()
     seconds = write_clip(clip, walk(10), times=times, sound="aac")
@@ -123,7 +136,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
-def test_containers(detector: Detector, tmp_path: Path, suffix: str) -> None:
+def test_video_containers_and_sound_codecs(detector: Detector, tmp_path: Path, suffix: str) -> None:
     codec, form, sound, becomes = CONTAINERS[suffix]
     clip = tmp_path / f"clip{suffix}"
     base = Fraction(1, 25) if codec in ("mjpeg", "mpeg2video", "mpeg4") else Fraction(1, 1000)
@@ -154,7 +167,7 @@ def test_containers(detector: Detector, tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("degrees", "mirrored"), [(0, False), (90, False), (180, False), (-90, False), (90, True)]
 )
-def test_images_are_upright(
+def test_video_rotated_frames_are_upright(
     detector: Detector, tmp_path: Path, degrees: int, mirrored: bool
 ) -> None:
     clip = tmp_path / "clip.mp4"
@@ -194,9 +207,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["as it is", "with boxes"])
 @pytest.mark.parametrize("name", FORMS)
-def test_pixels_of_any_kind(detector: Detector, tmp_path: Path, name: str, drawn: bool) -> None:
+def test_video_of_any_pixel_format(detector: Detector, tmp_path: Path, name: str) -> None:
     codec, form, (height, width) = FORMS[name]
     clip = tmp_path / "clip.mkv"
     image = black(height, width, (16, 8, 24, 16))
@@ -205,31 +217,27 @@ def test_pixels_of_any_kind(detector: Detector, tmp_path: Path, name: str, drawn
     base = Fraction(1, 25) if codec == "mjpeg" else Fraction(1, 1000)
     options = {"crf": "5"} if codec == "libx264" else {}
     write_clip(clip, [image] * 3, codec=codec, form=form, time_base=base, options=options)
-    summary = detect_video(
-        detector, clip, tmp_path / "found", draw_threshold=0.99 if drawn else 1.0
-    )
-    for line in lines_of(summary.lines):
-        assert whites(line) == [(16, 8, 24, 16)]
-        assert (line["height"], line["width"]) == (height, width)
-    shown, _ = read_clip(summary.video)
-    with av.open(str(summary.video)) as found:
-        stream = found.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
-    assert shown[0].shape == (height + height % 2, width + width % 2, 3)
-    # An odd side is lengthened by a pixel, not stretched: the right patch ends before column 88.
-    brightness = shown[0][44:52, 86:90].mean((0, 2))
-    assert brightness[:2].min() > 2 * brightness[2:].max()
-    for rows, columns in ((slice(44, 52), slice(12, 36)), (slice(44, 52), slice(60, 84))):
-        wanted = image[rows, columns].mean((0, 1))
-        # The encoder blurs colours near lines; another matrix or range would be 20 off.
-        assert shown[0][rows, columns].mean((0, 1)) == pytest.approx(wanted, abs=10)
+    for draw_threshold in (0.99, 1.0):  # with boxes, and as it is
+        summary = detect_video(detector, clip, tmp_path / "found", draw_threshold=draw_threshold)
+        for line in lines_of(summary.lines):
+            assert whites(line) == [(16, 8, 24, 16)]
+            assert (line["height"], line["width"]) == (height, width)
+        with av.open(str(summary.video)) as found:
+            stream = found.streams.video[0]
+            assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        shown, _ = read_clip(summary.video)
+        assert shown[0].shape == (height + height % 2, width + width % 2, 3)
+        # An odd side is lengthened by a pixel, not stretched: the right patch ends at column 88.
+        brightness = shown[0][44:52, 86:90].mean((0, 2))
+        assert brightness[:2].min() > 2 * brightness[2:].max()
+        for columns in (slice(12, 36), slice(60, 84)):
+            wanted = image[44:52, columns].mean((0, 1))
+            # The encoder blurs colours near lines; another matrix or range would be 20 off.
+            assert shown[0][44:52, columns].mean((0, 1)) == pytest.approx(wanted, abs=10)
 
 
 @pytest.mark.parametrize("space", [1, 5])
-@pytest.mark.parametrize("drawn", [False, True])
-def test_colours_keep_their_matrix(
-    detector: Detector, tmp_path: Path, space: int, drawn: bool
-) -> None:
+def test_video_colour_matrix_is_kept(detector: Detector, tmp_path: Path, space: int) -> None:
     def tagged(stream: Any) -> None:
         stream.codec_context.colorspace = space
         stream.codec_context.color_primaries = space
@@ -239,18 +247,15 @@ def test_colours_keep_their_matrix(
     image = black(64, 96, (16, 8, 24, 16))
     image[40:56, 8:40] = (40, 200, 30)
     write_clip(clip, [image] * 3, options={"crf": "5"}, change=tagged)
-    given, _ = read_clip(clip)
-    assert given[0][48, 24].tolist() == pytest.approx((40, 200, 30), abs=4)
-    summary = detect_video(
-        detector, clip, tmp_path / "found", draw_threshold=0.99 if drawn else 1.0
-    )
-    shown, _ = read_clip(summary.video)
-    assert shown[0][48, 24].tolist() == pytest.approx((40, 200, 30), abs=5)
-    with av.open(str(summary.video)) as found:
-        assert next(found.decode(video=0)).colorspace in ((1,) if space == 1 else (5, 6))
+    for draw_threshold in (0.99, 1.0):
+        summary = detect_video(detector, clip, tmp_path / "found", draw_threshold=draw_threshold)
+        shown, _ = read_clip(summary.video)
+        assert shown[0][48, 24].tolist() == pytest.approx((40, 200, 30), abs=5)
+        with av.open(str(summary.video)) as found:
+            assert next(found.decode(video=0)).colorspace in ((1,) if space == 1 else (5, 6))
 
 
-def test_pixels_that_are_not_square(detector: Detector, tmp_path: Path) -> None:
+def test_video_pixel_aspect_is_kept(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
 
     def anamorphic(stream: Any) -> None:
@@ -263,7 +268,7 @@ def test_pixels_that_are_not_square(detector: Detector, tmp_path: Path) -> None:
         assert found.streams.video[0].sample_aspect_ratio == Fraction(3, 4)
 
 
-def test_every_so_many_frames(detector: Detector, tmp_path: Path) -> None:
+def test_video_every_keeps_boxes_between_frames(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(10), options={"crf": "10"})
     summary = detect_video(detector, clip, tmp_path / "found", every=4, batch_size=2)
@@ -275,9 +280,7 @@ def test_every_so_many_frames(detector: Detector, tmp_path: Path) -> None:
     assert len(shown) == 10
 
 
-def test_frames_in_memory_are_few_however_few_are_searched(
-    detector: Detector, tmp_path: Path
-) -> None:
+def test_video_every_bounds_the_frames_in_memory(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(80))
     batches: list[int] = []
@@ -293,7 +296,7 @@ def test_frames_in_memory_are_few_however_few_are_searched(
     assert summary.frames == 80
 
 
-def test_another_encoder_where_there_is_no_x264(
+def test_video_without_x264_uses_another_encoder(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(video_writing, "ENCODERS", ("libnone", "mpeg4"))
@@ -310,7 +313,7 @@ def test_another_encoder_where_there_is_no_x264(
         detect_video(detector, clip, tmp_path / "found")
 
 
-def test_two_streams_of_sound(detector: Detector, tmp_path: Path) -> None:
+def test_video_with_two_streams_of_sound(detector: Detector, tmp_path: Path) -> None:
     clip, second = tmp_path / "clip.mkv", tmp_path / "second.mkv"
     write_clip(second, walk(6), sound="libopus")
     with av.open(str(second)) as given, av.open(str(clip), "w") as out:
@@ -332,9 +335,6 @@ def test_two_streams_of_sound(detector: Detector, tmp_path: Path) -> None:
         assert sound_packets(summary.video, stream) == sound_packets(clip, stream)
 
 
-# -- tracks ------------------------------------------------------------------------------------
-
-
 def boxes(*corners: tuple[float, float], side: float = 20, scores: Any = None) -> Detections:
     placed = torch.tensor([[x, y, x + side, y + side] for x, y in corners]).reshape(-1, 4)
     count = len(corners)
@@ -345,8 +345,12 @@ def boxes(*corners: tuple[float, float], side: float = 20, scores: Any = None) -
     )
 
 
-def test_tracks_keep_their_numbers_when_they_cross() -> None:
-    tracker = Tracker(25, threshold=0.5, across_classes=False)
+@pytest.fixture
+def tracker() -> Tracker:
+    return Tracker(25, threshold=0.5, across_classes=False)
+
+
+def test_tracker_crossing_objects_keep_their_numbers(tracker: Tracker) -> None:
     seen = []
     for i in range(30):
         # One to the right, one down; they meet at (100, 100) in frame 15, half a box apart.
@@ -358,8 +362,7 @@ def test_tracks_keep_their_numbers_when_they_cross() -> None:
     assert tracker.count == 2
 
 
-def test_a_track_outlives_a_gap_and_not_a_long_one() -> None:
-    tracker = Tracker(25, threshold=0.5, across_classes=False)
+def test_tracker_number_survives_a_short_gap_only(tracker: Tracker) -> None:
     times = [i / 25 for i in range(5)] + [0.6, 0.64]
     assert [tracker.update(boxes((50, 50)), t) for t in times] == [[None], *[[1]] * 6]
     for i in range(40):
@@ -368,16 +371,14 @@ def test_a_track_outlives_a_gap_and_not_a_long_one() -> None:
     assert tracker.update(boxes((50, 50)), 2.54) == [2]
 
 
-def test_tracks_go_by_time() -> None:
-    tracker = Tracker(25, threshold=0.5, across_classes=False)
+def test_tracker_uses_the_times_of_the_frames(tracker: Tracker) -> None:
     # 125 pixels a second; then for .4 s no frame, in which it goes 50, more than twice its side.
     times = [*(i / 25 for i in range(12)), 0.84, 0.88]
     numbers = [tracker.update(boxes((20 + 125 * time, 50)), time) for time in times]
     assert numbers == [[None], *[[1]] * 13]
 
 
-def test_weak_boxes_carry_on_and_do_not_begin() -> None:
-    tracker = Tracker(25, threshold=0.5, across_classes=False)
+def test_tracker_weak_boxes_only_continue_tracks(tracker: Tracker) -> None:
     for i in range(3):
         numbers = tracker.update(boxes((50, 50), (120, 50), scores=[0.9, 0.3]), i / 25)
     assert numbers == [1, None]
@@ -386,7 +387,7 @@ def test_weak_boxes_carry_on_and_do_not_begin() -> None:
     assert tracker.update(boxes((50, 50), scores=[0.05]), 4 / 25) == [None]
 
 
-def test_classes_in_one_place_do_not_change_numbers() -> None:
+def test_tracker_classes_of_equal_boxes_keep_their_numbers() -> None:
     for across, wanted in ((False, [[1, 2], [2, 1]]), (True, None)):
         tracker = Tracker(25, threshold=0.5, across_classes=across)
         seen = []
@@ -408,8 +409,7 @@ def test_classes_in_one_place_do_not_change_numbers() -> None:
     assert tracker.count == 3
 
 
-def test_the_numbers_of_the_gone_are_forgotten() -> None:
-    tracker = Tracker(25, threshold=0.5, across_classes=False)
+def test_tracker_forgets_ended_tracks(tracker: Tracker) -> None:
     for i in range(400):
         tracker.update(boxes((10 + 100 * (i // 4), 10)), i / 25)
     assert tracker.count == 100
@@ -426,7 +426,7 @@ class WideFinder(WhiteFinder):
         return Outputs(outputs.logits, (deltas,))
 
 
-def test_tracks_in_a_clip(tmp_path: Path) -> None:
+def test_video_tracks_are_drawn_and_written(tmp_path: Path) -> None:
     model: Any = WideFinder()
     checkpoint = Checkpoint(model, ("white", "bright"), (7, 9), 128, 256, {})
     detector = Detector(checkpoint, device="cpu", precision="float32")
@@ -463,10 +463,7 @@ def test_tracks_in_a_clip(tmp_path: Path) -> None:
     assert {one["track"] for one in lines[-1]["detections"]} == {1, 2}
 
 
-# -- damage ------------------------------------------------------------------------------------
-
-
-def test_broken_frames_are_counted_and_left_out(detector: Detector, tmp_path: Path) -> None:
+def test_video_broken_frames_are_counted_and_left_out(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mov"
     # Without reordering, and each frame for itself: the damage is exactly where it is put.
     write_clip(
@@ -486,7 +483,9 @@ def test_broken_frames_are_counted_and_left_out(detector: Detector, tmp_path: Pa
     assert len(sound_packets(summary.video)) == len(sound_packets(clip))
 
 
-def test_frames_that_lean_on_a_broken_one_count_too(detector: Detector, tmp_path: Path) -> None:
+def test_video_frames_that_depend_on_a_broken_frame_are_counted(
+    detector: Detector, tmp_path: Path
+) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(40), options={"g": "10", "keyint_min": "10", "bf": "0", "refs": "1"})
     damage(clip, [20])  # a key frame: nothing can be shown until the next one
@@ -497,7 +496,7 @@ def test_frames_that_lean_on_a_broken_one_count_too(detector: Detector, tmp_path
     assert set(read) - {29} == {*range(20), *range(30, 40)}
 
 
-def test_frames_that_are_half_there_are_broken_too(detector: Detector, tmp_path: Path) -> None:
+def test_video_incomplete_frames_are_counted_as_broken(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(60), options={"g": "20", "crf": "10"})
     damage(clip, [5, 20, 33], share=0.5)  # the decoder makes up the rest, and says so
@@ -505,7 +504,7 @@ def test_frames_that_are_half_there_are_broken_too(detector: Detector, tmp_path:
     assert (summary.frames, summary.broken) == (57, 3)
 
 
-def test_a_clip_that_was_cut_off(detector: Detector, tmp_path: Path) -> None:
+def test_video_cut_off_is_read_as_far_as_possible(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mkv"
     noise = np.random.default_rng(0).integers(0, 60, (64, 96, 3), np.uint8)
     images = [np.maximum(one, np.roll(noise, i)) for i, one in enumerate(walk(40))]
@@ -520,21 +519,13 @@ def test_a_clip_that_was_cut_off(detector: Detector, tmp_path: Path) -> None:
         assert whites(line) == [box_at(i)]
 
 
-def test_mp4_cut_off_behind_its_index_states_the_missing_frames(
+def test_video_cut_off_after_its_index_has_missing_frames(
     detector: Detector, tmp_path: Path
 ) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(60), codec="mjpeg", form="yuvj420p", time_base=Fraction(1, 25))
     fast = tmp_path / "fast.mp4"
-    with (
-        av.open(str(clip)) as given,
-        av.open(str(fast), "w", options={"movflags": "faststart"}) as out,
-    ):
-        stream = out.add_stream_from_template(given.streams.video[0], opaque=True)
-        for packet in given.demux():
-            if packet.size:
-                packet.stream = stream
-                out.mux(packet)
+    remux(clip, fast, options={"movflags": "faststart"})
     content = fast.read_bytes()
     fast.write_bytes(content[: len(content) // 2])
     summary = detect_video(detector, fast, tmp_path / "found")
@@ -542,21 +533,16 @@ def test_mp4_cut_off_behind_its_index_states_the_missing_frames(
     assert summary.frames + summary.missing + summary.broken == 60
 
 
-def test_hole_in_a_clip_is_counted(detector: Detector, tmp_path: Path) -> None:
+def test_video_hole_is_counted_as_missing(detector: Detector, tmp_path: Path) -> None:
     """Twelve of 60 frames, .48 s, are taken out of a file without an index."""
     whole, clip = tmp_path / "whole.mkv", tmp_path / "clip.mkv"
     write_clip(whole, walk(60), codec="mjpeg", form="yuvj420p", time_base=Fraction(1, 1000))
-    with av.open(str(whole)) as given, av.open(str(clip), "w") as out:
-        stream = out.add_stream_from_template(given.streams.video[0], opaque=True)
-        for i, packet in enumerate(given.demux()):
-            if packet.size and not 20 <= i < 32:
-                packet.stream = stream
-                out.mux(packet)
+    remux(whole, clip, left_out=range(20, 32))
     summary = detect_video(detector, clip, tmp_path / "found")
     assert (summary.frames, summary.missing, summary.complete) == (48, 12, False)
 
 
-def test_clips_with_intervals_of_their_own_miss_nothing(detector: Detector, tmp_path: Path) -> None:
+def test_video_with_varying_intervals_misses_nothing(detector: Detector, tmp_path: Path) -> None:
     """Frames at long intervals now and then, as screen recorders write them; and sound."""
     for suffix in (".mkv", ".mp4"):
         clip = tmp_path / f"clip{suffix}"
@@ -575,7 +561,7 @@ def refused(detector: Detector, clip: Path, out: Path) -> str:
     return str(caught.value)
 
 
-def test_clips_that_cannot_be_read(detector: Detector, tmp_path: Path) -> None:
+def test_video_that_cannot_be_read_is_an_error(detector: Detector, tmp_path: Path) -> None:
     out = tmp_path / "found"
     clip = tmp_path / "clip.mp4"
     assert refused(detector, clip, out) == f"{clip}: there is no such file or folder"
@@ -594,7 +580,7 @@ def test_clips_that_cannot_be_read(detector: Detector, tmp_path: Path) -> None:
     assert refused(detector, folder, out) == f"{folder}: is a folder, not a video"
 
 
-def test_clips_without_a_image(detector: Detector, tmp_path: Path) -> None:
+def test_video_without_frames_is_an_error(detector: Detector, tmp_path: Path) -> None:
     out = tmp_path / "found"
     clip = tmp_path / "clip.mp4"
     with av.open(str(clip), "w") as file:
@@ -613,7 +599,7 @@ def test_clips_without_a_image(detector: Detector, tmp_path: Path) -> None:
     )
 
 
-def test_a_clip_is_not_written_over(detector: Detector, tmp_path: Path) -> None:
+def test_video_is_not_overwritten(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(3))
     before = clip.read_bytes()
@@ -622,17 +608,14 @@ def test_a_clip_is_not_written_over(detector: Detector, tmp_path: Path) -> None:
     assert clip.read_bytes() == before
 
 
-# -- threads, ends -----------------------------------------------------------------------------
-
-
-def test_frames_are_searched_while_others_are_written(
+def test_video_stages_run_in_parallel(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(8))
     third = threading.Event()
     searches = 0
-    search, write = detector.detect_prepared, video_writing.VideoWriter.write
+    search, write = detector.detect_prepared, VideoWriter.write
 
     def counted(images: Any, **thresholds: Any) -> Any:
         nonlocal searches
@@ -646,43 +629,41 @@ def test_frames_are_searched_while_others_are_written(
         write(self, *frame)
 
     detector.detect_prepared = counted  # type: ignore[method-assign]
-    monkeypatch.setattr(video_writing.VideoWriter, "write", waiting)
+    monkeypatch.setattr(VideoWriter, "write", waiting)
     assert detect_video(detector, clip, tmp_path / "found").frames == 8
 
 
 @pytest.mark.parametrize(
-    "where", ["read", "prepare", "detect_prepared", "draw", "write", "progress"]
+    ("target", "where"),
+    [
+        (video_reading, "Frame"),
+        (Detector, "prepare"),
+        (Detector, "detect_prepared"),
+        (VideoWriter, "encodable"),
+        (VideoWriter, "write"),
+        (None, "progress"),
+    ],
 )
-def test_an_error_anywhere_ends_it(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+def test_error_in_any_stage_ends_the_video(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, where: str
 ) -> None:
     clip = tmp_path / "clip.mp4"
-    write_clip(clip, walk(200), options={"g": "5"})
-    calls = 0
+    write_clip(clip, walk(120), options={"g": "5"})
+    calls = count(1)
 
     def failing(function: Any) -> Any:
         def run(*given: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 80:
+            if next(calls) == 80:
                 raise RuntimeError(f"no {where}")
             return function(*given, **named)
 
         return run
 
-    if where in ("prepare", "detect_prepared"):
-        monkeypatch.setattr(detector, where, failing(getattr(detector, where)))
-    elif where == "read":
-        monkeypatch.setattr(video_reading, "Frame", failing(video_reading.Frame))
-    elif where == "draw":
-        monkeypatch.setattr(
-            video_writing.VideoWriter, "encodable", failing(video_writing.VideoWriter.encodable)
-        )
-    elif where == "write":
-        monkeypatch.setattr(
-            video_writing.VideoWriter, "write", failing(video_writing.VideoWriter.write)
-        )
-    progress = failing(lambda done, total: None) if where == "progress" else None
+    progress = None
+    if target is None:
+        progress = failing(lambda done, total: None)
+    else:
+        monkeypatch.setattr(target, where, failing(getattr(target, where)))
     with pytest.raises(RuntimeError, match=f"no {where}"):
         detect_video(detector, clip, tmp_path / "found", progress=progress)
     assert no_thread_left()
@@ -693,7 +674,7 @@ def test_an_error_anywhere_ends_it(
     assert len(lines) > 40
 
 
-def test_an_error_at_the_first_frame_leaves_nothing(
+def test_video_error_at_the_first_frame_leaves_no_files(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = tmp_path / "clip.mp4"
@@ -705,7 +686,7 @@ def test_an_error_at_the_first_frame_leaves_nothing(
     assert no_thread_left()
 
 
-def test_stopping_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
+def test_video_stop_leaves_complete_files(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(300), sound="aac", options={"crf": "10"})
     stop = threading.Event()
@@ -724,7 +705,7 @@ def test_stopping_leaves_whole_files(detector: Detector, tmp_path: Path) -> None
     assert [whites(line) for line in lines] == [[box_at(i)] for i in range(len(lines))]
 
 
-def test_ctrl_c_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
+def test_video_ctrl_c_leaves_complete_files(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(300))
 
@@ -741,7 +722,7 @@ def test_ctrl_c_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
     assert no_thread_left()
 
 
-def test_ctrl_c_before_the_first_frame(
+def test_video_ctrl_c_before_the_first_frame_leaves_no_files(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(reader: Any, stop: Event) -> Iterator[Any]:
@@ -757,21 +738,25 @@ def test_ctrl_c_before_the_first_frame(
     assert no_thread_left()
 
 
-def test_a_second_ctrl_c_gives_up(detector: Detector, tmp_path: Path) -> None:
+def test_video_second_ctrl_c_aborts(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    write_clip(clip, walk(300))
+    write_clip(clip, walk(50))
 
     def interrupted(done: int, total: int | None) -> None:
-        if done >= 10:
+        if done == 10:
+            signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         detect_video(detector, clip, tmp_path / "found", progress=interrupted)
+    assert "clip.jsonl.part" in files_in(tmp_path / "found")
     assert not (tmp_path / "found" / "clip.mp4").exists()
     assert no_thread_left()
 
 
-def test_a_camera(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_camera_is_read_until_stopped(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ffmpeg's endless test image in the place of the camera, its clock long running."""
     opened = []
 
@@ -804,12 +789,12 @@ def test_a_camera(detector: Detector, tmp_path: Path, monkeypatch: pytest.Monkey
     reader.close()
 
 
-def test_a_camera_that_is_not_there(detector: Detector, tmp_path: Path) -> None:
+def test_missing_camera_is_an_error(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"camera 97: cannot be opened: .*; is it plugged in"):
         detect_video(detector, "97", tmp_path)
 
 
-def test_samples_are_from_all_over_the_clip(tmp_path: Path) -> None:
+def test_samples_are_spread_over_the_video(tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, [black(64, 96) + np.uint8(2 * i) for i in range(100)], options={"g": "5"})
     reader = VideoReader(clip)
@@ -819,7 +804,7 @@ def test_samples_are_from_all_over_the_clip(tmp_path: Path) -> None:
     assert np.abs(np.array(levels) - np.arange(0, 200, 20)).max() < 15
 
 
-def test_settings(detector: Detector, tmp_path: Path) -> None:
+def test_video_settings_out_of_range_are_errors(detector: Detector, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     write_clip(clip, walk(3))
     for settings, said in (
@@ -835,7 +820,7 @@ def test_settings(detector: Detector, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "named"), [("av", "PyAV"), ("trackers", "trackers"), ("supervision", "supervision")]
 )
-def test_a_missing_extra(
+def test_video_missing_extra_is_named(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, named: str
 ) -> None:
     clip = tmp_path / "clip.mp4"
@@ -845,12 +830,9 @@ def test_a_missing_extra(
         detect_video(detector, clip, tmp_path / "found", track=True)
 
 
-# -- processes of their own --------------------------------------------------------------------
-
-_ALONE = """
+KILLED = """
 import os, sys
 from pathlib import Path
-from threading import Event
 sys.path.insert(0, sys.argv[1])
 import torch
 from white_finder import WhiteFinder
@@ -860,32 +842,24 @@ from retinanet.model.checkpoint import Checkpoint
 torch.set_num_threads(1)
 made = Checkpoint(WhiteFinder(), ("white", "bright"), (7, 9), 64, 128, {})
 detector = Detector(made, device="cpu", precision="float32")
-"""
 
 
-def alone(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _ALONE + script, str(Path(__file__).parent), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-
-
-@pytest.mark.slow
-def test_what_a_killed_process_leaves_can_be_read(tmp_path: Path) -> None:
-    clip = tmp_path / "clip.mp4"
-    write_clip(clip, walk(600), sound="aac", options={"crf": "10"})
-    ended = alone(
-        """
 def kill(done, total):
     if done >= 560:
         os.kill(os.getpid(), 9)
+
+
 detect_video(detector, sys.argv[2], sys.argv[3], progress=kill)
-""",
-        clip,
-        tmp_path / "found",
+"""
+
+
+@pytest.mark.slow
+def test_video_files_of_a_killed_process_can_be_read(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip, walk(600), sound="aac", options={"crf": "10"})
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(clip)]
+    ended = subprocess.run(
+        [*command, str(tmp_path / "found")], stderr=subprocess.PIPE, text=True, check=False
     )
     assert ended.returncode == -9, ended.stderr
     text = (tmp_path / "found" / "clip.jsonl.part").read_text("utf-8")
@@ -896,7 +870,7 @@ detect_video(detector, sys.argv[2], sys.argv[3], progress=kill)
     assert seconds == pytest.approx([i / 25 for i in range(len(shown))])
 
 
-def test_memory_does_not_grow_with_the_clip(detector: Detector, tmp_path: Path) -> None:
+def test_video_memory_does_not_grow_with_its_length(detector: Detector, tmp_path: Path) -> None:
     """1,500 frames of 74 kB: the last 1,000 would be 74 MB if they were kept."""
     clip = tmp_path / "clip.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (128, 192, 3), np.uint8)
@@ -912,13 +886,3 @@ def test_memory_does_not_grow_with_the_clip(detector: Detector, tmp_path: Path) 
     detect_video(detector, clip, tmp_path / "found", progress=look, every=2)
     assert len(held) == 15
     assert max(held[10:]) - max(held[:5]) < 40, held
-
-
-def test_pixels_are_the_frames_own(tmp_path: Path) -> None:
-    clip = tmp_path / "clip.mp4"
-    images: list[Pixels] = walk(3)
-    write_clip(clip, images, options={"crf": "5"})
-    reader = VideoReader(clip)
-    read = [reader.rgb(one.image) for one in reader.read(threading.Event())]  # type: ignore[union-attr]
-    reader.close()
-    assert all(np.abs(a.astype(int) - b).max() < 12 for a, b in zip(read, images, strict=True))

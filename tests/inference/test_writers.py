@@ -99,7 +99,7 @@ def test_coco_results(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "coco_results.json").read_text()) == []
 
 
-def test_images_of_the_same_stem_have_their_own_coco_ids(tmp_path: Path) -> None:
+def test_coco_results_of_equal_stems_have_different_ids(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     names = ("139.jpg", "0139.png", "a.jpg", "a.png", "a.png")
     with write_coco(file) as write:
@@ -169,7 +169,7 @@ def test_images(tmp_path: Path) -> None:
     assert not np.asarray(Image.open(tmp_path / "images/x/a.png")).any()
 
 
-def test_names_never_meet(tmp_path: Path) -> None:
+def test_output_names_are_unique(tmp_path: Path) -> None:
     pixels = np.zeros((40, 20, 3), np.uint8)
     names = ["1.jpg", "1.png", "x/1.jpg", "1.JPG", "1.jpg", "../1.jpg", "/1.jpg", "a.jpg", "A.jpg"]
     write(tmp_path / "out", ["yolo", "images"], *[found(name, pixels) for name in names])
@@ -196,7 +196,7 @@ def test_files_are_complete_or_unchanged(tmp_path: Path) -> None:
         assert not (tmp_path / "new.json").exists()
 
 
-def test_unknown_format(tmp_path: Path) -> None:
+def test_unknown_format_is_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match=r"output format 'jsn' is not one of .*did you mean json"),
         open_outputs(tmp_path / "out", ["coco", "jsn"]),
@@ -205,7 +205,7 @@ def test_unknown_format(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_all_formats_of_a_folder_with_a_broken_image(
+def test_all_formats_with_an_unreadable_image(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG and no more")
@@ -225,7 +225,7 @@ def test_all_formats_of_a_folder_with_a_broken_image(
     assert len(json.loads((out / "coco_results.json").read_text())) == 6
 
 
-def test_found_draws(square: Pixels, folder: Path, detector: Detector) -> None:
+def test_draw_on_any_kind_of_image(square: Pixels, folder: Path, detector: Detector) -> None:
     result = detector.detect(folder / "a.png")
     assert isinstance(result, ImageDetections)
     for drawn in (result.draw(), result.draw(square), result.draw(Image.fromarray(square))):
@@ -236,7 +236,7 @@ def test_found_draws(square: Pixels, folder: Path, detector: Detector) -> None:
     assert (colours.max(axis=2) == colours.min(axis=2)).all()
 
 
-def test_found_draws_on_nothing_else(square: Pixels, detector: Detector) -> None:
+def test_draw_on_an_image_of_another_size_is_an_error(square: Pixels, detector: Detector) -> None:
     result = detector.detect(square)
     assert isinstance(result, ImageDetections)
     with pytest.raises(DataError, match=r"image to draw on is 50 x 40, .* 192 x 128 pixels"):
@@ -318,7 +318,7 @@ def test_cvat_annotations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["labelstudio", "cvat"])
-def test_pre_annotations_come_back_as_labels(tmp_path: Path, form: str) -> None:
+def test_pre_annotations_are_read_back_as_labels(tmp_path: Path, form: str) -> None:
     """As after a person has confirmed every box and exported the project."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(50, 2, generator=generator) * torch.tensor([10.0, 20.0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -143,36 +142,12 @@ def test_a_place_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
         save_checkpoint(tmp_path / "file" / "best", checkpoint)
 
 
-# Renames of a save: the text in the draft, draft to ready, the old away, ready into its place.
-@pytest.mark.parametrize(("dies_at", "step"), [(1, 7), (2, 7), (3, 9), (4, 9), (5, 9)])
-def test_a_kill_before_any_rename_leaves_the_old_or_the_new(
-    checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int, step: int
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    calls = 0
-
-    def counted(real: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
-        def rename(self: Path, target: Path) -> Path:
-            nonlocal calls
-            calls += 1
-            if calls == dies_at:
-                raise Killed
-            return real(self, target)
-
-        return rename
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counted(Path.rename))
-        patch.setattr(Path, "replace", counted(Path.replace))
-        with contextlib.suppress(Killed):
-            save_checkpoint(folder, replace(checkpoint, info={"step": 9}))
-    assert calls == min(dies_at, 4)
-    assert load_checkpoint(folder.parent).info["step"] == step
+def test_checkpoint_of_a_killed_save_is_read(checkpoint: Checkpoint, folder: Path) -> None:
+    folder.rename(folder.with_name(".best.ready"))  # killed before its last rename
+    assert load_checkpoint(folder.parent).info["step"] == 7
     save_checkpoint(folder, replace(checkpoint, info={"step": 10}))
     assert load_checkpoint(folder.parent).info["step"] == 10
-    assert [one.name for one in folder.parent.iterdir()] == ["best"]
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -202,8 +177,6 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
             "incomplete checkpoint .* no model.safetensors",
         ),
         (lambda f: (f / "model.json").write_text("{"), "model.json is not JSON"),
-        (lambda f: (f / "model.json").write_bytes(b"\xff\xfe"), "model.json is not JSON"),
-        (lambda f: (f / "model.json").write_text("[1]"), 'lacks "format"'),
         (lambda f: (f / "model.json").write_text("{}"), 'lacks "format"'),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is no safetensors file"),
         (
@@ -213,7 +186,6 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
             "is no safetensors file",
         ),
         (_edit(lambda v: v.update(version=99)), "version 99; this package reads up to 1: upgrade"),
-        (_edit(lambda v: v.update(version="1")), "version '1'"),
         (_edit(lambda v: v.pop("network")), "network: Field required"),
         (_edit(lambda v: v.update(info=[])), "info: Input should be an object"),
         (_edit(lambda v: v["classes"].pop()), "2 classes and 3 category_ids differ"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import sys
 from collections.abc import Callable
@@ -69,7 +68,6 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
         {"backbone": "resnet50"},
         {"backbone": "mobilenet_v2"},
         {"backbone": "resnet34", "p2": True, "p6_from": "p5"},
-        {"backbone": "resnext101_32x8d"},
         {"stride_padding": "same"},
         {"norm": "group"},
         {"head_norm": "group"},
@@ -211,7 +209,7 @@ def test_several_threads_run_one_network() -> None:
         expected = {size: model(random_images(1, 3, *size)).logits[0] for size in sizes}
 
     def run(place: int) -> None:
-        for i in range(40):
+        for i in range(15):
             size = sizes[(place * 5 + i * (1 + place)) % len(sizes)]
             with torch.inference_mode():
                 got = fused(random_images(1, 3, *size)).logits[0]
@@ -230,14 +228,7 @@ def copy_by_pickle(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
-def copy_by_torch_save(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle, copy_by_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle])
 def test_fused_network_copied_after_packing_gives_same_outputs(
     duplicate: Callable[[Any], Any],
 ) -> None:
@@ -251,7 +242,7 @@ def test_fused_network_copied_after_packing_gives_same_outputs(
         assert_same(model, duplicated, images, 2e-5)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle, copy_by_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle])
 def test_detector_copied_after_detection_gives_same_detections(
     duplicate: Callable[[Any], Any],
 ) -> None:

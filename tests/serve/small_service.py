@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import math
-import re
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from typing import Any
 
 import numpy as np
@@ -173,35 +173,20 @@ class Running:
         self._thread.join(120)
         assert not self._thread.is_alive()
 
-    def send(self, *parts: bytes) -> tuple[int, bytes, bytes]:
-        """Send a request in parts; returns status, headers and body of the response."""
-        return asyncio.run(self._send(*parts))
-
-    async def _send(self, *parts: bytes) -> tuple[int, bytes, bytes]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
+    def send(self, *parts: bytes) -> tuple[int, bytes]:
+        """Send a request in parts; return status and body of the response."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as line:
             for part in parts:
-                writer.write(part)
-                await writer.drain()
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"(?i)content-length: (\d+)", head)
-            body = await (reader.readexactly(int(length[1])) if length else reader.read())
-            return int(head.split()[1]), head, body
-        finally:
-            writer.close()
+                line.sendall(part)
+            response = HTTPResponse(line)
+            response.begin()
+            return response.status, response.read()
 
-    def leave(self, part: bytes, until: Any = lambda: True) -> None:
+    def leave(self, part: bytes, until: Callable[[], bool] = lambda: True) -> None:
         """Send a part of a request, wait, and close the connection."""
-
-        async def run() -> None:
-            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            writer.write(part)
-            await writer.drain()
-            while not until():
-                await asyncio.sleep(0.005)
-            writer.close()
-
-        asyncio.run(run())
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as line:
+            line.sendall(part)
+            wait_until(until)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.model.retinanet import RetinaNet
-from retinanet.serve import Settings, build_app
+from retinanet.serve import Settings, build_app, schema
 from retinanet.serve.batching import Batcher
 from retinanet.serve.models import model_metrics, model_names
 
@@ -371,6 +371,20 @@ def test_openapi_describes_options_and_errors(service: TestClient) -> None:
     for name in ("score_threshold", "nms_threshold", "detections_per_image"):
         for key in ("minimum", "exclusiveMinimum", "exclusiveMaximum"):
             assert schemas[name].get(key) == limits[name].get(key), (name, key)
+
+
+def test_responses_match_their_schemas(service: TestClient) -> None:
+    documented = service.get("/openapi.json").json()["components"]["schemas"]
+    files = form(("a.png", png_image()), ("b.png", b"x"))
+    for response, model in (
+        (service.post("/v1/detect", files=files), schema.DetectResponse),
+        (service.get("/v1/model"), schema.ModelsResponse),
+        (service.get("/readyz"), schema.Health),
+        (service.get("/v1/detect"), schema.ErrorResponse),
+    ):
+        content = response.json()
+        assert model.model_validate(content).model_dump(mode="json", by_alias=True) == content
+        assert set(documented[model.__name__]["properties"]) == set(content)
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 1), (4, 3)])

@@ -8,12 +8,10 @@ import struct
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
 from PIL import Image
 from small_service import (
     PNG,
@@ -26,10 +24,12 @@ from small_service import (
     wait_until,
     white_detector,
 )
-from torch import Tensor
 
-from retinanet.inference.exported import ExportedFile, ExportedNetwork
+from retinanet.errors import ConfigError
+from retinanet.inference.exported import ExportedNetwork
 from retinanet.serve import Settings
+from retinanet.serve.batching import Batcher
+from retinanet.serve.errors import RequestError
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_rejected_body_gets_its_response() -> None:
     data = png_image()
     with running(settings=Settings(max_bytes=1_000_000)) as service:
         for _ in range(3):
-            status, _, body = service.send(post_request(bytes(3_000_000)))
+            status, body = service.send(post_request(bytes(3_000_000)))
             assert (status, b"1,000,000 bytes" in body) == (413, True)
         # Rejected by its announced length, before the body is sent.
         more = "Expect: 100-continue\r\n"
@@ -299,7 +299,7 @@ def test_disconnected_client_cancels_its_images() -> None:
 
 def test_slow_upload_is_408() -> None:
     with running(settings=Settings(timeout=0.4)) as service:
-        status, _, body = service.send(post_request(png_image())[:-30])
+        status, body = service.send(post_request(png_image())[:-30])
         assert status == 408
         assert b"the upload took over 0.4 seconds" in body
 
@@ -370,36 +370,19 @@ def test_request_from_another_site_is_403() -> None:
 
 
 def test_thresholds_built_into_an_exported_file_cannot_change() -> None:
-    def run_empty(images: Tensor) -> list[Tensor]:
-        batch = len(images)
-        empty = torch.zeros(batch, 5)
-        return [torch.zeros(batch, 5, 4), empty, empty.long(), torch.zeros(batch).long()]
+    class Fixed(ExportedNetwork):
+        def __init__(self) -> None:
+            pass
+
+        def check(self, thresholds: Any) -> None:
+            if thresholds["score_threshold"] != 0.5:
+                raise ConfigError("white.onnx was exported with another score_threshold")
 
     detector = white_detector()
-    file = ExportedFile(
-        path=Path("white.onnx"),
-        target="onnx",
-        form="detections",
-        precision="float32",
-        classes=detector.classes,
-        category_ids=detector.category_ids,
-        image_size=64,
-        max_size=128,
-        thresholds=detector.thresholds,
-        strides=(8,),
-        per_cell=1,
-        info={},
-    )
-    network = object.__new__(ExportedNetwork)
-    network.file, network.description, network._run = file, "ONNX Runtime on cpu", run_empty
-    detector.network = network
-    with client(detector) as service:
-
-        def detect(options: str) -> Any:
-            return service.post(f"/v1/detect?{options}", content=png_image(), headers=PNG)
-
-        assert detect("score_threshold=0.6&detections_per_image=3").status_code == 200
-        for option in ("score_threshold=0.4", "nms_threshold=0.9", "class_agnostic=true"):
-            response = detect(option)
-            assert response.status_code == 400, response.text
-            assert "white.onnx was exported with" in response.json()["detail"]
+    detector.network = Fixed()
+    batcher = Batcher({"model": detector}, Settings())
+    with pytest.raises(RequestError, match=r"white\.onnx was exported with") as caught:
+        batcher.submit("model", [], {"score_threshold": 0.4})
+    assert caught.value.status_code == 400
+    with pytest.raises(RequestError, match="the server is starting"):  # the thresholds are valid
+        batcher.submit("model", [], {"score_threshold": 0.5})

@@ -158,7 +158,9 @@ def detect_collection(
     shards = _cut(inputs, _check_plan(store, plan, any_size=shard_size is None))
     done_before = len(shards) - len(_missing(store, shards))
     if done_before < len(shards):
-        with _cluster(ray, sum(map(len, files.values()))), _ray_data(ray):
+        model_size = sum(map(len, files.values()))
+        # Ray prints the death of a process to the standard output, until it is shut down.
+        with redirect_stdout(sys.stderr), _cluster(ray, model_size), _ray_data(ray):
             resources = Resources.of(ray, device, workers, on_note)
             work = Work(
                 model=files,
@@ -412,8 +414,7 @@ def _ray_data(ray: Any) -> Iterator[None]:
         setattr(context, name, value)
     logger.setLevel(logging.CRITICAL)
     try:
-        # Ray prints the death of a process to the standard output.
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Ray 2.60 deprecates max_task_retries, and has no replacement.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield

@@ -42,7 +42,9 @@ class SplitOptions(FormatOptions):
     def read(self, data: Path, config: Recipe) -> Dataset:
         """Read the split."""
         from retinanet.data import read_dataset
+        from retinanet.training.data import recipe_anchors
 
+        recipe_anchors(config)  # errors in them come first
         dataset = read_dataset(
             data,
             self.split,
@@ -91,11 +93,7 @@ class ShowOptions(SplitOptions):
 
 
 def check(
-    data: LabelledData,
-    recipe: RecipeOptions,
-    *,
-    options: CheckOptions,
-    json: Json = False,
+    data: LabelledData, recipe: RecipeOptions, *, options: CheckOptions, json: Json = False
 ) -> None:
     """Check labels and images, and print statistics.
 
@@ -105,10 +103,7 @@ def check(
 
     config = recipe.load()
     splits = read_splits(
-        data,
-        format=options.format,
-        seed=config.split_seed,
-        val_fraction=config.data.val_fraction,
+        data, format=options.format, seed=config.split_seed, val_fraction=config.data.val_fraction
     )
     for line in next(iter(splits.values())).description:
         note(line)
@@ -169,11 +164,7 @@ def convert(
 
 
 def show(
-    data: LabelledData,
-    recipe: RecipeOptions,
-    *,
-    options: ShowOptions,
-    json: Json = False,
+    data: LabelledData, recipe: RecipeOptions, *, options: ShowOptions, json: Json = False
 ) -> None:
     """Draw labelled images; with --anchors at the network's size, with their matched anchors.
 
@@ -209,11 +200,7 @@ def show(
 
 
 def anchors(
-    data: LabelledData,
-    recipe: RecipeOptions,
-    *,
-    options: SplitOptions,
-    json: Json = False,
+    data: LabelledData, recipe: RecipeOptions, *, options: SplitOptions, json: Json = False
 ) -> None:
     """Print the anchor recall, and that of other settings.
 
@@ -234,19 +221,10 @@ def anchors(
         tried = [{"settings": changes, **result.to_dict()} for _, changes, result in results]
         print_json({"tried": tried, "suggested": suggested})
         return
-    current = results[0][2]
-    _show_recall(current)
-    missed = [(name, of, hit / of) for name, (hit, of) in current.by_class.items() if hit < of]
-    missed.sort(key=lambda row: row[2])
-    if missed:
-        table(
-            "Classes of the lowest anchor recall",
-            ["class", "objects", "recall"],
-            [(name, of, f"{recall:.1%}") for name, of, recall in missed[:_SHOWN_CLASSES]],
-        )
+    _show_recall(results[0][2])
     table(
         "Anchor recall of other settings, cheapest first",
-        ["pixels", "anchors", "all", *current.by_size, "mean IoU"],
+        ["pixels", "anchors", "all", *results[0][2].by_size, "mean IoU"],
         [
             (
                 result.image_size,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,11 +112,9 @@ def detect(
     drawn_score = DRAWN_SCORE if files.draw_threshold is None else files.draw_threshold
     settings: dict[str, Any] = {"batch_size": other.batch_size}
     if kind == "ray":
-        from retinanet.cli.detect_collection import detect_collections
-
         del options["calibrate"]
         options |= {**settings, **tiles.given(), "workers": other.workers}
-        is_complete = detect_collections(model, sources, files.out, options, json=json)
+        is_complete = _detect_collection(model, sources, files.out, options, json)
     elif kind == "video":
         from retinanet.cli.detect_video import detect_videos
 
@@ -233,3 +233,36 @@ def _write_detections(
                 drawn.update(name for name, score in boxes if score >= drawn_score)
             update(done, len(sources))
     return objects, drawn
+
+
+def _detect_collection(
+    model: str, sources: list[str], out: Path, options: dict[str, Any], json: bool
+) -> bool:
+    """Detect on a Ray cluster and print the summary; returns whether all images could be read."""
+    from retinanet.batch.collection import detect_collection
+
+    if not json:
+        note("listing the sources, then starting Ray, which takes a while")
+    # Ray prints messages of its processes on standard output, which is for the result.
+    with progress("detecting (shards)") as update, redirect_stdout(sys.stderr):
+        try:
+            summary = detect_collection(
+                model, sources, out, on_progress=update, on_note=note, **options
+            )
+        except KeyboardInterrupt:
+            note("completed shards are kept: rerun the command to resume")
+            raise
+    if json:
+        print_json({"out": summary.out, **summary.to_dict(), "failures": summary.failures})
+    else:
+        if summary.objects:
+            table("Detections", ["class", "objects"], summary.objects.items())
+        objects = sum(summary.objects.values())
+        say(f"{objects} objects in {count(summary.images, 'image')}, in {summary.out}")
+        if summary.done_before:
+            note(f"{summary.done_before} of {summary.shards} shards existed already: skipped")
+    if summary.errors:
+        reasons = [failure["reason"] for failure in summary.failures]
+        note_failures(reasons, "file", total=summary.errors)
+        note(f"  errors.jsonl and errors.parquet in {summary.out} list all")
+    return not summary.errors

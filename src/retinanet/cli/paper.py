@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
 from retinanet.cli.console import seconds as format_seconds
+from retinanet.cli.settings import DeviceOptions, Json, option
 from retinanet.cli.settings import Settings as Overrides
 
 if TYPE_CHECKING:
@@ -65,98 +67,56 @@ def list_experiments(
     table(title, columns, cells, left=4 if rows else 3)
 
 
-_Names = list[str] | None
-_Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="table1a to table3, fig1 to fig7, or all.")
-]
-_Data = Annotated[
-    Path | None,
-    typer.Option(help="Labelled folder or file; COCO's with --full.", show_default=False),
-]
-_Budget = Annotated[
-    str | None,
-    typer.Option(
+@dataclass(frozen=True)
+class RunOptions(DeviceOptions):
+    """The trainings and the output."""
+
+    data: Path | None = option("Labelled folder or file; COCO's with --full.", shown=False)
+    budget: str | None = option(
+        "Time for all trainings together on this machine: 90s, 20min, 2h.",
+        shown="20min",
         metavar="TIME",
-        help="Time for all trainings together on this machine: 90s, 20min, 2h.",
-        show_default="20min",
-    ),
-]
-_Steps = Annotated[int | None, typer.Option(min=1, help="Steps of each training.")]
-_Full = Annotated[
-    bool, typer.Option("--full", help="The paper's setting: recipes, sizes, 90,000 steps.")
-]
-_Yes = Annotated[bool, typer.Option("--yes", help="Start --full without confirmation.")]
-_Seeds = Annotated[int, typer.Option(min=1, help="Trainings per row.")]
-_Jobs = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Trainings at a time.", show_default="1 per GPU or 2 cores; 1 with --full"
-    ),
-]
-_Row = Annotated[
-    _Names,
-    typer.Option(
-        metavar="KEY",
-        help="Train only this row (paper list --rows). Repeatable.",
-        show_default="all",
-    ),
-]
-_Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Output folder; finished trainings in it are kept.", show_default="paper/DATA"
-    ),
-]
-_RecipeName = Annotated[str, typer.Option(help="Base recipe of the rows, without --full.")]
-_Backbone = Annotated[
-    _Names,
-    typer.Option(
-        help="Replaces resnet50; second: resnet101; third: resnext101_32x8d. The last one "
-        "replaces the rest too.",
-        show_default=False,
-    ),
-]
-_BackboneWeights = Annotated[
-    _Names, typer.Option(help="File, default, or none; one per --backbone.", show_default=False)
-]
-_ImageSize = Annotated[
-    int | None,
-    typer.Option(
-        min=32, help="Replaces the paper's 600 px, without --full.", show_default="the recipe's"
-    ),
-]
-_Results = Annotated[
-    _Names,
-    typer.Option(
+    )
+    steps: int | None = option("Steps of each training.", min=1)
+    full: bool = option("The paper's setting: recipes, sizes, 90,000 steps.", False)
+    yes: bool = option("Start --full without confirmation.", False)
+    seeds: int = option("Trainings per row.", 1, min=1)
+    jobs: int | None = option(
+        "Trainings at a time.", shown="1 per GPU or 2 cores; 1 with --full", min=1
+    )
+    row: list[str] | None = option(
+        "Train only this row (paper list --rows). Repeatable.", shown="all", metavar="KEY"
+    )
+    out: Path | None = option(
+        "Output folder; finished trainings in it are kept.", shown="paper/DATA"
+    )
+    recipe: str = option("Base recipe of the rows, without --full.", "quick")
+    backbone: list[str] | None = option(
+        "Replaces resnet50; second: resnet101; third: resnext101_32x8d. The last one replaces the "
+        "rest too.",
+        shown=False,
+    )
+    backbone_weights: list[str] | None = option(
+        "File, default, or none; one per --backbone.", shown=False
+    )
+    image_size: int | None = option(
+        "Replaces the paper's 600 px, without --full.", shown="the recipe's", min=32
+    )
+    results: list[str] | None = option(
+        "COCO results of another detector on the val split, as a row of table2.",
+        shown=False,
         metavar="NAME=FILE",
-        help="COCO results of another detector on the val split, as a row of table2.",
-        show_default=False,
-    ),
-]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+    )
 
 
 def run(
-    name: _Name,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="table1a to table3, fig1 to fig7, or all.")
+    ],
     overrides: Overrides = None,
     *,
-    data: _Data = None,
-    budget: _Budget = None,
-    steps: _Steps = None,
-    full: _Full = False,
-    yes: _Yes = False,
-    seeds: _Seeds = 1,
-    jobs: _Jobs = None,
-    row: _Row = None,
-    out: _Out = None,
-    recipe: _RecipeName = "quick",
-    backbone: _Backbone = None,
-    backbone_weights: _BackboneWeights = None,
-    image_size: _ImageSize = None,
-    results: _Results = None,
-    device: _Device = "auto",
-    json: _Json = False,
+    options: RunOptions,
+    json: Json = False,
 ) -> None:
     """Run one of the paper's tables or figures, or all.
 
@@ -166,33 +126,34 @@ def run(
     from retinanet.paper.plan import Settings
 
     experiments = _find_experiments(name)
-    _check_rows(name, experiments, row or ())
-    external = _external_results(results or [], [experiment.name for experiment in experiments])
-    _check_lengths(full, budget, steps, recipe, image_size)
+    _check_rows(name, experiments, options.row or ())
+    names = [experiment.name for experiment in experiments]
+    external = _external_results(options.results or [], names)
+    _check_lengths(options)
     trained = [
         experiment.name for experiment in experiments if any(row.trained for row in experiment.rows)
     ]
+    data = options.data
     if trained and data is None:
         raise typer.BadParameter(
             f"{', '.join(trained)}: rows are trained, so name the data: --data DIR with --budget "
             "or --steps, or COCO's with --full"
         )
-    folder = out or Path("paper") / (data.resolve().stem if data else "figures")
+    folder = options.out or Path("paper") / (data.resolve().stem if data else "figures")
     trainings = None
     if trained and data is not None:
         settings = Settings(
             data=data,
-            full=full,
-            recipe=recipe,
+            full=options.full,
+            recipe=options.recipe,
             overrides=tuple(overrides or ()),
-            backbones=tuple(backbone or ()),
-            backbone_weights=tuple(backbone_weights or ()),
-            image_size=image_size,
-            steps=steps,
-            seeds=seeds,
+            backbones=tuple(options.backbone or ()),
+            backbone_weights=tuple(options.backbone_weights or ()),
+            image_size=options.image_size,
+            steps=options.steps,
+            seeds=options.seeds,
         )
-        seconds = None if full or steps is not None else _parse_seconds(budget or "20min")
-        trainings = _train(experiments, settings, folder, row, seconds, jobs, device, yes, external)
+        trainings = _train(experiments, settings, folder, options, external)
     with progress("tables and figures") as show:
         outputs = write_outputs(experiments, folder, trainings, progress=show)
     _print(outputs, folder, json)
@@ -228,11 +189,7 @@ def _train(
     experiments: Sequence[Experiment],
     settings: Settings,
     out: Path,
-    rows: Sequence[str] | None,
-    budget: float | None,
-    jobs: int | None,
-    device: str,
-    yes: bool,
+    options: RunOptions,
     external: dict[str, Path],
 ) -> Trainings:
     """Check everything, then run the trainings of some experiments."""
@@ -242,11 +199,16 @@ def _train(
     from retinanet.paper.plan import check_networks, make_plan, read_data
     from retinanet.paper.run import Workers, run_plan
 
+    rows, device = options.row, options.device
+    has_budget = not options.full and options.steps is None
+    budget = _parse_seconds(options.budget or "20min") if has_budget else 0
     splits = read_data(settings)
     metrics = read_external(external, splits)
     choose_device(device)
-    workers = Workers.default(settings.data, out, jobs=jobs, device=device, full=settings.full)
-    if budget is not None:
+    workers = Workers.default(
+        settings.data, out, jobs=options.jobs, device=device, full=options.full
+    )
+    if has_budget:
         note(f"measuring the speed of this machine, for a budget of {format_seconds(budget)}")
         settings = with_budget(budget, experiments, rows, settings, workers, splits)
     every = make_plan(experiments, settings, splits)
@@ -255,7 +217,7 @@ def _train(
     workers = workers.limited_to(plan.trainings)
     _announce(plan, settings, workers)
     if settings.full:
-        _confirm(plan, workers, yes)
+        _confirm(plan, workers, options.yes)
     with progress("steps of all") as show:
         trained = run_plan(plan, workers, _Reporter(len(plan.trainings), show))
     # Rows that an earlier command trained are in the table too.
@@ -282,12 +244,11 @@ def _check_rows(name: str, experiments: Sequence[Experiment], keys: Sequence[str
         check_choice(f"row of {name}", key, known)
 
 
-def _check_lengths(
-    full: bool, budget: str | None, steps: int | None, recipe: str, image_size: int | None
-) -> None:
-    if sum((full, budget is not None, steps is not None)) > 1:
+def _check_lengths(options: RunOptions) -> None:
+    lengths = (options.full, options.budget is not None, options.steps is not None)
+    if sum(lengths) > 1:
         raise typer.BadParameter("--full, --budget and --steps exclude each other: use one of them")
-    if full and (recipe != "quick" or image_size is not None):
+    if options.full and (options.recipe != "quick" or options.image_size is not None):
         raise typer.BadParameter(
             "--full uses the paper's recipes and sizes: leave out --recipe and --image-size"
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.text import Text
 
 from retinanet.cli.console import TERMINATED, err, figure, note, seconds
@@ -72,29 +71,28 @@ def write_report(run: Run) -> Path | None:
         return None
 
 
-class _Display:
+class _Display(Progress):
     """A progress bar and a line of metrics on a terminal; elsewhere a line every 30 seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        columns = ("{task.description}", "{task.fields[left]}")
-        description, left = (TextColumn(text) for text in columns)
-        self._bar = Progress(description, BarColumn(), MofNCompleteColumn(), left)
-        self._task = self._bar.add_task(title, total=None, left="")
-        self._metrics = Text("")
-        self._live = Live(
-            Group(self._bar, self._metrics), console=err, transient=True, refresh_per_second=4
-        )
+        self._metrics = ""
         self._last_line = time.monotonic()
+        super().__init__(
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            "{task.fields[left]}",
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+            refresh_per_second=4,
+        )
+        self._bar = self.add_task(title, total=None, left="")
 
-    def __enter__(self) -> _Display:
-        if err.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if err.is_terminal:
-            self._live.stop()
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar and the metrics."""
+        return [*super().get_renderables(), Text(self._metrics)]
 
     def show(self, event: Event) -> None:
         """Display an event."""
@@ -107,8 +105,8 @@ class _Display:
             case "step":
                 self._step(data)
             case "validating":
-                self._bar.update(self._task, description="validating", left="")
-                self._metrics.plain = f"image {data['done']} of {data['total']}"
+                self.update(self._bar, description="validating", left="")
+                self._metrics = f"image {data['done']} of {data['total']}"
             case "validation":
                 note(f"step {data['step']}: {describe_metrics(data)}")
             case "message":
@@ -124,10 +122,8 @@ class _Display:
             f"waiting {100 * data['waiting']:.0f}%, {data['memory_mb']:.0f} MB"
         )
         if err.is_terminal:
-            self._bar.update(
-                self._task, description=self._title, completed=step, total=steps, left=left
-            )
-            self._metrics.plain = metrics
+            self._metrics = metrics
+            self.update(self._bar, description=self._title, completed=step, total=steps, left=left)
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
             note(f"step {step}/{steps}: {metrics}, {left}")

@@ -198,7 +198,7 @@ def _draw_caption(
         if (
             left >= 0
             and 0 <= top <= image_height - height
-            and not any(_overlap(area, other) for other in taken)
+            and _hidden(area, np.asarray(taken).reshape(-1, 4)) == 0
             and _hidden(area, objects) <= 0.25
         ):
             taken.append(area)
@@ -208,7 +208,7 @@ def _draw_caption(
 
 
 def _hidden(area: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float:
-    """Return the largest fraction of an object that a caption in `area` would cover."""
+    """Return the largest fraction of an object, or a caption, that a caption would cover."""
     if not len(objects):
         return 0.0
     wide = np.minimum(objects[:, 2], area[2]) - np.maximum(objects[:, 0], area[0])
@@ -216,7 +216,3 @@ def _hidden(area: tuple[int, int, int, int], objects: npt.NDArray[Any]) -> float
     areas = (objects[:, 2] - objects[:, 0]) * (objects[:, 3] - objects[:, 1])
     covered = np.clip(wide, 0, None) * np.clip(high, 0, None)
     return float((covered / np.clip(areas, 1e-9, None)).max())
-
-
-def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -334,12 +334,11 @@ class _TiffPage(Windows):
         """Uncompressed values as (planes, height, width, samples), without reading them."""
         planes, _, *shape = page.shaped
         dtype = self._dtype.newbyteorder(page.parent.byteorder)
-        offset = self._offsets[0]
         if isinstance(self._stored, BytesIO):
-            count = planes * int(np.prod(shape))
-            values = np.frombuffer(self._stored.getbuffer(), dtype, count, offset)
-            return values.reshape(planes, *shape)
-        return np.memmap(self._stored, dtype, "r", offset, (planes, *shape))
+            data: Any = self._stored.getbuffer()
+        else:
+            data = np.memmap(self._stored, mode="r")
+        return np.ndarray((planes, *shape), dtype, data, self._offsets[0])
 
     def _values(self, window: Window) -> npt.NDArray[Any]:
         """(h, w, samples) as stored."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -137,11 +136,18 @@ class Results:
 
 
 def coco_image_ids(dataset: Dataset) -> tuple[int, ...]:
-    """COCO's image ids: the data's own where they are distinct integers, else 1, 2, 3, ..."""
+    """COCO's image ids: the data's own where they are distinct integers, else 1, 2, 3, ...
+
+    Images named by distinct numbers (``12.png``) have these numbers, as other tools write them.
+    """
     own = [image.id for image in dataset.images]
-    # The evaluator takes ids as doubles, exact up to 2^53.
-    if all(isinstance(id_, int) and 0 <= id_ < 2**53 for id_ in own) and len(set(own)) == len(own):
-        return tuple(int(id_) for id_ in own)
+    stems = [image.path.stem for image in dataset.images]
+    numbers = [int(stem) for stem in stems if stem.isdecimal() and stem.isascii()]
+    for ids in (own, numbers):
+        # The evaluator takes ids as doubles, exact up to 2^53.
+        exact = [id_ for id_ in ids if isinstance(id_, int) and 0 <= id_ < 2**53]
+        if len(set(exact)) == len(own):
+            return tuple(exact)
     return tuple(range(1, len(own) + 1))
 
 
@@ -302,16 +308,5 @@ def _image_ids_by_name(dataset: Dataset, ids: tuple[int, ...]) -> dict[int | str
     for image, id_ in zip(dataset.images, ids, strict=True):
         known.setdefault(image.path.stem, id_)
         known.setdefault(image.path.name, id_)
-    # A tool that needs whole numbers writes 12 for 12.png.
-    own = {image.id for image in dataset.images}
-    numbers = Counter(int(i.path.stem) for i in dataset.images if i.path.stem.isdecimal())
-    by_number: dict[int | str, int] = {
-        int(image.path.stem): id_
-        for image, id_ in zip(dataset.images, ids, strict=True)
-        if image.path.stem.isdecimal() and numbers[int(image.path.stem)] == 1
-    }
-    if any(isinstance(id_, int) for id_ in own) or len(by_number) < len(ids):
-        known |= {id_: id_ for id_ in ids}
-    else:
-        known |= by_number
+    known |= {id_: id_ for id_ in ids}
     return known | {image.id: id_ for image, id_ in zip(dataset.images, ids, strict=True)}

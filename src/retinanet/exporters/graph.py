@@ -28,10 +28,7 @@ from retinanet.structures import Outputs, flatten_level
 PADDING_LABEL = -1
 """Label of the rows after the last detection."""
 
-OUTPUTS = {
-    "detections": ("boxes", "scores", "labels", "count"),
-    "scores": ("boxes", "scores"),
-}
+OUTPUTS = {"detections": ("boxes", "scores", "labels", "count"), "scores": ("boxes", "scores")}
 """Names of the outputs by form."""
 
 MAX_BATCH, MAX_SIDE = 4096, 65535
@@ -306,9 +303,7 @@ def export_program(detector: Detector, to: str, form: str) -> torch.export.Expor
     with any_size(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from torch and torchvision
         program = torch.export.export(
-            graph,
-            (example,),
-            dynamic_shapes={"images": {0: batch, 2: height, 3: width}},
+            graph, (example,), dynamic_shapes={"images": {0: batch, 2: height, 3: width}}
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine

@@ -20,13 +20,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
 from retinanet.errors import ConfigError, DataError, ImageError, MissingExtraError, WeightsError
 from retinanet.exporters.graph import export_program
-from retinanet.exporters.validate import (
-    TOLERANCES,
-    ExportReport,
-    parts_of,
-    spread,
-    validate_file,
-)
+from retinanet.exporters.validate import TOLERANCES, ExportReport, parts_of, spread, validate_file
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Thresholds
 from retinanet.inference.detector import Detector

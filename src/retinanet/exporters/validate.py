@@ -361,22 +361,22 @@ def _sample_images(
     detector: Detector,
     count: int,
 ) -> Iterator[tuple[Iterator[Tensor], str]]:
-    """Images to compare on and their description: of the data, the run's data, or synthetic."""
+    """Yield images to compare on and their description: of the data, the run, or synthetic."""
     if data is None:
         dataset = _validation_split(run, detector.info)
     else:
         dataset = read_eval_dataset(data, split, info=detector.info)
-    if dataset is not None:
-        chosen = spread(dataset.images, count)
-        description = f"{len(chosen)} of {dataset.source} ({dataset.split})"
-        yield (read_image(image.path) for image in chosen), description
-        return
     with tempfile.TemporaryDirectory() as folder:
-        drawn = synthetic_dataset(
-            Path(folder), splits={"val": count}, image_size=detector.image_size
-        )["val"]
-        description = f"{count} synthetic images, as the model's data is not available"
-        yield (read_image(image.path) for image in drawn.images), description
+        if dataset is not None:
+            chosen = spread(dataset.images, count)
+            description = f"{len(chosen)} of {dataset.source} ({dataset.split})"
+        else:
+            splits, size = {"val": count}, detector.image_size
+            chosen = [
+                *synthetic_dataset(Path(folder), splits=splits, image_size=size)["val"].images
+            ]
+            description = f"{count} synthetic images, as the model's data is not available"
+        yield (read_image(image.path) for image in chosen), description
 
 
 def _validation_split(run: Path | None, info: Mapping[str, Any]) -> Dataset | None:

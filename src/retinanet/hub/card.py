@@ -70,7 +70,9 @@ def write_card(
         address=f"hf://{repository}",
         version=f"made with {_plain(version or __version__)}",
         dataset=dataset or _data_name(run),
-        counts={split: _count_objects(data) for split, data in splits.items()},
+        counts={split: _count_objects(data) for split, data in splits.items()}
+        or {split: (number, {}) for split, number in (run.get("images") or {}).items()},
+        with_data=bool(splits),
         examples=examples,
         drawn_score=drawn_score,
         megabytes=megabytes,

@@ -35,9 +35,8 @@ class Losses:
         classification: ().
         box: (), already times its weight.
         foreground: (B,) int64 number of foreground anchors per image.
-        normalizer: () what the sums of the batch were divided by; for ``image`` the mean over the
-            images. With ``running`` this is the state to pass to the next step. (With mining it is
-            the box loss's only.)
+        normalizer: () divisor of the batch's sums (with mining the box loss's); for ``image`` the
+            mean over the images. With ``running`` this is the state to pass to the next step.
     """
 
     classification: Tensor
@@ -78,7 +77,7 @@ def detection_losses(
         targets: the objects of the B images.
         num_classes: K.
         settings: the losses, their parameters and the matching; None: the paper's. ``normalizer``
-            is what the sums are divided by, with n the number of foreground anchors: ``image``:
+            is the divisor of the sums, with n the number of foreground anchors: ``image``:
             each image's sum by max(1, its n), then the mean over the images (the paper,
             torchvision); ``batch``: by max(1, n of the batch); ``running``: by the moving average
             of the batch's n (detectron2), this batch's included.

@@ -59,7 +59,7 @@ def focal_loss(
             and no gradient); or floats (..., K) in [0, 1]: the target of each sigmoid. Soft targets
             t enter as torchvision has it: p_t = t p + (1 - t) (1 - p), alpha_t likewise, and cross
             entropy with t.
-        alpha: weight of positives in [0, 1], negatives weigh 1 - alpha; K numbers: one a class;
+        alpha: weight of positives in [0, 1], negatives weigh 1 - alpha; K numbers: per class;
             None: no weights (Eq. 4).
         gamma: focusing exponent >= 0; 0 gives Eq. 3.
         reduction: ``sum``; ``mean`` over the elements that are not ignored; ``none``.
@@ -76,7 +76,7 @@ def focal_loss(
             (values on a GPU are not checked, which would need a device sync; an invalid label there
             makes the loss NaN).
 
-    Differs: torchvision takes one-hot targets alone, has no IGNORED, and spells None as -1.
+    Differs: torchvision only takes one-hot targets, has no IGNORED, and writes None as -1.
 
     Example: Sec. 3.2, "with gamma = 2, an example classified with p_t = 0.9 would have 100x lower
     loss compared with CE".
@@ -186,20 +186,16 @@ def plain_loss(logits: Tensor, targets: Tensor, formula: Formula) -> Tensor:
         (..., K).
     """
     kind, gamma, beta = formula
-    if kind == "hinge":
-        margin = gamma
-        as_positive = torch.relu(margin - torch.sigmoid(logits))
-        as_negative = torch.relu(margin - torch.sigmoid(-logits))
-        return targets * as_positive + (1 - targets) * as_negative
-    if kind == "focal_star":
-        steep = {"beta": gamma, "threshold": _LINEAR_FROM}
-        as_positive = softplus(-logits - beta / gamma, **steep)
-        as_negative = softplus(logits - beta / gamma, **steep)
-        return targets * as_positive + (1 - targets) * as_negative
-    as_positive = softplus(-logits, threshold=_LINEAR_FROM)
-    as_negative = softplus(logits, threshold=_LINEAR_FROM)
-    loss = targets * as_positive + (1 - targets) * as_negative
-    if gamma == 0:
+
+    def of_negative(u: Tensor) -> Tensor:
+        if kind == "hinge":
+            return torch.relu(gamma - torch.sigmoid(-u))
+        if kind == "focal_star":
+            return softplus(u - beta / gamma, beta=gamma, threshold=_LINEAR_FROM)
+        return softplus(u, threshold=_LINEAR_FROM)
+
+    loss = targets * of_negative(-logits) + (1 - targets) * of_negative(logits)
+    if kind != "focal" or gamma == 0:
         return loss
     # 1 - p_t; the clamp keeps it above 0, where the slope of a power below 1 is infinite.
     bounded = logits.clamp(-_LINEAR_FROM, _LINEAR_FROM)
@@ -217,15 +213,7 @@ def plain_label_loss(
 ) -> Tensor:
     """Sum the plain formula over rows with integer labels: the definition of the kernels.
 
-    Args:
-        logits: (N, K).
-        labels: (N,) class 0..K-1, BACKGROUND or IGNORED; any other makes the loss NaN.
-        weights: (N,) float32 or float64 factors of the rows; IGNORED rows have weight 0.
-        positive, negative: () or (K,) alpha of positives and of negatives.
-        formula: kind, gamma and beta.
-
-    Returns:
-        () of the type of `weights`.
+    Args, Returns: as :func:`sum_in_chunks`, with the attributes of its targets.
     """
     targets = _one_hot(labels, logits.shape[1], weights.dtype)
     loss = plain_loss(logits.to(weights.dtype), targets, formula)
@@ -341,9 +329,9 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _empty_gradient(logits: Tensor, overwrite: bool = False) -> Tensor:
-    """Return the memory for the gradient; with `overwrite` the logits' own, except for float16.
+    """Return the memory for the gradient: with `overwrite` the logits' own.
 
-    float16 has a float32 gradient: it would lose small values before the loss scale lifts them.
+    The gradient of float16 logits is float32: small values would vanish before the loss scaling.
     """
     if logits.dtype == torch.float16:
         return torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -379,9 +367,15 @@ def _sum_and_gradient(logits: Tensor, targets: _Labels, gradient: Tensor | None)
 
 
 def sum_in_chunks(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> Tensor:
-    """Sum the losses and fill the gradient with torch operations; invalid labels give NaN.
+    """Sum the losses and fill the gradient with torch operations, in chunks of rows.
 
-    In chunks of rows, in memory that is allocated once.
+    Args:
+        logits: (N, K).
+        targets: invalid labels make the loss NaN.
+        gradient: (N, K) to be filled, or None; may be `logits` itself.
+
+    Returns:
+        () of the type of the weights.
     """
     labels, weights, positive, negative, formula = targets
     count, classes = logits.shape

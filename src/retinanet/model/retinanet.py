@@ -150,26 +150,12 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
     Args:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
-        settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`:
-
-            - backbone: resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or timm/NAME.
-            - backbone_weights: "default" (ImageNet, downloaded once), "none", or a file
-              (:func:`retinanet.model.backbone.find_weights`).
-            - norm: of the backbone: "frozen" batch norm, "trained" batch norm, or "group" norm for
-              training from scratch.
-            - frozen_stages: number of the stem, C2, .., C5 that keep the loaded weights; 0 with
-              backbone_weights "none".
-            - p2: add a level at stride 4 below P3, for small objects; not in the paper.
-            - p6_from: "c5", or "p5" as some implementations do.
-            - channels: of the pyramid and the heads.
-            - head_depth: convolutions in each head before the last.
-            - head_norm: "none" or "group".
-            - prior: initial score of every anchor (Sec. 3.3).
-            - sizes: square root of the anchors' area in pixels, per level; None: 4 x stride.
-            - scales, aspect_ratios: factors of the size, and height / width, of the anchors.
-            - rounding: "none", or "torchvision" for its weights.
-            - pixel_mean, pixel_std: of 0..255 RGB; None: those of the weights, else ImageNet's.
-            - stride_padding: "symmetric" or "same"; None: that of the weights, or "symmetric".
+        settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
+            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or
+            timm/NAME), ``backbone_weights`` ("default": ImageNet, downloaded once; "none"; or a
+            file), ``norm`` of the backbone ("frozen" or "trained" batch norm, or "group" norm for
+            training from scratch), ``p2`` (a level at stride 4 for small objects; not in the
+            paper), and ``sizes`` (square root of the anchors' area in pixels, per level).
 
     Raises:
         ConfigError: a setting is unknown, out of range or contradicts another.

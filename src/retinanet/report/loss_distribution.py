@@ -147,8 +147,42 @@ def loss_distribution(
             "give the run that it was exported from"
         )
     dataset = read_eval_dataset(data, split, info=detector.info)
-    model_labels = invert_label_map(match_classes(detector.classes, dataset))
     settings = LossSettings(**(detector.info.get("loss") or {}))
+    positives, negatives, counts = _collect_losses(
+        detector, network, dataset, settings, gammas, workers, progress
+    )
+    where = f"{dataset.source} (split {dataset.split!r})"
+    fractions = np.linspace(0, 1, _POINTS)
+    return LossDistribution(
+        images=len(dataset),
+        fractions=tuple(fractions.tolist()),
+        positives=_curves(positives, gammas, fractions, f"{where}: no anchor matches an object"),
+        negatives=_curves(negatives, gammas, fractions, f"{where}: no anchor is background"),
+        positive_anchors=sum(map(len, positives)),
+        negative_anchors=counts["background"],
+        ignored_anchors=counts["ignored"],
+        positives_taken=sum(map(len, positives)),
+        negatives_taken=sum(map(len, negatives)),
+        classes=network.model.num_classes,
+        foreground_iou=settings.foreground_iou,
+        background_iou=settings.background_iou,
+        low_quality_matches=settings.low_quality_matches,
+        source=str(dataset.source),
+        split=dataset.split,
+    )
+
+
+def _collect_losses(
+    detector: Detector,
+    network: Network,
+    dataset: Dataset,
+    settings: LossSettings,
+    gammas: Sequence[float],
+    workers: int | None,
+    progress: Progress | None,
+) -> tuple[list[_Array32], list[_Array32], Counter[str]]:
+    """(N, G) losses of the positives and of sampled negatives per image, and anchors by kind."""
+    model_labels = invert_label_map(match_classes(detector.classes, dataset))
     generator = torch.Generator().manual_seed(0)
     positives: list[_Array32] = []
     negatives: list[_Array32] = []
@@ -176,25 +210,7 @@ def loss_distribution(
         counts["ignored"] += int((labels == IGNORED).sum())
         if progress is not None:
             progress(done, len(dataset))
-    where = f"{dataset.source} (split {dataset.split!r})"
-    fractions = np.linspace(0, 1, _POINTS)
-    return LossDistribution(
-        images=len(dataset),
-        fractions=tuple(fractions.tolist()),
-        positives=_curves(positives, gammas, fractions, f"{where}: no anchor matches an object"),
-        negatives=_curves(negatives, gammas, fractions, f"{where}: no anchor is background"),
-        positive_anchors=sum(map(len, positives)),
-        negative_anchors=counts["background"],
-        ignored_anchors=counts["ignored"],
-        positives_taken=sum(map(len, positives)),
-        negatives_taken=sum(map(len, negatives)),
-        classes=network.model.num_classes,
-        foreground_iou=settings.foreground_iou,
-        background_iou=settings.background_iou,
-        low_quality_matches=settings.low_quality_matches,
-        source=str(dataset.source),
-        split=dataset.split,
-    )
+    return positives, negatives, counts
 
 
 def _anchors_of(network: Network, batch: Any, settings: LossSettings) -> tuple[Tensor, Tensor]:

@@ -158,23 +158,7 @@ def speed_accuracy(
         at_scale: dict[str, Any] = {**options, "image_size": scale}
         detector = Detector(checkpoint, **at_scale)
         calls[f"{name} {scale}"] = detection_call(detector, timed)
-        metrics = run_network(detector, dataset, workers, batch_size=batch_size).evaluate(
-            analysis=False
-        )
-        if metrics.unreadable:
-            raise ImageError(next(iter(metrics.unreadable.values())))
-        points.append(
-            SpeedPoint(
-                model=name,
-                scale=detector.image_size,
-                max_size=detector.max_size,
-                **{field: getattr(metrics, field) for field in _AP_FIELDS},
-                milliseconds=0,
-                milliseconds_low=0,
-                milliseconds_high=0,
-                network=detector.network.description,
-            )
-        )
+        points.append(_untimed_point(name, detector, dataset, batch_size, workers))
         if progress is not None:
             progress(len(points), len(settings))
     times = time_in_turns(calls, rounds).values()
@@ -189,6 +173,25 @@ def speed_accuracy(
         source=str(dataset.source),
         split=dataset.split,
         machine=dict(machine or {}),
+    )
+
+
+def _untimed_point(
+    name: str, detector: Detector, dataset: Dataset, batch_size: int, workers: int | None
+) -> SpeedPoint:
+    predictions = run_network(detector, dataset, workers, batch_size=batch_size)
+    metrics = predictions.evaluate(analysis=False)
+    if metrics.unreadable:
+        raise ImageError(next(iter(metrics.unreadable.values())))
+    return SpeedPoint(
+        model=name,
+        scale=detector.image_size,
+        max_size=detector.max_size,
+        **{field: getattr(metrics, field) for field in _AP_FIELDS},
+        milliseconds=0,
+        milliseconds_low=0,
+        milliseconds_high=0,
+        network=detector.network.description,
     )
 
 

@@ -147,7 +147,7 @@ def test_busy_server_is_retried_after_its_delay(failing: PageDriver, draw: Draw)
     failing.page.route(DETECT, busy)
     failing.add(*[draw(f"{n}.png", (8, 8, RED)) for n in range(2)])
     failing.page.wait_for_selector("#pause:visible")
-    assert failing.text("#pause p") == "The server is busy. Trying again in 1 s"
+    assert failing.text("#pause p") == "The server is busy. Trying again in 1 s."
     assert failing.states() == ["waiting"] * 2
     failing.wait()
     assert failing.states() == ["1"] * 2

@@ -16,18 +16,6 @@ export async function decode(file, options = {}) {
   return orientation > 1 ? applyOrientation(bitmap, orientation) : bitmap;
 }
 
-/** Make a small JPEG of an image for the strip. */
-export async function makeThumbnail(file, height) {
-  const bitmap = await decode(file, { resizeHeight: height, resizeQuality: "medium" });
-  const canvas = new OffscreenCanvas(Math.min(bitmap.width, 4 * height), bitmap.height);
-  const context = canvas.getContext("2d");
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.8 });
-}
-
 // Chromium ignores the EXIF orientation of WebP files; the server applies it. To check this browser,
 // decode a WebP of 2 x 1 pixels with an orientation of 90 degrees.
 const ROTATED_WEBP =

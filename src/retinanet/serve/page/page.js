@@ -1,6 +1,6 @@
 // The page: models, images and their strip, messages, and keyboard control.
 
-import { isImage, decode, makeThumbnail } from "./images.js";
+import { decode, isImage } from "./images.js";
 import { listenToInputs } from "./inputs.js";
 import { activate, renderModels, setThreshold, showClasses } from "./panel.js";
 import "./save.js";
@@ -10,8 +10,6 @@ import {
   plural, scored, setText, state, statusOf, stored, visible,
 } from "./state.js";
 import { draw, fit, pan, panes, setImage, setPanes, view, zoom, zoomTo } from "./view.js";
-
-const THUMBNAIL_HEIGHT = 66; // CSS pixels
 
 // --- messages and the API key ---------------------------------------------------------------------
 
@@ -23,17 +21,11 @@ function renderMessages() {
   $("pause").hidden = !state.pause;
   if (!state.pause || state.pause === renderedPause) return;
   renderedPause = state.pause;
-  const { text, button, until } = state.pause;
+  const { text, button, isTimed } = state.pause;
   setText($("pause-text"), text);
   $("resume").textContent = button;
-  $("resume").onclick = until ? state.pause.resume : askForKey;
-  countDown();
-  if (!until) askForKey();
-}
-
-function countDown() {
-  const seconds = Math.ceil(((state.pause?.until ?? 0) - Date.now()) / 1000);
-  setText($("countdown"), seconds > 0 ? `${seconds} s` : "");
+  $("resume").onclick = isTimed ? state.pause.resume : askForKey;
+  if (!isTimed) askForKey();
 }
 
 function askForKey() {
@@ -45,7 +37,6 @@ function askForKey() {
   $("key").select();
 }
 
-setInterval(countDown, 250);
 $("key-form").onsubmit = () => setKey($("key").value.trim());
 $("key-later").onclick = () => $("key-dialog").close();
 $("notice-close").onclick = () => notify("");
@@ -58,7 +49,7 @@ async function connect() {
       setModels(await getModels());
       break;
     } catch (error) {
-      await pause(`The server does not list its models: ${error.message} Trying again in`, 5);
+      await pause(`The server does not list its models: ${error.message}`, 5);
     }
   }
   $("models").hidden = false;
@@ -120,10 +111,10 @@ function createImage({ file, name }) {
   image.input = element("input", { type: "radio", name: "image", className: "visually-hidden" });
   image.input.onchange = () => select(image);
   image.label = element("span", { className: "label" });
-  image.preview = element("span", { className: "kind" });
-  image.element = element("label", { className: "thumb", title: name }, image.input, image.preview, image.label);
-  image.element.image = image;
-  sight.observe(image.element);
+  image.url = URL.createObjectURL(file);
+  const preview = element("img", { alt: "", loading: "lazy", decoding: "async", src: image.url });
+  preview.onerror = () => preview.replaceWith(element("span", { className: "kind" }, fileKind(image)));
+  image.element = element("label", { className: "thumb", title: name }, image.input, preview, image.label);
   return image;
 }
 
@@ -157,9 +148,8 @@ function remove(images) {
   const index = state.images.indexOf(state.current);
   for (const image of images) {
     image.jobs.forEach(cancel);
-    sight.unobserve(image.element);
     image.element.remove();
-    URL.revokeObjectURL(image.preview.src);
+    URL.revokeObjectURL(image.url);
   }
   state.images = state.images.filter((image) => !images.includes(image));
   select(state.images[Math.min(index, state.images.length - 1)] ?? null);
@@ -192,30 +182,6 @@ async function select(image) {
 function step(offset) {
   const image = state.images[state.images.indexOf(state.current) + offset];
   if (image) select(image);
-}
-
-// Thumbnails are made for visible images, one after the other.
-let thumbnails = Promise.resolve();
-
-const sight = new IntersectionObserver(
-  (entries) => {
-    for (const { target, isIntersecting } of entries) {
-      target.image.inSight = isIntersecting;
-      if (isIntersecting) thumbnails = thumbnails.then(() => showThumbnail(target.image));
-    }
-  },
-  { root: $("strip"), rootMargin: "0px 300px" },
-);
-
-async function showThumbnail(image) {
-  if (!image.inSight || image.preview.src || !state.images.includes(image)) return;
-  const height = Math.ceil(THUMBNAIL_HEIGHT * Math.min(2, devicePixelRatio));
-  const blob = await makeThumbnail(image.file, height).catch(() => null);
-  if (!state.images.includes(image)) return;
-  if (!blob) return setText(image.preview, fileKind(image));
-  const preview = element("img", { alt: "", src: URL.createObjectURL(blob) });
-  image.preview.replaceWith(preview);
-  image.preview = preview;
 }
 
 // --- rendering ------------------------------------------------------------------------------------

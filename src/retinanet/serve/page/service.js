@@ -28,7 +28,8 @@ export function pause(text, seconds, button = "Try now") {
       resolve();
     };
     const timer = seconds && setTimeout(resume, 1000 * seconds);
-    state.pause = { text, button, until: seconds && Date.now() + 1000 * seconds, promise, resume };
+    const retry = seconds ? ` Trying again in ${seconds} s.` : "";
+    state.pause = { text: text + retry, button, isTimed: seconds > 0, promise, resume };
     changed();
   }
   return state.pause.promise;
@@ -39,7 +40,7 @@ const isAlive = () => fetch(url("healthz"), { cache: "no-store" }).then(({ ok })
 
 async function waitForServer() {
   for (let seconds = 1; !(await isAlive()); seconds = Math.min(15, 2 * seconds)) {
-    await pause("The server does not respond. Trying again in", seconds);
+    await pause("The server does not respond.", seconds);
   }
 }
 
@@ -66,7 +67,7 @@ async function request(path, { signal, ...options } = {}) {
       if (key === apiKey) await pause("This server requires an API key.", 0, "Enter the key");
     } else if (response.status === 503) {
       const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "2") || 1;
-      await pause("The server is busy. Trying again in", Math.min(60, seconds));
+      await pause("The server is busy.", Math.min(60, seconds));
     } else return readResponse(response);
   }
 }

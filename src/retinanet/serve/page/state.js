@@ -11,7 +11,7 @@ export const state = {
   current: null, // the image in view
   active: null, // the highlighted detection
   notice: "", // a message that the user can close
-  pause: null, // {text, button, until, promise, resume}: no request is sent meanwhile
+  pause: null, // {text, button, isTimed, promise, resume}: no request is sent meanwhile
 };
 
 /** A function that runs `callback` in the next frame, once for any number of calls. */
