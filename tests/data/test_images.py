@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -533,3 +534,21 @@ def test_pad_batch() -> None:
     expected[0, :, :33, :20] = 1
     expected[1, :, :10, :] = 2
     assert torch.equal(batch, expected)
+
+
+def test_heic_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.HEIC"
+    file.write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
+        read_image(file)
+
+
+def test_heic_is_read_where_the_package_is_installed(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (64, 48), (200, 40, 60))
+    pillow_heif.from_pillow(image).save(tmp_path / "a.heic")
+    assert image_size(tmp_path / "a.heic") == (48, 64)
+    assert (
+        read_image(tmp_path / "a.heic").float().mean((1, 2)) - torch.tensor([200, 40, 60])
+    ).abs().max() < 4

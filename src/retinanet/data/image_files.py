@@ -18,7 +18,7 @@ from retinanet.errors import ImageError, RetinaNetError
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
-    | {".ppm", ".pgm", ".pbm", ".jp2", ".avif"}
+    | {".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".heic", ".heif"}
 )
 """Lower-case suffixes of images in a folder; the format of a file is found by its content."""
 
@@ -118,6 +118,10 @@ def image_errors(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
+        if _is_heif(name) and not _register_heif():
+            raise ImageError(
+                f"{name}: HEIC images need the package pillow-heif: pip install pillow-heif"
+            ) from None
         raise ImageError(
             f"{name}: not an image of any known format{_beginning(name)}; replace or remove it"
         ) from None
@@ -147,7 +151,23 @@ def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any
     if isinstance(source, bytes | bytearray | memoryview):
         return "bytes of an image", BytesIO(source)
     held = find_member(source)
+    if _is_heif(os.fspath(source)):
+        _register_heif()
     return os.fspath(source), source if held is None else BytesIO(held.read())
+
+
+def _is_heif(name: str) -> bool:
+    return name.lower().endswith((".heic", ".heif"))
+
+
+def _register_heif() -> bool:
+    """Let Pillow read HEIC; whether pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def exif_orientation(image: Image.Image) -> int:
