@@ -98,6 +98,20 @@ def test_exported_file_gives_the_detections_of_the_network(
             assert got.labels.tolist() == want.labels.tolist()
 
 
+@pytest.mark.parametrize("name", ["onnx", "raw"])
+def test_exported_file_with_classes_gives_these_only(
+    files: dict[str, Path], images: Path, name: str
+) -> None:
+    every = load(files[name], device="cpu").detect(images)
+    chosen = every[0].classes[int(every[0].labels[0])]
+    some = load(files[name], device="cpu", classes=[chosen]).detect(images)
+    for got, want in zip(some, every, strict=True):
+        kept = want.labels == every[0].labels[0]
+        assert torch.equal(got.boxes, want.boxes[kept])
+        assert torch.equal(got.scores, want.scores[kept])
+        assert torch.equal(got.labels, want.labels[kept])
+
+
 def test_onnx_has_standard_operators_and_metadata(files: dict[str, Path]) -> None:
     model = onnx.load(files["onnx"])
     onnx.checker.check_model(model, full_check=True)

@@ -225,6 +225,7 @@ def test_collection_folder_begun_for_something_else_is_an_error(
     assert "begun with score_threshold 0.2, not 0.4" in error(score_threshold=0.4)
     assert "begun with image_size 64, not 96" in error(image_size=96)
     assert "begun with tile None, not 32" in error(tile=32)
+    assert "begun with selected_classes None, not ['bright']" in error(classes=["bright"])
     assert "begun with shard_size 2, not 3" in error(shard_size=3)
     other = save_small_model(tmp_path / "other", seed=1)
     assert "begun with another model" in error(model=other)

@@ -231,7 +231,7 @@ def _identity(
     return {
         "model": _digest(*(part for file in sorted(files.items()) for part in file)),
         "classes": list(detector.classes),
-        "selected": None if detector.selected is None else list(detector.selected),
+        "selected_classes": detector.selected and [detector.classes[k] for k in detector.selected],
         "precision": options.get("precision", "auto"),
         "backend": options.get("backend", "auto"),
         "image_size": detector.image_size,
