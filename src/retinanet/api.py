@@ -9,6 +9,7 @@ from typing import Any
 from retinanet.config import Recipe, load_recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader, from_torch
+from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError
 from retinanet.training.events import EventCallback
 from retinanet.training.trainer import Run
@@ -53,7 +54,9 @@ def train(
         raise ConfigError("settings cannot override a built recipe; pass them to load_recipe")
     if isinstance(data, Mapping):
         data = {
-            name: part if isinstance(part, Dataset) else from_torch(part, classes, split=name)
+            split_word(name) or name: part
+            if isinstance(part, Dataset)
+            else from_torch(part, classes, split=name)
             for name, part in data.items()
         }
     return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)

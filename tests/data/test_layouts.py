@@ -15,6 +15,7 @@ from layouts import (
     WIDTH,
     Layout,
     coco_dict,
+    stems,
     tf_rows,
     voc_text,
     write,
@@ -26,6 +27,7 @@ from layouts import (
 )
 
 from retinanet.data.check import check_datasets
+from retinanet.data.convert import convert
 from retinanet.data.dataset import Dataset
 from retinanet.data.formats import read_dataset, read_splits
 from retinanet.errors import DataError
@@ -286,3 +288,99 @@ def test_documentation_lists_the_layouts() -> None:
     table = text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0]
     rows = [f"| {layout.title} | {layout.format} |" for layout in LAYOUTS.values()]
     assert table.splitlines()[2:] == rows
+
+
+# -- parts that could be lost ------------------------------------------------------------------
+
+
+def test_images_of_no_split_beside_train_are_the_split_other(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name, count in (("train", 3), ("holdout", 2)):
+        write_coco(data / f"{name}.json", [f"{stem}.jpg" for stem in stems(count, name)])
+        write_images(data / "images", stems(count, name))
+    splits = read_splits(data)
+    assert set(splits) == {"train", "val", "other"}
+    assert_complete(splits["other"], 2)
+    assert_complete(read_dataset(data, "all"), 5)
+    convert(data, tmp_path / "out", "voc")
+    assert_complete(read_dataset(tmp_path / "out", "all"), 5)
+
+
+def test_whole_beside_its_splits_adds_only_what_they_lack(tmp_path: Path) -> None:
+    names = [f"{stem}.jpg" for stem in stems(6)]
+    write_images(tmp_path / "images", stems(6))
+    write_coco(tmp_path / "annotations" / "instances.json", names)
+    write_coco(tmp_path / "annotations" / "train.json", names[:3])
+    write_coco(tmp_path / "annotations" / "val.json", names[3:5])
+    splits = read_splits(tmp_path)
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 3,
+        "val": 2,
+        "other": 1,
+    }
+    write_coco(tmp_path / "annotations" / "instances.json", names[:5])
+    counts = {name: len(split) for name, split in read_splits(tmp_path).items()}
+    assert counts == {"train": 3, "val": 2}
+
+
+@pytest.mark.parametrize("file", [".retinanet-outputs", "log.jsonl"])
+def test_detections_and_runs_inside_the_data_are_not_read(tmp_path: Path, file: str) -> None:
+    LAYOUTS["yolo-lists"].build(tmp_path)
+    write_images(tmp_path / "found" / "images", stems(6))
+    write(tmp_path / "found" / file, "")
+    assert_complete(read_dataset(tmp_path, "all"), 6)
+
+
+def test_different_lists_of_classes_are_an_error(tmp_path: Path) -> None:
+    for folder, names in (("a", "cat\ndog\n"), ("b", "dog\ncat\n")):
+        write_images(tmp_path / folder, stems(2, folder))
+        write_yolo(tmp_path / folder, stems(2, folder))
+        write(tmp_path / folder / "classes.txt", names)
+    with pytest.raises(DataError, match=r"a/classes\.txt and .*b/classes\.txt list other classes"):
+        read_dataset(tmp_path, "all")
+    assert_complete(read_dataset(tmp_path / "a", "all"), 2)
+
+
+def test_part_of_a_yolo_data_set_has_the_names_of_the_whole(tmp_path: Path) -> None:
+    LAYOUTS["roboflow-yolo"].build(tmp_path)
+    assert_complete(read_dataset(tmp_path / "valid", "all"), 2)
+    assert_complete(read_dataset(tmp_path / "train" / "labels", "all"), 3)
+
+
+def test_lists_of_stems_with_comments(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", stems(4))
+    write_yolo(tmp_path / "labels", stems(4))
+    write(tmp_path / "classes.txt", "cat\ndog\n")
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "# of 2024\nimg_0\nimg_1\nimg_2\n")
+    write(tmp_path / "ImageSets" / "Main" / "val.txt", "img_3\n")
+    splits = read_splits(tmp_path)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "val": 1}
+
+
+def test_images_that_another_format_labels_are_no_background(tmp_path: Path) -> None:
+    write_images(tmp_path, stems(5))
+    write_yolo(tmp_path, stems(3))
+    write(tmp_path / "classes.txt", "cat\ndog\n")
+    write_voc(tmp_path / "xml", stems(5)[3:])
+    dataset = read_dataset(tmp_path, "all")
+    assert_complete(dataset, 3)
+    assert any("2 images more" in line for line in dataset.description)
+
+
+def test_label_of_two_images_is_of_the_one_in_its_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", stems(2))
+    write_images(tmp_path / "images_small", stems(2))
+    write_yolo(tmp_path / "labels", stems(2))
+    write(tmp_path / "classes.txt", "cat\ndog\n")
+    dataset = read_dataset(tmp_path, "all")
+    assert {image.path.parent.name for image in dataset.images} == {"images"}
+    assert [problem.kind for problem in dataset.problems] == ["image-ambiguous"] * 2
+
+
+def test_text_of_windows_and_names_of_macos(tmp_path: Path) -> None:
+    write_images(tmp_path, ["Ba\u0308r"])
+    text = ",".join(TF_HEADER) + f"\nB\u00e4r.jpg,{WIDTH},{HEIGHT},B\u00f6r,1,2,3,4\n"
+    (tmp_path / "labels.csv").write_bytes(text.encode("cp1252"))
+    dataset = read_dataset(tmp_path, "all")
+    assert dataset.classes == ("B\u00f6r",)
+    assert dataset.images[0].path.is_file()

@@ -143,10 +143,16 @@ def convert(
     """Convert labelled data to another format."""
     from retinanet.config import check_choice
     from retinanet.data import convert as convert_data
+    from retinanet.data import read_splits
 
     check_choice("--images", options.images, ("copy", "hardlink", "symlink"))
+    values = dict(vars(options))
+    reading = {name: values.pop(name) for name in ("format", "seed", "val_fraction")}
+    splits = read_splits(source, **reading)
     with progress("writing") as update:
-        written = convert_data(source, target, progress=update, **vars(options))
+        written = convert_data(splits, target, progress=update, **values)
+    for line in next(iter(splits.values())).description:
+        note(line)
     if json:
         print_json({name: getattr(written, name) for name in written.__slots__})
         return

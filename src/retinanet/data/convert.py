@@ -149,7 +149,11 @@ def _verify(folder: Path, to: str, splits: Mapping[str, Dataset]) -> None:
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:
     """Drop what cannot be written: missing images, and boxes that are not four finite numbers."""
     images: list[LabelledImage] = []
-    lost.update(f"unreadable labels ({problem.kind})" for problem in dataset.problems)
+    lost.update(
+        f"unreadable labels ({problem.kind})"
+        for problem in dataset.problems
+        if "dropped" in problem.fix
+    )
     for image in dataset.images:
         if not archives.is_image_file(image.path):
             lost["missing images"] += 1

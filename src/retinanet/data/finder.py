@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _LABEL_FOLDER = re.compile(
 )
 _IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|jpegimages|data|dataset", re.IGNORECASE)
 _MASK_FOLDER = re.compile(r"mask|segm|trimap|depth|result|predict|found|visuali", re.IGNORECASE)
+_OUTPUTS = {".retinanet-outputs", "log.jsonl"}  # files of a detection and of a run folder
 _MAX_CLIMB = 3
 _NAMED_FILES = 3  # in descriptions; more are counted
 
@@ -37,6 +39,11 @@ _NAMED_FILES = 3  # in descriptions; more are counted
 def is_image(name: str | Path) -> bool:
     """Whether a file has an extension of an image format."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def fold(name: str) -> str:
+    """Return a name for comparison: without case, accents composed (macOS decomposes them)."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def can_be_a_file(name: str) -> bool:
@@ -68,6 +75,8 @@ def scan(folder: Path) -> list[Path]:
         if key in seen:  # a link to a folder that contains it, or a second link
             return
         seen.add(key)
+        if depth and _OUTPUTS & {entry.name for entry in entries}:
+            return  # results of a detection, or a run: the drawn images are no data
         for entry in entries:
             if entry.name.startswith("."):  # also macOS's ._NAME beside each file
                 continue
@@ -155,12 +164,10 @@ class Tree:
         return word or ""
 
     def group(self, files: Iterable[Path], *, by_name: bool = False) -> dict[str, list[Path]]:
-        """Group files by split; without a split beside ``val`` or ``test`` they are ``train``."""
+        """Group files by split; ``""`` has those without one."""
         groups: dict[str, list[Path]] = {}
         for file in files:
             groups.setdefault(self.split_of(file, by_name=by_name), []).append(file)
-        if "" in groups and len(groups) > 1 and "train" not in groups:
-            groups = {"train" if split == "" else split: group for split, group in groups.items()}
         return groups
 
     def named(self, *names: str) -> Path | None:
@@ -170,8 +177,8 @@ class Tree:
             for folder in above:
                 if (folder / name).is_file():
                     return folder / name
-        wanted = {name.casefold() for name in names}
-        found = [file for file in self.files if file.name.casefold() in wanted]
+        wanted = set(map(fold, names))
+        found = [file for file in self.files if fold(file.name) in wanted]
         return min(found, key=lambda file: len(file.parts), default=None)
 
     @cached_property
@@ -196,13 +203,13 @@ class Tree:
         paths = [PurePosixPath(name.replace("\\", "/")) for name in names]
         for path in paths:
             if by_stem:
-                candidates = self._by_stem.get(path.stem.casefold(), [])
-                candidates = candidates or self._by_stem.get(path.name.casefold(), [])
+                candidates = self._by_stem.get(fold(path.stem), [])
+                candidates = candidates or self._by_stem.get(fold(path.name), [])
             else:
                 direct = label_file.parent / path
                 if len(path.parts) > 1 and is_image(path.name) and direct.is_file():
                     return Match(Path(os.path.normpath(direct)))
-                candidates = self._by_name.get(path.name.casefold(), [])
+                candidates = self._by_name.get(fold(path.name), [])
             best = self._best(candidates, path, label_file, split)
             if len(best) == 1:
                 return Match(best[0], not by_stem)
@@ -214,8 +221,8 @@ class Tree:
         self, candidates: list[Path], path: PurePosixPath, label_file: Path, split: str
     ) -> list[Path]:
         """Return the candidates that fit best; several if none is better than the others."""
-        parts = [part.casefold() for part in path.parts]
-        tails = [_common_tail(parts, [p.casefold() for p in c.parts]) for c in candidates]
+        parts = list(map(fold, path.parts))
+        tails = [_common_tail(parts, list(map(fold, c.parts))) for c in candidates]
         if split not in ("", "trainval"):
             pairs = zip(candidates, tails, strict=True)
             allowed = [(c, n) for c, n in pairs if n > 1 or self.split_of(c) in ("", split)]
@@ -243,7 +250,7 @@ class Tree:
 def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, list[Path]]:
     index: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        index[key(file).casefold()].append(file)
+        index[fold(key(file))].append(file)
     return dict(index)
 
 
@@ -260,7 +267,7 @@ def _own_folders(folder: Path, root: Path) -> set[str]:
     """Names of the folders below `root` that tell data apart, such as ``cam1``."""
     parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
     return {
-        part.casefold()
+        fold(part)
         for part in parts
         if not _IMAGE_FOLDER.fullmatch(part) and not _LABEL_FOLDER.fullmatch(part)
     }

@@ -74,13 +74,18 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
         DataError: it yields another form.
     """
     rows: dict[str, list[tuple[Any, Any, Sequence[str]]]] = {}
-    for index, item in enumerate(reader()):
+    items = reader()
+    if not isinstance(items, Iterable):
+        raise DataError(
+            f"the reader returned {type(items).__name__}; it must yield (image, boxes, names)"
+        )
+    for index, item in enumerate(items):
         if not isinstance(item, tuple) or len(item) not in (3, 4):
             raise DataError(
                 f"item {index} of the reader is a {type(item).__name__}, not a tuple "
                 "(image, boxes, names) or (image, boxes, names, split)"
             )
-        split = item[3] if len(item) == 4 else ""
+        split = (item[3] or "") if len(item) == 4 else ""
         rows.setdefault(str(split), []).append((item[0], item[1], [str(n) for n in item[2]]))
     classes = sorted({name for group in rows.values() for _, _, names in group for name in names})
     label = {name: number for number, name in enumerate(classes)}

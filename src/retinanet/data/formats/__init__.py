@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.finder import LabelSet, Tree, count_suffixes, relative
+from retinanet.data.finder import LabelSet, Tree, count_suffixes, fold, relative
 from retinanet.data.formats import (
     coco,
     csv,
@@ -146,7 +146,7 @@ def _describe(
     ]
     if unused and labels.format != "webdataset":  # shards have an index each
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        yield f"not read: {', '.join(unused[:3])}{more} (no labels of a known format)"
+        yield f"not read: {', '.join(unused[:3])}{more} (no boxes of a known format)"
 
 
 def find_data(
@@ -193,10 +193,38 @@ def find_data(
                 f"same; give the path of one of them, or --format"
             )
     labels, *others = found
-    splits = FORMATS[labels.format].read(tree, labels)
+    splits = _name_rest(FORMATS[labels.format].read(tree, labels))
+    elsewhere = frozenset().union(*(other.stems() for other in others)) - labels.stems()
+    if elsewhere:
+        splits = {name: partial(_without, split, elsewhere) for name, split in splits.items()}
     if not extras:
         splits = {name: partial(_without_extras, split) for name, split in splits.items()}
     return DataSource(labels.format, splits, tuple(_describe(tree, labels, others, splits)))
+
+
+def _name_rest(splits: dict[str, Callable[[], Dataset]]) -> dict[str, Callable[[], Dataset]]:
+    """Name the images of no split beside others: ``train``, or ``other`` without the others'."""
+    if "" not in splits or len(splits) == 1:
+        return splits
+    rest = splits[""]
+    named = {name: split for name, split in splits.items() if name}
+
+    def other() -> Dataset:
+        known = {image.path for split in named.values() for image in split().images}
+        dataset = rest()
+        images = tuple(image for image in dataset.images if image.path not in known)
+        return replace(dataset, images=images)
+
+    if {"train", "trainval"} & named.keys():
+        return {**named, "other": other}
+    return {"train": rest, **named}
+
+
+def _without(split: Callable[[], Dataset], stems: frozenset[str]) -> Dataset:
+    """Leave out images without a label here that have one in another format."""
+    dataset = split()
+    images = tuple(i for i in dataset.images if i.label_file or fold(i.path.stem) not in stems)
+    return replace(dataset, images=images)
 
 
 def _read_reader(reader: Reader) -> DataSource:
@@ -204,7 +232,7 @@ def _read_reader(reader: Reader) -> DataSource:
     datasets = read_with(reader)
     name = getattr(reader, "__name__", "reader")
     images = sum(map(len, datasets.values()))
-    splits = {split: partial(datasets.__getitem__, split) for split in datasets}
+    splits = _name_rest({split: partial(datasets.__getitem__, split) for split in datasets})
     shown = ", ".join(filter(None, _split_names(splits)))
     drawn = "; val is drawn from train" if _draws_val(splits) else ""
     return DataSource("reader", splits, (f"{name}: {images} images; splits {shown}{drawn}",))

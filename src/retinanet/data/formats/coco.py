@@ -40,6 +40,7 @@ from retinanet.errors import DataError
 CATEGORY_EXTRAS = "category_extras"
 """Key of :attr:`Dataset.extra`: a dict per class, such as its supercategory."""
 
+_OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
 _PARTS = ("images", "annotations", "categories")
 _IMAGE_KEYS = frozenset({"id", "file_name", "width", "height"})
 _ANNOTATION_KEYS = frozenset({"image_id", "category_id", "bbox"})
@@ -53,16 +54,14 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the annotation files of a tree by split."""
-    # COCO's folder also holds captions and keypoints of the same images.
-    files = [file for file in tree.with_suffix(".json") if file.name.startswith("instances")]
-    is_coco = any(map(detect, files))
-    return find_tables(
-        "coco",
-        tree,
-        [".json"],
-        lambda file: (not is_coco or file in files) and detect(file),
-        parse,
-    )
+    # COCO's folder also has captions and keypoints of the same images.
+    files = tree.with_suffix(".json")
+    has_instances = any(file.name.startswith("instances") for file in files)
+
+    def is_wanted(file: Path) -> bool:
+        return not (has_instances and file.name.startswith(_OTHER_KINDS)) and detect(file)
+
+    return find_tables("coco", tree, [".json"], is_wanted, parse)
 
 
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:

@@ -10,6 +10,7 @@ without objects.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,11 @@ from retinanet.data.formats.labels import (
     LabelImage,
     build_splits,
     cut,
-    encoding_of,
     find_tables,
     from_text,
     listed_names,
     merge_classes,
+    read_text,
     scale_normalised,
     to_annotation,
     to_box,
@@ -137,9 +138,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the rows that are not blank."""
     try:
-        with file.open("rb") as head:
-            encoding = encoding_of(head.read(2))
-        with file.open(newline="", encoding=encoding, errors="replace") as stream:
+        with io.StringIO(read_text(file), newline="") as stream:
             first = stream.readline()
             stream.seek(0)
             # A quoted header may contain other separators too, but less often.

@@ -22,7 +22,16 @@ from typing import Any
 from urllib.parse import unquote
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, keep_whole, relative
+from retinanet.data.finder import (
+    Item,
+    LabelSet,
+    Match,
+    Tree,
+    can_be_a_file,
+    fold,
+    keep_whole,
+    relative,
+)
 from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
@@ -51,17 +60,25 @@ def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
     return (tree.path, []) if file is None else (file, read_lines(file))
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file in UTF-8, UTF-16 with its mark, or Windows' cp1252."""
+    content = file.read_bytes()
+    if encoding_of(content) == "utf-16":
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
 def read_lines(file: Path) -> list[str]:
     """Return the lines of a text file that are not blank, stripped."""
-    lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in map(str.strip, read_text(file).splitlines()) if line]
 
 
 def encoding_of(head: bytes) -> str:
     """Return the encoding of a text file by its first bytes: spreadsheets write UTF-16."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    return "utf-8-sig"
+    return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
 
 
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
@@ -402,7 +419,7 @@ def find_files(
     for file in tree.with_suffix(*suffixes):
         folders.setdefault(file.parent, []).append(file)
     files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
-    stems = frozenset(file.stem.casefold() for file in files)
+    stems = frozenset(fold(file.stem) for file in files)
     return LabelSet(format, tree.group(files), lambda: stems) if files else None
 
 
@@ -459,7 +476,7 @@ def find_tables(
 
 
 def _stem(name: str) -> str:
-    return PurePosixPath(name.replace("\\", "/")).stem.casefold()
+    return fold(PurePosixPath(name.replace("\\", "/")).stem)
 
 
 def build_splits(

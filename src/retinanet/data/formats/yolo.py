@@ -19,15 +19,15 @@ from typing import Any, ClassVar
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, Problem
-from retinanet.data.finder import LabelSet, Tree, is_image, scan
+from retinanet.data.finder import LabelSet, Tree, fold, is_image, scan
 from retinanet.data.formats.labels import (
+    DROPPED,
     JSON_TEXT,
     ClassList,
     LabelFile,
     LabelImage,
     build,
     cut,
-    listed_names,
     merge_classes,
     read_lines,
     to_int,
@@ -38,6 +38,7 @@ from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
 _NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "classes.names", "_darknet.labels")
+_NAMES_ABOVE = 3  # folders above a part of a data set that may name its classes
 _IMAGES_OR_LABELS = re.compile(r"(images?|imgs?|jpegimages|labels?|annotations?|txts?|yolo)")
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -51,7 +52,7 @@ def detect(file: Path) -> bool:
 def find(tree: Tree) -> LabelSet | None:
     """Return the data.yaml (or Darknet's obj.data) of a tree, or its text files by split."""
     texts = _Texts(tree)
-    stems = {image.stem.casefold() for image in tree.images}
+    stems = {fold(image.stem) for image in tree.images}
 
     def labelled() -> frozenset[str]:
         return frozenset(stems & texts.by_stem.keys())
@@ -60,7 +61,12 @@ def find(tree: Tree) -> LabelSet | None:
     settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
     if settings:
         first, *others = sorted(settings, key=lambda file: len(file.parts))
-        return LabelSet("yolo", {"": [first]}, labelled, [f"{file}: not read" for file in others])
+        return LabelSet(
+            "yolo",
+            {"": [first]},
+            labelled,
+            [f"{file}: another data set; give its path" for file in others],
+        )
     if tree.path.is_file():
         return None
     pairs = [(image, texts.of(image)) for image in tree.images]
@@ -88,12 +94,40 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     else:
         file = tree.path
         splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
-    names = names or listed_names(tree, *_NAME_FILES)[1] or _numbers(splits, texts)
+    names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
     return {
         split: partial(_read_split, split, images, classes, tree, texts, keypoints)
         for split, images in splits.items()
     }
+
+
+def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
+    """Return the names of a file of names in the tree, or above it; none if there is none.
+
+    Raises:
+        DataError: two such files differ: a number has no one meaning.
+    """
+    named = {f: read_lines(f) for f in tree.files if f.name in _NAME_FILES}
+    first = tree.named(*_NAME_FILES)
+    if first is not None:
+        for file, names in named.items():
+            if names and names != read_lines(first):
+                raise DataError(
+                    f"{first} and {file} list other classes, and rows state numbers; give the "
+                    f"folder of one of them, or make the lists equal"
+                )
+        return read_lines(first)
+    # A part of a data set: a split's folder, or labels/.
+    for folder in tree.top.parents[:_NAMES_ABOVE]:
+        for file in [*sorted(folder.glob("*.yaml")), *(folder / name for name in _NAME_FILES)]:
+            if not file.is_file() or (file.suffix == ".yaml" and not _is_data_yaml(file)):
+                continue
+            notes.append(f"{file}: gives only the names of the classes")
+            if file.suffix == ".yaml":
+                return _yaml_names(file, _load_yaml(file))
+            return read_lines(file)
+    return ()
 
 
 class _Texts:
@@ -108,11 +142,11 @@ class _Texts:
         self.by_stem: dict[str, list[Path]] = {}
         for file in tree.files:
             if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES:
-                self.by_stem.setdefault(file.stem.casefold(), []).append(file)
+                self.by_stem.setdefault(fold(file.stem), []).append(file)
 
     def of(self, image: Path) -> Path | None:
         """Return the text file of an image: of the same folders but for images/ and labels/."""
-        candidates = self.by_stem.get(image.stem.casefold(), [])
+        candidates = self.by_stem.get(fold(image.stem), [])
         split, folders = self.tree.split_of(image), self._folders(image)
         same = [file for file in candidates if self._folders(file) == folders]
         if not same and len(candidates) == 1 and self.tree.split_of(candidates[0]) in ("", split):
@@ -124,6 +158,10 @@ class _Texts:
             default=None,
         )
 
+    def is_mirrored(self, image: Path, file: Path) -> bool:
+        """Whether a text file is in the folders of an image but for images/ and labels/."""
+        return self._folders(image) == self._folders(file)
+
     def expected(self, image: Path) -> Path:
         """Return the path at which an image's text file is looked for first."""
         parts = ["labels" if part.casefold() == "images" else part for part in image.parent.parts]
@@ -131,7 +169,7 @@ class _Texts:
 
     def _folders(self, path: Path) -> list[str]:
         parts = path.parent.relative_to(self.tree.root).parts
-        return [p for p in map(str.casefold, parts) if not _IMAGES_OR_LABELS.fullmatch(p)]
+        return [p for p in map(fold, parts) if not _IMAGES_OR_LABELS.fullmatch(p)]
 
 
 def _is_data_yaml(file: Path, separator: str = ":") -> bool:
@@ -252,7 +290,7 @@ def _entry_images(file: Path, base: Path, entry: str, tree: Tree, split: str) ->
 def _listed(list_file: Path, tree: Tree, split: str) -> list[Path]:
     """Return the images of a list; a missing one by the path at which it was expected."""
     images = []
-    for line in read_lines(list_file):
+    for line in _list_lines(list_file):
         path = tree.find_image([line], list_file, "").path
         path = path or tree.find_image([line], list_file, "", by_stem=True).path
         images.append(path or list_file.parent / line)
@@ -260,15 +298,21 @@ def _listed(list_file: Path, tree: Tree, split: str) -> list[Path]:
 
 
 def _from_lists(tree: Tree) -> dict[str, list[Path]]:
-    """Return the images of lists such as train.txt by split."""
+    """Return the images of lists such as train.txt, of names or stems, by split."""
     splits: dict[str, list[Path]] = {}
+    stems = {fold(image.stem) for image in tree.images}
     for file in tree.with_suffix(".txt"):
         word = split_word(file.stem)
-        if word and len(file.parts) <= len(tree.top.parts) + 2:
-            lines = read_lines(file)
-            if lines and all(is_image(line) for line in lines[:5]):
-                splits.setdefault(word, []).extend(_listed(file, tree, word))
+        if not word or fold(file.stem) in stems:
+            continue
+        names = [fold(PurePosixPath(line.replace("\\", "/")).stem) for line in _list_lines(file)]
+        if names and sum(name in stems for name in names) > len(names) / 2:
+            splits.setdefault(word, []).extend(_listed(file, tree, word))
     return splits
+
+
+def _list_lines(file: Path) -> list[str]:
+    return [line for line in read_lines(file) if not line.startswith("#")]
 
 
 def _from_folders(tree: Tree, texts: _Texts, notes: list[str]) -> dict[str, list[Path]]:
@@ -350,10 +394,18 @@ def _read_split(
 ) -> Dataset:
     files = []
     problems = []
-    for image in images:
-        file = texts.of(image) if image.is_relative_to(tree.root) else None
-        if file is None and texts.expected(image).is_file():
-            file = texts.expected(image)
+    labels = {image: _label_of(image, tree, texts) for image in images}
+    owners: dict[Path, list[Path]] = {}
+    for image, file in labels.items():
+        if file is not None:
+            owners.setdefault(file, []).append(image)
+    for image, file in labels.items():
+        if file is not None and owners[file] != [image]:
+            same = [other for other in owners[file] if texts.is_mirrored(other, file)]
+            if same != [image]:
+                reason = f"{file.name} is the label of {len(owners[file])} images of this name"
+                problems.append(Problem("image-ambiguous", image, None, reason, DROPPED))
+                continue
         if file is not None:
             parsed = parse(file, keypoints=keypoints)
         else:
@@ -368,16 +420,23 @@ def _read_split(
     return build("yolo", split, files, classes, tree, problems=problems)
 
 
+def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
+    file = texts.of(image) if image.is_relative_to(tree.root) else None
+    if file is None and texts.expected(image).is_file():
+        file = texts.expected(image)
+    return file
+
+
 def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
     """Label files, in the folders of the others, whose image is not there."""
     known = {file.file for file in files if file.file is not None}
     folders = {file.parent for file in known}
-    stems = {image.stem.casefold() for image in tree.images}
+    stems = {fold(image.stem) for image in tree.images}
     for file in tree.files:
         # Lists of images and notes lie there too: only rows make a label file.
         is_text = file.suffix.lower() == ".txt" and file.name not in _NAME_FILES
         is_other = is_text and file.parent in folders and file not in known
-        if is_other and file.stem.casefold() not in stems and detect(file):
+        if is_other and fold(file.stem) not in stems and detect(file):
             reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
             yield Problem("image-missing", file, None, reason, "dropped")
 
