@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--aot", action="store_true", help="AOTInductor too; compiles for minutes")
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--judged", type=int, help="images for AP; all of the split, or 0")
+    parser.add_argument("--eval-images", type=int, help="images for AP; all of the split, or 0")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("exports"), help="where the files go")
     chosen = parser.parse_args()
@@ -167,12 +167,12 @@ def main() -> None:
                 times[name].append(1000 * took / len(prepared))
     print(f"load {os.getloadavg()[0]:.1f} after it\n", flush=True)
 
-    judged = dataclasses.replace(dataset, images=dataset.images[: chosen.judged])
-    on = f"AP, {len(judged)} images"
+    subset = dataclasses.replace(dataset, images=dataset.images[: chosen.eval_images])
+    on = f"AP, {len(subset)} images"
     print(f"| form | ms an image | {on} | MB of the file | MB of memory |\n|---|---|---|---|---|")
     for name, form in forms.items():
         many = times[name]
-        ap = f"{evaluate(detectors[name], judged).ap:.4f}" if len(judged) else ""
+        ap = f"{evaluate(detectors[name], subset).ap:.4f}" if len(subset) else ""
         peak = memory(*form, paths[:_MEMORY_IMAGES], chosen.threads)
         print(
             f"| {NAMES[name]} | {statistics.median(many):.1f} ({min(many):.1f} to {max(many):.1f}) "

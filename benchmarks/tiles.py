@@ -47,7 +47,7 @@ from retinanet.structures import Detections
 
 OVERLAPS = (0.0, 0.1, 0.2, 0.3)
 MOST = 5000
-"""Boxes of a mosaic that are judged: more than there are objects."""
+"""Boxes of a mosaic that are evaluated: more than there are objects."""
 
 SEEN = 0.3
 """Score from which an object counts as found where seams are looked at."""
