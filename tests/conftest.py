@@ -8,7 +8,6 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"peak memory of worker {worker}: {peak / 2**20:.2f} GiB")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _return_free_memory() -> Iterator[None]:
-    """Give freed memory back to the system after each module: glibc keeps gigabytes otherwise."""
-    yield
-    gc.collect()
-    if sys.platform == "linux":
+_MAX_GROWTH = 200 * 2**20
+_trimmed = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Give freed memory back to the system once it has grown: glibc keeps gigabytes otherwise."""
+    global _trimmed
+    if sys.platform == "linux" and _resident() > _trimmed + _MAX_GROWTH:
+        gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+        _trimmed = _resident()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @pytest.fixture(scope="session")
