@@ -291,7 +291,7 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "coco_results.json", '[{"image_id": 1, "category_id": 1, "bbox": []}]')
     write(tmp_path / "empty.json", "")
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
-    with pytest.raises(DataError, match=r"neither COCO .* nor Label Studio"):
+    with pytest.raises(DataError, match=r"not COCO .* Label Studio"):
         find_format(tmp_path)
 
 

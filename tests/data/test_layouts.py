@@ -20,6 +20,7 @@ from layouts import (
     voc_text,
     write,
     write_coco,
+    write_image,
     write_images,
     write_rows,
     write_voc,
@@ -323,12 +324,15 @@ def test_whole_beside_its_splits_adds_only_what_they_lack(tmp_path: Path) -> Non
     assert counts == {"train": 3, "val": 2}
 
 
-@pytest.mark.parametrize("file", [".retinanet-outputs", "log.jsonl"])
-def test_detections_and_runs_inside_the_data_are_not_read(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize("files", [".retinanet-outputs", "config.toml run.json log.jsonl"])
+def test_detections_and_runs_inside_the_data_are_not_read(tmp_path: Path, files: str) -> None:
     LAYOUTS["yolo-lists"].build(tmp_path)
     write_images(tmp_path / "found" / "images", stems(6))
-    write(tmp_path / "found" / file, "")
-    assert_complete(read_dataset(tmp_path, "all"), 6)
+    for file in files.split():
+        write(tmp_path / "found" / file, "")
+    dataset = read_dataset(tmp_path, "all")
+    assert_complete(dataset, 6)
+    assert "not read: found: detections or a training run" in dataset.description
 
 
 def test_different_lists_of_classes_are_an_error(tmp_path: Path) -> None:
@@ -384,3 +388,74 @@ def test_text_of_windows_and_names_of_macos(tmp_path: Path) -> None:
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("B\u00f6r",)
     assert dataset.images[0].path.is_file()
+
+
+# -- labels of other images --------------------------------------------------------------------
+
+
+def test_image_of_another_split_or_camera_is_not_taken(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_images(tmp_path / split / "images", ["0"])
+        rows = tf_rows(["images/0.jpg", "images/1.jpg"] if split == "test" else ["images/0.jpg"])
+        write_rows(tmp_path / split / "_annotations.csv", TF_HEADER, rows)
+    write_images(tmp_path / "train" / "images", ["1"])
+    paths = [image.path for image in read_dataset(tmp_path, "test").images]
+    assert [path.is_file() for path in paths] == [True, False]
+
+
+def test_missing_images_of_a_camera_leave_the_other_alone(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "cam1", ["0"])
+    write_coco(tmp_path / "labels.json", ["cam1/0.jpg", "cam2/0.jpg"])
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.path.is_file() for image in dataset.images] == [True, False]
+
+
+def test_background_image_is_not_labelled_by_another_camera(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "cam1" / "labels", ["0", "1"])
+    write_images(tmp_path / "cam1" / "images", ["1"])
+    write_images(tmp_path / "cam2" / "images", ["0"])
+    write_yolo(tmp_path / "cam2" / "labels", ["2"])
+    write_images(tmp_path / "cam2" / "images", ["2"])
+    write(tmp_path / "classes.txt", "cat\ndog\n")
+    counts = {i.path.name: len(i.annotations) for i in read_dataset(tmp_path, "all").images}
+    assert counts == {"1.jpg": 2, "0.jpg": 0, "2.jpg": 2}
+
+
+def test_files_of_images_without_objects_are_empty(tmp_path: Path) -> None:
+    LAYOUTS["dota"].build(tmp_path)
+    for index in range(9):
+        write(tmp_path / "val" / "labelTxt" / f"a{index}.txt", "")
+        write_image(tmp_path / "val" / "images" / f"a{index}.png")
+    splits = read_splits(tmp_path)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "val": 11}
+
+
+def test_images_outside_the_lists_are_the_split_other(tmp_path: Path) -> None:
+    LAYOUTS["yolo-lists"].build(tmp_path)
+    write_images(tmp_path / "images", ["more"])
+    write_yolo(tmp_path / "labels", ["more"])
+    assert_complete(read_splits(tmp_path)["other"], 1)
+
+
+def test_images_beside_another_folder_are_not_taken(tmp_path: Path) -> None:
+    write_voc(tmp_path / "a" / "labels", ["x"])
+    write_images(tmp_path / "b" / "images", ["x"])
+    (image,) = read_dataset(tmp_path / "a" / "labels", "all").images
+    assert not image.path.is_file()
+
+
+def test_validation_images_in_the_folder_of_training(tmp_path: Path) -> None:
+    write_images(tmp_path / "train2017", ["a", "b"])
+    write_coco(tmp_path / "annotations" / "instances_train.json", ["a.jpg"])
+    write_coco(tmp_path / "annotations" / "instances_val.json", ["b.jpg"])
+    assert_complete(read_dataset(tmp_path, "val"), 1)
+
+
+def test_files_that_cannot_be_read_stop_nothing(tmp_path: Path) -> None:
+    LAYOUTS["labelme"].build(tmp_path)
+    write(tmp_path / "notes.txt", "nan,1,2,3,4,5,6,7\n")
+    write(tmp_path / "json" / "settings.json", "{}")
+    for suffix in ("txt", "csv"):
+        (tmp_path / f"gone.{suffix}").symlink_to(tmp_path / "nowhere")
+    write(tmp_path / "via.json", '{"_via_img_metadata": [], "regions": [], "shape_attributes": []}')
+    assert_complete(read_dataset(tmp_path, "all"), 3)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import retinanet as rn
-from retinanet.data import read_dataset, read_splits
+from retinanet.data import digest, read_dataset, read_splits
 from retinanet.data.images import read_image
 from retinanet.data.memory import from_torch
 from retinanet.errors import DataError
@@ -121,3 +121,10 @@ def test_training_on_map_style_data_sets(tmp_path: Path) -> None:
         classes=["back", "cat"],
     )
     assert run.folder is not None
+
+
+def test_data_made_twice_are_the_same() -> None:
+    first, again = (read_splits(reader) for _ in range(2))
+    assert {name: digest(split) for name, split in first.items()} == {
+        name: digest(split) for name, split in again.items()
+    }

@@ -31,7 +31,8 @@ _LABEL_FOLDER = re.compile(
 )
 _IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|jpegimages|data|dataset", re.IGNORECASE)
 _MASK_FOLDER = re.compile(r"mask|segm|trimap|depth|result|predict|found|visuali", re.IGNORECASE)
-_OUTPUTS = {".retinanet-outputs", "log.jsonl"}  # files of a detection and of a run folder
+# Files of a folder of detections, and of a run.
+_OUTPUTS = ({".retinanet-outputs"}, {"config.toml", "run.json", "log.jsonl"})
 _MAX_CLIMB = 3
 _NAMED_FILES = 3  # in descriptions; more are counted
 
@@ -56,8 +57,12 @@ def can_be_a_file(name: str) -> bool:
     return b"\0" not in encoded and len(encoded) < 4096 and all(len(part) < 256 for part in parts)
 
 
-def scan(folder: Path) -> list[Path]:
+def scan(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     """Return the files below a folder in order; hidden ones are left out, links are followed.
+
+    Args:
+        folder: where to begin.
+        skipped: folders of detections and of training runs, which are left out, are added.
 
     Raises:
         DataError: there are more than ``MAX_FILES``.
@@ -68,25 +73,29 @@ def scan(folder: Path) -> list[Path]:
     def walk(path: Path, depth: int) -> None:
         try:
             status = path.stat()
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            # A folder rather than a link to it, whatever their names.
+            entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError:
             return
         key = (status.st_dev, status.st_ino)
         if key in seen:  # a link to a folder that contains it, or a second link
             return
         seen.add(key)
-        if depth and _OUTPUTS & {entry.name for entry in entries}:
-            return  # results of a detection, or a run: the drawn images are no data
+        names = {entry.name for entry in entries}
+        if depth and any(names >= outputs for outputs in _OUTPUTS):
+            if skipped is not None:
+                skipped.append(path)
+            return  # the drawn images are no data
         for entry in entries:
             if entry.name.startswith("."):  # also macOS's ._NAME beside each file
                 continue
             try:
-                is_folder = entry.is_dir()
+                is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError:
                 continue
-            if not is_folder:
+            if is_file:
                 files.append(path / entry.name)
-            elif depth < MAX_DEPTH:
+            elif is_folder and depth < MAX_DEPTH:
                 walk(path / entry.name, depth + 1)
         if len(files) > MAX_FILES:
             raise DataError(f"{folder}: over {MAX_FILES} files; give the folder of one data set")
@@ -102,11 +111,13 @@ class Match(NamedTuple):
         path: its file; None if there is none, or several.
         is_exact: whether it has the name in the label, not only its stem.
         several: files that fit equally well.
+        tail: parts of the path in the label that the file's path ends with.
     """
 
     path: Path | None
     is_exact: bool = True
     several: tuple[Path, ...] = ()
+    tail: int = 0
 
 
 class Tree:
@@ -123,6 +134,7 @@ class Tree:
         files: the files below `top` that are no images.
         label_files: `files`; of a label file, itself.
         images: the images below `root`.
+        skipped: folders of detections and of training runs, which are not searched.
     """
 
     def __init__(self, path: Path, *, extras: bool = True) -> None:
@@ -130,16 +142,15 @@ class Tree:
         self.extras = extras
         is_folder = path.is_dir()
         self.top = self.root = path if is_folder else path.parent
-        files = scan(self.top)
+        self.skipped: list[Path] = []
+        files = scan(self.top, self.skipped)
         self.images = [file for file in files if is_image(file.name)]
         self.files = [file for file in files if not is_image(file.name)]
         self.label_files = self.files if is_folder else [path]
-        is_label_folder = False
         for _ in range(_MAX_CLIMB):
-            is_label_folder |= bool(_LABEL_FOLDER.fullmatch(self.root.name))
-            if self.images or self.root.parent == self.root:
-                break
-            if not is_label_folder and not _LABEL_FOLDER.fullmatch(self.root.parent.name):
+            # From labels/, or labels/train/, to the folder beside them; no further.
+            names = (self.root.name, self.root.parent.name)
+            if self.images or not any(map(_LABEL_FOLDER.fullmatch, names)):
                 break
             self.root = self.root.parent
             self.images = [file for file in scan(self.root) if is_image(file.name)]
@@ -208,25 +219,44 @@ class Tree:
             else:
                 direct = label_file.parent / path
                 if len(path.parts) > 1 and is_image(path.name) and direct.is_file():
-                    return Match(Path(os.path.normpath(direct)))
+                    return Match(Path(os.path.normpath(direct)), tail=len(path.parts))
                 candidates = self._by_name.get(fold(path.name), [])
             best = self._best(candidates, path, label_file, split)
             if len(best) == 1:
-                return Match(best[0], not by_stem)
+                tail = _common_tail(list(map(fold, path.parts)), list(map(fold, best[0].parts)))
+                return Match(best[0], not by_stem, tail=tail)
             if best:
                 return Match(None, not by_stem, tuple(best))
         return Match(None)
+
+    @cached_property
+    def _image_splits(self) -> frozenset[str]:
+        return frozenset(map(self.split_of, {image.parent / "x" for image in self.images}))
+
+    def _is_possible(self, candidate: Path, path: PurePosixPath, split: str) -> bool:
+        """Whether the folders of an image do not contradict those of its label."""
+        stated = {fold(part) for part in path.parts[:-1]}
+        own_split = self.split_of(candidate)
+        if (
+            split not in ("", "trainval", own_split)
+            and own_split
+            and split in self._image_splits
+            and own_split not in set(map(split_word, stated))
+        ):
+            return False
+        if path.is_absolute() or ":" in path.parts[0]:
+            return True  # of another machine
+        stated = {p for p in stated if not _is_generic(p) and not split_word(p)} - {".", ".."}
+        folders = _own_folders(candidate.parent, self.root)
+        return not (stated and folders) or bool(stated & folders)
 
     def _best(
         self, candidates: list[Path], path: PurePosixPath, label_file: Path, split: str
     ) -> list[Path]:
         """Return the candidates that fit best; several if none is better than the others."""
         parts = list(map(fold, path.parts))
+        candidates = [c for c in candidates if self._is_possible(c, path, split)]
         tails = [_common_tail(parts, list(map(fold, c.parts))) for c in candidates]
-        if split not in ("", "trainval"):
-            pairs = zip(candidates, tails, strict=True)
-            allowed = [(c, n) for c, n in pairs if n > 1 or self.split_of(c) in ("", split)]
-            candidates, tails = [c for c, _ in allowed], [n for _, n in allowed]
         if len(candidates) < 2:
             return candidates
         ranked: dict[tuple[int, ...], list[Path]] = defaultdict(list)
@@ -266,11 +296,11 @@ def _common_tail(one: list[str], other: list[str]) -> int:
 def _own_folders(folder: Path, root: Path) -> set[str]:
     """Names of the folders below `root` that tell data apart, such as ``cam1``."""
     parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
-    return {
-        fold(part)
-        for part in parts
-        if not _IMAGE_FOLDER.fullmatch(part) and not _LABEL_FOLDER.fullmatch(part)
-    }
+    return {fold(part) for part in parts if not _is_generic(part)}
+
+
+def _is_generic(name: str) -> bool:
+    return bool(_IMAGE_FOLDER.fullmatch(name) or _LABEL_FOLDER.fullmatch(name))
 
 
 @dataclass(slots=True)

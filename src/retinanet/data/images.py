@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import math
 import os
 import re
@@ -464,14 +465,16 @@ def as_file(image: ImageSource, name: str) -> Path:
 
     Args:
         image: as in :func:`read_image`.
-        name: of a new file, without its extension; a number makes it unique.
+        name: of a new file, without its extension; its content is added.
     """
     if isinstance(image, str | os.PathLike):
         return Path(image)
-    pixels = read_image(image).permute(1, 2, 0).numpy()
-    folder = _temporary_folder()
-    file = folder / f"{len(os.listdir(folder)):07d}-{name}.png"
-    Image.fromarray(pixels).save(file, compress_level=1)
+    pixels = np.ascontiguousarray(read_image(image).permute(1, 2, 0).numpy())
+    # By its content: the same data has the same names, on which drawn splits and digests depend.
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]
+    file = _temporary_folder() / f"{name}-{digest}.png"
+    if not file.exists():
+        Image.fromarray(pixels).save(file, compress_level=1)
     return file
 
 

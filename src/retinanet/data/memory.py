@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from retinanet.data.dataset import Dataset
+from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
 Reader = Callable[[], Iterable[tuple[Any, ...]]]
@@ -35,6 +36,8 @@ def from_torch(dataset: Any, classes: Sequence[str] | None = None, *, split: str
         DataError: an item has another form, or a label has no name.
         ImageError: an image cannot be read.
     """
+    from retinanet.data.images import as_file
+
     images, boxes, labels = [], [], []
     for index in range(len(dataset)):
         item = dataset[index]
@@ -52,7 +55,7 @@ def from_torch(dataset: Any, classes: Sequence[str] | None = None, *, split: str
                 f"item {index} of the data set is not (image, {{'boxes', 'labels'}}): "
                 f"{type(error).__name__}: {error}"
             ) from None
-        images.append(image)
+        images.append(as_file(image, f"{split or 'image'}-{index}"))
         boxes.append(found[0])
         labels.append(np.asarray(found[1]).reshape(-1))
     names = classes if classes is not None else getattr(dataset, "classes", None)
@@ -73,6 +76,8 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
     Raises:
         DataError: it yields another form.
     """
+    from retinanet.data.images import as_file
+
     rows: dict[str, list[tuple[Any, Any, Sequence[str]]]] = {}
     items = reader()
     if not isinstance(items, Iterable):
@@ -86,7 +91,9 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
                 "(image, boxes, names) or (image, boxes, names, split)"
             )
         split = (item[3] or "") if len(item) == 4 else ""
-        rows.setdefault(str(split), []).append((item[0], item[1], [str(n) for n in item[2]]))
+        split = split_word(str(split)) or str(split)
+        image = as_file(item[0], f"{split or 'image'}-{len(rows.get(split, []))}")
+        rows.setdefault(split, []).append((image, item[1], [str(n) for n in item[2]]))
     classes = sorted({name for group in rows.values() for _, _, names in group for name in names})
     label = {name: number for number, name in enumerate(classes)}
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.errors import ConfigError
+from retinanet.errors import ConfigError, DataError
 
 SINGLE_CLASS = "object"
 """Name of the class into which all classes are merged."""
@@ -68,6 +68,7 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
         images=images,
         classes=classes,
         category_ids=tuple(dataset.category_ids[label] for label in labels),
+        extra=_extra(dataset, labels),
         description=(
             *dataset.description,
             f"{dataset.split}: {len(classes)} of {len(dataset.classes)} classes are selected: "
@@ -89,6 +90,7 @@ def merge_classes(dataset: Dataset) -> Dataset:
         images=images,
         classes=(SINGLE_CLASS,),
         category_ids=(1,),
+        extra=_extra(dataset, ()),
         description=(
             *dataset.description,
             f"{dataset.split}: {len(dataset.classes)} classes are merged into {SINGLE_CLASS!r}",
@@ -115,11 +117,30 @@ def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
     Args:
         dataset: any.
         info: of the model's checkpoint.
+
+    Raises:
+        DataError: the data has none of the classes.
     """
     selection = info.get("selection") or {}
-    classes = [name for name in selection.get("classes", ()) if name in dataset.classes]
+    wanted = tuple(selection.get("classes", ()))
+    classes = [name for name in wanted if name in dataset.classes]
+    if wanted and not classes and dataset.classes != (SINGLE_CLASS,):
+        raise DataError(
+            f"{dataset.source}: none of the classes that the model was trained on "
+            f"({', '.join(wanted[:5])}) is among {', '.join(dataset.classes[:5])}"
+            f"{nearest(wanted[0], dataset.classes)}"
+        )
     return select(dataset, classes, bool(selection.get("single_class")))
 
 
 def _num_objects(images: Sequence[LabelledImage]) -> int:
     return sum(len(image.annotations) for image in images)
+
+
+def _extra(dataset: Dataset, labels: Sequence[int]) -> dict[str, Any]:
+    """Values of the whole data set, those of its classes only for `labels`; none: left out."""
+    extra = dict(dataset.extra)
+    per_class = extra.pop("category_extras", None)
+    if per_class is not None and labels:
+        extra["category_extras"] = [per_class[label] for label in labels]
+    return extra

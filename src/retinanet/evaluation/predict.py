@@ -78,6 +78,7 @@ def run_inference(
     workers: int = 0,
     loss: Mapping[str, Any] | None = None,
     label_map: Sequence[int] | None = None,
+    selected: Sequence[int] | None = None,
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
 ) -> Predictions:
@@ -96,6 +97,7 @@ def run_inference(
         workers: processes that load images; 0: none besides this one.
         loss: fields of :class:`retinanet.config.LossSettings`; None: no loss.
         label_map: the data's label of each label of the model (:func:`match_classes`).
+        selected: labels to detect; None: all.
         progress: called after each batch.
         thresholds: as in :func:`retinanet.postprocess.postprocess`.
 
@@ -110,7 +112,8 @@ def run_inference(
         if losses is not None:
             shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
             losses.add(outputs, level_anchors(model.anchors, shapes, device=network.device), batch)
-        return detections_of(model, outputs, batch.sizes, batch.original_sizes, **thresholds)
+        sizes = batch.sizes, batch.original_sizes
+        return detections_of(model, outputs, *sizes, selected=selected, **thresholds)
 
     predictions = run_batches(
         detect,

@@ -13,6 +13,7 @@ from retinanet.data import find_data, read_dataset
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
+from retinanet.data.memory import Reader
 from retinanet.data.selection import SINGLE_CLASS, select_as_trained, select_classes
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
@@ -34,7 +35,7 @@ class DetectorOptions(LoadOptions, total=False):
 
 def evaluate(
     model: str | Path | Detector | Checkpoint | Sequence[Mapping[str, Any]],
-    data: str | Path | Dataset,
+    data: str | Path | Reader | Dataset,
     *,
     split: str | None = None,
     out: str | Path | None = None,
@@ -91,9 +92,9 @@ def evaluate(
     else:
         detector = open_detector(model, options)  # type: ignore[arg-type]
         dataset = read_eval_dataset(data, split, info=detector.info)
+        limit, raised = _raised_limits(dataset, max_detections, detector)
         if classes is not None:
             dataset = select_classes(dataset, classes)
-        limit, raised = _raised_limits(dataset, max_detections, detector)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if tile is None and isinstance(detector.network, Network):
@@ -131,6 +132,7 @@ def run_network(
         max_size=detector.max_size,
         workers=default_workers() if workers is None else workers,
         label_map=match_classes(detector.classes, dataset),
+        selected=detector.selected,
         **{**detector.thresholds, **options},
     )
 
@@ -172,7 +174,7 @@ def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
 
 
 def read_eval_dataset(
-    data: str | Path | Dataset,
+    data: str | Path | Reader | Dataset,
     split: str | None = None,
     *,
     info: Mapping[str, Any] | None = None,
@@ -191,9 +193,10 @@ def read_eval_dataset(
     """
     if isinstance(data, Dataset):
         return select_as_trained(data, info or {})
-    path = Path(data)
+    path = data if callable(data) else Path(data)
     if split is None:
-        split = _split_of_file(path, for_results) if path.is_file() else "val"
+        is_file = isinstance(path, Path) and path.is_file()
+        split = _split_of_file(Path(str(path)), for_results) if is_file else "val"
     made = {} if info is None else info.get("split") or {}
     options = {name: made[name] for name in ("seed", "val_fraction") if made.get(name) is not None}
     dataset = read_dataset(path, split, extras=False, **options)

@@ -76,7 +76,8 @@ def read_training_data(
             f"{', '.join(train.classes)} and {', '.join(val.classes)}"
         )
     validated = {image.path for image in val.images} if val else set()
-    if shared := {image.path for image in train.images} & validated:
+    shared = {image.path for image in train.images} & validated
+    if shared:
         emit(
             "message",
             message=f"warning: {len(shared)} images are in both train and val, the first: "

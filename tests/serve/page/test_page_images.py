@@ -307,7 +307,7 @@ def test_uploads_are_limited_and_can_be_cancelled(open_page: OpenPage, draw: Dra
 
 
 def test_deleted_file_is_explained(open_page: OpenPage, draw: Draw) -> None:
-    driver = open_page(script=HOLD)
+    driver = open_page(script=HOLD, failures=True)
     files = [draw(f"{n}.png", (8, 8, GREEN)) for n in range(4)]
     driver.add(*files)
     driver.page.wait_for_function("() => window.releases.length === 3")

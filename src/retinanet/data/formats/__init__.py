@@ -138,6 +138,8 @@ def _describe(
         )
         used |= {file for group in other.files.values() for file in group}
     yield from (f"not read: {note}" for note in labels.notes)
+    for folder in tree.skipped:
+        yield f"not read: {relative(folder, tree.top)}: detections or a training run"
     noted = " ".join(labels.notes)
     unused = [
         relative(file, tree.top)
@@ -259,7 +261,7 @@ def _reason(file: Path) -> str:
     if suffix == ".csv":
         return csv.missing_columns(file)
     if suffix == ".json":
-        return "neither COCO (images, annotations, categories) nor Label Studio (a list of tasks)"
+        return "not COCO (images, annotations, categories), Label Studio, LabelMe, VIA or Create ML"
     if suffix == ".xml":
         return "its root is neither <annotation> (VOC) nor <annotations> (CVAT)"
     if suffix == ".txt":

@@ -67,7 +67,7 @@ def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
         kind = shape.get("shape_type") or "polygon"
         box = _around(points)
         if kind == "circle" and box is not None:  # the centre and a point on the circle
-            (x, y), (to_x, to_y) = points[:2]
+            (x, y), (to_x, to_y) = (map(float, point) for point in points[:2])
             radius = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
             box = (x - radius, y - radius, x + radius, y + radius)
         elif kind not in ("rectangle", "polygon"):
@@ -89,7 +89,7 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
         content = _via_rows(file)
     else:
         content = read_json(file, dict, "VIA's object")
-        content = content.get("_via_img_metadata", content)
+        content = _dict(content.get("_via_img_metadata", content))
     parsed = LabelFile(file, split)
     for key, item in content.items():
         if not isinstance(item, dict) or "regions" not in item:
@@ -99,8 +99,8 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
         regions = item["regions"]
         regions = list(regions.values()) if isinstance(regions, dict) else regions
         for number, region in enumerate(_list(regions)):
-            shape = region.get("shape_attributes") or {}
-            attributes = region.get("region_attributes") or {}
+            shape = _dict(region.get("shape_attributes"))
+            attributes = _dict(region.get("region_attributes"))
             box = via_box(shape)
             if box is None and shape.get("name") in ("point", "polyline"):
                 reason = f"{image.name}: region {number} is a {shape['name']}"
@@ -167,7 +167,7 @@ def parse_createml(file: Path, *, split: str | None = None) -> LabelFile:
         image = LabelImage(name, name)
         parsed.images.append(image)
         for number, annotation in enumerate(_list(item.get("annotations"))):
-            sides = annotation.get("coordinates") or {}
+            sides = _dict(annotation.get("coordinates"))
             box = to_box([sides.get(side) for side in ("x", "y", "width", "height")])
             if box is not None:
                 x, y, width, height = box
@@ -198,6 +198,10 @@ def _around(points: Any) -> Box | None:
     except (TypeError, ValueError):
         return None
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +45,8 @@ ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
 
 _TOLERANCE = 1e-3  # of fractions of an image
+
+_SAMPLE = 20  # files of a folder whose content is looked at to tell its format
 
 Box = tuple[float, float, float, float]
 
@@ -415,12 +417,36 @@ def find_files(
     Args:
         format, tree, suffixes, detect: as in :func:`find_tables`.
     """
+    is_label = _without_errors(detect)
     folders: dict[Path, list[Path]] = {}
     for file in tree.with_suffix(*suffixes):
         folders.setdefault(file.parent, []).append(file)
-    files = [file for group in folders.values() if any(map(detect, group[:5])) for file in group]
+    # An image without objects has an empty file.
+    filled = {folder: [f for f in group if f.stat().st_size] for folder, group in folders.items()}
+    chosen = [folder for folder, group in filled.items() if any(map(is_label, group[:_SAMPLE]))]
+    names = {folder.name for folder in chosen}
+    chosen += [f for f, group in filled.items() if not group and f.name in names]
+    known = {fold(image.stem) for image in tree.images}
+    files = [
+        file
+        for folder in chosen
+        for file in folders[folder]
+        if fold(file.stem) in known or is_label(file)
+    ]
     stems = frozenset(fold(file.stem) for file in files)
     return LabelSet(format, tree.group(files), lambda: stems) if files else None
+
+
+def _without_errors(detect: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """Return a test of a file that a file that cannot be read does not pass."""
+
+    def is_label(file: Path) -> bool:
+        try:
+            return detect(file)
+        except OSError:
+            return False
+
+    return is_label
 
 
 def read_files(
@@ -455,13 +481,14 @@ def find_tables(
         parse: returns the images of a file.
     """
 
+    @cache
     def items_of(file: Path) -> frozenset[Item]:
         return frozenset(
-            (_stem(image.name), tuple(sorted(item.box for item in image.annotations)))
+            (_item_name(image.name, file), tuple(sorted(item.box for item in image.annotations)))
             for image in parse(file).images
         )
 
-    files = [file for file in tree.with_suffix(*suffixes) if detect(file)]
+    files = [file for file in tree.with_suffix(*suffixes) if _without_errors(detect)(file)]
     if not files:
         return None
     notes: list[str] = []
@@ -470,9 +497,15 @@ def find_tables(
     return LabelSet(
         format,
         groups,
-        lambda: frozenset(stem for file in kept for stem, _ in items_of(file)),
+        cache(lambda: frozenset(_stem(name) for file in kept for name, _ in items_of(file))),
         notes,
     )
+
+
+def _item_name(name: str, file: Path) -> str:
+    """Return an image's name with a folder: that of the label, else that of its file."""
+    name = fold(name.replace("\\", "/").removeprefix("./"))
+    return name if "/" in name else f"{fold(file.parent.name)}/{name}"
 
 
 def _stem(name: str) -> str:
@@ -569,7 +602,7 @@ def _find_images(
     folders = Counter(match.path.parent for match in matches if match.path is not None)
     usual = max(folders, key=folders.__getitem__, default=None)
     found: list[tuple[LabelFile, LabelImage, Path]] = []
-    uses: dict[Path, list[LabelImage]] = defaultdict(list)
+    uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
     for (file, image), match in zip(wanted, matches, strict=True):
         if match.path is None and not match.several:
             assert file.file is not None
@@ -600,17 +633,24 @@ def _find_images(
                 name.name if usual or name.is_absolute() else name
             )
         else:
-            uses[path].append(image)
+            uses[path].append((match.tail, image))
         found.append((file, image, path))
-    ambiguous = {path for path, images in uses.items() if len({_key(i) for i in images}) > 1}
+    # Of two labels of one file that with the longer common path is right, if there is such a one.
+    rejected: set[int] = set()
+    for claims in uses.values():
+        longest = max(tail for tail, _ in claims)
+        best = {_key(image) for tail, image in claims if tail == longest}
+        rejected |= {id(i) for tail, i in claims if tail < longest or len(best) > 1}
+        if len({_key(image) for _, image in claims}) == 1:
+            rejected -= {id(image) for _, image in claims}
     for _, image, path in found:
-        if path in ambiguous:
+        if id(image) in rejected:
             reason = (
                 f"image {image.id} and another, of another path, both match this file; store the "
                 f"images under the names in the labels"
             )
             problems.append(Problem("image-missing", path, image.id, reason, DROPPED))
-    return [item for item in found if item[2] not in ambiguous]
+    return [item for item in found if id(item[1]) not in rejected]
 
 
 def _key(image: LabelImage) -> str:

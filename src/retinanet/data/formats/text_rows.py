@@ -28,7 +28,7 @@ VISDRONE_CLASSES = (
 )
 """Names by VisDrone's category; 0 and 11 are regions that are ignored."""
 
-_REGIONS = ("DontCare", "ignored regions", "others")
+_REGIONS = {"kitti": ("DontCare",), "visdrone": ("ignored regions", "others"), "dota": ()}
 
 Row = tuple[str, Box, bool]
 """Class, box, and whether the object is ignored, of a row."""
@@ -49,9 +49,10 @@ def _visdrone(line: str) -> Row | None:
     numbers = [to_number(word) for word in words]
     if len(numbers) != 8 or None in numbers:
         return None
-    x, y, width, height, score, category = (int(number or 0) for number in numbers[:6])
-    if not 0 <= category < len(VISDRONE_CLASSES):
+    x, y, width, height, score, kind = (number or 0.0 for number in numbers[:6])
+    if kind not in range(len(VISDRONE_CLASSES)):
         return None
+    category = int(kind)
     ignored = category in (0, 11) or score == 0
     return VISDRONE_CLASSES[category], (x, y, x + width, y + height), ignored
 
@@ -93,7 +94,7 @@ def parse(file: Path, *, format: str, split: str | None = None) -> LabelFile:
             parsed.report("label-unreadable", number, reason)
             continue
         name, box, is_ignored = row
-        if name in _REGIONS:
+        if name in _REGIONS[format]:
             regions.append((number, box))
         else:
             label = parsed.label(name)

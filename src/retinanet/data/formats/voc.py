@@ -36,6 +36,7 @@ from retinanet.data.formats.labels import (
     to_text,
 )
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
+from retinanet.data.splits import split_word
 
 _ENCODING = re.compile(rb"""encoding=["']([A-Za-z0-9_.-]+)["']""")
 _ROOT = re.compile(rb"<([\w-]+:)?annotation[\s>/]")  # CVAT's is <annotations>
@@ -84,7 +85,8 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     listed: set[Path] = set()
     for list_file in lists:
         # CVAT calls the split of images without one "default".
-        split = "" if list_file.stem == "default" else list_file.stem
+        split = split_word(list_file.stem) or list_file.stem
+        split = "" if split == "default" else split
         members, problems = splits.setdefault(split, ([], []))
         root = list_file.parents[2]
         for line in read_lines(list_file):
@@ -98,8 +100,10 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
             else:
                 members.append(files[member])
                 listed.add(member)
-    if len(listed) < len(files):
-        labels.notes.append(f"{len(files) - len(listed)} .xml files in no list of ImageSets/Main")
+    rest = [parsed for file, parsed in files.items() if file not in listed]
+    if rest:
+        labels.notes.append(f"{len(rest)} .xml files are in no list of ImageSets/Main: split other")
+        splits.setdefault("", ([], []))[0].extend(rest)
     return {
         split: partial(build, "voc", split, members, classes, tree, problems=problems)
         for split, (members, problems) in splits.items()

@@ -30,6 +30,7 @@ from retinanet.data.formats.labels import (
     cut,
     merge_classes,
     read_lines,
+    read_text,
     to_int,
     to_number,
 )
@@ -94,12 +95,20 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     else:
         file = tree.path
         splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
+    splits = _with_rest(splits, tree, texts)
     names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
     return {
         split: partial(_read_split, split, images, classes, tree, texts, keypoints)
         for split, images in splits.items()
     }
+
+
+def _with_rest(splits: dict[str, list[Path]], tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
+    """Add labelled images of no split as the split ``""``."""
+    listed = {image for images in splits.values() for image in images}
+    rest = [i for i in tree.images if i not in listed and texts.of(i) is not None]
+    return {**splits, "": [*splits.get("", []), *rest]} if rest else splits
 
 
 def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
@@ -150,7 +159,8 @@ class _Texts:
         split, folders = self.tree.split_of(image), self._folders(image)
         same = [file for file in candidates if self._folders(file) == folders]
         if not same and len(candidates) == 1 and self.tree.split_of(candidates[0]) in ("", split):
-            return candidates[0]
+            own = set(self._folders(candidates[0]))
+            return None if own and folders and not own & set(folders) else candidates[0]
         # In labels/ rather than next to the image, where tools leave other text files.
         return min(
             same,
@@ -174,8 +184,8 @@ class _Texts:
 
 def _is_data_yaml(file: Path, separator: str = ":") -> bool:
     try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(file)
+    except OSError:
         return False
     # By its keys, unparsed: a broken data.yaml is still one, and reading it reports the fault.
     lines = (line for line in text.splitlines() if separator in line)
@@ -215,7 +225,7 @@ def _from_settings(
 def _load_yaml(file: Path) -> dict[Any, Any]:
     try:
         # Names stay text: on, off and 007 are classes, no truth values and no number.
-        content = yaml.load(file.read_text("utf-8-sig"), Loader=_TextLoader)
+        content = yaml.load(read_text(file), Loader=_TextLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
