@@ -629,9 +629,9 @@ def _find_images(
         if path is None:
             assert file.file is not None
             name = PurePosixPath(image.name.replace("\\", "/"))
-            path = (usual or file.file.parent) / (
-                name.name if usual or name.is_absolute() else name
-            )
+            is_plain = name.is_absolute() or len(name.parts) == 1
+            folder = usual if usual is not None and is_plain else file.file.parent
+            path = folder / (name.name if is_plain else name)
         else:
             uses[path].append((match.tail, image))
         found.append((file, image, path))
