@@ -146,15 +146,7 @@ def detect_collection(
     store = Store(out)
     # Base of relative paths; empty: there are none.
     base = "" if all(is_remote(path) or os.path.isabs(path) for path in inputs) else os.getcwd()
-    plan = {
-        "format": "retinanet collection",
-        "version": VERSION,
-        "made by": f"retinanet {__version__}",
-        "inputs": len(inputs),
-        "listing": _digest(base, *inputs),
-        "shard_size": shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS))),
-        **_identity(detector, files, {**options, **stream}),
-    }
+    plan = _plan(base, inputs, shard_size) | _identity(detector, files, {**options, **stream})
     shards = _cut(inputs, _check_plan(store, plan, any_size=shard_size is None))
     done_before = len(shards) - len(_missing(store, shards))
     if done_before < len(shards):
@@ -174,6 +166,18 @@ def detect_collection(
             )
             _run_shards(ray, work, resources, shards, on_progress)
     return _summarize(store, len(shards), done_before)
+
+
+def _plan(base: str, inputs: Sequence[str], shard_size: int | None) -> dict[str, Any]:
+    """Return what identifies the inputs of a collection."""
+    return {
+        "format": "retinanet collection",
+        "version": VERSION,
+        "made by": f"retinanet {__version__}",
+        "inputs": len(inputs),
+        "listing": _digest(base, *inputs),
+        "shard_size": shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS))),
+    }
 
 
 def _import_ray() -> Any:

@@ -96,16 +96,14 @@ def evaluate(
         if classes is not None:
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
-        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **changed}
         if tile is None and isinstance(detector.network, Network):
-            # Objects of the model's other classes would count as background.
-            has_others = classes is not None and not set(detector.classes) <= set(dataset.classes)
-            loss = None if has_others else detector.info.get("loss")
-            predictions = run_network(detector, dataset, workers, loss=loss, **running, **changed)
+            running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
+            predictions = run_network(detector, dataset, workers, **running)
         else:
-            running |= {"label_map": match_classes(detector.classes, dataset)}
             running |= {"tile": tile, "overlap": overlap}
-            predictions = run_detector(detector, dataset, **running, **changed)
+            label_map = match_classes(detector.classes, dataset)
+            predictions = run_detector(detector, dataset, label_map=label_map, **running)
         results = predictions.results
         per_image = {**detector.thresholds, **changed}["detections_per_image"]
         metrics = predictions.evaluate(max_detections=limit, detections_per_image=per_image)
@@ -114,6 +112,13 @@ def evaluate(
     if out is not None:
         write_results(out, metrics, results)
     return metrics
+
+
+def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:
+    """Settings of the validation loss; None where objects of other classes were removed."""
+    if is_selection and not set(detector.classes) <= set(dataset.classes):
+        return None  # they would count as background
+    return detector.info.get("loss")
 
 
 def run_network(

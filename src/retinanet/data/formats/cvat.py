@@ -17,6 +17,7 @@ from retinanet.data.formats.labels import (
     ENCLOSED,
     LabelFile,
     LabelImage,
+    begins_with,
     build_splits,
     enclosing_box,
     find_classes,
@@ -41,11 +42,7 @@ _KEPT = ("occluded", "z_order", "source", "group_id")
 
 def detect(file: Path) -> bool:
     """Whether an XML file is CVAT's."""
-    try:
-        with file.open("rb") as stream:
-            return bool(_ROOT.search(stream.read(4096)))
-    except OSError:
-        return False
+    return begins_with(file, _ROOT)
 
 
 def find(tree: Tree) -> LabelSet | None:

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,15 @@ def read_text(file: Path) -> str:
 def read_lines(file: Path) -> list[str]:
     """Return the lines of a text file that are not blank, stripped."""
     return [line for line in map(str.strip, read_text(file).splitlines()) if line]
+
+
+def begins_with(file: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Whether the first 4 kB of a file match a pattern; False if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return bool(pattern.search(stream.read(4096)))
+    except OSError:
+        return False
 
 
 def encoding_of(head: bytes) -> str:

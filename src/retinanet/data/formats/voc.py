@@ -24,6 +24,7 @@ from retinanet.data.formats.labels import (
     ClassList,
     LabelFile,
     LabelImage,
+    begins_with,
     build,
     find_classes,
     find_files,
@@ -48,11 +49,7 @@ _OWN_ROOT_ELEMENTS = frozenset({"folder", "filename", "path", "size", "object", 
 
 def detect(file: Path) -> bool:
     """Whether an XML file is VOC's."""
-    try:
-        with file.open("rb") as stream:
-            return bool(_ROOT.search(stream.read(4096)))
-    except OSError:
-        return False
+    return begins_with(file, _ROOT)
 
 
 def find(tree: Tree) -> LabelSet | None:
