@@ -115,7 +115,7 @@ def evaluate(
 
 
 def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:
-    """Settings of the validation loss; None where objects of other classes were removed."""
+    """Return the settings of the loss; None where objects of other classes were removed."""
     if is_selection and not set(detector.classes) <= set(dataset.classes):
         return None  # they would count as background
     return detector.info.get("loss")
