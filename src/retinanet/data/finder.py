@@ -109,13 +109,11 @@ class Match(NamedTuple):
 
     Attributes:
         path: its file; None if there is none, or several.
-        is_exact: whether it has the name in the label, not only its stem.
         several: files that fit equally well.
         tail: parts of the path in the label that the file's path ends with.
     """
 
     path: Path | None
-    is_exact: bool = True
     several: tuple[Path, ...] = ()
     tail: int = 0
 
@@ -224,9 +222,9 @@ class Tree:
             best = self._best(candidates, path, label_file, split)
             if len(best) == 1:
                 tail = _common_tail(list(map(fold, path.parts)), list(map(fold, best[0].parts)))
-                return Match(best[0], not by_stem, tail=tail)
+                return Match(best[0], tail=tail)
             if best:
-                return Match(None, not by_stem, tuple(best))
+                return Match(None, tuple(best))
         return Match(None)
 
     @cached_property
@@ -254,11 +252,11 @@ class Tree:
         self, candidates: list[Path], path: PurePosixPath, label_file: Path, split: str
     ) -> list[Path]:
         """Return the candidates that fit best; several if none is better than the others."""
-        parts = list(map(fold, path.parts))
         candidates = [c for c in candidates if self._is_possible(c, path, split)]
-        tails = [_common_tail(parts, list(map(fold, c.parts))) for c in candidates]
         if len(candidates) < 2:
             return candidates
+        parts = list(map(fold, path.parts))
+        tails = [_common_tail(parts, list(map(fold, c.parts))) for c in candidates]
         ranked: dict[tuple[int, ...], list[Path]] = defaultdict(list)
         folders = _own_folders(label_file.parent, self.root)
         for candidate, tail in zip(candidates, tails, strict=True):
@@ -274,7 +272,7 @@ class Tree:
                 any(map(_IMAGE_FOLDER.fullmatch, inside)),
             )
             ranked[rank].append(candidate)
-        return ranked[max(ranked)] if ranked else []
+        return ranked[max(ranked)]
 
 
 def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, list[Path]]:
@@ -319,9 +317,13 @@ class LabelSet:
     stems: Callable[[], frozenset[str]]
     notes: list[str] = field(default_factory=list)
 
+    def by_split(self) -> list[tuple[str, Path]]:
+        """Return each label file with its split."""
+        return [(split, file) for split, group in self.files.items() for file in group]
+
     def describe(self, top: Path) -> str:
         """Return the label files in a few words: their number and folder, or the file."""
-        files = [file for group in self.files.values() for file in group]
+        files = [file for _, file in self.by_split()]
         if len(files) <= _NAMED_FILES:
             return ", ".join(relative(file, top) for file in files)
         folder = Path(os.path.commonpath([file.parent for file in files]))
@@ -331,7 +333,7 @@ class LabelSet:
 
 
 Item = tuple[str, tuple[tuple[float, ...], ...]]
-"""The stem of an image and its boxes."""
+"""The name of an image with its folder, and its boxes."""
 
 
 def keep_whole(

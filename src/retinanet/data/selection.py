@@ -8,6 +8,7 @@ from typing import Any
 
 from retinanet.config import nearest
 from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.formats.coco import CATEGORY_EXTRAS
 from retinanet.errors import ConfigError, DataError
 
 SINGLE_CLASS = "object"
@@ -140,7 +141,7 @@ def _num_objects(images: Sequence[LabelledImage]) -> int:
 def _extra(dataset: Dataset, labels: Sequence[int]) -> dict[str, Any]:
     """Values of the whole data set, those of its classes only for `labels`; none: left out."""
     extra = dict(dataset.extra)
-    per_class = extra.pop("category_extras", None)
+    per_class = extra.pop(CATEGORY_EXTRAS, None)
     if per_class is not None and labels:
-        extra["category_extras"] = [per_class[label] for label in labels]
+        extra[CATEGORY_EXTRAS] = [per_class[label] for label in labels]
     return extra

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,19 @@ from retinanet.data.formats import (
     coco,
     csv,
     cvat,
-    json_exports,
     label_studio,
     text_rows,
     voc,
     webdataset,
     yolo,
+)
+from retinanet.data.formats.json_exports import (
+    is_createml,
+    is_labelme,
+    is_via,
+    parse_createml,
+    parse_labelme,
+    parse_via,
 )
 from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
@@ -56,16 +63,22 @@ def _format(module: Any, label_files: str) -> Format:
     return Format(module.detect, module.parse, module.find, module.read, write, label_files)
 
 
-def _read_only(name: str, label_files: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
-    """Return a format of a file per image (``.txt``, LabelMe), or of many, that is only read."""
-    is_per_image = suffixes == [".txt"] or name == "labelme"
+def _per_image(name: str, title: str, suffix: str, detect: Any, parse: Any) -> Format:
+    """Return a format of a label file per image that is only read."""
+    find = partial(find_files, name, suffixes=[suffix], detect=detect)
+    return Format(detect, parse, find, partial(read_files, name, parse), None, title)
 
-    def find(tree: Tree) -> LabelSet | None:
-        if is_per_image:
-            return find_files(name, tree, suffixes, detect)
-        return find_tables(name, tree, suffixes, detect, parse)
 
-    return Format(detect, parse, find, partial(read_files, name, parse), None, label_files)
+def _table(name: str, title: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
+    """Return a format of label files of many images each that is only read."""
+    find = partial(find_tables, name, suffixes=suffixes, detect=detect, parse=parse)
+    return Format(detect, parse, find, partial(read_files, name, parse), None, title)
+
+
+def _rows(name: str, title: str) -> Format:
+    """Return a format of :mod:`retinanet.data.formats.text_rows`."""
+    detect, parse = (partial(f, format=name) for f in (text_rows.detect, text_rows.parse))
+    return _per_image(name, f"{title} .txt", ".txt", detect, parse)
 
 
 # In the order of preference among labels of the same images.
@@ -76,23 +89,12 @@ FORMATS: dict[str, Format] = {
     "voc": _format(voc, "Pascal VOC .xml"),
     "yolo": _format(yolo, "YOLO .txt or data.yaml"),
     "csv": _format(csv, "a table of boxes (.csv)"),
-    "labelme": _read_only(
-        "labelme", "LabelMe .json", [".json"], json_exports.is_labelme, json_exports.parse_labelme
-    ),
-    "via": _read_only(
-        "via", "VIA .json or .csv", [".json", ".csv"], json_exports.is_via, json_exports.parse_via
-    ),
-    "createml": _read_only(
-        *("createml", "Create ML .json", [".json"]),
-        *(json_exports.is_createml, json_exports.parse_createml),
-    ),
-    **{
-        name: _read_only(
-            *(name, f"{title} .txt", [".txt"]),
-            *(partial(text_rows.detect, format=name), partial(text_rows.parse, format=name)),
-        )
-        for name, title in (("kitti", "KITTI"), ("visdrone", "VisDrone"), ("dota", "DOTA"))
-    },
+    "labelme": _per_image("labelme", "LabelMe .json", ".json", is_labelme, parse_labelme),
+    "via": _table("via", "VIA .json or .csv", [".json", ".csv"], is_via, parse_via),
+    "createml": _table("createml", "Create ML .json", [".json"], is_createml, parse_createml),
+    "kitti": _rows("kitti", "KITTI"),
+    "visdrone": _rows("visdrone", "VisDrone"),
+    "dota": _rows("dota", "DOTA"),
     "webdataset": _format(webdataset, "WebDataset .tar"),
 }
 
@@ -122,13 +124,11 @@ def _describe(
     tree: Tree, labels: LabelSet, others: Iterable[LabelSet], splits: Mapping[str, object]
 ) -> Iterator[str]:
     """Yield what is read and what is left out, a line each."""
-    named = [name for name in _split_names(splits) if name]
-    drawn = "; val is drawn from train" if _draws_val(splits) else ""
     yield (
         f"{tree.path}: {FORMATS[labels.format].label_files}: {labels.describe(tree.top)}; "
-        f"splits {', '.join(named)}{drawn}"
+        f"{_describe_splits(splits)}"
     )
-    used = {file for group in labels.files.values() for file in group}
+    used = {file for _, file in labels.by_split()}
     for other in others:
         new = other.stems() - labels.stems()
         what = f"{len(new)} images more" if new else "labels of the same images"
@@ -136,7 +136,7 @@ def _describe(
             f"not read: {FORMATS[other.format].label_files}: {other.describe(tree.top)} ({what}; "
             f"read it with --format {other.format})"
         )
-        used |= {file for group in other.files.values() for file in group}
+        used |= {file for _, file in other.by_split()}
     yield from (f"not read: {note}" for note in labels.notes)
     for folder in tree.skipped:
         yield f"not read: {relative(folder, tree.top)}: detections or a training run"
@@ -149,6 +149,11 @@ def _describe(
     if unused and labels.format != "webdataset":  # shards have an index each
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         yield f"not read: {', '.join(unused[:3])}{more} (no boxes of a known format)"
+
+
+def _describe_splits(splits: Mapping[str, object]) -> str:
+    drawn = "; val is drawn from train" if _draws_val(splits) else ""
+    return f"splits {', '.join(filter(None, _split_names(splits)))}{drawn}"
 
 
 def find_data(
@@ -169,9 +174,10 @@ def find_data(
         DataError: there is no such path or format, no labels are found (the message says what is
             there), two formats label as many images, and not the same ones, or a file is broken.
     """
-    if callable(path) or (not Path(path).exists() and import_reader(str(path))):
-        reader = path if callable(path) else import_reader(str(path))
-        assert reader is not None
+    if callable(path):
+        return _read_reader(path)
+    reader = None if Path(path).exists() else import_reader(str(path))
+    if reader is not None:
         return _read_reader(reader)
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -209,7 +215,7 @@ def _name_rest(splits: dict[str, Callable[[], Dataset]]) -> dict[str, Callable[[
     if "" not in splits or len(splits) == 1:
         return splits
     rest = splits[""]
-    named = {name: split for name, split in splits.items() if name}
+    named = {name: cache(split) for name, split in splits.items() if name}  # other() reads them too
 
     def other() -> Dataset:
         known = {image.path for split in named.values() for image in split().images}
@@ -235,9 +241,7 @@ def _read_reader(reader: Reader) -> DataSource:
     name = getattr(reader, "__name__", "reader")
     images = sum(map(len, datasets.values()))
     splits = _name_rest({split: partial(datasets.__getitem__, split) for split in datasets})
-    shown = ", ".join(filter(None, _split_names(splits)))
-    drawn = "; val is drawn from train" if _draws_val(splits) else ""
-    return DataSource("reader", splits, (f"{name}: {images} images; splits {shown}{drawn}",))
+    return DataSource("reader", splits, (f"{name}: {images} images; {_describe_splits(splits)}",))
 
 
 def _nothing_found(tree: Tree, format: str | None) -> str:

@@ -74,7 +74,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
             category id different names.
     """
     categories: dict[int, dict[str, Any]] = {}
-    for file in (file for group in labels.files.values() for file in group):
+    for _, file in labels.by_split():
         for id_, category in _categories(file).items():
             known = categories.setdefault(id_, category)
             if known["name"] != category["name"]:

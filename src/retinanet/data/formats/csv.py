@@ -92,7 +92,7 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the tables of a tree by split; results of a detector beside labels are left out."""
-    tables = [file for file in tree.with_suffix(*_SUFFIXES) if detect(file)]
+    tables = set(filter(detect, tree.with_suffix(*_SUFFIXES)))
     results = set(filter(_is_results, tables))
     if len(results) == len(tables):
         results = set()
@@ -125,8 +125,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     Raises:
         DataError: a file cannot be read, or lacks columns.
     """
-    pairs = [(split, file) for split, group in labels.files.items() for file in group]
-    files = [parse(file, split=split) for split, file in pairs]
+    files = [parse(file, split=split) for split, file in labels.by_split()]
     source, classes = _listed_classes(tree)
     if not classes:
         names = {name for file in files for name in file.classes}

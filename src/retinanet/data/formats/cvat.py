@@ -61,8 +61,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         DataError: as :func:`parse`.
     """
     listed: list[str] = []
-    pairs = [(split, file) for split, group in labels.files.items() for file in group]
-    files = [_parse(file, split, listed) for split, file in pairs]
+    files = [_parse(file, split, listed) for split, file in labels.by_split()]
     classes = find_classes(files, dict.fromkeys(listed), tree.path)
     return build_splits("cvat", files, classes, tree)
 

@@ -75,8 +75,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     Raises:
         DataError: a file is not JSON or no list of tasks.
     """
-    pairs = [(split, file) for split, group in labels.files.items() for file in group]
-    files = [parse(file, split=split) for split, file in pairs]
+    files = [parse(file, split=split) for split, file in labels.by_split()]
     classes = find_classes(files, dict.fromkeys(_class_names(tree)), tree.path)
     return build_splits("labelstudio", files, classes, tree)
 

@@ -66,7 +66,7 @@ def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
 def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8, UTF-16 with its mark, or Windows' cp1252."""
     content = file.read_bytes()
-    if encoding_of(content) == "utf-16":
+    if is_utf16(content):
         return content.decode("utf-16", errors="replace")
     try:
         return content.decode("utf-8-sig")
@@ -88,9 +88,9 @@ def begins_with(file: Path, pattern: re.Pattern[bytes]) -> bool:
         return False
 
 
-def encoding_of(head: bytes) -> str:
-    """Return the encoding of a text file by its first bytes: spreadsheets write UTF-16."""
-    return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+def is_utf16(head: bytes) -> bool:
+    """Whether a text file begins with the mark of UTF-16, which spreadsheets write."""
+    return head.startswith((b"\xff\xfe", b"\xfe\xff"))
 
 
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
@@ -101,7 +101,7 @@ def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
             data: Any = mapped
-            if encoding_of(mapped[:2]) == "utf-16":
+            if is_utf16(mapped[:2]):
                 data = mapped[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
@@ -472,8 +472,7 @@ def read_files(
         parse: parses a file of a split.
         tree, labels: the label files.
     """
-    pairs = [(split, file) for split, group in labels.files.items() for file in group]
-    files = [parse(file, split=split) for split, file in pairs]
+    files = [parse(file, split=split) for split, file in labels.by_split()]
     source, names = listed_names(tree, "classes.txt")
     return build_splits(format, files, find_classes(files, names, source), tree)
 
@@ -648,11 +647,11 @@ def _find_images(
     # Of two labels of one file that with the longer common path is right, if there is such a one.
     rejected: set[int] = set()
     for claims in uses.values():
+        if len({_key(image) for _, image in claims}) == 1:
+            continue  # one entry, or the same one twice
         longest = max(tail for tail, _ in claims)
         best = {_key(image) for tail, image in claims if tail == longest}
         rejected |= {id(i) for tail, i in claims if tail < longest or len(best) > 1}
-        if len({_key(image) for _, image in claims}) == 1:
-            rejected -= {id(image) for _, image in claims}
     for _, image, path in found:
         if id(image) in rejected:
             reason = (

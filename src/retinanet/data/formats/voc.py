@@ -66,7 +66,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     for every split. An image of a split without an XML file is a problem and left out: VOC has a
     file without objects for an image without any.
     """
-    files = {file: parse(file) for group in labels.files.values() for file in group}
+    files = {file: parse(file) for _, file in labels.by_split()}
     source, names = listed_names(tree, "classes.txt", "labels.txt")
     classes = find_classes(files.values(), names, source)
     lists = _lists(tree)

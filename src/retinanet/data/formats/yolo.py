@@ -117,16 +117,16 @@ def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
     Raises:
         DataError: two such files differ: a number has no one meaning.
     """
-    named = {f: read_lines(f) for f in tree.files if f.name in _NAME_FILES}
     first = tree.named(*_NAME_FILES)
     if first is not None:
-        for file, names in named.items():
-            if names and names != read_lines(first):
+        names = read_lines(first)
+        for file in (file for file in tree.files if file.name in _NAME_FILES):
+            if read_lines(file) not in ([], names):
                 raise DataError(
                     f"{first} and {file} list other classes, and rows state numbers; give the "
                     f"folder of one of them, or make the lists equal"
                 )
-        return read_lines(first)
+        return names
     # A part of a data set: a split's folder, or labels/.
     for folder in tree.top.parents[:_NAMES_ABOVE]:
         for file in [*sorted(folder.glob("*.yaml")), *(folder / name for name in _NAME_FILES)]:
@@ -148,6 +148,7 @@ class _Texts:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
+        self._found: dict[Path, Path | None] = {}
         self.by_stem: dict[str, list[Path]] = {}
         for file in tree.files:
             if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES:
@@ -155,6 +156,11 @@ class _Texts:
 
     def of(self, image: Path) -> Path | None:
         """Return the text file of an image: of the same folders but for images/ and labels/."""
+        if image not in self._found:
+            self._found[image] = self._find(image)
+        return self._found[image]
+
+    def _find(self, image: Path) -> Path | None:
         candidates = self.by_stem.get(fold(image.stem), [])
         split, folders = self.tree.split_of(image), self._folders(image)
         same = [file for file in candidates if self._folders(file) == folders]
@@ -210,7 +216,7 @@ def _from_settings(
     for key, split in _SPLIT_KEYS.items():
         entries = content.get(key)
         for entry in entries if isinstance(entries, list) else [entries] if entries else []:
-            images = _entry_images(file, base, str(entry), tree, split)
+            images = _entry_images(file, base, str(entry), tree)
             if images is not None:
                 splits.setdefault(split, []).extend(images)
             elif split == "test":  # exporters name it also where there is none
@@ -273,7 +279,7 @@ def _yaml_base(file: Path, path: Any) -> Path:
     return file.parent
 
 
-def _entry_images(file: Path, base: Path, entry: str, tree: Tree, split: str) -> list[Path] | None:
+def _entry_images(file: Path, base: Path, entry: str, tree: Tree) -> list[Path] | None:
     """Images of a folder or of a list file; None where there is neither.
 
     Exporters write ../train/images for what lies beside the file, and paths of other machines: the
@@ -293,11 +299,11 @@ def _entry_images(file: Path, base: Path, entry: str, tree: Tree, split: str) ->
                 return [image for image in tree.images if image.is_relative_to(target)]
             return [path for path in scan(target) if is_image(path.name)]
         if target.is_file() and target.suffix == ".txt":
-            return _listed(target, tree, split)
+            return _listed(target, tree)
     return None
 
 
-def _listed(list_file: Path, tree: Tree, split: str) -> list[Path]:
+def _listed(list_file: Path, tree: Tree) -> list[Path]:
     """Return the images of a list; a missing one by the path at which it was expected."""
     images = []
     for line in _list_lines(list_file):
@@ -317,7 +323,7 @@ def _from_lists(tree: Tree) -> dict[str, list[Path]]:
             continue
         names = [fold(PurePosixPath(line.replace("\\", "/")).stem) for line in _list_lines(file)]
         if names and sum(name in stems for name in names) > len(names) / 2:
-            splits.setdefault(word, []).extend(_listed(file, tree, word))
+            splits.setdefault(word, []).extend(_listed(file, tree))
     return splits
 
 
