@@ -29,8 +29,8 @@ LabelledData = Annotated[
     Path,
     typer.Argument(
         metavar="DATA",
-        help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, or CVAT's or "
-        "Label Studio's export.",
+        help="A labelled folder or file of any format (docs/data.md), or a reader as "
+        "module:function.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -17,6 +17,17 @@ Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None els
 Curve = tuple[Number, ...]
 
 
+AP_METRICS = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+}
+"""COCO's short names of the values of AP, and their names here."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassMetrics:
     """Metrics of a class, as in :class:`Metrics`; NaN where the data has no object of that size.
@@ -190,12 +201,7 @@ class Metrics:
         """COCO's twelve numbers by their short names, in COCO's order."""
         recalls = {"AR1": self.ar1, "AR10": self.ar10, "AR100": self.ar100}
         return {
-            "AP": self.ap,
-            "AP50": self.ap50,
-            "AP75": self.ap75,
-            "APs": self.ap_small,
-            "APm": self.ap_medium,
-            "APl": self.ap_large,
+            **{short: getattr(self, name) for short, name in AP_METRICS.items()},
             **{name: value for name, value in recalls.items() if not math.isnan(value)},
             f"AR{self.max_detections}": self.ar,
             "ARs": self.ar_small,

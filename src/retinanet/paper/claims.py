@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from retinanet.evaluation.metrics import AP_METRICS
 from retinanet.paper.experiments import Claim, Experiment
 from retinanet.paper.results import (
-    METRICS,
     ClaimResult,
     Comparison,
     RowResult,
@@ -99,7 +99,7 @@ def _row_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     zeros = {outcome.seed: 0.0 for outcome in ended if outcome.status == "diverged"}
     done = {outcome.seed: outcome.metrics for outcome in ended if outcome.metrics is not None}
     by_column: dict[str, dict[int, float]] = {}
-    for column, name in METRICS.items():
+    for column, name in AP_METRICS.items():
         # None and NaN: there are no objects of a size.
         values = {seed: metrics[name] for seed, metrics in done.items()}
         points = {seed: 100 * ap for seed, ap in values.items() if ap is not None and ap == ap}

@@ -11,26 +11,19 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter
 
+from retinanet.evaluation.metrics import AP_METRICS
 from retinanet.paper.experiments import Published
 
 Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
-
-METRICS = {
-    "AP": "ap",
-    "AP50": "ap50",
-    "AP75": "ap75",
-    "APs": "ap_small",
-    "APm": "ap_medium",
-    "APl": "ap_large",
-}
-"""Columns of a table and the names of their values in a training's metrics."""
 
 PartKind = Literal["text", "strong", "list", "table", "code"]
 """Kinds of a document's parts: a paragraph (``text``, ``strong``), lines, a table, a command."""
 
 _CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
 _SETTING_COLUMNS = ("setting", "paper", "here")
-_PUBLISHED = dict(zip((*METRICS, "ms"), (field.name for field in fields(Published)), strict=True))
+_PUBLISHED = dict(
+    zip((*AP_METRICS, "ms"), (field.name for field in fields(Published)), strict=True)
+)
 _DIVERGED = "†"
 _STRICT = ConfigDict(extra="forbid")  # rejects the JSON of another version
 
@@ -284,7 +277,7 @@ class TableResult:
     def to_csv(self) -> str:
         """Format a line per row; ``data`` and ``coco`` say what it was measured on."""
         about = {"data": self.about.get("data", ""), "coco": "no" if self.not_coco else "yes"}
-        columns = (*METRICS, "ms")
+        columns = (*AP_METRICS, "ms")
         lines = []
         for row in self.rows:
             line: dict[str, object] = {"experiment": self.name, "key": row.key, "label": row.label}
@@ -296,7 +289,7 @@ class TableResult:
             line |= {f"paper_{name}": row.in_paper(name).strip("-") for name in columns}
             lines.append(line | about)
         names = ["experiment", "key", "label"]
-        names += [name for column in METRICS for name in (column, f"{column}_std")]
+        names += [name for column in AP_METRICS for name in (column, f"{column}_std")]
         names += ["ms", "seeds", "diverged", *(f"paper_{name}" for name in columns), *about]
         out = io.StringIO()
         writer = csv.DictWriter(out, names, restval="", lineterminator="\n")

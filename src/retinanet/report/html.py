@@ -22,7 +22,7 @@ from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
 from retinanet.data.selection import select
 from retinanet.errors import DataError, RetinaNetError
-from retinanet.evaluation.metrics import Metrics
+from retinanet.evaluation.metrics import AP_METRICS, Metrics
 from retinanet.files import write_atomic
 from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
 from retinanet.inference.detector import load
@@ -256,12 +256,7 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
     columns = {
         "class": "name",
         "objects": "objects",
-        "AP": "ap",
-        "AP50": "ap50",
-        "AP75": "ap75",
-        "APs": "ap_small",
-        "APm": "ap_medium",
-        "APl": "ap_large",
+        **AP_METRICS,
         "AR": "ar",
         "F1": "best_f1",
         "at score": "best_score",
