@@ -73,7 +73,7 @@ def overfit(
     Raises:
         RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
-    full = read_training_data(data, recipe, ignore).train
+    full = read_training_data(data, recipe, ignore).train_images
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
