@@ -69,8 +69,7 @@ def evaluate(
             `options`.
         batch_size: images per batch.
         workers: processes that load images; None: chosen for this machine.
-        tile, overlap: as in :meth:`Detector.stream`: a model trained on tiles is evaluated with
-            them, on the whole images. With tiles, as with exported files, no loss.
+        tile, overlap: as in :meth:`Detector.stream`; with tiles, as with exported files, no loss.
         classes: names of the data's classes to evaluate on, with their metrics of an evaluation on
             all; no loss where the model has others. None: all.
         progress: called after each batch.
