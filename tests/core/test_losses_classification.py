@@ -244,6 +244,18 @@ def test_rows_with_scores_equal_the_plain_formula(
     )
 
 
+@pytest.mark.parametrize("kind", ["quality_focal", "varifocal"])
+def test_rows_with_scores_in_inference_mode_have_the_same_loss(kind: Any) -> None:
+    logits, scores, weights = random_logits(7, 5), torch.full((7,), 0.4), torch.ones(7)
+    formula = make_formula(kind, gamma=2.0)
+    expected = weighted_sum(
+        logits.clone().requires_grad_(), LABELS, weights, formula, scores=scores
+    )
+    with torch.inference_mode():
+        loss = weighted_sum(logits * 1, LABELS, weights, formula, scores=scores)
+    assert float(loss) == float(expected.detach())
+
+
 def test_hinge_loss_by_hand() -> None:
     # p = .1, label 0 of 2: .5 - .1; the other class p = .8 is background: p_t = .2, .5 - .2
     logits = torch.tensor([[0.1, 0.8]], dtype=torch.float64).logit()

@@ -123,13 +123,9 @@ def detection_losses(
         )
         kept = (labels != IGNORED).sum(dim=1).clamp(min=1)
         class_weights = (kept * len(kept)).to(working).reciprocal()
+    scores = assignment.scores
     class_loss = classification_loss(
-        logits,
-        labels,
-        class_weights,
-        settings,
-        scores=assignment.scores,
-        overwrite_logits=overwrite_logits,
+        logits, labels, class_weights, settings, scores=scores, overwrite_logits=overwrite_logits
     )
     box_losses = _box_losses(outputs, all_anchors, targets, assignment, settings)
     box = (box_losses * weights).sum() * settings.box_weight

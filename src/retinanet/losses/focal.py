@@ -476,8 +476,9 @@ def _sum_with_scores(logits: Tensor, targets: _Labels, gradient: Tensor | None) 
     positive, negative = (alpha.expand(classes)[own[1]] for alpha in targets[2:4])
     factor = _balance(target, positive, negative, targets.formula)
     factor = factor * torch.where(has_score, targets.weights[row], 0)
-    with torch.enable_grad():
-        loss = (plain_loss(logit.requires_grad_(), target, targets.formula) * factor).sum()
+    with torch.set_grad_enabled(gradient is not None):
+        logit.requires_grad_(gradient is not None)
+        loss = (plain_loss(logit, target, targets.formula) * factor).sum()
     if gradient is not None:
         (slope,) = torch.autograd.grad(loss, logit)
         gradient[own] = torch.where(has_score, slope.to(gradient.dtype), gradient[own])
