@@ -305,7 +305,8 @@ class Trainer:
         lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
         current = PendingStep(progress.step, lr, loaded, self.running)
-        context = StepContext(progress.step, self._precision, self.scaler, self.running)
+        share = progress.step / progress.steps
+        context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model, settings.clip_norm)
