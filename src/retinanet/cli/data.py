@@ -112,12 +112,14 @@ def check(
     recall = None
     if any(split.objects for split in report.statistics.values()):
         recall = _recall(_with_known_size(splits, report), config)
+    tile = _recommend_tile(report.statistics, config)
     written = None
     if options.fix is not None:
         with progress("writing") as update:
             written = write_fixed(splits, report, options.fix, progress=update)
     if json:
-        result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
+        anchors = recall.to_dict() if recall else None
+        result = report.to_dict() | {"anchors": anchors, "recommended_tile": tile}
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
@@ -126,6 +128,11 @@ def check(
         _show_statistics(report.statistics)
         if recall is not None:
             _show_recall(recall)
+        if tile is not None:
+            say(
+                f"objects are small against their images: train on tiles, data.tile={tile} "
+                "(docs/tiles.md)"
+            )
         if written is not None:
             objects, images = sum(written.objects.values()), sum(written.images.values())
             say(f"wrote a corrected copy to {written.folder}: {objects} objects in {images} images")
@@ -274,6 +281,13 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
         config.data.max_size,
         foreground_iou=config.matching.foreground_iou,
     )
+
+
+def _recommend_tile(statistics: Mapping[str, Statistics], config: Recipe) -> int | None:
+    from retinanet.data.tiling import recommend_tile
+
+    split = statistics.get("train") or next(iter(statistics.values()))
+    return recommend_tile(split, config.data.image_size, config.data.max_size)
 
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
