@@ -10,7 +10,7 @@ from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.balance import balance
-from retinanet.data.check import fault_summary
+from retinanet.data.check import copies_of, fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
@@ -78,8 +78,8 @@ def read_training_data(
             f"{train.source}: the classes of train and val differ: "
             f"{', '.join(train.classes)} and {', '.join(val.classes)}"
         )
-    validated = {image.path for image in val.images} if val else set()
-    shared = {image.path for image in train.images} & validated
+    validated = [image.path for image in val.images] if val else []
+    shared = copies_of((image.path for image in train.images), validated)
     if shared:
         emit(
             "message",
