@@ -214,8 +214,8 @@ class DataConfig(_Section):
     mosaic: float = Field(0.0, ge=0, le=1)  # probability; Bochkovskiy et al. 2020 (YOLOv4)
     mixup: float = Field(0.0, ge=0, le=1)  # probability; Zhang et al. 2018, boxes as YOLOX
     copy_paste: float = Field(0.0, ge=0, le=1)  # probability; Ghiasi et al. 2021, but of boxes
-    close_augmentation: float = Field(0.05, ge=0, le=1)  # last steps without these (YOLOX: 15/300)
-    transform: str = ""  # MODULE:FUNCTION of your own, applied last
+    close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
+    transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own
     shard_window: int = Field(4, ge=1)  # shards shuffled together

@@ -425,7 +425,7 @@ def test_overfitting_mixes_nothing() -> None:
     plain = overfit_recipe(recipe, 8, 10).data
     assert plain == plain.model_copy(
         update=dict.fromkeys(["mosaic", "mixup", "copy_paste", "rotation", "shear", "translate"], 0)
-        | {"rotate90": False, "erase": 0, "crop": False, "transform": ""}
+        | {"rotate90": False, "erase": 0, "crop": False, "transform": None}
     )
 
 

@@ -121,7 +121,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "mosaic": 0.0,
         "mixup": 0.0,
         "copy_paste": 0.0,
-        "transform": "",
+        "transform": None,
         "any_corner": False,
         "order": "images",
         "balance": "none",
