@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -38,6 +38,7 @@ _OTHER_NAMES = {
     "train.save_every": ("checkpoint_period", "save_period", "checkpoint_interval"),
     "train.weight_decay": ("wd",),
     "train.ema": ("ema_decay", "model_ema"),
+    "train.init": ("load_from",),
     "data.image_size": ("imgsz", "img_size", "min_size", "min_size_train", "img_scale"),
     "data.max_size": ("max_size_train", "longest_side"),
     "data.horizontal_flip": ("fliplr", "hflip", "flip_ratio", "flip"),
@@ -89,7 +90,7 @@ class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
     backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
-    backbone_weights: str = "default"  # ImageNet weights: "default", "none", or a file
+    backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
@@ -255,6 +256,9 @@ class TrainConfig(_Section):
     clip_norm: float = Field(0.0, ge=0)  # largest gradient norm; 0: none, as in the paper
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    init: str | None = None  # a detector to start from: the network follows it (training.init)
+    init_partial: bool = False  # start from it even where under 90% of its tensors fit
+    class_map: str | None = None  # TOML or JSON: a class of the data = its name in init
     seed: int = 0
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
@@ -313,6 +317,30 @@ class Recipe(_Section):
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
 
+    def states(self, setting: str) -> bool:
+        """Whether the user set ``section.key``, so that ``auto`` must not choose it.
+
+        Stated are overrides, settings in the user's own recipe file, and arguments of a section's
+        constructor; values of the package's recipes are not.
+        """
+        section, key = setting.split(".")
+        return key in getattr(self, section).model_fields_set
+
+    def override(self, values: Mapping[str, Any]) -> Recipe:
+        """Return a recipe with settings replaced, which are stated from then on.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        settings = self.model_dump()
+        for key, value in values.items():
+            _override(settings, key, value)
+        stated = {key for key in setting_names() if self.states(key)} | values.keys()
+        return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
+
 
 def recipe_names() -> tuple[str, ...]:
     """List the recipes of the package."""
@@ -351,7 +379,8 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
         raise ConfigError(
             "train.steps and train.epochs both set the length of the run: give one of them"
         )
-    return build_recipe(values, where)
+    recipe = build_recipe(values, where)
+    return _with_stated(recipe, named) if str(name_or_file) in recipe_names() else recipe
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -364,6 +393,15 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from None
+
+
+def _with_stated(recipe: Recipe, settings: Collection[str]) -> Recipe:
+    """Return the same values, of which only `settings` are stated by the user."""
+    sections = {}
+    for name, kind in _sections().items():
+        stated = {key.partition(".")[2] for key in settings if key.startswith(f"{name}.")}
+        sections[name] = kind.model_construct(stated, **dict(getattr(recipe, name)))
+    return recipe.model_copy(update=sections)
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:

@@ -445,7 +445,8 @@ def load(
     Args:
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
             model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (a program: open
-            only your own), or ``torchvision/retinanet_resnet50_fpn_v2``.
+            only your own), ``coco`` (torchvision's detector, downloaded once), or another name of
+            :func:`retinanet.load_checkpoint`.
         device, classes: as in :class:`Detector`.
         options: ``precision``, ``backend``, ``calibrate``, ``image_size``, ``max_size`` and the
             thresholds of :class:`Detector`.
