@@ -19,6 +19,7 @@ from retinanet.data.drawing import PALETTE, draw_boxes
 from retinanet.data.images import pad_batch, padding_colour, read_image, resize_to
 from retinanet.data.loading import train_loader
 from retinanet.data.selection import select
+from retinanet.data.tiling import tile_dataset
 from retinanet.errors import DataError
 from retinanet.matching import match_anchors
 from retinanet.model.backbone import IMAGENET_MEAN
@@ -94,6 +95,8 @@ def draw_augmented(
     """
     settings = recipe.data.model_copy(update={"close_augmentation": 0.0})
     chosen, _ = usable(select(dataset, settings.classes, settings.single_class))
+    if settings.tile is not None:
+        chosen = tile_dataset(chosen, settings.tile, settings.tile_overlap)
     count = count or epoch_size(chosen, settings)
     batch_size = recipe.train.batch_size // recipe.train.accumulate
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
+from retinanet.data.windows import Window, read_window
 from retinanet.errors import DataError, ImageError
 from retinanet.structures import IGNORED, Batch, pad_targets
 
@@ -312,13 +313,16 @@ class _Images:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> tuple[str | archives.Member, Tensor, Tensor]:
-        """File, (M, 4) boxes in pixels of the image on disk, and (M,) labels."""
+    def __getitem__(
+        self, index: int
+    ) -> tuple[str | archives.Member, Window | None, Tensor, Tensor]:
+        """File, window of it, (M, 4) boxes in pixels of the window on disk, and (M,) labels."""
         start, end = self._ends[index : index + 2].tolist()
-        file, boxes, labels = pickle.loads(self._buffer[start:end])
+        file, window, boxes, labels = pickle.loads(self._buffer[start:end])
         boxes = np.frombuffer(boxes, np.float32).reshape(-1, 4).copy()
         return (
             file,
+            window,
             torch.from_numpy(boxes),
             torch.from_numpy(np.frombuffer(labels, np.int64).copy()),
         )
@@ -331,7 +335,7 @@ def _record(image: LabelledImage) -> bytes:
         file = replace(member, digest="") if member else file
     boxes = np.array([a.box for a in image.annotations], np.float32)
     labels = np.array([IGNORED if a.ignored else a.label for a in image.annotations], np.int64)
-    return pickle.dumps((file, boxes.tobytes(), labels.tobytes()))
+    return pickle.dumps((file, image.window, boxes.tobytes(), labels.tobytes()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -594,7 +598,7 @@ class _Reader:
 
     def __init__(self, images: _Images, indices: Iterable[int]) -> None:
         self._images = images
-        self._records: dict[int, tuple[Any, Tensor, Tensor]] = {}
+        self._records: dict[int, tuple[Any, Window | None, Tensor, Tensor]] = {}
         self._fetch(indices)
         self.failures: list[Unreadable] = []
 
@@ -602,11 +606,11 @@ class _Reader:
         """Read an image no smaller than needed; None, and a failure, if it cannot be read."""
         if index not in self._records:
             self._fetch([index])
-        file, boxes, labels = self._records[index]
+        file, window, boxes, labels = self._records[index]
         try:
             if isinstance(file, ImageError):
                 raise file
-            image, size = read_reduced(file, shorter, longest)
+            image, size = _read(file, window, shorter, longest)
         except ImageError as error:
             self.failures.append((index, str(error)))
             return None
@@ -615,9 +619,19 @@ class _Reader:
     def _fetch(self, indices: Iterable[int]) -> None:
         new = list(dict.fromkeys(indices))
         records = [self._images[index] for index in new]
-        files = _fetched([file for file, _, _ in records])
-        for index, file, (_, boxes, labels) in zip(new, files, records, strict=True):
-            self._records[index] = (file, boxes, labels)
+        files = _fetched([file for file, *_ in records])
+        for index, file, (_, window, boxes, labels) in zip(new, files, records, strict=True):
+            self._records[index] = (file, window, boxes, labels)
+
+
+def _read(
+    file: str | archives.Member, window: Window | None, shorter: int, longest: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """Read an image or its window, no smaller than needed; also the size of the whole of it."""
+    if window is None:
+        return read_reduced(file, shorter, longest)
+    image = read_window(file, window)
+    return image, (image.shape[-2], image.shape[-1])
 
 
 def _fetched(files: list[str | archives.Member]) -> list[str | archives.Member | ImageError]:
