@@ -9,11 +9,13 @@ from retinanet.losses.detection import (
     update_running,
 )
 from retinanet.losses.focal import cross_entropy, focal_loss, focal_loss_star, hinge_loss
+from retinanet.losses.modules import FocalLoss, softmax_focal_loss
 from retinanet.losses.ohem import hard_examples
 
 __all__ = [
     "BOX_LOSSES",
     "RUNNING_START",
+    "FocalLoss",
     "Losses",
     "box_loss",
     "classification_loss",
@@ -23,5 +25,6 @@ __all__ = [
     "focal_loss_star",
     "hard_examples",
     "hinge_loss",
+    "softmax_focal_loss",
     "update_running",
 ]
