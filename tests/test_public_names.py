@@ -65,12 +65,14 @@ PUBLIC = [
     "load_recipe",
     "match_anchors",
     "pad_targets",
+    "quality_focal_loss",
     "read_dataset",
     "read_splits",
     "save_checkpoint",
     "softmax_focal_loss",
     "synthetic_dataset",
     "train",
+    "varifocal_loss",
 ]
 
 

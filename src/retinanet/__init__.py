@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from retinanet.losses.focal import focal_loss as focal_loss
     from retinanet.losses.focal import focal_loss_star as focal_loss_star
     from retinanet.losses.focal import hinge_loss as hinge_loss
+    from retinanet.losses.focal import quality_focal_loss as quality_focal_loss
+    from retinanet.losses.focal import varifocal_loss as varifocal_loss
     from retinanet.losses.modules import FocalLoss as FocalLoss
     from retinanet.losses.modules import softmax_focal_loss as softmax_focal_loss
     from retinanet.matching import anchor_labels as anchor_labels
@@ -92,7 +94,14 @@ _HOMES = {
     "retinanet.inference.detector": ("Detector", "load"),
     "retinanet.losses.box": ("box_loss",),
     "retinanet.losses.detection": ("detection_losses", "Losses"),
-    "retinanet.losses.focal": ("cross_entropy", "focal_loss", "focal_loss_star", "hinge_loss"),
+    "retinanet.losses.focal": (
+        "cross_entropy",
+        "focal_loss",
+        "focal_loss_star",
+        "hinge_loss",
+        "quality_focal_loss",
+        "varifocal_loss",
+    ),
     "retinanet.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "retinanet.model.retinanet": ("RetinaNet", "build_retinanet"),
     "retinanet.structures": (
