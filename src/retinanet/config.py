@@ -49,6 +49,8 @@ _OTHER_NAMES = {
     "data.single_class": ("single_cls",),
     "data.balance": ("sampler_train",),
     "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
+    "data.tile": ("tile_size", "slice_size", "slice_height", "slice_width", "patch_size"),
+    "data.tile_overlap": ("overlap_height_ratio", "overlap_width_ratio"),
     "model.backbone": ("arch", "depth", "weights"),
     "model.backbone_weights": ("pretrained", "weights_backbone"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
@@ -226,6 +228,9 @@ class DataConfig(_Section):
     single_class: bool = False  # all objects are of one class, "object"
     balance: Literal["none", "repeat_factor"] = "none"  # the paper has none
     balance_threshold: float = Field(0.001, gt=0, le=1)  # LVIS (Gupta et al. 2019), App. B.2
+    tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
+    tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
+    empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -234,6 +239,11 @@ class DataConfig(_Section):
         if isinstance(value, str):
             value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
         return value
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _zero_is_none(cls, value: Any) -> Any:
+        return None if value == 0 and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -246,6 +256,11 @@ class DataConfig(_Section):
             raise ValueError(
                 f"balance {self.balance} draws single images, and order shards reads each shard "
                 "once per epoch: give data.order=images, or data.balance=none"
+            )
+        if self.tile is not None and self.order == "shards":
+            raise ValueError(
+                f"tile {self.tile} draws tiles of any image, and order shards reads each shard "
+                "once per epoch: give data.order=images, or data.tile=none"
             )
         if self.max_size < self.image_size:
             raise ValueError(

@@ -78,7 +78,7 @@ def overfit(
         recipe = recipe.override({"train.init": str(init)})
     start = follow_checkpoint(recipe, Path(out))
     recipe = recipe if start is None else start.recipe
-    full = read_training_data(data, recipe, ignore).train
+    full = read_training_data(data, recipe, ignore).train_images
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
