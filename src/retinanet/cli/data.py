@@ -89,7 +89,8 @@ class ShowOptions(SplitOptions):
     out: Path = option("Output folder.", Path("shown"))
     count: int = option("Number of images; 0: all.", 20, min=0)
     anchors: bool = option("Also draw the anchors matched to each object.", False)
-    seed: int = option("Random seed of the choice of images.", 0)
+    augmented: bool = option("Draw the images as training loads them: augmented.", False)
+    seed: int = option("Random seed of the choice of images, or of the augmentation.", 0)
 
 
 def check(
@@ -181,21 +182,35 @@ def show(
 ) -> None:
     """Draw labelled images; with --anchors at the network's size, with their matched anchors.
 
-    Anchors are white. An object without a matched anchor cannot be learned, and is marked.
+    Anchors are white. An object without a matched anchor cannot be learned, and is marked. With
+    --augmented the first images of training are drawn, with the recipe's augmentation.
     """
-    from retinanet.cli.drawing import draw_labels
+    from retinanet.cli.drawing import draw_augmented, draw_labels
+    from retinanet.errors import ConfigError
 
+    if options.anchors and options.augmented:
+        raise ConfigError("--anchors and --augmented draw different images: give one of them")
     config = recipe.load()
     dataset = options.read(data, config)
     with progress("drawing") as update:
-        drawn = draw_labels(
-            dataset,
-            options.out,
-            count=options.count,
-            seed=options.seed,
-            recipe=config if options.anchors else None,
-            progress=update,
-        )
+        if options.augmented:
+            drawn = draw_augmented(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config,
+                progress=update,
+            )
+        else:
+            drawn = draw_labels(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config if options.anchors else None,
+                progress=update,
+            )
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:
