@@ -46,9 +46,21 @@ _OTHER_NAMES = {
     "data.workers": ("num_workers", "workers_per_gpu"),
     "data.colour": ("color", "hsv_h", "hsv_s", "hsv_v", "color_jitter"),
     "data.scale_jitter": ("scale", "scale_range"),
+    "data.mosaic": ("mosaic_prob", "mosaic_p"),
+    "data.mixup": ("mixup_prob", "mix_up"),
+    "data.copy_paste": ("copypaste", "simple_copy_paste"),
+    "data.close_augmentation": ("close_mosaic", "no_aug_epochs", "num_last_epochs"),
+    "data.rotation": ("degrees", "rotate", "max_rotate_degree"),
+    "data.rotate90": ("rot90", "random_rotate90"),
+    "data.shear": ("max_shear_degree",),
+    "data.translate": ("max_translate_ratio", "shift"),
+    "data.erase": ("erasing", "random_erasing", "cutout"),
+    "data.transform": ("transforms", "albumentations", "augmentations", "augment"),
     "data.single_class": ("single_cls",),
     "data.balance": ("sampler_train",),
     "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
+    "data.tile": ("tile_size", "slice_size", "slice_height", "slice_width", "patch_size"),
+    "data.tile_overlap": ("overlap_height_ratio", "overlap_width_ratio"),
     "model.backbone": ("arch", "depth", "weights"),
     "model.backbone_weights": ("pretrained", "weights_backbone"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
@@ -99,6 +111,7 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
+    head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None
@@ -135,6 +148,11 @@ class MatchingConfig(_Section):
     foreground_iou: float = Field(0.5, gt=0, le=1)
     background_iou: float = Field(0.4, gt=0, le=1)
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
+    assignment: Literal["iou", "atss", "task_aligned"] = "iou"  # Sec. 4; see docs/losses.md
+    candidates: int = Field(9, ge=1)  # of atss: cells per level (Zhang et al. 2020, Sec. 3.3)
+    task_topk: int = Field(13, ge=1)  # of task_aligned: anchors per object (Feng et al. 2021)
+    task_beta: float = Field(6.0, ge=0)  # of task_aligned: exponent of the IoU (the same, Sec. 4)
+    task_warmup: float = Field(1 / 3, ge=0, le=1)  # share of the steps with atss first (the same)
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -148,7 +166,9 @@ class MatchingConfig(_Section):
 class LossConfig(_Section):
     """The losses (Sec. 3, 4.1 and 5.1)."""
 
-    classification: Literal["focal", "cross_entropy", "focal_star", "hinge"] = "focal"
+    classification: Literal[
+        "focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"
+    ] = "focal"
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
@@ -168,6 +188,8 @@ class LossConfig(_Section):
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
         if self.classification == "focal_star" and self.gamma == 0:
             raise ValueError("focal_star divides by gamma, which is 0")
+        if self.mining != "none" and self.classification in ("quality_focal", "varifocal"):
+            raise ValueError(f"mining {self.mining} needs labels, {self.classification} has scores")
         return self
 
     @model_validator(mode="before")
@@ -179,12 +201,22 @@ class LossConfig(_Section):
         if values.get("mining", "none") != "none":
             values = {"classification": "cross_entropy", **values}
         # .25 is the best alpha with gamma 2 (Table 1b), and a bad one without it (Table 1a).
-        other = values.get("classification", "focal") != "focal"
+        # 1 - .25 is varifocal's weight of negatives (Zhang et al. 2021, Sec. 4.1).
+        other = values.get("classification", "focal") not in ("focal", "varifocal")
         return {"alpha": None, **values} if other else values
 
 
 class LossSettings(LossConfig, MatchingConfig):
     """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+    def at(self, share: float) -> LossSettings:
+        """Return the settings after a share of the steps: ``task_warmup`` starts with ATSS.
+
+        Source: Feng et al. 2021, whose published code trains 4 of 12 epochs with ATSS.
+        """
+        if self.assignment == "task_aligned" and share < self.task_warmup:
+            return self.model_copy(update={"assignment": "atss"})
+        return self
 
 
 class DataConfig(_Section):
@@ -196,8 +228,18 @@ class DataConfig(_Section):
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
     vertical_flip: float = Field(0.0, ge=0, le=1)
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, per image
-    crop: bool = False  # a random crop back to the size before jitter
+    crop: bool | Literal["iou"] = False  # to the size before jitter; "iou": SSD (Liu et al. 2016)
+    rotate90: bool = False  # by 0, 90, 180 or 270 degrees: for images without an upper side
+    rotation: float = Field(0.0, ge=0, le=180)  # degrees at most; boxes: Kalra et al. 2021
+    shear: float = Field(0.0, ge=0, lt=45)  # degrees at most, of each axis
+    translate: float = Field(0.0, ge=0, lt=1)  # share of the size at most, of each axis
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
+    erase: float = Field(0.0, ge=0, le=1)  # probability; random erasing (Zhong et al. 2020)
+    mosaic: float = Field(0.0, ge=0, le=1)  # probability; Bochkovskiy et al. 2020 (YOLOv4)
+    mixup: float = Field(0.0, ge=0, le=1)  # probability; Zhang et al. 2018, boxes as YOLOX
+    copy_paste: float = Field(0.0, ge=0, le=1)  # probability; Ghiasi et al. 2021, but of boxes
+    close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
+    transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own
     shard_window: int = Field(4, ge=1)  # shards shuffled together
@@ -208,6 +250,9 @@ class DataConfig(_Section):
     single_class: bool = False  # all objects are of one class, "object"
     balance: Literal["none", "repeat_factor"] = "none"  # the paper has none
     balance_threshold: float = Field(0.001, gt=0, le=1)  # LVIS (Gupta et al. 2019), App. B.2
+    tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
+    tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
+    empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -216,6 +261,11 @@ class DataConfig(_Section):
         if isinstance(value, str):
             value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
         return value
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _zero_is_none(cls, value: Any) -> Any:
+        return None if value == 0 and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -228,6 +278,11 @@ class DataConfig(_Section):
             raise ValueError(
                 f"balance {self.balance} draws single images, and order shards reads each shard "
                 "once per epoch: give data.order=images, or data.balance=none"
+            )
+        if self.tile is not None and self.order == "shards":
+            raise ValueError(
+                f"tile {self.tile} draws tiles of any image, and order shards reads each shard "
+                "once per epoch: give data.order=images, or data.tile=none"
             )
         if self.max_size < self.image_size:
             raise ValueError(

@@ -12,6 +12,8 @@ import numpy as np
 
 from retinanet.errors import DataError
 
+_MAX_CATEGORY_ID = 2**53  # float64, the type of COCO's results in memory, holds these exactly
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -53,6 +55,8 @@ class LabelledImage:
         annotations: its objects; none for a background image.
         width, height: pixels as the labels state them; None if they do not.
         label_file: the file with the labels (None: there is none, a background image).
+        window: (x1, y1, x2, y2) pixels of the upright image, if this is a tile of it:
+            `annotations`, `width` and `height` are then the tile's. None: the whole image.
     """
 
     path: Path
@@ -62,6 +66,7 @@ class LabelledImage:
     height: int | None = None
     label_file: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    window: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,12 @@ class Dataset:
             raise DataError(
                 f"{self.source}: several classes are named {repeated[0]!r}; give each class a name "
                 f"of its own, or give their objects one label"
+            )
+        large = [number for number in self.category_ids if abs(number) > _MAX_CATEGORY_ID]
+        if large:
+            raise DataError(
+                f"{self.source}: category id {large[0]} is over 2^53, which results cannot hold "
+                "exactly; number the categories from 1 on"
             )
 
     @classmethod

@@ -9,12 +9,14 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.augment import user_transform
 from retinanet.data.balance import balance
-from retinanet.data.check import fault_summary
+from retinanet.data.check import copies_of, fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
 from retinanet.data.selection import select
+from retinanet.data.tiling import tile_dataset
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
@@ -29,18 +31,20 @@ class TrainingData:
     """The splits of a run.
 
     Attributes:
-        train: images to train on, without faulty objects.
+        train: images, or their tiles, to train on, without faulty objects.
+        train_images: the whole images of `train`.
         val: images to validate on; None: no validation.
         num_images: images per split, as read.
     """
 
     train: Dataset
+    train_images: Dataset
     val: Dataset | None
     num_images: Mapping[str, int]
 
     def digest(self, sizes: Mapping[str, int]) -> str:
         """Identify labels and files; `sizes` replaces file sizes, by path (unreadable images)."""
-        return digest(self.train, sizes) + (digest(self.val, sizes) if self.val else "")
+        return digest(self.train_images, sizes) + (digest(self.val, sizes) if self.val else "")
 
 
 def read_training_data(
@@ -50,7 +54,8 @@ def read_training_data(
 
     Raises:
         DataError: there is no train split or no object in it, or train and val differ in classes.
-        ConfigError: ``data.classes`` names a class that the data lacks.
+        ConfigError: ``data.classes`` names a class that the data lacks, or ``data.transform`` no
+            function.
     """
     if isinstance(data, Mapping):
         splits = data
@@ -75,8 +80,8 @@ def read_training_data(
             f"{train.source}: the classes of train and val differ: "
             f"{', '.join(train.classes)} and {', '.join(val.classes)}"
         )
-    validated = {image.path for image in val.images} if val else set()
-    shared = {image.path for image in train.images} & validated
+    validated = [image.path for image in val.images] if val else []
+    shared = copies_of((image.path for image in train.images), validated)
     if shared:
         emit(
             "message",
@@ -86,9 +91,20 @@ def read_training_data(
     for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
         if fault is not None:
             emit("message", message=fault)
-    if (repeats := balance(train, recipe.data)) is not None:
+    user_transform(recipe.data, len(train.classes))  # an error in it comes first
+    train_images, tile = train, recipe.data.tile
+    if tile is not None:
+        train = tile_dataset(train, tile, recipe.data.tile_overlap)
+        if not any(has_object(image) for image in train.images):
+            raise DataError(
+                f"{train.source}: no tile of {tile} pixels has an object to train on: the objects "
+                "are larger; give a larger data.tile"
+            )
+    repeats = balance(train, recipe.data)
+    if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
-    return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
+    num_images = {name: len(split) for name, split in splits.items()}
+    return TrainingData(train, train_images, val, num_images)
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:

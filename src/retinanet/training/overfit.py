@@ -78,7 +78,7 @@ def overfit(
         recipe = recipe.override({"train.init": str(init)})
     start = follow_checkpoint(recipe, Path(out))
     recipe = recipe if start is None else start.recipe
-    full = read_training_data(data, recipe, ignore).train
+    full = read_training_data(data, recipe, ignore).train_images
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
@@ -112,7 +112,16 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "vertical_flip": 0.0,
         "scale_jitter": (1.0, 1.0),
         "crop": False,
+        "rotate90": False,
+        "rotation": 0.0,
+        "shear": 0.0,
+        "translate": 0.0,
         "colour": 0.0,
+        "erase": 0.0,
+        "mosaic": 0.0,
+        "mixup": 0.0,
+        "copy_paste": 0.0,
+        "transform": None,
         "any_corner": False,
         "order": "images",
         "balance": "none",

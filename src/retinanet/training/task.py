@@ -160,7 +160,7 @@ class RetinaNetTask(TrainingTask):
             accumulate=recipe.train.accumulate,
         )
         self._start = start
-        self._image_side = image_side(settings.train_set)
+        self._image_side = recipe.data.tile or image_side(settings.train_set)
 
     def build_model(self) -> nn.Module:
         """Build the recipe's network, with the weights of the detector to start from."""
@@ -218,9 +218,16 @@ class RetinaNetTask(TrainingTask):
                 "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # The tile size where it is chosen automatically.
                 "image_side": self._image_side,
+                **_tile(recipe),
                 **_selection(recipe),
             },
         )
+
+
+def _tile(recipe: Recipe) -> dict[str, Any]:
+    """Record the tiles of a training on tiles: detection uses the same by default."""
+    data = recipe.data
+    return {} if data.tile is None else {"tile": {"side": data.tile, "overlap": data.tile_overlap}}
 
 
 def _selection(recipe: Recipe) -> dict[str, Any]:

@@ -250,6 +250,7 @@ class Trainer:
         num_images = epoch_size(task.settings.train_set, task.settings.recipe.data)
         self.progress = Progress(steps=resolve_steps(num_images, settings))
         self._resumed = resume
+        self._skipped: set[Path] = set()
         if resume:
             self._restore()
         distributed = self._accelerator.num_processes > 1
@@ -304,7 +305,8 @@ class Trainer:
         lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
         current = PendingStep(progress.step, lr, loaded, self.running)
-        context = StepContext(progress.step, self._precision, self.scaler, self.running)
+        share = progress.step / progress.steps
+        context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model, settings.clip_norm)
@@ -476,7 +478,10 @@ class Trainer:
         self.val = replace(self.val, images=tuple(kept))
 
     def _note_unreadable(self, path: Path, message: str) -> None:
-        """Report and record an image that is skipped."""
+        """Report and record an image that is skipped, once for all of its tiles."""
+        if path in self._skipped:
+            return
+        self._skipped.add(path)
         if str(path) not in self.run.unreadable_sizes():
             try:
                 size = archives.file_size(path)
