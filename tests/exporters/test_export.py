@@ -131,6 +131,27 @@ def test_onnx_has_standard_operators_and_metadata(files: dict[str, Path]) -> Non
     assert str(Path(__file__).parents[2]).encode() not in files["onnx"].read_bytes()
 
 
+def test_python_of_the_export_page_runs(
+    files: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnx", "openvino", "torch"):
+        for suffix in (SUFFIXES[name], ".bin"):
+            if (file := files[name].with_suffix(suffix)).exists():
+                shutil.copy(file, tmp_path / f"model{suffix}")
+    shutil.copy(images / "0.png", tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "export.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    counts = []
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+        counts.append(int(names["count"][0]))
+    assert len(counts) == 3
+    assert max(counts) - min(counts) <= 1  # rounding decides at a threshold
+    assert min(counts) > 0
+
+
 @pytest.mark.slow
 def test_onnx_without_nms_outputs_every_anchor(run: Path, tmp_path: Path) -> None:
     report = export(run, "onnx", out=tmp_path / "raw.onnx", nms=False, images=4, tolerance=WIDE)
