@@ -18,7 +18,7 @@ import typer
 
 import retinanet as rn
 from retinanet.cli.app import app
-from retinanet.config import load_recipe, setting_names
+from retinanet.config import build_recipe, load_recipe, setting_names
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.trainer import train
 from tiny_backbone import tiny_backbone as tiny_backbone
@@ -172,6 +172,12 @@ def test_json_is_json(page: str, blocks: list[str]) -> None:
         assert json.loads(block)
 
 
+@pytest.mark.parametrize(("page", "blocks"), pages_with("toml"))
+def test_recipes_have_known_settings_only(page: str, blocks: list[str]) -> None:
+    for block in blocks:
+        build_recipe(tomllib.loads(block), page)
+
+
 def test_no_block_is_of_another_language() -> None:
     # nginx's configuration is the only block that no test reads.
     assert {kind for blocks in _PAGES.values() for kind, _ in blocks} <= {
@@ -180,4 +186,5 @@ def test_no_block_is_of_another_language() -> None:
         "nginx",
         "python",
         "sh",
+        "toml",
     }

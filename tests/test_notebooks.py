@@ -44,7 +44,7 @@ def test_notebook_has_no_outputs(name: str) -> None:
 
 def test_training_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("train")
-    assert names["run"].step == 6
+    assert names["run"].step == 4
     assert (names["run"].model / "model.safetensors").is_file()
     assert 0 <= names["metrics"].ap <= 1
     assert "no problems" in capsys.readouterr().out
