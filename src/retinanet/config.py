@@ -251,6 +251,7 @@ class DataConfig(_Section):
     tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
     tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
     empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
+    cache: Literal["none", "ram", "disk"] = "none"  # decoded images, from the first epoch on
 
     @field_validator("classes", mode="before")
     @classmethod
