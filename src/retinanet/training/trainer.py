@@ -258,6 +258,8 @@ class Trainer:
         self.pending: deque[PendingStep] = deque()
         self._ahead = steps_ahead(self._device)
         self._loader = self._train_loader()
+        if self._loader.message is not None:
+            self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
 
     def fit(self) -> int:
