@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import retinanet as rn
-from retinanet.config import load_recipe
+from retinanet.config import keyword_settings, load_recipe
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.trainer import train
 
@@ -60,9 +62,13 @@ def test_example_runs(block: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -
         signature = inspect.signature(rn.train)
 
         def called(*arguments: Any, **named: Any) -> Any:
-            signature.bind(*arguments, **named)
+            bound = signature.bind(*arguments, **named)
+            keyword_settings("quick", bound.arguments.get("keywords", {}))
             return train(load_recipe("quick", _TINY), desk / "cells", desk / "again", device="cpu")
 
         monkeypatch.setattr(rn, "train", called)
-    names = {"logits": torch.zeros(5, 3), "labels": torch.tensor([0, 1, 2, -1, -2])}
-    exec(compile(block, "example", "exec"), names)
+    # In a module, by whose name a class of the example can be found again.
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
+    vars(module).update(logits=torch.zeros(5, 3), labels=torch.tensor([0, 1, 2, -1, -2]))
+    exec(compile(block, "example", "exec"), vars(module))

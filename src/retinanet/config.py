@@ -101,7 +101,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
-    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
+    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, "timm/NAME" or "module:NAME"
     backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
@@ -445,7 +445,8 @@ def keyword_settings(
 
     Args:
         name_or_file: the recipe, as in :func:`load_recipe`.
-        keywords: by the last part of a setting's name; Path and None are accepted as values.
+        keywords: by the last part of a setting's name; paths, and classes such as an own backbone,
+            which become import paths, are accepted as values.
 
     Raises:
         ConfigError: an unknown keyword; the setting that is nearest, or that another tool calls so,
@@ -458,7 +459,7 @@ def keyword_settings(
             meant = setting_of(name)
             hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
             raise ConfigError(f"unknown keyword {name!r}{hint}")
-        pairs[own[name]] = str(value) if isinstance(value, Path) else value
+        pairs[own[name]] = _plain(value)
     if pairs.get("train.epochs") is not None:
         pairs = {"train.min_steps": 1, "train.max_steps": 10**9, **pairs}
     if "data.image_size" in pairs and "data.max_size" not in pairs:
@@ -500,11 +501,20 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
         ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
     """
     values = {} if spec is None else spec.model_dump()
-    texts = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    given = {name: _plain(value) for name, value in settings.items()}
     try:
-        return ModelSpec.model_validate(values | settings | texts)
+        return ModelSpec.model_validate(values | given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a path, or a class by its import path, as text; other values unchanged."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
