@@ -107,6 +107,7 @@ class ModelConfig(_Section):
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
+    p7_relu: bool = True  # Sec. 4, footnote 2: ReLU between P6 and P7; mmdetection has none
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
@@ -115,6 +116,7 @@ class ModelConfig(_Section):
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     stride_padding: Literal["symmetric", "same"] | None = None  # None: as the weights
+    stride_in_1x1: bool = False  # stride of a bottleneck in its first convolution (He et al. 2015)
 
 
 class AnchorConfig(_Section):
