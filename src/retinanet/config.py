@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from retinanet.errors import ConfigError
 
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
 Rounding = Literal["none", "torchvision"]
 
 _OTHER_NAMES = {
@@ -27,6 +29,7 @@ _OTHER_NAMES = {
     "train.batch_size": ("batch", "ims_per_batch", "samples_per_gpu"),
     "train.steps": ("max_iter", "iterations", "num_steps", "max_steps_total"),
     "train.epochs": ("max_epochs", "num_epochs"),
+    "train.time": ("max_time", "time_limit"),
     "train.early_stop": ("patience", "early_stopping"),
     "train.warmup_steps": ("warmup_iters", "warmup_epochs", "warmup"),
     "train.milestones": ("lr_steps", "lr_step", "milestone"),
@@ -65,6 +68,18 @@ _OTHER_NAMES = {
     "detect.class_agnostic_nms": ("agnostic_nms", "class_agnostic"),
 }
 """Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
+
+
+def parse_seconds(text: str) -> float:
+    """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
+
+    Raises:
+        ValueError: it is no duration over 0.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a duration over 0, such as 90s, 20min or 2h")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 class _Section(BaseModel):
@@ -239,6 +254,7 @@ class TrainConfig(_Section):
 
     steps: int = Field(90_000, ge=1)  # Sec. 4.1; unused where epochs is set
     epochs: float | None = Field(None, gt=0)  # steps from the data's size instead
+    time: float | None = Field(None, gt=0)  # steps from this machine's speed: seconds, or "20min"
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
     max_steps: int = Field(10**9, ge=1)
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
@@ -262,6 +278,11 @@ class TrainConfig(_Section):
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _parse_time(cls, value: Any) -> Any:
+        return parse_seconds(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -290,6 +311,7 @@ class Recipe(_Section):
     """All settings of a run."""
 
     name: str = "paper_1x"
+    auto: bool = False  # choose settings from the data, but for those that the user states
     model: ModelConfig = ModelConfig()
     anchors: AnchorConfig = AnchorConfig()
     matching: MatchingConfig = MatchingConfig()
@@ -312,6 +334,39 @@ class Recipe(_Section):
     def split_seed(self) -> int:
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
+
+    def value(self, setting: str) -> Any:
+        """Return the value of ``section.key``."""
+        section, key = setting.split(".")
+        return getattr(getattr(self, section), key)
+
+    def states(self, setting: str) -> bool:
+        """Whether the user set ``section.key``, so that ``auto`` must not choose it.
+
+        Stated are overrides, settings in the user's own recipe file, and arguments of a section's
+        constructor; values of the package's recipes are not.
+        """
+        section, key = setting.split(".")
+        return key in getattr(self, section).model_fields_set
+
+    def with_values(self, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with other values by ``section.key``; it states the same settings.
+
+        Raises:
+            ConfigError: a value is of the wrong type or out of range.
+        """
+        plain = self.model_dump()
+        for setting, value in values.items():
+            _override(plain, setting, value)
+        stated = filter(self.states, setting_names())
+        return _with_stated(build_recipe(plain, f"recipe {self.name}"), stated)
+
+    def stating(self, sections: Iterable[str]) -> Recipe:
+        """Return the same recipe, in which all settings of some sections are stated."""
+        settings = {
+            name for name in setting_names() if name.split(".")[0] in sections or self.states(name)
+        }
+        return _with_stated(self, settings)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -347,11 +402,13 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
         _override(values, key, _parse_value(text.strip()))
-    if {"train.steps", "train.epochs"} <= named:
+    lengths = sorted({"train.steps", "train.epochs", "train.time"} & named)
+    if len(lengths) > 1:
         raise ConfigError(
-            "train.steps and train.epochs both set the length of the run: give one of them"
+            f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
-    return build_recipe(values, where)
+    recipe = build_recipe(values, where)
+    return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -364,6 +421,19 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from None
+
+
+def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Return the same values, of which only `settings` are stated by the user."""
+    stated: dict[str, set[str]] = {name: set() for name in _sections()}
+    for setting in settings:
+        section, key = setting.split(".")
+        stated[section].add(key)
+    sections = {
+        name: kind.model_construct(stated[name], **dict(getattr(recipe, name)))
+        for name, kind in _sections().items()
+    }
+    return recipe.model_copy(update=sections)
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:
@@ -421,14 +491,13 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
 
 def to_toml(recipe: Recipe) -> str:
     """Write the recipe as TOML that :func:`load_recipe` reads back unchanged."""
-    lines = [f"name = {_toml_value(recipe.name)}"]
+    lines = [f"{key} = {setting_text(getattr(recipe, key))}" for key in ("name", "auto")]
     for section in _sections():
         lines += ["", f"[{section}]"]
         for key, value in getattr(recipe, section):
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-            elif type(getattr(recipe, section)).model_fields[key].default is not None:
-                lines.append(f'{key} = "none"')
+            default = type(getattr(recipe, section)).model_fields[key].default
+            if value is not None or default is not None:
+                lines.append(f"{key} = {setting_text(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -478,6 +547,9 @@ def _parse_value(text: str) -> Any:
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    if key == "auto":
+        values[key] = value
+        return
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
@@ -497,11 +569,14 @@ def explain(error: ValidationError) -> str:
     )
 
 
-def _toml_value(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Write a value as TOML, so that ``key=value`` and :func:`load_recipe` read it back."""
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(setting_text(item) for item in value) + "]"
     return repr(value)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +30,10 @@ class TrainingOptions:
     )
     epochs: float | None = option("Exact number of epochs.", min=0)
     steps: int | None = option("Exact number of steps.", min=1)
+    time: str | None = option(
+        "Time limit of the whole command, such as 20min: as many steps as this machine can do.",
+        metavar="DURATION",
+    )
     classes: str | None = option(
         "Train on these classes only: names separated by commas.", shown="all"
     )
@@ -40,13 +45,14 @@ class TrainingOptions:
         """Return the settings by key.
 
         Raises:
-            ConfigError: both ``--epochs`` and ``--steps`` are given.
+            ConfigError: several of ``--epochs``, ``--steps`` and ``--time`` are given.
         """
         from retinanet.errors import ConfigError
 
-        if self.epochs is not None and self.steps is not None:
+        lengths = [f"--{name}" for name in ("epochs", "steps", "time") if getattr(self, name)]
+        if len(lengths) > 1:
             raise ConfigError(
-                "--epochs and --steps both set the length of the run: give one of them"
+                f"{' and '.join(lengths)} all set the length of the run: give one of them"
             )
         # A list in JSON is one in TOML.
         classes = None if self.classes is None else dumps(split_names(self.classes))
@@ -57,6 +63,7 @@ class TrainingOptions:
             "model.backbone_weights": self.backbone_weights,
             "train.epochs": self.epochs,
             "train.steps": self.steps,
+            "train.time": self.time,
             "train.batch_size": self.batch_size,
             "data.classes": classes,
             "train.precision": self.precision,
@@ -105,6 +112,7 @@ def train(
     """
     from retinanet.config import to_toml
 
+    started = monotonic()
     config = recipe.load(training.overrides())
     if run.show_recipe:
         sys.stdout.write(to_toml(config))
@@ -117,7 +125,7 @@ def train(
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    trained = run_training(config, data, folder, **start)
+    trained = run_training(config, data, folder, started=started, **start)
     report = write_report(trained)
     if json:
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})

@@ -9,7 +9,6 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
-from retinanet.data.balance import balance
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
@@ -21,7 +20,7 @@ from retinanet.training.events import Emit
 MIN_ANCHOR_RECALL = 0.5
 """Share of objects that some anchor must match for training to start without a warning."""
 
-_RECALL_IMAGES = 1000  # images that the warning looks at: a large set is sampled evenly
+_RECALL_IMAGES = 1000  # a large set is sampled evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,6 @@ def read_training_data(
     for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
         if fault is not None:
             emit("message", message=fault)
-    if (repeats := balance(train, recipe.data)) is not None:
-        emit("message", message=repeats.describe())
     return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
 
 
@@ -106,16 +103,21 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
 
 def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
     """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
-    images = tuple(image for image in dataset.images if has_object(image))
-    sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
-    sized = tuple(image for image in map(_with_size, sampled) if image is not None)
     return anchor_recall(
-        {"train": replace(dataset, images=sized)},
+        {"train": sample_with_objects(dataset)},
         anchors or recipe_anchors(recipe),
         recipe.data.image_size,
         recipe.data.max_size,
         foreground_iou=recipe.matching.foreground_iou,
     ).recall
+
+
+def sample_with_objects(dataset: Dataset) -> Dataset:
+    """Return evenly spread images with objects, at most about 1000, all of known size."""
+    images = tuple(image for image in dataset.images if has_object(image))
+    sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
+    sized = tuple(image for image in map(_with_size, sampled) if image is not None)
+    return replace(dataset, images=sized)
 
 
 def anchor_advice(recipe: Recipe, dataset: Dataset) -> str:
