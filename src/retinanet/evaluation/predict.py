@@ -205,8 +205,7 @@ class _Collector:
 
     def add(self, indices: Sequence[int], detections: Sequence[Detections]) -> None:
         for index, found in zip(indices, detections, strict=True):
-            tensors = (found.boxes, found.scores, found.labels)
-            self._detections[index] = Detections(*(tensor.cpu() for tensor in tensors))
+            self._detections[index] = found.to("cpu")
         if self._progress is not None:
             done = len(self._detections) + len(self.unreadable)
             self._progress(done, len(self._dataset))
