@@ -25,6 +25,7 @@ _BLOCKS = [
     )
 ]
 _TINY = (
+    "auto=false",
     "model.backbone=mobilenet_v2",
     "model.backbone_weights=none",
     "model.norm=group",

@@ -402,7 +402,7 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
         _override(values, key, _parse_value(text.strip()))
-    lengths = sorted({"train.steps", "train.epochs", "train.time"} & named)
+    lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
     if len(lengths) > 1:
         raise ConfigError(
             f"{' and '.join(lengths)} both set the length of the run: give one of them"

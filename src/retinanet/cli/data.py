@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +12,12 @@ import typer
 
 from retinanet.cli.console import count, note, print_json, progress, say, table
 from retinanet.cli.settings import Json, LabelledData, RecipeOptions, option
+from retinanet.cli.training import show_choices
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
+    from retinanet.training.settings_from_data import Choice
 
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
@@ -100,6 +102,7 @@ def check(
     The exit code is 1 if problems were found, 0 if there are none or --fix wrote a copy.
     """
     from retinanet.data import check_datasets, read_splits, write_fixed
+    from retinanet.training.settings_from_data import values
 
     config = recipe.load()
     splits = read_splits(
@@ -109,21 +112,26 @@ def check(
         note(line)
     with progress("opening images") as update:
         report = check_datasets(splits, progress=update)
-    recall = None
+    recall, choices = None, []
     if any(split.objects for split in report.statistics.values()):
-        recall = _recall(_with_known_size(splits, report), config)
+        known = _with_known_size(splits, report)
+        choices = _choices(config, known)
+        recall = _recall(known, config.with_values(values(choices)))
     written = None
     if options.fix is not None:
         with progress("writing") as update:
             written = write_fixed(splits, report, options.fix, progress=update)
     if json:
         result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
+        result["choices"] = [asdict(choice) for choice in choices]
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
     else:
         _show_problems(report, data, None if options.all else _SHOWN_PROBLEMS)
         _show_statistics(report.statistics)
+        if choices:
+            show_choices([asdict(choice) for choice in choices])
         if recall is not None:
             _show_recall(recall)
         if written is not None:
@@ -178,8 +186,8 @@ def show(
     """
     from retinanet.cli.drawing import draw_labels
 
-    config = recipe.load()
-    dataset = options.read(data, config)
+    dataset = options.read(data, recipe.load())
+    config = _with_choices(recipe, data, options, dataset).load()
     with progress("drawing") as update:
         drawn = draw_labels(
             dataset,
@@ -214,8 +222,9 @@ def anchors(
     """
     from retinanet.data import usable
 
+    dataset, _ = usable(options.read(data, recipe.load()))
+    recipe = _with_choices(recipe, data, options, dataset)
     config = recipe.load()
-    dataset, _ = usable(options.read(data, config))
     results: list[tuple[str, list[str], AnchorRecall]] = []
     for words, changes in _candidates(config):
         changed = replace(recipe, settings=[*(recipe.settings or []), *changes])
@@ -261,6 +270,40 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
         yield "from 16 px on, 1:4 to 4:1", [*size, no_p2, half, wide]
         yield "from 16 px on, with P2", [*size, p2, "anchors.sizes=none"]
         yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
+
+
+def _choices(config: Recipe, splits: Mapping[str, Dataset]) -> list[Choice]:
+    """Choose settings as ``train`` does on this machine; none without a train split."""
+    from retinanet.data import usable
+    from retinanet.data.selection import select
+    from retinanet.model.precision import choose_device
+    from retinanet.training.settings_from_data import choose_settings
+
+    if "train" not in splits:
+        return []
+    train, _ = usable(select(splits["train"], config.data.classes, config.data.single_class))
+    return choose_settings(
+        config,
+        train,
+        num_val=len(splits.get("val", ())),
+        on_gpu=choose_device().type != "cpu",
+    )
+
+
+def _with_choices(
+    recipe: RecipeOptions, data: Path, options: SplitOptions, dataset: Dataset
+) -> RecipeOptions:
+    """Return the options with the settings that ``train`` chooses from the train split."""
+    from retinanet.config import setting_text
+
+    config = recipe.load()
+    if config.auto and options.split != "train":
+        dataset = replace(options, split="train").read(data, config)
+    chosen = [
+        f"{choice.setting}={setting_text(choice.value)}"
+        for choice in _choices(config, {"train": dataset})
+    ]
+    return replace(recipe, settings=[*chosen, *(recipe.settings or [])])
 
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:

@@ -70,11 +70,15 @@ _DIRECTIONS = frozenset(
     ("up", "down", "upper", "lower", "top", "bottom", "upright", "upside", "left", "right")
 )
 
+LENGTH_SETTINGS = ("train.steps", "train.epochs")
+"""Settings that ``train.time`` replaces even if they are stated."""
+
 CHOSEN_SETTINGS = (
+    *LENGTH_SETTINGS,
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
     *("data.balance", "data.balance_threshold", "train.validate_every"),
-    *("train.steps", "train.epochs", "train.batch_size", "train.warmup_steps"),  # train.time
+    *("train.batch_size", "train.warmup_steps"),
 )
 """Settings that are chosen from the data, and for ``train.time``."""
 
@@ -136,7 +140,12 @@ def with_choices_of(recipe: Recipe, stored: Recipe) -> Recipe:
     """Return the recipe with what was chosen for the run to resume, where it states nothing."""
     if not recipe.auto and recipe.train.time is None:
         return recipe
-    kept = [name for name in CHOSEN_SETTINGS if not recipe.states(name)]
+    limited = recipe.train.time is not None
+    kept = [
+        name
+        for name in CHOSEN_SETTINGS
+        if not recipe.states(name) or (limited and name in LENGTH_SETTINGS)
+    ]
     return resolved(recipe.with_values({name: stored.value(name) for name in kept}))
 
 

@@ -46,6 +46,7 @@ from retinanet.training.run_folder import (
     save_state,
 )
 from retinanet.training.settings_from_data import (
+    LENGTH_SETTINGS,
     Choice,
     choose_settings,
     max_image_size,
@@ -233,7 +234,7 @@ def _resolve(
         choices += [
             Choice(setting, value, reason)
             for setting, value in changes.items()
-            if not recipe.states(setting)
+            if setting in LENGTH_SETTINGS or not recipe.states(setting)
         ]
     if choices:
         settings.emit("choices", choices=[asdict(choice) for choice in choices])
