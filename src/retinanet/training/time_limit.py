@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,11 +62,6 @@ class Plan(NamedTuple):
     def period(self) -> int:
         """Steps from a validation to the next."""
         return math.ceil(self.steps / self.validations)
-
-    def describe(self) -> str:
-        """Describe it in a line."""
-        validations = "1 validation" if self.validations == 1 else f"{self.validations} validations"
-        return f"{self.steps} steps and {validations} take about {self.seconds:.0f} s"
 
 
 def seconds_to_train(limit: float) -> float:
@@ -151,12 +147,11 @@ def plan_training(
             f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
             f"least {least}s"
         )
-    changes: dict[str, Any] = {
-        "train.steps": plan.steps,
-        "train.epochs": None,
-        "train.validate_every": float(plan.period),
-        "train.warmup_steps": min(recipe.train.warmup_steps, plan.steps // 10),
-    }
+    changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
+    if not recipe.states("train.validate_every"):
+        changes["train.validate_every"] = float(plan.period)
+    if not recipe.states("train.warmup_steps"):
+        changes["train.warmup_steps"] = min(recipe.train.warmup_steps, plan.steps // 10)
     if batch != recipe.train.batch_size:
         changes["train.batch_size"] = batch
     if side != recipe.data.image_size:
@@ -184,12 +179,13 @@ def replan(step: int, seconds: float, pace: Pace, period: int) -> int:
         >>> replan(225, 500.0, Pace(step=4.0, validation=20.0), period=90)
         340
     """
-    most = num_validations(step, step + max(0, int(seconds / pace.step)), period)
-    for validations in range(most, 0, -1):
-        steps = step + max(0, int((seconds - validations * pace.validation) / pace.step))
-        if num_validations(step, steps, period) >= validations:
-            return steps
-    return step
+
+    def needed(steps: int) -> float:
+        validations = num_validations(step, steps, period)
+        return (steps - step) * pace.step + validations * pace.validation
+
+    most = step + max(0, int(seconds / pace.step))
+    return step + bisect_right(range(step + 1, most + 1), seconds, key=needed)
 
 
 def num_validations(step: int, steps: int, period: int) -> int:

@@ -46,8 +46,6 @@ from retinanet.training.run_folder import (
     save_state,
 )
 from retinanet.training.settings_from_data import (
-    LENGTH_SETTINGS,
-    Choice,
     choose_settings,
     max_image_size,
     resolved,
@@ -204,41 +202,50 @@ def _resolve(
     Returns:
         The recipe without anything to choose, and the measured pace if the time is limited.
     """
-    recipe, accelerator, train_set = settings.recipe, settings.accelerator, settings.train_set
+    recipe = settings.recipe
     if stored is not None:
         return with_choices_of(recipe, stored), None
     choose = partial(
         choose_settings,
         recipe,
-        train_set,
+        settings.train_set,
         num_val=len(val) if val else 0,
-        on_gpu=accelerator.device.type != "cpu",
+        on_gpu=settings.accelerator.device.type != "cpu",
     )
-    choices, pace = choose(), None
+    choices, lengths, pace = choose(), {}, None
     if recipe.train.time is not None:
-        chosen = recipe.with_values(values(choices))
-        pace = measure_pace(make_task(replace(settings, recipe=chosen, emit=ignore)), val)
+        chosen = replace(settings, recipe=recipe.with_values(values(choices)))
+        pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
         (pace,) = broadcast_object_list([pace])
-        changes, plan = plan_training(
-            chosen,
-            pace,
-            time.monotonic() - started,
-            num_images=epoch_size(train_set, chosen.data),
-            max_side=max_image_size(train_set),
-            batch_multiple=accelerator.num_processes * recipe.train.accumulate,
-        )
-        if "data.image_size" in changes:
-            choices = choose(image_size=changes.pop("data.image_size"))
-        reason = plan.describe()
-        choices = [choice for choice in choices if choice.setting not in changes]
-        choices += [
-            Choice(setting, value, reason)
-            for setting, value in changes.items()
-            if setting in LENGTH_SETTINGS or not recipe.states(setting)
-        ]
+        lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
+        side = lengths.pop("data.image_size", None)
+        if side is not None:
+            choices = choose(image_size=side)
     if choices:
         settings.emit("choices", choices=[asdict(choice) for choice in choices])
-    return resolved(recipe.with_values(values(choices))), pace
+    return resolved(recipe.with_values(values(choices) | lengths)), pace
+
+
+def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
+    """Return the settings with which the training fits into its time limit."""
+    recipe, train_set = settings.recipe, settings.train_set
+    changes, plan = plan_training(
+        recipe,
+        pace,
+        elapsed,
+        num_images=epoch_size(train_set, recipe.data),
+        max_side=max_image_size(train_set),
+        batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
+    )
+    batch = changes.get("train.batch_size", recipe.train.batch_size)
+    side = changes.get("data.image_size", recipe.data.image_size)
+    settings.emit(
+        "message",
+        message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
+        f"steps of {batch} images of {side} px and {plan.validations} validations in "
+        f"{plan.seconds:.0f} s",
+    )
+    return changes
 
 
 def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
