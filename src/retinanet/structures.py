@@ -232,14 +232,14 @@ class Detections:
         return "\n".join(lines)
 
 
-def is_readable(values: Tensor) -> bool:
-    """Return True if Python may read the values without a device sync.
+def is_eager() -> bool:
+    """Return False under ``torch.compile`` and inside ``torch.func`` transforms.
 
-    False on other devices than the CPU, under ``torch.compile``, and inside ``torch.func``
-    transforms (grad, vmap, jvp, ...), whose tensors may have no values and no memory of their own.
+    There tensors may have no values, and no memory of their own.
     """
-    return (
-        values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return True if Python may read the values without a device sync: eager, and on the CPU."""
+    return values.device.type == "cpu" and is_eager()

@@ -110,7 +110,7 @@ def test_anchors_match_long_objects() -> None:
     assert min(found["anchors.aspect_ratios"]) < 0.4
     assert max(found["anchors.aspect_ratios"]) > 2.5
     assert recipe_recall(recipe, dataset) < 0.5
-    assert recipe_recall(recipe.with_values(found), dataset) >= 0.98
+    assert recipe_recall(recipe.choose(found), dataset) >= 0.98
 
 
 def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
@@ -216,7 +216,7 @@ def test_a_recipe_file_keeps_what_it_states(tmp_path: Path) -> None:
 
 def test_chosen_values_state_nothing_and_validate() -> None:
     recipe = load_recipe("quick", ["train.lr=0.1"])
-    changed = recipe.with_values({"data.image_size": 512})
+    changed = recipe.choose({"data.image_size": 512})
     assert changed.data.image_size == 512
     assert not changed.states("data.image_size")
     assert changed.states("train.lr")

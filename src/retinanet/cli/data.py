@@ -116,7 +116,7 @@ def check(
     if any(split.objects for split in report.statistics.values()):
         known = _with_known_size(splits, report)
         choices = _choices(config, known)
-        recall = _recall(known, config.with_values(values(choices)))
+        recall = _recall(known, config.choose(values(choices)))
     written = None
     if options.fix is not None:
         with progress("writing") as update:

@@ -24,6 +24,7 @@ from retinanet.files import write_atomic
 from retinanet.inference.backends import Network, Thresholds
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
+from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
 
 
@@ -43,7 +44,7 @@ def evaluate(
     batch_size: int = 4,
     workers: int | None = None,
     tile: int | str | None = None,
-    overlap: float = 0.2,
+    overlap: float | None = None,
     classes: Sequence[str] | None = None,
     progress: Progress | None = None,
     **options: Unpack[DetectorOptions],
@@ -97,7 +98,8 @@ def evaluate(
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **changed}
-        if tile is None and isinstance(detector.network, Network):
+        side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
+        if side is None and isinstance(detector.network, Network):
             running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
             predictions = run_network(detector, dataset, workers, **running)
         else:

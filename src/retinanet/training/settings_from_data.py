@@ -122,7 +122,7 @@ def choose_settings(
     context = _Context(num_val, on_gpu, image_size)
     choosers: tuple[_Chooser, ...] = (_size, _anchors, _detections, _flip, _balance, _validations)
     for choose in choosers:
-        current = recipe.with_values(values(choices))
+        current = recipe.choose(values(choices))
         choices += [
             choice
             for choice in choose(current, data, context)
@@ -146,7 +146,7 @@ def with_choices_of(recipe: Recipe, stored: Recipe) -> Recipe:
         for name in CHOSEN_SETTINGS
         if not recipe.states(name) or (limited and name in LENGTH_SETTINGS)
     ]
-    return resolved(recipe.with_values({name: stored.value(name) for name in kept}))
+    return resolved(recipe.choose({name: stored.value(name) for name in kept}))
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -292,7 +292,7 @@ def _anchors(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
             if not recipe.states("anchors.sizes"):
                 changes["anchors.sizes"] = tuple(map(float, sizes))
             if best < TARGET_RECALL:
-                recall = recipe_recall(recipe.with_values(changes), data.sample)
+                recall = recipe_recall(recipe.choose(changes), data.sample)
                 if recall > best + _MIN_GAIN:
                     best, chosen = recall, changes
     reason = f"an anchor of IoU {recipe.matching.foreground_iou:g} for {best:.1%} of the objects"

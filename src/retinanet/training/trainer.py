@@ -34,6 +34,7 @@ from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data
 from retinanet.training.events import Event, EventCallback, Kind, ignore
+from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
 from retinanet.training.processes import deterministic, open_accelerator, stop_after_step
@@ -117,7 +118,8 @@ def train(
             with ``train.deterministic``).
         device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``; several
             processes are started by ``torchrun`` or ``accelerate launch``.
-        init: a checkpoint to start from; what does not fit (other classes) is listed and left out.
+        init: a detector to start from, as ``train.init``: its network is taken over
+            (:mod:`retinanet.training.init`), and classes of the same name keep their rows.
         on_event: callback for progress events (:class:`Event`).
         started: when the command began, by :func:`time.monotonic`, from where ``train.time``
             counts; None: now.
@@ -130,12 +132,14 @@ def train(
         NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
         WeightsError: `init` or the backbone's weights cannot be used.
     """
+    if init is not None:
+        recipe = recipe.override({"train.init": str(init)})
+    start = follow_checkpoint(recipe, Path(out))
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
-        return RetinaNetTask(settings, init)
+        return RetinaNetTask(settings, start)
 
-    if init is not None:
-        recipe = recipe.stating(("model", "anchors"))  # chosen for the weights
+    recipe = recipe if start is None else start.recipe
     return run_task(make_task, recipe, data, out, device=device, on_event=on_event, started=started)
 
 
@@ -170,7 +174,8 @@ def run_task(
     run = RunFolder(out)
     recipe, pace = _resolve(make_task, settings, splits.val, run.stored_recipe(), started)
     settings = replace(settings, recipe=recipe)
-    if (repeats := balance(splits.train, recipe.data)) is not None:
+    repeats = balance(splits.train, recipe.data)
+    if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
     task = make_task(settings)
     _check_batch_size(settings)
@@ -214,7 +219,7 @@ def _resolve(
     )
     choices, lengths, pace = choose(), {}, None
     if recipe.train.time is not None:
-        chosen = replace(settings, recipe=recipe.with_values(values(choices)))
+        chosen = replace(settings, recipe=recipe.choose(values(choices)))
         pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
         (pace,) = broadcast_object_list([pace])
         lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
@@ -223,7 +228,7 @@ def _resolve(
             choices = choose(image_size=side)
     if choices:
         settings.emit("choices", choices=[asdict(choice) for choice in choices])
-    return resolved(recipe.with_values(values(choices) | lengths)), pace
+    return resolved(recipe.choose(values(choices) | lengths)), pace
 
 
 def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
@@ -347,6 +352,7 @@ class Trainer:
         num_images = epoch_size(task.settings.train_set, task.settings.recipe.data)
         self.progress = Progress(steps=resolve_steps(num_images, settings))
         self._resumed = resume
+        self._skipped: set[Path] = set()
         if resume:
             self._restore()
         distributed = self._accelerator.num_processes > 1
@@ -429,7 +435,8 @@ class Trainer:
         lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
         current = PendingStep(progress.step, lr, loaded, self.running)
-        context = StepContext(progress.step, self._precision, self.scaler, self.running)
+        share = progress.step / progress.steps
+        context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model, settings.clip_norm)
@@ -616,7 +623,10 @@ class Trainer:
         self.val = replace(self.val, images=tuple(kept))
 
     def _note_unreadable(self, path: Path, message: str) -> None:
-        """Report and record an image that is skipped."""
+        """Report and record an image that is skipped, once for all of its tiles."""
+        if path in self._skipped:
+            return
+        self._skipped.add(path)
         if str(path) not in self.run.unreadable_sizes():
             try:
                 size = archives.file_size(path)
