@@ -12,12 +12,11 @@ import typer
 
 from retinanet.cli.console import count, note, print_json, progress, say, table
 from retinanet.cli.settings import Json, LabelledData, RecipeOptions, option
-from retinanet.cli.training import show_choices
+from retinanet.cli.training import choose_for, show_choices
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
-    from retinanet.training.settings_from_data import Choice
 
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
@@ -115,7 +114,7 @@ def check(
     recall, choices = None, []
     if any(split.objects for split in report.statistics.values()):
         known = _with_known_size(splits, report)
-        choices = _choices(config, known)
+        choices = choose_for(config, known)
         recall = _recall(known, config.choose(values(choices)))
     written = None
     if options.fix is not None:
@@ -272,24 +271,6 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
         yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
 
 
-def _choices(config: Recipe, splits: Mapping[str, Dataset]) -> list[Choice]:
-    """Choose settings as ``train`` does on this machine; none without a train split."""
-    from retinanet.data import usable
-    from retinanet.data.selection import select
-    from retinanet.model.precision import choose_device
-    from retinanet.training.settings_from_data import choose_settings
-
-    if "train" not in splits:
-        return []
-    train, _ = usable(select(splits["train"], config.data.classes, config.data.single_class))
-    return choose_settings(
-        config,
-        train,
-        num_val=len(splits.get("val", ())),
-        on_gpu=choose_device().type != "cpu",
-    )
-
-
 def _with_choices(
     recipe: RecipeOptions, data: Path, options: SplitOptions, dataset: Dataset
 ) -> RecipeOptions:
@@ -301,7 +282,7 @@ def _with_choices(
         dataset = replace(options, split="train").read(data, config)
     chosen = [
         f"{choice.setting}={setting_text(choice.value)}"
-        for choice in _choices(config, {"train": dataset})
+        for choice in choose_for(config, {"train": dataset})
     ]
     return replace(recipe, settings=[*chosen, *(recipe.settings or [])])
 

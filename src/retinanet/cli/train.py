@@ -14,9 +14,16 @@ import typer
 
 from retinanet.cli.console import print_json, say
 from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
-from retinanet.cli.training import describe_metrics, run_overfit, run_training, write_report
+from retinanet.cli.training import (
+    choose_for,
+    describe_metrics,
+    run_overfit,
+    run_training,
+    write_report,
+)
 
 if TYPE_CHECKING:
+    from retinanet.config import Recipe
     from retinanet.training.overfit import OverfitResult
 
 
@@ -99,7 +106,9 @@ class RunOptions(DeviceOptions):
         min=1,
         metavar="N",
     )
-    show_recipe: bool = option("Print all settings as TOML and exit.", False)
+    show_recipe: bool = option(
+        "Print all settings as TOML, with DATA those chosen from it, and exit.", False
+    )
 
 
 def train(
@@ -121,12 +130,10 @@ def train(
 
     Ctrl-C stops after the current step; the same command resumes the run.
     """
-    from retinanet.config import to_toml
-
     started = monotonic()
     config = recipe.load(training.overrides())
     if run.show_recipe:
-        sys.stdout.write(to_toml(config))
+        _show_recipe(config, data)
         return
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
@@ -148,6 +155,24 @@ def train(
     if report is not None:
         say(f"report   {report}")
     say(f"next     retinanet detect {shlex.quote(str(trained.folder))} IMAGES --out found")
+
+
+def _show_recipe(config: Recipe, data: Path | None) -> None:
+    from retinanet.config import to_toml
+    from retinanet.data import read_splits
+
+    if config.auto and data is None:
+        sys.stdout.write(
+            "# auto = true has no effect in a file that states all settings, as this one: "
+            "retinanet train DATA --show-recipe states those chosen from the data\n"
+        )
+    elif config.auto and data is not None:
+        from retinanet.training.settings_from_data import resolved, values
+
+        fraction = config.data.val_fraction
+        splits = read_splits(data, seed=config.split_seed, val_fraction=fraction, extras=False)
+        config = resolved(config.choose(values(choose_for(config, splits))))
+    sys.stdout.write(to_toml(config))
 
 
 def _show_overfit(result: OverfitResult, *, json: bool) -> None:

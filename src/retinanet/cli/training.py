@@ -18,8 +18,10 @@ from retinanet.config import setting_text
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
+    from retinanet.data import Dataset
     from retinanet.training.events import Event
     from retinanet.training.overfit import OverfitResult
+    from retinanet.training.settings_from_data import Choice
     from retinanet.training.trainer import Run
 
 _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
@@ -134,6 +136,24 @@ class _Display(Progress):
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
             note(f"step {step}/{steps}: {metrics}, {left}")
+
+
+def choose_for(config: Recipe, splits: Mapping[str, Dataset]) -> list[Choice]:
+    """Choose settings as ``train`` does on this machine; none without a train split."""
+    from retinanet.data import usable
+    from retinanet.data.selection import select
+    from retinanet.model.precision import choose_device
+    from retinanet.training.settings_from_data import choose_settings
+
+    if "train" not in splits:
+        return []
+    train, _ = usable(select(splits["train"], config.data.classes, config.data.single_class))
+    return choose_settings(
+        config,
+        train,
+        num_val=len(splits.get("val", ())),
+        on_gpu=choose_device().type != "cpu",
+    )
 
 
 def show_choices(choices: Sequence[Mapping[str, Any]], console: Console = out) -> None:
