@@ -90,7 +90,8 @@ class ShowOptions(SplitOptions):
     out: Path = option("Output folder.", Path("shown"))
     count: int = option("Number of images; 0: all.", 20, min=0)
     anchors: bool = option("Also draw the anchors matched to each object.", False)
-    seed: int = option("Random seed of the choice of images.", 0)
+    augmented: bool = option("Draw the images as training loads them: augmented.", False)
+    seed: int = option("Random seed of the choice of images, or of the augmentation.", 0)
 
 
 def check(
@@ -116,12 +117,14 @@ def check(
         known = _with_known_size(splits, report)
         choices = choose_for(config, known)
         recall = _recall(known, config.choose(values(choices)))
+    tile = _recommend_tile(report.statistics, config.choose(values(choices)))
     written = None
     if options.fix is not None:
         with progress("writing") as update:
             written = write_fixed(splits, report, options.fix, progress=update)
     if json:
-        result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
+        anchors = recall.to_dict() if recall else None
+        result = report.to_dict() | {"anchors": anchors, "recommended_tile": tile}
         result["choices"] = [asdict(choice) for choice in choices]
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
@@ -133,6 +136,11 @@ def check(
             show_choices([asdict(choice) for choice in choices])
         if recall is not None:
             _show_recall(recall)
+        if tile is not None:
+            say(
+                f"objects are small against their images: train on tiles, data.tile={tile} "
+                "(docs/tiles.md)"
+            )
         if written is not None:
             objects, images = sum(written.objects.values()), sum(written.images.values())
             say(f"wrote a corrected copy to {written.folder}: {objects} objects in {images} images")
@@ -181,21 +189,35 @@ def show(
 ) -> None:
     """Draw labelled images; with --anchors at the network's size, with their matched anchors.
 
-    Anchors are white. An object without a matched anchor cannot be learned, and is marked.
+    Anchors are white. An object without a matched anchor cannot be learned, and is marked. With
+    --augmented the first images of training are drawn, with the recipe's augmentation.
     """
-    from retinanet.cli.drawing import draw_labels
+    from retinanet.cli.drawing import draw_augmented, draw_labels
+    from retinanet.errors import ConfigError
 
+    if options.anchors and options.augmented:
+        raise ConfigError("--anchors and --augmented draw different images: give one of them")
     dataset = options.read(data, recipe.load())
     config = _with_choices(recipe, data, options, dataset).load()
     with progress("drawing") as update:
-        drawn = draw_labels(
-            dataset,
-            options.out,
-            count=options.count,
-            seed=options.seed,
-            recipe=config if options.anchors else None,
-            progress=update,
-        )
+        if options.augmented:
+            drawn = draw_augmented(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config,
+                progress=update,
+            )
+        else:
+            drawn = draw_labels(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config if options.anchors else None,
+                progress=update,
+            )
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:
@@ -298,6 +320,13 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
         config.data.max_size,
         foreground_iou=config.matching.foreground_iou,
     )
+
+
+def _recommend_tile(statistics: Mapping[str, Statistics], config: Recipe) -> int | None:
+    from retinanet.data.tiling import recommend_tile
+
+    split = statistics.get("train") or next(iter(statistics.values()))
+    return recommend_tile(split, config.data.image_size, config.data.max_size)
 
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
