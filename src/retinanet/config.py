@@ -122,21 +122,23 @@ class ModelConfig(_Section):
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
+    p7_relu: bool = True  # Sec. 4, footnote 2: ReLU between P6 and P7; mmdetection has none
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
     head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
-    pixel_std: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     stride_padding: Literal["symmetric", "same"] | None = None  # None: as the weights
+    stride_in_1x1: bool = False  # stride of a bottleneck in its first convolution (He et al. 2015)
 
 
 class AnchorConfig(_Section):
     """Anchors (Sec. 4): areas 32^2 to 512^2 on P3 to P7, 3 octave scales, 3 aspect ratios."""
 
     sizes: tuple[float, ...] | None = None  # square root of area per level; None: 4 x stride
-    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # Sec. 4: 3 per octave
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     rounding: Rounding = "none"  # torchvision rounds to whole pixels
 
@@ -158,8 +160,8 @@ class ModelSpec(ModelConfig, AnchorConfig):
 class MatchingConfig(_Section):
     """Matching of anchors to ground-truth boxes (Sec. 4)."""
 
-    foreground_iou: float = Field(0.5, gt=0, le=1)
-    background_iou: float = Field(0.4, gt=0, le=1)
+    foreground_iou: float = Field(0.5, gt=0, le=1)  # Sec. 4: IoU from which an anchor is positive
+    background_iou: float = Field(0.4, gt=0, le=1)  # Sec. 4: IoU under which it is background
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
     assignment: Literal["iou", "atss", "task_aligned"] = "iou"  # Sec. 4; see docs/losses.md
     candidates: int = Field(9, ge=1)  # of atss: cells per level (Zhang et al. 2020, Sec. 3.3)
@@ -181,7 +183,7 @@ class LossConfig(_Section):
 
     classification: Literal[
         "focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"
-    ] = "focal"
+    ] = "focal"  # Sec. 3.2; Appendix A; hinge: Sec. 5.1
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
@@ -239,7 +241,7 @@ class DataConfig(_Section):
     max_size: int = Field(1000, ge=32)  # the longer side at most (Detectron)
     multi_scale: tuple[int, ...] = ()  # shorter sides to draw from, per step
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
-    vertical_flip: float = Field(0.0, ge=0, le=1)
+    vertical_flip: float = Field(0.0, ge=0, le=1)  # probability; the paper has none
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, per image
     crop: bool | Literal["iou"] = False  # to the size before jitter; "iou": SSD (Liu et al. 2016)
     rotate90: bool = False  # by 0, 90, 180 or 270 degrees: for images without an upper side
@@ -266,6 +268,7 @@ class DataConfig(_Section):
     tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
     tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
     empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
+    cache: Literal["none", "ram", "disk"] = "none"  # decoded images, from the first epoch on
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -312,7 +315,7 @@ class TrainConfig(_Section):
     epochs: float | None = Field(None, gt=0)  # steps from the data's size instead
     time: float | None = Field(None, gt=0)  # steps from this machine's speed: seconds, or "20min"
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
-    max_steps: int = Field(10**9, ge=1)
+    max_steps: int = Field(10**9, ge=1)  # likewise
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
     accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
     optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
@@ -326,17 +329,17 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0)  # not in the paper
     clip_norm: float = Field(0.0, ge=0)  # largest gradient norm; 0: none, as in the paper
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"  # auto: bf16 if in hardware
     init: str | None = None  # a detector to start from: the network follows it (training.init)
     init_partial: bool = False  # start from it even where under 90% of its tensors fit
     class_map: str | None = None  # TOML or JSON: a class of the data = its name in init
-    seed: int = 0
+    seed: int = 0  # of weights, split, order and augmentation
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
 
     @field_validator("time", mode="before")
     @classmethod
@@ -359,11 +362,11 @@ class TrainConfig(_Section):
 class DetectConfig(_Section):
     """Post-processing settings (Sec. 4.1, Inference)."""
 
-    score_threshold: float = Field(0.05, ge=0, lt=1)
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1: minimum score of a box
     topk_candidates: int = Field(1000, ge=1)  # per level
-    nms_threshold: float = Field(0.5, gt=0, le=1)
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU threshold of NMS
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
-    class_agnostic_nms: bool = False
+    class_agnostic_nms: bool = False  # boxes of different classes suppress each other
 
 
 class Recipe(_Section):

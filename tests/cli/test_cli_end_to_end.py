@@ -171,10 +171,10 @@ def test_show_recipe_with_data_prints_what_is_chosen(
     file = tmp_path / "mine.toml"
     file.write_text(cli("train", tiny_sets["coco"], "--show-recipe").out)
     recipe = load_recipe(file)
-    assert (recipe.auto, recipe.data.image_size, recipe.model.p2) == (False, 96, True)
-    stated = cli("train", tiny_sets["coco"], "--show-recipe", "model.p2=false").out
-    assert "p2 = false" in stated
-    assert "image_size = 96" in stated
+    assert (recipe.auto, recipe.data.image_size, recipe.model.p2) == (False, 96, False)
+    stated = cli("train", tiny_sets["coco"], "--show-recipe", "--image-size=64").out
+    assert "\nimage_size = 64\n" in stated
+    assert "\np2 = true\n" in stated
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")

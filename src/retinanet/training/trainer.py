@@ -362,6 +362,8 @@ class Trainer:
         # With a time limit the number of steps may grow.
         self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
         self._loader = self._train_loader()
+        if self._loader.message is not None:
+            self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
 
     def time_steps(self) -> float:
