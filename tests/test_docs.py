@@ -35,6 +35,7 @@ _PAGES = {
     )
 }
 _TINY = (
+    "auto=false",
     "model.backbone=tiny",
     "model.backbone_weights=none",
     "model.norm=group",
