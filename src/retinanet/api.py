@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from retinanet.config import Recipe, keyword_settings, load_recipe
@@ -24,6 +25,7 @@ def train(
     settings: str | Iterable[str] | Mapping[str, Any] = (),
     device: str = "auto",
     init: str | Path | None = None,
+    time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
     **keywords: Any,
@@ -44,6 +46,8 @@ def train(
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
+        time: limit of the whole call, in seconds or as text such as ``20min``: the training has as
+            many steps as this machine can do in it (``train.time``).
         on_event: callback for progress events (:class:`retinanet.training.events.Event`); if it
             returns ``"stop"``, training stops after the current step, and the same call resumes it.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers. (To
@@ -58,11 +62,15 @@ def train(
     """
     if isinstance(settings, str):
         settings = [settings]
+    started = monotonic()
     overrides = [*(settings.items() if isinstance(settings, Mapping) else settings)]
+    overrides += [] if time is None else [f"train.time={time}"]
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, [*overrides, *keyword_settings(recipe, keywords)])
     elif overrides or keywords:
-        raise ConfigError("settings cannot override a built recipe; pass them to load_recipe")
+        raise ConfigError(
+            "settings and time cannot override a built recipe; pass them to load_recipe"
+        )
     if classes is not None and not isinstance(data, Mapping):
         raise ConfigError(
             "classes are the names of map-style data sets, and these data have their own: to train "
@@ -75,4 +83,6 @@ def train(
             else from_torch(part, classes, split=name)
             for name, part in data.items()
         }
-    return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)
+    return train_by_recipe(
+        recipe, data, out, device=device, init=init, on_event=on_event, started=started
+    )
