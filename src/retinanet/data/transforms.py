@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from torchvision.ops import box_iou
 
+from retinanet.boxes import box_iou
 from retinanet.data.image_files import network_size
 from retinanet.data.images import resize_to
 from retinanet.structures import IGNORED
@@ -362,7 +362,7 @@ def _iou_crop(image: Tensor, boxes: Tensor, labels: Tensor, draw: random.Random)
     objects, classes = boxes[is_object], labels[is_object]
     if not len(objects):
         return _cut(image, boxes, labels, windows[0]) if windows else (image, boxes, labels)
-    overlaps = box_iou(objects.new_tensor(windows).reshape(-1, 4), objects).amax(dim=1)
+    overlaps = box_iou(objects.new_tensor(windows).reshape(-1, 1, 4), objects).amax(dim=1)
     for window, overlap in zip(windows, overlaps.tolist(), strict=True):
         if overlap >= min_iou and (view_boxes(objects, classes, window)[1] != IGNORED).any():
             return _cut(image, boxes, labels, window)
