@@ -92,7 +92,7 @@ def test_seed_gives_torchvisions_weights_and_next_number(name: str, norm: str) -
 )
 def test_the_maps_are_torchvisions_last_of_each_stride(name: str, ends: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    backbone = build_backbone(name).eval()
+    backbone = build_backbone(name, norm="trained").eval()
     theirs = torchvision.models.get_model(name, weights=None).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
     parts = theirs.features if name == "mobilenet_v2" else nn.Sequential(*theirs.children())
@@ -435,3 +435,8 @@ def test_weights_by_torchvisions_name_are_that_file(entry: str, no_internet: Pat
 def test_entry_that_torchvision_lacks_is_named(backbone: str) -> None:
     with pytest.raises(ConfigError, match=f"weights of {backbone} 'IMAGENET1K_V2' is not one of"):
         _build("IMAGENET1K_V2", backbone=backbone)
+
+
+def test_stride_in_the_first_convolution_needs_bottlenecks() -> None:
+    with pytest.raises(ConfigError, match="stride_in_1x1 is for ResNets with bottlenecks"):
+        build_backbone("resnet18", stride_in_1x1=True)
