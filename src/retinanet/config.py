@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from retinanet.errors import ConfigError
 
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
 Rounding = Literal["none", "torchvision"]
 
 _OTHER_NAMES = {
@@ -27,6 +29,7 @@ _OTHER_NAMES = {
     "train.batch_size": ("batch", "ims_per_batch", "samples_per_gpu"),
     "train.steps": ("max_iter", "iterations", "num_steps", "max_steps_total"),
     "train.epochs": ("max_epochs", "num_epochs"),
+    "train.time": ("max_time", "time_limit"),
     "train.early_stop": ("patience", "early_stopping"),
     "train.warmup_steps": ("warmup_iters", "warmup_epochs", "warmup"),
     "train.milestones": ("lr_steps", "lr_step", "milestone"),
@@ -80,6 +83,18 @@ _OTHER_NAMES = {
 """Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
 
 
+def parse_seconds(text: str) -> float:
+    """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
+
+    Raises:
+        ValueError: it is no duration over 0.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a duration over 0, such as 90s, 20min or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -101,7 +116,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
-    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
+    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, "timm/NAME" or "module:NAME"
     backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
@@ -298,6 +313,7 @@ class TrainConfig(_Section):
 
     steps: int = Field(90_000, ge=1)  # Sec. 4.1; unused where epochs is set
     epochs: float | None = Field(None, gt=0)  # steps from the data's size instead
+    time: float | None = Field(None, gt=0)  # steps from this machine's speed: seconds, or "20min"
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
     max_steps: int = Field(10**9, ge=1)  # likewise
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
@@ -324,6 +340,11 @@ class TrainConfig(_Section):
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _parse_time(cls, value: Any) -> Any:
+        return parse_seconds(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -352,6 +373,7 @@ class Recipe(_Section):
     """All settings of a run."""
 
     name: str = "paper_1x"
+    auto: bool = False  # choose settings from the data, but for those that the user states
     model: ModelConfig = ModelConfig()
     anchors: AnchorConfig = AnchorConfig()
     matching: MatchingConfig = MatchingConfig()
@@ -374,6 +396,11 @@ class Recipe(_Section):
     def split_seed(self) -> int:
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
+
+    def value(self, setting: str) -> Any:
+        """Return the value of ``section.key``."""
+        section, key = setting.split(".")
+        return getattr(getattr(self, section), key)
 
     def states(self, setting: str) -> bool:
         """Whether the user set ``section.key``, so that ``auto`` must not choose it.
@@ -399,6 +426,17 @@ class Recipe(_Section):
         stated = {key for key in setting_names() if self.states(key)} | values.keys()
         return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
 
+    def choose(self, values: Mapping[str, Any]) -> Recipe:
+        """Return a recipe with settings replaced that are not stated more than before.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        return _with_stated(self.override(values), filter(self.states, setting_names()))
+
 
 def recipe_names() -> tuple[str, ...]:
     """List the recipes of the package."""
@@ -408,13 +446,15 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
-def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_file: str | Path = "quick", overrides: Iterable[str | tuple[str, Any]] = ()
+) -> Recipe:
     """Load a recipe by name or from a TOML file, and override settings.
 
     Args:
         name_or_file: one of :func:`recipe_names`, or the path of a TOML file.
         overrides: such as ``train.lr=0.005`` or ``data.multi_scale=[400, 500]``; values are TOML,
-            and a value that is not TOML is taken as text.
+            and a value that is not TOML is taken as text. Or pairs of a setting and its value.
 
     Raises:
         ConfigError: there is no such recipe or setting (the nearest name is given), or a value is
@@ -423,22 +463,52 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
     values, where = _read_recipe(str(name_or_file))
     named = set()
     for override in overrides:
-        key, given, text = override.partition("=")
-        key = key.strip()
-        if not given:
-            raise ConfigError(
-                f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
-            )
+        key, value = _split_override(override) if isinstance(override, str) else override
         if key == "train.steps":
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
-        _override(values, key, _parse_value(text.strip()))
-    if {"train.steps", "train.epochs"} <= named:
+        _override(values, key, value)
+    lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
+    if len(lengths) > 1:
         raise ConfigError(
-            "train.steps and train.epochs both set the length of the run: give one of them"
+            f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
     recipe = build_recipe(values, where)
-    return _with_stated(recipe, named) if str(name_or_file) in recipe_names() else recipe
+    return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
+
+
+def keyword_settings(
+    name_or_file: str | Path, keywords: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Return the settings that keywords mean, such as ``lr`` for ``train.lr``.
+
+    ``epochs`` is exact: the limits of the recipe, which are for lengths that it computes itself, do
+    not apply. ``image_size`` alone keeps the ratio of the longer side's limit to it.
+
+    Args:
+        name_or_file: the recipe, as in :func:`load_recipe`.
+        keywords: by the last part of a setting's name; paths, and classes such as an own backbone,
+            which become import paths, are accepted as values.
+
+    Raises:
+        ConfigError: an unknown keyword; the setting that is nearest, or that another tool calls so,
+            is named.
+    """
+    own = {setting.split(".")[1]: setting for setting in setting_names()}
+    pairs: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name not in own:
+            meant = setting_of(name)
+            hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
+            raise ConfigError(f"unknown keyword {name!r}{hint}")
+        pairs[own[name]] = _plain(value)
+    if pairs.get("train.epochs") is not None:
+        pairs = {"train.min_steps": 1, "train.max_steps": 10**9, **pairs}
+    if "data.image_size" in pairs and "data.max_size" not in pairs:
+        sides = load_recipe(name_or_file).data
+        longest = pairs["data.image_size"] * sides.max_size / sides.image_size
+        pairs["data.max_size"] = round(longest)
+    return list(pairs.items())
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -453,12 +523,16 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise ConfigError(f"{where}: {explain(error)}") from None
 
 
-def _with_stated(recipe: Recipe, settings: Collection[str]) -> Recipe:
+def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """Return the same values, of which only `settings` are stated by the user."""
-    sections = {}
-    for name, kind in _sections().items():
-        stated = {key.partition(".")[2] for key in settings if key.startswith(f"{name}.")}
-        sections[name] = kind.model_construct(stated, **dict(getattr(recipe, name)))
+    stated: dict[str, set[str]] = {name: set() for name in _sections()}
+    for setting in settings:
+        section, key = setting.split(".")
+        stated[section].add(key)
+    sections = {
+        name: kind.model_construct(stated[name], **dict(getattr(recipe, name)))
+        for name, kind in _sections().items()
+    }
     return recipe.model_copy(update=sections)
 
 
@@ -473,11 +547,20 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
         ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
     """
     values = {} if spec is None else spec.model_dump()
-    texts = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    given = {name: _plain(value) for name, value in settings.items()}
     try:
-        return ModelSpec.model_validate(values | settings | texts)
+        return ModelSpec.model_validate(values | given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a path, or a class by its import path, as text; other values unchanged."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -517,14 +600,13 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
 
 def to_toml(recipe: Recipe) -> str:
     """Write the recipe as TOML that :func:`load_recipe` reads back unchanged."""
-    lines = [f"name = {_toml_value(recipe.name)}"]
+    lines = [f"{key} = {setting_text(getattr(recipe, key))}" for key in ("name", "auto")]
     for section in _sections():
         lines += ["", f"[{section}]"]
         for key, value in getattr(recipe, section):
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-            elif type(getattr(recipe, section)).model_fields[key].default is not None:
-                lines.append(f'{key} = "none"')
+            default = type(getattr(recipe, section)).model_fields[key].default
+            if value is not None or default is not None:
+                lines.append(f"{key} = {setting_text(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -563,6 +645,13 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
 
 
+def _split_override(text: str) -> tuple[str, Any]:
+    key, given, value = text.partition("=")
+    if not given:
+        raise ConfigError(f"{text!r} is not a setting: write key=value, as in train.lr=0.005")
+    return key.strip(), _parse_value(value.strip())
+
+
 def _parse_value(text: str) -> Any:
     # Then with zeros: TOML does not accept .5 as a number.
     for written in (text, re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)):
@@ -574,6 +663,9 @@ def _parse_value(text: str) -> Any:
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    if key == "auto":
+        values[key] = value
+        return
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
@@ -593,11 +685,14 @@ def explain(error: ValidationError) -> str:
     )
 
 
-def _toml_value(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Write a value as TOML, so that ``key=value`` and :func:`load_recipe` read it back."""
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(setting_text(item) for item in value) + "]"
     return repr(value)

@@ -128,12 +128,16 @@ class BatchLoader(DataLoader[Batch]):
                 if isinstance(batch, DataError):
                     raise batch
             except DataError:
-                # End the workers now: left to the garbage collector, with the traceback that refers
-                # to them, each is waited for in vain for five seconds.
-                self._iterator = None
+                # Left to the garbage collector, with the traceback that refers to the workers, each
+                # is waited for in vain for five seconds.
+                self.close()
                 raise
             if batch is not None:
                 yield batch
+
+    def close(self) -> None:
+        """End the workers now; the garbage collector may leave them until later."""
+        self._iterator = None
 
     def check_worker_number_rationality(self) -> None:
         """Accept more workers than processors: reading from slow storage waits more than it works.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Kind = Literal["start", "resume", "step", "validating", "validation", "message", "end"]
+Kind = Literal["choices", "start", "resume", "step", "validating", "validation", "message", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Event:
     """A progress event.
 
     Attributes:
-        kind: ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
+        kind: ``choices`` (choices: settings chosen from the data, each with setting, value and
+            reason), ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
             processes, precision, split_origin), ``step`` (step, steps, loss, loss_classification,
             loss_box, positives, grad_norm, lr, images_per_second, waiting, memory_mb,
             seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50, loss),
@@ -26,7 +27,8 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-EventCallback = Callable[[Event], None]
+EventCallback = Callable[[Event], object]
+"""Receives progress events; training stops after the current step if it returns ``"stop"``."""
 
 
 class Emit(Protocol):
@@ -34,6 +36,23 @@ class Emit(Protocol):
 
     def __call__(self, kind: Kind, /, **data: Any) -> None:
         """Send the event of that kind with these values."""
+
+
+class Emitter:
+    """Sends events to a callback, and keeps its request to stop.
+
+    Attributes:
+        stop: True once the callback has returned ``"stop"``.
+    """
+
+    def __init__(self, callback: EventCallback | None) -> None:
+        self._callback = callback
+        self.stop = False
+
+    def __call__(self, kind: Kind, /, **data: Any) -> None:
+        """Send the event of that kind with these values."""
+        if self._callback is not None and self._callback(Event(kind, data)) == "stop":
+            self.stop = True
 
 
 def ignore(kind: Kind, /, **data: Any) -> None:

@@ -103,7 +103,7 @@ def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _values(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in keys}
+    return {key: recipe.value(key) for key in keys}
 
 
 def _short(value: Any) -> str:
