@@ -86,6 +86,22 @@ def test_objects_too_small_for_all_sizes_take_the_best_within_the_cost() -> None
     assert (found["model.p2"], found["data.image_size"]) == (True, 448)
 
 
+def test_tiny_objects_in_large_images_take_tiles() -> None:
+    # 16 of 2400 px are 4 px at 640. A tile gives them 32 px at 384, or enlarges twofold: 192 px.
+    objects = [((100.0 * i, 100.0 * i, 100.0 * i + 16, 100.0 * i + 16), 0) for i in range(1, 20)]
+    dataset = labels([objects] * 2, size=(2400, 3200))
+    found = chosen(dataset)
+    assert found["data.tile"] == 192
+    # At the recipe's size the objects are 32 px, enough for P3.
+    assert not {"data.image_size", "model.p2"} & found.keys()
+    assert "data.tile" not in chosen(dataset, "data.tile=none")
+    assert "data.tile" not in chosen(dataset, "data.order=shards")
+    assert "data.tile" not in chosen(squares(8, 3))  # 11 px at 640
+    # The limit of detections is of whole images.
+    many = labels([objects * 10], size=(2400, 3200))
+    assert chosen(many)["detect.detections_per_image"] == 285
+
+
 def test_images_are_not_enlarged_much() -> None:
     # 1.5 times 160 px are 240, and the multiple of 32 below is 224.
     boxes = [[((10.0, 10.0, 70.0, 70.0), 0)]] * 4
