@@ -101,7 +101,8 @@ def plan_training(
 
     With less than 400 steps the batch is halved, which keeps the number of images seen, and then
     images become smaller. With more than 72 epochs they become larger. What the recipe states is
-    kept, and so is the size of tiles. The time of a step is taken as proportional to batch and pixels.
+    kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
+    pixels.
 
     Args:
         recipe: with ``train.time``.
