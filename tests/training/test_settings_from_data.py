@@ -155,7 +155,12 @@ def everywhere(ratio: float, classes: Sequence[str] = ("cell",)) -> Dataset:
 
 
 def test_vertical_flip_where_labels_have_no_orientation() -> None:
-    assert chosen(everywhere(1.0))["data.vertical_flip"] == 0.5
+    found = chosen(everywhere(1.0))
+    assert (found["data.vertical_flip"], found["data.rotate90"]) == (0.5, True)
+    # All boxes slightly wider than tall: those of turned images would not be.
+    found = chosen(everywhere(0.92))
+    assert found["data.vertical_flip"] == 0.5
+    assert "data.rotate90" not in found
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_vertical_flip_where_labels_have_no_orientation() -> None:
     ids=["tall", "named by a direction", "characters", "upper half", "few"],
 )
 def test_no_vertical_flip_where_orientation_may_matter(dataset: Dataset) -> None:
-    assert "data.vertical_flip" not in chosen(dataset)
+    assert not {"data.vertical_flip", "data.rotate90"} & chosen(dataset).keys()
 
 
 def test_skewed_classes_are_balanced_by_a_threshold_with_effect() -> None:
@@ -243,11 +248,15 @@ def test_chosen_values_state_nothing_and_validate() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("name", "flip", "dense"),
-    [("nuclei", True, True), ("bccd", True, False), ("coco128", False, False)],
+    ("name", "flip", "turn", "dense"),
+    [
+        ("nuclei", True, True, True),
+        ("bccd", True, False, False),
+        ("coco128", False, False, False),
+    ],
 )
-def test_real_data(name: str, flip: bool, dense: bool, real_data: Path) -> None:
+def test_real_data(name: str, flip: bool, turn: bool, dense: bool, real_data: Path) -> None:
     splits = read_splits(real_data / name, extras=False)
     found = chosen(usable(splits["train"])[0], num_val=len(splits["val"]))
-    assert ("data.vertical_flip" in found) == flip
+    assert ("data.vertical_flip" in found, "data.rotate90" in found) == (flip, turn)
     assert ("detect.detections_per_image" in found) == dense

@@ -73,6 +73,9 @@ MAX_FLIP_DISTANCE = 0.06
 MAX_FLIP_RATIO = 0.1
 """Limit of the mean logarithm of height / width: wide and tall objects in equal number."""
 
+MAX_TURN_DISTANCE = 0.1
+"""Limit of the distance between the distributions of aspect ratios and of their inverses."""
+
 MIN_FLIP_OBJECTS, MIN_FLIP_OBJECTS_PER_IMAGE = 500, 5
 """Objects from which the distributions count."""
 
@@ -87,6 +90,7 @@ CHOSEN_SETTINGS = (
     *LENGTH_SETTINGS,
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
+    "data.rotate90",
     *("data.balance", "data.balance_threshold", "data.tile", "train.validate_every"),
     *("train.batch_size", "train.warmup_steps"),
 )
@@ -289,7 +293,7 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
         f"images are {data.shorter:.0f} px, median object {middle:.0f} px at this size",
     )
     yield Choice("data.max_size", max_size, "5/3 of data.image_size")
-    yield Choice("model.p2", p2, f"{_SMALL}% of the objects are under {small:.0f} px")
+    yield Choice("model.p2", p2, f"{_SMALL}% of the objects are under {small:.0f} px there")
     if p2 and not recipe.model.p2 and recipe.anchors.sizes is not None:
         sizes_with_p2 = (recipe.anchors.sizes[0] / 2, *recipe.anchors.sizes)
         yield Choice("anchors.sizes", sizes_with_p2, "a size for P2")
@@ -373,6 +377,10 @@ def _flip(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
             f"{math.exp(data.ratio.mean()):.2f}, {per_image:.0f} objects per image"
         )
         yield Choice("data.vertical_flip", 0.5, reason)
+        turned = _ks_distance(data.ratio, -data.ratio)
+        if turned <= MAX_TURN_DISTANCE:
+            reason = f"aspect ratios differ by {turned:.2f} from those of turned images"
+            yield Choice("data.rotate90", True, reason)
 
 
 def _ks_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
