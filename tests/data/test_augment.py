@@ -365,12 +365,12 @@ def test_last_steps_are_not_mixed(coloured: Dataset) -> None:
 
 
 def test_last_steps_follow_a_number_of_steps_that_changes(coloured: Dataset) -> None:
-    total = torch.tensor(100)
     options: Any = {"batch_size": 4, "seed": 5, "image_size": 64, "max_size": 64, "mosaic": 1.0}
-    loader = train_loader(coloured, steps=8, close_augmentation=0.5, total=total, **options)
+    loader = train_loader(coloured, steps=8, close_augmentation=0.5, **options)
+    loader.end.fill_(100)
     batches = iter(loader)
     mixed = [next(batches) for _ in range(3)]
-    total.fill_(6)  # the last three of these
+    loader.end.fill_(6)  # the last three of these
     closed = [next(batches) for _ in range(3)]
     of_six = list(train_loader(coloured, steps=6, close_augmentation=0.5, **options))
     assert_same(mixed + closed, of_six)

@@ -89,9 +89,12 @@ class BatchLoader(DataLoader[Batch]):
     Attributes:
         unreadable: error message of each skipped image by its index in the data set.
         message: a warning for the user, if any: not all images fit into the cache.
+        end: () int64 number of steps of a training, in shared memory: writing to it moves its last
+            steps, which are without mosaic, copy-paste and mixup.
     """
 
     message: str | None = None
+    end: Tensor
 
     def __init__(
         self,
@@ -200,7 +203,6 @@ def train_loader(
     world_size: int = 1,
     fill: Sequence[float] = (0, 0, 0),
     on_unreadable: Callable[[int, str], None] | None = None,
-    total: Tensor | None = None,
 ) -> BatchLoader:
     """Load the batches of `steps`, in order.
 
@@ -216,16 +218,15 @@ def train_loader(
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
-        steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run.
+        steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run. The
+            last ``close_augmentation * end`` before the end are without mosaic, copy-paste and
+            mixup; the end may be changed (:attr:`BatchLoader.end`).
         seed: of order, flips, jitter, crops, colours and multi-scale sides.
         workers: processes that load; 0: this one. See :func:`default_workers`.
         rank, world_size: index of this process, and number of processes.
         fill: RGB of the padding: the model's pixel mean, so that it is about 0 when normalised.
         on_unreadable: called once with index and message of each image that cannot be read, which
             is replaced by the next readable one of its epoch. None: the first one raises.
-        total: () int64 number of steps of the training, in shared memory, where it may change; the
-            last ``close_augmentation * total`` are without mosaic, copy-paste and mixup. None: the
-            end of `steps`.
 
     Returns:
         A batch per step. Ignored annotations have the label IGNORED; boxes are clipped to the
@@ -244,6 +245,7 @@ def train_loader(
     if config.order == "shards":
         shards = _shards(dataset, config.shard_window, batch_size, world_size)
     cache, message = build_cache(dataset, config.cache)
+    end = torch.tensor(steps.stop).share_memory_()  # type: ignore[no-untyped-call]
     batches = _TrainBatches(
         _Images(dataset, cache),
         config,
@@ -255,9 +257,10 @@ def train_loader(
         shards,
         balance(dataset, config),
         user_transform(config, len(dataset.classes)),
-        torch.tensor(steps.stop) if total is None else total,
+        end,
     )
     loader = BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
+    loader.end = end
     loader.message = message
     return loader
 
@@ -419,7 +422,7 @@ class _TrainBatches(TorchDataset[Any]):
     shards: _Shards | None
     repeats: RepeatFactors | None
     function: UserTransform | None
-    total: Tensor
+    end: Tensor
 
     def __getitem__(self, step: int) -> tuple[Batch | DataError | None, list[Unreadable]]:
         config = self.config
@@ -442,8 +445,8 @@ class _TrainBatches(TorchDataset[Any]):
             function=self.function,
             fill=self.fill,
         )
-        total = int(self.total)
-        mixed = step < total - round(total * config.close_augmentation)
+        end = int(self.end)
+        mixed = step < end - round(end * config.close_augmentation)
         first = (step * self.world_size + self.rank) * self.batch_size
         plans = {
             position: self._plan(position, mixed)

@@ -363,8 +363,8 @@ class Trainer:
         self._ahead = steps_ahead(self._device)
         # With a time limit the number of steps may grow.
         self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
-        self._total = torch.tensor(self.progress.steps).share_memory_()  # type: ignore[no-untyped-call]
         self._loader = self._train_loader()
+        self._loader.end.fill_(self.progress.steps)
         if self._loader.message is not None:
             self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
@@ -520,7 +520,7 @@ class Trainer:
         if pacer.is_replan_due(progress.step, progress.steps):
             steps = min(pacer.replan(progress.step), self._max_steps)
             (progress.steps,) = broadcast_object_list([steps])
-            self._total.fill_(progress.steps)
+            self._loader.end.fill_(progress.steps)
 
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
@@ -547,7 +547,6 @@ class Trainer:
             on_unreadable=lambda index, message: self._note_unreadable(
                 settings.train_set.images[index].path, message
             ),
-            total=self._total,
         )
 
     def _eval_model(self) -> nn.Module:
