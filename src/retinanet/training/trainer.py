@@ -220,8 +220,9 @@ def _resolve(
         timed = recipe.choose(values(choices))
         chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
         pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
-        (pace,) = broadcast_object_list([pace])
-        lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
+        # All processes must make the same plan.
+        pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
+        lengths = _plan_for_time(chosen, pace, elapsed)
         side = lengths.pop("data.image_size", None)
         if side is not None:
             choices = choose(image_size=side)
