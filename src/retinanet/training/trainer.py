@@ -247,8 +247,8 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
-        f"steps of {batch} images of {side} px and {plan.validations} validations in "
-        f"{plan.seconds:.0f} s",
+        f"steps of {batch} images of {side} px in {plan.seconds:.0f} s, validated "
+        f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes
 
