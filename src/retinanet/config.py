@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from retinanet.errors import ConfigError
 
 Rounding = Literal["none", "torchvision"]
+NmsKind = Literal["hard", "soft", "wbf"]
 
 _OTHER_NAMES = {
     "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
@@ -59,6 +60,9 @@ _OTHER_NAMES = {
     "loss.gamma": ("focal_loss_gamma", "focal_gamma", "fl_gamma"),
     "loss.box_beta": ("smooth_l1_beta", "smooth_l1_loss_beta"),
     "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
+    "detect.nms": ("nms_type", "nms_method"),
+    "detect.nms_sigma": ("soft_nms_sigma", "sigma"),
+    "detect.flip_tta": ("augment", "tta", "test_time_augmentation"),
     "detect.nms_threshold": ("iou", "nms_thresh", "iou_threshold", "nms_thresh_test"),
     "detect.detections_per_image": ("max_det", "max_per_img", "detections_per_img"),
     "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),
@@ -259,6 +263,7 @@ class TrainConfig(_Section):
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    tune_detection: bool = False  # then choose NMS and temperature on val; not in the paper
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
@@ -279,11 +284,16 @@ class TrainConfig(_Section):
 class DetectConfig(_Section):
     """Post-processing settings (Sec. 4.1, Inference)."""
 
-    score_threshold: float = Field(0.05, ge=0, lt=1)
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # of evaluation; detect's is .3 or more
     topk_candidates: int = Field(1000, ge=1)  # per level
-    nms_threshold: float = Field(0.5, gt=0, le=1)
+    nms: NmsKind = "hard"  # soft: Bodla et al. 2017; wbf: weighted boxes, Solovyev et al. 2021
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # IoU, of hard and wbf
+    nms_sigma: float = Field(0.5, gt=0)  # of soft: Bodla et al. 2017, Sec. 5
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
     class_agnostic_nms: bool = False
+    score_thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # by class; not for AP
+    temperature: float = Field(1.0, gt=0)  # of the scores: Guo et al. 2017; 1: none
+    flip_tta: bool = False  # the mirrored image too; not in the paper
 
 
 class Recipe(_Section):
@@ -504,4 +514,7 @@ def _toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
     return repr(value)

@@ -28,6 +28,7 @@ TINY = (
     "train.batch_size=4",
     "train.warmup_steps=0",
     "train.precision=float32",
+    "train.tune_detection=false",
     "train.deterministic=true",
 )
 

@@ -27,7 +27,7 @@ from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data.drawing import PALETTE
 from retinanet.files import open_atomic, write_atomic
-from retinanet.inference.detections import DRAWN_SCORE, Failure, ImageDetections
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.manifest import OutputFolder
 
 Write = Callable[[Any], None]
@@ -62,7 +62,7 @@ def open_outputs(
     folder: str | Path,
     formats: Iterable[str] = ("json", "images"),
     *,
-    drawn_score: float = DRAWN_SCORE,
+    drawn_score: float = 0.0,
     image_root: str = LOCAL_FILES,
 ) -> Iterator[Write]:
     """Write detections into `folder`, in each of `formats`.

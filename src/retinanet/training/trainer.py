@@ -278,6 +278,8 @@ class Trainer:
                     self.validate()
                 interrupted = stop.is_set()
                 ends = progress.finished or interrupted
+                if progress.finished:
+                    self._tune()
                 if progress.step % settings.save_every == 0 or ends:
                     self.flush()
                     self.save()
@@ -407,8 +409,29 @@ class Trainer:
             write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             replace_folder(
                 self.run.best,
-                lambda draft: self.task.write_checkpoint(draft, self._eval_model(), progress.step),
+                lambda draft: self.task.write_checkpoint(
+                    draft, self._eval_model(), progress.step, metrics
+                ),
             )
+
+    def _tune(self) -> None:
+        """Choose the post-processing of the best weights on the val split (tune_detection)."""
+        enabled = self._settings.tune_detection and self._is_main and self.run.best.is_dir()
+        has_objects = self.progress.best_ap >= 0  # in val
+        if not enabled or not has_objects or self.val is None:
+            return
+        started = time.perf_counter()
+        tuning = self.task.tune(self.run.best, self.val)
+        if tuning is not None:
+            before = Metrics.from_dict(json.loads(self.run.metrics.read_text("utf-8")))
+            losses = ("loss", "loss_classification", "loss_box", "images_per_second")
+            kept = {name: getattr(before, name) for name in losses}
+            metrics = replace(tuning.after, **kept)
+            write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
+            self.progress.best_ap = metrics.ap
+            self.progress.best_metrics |= {"ap": metrics.ap, "ap50": metrics.ap50}
+            self._emit("message", message=f"post-processing from val: {tuning.describe()}")
+        self.progress.seconds += time.perf_counter() - started
 
     def _stop_early_if_due(self, metrics: Metrics) -> None:
         progress, settings = self.progress, self._settings
