@@ -7,6 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
@@ -51,9 +52,21 @@ class BuildLibrary(build_ext):
                     self.warn("no native library: retinanet works without it, but more slowly")
                     raise
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return a name without the version of Python, which the library does not use."""
+        suffix = ".pyd" if sys.platform == "win32" else ".so"
+        return str(Path(*fullname.split("."))) + suffix
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Return none: on Windows the default is PyInit_..., which this library does not have."""
         return []
+
+
+class BuildWheel(bdist_wheel):
+    """Tag the wheel for every Python 3 of this platform: ctypes loads the library."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
@@ -65,5 +78,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"bdist_wheel": BuildWheel, "build_ext": BuildLibrary},
 )

@@ -39,10 +39,11 @@ from retinanet.bench.machine import describe_machine
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.images import read_image
+from retinanet.data.tiling import tile_windows
 from retinanet.data.windows import open_windows
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.inference import Detector, load
-from retinanet.inference.tiles import Part, merge_parts, tile_windows
+from retinanet.inference.tiles import Part, merge_parts
 from retinanet.structures import Detections
 
 OVERLAPS = (0.0, 0.1, 0.2, 0.3)

@@ -51,11 +51,13 @@ PUBLIC = [
     "load",
     "load_checkpoint",
     "load_recipe",
+    "quality_focal_loss",
     "read_dataset",
     "read_splits",
     "save_checkpoint",
     "synthetic_dataset",
     "train",
+    "varifocal_loss",
 ]
 
 

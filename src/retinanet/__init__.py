@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from retinanet.losses.focal import focal_loss as focal_loss
     from retinanet.losses.focal import focal_loss_star as focal_loss_star
     from retinanet.losses.focal import hinge_loss as hinge_loss
+    from retinanet.losses.focal import quality_focal_loss as quality_focal_loss
+    from retinanet.losses.focal import varifocal_loss as varifocal_loss
     from retinanet.model.checkpoint import Checkpoint as Checkpoint
     from retinanet.model.checkpoint import load_checkpoint as load_checkpoint
     from retinanet.model.checkpoint import save_checkpoint as save_checkpoint
@@ -81,6 +83,8 @@ _HOMES = {
         "focal_loss",
         "focal_loss_star",
         "hinge_loss",
+        "quality_focal_loss",
+        "varifocal_loss",
     ),
     "retinanet.losses.detection": ("detection_losses",),
     "retinanet.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),

@@ -131,7 +131,8 @@ def level_anchors(
             f"got {len(feature_sizes)} feature sizes"
         )
     cells = tuple((int(rows), int(columns)) for rows, columns in feature_sizes)
-    target = torch.get_default_device() if device is None else torch.device(device)
+    # Not torch.get_default_device(), which fails in torch 2.7 once the default was unset.
+    target = torch.empty(0).device if device is None else torch.device(device)
     return list(_level_anchors(spec, cells, target))
 
 

@@ -38,7 +38,9 @@ def train(
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
         settings: overrides of the recipe, such as ``"train.lr=0.005"``.
         device: ``auto`` or a torch device.
-        init: a checkpoint to start from.
+        init: a detector to start from, whose network is taken over unless `settings` name
+            another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
+            Classes of the same name keep their rows (``train.class_map`` for other names).
         on_event: callback for progress events.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers.
 

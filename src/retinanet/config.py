@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -39,6 +39,7 @@ _OTHER_NAMES = {
     "train.save_every": ("checkpoint_period", "save_period", "checkpoint_interval"),
     "train.weight_decay": ("wd",),
     "train.ema": ("ema_decay", "model_ema"),
+    "train.init": ("load_from",),
     "data.image_size": ("imgsz", "img_size", "min_size", "min_size_train", "img_scale"),
     "data.max_size": ("max_size_train", "longest_side"),
     "data.horizontal_flip": ("fliplr", "hflip", "flip_ratio", "flip"),
@@ -49,6 +50,8 @@ _OTHER_NAMES = {
     "data.single_class": ("single_cls",),
     "data.balance": ("sampler_train",),
     "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
+    "data.tile": ("tile_size", "slice_size", "slice_height", "slice_width", "patch_size"),
+    "data.tile_overlap": ("overlap_height_ratio", "overlap_width_ratio"),
     "model.backbone": ("arch", "depth", "weights"),
     "model.backbone_weights": ("pretrained", "weights_backbone"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
@@ -93,7 +96,7 @@ class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
     backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
-    backbone_weights: str = "default"  # ImageNet weights: "default", "none", or a file
+    backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
@@ -101,6 +104,7 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
+    head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None
@@ -136,6 +140,11 @@ class MatchingConfig(_Section):
     foreground_iou: float = Field(0.5, gt=0, le=1)
     background_iou: float = Field(0.4, gt=0, le=1)
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
+    assignment: Literal["iou", "atss", "task_aligned"] = "iou"  # Sec. 4; see docs/losses.md
+    candidates: int = Field(9, ge=1)  # of atss: cells per level (Zhang et al. 2020, Sec. 3.3)
+    task_topk: int = Field(13, ge=1)  # of task_aligned: anchors per object (Feng et al. 2021)
+    task_beta: float = Field(6.0, ge=0)  # of task_aligned: exponent of the IoU (the same, Sec. 4)
+    task_warmup: float = Field(1 / 3, ge=0, le=1)  # share of the steps with atss first (the same)
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -149,7 +158,9 @@ class MatchingConfig(_Section):
 class LossConfig(_Section):
     """The losses (Sec. 3, 4.1 and 5.1)."""
 
-    classification: Literal["focal", "cross_entropy", "focal_star", "hinge"] = "focal"
+    classification: Literal[
+        "focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"
+    ] = "focal"
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
@@ -169,6 +180,8 @@ class LossConfig(_Section):
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
         if self.classification == "focal_star" and self.gamma == 0:
             raise ValueError("focal_star divides by gamma, which is 0")
+        if self.mining != "none" and self.classification in ("quality_focal", "varifocal"):
+            raise ValueError(f"mining {self.mining} needs labels, {self.classification} has scores")
         return self
 
     @model_validator(mode="before")
@@ -180,12 +193,22 @@ class LossConfig(_Section):
         if values.get("mining", "none") != "none":
             values = {"classification": "cross_entropy", **values}
         # .25 is the best alpha with gamma 2 (Table 1b), and a bad one without it (Table 1a).
-        other = values.get("classification", "focal") != "focal"
+        # 1 - .25 is varifocal's weight of negatives (Zhang et al. 2021, Sec. 4.1).
+        other = values.get("classification", "focal") not in ("focal", "varifocal")
         return {"alpha": None, **values} if other else values
 
 
 class LossSettings(LossConfig, MatchingConfig):
     """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+    def at(self, share: float) -> LossSettings:
+        """Return the settings after a share of the steps: ``task_warmup`` starts with ATSS.
+
+        Source: Feng et al. 2021, whose published code trains 4 of 12 epochs with ATSS.
+        """
+        if self.assignment == "task_aligned" and share < self.task_warmup:
+            return self.model_copy(update={"assignment": "atss"})
+        return self
 
 
 class DataConfig(_Section):
@@ -209,6 +232,9 @@ class DataConfig(_Section):
     single_class: bool = False  # all objects are of one class, "object"
     balance: Literal["none", "repeat_factor"] = "none"  # the paper has none
     balance_threshold: float = Field(0.001, gt=0, le=1)  # LVIS (Gupta et al. 2019), App. B.2
+    tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
+    tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
+    empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -217,6 +243,11 @@ class DataConfig(_Section):
         if isinstance(value, str):
             value = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
         return value
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _zero_is_none(cls, value: Any) -> Any:
+        return None if value == 0 and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -229,6 +260,11 @@ class DataConfig(_Section):
             raise ValueError(
                 f"balance {self.balance} draws single images, and order shards reads each shard "
                 "once per epoch: give data.order=images, or data.balance=none"
+            )
+        if self.tile is not None and self.order == "shards":
+            raise ValueError(
+                f"tile {self.tile} draws tiles of any image, and order shards reads each shard "
+                "once per epoch: give data.order=images, or data.tile=none"
             )
         if self.max_size < self.image_size:
             raise ValueError(
@@ -259,6 +295,9 @@ class TrainConfig(_Section):
     clip_norm: float = Field(0.0, ge=0)  # largest gradient norm; 0: none, as in the paper
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    init: str | None = None  # a detector to start from: the network follows it (training.init)
+    init_partial: bool = False  # start from it even where under 90% of its tensors fit
+    class_map: str | None = None  # TOML or JSON: a class of the data = its name in init
     seed: int = 0
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
@@ -323,6 +362,30 @@ class Recipe(_Section):
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
 
+    def states(self, setting: str) -> bool:
+        """Whether the user set ``section.key``, so that ``auto`` must not choose it.
+
+        Stated are overrides, settings in the user's own recipe file, and arguments of a section's
+        constructor; values of the package's recipes are not.
+        """
+        section, key = setting.split(".")
+        return key in getattr(self, section).model_fields_set
+
+    def override(self, values: Mapping[str, Any]) -> Recipe:
+        """Return a recipe with settings replaced, which are stated from then on.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        settings = self.model_dump()
+        for key, value in values.items():
+            _override(settings, key, value)
+        stated = {key for key in setting_names() if self.states(key)} | values.keys()
+        return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
+
 
 def recipe_names() -> tuple[str, ...]:
     """List the recipes of the package."""
@@ -361,7 +424,8 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
         raise ConfigError(
             "train.steps and train.epochs both set the length of the run: give one of them"
         )
-    return build_recipe(values, where)
+    recipe = build_recipe(values, where)
+    return _with_stated(recipe, named) if str(name_or_file) in recipe_names() else recipe
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -374,6 +438,15 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from None
+
+
+def _with_stated(recipe: Recipe, settings: Collection[str]) -> Recipe:
+    """Return the same values, of which only `settings` are stated by the user."""
+    sections = {}
+    for name, kind in _sections().items():
+        stated = {key.partition(".")[2] for key in settings if key.startswith(f"{name}.")}
+        sections[name] = kind.model_construct(stated, **dict(getattr(recipe, name)))
+    return recipe.model_copy(update=sections)
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:

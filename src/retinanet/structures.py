@@ -6,9 +6,11 @@ M objects, H and W rows and columns. Boxes are always (x1, y1, x2, y2) in pixels
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ BACKGROUND = -1
 
 IGNORED = -2
 """Label or match that is neither object nor background: a crowd, an IoU in between."""
+
+_SHOWN_OBJECTS, _SHOWN_CLASSES = 10, 5  # of detections that are printed
 
 
 class Outputs(NamedTuple):
@@ -130,36 +134,112 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Detections:
     """Detections of an image, best first.
 
+    ``found[found.scores > 0.5]``, ``found[:10]`` and ``found["car"]`` select objects;
+    ``for box, score, label in found`` iterates over them, and ``found[0]`` is the best.
+
     Attributes:
-        boxes: (N, 4) float32 pixels.
+        boxes: (N, 4) float32 (x1, y1, x2, y2) pixels.
         scores: (N,) float32 in [0, 1].
         labels: (N,) int64 class 0..K-1.
+        classes: names by label; empty: unknown.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
-        for box, score, label in zip(self.boxes, self.scores, self.labels, strict=True):
-            yield box, float(score), int(label)
+        """Yield box (4,), score and label of each object."""
+        return zip(self.boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, float, int]: ...
+
+    @overload
+    def __getitem__(self, index: str | slice | Tensor | Sequence[Any]) -> Self: ...
+
+    def __getitem__(self, index: Any) -> Self | tuple[Tensor, float, int]:
+        """Return an object, as iteration does, or select some.
+
+        Args:
+            index: a position; or a slice, a mask (N,), indices, or a class name.
+
+        Raises:
+            KeyError: there is no class of that name, or the class names are unknown.
+            IndexError: a position is out of range, or a mask has another length.
+        """
+        if isinstance(index, int):
+            return self.boxes[index], float(self.scores[index]), int(self.labels[index])
+        if isinstance(index, str):
+            index = torch.isin(self.labels, self.labels.new_tensor(self._labels_of(index)))
+        elif not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.scores.device)
+            index = index if len(index) else index.long()
+        return replace(
+            self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index]
+        )
+
+    def _labels_of(self, name: str) -> list[int]:
+        labels = [label for label, known in enumerate(self.classes) if known == name]
+        if not labels:
+            known = "unknown class names" if not self.classes else ", ".join(self.classes[:8])
+            near = get_close_matches(name, self.classes, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "select by label: found.labels == 0"
+            raise KeyError(f"no class {name!r}: found {known}; {hint}")
+        return labels
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the detections with boxes, scores and labels on `device`."""
+        return replace(
+            self,
+            boxes=self.boxes.to(device),
+            scores=self.scores.to(device),
+            labels=self.labels.to(device),
+        )
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class, or its number where the names are unknown."""
+        return self.classes[label] if self.classes else str(label)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.summary()})"
+
+    def summary(self) -> str:
+        """Describe the detections in a few words: number, classes, range of the scores."""
+        if not len(self):
+            return "no objects"
+        counts = Counter(map(self.name_of, self.labels.tolist())).most_common()
+        named = ", ".join(f"{count} {name}" for name, count in counts[:_SHOWN_CLASSES])
+        more = f", {len(counts) - _SHOWN_CLASSES} more classes" * (len(counts) > _SHOWN_CLASSES)
+        low, high = self.scores.min(), self.scores.max()
+        return f"{len(self)} objects: {named}{more}; scores {low:.2f} to {high:.2f}"
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        for box, score, label in self[:_SHOWN_OBJECTS]:
+            corners = ", ".join(f"{side:.1f}" for side in box.tolist())
+            lines.append(f"  {self.name_of(label)} {score:.2f} ({corners})")
+        if len(self) > _SHOWN_OBJECTS:
+            lines.append(f"  and {len(self) - _SHOWN_OBJECTS} more")
+        return "\n".join(lines)
+
+
+def is_eager() -> bool:
+    """Return False under ``torch.compile`` and inside ``torch.func`` transforms.
+
+    There tensors may have no values, and no memory of their own.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def is_readable(values: Tensor) -> bool:
-    """Return True if Python may read the values without a device sync.
-
-    False on other devices than the CPU, under ``torch.compile``, and inside ``torch.func``
-    transforms (grad, vmap, jvp, ...), whose tensors may have no values and no memory of their own.
-    """
-    return (
-        values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    """Return True if Python may read the values without a device sync: eager, and on the CPU."""
+    return values.device.type == "cpu" and is_eager()

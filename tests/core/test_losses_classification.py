@@ -14,7 +14,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from retinanet.losses import cross_entropy, focal_loss, focal_loss_star, hinge_loss
+from retinanet.losses import (
+    cross_entropy,
+    focal_loss,
+    focal_loss_star,
+    hinge_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 from retinanet.losses.focal import make_formula, weighted_sum
 from retinanet.structures import BACKGROUND, IGNORED
 
@@ -35,6 +42,10 @@ LOSSES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (hinge_loss, {}),
     (hinge_loss, {"margin": 0.9, "alpha": PER_CLASS}),
     (hinge_loss, {"margin": 1.0, "alpha": 0.25}),
+    (quality_focal_loss, {}),
+    (quality_focal_loss, {"gamma": 1.5}),
+    (varifocal_loss, {}),
+    (varifocal_loss, {"gamma": 1.0, "alpha": PER_CLASS}),
 ]
 LABELS = torch.tensor([0, 4, BACKGROUND, IGNORED, 3, BACKGROUND, 2])
 
@@ -60,7 +71,7 @@ def in_numpy(
 ) -> np.ndarray:
     """Eq. 1 to 7 as they stand in the paper, for t of 0 and 1, element by element."""
     if isinstance(alpha, str):
-        alpha = 0.25 if function is focal_loss else None
+        alpha = 0.25 if function in (focal_loss, varifocal_loss) else None
     y = 2 * t - 1
     p_t = 1 / (1 + np.exp(-y * x))
     weight = 1 if alpha is None else np.where(t == 1, alpha, 1 - np.asarray(alpha))
@@ -68,6 +79,11 @@ def in_numpy(
         return -weight * np.log(p_t)
     if function is focal_loss:
         return -weight * (1 - p_t) ** gamma * np.log(p_t)
+    if function is varifocal_loss:
+        negative = 1 if alpha is None else 1 - np.asarray(alpha)
+        return np.where(t == 1, 1, negative * (1 - p_t) ** gamma) * -np.log(p_t)
+    if function is quality_focal_loss:
+        return -((1 - p_t) ** gamma) * np.log(p_t)
     if function is hinge_loss:
         return weight * np.maximum(0, margin - p_t)
     return -weight * np.log(1 / (1 + np.exp(-(gamma * y * x + beta)))) / gamma
@@ -170,6 +186,74 @@ def test_focal_loss_star_by_hand() -> None:
     negative = float(focal_loss_star(logits, torch.tensor([-1]), beta=1.0))
     assert positive == pytest.approx(0.0485874 / 2, rel=1e-5)
     assert negative == pytest.approx(1.3132617 / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("function", [quality_focal_loss, varifocal_loss])
+def test_losses_of_scores_equal_their_papers_equations(function: Callable[..., Tensor]) -> None:
+    """Li et al. 2020, Eq. 2, and Zhang et al. 2021, Eq. 2, with alpha .75."""
+    x, y = random_logits(40, 5), torch.rand(40, 5, generator=torch.Generator().manual_seed(1))
+    y = torch.where(y < 0.5, 0, y).double()
+    p, t = x.sigmoid().numpy(), y.numpy()
+    bce = -((1 - t) * np.log(1 - p) + t * np.log(p))
+    if function is quality_focal_loss:
+        expected = np.abs(t - p) ** 2 * bce
+    else:
+        expected = np.where(t > 0, t * bce, -0.75 * p**2 * np.log(1 - p))
+
+    each = function(x, y, reduction="none")
+
+    assert_close(each, torch.from_numpy(expected))
+    assert gradcheck(lambda logits: function(logits, y[:4]), x[:4].requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["quality_focal", "varifocal"])
+@pytest.mark.parametrize("alpha", [None, 0.25, PER_CLASS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_rows_with_scores_equal_the_plain_formula(
+    kind: Any, alpha: Any, dtype: torch.dtype, overwrite: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = random_logits(len(LABELS), 5).to(dtype)
+    scores = torch.rand(len(LABELS), generator=generator)
+    weights = torch.rand(len(LABELS), generator=generator)
+    formula = make_formula(kind, gamma=2.0)
+    dense = one_hot(LABELS, 5) * scores[:, None]
+    function: Any = {"quality_focal": quality_focal_loss, "varifocal": varifocal_loss}[kind]
+    plain = logits.double().clone().requires_grad_()
+    each = function(
+        plain, dense, reduction="none", **({"alpha": alpha} if kind == "varifocal" else {})
+    )
+    if kind == "quality_focal" and alpha is not None:
+        factor = torch.tensor(alpha, dtype=torch.float64)
+        each = each * (factor * dense + (1 - factor) * (1 - dense))
+    expected = (each * (weights * (LABELS != IGNORED))[:, None]).sum()
+    (expected_gradient,) = torch.autograd.grad(expected, plain)
+    leaf = logits.detach().clone().requires_grad_()
+
+    loss = weighted_sum(
+        leaf * 1, LABELS, weights, formula, alpha, scores=scores, overwrite_logits=overwrite
+    )
+    loss.backward()
+
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    assert_close(float(loss.detach()), float(expected.detach()), rtol=1e-5, atol=1e-5)
+    assert leaf.grad is not None
+    assert_close(
+        leaf.grad.double(), expected_gradient, **(tolerance or {"rtol": 1e-5, "atol": 1e-6})
+    )
+
+
+@pytest.mark.parametrize("kind", ["quality_focal", "varifocal"])
+def test_rows_with_scores_in_inference_mode_have_the_same_loss(kind: Any) -> None:
+    logits, scores, weights = random_logits(7, 5), torch.full((7,), 0.4), torch.ones(7)
+    formula = make_formula(kind, gamma=2.0)
+    expected = weighted_sum(
+        logits.clone().requires_grad_(), LABELS, weights, formula, scores=scores
+    )
+    with torch.inference_mode():
+        loss = weighted_sum(logits * 1, LABELS, weights, formula, scores=scores)
+    assert float(loss) == float(expected.detach())
 
 
 def test_hinge_loss_by_hand() -> None:

@@ -20,6 +20,7 @@ from retinanet.config import LossConfig, LossSettings
 from retinanet.losses import (
     BOX_LOSSES,
     RUNNING_START,
+    assign_anchors,
     box_loss,
     classification_loss,
     cross_entropy,
@@ -28,8 +29,11 @@ from retinanet.losses import (
     focal_loss_star,
     hard_examples,
     hinge_loss,
+    quality_focal_loss,
     update_running,
+    varifocal_loss,
 )
+from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.structures import (
     IGNORED,
@@ -217,7 +221,7 @@ def test_equal_to_torchvision() -> None:
     assert_close(giou.box, box_head.compute_loss(lists, theirs, anchors, list(matches)))
 
 
-@pytest.mark.parametrize("classification", CLASSIFICATION_LOSSES)
+@pytest.mark.parametrize("classification", ["focal", "cross_entropy", "focal_star", "hinge"])
 def test_each_classification_loss(classification: str) -> None:
     outputs, targets = make_outputs(), make_targets()
     labels = anchor_labels(match_anchors(torch.cat(ANCHORS), targets), targets.labels)
@@ -233,6 +237,34 @@ def test_each_classification_loss(classification: str) -> None:
         outputs, targets, classification=classification, normalizer="batch", **options
     )
     assert_close(losses.classification, expected / losses.foreground.sum())
+
+
+@pytest.mark.parametrize("classification", QUALITY_LOSSES)
+def test_losses_of_scores_are_divided_by_the_sum_of_the_scores(classification: str) -> None:
+    outputs, targets = make_outputs(), make_targets()
+    settings = LossSettings(classification=classification, normalizer="batch", gamma=3.0)
+    assignment = assign_anchors(outputs, ANCHORS, targets, num_classes=CLASSES, settings=settings)
+    scores = assignment.scores
+    assert scores is not None
+    labels = anchor_labels(assignment.matches, targets.labels)
+    logits = flatten_levels(outputs.logits, CLASSES)
+    dense = (labels[..., None] == torch.arange(CLASSES)) * scores[..., None]
+    public: Any = {"quality_focal": quality_focal_loss, "varifocal": varifocal_loss}[classification]
+    counted = labels != IGNORED
+
+    losses = detection_losses(outputs, ANCHORS, targets, num_classes=CLASSES, settings=settings)
+
+    assert_close(losses.normalizer, scores.sum())
+    expected = public(logits[counted], dense[counted], gamma=3.0) / scores.sum()
+    assert_close(losses.classification, expected)
+    image, row = (assignment.matches >= 0).nonzero(as_tuple=True)
+    each = box_loss(
+        "smooth_l1",
+        flatten_levels(outputs.deltas, 4)[image, row],
+        torch.cat(ANCHORS)[row],
+        targets.boxes[image, assignment.matches[image, row]],
+    )
+    assert_close(losses.box, (each * scores[image, row]).sum() / scores.sum())
 
 
 # --- mining (Sec. 5.1) ----------------------------------------------------------------------
@@ -448,7 +480,7 @@ def test_gradient_over_the_logits_of_a_head(channels_last: bool, classification:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classification": "ohem"}, "should be 'focal', 'cross_entropy', 'focal_star' or 'hinge'"),
+        ({"classification": "ohem"}, "should be 'focal', 'cross_entropy', 'focal_star'"),
         ({"mining": "ohem_13"}, "should be 'none', 'ohem' or 'ohem_1_3'"),
         ({"mining": "ohem", "mining_size": 0}, "greater than or equal to 1"),
         ({"classification": "hinge", "margin": 1.5}, "less than or equal to 1"),

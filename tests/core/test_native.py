@@ -329,9 +329,9 @@ def test_what_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def beside_the_library(folder: Path) -> Path:
     """The library, linked into a folder in which other things can lie beside it."""
-    (library,) = (
+    library = next(
         file
-        for suffix in EXTENSION_SUFFIXES
+        for suffix in reversed(EXTENSION_SUFFIXES)
         if (file := Path(native.__file__).with_name(f"_library{suffix}")).is_file()
     )
     link = folder / library.name

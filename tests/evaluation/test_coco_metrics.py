@@ -379,3 +379,16 @@ def test_without_analysis_the_numbers_are_the_same() -> None:
     )
     assert kept.to_dict() == whole.to_dict()
     assert Metrics.from_dict(plain.to_dict()).to_dict() == plain.to_dict()
+
+
+def test_metrics_print_as_a_table() -> None:
+    dataset, found = random_case(0)
+    metrics = evaluate_detections(dataset, found)
+    lines = str(metrics).splitlines()
+    assert repr(metrics) == str(metrics)
+    assert lines[0].startswith(f"AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}  AP75 ")
+    assert lines[1].startswith(f"30 images, {metrics.objects} objects, ")
+    assert len(lines) == 3 + len(dataset.classes)
+    row = metrics.per_class[0]
+    assert lines[3].split() == [row.name, str(row.objects), f"{row.ap:.3f}", f"{row.ap50:.3f}"]
+    assert lines[-1].split()[1:] == ["0", "-", "-"]  # a class without objects

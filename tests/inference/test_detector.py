@@ -149,9 +149,9 @@ def test_detect_score_thresholds_by_class(checkpoint: Checkpoint, square: Pixels
     given = {"white": 0.999, "bright": 0.5}
     assert one(detector.detect(square, score_thresholds=given)).labels.tolist() == [1]
     assert one(Detector(checkpoint, **SETTINGS, score_threshold=0.1).detect(square)).labels.tolist()
-    with pytest.raises(ConfigError, match="the model lacks: 'brigth'; .*did you mean bright"):
+    with pytest.raises(ConfigError, match=r"the model lacks: 'brigth'; .*did you mean bright"):
         Detector(checkpoint, **SETTINGS, score_thresholds={"brigth": 0.5})
-    with pytest.raises(ConfigError, match="detect.score_thresholds"):
+    with pytest.raises(ConfigError, match=r"detect\.score_thresholds"):
         Detector(checkpoint, **SETTINGS, score_thresholds={"bright": 1.5})
 
 

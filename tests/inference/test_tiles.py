@@ -15,12 +15,13 @@ from PIL import Image
 from white_finder import black
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.tiling import MIN_TILE, tile_windows
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError, ImageError
 from retinanet.evaluation.run import evaluate
 from retinanet.inference import Detector, Failure, ImageDetections
 from retinanet.inference.sources import Source
-from retinanet.inference.tiles import MIN_TILE, Part, merge_parts, tile_side, tile_windows
+from retinanet.inference.tiles import Part, choose_tiling, merge_parts, tile_side
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import Detections
 
@@ -247,10 +248,32 @@ def test_tile_auto_is_the_side_of_the_training_images(
             tile_side("auto", 512, {"image_side": wrong})
 
 
+def test_tiling_defaults_to_that_of_training_on_tiles(
+    detector: Detector, checkpoint: Checkpoint
+) -> None:
+    trained = {"tile": {"side": 48, "overlap": 0.5}, "image_side": 48}
+    assert choose_tiling(None, None, 64, {}) == (None, 0.2)
+    assert choose_tiling(None, None, 64, trained) == (48, 0.5)
+    assert choose_tiling("auto", None, 64, trained) == (48, 0.5)
+    assert choose_tiling("auto", 0.1, 64, {"image_side": 40}) == (40, 0.1)
+    assert choose_tiling(32, 0, 64, trained) == (32, 0)
+    assert choose_tiling("none", None, 64, trained) == (None, 0.5)
+    for wrong in ("48", {"side": 48}, {"side": 7, "overlap": 0.2}, {"side": 48, "overlap": 2}):
+        with pytest.raises(ConfigError):
+            choose_tiling(None, None, 64, {"tile": wrong})
+    model: Any = checkpoint.model
+    checkpoint.info.update(trained)
+    detector.detect(black(96, 48), batch_size=100)
+    assert sum(shape[0] for shape in model.batches) == 1 + 3  # from 0, 24 and 48
+    model.batches.clear()
+    detector.detect(black(96, 48), tile="none")
+    assert sum(shape[0] for shape in model.batches) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tile": 0}, "tile 0 is neither auto nor 32 pixels or more"),
+        ({"tile": 0}, "tile 0 is neither auto, none nor 32 pixels or more"),
         ({"tile": 31}, "tile 31"),
         ({"tile": -64}, "tile -64"),
         ({"tile": True}, "tile True"),

@@ -394,3 +394,16 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
         torch.testing.assert_close(
             parameter.grad, wanted[parameter_name].grad, rtol=1e-7, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("entry", ["IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"])
+def test_weights_by_torchvisions_name_are_that_file(entry: str, no_internet: Path) -> None:
+    with pytest.raises(WeightsError, match=r"cannot fetch https://.*/resnet50-11ad3fa6\.pth"):
+        _build(entry, backbone="resnet50")
+    assert not no_internet.exists() or not list(no_internet.iterdir())
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/resnet18"])
+def test_entry_that_torchvision_lacks_is_named(backbone: str) -> None:
+    with pytest.raises(ConfigError, match=f"weights of {backbone} 'IMAGENET1K_V2' is not one of"):
+        _build("IMAGENET1K_V2", backbone=backbone)

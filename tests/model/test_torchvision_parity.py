@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from email.message import Message
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import URLError
 
 import pytest
@@ -230,3 +232,51 @@ def test_without_internet_one_line_says_what_to_do(
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(WeightsError, match="choose torchvision/retinanet_resnet50_fpn or"):
         load_checkpoint("torchvision/fasterrcnn_resnet50_fpn")
+
+
+@pytest.mark.parametrize(
+    ("short", "published"),
+    [
+        ("coco", V2),
+        ("COCO_V1", V2),
+        ("RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1", V2),
+        ("RetinaNet_ResNet50_FPN_Weights.COCO_V1", V1),
+    ],
+)
+def test_short_name_is_the_published_file(
+    short: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(url: Any, *_: object, **__: object) -> None:
+        raise URLError(f"asked for {getattr(url, 'full_url', url)}")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(WeightsError, match=f"asked for {WEIGHTS[published].url}"):
+        load_checkpoint(short)
+
+
+def test_download_with_another_hash_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Response(BytesIO):
+        headers: ClassVar[dict[str, str]] = {}
+
+        def info(self) -> Any:
+            return Message()
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Response(b"truncated"))
+    with pytest.raises(WeightsError, match=r"5905b1c5.*invalid hash value") as caught:
+        load_checkpoint("coco")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+
+def test_short_name_of_a_local_checkpoint_is_ambiguous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco" / "best").mkdir(parents=True)
+    (tmp_path / "coco" / "best" / "model.json").write_text("{}")
+    with pytest.raises(WeightsError, match=f"coco names both .*: give {tmp_path}/coco or {V2}"):
+        load_checkpoint("coco")

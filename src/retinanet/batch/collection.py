@@ -46,7 +46,7 @@ _MAX_ROUNDS = 3  # in which shards that failed are repeated
 _MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a kill loses the shards in work
 _CORES = 4  # per detector without a GPU; a network uses more of them poorly
 _STORE = 200_000_000  # bytes of Ray's object store besides the model: only lists go through it
-_STREAM: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": 0.2}
+_STREAM: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": None}
 _RAY_DATA = {
     "enable_progress_bars": False,
     "print_on_execution_start": False,

@@ -77,7 +77,7 @@ def detect(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run folder, a checkpoint, an exported file, torchvision/NAME or hf://OWNER/NAME."
+            help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or hf://OWNER/NAME."
         ),
     ],
     sources: Annotated[

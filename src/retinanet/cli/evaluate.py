@@ -66,7 +66,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|RESULTS",
-            help="A run folder, a checkpoint, an exported file, torchvision/NAME, "
+            help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME, "
             "hf://OWNER/NAME, or a COCO results file.",
         ),
     ],

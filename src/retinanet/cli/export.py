@@ -51,7 +51,10 @@ class ValidationOptions(SplitOptions):
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A run folder, a checkpoint, torchvision/NAME or hf://OWNER/NAME.")
+        str,
+        typer.Argument(
+            help="A run folder, a checkpoint, coco, torchvision/NAME or hf://OWNER/NAME."
+        ),
     ],
     *,
     form: FormOptions,

@@ -49,8 +49,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Run folders, checkpoints, exported files, torchvision/NAME or hf://OWNER/NAME; "
-            "NAME=MODEL sets the model's name. The first is the default model.",
+            help="Run folders, checkpoints, exported files, coco, torchvision/NAME or "
+            "hf://OWNER/NAME; NAME=MODEL sets the model's name. The first is the default model.",
         ),
     ],
     *,

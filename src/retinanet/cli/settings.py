@@ -182,27 +182,33 @@ class ClassOptions:
 class TileOptions:
     """Detection in tiles."""
 
-    tile: str | None = option("Detect also in tiles of this many pixels, or auto: for huge images.")
+    tile: str | None = option(
+        "Detect also in tiles of this many pixels, or auto: for huge images; or none.",
+        shown="those of the model's training, or none",
+    )
     overlap: float | None = option(
-        "Overlap of adjacent tiles, share of the side in [0, 1).", shown=".2"
+        "Overlap of adjacent tiles, share of the side in [0, 1).", shown="the model's, .2"
     )
 
     def given(self) -> dict[str, Any]:
         """Return the arguments of a detector.
 
         Raises:
-            ConfigError: ``--tile`` is neither ``auto`` nor pixels, or ``--overlap`` has no tile.
+            ConfigError: ``--tile`` is neither ``auto``, ``none`` nor pixels, or ``--overlap`` has
+                no tile.
         """
         from retinanet.errors import ConfigError
 
         if self.overlap is not None and self.tile is None:
             raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
         tile: int | str | None = self.tile
-        if self.tile is not None and self.tile != "auto":
+        if self.tile not in (None, "auto", "none"):
             if not (self.tile.isascii() and self.tile.isdecimal() and int(self.tile) > 0):
-                raise ConfigError(f"--tile {self.tile!r} is neither a number of pixels nor auto")
+                raise ConfigError(
+                    f"--tile {self.tile!r} is neither a number of pixels nor auto or none"
+                )
             tile = int(self.tile)
-        return {"tile": tile, "overlap": 0.2 if self.overlap is None else self.overlap}
+        return {"tile": tile, "overlap": self.overlap}
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,9 @@ class RecipeOptions:
     """A recipe, and settings that override it."""
 
     settings: Settings = None
-    recipe: str = option("Recipe: quick, paper_1x, paper_table2, demo, or a file.", "quick")
+    recipe: str = option(
+        "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file.", "quick"
+    )
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
     def load(self, overrides: Mapping[str, object] | None = None) -> Recipe:

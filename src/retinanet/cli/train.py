@@ -25,7 +25,18 @@ class TrainingOptions:
 
     backbone: str | None = option("Backbone: resnet18 to resnet152, mobilenet_v2, timm/NAME, ...")
     backbone_weights: str | None = option(
-        "Backbone weights: a file, default (ImageNet, downloaded), or none."
+        "Backbone weights: a file, default (ImageNet, downloaded), none, or torchvision's "
+        "IMAGENET1K_V2."
+    )
+    init: str | None = option(
+        "Detector to start from; the network follows it: coco, torchvision/NAME, hf://OWNER/NAME, "
+        "a run, a checkpoint or a .pth file."
+    )
+    init_partial: bool = option(
+        "Start from --init even where under 90% of its tensors fit the network.", False
+    )
+    class_map: str | None = option(
+        "TOML or JSON file of class names: NAME IN DATA = NAME IN THE DETECTOR of --init."
     )
     epochs: float | None = option("Exact number of epochs.", min=0)
     steps: int | None = option("Exact number of steps.", min=1)
@@ -48,13 +59,16 @@ class TrainingOptions:
             raise ConfigError(
                 "--epochs and --steps both set the length of the run: give one of them"
             )
-        # A list in JSON is one in TOML.
+        # A list or a text in JSON is one in TOML.
         classes = None if self.classes is None else dumps(split_names(self.classes))
         # An exact number: the recipe's limits are for lengths that it computes itself.
         limits = {"train.min_steps": 1, "train.max_steps": 1_000_000_000}
         return {
             "model.backbone": self.backbone,
             "model.backbone_weights": self.backbone_weights,
+            "train.init": self.init and dumps(self.init),
+            "train.init_partial": "true" if self.init_partial else None,
+            "train.class_map": self.class_map and dumps(self.class_map),
             "train.epochs": self.epochs,
             "train.steps": self.steps,
             "train.batch_size": self.batch_size,
@@ -71,9 +85,6 @@ class RunOptions(DeviceOptions):
 
     out: Path | None = option(
         "Run folder; an unfinished run in it is resumed.", shown="runs/NAME of DATA"
-    )
-    init: str | None = option(
-        "Detector to start from: a run, a checkpoint, torchvision/NAME or hf://OWNER/NAME."
     )
     overfit: int | None = option(
         "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
@@ -111,13 +122,14 @@ def train(
         return
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
-    start: dict[str, Any] = {"device": run.device, "init": run.init}
     if run.overfit is not None:
-        result = run_overfit(config, data, run.out, run.overfit, steps=training.steps, **start)
+        result = run_overfit(
+            config, data, run.out, run.overfit, steps=training.steps, device=run.device
+        )
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    trained = run_training(config, data, folder, **start)
+    trained = run_training(config, data, folder, device=run.device)
     report = write_report(trained)
     if json:
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})

@@ -30,7 +30,6 @@ def run_training(
     folder: Path,
     *,
     device: str = "auto",
-    init: str | None = None,
     title: str = "training",
 ) -> Run:
     """Train with a progress bar.
@@ -41,7 +40,7 @@ def run_training(
     from retinanet.training.trainer import train
 
     with _Display(title) as display:
-        run = train(recipe, data, folder, device=device, init=init, on_event=display.show)
+        run = train(recipe, data, folder, device=device, on_event=display.show)
     if run.interrupted:
         by = "SIGTERM" if run.exit_code == TERMINATED else "Ctrl-C"
         note(f"stopped by {by} after step {run.step}; the state is saved in {run.folder}")

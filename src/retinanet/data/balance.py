@@ -1,4 +1,8 @@
-"""Repeat factor sampling: images with rare classes are drawn more often (Gupta et al. 2019)."""
+"""How often images occur in an epoch.
+
+By repeat factor sampling images with rare classes are drawn more often (Gupta et al. 2019); of
+tiles without objects a share is drawn.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class RepeatFactors:
     """How often the images of a data set occur in an epoch.
 
     Attributes:
-        images: (N,) float64 expected number of occurrences per image, 1 or more.
+        images: (N,) float64 expected number of occurrences per image.
         classes: the factors over 1 by class, the largest first.
     """
 
@@ -94,10 +98,26 @@ def repeat_factors(dataset: Dataset, threshold: float) -> RepeatFactors:
 
 
 def balance(dataset: Dataset, config: DataConfig) -> RepeatFactors | None:
-    """Return the repeat factors by ``data.balance``; None: every image occurs once per epoch."""
-    if config.balance == "none":
-        return None
-    return repeat_factors(dataset, config.balance_threshold)
+    """Return the repeat factors by ``data.balance``, and ``data.empty_tiles`` for empty tiles.
+
+    Empty is a tile without an object that is not ignored. None: every image occurs once per epoch.
+    """
+    repeats = None
+    if config.balance != "none":
+        repeats = repeat_factors(dataset, config.balance_threshold)
+    is_empty = np.array(
+        [
+            image.window is not None and all(a.ignored for a in image.annotations)
+            for image in dataset.images
+        ],
+        dtype=bool,
+    )
+    if config.empty_tiles == 1 or not is_empty.any():
+        return repeats
+    factors = np.ones(len(dataset)) if repeats is None else repeats.images
+    return RepeatFactors(
+        np.where(is_empty, config.empty_tiles, factors), {} if repeats is None else repeats.classes
+    )
 
 
 def epoch_size(dataset: Dataset, config: DataConfig) -> int:

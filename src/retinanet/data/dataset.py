@@ -53,6 +53,8 @@ class LabelledImage:
         annotations: its objects; none for a background image.
         width, height: pixels as the labels state them; None if they do not.
         label_file: the file with the labels (None: there is none, a background image).
+        window: (x1, y1, x2, y2) pixels of the upright image, if this is a tile of it:
+            `annotations`, `width` and `height` are then the tile's. None: the whole image.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class LabelledImage:
     height: int | None = None
     label_file: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    window: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

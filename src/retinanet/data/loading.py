@@ -42,6 +42,7 @@ from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.images import pad_batch, read_reduced
 from retinanet.data.transforms import Transform
+from retinanet.data.windows import Window, read_window
 from retinanet.errors import DataError, ImageError
 from retinanet.structures import IGNORED, Batch, pad_targets
 
@@ -291,13 +292,16 @@ class _Images:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> tuple[str | archives.Member, Tensor, Tensor]:
-        """File, (M, 4) boxes in pixels of the image on disk, and (M,) labels."""
+    def __getitem__(
+        self, index: int
+    ) -> tuple[str | archives.Member, Window | None, Tensor, Tensor]:
+        """File, window of it, (M, 4) boxes in pixels of the window on disk, and (M,) labels."""
         start, end = self._ends[index : index + 2].tolist()
-        file, boxes, labels = pickle.loads(self._buffer[start:end])
+        file, window, boxes, labels = pickle.loads(self._buffer[start:end])
         boxes = np.frombuffer(boxes, np.float32).reshape(-1, 4).copy()
         return (
             file,
+            window,
             torch.from_numpy(boxes),
             torch.from_numpy(np.frombuffer(labels, np.int64).copy()),
         )
@@ -310,7 +314,7 @@ def _record(image: LabelledImage) -> bytes:
         file = replace(member, digest="") if member else file
     boxes = np.array([a.box for a in image.annotations], np.float32)
     labels = np.array([IGNORED if a.ignored else a.label for a in image.annotations], np.int64)
-    return pickle.dumps((file, boxes.tobytes(), labels.tobytes()))
+    return pickle.dumps((file, image.window, boxes.tobytes(), labels.tobytes()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -482,12 +486,12 @@ def _read_samples(
     samples: list[_Sample | None] = []
     failures: list[Unreadable] = []
     records = [images[index] for index, _ in chosen]
-    files = _fetched([file for file, _, _ in records])
-    for (index, draw), file, (_, boxes, labels) in zip(chosen, files, records, strict=True):
+    files = _fetched([file for file, *_ in records])
+    for (index, draw), file, (_, window, boxes, labels) in zip(chosen, files, records, strict=True):
         try:
             if isinstance(file, ImageError):
                 raise file
-            image, size = read_reduced(file, *transform.reading_size(shorter))
+            image, size = _read(file, window, *transform.reading_size(shorter))
         except ImageError as error:
             samples.append(None)
             failures.append((index, str(error)))
@@ -497,6 +501,16 @@ def _read_samples(
         )
         samples.append(_Sample(index, draw, image, boxes, labels, size))
     return samples, failures
+
+
+def _read(
+    file: str | archives.Member, window: Window | None, shorter: int, longest: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """Read an image or its window, no smaller than needed; also the size of the whole of it."""
+    if window is None:
+        return read_reduced(file, shorter, longest)
+    image = read_window(file, window)
+    return image, (image.shape[-2], image.shape[-1])
 
 
 def _fetched(files: list[str | archives.Member]) -> list[str | archives.Member | ImageError]:

@@ -128,6 +128,22 @@ def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) 
         return windows or _Whole(source, name, stored, value_range, needs_extra=not has_extra)
 
 
+def read_window(source: str | os.PathLike[str], window: Window) -> Tensor:
+    """Read one window of an image: :func:`open_windows` and :meth:`Windows.read`.
+
+    Raises:
+        ImageError, MissingExtraError: as there, or the window is not within the image.
+    """
+    windows = open_windows(source)
+    (height, width), (x1, y1, x2, y2) = windows.size, window
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise ImageError(
+            f"{os.fspath(source)}: the tile {window} is outside the image of {width} x {height} "
+            "pixels: the labels state another size; run retinanet data check"
+        )
+    return windows.read(window)
+
+
 def typical_side(images: Sequence[ImageSource], *, max_images: int = 200) -> int:
     """Return the median of the shorter sides of up to `max_images` images, by their headers.
 

@@ -211,6 +211,25 @@ class Metrics:
             "ARl": self.ar_large,
         }
 
+    def __str__(self) -> str:
+        """Return a table: COCO's numbers, the counts, and a line per class."""
+        numbers = "  ".join(f"{name} {_figure(value)}" for name, value in self.summary().items())
+        lines = [
+            numbers,
+            f"{self.images} images, {self.objects} objects, {self.detections} detections; best F1 "
+            f"{_figure(self.best_f1)} at score {_figure(self.best_score)}",
+        ]
+        if len(self.per_class) > 1:
+            width = max(len("class"), *(len(row.name) for row in self.per_class))
+            lines.append(f"{'class':{width}}  objects     AP   AP50")
+            lines += [
+                f"{row.name:{width}}  {row.objects:7}  {_figure(row.ap):>5}  {_figure(row.ap50):>5}"
+                for row in self.per_class
+            ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; NaN becomes None."""
         return to_json_types(self)
@@ -224,6 +243,10 @@ class Metrics:
         """
         metrics: Self = TypeAdapter(cls).validate_python(values)
         return metrics
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def to_json_types(value: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from retinanet.evaluation.results import Results
 from retinanet.inference.backends import Network, detections_of, output_anchors
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
+from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.losses.detection import detection_losses
 from retinanet.postprocess import mirror_images
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
@@ -208,8 +209,7 @@ class _Collector:
 
     def add(self, indices: Sequence[int], detections: Sequence[Detections]) -> None:
         for index, found in zip(indices, detections, strict=True):
-            tensors = (found.boxes, found.scores, found.labels)
-            self._detections[index] = Detections(*(tensor.cpu() for tensor in tensors))
+            self._detections[index] = found.to("cpu")
         if self._progress is not None:
             done = len(self._detections) + len(self.unreadable)
             self._progress(done, len(self._dataset))
@@ -282,6 +282,8 @@ class _MeanLoss:
         images = foreground.new_tensor(len(batch.images))
         # Divisor of the batch's loss, and its part of the divisor of the data set's loss.
         per_image, per_anchor = (images, images), (foreground.clamp(min=1), foreground)
+        if self._settings.classification in QUALITY_LOSSES:
+            per_anchor = (_float64(losses.normalizer), _float64(losses.normalizer))
         class_divisor, class_count = per_image if self._class_per_image else per_anchor
         box_divisor, box_count = per_image if self._per_image else per_anchor
         class_sum, box_sum = losses.classification * class_divisor, losses.box * box_divisor

@@ -29,6 +29,7 @@ from retinanet.inference.backends import (
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
+from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
 
 
@@ -48,7 +49,7 @@ def evaluate(
     batch_size: int = 4,
     workers: int | None = None,
     tile: int | str | None = None,
-    overlap: float = 0.2,
+    overlap: float | None = None,
     classes: Sequence[str] | None = None,
     progress: Progress | None = None,
     **options: Unpack[DetectorOptions],
@@ -103,7 +104,8 @@ def evaluate(
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         thresholds = merge_thresholds(detector.eval_thresholds, changed)
         running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        if tile is None and isinstance(detector.network, Network):
+        side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
+        if side is None and isinstance(detector.network, Network):
             running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
             predictions = run_network(detector, dataset, workers, thresholds, **running)
         else:

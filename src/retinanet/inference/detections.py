@@ -6,9 +6,13 @@ so a round trip changes nothing.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,10 @@ from torch import Tensor
 
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import ValueRange, read_image
-from retinanet.data.windows import open_windows
+from retinanet.data.windows import Windows, open_windows
 from retinanet.errors import DataError, MissingExtraError
+from retinanet.files import write_atomic
 from retinanet.structures import Detections
-
-DRAWN_SCORE = 0.3
-"""Default minimum score of a drawn box; evaluation uses .05."""
 
 DRAWN_PIXELS = 2**25
 """Maximum pixels of a drawn image (5,793 x 5,793): a larger image is drawn reduced."""
@@ -32,10 +34,17 @@ DRAWN_PIXELS = 2**25
 CAPTIONED = 1000
 """Maximum boxes of an image that are drawn with captions."""
 
+COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
+"""Columns of a table of detections."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageDetections:
-    """The objects detected in an image, best first.
+_NOTEBOOK_PIXELS, _NOTEBOOK_ROWS = 2**19, 20
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class ImageDetections(Detections):
+    """The objects detected in an image, best first, with the image.
+
+    In a notebook the image is displayed with the boxes drawn on it.
 
     Attributes:
         boxes: (N, 4) float32 (x1, y1, x2, y2) pixels of the upright image as it was given.
@@ -50,62 +59,55 @@ class ImageDetections:
         pixels: (3, H, W) uint8 RGB, if :meth:`Detector.stream` was called with ``keep_pixels``.
     """
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    classes: tuple[str, ...] = field(repr=False)
-    category_ids: tuple[int, ...] = field(repr=False)
+    category_ids: tuple[int, ...]
     name: str
     size: tuple[int, int]
-    image: Any = field(repr=False)
-    value_range: ValueRange | None = field(default=None, repr=False)
-    pixels: Tensor | None = field(default=None, repr=False)
+    image: Any
+    value_range: ValueRange | None = None
+    pixels: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, float, int]]:
-        """Box (4,), score and label of each object."""
-        return zip(self.boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
+    @property
+    def path(self) -> Path | None:
+        """The image's path; None where it was given as pixels."""
+        return Path(self.image) if isinstance(self.image, str | Path) else None
 
     @property
     def source(self) -> str:
         """The image's path as it was given; its name where it was given as pixels."""
         return str(self.image) if isinstance(self.image, str | Path) else self.name
 
-    def draw(self, image: Any = None, *, score_threshold: float = DRAWN_SCORE) -> Image.Image:
+    def summary(self) -> str:
+        """Describe the detections in a few words: image, number, classes, range of the scores."""
+        return f"{self.name}, {self.size[1]} x {self.size[0]}: {Detections.summary(self)}"
+
+    def draw(
+        self,
+        image: Any = None,
+        *,
+        score_threshold: float = 0.0,
+        max_pixels: int = DRAWN_PIXELS,
+    ) -> Image.Image:
         """Draw the boxes of at least `score_threshold` with their classes and scores.
 
-        An image of more than :data:`DRAWN_PIXELS` is drawn reduced. More than :data:`CAPTIONED`
-        boxes are drawn with thin lines and without captions.
+        More than :data:`CAPTIONED` boxes are drawn with thin lines and without captions.
 
         Args:
             image: image to draw on, as :func:`retinanet.data.images.read_image` takes it; None is
                 the image that detection ran on.
+            score_threshold: minimum score of a drawn box; 0: all.
+            max_pixels: an image of more pixels is drawn reduced.
 
         Raises:
             DataError: the image has another size than the image that detection ran on.
             ImageError: it can no longer be read.
         """
-        value_range = None
-        if image is None:
-            image = self.image if self.pixels is None else self.pixels
-            value_range = self.value_range if self.pixels is None else None
         height, width = self.size
-        scale = min(1.0, math.sqrt(DRAWN_PIXELS / (height * width)))
+        scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+        windows = self._open(image)
         if scale < 1:
-            windows = open_windows(image, value_range=value_range)
-            pixels, size = None, windows.size
-        else:
-            pixels = read_image(image, value_range=value_range)
-            size = (pixels.shape[-2], pixels.shape[-1])
-        if size != self.size:
-            raise DataError(
-                f"{self.name}: the image to draw on is {size[1]} x {size[0]}, "
-                f"the detections are of {width} x {height} pixels"
-            )
-        if pixels is None:
             pixels = windows.reduced(int(height * scale) or 1, int(width * scale) or 1)
+        else:
+            pixels = windows.read((0, 0, width, height))
         scales = self.boxes.new_tensor((pixels.shape[-1] / width, pixels.shape[-2] / height))
         kept = self.scores >= score_threshold
         boxes = self.boxes[kept] * scales.repeat(2)
@@ -116,6 +118,65 @@ class ImageDetections:
             names = [""] * len(self.classes)
             return draw_boxes(pixels, boxes.flip(0), labels.flip(0), names=names, width=line)
         return draw_boxes(pixels, boxes, labels, scores, self.classes)
+
+    def _open(self, image: Any = None) -> Windows:
+        """Open an image for reading windows of it; None: the image that detection ran on."""
+        value_range = None
+        if image is None:
+            image = self.image if self.pixels is None else self.pixels
+            value_range = self.value_range if self.pixels is None else None
+        if self.size[0] * self.size[1] <= DRAWN_PIXELS:
+            image, value_range = read_image(image, value_range=value_range), None
+        windows = open_windows(image, value_range=value_range)
+        if windows.size != self.size:
+            raise DataError(
+                f"{self.name}: the image to draw on is {windows.size[1]} x {windows.size[0]}, "
+                f"the detections are of {self.size[1]} x {self.size[0]} pixels"
+            )
+        return windows
+
+    def crop(self, *, margin: float = 0.0) -> list[Image.Image]:
+        """Cut the objects out of the image, in the order of the detections.
+
+        Args:
+            margin: pixels added at each side of a box, within the image.
+
+        Returns:
+            N RGB images of at least a pixel.
+
+        Raises:
+            DataError, ImageError: as :meth:`draw`.
+        """
+        windows, (height, width) = self._open(), self.size
+        crops = []
+        for box in self.boxes.tolist():
+            x1, y1 = (math.floor(side - margin) for side in box[:2])
+            x2, y2 = (math.ceil(side + margin) for side in box[2:])
+            x1, y1 = min(max(0, x1), width - 1), min(max(0, y1), height - 1)
+            x2, y2 = min(max(x1 + 1, x2), width), min(max(y1 + 1, y2), height)
+            pixels = windows.read((x1, y1, x2, y2)).permute(1, 2, 0)
+            crops.append(Image.fromarray(pixels.contiguous().numpy()))
+        return crops
+
+    def save(self, file: str | Path, *, score_threshold: float = 0.0) -> Path:
+        """Write the image with the boxes drawn on it, or, to a ``.json`` file, :meth:`to_dict`.
+
+        Args:
+            file: its suffix is the format; an existing file is replaced.
+            score_threshold: minimum score of a drawn box; a ``.json`` file contains all.
+
+        Raises:
+            DataError: images of that suffix cannot be written.
+            ImageError: the image can no longer be read.
+        """
+        file = Path(file)
+        if file.suffix.lower() == ".json":
+            write_atomic(file, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        else:
+            write_atomic(
+                file, encode_image(self.draw(score_threshold=score_threshold), file.suffix)
+            )
+        return file
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: file, size, and each object's class, score and box."""
@@ -133,6 +194,65 @@ class ImageDetections:
                 for box, score, label in self
             ],
         }
+
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
+        """Return a row of COCO's results per object: ``bbox`` is x, y, width, height.
+
+        Args:
+            image_id: id of the image in the ground truth.
+        """
+        rows = []
+        for box, score, label in self:
+            x1, y1, x2, y2 = box.tolist()
+            rows.append(
+                {
+                    "image_id": image_id,
+                    "category_id": self.category_ids[label],
+                    "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                    "score": round(score, 6),
+                }
+            )
+        return rows
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a flat row per object, by the names of :data:`COLUMNS`."""
+        height, width = self.size
+        rows = []
+        for box, score, label in self:
+            corners = [round(value, 3) for value in box.tolist()]
+            values = (self.source, width, height, self.classes[label], round(score, 6), *corners)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Return a ``pandas.DataFrame`` with a row per object and the columns :data:`COLUMNS`.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise MissingExtraError("pandas", "pandas") from None
+        return pandas.DataFrame(self.to_rows(), columns=list(COLUMNS))
+
+    def _repr_html_(self) -> str:
+        """Return the drawn image and a table for a notebook."""
+        try:
+            drawn = encode_image(self.draw(max_pixels=_NOTEBOOK_PIXELS), ".jpg")
+        except (DataError, OSError) as error:  # the file may be gone: the table remains
+            shown = f"<p>{escape(str(error))}</p>"
+        else:
+            shown = f'<img src="data:image/jpeg;base64,{b64encode(drawn).decode()}">'
+        rows = "".join(
+            f"<tr><td>{escape(self.classes[label])}</td><td>{score:.2f}</td>"
+            f"<td>{', '.join(f'{side:.1f}' for side in box.tolist())}</td></tr>"
+            for box, score, label in self[:_NOTEBOOK_ROWS]
+        )
+        return (
+            f"<p>{escape(self.summary())}</p>{shown}<table><tr><th>class</th><th>score</th>"
+            f"<th>x1, y1, x2, y2</th></tr>{rows}</table>"
+        )
 
     def to_supervision(self) -> Any:
         """Convert to ``supervision.Detections`` (:func:`to_supervision`).
@@ -155,6 +275,22 @@ class ImageDetections:
         return replace(self, boxes=kept.boxes, scores=kept.scores, labels=kept.labels)
 
 
+def encode_image(image: Image.Image, suffix: str) -> bytes:
+    """Encode an image in the format of a file suffix, such as ``.jpg``.
+
+    Raises:
+        DataError: images of that suffix cannot be written.
+    """
+    kind = Image.registered_extensions().get(suffix.lower())
+    if kind not in Image.SAVE:
+        raise DataError(f"unknown image suffix: {suffix!r}; use .jpg, .png, .webp or .tif")
+    # Pillow's default for TIFF is no compression.
+    options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {"quality": 90}
+    encoded = BytesIO()
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An image that could not be read.
@@ -175,7 +311,7 @@ class Failure:
 
 
 def to_supervision(
-    objects: ImageDetections | Detections,
+    objects: Detections,
     classes: Sequence[str] | None = None,
     *,
     tracks: Sequence[int] | None = None,
@@ -187,7 +323,7 @@ def to_supervision(
 
     Args:
         objects: of one image.
-        classes: names by label; None: those of an :class:`ImageDetections`.
+        classes: names by label; None: those of `objects`.
         tracks: (N,) numbers by track: ``tracker_id``.
 
     Raises:
@@ -198,8 +334,7 @@ def to_supervision(
         import supervision
     except ImportError:
         raise MissingExtraError("supervision", "supervision") from None
-    if classes is None and isinstance(objects, ImageDetections):
-        classes = objects.classes
+    classes = objects.classes or None if classes is None else classes
     if tracks is not None and len(tracks) != len(objects):
         raise ValueError(f"{len(tracks)} tracks of {len(objects)} objects")
     labels = objects.labels.cpu().numpy().astype(np.int64)
@@ -239,4 +374,8 @@ def from_supervision(objects: Any, *, num_classes: int | None = None) -> Detecti
             known = "any class" if num_classes is None else f"the classes 0 to {num_classes - 1}"
             raise DataError(f"supervision's class_id {label} is not one of {known}")
     order = np.argsort(-scores, kind="stable")
-    return Detections(*(torch.from_numpy(values[order]) for values in (boxes, scores, labels)))
+    return Detections(
+        torch.from_numpy(boxes[order]),
+        torch.from_numpy(scores[order]),
+        torch.from_numpy(labels[order]),
+    )

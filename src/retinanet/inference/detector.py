@@ -52,10 +52,9 @@ from retinanet.inference.sources import Source, find_sources, is_single, iter_so
 from retinanet.inference.tiles import (
     Part,
     Piece,
-    check_tiling,
+    choose_tiling,
     cut_images,
     merge_parts,
-    tile_side,
 )
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.model.precision import choose_device
@@ -189,7 +188,7 @@ class Detector:
         *,
         batch_size: int = 1,
         tile: int | str | None = None,
-        overlap: float = 0.2,
+        overlap: float | None = None,
         value_range: ValueRange | None = None,
         **thresholds: Unpack[Thresholds],
     ) -> ImageDetections | list[ImageDetections]:
@@ -235,7 +234,7 @@ class Detector:
         batch_size: int = 1,
         workers: int | None = None,
         tile: int | str | None = None,
-        overlap: float = 0.2,
+        overlap: float | None = None,
         value_range: ValueRange | None = None,
         keep_pixels: bool = False,
         **thresholds: Unpack[Thresholds],
@@ -251,10 +250,12 @@ class Detector:
             workers: threads that read ahead; None is one per processor, four at most.
             tile: also detect in tiles of this side in pixels, for images whose objects are too
                 small in the resized image; ``auto``: the side of the images that the model was
-                trained on (:func:`retinanet.inference.tiles.tile_side`). None: no tiles.
+                trained on (:func:`retinanet.inference.tiles.tile_side`); ``none``: no tiles. None:
+                no tiles, but those of its training for a model trained on tiles (``data.tile``).
                 ``detections_per_image`` then limits a tile, and the image if it is given here or
                 to the detector.
-            overlap: fraction of a tile's side that the next tile covers too, in [0, 1).
+            overlap: fraction of a tile's side that the next tile covers too, in [0, 1). None: as
+                in training on tiles, else .2.
             value_range: as in :meth:`detect`.
             keep_pixels: keep an image that was read at full size in
                 :attr:`ImageDetections.pixels`, so that drawing does not read it again.
@@ -270,8 +271,7 @@ class Detector:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size} is under 1")
         settings = merge_thresholds(self.thresholds, thresholds)
-        check_tiling(tile, overlap)
-        side = None if tile is None else tile_side(tile, self.image_size, self.info)
+        side, overlap = choose_tiling(tile, overlap, self.image_size, self.info)
         check_value_range(value_range)
         is_item = isinstance(sources, str | EncodedImage | Tensor | np.ndarray)
         if isinstance(sources, Iterable) and not is_item:
@@ -458,7 +458,8 @@ def load(
     Args:
         path_or_name: a run folder (its best checkpoint, else its last), a checkpoint folder, the
             model.safetensors in one, an exported ``.onnx``, ``.xml`` or ``.pt2`` (a program: open
-            only your own), or ``torchvision/retinanet_resnet50_fpn_v2``.
+            only your own), ``coco`` (torchvision's detector, downloaded once), or another name of
+            :func:`retinanet.load_checkpoint`.
         device, classes: as in :class:`Detector`.
         options: ``precision``, ``backend``, ``calibrate``, ``image_size``, ``max_size`` and the
             thresholds of :class:`Detector`.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from retinanet.data.tiling import MIN_TILE, tile_windows
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
 from retinanet.inference.detections import Failure
@@ -17,8 +17,8 @@ from retinanet.inference.sources import Source
 from retinanet.postprocess import suppress
 from retinanet.structures import Detections
 
-MIN_TILE = 32
-"""Minimum side of a tile in pixels."""
+OVERLAP = 0.2
+"""Default fraction of a tile's side that adjacent tiles share."""
 
 # A box this near to a border inside the image, as a fraction of the tile's side, may be cut there:
 # eight pixels of a network input of 512, a cell of its finest level.
@@ -80,19 +80,47 @@ class Piece:
     is_last: bool = True
 
 
-def check_tiling(tile: int | str | None, overlap: float) -> None:
+def check_tiling(tile: int | str | None, overlap: float | None) -> None:
     """Check the options of tiling.
 
     Raises:
         ConfigError: `tile` is no side of a tile, or `overlap` is out of range.
     """
     is_side = isinstance(tile, int) and not isinstance(tile, bool) and tile >= MIN_TILE
-    if not (tile is None or tile == "auto" or is_side):
-        raise ConfigError(f"tile {tile!r} is neither auto nor {MIN_TILE} pixels or more")
-    if not 0 <= overlap < 1:
+    if not (tile in (None, "auto", "none") or is_side):
+        raise ConfigError(f"tile {tile!r} is neither auto, none nor {MIN_TILE} pixels or more")
+    if overlap is not None and not 0 <= overlap < 1:
         raise ConfigError(
             f"overlap {overlap} is not in [0, 1): it is a fraction of the tile, such as 0.2"
         )
+
+
+def choose_tiling(
+    tile: int | str | None, overlap: float | None, image_size: int, info: Mapping[str, Any]
+) -> tuple[int | None, float]:
+    """Return the side of tiles in pixels (None: whole images only) and their overlap.
+
+    Args:
+        tile: a side; ``auto``: :func:`tile_side`; ``none``: no tiles; None: those that the model
+            was trained on (``data.tile``, ``tile`` in the checkpoint's `info`), or no tiles.
+        overlap: fraction of the side in [0, 1); None: as in training, or :data:`OVERLAP`.
+        image_size: the shorter side of the network's input.
+        info: the checkpoint's.
+
+    Raises:
+        ConfigError: a value is out of range, also in `info`.
+    """
+    trained = info.get("tile")
+    if not isinstance(trained, Mapping | None) or (trained and {"side", "overlap"} - {*trained}):
+        raise ConfigError(f"the model's tile is not a side and an overlap: {trained!r}")
+    trained = trained or {}
+    if tile is None:
+        tile = trained.get("side")
+    if overlap is None:
+        overlap = trained.get("overlap", OVERLAP)
+    check_tiling(tile, overlap)
+    side = None if tile in (None, "none") else tile_side(tile, image_size, info)
+    return side, overlap
 
 
 def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
@@ -113,38 +141,6 @@ def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
             f"tile auto: the model's image_side is no number of pixels: {side!r}; give --tile one"
         )
     return max(MIN_TILE, int(side))
-
-
-def tile_windows(
-    size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
-) -> Iterator[Window]:
-    """Yield tiles of equal size that cover an image, spread evenly.
-
-    Args:
-        size: height and width.
-        side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
-        overlap: minimum fraction of the side that adjacent tiles share.
-        down_first: column by column, else row by row.
-
-    Yields:
-        (x1, y1, x2, y2) pixels; nothing for an image that is not larger than a tile.
-    """
-    if max(size) <= side:
-        return
-    rows, columns = (_spread(length, side, overlap) for length in size)
-    if down_first:
-        yield from ((x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows)
-    else:
-        yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
-
-
-def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:
-    if length <= side:
-        return [(0, length)]
-    step = max(1, int(side * (1 - overlap)))
-    steps = ceil((length - side) / step)
-    starts = [round(i * (length - side) / steps) for i in range(steps + 1)]
-    return [(start, start + side) for start in starts]
 
 
 def cut_images(

@@ -14,20 +14,23 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from io import BytesIO
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
 from torch import Tensor
 
 from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data.drawing import PALETTE
 from retinanet.files import open_atomic, write_atomic
-from retinanet.inference.detections import Failure, ImageDetections
+from retinanet.inference.detections import (
+    COLUMNS,
+    Failure,
+    ImageDetections,
+    encode_image,
+)
 from retinanet.inference.manifest import OutputFolder
 
 Write = Callable[[Any], None]
@@ -52,7 +55,6 @@ _FILES: dict[str, tuple[str, ...]] = {
 OUTPUT_FORMATS = tuple(_FILES)
 """Formats of :func:`open_outputs`."""
 
-_CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -180,15 +182,7 @@ def write_coco(file: str | Path) -> AbstractContextManager[Write]:
 
     def rows(result: ImageDetections) -> Iterator[str]:
         image_id = _image_id(result.name, taken)
-        for box, score, label in result:
-            x1, y1, x2, y2 = box.tolist()
-            row = {
-                "image_id": image_id,
-                "category_id": result.category_ids[label],
-                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(score, 6),
-            }
-            yield _json(row)
+        return map(_json, result.to_coco(image_id))
 
     return _write_items(file, rows)
 
@@ -198,14 +192,10 @@ def write_csv(file: str | Path) -> Iterator[Write]:
     """Write a row per object: file, width, height, class, score, x1, y1, x2, y2."""
     with open_atomic(file) as out:
         table = csv.writer(out, lineterminator="\n")
-        table.writerow(_CSV_COLUMNS)
+        table.writerow(COLUMNS)
 
         def write(result: ImageDetections) -> None:
-            height, width = result.size
-            for box, score, label in result:
-                corners = [round(value, 3) for value in box.tolist()]
-                name = result.classes[label]
-                table.writerow([result.source, width, height, name, round(score, 6), *corners])
+            table.writerows(row.values() for row in result.to_rows())
 
         yield write
 
@@ -386,13 +376,8 @@ def write_images(folder: Path, score_threshold: float, claim: Claim) -> Iterator
         suffix = PurePosixPath(result.name).suffix
         if suffix.lower() not in _IMAGE_SUFFIXES:
             suffix = ".jpg"
-        drawn = result.draw(score_threshold=score_threshold)
-        kind = Image.registered_extensions()[suffix.lower()]
-        # Pillow's default for TIFF is no compression.
-        options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {"quality": 90}
-        encoded = BytesIO()
-        drawn.save(encoded, kind, **options)
-        write_atomic(claim(folder / _unique(result.name, suffix, taken)), encoded.getvalue())
+        encoded = encode_image(result.draw(score_threshold=score_threshold), suffix)
+        write_atomic(claim(folder / _unique(result.name, suffix, taken)), encoded)
 
     yield write
 

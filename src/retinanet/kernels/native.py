@@ -200,7 +200,8 @@ def load_library(folder: Path) -> Library:
     """Load the library from a folder, unless it is switched off or does not fit its sources."""
     if os.environ.get("RETINANET_NATIVE", "1") == "0":
         return Library(None, 0, "RETINANET_NATIVE=0")
-    for suffix in EXTENSION_SUFFIXES:
+    # A name without Python's version first: it is what setup.py writes.
+    for suffix in reversed(EXTENSION_SUFFIXES):
         file = folder / f"_library{suffix}"
         if not file.is_file():
             continue

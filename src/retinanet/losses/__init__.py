@@ -1,5 +1,6 @@
 """Losses: classification (Lin et al. 2017, Sec. 3), boxes, and both for a detector's outputs."""
 
+from retinanet.losses.assignment import Assignment, assign_anchors
 from retinanet.losses.box import BOX_LOSSES, box_loss
 from retinanet.losses.detection import (
     RUNNING_START,
@@ -8,13 +9,22 @@ from retinanet.losses.detection import (
     detection_losses,
     update_running,
 )
-from retinanet.losses.focal import cross_entropy, focal_loss, focal_loss_star, hinge_loss
+from retinanet.losses.focal import (
+    cross_entropy,
+    focal_loss,
+    focal_loss_star,
+    hinge_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 from retinanet.losses.ohem import hard_examples
 
 __all__ = [
     "BOX_LOSSES",
     "RUNNING_START",
+    "Assignment",
     "Losses",
+    "assign_anchors",
     "box_loss",
     "classification_loss",
     "cross_entropy",
@@ -23,5 +33,7 @@ __all__ = [
     "focal_loss_star",
     "hard_examples",
     "hinge_loss",
+    "quality_focal_loss",
     "update_running",
+    "varifocal_loss",
 ]

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from retinanet.boxes import decode_boxes
 from retinanet.config import LossConfig, LossSettings
+from retinanet.losses.assignment import Assignment, assign_anchors
 from retinanet.losses.box import box_loss
 from retinanet.losses.focal import make_formula, weighted_sum
 from retinanet.losses.ohem import NEGATIVES_PER_POSITIVE, hard_examples
-from retinanet.matching import anchor_labels, match_anchors
+from retinanet.matching import anchor_labels
 from retinanet.structures import (
     IGNORED,
     Outputs,
@@ -99,16 +100,14 @@ def detection_losses(
     settings = LossSettings() if settings is None else settings
     _check_levels(outputs, anchors, len(targets.boxes), num_classes)
     all_anchors = torch.cat(list(anchors))
-    matches = match_anchors(
-        all_anchors,
-        targets,
-        foreground_iou=settings.foreground_iou,
-        background_iou=settings.background_iou,
-        low_quality_matches=settings.low_quality_matches,
+    assignment = assign_anchors(
+        outputs, anchors, targets, num_classes=num_classes, settings=settings
     )
+    matches = assignment.matches
     labels = anchor_labels(matches, targets.labels)
-    foreground = (matches >= 0).sum(dim=1)
-    divisors, normalizer = _divisors(foreground, settings.normalizer, running, world_foreground)
+    divisors, normalizer = _divisors(
+        assignment.weight, settings.normalizer, running, world_foreground
+    )
     working = torch.float64 if outputs.logits[0].dtype == torch.float64 else torch.float32
     weights = divisors.to(working).reciprocal()
     logits = [flatten_level(level, num_classes) for level in outputs.logits]
@@ -124,12 +123,13 @@ def detection_losses(
         )
         kept = (labels != IGNORED).sum(dim=1).clamp(min=1)
         class_weights = (kept * len(kept)).to(working).reciprocal()
+    scores = assignment.scores
     class_loss = classification_loss(
-        logits, labels, class_weights, settings, overwrite_logits=overwrite_logits
+        logits, labels, class_weights, settings, scores=scores, overwrite_logits=overwrite_logits
     )
-    box_losses = _box_losses(outputs, all_anchors, targets, matches, settings)
+    box_losses = _box_losses(outputs, all_anchors, targets, assignment, settings)
     box = (box_losses * weights).sum() * settings.box_weight
-    return Losses(class_loss, box, foreground, normalizer)
+    return Losses(class_loss, box, (matches >= 0).sum(dim=1), normalizer)
 
 
 def classification_loss(
@@ -138,6 +138,7 @@ def classification_loss(
     weights: Tensor,
     settings: LossConfig,
     *,
+    scores: Tensor | None = None,
     overwrite_logits: bool = False,
 ) -> Tensor:
     """Sum a classification loss over all anchors of all levels.
@@ -149,6 +150,7 @@ def classification_loss(
         labels: (B, R) class 0..K-1, BACKGROUND or IGNORED.
         weights: (B,) factors of the images.
         settings: the kind of loss and its parameters.
+        scores: (B, R) target of each foreground anchor's class; None: 1.
         overwrite_logits: as in :func:`detection_losses`.
 
     Returns:
@@ -172,13 +174,17 @@ def classification_loss(
             kind, gamma=settings.gamma, beta=settings.beta, margin=settings.margin
         )
     total = weights.new_zeros(())
-    for level, level_labels in zip(logits, torch.split(labels, rows, dim=1), strict=True):
+    split_scores = [None] * len(rows) if scores is None else torch.split(scores, rows, dim=1)
+    for level, level_labels, level_scores in zip(
+        logits, torch.split(labels, rows, dim=1), split_scores, strict=True
+    ):
         total = total + weighted_sum(
             level.flatten(0, 1),
             level_labels.flatten(),
             weights[:, None].expand_as(level_labels).flatten(),
             formula,
             settings.alpha,
+            scores=None if level_scores is None else level_scores.flatten(),
             overwrite_logits=overwrite_logits,
         )
     return total
@@ -205,7 +211,10 @@ def _divisors(
     running: Tensor | None,
     world_foreground: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what each image's sums are divided by (B,), and ``Losses.normalizer`` ()."""
+    """Return what each image's sums are divided by (B,), and ``Losses.normalizer`` ().
+
+    `foreground` (B,) is the number of foreground anchors, or the sum of their targets.
+    """
     if normalizer == "image":
         count = foreground.clamp(min=1).float()
         return count * len(count), count.mean()
@@ -225,15 +234,27 @@ def _divisors(
 
 
 def _box_losses(
-    outputs: Outputs, anchors: Tensor, targets: Targets, matches: Tensor, settings: LossConfig
+    outputs: Outputs,
+    anchors: Tensor,
+    targets: Targets,
+    assignment: Assignment,
+    settings: LossConfig,
 ) -> Tensor:
-    """Sum the box losses of each image's foreground anchors, (B,); 0 still has a gradient."""
-    deltas = flatten_levels(outputs.deltas, 4)
+    """Sum the box losses of each image's foreground anchors, (B,); 0 still has a gradient.
+
+    Each is weighted by the anchor's classification target.
+    """
+    deltas, matches, scores = (
+        flatten_levels(outputs.deltas, 4),
+        assignment.matches,
+        assignment.scores,
+    )
     kind, beta, foreground = settings.box, settings.box_beta, matches >= 0
     if is_readable(matches):
         image, row = foreground.nonzero(as_tuple=True)
         boxes = targets.boxes[image, matches[image, row]]
         losses = box_loss(kind, deltas[image, row], anchors[row], boxes, beta=beta)
+        losses = losses if scores is None else losses * scores[image, row]
         return losses.new_zeros(len(matches)).index_add(0, image, losses)
     # Selecting the foreground would need a device sync. Instead an anchor without an object gets
     # itself as its box, and deltas of 0 without a gradient.
@@ -249,7 +270,8 @@ def _box_losses(
         boxes.flatten(0, 1),
         beta=beta,
     )
-    return losses.view(matches.shape).where(foreground, 0).sum(dim=1)
+    losses = losses.view(matches.shape).where(foreground, 0)
+    return (losses if scores is None else losses * scores).sum(dim=1)
 
 
 def _check_levels(

@@ -25,7 +25,7 @@ from retinanet.structures import BACKGROUND, IGNORED, is_readable
 
 Reduction = Literal["none", "sum", "mean"]
 Alpha = float | Sequence[float] | Tensor | None
-Kind = Literal["focal", "focal_star", "hinge"]
+Kind = Literal["focal", "focal_star", "hinge", "quality_focal", "varifocal"]
 Formula = tuple[Kind, float, float]
 """Kind, gamma and beta; for the hinge loss its margin and 0."""
 
@@ -174,6 +174,65 @@ def hinge_loss(
     return _loss(logits, targets, make_formula("hinge", margin=margin), alpha, reduction)
 
 
+def quality_focal_loss(
+    logits: Tensor, targets: Tensor, *, gamma: float = _DEFAULTS.gamma, reduction: Reduction = "sum"
+) -> Tensor:
+    r"""Quality focal loss: the focal loss for a target in [0, 1], such as the IoU of a box.
+
+    .. math:: QFL(p) = -|y - p|^\gamma ((1 - y) \log(1 - p) + y \log p)
+
+    Source: Li et al. 2020 (arXiv:2006.04388), Sec. 3.2, Eq. 2, which calls the exponent beta.
+
+    Args:
+        logits: (..., K) raw scores of any float type; computed in float32 (float64 stays).
+        targets: (..., K) floats y in [0, 1]; or integers as for :func:`focal_loss`, whose loss
+            without alpha this then is.
+        gamma: focusing exponent >= 0.
+        reduction: as for :func:`focal_loss`.
+
+    Returns, Raises: as :func:`focal_loss`.
+
+    Example: at p = y the loss is 0, for every y.
+
+        >>> y = torch.tensor([[0.7]])
+        >>> round(float(quality_focal_loss(y.logit(), y)), 6)
+        0.0
+    """
+    return _loss(logits, targets, make_formula("quality_focal", gamma=gamma), None, reduction)
+
+
+def varifocal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: Alpha = _DEFAULTS.alpha,
+    gamma: float = _DEFAULTS.gamma,
+    reduction: Reduction = "sum",
+) -> Tensor:
+    r"""Varifocal loss: focal for negatives, cross entropy weighted by the target for positives.
+
+    .. math:: VFL(p) = -y (y \log p + (1 - y) \log(1 - p)) \text{ for } y > 0,
+              \text{ else } -(1 - \alpha) p^\gamma \log(1 - p)
+
+    Source: Zhang et al. 2021 (arXiv:2008.13367), Sec. 3.2, Eq. 2.
+
+    Args:
+        logits: (..., K) raw scores of any float type; computed in float32 (float64 stays).
+        targets: (..., K) floats y in [0, 1]; or integers as for :func:`focal_loss`, with y = 1.
+        alpha: in [0, 1], or K numbers: negatives weigh 1 - alpha (the paper's alpha, .75); None: 1.
+        gamma: focusing exponent >= 0 of the negatives.
+        reduction: as for :func:`focal_loss`.
+
+    Returns, Raises: as :func:`focal_loss`.
+
+    Example: y = .5 at p = .5 costs half a cross entropy of ln 2.
+
+        >>> round(float(varifocal_loss(torch.zeros(1, 1), torch.tensor([[0.5]]))), 4)
+        0.3466
+    """
+    return _loss(logits, targets, make_formula("varifocal", gamma=gamma), alpha, reduction)
+
+
 def plain_loss(logits: Tensor, targets: Tensor, formula: Formula) -> Tensor:
     """Compute the unweighted loss of each element as the paper writes it.
 
@@ -195,8 +254,18 @@ def plain_loss(logits: Tensor, targets: Tensor, formula: Formula) -> Tensor:
         return softplus(u, threshold=_LINEAR_FROM)
 
     loss = targets * of_negative(-logits) + (1 - targets) * of_negative(logits)
-    if kind != "focal" or gamma == 0:
+    if kind == "varifocal":
+        factor = torch.sigmoid(logits.clamp(-_LINEAR_FROM, _LINEAR_FROM)).pow(gamma)
+        return torch.where(targets > 0, targets, factor) * loss
+    if kind in ("focal_star", "hinge") or gamma == 0:
         return loss
+    if kind == "quality_focal":
+        bounded = logits.clamp(-_LINEAR_FROM, _LINEAR_FROM)
+        distance = (
+            targets * torch.sigmoid(-bounded) - (1 - targets) * torch.sigmoid(bounded)
+        ).abs()
+        # The slope of a power below 1 is infinite at 0, and 0 times a large loss must stay 0.
+        return distance.clamp(min=torch.finfo(distance.dtype).tiny).pow(gamma) * loss
     # 1 - p_t; the clamp keeps it above 0, where the slope of a power below 1 is infinite.
     bounded = logits.clamp(-_LINEAR_FROM, _LINEAR_FROM)
     wrong = targets * torch.sigmoid(-bounded) + (1 - targets) * torch.sigmoid(bounded)
@@ -210,14 +279,17 @@ def plain_label_loss(
     positive: Tensor,
     negative: Tensor,
     formula: Formula,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Sum the plain formula over rows with integer labels: the definition of the kernels.
 
     Args, Returns: as :func:`sum_in_chunks`, with the attributes of its targets.
     """
     targets = _one_hot(labels, logits.shape[1], weights.dtype)
+    if scores is not None:
+        targets = targets * scores[:, None]
     loss = plain_loss(logits.to(weights.dtype), targets, formula)
-    weighted = loss * (positive * targets + negative * (1 - targets)) * weights[:, None]
+    weighted = loss * _balance(targets, positive, negative, formula) * weights[:, None]
     if weighted.device.type == "mps":  # which has no float64
         return weighted.sum()
     return weighted.sum(dtype=torch.float64).to(weights.dtype)
@@ -231,6 +303,7 @@ class _Labels(NamedTuple):
         weights: (N,) float32 or float64 factors of the rows, 0 where ignored.
         positive, negative: () or (K,) alpha of positives and of negatives.
         formula: kind, gamma and beta.
+        scores: (N,) target of each row's class, float32 or float64; None: 1.
     """
 
     labels: Tensor
@@ -238,6 +311,7 @@ class _Labels(NamedTuple):
     positive: Tensor
     negative: Tensor
     formula: Formula
+    scores: Tensor | None = None
 
 
 def weighted_sum(
@@ -247,6 +321,7 @@ def weighted_sum(
     formula: Formula,
     alpha: Alpha = None,
     *,
+    scores: Tensor | None = None,
     overwrite_logits: bool = False,
 ) -> Tensor:
     """Sum the losses of rows, each times its weight.
@@ -257,6 +332,8 @@ def weighted_sum(
         row_weights: (N,) float; no gradient flows to them.
         formula: from :func:`make_formula`.
         alpha: as in the public functions.
+        scores: (N,) target in [0, 1] of each row's class, for the formulas ``quality_focal`` and
+            ``varifocal``; None: 1. No gradient flows to them.
         overwrite_logits: allow the gradient to be written over the logits, which saves as much
             memory as they take. Only for logits that nothing reads afterwards (a convolution does
             not need its output in the backward pass); autograd raises an error where another
@@ -272,7 +349,11 @@ def weighted_sum(
     _check_labels(labels, logits.shape[1])
     positive, negative = _alpha_pair(alpha, logits)
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
-    targets = _Labels(labels.long(), weights, positive, negative, formula)
+    if scores is not None:
+        scores = scores.detach().to(weights.dtype)
+    elif formula[0] in ("quality_focal", "varifocal"):
+        scores = torch.ones_like(weights)
+    targets = _Labels(labels.long(), weights, positive, negative, formula, scores)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # The compiler fuses the formula as written; torch.func's transforms trace it.
         return plain_label_loss(logits, *targets)
@@ -356,14 +437,59 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def _sum_and_gradient(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> Tensor:
     """Sum the losses of rows (N, K) and fill `gradient` unless it is None."""
+    if targets.scores is not None:
+        return _sum_with_scores(logits, targets, gradient)
+    labels, weights, positive, negative, formula, _ = targets
     if native.supports_label_loss(logits, targets.formula):
-        return native.label_loss(logits, *targets, gradient)
+        return native.label_loss(logits, labels, weights, positive, negative, formula, gradient)
     if logits.is_cuda and triton_probe.is_usable(logits.device):
         from retinanet.kernels import triton_focal
 
         if triton_focal.supports(logits, targets.formula):
-            return triton_focal.sum_and_gradient(logits, *targets, gradient)
+            return triton_focal.sum_and_gradient(
+                logits, labels, weights, positive, negative, formula, gradient
+            )
     return sum_in_chunks(logits, targets, gradient)
+
+
+def _sum_with_scores(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> Tensor:
+    """Sum the losses of rows whose own class has a score as its target.
+
+    All other elements are negatives of the focal loss, which the fast kernels sum with a weight of
+    0 for the own classes; these few are then added.
+    """
+    labels, scores, classes = targets.labels, targets.scores, logits.shape[1]
+    assert scores is not None
+    row = torch.arange(len(labels), device=labels.device)
+    if labels.device.type == "cpu":  # a GPU takes every row, to avoid a sync
+        row = row[labels >= 0]
+    has_score = (labels[row] >= 0) & (labels[row] < classes)
+    own = row, labels[row].clamp(0, classes - 1)
+    logit = logits[own].to(scores.dtype)  # a copy: the gradient may be written over the logits
+    negatives = targets._replace(
+        positive=torch.zeros_like(targets.positive),
+        formula=("focal", targets.formula[1], 0.0),
+        scores=None,
+    )
+    total = _sum_and_gradient(logits, negatives, gradient)
+    target = scores[row]
+    positive, negative = (alpha.expand(classes)[own[1]] for alpha in targets[2:4])
+    factor = _balance(target, positive, negative, targets.formula)
+    factor = factor * torch.where(has_score, targets.weights[row], 0)
+    with torch.set_grad_enabled(gradient is not None):
+        logit.requires_grad_(gradient is not None)
+        loss = (plain_loss(logit, target, targets.formula) * factor).sum()
+    if gradient is not None:
+        (slope,) = torch.autograd.grad(loss, logit)
+        gradient[own] = torch.where(has_score, slope.to(gradient.dtype), gradient[own])
+    return total + loss.detach()
+
+
+def _balance(targets: Tensor, positive: Tensor, negative: Tensor, formula: Formula) -> Tensor:
+    """Return the factors of elements with these targets: alpha's, or varifocal's of negatives."""
+    if formula[0] == "varifocal":
+        return torch.where(targets > 0, 1, negative)
+    return positive * targets + negative * (1 - targets)
 
 
 def sum_in_chunks(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> Tensor:
@@ -377,7 +503,7 @@ def sum_in_chunks(logits: Tensor, targets: _Labels, gradient: Tensor | None) -> 
     Returns:
         () of the type of the weights.
     """
-    labels, weights, positive, negative, formula = targets
+    labels, weights, positive, negative, formula, _ = targets
     count, classes = logits.shape
     dtype, on_cpu = weights.dtype, logits.device.type == "cpu"
     weights = torch.where((labels < IGNORED) | (labels >= classes), math.nan, weights)
@@ -478,7 +604,7 @@ def _loss(
         _check_dense(dense)
     loss = plain_loss(logits.to(working), dense, formula)
     if alpha is not None:
-        loss = loss * (positive * dense + negative * (1 - dense))
+        loss = loss * _balance(dense, positive, negative, formula)
     if counted is not None:
         loss = torch.where(counted, loss, 0)
     if reduction == "none":

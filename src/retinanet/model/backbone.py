@@ -355,14 +355,19 @@ def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
     Args:
         name: of the backbone.
         weights: "default": torchvision's IMAGENET1K_V1 (timm's own for timm), downloaded once and
-            cached; "none"; or a .safetensors or torch .pth file in torchvision's layout, with or
-            without the classifier. Opening a file runs no code.
+            cached; another of torchvision's entries by name (IMAGENET1K_V2, or with its class,
+            ResNet50_Weights.IMAGENET1K_V2); "none"; or a .safetensors or torch .pth file in
+            torchvision's layout, with or without the classifier. Opening a file runs no code.
 
     Raises:
+        ConfigError: torchvision has no such entry for the backbone.
         WeightsError: they cannot be downloaded, or the file cannot be read.
     """
     if str(weights) == "none":
         return None
+    if _ENTRY.fullmatch(str(weights)):
+        entry = _find_entry(name, str(weights))
+        return BackboneWeights(fetch_state(entry, CHOICES), entry.url)
     if str(weights) != "default":
         return _read_weights(Path(weights))
     if name.startswith("timm/"):
@@ -370,8 +375,19 @@ def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
     if name not in BACKBONES:
         return None  # build_backbone raises the error
     # torchvision's first weights are the nearest to He et al.'s, which the paper uses.
-    entry = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    entry = _find_entry(name, "IMAGENET1K_V1")
     return BackboneWeights(fetch_state(entry, CHOICES), entry.url)
+
+
+_ENTRY = re.compile(r"(?:(?P<kind>\w+_Weights)\.)?(?P<entry>[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_V\d+)")
+
+
+def _find_entry(name: str, entry: str) -> Any:
+    """Return a torchvision weights entry of a backbone by name."""
+    entries = list(torchvision.models.get_model_weights(name)) if name in BACKBONES else []
+    known = {known for item in entries for known in (item.name, str(item))}
+    check_choice(f"weights of {name}", entry, sorted(known) or ["default", "none", "a file"])
+    return next(item for item in entries if entry in (item.name, str(item)))
 
 
 def fetch_state(entry: Any, otherwise: str) -> dict[str, Tensor]:

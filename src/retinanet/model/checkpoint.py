@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,7 +25,7 @@ from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import fetch_torchvision
+from retinanet.model.torchvision_weights import fetch_torchvision, published_name
 
 WEIGHTS_FILE = "model.safetensors"
 TEXT_FILE = "model.json"
@@ -125,17 +125,23 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
     Args:
         path: a run folder (its best, else its last), a checkpoint folder, a ``model.safetensors``
-            in one, ``torchvision/retinanet_resnet50_fpn`` or ``.._v2``, or ``hf://OWNER/NAME`` on
-            the Hugging Face Hub, optionally with ``@REVISION`` (downloaded once, cached).
+            in one, ``coco`` (short for ``torchvision/retinanet_resnet50_fpn_v2``),
+            ``torchvision/retinanet_resnet50_fpn``, or ``hf://OWNER/NAME`` on the Hugging Face Hub,
+            optionally with ``@REVISION`` (both are downloaded once and cached).
         device: of the model.
 
     Raises:
         WeightsError: there is no such checkpoint, or it is damaged or of another kind.
         MissingExtraError: its backbone needs timm, or the Hub huggingface_hub.
     """
-    if str(path).startswith("torchvision/"):
-        loaded = fetch_torchvision(str(path))
-        info = {"source": str(path), "detect": dict(loaded.detect)}
+    if published := published_name(path):
+        if any((folder / TEXT_FILE).is_file() for folder in _candidates(Path(path))):
+            raise WeightsError(
+                f"{path} names both a local checkpoint and {published}: give "
+                f"{Path(path).resolve()} or {published}"
+            )
+        loaded = fetch_torchvision(published)
+        info = {"source": published, "detect": dict(loaded.detect)}
         sizes = loaded.image_size, loaded.max_size
         model = to_channels_last(loaded.model)
         checkpoint = Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
@@ -152,7 +158,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 def find_checkpoint(path: Path) -> Path:
     """Find the checkpoint folder of a run folder, a checkpoint folder or a file in it."""
     folder = path.parent if path.name in (WEIGHTS_FILE, TEXT_FILE) else path
-    for candidate in map(readable_folder, (folder, folder / "best", folder / "last")):
+    for candidate in _candidates(folder):
         if (candidate / TEXT_FILE).is_file() or (candidate / WEIGHTS_FILE).is_file():
             return candidate
     if path.is_file():
@@ -162,6 +168,11 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_dir():
         raise WeightsError(f"{path} holds no {TEXT_FILE}, and neither do its best/ and last/")
     raise WeightsError(f"there is no checkpoint {path}: give a run or checkpoint folder")
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Yield the folders in which a run or checkpoint folder may have its checkpoint."""
+    yield from map(readable_folder, (folder, folder / "best", folder / "last"))
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -302,25 +313,33 @@ class TransferReport(NamedTuple):
         loaded: names of the tensors that were copied whole.
         skipped: (name, reason) of those that were not.
         rows: classes whose rows of the class head were copied.
+        lost: names of the tensors that only one of the models has, or has in another shape; not of
+            rows of the class head whose class only one of them has.
     """
 
     loaded: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     rows: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 def transfer_weights(
-    model: RetinaNet, classes: Sequence[str], source: Checkpoint
+    model: RetinaNet,
+    classes: Sequence[str],
+    source: Checkpoint,
+    synonyms: Mapping[str, str] | None = None,
 ) -> TransferReport:
     """Initialize a model with the weights of another, whose classes may differ.
 
-    Tensors of the same name and shape are copied. In the last convolution of the class head, the
-    rows of classes with the same name are copied; the other classes keep their initialization.
+    Tensors of the same name and shape are copied; where only one of the models has P2, its levels
+    are those of the same stride. In the last convolution of the class head, the rows of classes
+    with the same name are copied; the other classes keep their initialization.
 
     Args:
         model: changed in place.
         classes: its class names.
         source: the other model.
+        synonyms: names in the other model of `classes` that have another name there.
 
     Raises:
         ValueError: the number of `classes` differs from the model's.
@@ -334,7 +353,10 @@ def transfer_weights(
             )
     if len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a model of {model.num_classes} classes")
-    target, given = model.state_dict(), source.model.state_dict()
+    target = model.state_dict()
+    shift = int(model.p2) - int(source.model.p2)
+    given = {_shifted(name, shift): value for name, value in source.model.state_dict().items()}
+    source_names = [(synonyms or {}).get(name, name) for name in classes]
     loaded: list[str] = []
     skipped: list[tuple[str, str]] = []
     same_anchors = _cell(model) == _cell(source.model)
@@ -343,26 +365,25 @@ def transfer_weights(
             skipped.append((name, "the source has none"))
         elif name.startswith(("class_head.last.", "box_head.last.")) and not same_anchors:
             skipped.append((name, "the anchors of a cell or the channels differ"))
-        elif (
-            name.startswith(("pyramid.lateral.", "pyramid.output.")) and model.p2 != source.model.p2
-        ):
-            skipped.append((name, "with and without P2 the levels count differently"))
         elif name.startswith("class_head.last."):
-            _copy_rows(tensor, given[name], classes, source.classes)
+            _copy_rows(tensor, given[name], source_names, source.classes)
         elif given[name].shape != tensor.shape:
             skipped.append((name, f"{list(given[name].shape)} instead of {list(tensor.shape)}"))
         else:
             tensor.copy_(given[name])
             loaded.append(name)
     skipped += [(name, "the model has none") for name in given if name not in target]
-    shared = []
+    lost = tuple(name for name, _ in skipped)
+    shared: tuple[str, ...] = ()
     if same_anchors:
-        shared = [name for name in classes if name in source.classes]
-        for names, owner in ((classes, "source"), (source.classes, "model")):
+        rows = dict(zip(classes, source_names, strict=True))
+        shared = tuple(name for name in classes if rows[name] in source.classes)
+        taken = {rows[name] for name in shared}
+        for names, kept, owner in ((classes, shared, "source"), (source.classes, taken, "model")):
             skipped += [
                 (f"class_head.last: {name}", f"a class that the {owner} lacks")
                 for name in names
-                if name not in shared
+                if name not in kept
             ]
     for key in (*PREPROCESSING, "stride_padding", "norm_eps"):
         given_value, own_value = getattr(source.model.spec, key), getattr(model.spec, key)
@@ -370,7 +391,13 @@ def transfer_weights(
             skipped.append((key, f"{given_value} there, {own_value} here"))
     if not loaded:
         raise WeightsError("nothing of the source fits the model: their networks differ")
-    return TransferReport(tuple(loaded), tuple(skipped), tuple(shared))
+    return TransferReport(tuple(loaded), tuple(skipped), shared, lost)
+
+
+def _shifted(name: str, levels: int) -> str:
+    """Rename a tensor of the pyramid, whose levels count from P2 in one model and P3 in another."""
+    match = re.fullmatch(r"(pyramid\.(?:lateral|output)\.)(\d+)(\..+)", name)
+    return f"{match[1]}{int(match[2]) + levels}{match[3]}" if match else name
 
 
 def _cell(model: RetinaNet) -> tuple[Any, ...]:

@@ -5,16 +5,24 @@ Source: Lin et al. 2017, Sec. 4, Figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.anchors import AnchorSpec, anchor_spec
-from retinanet.config import ModelSpec, build_model_spec
+from retinanet.anchors import AnchorSpec, anchor_spec, level_anchors
+from retinanet.config import (
+    DetectConfig,
+    LossSettings,
+    ModelSpec,
+    build_model_spec,
+    unknown_setting,
+)
 from retinanet.errors import ConfigError
+from retinanet.losses.detection import Losses, detection_losses
 from retinanet.model.backbone import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,7 +32,9 @@ from retinanet.model.backbone import (
 )
 from retinanet.model.fpn import FeaturePyramid
 from retinanet.model.heads import Head, prior_bias
-from retinanet.structures import Outputs
+from retinanet.model.inputs import batch_images, batch_targets
+from retinanet.postprocess import postprocess
+from retinanet.structures import Detections, Outputs, Targets
 
 
 @contextmanager
@@ -100,8 +110,9 @@ class RetinaNet(nn.Module):
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from)
         heads = (spec.channels, spec.head_depth)
-        self.class_head = Head(*heads, per_cell * num_classes, spec.head_norm)
-        self.box_head = Head(*heads, per_cell * 4, spec.head_norm)
+        style = (spec.head_norm, spec.head_init)
+        self.class_head = Head(*heads, per_cell * num_classes, *style)
+        self.box_head = Head(*heads, per_cell * 4, *style)
         assert self.class_head.last.bias is not None
         nn.init.constant_(self.class_head.last.bias, prior_bias(spec.prior))
         self.set_pixel_statistics()
@@ -140,6 +151,72 @@ class RetinaNet(nn.Module):
             tuple(self.class_head(level) for level in levels),
             tuple(self.box_head(level) for level in levels),
         )
+
+    def loss(
+        self,
+        images: Tensor | Sequence[Tensor],
+        targets: Targets | Sequence[Mapping[str, Any]],
+        *,
+        settings: LossSettings | None = None,
+        running: Tensor | None = None,
+    ) -> Losses:
+        """Compute the losses of a batch: ``model.loss(images, targets).total.backward()``.
+
+        Args:
+            images: (B, 3, H, W), or B tensors (3, h, w) of any sizes: RGB, uint8 or float 0..255.
+                They are not resized. Values of float images are checked, a device sync on a GPU.
+            targets: torchvision's ``[{"boxes": (M, 4), "labels": (M,)}, ..]``, with labels 0..K-1
+                and no background class, or :class:`Targets`, which are not checked.
+            settings, running: as in :func:`retinanet.losses.detection_losses`.
+
+        Raises:
+            ValueError: shapes, values or labels are not as above.
+        """
+        batch, _ = batch_images(images, self.pixel_mean, self.size_divisor)
+        objects = batch_targets(targets, len(batch), self.num_classes).to(batch.device)
+        outputs = self(batch)
+        return detection_losses(
+            outputs,
+            self._anchors_of(outputs),
+            objects,
+            num_classes=self.num_classes,
+            settings=settings,
+            running=running,
+        )
+
+    @torch.no_grad()
+    def detect(self, images: Tensor | Sequence[Tensor], **thresholds: Any) -> list[Detections]:
+        """Detect objects in a batch of images.
+
+        Args:
+            images: as in :meth:`loss`.
+            thresholds: ``score_threshold`` and other options of
+                :func:`retinanet.postprocess.postprocess`.
+
+        Returns:
+            For each image its detections, best first, in pixels of the image given.
+
+        Raises:
+            ValueError: images have another shape or other values, or batch norm is in training
+                mode.
+            ConfigError: an unknown option; the nearest is named.
+        """
+        for name in thresholds:
+            if name not in (*DetectConfig.model_fields, "selected"):
+                raise ConfigError(unknown_setting(name))
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+            raise ValueError(
+                "batch norm is in training mode, in which other images of the batch change the "
+                "detections: call model.eval() first"
+            )
+        batch, sizes = batch_images(images, self.pixel_mean, self.size_divisor)
+        outputs = self(batch)
+        anchors = self._anchors_of(outputs)
+        return postprocess(outputs, anchors, sizes, num_classes=self.num_classes, **thresholds)
+
+    def _anchors_of(self, outputs: Outputs) -> list[Tensor]:
+        cells = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
+        return level_anchors(self.anchors, cells, outputs.logits[0].device)
 
 
 def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings: Any) -> RetinaNet:

@@ -33,6 +33,12 @@ TORCHVISION_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"p6_from": "c5", "head_norm": "group", "norm_eps": 1e-5},
     ),
 }
+SHORT_NAMES = {
+    "coco": V2,
+    "COCO_V1": V2,
+    **{str(entry): name for name, (entry, _) in TORCHVISION_MODELS.items()},
+}
+"""Other names: short, and torchvision's of its entries (``RetinaNet_.._V2_Weights.COCO_V1``)."""
 
 # torchvision's settings of its transform and its post-processing.
 IMAGE_SIZE, MAX_SIZE = 800, 1333
@@ -56,6 +62,12 @@ class Loaded(NamedTuple):
     detect: Mapping[str, Any]
 
 
+def published_name(name: str | Path) -> str | None:
+    """Return ``torchvision/NAME`` of a published detector; None: `name` names none."""
+    text = name if isinstance(name, str) else name.as_posix()
+    return SHORT_NAMES.get(text, text if text.startswith("torchvision/") else None)
+
+
 def fetch_torchvision(name: str) -> Loaded:
     """Download torchvision's COCO model with the 80 classes in use of COCO's 91 ids.
 
@@ -68,7 +80,11 @@ def fetch_torchvision(name: str) -> Loaded:
         raise WeightsError(f"there is no {name}: choose {' or '.join(TORCHVISION_MODELS)}")
     entry, _ = TORCHVISION_MODELS[name]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    state = fetch_state(entry, f"fetch it where there is internet and put the file into {cache}")
+    state = fetch_state(
+        entry,
+        f"download it where there is internet, and put the file into {cache} or give its path in "
+        "place of the name",
+    )
     names = entry.meta["categories"]
     model = from_torchvision(name, state, num_classes=len(names))
     ids = [i for i, label in enumerate(names) if label not in ("__background__", "N/A")]

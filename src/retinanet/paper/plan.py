@@ -88,10 +88,16 @@ class Settings:
         """Load the recipe of an experiment with the overrides, and `more` of them.
 
         Raises:
-            ConfigError: a setting is unknown or out of range.
+            ConfigError: a setting is unknown or out of range, or starts from another detector.
         """
         full = experiment.recipe if experiment else "paper_1x"
-        return load_recipe(full if self.full else self.recipe, [*self.overrides, *more])
+        recipe = load_recipe(full if self.full else self.recipe, [*self.overrides, *more])
+        if recipe.train.init is not None:
+            raise ConfigError(
+                f"train.init is {recipe.train.init!r}: the paper's experiments start from ImageNet "
+                "weights; give train.init=none or another --recipe"
+            )
+        return recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ from retinanet.evaluation.run import (
 from retinanet.inference.backends import Network
 from retinanet.inference.detector import Detector
 from retinanet.losses import focal_loss
-from retinanet.matching import anchor_labels, match_anchors
+from retinanet.losses.assignment import assign_anchors
+from retinanet.matching import anchor_labels
 from retinanet.model.checkpoint import Checkpoint
 from retinanet.structures import BACKGROUND, IGNORED, flatten_levels
 
@@ -217,14 +218,14 @@ def _anchors_of(network: Network, batch: Any, settings: LossSettings) -> tuple[T
     """(R, K) logits and (R,) labels of the anchors of an image, labels of the data."""
     outputs = network(batch.images)
     shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-    matches = match_anchors(
-        torch.cat(level_anchors(network.model.anchors, shapes, device=network.device)),
+    assignment = assign_anchors(
+        outputs,
+        level_anchors(network.model.anchors, shapes, device=network.device),
         batch.targets,
-        foreground_iou=settings.foreground_iou,
-        background_iou=settings.background_iou,
-        low_quality_matches=settings.low_quality_matches,
+        num_classes=network.model.num_classes,
+        settings=settings,
     )
-    labels = anchor_labels(matches, batch.targets.labels)
+    labels = anchor_labels(assignment.matches, batch.targets.labels)
     return flatten_levels(outputs.logits, network.model.num_classes)[0], labels[0]
 
 

@@ -15,6 +15,7 @@ from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
 from retinanet.data.selection import select
+from retinanet.data.tiling import tile_dataset
 from retinanet.errors import ConfigError, DataError
 from retinanet.training.events import Emit
 
@@ -29,18 +30,20 @@ class TrainingData:
     """The splits of a run.
 
     Attributes:
-        train: images to train on, without faulty objects.
+        train: images, or their tiles, to train on, without faulty objects.
+        train_images: the whole images of `train`.
         val: images to validate on; None: no validation.
         num_images: images per split, as read.
     """
 
     train: Dataset
+    train_images: Dataset
     val: Dataset | None
     num_images: Mapping[str, int]
 
     def digest(self, sizes: Mapping[str, int]) -> str:
         """Identify labels and files; `sizes` replaces file sizes, by path (unreadable images)."""
-        return digest(self.train, sizes) + (digest(self.val, sizes) if self.val else "")
+        return digest(self.train_images, sizes) + (digest(self.val, sizes) if self.val else "")
 
 
 def read_training_data(
@@ -86,9 +89,19 @@ def read_training_data(
     for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
         if fault is not None:
             emit("message", message=fault)
-    if (repeats := balance(train, recipe.data)) is not None:
+    train_images, tile = train, recipe.data.tile
+    if tile is not None:
+        train = tile_dataset(train, tile, recipe.data.tile_overlap)
+        if not any(has_object(image) for image in train.images):
+            raise DataError(
+                f"{train.source}: no tile of {tile} pixels has an object to train on: the objects "
+                "are larger; give a larger data.tile"
+            )
+    repeats = balance(train, recipe.data)
+    if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
-    return TrainingData(train, val, {name: len(split) for name, split in splits.items()})
+    num_images = {name: len(split) for name, split in splits.items()}
+    return TrainingData(train, train_images, val, num_images)
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:

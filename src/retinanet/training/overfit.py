@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retinanet.config import Recipe, build_recipe
+from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader
 from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
+from retinanet.training.init import follow_checkpoint
 from retinanet.training.run_folder import read_log
 from retinanet.training.trainer import train
 
@@ -73,14 +74,16 @@ def overfit(
     Raises:
         RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
-    full = read_training_data(data, recipe, ignore).train
+    if init is not None:
+        recipe = recipe.override({"train.init": str(init)})
+    start = follow_checkpoint(recipe, Path(out))
+    recipe = recipe if start is None else start.recipe
+    full = read_training_data(data, recipe, ignore).train_images
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
-    fixed = overfit_recipe(recipe, count, steps or _STEPS)
-    run = train(
-        fixed, {"train": chosen, "val": chosen}, out, device=device, init=init, on_event=on_event
-    )
+    own = overfit_recipe(recipe, count, steps or _STEPS)
+    run = train(own, {"train": chosen, "val": chosen}, out, device=device, on_event=on_event)
     losses = [line["loss"] for line in read_log(run.folder / "log.jsonl") if "loss" in line]
     first, last = losses[:5], losses[-5:]
     result = OverfitResult(
@@ -103,8 +106,7 @@ def overfit(
 
 def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
     """Remove augmentation and schedule from a recipe, for a few images."""
-    values = recipe.model_dump()
-    values["data"] |= {
+    data = {
         "multi_scale": (),
         "horizontal_flip": 0.0,
         "vertical_flip": 0.0,
@@ -116,7 +118,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "balance": "none",
     }
     batch_size = min(recipe.train.batch_size, num_images)
-    values["train"] |= {
+    training = {
         "steps": steps,
         "epochs": None,
         "batch_size": batch_size,
@@ -130,4 +132,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "early_stop": 0,
         "target_ap50": TARGET_AP50,
     }
-    return build_recipe(values, "overfit")
+    return recipe.override(
+        {f"data.{key}": value for key, value in data.items()}
+        | {f"train.{key}": value for key, value in training.items()}
+    )

@@ -136,7 +136,9 @@ class RunFolder:
                 f"is {rival or 'RetinaNet'}; give another --out"
             )
         before = _flat(load_recipe(self.config))
-        for name, value in _flat(recipe).items():
+        # train.init first: where it differs, so does the network that follows it.
+        settings = sorted(_flat(recipe).items(), key=lambda item: item[0] != "train.init")
+        for name, value in settings:
             if name not in _MAY_CHANGE and before.get(name) != value:
                 raise ConfigError(
                     f"{self.path} contains a run with {name} = {before.get(name)!r}, and now it is "

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings, TrainConfig
+from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.precision import DTYPES
@@ -67,12 +68,14 @@ class StepContext:
         precision: ``float32``, ``bf16`` or ``fp16``.
         scaler: scales the loss under fp16.
         running: () state of the normalizer ``running``: the moving average over whole batches.
+        share: of the training steps that are done.
     """
 
     step: int
     precision: str
     scaler: torch.amp.GradScaler
     running: Tensor
+    share: float = 1.0
 
 
 def backward(
@@ -103,6 +106,7 @@ def backward(
         The losses of the whole batch, and the new running normalizer.
     """
     model = cast(RetinaNet, model)
+    settings = settings.at(context.share)
     device, dtype = batch.images.device, DTYPES[context.precision]
     sizes = feature_sizes(model.anchors.strides, *batch.images.shape[-2:])
     anchors = level_anchors(model.anchors, sizes, device)
@@ -173,9 +177,15 @@ def _world_foreground(
     settings: LossSettings,
     accumulate: int,
 ) -> Callable[[Tensor], Tensor]:
-    """Map a micro-batch's count of foreground anchors to its part of the whole batch's."""
+    """Map a micro-batch's count of foreground anchors to its part of the whole batch's.
+
+    Where the count depends on the outputs, micro-batches are instead averaged as they are.
+    """
     whole: Tensor | None = None
-    if accumulate > 1 and settings.normalizer != "image":
+    hard = settings.assignment == "iou" and settings.classification not in QUALITY_LOSSES
+    if not hard:
+        accumulate = 1
+    elif accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch needs the count of all, so they are matched beforehand as well.
         matches = match_anchors(
             torch.cat(anchors),

@@ -27,13 +27,13 @@ from retinanet.losses.detection import Losses
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    transfer_weights,
     write_checkpoint,
 )
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch
 from retinanet.training.data import anchor_advice, anchor_warning
 from retinanet.training.events import Emit
+from retinanet.training.init import Start, build_from
 from retinanet.training.nonfinite import save_step
 from retinanet.training.step import PendingStep, StepContext, backward
 
@@ -151,13 +151,13 @@ class RetinaNetTask(TrainingTask):
 
     Args:
         settings: of the run.
-        init: a checkpoint to start from; None: the recipe's network.
+        start: a detector to start from, whose recipe is that of `settings`; None: none.
 
     Raises:
         ConfigError: ``loss.alpha`` does not fit the classes.
     """
 
-    def __init__(self, settings: TaskSettings, init: str | Path | None = None) -> None:
+    def __init__(self, settings: TaskSettings, start: Start | None = None) -> None:
         super().__init__(settings)
         recipe, classes = settings.recipe, settings.train_set.classes
         alpha = recipe.loss.alpha
@@ -166,23 +166,22 @@ class RetinaNetTask(TrainingTask):
                 f"loss.alpha has {len(alpha)} numbers and the data {len(classes)} "
                 f"classes: {', '.join(classes)}"
             )
-        self.info = {"init": None if init is None else str(init)}
+        self.info = {"init": recipe.train.init}
         self.training_step = partial(
             backward,
             accelerator=settings.accelerator,
             settings=recipe.loss_settings,
             accumulate=recipe.train.accumulate,
         )
-        self._init = init
-        self._image_side = image_side(settings.train_set)
+        self._start = start
+        self._image_side = recipe.data.tile or image_side(settings.train_set)
 
     def build_model(self) -> nn.Module:
-        """Build the recipe's network, with the weights of ``init`` that fit."""
-        if self._init is not None:
-            return _build_from(self._init, self.settings)
-        return build_retinanet(
-            len(self.settings.train_set.classes), self.settings.recipe.model_spec
-        )
+        """Build the recipe's network, with the weights of the detector to start from."""
+        classes = self.settings.train_set.classes
+        if self._start is not None:
+            return build_from(self._start, classes, self.settings.emit)
+        return build_retinanet(len(classes), self.settings.recipe.model_spec)
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
@@ -246,9 +245,16 @@ class RetinaNetTask(TrainingTask):
                 "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # The tile size where it is chosen automatically.
                 "image_side": self._image_side,
+                **_tile(recipe),
                 **_selection(recipe),
             },
         )
+
+
+def _tile(recipe: Recipe) -> dict[str, Any]:
+    """Record the tiles of a training on tiles: detection uses the same by default."""
+    data = recipe.data
+    return {} if data.tile is None else {"tile": {"side": data.tile, "overlap": data.tile_overlap}}
 
 
 def _selection(recipe: Recipe) -> dict[str, Any]:
@@ -265,30 +271,3 @@ def image_side(dataset: Dataset) -> int:
         min(image.width, image.height) for image in dataset.images if image.width and image.height
     ]
     return int(median(stated)) if stated else typical_side([image.path for image in dataset.images])
-
-
-def _build_from(init: str | Path, settings: TaskSettings) -> RetinaNet:
-    """Build the recipe's network with the weights of another checkpoint that fit."""
-    source = load_checkpoint(init)
-    classes = settings.train_set.classes
-    given, wanted = source.model.spec, settings.recipe.model_spec
-    if given.backbone != wanted.backbone:
-        raise ConfigError(
-            f"--init {init} has the backbone {given.backbone} and the recipe "
-            f"{wanted.backbone}; give --backbone {given.backbone}"
-        )
-    model = RetinaNet(
-        len(classes),
-        wanted,
-        norm_eps=given.norm_eps,
-        pixel_mean=wanted.pixel_mean or given.pixel_mean,
-        pixel_std=wanted.pixel_std or given.pixel_std,
-        stride_padding=wanted.stride_padding or given.stride_padding,
-    )
-    transferred = transfer_weights(model, classes, source)
-    skipped = "; ".join(f"{name}: {reason}" for name, reason in transferred.skipped)
-    left_out = f", left out {skipped}" if skipped else ""
-    settings.emit(
-        "message", message=f"from {init}: {len(transferred.loaded)} tensors loaded{left_out}"
-    )
-    return model

@@ -31,6 +31,7 @@ from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data
 from retinanet.training.events import Event, EventCallback, Kind
+from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
 from retinanet.training.processes import deterministic, open_accelerator, stop_after_step
@@ -102,7 +103,8 @@ def train(
             with ``train.deterministic``).
         device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``; several
             processes are started by ``torchrun`` or ``accelerate launch``.
-        init: a checkpoint to start from; what does not fit (other classes) is listed and left out.
+        init: a detector to start from, as ``train.init``: its network is taken over
+            (:mod:`retinanet.training.init`), and classes of the same name keep their rows.
         on_event: callback for progress events (:class:`Event`).
 
     Raises:
@@ -113,10 +115,14 @@ def train(
         NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
         WeightsError: `init` or the backbone's weights cannot be used.
     """
+    if init is not None:
+        recipe = recipe.override({"train.init": str(init)})
+    start = follow_checkpoint(recipe, Path(out))
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
-        return RetinaNetTask(settings, init)
+        return RetinaNetTask(settings, start)
 
+    recipe = recipe if start is None else start.recipe
     return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
 
 
@@ -244,6 +250,7 @@ class Trainer:
         num_images = epoch_size(task.settings.train_set, task.settings.recipe.data)
         self.progress = Progress(steps=resolve_steps(num_images, settings))
         self._resumed = resume
+        self._skipped: set[Path] = set()
         if resume:
             self._restore()
         distributed = self._accelerator.num_processes > 1
@@ -300,7 +307,8 @@ class Trainer:
         lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
         current = PendingStep(progress.step, lr, loaded, self.running)
-        context = StepContext(progress.step, self._precision, self.scaler, self.running)
+        share = progress.step / progress.steps
+        context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model, settings.clip_norm)
@@ -493,7 +501,10 @@ class Trainer:
         self.val = replace(self.val, images=tuple(kept))
 
     def _note_unreadable(self, path: Path, message: str) -> None:
-        """Report and record an image that is skipped."""
+        """Report and record an image that is skipped, once for all of its tiles."""
+        if path in self._skipped:
+            return
+        self._skipped.add(path)
         if str(path) not in self.run.unreadable_sizes():
             try:
                 size = archives.file_size(path)

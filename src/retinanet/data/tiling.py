@@ -1,0 +1,150 @@
+"""Tiles of images, and data sets of them to train on (docs/tiles.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.image_files import image_size
+from retinanet.data.transforms import MIN_VISIBLE
+from retinanet.data.windows import Window
+from retinanet.errors import ImageError
+
+MIN_TILE = 32
+"""Minimum side of a tile in pixels."""
+
+
+def tile_windows(
+    size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
+) -> Iterator[Window]:
+    """Yield tiles of equal size that cover an image, spread evenly.
+
+    Args:
+        size: height and width.
+        side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
+        overlap: minimum fraction of the side that adjacent tiles share.
+        down_first: column by column, else row by row.
+
+    Yields:
+        (x1, y1, x2, y2) pixels; nothing for an image that is not larger than a tile.
+    """
+    if max(size) <= side:
+        return
+    rows, columns = (_spread(length, side, overlap) for length in size)
+    if down_first:
+        yield from ((x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows)
+    else:
+        yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
+
+
+def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:
+    if length <= side:
+        return [(0, length)]
+    step = max(1, int(side * (1 - overlap)))
+    steps = ceil((length - side) / step)
+    starts = [round(i * (length - side) / steps) for i in range(steps + 1)]
+    return [(start, start + side) for start in starts]
+
+
+def tile_dataset(dataset: Dataset, side: int, overlap: float) -> Dataset:
+    """Replace each image by its tiles; an image that is not larger than a tile stays whole.
+
+    The tiles are those of detection (:func:`tile_windows`). An object that a border cuts is clipped
+    if at least :data:`~retinanet.data.transforms.MIN_VISIBLE` of its area is in the tile, and an
+    ignored region with less. An object that fits into the overlap is whole in some tile.
+
+    Args:
+        dataset: images with usable boxes. The header is read of those whose size the labels do not
+            state; an image without a readable header stays whole.
+        side: of a tile, pixels.
+        overlap: minimum fraction of the side that adjacent tiles share.
+
+    Returns:
+        A data set whose items may have a :attr:`~retinanet.data.dataset.LabelledImage.window`. Its
+        description names the objects that are in no tile with enough of their area.
+    """
+    tiles: list[LabelledImage] = []
+    num_lost = num_cut = 0
+    for image in dataset.images:
+        windows, size = _windows(image, side, overlap)
+        if not windows:
+            tiles.append(image)
+            continue
+        of_image, lost = _cut(image, windows, size)
+        tiles += of_image
+        num_lost += lost
+        num_cut += 1
+    with_objects = sum(any(not a.ignored for a in tile.annotations) for tile in tiles)
+    description = [
+        f"{dataset.split}: {len(tiles)} tiles of {side} pixels and smaller images, "
+        f"{with_objects} with objects; {num_cut} of {len(dataset)} images are cut"
+    ]
+    if num_lost:
+        description.append(
+            f"warning: {num_lost} objects of {dataset.split} are so large that no tile shows "
+            f"{MIN_VISIBLE:.0%} of them: they are not trained on; give a larger data.tile"
+        )
+    return replace(dataset, images=tuple(tiles), description=(*dataset.description, *description))
+
+
+def _windows(
+    image: LabelledImage, side: int, overlap: float
+) -> tuple[list[Window], tuple[int, int]]:
+    """Return the tiles of an image, none if it stays whole, and its height and width."""
+    if image.height and image.width:
+        size = image.height, image.width
+    else:
+        try:
+            size = image_size(image.path)
+        except ImageError:  # reported when it is loaded
+            return [], (0, 0)
+    return list(tile_windows(size, side, overlap)), size
+
+
+def _cut(
+    image: LabelledImage, windows: Sequence[Window], size: tuple[int, int]
+) -> tuple[list[LabelledImage], int]:
+    """Return an image's tiles, and the number of objects that count in none of them."""
+    height, width = size
+    objects = image.annotations
+    boxes = np.array([a.box for a in objects], np.float64).reshape(-1, 4)
+    boxes = boxes.clip(0, [width, height, width, height])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    counts = np.array([a.ignored for a in objects], bool)
+    tiles = []
+    for window in windows:
+        x, y = window[:2]
+        low = np.maximum(boxes[:, :2], window[:2])
+        high = np.minimum(boxes[:, 2:], window[2:])
+        inside = (high - low).clip(min=0).prod(axis=1)
+        is_ignored = inside < MIN_VISIBLE * areas
+        counts |= ~is_ignored
+        clipped = np.concatenate([low, high], axis=1) - [x, y, x, y]
+        tiles.append(
+            replace(
+                image,
+                annotations=tuple(
+                    _part(objects[i], clipped[i].tolist(), ignored=bool(is_ignored[i]))
+                    for i in np.flatnonzero(inside > 0)
+                ),
+                width=window[2] - x,
+                height=window[3] - y,
+                window=window,
+            )
+        )
+    return tiles, int((~counts).sum())
+
+
+def _part(annotation: Annotation, box: Sequence[float], *, ignored: bool) -> Annotation:
+    """Return the part of an object in a tile; its area is the box's own."""
+    x1, y1, x2, y2 = box
+    return replace(
+        annotation,
+        box=(x1, y1, x2, y2),
+        area=None,
+        difficult=annotation.difficult or ignored,
+    )
