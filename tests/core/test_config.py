@@ -163,6 +163,9 @@ def test_settings_cannot_be_changed() -> None:
         ("loss.mining=ohem_13", "loss.mining: Input should be 'none', 'ohem' or 'ohem_1_3'"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
         ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
+        ("detect.score_thresholds={a=1.5}", "detect.score_thresholds.a: Input should be less than"),
+        ("detect.nms=matrix", "detect.nms: Input should be 'hard', 'soft' or 'wbf'"),
+        ("detect.temperature=0", "detect.temperature: Input should be greater than 0 (got 0)"),
         ("anchors.scales=[]", "scales () must be one or more positive numbers"),
         ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) must be one or more"),
         ("anchors.sizes=[-8]", "sizes (-8.0,) must be one or more positive numbers"),
@@ -255,6 +258,7 @@ def test_toml_reads_back_to_the_same(name: str, tmp_path: Path) -> None:
         ["data.multi_scale=[320, 640]", "data.workers=3"],
         ["train.epochs=1.5", "train.trackers=['wandb', 'tensorboard']", "train.lr=1e-7"],
         ["train.deterministic=true", "model.p2=true"],
+        ['detect.score_thresholds={"a b" = 0.25, "ü\\"" = 0.5}', "detect.nms=wbf"],
         ['model.backbone_weights="C:\\\\new \\"odd\\" folder\\\\ü.safetensors"'],
     ],
 )

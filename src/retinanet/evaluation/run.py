@@ -109,21 +109,29 @@ def evaluate(
             running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
             predictions = run_network(detector, dataset, workers, thresholds, **running)
         else:
-            scores = {name: thresholds[name] for name in ("score_threshold", "score_thresholds")}
-            running |= {"tile": tile, "overlap": overlap, **changed, **scores}
-            label_map = match_classes(detector.classes, dataset)
-            predictions = run_detector(detector, dataset, label_map=label_map, **running)
+            running |= {**changed, "tile": tile, "overlap": overlap}
+            predictions = _run_stream(detector, dataset, thresholds, **running)
         results = predictions.results
-        metrics = predictions.evaluate(
-            max_detections=limit,
-            detections_per_image=thresholds["detections_per_image"],
-            temperature=thresholds["temperature"],
-        )
+        counts: dict[str, Any] = {
+            name: thresholds[name] for name in ("detections_per_image", "temperature")
+        }
+        metrics = predictions.evaluate(max_detections=limit, **counts)
     fault = fault_summary(dataset)
     metrics = replace(metrics, notes=(*dataset.description, *([fault] if fault else [])))
     if out is not None:
         write_results(out, metrics, results)
     return metrics
+
+
+def _run_stream(
+    detector: Detector, dataset: Dataset, thresholds: Thresholds, **options: Any
+) -> Predictions:
+    """Run :meth:`Detector.stream` with the score thresholds of an evaluation."""
+    scores: dict[str, Any] = {
+        name: thresholds[name] for name in ("score_threshold", "score_thresholds")
+    }
+    label_map = match_classes(detector.classes, dataset)
+    return run_detector(detector, dataset, label_map=label_map, **options, **scores)
 
 
 def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:

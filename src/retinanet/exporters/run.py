@@ -102,12 +102,7 @@ def export(
     check_choice("form", form, (DETECTIONS, SCORES))
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
     detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
-    _check_detection(detector, form)
-    if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
-        raise ConfigError(
-            f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
-            "export without --aot"
-        )
+    _check_detector(detector, to, form)
     run = None if isinstance(model, Checkpoint) else Path(model)
     file = _output_file(run, to, out)
     text = _metadata(checkpoint, detector, to, precision, form)
@@ -157,8 +152,13 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
         raise ConfigError(f"images must be 1 or more, got {images}")
 
 
-def _check_detection(detector: Detector, form: str) -> None:
-    """Check that a file can do what the detector does after and around the network."""
+def _check_detector(detector: Detector, to: str, form: str) -> None:
+    """Check that a file can do what the detector does before and after the network."""
+    if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
+        raise ConfigError(
+            f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
+            "export without --aot"
+        )
     settings = detector.eval_thresholds
     if settings["flip_tta"]:
         raise ConfigError(

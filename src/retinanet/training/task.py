@@ -23,6 +23,7 @@ from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate
 from retinanet.evaluation.tuning import Tuning, f1_thresholds, store_tuning, tune
+from retinanet.inference.backends import network_settings
 from retinanet.losses.detection import Losses
 from retinanet.model.checkpoint import (
     Checkpoint,
@@ -154,7 +155,7 @@ class RetinaNetTask(TrainingTask):
         start: a detector to start from, whose recipe is that of `settings`; None: none.
 
     Raises:
-        ConfigError: ``loss.alpha`` does not fit the classes.
+        ConfigError: ``loss.alpha`` or ``detect.score_thresholds`` do not fit the classes.
     """
 
     def __init__(self, settings: TaskSettings, start: Start | None = None) -> None:
@@ -166,6 +167,7 @@ class RetinaNetTask(TrainingTask):
                 f"loss.alpha has {len(alpha)} numbers and the data {len(classes)} "
                 f"classes: {', '.join(classes)}"
             )
+        network_settings(recipe.detect.model_dump(), classes)  # checks score_thresholds
         self.info = {"init": recipe.train.init}
         self.training_step = partial(
             backward,
