@@ -330,9 +330,7 @@ class DetectConfig(_Section):
     nms_sigma: float = Field(0.5, gt=0)  # of soft: Bodla et al. 2017, Sec. 5
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
     class_agnostic_nms: bool = False
-    score_thresholds: dict[
-        str, Annotated[float, Field(ge=0, lt=1)]
-    ] = {}  # by class name; not for AP
+    score_thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # by class; not for AP
     temperature: float = Field(1.0, gt=0)  # of the scores: Guo et al. 2017; 1: none
     flip_tta: bool = False  # the mirrored image too; not in the paper
 
