@@ -13,7 +13,7 @@ import torch
 from rivals_setup import batch_of, rival_recipe, tiny_rival
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
@@ -37,13 +37,14 @@ from retinanet.structures import BACKGROUND, IGNORED, Targets
 class _Maps(nn.Module):
     """Our backbone and levels as torchvision's detectors take them."""
 
-    def __init__(self, network: RivalNetwork, widths: Any) -> None:
+    def __init__(self, network: RivalNetwork, widths: Any, first: int = 0) -> None:
         super().__init__()
+        self.first = first
         self.backbone, self.levels = network.backbone, network.detector.backbone.levels
         self.out_channels = widths
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.backbone(images)
+        maps = self.backbone(images)[self.first :]
         return self.levels(OrderedDict((str(i), level) for i, level in enumerate(maps)))
 
 
@@ -60,6 +61,16 @@ def reference_of(network: RivalNetwork) -> nn.Module:
         reference.rpn.load_state_dict(network.detector.rpn.state_dict())
         reference.roi_heads.load_state_dict(network.detector.roi_heads.state_dict())
         return reference
+    if network.settings.rival == "torchvision_retinanet":
+        sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3)))
+                      for size in (8, 16, 32, 64, 128))  # fmt: skip
+        reference = RetinaNet(
+            _Maps(network, 16, first=1), 4, min_size=64, max_size=64, score_thresh=0.001,
+            anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5),
+            detections_per_img=100, **pixels,
+        )  # fmt: skip
+        reference.head.load_state_dict(network.detector.head.state_dict())
+        return reference
     # By hand, at 64 px with anchors from 8: a level with stride 64 has one cell. The smallest box
     # has 3/4 of 8 px, the next SSD512's .1 for .04, and from there it is even up to .9.
     generator = DefaultBoxGenerator(
@@ -73,6 +84,11 @@ def reference_of(network: RivalNetwork) -> nn.Module:
     )  # fmt: skip
     reference.head.load_state_dict(network.detector.head.state_dict())
     return reference
+
+
+def low_threshold(name: str) -> list[str]:
+    """RetinaNet's scores start at its prior, .01."""
+    return ["detect.score_threshold=0.001"] if name == "torchvision_retinanet" else []
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -100,7 +116,7 @@ def test_losses_equal_torchvisions(name: str) -> None:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_detections_equal_torchvisions(name: str) -> None:
-    network = tiny_rival(name).eval()
+    network = tiny_rival(name, *low_threshold(name)).eval()
     reference = reference_of(network).eval()
     batch = batch_of()
     found = network.detect(batch)
@@ -248,7 +264,7 @@ def test_ssd_default_boxes_by_hand_do_not_depend_on_padding() -> None:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_boxes_are_in_pixels_of_the_original(name: str) -> None:
-    network = tiny_rival(name).eval()
+    network = tiny_rival(name, *low_threshold(name)).eval()
     batch = batch_of()
     (plain, _) = network.detect(batch)
     enlarged = dataclasses.replace(batch, original_sizes=torch.tensor([[128, 192], [64, 64]]))
@@ -275,7 +291,9 @@ def test_detections_follow_the_recipe_and_labels_count_from_0(name: str) -> None
         biases = [detector.roi_heads.box_predictor.cls_score.bias]
     else:
         assert detector.topk_candidates == 50
-        biases = [layer.bias for layer in detector.head.classification_head.module_list]
+        head = detector.head.classification_head
+        ssd = name == "ssd"
+        biases = [layer.bias for layer in head.module_list] if ssd else [head.cls_logits.bias]
     with torch.no_grad():
         for bias in biases:
             bias.view(-1, 4)[:, 2] += 50  # background and three classes: the second of these
@@ -333,7 +351,7 @@ def test_loaded_rival_detects_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ('"ssd"', '"yolo"', "Input should be 'faster_rcnn' or 'ssd'"),
+        ('"ssd"', '"yolo"', "Input should be 'faster_rcnn', 'ssd' or"),
         ('"mobilenet_v2"', '"resnet19"', "no backbone"),
         ('"channels": 16', '"channels": 32', "do not fit the network"),
         ("{", "", "Invalid JSON"),

@@ -1,4 +1,4 @@
-"""Other detectors on this package's backbone: Faster R-CNN with FPN (two stages) and SSD (one).
+"""Other detectors on this package's backbone: Faster R-CNN with FPN, SSD, torchvision's RetinaNet.
 
 Lin et al. 2017, Table 2, compares RetinaNet with the published values of such detectors. Here they
 are trained on the same images for as many steps (:mod:`retinanet.paper.rival_training`). The
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
 from retinanet.config import DetectConfig, ModelSpec, Recipe, check_choice
@@ -39,7 +40,7 @@ from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch, Detections, Targets
 
-RIVALS = ("faster_rcnn", "ssd")
+RIVALS = ("faster_rcnn", "ssd", "torchvision_retinanet")
 """Names of the detectors."""
 
 WEIGHTS_FILE = "rival.safetensors"
@@ -68,7 +69,7 @@ class RivalSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rival: Literal["faster_rcnn", "ssd"]
+    rival: Literal["faster_rcnn", "ssd", "torchvision_retinanet"]
     classes: tuple[str, ...]
     spec: ModelSpec
     detect: DetectConfig
@@ -93,6 +94,9 @@ class RivalNetwork(nn.Module):
     aspect ratio, and our augmentation. Levels are added, each half as large as the one before,
     until one cell covers an image (:func:`ssd_strides`).
 
+    torchvision_retinanet: as ``torchvision.models.detection.retinanet_resnet50_fpn``, on P3 to P7
+    with P6 from P5, heads of depth 4, and low-quality matches.
+
     Attributes:
         settings: builds it again.
         pixel_mean: (3, 1, 1), RGB 0..255.
@@ -108,8 +112,8 @@ class RivalNetwork(nn.Module):
         ours = RetinaNet(len(settings.classes), settings.spec)
         self.register_buffer("pixel_mean", ours.pixel_mean, persistent=False)
         self.backbone = ours.backbone
-        build = _faster_rcnn if settings.rival == "faster_rcnn" else _ssd
-        self.detector = build(settings, self.backbone)
+        build = {"faster_rcnn": _faster_rcnn, "ssd": _ssd, "torchvision_retinanet": _retinanet}
+        self.detector = build[settings.rival](settings, self.backbone)
         self.detector.transform = _Normalize(settings)
         self.to(memory_format=torch.channels_last)
 
@@ -176,9 +180,10 @@ class _Features(nn.Module):
     """The backbone's maps with more levels on top, as torchvision's detectors take them."""
 
     def __init__(
-        self, backbone: Backbone, levels: nn.Module, out_channels: int | list[int]
+        self, backbone: Backbone, levels: nn.Module, out_channels: int | list[int], first: int = 0
     ) -> None:
         super().__init__()
+        self._first = first  # of the backbone's maps
         self._backbone = (backbone,)  # in a tuple: registered in RivalNetwork only
         self.levels = levels
         self.out_channels = out_channels
@@ -186,7 +191,7 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with autocast(self.precision, images.device):
-            maps = self._backbone[0](images)
+            maps = self._backbone[0](images)[self._first :]
             levels = self.levels({str(i): level for i, level in enumerate(maps)})
         return {name: level.float() for name, level in levels.items()}
 
@@ -208,6 +213,24 @@ def _faster_rcnn(settings: RivalSettings, backbone: Backbone) -> FasterRCNN:
         box_score_thresh=detect.score_threshold,
         box_nms_thresh=detect.nms_threshold,
         box_detections_per_img=detect.detections_per_image,
+    )
+
+
+def _retinanet(settings: RivalSettings, backbone: Backbone) -> TorchvisionRetinaNet:
+    channels, detect = settings.spec.channels, settings.detect
+    pyramid = FeaturePyramidNetwork(
+        list(backbone.channels[1:]), channels, LastLevelP6P7(channels, channels)
+    )
+    sizes = settings.spec.sizes or (32, 64, 128, 256, 512)
+    sides = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in sizes[-5:])
+    return TorchvisionRetinaNet(
+        _Features(backbone, pyramid, channels, first=1),
+        len(settings.classes) + 1,
+        anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides)),
+        score_thresh=detect.score_threshold,
+        nms_thresh=detect.nms_threshold,
+        detections_per_img=detect.detections_per_image,
+        topk_candidates=detect.topk_candidates,
     )
 
 

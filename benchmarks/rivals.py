@@ -1,0 +1,158 @@
+"""AP of detectors that train for the same time on the same images with the same backbone.
+
+    python benchmarks/rivals.py DATA --minutes 5 --backbone-weights FILE --out results.json
+
+Every detector has our backbone, batches, augmentation, optimizer (AdamW, cosine) and metrics:
+`quick` and `paper` are this package's network with the recipe `quick`, and with the assignment,
+losses and anchors of Lin et al. 2017; `torchvision_retinanet`, `faster_rcnn` and `ssd` are
+torchvision's. The seconds of a step are measured first, in turn, and give each its steps. AP is of
+the split `val`, which no detector has seen, with the weights of the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+OURS = {
+    "quick": (),
+    "paper": (
+        "matching.assignment=iou",
+        "loss.classification=focal",
+        "loss.box=smooth_l1",
+        "loss.box_weight=1.0",
+        "loss.normalizer=image",
+        "anchors.scales=[1.0, 1.2599, 1.5874]",
+        "anchors.aspect_ratios=[0.5, 1.0, 2.0]",
+    ),
+}
+RIVALS = ("torchvision_retinanet", "faster_rcnn", "ssd")
+_MEASURED_STEPS = 12
+
+
+def train(task: dict[str, Any]) -> dict[str, Any]:
+    """Train one detector in this process; return AP and times."""
+    from retinanet import load_recipe
+    from retinanet.data import read_splits
+    from retinanet.paper.rival_training import train_rival
+    from retinanet.training.trainer import train as train_ours
+
+    name, steps = task["detector"], task["steps"]
+    settings = [
+        f"train.steps={steps}",
+        f"train.seed={task['seed']}",
+        f"train.validate_every={steps}",
+        f"train.save_every={10 * steps}",
+        f"train.warmup_steps={min(100, steps // 4)}",
+        *OURS.get(name, ()),
+        *task["settings"],
+    ]
+    recipe = load_recipe("quick", settings)
+    data = read_splits(task["data"])
+    if task["measure"]:
+        data = data | {"val": replace(data["train"], images=data["train"].images[:1])}
+    with tempfile.TemporaryDirectory() as folder:
+        started, cpu = time.perf_counter(), time.process_time()
+        out = Path(folder) / "run"
+        if name in OURS:
+            run = train_ours(recipe, data, out)
+        else:
+            run = train_rival(name, recipe, data, out)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        return {
+            "ap": run.metrics.ap,
+            "ap50": run.metrics.ap50,
+            "ap_small": run.metrics.ap_small,
+            "step_seconds": median(row["seconds"] for row in rows if "seconds" in row),
+            "wall_seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+
+
+def run_apart(task: dict[str, Any]) -> dict[str, Any]:
+    """Run :func:`train` in a process of its own."""
+    command = [sys.executable, __file__, "--task", json.dumps(task)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train every detector with every seed, in turn; return a row per run."""
+    settings = list(options.set)
+    if options.backbone_weights:
+        settings.append(f"model.backbone_weights={options.backbone_weights}")
+    task = {"data": str(options.data), "settings": settings, "measure": True, "seed": 0}
+    steps = {}
+    for detector in options.detectors:
+        measured = run_apart(task | {"detector": detector, "steps": _MEASURED_STEPS})
+        steps[detector] = max(1, round(60 * options.minutes / measured["step_seconds"]))
+        print(f"{detector}: {measured['step_seconds']:.3f} s a step, {steps[detector]} steps")
+    rows = []
+    for seed in range(options.seeds):
+        for detector in options.detectors:
+            own = task | {
+                "detector": detector, "steps": steps[detector], "seed": seed, "measure": False
+            }  # fmt: skip
+            rows.append(own | run_apart(own))
+            print(
+                f"seed {seed}, {detector}: AP {rows[-1]['ap']:.3f}, AP50 {rows[-1]['ap50']:.3f}, "
+                f"{rows[-1]['wall_seconds']:.0f} s"
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format mean and standard deviation of each detector as Markdown."""
+    lines = [
+        "| detector | steps | AP | AP50 | wall s | CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for detector in dict.fromkeys(row["detector"] for row in rows):
+        own = [row for row in rows if row["detector"] == detector]
+
+        def spread(key: str, own: list[dict[str, Any]] = own) -> str:
+            values = [100 * row[key] for row in own]
+            return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(own) > 1 else "")
+
+        seconds = [
+            f"{mean(row[key] for row in own):.0f}" for key in ("wall_seconds", "cpu_seconds")
+        ]
+        cells = [detector, str(own[0]["steps"]), spread("ap"), spread("ap50"), *seconds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, compare, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", nargs="?", type=Path, help="labelled images with a split val")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--detectors", nargs="+", default=[*OURS, *RIVALS])
+    parser.add_argument("--backbone-weights", help="ImageNet weights of the recipe's backbone")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of all, such as KEY=VALUE")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        print(json.dumps(train(options.task)))
+        return
+    if options.data is None:
+        parser.error("DATA is missing: give a folder of labelled images")
+    rows = compare(options)
+    print(table(rows))
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
