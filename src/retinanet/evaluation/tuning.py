@@ -6,7 +6,7 @@ The weights stay as they are. The settings are those of ``detect`` in the checkp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,7 @@ NMS_GRID: tuple[dict[str, Any], ...] = (
 """Settings of NMS that are compared."""
 
 _TEMPERATURES = np.geomspace(0.25, 4, 401)  # steps of .7%
+_JOINED_IMAGES = 32
 _SCORE_BINS = 1000  # a score is known to .001 then, by far enough for a temperature
 
 
@@ -279,6 +280,28 @@ class _Found:
     candidates: Candidates
 
 
+def _join(found: Sequence[_Found]) -> Iterator[_Found]:
+    """Join batches to fewer of about :data:`_JOINED_IMAGES`, which NMS handles faster."""
+    pending: list[_Found] = []
+    for number, batch in enumerate(found, start=1):
+        pending.append(batch)
+        counts = [len(own.indices) for own in pending]
+        if sum(counts) < _JOINED_IMAGES and number < len(found):
+            continue
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [
+            own.candidates._replace(images=own.candidates.images + first)
+            for own, first in zip(pending, firsts, strict=True)
+        ]
+        yield _Found(
+            tuple(index for own in pending for index in own.indices),
+            torch.cat([own.sizes for own in pending]),
+            torch.cat([own.original_sizes for own in pending]),
+            Candidates(*(torch.cat(values) for values in zip(*parts, strict=True))),
+        )
+        pending = []
+
+
 class _Candidates:
     """The candidates of a data set, on the CPU, to which every kind of NMS can be applied.
 
@@ -338,6 +361,7 @@ class _Candidates:
         self.dataset = predictions.results.dataset
         read = sorted(index for found in self._found for index in found.indices)
         self._positions = {index: position for position, index in enumerate(read)}
+        self._found = [*_join(self._found)]
 
     def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
         """Apply NMS.

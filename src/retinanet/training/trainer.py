@@ -71,6 +71,7 @@ MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
 
 _SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
+_TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
 
 
@@ -237,7 +238,7 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed,
+        elapsed + _seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
         max_side=max_image_size(train_set),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -251,6 +252,11 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         f"{plan.seconds:.0f} s",
     )
     return changes
+
+
+def _seconds_to_tune(recipe: Recipe, validation: float) -> float:
+    """Estimate the seconds that the choice of post-processing takes, from those of a validation."""
+    return _TUNING_VALIDATIONS * validation if recipe.train.tune_detection else 0.0
 
 
 def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
@@ -511,7 +517,9 @@ class Trainer:
         if limit is None:
             return None
         begun = time.monotonic() - progress.seconds if self._resumed else started
-        return Pacer(begun + seconds_to_train(limit), period, progress.validation_seconds)
+        validation = progress.validation_seconds
+        tuning = _seconds_to_tune(self.task.settings.recipe, validation)
+        return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:
         """Change the number of steps in all to what the time limit allows."""
