@@ -78,7 +78,7 @@ _OTHER_NAMES = {
     "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
     "detect.nms": ("nms_type", "nms_method"),
     "detect.nms_sigma": ("soft_nms_sigma", "sigma"),
-    "detect.flip_tta": ("augment", "tta", "test_time_augmentation"),
+    "detect.flip_tta": ("tta", "test_time_augmentation"),
     "detect.nms_threshold": ("iou", "nms_thresh", "iou_threshold", "nms_thresh_test"),
     "detect.detections_per_image": ("max_det", "max_per_img", "detections_per_img"),
     "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),

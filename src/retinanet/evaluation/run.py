@@ -84,8 +84,7 @@ def evaluate(
         DataError: the data cannot be read, more than a tenth of the images are unreadable, or the
             results do not fit the data.
         WeightsError: the model cannot be read, or lacks classes of objects in the data.
-        ConfigError: an unknown device, precision, backend or class, or a threshold out of range.
-        MissingExtraError: the backend is not installed.
+        ConfigError, MissingExtraError: as :class:`Detector`.
     """
     if _is_results(model):
         _reject_network_options(options)
@@ -110,28 +109,27 @@ def evaluate(
             predictions = run_network(detector, dataset, workers, thresholds, **running)
         else:
             running |= {**changed, "tile": tile, "overlap": overlap}
-            predictions = _run_stream(detector, dataset, thresholds, **running)
+            predictions = _run_stream(detector, dataset, thresholds, running)
         results = predictions.results
-        counts: dict[str, Any] = {
-            name: thresholds[name] for name in ("detections_per_image", "temperature")
-        }
+        per_image, temperature = thresholds["detections_per_image"], thresholds["temperature"]
+        counts = {"detections_per_image": per_image, "temperature": temperature}
         metrics = predictions.evaluate(max_detections=limit, **counts)
-    fault = fault_summary(dataset)
-    metrics = replace(metrics, notes=(*dataset.description, *([fault] if fault else [])))
+    faults = filter(None, [fault_summary(dataset)])
+    metrics = replace(metrics, notes=(*dataset.description, *faults))
     if out is not None:
         write_results(out, metrics, results)
     return metrics
 
 
 def _run_stream(
-    detector: Detector, dataset: Dataset, thresholds: Thresholds, **options: Any
+    detector: Detector, dataset: Dataset, thresholds: Thresholds, options: Mapping[str, Any]
 ) -> Predictions:
     """Run :meth:`Detector.stream` with the score thresholds of an evaluation."""
     scores: dict[str, Any] = {
         name: thresholds[name] for name in ("score_threshold", "score_thresholds")
     }
     label_map = match_classes(detector.classes, dataset)
-    return run_detector(detector, dataset, label_map=label_map, **options, **scores)
+    return run_detector(detector, dataset, label_map=label_map, **{**options, **scores})
 
 
 def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:
