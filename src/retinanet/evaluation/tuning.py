@@ -79,12 +79,13 @@ class Tuning:
     def describe(self) -> str:
         """Describe the choice on one line."""
         chosen = nms_name(self.settings)
+        scores = [f"{name} {low:.2f}" for name, low in self.settings["score_thresholds"].items()]
         errors = (metrics.calibration.expected_error for metrics in (self.before, self.after))
         return (
             f"NMS {chosen} (AP {self.before.ap:.3f}, now {self.after.ap:.3f}), temperature "
             f"{self.settings['temperature']:.3g} (calibration error "
             f"{', now '.join(f'{error:.3f}' for error in errors)}), score thresholds "
-            + ", ".join(f"{k} {v:.2f}" for k, v in self.settings["score_thresholds"].items())
+            + (", ".join(scores) or "none: nothing was detected")
         )
 
 
