@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retinanet.anchors import AnchorSpec as AnchorSpec
+    from retinanet.anchors import anchor_spec as anchor_spec
+    from retinanet.anchors import feature_sizes as feature_sizes
+    from retinanet.anchors import level_anchors as level_anchors
     from retinanet.api import train as train
+    from retinanet.boxes import clip_boxes as clip_boxes
+    from retinanet.boxes import decode_boxes as decode_boxes
+    from retinanet.boxes import encode_boxes as encode_boxes
     from retinanet.config import LossSettings as LossSettings
     from retinanet.config import ModelSpec as ModelSpec
     from retinanet.config import Recipe as Recipe
@@ -19,7 +25,9 @@ if TYPE_CHECKING:
     from retinanet.data import read_splits as read_splits
     from retinanet.data.check import check_datasets as check_datasets
     from retinanet.data.dataset import Dataset as Dataset
+    from retinanet.data.drawing import draw_boxes as draw_boxes
     from retinanet.data.synthetic import synthetic_dataset as synthetic_dataset
+    from retinanet.data.transforms import Transform as Transform
     from retinanet.errors import ConfigError as ConfigError
     from retinanet.errors import DataError as DataError
     from retinanet.errors import ImageError as ImageError
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from retinanet.errors import NonFiniteLossError as NonFiniteLossError
     from retinanet.errors import RetinaNetError as RetinaNetError
     from retinanet.errors import WeightsError as WeightsError
+    from retinanet.evaluation.coco import evaluate_detections as evaluate_detections
     from retinanet.evaluation.metrics import Metrics as Metrics
     from retinanet.evaluation.run import evaluate as evaluate
     from retinanet.exporters.run import export as export
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
     from retinanet.losses.box import box_loss as box_loss
+    from retinanet.losses.detection import Losses as Losses
     from retinanet.losses.detection import detection_losses as detection_losses
     from retinanet.losses.focal import cross_entropy as cross_entropy
     from retinanet.losses.focal import focal_loss as focal_loss
@@ -42,6 +52,10 @@ if TYPE_CHECKING:
     from retinanet.losses.focal import hinge_loss as hinge_loss
     from retinanet.losses.focal import quality_focal_loss as quality_focal_loss
     from retinanet.losses.focal import varifocal_loss as varifocal_loss
+    from retinanet.losses.modules import FocalLoss as FocalLoss
+    from retinanet.losses.modules import softmax_focal_loss as softmax_focal_loss
+    from retinanet.matching import anchor_labels as anchor_labels
+    from retinanet.matching import match_anchors as match_anchors
     from retinanet.model.checkpoint import Checkpoint as Checkpoint
     from retinanet.model.checkpoint import load_checkpoint as load_checkpoint
     from retinanet.model.checkpoint import save_checkpoint as save_checkpoint
@@ -52,19 +66,18 @@ if TYPE_CHECKING:
     from retinanet.structures import Detections as Detections
     from retinanet.structures import Outputs as Outputs
     from retinanet.structures import Targets as Targets
+    from retinanet.structures import pad_targets as pad_targets
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "retinanet.anchors": ("AnchorSpec",),
+    "retinanet.anchors": ("AnchorSpec", "anchor_spec", "feature_sizes", "level_anchors"),
     "retinanet.api": ("train",),
     "retinanet.config": ("LossSettings", "ModelSpec", "Recipe", "load_recipe"),
     "retinanet.data": ("read_dataset", "read_splits"),
     "retinanet.data.check": ("check_datasets",),
     "retinanet.data.dataset": ("Dataset",),
     "retinanet.data.synthetic": ("synthetic_dataset",),
-    "retinanet.inference.detector": ("Detector", "load"),
-    "retinanet.inference.detections": ("Failure", "ImageDetections"),
     "retinanet.errors": (
         "ConfigError",
         "DataError",
@@ -77,7 +90,10 @@ _HOMES = {
     "retinanet.evaluation.metrics": ("Metrics",),
     "retinanet.evaluation.run": ("evaluate",),
     "retinanet.exporters.run": ("export",),
+    "retinanet.inference.detections": ("Failure", "ImageDetections"),
+    "retinanet.inference.detector": ("Detector", "load"),
     "retinanet.losses.box": ("box_loss",),
+    "retinanet.losses.detection": ("detection_losses", "Losses"),
     "retinanet.losses.focal": (
         "cross_entropy",
         "focal_loss",
@@ -86,10 +102,22 @@ _HOMES = {
         "quality_focal_loss",
         "varifocal_loss",
     ),
-    "retinanet.losses.detection": ("detection_losses",),
     "retinanet.model.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
     "retinanet.model.retinanet": ("RetinaNet", "build_retinanet"),
-    "retinanet.structures": ("BACKGROUND", "IGNORED", "Detections", "Outputs", "Targets"),
+    "retinanet.structures": (
+        "BACKGROUND",
+        "IGNORED",
+        "Detections",
+        "Outputs",
+        "Targets",
+        "pad_targets",
+    ),
+    "retinanet.boxes": ("clip_boxes", "decode_boxes", "encode_boxes"),
+    "retinanet.matching": ("anchor_labels", "match_anchors"),
+    "retinanet.losses.modules": ("FocalLoss", "softmax_focal_loss"),
+    "retinanet.data.drawing": ("draw_boxes",),
+    "retinanet.data.transforms": ("Transform",),
+    "retinanet.evaluation.coco": ("evaluate_detections",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

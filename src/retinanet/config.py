@@ -46,6 +46,16 @@ _OTHER_NAMES = {
     "data.workers": ("num_workers", "workers_per_gpu"),
     "data.colour": ("color", "hsv_h", "hsv_s", "hsv_v", "color_jitter"),
     "data.scale_jitter": ("scale", "scale_range"),
+    "data.mosaic": ("mosaic_prob", "mosaic_p"),
+    "data.mixup": ("mixup_prob", "mix_up"),
+    "data.copy_paste": ("copypaste", "simple_copy_paste"),
+    "data.close_augmentation": ("close_mosaic", "no_aug_epochs", "num_last_epochs"),
+    "data.rotation": ("degrees", "rotate", "max_rotate_degree"),
+    "data.rotate90": ("rot90", "random_rotate90"),
+    "data.shear": ("max_shear_degree",),
+    "data.translate": ("max_translate_ratio", "shift"),
+    "data.erase": ("erasing", "random_erasing", "cutout"),
+    "data.transform": ("transforms", "albumentations", "augmentations", "augment"),
     "data.single_class": ("single_cls",),
     "data.balance": ("sampler_train",),
     "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
@@ -216,8 +226,18 @@ class DataConfig(_Section):
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
     vertical_flip: float = Field(0.0, ge=0, le=1)
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, per image
-    crop: bool = False  # a random crop back to the size before jitter
+    crop: bool | Literal["iou"] = False  # to the size before jitter; "iou": SSD (Liu et al. 2016)
+    rotate90: bool = False  # by 0, 90, 180 or 270 degrees: for images without an upper side
+    rotation: float = Field(0.0, ge=0, le=180)  # degrees at most; boxes: Kalra et al. 2021
+    shear: float = Field(0.0, ge=0, lt=45)  # degrees at most, of each axis
+    translate: float = Field(0.0, ge=0, lt=1)  # share of the size at most, of each axis
     colour: float = Field(0.0, ge=0, le=1)  # strength of brightness, contrast, saturation, hue
+    erase: float = Field(0.0, ge=0, le=1)  # probability; random erasing (Zhong et al. 2020)
+    mosaic: float = Field(0.0, ge=0, le=1)  # probability; Bochkovskiy et al. 2020 (YOLOv4)
+    mixup: float = Field(0.0, ge=0, le=1)  # probability; Zhang et al. 2018, boxes as YOLOX
+    copy_paste: float = Field(0.0, ge=0, le=1)  # probability; Ghiasi et al. 2021, but of boxes
+    close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
+    transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
     order: Literal["images", "shards"] = "images"  # shards: each process reads its own
     shard_window: int = Field(4, ge=1)  # shards shuffled together

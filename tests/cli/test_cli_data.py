@@ -132,6 +132,24 @@ def test_show_skips_a_broken_image(cli: Cli, faulty: Path, tmp_path: Path) -> No
     assert "000003.png" in ended.err
 
 
+def test_show_augmented_draws_what_training_loads(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ("data", "show", tiny_sets["coco"], "--augmented", "--count=5", "--image-size=128",
+                 "data.scale_jitter=[1,1]", "data.horizontal_flip=0", "--json")  # fmt: skip
+    mixed = cli(*arguments, f"--out={tmp_path / 'mixed'}", "data.mosaic=1")
+    assert mixed.code == 0, mixed.err
+    assert len(list((tmp_path / "mixed").glob("*.png"))) == mixed.json["images"] == 5
+    plain = cli(*arguments, f"--out={tmp_path / 'plain'}", "--seed=0")
+    assert plain.json["objects"] > 0
+    files = [sorted((tmp_path / name).glob("*.png")) for name in ("mixed", "plain")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(*files, strict=True))
+    both = cli(*arguments, "--anchors", f"--out={tmp_path / 'both'}")
+    assert both.code != 0
+    assert "give one of them" in both.err
+
+
 def test_anchors_suggests_settings_of_more_recall(cli: Cli, tiny_sets: dict[str, Path]) -> None:
     ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json")
     assert ended.code == 0, ended.err

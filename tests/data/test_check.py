@@ -88,8 +88,9 @@ def test_faults_of_boxes(
         assert len(trained.images[0].annotations) == 1
         assert left_out == []
     else:
-        assert trained.images[0].annotations == ()
-        assert left_out == [problem]
+        assert trained.images == ()
+        assert left_out[0] == problem
+        assert left_out[1].reason == "each of its objects is faulty"
 
 
 @pytest.mark.parametrize(

@@ -93,3 +93,9 @@ def test_classes_of_one_name_are_merged_and_reported(
 def test_dataset_of_classes_of_one_name_is_an_error() -> None:
     with pytest.raises(DataError, match="several classes are named 'square'; give each class"):
         Dataset((), NAMES, (1, 2, 3), "train", "coco", Path("here"))
+
+
+def test_dataset_category_ids_that_are_not_exact_in_results_are_an_error() -> None:
+    Dataset((), ("a", "b"), (1, 2**53), "train", "coco", Path("here"))
+    with pytest.raises(DataError, match="category id 9007199254740993 is over 2"):
+        Dataset((), ("a", "b"), (1, 2**53 + 1), "train", "coco", Path("here"))

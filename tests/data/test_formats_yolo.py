@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.data import find_format, read_dataset, read_splits, usable
+from retinanet.data.check import fault_summary
 from retinanet.errors import DataError
 
 ROW = "1 0.5 0.5 0.25 0.2\n"  # of 40 x 30: centre (20, 15), 10 wide, 6 high
@@ -152,6 +153,34 @@ def test_a_broken_data_yaml_is_one_line(
         read_dataset(tmp_path, "train")
     assert "\n" not in str(caught.value)
     assert "data.yaml: " in str(caught.value)
+
+
+def test_missing_val_folder_is_an_error_where_val_is_read(
+    tmp_path: Path, make_image: MakeImage
+) -> None:
+    make_image(tmp_path / "images" / "a.jpg")
+    write(tmp_path / "labels" / "a.txt", "0 .5 .5 .2 .2")
+    write(tmp_path / "data.yaml", "train: images\nval: nowhere\nnames: [a]\n")
+    assert len(read_dataset(tmp_path, "train")) == 1
+    for read in (lambda: read_dataset(tmp_path, "val"), lambda: read_splits(tmp_path)):
+        with pytest.raises(DataError, match=r"data\.yaml: val: nowhere is not a folder or a list"):
+            read()
+
+
+def test_image_of_faulty_rows_alone_is_left_out_of_training(
+    tmp_path: Path, make_image: MakeImage
+) -> None:
+    for name, rows in (("a", "0 .5 .5 .2 .2"), ("b", "0 .5 .5 .2"), ("c", "")):
+        make_image(tmp_path / "images" / f"{name}.jpg")
+        write(tmp_path / "labels" / f"{name}.txt", rows)
+    write(tmp_path / "data.yaml", "train: images\nnames: [a]\n")
+    dataset = read_dataset(tmp_path, "all")
+    kept, left_out = usable(dataset)
+    assert [image.path.name for image in kept.images] == ["a.jpg", "c.jpg"]  # c is background
+    summary = fault_summary(kept, left_out)
+    assert summary is not None
+    b = dataset.images[1].path
+    assert f"images without any usable object: {b}; see" in summary
 
 
 def test_data_yaml_runs_no_code(tmp_path: Path) -> None:

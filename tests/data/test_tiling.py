@@ -15,11 +15,11 @@ from labelled_folders import train_loader
 from PIL import Image
 
 from retinanet.config import DataConfig, load_recipe
-from retinanet.data import digest
 from retinanet.data.balance import balance, epoch_size
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.images import read_image
-from retinanet.data.tiling import tile_dataset
+from retinanet.data.statistics import count_objects
+from retinanet.data.tiling import recommend_tile, tile_dataset
 from retinanet.errors import ConfigError, ImageError
 from retinanet.structures import BACKGROUND, IGNORED
 
@@ -215,5 +215,21 @@ def test_tile_settings() -> None:
         load_recipe("quick", ["data.tile=512", "data.order=shards"])
 
 
-def test_digest_is_of_the_images(large: Dataset) -> None:
-    assert digest(large) == digest(replace(large, description=("other",)))
+@pytest.mark.parametrize(
+    ("objects", "size", "expected"),
+    [
+        ([20] * 20, (4000, 3000), 256),  # 2.6 px at 384: 384 x 20 / 32 = 240, in steps of 32
+        ([10] * 20, (4000, 3000), 192),  # 120 would magnify more than twofold
+        ([20] * 17 + [100] * 3, (4000, 3000), 512),  # 5 x 100
+        ([20] * 17 + [700] * 3, (4000, 3000), None),  # 3500 is larger than the image
+        ([140] * 20, (4000, 3000), None),  # 17.9 px at 384
+        ([15] * 20, (400, 380), 192),  # 15.2 px at 384, 30 in tiles
+        ([], (4000, 3000), None),
+    ],
+)
+def test_recommend_tile_by_hand(
+    objects: list[int], size: tuple[int, int], expected: int | None
+) -> None:
+    found = tuple(Annotation((0, 0, side, side), 0, i) for i, side in enumerate(objects))
+    image = LabelledImage(Path("a.png"), 0, found, *size)
+    assert recommend_tile(count_objects(dataset_of(image), {}), 384, 640) == expected

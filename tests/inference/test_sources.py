@@ -33,6 +33,17 @@ def test_find_sources_of_files_and_folders(folder: Path) -> None:
     assert source.read().shape == (3, 128, 192)
 
 
+def test_find_sources_leaves_out_training_runs(folder: Path) -> None:
+    plots = folder / "runs" / "cats" / "plots"
+    plots.mkdir(parents=True)
+    (plots / "loss.png").write_bytes((folder / "a.png").read_bytes())
+    assert "runs/cats/plots/loss.png" in names(folder)
+    for name in ("config.toml", "run.json", "log.jsonl"):
+        (plots.parent / name).touch()
+    assert names(folder) == ["a.png", "left/a.png", "right/a.png"]
+    assert names(plots) == ["loss.png"]  # named, it is read
+
+
 def test_find_sources_of_globs(folder: Path) -> None:
     assert names(str(folder / "*.png")) == ["a.png"]
     assert names(str(folder / "*")) == ["a.png"]

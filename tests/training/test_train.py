@@ -308,7 +308,7 @@ def test_train_from_another_checkpoint(tiny_data: Path, finished: Finished, tmp_
         train(other, tiny_data, tmp_path / "other", device="cpu", init=last)
 
 
-def test_train_images_in_both_splits_give_a_warning(tiny_data: Path) -> None:
+def test_train_images_in_both_splits_give_a_warning(tiny_data: Path, tmp_path: Path) -> None:
     split = read_splits(tiny_data)["train"]
     warnings: list[str] = []
     read_training_data(
@@ -317,6 +317,18 @@ def test_train_images_in_both_splits_give_a_warning(tiny_data: Path) -> None:
         lambda kind, /, **data: warnings.append(data["message"]),
     )
     assert "12 images are in both train and val" in warnings[0]
+    copies = []
+    for image in split.images[:3]:
+        copies.append(dataclasses.replace(image, path=tmp_path / f"copy of {image.path.name}"))
+        copies[-1].path.write_bytes(image.path.read_bytes())
+    copies[0].path.write_bytes(copies[0].path.read_bytes()[:-1] + b"x")  # of the same size
+    warnings.clear()
+    read_training_data(
+        {"train": split, "val": with_images(split, copies)},
+        tiny_recipe(),
+        lambda kind, /, **data: warnings.append(data["message"]),
+    )
+    assert f"2 images are in both train and val, the first: {split.images[1].path}" in warnings[0]
 
 
 def test_train_errors_before_anything_is_written(

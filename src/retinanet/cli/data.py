@@ -89,7 +89,8 @@ class ShowOptions(SplitOptions):
     out: Path = option("Output folder.", Path("shown"))
     count: int = option("Number of images; 0: all.", 20, min=0)
     anchors: bool = option("Also draw the anchors matched to each object.", False)
-    seed: int = option("Random seed of the choice of images.", 0)
+    augmented: bool = option("Draw the images as training loads them: augmented.", False)
+    seed: int = option("Random seed of the choice of images, or of the augmentation.", 0)
 
 
 def check(
@@ -112,12 +113,14 @@ def check(
     recall = None
     if any(split.objects for split in report.statistics.values()):
         recall = _recall(_with_known_size(splits, report), config)
+    tile = _recommend_tile(report.statistics, config)
     written = None
     if options.fix is not None:
         with progress("writing") as update:
             written = write_fixed(splits, report, options.fix, progress=update)
     if json:
-        result = report.to_dict() | {"anchors": recall.to_dict() if recall else None}
+        anchors = recall.to_dict() if recall else None
+        result = report.to_dict() | {"anchors": anchors, "recommended_tile": tile}
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
@@ -126,6 +129,11 @@ def check(
         _show_statistics(report.statistics)
         if recall is not None:
             _show_recall(recall)
+        if tile is not None:
+            say(
+                f"objects are small against their images: train on tiles, data.tile={tile} "
+                "(docs/tiles.md)"
+            )
         if written is not None:
             objects, images = sum(written.objects.values()), sum(written.images.values())
             say(f"wrote a corrected copy to {written.folder}: {objects} objects in {images} images")
@@ -174,21 +182,35 @@ def show(
 ) -> None:
     """Draw labelled images; with --anchors at the network's size, with their matched anchors.
 
-    Anchors are white. An object without a matched anchor cannot be learned, and is marked.
+    Anchors are white. An object without a matched anchor cannot be learned, and is marked. With
+    --augmented the first images of training are drawn, with the recipe's augmentation.
     """
-    from retinanet.cli.drawing import draw_labels
+    from retinanet.cli.drawing import draw_augmented, draw_labels
+    from retinanet.errors import ConfigError
 
+    if options.anchors and options.augmented:
+        raise ConfigError("--anchors and --augmented draw different images: give one of them")
     config = recipe.load()
     dataset = options.read(data, config)
     with progress("drawing") as update:
-        drawn = draw_labels(
-            dataset,
-            options.out,
-            count=options.count,
-            seed=options.seed,
-            recipe=config if options.anchors else None,
-            progress=update,
-        )
+        if options.augmented:
+            drawn = draw_augmented(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config,
+                progress=update,
+            )
+        else:
+            drawn = draw_labels(
+                dataset,
+                options.out,
+                count=options.count,
+                seed=options.seed,
+                recipe=config if options.anchors else None,
+                progress=update,
+            )
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:
@@ -274,6 +296,13 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
         config.data.max_size,
         foreground_iou=config.matching.foreground_iou,
     )
+
+
+def _recommend_tile(statistics: Mapping[str, Statistics], config: Recipe) -> int | None:
+    from retinanet.data.tiling import recommend_tile
+
+    split = statistics.get("train") or next(iter(statistics.values()))
+    return recommend_tile(split, config.data.image_size, config.data.max_size)
 
 
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
-from retinanet.data import Annotation, Dataset, LabelledImage
+from retinanet.data import Annotation, Dataset, LabelledImage, usable
+from retinanet.data.balance import epoch_size
 from retinanet.data.drawing import PALETTE, draw_boxes
-from retinanet.data.images import pad_batch, read_image, resize_to
+from retinanet.data.images import pad_batch, padding_colour, read_image, resize_to
+from retinanet.data.loading import train_loader
+from retinanet.data.selection import select
+from retinanet.data.tiling import tile_dataset
 from retinanet.errors import DataError
 from retinanet.matching import match_anchors
-from retinanet.structures import IGNORED, pad_targets
+from retinanet.model.backbone import IMAGENET_MEAN
+from retinanet.structures import BACKGROUND, IGNORED, pad_targets
 from retinanet.training.data import recipe_anchors
 
 _WHITE = (255, 255, 255)
@@ -71,6 +76,49 @@ def draw_labels(
             drawn.images += 1
             drawn.objects += len(image.annotations)
         progress(number, len(images))
+    return drawn
+
+
+def draw_augmented(
+    dataset: Dataset,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    recipe: Recipe,
+    progress: Callable[[int, int], None],
+) -> DrawnLabels:
+    """Draw the first `count` images (0: an epoch) that training with a seed and a recipe loads.
+
+    Raises:
+        DataError, ConfigError: as :func:`retinanet.data.loading.train_loader`.
+    """
+    settings = recipe.data.model_copy(update={"close_augmentation": 0.0})
+    chosen, _ = usable(select(dataset, settings.classes, settings.single_class))
+    if settings.tile is not None:
+        chosen = tile_dataset(chosen, settings.tile, settings.tile_overlap)
+    count = count or epoch_size(chosen, settings)
+    batch_size = recipe.train.batch_size // recipe.train.accumulate
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = DrawnLabels()
+    loader = train_loader(
+        chosen,
+        settings,
+        batch_size=batch_size,
+        steps=range(-(-count // batch_size)),
+        seed=seed,
+        fill=padding_colour(torch.tensor(recipe.model.pixel_mean or IMAGENET_MEAN)),
+        on_unreadable=lambda _, message: drawn.failures.append(message),
+    )
+    for batch in loader:
+        boxes, labels = batch.targets.boxes, batch.targets.labels
+        for i in range(min(len(batch.images), count - drawn.images)):
+            drawn.images += 1
+            drawn.objects += int((labels[i] != BACKGROUND).sum())
+            drawing = draw_boxes(batch.images[i], boxes[i], labels[i], names=chosen.classes)
+            stem = chosen.images[int(batch.indices[i])].path.stem
+            drawing.save(folder / f"{drawn.images:04d}_{stem}.png")
+            progress(drawn.images, count)
     return drawn
 
 

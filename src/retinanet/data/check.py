@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
@@ -57,6 +58,9 @@ KINDS: dict[str, str] = {
 """Descriptions of the problems by kind."""
 
 _CHUNK = 512  # images submitted to the threads at a time
+_BEGINNING = 2**16  # bytes of files of one size that are compared first
+_ALL_FAULTY = "each of its objects is faulty"
+_NAMED_IMAGES = 10  # in messages
 
 
 MAX_FAULTS = 0.05
@@ -153,17 +157,22 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
     """Drop what cannot be trained or evaluated on. No image is opened.
 
     Dropped are missing images, and objects whose box is empty, inverted, not four finite numbers,
-    or wholly outside the image (by the size in the labels). Boxes partly outside are kept.
+    or wholly outside the image (by the size in the labels). Boxes partly outside are kept. An image
+    with labels of which none is usable is dropped too: it is no background.
 
     Returns:
         The data set without them (:attr:`Dataset.problems` unchanged), and a problem for each.
     """
     dropped: list[Problem] = []
     images: list[LabelledImage] = []
+    faulty = {problem.file for problem in dataset.problems if "dropped" in problem.fix}
+    num_images = Counter(image.label_file for image in dataset.images)
     for image in dataset.images:
         if not archives.is_image_file(image.path):
             dropped.append(_missing(image))
             continue
+        # A file with the labels of many images does not show whose a faulty row is.
+        has_labels = image.label_file in faulty and num_images[image.label_file] == 1
         kept: list[Annotation] = []
         for annotation in image.annotations:
             fault = check_box(annotation.box, image.width, image.height)
@@ -171,6 +180,9 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
                 kept.append(annotation)
             else:
                 dropped.append(_box_problem(dataset, image, annotation, fault))
+        if not kept and (image.annotations or has_labels):
+            dropped.append(Problem("label-unreadable", image.path, None, _ALL_FAULTY, DROPPED))
+            continue
         same = len(kept) == len(image.annotations)
         images.append(image if same else replace(image, annotations=tuple(kept)))
     return replace(dataset, images=tuple(images)), dropped
@@ -189,9 +201,13 @@ def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | No
     kept = sum(len(image.annotations) for image in dataset.images)
     share = len(faults) / (len(faults) + kept)
     first = f"{faults[0].file}: {faults[0].reason}"
+    names = [str(problem.file) for problem in faults if problem.reason == _ALL_FAULTY]
+    more = f" and {len(names) - _NAMED_IMAGES} more" if len(names) > _NAMED_IMAGES else ""
+    listed = f"; images without any usable object: {', '.join(names[:_NAMED_IMAGES])}{more}"
     return (
         f"{'warning: ' if share > MAX_FAULTS else ''}left out {len(faults)} faulty objects or "
-        f"images ({share:.1%}) of {dataset.split}, the first: {first}; see retinanet data check"
+        f"images ({share:.1%}) of {dataset.split}, the first: {first}{listed if names else ''}; "
+        "see retinanet data check"
     )
 
 
@@ -276,6 +292,51 @@ def in_two_splits(
                 how = f"the same {'content' if same_bytes else 'pixels'} as {path}"
             reason, fix = f"in split {name} and in split {split}: {how}", f"dropped from {name}"
             yield name, index, Problem("image-in-two-splits", image.path, None, reason, fix)
+
+
+def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
+    """Return the images that are among `others`, as the same file or as a copy of it.
+
+    Of files of one size the beginnings are compared, and of those that agree the whole content.
+    Files in archives are compared by their names only.
+    """
+    keys: tuple[Callable[[Path], object], ...] = (_size, _beginning, _content)
+    found, among = {*images}, {*others}
+    same = found & among
+    found, among = (
+        {path for path in group - same if archives.archive_of(path) is None}
+        for group in (found, among)
+    )
+    for key in keys:
+        of_found = {path: key(path) for path in found}
+        of_among = {path: key(path) for path in among}
+        shared = {*of_found.values()} & {*of_among.values()} - {None}
+        found = {path for path, value in of_found.items() if value in shared}
+        among = {path for path, value in of_among.items() if value in shared}
+    return same | found
+
+
+def _size(path: Path) -> object:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _beginning(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return archives.digest_of(file.read(_BEGINNING)), _size(path)
+    except OSError:
+        return None
+
+
+def _content(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError:
+        return None
 
 
 # ---- objects

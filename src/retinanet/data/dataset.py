@@ -12,6 +12,8 @@ import numpy as np
 
 from retinanet.errors import DataError
 
+_MAX_CATEGORY_ID = 2**53  # float64, the type of COCO's results in memory, holds these exactly
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -120,6 +122,12 @@ class Dataset:
             raise DataError(
                 f"{self.source}: several classes are named {repeated[0]!r}; give each class a name "
                 f"of its own, or give their objects one label"
+            )
+        large = [number for number in self.category_ids if abs(number) > _MAX_CATEGORY_ID]
+        if large:
+            raise DataError(
+                f"{self.source}: category id {large[0]} is over 2^53, which results cannot hold "
+                "exactly; number the categories from 1 on"
             )
 
     @classmethod

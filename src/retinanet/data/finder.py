@@ -31,8 +31,9 @@ _LABEL_FOLDER = re.compile(
 )
 _IMAGE_FOLDER = re.compile(r"images?|imgs?|photos?|jpegimages|data|dataset", re.IGNORECASE)
 _MASK_FOLDER = re.compile(r"mask|segm|trimap|depth|result|predict|found|visuali", re.IGNORECASE)
-# Files of a folder of detections, and of a run.
-_OUTPUTS = ({".retinanet-outputs"}, {"config.toml", "run.json", "log.jsonl"})
+RUN_FILES = frozenset({"config.toml", "run.json", "log.jsonl"})
+"""Files of a training run, whose images are plots."""
+_OUTPUTS = ({".retinanet-outputs"}, RUN_FILES)  # the former of a folder of detections
 _MAX_CLIMB = 3
 _NAMED_FILES = 3  # in descriptions; more are counted
 

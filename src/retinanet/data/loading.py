@@ -6,10 +6,13 @@ rank r takes its own B. Every choice is drawn from (seed, epoch, image) or (seed
 depends neither on the step at which the loader was started nor on the number of workers, and the
 images of a step do not depend on how many processes share them. With ``data.balance`` the images
 of an epoch are drawn from (seed, epoch), rare classes more often (:mod:`retinanet.data.balance`).
+The images that a mosaic, copy-paste or mixup adds to an image (:mod:`retinanet.data.augment`) are
+drawn from its epoch, by its generator.
 
 For data in shards (:mod:`retinanet.data.formats.webdataset`) there is another order, in which each
 process reads shards of its own, a few at a time. All of the above holds but the last: the order of
-an epoch depends on the number of processes and on the images per process.
+an epoch depends on the number of processes and on the images per process. What is mixed into an
+image is drawn from those that the process has read shortly before.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -37,6 +40,14 @@ from torch.utils.data import Dataset as TorchDataset
 
 from retinanet.config import DataConfig
 from retinanet.data import archives
+from retinanet.data.augment import (
+    Mix,
+    ReadImage,
+    UserTransform,
+    draw_mix,
+    mix_images,
+    user_transform,
+)
 from retinanet.data.balance import RepeatFactors, balance
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
@@ -58,12 +69,14 @@ MAX_UNREADABLE = 0.1
 
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
+_RECENT_IMAGES = 64  # of a process: with shards, what is mixed into an image is drawn from these
+
 
 class BatchLoader(DataLoader[Batch]):
     """A DataLoader that yields :class:`~retinanet.structures.Batch`.
 
     Args:
-        batches: maps a number to a batch, or None, and the unreadable images.
+        batches: maps a number to a batch, None or an error, and the unreadable images.
         numbers: of the batches, in order.
         workers: processes that load; 0: this one.
         num_images: images in the data set.
@@ -106,6 +119,8 @@ class BatchLoader(DataLoader[Batch]):
         for batch, failures in super().__iter__():
             try:
                 self._check_unreadable(failures)
+                if isinstance(batch, DataError):
+                    raise batch
             except DataError:
                 # End the workers now: left to the garbage collector, with the traceback that refers
                 # to them, each is waited for in vain for five seconds.
@@ -190,7 +205,9 @@ def train_loader(
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
-        steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run.
+        steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run. The
+            last ``close_augmentation * end`` before the end are without mosaic, copy-paste and
+            mixup.
         seed: of order, flips, jitter, crops, colours and multi-scale sides.
         workers: processes that load; 0: this one. See :func:`default_workers`.
         rank, world_size: index of this process, and number of processes.
@@ -205,6 +222,8 @@ def train_loader(
     Raises:
         ValueError: the data set is empty, or a number is out of range.
         DataError: the order is ``shards`` and an image is in none.
+        ConfigError: ``transform`` names no function.
+        DataError: (while iterating) that function fails, or returns something else.
         ImageError: (while iterating) an image cannot be read.
         DataError: (while iterating) more than :data:`MAX_UNREADABLE` of the images cannot be read.
     """
@@ -222,6 +241,8 @@ def train_loader(
         tuple(fill),
         shards,
         balance(dataset, config),
+        user_transform(config, len(dataset.classes)),
+        steps.stop - round(steps.stop * config.close_augmentation),
     )
     return BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
 
@@ -351,6 +372,22 @@ def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> 
     return _Shards(images, ends, window, batch_size, world_size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What one image of a batch is made from, drawn before anything is read.
+
+    Attributes:
+        index, draw: of the image at the position in the stream, and its generator.
+        mix: how it is mixed with others.
+        others: positions of these in the stream.
+    """
+
+    index: int
+    draw: random.Random
+    mix: Mix
+    others: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class _TrainBatches(TorchDataset[Any]):
     """Training batches by step."""
@@ -364,37 +401,96 @@ class _TrainBatches(TorchDataset[Any]):
     fill: tuple[float, ...]
     shards: _Shards | None
     repeats: RepeatFactors | None
+    function: UserTransform | None
+    first_closed: int
 
-    def __getitem__(self, step: int) -> tuple[Batch | None, list[Unreadable]]:
+    def __getitem__(self, step: int) -> tuple[Batch | DataError | None, list[Unreadable]]:
         config = self.config
         shorter, longest = config.image_size, config.max_size
         if config.multi_scale:
             shorter = random.Random(f"{self.seed} side {step}").choice(config.multi_scale)
             longest = round(longest * shorter / config.image_size)
         transform = Transform(
-            longest,
-            config.horizontal_flip,
-            config.vertical_flip,
-            config.scale_jitter,
-            config.crop,
-            config.colour,
+            max_size=longest,
+            horizontal_flip=config.horizontal_flip,
+            vertical_flip=config.vertical_flip,
+            scale_jitter=config.scale_jitter,
+            crop=config.crop,
+            rotate90=config.rotate90,
+            rotation=config.rotation,
+            shear=config.shear,
+            translate=config.translate,
+            colour=config.colour,
+            erase=config.erase,
+            function=self.function,
+            fill=self.fill,
         )
+        mixed = step < self.first_closed
         first = (step * self.world_size + self.rank) * self.batch_size
-        positions = range(first, first + self.batch_size)
-        samples, failures = _read_samples(
-            self.images, [self._choose(position) for position in positions], transform, shorter
+        plans = {
+            position: self._plan(position, mixed)
+            for position in range(first, first + self.batch_size)
+        }
+        wanted = [[p.index, *(self._choose(i)[0] for i in p.others)] for p in plans.values()]
+        reader = _Reader(self.images, chain.from_iterable(wanted))
+        samples = []
+        try:
+            for position, plan in plans.items():
+                for substitute in self._substitutes(position):
+                    if substitute != position:
+                        plan = self._plan(substitute, mixed)
+                    sample = self._sample(plan, reader, transform, shorter)
+                    if sample is not None:
+                        break
+                samples.append(sample)
+        except DataError as error:  # raised in a worker, its message would be a traceback
+            return error, reader.failures
+        return _collate(samples, self.fill, config.any_corner), reader.failures
+
+    def _plan(self, position: int, mixed: bool) -> _Plan:
+        index, draw = self._choose(position)
+        mix = draw_mix(self.config, draw) if mixed else Mix()
+        count = len(mix.factors[1:]) + mix.copy_paste + mix.mixup
+        return _Plan(index, draw, mix, tuple(self._other(position, draw) for _ in range(count)))
+
+    def _other(self, position: int, draw: random.Random) -> int:
+        """Draw the position of an image to mix into the one at `position`."""
+        if self.shards is None:
+            return position - position % self._epoch_size + draw.randrange(self._epoch_size)
+        # One that this process reads too, from shards that it has read shortly before.
+        back = draw.randint(1, max(1, _RECENT_IMAGES // self.batch_size))
+        offset = back * self.batch_size * self.world_size
+        return position - offset if offset <= position else position + offset
+
+    def _sample(
+        self, plan: _Plan, reader: _Reader, transform: Transform, shorter: int
+    ) -> _Sample | None:
+        """Read an image and those that are mixed into it; None: it cannot be read."""
+        own_size, *sizes = plan.mix.reading_sizes(transform, shorter)
+        read = reader.read(plan.index, *own_size)
+        if read is None:
+            return None
+
+        def others() -> Iterator[ReadImage]:
+            for position, size in zip(plan.others, sizes, strict=True):
+                indices = (self._choose(i)[0] for i in self._substitutes(position))
+                found = (reader.read(index, *size) for index in indices)
+                yield next((image for image in found if image is not None), read)
+
+        image, boxes, labels = mix_images(
+            plan.mix, chain([read], others()), transform, shorter, plan.draw
         )
+        return _Sample(plan.index, plan.draw, image, boxes, labels, read.size)
+
+    def _substitutes(self, position: int) -> Iterator[int]:
+        """Yield a position, then those of the images to take in place of an unreadable one.
+
+        They are of the same epoch, so that the choice depends on the data and the seed alone.
+        """
         count = self._epoch_size
-        for i, position in enumerate(positions):
-            epoch, index = divmod(position, count)
-            for offset in range(1, min(_MAX_SUBSTITUTES, count - 1) + 1):
-                if samples[i] is not None:
-                    break
-                # Of the same epoch, so that the choice depends on the data and the seed alone.
-                chosen = self._choose(epoch * count + (index + offset) % count)
-                (samples[i],), more = _read_samples(self.images, [chosen], transform, shorter)
-                failures += more
-        return _collate(samples, self.fill, config.any_corner), failures
+        epoch, index = divmod(position, count)
+        for offset in range(min(_MAX_SUBSTITUTES, count - 1) + 1):
+            yield epoch * count + (index + offset) % count
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
@@ -421,10 +517,23 @@ class _EvalBatches(TorchDataset[Any]):
 
     def __getitem__(self, number: int) -> tuple[Batch | None, list[Unreadable]]:
         first = number * self.batch_size
-        last = min(first + self.batch_size, len(self.images))
-        chosen = [(index, random.Random(0)) for index in range(first, last)]
-        samples, failures = _read_samples(self.images, chosen, self.transform, self.image_size)
-        return _collate([sample for sample in samples if sample], self.fill), failures
+        indices = range(first, min(first + self.batch_size, len(self.images)))
+        reader = _Reader(self.images, indices)
+        samples = []
+        for index in indices:
+            read = reader.read(index, *self.transform.reading_size(self.image_size))
+            if read is not None:
+                draw = random.Random(0)
+                image, boxes, labels = self.transform(
+                    read.image,
+                    read.boxes,
+                    read.labels,
+                    shorter=self.image_size,
+                    generator=draw,
+                    size=read.size,
+                )
+                samples.append(_Sample(index, draw, image, boxes, labels, read.size))
+        return _collate(samples, self.fill), reader.failures
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -476,31 +585,43 @@ class _Sample:
     original_size: tuple[int, int]
 
 
-def _read_samples(
-    images: _Images,
-    chosen: Sequence[tuple[int, random.Random]],
-    transform: Transform,
-    shorter: int,
-) -> tuple[list[_Sample | None], list[Unreadable]]:
-    """Read and transform images; None and a message for each that cannot be read."""
-    samples: list[_Sample | None] = []
-    failures: list[Unreadable] = []
-    records = [images[index] for index, _ in chosen]
-    files = _fetched([file for file, *_ in records])
-    for (index, draw), file, (_, window, boxes, labels) in zip(chosen, files, records, strict=True):
+class _Reader:
+    """Reads the images of a batch; of remote ones the files are fetched together.
+
+    Args:
+        images: of the data set.
+        indices: of the images that are probably read.
+
+    Attributes:
+        failures: the images that could not be read.
+    """
+
+    def __init__(self, images: _Images, indices: Iterable[int]) -> None:
+        self._images = images
+        self._records: dict[int, tuple[Any, Window | None, Tensor, Tensor]] = {}
+        self._fetch(indices)
+        self.failures: list[Unreadable] = []
+
+    def read(self, index: int, shorter: int, longest: int) -> ReadImage | None:
+        """Read an image no smaller than needed; None, and a failure, if it cannot be read."""
+        if index not in self._records:
+            self._fetch([index])
+        file, window, boxes, labels = self._records[index]
         try:
             if isinstance(file, ImageError):
                 raise file
-            image, size = _read(file, window, *transform.reading_size(shorter))
+            image, size = _read(file, window, shorter, longest)
         except ImageError as error:
-            samples.append(None)
-            failures.append((index, str(error)))
-            continue
-        image, boxes, labels = transform(
-            image, boxes, labels, shorter=shorter, generator=draw, size=size
-        )
-        samples.append(_Sample(index, draw, image, boxes, labels, size))
-    return samples, failures
+            self.failures.append((index, str(error)))
+            return None
+        return ReadImage(image, boxes, labels, size)
+
+    def _fetch(self, indices: Iterable[int]) -> None:
+        new = list(dict.fromkeys(indices))
+        records = [self._images[index] for index in new]
+        files = _fetched([file for file, *_ in records])
+        for index, file, (_, window, boxes, labels) in zip(new, files, records, strict=True):
+            self._records[index] = (file, window, boxes, labels)
 
 
 def _read(

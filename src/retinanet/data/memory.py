@@ -108,8 +108,12 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
     }
 
 
-def import_reader(name: str) -> Reader | None:
-    """Import a reader by ``module:function``; None if the text has another form.
+def import_function(name: str, kind: str) -> Callable[..., Any] | None:
+    """Import a function of the user by ``module:function``; None if the text has another form.
+
+    Args:
+        name: such as ``my_code:read``; modules of the current folder are found.
+        kind: of function, for the message, such as "reader".
 
     Raises:
         DataError: there is no such module or function.
@@ -121,7 +125,7 @@ def import_reader(name: str) -> Reader | None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        reader: Reader = getattr(importlib.import_module(module), function)
+        imported: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise DataError(f"{name}: the reader cannot be imported: {error}") from None
-    return reader
+        raise DataError(f"{name}: the {kind} cannot be imported: {error}") from None
+    return imported

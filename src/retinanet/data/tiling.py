@@ -9,13 +9,18 @@ from math import ceil
 import numpy as np
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.image_files import image_size
+from retinanet.data.image_files import image_size as size_on_disk
+from retinanet.data.image_files import network_size
+from retinanet.data.statistics import Statistics
 from retinanet.data.transforms import MIN_VISIBLE
 from retinanet.data.windows import Window
 from retinanet.errors import ImageError
 
 MIN_TILE = 32
 """Minimum side of a tile in pixels."""
+
+# Of recommend_tile: pixels at the network's input, fraction of a tile, and factor of the scale.
+_SMALLEST_ANCHOR, _OVERLAP, _MIN_GAIN = 32, 0.2, 1.5
 
 
 def tile_windows(
@@ -91,6 +96,35 @@ def tile_dataset(dataset: Dataset, side: int, overlap: float) -> Dataset:
     return replace(dataset, images=tuple(tiles), description=(*dataset.description, *description))
 
 
+def recommend_tile(statistics: Statistics, image_size: int, max_size: int) -> int | None:
+    """Return a side of tiles for objects that are small against their images, in pixels.
+
+    It gives the median object 32 pixels at the network's input, the side of the smallest anchor,
+    but magnifies at most twofold and is at least five times the side of 95% of the objects, so
+    that they fit into an overlap of .2; a multiple of 32.
+
+    Args:
+        statistics: of the images to train on.
+        image_size, max_size: shorter side, and maximum of the longer side, at the network's input.
+
+    Returns:
+        None where the median object has 16 pixels or more at the network's input in the median
+        image, or where such a tile would enlarge it by less than half.
+    """
+    if not statistics.side or not statistics.image_height:
+        return None
+    height, width = (
+        round(sides["median"]) for sides in (statistics.image_height, statistics.image_width)
+    )
+    scale = network_size(height, width, image_size, max_size)[0] / height
+    median, large = statistics.side["50"], statistics.side["95"]
+    if median * scale >= _SMALLEST_ANCHOR / 2:
+        return None
+    side = max(image_size * median / _SMALLEST_ANCHOR, image_size / 2, large / _OVERLAP)
+    side = max(MIN_TILE, 32 * ceil(side / 32))
+    return side if image_size / side >= _MIN_GAIN * scale else None
+
+
 def _windows(
     image: LabelledImage, side: int, overlap: float
 ) -> tuple[list[Window], tuple[int, int]]:
@@ -99,7 +133,7 @@ def _windows(
         size = image.height, image.width
     else:
         try:
-            size = image_size(image.path)
+            size = size_on_disk(image.path)
         except ImageError:  # reported when it is loaded
             return [], (0, 0)
     return list(tile_windows(size, side, overlap)), size

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from retinanet.data import archives
+from retinanet.data.finder import RUN_FILES
 from retinanet.data.image_files import IMAGE_SUFFIXES, EncodedImage
 from retinanet.data.images import ValueRange, read_image, read_reduced
 from retinanet.data.windows import Windows, open_windows
@@ -107,7 +108,8 @@ def is_single(given: Any) -> bool:
 def find_sources(given: Any) -> list[Source]:
     """List the images that `given` stands for, in order; those of folders and globs sorted by name.
 
-    Files that an earlier detection wrote (:mod:`retinanet.inference.manifest`) are left out.
+    Files that an earlier detection wrote (:mod:`retinanet.inference.manifest`) are left out, and
+    training runs below a folder, whose images are plots.
 
     Args:
         given: a path, a folder (with its subfolders), a ``.tar`` of images (or a folder of
@@ -163,6 +165,8 @@ def is_image_name(name: str | Path) -> bool:
 def list_folder(folder: str | Path) -> list[Path]:
     """List the files below a folder, sorted, without hidden ones and what links to folders lead to.
 
+    Training runs below it are left out: their images are plots.
+
     Raises:
         DataError: a folder cannot be listed: its images would be lost silently.
     """
@@ -170,7 +174,7 @@ def list_folder(folder: str | Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
-    return _walk(folder, None, fail)
+    return _walk(folder, None, fail, skip_runs=True)
 
 
 def match_glob(pattern: str | Path) -> tuple[Path, list[Path]]:
@@ -194,11 +198,18 @@ def match_glob(pattern: str | Path) -> tuple[Path, list[Path]]:
 
 
 def _walk(
-    folder: str | Path, depth: int | None, onerror: Callable[[OSError], None] | None = None
+    folder: str | Path,
+    depth: int | None,
+    onerror: Callable[[OSError], None] | None = None,
+    *,
+    skip_runs: bool = False,
 ) -> list[Path]:
-    found = []
+    found: list[Path] = []
     for where, folders, names in os.walk(folder, onerror=onerror):
         level = len(Path(where).relative_to(folder).parts) + 1
+        if skip_runs and level > 1 and {*names} >= RUN_FILES:
+            folders.clear()
+            continue
         deeper = depth is None or level < depth
         folders[:] = [name for name in folders if deeper and not name.startswith(".")]
         found += [Path(where, name) for name in names if not name.startswith(".")]

@@ -17,12 +17,14 @@ from retinanet.losses.focal import (
     quality_focal_loss,
     varifocal_loss,
 )
+from retinanet.losses.modules import FocalLoss, softmax_focal_loss
 from retinanet.losses.ohem import hard_examples
 
 __all__ = [
     "BOX_LOSSES",
     "RUNNING_START",
     "Assignment",
+    "FocalLoss",
     "Losses",
     "assign_anchors",
     "box_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "hard_examples",
     "hinge_loss",
     "quality_focal_loss",
+    "softmax_focal_loss",
     "update_running",
     "varifocal_loss",
 ]

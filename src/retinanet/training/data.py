@@ -9,8 +9,9 @@ from pathlib import Path
 from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
+from retinanet.data.augment import user_transform
 from retinanet.data.balance import balance
-from retinanet.data.check import fault_summary
+from retinanet.data.check import copies_of, fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
@@ -53,7 +54,8 @@ def read_training_data(
 
     Raises:
         DataError: there is no train split or no object in it, or train and val differ in classes.
-        ConfigError: ``data.classes`` names a class that the data lacks.
+        ConfigError: ``data.classes`` names a class that the data lacks, or ``data.transform`` no
+            function.
     """
     if isinstance(data, Mapping):
         splits = data
@@ -78,8 +80,8 @@ def read_training_data(
             f"{train.source}: the classes of train and val differ: "
             f"{', '.join(train.classes)} and {', '.join(val.classes)}"
         )
-    validated = {image.path for image in val.images} if val else set()
-    shared = {image.path for image in train.images} & validated
+    validated = [image.path for image in val.images] if val else []
+    shared = copies_of((image.path for image in train.images), validated)
     if shared:
         emit(
             "message",
@@ -89,6 +91,7 @@ def read_training_data(
     for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
         if fault is not None:
             emit("message", message=fault)
+    user_transform(recipe.data, len(train.classes))  # an error in it comes first
     train_images, tile = train, recipe.data.tile
     if tile is not None:
         train = tile_dataset(train, tile, recipe.data.tile_overlap)

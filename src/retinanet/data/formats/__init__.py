@@ -33,7 +33,7 @@ from retinanet.data.formats.json_exports import (
 )
 from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
 from retinanet.data.formats.writing import Writing
-from retinanet.data.memory import Reader, import_reader, read_with
+from retinanet.data.memory import Reader, import_function, read_with
 from retinanet.data.splits import split_validation
 from retinanet.errors import DataError
 
@@ -176,7 +176,7 @@ def find_data(
     """
     if callable(path):
         return _read_reader(path)
-    reader = None if Path(path).exists() else import_reader(str(path))
+    reader = None if Path(path).exists() else import_function(str(path), "reader")
     if reader is not None:
         return _read_reader(reader)
     path = Path(path)

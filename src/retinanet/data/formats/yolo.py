@@ -83,14 +83,16 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders.
 
     Raises:
-        DataError: data.yaml is not YAML, or has no names, or its folders hold no images.
+        DataError: data.yaml is not YAML, or has no names, or its folders hold no images. A split
+            whose folder is missing raises when it is read.
     """
     texts = _Texts(tree)
     (file, *_), *_ = labels.files.values()
     names: Sequence[str] = ()
     keypoints = False
+    missing: dict[str, str] = {}
     if file.suffix.lower() != ".txt":
-        splits, names = _from_settings(file, tree, labels.notes)
+        splits, names, missing = _from_settings(file, tree, labels.notes)
         keypoints = any(line.startswith("kpt_shape") for line in read_lines(file))
     else:
         file = tree.path
@@ -98,10 +100,15 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     splits = _with_rest(splits, tree, texts)
     names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
-    return {
+    found: dict[str, Callable[[], Dataset]] = {
         split: partial(_read_split, split, images, classes, tree, texts, keypoints)
         for split, images in splits.items()
     }
+    return found | {split: partial(_fail, message) for split, message in missing.items()}
+
+
+def _fail(message: str) -> Dataset:
+    raise DataError(message)
 
 
 def _with_rest(splits: dict[str, list[Path]], tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
@@ -201,8 +208,12 @@ def _is_data_yaml(file: Path, separator: str = ":") -> bool:
 
 def _from_settings(
     file: Path, tree: Tree, notes: list[str]
-) -> tuple[dict[str, list[Path]], Sequence[str]]:
-    """Return the images of each split, and the names of the classes, of data.yaml or obj.data."""
+) -> tuple[dict[str, list[Path]], Sequence[str], dict[str, str]]:
+    """Return what data.yaml or obj.data states.
+
+    Returns:
+        The images of each split, the names of the classes, and by split what is missing.
+    """
     if file.suffix.lower() == ".data":
         lines = (line.partition("=") for line in read_lines(file))
         content: dict[Any, Any] = {key.strip(): value.strip() for key, _, value in lines}
@@ -213,6 +224,7 @@ def _from_settings(
         names = _yaml_names(file, content)
     base = _yaml_base(file, content.get("path"))
     splits: dict[str, list[Path]] = {}
+    missing: dict[str, str] = {}
     for key, split in _SPLIT_KEYS.items():
         entries = content.get(key)
         for entry in entries if isinstance(entries, list) else [entries] if entries else []:
@@ -222,10 +234,12 @@ def _from_settings(
             elif split == "test":  # exporters name it also where there is none
                 notes.append(f"{file}: {key}: {entry} does not exist")
             else:
-                raise DataError(f"{file}: {key}: {entry} is not a folder or a list in {base}")
+                missing[split] = f"{file}: {key}: {entry} is not a folder or a list in {base}"
     if not any(splits.values()):
+        for message in missing.values():
+            raise DataError(message)
         raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
-    return {split: images for split, images in splits.items() if images}, names
+    return {split: images for split, images in splits.items() if images}, names, missing
 
 
 def _load_yaml(file: Path) -> dict[Any, Any]:
