@@ -27,6 +27,7 @@ from retinanet.training.trainer import Trainer, train
 GOALS = {"training step": 14, "detection": 18}
 PACKAGE = str(Path(rn.__file__).parent)
 TINY = [
+    "auto=false",
     "model.backbone=resnet18",
     "model.backbone_weights=none",
     "model.norm=group",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from retinanet.config import Recipe, load_recipe
@@ -24,6 +25,7 @@ def train(
     settings: Iterable[str] = (),
     device: str = "auto",
     init: str | Path | None = None,
+    time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
 ) -> Run:
@@ -41,6 +43,8 @@ def train(
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
+        time: limit of the whole call, in seconds or as text such as ``20min``: the training has as
+            many steps as this machine can do in it (``train.time``).
         on_event: callback for progress events.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers.
 
@@ -50,10 +54,14 @@ def train(
     """
     if isinstance(settings, str):
         settings = [settings]
+    started = monotonic()
+    settings = [*settings, *([] if time is None else [f"train.time={time}"])]
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, settings)
-    elif list(settings):
-        raise ConfigError("settings cannot override a built recipe; pass them to load_recipe")
+    elif settings:
+        raise ConfigError(
+            "settings and time cannot override a built recipe; pass them to load_recipe"
+        )
     if isinstance(data, Mapping):
         data = {
             split_word(name) or name: part
@@ -61,4 +69,6 @@ def train(
             else from_torch(part, classes, split=name)
             for name, part in data.items()
         }
-    return train_by_recipe(recipe, data, out, device=device, init=init, on_event=on_event)
+    return train_by_recipe(
+        recipe, data, out, device=device, init=init, on_event=on_event, started=started
+    )

@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from retinanet.errors import ConfigError
 
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
 Rounding = Literal["none", "torchvision"]
 
 _OTHER_NAMES = {
@@ -27,6 +29,7 @@ _OTHER_NAMES = {
     "train.batch_size": ("batch", "ims_per_batch", "samples_per_gpu"),
     "train.steps": ("max_iter", "iterations", "num_steps", "max_steps_total"),
     "train.epochs": ("max_epochs", "num_epochs"),
+    "train.time": ("max_time", "time_limit"),
     "train.early_stop": ("patience", "early_stopping"),
     "train.warmup_steps": ("warmup_iters", "warmup_epochs", "warmup"),
     "train.milestones": ("lr_steps", "lr_step", "milestone"),
@@ -80,6 +83,18 @@ _OTHER_NAMES = {
 """Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
 
 
+def parse_seconds(text: str) -> float:
+    """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
+
+    Raises:
+        ValueError: it is no duration over 0.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a duration over 0, such as 90s, 20min or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -107,21 +122,23 @@ class ModelConfig(_Section):
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
+    p7_relu: bool = True  # Sec. 4, footnote 2: ReLU between P6 and P7; mmdetection has none
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
     head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
-    pixel_std: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     stride_padding: Literal["symmetric", "same"] | None = None  # None: as the weights
+    stride_in_1x1: bool = False  # stride of a bottleneck in its first convolution (He et al. 2015)
 
 
 class AnchorConfig(_Section):
     """Anchors (Sec. 4): areas 32^2 to 512^2 on P3 to P7, 3 octave scales, 3 aspect ratios."""
 
     sizes: tuple[float, ...] | None = None  # square root of area per level; None: 4 x stride
-    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+    scales: tuple[float, ...] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # Sec. 4: 3 per octave
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     rounding: Rounding = "none"  # torchvision rounds to whole pixels
 
@@ -143,8 +160,8 @@ class ModelSpec(ModelConfig, AnchorConfig):
 class MatchingConfig(_Section):
     """Matching of anchors to ground-truth boxes (Sec. 4)."""
 
-    foreground_iou: float = Field(0.5, gt=0, le=1)
-    background_iou: float = Field(0.4, gt=0, le=1)
+    foreground_iou: float = Field(0.5, gt=0, le=1)  # Sec. 4: IoU from which an anchor is positive
+    background_iou: float = Field(0.4, gt=0, le=1)  # Sec. 4: IoU under which it is background
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
     assignment: Literal["iou", "atss", "task_aligned"] = "iou"  # Sec. 4; see docs/losses.md
     candidates: int = Field(9, ge=1)  # of atss: cells per level (Zhang et al. 2020, Sec. 3.3)
@@ -166,7 +183,7 @@ class LossConfig(_Section):
 
     classification: Literal[
         "focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"
-    ] = "focal"
+    ] = "focal"  # Sec. 3.2; Appendix A; hinge: Sec. 5.1
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
@@ -224,7 +241,7 @@ class DataConfig(_Section):
     max_size: int = Field(1000, ge=32)  # the longer side at most (Detectron)
     multi_scale: tuple[int, ...] = ()  # shorter sides to draw from, per step
     horizontal_flip: float = Field(0.5, ge=0, le=1)  # Sec. 4.1: the only augmentation
-    vertical_flip: float = Field(0.0, ge=0, le=1)
+    vertical_flip: float = Field(0.0, ge=0, le=1)  # probability; the paper has none
     scale_jitter: tuple[float, float] = (1.0, 1.0)  # a factor drawn log-uniformly, per image
     crop: bool | Literal["iou"] = False  # to the size before jitter; "iou": SSD (Liu et al. 2016)
     rotate90: bool = False  # by 0, 90, 180 or 270 degrees: for images without an upper side
@@ -251,6 +268,7 @@ class DataConfig(_Section):
     tile: int | None = Field(None, ge=32)  # side of tiles to train on, pixels; none: whole images
     tile_overlap: float = Field(0.2, ge=0, lt=1)  # share of the side; SAHI (Akyon et al. 2022)
     empty_tiles: float = Field(0.1, ge=0, le=1)  # share of the tiles without objects, per epoch
+    cache: Literal["none", "ram", "disk"] = "none"  # decoded images, from the first epoch on
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -295,8 +313,9 @@ class TrainConfig(_Section):
 
     steps: int = Field(90_000, ge=1)  # Sec. 4.1; unused where epochs is set
     epochs: float | None = Field(None, gt=0)  # steps from the data's size instead
+    time: float | None = Field(None, gt=0)  # steps from this machine's speed: seconds, or "20min"
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
-    max_steps: int = Field(10**9, ge=1)
+    max_steps: int = Field(10**9, ge=1)  # likewise
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
     accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
     optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
@@ -310,17 +329,22 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0)  # not in the paper
     clip_norm: float = Field(0.0, ge=0)  # largest gradient norm; 0: none, as in the paper
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights; 0: none
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"  # auto: bf16 if in hardware
     init: str | None = None  # a detector to start from: the network follows it (training.init)
     init_partial: bool = False  # start from it even where under 90% of its tensors fit
     class_map: str | None = None  # TOML or JSON: a class of the data = its name in init
-    seed: int = 0
+    seed: int = 0  # of weights, split, order and augmentation
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _parse_time(cls, value: Any) -> Any:
+        return parse_seconds(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -338,17 +362,18 @@ class TrainConfig(_Section):
 class DetectConfig(_Section):
     """Post-processing settings (Sec. 4.1, Inference)."""
 
-    score_threshold: float = Field(0.05, ge=0, lt=1)
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1: minimum score of a box
     topk_candidates: int = Field(1000, ge=1)  # per level
-    nms_threshold: float = Field(0.5, gt=0, le=1)
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU threshold of NMS
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
-    class_agnostic_nms: bool = False
+    class_agnostic_nms: bool = False  # boxes of different classes suppress each other
 
 
 class Recipe(_Section):
     """All settings of a run."""
 
     name: str = "paper_1x"
+    auto: bool = False  # choose settings from the data, but for those that the user states
     model: ModelConfig = ModelConfig()
     anchors: AnchorConfig = AnchorConfig()
     matching: MatchingConfig = MatchingConfig()
@@ -371,6 +396,11 @@ class Recipe(_Section):
     def split_seed(self) -> int:
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
+
+    def value(self, setting: str) -> Any:
+        """Return the value of ``section.key``."""
+        section, key = setting.split(".")
+        return getattr(getattr(self, section), key)
 
     def states(self, setting: str) -> bool:
         """Whether the user set ``section.key``, so that ``auto`` must not choose it.
@@ -395,6 +425,17 @@ class Recipe(_Section):
             _override(settings, key, value)
         stated = {key for key in setting_names() if self.states(key)} | values.keys()
         return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
+
+    def choose(self, values: Mapping[str, Any]) -> Recipe:
+        """Return a recipe with settings replaced that are not stated more than before.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
+        return _with_stated(self.override(values), filter(self.states, setting_names()))
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -430,12 +471,13 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
         _override(values, key, _parse_value(text.strip()))
-    if {"train.steps", "train.epochs"} <= named:
+    lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
+    if len(lengths) > 1:
         raise ConfigError(
-            "train.steps and train.epochs both set the length of the run: give one of them"
+            f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
     recipe = build_recipe(values, where)
-    return _with_stated(recipe, named) if str(name_or_file) in recipe_names() else recipe
+    return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -450,12 +492,16 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise ConfigError(f"{where}: {explain(error)}") from None
 
 
-def _with_stated(recipe: Recipe, settings: Collection[str]) -> Recipe:
+def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """Return the same values, of which only `settings` are stated by the user."""
-    sections = {}
-    for name, kind in _sections().items():
-        stated = {key.partition(".")[2] for key in settings if key.startswith(f"{name}.")}
-        sections[name] = kind.model_construct(stated, **dict(getattr(recipe, name)))
+    stated: dict[str, set[str]] = {name: set() for name in _sections()}
+    for setting in settings:
+        section, key = setting.split(".")
+        stated[section].add(key)
+    sections = {
+        name: kind.model_construct(stated[name], **dict(getattr(recipe, name)))
+        for name, kind in _sections().items()
+    }
     return recipe.model_copy(update=sections)
 
 
@@ -514,14 +560,13 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
 
 def to_toml(recipe: Recipe) -> str:
     """Write the recipe as TOML that :func:`load_recipe` reads back unchanged."""
-    lines = [f"name = {_toml_value(recipe.name)}"]
+    lines = [f"{key} = {setting_text(getattr(recipe, key))}" for key in ("name", "auto")]
     for section in _sections():
         lines += ["", f"[{section}]"]
         for key, value in getattr(recipe, section):
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-            elif type(getattr(recipe, section)).model_fields[key].default is not None:
-                lines.append(f'{key} = "none"')
+            default = type(getattr(recipe, section)).model_fields[key].default
+            if value is not None or default is not None:
+                lines.append(f"{key} = {setting_text(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -571,6 +616,9 @@ def _parse_value(text: str) -> Any:
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    if key == "auto":
+        values[key] = value
+        return
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
@@ -590,11 +638,14 @@ def explain(error: ValidationError) -> str:
     )
 
 
-def _toml_value(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Write a value as TOML, so that ``key=value`` and :func:`load_recipe` read it back."""
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(setting_text(item) for item in value) + "]"
     return repr(value)

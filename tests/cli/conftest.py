@@ -16,6 +16,7 @@ from retinanet.data.synthetic import synthetic_dataset
 from tiny_backbone import tiny_backbone as tiny_backbone
 
 TINY = (
+    "auto=false",
     "--backbone=tiny",
     "--backbone-weights=none",
     "--batch-size=2",

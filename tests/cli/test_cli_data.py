@@ -52,9 +52,22 @@ def test_check_json(cli: Cli, faulty: Path) -> None:
     assert set(ended.json["statistics"]) == {"train", "val", "test"}
     assert 0 <= ended.json["anchors"]["recall"] <= 1
     # At 64 pixels and not enlarged, objects of 16 to 24 are too small for the paper's anchors.
-    small = cli("data", "check", faulty, "--json", "--image-size=64")
+    small = cli("data", "check", faulty, "--json", "--image-size=64", "auto=false")
     assert small.json["anchors"]["image_size"] == 64
     assert small.json["anchors"]["recall"] < ended.json["anchors"]["recall"]
+    assert small.json["choices"] == []
+
+
+def test_check_prints_the_settings_that_train_would_choose(cli: Cli, faulty: Path) -> None:
+    chosen = {c["setting"]: c for c in cli("data", "check", faulty, "--json").json["choices"]}
+    # 64 px images are enlarged by 1.5 at most.
+    assert chosen["data.image_size"]["value"] == 96
+    assert "model.p2" not in chosen
+    # Objects of 16 to 24 px are under 22 px, the least for P3.
+    text = cli("data", "check", faulty, "--image-size=64").out
+    assert "Settings chosen from the data" in text
+    assert "model.p2" in text
+    assert "data.image_size" not in text
 
 
 def test_check_prints_ten_of_each_kind_without_all(
@@ -115,7 +128,7 @@ def test_show_counts_objects_without_an_anchor(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments = ("data", "show", tiny_sets["coco"], "--anchors", "--json", "--image-size=64",
-                 "--count=0")  # fmt: skip
+                 "--count=0", "auto=false")  # fmt: skip
     matched = cli(*arguments, f"--out={tmp_path / '1'}", "anchors.sizes=[16,32,64,128,256]")
     assert matched.json["images"] == 4
     assert matched.json["unmatched"] == 0
@@ -151,16 +164,16 @@ def test_show_augmented_draws_what_training_loads(
 
 
 def test_anchors_suggests_settings_of_more_recall(cli: Cli, tiny_sets: dict[str, Path]) -> None:
-    ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json")
+    ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false", "--json")
     assert ended.code == 0, ended.err
     tried = ended.json["tried"]
     assert tried[0]["settings"] == []
     suggested = next(row for row in tried if row["settings"] == ended.json["suggested"])
     assert suggested["recall"] > tried[0]["recall"]
-    text = cli("data", "anchors", tiny_sets["coco"], "--image-size=64")
+    text = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false")
     assert "suggested: " in text.out
     # The suggestion can be given to the command.
-    again = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "--json",
+    again = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false", "--json",
                 *ended.json["suggested"])  # fmt: skip
     assert again.json["tried"][0]["recall"] == suggested["recall"]
 

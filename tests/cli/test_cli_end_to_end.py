@@ -144,6 +144,7 @@ def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     options = ["--backbone=resnet34", "--backbone-weights=none", "--epochs=3", "--batch-size=4"]
     options += ["--image-size=192", "--precision=bf16", "--seed=7", '--classes=cat,"a, b"']
     ended = cli("train", "--show-recipe", *options)
+    assert ended.out.startswith("# auto = true has no effect in a file that states all settings")
     file = tmp_path / "mine.toml"
     file.write_text(ended.out)
     recipe = load_recipe(file)
@@ -158,7 +159,22 @@ def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     ratio = quick.data.max_size / quick.data.image_size
     assert (recipe.data.image_size, recipe.data.max_size) == (192, round(192 * ratio))
     # A setting overrides an option.
-    assert "\nseed = 3\n" in cli("train", "x", "train.seed=3", "--seed=7", "--show-recipe").out
+    assert (
+        "\nseed = 3\n"
+        in cli("train", "x", "train.seed=3", "--seed=7", "auto=false", "--show-recipe").out
+    )
+
+
+def test_show_recipe_with_data_prints_what_is_chosen(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(cli("train", tiny_sets["coco"], "--show-recipe").out)
+    recipe = load_recipe(file)
+    assert (recipe.auto, recipe.data.image_size, recipe.model.p2) == (False, 96, False)
+    stated = cli("train", tiny_sets["coco"], "--show-recipe", "--image-size=64").out
+    assert "\nimage_size = 64\n" in stated
+    assert "\np2 = true\n" in stated
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -128,6 +129,27 @@ def test_onnx_has_standard_operators_and_metadata(files: dict[str, Path]) -> Non
     assert json.loads(metadata["thresholds"])["score_threshold"] == 0.3
     # No path of the machine.
     assert str(Path(__file__).parents[2]).encode() not in files["onnx"].read_bytes()
+
+
+def test_python_of_the_export_page_runs(
+    files: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnx", "openvino", "torch"):
+        for suffix in (SUFFIXES[name], ".bin"):
+            if (file := files[name].with_suffix(suffix)).exists():
+                shutil.copy(file, tmp_path / f"model{suffix}")
+    shutil.copy(images / "0.png", tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "export.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    counts = []
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+        counts.append(int(names["count"][0]))
+    assert len(counts) == 3
+    assert max(counts) - min(counts) <= 1  # rounding decides at a threshold
+    assert min(counts) > 0
 
 
 @pytest.mark.slow

@@ -407,3 +407,8 @@ def test_weights_by_torchvisions_name_are_that_file(entry: str, no_internet: Pat
 def test_entry_that_torchvision_lacks_is_named(backbone: str) -> None:
     with pytest.raises(ConfigError, match=f"weights of {backbone} 'IMAGENET1K_V2' is not one of"):
         _build("IMAGENET1K_V2", backbone=backbone)
+
+
+def test_stride_in_the_first_convolution_needs_bottlenecks() -> None:
+    with pytest.raises(ConfigError, match="stride_in_1x1 is for ResNets with bottlenecks"):
+        build_backbone("resnet18", stride_in_1x1=True)

@@ -236,9 +236,18 @@ def test_places_without_a_checkpoint(tmp_path: Path) -> None:
         load_checkpoint("nowhere")
     with pytest.raises(WeightsError, match=r"holds no model.json, and neither do"):
         load_checkpoint(tmp_path)
-    (tmp_path / "weights.pth").write_bytes(b"")
+    (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(WeightsError, match="give the folder that holds"):
+        load_checkpoint(tmp_path / "weights.bin")
+    with pytest.raises(WeightsError, match="there is no such file"):
         load_checkpoint(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("setting", ["p7_relu", "stride_in_1x1"])
+def test_checkpoint_without_a_later_setting_has_its_default(folder: Path, setting: str) -> None:
+    _edit(lambda values: values["network"].pop(setting))(folder)
+    spec = load_checkpoint(folder).model.spec
+    assert getattr(spec, setting) == getattr(type(spec)(), setting)
 
 
 def test_names_ids_and_model_must_agree(checkpoint: Checkpoint) -> None:

@@ -66,6 +66,7 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
     [
         {},
         {"backbone": "resnet50"},
+        {"backbone": "resnet50", "stride_in_1x1": True, "p7_relu": False},
         {"backbone": "mobilenet_v2"},
         {"backbone": "resnet34", "p2": True, "p6_from": "p5"},
         {"stride_padding": "same"},

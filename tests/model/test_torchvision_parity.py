@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from email.message import Message
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.error import URLError
 
@@ -18,7 +20,13 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.errors import WeightsError
 from retinanet.model import load_checkpoint
 from retinanet.model.retinanet import RetinaNet
-from retinanet.model.torchvision_weights import V1, V2, from_torchvision, keep_classes
+from retinanet.model.torchvision_weights import (
+    TORCHVISION_MODELS,
+    V1,
+    V2,
+    from_torchvision,
+    keep_classes,
+)
 from retinanet.postprocess import postprocess
 from retinanet.structures import Outputs, flatten_level
 
@@ -210,6 +218,31 @@ def test_the_zoo_gives_the_80_classes_of_coco(
     ours = torch.cat([flatten_level(level, 80) for level in logits], 1)
     living = seen["cls_logits"][..., list(checkpoint.category_ids)]
     torch.testing.assert_close(ours, living, atol=1e-4, rtol=1e-4)
+
+
+def test_own_file_of_torchvisions_is_the_same_network(
+    name: str,
+    theirs: nn.Module,
+    batch: Tensor,
+    outputs: Outputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "mine.pth"
+    torch.save({"model": theirs.state_dict(), "epoch": 25}, file)
+    checkpoint = load_checkpoint(file)
+    assert checkpoint.classes[0] == "person"
+    assert checkpoint.model.spec.norm_eps == 1e-5
+    with torch.no_grad():
+        logits = checkpoint.model(batch).logits[0]
+    kept = flatten_level(outputs.logits[0], 91)[..., list(checkpoint.category_ids)]
+    torch.testing.assert_close(flatten_level(logits, 80), kept, atol=1e-4, rtol=1e-4)
+
+    # The published file of v1 has no epsilon; it is known by its hash, whatever its name.
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    entry = SimpleNamespace(url=f"https://host/retinanet-{digest}.pth", meta=WEIGHTS[name].meta)
+    monkeypatch.setitem(TORCHVISION_MODELS, name, (entry, TORCHVISION_MODELS[name][1]))
+    assert load_checkpoint(file).model.spec.norm_eps == (0 if name == V1 else 1e-5)
 
 
 def test_without_internet_one_line_says_what_to_do(

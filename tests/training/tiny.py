@@ -15,6 +15,7 @@ from retinanet.config import Recipe, load_recipe
 from retinanet.training.events import Event
 
 TINY = (
+    "auto=false",
     "model.backbone=mobilenet_v2",
     "model.backbone_weights=none",
     "model.norm=group",

@@ -79,7 +79,12 @@ def plain(value: Any) -> Any:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: int = 1,
+    console: Console = out,
 ) -> None:
     """Print a table; the first `left` columns are text, the others numbers."""
     cells = [[figure(cell) for cell in row] for row in rows]
@@ -93,7 +98,7 @@ def table(
             drawn.add_column(column, justify="right", no_wrap=True)
     for row in cells:
         drawn.add_row(*row)
-    out.print(drawn)
+    console.print(drawn)
 
 
 def figure(value: object) -> str:

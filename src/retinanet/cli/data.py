@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 
 from retinanet.cli.console import count, note, print_json, progress, say, table
 from retinanet.cli.settings import Json, LabelledData, RecipeOptions, option
+from retinanet.cli.training import choose_for, show_choices
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -101,6 +102,7 @@ def check(
     The exit code is 1 if problems were found, 0 if there are none or --fix wrote a copy.
     """
     from retinanet.data import check_datasets, read_splits, write_fixed
+    from retinanet.training.settings_from_data import values
 
     config = recipe.load()
     splits = read_splits(
@@ -110,10 +112,12 @@ def check(
         note(line)
     with progress("opening images") as update:
         report = check_datasets(splits, progress=update)
-    recall = None
+    recall, choices = None, []
     if any(split.objects for split in report.statistics.values()):
-        recall = _recall(_with_known_size(splits, report), config)
-    tile = _recommend_tile(report.statistics, config)
+        known = _with_known_size(splits, report)
+        choices = choose_for(config, known)
+        recall = _recall(known, config.choose(values(choices)))
+    tile = _recommend_tile(report.statistics, config.choose(values(choices)))
     written = None
     if options.fix is not None:
         with progress("writing") as update:
@@ -121,12 +125,15 @@ def check(
     if json:
         anchors = recall.to_dict() if recall else None
         result = report.to_dict() | {"anchors": anchors, "recommended_tile": tile}
+        result["choices"] = [asdict(choice) for choice in choices]
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
     else:
         _show_problems(report, data, None if options.all else _SHOWN_PROBLEMS)
         _show_statistics(report.statistics)
+        if choices:
+            show_choices([asdict(choice) for choice in choices])
         if recall is not None:
             _show_recall(recall)
         if tile is not None:
@@ -190,8 +197,8 @@ def show(
 
     if options.anchors and options.augmented:
         raise ConfigError("--anchors and --augmented draw different images: give one of them")
-    config = recipe.load()
-    dataset = options.read(data, config)
+    dataset = options.read(data, recipe.load())
+    config = _with_choices(recipe, data, options, dataset).load()
     with progress("drawing") as update:
         if options.augmented:
             drawn = draw_augmented(
@@ -236,8 +243,9 @@ def anchors(
     """
     from retinanet.data import usable
 
+    dataset, _ = usable(options.read(data, recipe.load()))
+    recipe = _with_choices(recipe, data, options, dataset)
     config = recipe.load()
-    dataset, _ = usable(options.read(data, config))
     results: list[tuple[str, list[str], AnchorRecall]] = []
     for words, changes in _candidates(config):
         changed = replace(recipe, settings=[*(recipe.settings or []), *changes])
@@ -283,6 +291,22 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
         yield "from 16 px on, 1:4 to 4:1", [*size, no_p2, half, wide]
         yield "from 16 px on, with P2", [*size, p2, "anchors.sizes=none"]
         yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
+
+
+def _with_choices(
+    recipe: RecipeOptions, data: Path, options: SplitOptions, dataset: Dataset
+) -> RecipeOptions:
+    """Return the options with the settings that ``train`` chooses from the train split."""
+    from retinanet.config import setting_text
+
+    config = recipe.load()
+    if config.auto and options.split != "train":
+        dataset = replace(options, split="train").read(data, config)
+    chosen = [
+        f"{choice.setting}={setting_text(choice.value)}"
+        for choice in choose_for(config, {"train": dataset})
+    ]
+    return replace(recipe, settings=[*chosen, *(recipe.settings or [])])
 
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -201,7 +200,7 @@ def _train(
 
     rows, device = options.row, options.device
     has_budget = not options.full and options.steps is None
-    budget = _parse_seconds(options.budget or "20min") if has_budget else 0
+    budget = _budget_seconds(options.budget or "20min") if has_budget else 0
     splits = read_data(settings)
     metrics = read_external(external, splits)
     choose_device(device)
@@ -254,13 +253,13 @@ def _check_lengths(options: RunOptions) -> None:
         )
 
 
-def _parse_seconds(text: str) -> float:
-    """Parse 90s, 20min, 1.5h."""
-    units = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
-    if match is None or match[2] not in units or float(match[1]) == 0:
-        raise typer.BadParameter(f"invalid --budget {text!r}: use 90s, 20min or 2h")
-    return float(match[1]) * units[match[2]]
+def _budget_seconds(text: str) -> float:
+    from retinanet.config import parse_seconds
+
+    try:
+        return parse_seconds(text)
+    except ValueError:
+        raise typer.BadParameter(f"invalid --budget {text!r}: use 90s, 20min or 2h") from None
 
 
 def _external_results(values: Sequence[str], names: Sequence[str]) -> dict[str, Path]:

@@ -7,15 +7,23 @@ import sys
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retinanet.cli.console import print_json, say
 from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
-from retinanet.cli.training import describe_metrics, run_overfit, run_training, write_report
+from retinanet.cli.training import (
+    choose_for,
+    describe_metrics,
+    run_overfit,
+    run_training,
+    write_report,
+)
 
 if TYPE_CHECKING:
+    from retinanet.config import Recipe
     from retinanet.training.overfit import OverfitResult
 
 
@@ -40,6 +48,10 @@ class TrainingOptions:
     )
     epochs: float | None = option("Exact number of epochs.", min=0)
     steps: int | None = option("Exact number of steps.", min=1)
+    time: str | None = option(
+        "Time limit of the whole command, such as 20min: as many steps as this machine can do.",
+        metavar="DURATION",
+    )
     classes: str | None = option(
         "Train on these classes only: names separated by commas.", shown="all"
     )
@@ -51,13 +63,14 @@ class TrainingOptions:
         """Return the settings by key.
 
         Raises:
-            ConfigError: both ``--epochs`` and ``--steps`` are given.
+            ConfigError: several of ``--epochs``, ``--steps`` and ``--time`` are given.
         """
         from retinanet.errors import ConfigError
 
-        if self.epochs is not None and self.steps is not None:
+        lengths = [f"--{name}" for name in ("epochs", "steps", "time") if getattr(self, name)]
+        if len(lengths) > 1:
             raise ConfigError(
-                "--epochs and --steps both set the length of the run: give one of them"
+                f"{' and '.join(lengths)} all set the length of the run: give one of them"
             )
         # A list or a text in JSON is one in TOML.
         classes = None if self.classes is None else dumps(split_names(self.classes))
@@ -71,6 +84,7 @@ class TrainingOptions:
             "train.class_map": self.class_map and dumps(self.class_map),
             "train.epochs": self.epochs,
             "train.steps": self.steps,
+            "train.time": self.time,
             "train.batch_size": self.batch_size,
             "data.classes": classes,
             "train.precision": self.precision,
@@ -92,7 +106,9 @@ class RunOptions(DeviceOptions):
         min=1,
         metavar="N",
     )
-    show_recipe: bool = option("Print all settings as TOML and exit.", False)
+    show_recipe: bool = option(
+        "Print all settings as TOML, with DATA those chosen from it, and exit.", False
+    )
 
 
 def train(
@@ -114,11 +130,10 @@ def train(
 
     Ctrl-C stops after the current step; the same command resumes the run.
     """
-    from retinanet.config import to_toml
-
+    started = monotonic()
     config = recipe.load(training.overrides())
     if run.show_recipe:
-        sys.stdout.write(to_toml(config))
+        _show_recipe(config, data)
         return
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
@@ -129,7 +144,7 @@ def train(
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    trained = run_training(config, data, folder, device=run.device)
+    trained = run_training(config, data, folder, device=run.device, started=started)
     report = write_report(trained)
     if json:
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})
@@ -140,6 +155,24 @@ def train(
     if report is not None:
         say(f"report   {report}")
     say(f"next     retinanet detect {shlex.quote(str(trained.folder))} IMAGES --out found")
+
+
+def _show_recipe(config: Recipe, data: Path | None) -> None:
+    from retinanet.config import to_toml
+    from retinanet.data import read_splits
+
+    if config.auto and data is None:
+        sys.stdout.write(
+            "# auto = true has no effect in a file that states all settings, as this one: "
+            "retinanet train DATA --show-recipe states those chosen from the data\n"
+        )
+    elif config.auto and data is not None:
+        from retinanet.training.settings_from_data import resolved, values
+
+        fraction = config.data.val_fraction
+        splits = read_splits(data, seed=config.split_seed, val_fraction=fraction, extras=False)
+        config = resolved(config.choose(values(choose_for(config, splits))))
+    sys.stdout.write(to_toml(config))
 
 
 def _show_overfit(result: OverfitResult, *, json: bool) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.text import Text
 
-from retinanet.cli.console import TERMINATED, err, figure, note, seconds
+from retinanet.cli.console import TERMINATED, err, figure, note, out, seconds, table
+from retinanet.config import setting_text
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
+    from retinanet.data import Dataset
     from retinanet.training.events import Event
     from retinanet.training.overfit import OverfitResult
+    from retinanet.training.settings_from_data import Choice
     from retinanet.training.trainer import Run
 
 _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no screen to redraw
@@ -29,10 +32,15 @@ def run_training(
     data: str | Path,
     folder: Path,
     *,
-    device: str = "auto",
     title: str = "training",
+    **options: Any,
 ) -> Run:
     """Train with a progress bar.
+
+    Args:
+        recipe, data, folder: as for :func:`retinanet.training.trainer.train`.
+        title: in front of the progress bar.
+        options: of the same function.
 
     Raises:
         typer.Exit: Ctrl-C (130) or SIGTERM (143) stopped it; the state is saved.
@@ -40,7 +48,7 @@ def run_training(
     from retinanet.training.trainer import train
 
     with _Display(title) as display:
-        run = train(recipe, data, folder, device=device, on_event=display.show)
+        run = train(recipe, data, folder, on_event=display.show, **options)
     if run.interrupted:
         by = "SIGTERM" if run.exit_code == TERMINATED else "Ctrl-C"
         note(f"stopped by {by} after step {run.step}; the state is saved in {run.folder}")
@@ -97,6 +105,8 @@ class _Display(Progress):
         """Display an event."""
         data = event.data
         match event.kind:
+            case "choices":
+                show_choices(data["choices"], err)
             case "start" | "resume":
                 for line in data["data"]:
                     note(line)
@@ -126,6 +136,35 @@ class _Display(Progress):
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
             note(f"step {step}/{steps}: {metrics}, {left}")
+
+
+def choose_for(config: Recipe, splits: Mapping[str, Dataset]) -> list[Choice]:
+    """Choose settings as ``train`` does on this machine; none without a train split."""
+    from retinanet.data import usable
+    from retinanet.data.selection import select
+    from retinanet.model.precision import choose_device
+    from retinanet.training.settings_from_data import choose_settings
+
+    if "train" not in splits:
+        return []
+    train, _ = usable(select(splits["train"], config.data.classes, config.data.single_class))
+    return choose_settings(
+        config,
+        train,
+        num_val=len(splits.get("val", ())),
+        on_gpu=choose_device().type != "cpu",
+    )
+
+
+def show_choices(choices: Sequence[Mapping[str, Any]], console: Console = out) -> None:
+    """Print a table of settings that are chosen from the data."""
+    table(
+        "Settings chosen from the data; KEY=VALUE overrides each",
+        ["setting", "value", "why"],
+        [(c["setting"], setting_text(c["value"]), c["reason"]) for c in choices],
+        left=3,
+        console=console,
+    )
 
 
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:

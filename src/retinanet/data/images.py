@@ -51,7 +51,7 @@ _OVERSHOOT = 0.1
 _REDUCTION_MARGIN = 2
 """A reduced decoding must have at least as many times the wanted size."""
 
-_REDUCTIONS = (8, 4, 2)
+REDUCTIONS = (8, 4, 2)
 """The reductions that libjpeg-turbo has fast code for; 5/8 is slower than the whole image."""
 
 _DAMAGE = re.compile(r"premature end of data|bad Huffman code|[0-9]{3,} extraneous bytes")
@@ -168,7 +168,7 @@ def _decode(
     """Decode an opened file; plain JPEGs by simplejpeg, to Pillow's pixels but faster."""
     width, height = image.size
     is_jpeg = image.format in ("JPEG", "MPO")
-    factor = _reduction(height, width, *wanted) if wanted and is_jpeg else 1
+    factor = reduction(height, width, *wanted) if wanted and is_jpeg else 1
     # The decoder rounds up: of 4,001 columns an eighth is 501, the last of which is mostly
     # repeated. Rounding to the nearest keeps the pixel grid within half a reduced pixel.
     rows, columns = (max(1, (side + factor // 2) // factor) for side in (height, width))
@@ -228,10 +228,10 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 """Turns (H, W, 3) pixels of each EXIF orientation upright."""
 
 
-def _reduction(height: int, width: int, shorter: int, longest: int) -> int:
+def reduction(height: int, width: int, shorter: int, longest: int) -> int:
     """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
-    for factor in _REDUCTIONS:
+    for factor in REDUCTIONS:
         if (
             height >= factor * _REDUCTION_MARGIN * new_height
             and width >= factor * _REDUCTION_MARGIN * new_width

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,10 @@ from retinanet.data.augment import (
     user_transform,
 )
 from retinanet.data.balance import RepeatFactors, balance
+from retinanet.data.cache import ImageCache, build_cache, file_numbers
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
-from retinanet.data.images import pad_batch, read_reduced
+from retinanet.data.images import pad_batch, read_image, read_reduced
 from retinanet.data.transforms import Transform
 from retinanet.data.windows import Window, read_window
 from retinanet.errors import DataError, ImageError
@@ -69,6 +70,8 @@ MAX_UNREADABLE = 0.1
 
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
+_READ_IN_WINDOWS = (".tif", ".tiff")  # with tiles: not cached, as only the tile is decoded
+
 _RECENT_IMAGES = 64  # of a process: with shards, what is mixed into an image is drawn from these
 
 
@@ -85,7 +88,10 @@ class BatchLoader(DataLoader[Batch]):
 
     Attributes:
         unreadable: error message of each skipped image by its index in the data set.
+        message: a warning for the user, if any: not all images fit into the cache.
     """
+
+    message: str | None = None
 
     def __init__(
         self,
@@ -122,12 +128,16 @@ class BatchLoader(DataLoader[Batch]):
                 if isinstance(batch, DataError):
                     raise batch
             except DataError:
-                # End the workers now: left to the garbage collector, with the traceback that refers
-                # to them, each is waited for in vain for five seconds.
-                self._iterator = None
+                # Left to the garbage collector, with the traceback that refers to the workers, each
+                # is waited for in vain for five seconds.
+                self.close()
                 raise
             if batch is not None:
                 yield batch
+
+    def close(self) -> None:
+        """End the workers now; the garbage collector may leave them until later."""
+        self._iterator = None
 
     def check_worker_number_rationality(self) -> None:
         """Accept more workers than processors: reading from slow storage waits more than it works.
@@ -231,8 +241,9 @@ def train_loader(
     shards = None
     if config.order == "shards":
         shards = _shards(dataset, config.shard_window, batch_size, world_size)
+    cache, message = build_cache(dataset, config.cache)
     batches = _TrainBatches(
-        _Images(dataset),
+        _Images(dataset, cache),
         config,
         batch_size,
         seed,
@@ -244,7 +255,9 @@ def train_loader(
         user_transform(config, len(dataset.classes)),
         steps.stop - round(steps.stop * config.close_augmentation),
     )
-    return BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
+    loader = BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
+    loader.message = message
+    return loader
 
 
 def eval_loader(
@@ -305,7 +318,9 @@ class _Images:
     time hold all annotations itself. A buffer is shared, and quick to send.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, cache: ImageCache | None = None) -> None:
+        self.cache = cache
+        self.file_numbers = torch.tensor(file_numbers(dataset))
         records = [_record(image) for image in dataset.images]
         self._buffer = b"".join(records)
         self._ends = torch.tensor([0, *accumulate(map(len, records))])
@@ -606,31 +621,43 @@ class _Reader:
         """Read an image no smaller than needed; None, and a failure, if it cannot be read."""
         if index not in self._records:
             self._fetch([index])
-        file, window, boxes, labels = self._records[index]
+        file, _, boxes, labels = self._records[index]
         try:
             if isinstance(file, ImageError):
                 raise file
-            image, size = _read(file, window, shorter, longest)
+            image, size = self._read(index, shorter, longest)
         except ImageError as error:
             self.failures.append((index, str(error)))
             return None
         return ReadImage(image, boxes, labels, size)
 
+    def _read(self, index: int, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+        """Read an image or its tile, no smaller than needed; also the size of the whole of it."""
+        file, window, *_ = self._records[index]
+        cache, number = self._images.cache, int(self._images.file_numbers[index])
+        if window is None:
+            read = partial(read_reduced, file, shorter, longest)
+            return read() if cache is None else cache.read(number, (shorter, longest), read)
+        whole = None
+        if cache is not None and not os.fspath(file).lower().endswith(_READ_IN_WINDOWS):
+            whole, _ = cache.read(number, None, partial(_read_whole, file))
+        image = read_window(file, window, whole)
+        return image, (image.shape[-2], image.shape[-1])
+
     def _fetch(self, indices: Iterable[int]) -> None:
         new = list(dict.fromkeys(indices))
         records = [self._images[index] for index in new]
-        files = _fetched([file for file, *_ in records])
-        for index, file, (_, window, boxes, labels) in zip(new, files, records, strict=True):
-            self._records[index] = (file, window, boxes, labels)
+        cache, numbers = self._images.cache, self._images.file_numbers[new].tolist()
+        is_cached = [cache is not None and cache.has(number) for number in numbers]
+        fetched = iter(
+            _fetched([r[0] for r, has in zip(records, is_cached, strict=True) if not has])
+        )
+        for index, record, has in zip(new, records, is_cached, strict=True):
+            self._records[index] = (record[0] if has else next(fetched), *record[1:])
 
 
-def _read(
-    file: str | archives.Member, window: Window | None, shorter: int, longest: int
-) -> tuple[Tensor, tuple[int, int]]:
-    """Read an image or its window, no smaller than needed; also the size of the whole of it."""
-    if window is None:
-        return read_reduced(file, shorter, longest)
-    image = read_window(file, window)
+def _read_whole(file: str | archives.Member) -> tuple[Tensor, tuple[int, int]]:
+    image = read_image(file)
     return image, (image.shape[-2], image.shape[-1])
 
 

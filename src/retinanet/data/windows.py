@@ -128,13 +128,19 @@ def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) 
         return windows or _Whole(source, name, stored, value_range, needs_extra=not has_extra)
 
 
-def read_window(source: str | os.PathLike[str], window: Window) -> Tensor:
+def read_window(
+    source: str | os.PathLike[str], window: Window, whole: Tensor | None = None
+) -> Tensor:
     """Read one window of an image: :func:`open_windows` and :meth:`Windows.read`.
+
+    Args:
+        source, window: the image file, and the part of it.
+        whole: (3, H, W) uint8, the image, if it is decoded already.
 
     Raises:
         ImageError, MissingExtraError: as there, or the window is not within the image.
     """
-    windows = open_windows(source)
+    windows = open_windows(source if whole is None else whole)
     (height, width), (x1, y1, x2, y2) = windows.size, window
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         raise ImageError(

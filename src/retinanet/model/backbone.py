@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import Bottleneck
 
 from retinanet.config import check_choice, nearest
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.model.weight_files import read_tensors
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -183,6 +184,7 @@ def build_backbone(
     frozen_stages: int = 0,
     norm_eps: float = 1e-5,
     stride_padding: str = "symmetric",
+    stride_in_1x1: bool = False,
 ) -> Backbone:
     """Build a backbone with random weights.
 
@@ -194,6 +196,8 @@ def build_backbone(
         norm_eps: of batch norm; only for torchvision's networks.
         stride_padding: of stride-2 convolutions: "symmetric" (torch), or "same": at the right and
             the bottom, which is TensorFlow's SAME for even sizes.
+        stride_in_1x1: put the stride of a bottleneck into its first convolution (He et al. 2015,
+            and their published weights), not into its 3x3 convolution (torchvision).
 
     Raises:
         ConfigError: an argument is invalid, or the network lacks the feature maps.
@@ -214,6 +218,12 @@ def build_backbone(
         known = ", ".join(BACKBONES)
         hint = nearest(name, BACKBONES)
         raise ConfigError(f"there is no backbone {name!r}: choose {known} or timm/NAME{hint}")
+    if stride_in_1x1:
+        blocks = [module for module in backbone.modules() if isinstance(module, Bottleneck)]
+        if not blocks:
+            raise ConfigError(f"stride_in_1x1 is for ResNets with bottlenecks, got {name!r}")
+        for block in blocks:
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     _replace_convolutions(backbone, same_padding=stride_padding == "same")
     if norm == "frozen":
         for module in backbone.modules():
@@ -452,36 +462,15 @@ def _shape(tensor: Tensor) -> str:
 
 def _read_weights(file: Path) -> BackboneWeights:
     where = f"backbone weights {file}"
-    if not file.is_file():
-        raise WeightsError(f"{where}: there is no such file; {CHOICES}")
-    metadata: dict[str, str] = {}
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                loaded: Any = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
-        raise WeightsError(
-            f"{where}: neither .safetensors nor a torch file of plain tensors: {_first_line(error)}"
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{where}: no state dict, that is, tensors by name")
-    state = {str(key).removeprefix("module."): value for key, value in loaded.items()}
-    mean, std = _stated_input(metadata.get("input", ""), where)
+    content = read_tensors(file, where, f"; {CHOICES}")
+    mean, std = _stated_input(content.metadata.get("input", ""), where)
     return BackboneWeights(
-        state,
+        content.state,
         str(file),
         mean,
         std,
-        "same" if re.search(r"\bSAME\b", metadata.get("padding", "")) else None,
-        "frozen" in metadata.get("batch_norm", ""),
+        "same" if re.search(r"\bSAME\b", content.metadata.get("padding", "")) else None,
+        "frozen" in content.metadata.get("batch_norm", ""),
     )
 
 

@@ -23,9 +23,10 @@ from retinanet.config import ModelSpec, explain, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
+from retinanet.model.foreign_weights import SUFFIXES, load_foreign
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import fetch_torchvision, published_name
+from retinanet.model.torchvision_weights import Loaded, fetch_torchvision, published_name
 
 WEIGHTS_FILE = "model.safetensors"
 TEXT_FILE = "model.json"
@@ -40,6 +41,9 @@ NETWORK = tuple(
     for key in ModelSpec.model_fields
     if key not in (*PREPROCESSING, *ANCHORS, "backbone_weights")
 )
+
+# Settings that older files of version 1 lack: their defaults are what those networks have.
+ADDED = ("head_init", "p7_relu", "stride_in_1x1")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         path: a run folder (its best, else its last), a checkpoint folder, a ``model.safetensors``
             in one, ``coco`` (short for ``torchvision/retinanet_resnet50_fpn_v2``),
             ``torchvision/retinanet_resnet50_fpn``, or ``hf://OWNER/NAME`` on the Hugging Face Hub,
-            optionally with ``@REVISION`` (both are downloaded once and cached).
+            optionally with ``@REVISION`` (both are downloaded once and cached); or a .pth or .pkl
+            file of a RetinaNet of torchvision, detectron2 or mmdetection.
         device: of the model.
 
     Raises:
@@ -123,19 +128,24 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
                 f"{path} names both a local checkpoint and {published}: give "
                 f"{Path(path).resolve()} or {published}"
             )
-        loaded = fetch_torchvision(published)
-        info = {"source": published, "detect": dict(loaded.detect)}
-        sizes = loaded.image_size, loaded.max_size
-        model = to_channels_last(loaded.model)
-        checkpoint = Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
+        checkpoint = _of_library(fetch_torchvision(published), published)
     elif is_hub_name(path):
         folder = fetch_hub(path, (WEIGHTS_FILE, TEXT_FILE))
         checkpoint = _read(folder)
         checkpoint.info["source"] = hub_source(path, folder)
+    elif Path(path).suffix.lower() in SUFFIXES and not Path(path).is_dir():
+        checkpoint = _of_library(load_foreign(Path(path)), str(path))
     else:
         checkpoint = _read(find_checkpoint(Path(path)))
     checkpoint.model.to(device).eval()
     return checkpoint
+
+
+def _of_library(loaded: Loaded, source: str) -> Checkpoint:
+    info = {"source": source, "detect": dict(loaded.detect)}
+    sizes = loaded.image_size, loaded.max_size
+    model = to_channels_last(loaded.model)
+    return Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -277,7 +287,7 @@ def parse_text(values: object, file: Path, kind: str, max_version: int) -> Check
     except ValidationError as error:
         raise WeightsError(f"{file}: invalid model configuration: {explain(error)}") from None
     for section, keys in (("anchors", ANCHORS), ("network", NETWORK)):
-        if odd := sorted(set(getattr(text, section)) ^ set(keys)):
+        if odd := sorted((set(getattr(text, section)) | set(ADDED)) ^ (set(keys) | set(ADDED))):
             raise WeightsError(
                 f"{file}: {section} has settings that are missing or unknown: {', '.join(odd)}"
             )

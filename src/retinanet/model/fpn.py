@@ -20,11 +20,14 @@ class FeaturePyramid(nn.Module):
         in_channels: of the input maps, finest first.
         channels: of every level.
         p6_from: "c5" (the paper) or "p5".
+        p7_relu: apply ReLU to P6 before P7 (the paper).
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int, p6_from: str) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, p6_from: str, *, p7_relu: bool = True
+    ) -> None:
         super().__init__()
-        self.p6_from = p6_from
+        self.p6_from, self.p7_relu = p6_from, p7_relu
         self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
         self.output = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
@@ -48,7 +51,7 @@ class FeaturePyramid(nn.Module):
             inner = side + F.interpolate(inner, size=side.shape[-2:], mode="nearest")
             levels.insert(0, self.output[i](inner))
         p6 = _halve(self.p6, maps[-1] if self.p6_from == "c5" else levels[-1])
-        return (*levels, p6, _halve(self.p7, F.relu(p6)))
+        return (*levels, p6, _halve(self.p7, F.relu(p6) if self.p7_relu else p6))
 
 
 def _halve(convolution: nn.Conv2d, level: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class RetinaNet(nn.Module):
             frozen_stages=spec.frozen_stages,
             norm_eps=spec.norm_eps,
             stride_padding=self.spec.stride_padding or "symmetric",
+            stride_in_1x1=spec.stride_in_1x1,
         )
         widths = self.backbone.channels[0 if spec.p2 else 1 :]
         if 0 in widths:
@@ -108,7 +109,7 @@ class RetinaNet(nn.Module):
                 f"backbone {spec.backbone!r} has no feature map at stride 4: set p2=false"
             )
         per_cell = self.anchors.per_cell
-        self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from)
+        self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         heads = (spec.channels, spec.head_depth)
         style = (spec.head_norm, spec.head_init)
         self.class_head = Head(*heads, per_cell * num_classes, *style)

@@ -48,6 +48,7 @@ _FIXED = {
     "train.seed": "set by --seeds",
     "train.steps": "set by --steps or --budget",
     "train.epochs": "set by --steps or --budget, the same for every row",
+    "train.time": "set by --budget, the same for every row",
     "train.validate_every": "fixed: rows are validated once, after their last step",
     "train.early_stop": "fixed: every row runs all its steps",
     **dict.fromkeys(_ROW_SETTINGS, "set by the rows, which differ in it"),
@@ -91,7 +92,9 @@ class Settings:
             ConfigError: a setting is unknown or out of range, or starts from another detector.
         """
         full = experiment.recipe if experiment else "paper_1x"
-        recipe = load_recipe(full if self.full else self.recipe, [*self.overrides, *more])
+        # Rows differ in nothing but what they are about: no settings chosen from the data.
+        overrides = [*self.overrides, *more, "auto=false"]
+        recipe = load_recipe(full if self.full else self.recipe, overrides)
         if recipe.train.init is not None:
             raise ConfigError(
                 f"train.init is {recipe.train.init!r}: the paper's experiments start from ImageNet "

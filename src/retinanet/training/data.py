@@ -10,7 +10,6 @@ from retinanet.anchors import AnchorSpec, anchor_spec
 from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.augment import user_transform
-from retinanet.data.balance import balance
 from retinanet.data.check import copies_of, fault_summary
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size
@@ -23,7 +22,7 @@ from retinanet.training.events import Emit
 MIN_ANCHOR_RECALL = 0.5
 """Share of objects that some anchor must match for training to start without a warning."""
 
-_RECALL_IMAGES = 1000  # images that the warning looks at: a large set is sampled evenly
+_RECALL_IMAGES = 1000  # a large set is sampled evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +99,6 @@ def read_training_data(
                 f"{train.source}: no tile of {tile} pixels has an object to train on: the objects "
                 "are larger; give a larger data.tile"
             )
-    repeats = balance(train, recipe.data)
-    if repeats is not None and recipe.data.balance != "none":
-        emit("message", message=repeats.describe())
     num_images = {name: len(split) for name, split in splits.items()}
     return TrainingData(train, train_images, val, num_images)
 
@@ -122,16 +118,21 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
 
 def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
     """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
-    images = tuple(image for image in dataset.images if has_object(image))
-    sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
-    sized = tuple(image for image in map(_with_size, sampled) if image is not None)
     return anchor_recall(
-        {"train": replace(dataset, images=sized)},
+        {"train": sample_with_objects(dataset)},
         anchors or recipe_anchors(recipe),
         recipe.data.image_size,
         recipe.data.max_size,
         foreground_iou=recipe.matching.foreground_iou,
     ).recall
+
+
+def sample_with_objects(dataset: Dataset) -> Dataset:
+    """Return evenly spread images with objects, at most about 1000, all of known size."""
+    images = tuple(image for image in dataset.images if has_object(image))
+    sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
+    sized = tuple(image for image in map(_with_size, sampled) if image is not None)
+    return replace(dataset, images=sized)
 
 
 def anchor_advice(recipe: Recipe, dataset: Dataset) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Kind = Literal["start", "resume", "step", "validating", "validation", "message", "end"]
+Kind = Literal["choices", "start", "resume", "step", "validating", "validation", "message", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Event:
     """A progress event.
 
     Attributes:
-        kind: ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
+        kind: ``choices`` (choices: settings chosen from the data, each with setting, value and
+            reason), ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
             processes, precision, split_origin), ``step`` (step, steps, loss, loss_classification,
             loss_box, positives, grad_norm, lr, images_per_second, waiting, memory_mb,
             seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50, loss),

@@ -32,7 +32,7 @@ MIN_LOADED = 0.9
 MIN_LOADED_OF_PART = 0.5
 """The same of the backbone, the pyramid and each head: of a deep backbone alone over .9 fit."""
 
-_OWN = ("backbone_weights", "frozen_stages", "prior")
+_OWN = ("backbone_weights", "frozen_stages", "head_init", "prior")
 """Settings of the network that concern its training, not its tensors or its outputs."""
 
 
@@ -103,7 +103,7 @@ def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _values(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in keys}
+    return {key: recipe.value(key) for key in keys}
 
 
 def _short(value: Any) -> str:
@@ -112,11 +112,12 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def build_from(start: Start, classes: Sequence[str], emit: Emit) -> RetinaNet:
+def build_from(start: Start, recipe: Recipe, classes: Sequence[str], emit: Emit) -> RetinaNet:
     """Build the network of the recipe with the weights of the checkpoint.
 
     Args:
-        start: recipe and checkpoint.
+        start: the checkpoint.
+        recipe: that of `start`, or with further settings chosen.
         classes: of the data.
         emit: emits what was taken over, loaded and lost.
 
@@ -125,8 +126,8 @@ def build_from(start: Start, classes: Sequence[str], emit: Emit) -> RetinaNet:
         WeightsError: under 90% of the tensors fit, or under half of a part, without
             ``train.init_partial``.
     """
-    recipe, source = start.recipe, start.source
-    init, wanted, given = recipe.train.init, recipe.model_spec, source.model.spec
+    source, init = start.source, recipe.train.init
+    wanted, given = recipe.model_spec, source.model.spec
     if given.backbone != wanted.backbone:
         raise ConfigError(
             f"--init {init} has the backbone {given.backbone}, and model.backbone is "

@@ -9,10 +9,12 @@ from pathlib import Path
 from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader
+from retinanet.model.precision import choose_device
 from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.run_folder import read_log
+from retinanet.training.settings_from_data import choose_settings, resolved, values
 from retinanet.training.trainer import train
 
 TARGET_AP50 = 0.9
@@ -79,6 +81,8 @@ def overfit(
     start = follow_checkpoint(recipe, Path(out))
     recipe = recipe if start is None else start.recipe
     full = read_training_data(data, recipe, ignore).train_images
+    on_gpu = choose_device(device).type != "cpu"
+    recipe = resolved(recipe.choose(values(choose_settings(recipe, full, on_gpu=on_gpu))))
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
@@ -130,6 +134,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
     training = {
         "steps": steps,
         "epochs": None,
+        "time": None,
         "batch_size": batch_size,
         "accumulate": 1,
         "reference_batch": batch_size,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from retinanet.config import Recipe, load_recipe, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.files import recover_folder, write_atomic
+from retinanet.files import readable_folder, recover_folder, write_atomic
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
 _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every")
@@ -46,6 +46,7 @@ class Progress:
         unmatched_steps: steps with objects but without a positive anchor, while none had one; -1
             once there was a positive.
         seconds: time spent training, validation included.
+        validation_seconds: time of the last validation.
         metrics: the last validation's metrics.
         best_metrics: those of the best one.
     """
@@ -58,6 +59,7 @@ class Progress:
     stopped_early: bool = False
     unmatched_steps: int = 0
     seconds: float = 0.0
+    validation_seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
     best_metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +124,12 @@ class RunFolder:
         """Finish the renames that a kill may have interrupted."""
         recover_folder(self.last)
         recover_folder(self.best)
+
+    def stored_recipe(self) -> Recipe | None:
+        """Return the settings of the run to resume; None: there is no run."""
+        if not (readable_folder(self.last).is_dir() and self.config.is_file()):
+            return None
+        return load_recipe(self.config)
 
     def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
         """Reject a run of another detector, with other settings or on other data.

@@ -166,7 +166,7 @@ class RetinaNetTask(TrainingTask):
         """Build the recipe's network, with the weights of the detector to start from."""
         classes = self.settings.train_set.classes
         if self._start is not None:
-            return build_from(self._start, classes, self.settings.emit)
+            return build_from(self._start, self.settings.recipe, classes, self.settings.emit)
         return build_retinanet(len(classes), self.settings.recipe.model_spec)
 
     def load_model(self, folder: Path) -> nn.Module:

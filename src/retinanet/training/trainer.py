@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -18,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from retinanet.config import Recipe
 from retinanet.data import archives
-from retinanet.data.balance import epoch_size
+from retinanet.data.balance import balance, epoch_size
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import BatchLoader, default_workers, train_loader
@@ -30,7 +33,7 @@ from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data
-from retinanet.training.events import Event, EventCallback, Kind
+from retinanet.training.events import Event, EventCallback, Kind, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
@@ -42,6 +45,13 @@ from retinanet.training.run_folder import (
     load_state,
     read_progress,
     save_state,
+)
+from retinanet.training.settings_from_data import (
+    choose_settings,
+    max_image_size,
+    resolved,
+    values,
+    with_choices_of,
 )
 from retinanet.training.step import (
     Meter,
@@ -55,9 +65,13 @@ from retinanet.training.step import (
     update_ema,
 )
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
+from retinanet.training.time_limit import Pace, Pacer, plan_training, seconds_to_train
 
 MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
+
+_SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
+_MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +105,7 @@ def train(
     device: str = "auto",
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
+    started: float | None = None,
 ) -> Run:
     """Train a RetinaNet, or resume a run that was stopped.
 
@@ -106,10 +121,12 @@ def train(
         init: a detector to start from, as ``train.init``: its network is taken over
             (:mod:`retinanet.training.init`), and classes of the same name keep their rows.
         on_event: callback for progress events (:class:`Event`).
+        started: when the command began, by :func:`time.monotonic`, from where ``train.time``
+            counts; None: now.
 
     Raises:
-        ConfigError: settings contradict each other, `device` is not available, or `out` contains
-            another run or is in use.
+        ConfigError: settings contradict each other, `device` is not available, ``train.time`` is
+            too short, or `out` contains another run or is in use.
         DataError: the data has no image or no object to train on, more than a tenth of the images
             cannot be read, or no anchor matched an object in the first steps.
         NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
@@ -123,7 +140,7 @@ def train(
         return RetinaNetTask(settings, start)
 
     recipe = recipe if start is None else start.recipe
-    return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
+    return run_task(make_task, recipe, data, out, device=device, on_event=on_event, started=started)
 
 
 def run_task(
@@ -134,8 +151,10 @@ def run_task(
     *,
     device: str = "auto",
     on_event: EventCallback | None = None,
+    started: float | None = None,
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
+    started = time.monotonic() if started is None else started
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
     def emit(kind: Kind, /, **data: Any) -> None:
@@ -152,9 +171,14 @@ def run_task(
         workers=default_workers() if workers == "auto" else workers,
         emit=emit,
     )
+    run = RunFolder(out)
+    recipe, pace = _resolve(make_task, settings, splits.val, run.stored_recipe(), started)
+    settings = replace(settings, recipe=recipe)
+    repeats = balance(splits.train, recipe.data)
+    if repeats is not None and recipe.data.balance != "none":
+        emit("message", message=repeats.describe())
     task = make_task(settings)
     _check_batch_size(settings)
-    run = RunFolder(out)
     with run.lock(accelerator.is_main_process):
         stored = _open_run(run, splits, task)
         if stored is not None and stored.finished:
@@ -165,8 +189,86 @@ def run_task(
             accelerator.init_trackers("retinanet")
         set_seed(recipe.train.seed)
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
-        exit_code = trainer.fit()
+        if pace is not None:
+            trainer.progress.validation_seconds = pace.validation
+        exit_code = trainer.fit(started)
         return _result(run, trainer.progress, exit_code)
+
+
+def _resolve(
+    make_task: Callable[[TaskSettings], TrainingTask],
+    settings: TaskSettings,
+    val: Dataset | None,
+    stored: Recipe | None,
+    started: float,
+) -> tuple[Recipe, Pace | None]:
+    """Choose what the recipe leaves open: as the run to resume, else by the data and the machine.
+
+    Returns:
+        The recipe without anything to choose, and the measured pace if the time is limited.
+    """
+    recipe = settings.recipe
+    if stored is not None:
+        return with_choices_of(recipe, stored), None
+    choose = partial(
+        choose_settings,
+        recipe,
+        settings.train_set,
+        num_val=len(val) if val else 0,
+        on_gpu=settings.accelerator.device.type != "cpu",
+    )
+    choices, lengths, pace = choose(), {}, None
+    if recipe.train.time is not None:
+        chosen = replace(settings, recipe=recipe.choose(values(choices)))
+        pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
+        (pace,) = broadcast_object_list([pace])
+        lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
+        side = lengths.pop("data.image_size", None)
+        if side is not None:
+            choices = choose(image_size=side)
+    if choices:
+        settings.emit("choices", choices=[asdict(choice) for choice in choices])
+    return resolved(recipe.choose(values(choices) | lengths)), pace
+
+
+def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
+    """Return the settings with which the training fits into its time limit."""
+    recipe, train_set = settings.recipe, settings.train_set
+    changes, plan = plan_training(
+        recipe,
+        pace,
+        elapsed,
+        num_images=epoch_size(train_set, recipe.data),
+        max_side=max_image_size(train_set),
+        batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
+    )
+    batch = changes.get("train.batch_size", recipe.train.batch_size)
+    side = changes.get("data.image_size", recipe.data.image_size)
+    settings.emit(
+        "message",
+        message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
+        f"steps of {batch} images of {side} px and {plan.validations} validations in "
+        f"{plan.seconds:.0f} s",
+    )
+    return changes
+
+
+def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
+    """Measure the duration of a training step and of a validation on this machine.
+
+    Steps are timed until they have taken long enough, not counting the first two, and the
+    validation of two batches.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(task, None, RunFolder(scratch), resume=False)
+        step = trainer.time_steps()
+        if val is None or not len(val):
+            return Pace(step, 0.0)
+        count = min(len(val), 2 * task.settings.batch_size)
+        images = tuple(val.images[i * len(val) // count] for i in range(count))
+        begun = time.perf_counter()
+        task.validate(trainer.model, replace(val, images=images), 0)
+        return Pace(step, (time.perf_counter() - begun) * len(val) / count)
 
 
 def _check_batch_size(settings: TaskSettings) -> None:
@@ -257,11 +359,33 @@ class Trainer:
         self.network = self._accelerator.prepare_model(self.model) if distributed else self.model
         self.pending: deque[PendingStep] = deque()
         self._ahead = steps_ahead(self._device)
+        # With a time limit the number of steps may grow.
+        self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
         self._loader = self._train_loader()
+        if self._loader.message is not None:
+            self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
 
-    def fit(self) -> int:
+    def time_steps(self) -> float:
+        """Train a few steps, and return the median of their seconds."""
+        seconds: list[float] = []
+        batches = iter(self._loader)
+        self.network.train()
+        while len(seconds) < _SLOW_STEPS + 2 or (
+            len(seconds) < _SLOW_STEPS + _TIMED_STEPS and sum(seconds) < _TIMED_SECONDS
+        ):
+            begun = time.perf_counter()
+            self.step(next(batches))
+            self.flush()
+            seconds.append(time.perf_counter() - begun)
+        self._loader.close()
+        return median(seconds[_SLOW_STEPS:])
+
+    def fit(self, started: float) -> int:
         """Train until the last step, early stopping or a signal.
+
+        Args:
+            started: when the command began, by :func:`time.monotonic`.
 
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
@@ -275,14 +399,22 @@ class Trainer:
                 self._emit("message", message=warning)
             self.save()  # from here on a run killed at any time can be resumed
         validate_every = _period(settings.validate_every, progress.steps)
+        pacer = self._pacer(started, validate_every)
         interrupted = False
         with deterministic(settings.deterministic), stop_after_step(self._accelerator) as stop:
             self._meter.start_step()
             for batch in self._loader:
                 self.step(batch)
-                if progress.step % validate_every == 0 or progress.step == progress.steps:
+                if pacer is None:
+                    due = progress.step % validate_every == 0 or progress.step == progress.steps
+                else:
+                    self._keep_time(pacer)
+                    due = pacer.is_validation_due(progress.step, progress.steps)
+                if due:
                     self.flush()
                     self.validate()
+                    if pacer is not None:
+                        pacer.add_validation(progress.validation_seconds)
                 interrupted = stop.is_set()
                 ends = progress.finished or interrupted
                 if progress.step % settings.save_every == 0 or ends:
@@ -351,7 +483,8 @@ class Trainer:
             self._stop_early_if_due(metrics)
         (progress.stopped_early,) = broadcast_object_list([progress.stopped_early])
         self.network.train()
-        progress.seconds += time.perf_counter() - started
+        progress.validation_seconds = time.perf_counter() - started
+        progress.seconds += progress.validation_seconds
         if self._settings.trackers and progress.metrics:
             values = {f"val_{name}": value for name, value in progress.metrics.items()}
             self._accelerator.log(values, progress.step)
@@ -371,6 +504,20 @@ class Trainer:
 
         replace_folder(self.run.last, fill)
 
+    def _pacer(self, started: float, period: int) -> Pacer | None:
+        limit, progress = self._settings.time, self.progress
+        if limit is None:
+            return None
+        begun = time.monotonic() - progress.seconds if self._resumed else started
+        return Pacer(begun + seconds_to_train(limit), period, progress.validation_seconds)
+
+    def _keep_time(self, pacer: Pacer) -> None:
+        """Change the number of steps in all to what the time limit allows."""
+        progress = self.progress
+        if pacer.is_replan_due(progress.step, progress.steps):
+            steps = min(pacer.replan(progress.step), self._max_steps)
+            (progress.steps,) = broadcast_object_list([steps])
+
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
         self.running = extras.pop("running").to(self._device)
@@ -387,7 +534,7 @@ class Trainer:
             settings.train_set,
             settings.recipe.data,
             batch_size=settings.batch_size,
-            steps=range(self.progress.step, self.progress.steps),
+            steps=range(self.progress.step, self._max_steps),
             seed=self._settings.seed,
             workers=settings.workers,
             rank=self._accelerator.process_index,

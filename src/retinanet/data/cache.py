@@ -1,0 +1,215 @@
+"""Decoded images, kept in memory or in a file for the next epochs and shared by all workers."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from retinanet.data.dataset import Dataset
+from retinanet.data.image_files import image_size
+from retinanet.data.images import REDUCTIONS, reduction
+from retinanet.errors import ImageError
+
+ReadResult = tuple[Tensor, tuple[int, int]]
+"""(3, h, w) uint8, and (height, width) of the whole image: as of ``read_reduced``."""
+
+_MAX_SHARE = 0.5  # of the free memory, or of the free disk
+_SAMPLED_IMAGES = 200  # for the estimate of what all need
+
+# A row of the table per file: height and width of the whole image, 1 if its format has no reduced
+# decoding, and per factor offset, height and width of the pixels. An offset of 0 is none.
+_FACTORS = (1, *sorted(REDUCTIONS))
+_COLUMNS = 3 + 3 * len(_FACTORS)
+
+
+class ImageCache:
+    """Decoded images by number, in a file without a name that all processes map.
+
+    The file is in memory (``memfd``) or on the disk. It has no name, so that nothing is left behind
+    however the processes end.
+
+    Args:
+        num_files: number of image files.
+        capacity: bytes of pixels at most; images that do not fit are not kept.
+        folder: for the file; None: in memory.
+    """
+
+    def __init__(self, num_files: int, capacity: int, folder: Path | None = None) -> None:
+        self._num_files = num_files
+        self._start = 8 * (1 + num_files * _COLUMNS)
+        self._size = self._start + capacity
+        if folder is None:
+            self._open(os.memfd_create("retinanet-images"))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._open(os.dup(file.fileno()))
+        self._numbers[0] = self._start  # the first free byte
+
+    def read(
+        self, number: int, wanted: tuple[int, int] | None, read: Callable[[], ReadResult]
+    ) -> ReadResult:
+        """Return an image from the cache, or read it and keep it.
+
+        Args:
+            number: of the file.
+            wanted: shorter and longest side, as given to ``read_reduced``; None: the whole image.
+            read: reads the image at the wanted size, in channels_last memory. What it raises is
+                not kept.
+
+        Returns:
+            What `read` returns. The pixels are those of the cache: do not change them.
+        """
+        with self._locked():
+            found = self._find(number, wanted)
+        if found is not None:
+            return found
+        image, size = read()
+        with self._locked():
+            self._keep(number, wanted, image, size)
+        return image, size
+
+    def has(self, number: int) -> bool:
+        """Return whether an image is kept, at some size."""
+        return bool(self._row(number)[3::3].any())
+
+    def _find(self, number: int, wanted: tuple[int, int] | None) -> ReadResult | None:
+        row = self._row(number)
+        height, width, is_irreducible = row[:3].tolist()
+        if not height:
+            return None
+        factor = 1 if wanted is None or is_irreducible else reduction(height, width, *wanted)
+        offset, rows, columns = _slot(row, factor).tolist()
+        if not offset:
+            return None
+        count = 3 * rows * columns
+        pixels = torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)
+        return pixels.reshape(rows, columns, 3).permute(2, 0, 1), (height, width)
+
+    def _keep(
+        self, number: int, wanted: tuple[int, int] | None, image: Tensor, size: tuple[int, int]
+    ) -> None:
+        row = self._row(number)
+        row[:2] = size
+        rows, columns = image.shape[-2:]
+        factor = min(_FACTORS, key=lambda factor: abs(size[0] - rows * factor))
+        if wanted is not None and reduction(*size, *wanted) != factor:
+            row[2] = 1
+        slot = _slot(row, factor)
+        start = int(self._numbers[0])
+        if slot[0] or start + image.numel() > self._size:
+            return
+        try:
+            # Not through the map: on a full disk that is a signal, and this an error.
+            written = os.pwrite(self._file, image.permute(1, 2, 0).numpy().tobytes(), start)
+        except OSError:
+            written = 0
+        if written == image.numel():
+            slot[:] = start, rows, columns
+            self._numbers[0] = start + written
+
+    def _row(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return self._numbers[1 + number * _COLUMNS : 1 + (number + 1) * _COLUMNS]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def _open(self, file: int) -> None:
+        os.ftruncate(file, self._size)  # sparse: takes no space yet
+        self._file = file
+        self._path = f"/proc/{os.getpid()}/fd/{file}"
+        self._map = mmap.mmap(file, self._size)
+        count = self._start // 8
+        self._numbers = np.frombuffer(self._map, np.int64, count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process opens the file by, while this one has it open."""
+        names = ("_num_files", "_start", "_size", "_path")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open(os.open(self._path, os.O_RDWR))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)  # the map lives as long as tensors of it
+
+
+def _slot(
+    row: np.ndarray[Any, np.dtype[np.int64]], factor: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    first = 3 + 3 * _FACTORS.index(factor)
+    return row[first : first + 3]
+
+
+def build_cache(
+    dataset: Dataset, kind: Literal["none", "ram", "disk"]
+) -> tuple[ImageCache | None, str | None]:
+    """Build the cache of a data set's files, by ``data.cache``.
+
+    At most half of the free memory or disk is used, divided among the processes that train on this
+    machine (LOCAL_WORLD_SIZE).
+
+    Returns:
+        None without a cache; and a message if fewer images are kept than wanted.
+    """
+    if kind == "none":
+        return None, None
+    if sys.platform != "linux":
+        return None, f"warning: data.cache={kind} needs Linux: images are not cached"
+    folder = None
+    if kind == "disk":
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
+        folder.mkdir(parents=True, exist_ok=True)
+    free = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
+    capacity = int(free * _MAX_SHARE) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    files = file_numbers(dataset)
+    needed = _estimated_bytes(dataset)
+    message = None
+    if needed > capacity:
+        what = "memory" if folder is None else f"disk of {folder}"
+        message = (
+            f"warning: data.cache={kind}: the images need up to {needed / 1e9:.1f} GB, and "
+            f"{capacity / 1e9:.1f} GB, a half of the free {what}, are used: about "
+            f"{capacity / needed:.0%} of the images are cached"
+        )
+    return ImageCache(max(files, default=-1) + 1, capacity, folder), message
+
+
+def file_numbers(dataset: Dataset) -> list[int]:
+    """Return the number of each item's file; the tiles of an image have one file."""
+    numbers: dict[Path, int] = {}
+    return [numbers.setdefault(image.path, len(numbers)) for image in dataset.images]
+
+
+def _estimated_bytes(dataset: Dataset) -> float:
+    """Bytes of all files decoded at full size, from the headers of a sample."""
+    paths = list(dict.fromkeys(image.path for image in dataset.images))
+    sizes = []
+    for path in paths[:: -(-len(paths) // _SAMPLED_IMAGES) or 1]:
+        try:
+            height, width = image_size(path)
+        except ImageError:  # reported when it is loaded
+            continue
+        sizes.append(3 * height * width)
+    return len(paths) * sum(sizes) / max(1, len(sizes))

@@ -1,0 +1,402 @@
+"""Settings chosen from the labels and the device, where the recipe has ``auto`` (``quick``).
+
+A setting that the user states is never replaced (:meth:`retinanet.config.Recipe.states`). No image
+is decoded: labels and image sizes decide.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retinanet.config import Recipe
+from retinanet.data.balance import epoch_size
+from retinanet.data.dataset import Dataset
+from retinanet.training.data import recipe_recall, sample_with_objects
+from retinanet.training.optim import resolve_steps
+
+TARGET_RECALL = 0.98
+"""Share of the objects that some anchor must match; the rest is mostly faulty labels."""
+
+MIN_CELLS = 2.7
+"""Side of an object, in cells of the finest level, from which an anchor always matches it.
+
+An object d pixels large and the nearest anchor of its size are at most half a stride s apart along
+either axis. Their IoU is at least .5 where (d - s / 2)^2 >= 2 / 3 d^2, that is d >= 2.7 s:
+22 pixels on P3, 11 on P2.
+"""
+
+MAX_UPSCALING = 1.5
+"""Limit of an image's enlargement: interpolated pixels cost time and add no detail."""
+
+P2_COST = 2.0
+"""Time of a step with P2 in that of a step without: P2 has four times the cells of P3."""
+
+_CPU_SIDES = (384, 448, 512, 576, 640)
+_GPU_SIDES = (640, 800)  # torchvision and Detectron2 train with 800
+_MAX_COST = 3.2  # of a step, in that of the smallest side without P2
+_ASPECT = 5 / 3  # longer side at most, in shorter sides (Sec. 5: 1000 / 600)
+_SMALL = 10  # percentile of the objects' sides that the finest level must match
+
+_FINEST_SIZES = (4.0, 3.0, 2.0)  # anchors of the finest level in strides; the first is Sec. 4's
+_COARSEST_SIZE = 4.0  # of the coarsest level (Sec. 4); the levels between are in even steps
+_RATIO_STEP = 2.0  # between two aspect ratios (Sec. 4)
+_MIN_GAIN = 0.002  # in recall, for which anchors differ from the recipe's
+_EXTREME_RATIO = 4.0  # height / width of an object, or its inverse, in that of the nearest anchor
+
+_SPARE_DETECTIONS = 1.5  # detections per object of the densest image
+_VALIDATION_SHARE = 0.1  # of the time, at most
+_VALIDATION_COST = 1 / 3  # of an image, in that of a training image: no backward pass
+_SKEW = 10  # images of the most frequent class per image of the rarest
+_MAX_REPEATS = 4  # of an image with a rare class, on average
+
+MAX_FLIP_DISTANCE = 0.06
+"""Limit of the distance between the distributions of the objects' heights and of mirrored ones."""
+
+MAX_FLIP_RATIO = 0.1
+"""Limit of the mean logarithm of height / width: wide and tall objects in equal number."""
+
+MIN_FLIP_OBJECTS, MIN_FLIP_OBJECTS_PER_IMAGE = 500, 5
+"""Objects from which the distributions count."""
+
+_DIRECTIONS = frozenset(
+    ("up", "down", "upper", "lower", "top", "bottom", "upright", "upside", "left", "right")
+)
+
+LENGTH_SETTINGS = ("train.steps", "train.epochs")
+"""Settings that ``train.time`` replaces even if they are stated."""
+
+CHOSEN_SETTINGS = (
+    *LENGTH_SETTINGS,
+    *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
+    *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
+    *("data.balance", "data.balance_threshold", "train.validate_every"),
+    *("train.batch_size", "train.warmup_steps"),
+)
+"""Settings that are chosen from the data, and for ``train.time``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A setting chosen from the data.
+
+    Attributes:
+        setting: as ``section.key``.
+        value: its value.
+        reason: the property of the data that decided.
+    """
+
+    setting: str
+    value: Any
+    reason: str
+
+
+def choose_settings(
+    recipe: Recipe,
+    train: Dataset,
+    *,
+    num_val: int = 0,
+    on_gpu: bool = False,
+    image_size: int | None = None,
+) -> list[Choice]:
+    """Choose settings from the data; none unless the recipe has ``auto``.
+
+    Args:
+        recipe: all settings; what it states is kept, and what it has already is not listed.
+        train: the images to train on, without faulty objects.
+        num_val: images of the validation split.
+        on_gpu: whether to train on a GPU.
+        image_size: the only image size to consider; None: those for the device.
+    """
+    data = _Labels.of(train)
+    if not recipe.auto or not len(data.side):
+        return []
+    choices: list[Choice] = []
+    context = _Context(num_val, on_gpu, image_size)
+    choosers: tuple[_Chooser, ...] = (_size, _anchors, _detections, _flip, _balance, _validations)
+    for choose in choosers:
+        current = recipe.choose(values(choices))
+        choices += [
+            choice
+            for choice in choose(current, data, context)
+            if not recipe.states(choice.setting) and current.value(choice.setting) != choice.value
+        ]
+    return choices
+
+
+def values(choices: Iterable[Choice]) -> dict[str, Any]:
+    """Return the values by setting."""
+    return {choice.setting: choice.value for choice in choices}
+
+
+def with_choices_of(recipe: Recipe, stored: Recipe) -> Recipe:
+    """Return the recipe with what was chosen for the run to resume, where it states nothing."""
+    if not recipe.auto and recipe.train.time is None:
+        return recipe
+    limited = recipe.train.time is not None
+    kept = [
+        name
+        for name in CHOSEN_SETTINGS
+        if not recipe.states(name) or (limited and name in LENGTH_SETTINGS)
+    ]
+    return resolved(recipe.choose({name: stored.value(name) for name in kept}))
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """Return the recipe with nothing more to choose."""
+    return recipe.model_copy(update={"auto": False})
+
+
+def max_image_size(train: Dataset) -> int:
+    """Return the largest image size that is worth its time for these images."""
+    return _max_side(_Labels.of(train))
+
+
+class _Context(NamedTuple):
+    """Arguments of :func:`choose_settings`."""
+
+    num_val: int
+    on_gpu: bool
+    image_size: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labels:
+    """The objects of a data set (N), of a large one a sample.
+
+    Attributes:
+        train: the whole data set.
+        sample: the images of the sample.
+        side: (N,) square root of the area, pixels of the image on disk.
+        ratio: (N,) logarithm of height / width.
+        y: (N,) centre, share of the image's height.
+        image: (N, 2) shorter and longer side of the object's image, pixels.
+        counts: objects per image of the whole data set.
+    """
+
+    train: Dataset
+    sample: Dataset
+    side: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    y: NDArray[np.float64]
+    image: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, train: Dataset) -> _Labels:
+        sample = sample_with_objects(train)
+        rows = np.asarray(
+            [
+                (*annotation.box, image.height, image.width)
+                for image in sample.images
+                for annotation in image.annotations
+                if not annotation.ignored
+            ],
+            dtype=np.float64,
+        ).reshape(-1, 6)
+        x1, y1, x2, y2, height, _width = rows.T
+        counts = [sum(not a.ignored for a in image.annotations) for image in train.images]
+        return cls(
+            train=train,
+            sample=sample,
+            side=np.sqrt((x2 - x1) * (y2 - y1)),
+            ratio=np.log((y2 - y1) / (x2 - x1)),
+            y=(y1 + y2) / 2 / height,
+            image=np.sort(rows[:, 4:], axis=1),
+            counts=np.asarray(counts, dtype=np.int64),
+        )
+
+    @property
+    def shorter(self) -> float:
+        """Median of the shorter sides of the objects' images, pixels."""
+        return float(np.median(self.image[:, 0]))
+
+    def network_side(self, image_size: int, max_size: int, percentile: float) -> float:
+        """Percentile of the objects' sides at the network's input, pixels."""
+        scale = np.minimum(image_size / self.image[:, 0], max_size / self.image[:, 1])
+        return float(np.percentile(self.side * scale, percentile))
+
+
+_Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
+
+
+def _max_side(data: _Labels) -> int:
+    return max(1, math.floor(MAX_UPSCALING * data.shorter / 32)) * 32
+
+
+def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
+    """Choose the cheapest image size, and P2 or not, at which small objects are large enough."""
+    sides: tuple[int, ...] = _GPU_SIDES if context.on_gpu else _CPU_SIDES
+    if context.image_size is not None:
+        sides = (context.image_size,)
+    limit = _max_side(data)
+    kept = any(map(recipe.states, ("data.image_size", "data.max_size"))) or recipe.data.multi_scale
+    sizes = [(side, round(_ASPECT * side)) for side in sides if side <= limit]
+    if kept:
+        sizes = [(recipe.data.image_size, recipe.data.max_size)]
+    elif not sizes:
+        sizes = [(limit, round(_ASPECT * limit))]
+    # Sizes that the user states are for this number of levels.
+    fixed = recipe.states("model.p2") or recipe.states("anchors.sizes")
+    with_p2 = (recipe.model.p2,) if fixed else (False, True)
+    candidates = []
+    for p2 in with_p2:
+        for image_size, max_size in sizes:
+            cost = (image_size / sizes[0][0]) ** 2 * (P2_COST if p2 else 1)
+            cells = data.network_side(image_size, max_size, _SMALL) / (4 if p2 else 8)
+            if cost <= _MAX_COST:
+                candidates.append((cost, cells, image_size, max_size, p2))
+    enough = [candidate for candidate in candidates if candidate[1] >= MIN_CELLS]
+    best = min(enough) if enough else max(candidates, key=lambda candidate: candidate[1])
+    _cost, _cells, image_size, max_size, p2 = best
+    small, middle = (data.network_side(image_size, max_size, p) for p in (_SMALL, 50))
+    yield Choice(
+        "data.image_size",
+        image_size,
+        f"images are {data.shorter:.0f} px, median object {middle:.0f} px at this size",
+    )
+    yield Choice("data.max_size", max_size, "5/3 of data.image_size")
+    yield Choice("model.p2", p2, f"{_SMALL}% of the objects are under {small:.0f} px")
+    if p2 and not recipe.model.p2 and recipe.anchors.sizes is not None:
+        sizes_with_p2 = (recipe.anchors.sizes[0] / 2, *recipe.anchors.sizes)
+        yield Choice("anchors.sizes", sizes_with_p2, "a size for P2")
+
+
+def _anchors(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
+    """Choose the anchors nearest to the recipe's that match nearly all objects."""
+    ratios = recipe.anchors.aspect_ratios
+    if getattr(recipe.matching, "assignment", "iou") != "iou":
+        extreme = np.mean(_distance(data.ratio, ratios) > math.log(_EXTREME_RATIO))
+        if extreme > 1 - TARGET_RECALL:
+            reason = f"{extreme:.0%} of the objects are over {_EXTREME_RATIO:g}:1"
+            yield Choice("anchors.aspect_ratios", _spread(data.ratio), reason)
+        return
+    if recipe.states("anchors.scales"):  # fitted by the user
+        return
+    strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
+    shapes = [ratios] if recipe.states("anchors.aspect_ratios") else [ratios, _spread(data.ratio)]
+    best, before = 0.0, recipe_recall(recipe, data.sample)
+    chosen: dict[str, Any] = {}
+    for shape in shapes:
+        for finest in _FINEST_SIZES:
+            factors = np.geomspace(finest, _COARSEST_SIZE, len(strides)).tolist()
+            sizes = [round(f * stride) for f, stride in zip(factors, strides, strict=True)]
+            changes: dict[str, Any] = {"anchors.aspect_ratios": shape}
+            if not recipe.states("anchors.sizes"):
+                changes["anchors.sizes"] = tuple(map(float, sizes))
+            if best < TARGET_RECALL:
+                recall = recipe_recall(recipe.choose(changes), data.sample)
+                if recall > best + _MIN_GAIN:
+                    best, chosen = recall, changes
+    reason = f"an anchor of IoU {recipe.matching.foreground_iou:g} for {best:.1%} of the objects"
+    if best > before + _MIN_GAIN:
+        for setting, value in chosen.items():
+            yield Choice(setting, value, f"{reason}, before {before:.1%}")
+    if best < TARGET_RECALL:
+        reason += "; the others are matched to their best anchor"
+        yield Choice("matching.low_quality_matches", True, reason)
+
+
+def _distance(ratios: NDArray[np.float64], anchors: Iterable[float]) -> NDArray[np.float64]:
+    """(N,) distance of the logarithm of each ratio from that of the nearest anchor."""
+    nearest: NDArray[np.float64] = np.abs(ratios[:, None] - np.log(tuple(anchors))).min(axis=1)
+    return nearest
+
+
+def _spread(ratios: NDArray[np.float64]) -> tuple[float, ...]:
+    """Aspect ratios in even steps of two or less, over 96% of the objects; at most five."""
+    low, high = np.percentile(ratios, (2, 98))
+    count = min(5, max(1, math.ceil((high - low) / math.log(_RATIO_STEP))))
+    half = (high - low) / count / 2
+    return tuple(float(f"{math.exp(x):.2g}") for x in np.linspace(low + half, high - half, count))
+
+
+def _detections(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
+    """Raise the limit of detections over the objects of the densest image."""
+    densest = int(data.counts.max())
+    wanted = math.ceil(_SPARE_DETECTIONS * densest)
+    if wanted > recipe.detect.detections_per_image:
+        yield Choice("detect.detections_per_image", wanted, f"up to {densest} objects per image")
+
+
+def _flip(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
+    """Flip images vertically where the labels are as if their orientation had no meaning.
+
+    Then objects occur at a height y as often as at 1 - y, are as often wide as tall, and are many
+    per image. Photographs fail: people are tall, and the ground is below.
+    """
+    height = _ks_distance(data.y, 1 - data.y)
+    shape = abs(float(data.ratio.mean()))
+    per_image = float(np.median(data.counts))
+    if (
+        len(data.side) >= MIN_FLIP_OBJECTS
+        and per_image >= MIN_FLIP_OBJECTS_PER_IMAGE
+        and height <= MAX_FLIP_DISTANCE
+        and shape <= MAX_FLIP_RATIO
+        and not any(map(_has_orientation, data.train.classes))
+    ):
+        reason = (
+            f"no orientation: heights differ by {height:.2f} from mirrored ones, mean aspect ratio "
+            f"{math.exp(data.ratio.mean()):.2f}, {per_image:.0f} objects per image"
+        )
+        yield Choice("data.vertical_flip", 0.5, reason)
+
+
+def _ks_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Largest difference of two empirical distribution functions (Kolmogorov and Smirnov)."""
+    points = np.concatenate((first, second))
+    shares = [
+        np.searchsorted(np.sort(values), points, side="right") / len(values)
+        for values in (first, second)
+    ]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _has_orientation(name: str) -> bool:
+    """Whether a class is a character, or is named by a direction."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    return len(name) == 1 or bool(words & _DIRECTIONS)
+
+
+def _balance(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
+    """Repeat the images of rare classes where the numbers of images differ very much."""
+    if recipe.data.order == "shards" or recipe.data.balance != "none":
+        return
+    counts = Counter(
+        label
+        for image in data.train.images
+        for label in {a.label for a in image.annotations if not a.ignored}
+    )
+    rarest, most = min(counts.values()), max(counts.values())
+    # Up to the median class, but no image more than a few times.
+    wanted = min(float(np.median(list(counts.values()))), _MAX_REPEATS**2 * rarest)
+    if most < _SKEW * rarest or wanted <= rarest:
+        return
+    names = data.train.classes
+    frequent, rare = (names[f(counts, key=counts.__getitem__)] for f in (max, min))
+    reason = f"{frequent} is in {most} images, {rare} in {rarest}"
+    yield Choice("data.balance", "repeat_factor", reason)
+    threshold = float(f"{wanted / len(data.train):.3g}")
+    reason = f"repeats images of classes in under {wanted:.0f} images"
+    yield Choice("data.balance_threshold", threshold, reason)
+
+
+def _validations(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
+    """Validate less often where the validation split is large for the training."""
+    train, num_val = recipe.train, context.num_val
+    if not num_val or train.validate_every >= 1 or train.time is not None:
+        return
+    steps = resolve_steps(epoch_size(data.train, recipe.data), train)
+    cost = num_val * _VALIDATION_COST / (steps * train.batch_size)
+    affordable = max(1, math.floor(_VALIDATION_SHARE / cost))
+    if affordable < round(1 / train.validate_every):
+        period = 1 / affordable if affordable > 1 else steps
+        reason = f"{num_val} images to validate on, {steps} steps of {train.batch_size} to train"
+        yield Choice("train.validate_every", round(period, 4), reason)

@@ -1,0 +1,247 @@
+"""Plan a training for a time limit (``train.time``): steps, validations, batch and image size."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from retinanet.config import Recipe
+from retinanet.errors import ConfigError
+
+MIN_STEPS = 20
+"""A training with fewer steps is meaningless."""
+
+ENOUGH_STEPS = 400
+"""With fewer steps, smaller batches and images are considered; `quick` trains no less."""
+
+VALIDATION_SHARE = 0.1
+"""Share of the time for validations, at most; there is always one, of the last weights."""
+
+_MARGIN = 0.03  # of the limit, for the error of the estimates
+_REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
+_MAX_VALIDATIONS = 8
+_MANY_EPOCHS = 72  # above that, larger images
+_MIN_BATCH, _MIN_SIDE = 4, 256
+_MEASURED_STEPS = 5  # at least, for a new plan
+_SIDE_STEP = 1.25  # between two image sizes that are considered
+
+
+class Pace(NamedTuple):
+    """Speed of a network on this machine.
+
+    Attributes:
+        step: seconds per training step.
+        validation: seconds per validation.
+    """
+
+    step: float
+    validation: float
+
+    def at(self, factor: float) -> Pace:
+        """Estimate the pace with image sides longer by a factor."""
+        return Pace(self.step * factor**2, self.validation * factor**2)
+
+
+class Plan(NamedTuple):
+    """A training that fits into a time limit.
+
+    Attributes:
+        steps: training steps.
+        validations: validations, the one after the last step included.
+        seconds: estimated duration of both.
+    """
+
+    steps: int
+    validations: int
+    seconds: float
+
+    @property
+    def period(self) -> int:
+        """Steps from a validation to the next."""
+        return math.ceil(self.steps / self.validations)
+
+
+def seconds_to_train(limit: float) -> float:
+    """Return the part of a time limit for start-up, training and validation.
+
+    Example:
+        >>> seconds_to_train(1000)
+        964.0
+    """
+    return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
+
+
+def plan_steps(seconds: float, pace: Pace) -> Plan:
+    """Return as many steps and validations as `seconds` allow.
+
+    Example: 1000 s at 2 s a step, and validations of 20 s: five take a tenth.
+
+        >>> plan_steps(1000, Pace(step=2.0, validation=20.0))
+        Plan(steps=450, validations=5, seconds=1000.0)
+    """
+    affordable = VALIDATION_SHARE * seconds / pace.validation if pace.validation else math.inf
+    validations = max(1, int(min(affordable, _MAX_VALIDATIONS)))
+    steps = max(0, int((seconds - validations * pace.validation) / pace.step))
+    return Plan(steps, validations, steps * pace.step + validations * pace.validation)
+
+
+def plan_training(
+    recipe: Recipe,
+    pace: Pace,
+    elapsed: float,
+    *,
+    num_images: int,
+    max_side: int,
+    batch_multiple: int = 1,
+) -> tuple[dict[str, Any], Plan]:
+    """Choose the length of a training for a limit and, with ``auto``, its batch and image size.
+
+    With less than 400 steps the batch is halved, which keeps the number of images seen, and then
+    images become smaller. With more than 72 epochs they become larger. What the recipe states is
+    kept. The time of a step is taken as proportional to batch and pixels.
+
+    Args:
+        recipe: with ``train.time``.
+        pace: of the recipe's network, measured.
+        elapsed: seconds since the start of the command.
+        num_images: images per epoch.
+        max_side: largest image size to consider.
+        batch_multiple: the batch must divide by it.
+
+    Returns:
+        The settings that change, by name, and the plan.
+
+    Raises:
+        ConfigError: the limit is too short for :data:`MIN_STEPS` steps.
+    """
+    limit = recipe.train.time
+    assert limit is not None
+    seconds = seconds_to_train(limit) - elapsed
+    batch, side = recipe.train.batch_size, recipe.data.image_size
+    fixed_batch = not recipe.auto or recipe.states("train.batch_size")
+    fixed_side = not recipe.auto or any(map(recipe.states, ("data.image_size", "data.max_size")))
+    plan = plan_steps(seconds, pace)
+    while plan.steps < ENOUGH_STEPS:
+        half, smaller = batch // 2, next_side(side, 1 / _SIDE_STEP)
+        if not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple):
+            batch, pace = half, Pace(pace.step / 2, pace.validation)
+        elif not fixed_side and smaller >= _MIN_SIDE:
+            side, pace = smaller, pace.at(smaller / side)
+        else:
+            break
+        plan = plan_steps(seconds, pace)
+    while not fixed_side and plan.steps * batch > _MANY_EPOCHS * num_images:
+        larger = next_side(side, _SIDE_STEP)
+        if larger > max_side:
+            break
+        side, pace = larger, pace.at(larger / side)
+        plan = plan_steps(seconds, pace)
+    if plan.steps < MIN_STEPS:
+        needed = elapsed + MIN_STEPS * pace.step + pace.validation
+        least = math.ceil(needed / (1 - 2 * _MARGIN))
+        raise ConfigError(
+            f"train.time {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
+            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
+            f"least {least}s"
+        )
+    changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
+    if not recipe.states("train.validate_every"):
+        changes["train.validate_every"] = float(plan.period)
+    if not recipe.states("train.warmup_steps"):
+        changes["train.warmup_steps"] = min(recipe.train.warmup_steps, plan.steps // 10)
+    if batch != recipe.train.batch_size:
+        changes["train.batch_size"] = batch
+    if side != recipe.data.image_size:
+        changes["data.image_size"] = side
+    return changes, plan
+
+
+def next_side(side: int, factor: float) -> int:
+    """Return the multiple of 32 nearest to a factor of an image size."""
+    return max(1, round(side * factor / 32)) * 32
+
+
+def replan(step: int, seconds: float, pace: Pace, period: int) -> int:
+    """Return the number of steps in all with which a training under way ends in time.
+
+    Args:
+        step: steps done.
+        seconds: left for steps and validations.
+        pace: as measured since.
+        period: steps from a validation to the next.
+
+    Example: half of 450 steps are done, and now each takes 4 s, with 500 s left. Two validations
+    of 20 s, after step 270 and the last, leave 460 s.
+
+        >>> replan(225, 500.0, Pace(step=4.0, validation=20.0), period=90)
+        340
+    """
+
+    def needed(steps: int) -> float:
+        validations = num_validations(step, steps, period)
+        return (steps - step) * pace.step + validations * pace.validation
+
+    most = step + max(0, int(seconds / pace.step))
+    return step + bisect_right(range(step + 1, most + 1), seconds, key=needed)
+
+
+def num_validations(step: int, steps: int, period: int) -> int:
+    """Return the number of validations after `step` (:func:`is_due`)."""
+    if steps <= step:
+        return 0
+    return max(0, (2 * steps - period) // (2 * period) - step // period) + 1
+
+
+def is_due(step: int, steps: int, period: int) -> bool:
+    """Whether to validate after `step`: each `period` steps, and after the last step.
+
+    Not within half a period of the last step, whose number changes (:func:`replan`).
+    """
+    return step == steps or (step % period == 0 and 2 * (steps - step) >= period)
+
+
+class Pacer:
+    """Adapt the number of steps of a training under way, so that it ends in time.
+
+    Args:
+        deadline: when training and validation must have ended, by `clock`.
+        period: steps from a validation to the next.
+        validation: seconds of a validation, estimated.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        deadline: float,
+        period: int,
+        validation: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._deadline, self._period, self._validation = deadline, period, validation
+        self._clock = clock
+        self._step, self._started = -1, 0.0
+
+    def is_validation_due(self, step: int, steps: int) -> bool:
+        """Whether to validate after `step` of `steps`."""
+        return is_due(step, steps, self._period)
+
+    def add_validation(self, seconds: float) -> None:
+        """Note how long a validation took."""
+        self._validation = seconds
+        self._started += seconds
+
+    def is_replan_due(self, step: int, steps: int) -> bool:
+        """Whether enough steps have been measured, by their number alone."""
+        if self._step < 0:  # the first step is slower
+            self._step, self._started = step, self._clock()
+        return step - self._step >= max(_MEASURED_STEPS, steps // 20)
+
+    def replan(self, step: int) -> int:
+        """Return the number of steps in all at the speed since the last call."""
+        now = self._clock()
+        pace = Pace((now - self._started) / (step - self._step), self._validation)
+        self._step, self._started = step, now
+        return replan(step, self._deadline - now, pace, self._period)

@@ -1,0 +1,237 @@
+"""Settings chosen from the data: synthetic labels, with results worked out by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retinanet.config import Recipe, load_recipe
+from retinanet.data import read_splits, usable
+from retinanet.data.balance import repeat_factors
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.training.data import recipe_recall
+from retinanet.training.settings_from_data import choose_settings, values
+
+Box = tuple[float, float, float, float]
+
+
+def labels(
+    images: Sequence[Sequence[tuple[Box, int]]],
+    size: tuple[int, int] = (480, 640),
+    classes: int = 1,
+) -> Dataset:
+    """A data set of labels alone: (box, label) by image; `size` is height and width."""
+    return Dataset(
+        source=Path("labels"),
+        format="synthetic",
+        split="train",
+        classes=tuple(f"kind {label}" for label in range(classes)),
+        category_ids=tuple(range(1, classes + 1)),
+        images=tuple(
+            LabelledImage(
+                path=Path(f"{i}.png"),
+                id=i,
+                height=size[0],
+                width=size[1],
+                annotations=tuple(Annotation(box, label) for box, label in objects),
+            )
+            for i, objects in enumerate(images)
+        ),
+    )
+
+
+def squares(side: float, per_image: int, *, images: int = 20, **options: Any) -> Dataset:
+    """Squares of one side at random positions, in the upper part of 640 x 480 pixels."""
+    generator = random.Random(0)
+
+    def box() -> Box:
+        x, y = generator.uniform(0, 640 - side), generator.uniform(0, (480 - side) / 2)
+        return (x, y, x + side, y + side)
+
+    return labels([[(box(), 0) for _ in range(per_image)] for _ in range(images)], **options)
+
+
+def chosen(dataset: Dataset, *settings: str, **options: Any) -> dict[str, Any]:
+    return values(choose_settings(load_recipe("quick", settings), dataset, **options))
+
+
+def test_large_objects_keep_the_small_image() -> None:
+    # 100 of 480 px are 80 px at 384, ten cells of P3; anchors of 81 px exist in the recipe.
+    assert chosen(squares(100, 3)) == {}
+
+
+def test_small_objects_take_the_cheapest_sufficient_size() -> None:
+    # P3 needs 2.7 cells of 8 px, 21.6 px: 25 of 480 px are 20 px at 384 and 23.3 at 448, which is
+    # (448 / 384)^2 = 1.36 times the cost; P2 would be 2.
+    found = chosen(squares(25, 3))
+    assert (found["data.image_size"], found["data.max_size"]) == (448, 747)
+    assert "model.p2" not in found
+
+
+def test_tiny_objects_take_p2() -> None:
+    # 15 of 480 px are 20 px at 640, too few for P3, and 12 px at 384, 3 cells of P2.
+    found = chosen(squares(15, 3))
+    assert found["model.p2"] is True
+    assert "data.image_size" not in found
+
+
+def test_objects_too_small_for_all_sizes_take_the_best_within_the_cost() -> None:
+    # 8 px: with P2 448 px cost 2.7, and 512 px 3.6, over the limit of 3.2.
+    found = chosen(squares(8, 3))
+    assert (found["model.p2"], found["data.image_size"]) == (True, 448)
+
+
+def test_images_are_not_enlarged_much() -> None:
+    # 1.5 times 160 px are 240, and the multiple of 32 below is 224.
+    boxes = [[((10.0, 10.0, 70.0, 70.0), 0)]] * 4
+    found = chosen(labels(boxes, size=(160, 160)))
+    assert (found["data.image_size"], found["data.max_size"]) == (224, 373)
+    assert chosen(labels(boxes, size=(160, 160)), on_gpu=True)["data.image_size"] == 224
+
+
+def test_a_gpu_takes_larger_images() -> None:
+    # 15 of 480 px are 20 px at 640, and 720 px, 1.5 times 480, allow no 800.
+    found = chosen(squares(15, 3), on_gpu=True)
+    assert (found["data.image_size"], found["model.p2"]) == (640, True)
+
+
+def test_anchors_match_long_objects() -> None:
+    # 1:5 boxes of 30 x 150 and 150 x 30 px: the recipe's 1:2 anchors overlap them by .46 at most.
+    boxes: list[Box] = [(x, 90.0, x + 30, 240.0) for x in range(20, 600, 40)]
+    boxes += [(x, 300.0, x + 150, 330.0) for x in range(20, 450, 40)]
+    dataset = labels([[(box, 0) for box in boxes]] * 5)
+    recipe = load_recipe("quick")
+    found = chosen(dataset)
+    assert min(found["anchors.aspect_ratios"]) < 0.4
+    assert max(found["anchors.aspect_ratios"]) > 2.5
+    assert recipe_recall(recipe, dataset) < 0.5
+    assert recipe_recall(recipe.choose(found), dataset) >= 0.98
+
+
+def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
+    assert chosen(squares(3, 3))["matching.low_quality_matches"] is True
+    assert "matching.low_quality_matches" not in chosen(squares(100, 3))
+
+
+def test_detections_are_half_more_than_the_densest_image_has() -> None:
+    dataset = squares(40, 200, images=3)
+    assert chosen(dataset)["detect.detections_per_image"] == 300
+    assert "detect.detections_per_image" not in chosen(squares(40, 66, images=3))  # 99
+
+
+def everywhere(ratio: float, classes: Sequence[str] = ("cell",)) -> Dataset:
+    """12 boxes in each of 60 images, uniformly placed, in all of the image; height / width."""
+    generator = random.Random(0)
+    width, height = 60 / ratio**0.5, 60 * ratio**0.5
+    images = []
+    for _ in range(60):
+        corners = [
+            (generator.uniform(0, 640 - width), generator.uniform(0, 480 - height))
+            for _ in range(12)
+        ]
+        images.append([((x, y, x + width, y + height), 0) for x, y in corners])
+    return replace(labels(images), classes=tuple(classes))
+
+
+def test_vertical_flip_where_labels_have_no_orientation() -> None:
+    assert chosen(everywhere(1.0))["data.vertical_flip"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        everywhere(2.0),  # tall, as people
+        everywhere(1.0, ["arrow up"]),
+        everywhere(1.0, ["6"]),
+        squares(60, 12, images=60),  # all in the upper half
+        squares(60, 3, images=200),  # few per image
+    ],
+    ids=["tall", "named by a direction", "characters", "upper half", "few"],
+)
+def test_no_vertical_flip_where_orientation_may_matter(dataset: Dataset) -> None:
+    assert "data.vertical_flip" not in chosen(dataset)
+
+
+def test_skewed_classes_are_balanced_by_a_threshold_with_effect() -> None:
+    # kind 0 in 100 images, kind 1 in 40, kind 2 in 2: the median class is in 40, but no image is
+    # repeated more than 4 times, sqrt(32 / 2).
+    box = (100.0, 100.0, 200.0, 200.0)
+    images = [[(box, 0)] + [(box, 1)] * (i < 40) + [(box, 2)] * (i in (50, 60)) for i in range(100)]
+    dataset = labels(images, classes=3)
+    found = chosen(dataset)
+    assert (found["data.balance"], found["data.balance_threshold"]) == ("repeat_factor", 0.32)
+    assert repeat_factors(dataset, 0.32).classes == {"kind 2": pytest.approx(4.0)}
+    even = labels([[(box, 0), (box, 1)]] * 50, classes=2)
+    assert "data.balance" not in chosen(even)
+    assert "data.balance" not in chosen(dataset, "data.order=shards")
+
+
+def test_a_large_validation_split_is_validated_less_often() -> None:
+    # 400 steps of 8 images; of 3200 images a tenth is 320, of 3 x 320 validated without gradients:
+    # 960 = 2 x 480.
+    dataset = squares(100, 3)
+    assert chosen(dataset, num_val=480)["train.validate_every"] == 0.5
+    assert chosen(dataset, num_val=2000)["train.validate_every"] == 400
+    assert "train.validate_every" not in chosen(dataset, num_val=100)  # 9, and the recipe has 8
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.image_size=384",
+        "model.p2=false",
+        "anchors.sizes=[32,64,128,256,512]",
+        "anchors.aspect_ratios=[1.0]",
+        "matching.low_quality_matches=false",
+        "detect.detections_per_image=100",
+    ],
+)
+def test_what_the_user_states_is_kept(setting: str) -> None:
+    dataset = squares(6, 200, images=3)
+    assert {"model.p2", "matching.low_quality_matches"} <= chosen(dataset).keys()
+    found = chosen(dataset, setting)
+    assert setting.partition("=")[0] not in found
+    assert found  # the rest is still chosen
+
+
+def test_nothing_is_chosen_without_auto() -> None:
+    dataset = squares(6, 200, images=3)
+    assert chosen(dataset, "auto=false") == {}
+    assert choose_settings(load_recipe("paper_1x"), dataset) == []
+    assert choose_settings(Recipe(), dataset) == []
+
+
+def test_a_recipe_file_keeps_what_it_states(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("auto = true\n[data]\nimage_size = 448\nmax_size = 600\n")
+    found = values(choose_settings(load_recipe(file), squares(6, 200, images=3)))
+    assert not {"data.image_size", "data.max_size"} & found.keys()
+    assert "detect.detections_per_image" in found
+
+
+def test_chosen_values_state_nothing_and_validate() -> None:
+    recipe = load_recipe("quick", ["train.lr=0.1"])
+    changed = recipe.choose({"data.image_size": 512})
+    assert changed.data.image_size == 512
+    assert not changed.states("data.image_size")
+    assert changed.states("train.lr")
+
+
+# --- real data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "flip", "dense"),
+    [("nuclei", True, True), ("bccd", True, False), ("coco128", False, False)],
+)
+def test_real_data(name: str, flip: bool, dense: bool, real_data: Path) -> None:
+    splits = read_splits(real_data / name, extras=False)
+    found = chosen(usable(splits["train"])[0], num_val=len(splits["val"]))
+    assert ("data.vertical_flip" in found) == flip
+    assert ("detect.detections_per_image" in found) == dense

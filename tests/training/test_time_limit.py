@@ -1,0 +1,235 @@
+"""Trainings with a time limit: the plan by hand, an injected clock, and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retinanet.config import load_recipe, parse_seconds
+from retinanet.data.dataset import Dataset
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.errors import ConfigError
+from retinanet.training import trainer
+from retinanet.training.events import Event
+from retinanet.training.task import TrainingTask
+from retinanet.training.time_limit import (
+    Pace,
+    Pacer,
+    Plan,
+    is_due,
+    num_validations,
+    plan_steps,
+    plan_training,
+    replan,
+    seconds_to_train,
+)
+from retinanet.training.trainer import train
+from training.tiny import Stop, messages, stop_at, tiny_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20min", 1200), ("1.5h", 5400), (" 2 H ", 7200)]
+)
+def test_parse_seconds(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+    assert load_recipe("quick", [f"train.time={text}"]).train.time == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "min", "0s", "-5min", "20 minutes", ""])
+def test_parse_seconds_rejects_other_text(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a duration over 0, such as 90s, 20min or 2h"):
+        parse_seconds(text)
+
+
+def test_time_of_a_recipe_is_checked() -> None:
+    assert load_recipe("quick", ["train.time=90"]).train.time == 90
+    with pytest.raises(ConfigError, match=r"train\.time: .*'soon' is not a duration"):
+        load_recipe("quick", ["train.time=soon"])
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.time both set the length"):
+        load_recipe("quick", ["train.time=90s", "train.steps=7"])
+
+
+def test_plan_gives_validations_a_tenth_of_the_time() -> None:
+    # 600 s: validations of 25 s fit twice into 60 s, and 550 s are 275 steps of 2 s.
+    assert plan_steps(600, Pace(2.0, 25.0)) == Plan(275, 2, 600.0)
+    assert plan_steps(600, Pace(2.0, 25.0)).period == 138
+    # One longer than a tenth is done once, after the last step; eight are the most.
+    assert plan_steps(600, Pace(2.0, 100.0)) == Plan(250, 1, 600.0)
+    assert plan_steps(600, Pace(2.0, 1.0)) == Plan(296, 8, 600.0)
+    assert plan_steps(600, Pace(2.0, 0.0)) == Plan(300, 8, 600.0)
+
+
+def plan(seconds: float, pace: Pace, *settings: str, **options: int) -> tuple[dict[str, Any], Plan]:
+    loaded = load_recipe("quick", [f"train.time={seconds}", *settings])
+    options = {"num_images": 1000, "max_side": 640} | options
+    return plan_training(loaded, pace, 0.0, **options)
+
+
+def test_plan_keeps_a_sufficient_training() -> None:
+    # 1000 s, less 3% and 6 s for the report: 964 s. Five validations of 19 s: 869 s are 434 steps.
+    assert seconds_to_train(1000) == 964
+    changes, planned = plan(1000, Pace(2.0, 19.0))
+    assert planned[:2] == (434, 5)
+    assert changes == {
+        "train.steps": 434,
+        "train.epochs": None,
+        "train.validate_every": 87.0,
+        "train.warmup_steps": 43,
+    }
+
+
+def test_plan_with_few_steps_halves_the_batch_and_then_the_images() -> None:
+    # 4 s a step of 8 images: 241 steps, of 4 images twice as many.
+    changes, planned = plan(1000, Pace(4.0, 0.0))
+    assert (changes["train.batch_size"], planned.steps) == (4, 482)
+    assert "data.image_size" not in changes
+    # 8 s: 241 steps of 4 images. 384 / 1.25 is nearest to 320 px: (384 / 320)^2 = 1.44 times 241.
+    # 320 / 1.25 is 256 px: 2.25 times 241 is 542.
+    changes, planned = plan(1000, Pace(8.0, 0.0))
+    assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
+    assert planned.steps == 542
+
+
+def test_plan_keeps_what_is_stated() -> None:
+    stated = ("train.batch_size=8", "data.image_size=384", "data.max_size=640")
+    changes, planned = plan(1000, Pace(8.0, 0.0), *stated, "train.validate_every=50")
+    assert changes.keys() == {"train.steps", "train.epochs", "train.warmup_steps"}
+    assert planned.steps == 120
+    changes, _ = plan(1000, Pace(8.0, 0.0), "auto=false")
+    assert not {"train.batch_size", "data.image_size"} & changes.keys()
+
+
+def test_plan_with_many_epochs_takes_larger_images() -> None:
+    # 20 images, .1 s a step: 9640 steps of 8 are 3856 epochs. 480, 608 px; 640 are the limit.
+    changes, planned = plan(1000, Pace(0.1, 0.0), num_images=20)
+    assert changes["data.image_size"] == 608
+    assert planned.steps == int(9640 / (608 / 384) ** 2)
+
+
+def test_plan_rejects_a_limit_that_is_too_short() -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.time 30 s is too short: 20 steps of 2 s .*least"
+    ):
+        plan(30, Pace(2.0, 5.0), "auto=false")
+
+
+def test_validations_are_due_each_period_and_at_the_end() -> None:
+    due = [step for step in range(1, 456) if is_due(step, 455, 90)]
+    assert due == [90, 180, 270, 360, 455]  # not 450
+    for step in (0, 89, 90, 400, 449, 450, 454, 455):
+        assert num_validations(step, 455, 90) == sum(later > step for later in due)
+    assert num_validations(3, 3, 90) == 0
+
+
+@pytest.mark.parametrize("seconds", [-5.0, 0.0, 3.0, 100.0, 500.0, 5000.0])
+@pytest.mark.parametrize("pace", [Pace(2.0, 0.0), Pace(2.0, 20.0), Pace(0.3, 70.0)])
+def test_replan_uses_the_time_that_is_left(seconds: float, pace: Pace) -> None:
+    steps = replan(225, seconds, pace, 90)
+    needed = (steps - 225) * pace.step + num_validations(225, steps, 90) * pace.validation
+    assert steps >= 225
+    assert needed <= max(0, seconds)
+    more = num_validations(225, steps + 1, 90) * pace.validation
+    assert (steps + 1 - 225) * pace.step + more > seconds
+
+
+def test_pacer_ends_in_time_when_the_machine_becomes_slower() -> None:
+    now = 0.0
+    pacer = Pacer(deadline=1000.0, period=90, validation=20.0, clock=lambda: now)
+    step, steps = 0, plan_steps(1000.0, Pace(2.0, 20.0)).steps
+    assert steps == 450
+    while step < steps:
+        now += 2.0 if step < 200 else 5.0
+        step += 1
+        if pacer.is_replan_due(step, steps):
+            steps = pacer.replan(step)
+        if pacer.is_validation_due(step, steps):
+            now += 20.0
+            pacer.add_validation(20.0)
+    # 200 steps take 400 s and two validations 40 s: 560 s are left for 5 s a step.
+    assert 295 <= steps <= 308
+    assert 950 <= now <= 1010
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("timed")
+    synthetic_dataset(folder, splits={"train": 8, "val": 2}, seed=0, image_size=64)
+    return folder
+
+
+def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 1000 s, of which 3% and 6 s are left for errors and the report, and a start of some seconds. A
+    # validation takes 50 s and a step 40 s.
+    measured = []
+    measure = trainer.measure_pace
+
+    def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
+        measured.append(measure(task, val))
+        return Pace(40.0, 50.0)
+
+    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
+    monkeypatch.setattr(Pacer, "replan", lambda self, step: 12)
+    recipe = tiny_recipe("train.time=1000s", "train.save_every=5")
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        stop_at(6)(event)
+
+    with pytest.raises(Stop):
+        train(recipe, data, tmp_path / "run", device="cpu", on_event=stop)
+    assert 0 < measured[0].step < 40
+    assert measured[0].validation > 0
+    assert messages(events)[0].startswith("plan for 1000 s: ")
+    stored = load_recipe(tmp_path / "run" / "config.toml")
+    assert stored.train.time == 1000
+    assert stored.train.epochs is None
+    assert 20 <= stored.train.steps <= 22  # 914 s, less the start
+    assert stored.train.validate_every == stored.train.steps
+
+    def fail(task: object, val: object) -> Pace:
+        raise AssertionError("a resumed run is not planned again")
+
+    monkeypatch.setattr(trainer, "measure_pace", fail)
+    events.clear()
+    run = train(recipe, data, tmp_path / "run", device="cpu", on_event=events.append)
+    assert events[0].kind == "resume"
+    assert run.step == 12
+    assert load_recipe(tmp_path / "run" / "config.toml") == stored
+    with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
+        train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def test_chosen_settings_are_written_and_a_resumed_run_keeps_them(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("auto=true", "train.steps=4", "train.save_every=2")
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        stop_at(3)(event)
+
+    with pytest.raises(Stop):
+        train(recipe, data, tmp_path / "run", device="cpu", on_event=stop)
+    choices = {c["setting"]: c for c in events[0].data["choices"]}
+    assert events[0].kind == "choices"
+    assert choices["model.p2"]["value"] is True
+    stored = load_recipe(tmp_path / "run" / "config.toml")
+    assert (stored.auto, stored.model.p2) == (False, True)
+    # Another choice of this version must not stop the resumption.
+    text = (tmp_path / "run" / "config.toml").read_text()
+    changed = text.replace("detections_per_image = 100", "detections_per_image = 123")
+    (tmp_path / "run" / "config.toml").write_text(changed)
+    events.clear()
+    run = train(recipe, data, tmp_path / "run", device="cpu", on_event=events.append)
+    assert [event.kind for event in events if event.kind in ("choices", "resume")] == ["resume"]
+    assert run.step == 4
+    assert load_recipe(tmp_path / "run" / "config.toml").detect.detections_per_image == 123
