@@ -476,6 +476,8 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
         raise ConfigError(
             f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
+    if "loss.mining" in named and "loss.classification" not in named:
+        values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
     recipe = build_recipe(values, where)
     return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
 
