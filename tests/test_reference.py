@@ -46,10 +46,25 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     assert missing == set(), "add a line '::: NAME' to a page of docs/reference/"
 
 
+@pytest.mark.parametrize(
+    "package", ["data", "evaluation", "exporters", "inference", "losses", "model", "serve"]
+)
+def test_every_name_of_a_package_is_in_the_reference(package: str) -> None:
+    module = import_module(f"retinanet.{package}")
+    documented = [resolve(name) for name in _DIRECTIVES]
+    missing = [
+        name
+        for name in module.__all__
+        if not any(getattr(module, name) is value for value in documented)
+    ]
+    assert missing == [], "add a line '::: retinanet.PACKAGE.NAME' to a page of docs/reference/"
+
+
 @pytest.mark.parametrize("name", _DIRECTIVES)
 def test_directive_resolves_to_a_documented_object(name: str) -> None:
     value = resolve(name)
-    assert isinstance(value, int) or value.__doc__  # constants have no docstring of their own
+    # Constants have no docstring of their own.
+    assert isinstance(value, int | float | tuple) or value.__doc__
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -45,6 +45,15 @@ def test_check_names_file_object_and_reason(cli: Cli, faulty: Path) -> None:
     assert any("000003.png" in line for line in lines)
 
 
+def test_check_recommends_tiles_for_small_objects(cli: Cli, tmp_path: Path) -> None:
+    Image.new("RGB", (1600, 1200)).save(tmp_path / "a.png")
+    rows = "".join(f"a.png,{x},9,{x + 20},29,cell\n" for x in range(0, 200, 40))
+    (tmp_path / "train.csv").write_text(f"image,x1,y1,x2,y2,label\n{rows}")
+    # At 384 px the objects have 6.4 px: 384 x 20 / 32 = 240 gives them 32.
+    found = cli("data", "check", tmp_path, "auto=false").out
+    assert "data.tile=256 (docs/tiles.md)" in found
+
+
 def test_check_json(cli: Cli, faulty: Path) -> None:
     ended = cli("data", "check", faulty, "--json")
     assert ended.code == 1
@@ -52,6 +61,7 @@ def test_check_json(cli: Cli, faulty: Path) -> None:
     assert set(ended.json["statistics"]) == {"train", "val", "test"}
     assert 0 <= ended.json["anchors"]["recall"] <= 1
     # At 64 pixels and not enlarged, objects of 16 to 24 are too small for the paper's anchors.
+    assert ended.json["recommended_tile"] is None
     small = cli("data", "check", faulty, "--json", "--image-size=64", "auto=false")
     assert small.json["anchors"]["image_size"] == 64
     assert small.json["anchors"]["recall"] < ended.json["anchors"]["recall"]

@@ -378,16 +378,27 @@ def test_unreadable_image_is_replaced_in_a_mosaic(coloured: Dataset, tmp_path: P
     assert {label for _, _, label in objects(batches)} <= {0, IGNORED}
 
 
-def test_shards_are_mixed_with_images_of_the_same_process(
-    coloured: Dataset, tmp_path: Path
-) -> None:
-    convert({"train": coloured}, tmp_path / "out", "webdataset", shard_size="2")
-    shards = read_dataset(tmp_path / "out", "all")
-    options: Any = {"order": "shards", "shard_window": 1, "batch_size": 1, "mosaic": 1.0,
-                    "world_size": 2, "steps": 9, "close_augmentation": 0.0}  # fmt: skip
-    whole = training(shards, rank=1, **options)
-    assert_same(whole[4:], training(shards, rank=1, start_step=4, workers=1, **options))
-    assert max(int((batch.targets.labels >= 0).sum()) for batch in whole) > 1
+def test_shards_are_mixed_with_images_of_the_same_process(tmp_path: Path) -> None:
+    root, out = tmp_path / "images", tmp_path / "shards"
+    root.mkdir()
+    images = []
+    for label in range(140):
+        Image.new("RGB", (40, 40)).save(root / f"{label}.png")
+        annotation = Annotation((0, 0, 40, 40), label)
+        images.append(LabelledImage(root / f"{label}.png", label, (annotation,), 40, 40))
+    names = tuple(f"{label:03d}" for label in range(140))
+    folder = Dataset(tuple(images), names, tuple(range(1, 141)), "train", "coco", root)
+    convert({"train": folder}, out, "webdataset", shard_size="10")
+    shards = read_dataset(out, "all")
+    options: Any = {"order": "shards", "batch_size": 1, "rank": 1, "world_size": 2, "steps": 70,
+                    "close_augmentation": 0.0, "crop": False, "scale_jitter": (1, 1)}  # fmt: skip
+    own = {int(batch.indices[0]) for batch in training(shards, **options)}
+    mixed = training(shards, start_step=64, mosaic=1.0, **options)
+    labels = {label for _, _, label in objects(mixed)} - {IGNORED}
+    assert len(own) == 70
+    assert len(labels) > 12
+    assert labels <= own
+    assert_same(mixed[3:], training(shards, start_step=67, mosaic=1.0, workers=1, **options))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -45,6 +45,7 @@ def detect_videos(
     """
     from retinanet.errors import DataError
     from retinanet.inference import load
+    from retinanet.inference.tiles import whole_images_warning
     from retinanet.video.detect import detect_video
     from retinanet.video.reading import import_av
 
@@ -53,6 +54,8 @@ def detect_videos(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = _samples(list(videos))
     detector = load(model, **options)
+    if (warning := whole_images_warning(detector.info)) is not None:
+        note(warning)
     if not json:
         note(detector.network.description)
     summaries: list[VideoSummary] = []

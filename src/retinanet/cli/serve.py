@@ -64,6 +64,7 @@ def serve(
     Running requests are finished first; a second Ctrl-C exits at once.
     """
     from retinanet.inference import load
+    from retinanet.inference.tiles import whole_images_warning
     from retinanet.serve import Settings, build_app, check_installed
     from retinanet.serve.models import model_metrics, model_names
     from retinanet.serve.server import bind, share_cores
@@ -80,6 +81,8 @@ def serve(
             options = {**vars(detector), **selection.given(), **thresholds.given()}
             detectors[name] = load(path, **options)
             note(f"{name}: {detectors[name].network.description}")
+            if (warning := whole_images_warning(detectors[name].info)) is not None:
+                note(f"{name}: {warning}")
         metrics = {name: model_metrics(path) for name, path in paths.items()}
         app = build_app(detectors, settings, metrics=metrics)
         if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):

@@ -123,6 +123,16 @@ def choose_tiling(
     return side, overlap
 
 
+def whole_images_warning(info: Mapping[str, Any]) -> str | None:
+    """Return a warning where a model that was trained on tiles runs on whole images only."""
+    if not info.get("tile"):
+        return None
+    return (
+        "warning: the model was trained on tiles (data.tile) and runs on whole images here, in "
+        "which its objects are smaller and may be missed"
+    )
+
+
 def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
     """Return a tile's side in pixels.
 
