@@ -89,6 +89,22 @@ def test_objects_too_small_for_all_sizes_take_the_best_within_the_cost() -> None
     assert (found["model.p2"], found["data.image_size"]) == (True, 448)
 
 
+def test_tiny_objects_in_large_images_take_tiles() -> None:
+    # 16 of 2400 px are 4 px at 640. A tile gives them 32 px at 384, or enlarges twofold: 192 px.
+    objects = [((100.0 * i, 100.0 * i, 100.0 * i + 16, 100.0 * i + 16), 0) for i in range(1, 20)]
+    dataset = labels([objects] * 2, size=(2400, 3200))
+    found = chosen(dataset)
+    assert found["data.tile"] == 192
+    # At the recipe's size the objects are 32 px, enough for P3.
+    assert not {"data.image_size", "model.p2"} & found.keys()
+    assert "data.tile" not in chosen(dataset, "data.tile=none")
+    assert "data.tile" not in chosen(dataset, "data.order=shards")
+    assert "data.tile" not in chosen(squares(8, 3))  # 11 px at 640
+    # The limit of detections is of whole images.
+    many = labels([objects * 10], size=(2400, 3200))
+    assert chosen(many)["detect.detections_per_image"] == 285
+
+
 def test_images_are_not_enlarged_much() -> None:
     # 1.5 times 160 px are 240, and the multiple of 32 below is 224.
     boxes = [[((10.0, 10.0, 70.0, 70.0), 0)]] * 4
@@ -155,7 +171,12 @@ def everywhere(ratio: float, classes: Sequence[str] = ("cell",)) -> Dataset:
 
 
 def test_vertical_flip_where_labels_have_no_orientation() -> None:
-    assert chosen(everywhere(1.0))["data.vertical_flip"] == 0.5
+    found = chosen(everywhere(1.0))
+    assert (found["data.vertical_flip"], found["data.rotate90"]) == (0.5, True)
+    # All boxes slightly wider than tall: those of turned images would not be.
+    found = chosen(everywhere(0.92))
+    assert found["data.vertical_flip"] == 0.5
+    assert "data.rotate90" not in found
 
 
 @pytest.mark.parametrize(
@@ -170,7 +191,7 @@ def test_vertical_flip_where_labels_have_no_orientation() -> None:
     ids=["tall", "named by a direction", "characters", "upper half", "few"],
 )
 def test_no_vertical_flip_where_orientation_may_matter(dataset: Dataset) -> None:
-    assert "data.vertical_flip" not in chosen(dataset)
+    assert not {"data.vertical_flip", "data.rotate90"} & chosen(dataset).keys()
 
 
 def test_skewed_classes_are_balanced_by_a_threshold_with_effect() -> None:
@@ -247,11 +268,15 @@ def test_chosen_values_state_nothing_and_validate() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("name", "flip", "dense"),
-    [("nuclei", True, True), ("bccd", True, False), ("coco128", False, False)],
+    ("name", "flip", "turn", "dense"),
+    [
+        ("nuclei", True, True, True),
+        ("bccd", True, False, False),
+        ("coco128", False, False, False),
+    ],
 )
-def test_real_data(name: str, flip: bool, dense: bool, real_data: Path) -> None:
+def test_real_data(name: str, flip: bool, turn: bool, dense: bool, real_data: Path) -> None:
     splits = read_splits(real_data / name, extras=False)
     found = chosen(usable(splits["train"])[0], num_val=len(splits["val"]))
-    assert ("data.vertical_flip" in found) == flip
+    assert ("data.vertical_flip" in found, "data.rotate90" in found) == (flip, turn)
     assert ("detect.detections_per_image" in found) == dense

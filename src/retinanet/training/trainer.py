@@ -32,7 +32,7 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
-from retinanet.training.data import TrainingData, read_training_data
+from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
 from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
@@ -169,8 +169,9 @@ def run_task(
         emit=emit,
     )
     run = RunFolder(out)
-    recipe, pace = _resolve(make_task, settings, splits.val, run.stored_recipe(), started)
-    settings = replace(settings, recipe=recipe)
+    recipe, pace = _resolve(make_task, settings, splits, run.stored_recipe(), started)
+    splits = replace(splits, train=tiles_to_train(splits.train_images, recipe))
+    settings = replace(settings, recipe=recipe, train_set=splits.train)
     repeats = balance(splits.train, recipe.data)
     if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
@@ -195,7 +196,7 @@ def run_task(
 def _resolve(
     make_task: Callable[[TaskSettings], TrainingTask],
     settings: TaskSettings,
-    val: Dataset | None,
+    data: TrainingData,
     stored: Recipe | None,
     started: float,
 ) -> tuple[Recipe, Pace | None]:
@@ -210,14 +211,15 @@ def _resolve(
     choose = partial(
         choose_settings,
         recipe,
-        settings.train_set,
-        num_val=len(val) if val else 0,
+        data.train_images,
+        num_val=len(data.val) if data.val else 0,
         on_gpu=settings.accelerator.device.type != "cpu",
     )
     choices, lengths, pace = choose(), {}, None
     if recipe.train.time is not None:
-        chosen = replace(settings, recipe=recipe.choose(values(choices)))
-        pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
+        timed = recipe.choose(values(choices))
+        chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
+        pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
         (pace,) = broadcast_object_list([pace])
         lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
         side = lengths.pop("data.image_size", None)
@@ -359,6 +361,7 @@ class Trainer:
         # With a time limit the number of steps may grow.
         self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
         self._loader = self._train_loader()
+        self._loader.end.fill_(self.progress.steps)
         if self._loader.message is not None:
             self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
@@ -526,6 +529,7 @@ class Trainer:
         if pacer.is_replan_due(progress.step, progress.steps):
             steps = min(pacer.replan(progress.step), self._max_steps)
             (progress.steps,) = broadcast_object_list([steps])
+            self._loader.end.fill_(progress.steps)
 
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
