@@ -171,6 +171,21 @@ def test_train_from_another_checkpoint_into_the_default_folder(
     assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
 
 
+def test_train_from_another_network_with_a_class_map(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.toml").write_text("circle = 'square'\n")
+    start = (f"--init={tiny_run}", f"--class-map={tmp_path / 'names.toml'}", f"--out={tmp_path}/r")
+    other = ("train", tiny_sets["coco"], *TINY, "model.channels=8", "--steps=1", *start)
+    ended = cli(*other)
+    assert ended.code == 1
+    assert "does not fit the network" in ended.err
+    assert "give --init-partial" in ended.err
+    ended = cli(*other, "--init-partial")
+    assert ended.code == 0, ended.err
+    assert "warning: model.channels=8 (checkpoint: " in ended.err
+
+
 def test_train_overfit_prints_a_verdict_with_exit_code_1(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

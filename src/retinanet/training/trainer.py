@@ -32,8 +32,8 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
-from retinanet.training.data import TrainingData, read_training_data
-from retinanet.training.events import Event, EventCallback, Kind, ignore
+from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
+from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
@@ -85,7 +85,7 @@ class Run:
         metrics: metrics of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
-        interrupted: whether Ctrl-C or SIGTERM stopped it; the same call resumes it.
+        interrupted: whether Ctrl-C, SIGTERM or ``on_event`` stopped it; the same call resumes it.
         exit_code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
 
@@ -158,10 +158,7 @@ def run_task(
     started = time.monotonic() if started is None else started
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
-    def emit(kind: Kind, /, **data: Any) -> None:
-        if on_event is not None and accelerator.is_main_process:
-            on_event(Event(kind, data))
-
+    emit = Emitter(on_event if accelerator.is_main_process else None)
     splits = read_training_data(data, recipe, emit)
     workers = recipe.data.workers
     settings = TaskSettings(
@@ -173,8 +170,9 @@ def run_task(
         emit=emit,
     )
     run = RunFolder(out)
-    recipe, pace = _resolve(make_task, settings, splits.val, run.stored_recipe(), started)
-    settings = replace(settings, recipe=recipe)
+    recipe, pace = _resolve(make_task, settings, splits, run.stored_recipe(), started)
+    splits = replace(splits, train=tiles_to_train(splits.train_images, recipe))
+    settings = replace(settings, recipe=recipe, train_set=splits.train)
     repeats = balance(splits.train, recipe.data)
     if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
@@ -192,14 +190,14 @@ def run_task(
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
         if pace is not None:
             trainer.progress.validation_seconds = pace.validation
-        exit_code = trainer.fit(started)
+        exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
 
 
 def _resolve(
     make_task: Callable[[TaskSettings], TrainingTask],
     settings: TaskSettings,
-    val: Dataset | None,
+    data: TrainingData,
     stored: Recipe | None,
     started: float,
 ) -> tuple[Recipe, Pace | None]:
@@ -214,14 +212,15 @@ def _resolve(
     choose = partial(
         choose_settings,
         recipe,
-        settings.train_set,
-        num_val=len(val) if val else 0,
+        data.train_images,
+        num_val=len(data.val) if data.val else 0,
         on_gpu=settings.accelerator.device.type != "cpu",
     )
     choices, lengths, pace = choose(), {}, None
     if recipe.train.time is not None:
-        chosen = replace(settings, recipe=recipe.choose(values(choices)))
-        pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
+        timed = recipe.choose(values(choices))
+        chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
+        pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
         (pace,) = broadcast_object_list([pace])
         lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
         side = lengths.pop("data.image_size", None)
@@ -368,6 +367,7 @@ class Trainer:
         # With a time limit the number of steps may grow.
         self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
         self._loader = self._train_loader()
+        self._loader.end.fill_(self.progress.steps)
         if self._loader.message is not None:
             self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
@@ -387,14 +387,18 @@ class Trainer:
         self._loader.close()
         return median(seconds[_SLOW_STEPS:])
 
-    def fit(self, started: float) -> int:
-        """Train until the last step, early stopping or a signal.
+    def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
+        """Train until the last step, early stopping, a signal or a request.
 
         Args:
             started: when the command began, by :func:`time.monotonic`.
+            stop_requested: called after each step.
 
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
+
+        Raises:
+            ConfigError: a stop is requested in a run of several processes.
         """
         progress, settings = self.progress, self._settings
         self._emit_start()
@@ -421,7 +425,7 @@ class Trainer:
                     self.validate()
                     if pacer is not None:
                         pacer.add_validation(progress.validation_seconds)
-                interrupted = stop.is_set()
+                interrupted = stop.is_set() or self._stops(stop_requested())
                 ends = progress.finished or interrupted
                 if progress.finished:
                     self._tune()
@@ -435,7 +439,15 @@ class Trainer:
         if settings.trackers:
             self._accelerator.end_training()
         self._emit_end(interrupted)
-        return stop.exit_code if interrupted else 0
+        return stop.exit_code if stop.is_set() else 0
+
+    def _stops(self, requested: bool) -> bool:
+        if requested and self._accelerator.num_processes > 1:
+            raise ConfigError(
+                "on_event returned 'stop' in the main process, and the others would wait for it: "
+                "end a run of several processes by a signal, or train.early_stop"
+            )
+        return requested
 
     def step(self, loaded: Batch) -> None:
         """Do one optimizer step, and log the last one that has finished on the device."""
@@ -527,6 +539,7 @@ class Trainer:
         if pacer.is_replan_due(progress.step, progress.steps):
             steps = min(pacer.replan(progress.step), self._max_steps)
             (progress.steps,) = broadcast_object_list([steps])
+            self._loader.end.fill_(progress.steps)
 
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
@@ -744,6 +757,6 @@ def _result(run: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
         metrics=progress.best_metrics,
         best_ap=progress.best_ap,
         step=progress.step,
-        interrupted=exit_code != 0,
+        interrupted=exit_code != 0 or not progress.finished,
         exit_code=exit_code,
     )
