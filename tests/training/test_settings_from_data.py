@@ -56,13 +56,16 @@ def squares(side: float, per_image: int, *, images: int = 20, **options: Any) ->
     return labels([[(box(), 0) for _ in range(per_image)] for _ in range(images)], **options)
 
 
-def chosen(dataset: Dataset, *settings: str, **options: Any) -> dict[str, Any]:
-    return values(choose_settings(load_recipe("quick", settings), dataset, **options))
+def chosen(
+    dataset: Dataset, *settings: str, recipe: str = "quick", **options: Any
+) -> dict[str, Any]:
+    loaded = load_recipe(recipe, ["auto=true", *settings])
+    return values(choose_settings(loaded, dataset, **options))
 
 
 def test_large_objects_keep_the_small_image() -> None:
     # 100 of 480 px are 80 px at 384, ten cells of P3; anchors of 81 px exist in the recipe.
-    assert chosen(squares(100, 3)) == {}
+    assert chosen(squares(100, 3), on_gpu=True, image_size=384) == {}
 
 
 def test_small_objects_take_the_cheapest_sufficient_size() -> None:
@@ -121,8 +124,8 @@ def test_anchors_match_long_objects() -> None:
     boxes: list[Box] = [(x, 90.0, x + 30, 240.0) for x in range(20, 600, 40)]
     boxes += [(x, 300.0, x + 150, 330.0) for x in range(20, 450, 40)]
     dataset = labels([[(box, 0) for box in boxes]] * 5)
-    recipe = load_recipe("quick")
-    found = chosen(dataset)
+    recipe = load_recipe("paper_quick")
+    found = chosen(dataset, recipe="paper_quick")
     assert min(found["anchors.aspect_ratios"]) < 0.4
     assert max(found["anchors.aspect_ratios"]) > 2.5
     assert recipe_recall(recipe, dataset) < 0.5
@@ -130,8 +133,21 @@ def test_anchors_match_long_objects() -> None:
 
 
 def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
-    assert chosen(squares(3, 3))["matching.low_quality_matches"] is True
-    assert "matching.low_quality_matches" not in chosen(squares(100, 3))
+    found = chosen(squares(3, 3), recipe="paper_quick")
+    assert found["matching.low_quality_matches"] is True
+    assert "matching.low_quality_matches" not in chosen(squares(100, 3), recipe="paper_quick")
+
+
+def test_without_a_gpu_the_network_is_small() -> None:
+    found = chosen(squares(100, 3))
+    assert found == {"model.backbone": "mobilenet_v2", "model.channels": 64, "model.head_depth": 2}
+    stated = chosen(squares(100, 3), "model.backbone_weights=file.safetensors", "model.channels=32")
+    assert stated == {"model.head_depth": 2}
+    assert "model.backbone" not in chosen(squares(100, 3), on_gpu=True)
+
+
+def test_an_assignment_without_a_threshold_needs_no_other_anchors() -> None:
+    assert not {"anchors.sizes", "matching.low_quality_matches"} & set(chosen(squares(3, 3)))
 
 
 def test_detections_are_half_more_than_the_densest_image_has() -> None:
@@ -214,9 +230,13 @@ def test_a_large_validation_split_is_validated_less_often() -> None:
 )
 def test_what_the_user_states_is_kept(setting: str) -> None:
     dataset = squares(6, 200, images=3)
-    assert {"model.p2", "matching.low_quality_matches"} <= chosen(dataset).keys()
-    found = chosen(dataset, setting)
-    assert setting.partition("=")[0] not in found
+    name = setting.partition("=")[0]
+    recipe = "quick" if name.startswith("model.") else "paper_quick"
+    assert {"model.p2", "matching.low_quality_matches"} <= chosen(
+        dataset, recipe="paper_quick"
+    ).keys()
+    found = chosen(dataset, setting, recipe=recipe)
+    assert name not in found
     assert found  # the rest is still chosen
 
 

@@ -127,7 +127,12 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
 
 
 def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
-    """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
+    """Share of a (sampled) data set's objects that some anchor matches; 1 without objects.
+
+    Assignments other than ``iou`` have no threshold: every object has an anchor.
+    """
+    if recipe.matching.assignment != "iou":
+        return 1.0
     return anchor_recall(
         {"train": sample_with_objects(dataset)},
         anchors or recipe_anchors(recipe),

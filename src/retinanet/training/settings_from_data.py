@@ -88,6 +88,7 @@ LENGTH_SETTINGS = ("train.steps", "train.epochs")
 
 CHOSEN_SETTINGS = (
     *LENGTH_SETTINGS,
+    *("model.backbone", "model.channels", "model.head_depth"),
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
     "data.rotate90",
@@ -136,7 +137,10 @@ def choose_settings(
     if not recipe.states("data.tile"):
         choices += _tile(recipe, _Labels.of(train, train), context)
     data = _Labels.of(tiles_to_train(train, recipe.choose(values(choices))), train)
-    choosers: tuple[_Chooser, ...] = (_size, _anchors, _detections, _flip, _balance, _validations)
+    choosers: tuple[_Chooser, ...] = (
+        *(_network, _size, _anchors),
+        *(_detections, _flip, _balance, _validations),
+    )
     for choose in choosers:
         current = recipe.choose(values(choices))
         choices += [
@@ -241,6 +245,16 @@ class _Labels:
 
 
 _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
+
+
+def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
+    """Choose a small network where there is no GPU."""
+    if context.on_gpu:
+        return
+    if not any(map(recipe.states, ("model.backbone", "model.backbone_weights"))):
+        yield Choice("model.backbone", "mobilenet_v2", "no GPU: under a tenth of ResNet-50's work")
+    yield Choice("model.channels", 64, "no GPU: heads that take no longer than the backbone")
+    yield Choice("model.head_depth", 2, "likewise")
 
 
 def _max_side(data: _Labels) -> int:

@@ -71,6 +71,7 @@ MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
 
 _SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
+_TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
 
 
@@ -237,7 +238,7 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed,
+        elapsed + _seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
         max_side=max_image_size(train_set),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -251,6 +252,11 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes
+
+
+def _seconds_to_tune(recipe: Recipe, validation: float) -> float:
+    """Estimate the seconds that the choice of post-processing takes, from those of a validation."""
+    return _TUNING_VALIDATIONS * validation if recipe.train.tune_detection else 0.0
 
 
 def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
@@ -422,6 +428,8 @@ class Trainer:
                         pacer.add_validation(progress.validation_seconds)
                 interrupted = stop.is_set() or self._stops(stop_requested())
                 ends = progress.finished or interrupted
+                if progress.finished:
+                    self._tune()
                 if progress.step % settings.save_every == 0 or ends:
                     self.flush()
                     self.save()
@@ -522,7 +530,9 @@ class Trainer:
         if limit is None:
             return None
         begun = time.monotonic() - progress.seconds if self._resumed else started
-        return Pacer(begun + seconds_to_train(limit), period, progress.validation_seconds)
+        validation = progress.validation_seconds
+        tuning = _seconds_to_tune(self.task.settings.recipe, validation)
+        return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:
         """Change the number of steps in all to what the time limit allows."""
@@ -576,8 +586,29 @@ class Trainer:
             write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             replace_folder(
                 self.run.best,
-                lambda draft: self.task.write_checkpoint(draft, self._eval_model(), progress.step),
+                lambda draft: self.task.write_checkpoint(
+                    draft, self._eval_model(), progress.step, metrics
+                ),
             )
+
+    def _tune(self) -> None:
+        """Choose the post-processing of the best weights on the val split (tune_detection)."""
+        enabled = self._settings.tune_detection and self._is_main and self.run.best.is_dir()
+        has_objects = self.progress.best_ap >= 0  # in val
+        if not enabled or not has_objects or self.val is None:
+            return
+        started = time.perf_counter()
+        tuning = self.task.tune(self.run.best, self.val)
+        if tuning is not None:
+            before = Metrics.from_dict(json.loads(self.run.metrics.read_text("utf-8")))
+            losses = ("loss", "loss_classification", "loss_box", "images_per_second")
+            kept = {name: getattr(before, name) for name in losses}
+            metrics = replace(tuning.after, **kept)
+            write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
+            self.progress.best_ap = metrics.ap
+            self.progress.best_metrics |= {"ap": metrics.ap, "ap50": metrics.ap50}
+            self._emit("message", message=f"post-processing from val: {tuning.describe()}")
+        self.progress.seconds += time.perf_counter() - started
 
     def _stop_early_if_due(self, metrics: Metrics) -> None:
         progress, settings = self.progress, self._settings
