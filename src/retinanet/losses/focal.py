@@ -645,7 +645,8 @@ def _alpha_pair(alpha: Alpha, logits: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"alpha must lie in [0, 1] (None: no weights), got {weight.reshape(-1)[outside][0]}"
             )
-    if isinstance(alpha, float | int):  # filled on the device: a copy to a GPU would sync
+    # A tuple of types: torch 2.7 cannot compile a union.
+    if isinstance(alpha, (float, int)):  # filled on the device: a copy to a GPU would sync
         weight = torch.full((), alpha, dtype=kind, device=device)
     elif not isinstance(alpha, Tensor) and device.type != "cpu":
         weight = _on_device(tuple(alpha), kind, device)
