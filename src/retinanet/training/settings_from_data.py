@@ -316,7 +316,7 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
 def _anchors(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
     """Choose the anchors nearest to the recipe's that match nearly all objects."""
     ratios = recipe.anchors.aspect_ratios
-    if getattr(recipe.matching, "assignment", "iou") != "iou":
+    if recipe.matching.assignment != "iou":
         extreme = np.mean(_distance(data.ratio, ratios) > math.log(_EXTREME_RATIO))
         if extreme > 1 - TARGET_RECALL:
             reason = f"{extreme:.0%} of the objects are over {_EXTREME_RATIO:g}:1"
