@@ -103,6 +103,23 @@ def clip_boxes(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), upper)
 
 
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Compute the IoU of boxes.
+
+    Args:
+        first, second: (..., 4) pixels; shapes broadcast.
+
+    Returns:
+        (...) in [0, 1]; 0 where both are empty.
+    """
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
+        first[..., :2], second[..., :2]
+    )
+    overlap = sides.clamp(min=0).prod(dim=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (first, second)]
+    return overlap / (areas[0] + areas[1] - overlap).clamp(min=1e-9)
+
+
 def _centre_form(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x1, y1, x2, y2 = boxes.unbind(-1)
     width, height = x2 - x1, y2 - y1

@@ -116,7 +116,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
-    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
+    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, "timm/NAME" or "module:NAME"
     backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
@@ -446,13 +446,15 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
-def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_file: str | Path = "quick", overrides: Iterable[str | tuple[str, Any]] = ()
+) -> Recipe:
     """Load a recipe by name or from a TOML file, and override settings.
 
     Args:
         name_or_file: one of :func:`recipe_names`, or the path of a TOML file.
         overrides: such as ``train.lr=0.005`` or ``data.multi_scale=[400, 500]``; values are TOML,
-            and a value that is not TOML is taken as text.
+            and a value that is not TOML is taken as text. Or pairs of a setting and its value.
 
     Raises:
         ConfigError: there is no such recipe or setting (the nearest name is given), or a value is
@@ -461,16 +463,11 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
     values, where = _read_recipe(str(name_or_file))
     named = set()
     for override in overrides:
-        key, given, text = override.partition("=")
-        key = key.strip()
-        if not given:
-            raise ConfigError(
-                f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
-            )
+        key, value = _split_override(override) if isinstance(override, str) else override
         if key == "train.steps":
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
-        _override(values, key, _parse_value(text.strip()))
+        _override(values, key, value)
     lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
     if len(lengths) > 1:
         raise ConfigError(
@@ -478,6 +475,40 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
         )
     recipe = build_recipe(values, where)
     return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
+
+
+def keyword_settings(
+    name_or_file: str | Path, keywords: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Return the settings that keywords mean, such as ``lr`` for ``train.lr``.
+
+    ``epochs`` is exact: the limits of the recipe, which are for lengths that it computes itself, do
+    not apply. ``image_size`` alone keeps the ratio of the longer side's limit to it.
+
+    Args:
+        name_or_file: the recipe, as in :func:`load_recipe`.
+        keywords: by the last part of a setting's name; paths, and classes such as an own backbone,
+            which become import paths, are accepted as values.
+
+    Raises:
+        ConfigError: an unknown keyword; the setting that is nearest, or that another tool calls so,
+            is named.
+    """
+    own = {setting.split(".")[1]: setting for setting in setting_names()}
+    pairs: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name not in own:
+            meant = setting_of(name)
+            hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
+            raise ConfigError(f"unknown keyword {name!r}{hint}")
+        pairs[own[name]] = _plain(value)
+    if pairs.get("train.epochs") is not None:
+        pairs = {"train.min_steps": 1, "train.max_steps": 10**9, **pairs}
+    if "data.image_size" in pairs and "data.max_size" not in pairs:
+        sides = load_recipe(name_or_file).data
+        longest = pairs["data.image_size"] * sides.max_size / sides.image_size
+        pairs["data.max_size"] = round(longest)
+    return list(pairs.items())
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -516,11 +547,20 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
         ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
     """
     values = {} if spec is None else spec.model_dump()
-    texts = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    given = {name: _plain(value) for name, value in settings.items()}
     try:
-        return ModelSpec.model_validate(values | settings | texts)
+        return ModelSpec.model_validate(values | given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a path, or a class by its import path, as text; other values unchanged."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -603,6 +643,13 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text), f"recipe {name}"
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, given, value = text.partition("=")
+    if not given:
+        raise ConfigError(f"{text!r} is not a setting: write key=value, as in train.lr=0.005")
+    return key.strip(), _parse_value(value.strip())
 
 
 def _parse_value(text: str) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
 
 from retinanet.boxes import clip_boxes, decode_boxes
 from retinanet.config import DetectConfig
@@ -142,6 +141,8 @@ def suppress(
             max_count=max_count,
         )
         return order[kept]
+    from torchvision.ops import batched_nms, nms  # slow to import
+
     groups = images * num_classes + labels
     if on_cpu or boxes.device.type == "mps":  # which has no float64
         # The work of NMS grows with the square of the number of boxes: group by group is best.

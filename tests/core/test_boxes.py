@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision import ops
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
-from retinanet.boxes import MAX_LOG_SCALE, clip_boxes, decode_boxes, encode_boxes
+from retinanet.boxes import MAX_LOG_SCALE, box_iou, clip_boxes, decode_boxes, encode_boxes
 
 
 def random_boxes(count: int, generator: torch.Generator, side: float = 400.0) -> Tensor:
@@ -110,3 +111,11 @@ def test_clip_refuses_wrong_shapes() -> None:
         clip_boxes(torch.zeros(2, 3), (3, 4))
     with pytest.raises(ValueError, match=r"sizes are \(\.\.\., 2\) height and width, got \(3,\)"):
         clip_boxes(torch.zeros(2, 4), torch.tensor([1, 2, 3]))
+
+
+def test_iou_equals_torchvision_and_is_0_for_empty_boxes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    first, second = random_boxes(40, generator), random_boxes(30, generator)
+    assert torch.equal(box_iou(first[:, None], second), ops.box_iou(first, second))
+    point = torch.tensor([3.0, 3.0, 3.0, 3.0])
+    assert box_iou(point, point) == 0

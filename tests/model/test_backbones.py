@@ -58,13 +58,41 @@ def test_weights_are_torchvisions_without_the_classifier(name: str) -> None:
     assert {k: v.shape for k, v in ours.items()} == body
 
 
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_modules_are_torchvisions(name: str) -> None:
+    with torch.device("meta"):
+        ours = build_backbone(name, norm="trained")
+        theirs = torchvision.models.get_model(name, weights=None)
+    # The printed form has each setting of a module: stride, padding, groups, ...
+    printed = {n: repr(m) for n, m in theirs.named_modules() if not list(m.children())}
+    unused = ("fc", "avgpool", "classifier.0", "classifier.1")
+    assert {n: repr(m) for n, m in ours.named_modules() if not list(m.children())} == {
+        n: text for n, text in printed.items() if n not in unused
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("norm", ["trained", "group"])
+def test_seed_gives_torchvisions_weights_and_next_number(name: str, norm: str) -> None:
+    layer = group_norm if norm == "group" else nn.BatchNorm2d
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, weights=None, norm_layer=layer, num_classes=1)
+    expected, next_number = theirs.state_dict(), torch.rand(1)
+    torch.manual_seed(0)
+    ours = build_backbone(name, norm=norm).state_dict()
+    assert torch.equal(torch.rand(1), next_number)
+    assert list(ours) == [k for k in expected if not k.startswith(("fc.", "classifier."))]
+    assert all(torch.equal(value, expected[key]) for key, value in ours.items())
+
+
 # Parts of torchvision's network up to the last that gives stride 4, 8, 16 and 32.
 @pytest.mark.parametrize(
-    ("name", "ends"), [("resnet18", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))]
+    ("name", "ends"),
+    [("resnet18", (5, 6, 7, 8)), ("resnet50", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))],
 )
 def test_the_maps_are_torchvisions_last_of_each_stride(name: str, ends: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    backbone = build_backbone(name).eval()
+    backbone = build_backbone(name, norm="trained").eval()
     theirs = torchvision.models.get_model(name, weights=None).eval()
     theirs.load_state_dict(backbone.state_dict(), strict=False)
     parts = theirs.features if name == "mobilenet_v2" else nn.Sequential(*theirs.children())

@@ -21,7 +21,6 @@ from retinanet.errors import WeightsError
 from retinanet.model import load_checkpoint
 from retinanet.model.retinanet import RetinaNet
 from retinanet.model.torchvision_weights import (
-    TORCHVISION_MODELS,
     V1,
     V2,
     from_torchvision,
@@ -241,7 +240,7 @@ def test_own_file_of_torchvisions_is_the_same_network(
     # The published file of v1 has no epsilon; it is known by its hash, whatever its name.
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     entry = SimpleNamespace(url=f"https://host/retinanet-{digest}.pth", meta=WEIGHTS[name].meta)
-    monkeypatch.setitem(TORCHVISION_MODELS, name, (entry, TORCHVISION_MODELS[name][1]))
+    monkeypatch.setattr("retinanet.model.foreign_weights.weights_entry", lambda name: entry)
     assert load_checkpoint(file).model.spec.norm_eps == (0 if name == V1 else 1e-5)
 
 

@@ -224,14 +224,11 @@ class RecipeOptions:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        from retinanet.config import load_recipe
+        from retinanet.config import keyword_settings, load_recipe
 
         values = {key: value for key, value in (overrides or {}).items() if value is not None}
         if self.image_size is not None:
-            sides = load_recipe(self.recipe).data
-            # The limit of the longer side keeps its ratio to the shorter one.
-            longest = round(self.image_size * sides.max_size / sides.image_size)
-            values |= {"data.image_size": self.image_size, "data.max_size": longest}
+            values |= keyword_settings(self.recipe, {"image_size": self.image_size})
         options = [f"{key}={value}" for key, value in values.items()]
         return load_recipe(self.recipe, [*options, *(self.settings or [])])
 

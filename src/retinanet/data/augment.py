@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retinanet.config import DataConfig
 from retinanet.data.image_files import network_size
-from retinanet.data.images import resize_pixels
+from retinanet.data.images import filled_row, resize_pixels
 from retinanet.data.memory import import_function
 from retinanet.data.transforms import (
     Labelled,
@@ -147,9 +147,8 @@ def _mosaic(
         min(max(1, round(share * side)), side - 1)
         for share, side in zip(mix.centre, (height, width), strict=True)
     )
-    canvas = torch.empty(height, width, 3, dtype=torch.uint8)
-    canvas[:] = torch.tensor([round(value) for value in transform.fill])
-    image = canvas.permute(2, 0, 1)
+    image = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+    image[:] = filled_row(transform.fill, width)
     all_boxes, all_labels = [], []
     parts = product(((0, middle_y), (middle_y, height)), ((0, middle_x), (middle_x, width)))
     for i, ((top, bottom), (left, right)) in enumerate(parts):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-from torchvision.ops import box_iou
 
+from retinanet.boxes import box_iou
 from retinanet.data.image_files import network_size
 from retinanet.data.images import resize_to
 from retinanet.structures import IGNORED
@@ -38,6 +38,8 @@ _CROP_TRIALS = 50
 _ERASED_AREA = (0.02, 0.4)  # Zhong et al. 2020, Algorithm 1: s_l and s_h
 _ERASED_RATIO = (0.3, 1 / 0.3)  # r_1 and r_2
 _ERASE_TRIALS = 100
+
+_BAND = 64  # rows that are mapped at a time
 
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 """NTSC's luma and chroma of RGB (SMPTE 170M): grey has no chroma."""
@@ -210,14 +212,23 @@ def _sample(
     (a, b), (c, d) = torch.linalg.inv(matrix).tolist()
     x = torch.arange(width) + (0.5 - moved[0].item())
     y = torch.arange(height)[:, None] + (0.5 - moved[1].item())
-    # grid_sample has -1 and 1 at the edges of the image.
-    grid = torch.empty(1, height, width, 2)
-    grid[0, :, :, 0] = (a * x + b * y + centre[0].item()) * (2 / width) - 1
-    grid[0, :, :, 1] = (c * x + d * y + centre[1].item()) * (2 / height) - 1
     colour = torch.tensor([round(value) for value in fill])[:, None, None]
     # What is outside counts as 0: the difference from the fill.
-    sampled = grid_sample((image - colour.float())[None], grid, align_corners=False)[0]
-    return (sampled + colour).round_().to(torch.uint8)
+    difference = (image - colour.float())[None]
+    mapped = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+    for top in range(0, height, _BAND):  # what is in the cache is computed faster
+        rows = y[top : top + _BAND]
+        # grid_sample has -1 and 1 at the edges of the image.
+        grid = torch.stack(
+            [
+                (a * x + b * rows + centre[0].item()) * (2 / width) - 1,
+                (c * x + d * rows + centre[1].item()) * (2 / height) - 1,
+            ],
+            dim=-1,
+        )
+        band = grid_sample(difference, grid[None], align_corners=False)[0]
+        mapped[:, top : top + _BAND] = band.add_(colour).round_()
+    return mapped
 
 
 def scale_boxes(boxes: Tensor, scale_y: float, scale_x: float) -> Tensor:
@@ -362,7 +373,7 @@ def _iou_crop(image: Tensor, boxes: Tensor, labels: Tensor, draw: random.Random)
     objects, classes = boxes[is_object], labels[is_object]
     if not len(objects):
         return _cut(image, boxes, labels, windows[0]) if windows else (image, boxes, labels)
-    overlaps = box_iou(objects.new_tensor(windows).reshape(-1, 4), objects).amax(dim=1)
+    overlaps = box_iou(objects.new_tensor(windows).reshape(-1, 1, 4), objects).amax(dim=1)
     for window, overlap in zip(windows, overlaps.tolist(), strict=True):
         if overlap >= min_iou and (view_boxes(objects, classes, window)[1] != IGNORED).any():
             return _cut(image, boxes, labels, window)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retinanet.boxes import decode_boxes
+from retinanet.boxes import box_iou, decode_boxes
 from retinanet.config import LossSettings
 from retinanet.matching import match_anchors
 from retinanet.structures import (
@@ -183,14 +183,14 @@ def _assign(
     )
     boxes = torch.cat(list(anchors))[candidates.anchors]
     if not aligned:
-        iou = _iou(boxes, objects.boxes[:, :, None])
+        iou = box_iou(boxes, objects.boxes[:, :, None])
         threshold = iou.mean(dim=-1, keepdim=True) + iou.std(dim=-1, keepdim=True)
         positive = candidates.inside & (iou >= threshold)
         matches, _ = _resolve(candidates.anchors, positive, iou, rows)
         return matches, iou.new_zeros(matches.shape)
     image = torch.arange(images, device=boxes.device)[:, None, None]
     deltas = flatten_levels(outputs.deltas, 4)[image, candidates.anchors]
-    iou = _iou(decode_boxes(deltas, boxes), objects.boxes[:, :, None])
+    iou = box_iou(decode_boxes(deltas, boxes), objects.boxes[:, :, None])
     score = _own_logits(outputs.logits, candidates.anchors, objects.labels, num_classes).sigmoid()
     alignment = (score * iou**settings.task_beta).masked_fill(~candidates.inside, -1)
     count = min(settings.task_topk, alignment.shape[-1])
@@ -333,18 +333,8 @@ def _predicted_iou(outputs: Outputs, anchors: Tensor, targets: Targets, matches:
     if is_readable(matches):
         image, row = (matches >= 0).nonzero(as_tuple=True)
         boxes = targets.boxes[image, matches[image, row]]
-        scores[image, row] = _iou(decode_boxes(deltas[image, row], anchors[row]), boxes).float()
+        scores[image, row] = box_iou(decode_boxes(deltas[image, row], anchors[row]), boxes).float()
         return scores
     objects = matches.clamp(min=0)[..., None].expand(-1, -1, 4)
-    iou = _iou(decode_boxes(deltas, anchors), targets.boxes.gather(1, objects))
+    iou = box_iou(decode_boxes(deltas, anchors), targets.boxes.gather(1, objects))
     return iou.float().where(matches >= 0, 0)
-
-
-def _iou(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the IoU of boxes (..., 4), which broadcast; 0 where both are empty."""
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
-        first[..., :2], second[..., :2]
-    )
-    overlap = sides.clamp(min=0).prod(dim=-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (first, second)]
-    return overlap / (areas[0] + areas[1] - overlap).clamp(min=1e-9)

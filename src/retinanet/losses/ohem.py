@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from torchvision.ops import nms
 
 from retinanet.structures import IGNORED
 
@@ -155,6 +154,8 @@ def _minibatch(
 
 def _survivors(boxes: Tensor, kept: Tensor, following: Tensor, threshold: float) -> Tensor:
     """Continue NMS with the indices that follow; those kept before come first and stay."""
+    from torchvision.ops import nms  # slow to import
+
     indices = torch.cat((kept, following))
     ranks = torch.arange(len(indices), 0, -1, device=boxes.device).to(boxes.dtype)
     return indices[nms(boxes[indices], ranks, threshold)]

@@ -1,11 +1,13 @@
 """Backbones: images to feature maps C2..C5, and their ImageNet weights.
 
-Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet). The networks are torchvision's or, with an
-extra, timm's. C2..C5 are the last feature maps at strides 4, 8, 16 and 32.
+Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet). The networks are torchvision's
+(:mod:`retinanet.model.blocks`) or, with an extra, timm's. C2..C5 are the last feature maps at
+strides 4, 8, 16 and 32.
 """
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 import sys
@@ -16,14 +18,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import Bottleneck
 
 from retinanet.config import check_choice, nearest
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.model.blocks import (
+    BasicBlock,
+    Bottleneck,
+    InvertedResidual,
+    NormLayer,
+    ResNeXt32x8d,
+    conv_relu6,
+    init_weights,
+    residual_stage,
+)
 from retinanet.model.weight_files import read_tensors
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -79,16 +89,35 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """torchvision's ResNet or ResNeXt without its classifier; the names of its weights are kept."""
+    """ResNet or ResNeXt without its classifier (He et al. 2016, Table 1)."""
 
-    def __init__(self, name: str, norm_layer: Callable[[int], nn.Module]) -> None:
+    blocks: Mapping[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+        "resnet18": (BasicBlock, (2, 2, 2, 2)),
+        "resnet34": (BasicBlock, (3, 4, 6, 3)),
+        "resnet50": (Bottleneck, (3, 4, 6, 3)),
+        "resnet101": (Bottleneck, (3, 4, 23, 3)),
+        "resnet152": (Bottleneck, (3, 8, 36, 3)),
+        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3)),
+    }
+    """Type of the blocks, and their number in the stages of C2 to C5."""
+
+    def __init__(self, name: str, norm_layer: NormLayer) -> None:
         super().__init__()
-        net = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer, num_classes=1)
-        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
-        self.layer1, self.layer2 = net.layer1, net.layer2
-        self.layer3, self.layer4 = net.layer3, net.layer4
-        widest = net.fc.in_features
-        self.channels = (widest // 8, widest // 4, widest // 2, widest)
+        block, depths = self.blocks[name]
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        widths = (64, 128, 256, 512)
+        two, three, four, five = (block.expansion * width for width in widths)
+        self.channels = (two, three, four, five)
+        stage = partial(residual_stage, block, norm_layer=norm_layer)
+        self.layer1 = stage(depths[0], 64, widths[0], 1)
+        self.layer2 = stage(depths[1], two, widths[1], 2)
+        self.layer3 = stage(depths[2], three, widths[2], 2)
+        self.layer4 = stage(depths[3], four, widths[3], 2)
+        nn.Linear(five, 1)  # torchvision's classifier: the same random numbers follow
+        init_weights(self)
 
     def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each stage."""
@@ -97,15 +126,39 @@ class ResNet(Backbone):
 
 
 class MobileNetV2(Backbone):
-    """torchvision's MobileNetV2 without its classifier; C5 is its last, 1280-channel map."""
+    """MobileNetV2 without its classifier (Sandler et al. 2018, Table 2).
+
+    C5 is its last, 1280-channel map.
+    """
+
+    blocks = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+    """Expansion, output channels, number and first stride of consecutive blocks."""
 
     ends = (2, 4, 7, 14, 19)  # of the stem, C2, C3, C4, C5 in `features`
 
-    def __init__(self, name: str, norm_layer: Callable[[int], nn.Module]) -> None:
+    def __init__(self, name: str, norm_layer: NormLayer) -> None:
         super().__init__()
-        net = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer, num_classes=1)
-        self.features = net.features
+        channels = 32
+        features: list[nn.Module] = [conv_relu6(3, channels, 3, norm_layer, stride=2)]
+        for expansion, out_channels, count, first_stride in self.blocks:
+            for i in range(count):
+                stride = first_stride if i == 0 else 1
+                features.append(
+                    InvertedResidual(channels, out_channels, stride, expansion, norm_layer)
+                )
+                channels = out_channels
+        features.append(conv_relu6(channels, 1280, 1, norm_layer))
+        self.features = nn.Sequential(*features)
         self.channels = (24, 32, 96, 1280)
+        init_weights(self, nn.Linear(1280, 1))  # with torchvision's classifier, as in ResNet
 
     def stage_modules(self) -> list[list[nn.Module]]:
         """Return the modules of each stage."""
@@ -115,7 +168,7 @@ class MobileNetV2(Backbone):
 class Timm(Backbone):
     """A timm network that returns feature maps at strides 8, 16 and 32."""
 
-    def __init__(self, name: str, norm_layer: Callable[[int], nn.Module] | None) -> None:
+    def __init__(self, name: str, norm_layer: NormLayer | None) -> None:
         super().__init__()
         timm = _import_timm()
         short = name.removeprefix("timm/")
@@ -170,9 +223,102 @@ class Timm(Backbone):
         return [parameters[start:end] for start, end in pairwise(bounds)]
 
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
-BACKBONES: dict[str, Callable[[str, Callable[[int], nn.Module]], Backbone]] = {
-    **dict.fromkeys(RESNETS, ResNet),
+class OwnBackbone(Backbone):
+    """A network of the user, whose feature maps are selected by their strides.
+
+    Args:
+        net: a module with ``channels`` and ``strides``, a number per feature map (or timm's
+            ``feature_info``), whose forward returns the maps as a list, a tuple or a dict.
+        name: for messages.
+
+    Raises:
+        ConfigError: the module does not state channels and strides, or lacks stride 8, 16 or 32.
+    """
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        info = getattr(net, "feature_info", None)
+        strides = getattr(net, "strides", None) if info is None else info.reduction()
+        widths = getattr(net, "channels", None) if info is None else info.channels()
+        if strides is None or widths is None or len(strides) != len(widths):
+            raise ConfigError(
+                f"backbone {name!r} states strides {strides} and channels {widths}; give it "
+                "attributes strides and channels, with a number per feature map"
+            )
+        last = {int(stride): index for index, stride in enumerate(strides)}
+        if missing := [stride for stride in (8, 16, 32) if stride not in last]:
+            raise ConfigError(
+                f"backbone {name!r} has feature maps at strides {sorted(last)}; "
+                f"{missing} are needed"
+            )
+        self.net = net
+        self.count = len(strides)
+        self.indices = [last.get(stride, -1) for stride in (4, 8, 16, 32)]
+        two, three, four, five = (int(widths[i]) if i >= 0 else 0 for i in self.indices)
+        self.channels = (two, three, four, five)
+
+    def forward(self, images: Tensor) -> Maps:
+        """Map images to C2..C5."""
+        maps = self.net(images)
+        maps = list(maps.values()) if isinstance(maps, Mapping) else maps
+        if len(maps) != self.count:
+            raise ValueError(f"the backbone returned {len(maps)} maps for {self.count} strides")
+        two, three, four, five = self.indices
+        return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+
+    def stage_parameters(self) -> list[list[nn.Parameter]]:
+        """Raise ConfigError: the stages of the module are unknown."""
+        raise ConfigError(
+            "the stages of an own backbone are unknown: set frozen_stages=0 and freeze its "
+            "parameters (requires_grad_(False)) in its constructor"
+        )
+
+
+def is_own(name: str) -> bool:
+    """Return True for the import path of an own backbone, ``module:NAME``."""
+    return ":" in name and not name.startswith("timm/")
+
+
+def import_own(name: str) -> None:
+    """Import the module of an own backbone; do nothing for other backbones.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    if is_own(name):
+        try:
+            importlib.import_module(name.partition(":")[0])
+        except ImportError as error:
+            raise ConfigError(f"backbone {name!r} cannot be imported: {error}") from None
+
+
+def _build_own(name: str) -> Backbone:
+    """Build the class of an import path; nothing is imported, so loading a checkpoint is safe.
+
+    Raises:
+        ConfigError: its module is not imported, or has no such class of ``torch.nn.Module``.
+    """
+    module, _, path = name.partition(":")
+    if module not in sys.modules:
+        raise ConfigError(
+            f"backbone {name!r}: the module {module} is not imported; import it before (loading a "
+            "checkpoint imports nothing)"
+        )
+    builder: Any = sys.modules[module]
+    for part in path.split("."):
+        builder = getattr(builder, part, None)
+    # Nothing else is called: the text of a checkpoint must not run a function of any module.
+    if not (isinstance(builder, type) and issubclass(builder, nn.Module)):
+        raise ConfigError(
+            f"backbone {name!r}: {module} has no class {path} of torch.nn.Module; define it at the "
+            "top level of a module, so that a checkpoint can name it"
+        )
+    net = builder()
+    return net if isinstance(net, Backbone) else OwnBackbone(net, name)
+
+
+BACKBONES: dict[str, Callable[[str, NormLayer], Backbone]] = {
+    **dict.fromkeys(ResNet.blocks, ResNet),
     "mobilenet_v2": MobileNetV2,
 }
 
@@ -189,7 +335,9 @@ def build_backbone(
     """Build a backbone with random weights.
 
     Args:
-        name: a name in ``BACKBONES``, or ``timm/NAME``.
+        name: a name in ``BACKBONES``, ``timm/NAME``, or ``module:NAME`` of an imported module: a
+            class of ``torch.nn.Module`` without arguments (:class:`OwnBackbone`). Its norms,
+            padding and weights are its own: the other arguments do not apply.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
             usual; "group": group norm instead (Wu and He 2018).
         frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
@@ -208,6 +356,11 @@ def build_backbone(
     if not 0 <= frozen_stages <= 5:
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
+    if is_own(name):
+        backbone = _build_own(name)
+        if frozen_stages:
+            backbone.stage_parameters()
+        return backbone.train()
     if name.startswith("timm/"):
         backbone = Timm(name, group_norm if norm == "group" else None)
     elif name in BACKBONES:
@@ -217,7 +370,9 @@ def build_backbone(
     else:
         known = ", ".join(BACKBONES)
         hint = nearest(name, BACKBONES)
-        raise ConfigError(f"there is no backbone {name!r}: choose {known} or timm/NAME{hint}")
+        raise ConfigError(
+            f"there is no backbone {name!r}: choose {known}, timm/NAME or module:NAME{hint}"
+        )
     if stride_in_1x1:
         blocks = [module for module in backbone.modules() if isinstance(module, Bottleneck)]
         if not blocks:
@@ -338,7 +493,7 @@ def _replace_convolutions(backbone: nn.Module, *, same_padding: bool) -> None:
                 setattr(module, name, nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)))
 
 
-def _replace_batch_norm(net: nn.Module, norm_layer: Callable[[int], nn.Module]) -> None:
+def _replace_batch_norm(net: nn.Module, norm_layer: NormLayer) -> None:
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _BatchNorm):
@@ -394,6 +549,8 @@ _ENTRY = re.compile(r"(?:(?P<kind>\w+_Weights)\.)?(?P<entry>[A-Z][A-Z0-9]*(?:_[A
 
 def _find_entry(name: str, entry: str) -> Any:
     """Return a torchvision weights entry of a backbone by name."""
+    import torchvision  # slow: it imports torch's compiler
+
     entries = list(torchvision.models.get_model_weights(name)) if name in BACKBONES else []
     known = {known for item in entries for known in (item.name, str(item))}
     check_choice(f"weights of {name}", entry, sorted(known) or ["default", "none", "a file"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from retinanet.config import ModelSpec, explain, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
-from retinanet.model.backbone import check_state
+from retinanet.model.backbone import check_state, is_own
 from retinanet.model.foreign_weights import SUFFIXES, load_foreign
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
@@ -189,7 +189,7 @@ def _read(folder: Path) -> Checkpoint:
     try:
         # Built without memory, so that a text that asks for too much is rejected first. (timm
         # computes tables while it builds a network, which need memory.)
-        on_meta = not text.spec.backbone.startswith("timm/")
+        on_meta = not text.spec.backbone.startswith("timm/") and not is_own(text.spec.backbone)
         with torch.device("meta" if on_meta else "cpu"):
             model = RetinaNet(len(text.classes), text.spec)
     except MissingExtraError:

@@ -33,6 +33,7 @@ from retinanet.model.torchvision_weights import (
     Loaded,
     keep_classes,
     our_name,
+    weights_entry,
 )
 from retinanet.model.weight_files import TensorFile, read_tensors
 
@@ -194,7 +195,7 @@ def _network(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
 
 def _is_published(file: Path, name: str) -> bool:
     """Compare the file's hash with that in the name of torchvision's published file."""
-    prefix = Path(TORCHVISION_MODELS[name][0].url).stem.rpartition("-")[2]
+    prefix = Path(weights_entry(name).url).stem.rpartition("-")[2]
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest().startswith(prefix)
 
@@ -253,7 +254,7 @@ def _classes(
     library: str, content: TensorFile, num_classes: int
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return names and ids of the classes that are kept."""
-    names = TORCHVISION_MODELS[V2][0].meta["categories"]
+    names = weights_entry(V2).meta["categories"]
     coco = {i: name for i, name in enumerate(names) if name not in ("__background__", "N/A")}
     if num_classes == (len(names) if library == "torchvision" else len(coco)):
         return tuple(coco.values()), tuple(coco)

@@ -36,6 +36,8 @@ class Head(nn.Module):
             middle = [] if norm == "none" else [group_norm(channels)]
             self.tower.append(nn.Sequential(conv, *middle, nn.ReLU(inplace=True)))
         self.last = nn.Conv2d(channels, outputs, 3, padding=1)
+        if self.last.weight.is_meta:  # torch would import its compiler for random numbers
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

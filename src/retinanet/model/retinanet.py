@@ -28,6 +28,8 @@ from retinanet.model.backbone import (
     IMAGENET_STD,
     build_backbone,
     find_weights,
+    import_own,
+    is_own,
     load_backbone,
 )
 from retinanet.model.fpn import FeaturePyramid
@@ -146,7 +148,7 @@ class RetinaNet(nn.Module):
             )
         # In float32 whatever the weights are: bfloat16 has 8 bits, and the difference needs more.
         pixels = (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
-        maps = self.backbone(pixels.to(self.class_head.last.weight.dtype))
+        maps = self.backbone(pixels.to(next(self.pyramid.parameters()).dtype))
         levels = self.pyramid(maps if self.p2 else maps[1:])
         return Outputs(
             tuple(self.class_head(level) for level in levels),
@@ -229,11 +231,13 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
-            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or
-            timm/NAME), ``backbone_weights`` ("default": ImageNet, downloaded once; "none"; or a
-            file), ``norm`` of the backbone ("frozen" or "trained" batch norm, or "group" norm for
-            training from scratch), ``p2`` (a level at stride 4 for small objects; not in the
-            paper), and ``sizes`` (square root of the anchors' area in pixels, per level).
+            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
+            timm/NAME; or a class of your own, or its import path ``module:NAME``:
+            :class:`retinanet.model.backbone.OwnBackbone`), ``backbone_weights`` ("default":
+            ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
+            "trained" batch norm, or "group" norm for training from scratch), ``p2`` (a level at
+            stride 4 for small objects; not in the paper), and ``sizes`` (square root of the
+            anchors' area in pixels, per level).
 
     Raises:
         ConfigError: a setting is unknown, out of range or contradicts another.
@@ -242,6 +246,14 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
     """
     spec = build_model_spec(spec, **settings)
     start = spec.backbone_weights
+    if is_own(spec.backbone):
+        if start not in ("default", "none"):
+            raise ConfigError(
+                f"backbone_weights {start!r} with the own backbone {spec.backbone!r}: load them in "
+                "its constructor"
+            )
+        import_own(spec.backbone)
+        return to_channels_last(RetinaNet(num_classes, spec, frozen_stages=0))
     if spec.norm == "group" and start == "default":
         raise ConfigError(
             'norm "group" trains from scratch, but backbone_weights is "default" (ImageNet, with '

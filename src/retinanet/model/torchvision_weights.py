@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.models import detection
 
 from retinanet.errors import WeightsError
 from retinanet.model.backbone import check_state, fetch_state
@@ -23,20 +22,21 @@ from retinanet.model.retinanet import RetinaNet
 
 V1 = "torchvision/retinanet_resnet50_fpn"
 V2 = "torchvision/retinanet_resnet50_fpn_v2"
-TORCHVISION_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+TORCHVISION_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     V1: (
-        detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+        "RetinaNet_ResNet50_FPN_Weights.COCO_V1",
         {"p6_from": "p5", "head_norm": "none", "norm_eps": 0.0},
     ),
     V2: (
-        detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
+        "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1",
         {"p6_from": "c5", "head_norm": "group", "norm_eps": 1e-5},
     ),
 }
+"""Name of torchvision's weights entry, and settings that differ from this package's."""
 SHORT_NAMES = {
     "coco": V2,
     "COCO_V1": V2,
-    **{str(entry): name for name, (entry, _) in TORCHVISION_MODELS.items()},
+    **{entry: name for name, (entry, _) in TORCHVISION_MODELS.items()},
 }
 """Other names: short, and torchvision's of its entries (``RetinaNet_.._V2_Weights.COCO_V1``)."""
 
@@ -68,6 +68,13 @@ def published_name(name: str | Path) -> str | None:
     return SHORT_NAMES.get(text, text if text.startswith("torchvision/") else None)
 
 
+def weights_entry(name: str) -> Any:
+    """Return torchvision's weights entry of a key of ``TORCHVISION_MODELS``."""
+    import torchvision  # slow: it imports torch's compiler
+
+    return torchvision.models.get_weight(TORCHVISION_MODELS[name][0])
+
+
 def fetch_torchvision(name: str) -> Loaded:
     """Download torchvision's COCO model with the 80 classes in use of COCO's 91 ids.
 
@@ -78,7 +85,7 @@ def fetch_torchvision(name: str) -> Loaded:
     """
     if name not in TORCHVISION_MODELS:
         raise WeightsError(f"there is no {name}: choose {' or '.join(TORCHVISION_MODELS)}")
-    entry, _ = TORCHVISION_MODELS[name]
+    entry = weights_entry(name)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     state = fetch_state(
         entry,

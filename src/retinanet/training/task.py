@@ -23,6 +23,7 @@ from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate
 from retinanet.losses.detection import Losses
+from retinanet.model.backbone import import_own
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -171,6 +172,7 @@ class RetinaNetTask(TrainingTask):
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
+        import_own(self.settings.recipe.model.backbone)
         return load_checkpoint(folder).model
 
     def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:

@@ -33,7 +33,7 @@ from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data
-from retinanet.training.events import Event, EventCallback, Kind, ignore
+from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
@@ -84,7 +84,7 @@ class Run:
         metrics: metrics of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
-        interrupted: whether Ctrl-C or SIGTERM stopped it; the same call resumes it.
+        interrupted: whether Ctrl-C, SIGTERM or ``on_event`` stopped it; the same call resumes it.
         exit_code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
 
@@ -157,10 +157,7 @@ def run_task(
     started = time.monotonic() if started is None else started
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
-    def emit(kind: Kind, /, **data: Any) -> None:
-        if on_event is not None and accelerator.is_main_process:
-            on_event(Event(kind, data))
-
+    emit = Emitter(on_event if accelerator.is_main_process else None)
     splits = read_training_data(data, recipe, emit)
     workers = recipe.data.workers
     settings = TaskSettings(
@@ -191,7 +188,7 @@ def run_task(
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
         if pace is not None:
             trainer.progress.validation_seconds = pace.validation
-        exit_code = trainer.fit(started)
+        exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
 
 
@@ -381,14 +378,18 @@ class Trainer:
         self._loader.close()
         return median(seconds[_SLOW_STEPS:])
 
-    def fit(self, started: float) -> int:
-        """Train until the last step, early stopping or a signal.
+    def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
+        """Train until the last step, early stopping, a signal or a request.
 
         Args:
             started: when the command began, by :func:`time.monotonic`.
+            stop_requested: called after each step.
 
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
+
+        Raises:
+            ConfigError: a stop is requested in a run of several processes.
         """
         progress, settings = self.progress, self._settings
         self._emit_start()
@@ -415,7 +416,7 @@ class Trainer:
                     self.validate()
                     if pacer is not None:
                         pacer.add_validation(progress.validation_seconds)
-                interrupted = stop.is_set()
+                interrupted = stop.is_set() or self._stops(stop_requested())
                 ends = progress.finished or interrupted
                 if progress.step % settings.save_every == 0 or ends:
                     self.flush()
@@ -427,7 +428,15 @@ class Trainer:
         if settings.trackers:
             self._accelerator.end_training()
         self._emit_end(interrupted)
-        return stop.exit_code if interrupted else 0
+        return stop.exit_code if stop.is_set() else 0
+
+    def _stops(self, requested: bool) -> bool:
+        if requested and self._accelerator.num_processes > 1:
+            raise ConfigError(
+                "on_event returned 'stop' in the main process, and the others would wait for it: "
+                "end a run of several processes by a signal, or train.early_stop"
+            )
+        return requested
 
     def step(self, loaded: Batch) -> None:
         """Do one optimizer step, and log the last one that has finished on the device."""
@@ -713,6 +722,6 @@ def _result(run: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
         metrics=progress.best_metrics,
         best_ap=progress.best_ap,
         step=progress.step,
-        interrupted=exit_code != 0,
+        interrupted=exit_code != 0 or not progress.finished,
         exit_code=exit_code,
     )
