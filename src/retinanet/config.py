@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from retinanet.errors import ConfigError
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 Rounding = Literal["none", "torchvision"]
+NmsKind = Literal["hard", "soft", "wbf"]
 
 _OTHER_NAMES = {
     "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
@@ -75,6 +76,9 @@ _OTHER_NAMES = {
     "loss.gamma": ("focal_loss_gamma", "focal_gamma", "fl_gamma"),
     "loss.box_beta": ("smooth_l1_beta", "smooth_l1_loss_beta"),
     "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
+    "detect.nms": ("nms_type", "nms_method"),
+    "detect.nms_sigma": ("soft_nms_sigma", "sigma"),
+    "detect.flip_tta": ("tta", "test_time_augmentation"),
     "detect.nms_threshold": ("iou", "nms_thresh", "iou_threshold", "nms_thresh_test"),
     "detect.detections_per_image": ("max_det", "max_per_img", "detections_per_img"),
     "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),
@@ -126,7 +130,6 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
-    head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
@@ -337,6 +340,7 @@ class TrainConfig(_Section):
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    tune_detection: bool = False  # then choose NMS and temperature on val; not in the paper
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
@@ -362,11 +366,16 @@ class TrainConfig(_Section):
 class DetectConfig(_Section):
     """Post-processing settings (Sec. 4.1, Inference)."""
 
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1: minimum score of a box
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1; detect: .3 or more
     topk_candidates: int = Field(1000, ge=1)  # per level
-    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU threshold of NMS
+    nms: NmsKind = "hard"  # soft: Bodla et al. 2017; wbf: weighted boxes, Solovyev et al. 2021
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU, of hard and wbf
+    nms_sigma: float = Field(0.5, gt=0)  # of soft: Bodla et al. 2017, Sec. 5
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
     class_agnostic_nms: bool = False  # boxes of different classes suppress each other
+    score_thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # by class; not for AP
+    temperature: float = Field(1.0, gt=0)  # of the scores: Guo et al. 2017; 1: none
+    flip_tta: bool = False  # the mirrored image too; not in the paper
 
 
 class Recipe(_Section):
@@ -473,6 +482,8 @@ def load_recipe(
         raise ConfigError(
             f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
+    if "loss.mining" in named and "loss.classification" not in named:
+        values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
     recipe = build_recipe(values, where)
     return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
 
@@ -695,4 +706,7 @@ def setting_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(setting_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{setting_text(key)} = {setting_text(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
     return repr(value)

@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.anchors import AnchorSpec, anchor_spec, level_anchors
 from retinanet.config import (
-    DetectConfig,
     LossSettings,
     ModelSpec,
     build_model_spec,
@@ -35,7 +34,7 @@ from retinanet.model.backbone import (
 from retinanet.model.fpn import FeaturePyramid
 from retinanet.model.heads import Head, prior_bias
 from retinanet.model.inputs import batch_images, batch_targets
-from retinanet.postprocess import postprocess
+from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
 from retinanet.structures import Detections, Outputs, Targets
 
 
@@ -113,9 +112,8 @@ class RetinaNet(nn.Module):
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         heads = (spec.channels, spec.head_depth)
-        style = (spec.head_norm, spec.head_init)
-        self.class_head = Head(*heads, per_cell * num_classes, *style)
-        self.box_head = Head(*heads, per_cell * 4, *style)
+        self.class_head = Head(*heads, per_cell * num_classes, spec.head_norm)
+        self.box_head = Head(*heads, per_cell * 4, spec.head_norm)
         assert self.class_head.last.bias is not None
         nn.init.constant_(self.class_head.last.bias, prior_bias(spec.prior))
         self.set_pixel_statistics()
@@ -194,7 +192,7 @@ class RetinaNet(nn.Module):
         Args:
             images: as in :meth:`loss`.
             thresholds: ``score_threshold`` and other options of
-                :func:`retinanet.postprocess.postprocess`.
+                :func:`retinanet.postprocess.postprocess`; ``flip_tta``: on the mirrored images too.
 
         Returns:
             For each image its detections, best first, in pixels of the image given.
@@ -205,7 +203,7 @@ class RetinaNet(nn.Module):
             ConfigError: an unknown option; the nearest is named.
         """
         for name in thresholds:
-            if name not in (*DetectConfig.model_fields, "selected"):
+            if name not in (*PostprocessSettings.__annotations__, "selected", "flip_tta"):
                 raise ConfigError(unknown_setting(name))
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise ValueError(
@@ -214,8 +212,15 @@ class RetinaNet(nn.Module):
             )
         batch, sizes = batch_images(images, self.pixel_mean, self.size_divisor)
         outputs = self(batch)
-        anchors = self._anchors_of(outputs)
-        return postprocess(outputs, anchors, sizes, num_classes=self.num_classes, **thresholds)
+        flip_tta = thresholds.pop("flip_tta", False)
+        return postprocess(
+            outputs,
+            self._anchors_of(outputs),
+            sizes,
+            num_classes=self.num_classes,
+            mirrored=self(mirror_images(batch, sizes)) if flip_tta else None,
+            **thresholds,
+        )
 
     def _anchors_of(self, outputs: Outputs) -> list[Tensor]:
         cells = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
