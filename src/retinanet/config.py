@@ -130,7 +130,6 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
-    head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights

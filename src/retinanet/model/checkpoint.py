@@ -43,7 +43,7 @@ NETWORK = tuple(
 )
 
 # Settings that older files of version 1 lack: their defaults are what those networks have.
-ADDED = ("head_init", "p7_relu", "stride_in_1x1")
+ADDED = ("p7_relu", "stride_in_1x1")
 
 
 @dataclass(frozen=True)

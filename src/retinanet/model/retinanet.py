@@ -112,9 +112,8 @@ class RetinaNet(nn.Module):
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         heads = (spec.channels, spec.head_depth)
-        style = (spec.head_norm, spec.head_init)
-        self.class_head = Head(*heads, per_cell * num_classes, *style)
-        self.box_head = Head(*heads, per_cell * 4, *style)
+        self.class_head = Head(*heads, per_cell * num_classes, spec.head_norm)
+        self.box_head = Head(*heads, per_cell * 4, spec.head_norm)
         assert self.class_head.last.bias is not None
         nn.init.constant_(self.class_head.last.bias, prior_bias(spec.prior))
         self.set_pixel_statistics()

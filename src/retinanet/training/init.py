@@ -32,7 +32,7 @@ MIN_LOADED = 0.9
 MIN_LOADED_OF_PART = 0.5
 """The same of the backbone, the pyramid and each head: of a deep backbone alone over .9 fit."""
 
-_OWN = ("backbone_weights", "frozen_stages", "head_init", "prior")
+_OWN = ("backbone_weights", "frozen_stages", "prior")
 """Settings of the network that concern its training, not its tensors or its outputs."""
 
 

@@ -221,8 +221,9 @@ def _resolve(
         timed = recipe.choose(values(choices))
         chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
         pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
-        (pace,) = broadcast_object_list([pace])
-        lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
+        # All processes must make the same plan.
+        pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
+        lengths = _plan_for_time(chosen, pace, elapsed)
         side = lengths.pop("data.image_size", None)
         if side is not None:
             choices = choose(image_size=side)
@@ -247,8 +248,8 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
-        f"steps of {batch} images of {side} px and {plan.validations} validations in "
-        f"{plan.seconds:.0f} s",
+        f"steps of {batch} images of {side} px in {plan.seconds:.0f} s, validated "
+        f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes
 
