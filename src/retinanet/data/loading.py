@@ -643,7 +643,10 @@ class _Reader:
         cache, number = self._images.cache, int(self._images.file_numbers[index])
         if window is None:
             read = partial(read_reduced, file, shorter, longest)
-            return read() if cache is None else cache.read(number, (shorter, longest), read)
+            if cache is None:
+                return read()
+            image, size = cache.read(number, (shorter, longest), read)
+            return image.clone(), size  # the user's transform may change it
         whole = None
         if cache is not None and not os.fspath(file).lower().endswith(_READ_IN_WINDOWS):
             whole, _ = cache.read(number, None, partial(_read_whole, file))
