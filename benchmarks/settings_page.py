@@ -83,6 +83,8 @@ def _kind(kind: Any, bounds: str) -> str:
         count = "" if Ellipsis in get_args(kind) else f"{len(items)} "
         item = _kind(items[0], "")
         return f"list of {count}{item}{'s' if items[0] in (int, float, str) else ''}"
+    if get_origin(kind) is dict:
+        return "table of numbers ≥ 0, < 1 by name"
     name = {int: "integer", float: "number", str: "name"}.get(kind, str(kind))
     return f"{name} {bounds}" if bounds and kind is not str else name
 

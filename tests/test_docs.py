@@ -7,9 +7,11 @@ import json
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import typer
 
 import retinanet as rn
 from retinanet.cli.app import app
-from retinanet.config import build_recipe, load_recipe, setting_names
+from retinanet.config import build_recipe, keyword_settings, load_recipe, setting_names
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.trainer import train
 from tiny_backbone import tiny_backbone as tiny_backbone
@@ -75,7 +77,8 @@ def replaced(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signature = inspect.signature(rn.train)
 
     def quick_train(*arguments: Any, **named: Any) -> Any:
-        signature.bind(*arguments, **named)
+        bound = signature.bind(*arguments, **named)
+        keyword_settings("quick", bound.arguments.get("keywords", {}))
         return train(load_recipe("quick", _TINY), desk / "cells", desk / "again", device="cpu")
 
     monkeypatch.setattr(rn, "train", quick_train)
@@ -107,10 +110,13 @@ def prepare(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("page", "blocks"), [case for case in pages_with("python") if case.id not in _ELSEWHERE]
 )
 def test_python_runs(page: str, blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"logits": torch.zeros(5, 3), "labels": torch.tensor([0, 1, 2, -1, -2])}
+    # In a module, by whose name a class of an example can be found again.
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
+    vars(module).update(logits=torch.zeros(5, 3), labels=torch.tensor([0, 1, 2, -1, -2]))
     for i, block in enumerate(blocks):
         prepare(block, monkeypatch)
-        exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
+        exec(compile(block, f"{page}, block {i + 1}", "exec"), vars(module))
 
 
 def commands(block: str) -> Iterator[list[str]]:

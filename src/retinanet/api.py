@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from retinanet.config import Recipe, load_recipe
+from retinanet.config import Recipe, keyword_settings, load_recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader, from_torch
 from retinanet.data.splits import split_word
@@ -22,14 +22,17 @@ def train(
     *,
     out: str | Path,
     recipe: str | Path | Recipe = "quick",
-    settings: Iterable[str] = (),
+    settings: str | Iterable[str] | Mapping[str, Any] = (),
     device: str = "auto",
     init: str | Path | None = None,
     time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
+    **keywords: Any,
 ) -> Run:
     """Train a RetinaNet on labelled images, or resume a run that was stopped.
+
+    ``rn.train("cells/", out="runs/cells", epochs=3, batch_size=8, lr=0.001, backbone="resnet18")``
 
     Args:
         data: a folder or file of any format of :mod:`retinanet.data.formats`; a function that
@@ -38,29 +41,40 @@ def train(
             a map-style data set of ``(image, {"boxes", "labels"})``.
         out: the run folder; an unfinished run of the same recipe and data in it is resumed.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
-        settings: overrides of the recipe, such as ``"train.lr=0.005"``.
-        device: ``auto`` or a torch device.
+        settings: overrides of the recipe, such as ``"train.lr=0.005"``, or a mapping.
+        device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``.
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
         time: limit of the whole call, in seconds or as text such as ``20min``: the training has as
             many steps as this machine can do in it (``train.time``).
-        on_event: callback for progress events.
-        classes: names by label of map-style data sets; None: their ``classes``, else numbers.
+        on_event: callback for progress events (:class:`retinanet.training.events.Event`); if it
+            returns ``"stop"``, training stops after the current step, and the same call resumes it.
+        classes: names by label of map-style data sets; None: their ``classes``, else numbers. (To
+            train on some classes only: ``settings={"data.classes": ["car"]}``.)
+        keywords: settings by the last part of their names, as on the command line: ``epochs``
+            (exact), ``steps``, ``lr``, ``batch_size``, ``image_size``, ``seed``, ``backbone``, ...
 
     Raises:
-        ConfigError: an unknown setting or recipe, or `settings` given with a built recipe.
+        ConfigError: an unknown setting, keyword or recipe, settings given with a built recipe, or
+            `classes` given for data that name their own.
         RetinaNetError: as :func:`retinanet.training.trainer.train`.
     """
     if isinstance(settings, str):
         settings = [settings]
     started = monotonic()
-    settings = [*settings, *([] if time is None else [f"train.time={time}"])]
+    overrides = [*(settings.items() if isinstance(settings, Mapping) else settings)]
+    overrides += [] if time is None else [f"train.time={time}"]
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, settings)
-    elif settings:
+        recipe = load_recipe(recipe, [*overrides, *keyword_settings(recipe, keywords)])
+    elif overrides or keywords:
         raise ConfigError(
             "settings and time cannot override a built recipe; pass them to load_recipe"
+        )
+    if classes is not None and not isinstance(data, Mapping):
+        raise ConfigError(
+            "classes are the names of map-style data sets, and these data have their own: to train "
+            'on some of them give settings={"data.classes": [..]}'
         )
     if isinstance(data, Mapping):
         data = {

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from retinanet.errors import ConfigError
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 Rounding = Literal["none", "torchvision"]
+NmsKind = Literal["hard", "soft", "wbf"]
 
 _OTHER_NAMES = {
     "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
@@ -75,6 +76,9 @@ _OTHER_NAMES = {
     "loss.gamma": ("focal_loss_gamma", "focal_gamma", "fl_gamma"),
     "loss.box_beta": ("smooth_l1_beta", "smooth_l1_loss_beta"),
     "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
+    "detect.nms": ("nms_type", "nms_method"),
+    "detect.nms_sigma": ("soft_nms_sigma", "sigma"),
+    "detect.flip_tta": ("tta", "test_time_augmentation"),
     "detect.nms_threshold": ("iou", "nms_thresh", "iou_threshold", "nms_thresh_test"),
     "detect.detections_per_image": ("max_det", "max_per_img", "detections_per_img"),
     "detect.topk_candidates": ("nms_pre", "topk_candidates_test"),
@@ -116,7 +120,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The network (Sec. 4)."""
 
-    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, or "timm/NAME"
+    backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, "timm/NAME" or "module:NAME"
     backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
     norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
@@ -126,7 +130,6 @@ class ModelConfig(_Section):
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
-    head_init: Literal["normal", "he"] = "normal"  # Sec. 4.1: deviation .01; he: He et al. 2015
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
@@ -337,6 +340,7 @@ class TrainConfig(_Section):
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
+    tune_detection: bool = False  # then choose NMS and temperature on val; not in the paper
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
@@ -362,11 +366,16 @@ class TrainConfig(_Section):
 class DetectConfig(_Section):
     """Post-processing settings (Sec. 4.1, Inference)."""
 
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1: minimum score of a box
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # Sec. 4.1; detect: .3 or more
     topk_candidates: int = Field(1000, ge=1)  # per level
-    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU threshold of NMS
+    nms: NmsKind = "hard"  # soft: Bodla et al. 2017; wbf: weighted boxes, Solovyev et al. 2021
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # Sec. 4.1: IoU, of hard and wbf
+    nms_sigma: float = Field(0.5, gt=0)  # of soft: Bodla et al. 2017, Sec. 5
     detections_per_image: int = Field(100, ge=1)  # COCO's limit
     class_agnostic_nms: bool = False  # boxes of different classes suppress each other
+    score_thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # by class; not for AP
+    temperature: float = Field(1.0, gt=0)  # of the scores: Guo et al. 2017; 1: none
+    flip_tta: bool = False  # the mirrored image too; not in the paper
 
 
 class Recipe(_Section):
@@ -446,13 +455,15 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
-def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_file: str | Path = "quick", overrides: Iterable[str | tuple[str, Any]] = ()
+) -> Recipe:
     """Load a recipe by name or from a TOML file, and override settings.
 
     Args:
         name_or_file: one of :func:`recipe_names`, or the path of a TOML file.
         overrides: such as ``train.lr=0.005`` or ``data.multi_scale=[400, 500]``; values are TOML,
-            and a value that is not TOML is taken as text.
+            and a value that is not TOML is taken as text. Or pairs of a setting and its value.
 
     Raises:
         ConfigError: there is no such recipe or setting (the nearest name is given), or a value is
@@ -461,23 +472,54 @@ def load_recipe(name_or_file: str | Path = "quick", overrides: Iterable[str] = (
     values, where = _read_recipe(str(name_or_file))
     named = set()
     for override in overrides:
-        key, given, text = override.partition("=")
-        key = key.strip()
-        if not given:
-            raise ConfigError(
-                f"{override!r} is not a setting: write key=value, as in train.lr=0.005"
-            )
+        key, value = _split_override(override) if isinstance(override, str) else override
         if key == "train.steps":
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
-        _override(values, key, _parse_value(text.strip()))
+        _override(values, key, value)
     lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
     if len(lengths) > 1:
         raise ConfigError(
             f"{' and '.join(lengths)} both set the length of the run: give one of them"
         )
+    if "loss.mining" in named and "loss.classification" not in named:
+        values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
     recipe = build_recipe(values, where)
     return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
+
+
+def keyword_settings(
+    name_or_file: str | Path, keywords: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Return the settings that keywords mean, such as ``lr`` for ``train.lr``.
+
+    ``epochs`` is exact: the limits of the recipe, which are for lengths that it computes itself, do
+    not apply. ``image_size`` alone keeps the ratio of the longer side's limit to it.
+
+    Args:
+        name_or_file: the recipe, as in :func:`load_recipe`.
+        keywords: by the last part of a setting's name; paths, and classes such as an own backbone,
+            which become import paths, are accepted as values.
+
+    Raises:
+        ConfigError: an unknown keyword; the setting that is nearest, or that another tool calls so,
+            is named.
+    """
+    own = {setting.split(".")[1]: setting for setting in setting_names()}
+    pairs: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name not in own:
+            meant = setting_of(name)
+            hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
+            raise ConfigError(f"unknown keyword {name!r}{hint}")
+        pairs[own[name]] = _plain(value)
+    if pairs.get("train.epochs") is not None:
+        pairs = {"train.min_steps": 1, "train.max_steps": 10**9, **pairs}
+    if "data.image_size" in pairs and "data.max_size" not in pairs:
+        sides = load_recipe(name_or_file).data
+        longest = pairs["data.image_size"] * sides.max_size / sides.image_size
+        pairs["data.max_size"] = round(longest)
+    return list(pairs.items())
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -516,11 +558,20 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
         ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
     """
     values = {} if spec is None else spec.model_dump()
-    texts = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    given = {name: _plain(value) for name, value in settings.items()}
     try:
-        return ModelSpec.model_validate(values | settings | texts)
+        return ModelSpec.model_validate(values | given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a path, or a class by its import path, as text; other values unchanged."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -605,6 +656,13 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
 
 
+def _split_override(text: str) -> tuple[str, Any]:
+    key, given, value = text.partition("=")
+    if not given:
+        raise ConfigError(f"{text!r} is not a setting: write key=value, as in train.lr=0.005")
+    return key.strip(), _parse_value(value.strip())
+
+
 def _parse_value(text: str) -> Any:
     # Then with zeros: TOML does not accept .5 as a number.
     for written in (text, re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)):
@@ -648,4 +706,7 @@ def setting_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(setting_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{setting_text(key)} = {setting_text(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
     return repr(value)

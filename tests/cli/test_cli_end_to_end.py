@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -48,7 +49,7 @@ def test_check_train_evaluate_detect(
     out = tmp_path / "found"
     ended = cli("detect", run, *(image.path for image in test.images), f"--out={out}",
                 "--format=json,images,coco,csv,yolo", "--score-threshold=0.001",
-                "--detections-per-image=7", "--json")  # fmt: skip
+                "--detections-per-image=7", "--draw-threshold=0.3", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.json["failures"] == []
     found = json.loads((out / "detections.json").read_text())["images"]
@@ -102,6 +103,47 @@ def test_evaluate_prints_all_metrics(
         assert kind in ended.out
 
 
+def test_evaluate_tune_writes_the_settings_into_the_checkpoint(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    data, run = tiny_sets["coco"], tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    text = run / "best" / "model.json"
+    stored = json.loads(text.read_text())
+    stored["info"]["detect"] |= {"nms_threshold": 0.65, "score_thresholds": {"circle": 0.9}}
+    text.write_text(json.dumps(stored))
+    ended = cli("evaluate", run, data, "--tune", f"--out={tmp_path / 'out'}")
+    assert ended.code == 0, ended.err
+    assert "NMS hard .65: AP" in ended.err
+    assert "NMS wbf .6: AP" in ended.err
+    assert f"in {run / 'best'}: NMS " in ended.err
+    detect = json.loads(text.read_text())["info"]["detect"]
+    assert detect["score_thresholds"] != {"circle": 0.9}
+    for wrong in ("--nms=soft", "--classes=circle", "--max-detections=5"):
+        ended = cli("evaluate", run, data, "--tune", wrong)
+        assert ended.code == 2
+        assert "--tune is for a run or checkpoint folder with its own settings" in ended.err
+
+
+def test_evaluate_with_other_nms(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "best"
+    shutil.copytree(tiny_run / "best", model)
+    stored = json.loads((model / "model.json").read_text())
+    stored["info"]["detect"]["score_threshold"] = 0.001  # the scores of two steps are low
+    (model / "model.json").write_text(json.dumps(stored))
+
+    def results(*options: str) -> str:
+        out = tmp_path / "_".join(options)
+        ended = cli("evaluate", model, tiny_sets["coco"], f"--out={out}", *options)
+        assert ended.code == 0, ended.err
+        return (out / "results.json").read_text()
+
+    kinds = ("hard", "soft", "wbf")
+    assert len({results(f"--nms={kind}", "--flip-tta") for kind in kinds}) == 3
+
+
 def test_train_again_is_finished(cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path) -> None:
     weights = (tiny_run / "last" / "model.safetensors").read_bytes()
     ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}", "--json")
@@ -127,6 +169,21 @@ def test_train_from_another_checkpoint_into_the_default_folder(
     assert ended.code == 0, ended.err
     assert f"from {tiny_run}: " in ended.err
     assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
+
+
+def test_train_from_another_network_with_a_class_map(
+    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.toml").write_text("circle = 'square'\n")
+    start = (f"--init={tiny_run}", f"--class-map={tmp_path / 'names.toml'}", f"--out={tmp_path}/r")
+    other = ("train", tiny_sets["coco"], *TINY, "model.channels=8", "--steps=1", *start)
+    ended = cli(*other)
+    assert ended.code == 1
+    assert "does not fit the network" in ended.err
+    assert "give --init-partial" in ended.err
+    ended = cli(*other, "--init-partial")
+    assert ended.code == 0, ended.err
+    assert "warning: model.channels=8 (checkpoint: " in ended.err
 
 
 def test_train_overfit_prints_a_verdict_with_exit_code_1(

@@ -51,7 +51,7 @@ def test_each_recipe_loads_under_its_own_name(name: str) -> None:
 
 
 def test_the_recipes_that_come_along() -> None:
-    assert {"paper_1x", "paper_table2", "quick"} <= set(recipe_names())
+    assert {"paper_1x", "paper_quick", "paper_table2", "quick"} <= set(recipe_names())
     table2 = load_recipe("paper_table2")
     assert table2.train.steps == 135_000  # 1.5 times 90k
     assert table2.model.backbone == "resnet101"
@@ -111,7 +111,9 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
 
 
 def test_alpha_goes_with_the_focal_loss() -> None:
-    assert load_recipe("quick").loss.alpha == 0.25
+    assert load_recipe("paper_quick").loss.alpha == 0.25
+    assert load_recipe("quick").loss.alpha is None
+    assert load_recipe("quick", ["loss.classification=varifocal"]).loss.alpha == 0.25
     assert load_recipe("quick", ["loss.classification=cross_entropy"]).loss.alpha is None
     assert load_recipe("quick", ["loss.classification=hinge"]).loss.alpha is None
     given = load_recipe("quick", ["loss.classification=cross_entropy", "loss.alpha=0.75"])
@@ -163,6 +165,9 @@ def test_settings_cannot_be_changed() -> None:
         ("loss.mining=ohem_13", "loss.mining: Input should be 'none', 'ohem' or 'ohem_1_3'"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
         ("loss.alpha=[0.5, -1]", "alpha (0.5, -1.0) is not in [0, 1]"),
+        ("detect.score_thresholds={a=1.5}", "detect.score_thresholds.a: Input should be less than"),
+        ("detect.nms=matrix", "detect.nms: Input should be 'hard', 'soft' or 'wbf'"),
+        ("detect.temperature=0", "detect.temperature: Input should be greater than 0 (got 0)"),
         ("anchors.scales=[]", "scales () must be one or more positive numbers"),
         ("anchors.aspect_ratios=[1, 0]", "aspect_ratios (1.0, 0.0) must be one or more"),
         ("anchors.sizes=[-8]", "sizes (-8.0,) must be one or more positive numbers"),
@@ -255,13 +260,14 @@ def test_toml_reads_back_to_the_same(name: str, tmp_path: Path) -> None:
         ["data.multi_scale=[320, 640]", "data.workers=3"],
         ["train.epochs=1.5", "train.trackers=['wandb', 'tensorboard']", "train.lr=1e-7"],
         ["train.deterministic=true", "model.p2=true"],
+        ['detect.score_thresholds={"a b" = 0.25, "ü\\"" = 0.5}', "detect.nms=wbf"],
         ['model.backbone_weights="C:\\\\new \\"odd\\" folder\\\\ü.safetensors"'],
     ],
 )
 def test_toml_of_unusual_settings_reads_back(settings: list[str]) -> None:
-    recipe = load_recipe("quick", settings)
+    recipe = load_recipe("paper_quick", settings)
     assert build_recipe(tomllib.loads(to_toml(recipe)), "back") == recipe
-    assert recipe != load_recipe("quick")
+    assert recipe != load_recipe("paper_quick")
 
 
 @pytest.mark.parametrize("name", ['a "quoted" name', "back\\slash", "two\nlines", "ü 中"])

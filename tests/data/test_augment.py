@@ -364,6 +364,18 @@ def test_last_steps_are_not_mixed(coloured: Dataset) -> None:
     assert_same(mixed[5:], training(coloured, close_augmentation=0.25, **options))
 
 
+def test_last_steps_follow_a_number_of_steps_that_changes(coloured: Dataset) -> None:
+    options: Any = {"batch_size": 4, "seed": 5, "image_size": 64, "max_size": 64, "mosaic": 1.0}
+    loader = train_loader(coloured, steps=8, close_augmentation=0.5, **options)
+    loader.end.fill_(100)
+    batches = iter(loader)
+    mixed = [next(batches) for _ in range(3)]
+    loader.end.fill_(6)  # the last three of these
+    closed = [next(batches) for _ in range(3)]
+    of_six = list(train_loader(coloured, steps=6, close_augmentation=0.5, **options))
+    assert_same(mixed + closed, of_six)
+
+
 def test_unreadable_image_is_replaced_in_a_mosaic(coloured: Dataset, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     broken = LabelledImage(tmp_path / "broken.png", 9, (Annotation((0, 0, 9, 9), 5),))

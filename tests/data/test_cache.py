@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,33 @@ def test_images_that_do_not_fit_are_read_again(
         found = cache.read(number, (32, 64), lambda number=number: read(number))  # type: ignore[misc]
         assert torch.equal(found[0], read_image(dataset.images[0].path))
     assert reads == ([0, 1, 1] if full == "capacity" else [0, 1, 0, 1])
+
+
+def in_place(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, generator: Any) -> Any:
+    """A transform of a user that changes the image itself."""
+    image //= 2
+    return image, boxes, labels
+
+
+def test_transform_in_place_leaves_the_cache_as_it_is(dataset: Dataset) -> None:
+    single = replace(dataset, images=dataset.images[:1])  # 40 x 50: not resized
+    options: dict[str, Any] = {"steps": 3, "batch_size": 1, "image_size": 40, "max_size": 50}
+    options |= {"colour": 0, "vertical_flip": 0, "horizontal_flip": 0, "crop": False}
+    options |= {"scale_jitter": (1.0, 1.0), "transform": f"{__name__}:in_place"}
+    expected = training(single, **options)
+    assert_same(expected, training(single, cache="ram", **options))
+
+
+def test_build_cache_that_cannot_be_made_says_so(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cache, message = build_cache(dataset, "disk")
+    assert cache is None
+    assert message is not None
+    assert message.startswith("warning: data.cache=disk: [Errno ")
+    assert message.endswith(": images are not cached")
 
 
 def test_build_cache_that_does_not_fit_says_so(

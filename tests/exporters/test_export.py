@@ -34,7 +34,7 @@ WIDE = ("score=1", "box=1000", "apart=1")
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("torch", {}),
-    "raw": ("torch", {"nms": False}),
+    "raw": ("torch", {"form": "scores"}),
     "onnx": ("onnx", {}),
     "openvino": ("openvino", {}),
     "fp16": ("openvino", {"precision": "fp16"}),
@@ -154,7 +154,7 @@ def test_python_of_the_export_page_runs(
 
 @pytest.mark.slow
 def test_onnx_without_nms_outputs_every_anchor(run: Path, tmp_path: Path) -> None:
-    report = export(run, "onnx", out=tmp_path / "raw.onnx", nms=False, images=4, tolerance=WIDE)
+    report = export(run, "onnx", out=tmp_path / "raw.onnx", form="scores", images=4, tolerance=WIDE)
     assert report.network_size.score < 1e-4
     raw = onnx.load(report.file)
     assert "NonMaxSuppression" not in {node.op_type for node in raw.graph.node}
@@ -197,12 +197,39 @@ def test_built_in_thresholds_can_only_be_narrowed(files: dict[str, Path], images
     assert load(files["raw"], device="cpu", nms_threshold=0.7, score_threshold=0.1)
 
 
+@pytest.mark.parametrize("form", ["onnx", "raw"])
+def test_exported_file_has_score_thresholds_by_class(
+    files: dict[str, Path], eager: Detector, images: Path, form: str
+) -> None:
+    own = {"ä": 0.9, "b": 0.4}
+    detector = load(files[form], device="cpu", score_thresholds=own)
+    size = read_image(images / "3.png")  # of the network's size: nothing is resized
+    found, expected = detector.detect(size), eager.detect(size, score_thresholds=own)
+    assert len(found) == len(expected) > 1  # type: ignore[arg-type]
+    assert torch.equal(found.labels, expected.labels)  # type: ignore[union-attr]
+
+
+def test_exported_scores_can_be_fused(
+    files: dict[str, Path], eager: Detector, images: Path
+) -> None:
+    image = read_image(images / "3.png")
+    settings: dict[str, Any] = {"nms": "wbf", "temperature": 1.5}
+    found = load(files["raw"], device="cpu", **settings).detect(image)
+    expected = eager.detect(image, **settings)
+    torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)  # type: ignore[union-attr]
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"score_threshold": 0.1}, "score_threshold 0.3, which allows 0.3 or more, got 0.1"),
         ({"detections_per_image": 30}, "detections_per_image 20, which allows 20 or less"),
         ({"nms_threshold": 0.4}, "nms_threshold 0.5, .* got 0.4: export it again"),
+        ({"temperature": 2.0}, "exported with temperature 1.0, .* got 2.0"),
+        ({"nms": "soft"}, "exported with nms hard, .* got soft"),
+        ({"score_thresholds": {"b": 0.2}}, "score_threshold 0.3, .* or more, got 0.2"),
+        ({"flip_tta": True}, "runs once per image, got flip_tta: leave it out"),
         ({"image_size": 128}, "exported with image_size 64, got 128"),
         ({"precision": "int8"}, "exported with precision float32, got int8"),
         ({"backend": "torch"}, "exported with backend onnx, got torch"),
@@ -285,6 +312,9 @@ def test_export_validates_the_file(
         ({"to": "onnx", "out": "m.pt2"}, "a file for onnx ends in .onnx, got m.pt2"),
         ({"to": "onnx", "tolerance": ["scor=1"]}, "tolerance 'scor=1' is not name=number"),
         ({"to": "onnx", "tolerance": ["box=-1"]}, "tolerance 'box=-1'"),
+        ({"to": "onnx", "nms": "soft"}, "has hard NMS, but detect.nms is soft: give nms"),
+        ({"to": "onnx", "form": "scores", "flip_tta": True}, "once per image, .* is on: give"),
+        ({"to": "onnx", "form": "boxes"}, "form 'boxes' is not one of detections, scores"),
         ({"to": "aotinductor"}, "AOTInductor needs an image_size over 128, got 64"),
     ],
     ids=lambda value: str(value)[:30],

@@ -53,8 +53,9 @@ def detect(eager: Detector, images: Tensor, **thresholds: Any) -> Any:
         {"score_threshold": 0.999},  # no detection
         {"score_threshold": 0.0, "topk_candidates": 400, "detections_per_image": 1000},
         {"detections_per_image": 5000},  # more than there are candidates
+        {"temperature": 1.7, "score_threshold": 0.4},
     ],
-    ids=["defaults", "class agnostic", "no detection", "all detections", "few candidates"],
+    ids=["defaults", "agnostic", "no detection", "all detections", "few candidates", "calibrated"],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_graph_gives_the_detections_of_the_detector(

@@ -43,11 +43,11 @@ def test_pushed_model_detects_the_same(hub: Hub, run: Path, data: Path) -> None:
     assert messages == ["5 files are ready"]
 
     hub.requests.clear()
-    pushed = rn.load(f"hf://{NAME}", device="cpu", precision="float32")
+    pushed = rn.load(f"hf://{NAME}", device="cpu", precision="float32", score_threshold=0.001)
     fetched = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}
     assert fetched == {"model.json", "model.safetensors"}
     assert pushed.info["source"] == done.name
-    local = rn.load(run, device="cpu", precision="float32")
+    local = rn.load(run, device="cpu", precision="float32", score_threshold=0.001)
     results: list[Any] = [detector.detect(data / "val") for detector in (pushed, local)]
     assert sum(len(detections) for detections in results[0]) > 0
     for ours, reference in zip(*results, strict=True):

@@ -222,7 +222,7 @@ def test_collection_folder_begun_for_something_else_is_an_error(
             detect(given.pop("model"), given.pop("sources"), given.pop("out"), **given)
         return str(caught.value)
 
-    assert "begun with score_threshold 0.2, not 0.4" in error(score_threshold=0.4)
+    assert "begun with score_threshold 0.3, not 0.4" in error(score_threshold=0.4)
     assert "begun with image_size 64, not 96" in error(image_size=96)
     assert "begun with tile None, not 32" in error(tile=32)
     assert "begun with selected_classes None, not ['bright']" in error(classes=["bright"])
@@ -355,7 +355,7 @@ def test_collection_command_reports_objects_and_failures(
     assert (summary["out"], summary["images"], summary["errors"]) == (f"{tmp_path}/out", 2, 1)
     assert [failure["file"] for failure in summary["failures"]] == ["images/002.png"]
     assert main([*command, "--score-threshold", ".9"]) == 2
-    assert "was begun with score_threshold 0.2, not 0.9" in capfd.readouterr().err
+    assert "was begun with score_threshold 0.3, not 0.9" in capfd.readouterr().err
 
 
 # Of moto and what it imports.

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from white_finder import Pixels, black
+from torch import Tensor
+from white_finder import Pixels, WhiteFinder, black
 
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.inference import Detector, Failure, ImageDetections, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import build_retinanet
+from retinanet.structures import Outputs
+
+SETTINGS: dict[str, Any] = {"device": "cpu", "precision": "float32"}
 
 BOX = [32.0, 16.0, 48.0, 32.0]
 
@@ -115,6 +119,72 @@ def test_detector_image_size_scales_max_size(checkpoint: Checkpoint, square: Pix
     assert model.batches[-1] == (1, 3, 128, 192)
     assert len(found) == 8  # four cells of two classes
     assert Detector(checkpoint, device="cpu", image_size=128, max_size=150).max_size == 150
+
+
+def test_detector_default_score_threshold_is_for_people() -> None:
+    def thresholds(stored: dict[str, Any], **given: Any) -> tuple[Any, Any]:
+        model: Any = WhiteFinder()
+        checkpoint = Checkpoint(model, ("white", "bright"), (7, 9), 64, 128, {"detect": stored})
+        detector = Detector(checkpoint, **SETTINGS, **given)
+        return tuple(
+            (chosen["score_threshold"], dict(chosen["score_thresholds"]))
+            for chosen in (detector.thresholds, detector.eval_thresholds)
+        )
+
+    own = {"white": 0.6, "bright": 0.2}
+    assert thresholds({}) == ((0.3, {}), (0.05, {}))
+    assert thresholds({"score_threshold": 0.01}) == ((0.3, {}), (0.01, {}))
+    assert thresholds({"score_threshold": 0.5}) == ((0.5, {}), (0.5, {}))
+    assert thresholds({"score_thresholds": own}) == ((0.3, own), (0.05, {}))
+    assert thresholds({"score_thresholds": own}, score_threshold=0.1) == ((0.1, {}), (0.1, {}))
+    assert thresholds({}, score_thresholds=own) == ((0.3, own), (0.05, own))
+
+
+def test_detect_score_thresholds_by_class(checkpoint: Checkpoint, square: Pixels) -> None:
+    # Scores of .996 (white) and .971 (bright).
+    checkpoint.info["detect"] = {"score_thresholds": {"bright": 0.98}}
+    detector = Detector(checkpoint, **SETTINGS)
+    assert one(detector.detect(square)).labels.tolist() == [0]
+    assert one(detector.detect(square, score_threshold=0.5)).labels.tolist() == [0, 1]
+    given = {"white": 0.999, "bright": 0.5}
+    assert one(detector.detect(square, score_thresholds=given)).labels.tolist() == [1]
+    assert one(Detector(checkpoint, **SETTINGS, score_threshold=0.1).detect(square)).labels.tolist()
+    with pytest.raises(ConfigError, match=r"the model lacks: 'brigth'; .*did you mean bright"):
+        Detector(checkpoint, **SETTINGS, score_thresholds={"brigth": 0.5})
+    with pytest.raises(ConfigError, match=r"detect\.score_thresholds"):
+        Detector(checkpoint, **SETTINGS, score_thresholds={"bright": 1.5})
+
+
+def test_detect_temperature_calibrates_scores(checkpoint: Checkpoint, square: Pixels) -> None:
+    plain = one(Detector(checkpoint, **SETTINGS).detect(square))
+    found = one(Detector(checkpoint, **SETTINGS, temperature=2.0).detect(square))
+    torch.testing.assert_close(found.scores, (plain.scores.logit() / 2).sigmoid())
+    assert torch.equal(found.boxes, plain.boxes)
+
+
+def test_detect_flip_tta_merges_mirrored_boxes_before_nms(checkpoint: Checkpoint) -> None:
+    class LeftFinder(WhiteFinder):
+        """Sees the left half of its input only."""
+
+        def forward(self, images: Tensor) -> Outputs:
+            outputs = super().forward(images)
+            for logits in outputs.logits:
+                logits[..., logits.shape[-1] // 2 :] = -10
+            return outputs
+
+    model: Any = LeftFinder()
+    own = Checkpoint(model, checkpoint.classes, checkpoint.category_ids, 64, 128, checkpoint.info)
+    detector = Detector(own, **SETTINGS)
+    # A square at the left and another at the right; 90 pixels are padded to 96.
+    image = black(64, 88, (8, 8, 16, 16), (72, 40, 80, 48))
+    left, right = [8.0, 8, 16, 16], [72.0, 40, 80, 48]
+    assert one(detector.detect(image)).boxes.tolist() == [left] * 2
+    found = one(detector.detect(image, flip_tta=True))
+    assert sorted(found.boxes.tolist()) == [left] * 2 + [right] * 2
+    assert model.batches[-2:] == [(1, 3, 64, 96)] * 2
+    # What both passes see is there once.
+    detector = Detector(checkpoint, **SETTINGS)
+    assert one(detector.detect(image, flip_tta=True)).boxes.tolist() == [left, right] * 2
 
 
 def test_detect_thresholds_of_call_detector_and_checkpoint(
@@ -327,8 +397,8 @@ def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
         head_depth=1,
     )
     torch.nn.init.normal_(model.class_head.last.weight, std=0.5)
-    checkpoint = Checkpoint(model, ("a",), (0,), 64, 96, {"detect": {"score_threshold": 0.02}})
-    detector = Detector(checkpoint, device="cpu", precision="float32")
+    checkpoint = Checkpoint(model, ("a",), (0,), 64, 96)
+    detector = Detector(checkpoint, device="cpu", precision="float32", score_threshold=0.02)
     random = np.random.default_rng(0)
     sizes = [(64, 64), (64, 96), (96, 64), (60, 64), (64, 90), (260, 100), (500, 11)]
     images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]

@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 def rival_recipe(*settings: str) -> Recipe:
-    return load_recipe("quick", [*SETTINGS, *settings])
+    return load_recipe("paper_quick", [*SETTINGS, *settings])
 
 
 def tiny_rival(name: str, *settings: str, classes: int = 3) -> RivalNetwork:

@@ -39,7 +39,7 @@ def test_budget_too_small_names_a_sufficient_budget() -> None:
 
 
 def training(name: str, *overrides: str, rival: str = "") -> Training:
-    return Training(name, load_recipe("quick", ["train.steps=500", *overrides]), rival, 0)
+    return Training(name, load_recipe("paper_quick", ["train.steps=500", *overrides]), rival, 0)
 
 
 def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

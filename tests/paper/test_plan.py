@@ -216,3 +216,11 @@ def test_data_without_objects_is_an_error(tmp_path: Path) -> None:
     synthetic_dataset(tmp_path / "d", splits={"train": 4, "val": 2}, image_size=64, objects=(0, 0))
     with pytest.raises(DataError, match="no object to train on in 4 images"):
         read_data(Settings(tmp_path / "d"))
+
+
+def test_a_recipe_that_starts_from_a_detector_is_rejected() -> None:
+    settings = Settings(data=Path("cells"), recipe="finetune")
+    with pytest.raises(ConfigError, match=r"start from ImageNet weights; give train.init=none"):
+        settings.load_recipe()
+    started = Settings(data=Path("cells"), recipe="finetune", overrides=("train.init=none",))
+    assert started.load_recipe().train.init is None

@@ -40,7 +40,7 @@ MakeWorkers = Callable[..., Workers]
 
 
 def training(name: str, rival: str = "") -> Training:
-    return Training(name, load_recipe("quick", ["train.steps=5"]), rival, 0)
+    return Training(name, load_recipe("paper_quick", ["train.steps=5"]), rival, 0)
 
 
 def plan(*names: str) -> Plan:

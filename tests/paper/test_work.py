@@ -47,7 +47,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training(*overrides: str) -> Training:
     own = ("model.backbone_weights=none", "train.warmup_steps=0")
-    return Training("row", load_recipe("quick", [*SMALL, *NETWORK, *own, *overrides]), "", 0)
+    return Training("row", load_recipe("paper_quick", [*SMALL, *NETWORK, *own, *overrides]), "", 0)
 
 
 def work_here(training: Training, out: Path, data: Path) -> int:

@@ -98,9 +98,8 @@ def colour_detector(
 def _detector(
     network: Any, classes: Sequence[str], category_ids: Sequence[int], threshold: float
 ) -> Detector:
-    settings = {"detect": {"score_threshold": threshold}}
-    checkpoint = Checkpoint(network, tuple(classes), tuple(category_ids), 64, 128, settings)
-    return Detector(checkpoint, device="cpu", precision="float32")
+    checkpoint = Checkpoint(network, tuple(classes), tuple(category_ids), 64, 128)
+    return Detector(checkpoint, device="cpu", precision="float32", score_threshold=threshold)
 
 
 def finder(detector: Detector) -> CellFinder:

@@ -108,8 +108,7 @@ def test_named_setting_stays_and_its_cost_is_told(
     assert trained.image_size == 64
     # C5 has 256 channels and P5 32: only the weight of P6 differs.
     assert [line for line in told if "lost" in line] == [
-        "warning: model.p6_from=c5 (checkpoint: p5), data.image_size=64 (checkpoint: 96), "
-        "data.max_size=64 (checkpoint: 160): 1 tensors are lost (1 of pyramid)"
+        "warning: model.p6_from=c5 (checkpoint: p5): tensors lost: 1 (1 of pyramid)"
     ]
 
 

@@ -56,13 +56,16 @@ def squares(side: float, per_image: int, *, images: int = 20, **options: Any) ->
     return labels([[(box(), 0) for _ in range(per_image)] for _ in range(images)], **options)
 
 
-def chosen(dataset: Dataset, *settings: str, **options: Any) -> dict[str, Any]:
-    return values(choose_settings(load_recipe("quick", settings), dataset, **options))
+def chosen(
+    dataset: Dataset, *settings: str, recipe: str = "quick", **options: Any
+) -> dict[str, Any]:
+    loaded = load_recipe(recipe, ["auto=true", *settings])
+    return values(choose_settings(loaded, dataset, **options))
 
 
 def test_large_objects_keep_the_small_image() -> None:
     # 100 of 480 px are 80 px at 384, ten cells of P3; anchors of 81 px exist in the recipe.
-    assert chosen(squares(100, 3)) == {}
+    assert chosen(squares(100, 3), on_gpu=True, image_size=384) == {}
 
 
 def test_small_objects_take_the_cheapest_sufficient_size() -> None:
@@ -86,6 +89,22 @@ def test_objects_too_small_for_all_sizes_take_the_best_within_the_cost() -> None
     assert (found["model.p2"], found["data.image_size"]) == (True, 448)
 
 
+def test_tiny_objects_in_large_images_take_tiles() -> None:
+    # 16 of 2400 px are 4 px at 640. A tile gives them 32 px at 384, or enlarges twofold: 192 px.
+    objects = [((100.0 * i, 100.0 * i, 100.0 * i + 16, 100.0 * i + 16), 0) for i in range(1, 20)]
+    dataset = labels([objects] * 2, size=(2400, 3200))
+    found = chosen(dataset)
+    assert found["data.tile"] == 192
+    # At the recipe's size the objects are 32 px, enough for P3.
+    assert not {"data.image_size", "model.p2"} & found.keys()
+    assert "data.tile" not in chosen(dataset, "data.tile=none")
+    assert "data.tile" not in chosen(dataset, "data.order=shards")
+    assert "data.tile" not in chosen(squares(8, 3))  # 11 px at 640
+    # The limit of detections is of whole images.
+    many = labels([objects * 10], size=(2400, 3200))
+    assert chosen(many)["detect.detections_per_image"] == 285
+
+
 def test_images_are_not_enlarged_much() -> None:
     # 1.5 times 160 px are 240, and the multiple of 32 below is 224.
     boxes = [[((10.0, 10.0, 70.0, 70.0), 0)]] * 4
@@ -105,8 +124,8 @@ def test_anchors_match_long_objects() -> None:
     boxes: list[Box] = [(x, 90.0, x + 30, 240.0) for x in range(20, 600, 40)]
     boxes += [(x, 300.0, x + 150, 330.0) for x in range(20, 450, 40)]
     dataset = labels([[(box, 0) for box in boxes]] * 5)
-    recipe = load_recipe("quick")
-    found = chosen(dataset)
+    recipe = load_recipe("paper_quick")
+    found = chosen(dataset, recipe="paper_quick")
     assert min(found["anchors.aspect_ratios"]) < 0.4
     assert max(found["anchors.aspect_ratios"]) > 2.5
     assert recipe_recall(recipe, dataset) < 0.5
@@ -114,8 +133,21 @@ def test_anchors_match_long_objects() -> None:
 
 
 def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
-    assert chosen(squares(3, 3))["matching.low_quality_matches"] is True
-    assert "matching.low_quality_matches" not in chosen(squares(100, 3))
+    found = chosen(squares(3, 3), recipe="paper_quick")
+    assert found["matching.low_quality_matches"] is True
+    assert "matching.low_quality_matches" not in chosen(squares(100, 3), recipe="paper_quick")
+
+
+def test_without_a_gpu_the_network_is_small() -> None:
+    found = chosen(squares(100, 3))
+    assert found == {"model.backbone": "mobilenet_v2", "model.channels": 64, "model.head_depth": 2}
+    stated = chosen(squares(100, 3), "model.backbone_weights=file.safetensors", "model.channels=32")
+    assert stated == {"model.head_depth": 2}
+    assert "model.backbone" not in chosen(squares(100, 3), on_gpu=True)
+
+
+def test_an_assignment_without_a_threshold_needs_no_other_anchors() -> None:
+    assert not {"anchors.sizes", "matching.low_quality_matches"} & set(chosen(squares(3, 3)))
 
 
 def test_detections_are_half_more_than_the_densest_image_has() -> None:
@@ -139,7 +171,12 @@ def everywhere(ratio: float, classes: Sequence[str] = ("cell",)) -> Dataset:
 
 
 def test_vertical_flip_where_labels_have_no_orientation() -> None:
-    assert chosen(everywhere(1.0))["data.vertical_flip"] == 0.5
+    found = chosen(everywhere(1.0))
+    assert (found["data.vertical_flip"], found["data.rotate90"]) == (0.5, True)
+    # All boxes slightly wider than tall: those of turned images would not be.
+    found = chosen(everywhere(0.92))
+    assert found["data.vertical_flip"] == 0.5
+    assert "data.rotate90" not in found
 
 
 @pytest.mark.parametrize(
@@ -154,7 +191,7 @@ def test_vertical_flip_where_labels_have_no_orientation() -> None:
     ids=["tall", "named by a direction", "characters", "upper half", "few"],
 )
 def test_no_vertical_flip_where_orientation_may_matter(dataset: Dataset) -> None:
-    assert "data.vertical_flip" not in chosen(dataset)
+    assert not {"data.vertical_flip", "data.rotate90"} & chosen(dataset).keys()
 
 
 def test_skewed_classes_are_balanced_by_a_threshold_with_effect() -> None:
@@ -193,9 +230,13 @@ def test_a_large_validation_split_is_validated_less_often() -> None:
 )
 def test_what_the_user_states_is_kept(setting: str) -> None:
     dataset = squares(6, 200, images=3)
-    assert {"model.p2", "matching.low_quality_matches"} <= chosen(dataset).keys()
-    found = chosen(dataset, setting)
-    assert setting.partition("=")[0] not in found
+    name = setting.partition("=")[0]
+    recipe = "quick" if name.startswith("model.") else "paper_quick"
+    assert {"model.p2", "matching.low_quality_matches"} <= chosen(
+        dataset, recipe="paper_quick"
+    ).keys()
+    found = chosen(dataset, setting, recipe=recipe)
+    assert name not in found
     assert found  # the rest is still chosen
 
 
@@ -227,11 +268,15 @@ def test_chosen_values_state_nothing_and_validate() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("name", "flip", "dense"),
-    [("nuclei", True, True), ("bccd", True, False), ("coco128", False, False)],
+    ("name", "flip", "turn", "dense"),
+    [
+        ("nuclei", True, True, True),
+        ("bccd", True, False, False),
+        ("coco128", False, False, False),
+    ],
 )
-def test_real_data(name: str, flip: bool, dense: bool, real_data: Path) -> None:
+def test_real_data(name: str, flip: bool, turn: bool, dense: bool, real_data: Path) -> None:
     splits = read_splits(real_data / name, extras=False)
     found = chosen(usable(splits["train"])[0], num_val=len(splits["val"]))
-    assert ("data.vertical_flip" in found) == flip
+    assert ("data.vertical_flip" in found, "data.rotate90" in found) == (flip, turn)
     assert ("detect.detections_per_image" in found) == dense

@@ -36,6 +36,7 @@ from retinanet.errors import (
 )
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate
+from retinanet.evaluation.tuning import f1_thresholds, tune
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.report.html import write_report
 from retinanet.training import task
@@ -72,6 +73,32 @@ def test_train_run_folder_and_events(finished: Finished) -> None:
     ]  # fmt: skip
     assert (run.step, run.model) == (4, run.folder / "best")
     assert 0 <= run.best_ap <= 1
+
+
+def test_train_tunes_detection_of_the_best_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = tiny_recipe("train.steps=2", "train.tune_detection=true", "train.validate_every=2")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    detect = load_checkpoint(run.model).info["detect"]
+    expected = tune(run.model, tiny_data, device="cpu", workers=0)
+    assert detect == {**detect, **expected.settings}
+    assert messages(events)[-1].startswith(f"post-processing from val: NMS {detect['nms']} ")
+    metrics = Metrics.from_dict(json.loads((run.folder / "metrics.json").read_text()))
+    assert metrics.loss is not None
+    again = evaluate(run.model, tiny_data, device="cpu", workers=0)
+    assert run.best_ap == metrics.ap == pytest.approx(again.ap)
+    assert metrics.calibration == again.calibration
+
+
+def test_train_stores_score_thresholds_of_each_best_checkpoint(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("train.steps=1", "detect.score_thresholds={circle=0.7}")
+    run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    checkpoint = load_checkpoint(run.model)
+    metrics = Metrics.from_dict(json.loads((run.folder / "metrics.json").read_text()))
+    stored = checkpoint.info["detect"]["score_thresholds"]
+    assert stored == {**f1_thresholds(metrics, checkpoint.classes), "circle": 0.7}
 
 
 def test_train_learning_rate_follows_the_linear_rule(tiny_data: Path, tmp_path: Path) -> None:

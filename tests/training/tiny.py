@@ -15,7 +15,6 @@ from retinanet.config import Recipe, load_recipe
 from retinanet.training.events import Event
 
 TINY = (
-    "auto=false",
     "model.backbone=mobilenet_v2",
     "model.backbone_weights=none",
     "model.norm=group",
@@ -29,6 +28,7 @@ TINY = (
     "train.batch_size=4",
     "train.warmup_steps=0",
     "train.precision=float32",
+    "train.tune_detection=false",
     "train.deterministic=true",
 )
 
@@ -39,7 +39,7 @@ class Stop(Exception):
 
 def tiny_recipe(*settings: str) -> Recipe:
     """The tiny recipe with further settings over it."""
-    return load_recipe("quick", [*TINY, *settings])
+    return load_recipe("paper_quick", [*TINY, *settings])
 
 
 def stop_at(step: int) -> Callable[[Event], None]:

@@ -134,14 +134,17 @@ def _draw(
 
     images = [image for image in dataset.images if image.annotations][:_MAX_DRAWN]
     paths = [image.path for image in images]
-    detections: list[Any] = [load(result.model, device).detect(paths) for result in results]
+    # With the threshold of the best F1 on the test images.
+    thresholds = [max(0.05, result.metrics.best_score) for result in results]
+    detections: list[Any] = [
+        load(result.model, device, score_threshold=threshold).detect(paths)
+        for result, threshold in zip(results, thresholds, strict=True)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[Image.Image, str]] = []
     for i, image in enumerate(images):
         drawings = {"labels": (draw_truth(image, dataset), f"{image.path.name}: ground truth")}
-        for result, of_model in zip(results, detections, strict=True):
-            # The threshold with the best F1 on the test images.
-            threshold = max(0.05, result.metrics.best_score)
+        for result, threshold, of_model in zip(results, thresholds, detections, strict=True):
             caption = f"{result.loss}, scores of at least {threshold:.2f}"
             drawing = of_model[i].draw(score_threshold=threshold)
             drawings[result.folder.name] = (drawing, caption)

@@ -40,7 +40,10 @@ class FileOptions:
     image_root: str | None = option(
         "Label Studio: prefix of an image's name in its address.", shown="/data/local-files/?d="
     )
-    draw_threshold: float | None = option("Minimum score of a drawn box.", shown=".3")
+    draw_threshold: float | None = option(
+        "Minimum score of a drawn box; with --track of one that begins a track.",
+        shown="all are drawn; with --track .3",
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,6 @@ def detect(
     Images that cannot be read are skipped and listed at the end; the exit code is then 1.
     """
     from retinanet.config import check_choice
-    from retinanet.inference.detections import DRAWN_SCORE
     from retinanet.inference.sources import is_video
 
     check_choice("--engine", other.engine, ("local", "ray"))
@@ -109,7 +111,7 @@ def detect(
     given["track"] = other.track or None
     _check_options(kind, [name for name, value in given.items() if value is not None])
     options = {**vars(detector), **selection.given(), **thresholds.given()}
-    drawn_score = DRAWN_SCORE if files.draw_threshold is None else files.draw_threshold
+    drawn_score = files.draw_threshold or 0.0
     settings: dict[str, Any] = {"batch_size": other.batch_size}
     if kind == "ray":
         del options["calibrate"]
@@ -119,7 +121,7 @@ def detect(
         from retinanet.cli.detect_video import detect_videos
 
         settings |= {"every": other.every or 1, "track": other.track}
-        settings["draw_threshold"] = drawn_score
+        settings["draw_threshold"] = files.draw_threshold
         is_complete = detect_videos(model, sources, files.out, options, settings, json=json)
     else:
         settings |= tiles.given()
@@ -153,6 +155,7 @@ def _detect_images(
 ) -> bool:
     """Detect in images and print the summary; returns whether all could be read."""
     from retinanet.inference import load
+    from retinanet.inference.backends import network_settings
     from retinanet.inference.detections import Failure
     from retinanet.inference.sources import Source, iter_sources
 
@@ -180,15 +183,20 @@ def _detect_images(
         )
     else:
         if objects:
-            min_score = detector.thresholds["score_threshold"]
+            thresholds = network_settings(detector.thresholds, detector.classes)
+            by_label = thresholds.get("class_thresholds")
+            low = dict(zip(detector.classes, by_label or (), strict=False))
             table(
                 "Detections",
-                ["class", f"score over {min_score:g}", f"of {drawn_score:g} and more"],
-                [(name, number, drawn[name]) for name, number in objects.most_common()],
+                ["class", "score over", "boxes", f"of {drawn_score:g} and more"],
+                [
+                    (name, low.get(name, thresholds["score_threshold"]), number, drawn[name])
+                    for name, number in objects.most_common()
+                ],
             )
         say(
-            f"{objects.total()} boxes in {count(images, 'image')}, {drawn.total()} of them with a "
-            f"score of {drawn_score:g} and more, in {files.out}"
+            f"{objects.total()} boxes in {count(images, 'image')}, {drawn.total()} of them drawn "
+            f"(score of {drawn_score:g} and more), in {files.out}"
         )
     if failures:
         note_failures([failure.reason for failure in failures], "image")

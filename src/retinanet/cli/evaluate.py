@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from retinanet.cli.settings import (
     Json,
     LabelledData,
     SplitOptions,
+    SuppressionOptions,
     TileOptions,
     option,
     run_folder,
@@ -52,6 +54,11 @@ class EvaluationOptions(SplitOptions):
         min=1,
     )
     batch_size: int = option("Images per batch.", 4, min=1)
+    tune: bool = option(
+        "Before: choose NMS, temperature and score thresholds on the data, for the model's "
+        "checkpoint; give the validation split.",
+        False,
+    )
 
 
 def evaluate(
@@ -68,6 +75,7 @@ def evaluate(
     evaluation: EvaluationOptions,
     detector: DetectorOptions,
     selection: ClassOptions,
+    suppression: SuppressionOptions,
     tiles: TileOptions,
     json: Json = False,
 ) -> None:
@@ -78,7 +86,9 @@ def evaluate(
     if folder is None and (run := run_folder(model)) is not None:
         folder = run / "evaluation" / (evaluation.split or "val")
     options = {**vars(evaluation), "out": folder, **vars(detector)}
-    options |= {**selection.given(), **tiles.given()}
+    if options.pop("tune"):
+        _tune(model, data, evaluation, detector, {**selection.given(), **suppression.given()})
+    options |= {**selection.given(), **suppression.given(), **tiles.given()}
     with progress("evaluating") as update:
         metrics = evaluate_model_or_results(model, data, progress=update, **options)
     if folder is not None:
@@ -97,6 +107,31 @@ def evaluate(
         note(f"warning: {len(metrics.unreadable)} unreadable images were left out:")
         for message in metrics.unreadable.values():
             note(f"  {message}")
+
+
+def _tune(
+    model: str,
+    data: Path,
+    evaluation: EvaluationOptions,
+    detector: DetectorOptions,
+    other: dict[str, Any],
+) -> None:
+    """Choose post-processing settings and write them into the checkpoint."""
+    from retinanet.errors import ConfigError
+    from retinanet.evaluation.tuning import store_tuning, tune
+
+    if other or evaluation.max_detections or not Path(model).exists() or model.endswith(".json"):
+        raise ConfigError(
+            "--tune is for a run or checkpoint folder with its own settings, not for a name, a "
+            "results file, --classes, --max-detections or options of NMS: leave them out"
+        )
+    options = {**vars(detector), "split": evaluation.split, "batch_size": evaluation.batch_size}
+    with progress("tuning") as update:
+        tuning = tune(model, data, progress=update, **options)
+    folder = store_tuning(model, tuning)
+    for name, ap in tuning.ap.items():
+        note(f"NMS {name}: AP {ap:.4f}")
+    note(f"in {folder}: {tuning.describe()}")
 
 
 def _show_metrics(metrics: Metrics) -> None:
@@ -131,10 +166,13 @@ def _show_metrics(metrics: Metrics) -> None:
             for kind, gain in errors.delta_ap.items()
         ],
     )
+    calibration, before = metrics.calibration, ""
+    if not math.isnan(calibration.uncalibrated_error):
+        before = f" ({figure(calibration.uncalibrated_error)} before the temperature)"
     say(
         f"best F1 {figure(metrics.best_f1)} at IoU .50 with a score threshold of "
         f"{figure(metrics.best_score)}; "
-        f"calibration error {figure(metrics.calibration.expected_error)}"
+        f"calibration error {figure(calibration.expected_error)}{before}"
     )
     if metrics.objects_over_limit:
         say(

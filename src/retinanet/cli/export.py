@@ -80,7 +80,7 @@ def export(
         out=form.out,
         precision="int8" if form.int8 else "fp16" if form.fp16 else "float32",
         calibrate=form.calibrate,
-        nms=not form.no_nms,
+        form="scores" if form.no_nms else "detections",
         image_size=form.image_size,
         progress=note,
         **{**vars(validation), "tolerance": validation.tolerance or ()},

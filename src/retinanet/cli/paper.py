@@ -89,7 +89,7 @@ class RunOptions(DeviceOptions):
     out: Path | None = option(
         "Output folder; finished trainings in it are kept.", shown="paper/DATA"
     )
-    recipe: str = option("Base recipe of the rows, without --full.", "quick")
+    recipe: str = option("Base recipe of the rows, without --full.", "paper_quick")
     backbone: list[str] | None = option(
         "Replaces resnet50; second: resnet101; third: resnext101_32x8d. The last one replaces the "
         "rest too.",
@@ -247,7 +247,7 @@ def _check_lengths(options: RunOptions) -> None:
     lengths = (options.full, options.budget is not None, options.steps is not None)
     if sum(lengths) > 1:
         raise typer.BadParameter("--full, --budget and --steps exclude each other: use one of them")
-    if options.full and (options.recipe != "quick" or options.image_size is not None):
+    if options.full and (options.recipe != "paper_quick" or options.image_size is not None):
         raise typer.BadParameter(
             "--full uses the paper's recipes and sizes: leave out --recipe and --image-size"
         )

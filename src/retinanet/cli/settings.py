@@ -88,13 +88,29 @@ def _group_parameters(group: Any) -> Iterator[inspect.Parameter]:
 
 
 @dataclass(frozen=True)
-class ThresholdOptions:
+class SuppressionOptions:
+    """Non-maximum suppression; what is not given is the model's."""
+
+    nms: str | None = option(
+        "Kind of NMS: hard, soft, or wbf (weighted box fusion).", shown="the model's"
+    )
+    nms_threshold: float | None = option("IoU threshold for NMS.", shown="the model's, .5")
+    flip_tta: bool | None = option(
+        "Run the network on the mirrored image too.", shown="the model's"
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the given thresholds by the names that a detector has for them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ThresholdOptions(SuppressionOptions):
     """Post-processing; what is not given is the model's."""
 
     score_threshold: float | None = option(
-        "Drop boxes with a lower score.", shown="the model's, .05"
+        "Drop boxes with a lower score.", shown="by class, best F1 in validation; else .3"
     )
-    nms_threshold: float | None = option("IoU threshold for NMS.", shown="the model's, .5")
     class_agnostic: bool = option("Class-agnostic NMS.", False)
     detections_per_image: int | None = option(
         "Maximum number of boxes per image.", shown="the model's, 100"
@@ -102,7 +118,7 @@ class ThresholdOptions:
 
     def given(self) -> dict[str, Any]:
         """Return the given thresholds by the names that a detector has for them."""
-        values = {**vars(self)}
+        values = super().given()
         values["class_agnostic_nms"] = values.pop("class_agnostic") or None  # None: the model's
         return {name: value for name, value in values.items() if value is not None}
 
@@ -224,14 +240,11 @@ class RecipeOptions:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        from retinanet.config import load_recipe
+        from retinanet.config import keyword_settings, load_recipe
 
         values = {key: value for key, value in (overrides or {}).items() if value is not None}
         if self.image_size is not None:
-            sides = load_recipe(self.recipe).data
-            # The limit of the longer side keeps its ratio to the shorter one.
-            longest = round(self.image_size * sides.max_size / sides.image_size)
-            values |= {"data.image_size": self.image_size, "data.max_size": longest}
+            values |= keyword_settings(self.recipe, {"image_size": self.image_size})
         options = [f"{key}={value}" for key, value in values.items()]
         return load_recipe(self.recipe, [*options, *(self.settings or [])])
 

@@ -44,6 +44,9 @@ class ImageCache:
         num_files: number of image files.
         capacity: bytes of pixels at most; images that do not fit are not kept.
         folder: for the file; None: in memory.
+
+    Raises:
+        OSError: the file cannot be made, mapped or locked.
     """
 
     def __init__(self, num_files: int, capacity: int, folder: Path | None = None) -> None:
@@ -56,7 +59,8 @@ class ImageCache:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._open(os.dup(file.fileno()))
-        self._numbers[0] = self._start  # the first free byte
+        with self._locked():  # not all network disks have locks
+            self._numbers[0] = self._start  # the first free byte
 
     def read(
         self, number: int, wanted: tuple[int, int] | None, read: Callable[[], ReadResult]
@@ -178,13 +182,21 @@ def build_cache(
     if sys.platform != "linux":
         return None, f"warning: data.cache={kind} needs Linux: images are not cached"
     folder = None
-    if kind == "disk":
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
-        folder.mkdir(parents=True, exist_ok=True)
-    free = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
-    capacity = int(free * _MAX_SHARE) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    files = file_numbers(dataset)
+    numbers = file_numbers(dataset)
     needed = _estimated_bytes(dataset)
+    try:
+        if kind == "disk":
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        else:
+            free = psutil.virtual_memory().available
+        capacity = int(free * _MAX_SHARE) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        # The estimate may be too low, and reductions come beside the whole image.
+        room = min(capacity, 2 * needed + 2**30)
+        cache = ImageCache(max(numbers, default=-1) + 1, room, folder)
+    except OSError as error:
+        return None, f"warning: data.cache={kind}: {error}: images are not cached"
     message = None
     if needed > capacity:
         what = "memory" if folder is None else f"disk of {folder}"
@@ -193,7 +205,7 @@ def build_cache(
             f"{capacity / 1e9:.1f} GB, a half of the free {what}, are used: about "
             f"{capacity / needed:.0%} of the images are cached"
         )
-    return ImageCache(max(files, default=-1) + 1, capacity, folder), message
+    return cache, message
 
 
 def file_numbers(dataset: Dataset) -> list[int]:
@@ -202,7 +214,7 @@ def file_numbers(dataset: Dataset) -> list[int]:
     return [numbers.setdefault(image.path, len(numbers)) for image in dataset.images]
 
 
-def _estimated_bytes(dataset: Dataset) -> float:
+def _estimated_bytes(dataset: Dataset) -> int:
     """Bytes of all files decoded at full size, from the headers of a sample."""
     paths = list(dict.fromkeys(image.path for image in dataset.images))
     sizes = []
@@ -212,4 +224,4 @@ def _estimated_bytes(dataset: Dataset) -> float:
         except ImageError:  # reported when it is loaded
             continue
         sizes.append(3 * height * width)
-    return len(paths) * sum(sizes) / max(1, len(sizes))
+    return len(paths) * sum(sizes) // max(1, len(sizes))

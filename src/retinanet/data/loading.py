@@ -89,9 +89,12 @@ class BatchLoader(DataLoader[Batch]):
     Attributes:
         unreadable: error message of each skipped image by its index in the data set.
         message: a warning for the user, if any: not all images fit into the cache.
+        end: () int64 number of steps of a training, in shared memory: writing to it moves its last
+            steps, which are without mosaic, copy-paste and mixup.
     """
 
     message: str | None = None
+    end: Tensor
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ def train_loader(
             without a gap.
         steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run. The
             last ``close_augmentation * end`` before the end are without mosaic, copy-paste and
-            mixup.
+            mixup; the end may be changed (:attr:`BatchLoader.end`).
         seed: of order, flips, jitter, crops, colours and multi-scale sides.
         workers: processes that load; 0: this one. See :func:`default_workers`.
         rank, world_size: index of this process, and number of processes.
@@ -242,6 +245,7 @@ def train_loader(
     if config.order == "shards":
         shards = _shards(dataset, config.shard_window, batch_size, world_size)
     cache, message = build_cache(dataset, config.cache)
+    end = torch.tensor(steps.stop).share_memory_()  # type: ignore[no-untyped-call]
     batches = _TrainBatches(
         _Images(dataset, cache),
         config,
@@ -253,9 +257,10 @@ def train_loader(
         shards,
         balance(dataset, config),
         user_transform(config, len(dataset.classes)),
-        steps.stop - round(steps.stop * config.close_augmentation),
+        end,
     )
     loader = BatchLoader(batches, steps, workers, len(dataset), on_unreadable)
+    loader.end = end
     loader.message = message
     return loader
 
@@ -417,7 +422,7 @@ class _TrainBatches(TorchDataset[Any]):
     shards: _Shards | None
     repeats: RepeatFactors | None
     function: UserTransform | None
-    first_closed: int
+    end: Tensor
 
     def __getitem__(self, step: int) -> tuple[Batch | DataError | None, list[Unreadable]]:
         config = self.config
@@ -440,7 +445,8 @@ class _TrainBatches(TorchDataset[Any]):
             function=self.function,
             fill=self.fill,
         )
-        mixed = step < self.first_closed
+        end = int(self.end)
+        mixed = step < end - round(end * config.close_augmentation)
         first = (step * self.world_size + self.rank) * self.batch_size
         plans = {
             position: self._plan(position, mixed)
@@ -637,7 +643,10 @@ class _Reader:
         cache, number = self._images.cache, int(self._images.file_numbers[index])
         if window is None:
             read = partial(read_reduced, file, shorter, longest)
-            return read() if cache is None else cache.read(number, (shorter, longest), read)
+            if cache is None:
+                return read()
+            image, size = cache.read(number, (shorter, longest), read)
+            return image.clone(), size  # the user's transform may change it
         whole = None
         if cache is not None and not os.fspath(file).lower().endswith(_READ_IN_WINDOWS):
             whole, _ = cache.read(number, None, partial(_read_whole, file))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import hotcoco
@@ -53,6 +54,7 @@ def evaluate_detections(
     *,
     max_detections: int | None = None,
     detections_per_image: int | None = None,
+    temperature: float = 1.0,
     analysis: bool = True,
 ) -> Metrics:
     """Compute COCO's metrics of the detections of a data set.
@@ -67,6 +69,8 @@ def evaluate_detections(
             :func:`max_detections_for`: COCO's 100 unless an image has more objects.
         detections_per_image: the detector's own limit over all classes; None: unknown. It only
             enters :attr:`Metrics.objects_over_limit`.
+        temperature: with which the scores are calibrated. It only enters
+            :attr:`Calibration.uncalibrated_error`.
         analysis: also analyse the errors, a third of the time; else ``errors``, ``confusion`` and
             ``calibration`` are empty.
 
@@ -89,6 +93,12 @@ def evaluate_detections(
     confusion, calibration = Confusion((), (), math.nan), Calibration(math.nan, math.nan, ())
     if analysis:
         errors, calibration = _errors(evaluator), _calibration(evaluator)
+        if temperature != 1:
+            table = table.copy()
+            odds = 1 / table[:, 5].clip(min=1e-12) - 1  # against
+            table[:, 5] = 1 / (1 + odds**temperature)
+            before = _calibration(_run(dataset, truth, table, max_detections))
+            calibration = replace(calibration, uncalibrated_error=before.expected_error)
         confusion = _confusion(evaluator, dataset, 0.0 if math.isnan(best_score) else best_score)
     return Metrics(
         **_summary(evaluator, max_detections),
@@ -328,8 +338,15 @@ def _confusion(evaluator: Any, dataset: Dataset, score_threshold: float) -> Conf
     )
 
 
-def _calibration(evaluator: Any) -> Calibration:
-    calibration = evaluator.calibration(n_bins=10, iou_threshold=0.5)
+def score_bins(results: Results, bins: int, max_detections: int) -> tuple[CalibrationBin, ...]:
+    """Return score and precision at IoU .50 of the detections, in `bins` bins of equal width."""
+    dataset = results.dataset
+    evaluator = _run(dataset, GroundTruth.of(dataset), results.table(), max_detections)
+    return _calibration(evaluator, bins).bins
+
+
+def _calibration(evaluator: Any, bins: int = 10) -> Calibration:
+    calibration = evaluator.calibration(n_bins=bins, iou_threshold=0.5)
     return Calibration(
         expected_error=float(calibration["ece"]),
         largest_error=float(calibration["mce"]),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retinanet.anchors import level_anchors
 from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
@@ -19,11 +18,12 @@ from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results
-from retinanet.inference.backends import Network, Thresholds, detections_of
+from retinanet.inference.backends import Network, detections_of, output_anchors
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
 from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.losses.detection import detection_losses
+from retinanet.postprocess import mirror_images
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
 
 _MAX_PENDING_BATCHES = 4
@@ -81,7 +81,7 @@ def run_inference(
     label_map: Sequence[int] | None = None,
     selected: Sequence[int] | None = None,
     progress: Progress | None = None,
-    **thresholds: Unpack[Thresholds],
+    **settings: Any,
 ) -> Predictions:
     """Run a network over every image of a data set once.
 
@@ -100,21 +100,24 @@ def run_inference(
         label_map: the data's label of each label of the model (:func:`match_classes`).
         selected: labels to detect; None: all.
         progress: called after each batch.
-        thresholds: as in :func:`retinanet.postprocess.postprocess`.
+        settings: of :func:`retinanet.inference.backends.network_settings`.
 
     Raises:
         DataError: a box or score is NaN or Inf, or more than a tenth of the images are unreadable.
     """
     model = network.model
     losses = None if loss is None else _MeanLoss(loss, model.num_classes, label_map)
+    flip_tta = settings.pop("flip_tta", False)
 
     def detect(batch: Batch) -> list[Detections]:
         outputs = network(batch.images)
         if losses is not None:
-            shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-            losses.add(outputs, level_anchors(model.anchors, shapes, device=network.device), batch)
+            losses.add(outputs, output_anchors(model, outputs), batch)
+        mirrored = network(mirror_images(batch.images, batch.sizes)) if flip_tta else None
         sizes = batch.sizes, batch.original_sizes
-        return detections_of(model, outputs, *sizes, selected=selected, **thresholds)
+        return detections_of(
+            model, outputs, *sizes, selected=selected, mirrored=mirrored, **settings
+        )
 
     predictions = run_batches(
         detect,

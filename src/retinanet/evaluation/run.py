@@ -21,7 +21,12 @@ from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.predict import Predictions, Progress, run_detector, run_inference
 from retinanet.evaluation.results import Results, ground_truth
 from retinanet.files import write_atomic
-from retinanet.inference.backends import Network, Thresholds
+from retinanet.inference.backends import (
+    Network,
+    Thresholds,
+    merge_thresholds,
+    network_settings,
+)
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.inference.tiles import choose_tiling
@@ -79,8 +84,7 @@ def evaluate(
         DataError: the data cannot be read, more than a tenth of the images are unreadable, or the
             results do not fit the data.
         WeightsError: the model cannot be read, or lacks classes of objects in the data.
-        ConfigError: an unknown device, precision, backend or class, or a threshold out of range.
-        MissingExtraError: the backend is not installed.
+        ConfigError, MissingExtraError: as :class:`Detector`.
     """
     if _is_results(model):
         _reject_network_options(options)
@@ -93,27 +97,39 @@ def evaluate(
     else:
         detector = open_detector(model, options)  # type: ignore[arg-type]
         dataset = read_eval_dataset(data, split, info=detector.info)
-        limit, raised = _raised_limits(dataset, max_detections, detector)
+        limit, raised = raised_limits(dataset, max_detections, detector)
         if classes is not None:
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
-        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **changed}
+        thresholds = merge_thresholds(detector.eval_thresholds, changed)
+        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
         if side is None and isinstance(detector.network, Network):
             running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
-            predictions = run_network(detector, dataset, workers, **running)
+            predictions = run_network(detector, dataset, workers, thresholds, **running)
         else:
-            running |= {"tile": tile, "overlap": overlap}
-            label_map = match_classes(detector.classes, dataset)
-            predictions = run_detector(detector, dataset, label_map=label_map, **running)
+            running |= {**changed, "tile": tile, "overlap": overlap}
+            predictions = _run_stream(detector, dataset, thresholds, running)
         results = predictions.results
-        per_image = {**detector.thresholds, **changed}["detections_per_image"]
-        metrics = predictions.evaluate(max_detections=limit, detections_per_image=per_image)
-    fault = fault_summary(dataset)
-    metrics = replace(metrics, notes=(*dataset.description, *([fault] if fault else [])))
+        per_image, temperature = thresholds["detections_per_image"], thresholds["temperature"]
+        counts = {"detections_per_image": per_image, "temperature": temperature}
+        metrics = predictions.evaluate(max_detections=limit, **counts)
+    faults = filter(None, [fault_summary(dataset)])
+    metrics = replace(metrics, notes=(*dataset.description, *faults))
     if out is not None:
         write_results(out, metrics, results)
     return metrics
+
+
+def _run_stream(
+    detector: Detector, dataset: Dataset, thresholds: Thresholds, options: Mapping[str, Any]
+) -> Predictions:
+    """Run :meth:`Detector.stream` with the score thresholds of an evaluation."""
+    scores: dict[str, Any] = {
+        name: thresholds[name] for name in ("score_threshold", "score_thresholds")
+    }
+    label_map = match_classes(detector.classes, dataset)
+    return run_detector(detector, dataset, label_map=label_map, **{**options, **scores})
 
 
 def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:
@@ -124,9 +140,13 @@ def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) 
 
 
 def run_network(
-    detector: Detector, dataset: Dataset, workers: int | None, **options: Any
+    detector: Detector,
+    dataset: Dataset,
+    workers: int | None,
+    thresholds: Thresholds,
+    **options: Any,
 ) -> Predictions:
-    """Run the network of a detector, with its sizes and thresholds: :func:`run_inference`.
+    """Run the network of a detector, with its sizes: :func:`run_inference`.
 
     Raises:
         WeightsError: as :func:`match_classes`.
@@ -140,7 +160,8 @@ def run_network(
         workers=default_workers() if workers is None else workers,
         label_map=match_classes(detector.classes, dataset),
         selected=detector.selected,
-        **{**detector.thresholds, **options},
+        **network_settings(thresholds, detector.classes),
+        **options,
     )
 
 
@@ -236,7 +257,7 @@ def open_detector(model: str | Path | Detector | Checkpoint, options: DetectorOp
     return model  # type: ignore[return-value]
 
 
-def _raised_limits(
+def raised_limits(
     dataset: Dataset, max_detections: int | None, detector: Detector
 ) -> tuple[int, dict[str, Any]]:
     """Return the detections per class and image that count, and the limits that are raised.
@@ -249,7 +270,7 @@ def _raised_limits(
     if max_detections is None and fixed:
         return limit, {}
     limits = ("detections_per_image", "topk_candidates")
-    return limit, {name: limit for name in limits if detector.thresholds[name] < limit}  # type: ignore[literal-required]
+    return limit, {name: limit for name in limits if detector.eval_thresholds[name] < limit}  # type: ignore[literal-required]
 
 
 def _is_results(model: Any) -> bool:

@@ -55,11 +55,14 @@ class DetectorGraph(nn.Module):
         self.size = symbolic_network_size if to == "aotinductor" else network_size
         in_engine = to in ("onnx", "openvino")
         self.suppress = suppress_by_engine if in_engine else suppress_by_torchvision
-        used = merge_thresholds(detector.thresholds, thresholds)
+        used = merge_thresholds(detector.eval_thresholds, thresholds)
         self.topk_candidates = used["topk_candidates"]
         self.detections_per_image = used["detections_per_image"]
         threshold = used["score_threshold"]
-        self.min_logit = math.log(threshold / (1 - threshold)) if threshold else -math.inf
+        self.temperature = used["temperature"]
+        self.min_logit = -math.inf
+        if threshold:
+            self.min_logit = self.temperature * math.log(threshold / (1 - threshold))
         self.suppression: dict[str, Any] = {
             "classes": 1 if used["class_agnostic_nms"] else self.network.num_classes,
             "threshold": used["nms_threshold"],
@@ -93,7 +96,7 @@ class DetectorGraph(nn.Module):
             torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True)
         )
         boxes = clip_boxes(decode_boxes(deltas, anchors), size)
-        scores = torch.where(logits > -math.inf, logits.sigmoid(), _NO_SCORE)
+        scores = torch.where(logits > -math.inf, self.scores(logits), _NO_SCORE)
         kept = self.suppress(boxes, scores, labels, **self.suppression)
         scores = torch.where(kept, scores, _NO_SCORE)
         missing = self.detections_per_image - scores.shape[1]
@@ -132,6 +135,10 @@ class DetectorGraph(nn.Module):
         padded = F.pad(resized.float() - self.colour, margin) + self.colour
         return padded, _sides(rows, columns), _sides(height, width)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return calibrated scores."""
+        return (logits if self.temperature == 1 else logits / self.temperature).sigmoid()
+
     def levels(self, outputs: Outputs, padded: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return logits (B, R_l, K) and deltas (B, R_l, 4), both float32, and anchors per level."""
         network = self.network
@@ -169,7 +176,7 @@ class RawDetectorGraph(DetectorGraph):
         padded, size, original = self.prepare(images)
         levels = self.levels(self.network(padded), padded)
         boxes = torch.cat([decode_boxes(deltas, anchors) for _, deltas, anchors in levels], dim=1)
-        scores = torch.cat([logits for logits, _, _ in levels], dim=1).sigmoid()
+        scores = self.scores(torch.cat([logits for logits, _, _ in levels], dim=1))
         return to_original(clip_boxes(boxes, size), size, original), scores
 
 

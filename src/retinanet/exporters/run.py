@@ -49,7 +49,7 @@ class ExportOptions(Thresholds, total=False):
 
     image_size: int | None
     max_size: int | None
-    nms: bool
+    form: str
 
 
 def export(
@@ -82,8 +82,8 @@ def export(
         tolerance: ``score=``, ``box=``, ``apart=``, ``ap=``: changes to the precision's
             :class:`~retinanet.exporters.validate.Tolerance`.
         progress: called with messages.
-        options: built into the file: sizes and thresholds other than the model's; ``nms=False``:
-            output boxes and scores of all anchors, for an engine with its own NMS.
+        options: built into the file: sizes and thresholds other than the model's;
+            ``form="scores"``: boxes and scores of all anchors, for an engine with its own NMS.
 
     Returns:
         The comparison; ``passed`` is False if the file is beyond the tolerance.
@@ -98,14 +98,11 @@ def export(
     allowed = TOLERANCES[precision].override(tolerance)
     _check_packages(to, precision)
     settings: dict[str, Any] = {**options}
-    form = DETECTIONS if settings.pop("nms", True) else SCORES
+    form = settings.pop("form", DETECTIONS)
+    check_choice("form", form, (DETECTIONS, SCORES))
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
     detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
-    if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
-        raise ConfigError(
-            f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
-            "export without --aot"
-        )
+    _check_detector(detector, to, form)
     run = None if isinstance(model, Checkpoint) else Path(model)
     file = _output_file(run, to, out)
     text = _metadata(checkpoint, detector, to, precision, form)
@@ -155,6 +152,26 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
         raise ConfigError(f"images must be 1 or more, got {images}")
 
 
+def _check_detector(detector: Detector, to: str, form: str) -> None:
+    """Check that a file can do what the detector does before and after the network."""
+    if to == "aotinductor" and detector.image_size <= _AOT_MIN_SIZE:
+        raise ConfigError(
+            f"AOTInductor needs an image_size over {_AOT_MIN_SIZE}, got {detector.image_size}; "
+            "export without --aot"
+        )
+    settings = detector.eval_thresholds
+    if settings["flip_tta"]:
+        raise ConfigError(
+            "an exported file runs once per image, but detect.flip_tta is on: "
+            "give flip_tta=False (--no-flip-tta)"
+        )
+    if form == DETECTIONS and settings["nms"] != "hard":
+        raise ConfigError(
+            f"an exported file has hard NMS, but detect.nms is {settings['nms']}: give nms "
+            '"hard" (--nms hard), or form "scores", boxes and scores of all anchors (--no-nms)'
+        )
+
+
 def _check_packages(to: str, precision: str) -> None:
     """Check for the packages that write and run the file, before minutes of work."""
     for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
@@ -182,7 +199,13 @@ def _metadata(
     sizes = {"image_size": detector.image_size, "max_size": detector.max_size}
     values |= {
         "preprocessing": {**values["preprocessing"], **sizes},
-        "info": {**values["info"], "detect": dict(detector.thresholds)},
+        "info": {
+            **values["info"],
+            "detect": {
+                **detector.eval_thresholds,
+                "score_thresholds": detector.thresholds["score_thresholds"],
+            },
+        },
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "made_by": f"retinanet {__version__}",

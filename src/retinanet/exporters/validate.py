@@ -223,7 +223,7 @@ def validate_file(
     ap = ap_file = None
     if data is not None:
         # The file cannot give more detections per image than were built in.
-        limit_ = detector.thresholds["detections_per_image"]
+        limit_ = detector.eval_thresholds["detections_per_image"]
         ap, ap_file = (
             evaluate(either, data, split=split, detections_per_image=limit_).ap
             for either in (detector, file_detector)
@@ -261,12 +261,15 @@ def _compare_detectors(
     for image in images:
         resized, _ = resize_to(image, detector.image_size, detector.max_size)
         prepared = [Prepared(resized, (image.shape[1], image.shape[2]))]
-        expected = detector.detect_prepared(prepared)[0]
-        resized_pairs.append((expected, file_detector.detect_prepared(prepared)[0]))
-        whole_pairs.append((expected, network.detect([image], **detector.thresholds)[0]))
+        expected, own = (
+            each.detect_prepared(prepared, **each.eval_thresholds)[0]
+            for each in (detector, file_detector)
+        )
+        resized_pairs.append((expected, own))
+        whole_pairs.append((expected, network.detect([image], **detector.eval_thresholds)[0]))
     return (
-        compare(resized_pairs, tolerance, detector.thresholds),
-        compare(whole_pairs, tolerance.widened(RESIZED), detector.thresholds),
+        compare(resized_pairs, tolerance, detector.eval_thresholds),
+        compare(whole_pairs, tolerance.widened(RESIZED), detector.eval_thresholds),
     )
 
 

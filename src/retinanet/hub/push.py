@@ -17,7 +17,7 @@ from retinanet.files import write_atomic
 from retinanet.hub.card import write_card
 from retinanet.hub.facts import RunFacts, read_run
 from retinanet.inference import Detector, ImageDetections
-from retinanet.inference.detections import DRAWN_SCORE
+from retinanet.inference.backends import DETECTION_SCORE
 from retinanet.model.checkpoint import WEIGHTS_FILE, Checkpoint, write_checkpoint
 from retinanet.model.hub import parse_hub_name, raise_hub_error
 
@@ -153,7 +153,7 @@ def prepare(
         text = json.dumps(facts.metrics, indent=1, allow_nan=False)
         write_atomic(target / "metrics.json", text + "\n")
     score = facts.metrics.get("best_score")
-    drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DRAWN_SCORE
+    drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DETECTION_SCORE
     examples = []
     if "val" in splits:
         examples = _draw(facts.checkpoint, splits["val"], target, drawn_score, device)
@@ -211,7 +211,7 @@ def _draw(
 ) -> list[tuple[str, int]]:
     """Draw the detections of random images; files are numbered, as names may be private."""
     images = random.Random(0).sample(dataset.images, min(_NUM_EXAMPLES, len(dataset)))
-    detector = Detector(checkpoint, device=device)
+    detector = Detector(checkpoint, device=device, score_threshold=score)
     examples = []
     for number, image in enumerate(images, start=1):
         detections = detector.detect(image.path)

@@ -6,22 +6,22 @@ torch.compile; compiling takes half a minute per image size) and ``openvino`` (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, cast, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.anchors import level_anchors
-from retinanet.config import build_recipe, check_choice
+from retinanet.config import build_recipe, check_choice, nearest
 from retinanet.errors import ConfigError
 from retinanet.model.fused import can_pack, fused_copy
 from retinanet.model.precision import DTYPES, Precision, autocast, choose_dtype
 from retinanet.model.retinanet import RetinaNet
-from retinanet.postprocess import postprocess
+from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
 from retinanet.structures import Detections, Outputs
 
 Backend = Literal["auto", "torch", "compile", "openvino"]
@@ -30,30 +30,78 @@ Backend = Literal["auto", "torch", "compile", "openvino"]
 Sides = Tensor | tuple[int, int] | list[int]
 """Height and width."""
 
+DETECTION_SCORE = 0.3
+"""Minimum score of a detection in a class without an own threshold; evaluation uses .05."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Thresholds(TypedDict, total=False):
-    """Post-processing settings; defaults are those of :class:`retinanet.config.DetectConfig`."""
+class Thresholds(PostprocessSettings, total=False):
+    """Post-processing settings; defaults are those of :class:`retinanet.config.DetectConfig`.
 
-    score_threshold: float
-    topk_candidates: int
-    nms_threshold: float
-    detections_per_image: int
-    class_agnostic_nms: bool
+    Attributes:
+        score_thresholds: by class name; other classes have ``score_threshold``.
+        flip_tta: run the network on the mirrored image too.
+    """
+
+    score_thresholds: Mapping[str, float]
+    flip_tta: bool
 
 
 def merge_thresholds(*layers: Any) -> Thresholds:
     """Merge mappings of thresholds over the defaults; later ones override, None is unset.
 
+    A ``score_threshold`` is for all classes: it overrides the ``score_thresholds`` of the layers
+    before it.
+
     Raises:
         ConfigError: an unknown name, or a value out of range.
     """
-    merged = {
-        name: value for layer in layers for name, value in dict(layer).items() if value is not None
-    }
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        given = {name: value for name, value in dict(layer).items() if value is not None}
+        if "score_threshold" in given:
+            merged["score_thresholds"] = {}
+        merged |= given
     checked = build_recipe({"detect": merged}, "detector options").detect
     return cast(Thresholds, checked.model_dump())
+
+
+def detection_thresholds(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Thresholds:
+    """Return the thresholds of a detector whose results people use.
+
+    Args:
+        stored: those of the checkpoint. A class without an own score threshold in it has
+            :data:`DETECTION_SCORE`, or the threshold of evaluation if that is higher.
+        given: override those; a ``score_threshold`` is for all classes.
+
+    Raises:
+        ConfigError: as :func:`merge_thresholds`.
+    """
+    merged = merge_thresholds(stored, given)
+    if given.get("score_threshold") is None:
+        merged["score_threshold"] = max(merged["score_threshold"], DETECTION_SCORE)
+    return merged
+
+
+def network_settings(thresholds: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Return thresholds as :func:`detect_batch` takes them: score thresholds by label.
+
+    Raises:
+        ConfigError: a score threshold is of a class that `classes` lacks.
+    """
+    settings = {**thresholds}
+    by_name = settings.pop("score_thresholds", {})
+    for name in by_name:
+        if name not in classes:
+            raise ConfigError(
+                f"detect.score_thresholds has a class that the model lacks: {name!r}; "
+                f"leave it out{nearest(name, classes)}"
+            )
+    if by_name:
+        rest = settings["score_threshold"]
+        settings["class_thresholds"] = [by_name.get(name, rest) for name in classes]
+    return settings
 
 
 @dataclass(eq=False)
@@ -204,7 +252,8 @@ def detect_batch(
     original_sizes: Tensor,
     *,
     selected: Sequence[int] | None = None,
-    **thresholds: Unpack[Thresholds],
+    flip_tta: bool = False,
+    **settings: Unpack[PostprocessSettings],
 ) -> list[Detections]:
     """Detect the objects in a batch.
 
@@ -214,14 +263,22 @@ def detect_batch(
         sizes: (B, 2) height and width of each image before padding.
         original_sizes: (B, 2) height and width of each image before resizing.
         selected: labels to detect; None: all.
-        thresholds: those that differ from the defaults.
+        flip_tta: run the network on the mirrored images too.
+        settings: those that differ from the defaults.
 
     Returns:
         For each image its detections, in pixels of the original image and clipped to it.
     """
     outputs = network(images)
+    mirrored = network(mirror_images(images, sizes)) if flip_tta else None
     return detections_of(
-        network.model, outputs, sizes, original_sizes, selected=selected, **thresholds
+        network.model,
+        outputs,
+        sizes,
+        original_sizes,
+        selected=selected,
+        mirrored=mirrored,
+        **settings,
     )
 
 
@@ -232,17 +289,18 @@ def detections_of(
     original_sizes: Tensor,
     *,
     selected: Sequence[int] | None = None,
-    **thresholds: Unpack[Thresholds],
+    mirrored: Outputs | None = None,
+    **settings: Unpack[PostprocessSettings],
 ) -> list[Detections]:
     """Post-process outputs that are already computed; otherwise as :func:`detect_batch`."""
-    feature_sizes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
     found = postprocess(
         outputs,
-        level_anchors(model.anchors, feature_sizes, device=outputs.logits[0].device),
+        output_anchors(model, outputs),
         sizes,
         num_classes=model.num_classes,
         selected=selected,
-        **thresholds,
+        mirrored=mirrored,
+        **settings,
     )
     return [
         Detections(to_original(objects.boxes, size, original), objects.scores, objects.labels)
@@ -250,6 +308,12 @@ def detections_of(
             found, sizes.tolist(), original_sizes.tolist(), strict=True
         )
     ]
+
+
+def output_anchors(model: RetinaNet, outputs: Outputs) -> list[Tensor]:
+    """Return the anchors of outputs, by level."""
+    feature_sizes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
+    return level_anchors(model.anchors, feature_sizes, device=outputs.logits[0].device)
 
 
 def group_by(images: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> list[list[int]]:

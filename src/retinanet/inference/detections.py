@@ -28,9 +28,6 @@ from retinanet.errors import DataError, MissingExtraError
 from retinanet.files import write_atomic
 from retinanet.structures import Detections
 
-DRAWN_SCORE = 0.3
-"""Default minimum score of a drawn box; evaluation uses .05."""
-
 DRAWN_PIXELS = 2**25
 """Maximum pixels of a drawn image (5,793 x 5,793): a larger image is drawn reduced."""
 
@@ -87,7 +84,7 @@ class ImageDetections(Detections):
         self,
         image: Any = None,
         *,
-        score_threshold: float = DRAWN_SCORE,
+        score_threshold: float = 0.0,
         max_pixels: int = DRAWN_PIXELS,
     ) -> Image.Image:
         """Draw the boxes of at least `score_threshold` with their classes and scores.
@@ -97,7 +94,7 @@ class ImageDetections(Detections):
         Args:
             image: image to draw on, as :func:`retinanet.data.images.read_image` takes it; None is
                 the image that detection ran on.
-            score_threshold: minimum score of a drawn box.
+            score_threshold: minimum score of a drawn box; 0: all.
             max_pixels: an image of more pixels is drawn reduced.
 
         Raises:
@@ -161,7 +158,7 @@ class ImageDetections(Detections):
             crops.append(Image.fromarray(pixels.contiguous().numpy()))
         return crops
 
-    def save(self, file: str | Path, *, score_threshold: float = DRAWN_SCORE) -> Path:
+    def save(self, file: str | Path, *, score_threshold: float = 0.0) -> Path:
         """Write the image with the boxes drawn on it, or, to a ``.json`` file, :meth:`to_dict`.
 
         Args:

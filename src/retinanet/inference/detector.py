@@ -33,8 +33,10 @@ from retinanet.inference.backends import (
     Thresholds,
     build_network,
     detect_batch,
+    detection_thresholds,
     group_by,
     merge_thresholds,
+    network_settings,
     to_original,
 )
 from retinanet.inference.detections import Failure, ImageDetections
@@ -100,6 +102,7 @@ class Detector:
             images are resized for the network.
         selected: labels that are detected; None: all.
         thresholds: post-processing settings by name.
+        eval_thresholds: those of an evaluation, which needs boxes of lower scores.
     """
 
     def __init__(
@@ -132,8 +135,11 @@ class Detector:
             max_size: None is the training size, scaled with `image_size`.
             classes: names of the classes to detect, as if the model had no others (an exported file
                 applies its limits to all classes first); None: all.
-            thresholds: override those of the checkpoint: ``score_threshold``, ``topk_candidates``
-                (per level), ``nms_threshold``, ``detections_per_image``, ``class_agnostic_nms``.
+            thresholds: override those of the checkpoint: ``score_threshold`` (of all classes, or
+                ``score_thresholds`` by class name), ``topk_candidates`` (per level), ``nms``,
+                ``nms_threshold``, ``nms_sigma``, ``detections_per_image``, ``class_agnostic_nms``,
+                ``temperature``, ``flip_tta``. Without a score threshold each class has the one of
+                the best F1 in validation, else .3.
 
         Raises:
             ConfigError: an unknown device, precision, backend, class or option, or a value out of
@@ -141,7 +147,10 @@ class Detector:
             MissingExtraError: the backend is not installed.
         """
         self.image_size, self.max_size = _sizes(checkpoint, image_size, max_size)
-        self.thresholds = merge_thresholds(checkpoint.info.get("detect", {}), thresholds)
+        stored = checkpoint.info.get("detect", {})
+        self.thresholds = detection_thresholds(stored, thresholds)
+        network_settings(self.thresholds, checkpoint.classes)  # checks the names of classes
+        self.eval_thresholds = merge_thresholds({**stored, "score_thresholds": {}}, thresholds)
         self._max_detections = thresholds.get("detections_per_image")  # of an image in tiles
         self.info = checkpoint.info
         self.classes = checkpoint.classes
@@ -158,6 +167,7 @@ class Detector:
                 max_size=self.max_size,
             )
             self.network = ExportedNetwork(checkpoint, choose_exported_device(checkpoint, device))
+            self.network.check(self.eval_thresholds)
             self.network.check(self.thresholds)
             self.device = self.network.device
             return
@@ -311,12 +321,15 @@ class Detector:
 
         Args:
             prepared: results of :meth:`prepare`; none gives an empty list.
-            thresholds: override :attr:`thresholds` in this call, unchecked.
+            thresholds: override :attr:`thresholds` in this call.
 
         Returns:
             For each image its detections, on the CPU, in pixels of the original image.
+
+        Raises:
+            ConfigError: an unknown option, or a value out of range.
         """
-        used = Thresholds(**{**self.thresholds, **thresholds})
+        used = merge_thresholds(self.thresholds, thresholds)
         images = [image.pixels for image in prepared]
         if isinstance(self.network, ExportedNetwork):
             return [
@@ -337,7 +350,7 @@ class Detector:
                 sizes,
                 original_sizes,
                 selected=self.selected,
-                **used,
+                **network_settings(used, self.classes),
             )
             for i, objects in zip(indices, results, strict=True):
                 found[i] = Detections(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -24,7 +24,12 @@ from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
 from retinanet.data.image_files import network_size
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
-from retinanet.inference.backends import Thresholds, group_by
+from retinanet.inference.backends import (
+    Thresholds,
+    group_by,
+    merge_thresholds,
+    network_settings,
+)
 from retinanet.model.checkpoint import parse_text
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
@@ -231,12 +236,21 @@ class ExportedNetwork:
         Raises:
             ConfigError: another value is built in.
         """
+        if thresholds.get("flip_tta"):
+            raise ConfigError(
+                f"{self.file.path.name} runs once per image, got flip_tta: leave it out, or give "
+                "the run that it was exported from"
+            )
         if self.file.form == SCORES:
             return
+        lowest = min(thresholds.get("score_thresholds", {}).values(), default=1.0)
         for key, built in cast(dict[str, Any], self.file.thresholds).items():
+            if key == "score_thresholds":
+                continue
             wanted: Any = thresholds.get(key, built)
             fits, allowed = wanted == built, ""
             if key == "score_threshold":
+                wanted = min(wanted, lowest)
                 fits, allowed = wanted >= built, " or more"
             elif key == "detections_per_image":
                 fits, allowed = wanted <= built, " or less"
@@ -257,26 +271,34 @@ class ExportedNetwork:
         Raises:
             ConfigError: as :meth:`check`.
         """
-        used = Thresholds(**{**self.file.thresholds, **thresholds})  # type: ignore[typeddict-item]
+        used = merge_thresholds(self.file.thresholds, thresholds)
         self.check(used)
+        settings = network_settings(used, self.file.classes)
+        del settings["flip_tta"]
         read = self._select if self.file.form == DETECTIONS else self._postprocess
         found: dict[int, Detections] = {}
         for indices in group_by(images, lambda image: image.shape):
             batch = torch.stack([images[i] for i in indices]).contiguous()
             outputs = self._run(batch)
             for row, index in enumerate(indices):
-                found[index] = read([part[row].cpu() for part in outputs], batch.shape[2:], used)
+                own = [part[row].cpu() for part in outputs]
+                found[index] = read(own, batch.shape[2:], settings)
         return [found[index] for index in range(len(images))]
 
-    def _select(self, parts: list[Tensor], size: Sequence[int], used: Thresholds) -> Detections:
+    def _select(
+        self, parts: list[Tensor], size: Sequence[int], settings: Mapping[str, Any]
+    ) -> Detections:
         boxes, scores, labels, count = parts
-        count = (scores[: int(count)] > used["score_threshold"]).sum()
-        last = min(int(count), used["detections_per_image"])
+        by_label = settings.get("class_thresholds")
+        low: Any = settings["score_threshold"]
+        if by_label is not None:
+            low = torch.tensor(by_label)[labels[: int(count)]]
+        kept = (scores[: int(count)] > low).nonzero()[: settings["detections_per_image"], 0]
         # Copies: the output may be the engine's own memory, and is mostly padding.
-        return Detections(boxes[:last].clone(), scores[:last].clone(), labels[:last].clone())
+        return Detections(boxes[kept], scores[kept], labels[kept])
 
     def _postprocess(
-        self, parts: list[Tensor], size: Sequence[int], used: Thresholds
+        self, parts: list[Tensor], size: Sequence[int], settings: Mapping[str, Any]
     ) -> Detections:
         """Post-process as for every network, with the boxes as its anchors."""
         boxes, scores = parts
@@ -286,7 +308,8 @@ class ExportedNetwork:
         padded = (-(-side // divisor) * divisor for side in sides)
         cells = feature_sizes(self.file.strides, *padded)
         counts = [rows * columns * self.file.per_cell for rows, columns in cells]
-        logits = torch.split(scores.logit(), counts)
+        # The file's scores are calibrated.
+        logits = torch.split(scores.logit() * self.file.thresholds["temperature"], counts)
         return postprocess(
             Outputs(
                 tuple(level.t()[None, :, :, None] for level in logits),
@@ -295,7 +318,7 @@ class ExportedNetwork:
             torch.split(boxes, counts),
             torch.tensor([[height, width]]),
             num_classes=len(self.file.classes),
-            **used,
+            **settings,
         )[0]
 
 

@@ -27,7 +27,6 @@ from retinanet.data.drawing import PALETTE
 from retinanet.files import open_atomic, write_atomic
 from retinanet.inference.detections import (
     COLUMNS,
-    DRAWN_SCORE,
     Failure,
     ImageDetections,
     encode_image,
@@ -65,7 +64,7 @@ def open_outputs(
     folder: str | Path,
     formats: Iterable[str] = ("json", "images"),
     *,
-    drawn_score: float = DRAWN_SCORE,
+    drawn_score: float = 0.0,
     image_root: str = LOCAL_FILES,
 ) -> Iterator[Write]:
     """Write detections into `folder`, in each of `formats`.

@@ -7,6 +7,7 @@ strides 4, 8, 16 and 32.
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 import sys
@@ -222,6 +223,100 @@ class Timm(Backbone):
         return [parameters[start:end] for start, end in pairwise(bounds)]
 
 
+class OwnBackbone(Backbone):
+    """A network of the user, whose feature maps are selected by their strides.
+
+    Args:
+        net: a module with ``channels`` and ``strides``, a number per feature map (or timm's
+            ``feature_info``), whose forward returns the maps as a list, a tuple or a dict.
+        name: for messages.
+
+    Raises:
+        ConfigError: the module does not state channels and strides, or lacks stride 8, 16 or 32.
+    """
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        info = getattr(net, "feature_info", None)
+        strides = getattr(net, "strides", None) if info is None else info.reduction()
+        widths = getattr(net, "channels", None) if info is None else info.channels()
+        if strides is None or widths is None or len(strides) != len(widths):
+            raise ConfigError(
+                f"backbone {name!r} states strides {strides} and channels {widths}; give it "
+                "attributes strides and channels, with a number per feature map"
+            )
+        last = {int(stride): index for index, stride in enumerate(strides)}
+        if missing := [stride for stride in (8, 16, 32) if stride not in last]:
+            raise ConfigError(
+                f"backbone {name!r} has feature maps at strides {sorted(last)}; "
+                f"{missing} are needed"
+            )
+        self.net = net
+        self.count = len(strides)
+        self.indices = [last.get(stride, -1) for stride in (4, 8, 16, 32)]
+        two, three, four, five = (int(widths[i]) if i >= 0 else 0 for i in self.indices)
+        self.channels = (two, three, four, five)
+
+    def forward(self, images: Tensor) -> Maps:
+        """Map images to C2..C5."""
+        maps = self.net(images)
+        maps = list(maps.values()) if isinstance(maps, Mapping) else maps
+        if len(maps) != self.count:
+            raise ValueError(f"the backbone returned {len(maps)} maps for {self.count} strides")
+        two, three, four, five = self.indices
+        return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+
+    def stage_parameters(self) -> list[list[nn.Parameter]]:
+        """Raise ConfigError: the stages of the module are unknown."""
+        raise ConfigError(
+            "the stages of an own backbone are unknown: set frozen_stages=0 and freeze its "
+            "parameters (requires_grad_(False)) in its constructor"
+        )
+
+
+def is_own(name: str) -> bool:
+    """Return True for the import path of an own backbone, ``module:NAME``."""
+    return ":" in name and not name.startswith("timm/")
+
+
+def import_own(name: str) -> None:
+    """Import the module of an own backbone; do nothing for other backbones.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    if is_own(name):
+        try:
+            importlib.import_module(name.partition(":")[0])
+        except ImportError as error:
+            raise ConfigError(f"backbone {name!r} cannot be imported: {error}") from None
+
+
+def _build_own(name: str) -> Backbone:
+    """Build the class of an import path; nothing is imported, so loading a checkpoint is safe.
+
+    Raises:
+        ConfigError: its module is not imported, or has no such class of ``torch.nn.Module``.
+    """
+    module, _, path = name.partition(":")
+    if module not in sys.modules:
+        raise ConfigError(
+            f"backbone {name!r}: the module {module} is not imported; import it before (loading a "
+            "checkpoint imports nothing)"
+        )
+    builder: Any = sys.modules[module]
+    for part in path.split("."):
+        builder = getattr(builder, part, None)
+    # Nothing else is called: the text of a checkpoint must not run a function of any module.
+    if not (isinstance(builder, type) and issubclass(builder, nn.Module)):
+        raise ConfigError(
+            f"backbone {name!r}: {module} has no class {path} of torch.nn.Module; define it at the "
+            "top level of a module, so that a checkpoint can name it"
+        )
+    net = builder()
+    return net if isinstance(net, Backbone) else OwnBackbone(net, name)
+
+
 BACKBONES: dict[str, Callable[[str, NormLayer], Backbone]] = {
     **dict.fromkeys(ResNet.blocks, ResNet),
     "mobilenet_v2": MobileNetV2,
@@ -240,7 +335,9 @@ def build_backbone(
     """Build a backbone with random weights.
 
     Args:
-        name: a name in ``BACKBONES``, or ``timm/NAME``.
+        name: a name in ``BACKBONES``, ``timm/NAME``, or ``module:NAME`` of an imported module: a
+            class of ``torch.nn.Module`` without arguments (:class:`OwnBackbone`). Its norms,
+            padding and weights are its own: the other arguments do not apply.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
             usual; "group": group norm instead (Wu and He 2018).
         frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
@@ -259,6 +356,11 @@ def build_backbone(
     if not 0 <= frozen_stages <= 5:
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
+    if is_own(name):
+        backbone = _build_own(name)
+        if frozen_stages:
+            backbone.stage_parameters()
+        return backbone.train()
     if name.startswith("timm/"):
         backbone = Timm(name, group_norm if norm == "group" else None)
     elif name in BACKBONES:
@@ -268,7 +370,9 @@ def build_backbone(
     else:
         known = ", ".join(BACKBONES)
         hint = nearest(name, BACKBONES)
-        raise ConfigError(f"there is no backbone {name!r}: choose {known} or timm/NAME{hint}")
+        raise ConfigError(
+            f"there is no backbone {name!r}: choose {known}, timm/NAME or module:NAME{hint}"
+        )
     if stride_in_1x1:
         blocks = [module for module in backbone.modules() if isinstance(module, Bottleneck)]
         if not blocks:

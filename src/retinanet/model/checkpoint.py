@@ -22,7 +22,7 @@ from torch import Tensor
 from retinanet.config import ModelSpec, explain, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
-from retinanet.model.backbone import check_state
+from retinanet.model.backbone import check_state, is_own
 from retinanet.model.foreign_weights import SUFFIXES, load_foreign
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
@@ -43,7 +43,7 @@ NETWORK = tuple(
 )
 
 # Settings that older files of version 1 lack: their defaults are what those networks have.
-ADDED = ("head_init", "p7_relu", "stride_in_1x1")
+ADDED = ("p7_relu", "stride_in_1x1")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,24 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         for name, tensor in checkpoint.model.state_dict().items()
     }
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    text = json.dumps(checkpoint_text(checkpoint), indent=2, ensure_ascii=False)
+    _write_text(folder, checkpoint_text(checkpoint))
+
+
+def update_info(folder: Path, info: Mapping[str, Any]) -> None:
+    """Replace ``info`` in the model.json of a checkpoint, atomically.
+
+    Raises:
+        WeightsError: it cannot be written.
+    """
+    values = json.loads((folder / TEXT_FILE).read_text("utf-8"))
+    try:
+        _write_text(folder, {**values, "info": dict(info)})
+    except OSError as error:
+        raise WeightsError(f"cannot write {folder / TEXT_FILE}: {error.strerror}") from None
+
+
+def _write_text(folder: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False)
     # Lists of plain values on one line; inside a JSON string there is no line break.
     text = re.sub(
         r"\[\n *([^\[\]{}]*?)\n *\]", lambda m: "[" + re.sub(r"\n *", " ", m[1]) + "]", text
@@ -189,7 +206,7 @@ def _read(folder: Path) -> Checkpoint:
     try:
         # Built without memory, so that a text that asks for too much is rejected first. (timm
         # computes tables while it builds a network, which need memory.)
-        on_meta = not text.spec.backbone.startswith("timm/")
+        on_meta = not text.spec.backbone.startswith("timm/") and not is_own(text.spec.backbone)
         with torch.device("meta" if on_meta else "cpu"):
             model = RetinaNet(len(text.classes), text.spec)
     except MissingExtraError:

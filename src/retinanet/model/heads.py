@@ -21,14 +21,9 @@ class Head(nn.Module):
         depth: convolutions before the last; the paper has 4.
         outputs: A * K for the class head, A * 4 for the box head.
         norm: "none" (the paper) or "group": group norm before each ReLU.
-        init: of all but the last convolution: "normal" (the paper), or "he" (He et al. 2015, Eq.
-            10), which keeps the variance from layer to layer; .01 halves it and more at 256
-            channels, and divides it by 17 at 64.
     """
 
-    def __init__(
-        self, channels: int, depth: int, outputs: int, norm: str = "none", init: str = "normal"
-    ) -> None:
+    def __init__(self, channels: int, depth: int, outputs: int, norm: str = "none") -> None:
         super().__init__()
         self.tower = nn.Sequential()
         for _ in range(depth):
@@ -43,10 +38,6 @@ class Head(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if init == "he":
-            for module in self.tower.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, level: Tensor) -> Tensor:
         """Map (B, channels, H, W) to (B, outputs, H, W)."""

@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.anchors import AnchorSpec, anchor_spec, level_anchors
 from retinanet.config import (
-    DetectConfig,
     LossSettings,
     ModelSpec,
     build_model_spec,
@@ -28,12 +27,14 @@ from retinanet.model.backbone import (
     IMAGENET_STD,
     build_backbone,
     find_weights,
+    import_own,
+    is_own,
     load_backbone,
 )
 from retinanet.model.fpn import FeaturePyramid
 from retinanet.model.heads import Head, prior_bias
 from retinanet.model.inputs import batch_images, batch_targets
-from retinanet.postprocess import postprocess
+from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
 from retinanet.structures import Detections, Outputs, Targets
 
 
@@ -111,9 +112,8 @@ class RetinaNet(nn.Module):
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         heads = (spec.channels, spec.head_depth)
-        style = (spec.head_norm, spec.head_init)
-        self.class_head = Head(*heads, per_cell * num_classes, *style)
-        self.box_head = Head(*heads, per_cell * 4, *style)
+        self.class_head = Head(*heads, per_cell * num_classes, spec.head_norm)
+        self.box_head = Head(*heads, per_cell * 4, spec.head_norm)
         assert self.class_head.last.bias is not None
         nn.init.constant_(self.class_head.last.bias, prior_bias(spec.prior))
         self.set_pixel_statistics()
@@ -146,7 +146,7 @@ class RetinaNet(nn.Module):
             )
         # In float32 whatever the weights are: bfloat16 has 8 bits, and the difference needs more.
         pixels = (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
-        maps = self.backbone(pixels.to(self.class_head.last.weight.dtype))
+        maps = self.backbone(pixels.to(next(self.pyramid.parameters()).dtype))
         levels = self.pyramid(maps if self.p2 else maps[1:])
         return Outputs(
             tuple(self.class_head(level) for level in levels),
@@ -192,7 +192,7 @@ class RetinaNet(nn.Module):
         Args:
             images: as in :meth:`loss`.
             thresholds: ``score_threshold`` and other options of
-                :func:`retinanet.postprocess.postprocess`.
+                :func:`retinanet.postprocess.postprocess`; ``flip_tta``: on the mirrored images too.
 
         Returns:
             For each image its detections, best first, in pixels of the image given.
@@ -203,7 +203,7 @@ class RetinaNet(nn.Module):
             ConfigError: an unknown option; the nearest is named.
         """
         for name in thresholds:
-            if name not in (*DetectConfig.model_fields, "selected"):
+            if name not in (*PostprocessSettings.__annotations__, "selected", "flip_tta"):
                 raise ConfigError(unknown_setting(name))
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise ValueError(
@@ -212,8 +212,15 @@ class RetinaNet(nn.Module):
             )
         batch, sizes = batch_images(images, self.pixel_mean, self.size_divisor)
         outputs = self(batch)
-        anchors = self._anchors_of(outputs)
-        return postprocess(outputs, anchors, sizes, num_classes=self.num_classes, **thresholds)
+        flip_tta = thresholds.pop("flip_tta", False)
+        return postprocess(
+            outputs,
+            self._anchors_of(outputs),
+            sizes,
+            num_classes=self.num_classes,
+            mirrored=self(mirror_images(batch, sizes)) if flip_tta else None,
+            **thresholds,
+        )
 
     def _anchors_of(self, outputs: Outputs) -> list[Tensor]:
         cells = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
@@ -229,11 +236,13 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
-            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2, or
-            timm/NAME), ``backbone_weights`` ("default": ImageNet, downloaded once; "none"; or a
-            file), ``norm`` of the backbone ("frozen" or "trained" batch norm, or "group" norm for
-            training from scratch), ``p2`` (a level at stride 4 for small objects; not in the
-            paper), and ``sizes`` (square root of the anchors' area in pixels, per level).
+            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
+            timm/NAME; or a class of your own, or its import path ``module:NAME``:
+            :class:`retinanet.model.backbone.OwnBackbone`), ``backbone_weights`` ("default":
+            ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
+            "trained" batch norm, or "group" norm for training from scratch), ``p2`` (a level at
+            stride 4 for small objects; not in the paper), and ``sizes`` (square root of the
+            anchors' area in pixels, per level).
 
     Raises:
         ConfigError: a setting is unknown, out of range or contradicts another.
@@ -242,6 +251,14 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
     """
     spec = build_model_spec(spec, **settings)
     start = spec.backbone_weights
+    if is_own(spec.backbone):
+        if start not in ("default", "none"):
+            raise ConfigError(
+                f"backbone_weights {start!r} with the own backbone {spec.backbone!r}: load them in "
+                "its constructor"
+            )
+        import_own(spec.backbone)
+        return to_channels_last(RetinaNet(num_classes, spec, frozen_stages=0))
     if spec.norm == "group" and start == "default":
         raise ConfigError(
             'norm "group" trains from scratch, but backbone_weights is "default" (ImageNet, with '

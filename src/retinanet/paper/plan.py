@@ -77,7 +77,7 @@ class Settings:
 
     data: Path
     full: bool = False
-    recipe: str = "quick"
+    recipe: str = "paper_quick"
     overrides: tuple[str, ...] = ()
     backbones: tuple[str, ...] = ()
     backbone_weights: tuple[str, ...] = ()

@@ -151,6 +151,8 @@ class RivalTask(TrainingTask):
         options = self.settings.evaluation_options()
         return evaluate_rival(cast(RivalNetwork, model), dataset, **options)
 
-    def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
+    def write_checkpoint(
+        self, folder: Path, model: nn.Module, step: int, metrics: Metrics | None = None
+    ) -> None:
         """Write a checkpoint into a folder."""
         write_rival(folder, cast(RivalNetwork, model))

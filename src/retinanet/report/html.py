@@ -24,7 +24,7 @@ from retinanet.data.selection import select
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.evaluation.metrics import AP_METRICS, Metrics
 from retinanet.files import write_atomic
-from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
+from retinanet.inference.detections import ImageDetections
 from retinanet.inference.detector import load
 from retinanet.report.figure import format_count
 from retinanet.report.plots import (
@@ -401,12 +401,9 @@ def _add_samples(
     except RetinaNetError as error:
         page.text(f"There is no model to detect objects with: {error}")
         return
-    threshold = DRAWN_SCORE
-    if run.metrics is not None and not math.isnan(run.metrics.best_score):
-        threshold = max(0.05, run.metrics.best_score)
     page.text(
         f"Images of {split} at even distances in the data set. Left: ground truth. Right: "
-        f"detections with a score of at least {threshold:.2f}."
+        "detections, with the score threshold of the best F1 in validation per class."
     )
     count = min(samples, len(labelled))
     chosen = [labelled[(2 * i + 1) * len(labelled) // (2 * count)] for i in range(count)]
@@ -417,9 +414,8 @@ def _add_samples(
             objects = sum(not a.ignored for a in image.annotations)
             caption = f"{image.path.name}: {format_count(objects, 'object')}"
             pairs.append((draw_truth(image, dataset), caption))
-            detected = int((found.scores >= threshold).sum())
-            drawn = found.draw(score_threshold=threshold)
-            pairs.append((drawn, format_count(detected, "detection")))
+            drawn = found.draw(score_threshold=0.0)
+            pairs.append((drawn, format_count(len(found), "detection")))
     page.images(pairs, columns=2)
 
 

@@ -25,7 +25,7 @@ from retinanet.evaluation.run import (
     read_eval_dataset,
     run_network,
 )
-from retinanet.inference.backends import Network, detect_batch
+from retinanet.inference.backends import Network, detect_batch, network_settings
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 
@@ -179,7 +179,9 @@ def speed_accuracy(
 def _untimed_point(
     name: str, detector: Detector, dataset: Dataset, batch_size: int, workers: int | None
 ) -> SpeedPoint:
-    predictions = run_network(detector, dataset, workers, batch_size=batch_size)
+    predictions = run_network(
+        detector, dataset, workers, detector.eval_thresholds, batch_size=batch_size
+    )
     metrics = predictions.evaluate(analysis=False)
     if metrics.unreadable:
         raise ImageError(next(iter(metrics.unreadable.values())))
@@ -266,7 +268,7 @@ def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]
                 batch.images,
                 batch.sizes,
                 batch.original_sizes,
-                **detector.thresholds,
+                **network_settings(detector.eval_thresholds, detector.classes),
             ):
                 for values in (detections.boxes, detections.scores, detections.labels):
                     values.cpu()  # waits for a GPU

@@ -98,7 +98,9 @@ class Model(BaseModel):
     category_ids: list[int]
     image_size: int = Field(description="Shorter side of the network's input in pixels.")
     max_size: int = Field(description="Maximum longer side of the network's input in pixels.")
-    thresholds: dict[str, float | int | bool]
+    thresholds: dict[str, float | int | bool | str | dict[str, float]] = Field(
+        description="score_thresholds by class; score_threshold is that of all other classes."
+    )
     network: str = Field(description="Backend, device and precision.")
     metrics: Metrics | None
     milliseconds: float | None = Field(description="Median network time per image.")

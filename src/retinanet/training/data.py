@@ -91,16 +91,26 @@ def read_training_data(
         if fault is not None:
             emit("message", message=fault)
     user_transform(recipe.data, len(train.classes))  # an error in it comes first
-    train_images, tile = train, recipe.data.tile
-    if tile is not None:
-        train = tile_dataset(train, tile, recipe.data.tile_overlap)
-        if not any(has_object(image) for image in train.images):
-            raise DataError(
-                f"{train.source}: no tile of {tile} pixels has an object to train on: the objects "
-                "are larger; give a larger data.tile"
-            )
     num_images = {name: len(split) for name, split in splits.items()}
-    return TrainingData(train, train_images, val, num_images)
+    return TrainingData(tiles_to_train(train, recipe), train, val, num_images)
+
+
+def tiles_to_train(images: Dataset, recipe: Recipe) -> Dataset:
+    """Return the tiles of the images by ``data.tile``, or the images.
+
+    Raises:
+        DataError: no tile has an object.
+    """
+    tile = recipe.data.tile
+    if tile is None:
+        return images
+    tiles = tile_dataset(images, tile, recipe.data.tile_overlap)
+    if not any(has_object(image) for image in tiles.images):
+        raise DataError(
+            f"{images.source}: no tile of {tile} pixels has an object to train on: the objects "
+            "are larger; give a larger data.tile"
+        )
+    return tiles
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:
@@ -117,7 +127,12 @@ def recipe_anchors(recipe: Recipe) -> AnchorSpec:
 
 
 def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None = None) -> float:
-    """Share of a (sampled) data set's objects that some anchor matches; 1 without objects."""
+    """Share of a (sampled) data set's objects that some anchor matches; 1 without objects.
+
+    Assignments other than ``iou`` have no threshold: every object has an anchor.
+    """
+    if recipe.matching.assignment != "iou":
+        return 1.0
     return anchor_recall(
         {"train": sample_with_objects(dataset)},
         anchors or recipe_anchors(recipe),

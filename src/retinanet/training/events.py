@@ -27,7 +27,8 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-EventCallback = Callable[[Event], None]
+EventCallback = Callable[[Event], object]
+"""Receives progress events; training stops after the current step if it returns ``"stop"``."""
 
 
 class Emit(Protocol):
@@ -35,6 +36,23 @@ class Emit(Protocol):
 
     def __call__(self, kind: Kind, /, **data: Any) -> None:
         """Send the event of that kind with these values."""
+
+
+class Emitter:
+    """Sends events to a callback, and keeps its request to stop.
+
+    Attributes:
+        stop: True once the callback has returned ``"stop"``.
+    """
+
+    def __init__(self, callback: EventCallback | None) -> None:
+        self._callback = callback
+        self.stop = False
+
+    def __call__(self, kind: Kind, /, **data: Any) -> None:
+        """Send the event of that kind with these values."""
+        if self._callback is not None and self._callback(Event(kind, data)) == "stop":
+            self.stop = True
 
 
 def ignore(kind: Kind, /, **data: Any) -> None:

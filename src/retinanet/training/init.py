@@ -32,7 +32,7 @@ MIN_LOADED = 0.9
 MIN_LOADED_OF_PART = 0.5
 """The same of the backbone, the pyramid and each head: of a deep backbone alone over .9 fit."""
 
-_OWN = ("backbone_weights", "frozen_stages", "head_init", "prior")
+_OWN = ("backbone_weights", "frozen_stages", "prior")
 """Settings of the network that concern its training, not its tensors or its outputs."""
 
 
@@ -164,18 +164,18 @@ def _listed(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _cost(start: Start, report: TransferReport) -> str:
-    """Describe what settings that the user named cost; empty: there are none."""
-    if not start.overridden:
+    """Describe what settings of the network that the user named cost; empty: there are none."""
+    named = {key: value for key, value in start.overridden.items() if not key.startswith("data.")}
+    if not named:
         return ""
-    own = _values(start.recipe, start.overridden)
-    named = ", ".join(
-        f"{key}={_short(own[key])} (checkpoint: {_short(value)})"
-        for key, value in start.overridden.items()
+    own = _values(start.recipe, named)
+    settings = ", ".join(
+        f"{key}={_short(own[key])} (checkpoint: {_short(value)})" for key, value in named.items()
     )
     lost = _count(report.lost)
     if not lost:
-        return f"{named}: no tensor is lost"
-    return f"warning: {named}: {lost.total()} tensors are lost ({_by_part(lost)})"
+        return f"{settings}: no tensor lost"
+    return f"warning: {settings}: tensors lost: {lost.total()} ({_by_part(lost)})"
 
 
 def _count(names: Sequence[str]) -> Counter[str]:

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from retinanet.config import Recipe
 from retinanet.data.balance import epoch_size
 from retinanet.data.dataset import Dataset
-from retinanet.training.data import recipe_recall, sample_with_objects
+from retinanet.data.statistics import count_objects
+from retinanet.data.tiling import recommend_tile
+from retinanet.training.data import (
+    has_object,
+    recipe_recall,
+    sample_with_objects,
+    tiles_to_train,
+)
 from retinanet.training.optim import resolve_steps
 
 TARGET_RECALL = 0.98
@@ -38,6 +45,9 @@ MAX_UPSCALING = 1.5
 
 P2_COST = 2.0
 """Time of a step with P2 in that of a step without: P2 has four times the cells of P3."""
+
+TINY_OBJECT = 8
+"""Pixels of the median object at the largest image size, under which tiles are trained on."""
 
 _CPU_SIDES = (384, 448, 512, 576, 640)
 _GPU_SIDES = (640, 800)  # torchvision and Detectron2 train with 800
@@ -63,6 +73,9 @@ MAX_FLIP_DISTANCE = 0.06
 MAX_FLIP_RATIO = 0.1
 """Limit of the mean logarithm of height / width: wide and tall objects in equal number."""
 
+MAX_TURN_DISTANCE = 0.1
+"""Limit of the distance between the distributions of aspect ratios and of their inverses."""
+
 MIN_FLIP_OBJECTS, MIN_FLIP_OBJECTS_PER_IMAGE = 500, 5
 """Objects from which the distributions count."""
 
@@ -75,9 +88,11 @@ LENGTH_SETTINGS = ("train.steps", "train.epochs")
 
 CHOSEN_SETTINGS = (
     *LENGTH_SETTINGS,
+    *("model.backbone", "model.channels", "model.head_depth"),
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
-    *("data.balance", "data.balance_threshold", "train.validate_every"),
+    "data.rotate90",
+    *("data.balance", "data.balance_threshold", "data.tile", "train.validate_every"),
     *("train.batch_size", "train.warmup_steps"),
 )
 """Settings that are chosen from the data, and for ``train.time``."""
@@ -110,17 +125,22 @@ def choose_settings(
 
     Args:
         recipe: all settings; what it states is kept, and what it has already is not listed.
-        train: the images to train on, without faulty objects.
+        train: the whole images to train on, without faulty objects.
         num_val: images of the validation split.
         on_gpu: whether to train on a GPU.
         image_size: the only image size to consider; None: those for the device.
     """
-    data = _Labels.of(train)
-    if not recipe.auto or not len(data.side):
+    if not recipe.auto or not any(map(has_object, train.images)):
         return []
-    choices: list[Choice] = []
     context = _Context(num_val, on_gpu, image_size)
-    choosers: tuple[_Chooser, ...] = (_size, _anchors, _detections, _flip, _balance, _validations)
+    choices: list[Choice] = []
+    if not recipe.states("data.tile"):
+        choices += _tile(recipe, _Labels.of(train, train), context)
+    data = _Labels.of(tiles_to_train(train, recipe.choose(values(choices))), train)
+    choosers: tuple[_Chooser, ...] = (
+        *(_network, _size, _anchors),
+        *(_detections, _flip, _balance, _validations),
+    )
     for choose in choosers:
         current = recipe.choose(values(choices))
         choices += [
@@ -155,8 +175,8 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def max_image_size(train: Dataset) -> int:
-    """Return the largest image size that is worth its time for these images."""
-    return _max_side(_Labels.of(train))
+    """Return the largest image size that is worth its time for these images or tiles."""
+    return _max_side(_Labels.of(train, train))
 
 
 class _Context(NamedTuple):
@@ -172,13 +192,13 @@ class _Labels:
     """The objects of a data set (N), of a large one a sample.
 
     Attributes:
-        train: the whole data set.
+        train: the images, or their tiles, to train on.
         sample: the images of the sample.
         side: (N,) square root of the area, pixels of the image on disk.
         ratio: (N,) logarithm of height / width.
         y: (N,) centre, share of the image's height.
         image: (N, 2) shorter and longer side of the object's image, pixels.
-        counts: objects per image of the whole data set.
+        counts: objects per whole image.
     """
 
     train: Dataset
@@ -190,7 +210,7 @@ class _Labels:
     counts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, train: Dataset) -> _Labels:
+    def of(cls, train: Dataset, whole: Dataset) -> _Labels:
         sample = sample_with_objects(train)
         rows = np.asarray(
             [
@@ -202,7 +222,7 @@ class _Labels:
             dtype=np.float64,
         ).reshape(-1, 6)
         x1, y1, x2, y2, height, _width = rows.T
-        counts = [sum(not a.ignored for a in image.annotations) for image in train.images]
+        counts = [sum(not a.ignored for a in image.annotations) for image in whole.images]
         return cls(
             train=train,
             sample=sample,
@@ -227,8 +247,30 @@ class _Labels:
 _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 
 
+def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
+    """Choose a small network where there is no GPU."""
+    if context.on_gpu:
+        return
+    if not any(map(recipe.states, ("model.backbone", "model.backbone_weights"))):
+        yield Choice("model.backbone", "mobilenet_v2", "no GPU: under a tenth of ResNet-50's work")
+    yield Choice("model.channels", 64, "no GPU: heads that take no longer than the backbone")
+    yield Choice("model.head_depth", 2, "likewise")
+
+
 def _max_side(data: _Labels) -> int:
     return max(1, math.floor(MAX_UPSCALING * data.shorter / 32)) * 32
+
+
+def _tile(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
+    """Train on tiles where objects are tiny even in the largest images."""
+    largest = _GPU_SIDES[-1] if context.on_gpu else _CPU_SIDES[-1]
+    side = data.network_side(largest, round(_ASPECT * largest), 50)
+    if side >= TINY_OBJECT or recipe.data.tile is not None or recipe.data.order == "shards":
+        return
+    sizes = recipe.data.image_size, recipe.data.max_size
+    tile = recommend_tile(count_objects(data.sample, {}), *sizes)
+    if tile is not None:
+        yield Choice("data.tile", tile, f"median object {side:.0f} px even at {largest} px")
 
 
 def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
@@ -237,7 +279,9 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     if context.image_size is not None:
         sides = (context.image_size,)
     limit = _max_side(data)
-    kept = any(map(recipe.states, ("data.image_size", "data.max_size"))) or recipe.data.multi_scale
+    given = any(map(recipe.states, ("data.image_size", "data.max_size"))) or recipe.data.multi_scale
+    # A tile is chosen for the recipe's size.
+    kept = given or (recipe.data.tile is not None and not recipe.states("data.tile"))
     sizes = [(side, round(_ASPECT * side)) for side in sides if side <= limit]
     if kept:
         sizes = [(recipe.data.image_size, recipe.data.max_size)]
@@ -263,7 +307,7 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
         f"images are {data.shorter:.0f} px, median object {middle:.0f} px at this size",
     )
     yield Choice("data.max_size", max_size, "5/3 of data.image_size")
-    yield Choice("model.p2", p2, f"{_SMALL}% of the objects are under {small:.0f} px")
+    yield Choice("model.p2", p2, f"{_SMALL}% of the objects are under {small:.0f} px there")
     if p2 and not recipe.model.p2 and recipe.anchors.sizes is not None:
         sizes_with_p2 = (recipe.anchors.sizes[0] / 2, *recipe.anchors.sizes)
         yield Choice("anchors.sizes", sizes_with_p2, "a size for P2")
@@ -347,6 +391,10 @@ def _flip(recipe: Recipe, data: _Labels, _: _Context) -> Iterator[Choice]:
             f"{math.exp(data.ratio.mean()):.2f}, {per_image:.0f} objects per image"
         )
         yield Choice("data.vertical_flip", 0.5, reason)
+        turned = _ks_distance(data.ratio, -data.ratio)
+        if turned <= MAX_TURN_DISTANCE:
+            reason = f"aspect ratios differ by {turned:.2f} from those of turned images"
+            yield Choice("data.rotate90", True, reason)
 
 
 def _ks_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

@@ -22,7 +22,10 @@ from retinanet.data.windows import typical_side
 from retinanet.errors import ConfigError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.run import evaluate
+from retinanet.evaluation.tuning import Tuning, f1_thresholds, store_tuning, tune
+from retinanet.inference.backends import network_settings
 from retinanet.losses.detection import Losses
+from retinanet.model.backbone import import_own
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -106,9 +109,22 @@ class TrainingTask:
         """Evaluate a model after `step` steps; it may be in eval mode afterwards."""
         raise NotImplementedError
 
-    def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
-        """Write a checkpoint into an existing folder."""
+    def write_checkpoint(
+        self, folder: Path, model: nn.Module, step: int, metrics: Metrics | None = None
+    ) -> None:
+        """Write a checkpoint into an existing folder.
+
+        Args:
+            folder: exists.
+            model: the weights.
+            step: steps done.
+            metrics: of :meth:`validate` for these weights; None: unknown.
+        """
         raise NotImplementedError
+
+    def tune(self, folder: Path, dataset: Dataset) -> Tuning | None:
+        """Choose post-processing for a checkpoint and store it there; None: nothing to choose."""
+        return None
 
     def warning(self) -> str | None:
         """Return a warning about the data at the start of a new run; None: no warning."""
@@ -140,7 +156,7 @@ class RetinaNetTask(TrainingTask):
         start: a detector to start from, whose recipe is that of `settings`; None: none.
 
     Raises:
-        ConfigError: ``loss.alpha`` does not fit the classes.
+        ConfigError: ``loss.alpha`` or ``detect.score_thresholds`` do not fit the classes.
     """
 
     def __init__(self, settings: TaskSettings, start: Start | None = None) -> None:
@@ -152,6 +168,7 @@ class RetinaNetTask(TrainingTask):
                 f"loss.alpha has {len(alpha)} numbers and the data {len(classes)} "
                 f"classes: {', '.join(classes)}"
             )
+        network_settings(recipe.detect.model_dump(), classes)  # checks score_thresholds
         self.info = {"init": recipe.train.init}
         self.training_step = partial(
             backward,
@@ -171,6 +188,7 @@ class RetinaNetTask(TrainingTask):
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
+        import_own(self.settings.recipe.model.backbone)
         return load_checkpoint(folder).model
 
     def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:
@@ -178,9 +196,22 @@ class RetinaNetTask(TrainingTask):
         options = self.settings.evaluation_options()
         return evaluate(self._checkpoint(model, step), dataset, **options)
 
-    def write_checkpoint(self, folder: Path, model: nn.Module, step: int) -> None:
-        """Write a checkpoint into an existing folder."""
-        write_checkpoint(folder, self._checkpoint(model, step))
+    def write_checkpoint(
+        self, folder: Path, model: nn.Module, step: int, metrics: Metrics | None = None
+    ) -> None:
+        """Write a checkpoint, with the score thresholds of the best F1 in `metrics`."""
+        checkpoint = self._checkpoint(model, step)
+        if metrics is not None:
+            detect = checkpoint.info["detect"]
+            measured = f1_thresholds(metrics, checkpoint.classes)
+            detect["score_thresholds"] = measured | detect["score_thresholds"]
+        write_checkpoint(folder, checkpoint)
+
+    def tune(self, folder: Path, dataset: Dataset) -> Tuning:
+        """Choose NMS, temperature and score thresholds, and store them in the checkpoint."""
+        tuning = tune(folder, dataset, **self.settings.evaluation_options())
+        store_tuning(folder, tuning)
+        return tuning
 
     def warning(self) -> str | None:
         """Warn of a low anchor recall."""

@@ -101,7 +101,8 @@ def plan_training(
 
     With less than 400 steps the batch is halved, which keeps the number of images seen, and then
     images become smaller. With more than 72 epochs they become larger. What the recipe states is
-    kept. The time of a step is taken as proportional to batch and pixels.
+    kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
+    pixels.
 
     Args:
         recipe: with ``train.time``.
@@ -122,7 +123,11 @@ def plan_training(
     seconds = seconds_to_train(limit) - elapsed
     batch, side = recipe.train.batch_size, recipe.data.image_size
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
-    fixed_side = not recipe.auto or any(map(recipe.states, ("data.image_size", "data.max_size")))
+    fixed_side = (
+        not recipe.auto
+        or recipe.data.tile is not None
+        or any(map(recipe.states, ("data.image_size", "data.max_size")))
+    )
     plan = plan_steps(seconds, pace)
     while plan.steps < ENOUGH_STEPS:
         half, smaller = batch // 2, next_side(side, 1 / _SIDE_STEP)

@@ -32,8 +32,8 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.model.precision import choose_dtype
 from retinanet.structures import Batch
-from retinanet.training.data import TrainingData, read_training_data
-from retinanet.training.events import Event, EventCallback, Kind, ignore
+from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
+from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
@@ -71,6 +71,7 @@ MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
 
 _SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
+_TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
 
 
@@ -84,7 +85,7 @@ class Run:
         metrics: metrics of `model` on the ``val`` split; empty where it was not validated.
         best_ap: AP of `model` on the ``val`` split; -1: not validated.
         step: steps done.
-        interrupted: whether Ctrl-C or SIGTERM stopped it; the same call resumes it.
+        interrupted: whether Ctrl-C, SIGTERM or ``on_event`` stopped it; the same call resumes it.
         exit_code: 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
 
@@ -157,10 +158,7 @@ def run_task(
     started = time.monotonic() if started is None else started
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
-    def emit(kind: Kind, /, **data: Any) -> None:
-        if on_event is not None and accelerator.is_main_process:
-            on_event(Event(kind, data))
-
+    emit = Emitter(on_event if accelerator.is_main_process else None)
     splits = read_training_data(data, recipe, emit)
     workers = recipe.data.workers
     settings = TaskSettings(
@@ -172,8 +170,9 @@ def run_task(
         emit=emit,
     )
     run = RunFolder(out)
-    recipe, pace = _resolve(make_task, settings, splits.val, run.stored_recipe(), started)
-    settings = replace(settings, recipe=recipe)
+    recipe, pace = _resolve(make_task, settings, splits, run.stored_recipe(), started)
+    splits = replace(splits, train=tiles_to_train(splits.train_images, recipe))
+    settings = replace(settings, recipe=recipe, train_set=splits.train)
     repeats = balance(splits.train, recipe.data)
     if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
@@ -191,14 +190,14 @@ def run_task(
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
         if pace is not None:
             trainer.progress.validation_seconds = pace.validation
-        exit_code = trainer.fit(started)
+        exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
 
 
 def _resolve(
     make_task: Callable[[TaskSettings], TrainingTask],
     settings: TaskSettings,
-    val: Dataset | None,
+    data: TrainingData,
     stored: Recipe | None,
     started: float,
 ) -> tuple[Recipe, Pace | None]:
@@ -213,16 +212,18 @@ def _resolve(
     choose = partial(
         choose_settings,
         recipe,
-        settings.train_set,
-        num_val=len(val) if val else 0,
+        data.train_images,
+        num_val=len(data.val) if data.val else 0,
         on_gpu=settings.accelerator.device.type != "cpu",
     )
     choices, lengths, pace = choose(), {}, None
     if recipe.train.time is not None:
-        chosen = replace(settings, recipe=recipe.choose(values(choices)))
-        pace = measure_pace(make_task(replace(chosen, emit=ignore)), val)
-        (pace,) = broadcast_object_list([pace])
-        lengths = _plan_for_time(chosen, pace, time.monotonic() - started)
+        timed = recipe.choose(values(choices))
+        chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
+        pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
+        # All processes must make the same plan.
+        pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
+        lengths = _plan_for_time(chosen, pace, elapsed)
         side = lengths.pop("data.image_size", None)
         if side is not None:
             choices = choose(image_size=side)
@@ -237,7 +238,7 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed,
+        elapsed + _seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
         max_side=max_image_size(train_set),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -247,10 +248,15 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
-        f"steps of {batch} images of {side} px and {plan.validations} validations in "
-        f"{plan.seconds:.0f} s",
+        f"steps of {batch} images of {side} px in {plan.seconds:.0f} s, validated "
+        f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes
+
+
+def _seconds_to_tune(recipe: Recipe, validation: float) -> float:
+    """Estimate the seconds that the choice of post-processing takes, from those of a validation."""
+    return _TUNING_VALIDATIONS * validation if recipe.train.tune_detection else 0.0
 
 
 def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
@@ -362,6 +368,7 @@ class Trainer:
         # With a time limit the number of steps may grow.
         self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
         self._loader = self._train_loader()
+        self._loader.end.fill_(self.progress.steps)
         if self._loader.message is not None:
             self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
@@ -381,14 +388,18 @@ class Trainer:
         self._loader.close()
         return median(seconds[_SLOW_STEPS:])
 
-    def fit(self, started: float) -> int:
-        """Train until the last step, early stopping or a signal.
+    def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
+        """Train until the last step, early stopping, a signal or a request.
 
         Args:
             started: when the command began, by :func:`time.monotonic`.
+            stop_requested: called after each step.
 
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
+
+        Raises:
+            ConfigError: a stop is requested in a run of several processes.
         """
         progress, settings = self.progress, self._settings
         self._emit_start()
@@ -415,8 +426,10 @@ class Trainer:
                     self.validate()
                     if pacer is not None:
                         pacer.add_validation(progress.validation_seconds)
-                interrupted = stop.is_set()
+                interrupted = stop.is_set() or self._stops(stop_requested())
                 ends = progress.finished or interrupted
+                if progress.finished:
+                    self._tune()
                 if progress.step % settings.save_every == 0 or ends:
                     self.flush()
                     self.save()
@@ -427,7 +440,15 @@ class Trainer:
         if settings.trackers:
             self._accelerator.end_training()
         self._emit_end(interrupted)
-        return stop.exit_code if interrupted else 0
+        return stop.exit_code if stop.is_set() else 0
+
+    def _stops(self, requested: bool) -> bool:
+        if requested and self._accelerator.num_processes > 1:
+            raise ConfigError(
+                "on_event returned 'stop' in the main process, and the others would wait for it: "
+                "end a run of several processes by a signal, or train.early_stop"
+            )
+        return requested
 
     def step(self, loaded: Batch) -> None:
         """Do one optimizer step, and log the last one that has finished on the device."""
@@ -509,7 +530,9 @@ class Trainer:
         if limit is None:
             return None
         begun = time.monotonic() - progress.seconds if self._resumed else started
-        return Pacer(begun + seconds_to_train(limit), period, progress.validation_seconds)
+        validation = progress.validation_seconds
+        tuning = _seconds_to_tune(self.task.settings.recipe, validation)
+        return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:
         """Change the number of steps in all to what the time limit allows."""
@@ -517,6 +540,7 @@ class Trainer:
         if pacer.is_replan_due(progress.step, progress.steps):
             steps = min(pacer.replan(progress.step), self._max_steps)
             (progress.steps,) = broadcast_object_list([steps])
+            self._loader.end.fill_(progress.steps)
 
     def _restore(self) -> None:
         self.progress, extras, numbers = load_state(self.run.last, self.model, self.optimizer)
@@ -562,8 +586,29 @@ class Trainer:
             write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             replace_folder(
                 self.run.best,
-                lambda draft: self.task.write_checkpoint(draft, self._eval_model(), progress.step),
+                lambda draft: self.task.write_checkpoint(
+                    draft, self._eval_model(), progress.step, metrics
+                ),
             )
+
+    def _tune(self) -> None:
+        """Choose the post-processing of the best weights on the val split (tune_detection)."""
+        enabled = self._settings.tune_detection and self._is_main and self.run.best.is_dir()
+        has_objects = self.progress.best_ap >= 0  # in val
+        if not enabled or not has_objects or self.val is None:
+            return
+        started = time.perf_counter()
+        tuning = self.task.tune(self.run.best, self.val)
+        if tuning is not None:
+            before = Metrics.from_dict(json.loads(self.run.metrics.read_text("utf-8")))
+            losses = ("loss", "loss_classification", "loss_box", "images_per_second")
+            kept = {name: getattr(before, name) for name in losses}
+            metrics = replace(tuning.after, **kept)
+            write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
+            self.progress.best_ap = metrics.ap
+            self.progress.best_metrics |= {"ap": metrics.ap, "ap50": metrics.ap50}
+            self._emit("message", message=f"post-processing from val: {tuning.describe()}")
+        self.progress.seconds += time.perf_counter() - started
 
     def _stop_early_if_due(self, metrics: Metrics) -> None:
         progress, settings = self.progress, self._settings
@@ -713,6 +758,6 @@ def _result(run: RunFolder, progress: Progress, exit_code: int = 0) -> Run:
         metrics=progress.best_metrics,
         best_ap=progress.best_ap,
         step=progress.step,
-        interrupted=exit_code != 0,
+        interrupted=exit_code != 0 or not progress.finished,
         exit_code=exit_code,
     )

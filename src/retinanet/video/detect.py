@@ -24,8 +24,8 @@ import numpy as np
 
 from retinanet.data.drawing import PALETTE, Colour, draw_boxes
 from retinanet.errors import ConfigError, DataError
-from retinanet.inference.backends import Thresholds, merge_thresholds
-from retinanet.inference.detections import DRAWN_SCORE, ImageDetections
+from retinanet.inference.backends import DETECTION_SCORE, Thresholds, merge_thresholds
+from retinanet.inference.detections import ImageDetections
 from retinanet.inference.detector import Detector, Prepared
 from retinanet.inference.manifest import OutputFolder
 from retinanet.inference.sources import Source
@@ -114,7 +114,7 @@ def detect_video(
     every: int = 1,
     track: bool = False,
     batch_size: int = 1,
-    draw_threshold: float = DRAWN_SCORE,
+    draw_threshold: float | None = None,
     stop: Event | None = None,
     progress: Progress | None = None,
     **thresholds: Unpack[Thresholds],
@@ -136,10 +136,12 @@ def detect_video(
         track: track objects across frames (:class:`Tracker`); colours are by track.
         batch_size: frames per batch of the network.
         draw_threshold: minimum score of a drawn box, and with `track` of one that begins a track.
+            None: all boxes are drawn; with `track` .3.
         stop: set it to end the video early, with both files complete up to there. None: SIGINT and
             SIGTERM do so, and are raised again afterwards.
         progress: called in this thread.
-        thresholds: override :attr:`Detector.thresholds`.
+        thresholds: override :attr:`Detector.thresholds`; with `track`
+            :attr:`Detector.eval_thresholds`, as tracks continue in boxes of low scores.
 
     Raises:
         DataError: the source cannot be opened, contains no frame, or would be overwritten.
@@ -149,7 +151,10 @@ def detect_video(
     for setting, value in (("every", every), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{setting} {value} is under 1")
-    merged = merge_thresholds(detector.thresholds, thresholds)
+    stored = detector.eval_thresholds if track else detector.thresholds
+    merged = merge_thresholds(stored, thresholds)
+    if draw_threshold is None:
+        draw_threshold = DETECTION_SCORE if track else 0.0
     with stop_on_signal() if stop is None else nullcontext(StopRequest()) as signals:
         reader = VideoReader(source)
         try:

@@ -79,8 +79,9 @@ function selectModels() {
   $("save-model-label").hidden = !second;
   $("save-model").replaceChildren(...names.map((name) => new Option(name)));
   const scores = state.selected.map(({ thresholds }) => thresholds.score_threshold ?? 0);
-  $("score").min = Math.floor(100 * Math.min(...scores)) / 100;
-  setThreshold(state.threshold);
+  const ofClasses = state.selected.flatMap(({ thresholds }) => Object.values(thresholds.score_thresholds ?? {}));
+  $("score").min = Math.floor(100 * Math.min(...scores, ...ofClasses)) / 100;
+  setThreshold(Math.min(state.threshold, ...ofClasses));
   setPanes(state.selected, activate);
   for (const image of state.images) {
     for (const job of image.jobs.values()) if (!names.includes(job.model.name)) cancel(job);

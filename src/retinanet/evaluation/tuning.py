@@ -1,0 +1,401 @@
+"""Choose the kind of NMS, the temperature and score thresholds of a model on labelled images.
+
+The weights stay as they are. The settings are those of ``detect`` in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retinanet.data.dataset import Dataset
+from retinanet.data.images import padding_colour
+from retinanet.data.loading import default_workers
+from retinanet.data.memory import Reader
+from retinanet.errors import ConfigError, DataError
+from retinanet.evaluation.coco import evaluate_detections, score_bins
+from retinanet.evaluation.metrics import CalibrationBin, Metrics
+from retinanet.evaluation.predict import Progress, run_batches
+from retinanet.evaluation.results import Results
+from retinanet.evaluation.run import match_classes, open_detector, raised_limits, read_eval_dataset
+from retinanet.inference.backends import (
+    Network,
+    network_settings,
+    output_anchors,
+    to_original,
+)
+from retinanet.inference.detector import Detector
+from retinanet.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, update_info
+from retinanet.postprocess import (
+    Candidates,
+    calibrate_scores,
+    find_candidates,
+    merge_candidates,
+    mirror_images,
+)
+from retinanet.structures import Batch, Detections
+
+MIN_GAIN = 0.003
+"""AP that another NMS must gain on all images, without a loss on either half of them."""
+
+MIN_OBJECTS = 5
+"""Objects of a class in validation; a class with fewer has the threshold of all classes."""
+
+NMS_GRID: tuple[dict[str, Any], ...] = (
+    *({"nms": "hard", "nms_threshold": threshold} for threshold in (0.4, 0.5, 0.6, 0.7)),
+    *({"nms": "soft", "nms_sigma": sigma} for sigma in (0.3, 0.5, 0.7)),
+    *({"nms": "wbf", "nms_threshold": threshold} for threshold in (0.5, 0.6, 0.7)),
+)
+"""Settings of NMS that are compared."""
+
+_TEMPERATURES = np.geomspace(0.25, 4, 401)  # steps of .7%
+_JOINED_IMAGES = 32
+_SCORE_BINS = 1000  # a score is known to .001 then, by far enough for a temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Settings chosen on labelled images.
+
+    Attributes:
+        settings: of ``detect``: ``nms``, ``nms_threshold``, ``nms_sigma``, ``temperature``,
+            ``score_threshold``, ``score_thresholds``.
+        ap: AP of each setting of NMS that was tried, by a name such as ``wbf .6``.
+        before, after: metrics without and with the settings.
+    """
+
+    settings: Mapping[str, Any]
+    ap: Mapping[str, float]
+    before: Metrics
+    after: Metrics
+
+    def describe(self) -> str:
+        """Describe the choice on one line."""
+        chosen = nms_name(self.settings)
+        scores = [f"{name} {low:.2f}" for name, low in self.settings["score_thresholds"].items()]
+        errors = (metrics.calibration.expected_error for metrics in (self.before, self.after))
+        return (
+            f"NMS {chosen} (AP {self.before.ap:.3f}, now {self.after.ap:.3f}), temperature "
+            f"{self.settings['temperature']:.3g} (calibration error "
+            f"{', now '.join(f'{error:.3f}' for error in errors)}), score thresholds "
+            + (", ".join(scores) or "none: nothing was detected")
+        )
+
+
+def tune(
+    model: str | Path | Detector | Checkpoint,
+    data: str | Path | Reader | Dataset,
+    *,
+    split: str | None = None,
+    batch_size: int = 4,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Tuning:
+    """Choose NMS, temperature and score thresholds for a model.
+
+    The network runs once per image; every setting is then applied to the same candidates.
+
+    1. NMS: the setting of :data:`NMS_GRID` with the highest AP, if it gains more than
+       :data:`MIN_GAIN` over the model's on all images and loses on neither half of them (images
+       at even and odd positions).
+    2. Temperature (Guo et al. 2017, Sec. 4.2): that of the lowest negative log-likelihood of the
+       detections being correct at IoU .50, if it lowers the expected calibration error too. The
+       order of the scores stays, and ``score_threshold`` is scaled along: AP stays.
+    3. Score thresholds (:func:`f1_thresholds`).
+
+    Args:
+        model, data, split, batch_size, workers, progress: as in
+            :func:`retinanet.evaluation.evaluate`; no exported file and no results.
+        options: of :class:`~retinanet.inference.detector.Detector`.
+
+    Raises:
+        ConfigError: the model is an exported file, whose post-processing is fixed.
+        DataError: the data cannot be read, or has no object.
+        WeightsError: as :func:`retinanet.evaluation.evaluate`.
+    """
+    detector = open_detector(model, cast(Any, options))
+    if not isinstance(detector.network, Network):
+        raise ConfigError(
+            f"post-processing of an exported file is fixed: {model}; tune the run that it was "
+            "exported from, and export again"
+        )
+    dataset = read_eval_dataset(data, split, info=detector.info)
+    if not any(not a.ignored for image in dataset.images for a in image.annotations):
+        raise DataError(f"{dataset.source}: no object to tune the detection on; give another split")
+    limit, raised = raised_limits(dataset, None, detector)
+    base = _uncalibrated({**detector.eval_thresholds, **raised})
+    store = _Candidates(
+        detector,
+        dataset,
+        base,
+        workers=default_workers() if workers is None else workers,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+    def metrics_of(settings: Mapping[str, Any]) -> Metrics:
+        return evaluate_detections(
+            store.dataset,
+            store.results(settings),
+            max_detections=limit,
+            detections_per_image=settings["detections_per_image"],
+            temperature=settings["temperature"],
+        )
+
+    before = metrics_of(base)
+    nms, ap = _choose_nms(store, base, before.ap, limit)
+    chosen = {**base, **nms}
+    after = metrics_of(chosen) if nms else before
+    temperature = fit_temperature(score_bins(store.results(chosen), _SCORE_BINS, limit))
+    scaled = _scaled(base["score_threshold"], temperature)
+    calibrated = metrics_of(chosen | {"temperature": temperature, "score_threshold": scaled})
+    if calibrated.calibration.expected_error < after.calibration.expected_error:
+        chosen |= {"temperature": temperature, "score_threshold": scaled}
+        after = calibrated
+    stored = ("nms", "nms_threshold", "nms_sigma", "temperature", "score_threshold")
+    settings = {
+        **{name: chosen[name] for name in stored},
+        "score_thresholds": f1_thresholds(after, detector.classes),
+    }
+    return Tuning(settings, ap, before, after)
+
+
+def store_tuning(model: str | Path, tuning: Tuning) -> Path:
+    """Write the settings into the ``model.json`` of a run or checkpoint.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        WeightsError: there is no checkpoint, or it cannot be written.
+    """
+    folder = find_checkpoint(Path(model))
+    info = load_checkpoint(folder).info
+    update_info(folder, {**info, "detect": {**info.get("detect", {}), **tuning.settings}})
+    return folder
+
+
+def nms_name(settings: Mapping[str, Any]) -> str:
+    """Name a setting of NMS: ``hard .5``, or ``soft sigma .5``."""
+    key, word = ("nms_sigma", " sigma") if settings["nms"] == "soft" else ("nms_threshold", "")
+    return f"{settings['nms']}{word} {settings[key]:g}".replace(" 0.", " .")
+
+
+def f1_thresholds(metrics: Metrics, classes: Sequence[str]) -> dict[str, float]:
+    """Return the score threshold of the best F1 at IoU .50 per class.
+
+    A class with fewer than :data:`MIN_OBJECTS` objects has the best threshold of all classes
+    together (:attr:`Metrics.best_score`). Thresholds are exclusive: just under the score.
+
+    Args:
+        metrics: of an evaluation.
+        classes: of the model.
+    """
+    rows = {row.name: row for row in metrics.per_class}
+    thresholds = {}
+    for name in classes:
+        row = rows.get(name)
+        score = metrics.best_score
+        if row and row.objects >= MIN_OBJECTS and not math.isnan(row.best_score):
+            score = row.best_score
+        if not math.isnan(score):
+            thresholds[name] = max(0, math.ceil(score * 10_000) - 1) / 10_000
+    return thresholds
+
+
+def fit_temperature(bins: Sequence[CalibrationBin]) -> float:
+    """Fit a temperature to scores and precision (Guo et al. 2017, Sec. 4.2).
+
+    Args:
+        bins: many narrow ones.
+
+    Returns:
+        The temperature in [.25, 4] of the lowest negative log-likelihood; 1 without detections.
+    """
+    filled = [b for b in bins if b.detections]
+    if not filled:
+        return 1.0
+    weight, precision, score = (
+        np.array([getattr(b, name) for b in filled])
+        for name in ("detections", "precision", "score")
+    )
+    score = score.clip(1e-6, 1 - 1e-6)
+    scaled = (np.log(score / (1 - score)) / _TEMPERATURES[:, None]).astype(np.float64)
+    # -log(sigmoid(x)) = log(1 + exp(-x)), of the correct detections and, negated, of the others.
+    losses = precision * np.logaddexp(0, -scaled) + (1 - precision) * np.logaddexp(0, scaled)
+    return float(_TEMPERATURES[(losses @ weight).argmin()])
+
+
+def _choose_nms(
+    store: _Candidates, base: Mapping[str, Any], base_ap: float, limit: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the best setting of NMS, empty for that of `base`, and the AP of all."""
+
+    def ap(settings: Mapping[str, Any], part: slice = slice(None)) -> float:
+        results = store.results({**base, **settings}, part)
+        return evaluate_detections(
+            results.dataset, results, max_detections=limit, analysis=False
+        ).ap
+
+    found = {nms_name(base): base_ap}
+    best: dict[str, Any] = {}
+    for settings in NMS_GRID:
+        name = nms_name({**base, **settings})
+        if name not in found:
+            found[name] = ap(settings)
+            if found[name] > found[nms_name({**base, **best})]:
+                best = settings
+    gain = found[nms_name({**base, **best})] - base_ap
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    if not gain > MIN_GAIN or any(ap(best, half) < ap({}, half) for half in halves):
+        best = {}
+    return best, found
+
+
+def _uncalibrated(thresholds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return thresholds without the temperature, for the same candidates."""
+    score = _scaled(thresholds["score_threshold"], 1 / thresholds["temperature"])
+    return {**thresholds, "temperature": 1.0, "score_threshold": score}
+
+
+def _scaled(score: float, temperature: float) -> float:
+    """Return the calibrated score; 0 stays."""
+    return float(calibrate_scores(torch.tensor(score, dtype=torch.float64), temperature))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Candidates of a batch, and sizes (B, 2) of its images."""
+
+    indices: tuple[int, ...]
+    sizes: Tensor
+    original_sizes: Tensor
+    candidates: Candidates
+
+
+def _join(found: Sequence[_Found]) -> Iterator[_Found]:
+    """Join batches to fewer of about :data:`_JOINED_IMAGES`, which NMS handles faster."""
+    pending: list[_Found] = []
+    for number, batch in enumerate(found, start=1):
+        pending.append(batch)
+        counts = [len(own.indices) for own in pending]
+        if sum(counts) < _JOINED_IMAGES and number < len(found):
+            continue
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [
+            own.candidates._replace(images=own.candidates.images + first)
+            for own, first in zip(pending, firsts, strict=True)
+        ]
+        yield _Found(
+            tuple(index for own in pending for index in own.indices),
+            torch.cat([own.sizes for own in pending]),
+            torch.cat([own.original_sizes for own in pending]),
+            Candidates(*(torch.cat(values) for values in zip(*parts, strict=True))),
+        )
+        pending = []
+
+
+class _Candidates:
+    """The candidates of a data set, on the CPU, to which every kind of NMS can be applied.
+
+    Attributes:
+        dataset: the images that could be read.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        dataset: Dataset,
+        thresholds: Mapping[str, Any],
+        *,
+        workers: int,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        """Run the network once on each image."""
+        network = detector.network
+        assert isinstance(network, Network)
+        self._num_classes = network.model.num_classes
+        self._label_map = match_classes(detector.classes, dataset)
+        # Fusion needs the most candidates.
+        settings = network_settings({**thresholds, "nms": "wbf"}, detector.classes)
+        flip_tta = settings.pop("flip_tta")
+        self._found: list[_Found] = []
+
+        def detect(batch: Batch) -> list[Detections]:
+            outputs = network(batch.images)
+            mirrored = network(mirror_images(batch.images, batch.sizes)) if flip_tta else None
+            candidates = find_candidates(
+                outputs,
+                output_anchors(network.model, outputs),
+                batch.sizes,
+                num_classes=self._num_classes,
+                selected=detector.selected,
+                mirrored=mirrored,
+                **settings,
+            )
+            candidates = Candidates(*(values.cpu() for values in candidates))
+            indices = tuple(batch.indices.tolist())
+            self._found.append(_Found(indices, batch.sizes, batch.original_sizes, candidates))
+            nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
+            return [nothing] * len(indices)
+
+        predictions = run_batches(
+            detect,
+            dataset,
+            device=network.device,
+            fill=padding_colour(network.model.pixel_mean),
+            image_size=detector.image_size,
+            max_size=detector.max_size,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+        self.dataset = predictions.results.dataset
+        read = sorted(index for found in self._found for index in found.indices)
+        self._positions = {index: position for position, index in enumerate(read)}
+        self._found = [*_join(self._found)]
+
+    def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
+        """Apply NMS.
+
+        Args:
+            thresholds: of a detector.
+            step: the images to take, by position.
+        """
+        settings = network_settings(thresholds, ())
+        del settings["flip_tta"]
+        lowest = _scaled(settings["score_threshold"], 1 / settings["temperature"])
+        images = self.dataset.images
+        positions = {image: i for i, image in enumerate(range(len(images))[step])}
+        results = Results(replace(self.dataset, images=images[step]), self._label_map)
+        for found in self._found:
+            candidates = found.candidates
+            if settings["nms"] != "wbf":
+                high = candidates.scores > lowest
+                candidates = Candidates(*(values[high] for values in candidates))
+            detections = merge_candidates(
+                candidates,
+                num_images=len(found.indices),
+                num_classes=self._num_classes,
+                **settings,
+            )
+            for index, own, size, original in zip(
+                found.indices,
+                detections,
+                found.sizes.tolist(),
+                found.original_sizes.tolist(),
+                strict=True,
+            ):
+                if (position := positions.get(self._positions[index])) is not None:
+                    boxes = to_original(own.boxes, size, original)
+                    results.add(position, Detections(boxes, own.scores, own.labels))
+        return results
