@@ -116,6 +116,8 @@ def test_settings_page_has_every_setting_with_default_values_and_meaning(
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             rows[cells[0].strip("`")] = cells[1:]
     assert tuple(rows) == setting_names()
+    without = [name for name, cells in rows.items() if not cells[2]]
+    assert without == [], "state the meaning as a comment on the line in config.py"
     # By hand, from config.py and the recipes' files.
     assert rows["data.max_size"] == [
         "`1000`",
@@ -129,3 +131,8 @@ def test_settings_page_has_every_setting_with_default_values_and_meaning(
     assert rows["train.milestones"][:2] == ["`[0.6667, 0.8889]`", "list of numbers"]
     assert rows["data.scale_jitter"][1] == "list of 2 numbers"
     assert rows["detect.score_thresholds"][:2] == ["`{}`", "table of numbers ≥ 0, < 1 by name"]
+
+
+def test_settings_page_is_up_to_date(settings_page: Any) -> None:
+    stored = settings_page.PAGE.read_text("utf-8")
+    assert stored == settings_page.page(), "run: python benchmarks/settings_page.py"

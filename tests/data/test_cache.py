@@ -131,6 +131,7 @@ def in_place(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, gen
 def test_transform_in_place_leaves_the_cache_as_it_is(dataset: Dataset) -> None:
     single = replace(dataset, images=dataset.images[:1])  # 40 x 50: not resized
     options: dict[str, Any] = {"steps": 3, "batch_size": 1, "image_size": 40, "max_size": 50}
+    options |= {"colour": 0, "vertical_flip": 0, "horizontal_flip": 0, "crop": False}
     options |= {"scale_jitter": (1.0, 1.0), "transform": f"{__name__}:in_place"}
     expected = training(single, **options)
     assert_same(expected, training(single, cache="ram", **options))

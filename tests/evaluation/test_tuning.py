@@ -197,6 +197,27 @@ def test_tune_keeps_nms_at_equal_ap(val: Dataset) -> None:
     assert tuning.ap["hard .65"] == 1
 
 
+class HalfBlind(Painter):
+    """A painter that sees the left half of its input only."""
+
+    def forward(self, images: Tensor) -> Outputs:
+        images = images.clone()
+        images[..., images.shape[-1] // 2 :] = 0
+        return super().forward(images)
+
+
+def test_flip_tta_in_evaluate_and_tune(val: Dataset) -> None:
+    def blue(**options: Any) -> rn.Metrics:
+        return rn.evaluate(of(HalfBlind(), val), val, workers=0, **PLAIN, **options)
+
+    # Red is in the left half of every image; the blue rectangle is in a right half.
+    plain, both = blue(), blue(flip_tta=True)
+    assert [row.ap for row in plain.per_class][::2] == pytest.approx([1, 0])
+    assert [row.ap for row in both.per_class][::2] == pytest.approx([1, 1])
+    tuning = tune(of(HalfBlind(), val, detect={"flip_tta": True}), val, workers=0, **PLAIN)
+    assert tuning.before.ap == pytest.approx(both.ap)
+
+
 def test_tune_again_starts_from_uncalibrated_scores(val: Dataset) -> None:
     first = tune(of(Sloppy(), val), val, workers=0, **PLAIN)
     again = tune(of(Sloppy(), val, detect=dict(first.settings)), val, workers=0, **PLAIN)

@@ -281,7 +281,9 @@ def encode_image(image: Image.Image, suffix: str) -> bytes:
     Raises:
         DataError: images of that suffix cannot be written.
     """
-    kind = Image.registered_extensions().get(suffix.lower())
+    Image.preinit()  # the usual formats; registered_extensions() imports all, which takes longer
+    suffix = suffix.lower()
+    kind = Image.EXTENSION.get(suffix) or Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:
         raise DataError(f"unknown image suffix: {suffix!r}; use .jpg, .png, .webp or .tif")
     # Pillow's default for TIFF is no compression.

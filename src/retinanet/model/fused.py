@@ -254,35 +254,39 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
     except Exception:  # timm's networks may do anything that a proxy cannot follow
         return None
     traced = fx.GraphModule(backbone, graph)
+    graph.eliminate_dead_code()
     modules = dict(traced.named_modules())
     for node in list(graph.nodes):
         conv = _module(node, modules, _CONVOLUTIONS)
         if conv is None:
             continue
-        last, norm = node, _module(_only_user(node), modules, _NORMS)
+        replaced, norm = [node], _module(_only_user(node), modules, _NORMS)
         if norm is not None:
-            last = _only_user(node)
+            replaced.append(cast(fx.Node, _only_user(node)))
+        last = replaced[-1]
         total, other = _only_user(last), None
         if total is not None and total.target in (operator.add, operator.iadd, torch.add):
             other = next((term for term in total.args if term is not last), None)
             # A convolution cannot write to its input.
             fits = isinstance(other, fx.Node) and other is not node.args[0] and not total.kwargs
             if fits and _may_be_overwritten(graph, modules, cast(fx.Node, other), total):
-                last = total
+                replaced.append(total)
             else:
                 other = None
-        activation = _activation(_only_user(last), modules)
+        following = _only_user(replaced[-1])
+        activation = _activation(following, modules)
         if activation != "none":
-            last = _only_user(last)
+            replaced.append(cast(fx.Node, following))
         fused = FusedConv2d(conv, norm, activation, adds=other is not None)
         name = f"fused_{node.name}"
         traced.add_module(name, fused)
         modules[name] = fused
-        with graph.inserting_after(last):
+        with graph.inserting_after(replaced[-1]):
             inputs = (node.args[0],) if other is None else (node.args[0], cast(fx.Node, other))
             new = graph.call_module(name, inputs)
-        last.replace_all_uses_with(new)
-        graph.eliminate_dead_code()
+        replaced[-1].replace_all_uses_with(new)
+        for old in reversed(replaced):
+            graph.erase_node(old)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
