@@ -153,32 +153,13 @@ def tune(
         progress=progress,
     )
 
-    def metrics_of(settings: Mapping[str, Any]) -> Metrics:
-        return evaluate_detections(
-            store.dataset,
-            store.results(settings),
-            max_detections=limit,
-            detections_per_image=settings["detections_per_image"],
-            temperature=settings["temperature"],
-        )
-
-    before = metrics_of(base)
+    before = store.metrics(base, limit)
     grid = NMS_GRID if _NMS.isdisjoint(keep) else ()
     nms, ap = _choose_nms(store, base, before.ap, limit, grid)
     chosen = {**base, **nms}
-    after = metrics_of(chosen) if nms else before
-    is_kept = not _CALIBRATION.isdisjoint(keep)
-    if is_kept:
-        calibration = {name: detector.eval_thresholds[name] for name in _CALIBRATION}  # type: ignore[literal-required]
-    else:
-        temperature = fit_temperature(score_bins(store.results(chosen), _SCORE_BINS, limit))
-        scaled = _scaled(base["score_threshold"], temperature)
-        calibration = {"temperature": temperature, "score_threshold": scaled}
-    calibrated = metrics_of(chosen | calibration)
-    before_error, error = (m.calibration.expected_error for m in (after, calibrated))
-    if is_kept or error < before_error:
-        chosen |= calibration
-        after = calibrated
+    after = store.metrics(chosen, limit) if nms else before
+    own = None if _CALIBRATION.isdisjoint(keep) else detector.eval_thresholds
+    chosen, after = _choose_calibration(store, chosen, after, limit, own)
     settings = {
         **{name: chosen[name] for name in sorted(_NMS | _CALIBRATION)},
         "score_thresholds": f1_thresholds(after, detector.classes),
@@ -280,6 +261,34 @@ def _choose_nms(
     if not gain > MIN_GAIN or any(ap(best, half) < ap({}, half) for half in halves):
         best = {}
     return dict(best), found
+
+
+def _choose_calibration(
+    store: _Candidates,
+    settings: Mapping[str, Any],
+    before: Metrics,
+    limit: int,
+    own: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], Metrics]:
+    """Return the settings with temperature and ``score_threshold``, and their metrics.
+
+    Args:
+        store: the candidates.
+        settings: without temperature.
+        before: metrics with `settings`.
+        limit: detections per class and image that count.
+        own: settings with the temperature to keep; None: choose it.
+    """
+    if own is not None:
+        kept = {**settings, **{name: own[name] for name in _CALIBRATION}}
+        return kept, store.metrics(kept, limit)
+    temperature = fit_temperature(score_bins(store.results(settings), _SCORE_BINS, limit))
+    scaled = _scaled(settings["score_threshold"], temperature)
+    calibrated = {**settings, "temperature": temperature, "score_threshold": scaled}
+    after = store.metrics(calibrated, limit)
+    if after.calibration.expected_error < before.calibration.expected_error:
+        return calibrated, after
+    return dict(settings), before
 
 
 def _uncalibrated(thresholds: Mapping[str, Any]) -> dict[str, Any]:
@@ -385,6 +394,16 @@ class _Candidates:
         read = sorted(index for found in self._found for index in found.indices)
         self._positions = {index: position for position, index in enumerate(read)}
         self._found = [*_join(self._found)]
+
+    def metrics(self, thresholds: Mapping[str, Any], limit: int) -> Metrics:
+        """Evaluate thresholds; `limit` detections per class and image count."""
+        return evaluate_detections(
+            self.dataset,
+            self.results(thresholds),
+            max_detections=limit,
+            detections_per_image=thresholds["detections_per_image"],
+            temperature=thresholds["temperature"],
+        )
 
     def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
         """Apply NMS.
