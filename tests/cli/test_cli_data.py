@@ -28,7 +28,7 @@ def faulty(tiny_sets: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_check_of_valid_data(cli: Cli, tiny_sets: dict[str, Path]) -> None:
-    ended = cli("data", "check", tiny_sets["voc"])
+    ended = cli("data", "check", tiny_sets["voc"], "--recipe=paper_quick")
     assert ended.code == 0
     assert ended.out.startswith("no problems found\n")
     for word in ("images", "circle", "anchor recall"):
@@ -55,14 +55,15 @@ def test_check_recommends_tiles_for_small_objects(cli: Cli, tmp_path: Path) -> N
 
 
 def test_check_json(cli: Cli, faulty: Path) -> None:
-    ended = cli("data", "check", faulty, "--json")
+    assert cli("data", "check", faulty, "--json").json["anchors"] is None  # not by IoU
+    ended = cli("data", "check", faulty, "--json", "--recipe=paper_quick")
     assert ended.code == 1
     assert ended.json["counts"]["box-empty"] == 1
     assert set(ended.json["statistics"]) == {"train", "val", "test"}
     assert 0 <= ended.json["anchors"]["recall"] <= 1
     # At 64 pixels and not enlarged, objects of 16 to 24 are too small for the paper's anchors.
     assert ended.json["recommended_tile"] is None
-    small = cli("data", "check", faulty, "--json", "--image-size=64", "auto=false")
+    small = cli("data", "check", faulty, "--json", "--image-size=64", "--recipe=paper_quick")
     assert small.json["anchors"]["image_size"] == 64
     assert small.json["anchors"]["recall"] < ended.json["anchors"]["recall"]
     assert small.json["choices"] == []
@@ -119,7 +120,7 @@ def test_convert(cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path) -> None:
     assert "the format's own" in ended.out
 
 
-@pytest.mark.parametrize("anchors", [(), ("--anchors", "--image-size=128")])
+@pytest.mark.parametrize("anchors", [(), ("--anchors", "--image-size=128", "--recipe=paper_quick")])
 def test_show(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, anchors: tuple[str, ...]
 ) -> None:
@@ -138,7 +139,7 @@ def test_show_counts_objects_without_an_anchor(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     arguments = ("data", "show", tiny_sets["coco"], "--anchors", "--json", "--image-size=64",
-                 "--count=0", "auto=false")  # fmt: skip
+                 "--count=0", "--recipe=paper_quick")  # fmt: skip
     matched = cli(*arguments, f"--out={tmp_path / '1'}", "anchors.sizes=[16,32,64,128,256]")
     assert matched.json["images"] == 4
     assert matched.json["unmatched"] == 0
@@ -146,6 +147,17 @@ def test_show_counts_objects_without_an_anchor(
     missed = cli(*arguments, f"--out={tmp_path / '2'}", "anchors.sizes=[160,200,300,400,500]")
     assert missed.json["unmatched"] == missed.json["objects"] == matched.json["objects"]
     assert missed.json["anchors"] == 0
+
+
+@pytest.mark.parametrize("command", [("anchors",), ("show", "--anchors")])
+def test_anchor_recall_of_other_assignments_is_an_error(
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    out = () if len(command) == 1 else (f"--out={tmp_path / 'out'}",)
+    ended = cli("data", command[0], tiny_sets["coco"], *command[1:], *out)
+    assert ended.code == 2
+    assert "no meaning with matching.assignment=task_aligned" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_show_skips_a_broken_image(cli: Cli, faulty: Path, tmp_path: Path) -> None:
@@ -174,17 +186,16 @@ def test_show_augmented_draws_what_training_loads(
 
 
 def test_anchors_suggests_settings_of_more_recall(cli: Cli, tiny_sets: dict[str, Path]) -> None:
-    ended = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false", "--json")
+    arguments = ("data", "anchors", tiny_sets["coco"], "--image-size=64", "--recipe=paper_quick")
+    ended = cli(*arguments, "--json")
     assert ended.code == 0, ended.err
     tried = ended.json["tried"]
     assert tried[0]["settings"] == []
     suggested = next(row for row in tried if row["settings"] == ended.json["suggested"])
     assert suggested["recall"] > tried[0]["recall"]
-    text = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false")
-    assert "suggested: " in text.out
+    assert "suggested: " in cli(*arguments).out
     # The suggestion can be given to the command.
-    again = cli("data", "anchors", tiny_sets["coco"], "--image-size=64", "auto=false", "--json",
-                *ended.json["suggested"])  # fmt: skip
+    again = cli(*arguments, "--json", *ended.json["suggested"])
     assert again.json["tried"][0]["recall"] == suggested["recall"]
 
 

@@ -116,7 +116,8 @@ def check(
     if any(split.objects for split in report.statistics.values()):
         known = _with_known_size(splits, report)
         choices = choose_for(config, known)
-        recall = _recall(known, config.choose(values(choices)))
+        if config.matching.assignment == "iou":
+            recall = _recall(known, config.choose(values(choices)))
     tile = _recommend_tile(report.statistics, config.choose(values(choices)))
     written = None
     if options.fix is not None:
@@ -199,6 +200,8 @@ def show(
         raise ConfigError("--anchors and --augmented draw different images: give one of them")
     dataset = options.read(data, recipe.load())
     config = _with_choices(recipe, data, options, dataset).load()
+    if options.anchors:
+        _check_assignment(config)
     with progress("drawing") as update:
         if options.augmented:
             drawn = draw_augmented(
@@ -244,6 +247,7 @@ def anchors(
     from retinanet.data import usable
 
     dataset, _ = usable(options.read(data, recipe.load()))
+    _check_assignment(recipe.load())
     recipe = _with_choices(recipe, data, options, dataset)
     config = recipe.load()
     results: list[tuple[str, list[str], AnchorRecall]] = []
@@ -291,6 +295,18 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
         yield "from 16 px on, 1:4 to 4:1", [*size, no_p2, half, wide]
         yield "from 16 px on, with P2", [*size, p2, "anchors.sizes=none"]
         yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
+
+
+def _check_assignment(config: Recipe) -> None:
+    """Raise a ConfigError unless anchors are matched by their IoU alone."""
+    from retinanet.errors import ConfigError
+
+    assignment = config.matching.assignment
+    if assignment != "iou":
+        raise ConfigError(
+            f"anchors matched by IoU have no meaning with matching.assignment={assignment}, which "
+            "assigns anchors to every object; give --recipe paper_quick, paper_1x, ..."
+        )
 
 
 def _with_choices(

@@ -80,9 +80,10 @@ def overfit(
         recipe = recipe.override({"train.init": str(init)})
     start = follow_checkpoint(recipe, Path(out))
     recipe = recipe if start is None else start.recipe
-    full = read_training_data(data, recipe, ignore).train_images
+    read = read_training_data(data, recipe, ignore)
+    full = read.train_images  # which the training cuts into tiles
     on_gpu = choose_device(device).type != "cpu"
-    recipe = resolved(recipe.choose(values(choose_settings(recipe, full, on_gpu=on_gpu))))
+    recipe = resolved(recipe.choose(values(choose_settings(recipe, read.train, on_gpu=on_gpu))))
     images = [image for image in full.images if has_object(image)]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
