@@ -87,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     )
     folder = tmp_path_factory.mktemp("runs") / "shapes"
     save_checkpoint(folder / "best", checkpoint)
-    recipe = load_recipe("quick", [f"model.backbone_weights={HOME}/backbone.safetensors"])
+    recipe = load_recipe("paper_quick", [f"model.backbone_weights={HOME}/backbone.safetensors"])
     (folder / "config.toml").write_text(to_toml(recipe))
     trained = digest(usable(splits["train"])[0]) + digest(splits["val"])
     record = {

@@ -176,6 +176,7 @@ def test_store_files_are_complete_or_missing(tmp_path: Path, scheme: str) -> Non
         with store.open("parquet/1") as file:
             assert file.read() in (content, str(content).encode())
         assert store.names("parquet") == {"1", "2"}
+    assert (tmp_path / "out" / "parquet" / "1").exists() == (scheme != "memory://")
     with pytest.raises(FileNotFoundError):
         store.open("nothing")
     assert Store(Path("s3://bucket/out")).address == "s3://bucket/out"  # pathlib drops a slash

@@ -91,7 +91,11 @@ def address_of(path: str | os.PathLike[str]) -> str:
     """Return a path as text, with both slashes of ``s3://bucket``, which pathlib folds into one."""
     text = os.fspath(path)
     found = _REMOTE.match(text)
-    return f"{found.group(1)}://{text[found.end() :]}" if found else text
+    if not found:
+        return text
+    scheme, rest = found.group(1), text[found.end() :]
+    # A file's path is absolute: without its slash it would be one in the working folder.
+    return f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
