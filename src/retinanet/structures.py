@@ -176,7 +176,8 @@ class Detections:
             KeyError: there is no class of that name, or the class names are unknown.
             IndexError: a position is out of range, or a mask has another length.
         """
-        if isinstance(index, int):
+        if isinstance(index, int) or (hasattr(index, "ndim") and index.ndim == 0):  # NumPy's, too
+            index = int(index)
             return self.boxes[index], float(self.scores[index]), int(self.labels[index])
         if isinstance(index, str):
             index = torch.isin(self.labels, self.labels.new_tensor(self._labels_of(index)))

@@ -73,6 +73,8 @@ def test_position_is_an_object_as_in_iteration() -> None:
     assert [label for _, _, label in found()] == [1, 0, 1]
     with pytest.raises(IndexError):
         found()[3]
+    for index in (torch.tensor(0), np.int64(0)):
+        assert found()[index][1:] == found()[0][1:]
 
 
 def test_unknown_class_names_the_nearest() -> None:

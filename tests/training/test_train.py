@@ -293,6 +293,18 @@ def test_train_nonfinite_loss_stops_and_can_be_replayed(tiny_data: Path, tmp_pat
     assert all(torch.isfinite(value).all() for value in saved)
 
 
+def test_train_nonfinite_loss_is_saved_with_the_assignment_of_its_step(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = ("matching.assignment=task_aligned", "loss.classification=quality_focal")
+    recipe = tiny_recipe(*settings, "train.steps=9", "train.lr=1e30", "train.warmup_steps=0")
+    with pytest.raises(NonFiniteLossError):
+        train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    saved = tmp_path / "run" / "nonfinite"
+    assert json.loads((saved / "story.json").read_text())["step"] < 3  # of 9: ATSS
+    assert load_checkpoint(saved / "model").info["loss"]["assignment"] == "atss"
+
+
 def test_replay_without_a_step_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="contains no step to repeat"):
         replay(tmp_path)

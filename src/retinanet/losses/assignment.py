@@ -74,8 +74,8 @@ def assign_anchors(
     25 nearest cells per level, so that memory per object is fixed).
 
     In both an anchor of several objects goes to the highest IoU, and an object that contains fewer
-    than four centres of the finest level counts the four nearest as inside, so that no object is
-    left without an anchor. No device sync is needed.
+    than four centres of the finest level counts the four nearest as inside, so that tiny objects
+    have candidates; larger objects around them may still win these. No device sync is needed.
 
     The classification target is 1, or with a loss in :data:`QUALITY_LOSSES` the IoU of the
     predicted box (Li et al. 2020, Sec. 3), for ``task_aligned`` t scaled so that the highest target

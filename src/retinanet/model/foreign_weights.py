@@ -1,6 +1,6 @@
 """RetinaNets trained with torchvision, detectron2 or mmdetection, from files of their own.
 
-Names and shapes of the tensors tell the network. The libraries differ in more than names:
+Names and shapes of the tensors determine the network. The libraries differ in more than names:
 
 - torchvision rounds anchors, and counts the background as class 0.
 - detectron2 orders a cell's anchors by scale first, and takes BGR images; with the original (MSRA)
@@ -46,7 +46,7 @@ _SIGNS = {
     "detectron2": "head.cls_score.weight",
     "mmdetection": "bbox_head.retina_cls.weight",
 }
-# Of detectron2's buffers; what they say is read before.
+# Names of detectron2's buffers, whose values are read before.
 _BUFFERS = re.compile(r"pixel_mean|pixel_std|anchor_generator\..*|.*num_batches_tracked")
 
 _DETECTRON2 = (

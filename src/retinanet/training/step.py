@@ -91,7 +91,8 @@ def backward(
     """Compute losses and gradients of a batch in micro-batches.
 
     The gradient is that of the whole batch for any number of processes and micro-batches; it is
-    averaged over processes in the last micro-batch.
+    averaged over processes in the last micro-batch. Where the normalizer depends on the outputs
+    (assignments other than ``iou``, quality and varifocal loss), each micro-batch has its own.
 
     Args:
         network: `model`, or its wrapper for several processes.
@@ -312,11 +313,15 @@ class PendingStep:
         lr: its learning rate.
         batch: its images, on the host.
         running: () the running normalizer before it.
+        share: of the training steps that were done before it.
         speed: its speed and memory (:class:`Meter`).
     """
 
-    def __init__(self, step: int, lr: float, batch: Batch, running: Tensor) -> None:
+    def __init__(
+        self, step: int, lr: float, batch: Batch, running: Tensor, share: float = 1.0
+    ) -> None:
         self.step, self.lr, self.batch, self.running = step, lr, batch, running
+        self.share = share
         self.speed: dict[str, float] = {}
         self._copied: torch.cuda.Event | None = None
 

@@ -237,6 +237,8 @@ class RetinaNetTask(TrainingTask):
         saved = run / "nonfinite"
         if self.settings.accelerator.is_main_process:
             checkpoint = self._checkpoint(model, failed.step)
+            used = self.settings.recipe.loss_settings.at(failed.share)  # as in `backward`
+            checkpoint.info["loss"] = used.model_dump(mode="json")
             save_step(saved, failed, checkpoint, self.settings.train_set, self.settings.precision)
         return (
             f"the weights before this step and the batch are in {saved} "

@@ -377,15 +377,18 @@ class Trainer:
     def time_steps(self) -> float:
         """Train a few steps, and return the median of their seconds."""
         seconds: list[float] = []
+        elapsed = 0.0
         batches = iter(self._loader)
         self.network.train()
         while len(seconds) < _SLOW_STEPS + 2 or (
-            len(seconds) < _SLOW_STEPS + _TIMED_STEPS and sum(seconds) < _TIMED_SECONDS
+            len(seconds) < _SLOW_STEPS + _TIMED_STEPS and elapsed < _TIMED_SECONDS
         ):
             begun = time.perf_counter()
             self.step(next(batches))
             self.flush()
             seconds.append(time.perf_counter() - begun)
+            # All processes must do as many steps: each waits for the gradients of the others.
+            (elapsed,) = broadcast_object_list([sum(seconds)])
         self._loader.close()
         return median(seconds[_SLOW_STEPS:])
 
@@ -458,8 +461,8 @@ class Trainer:
         self._meter.batch_loaded()
         lr = self._lr * lr_factor(progress.step, progress.steps, settings)
         set_lr(self.optimizer, lr)
-        current = PendingStep(progress.step, lr, loaded, self.running)
         share = progress.step / progress.steps
+        current = PendingStep(progress.step, lr, loaded, self.running, share)
         context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
         self.scaler.unscale_(self.optimizer)
