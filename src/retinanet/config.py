@@ -432,6 +432,12 @@ class Recipe(_Section):
         settings = self.model_dump()
         for key, value in values.items():
             _override(settings, key, value)
+        # What the recipe has for another length or loss does not hold for this.
+        if "train.steps" in values and "train.epochs" not in values:
+            settings["train"]["epochs"] = None
+        has_alpha = "loss.alpha" in values or self.states("loss.alpha")
+        if "loss.classification" in values and not has_alpha:
+            del settings["loss"]["alpha"]
         stated = {key for key in setting_names() if self.states(key)} | values.keys()
         return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
 

@@ -286,3 +286,13 @@ def test_mining_alone_is_of_plain_cross_entropy() -> None:
     assert (loss.classification, loss.alpha) == ("cross_entropy", None)
     loss = load_recipe("quick", ["loss.mining=ohem", "loss.classification=focal"]).loss
     assert (loss.classification, loss.alpha) == ("focal", 0.25)
+
+
+def test_override_of_a_built_recipe_equals_that_of_its_file() -> None:
+    recipe = load_recipe("quick")
+    for name, value in (("train.steps", 7), ("loss.classification", "focal")):
+        expected = load_recipe("quick", [(name, value)])
+        found = recipe.override({name: value})
+        assert (found.train, found.loss) == (expected.train, expected.loss)
+    assert recipe.override({"loss.classification": "focal"}).loss.alpha == 0.25
+    assert recipe.override({"train.steps": 7}).train.epochs is None

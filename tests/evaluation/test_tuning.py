@@ -227,6 +227,22 @@ def test_tune_again_starts_from_uncalibrated_scores(val: Dataset) -> None:
         ), name
 
 
+def test_tune_keeps_the_named_settings(val: Dataset) -> None:
+    own = {"nms_threshold": 0.65, "temperature": 1.5}
+    tuning = tune(of(Sloppy(), val, detect=own), val, keep=own, workers=0, **PLAIN)
+    assert own.items() <= tuning.settings.items()
+    assert [*tuning.ap] == ["hard .65"]
+    again = rn.evaluate(of(Sloppy(), val, detect=own), val, workers=0, **PLAIN)
+    expected = again.calibration.expected_error
+    assert tuning.after.calibration.expected_error == pytest.approx(expected)
+
+
+def test_tune_model_of_tiles_is_an_error(val: Dataset) -> None:
+    model = of(Painter(), val, tile={"side": 64, "overlap": 0.2})
+    with pytest.raises(ConfigError, match="the model was trained on tiles"):
+        tune(model, val, workers=0, **PLAIN)
+
+
 def test_store_tuning_is_what_a_detector_and_an_evaluation_use(
     painted: Path, tmp_path: Path
 ) -> None:

@@ -77,12 +77,16 @@ def test_train_run_folder_and_events(finished: Finished) -> None:
 
 def test_train_tunes_detection_of_the_best_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    recipe = tiny_recipe("train.steps=2", "train.tune_detection=true", "train.validate_every=2")
+    own = ("detect.nms_threshold=0.6", "detect.score_thresholds={circle=0.7}")  # kept
+    steps = ("train.steps=2", "train.validate_every=2")
+    recipe = tiny_recipe(*steps, "train.tune_detection=true", *own)
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
     detect = load_checkpoint(run.model).info["detect"]
-    expected = tune(run.model, tiny_data, device="cpu", workers=0)
-    assert detect == {**detect, **expected.settings}
-    assert messages(events)[-1].startswith(f"post-processing from val: NMS {detect['nms']} ")
+    keep = ["nms_threshold", "score_thresholds"]
+    expected = tune(run.model, tiny_data, keep=keep, device="cpu", workers=0)
+    thresholds = {**expected.settings["score_thresholds"], "circle": 0.7}
+    assert detect == {**detect, **expected.settings, "score_thresholds": thresholds}
+    assert messages(events)[-1].startswith("post-processing from val: NMS hard .6 ")
     metrics = Metrics.from_dict(json.loads((run.folder / "metrics.json").read_text()))
     assert metrics.loss is not None
     again = evaluate(run.model, tiny_data, device="cpu", workers=0)

@@ -56,6 +56,15 @@ def test_train_on_tiles_resumes_and_evaluates_whole_images(tiny_data: Path, tmp_
     assert plain.loss is not None
 
 
+def test_train_on_tiles_is_not_tuned_on_whole_images(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ("train.tune_detection=true", "detect.score_threshold=0.001")
+    run = train(tiny_recipe(*TILES, *settings), tiny_data, tmp_path / "run", device="cpu")
+    found = evaluate(run.folder, tiny_data, device="cpu", precision="float32")
+    stored = json.loads((run.folder / "metrics.json").read_text())
+    assert found.detections == stored["detections"]
+    assert found.ap == pytest.approx(run.best_ap, abs=1e-9)
+
+
 def test_detect_uses_the_tiles_of_training(tiny_data: Path, tmp_path: Path) -> None:
     run = train(tiny_recipe(*TILES, "train.steps=1"), tiny_data, tmp_path / "run", device="cpu")
     detector = load(run.folder, device="cpu", precision="float32", score_threshold=0.0)

@@ -6,7 +6,7 @@ The weights stay as they are. The settings are those of ``detect`` in the checkp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from retinanet.inference.backends import (
     to_original,
 )
 from retinanet.inference.detector import Detector
+from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, update_info
 from retinanet.postprocess import (
     Candidates,
@@ -55,6 +56,8 @@ NMS_GRID: tuple[dict[str, Any], ...] = (
 )
 """Settings of NMS that are compared."""
 
+_NMS = frozenset(("nms", "nms_threshold", "nms_sigma"))
+_CALIBRATION = frozenset(("temperature", "score_threshold"))
 _TEMPERATURES = np.geomspace(0.25, 4, 401)  # steps of .7%
 _JOINED_IMAGES = 32
 _SCORE_BINS = 1000  # a score is known to .001 then, by far enough for a temperature
@@ -94,6 +97,7 @@ def tune(
     data: str | Path | Reader | Dataset,
     *,
     split: str | None = None,
+    keep: Collection[str] = (),
     batch_size: int = 4,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -114,10 +118,13 @@ def tune(
     Args:
         model, data, split, batch_size, workers, progress: as in
             :func:`retinanet.evaluation.evaluate`; no exported file and no results.
+        keep: names of settings of ``detect`` that stay the model's. NMS is chosen as a whole, or
+            kept if it has one of them, and so are temperature and ``score_threshold``.
         options: of :class:`~retinanet.inference.detector.Detector`.
 
     Raises:
-        ConfigError: the model is an exported file, whose post-processing is fixed.
+        ConfigError: the model is an exported file, whose post-processing is fixed, or was trained
+            on tiles: candidates of whole images are other ones than those of tiles.
         DataError: the data cannot be read, or has no object.
         WeightsError: as :func:`retinanet.evaluation.evaluate`.
     """
@@ -126,6 +133,11 @@ def tune(
         raise ConfigError(
             f"post-processing of an exported file is fixed: {model}; tune the run that it was "
             "exported from, and export again"
+        )
+    if choose_tiling(None, None, detector.image_size, detector.info)[0] is not None:
+        raise ConfigError(
+            f"post-processing is chosen on whole images, but the model was trained on tiles "
+            f"(data.tile): {model}; evaluate it without tuning"
         )
     dataset = read_eval_dataset(data, split, info=detector.info)
     if not any(not a.ignored for image in dataset.images for a in image.annotations):
@@ -141,28 +153,15 @@ def tune(
         progress=progress,
     )
 
-    def metrics_of(settings: Mapping[str, Any]) -> Metrics:
-        return evaluate_detections(
-            store.dataset,
-            store.results(settings),
-            max_detections=limit,
-            detections_per_image=settings["detections_per_image"],
-            temperature=settings["temperature"],
-        )
-
-    before = metrics_of(base)
-    nms, ap = _choose_nms(store, base, before.ap, limit)
+    before = store.metrics(base, limit)
+    grid = NMS_GRID if _NMS.isdisjoint(keep) else ()
+    nms, ap = _choose_nms(store, base, before.ap, limit, grid)
     chosen = {**base, **nms}
-    after = metrics_of(chosen) if nms else before
-    temperature = fit_temperature(score_bins(store.results(chosen), _SCORE_BINS, limit))
-    scaled = _scaled(base["score_threshold"], temperature)
-    calibrated = metrics_of(chosen | {"temperature": temperature, "score_threshold": scaled})
-    if calibrated.calibration.expected_error < after.calibration.expected_error:
-        chosen |= {"temperature": temperature, "score_threshold": scaled}
-        after = calibrated
-    stored = ("nms", "nms_threshold", "nms_sigma", "temperature", "score_threshold")
+    after = store.metrics(chosen, limit) if nms else before
+    own = None if _CALIBRATION.isdisjoint(keep) else detector.eval_thresholds
+    chosen, after = _choose_calibration(store, chosen, after, limit, own)
     settings = {
-        **{name: chosen[name] for name in stored},
+        **{name: chosen[name] for name in sorted(_NMS | _CALIBRATION)},
         "score_thresholds": f1_thresholds(after, detector.classes),
     }
     return Tuning(settings, ap, before, after)
@@ -235,7 +234,11 @@ def fit_temperature(bins: Sequence[CalibrationBin]) -> float:
 
 
 def _choose_nms(
-    store: _Candidates, base: Mapping[str, Any], base_ap: float, limit: int
+    store: _Candidates,
+    base: Mapping[str, Any],
+    base_ap: float,
+    limit: int,
+    grid: Sequence[Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the best setting of NMS, empty for that of `base`, and the AP of all."""
 
@@ -246,8 +249,8 @@ def _choose_nms(
         ).ap
 
     found = {nms_name(base): base_ap}
-    best: dict[str, Any] = {}
-    for settings in NMS_GRID:
+    best: Mapping[str, Any] = {}
+    for settings in grid:
         name = nms_name({**base, **settings})
         if name not in found:
             found[name] = ap(settings)
@@ -257,7 +260,35 @@ def _choose_nms(
     halves = (slice(0, None, 2), slice(1, None, 2))
     if not gain > MIN_GAIN or any(ap(best, half) < ap({}, half) for half in halves):
         best = {}
-    return best, found
+    return dict(best), found
+
+
+def _choose_calibration(
+    store: _Candidates,
+    settings: Mapping[str, Any],
+    before: Metrics,
+    limit: int,
+    own: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], Metrics]:
+    """Return the settings with temperature and ``score_threshold``, and their metrics.
+
+    Args:
+        store: the candidates.
+        settings: without temperature.
+        before: metrics with `settings`.
+        limit: detections per class and image that count.
+        own: settings with the temperature to keep; None: choose it.
+    """
+    if own is not None:
+        kept = {**settings, **{name: own[name] for name in _CALIBRATION}}
+        return kept, store.metrics(kept, limit)
+    temperature = fit_temperature(score_bins(store.results(settings), _SCORE_BINS, limit))
+    scaled = _scaled(settings["score_threshold"], temperature)
+    calibrated = {**settings, "temperature": temperature, "score_threshold": scaled}
+    after = store.metrics(calibrated, limit)
+    if after.calibration.expected_error < before.calibration.expected_error:
+        return calibrated, after
+    return dict(settings), before
 
 
 def _uncalibrated(thresholds: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,6 +394,16 @@ class _Candidates:
         read = sorted(index for found in self._found for index in found.indices)
         self._positions = {index: position for position, index in enumerate(read)}
         self._found = [*_join(self._found)]
+
+    def metrics(self, thresholds: Mapping[str, Any], limit: int) -> Metrics:
+        """Evaluate thresholds; `limit` detections per class and image count."""
+        return evaluate_detections(
+            self.dataset,
+            self.results(thresholds),
+            max_detections=limit,
+            detections_per_image=thresholds["detections_per_image"],
+            temperature=thresholds["temperature"],
+        )
 
     def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
         """Apply NMS.

@@ -145,6 +145,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "ema": 0.0,
         "validate_every": min(_VALIDATE_EVERY, steps),
         "early_stop": 0,
+        "tune_detection": False,
         "target_ap50": TARGET_AP50,
     }
     return recipe.override(

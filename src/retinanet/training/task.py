@@ -7,7 +7,7 @@ and so the same for all tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from retinanet.config import Recipe
+from retinanet.config import DetectConfig, Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.windows import typical_side
 from retinanet.errors import ConfigError
@@ -207,9 +207,20 @@ class RetinaNetTask(TrainingTask):
             detect["score_thresholds"] = measured | detect["score_thresholds"]
         write_checkpoint(folder, checkpoint)
 
-    def tune(self, folder: Path, dataset: Dataset) -> Tuning:
-        """Choose NMS, temperature and score thresholds, and store them in the checkpoint."""
-        tuning = tune(folder, dataset, **self.settings.evaluation_options())
+    def tune(self, folder: Path, dataset: Dataset) -> Tuning | None:
+        """Choose NMS, temperature and score thresholds, and store them in the checkpoint.
+
+        What the recipe sets other than the paper's is kept. None: the training is on tiles, whose
+        score thresholds are those of the best F1 already.
+        """
+        recipe = self.settings.recipe
+        if recipe.data.tile is not None:
+            return None
+        paper, own = DetectConfig(), recipe.detect
+        keep = [name for name, value in own if value != getattr(paper, name)]
+        tuning = tune(folder, dataset, keep=keep, **self.settings.evaluation_options())
+        thresholds = tuning.settings["score_thresholds"] | own.score_thresholds
+        tuning = replace(tuning, settings={**tuning.settings, "score_thresholds": thresholds})
         store_tuning(folder, tuning)
         return tuning
 

@@ -256,7 +256,8 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
 
 def _seconds_to_tune(recipe: Recipe, validation: float) -> float:
     """Estimate the seconds that the choice of post-processing takes, from those of a validation."""
-    return _TUNING_VALIDATIONS * validation if recipe.train.tune_detection else 0.0
+    is_tuned = recipe.train.tune_detection and recipe.data.tile is None
+    return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
 
 
 def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
