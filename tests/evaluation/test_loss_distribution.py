@@ -22,6 +22,7 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.inference.backends import Network
 from retinanet.inference.detector import Detector
+from retinanet.losses.assignment import Assignment
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.model.checkpoint import save_checkpoint
 from retinanet.report.loss_distribution import (
@@ -249,8 +250,10 @@ def test_loss_distribution_invalid_input_is_an_error(
         measure(detector_of(), nothing)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "retinanet.report.loss_distribution.match_anchors",
-            lambda anchors, *_, **__: torch.zeros(1, len(anchors), dtype=torch.int64),
+            "retinanet.report.loss_distribution.assign_anchors",
+            lambda _, anchors, *__, **___: Assignment(
+                torch.zeros(1, sum(map(len, anchors)), dtype=torch.int64), None
+            ),
         )
         with pytest.raises(DataError, match="no anchor is background"):
             measure(detector_of(), val)
