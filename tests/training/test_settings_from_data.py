@@ -215,6 +215,8 @@ def test_a_large_validation_split_is_validated_less_often() -> None:
     assert chosen(dataset, num_val=480)["train.validate_every"] == 0.5
     assert chosen(dataset, num_val=2000)["train.validate_every"] == 400
     assert "train.validate_every" not in chosen(dataset, num_val=100)  # 9, and the recipe has 8
+    # An image has 3 x 3 tiles.
+    assert chosen(dataset, "data.tile=256", num_val=53)["train.validate_every"] == 0.5
 
 
 @pytest.mark.parametrize(

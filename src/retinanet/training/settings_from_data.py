@@ -443,7 +443,8 @@ def _validations(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[C
     if not num_val or train.validate_every >= 1 or train.time is not None:
         return
     steps = resolve_steps(epoch_size(data.train, recipe.data), train)
-    cost = num_val * _VALIDATION_COST / (steps * train.batch_size)
+    per_image = len(data.train) / len(data.counts)  # tiles, on which is validated too
+    cost = num_val * per_image * _VALIDATION_COST / (steps * train.batch_size)
     affordable = max(1, math.floor(_VALIDATION_SHARE / cost))
     if affordable < round(1 / train.validate_every):
         period = 1 / affordable if affordable > 1 else steps
