@@ -17,6 +17,7 @@ from white_finder import Pixels, WhiteFinder, black
 
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.inference import Detector, Failure, ImageDetections, load
+from retinanet.inference.tiles import merge_parts
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import Outputs
@@ -211,6 +212,34 @@ def test_detector_with_classes_detects_only_these(checkpoint: Checkpoint, square
     assert one(detector.detect(square, tile=96)).labels.tolist() == [1]
     with pytest.raises(ConfigError, match=r"unknown class 'brigt'.*did you mean bright\?"):
         Detector(checkpoint, device="cpu", classes=["white", "brigt"])
+
+
+def test_another_kind_of_nms_has_the_threshold_of_the_paper(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.info["detect"] |= {"nms": "wbf", "nms_threshold": 0.7}
+    options: dict[str, Any]
+    for options, expected in (
+        ({}, 0.7),
+        ({"nms": "wbf"}, 0.7),
+        ({"nms": "hard"}, 0.5),
+        ({"nms": "hard", "nms_threshold": 0.6}, 0.6),
+    ):
+        detector = Detector(checkpoint, device="cpu", precision="float32", **options)
+        assert detector.thresholds["nms_threshold"] == expected
+        assert detector.eval_thresholds["nms_threshold"] == expected
+    used: list[float] = []
+
+    def merge(*parts: Any, nms_threshold: float, **others: Any) -> Any:
+        used.append(nms_threshold)
+        return merge_parts(*parts, nms_threshold=nms_threshold, **others)
+
+    monkeypatch.setattr("retinanet.inference.detector.merge_parts", merge)
+    for options in ({}, {"nms": "hard", "nms_threshold": 0.6}):
+        Detector(checkpoint, device="cpu", precision="float32").detect(
+            black(128, 128), tile=64, **options
+        )
+    assert used == [0.5, 0.6]
 
 
 def test_nms_threshold(detector: Detector) -> None:

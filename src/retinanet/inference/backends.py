@@ -52,7 +52,7 @@ def merge_thresholds(*layers: Any) -> Thresholds:
     """Merge mappings of thresholds over the defaults; later ones override, None is unset.
 
     A ``score_threshold`` is for all classes: it overrides the ``score_thresholds`` of the layers
-    before it.
+    before it. Another kind of ``nms`` drops their ``nms_threshold``, which was for their kind.
 
     Raises:
         ConfigError: an unknown name, or a value out of range.
@@ -62,6 +62,8 @@ def merge_thresholds(*layers: Any) -> Thresholds:
         given = {name: value for name, value in dict(layer).items() if value is not None}
         if "score_threshold" in given:
             merged["score_thresholds"] = {}
+        if given.get("nms", merged.get("nms", "hard")) != merged.get("nms", "hard"):
+            merged.pop("nms_threshold", None)
         merged |= given
     checked = build_recipe({"detect": merged}, "detector options").detect
     return cast(Thresholds, checked.model_dump())

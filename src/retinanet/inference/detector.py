@@ -435,10 +435,12 @@ class Detector:
                 assert prepared is not None
                 objects, size, pixels = image.parts[0].objects, prepared.size, prepared.original
             else:
+                # Tiles are merged by hard NMS, for which another kind's threshold is not meant.
+                hard = merge_thresholds(thresholds, {"nms": "hard"})
                 objects = merge_parts(
                     image.parts,
                     image.windows.size,
-                    nms_threshold=thresholds["nms_threshold"],
+                    nms_threshold=hard["nms_threshold"],
                     class_agnostic_nms=thresholds["class_agnostic_nms"],
                     max_detections=max_detections,
                 )
