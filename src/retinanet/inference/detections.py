@@ -85,7 +85,7 @@ class ImageDetections(Detections):
         image: Any = None,
         *,
         score_threshold: float = 0.0,
-        max_pixels: int = DRAWN_PIXELS,
+        max_pixels: int | None = None,
     ) -> Image.Image:
         """Draw the boxes of at least `score_threshold` with their classes and scores.
 
@@ -95,13 +95,14 @@ class ImageDetections(Detections):
             image: image to draw on, as :func:`retinanet.data.images.read_image` takes it; None is
                 the image that detection ran on.
             score_threshold: minimum score of a drawn box; 0: all.
-            max_pixels: an image of more pixels is drawn reduced.
+            max_pixels: an image of more pixels is drawn reduced; None: DRAWN_PIXELS.
 
         Raises:
             DataError: the image has another size than the image that detection ran on.
             ImageError: it can no longer be read.
         """
         height, width = self.size
+        max_pixels = DRAWN_PIXELS if max_pixels is None else max_pixels
         scale = min(1.0, math.sqrt(max_pixels / (height * width)))
         windows = self._open(image)
         if scale < 1:
