@@ -145,6 +145,10 @@ def train(
         raise typer.Exit(result.exit_code)
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
     trained = run_training(config, data, folder, device=run.device, started=started)
+    from accelerate import PartialState  # training has imported it
+
+    if not PartialState().is_main_process:
+        return
     report = write_report(trained)
     if json:
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})
