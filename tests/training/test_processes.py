@@ -36,6 +36,13 @@ LOSSES = (
     ("loss.normalizer=image",),
     ("loss.normalizer=batch",),
     ("loss.normalizer=running",),
+    (
+        "matching.assignment=task_aligned",
+        "matching.task_warmup=0",
+        "loss.normalizer=batch",
+        "loss.classification=quality_focal",
+        "loss.box=giou",
+    ),
     ("loss.mining=ohem_1_3", "loss.classification=cross_entropy", "loss.normalizer=batch"),
 )
 
