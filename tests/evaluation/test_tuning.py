@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def test_fit_temperature_equals_grid_search() -> None:
     assert fit_temperature(bins) == pytest.approx(expected, abs=0.03)
     assert expected == pytest.approx(1.8, abs=0.1)
     assert fit_temperature(bins[:0]) == 1.0
+    wrong = [replace(b, precision=0.0) for b in bins if b.detections]
+    assert fit_temperature(wrong) == 1.0
 
 
 class Sloppy(Painter):

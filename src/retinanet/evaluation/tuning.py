@@ -217,10 +217,11 @@ def fit_temperature(bins: Sequence[CalibrationBin]) -> float:
         bins: many narrow ones.
 
     Returns:
-        The temperature in [.25, 4] of the lowest negative log-likelihood; 1 without detections.
+        The temperature in [.25, 4] of the lowest negative log-likelihood; 1 if no detection is
+        correct, for which the lowest would be the lower limit, and no score over a threshold.
     """
     filled = [b for b in bins if b.detections]
-    if not filled:
+    if not any(b.precision for b in filled):
         return 1.0
     weight, precision, score = (
         np.array([getattr(b, name) for b in filled])
