@@ -46,9 +46,9 @@ def test_loss_distribution_options(
     written = json.loads((tmp_path / "o" / "loss-distribution-test.json").read_text())
     assert written == ended.json
     assert (ended.json["split"], ended.json["images"]) == ("test", 2)
-    # An image of 96 x 96: 12^2 + 6^2 + 3^2 + 2^2 + 1 cells of 9 anchors.
+    # An image of 96 x 96: 12^2 + 6^2 + 3^2 + 2^2 + 1 cells of one anchor.
     anchors = sum(ended.json[f"{kind}_anchors"] for kind in ("positive", "negative", "ignored"))
-    assert anchors == 2 * 9 * (144 + 36 + 9 + 4 + 1)
+    assert anchors == 2 * (144 + 36 + 9 + 4 + 1)
 
 
 def test_speed_accuracy(

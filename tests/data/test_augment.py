@@ -485,6 +485,9 @@ RESULTS: dict[str, Any] = {
     "floats": lambda image, boxes, labels: (image.float(), boxes, labels),
     "short": lambda image, boxes, labels: (image, boxes, labels[:0]),
     "class": lambda image, boxes, labels: (image, boxes, labels + 6),
+    "inverted": lambda image, boxes, labels: (image, boxes[:, [2, 3, 0, 1]], labels),
+    "nan": lambda image, boxes, labels: (image, boxes * math.nan, labels),
+    "fractions": lambda image, boxes, labels: (image, boxes / 200, labels),
     "raises": lambda image, boxes, labels: image[7],
 }
 
@@ -497,6 +500,9 @@ RESULTS: dict[str, Any] = {
         ("floats", r"returned an image of shape \(3, 110, 60\) and type torch.float32", 0),
         ("short", r"returned boxes of shape \(1, 4\) and labels of \(0,\)", 0),
         ("class", "returned label 6 of 6 classes", 0),
+        ("inverted", r"returned the box \[.*\], not x1 < x2 and y1 < y2 in pixels", 0),
+        ("nan", r"returned the box \[nan, nan, nan, nan\], not x1 < x2", 0),
+        ("fractions", "returned boxes that are fractions of the image, not pixels", 0),
         ("raises", "failed: IndexError: index 7 is out of bounds", 0),
         ("raises", "failed: IndexError: index 7 is out of bounds", 1),
     ],

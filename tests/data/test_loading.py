@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import pickle
 import random
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -262,6 +264,19 @@ def test_eval_loader_unreadable_image_is_skipped(tmp_path: Path) -> None:
     assert [int(batch.indices[0]) for batch in loader] == [0, 1, 2, *range(4, 12)]
     assert reported == list(loader.unreadable) == [3]
     assert str(broken.images[3].path) in loader.unreadable[3]
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the platform has no SIGALRM")
+def test_worker_outlives_sigterm_to_all_processes(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [(40, 40)] * 24)
+    loader = eval_loader(dataset, batch_size=1, image_size=32, max_size=64, workers=1)
+    batches = iter(loader)
+    indices = [int(next(batches).indices[0])]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    indices += [int(batch.indices[0]) for batch in batches]
+    assert indices == list(range(24))
 
 
 def test_loader_too_many_unreadable_images_raise(tmp_path: Path) -> None:

@@ -290,6 +290,13 @@ class UserTransform:
             return f"an image of shape {tuple(image.shape)} and type {image.dtype}"
         if boxes.ndim != 2 or boxes.shape[1] != 4 or tuple(labels.shape) != (len(boxes),):
             return f"boxes of shape {tuple(boxes.shape)} and labels of {tuple(labels.shape)}"
+        sides = boxes[:, 2:] - boxes[:, :2]
+        valid = (sides > 0).all(dim=1) & boxes.isfinite().all(dim=1)
+        if not valid.all():
+            first = boxes[~valid][0].tolist()
+            return f"the box {[round(x, 2) for x in first]}, not x1 < x2 and y1 < y2 in pixels"
+        if len(boxes) and boxes.max() <= 1 and min(image.shape[1:]) > 1:
+            return "boxes that are fractions of the image, not pixels"
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.num_classes))]
         return f"label {wrong[0].item()} of {self.num_classes} classes" if len(wrong) else ""
 

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -116,6 +117,7 @@ class BatchLoader(DataLoader[Batch]):
             batch_size=None,  # an item is a batch already
             sampler=numbers,
             num_workers=workers,
+            worker_init_fn=_outlive_sigterm if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if workers else None,
@@ -176,6 +178,16 @@ def check_unreadable(count: int, total: int, last: str) -> None:
             f"too many unreadable images: {count} of {total}, the last: {last}; "
             "run retinanet data check"
         )
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Let a worker run on for 30 s after SIGTERM.
+
+    timeout, systemd and Slurm send it to all processes at once, and the main one needs the worker
+    until its step ends.
+    """
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _workers_would_rerun_script() -> bool:

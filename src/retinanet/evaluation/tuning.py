@@ -56,6 +56,8 @@ NMS_GRID: tuple[dict[str, Any], ...] = (
 )
 """Settings of NMS that are compared."""
 
+NMS_KINDS = ("hard", "soft", "wbf")
+
 _NMS = frozenset(("nms", "nms_threshold", "nms_sigma"))
 _CALIBRATION = frozenset(("temperature", "score_threshold"))
 _TEMPERATURES = np.geomspace(0.25, 4, 401)  # steps of .7%
@@ -98,6 +100,7 @@ def tune(
     *,
     split: str | None = None,
     keep: Collection[str] = (),
+    kinds: Collection[str] = NMS_KINDS,
     batch_size: int = 4,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -120,6 +123,7 @@ def tune(
             :func:`retinanet.evaluation.evaluate`; no exported file and no results.
         keep: names of settings of ``detect`` that stay the model's. NMS is chosen as a whole, or
             kept if it has one of them, and so are temperature and ``score_threshold``.
+        kinds: of NMS to choose from.
         options: of :class:`~retinanet.inference.detector.Detector`.
 
     Raises:
@@ -154,7 +158,7 @@ def tune(
     )
 
     before = store.metrics(base, limit)
-    grid = NMS_GRID if _NMS.isdisjoint(keep) else ()
+    grid = [row for row in NMS_GRID if row["nms"] in kinds and _NMS.isdisjoint(keep)]
     nms, ap = _choose_nms(store, base, before.ap, limit, grid)
     chosen = {**base, **nms}
     after = store.metrics(chosen, limit) if nms else before

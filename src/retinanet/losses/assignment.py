@@ -274,7 +274,7 @@ def _own_logits(
 ) -> Tensor:
     """Gather the float32 logit of each object's class at each of its anchors `index` (B, M, C)."""
     image = torch.arange(len(index), device=index.device)[:, None, None]
-    result = torch.zeros(index.shape, device=index.device)
+    result = torch.zeros(index.shape, dtype=torch.float32, device=index.device)
     first = 0
     for level in levels:
         flat = flatten_level(level, num_classes)
@@ -326,7 +326,7 @@ def _ignore_regions(
 
 def _predicted_iou(outputs: Outputs, anchors: Tensor, targets: Targets, matches: Tensor) -> Tensor:
     """Return the IoU of each foreground anchor's predicted box with its object: (B, R)."""
-    scores = torch.zeros(matches.shape, device=matches.device)
+    scores = torch.zeros(matches.shape, dtype=torch.float32, device=matches.device)
     if not targets.boxes.shape[1]:
         return scores
     deltas = flatten_levels(outputs.deltas, 4).detach()

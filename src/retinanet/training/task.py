@@ -39,6 +39,9 @@ from retinanet.training.init import Start, build_from
 from retinanet.training.nonfinite import save_step
 from retinanet.training.step import PendingStep, StepContext, backward
 
+MIN_TUNING_OBJECTS = 50
+"""Objects in validation from which NMS and temperature are chosen after training."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskSettings:
@@ -210,6 +213,9 @@ class RetinaNetTask(TrainingTask):
     def tune(self, folder: Path, dataset: Dataset) -> Tuning | None:
         """Choose NMS, temperature and score thresholds, and store them in the checkpoint.
 
+        NMS is hard, the kind that exported files have; on fewer than :data:`MIN_TUNING_OBJECTS`
+        objects only the score thresholds are chosen.
+
         What the recipe sets other than the paper's is kept. None: the training is on tiles, whose
         score thresholds are those of the best F1 already.
         """
@@ -218,7 +224,11 @@ class RetinaNetTask(TrainingTask):
             return None
         paper, own = DetectConfig(), recipe.detect
         keep = [name for name, value in own if value != getattr(paper, name)]
-        tuning = tune(folder, dataset, keep=keep, **self.settings.evaluation_options())
+        objects = sum(not a.ignored for image in dataset.images for a in image.annotations)
+        if objects < MIN_TUNING_OBJECTS:
+            keep += ["nms", "temperature"]
+        options = self.settings.evaluation_options()
+        tuning = tune(folder, dataset, keep=keep, kinds=("hard",), **options)
         thresholds = tuning.settings["score_thresholds"] | own.score_thresholds
         tuning = replace(tuning, settings={**tuning.settings, "score_thresholds": thresholds})
         store_tuning(folder, tuning)

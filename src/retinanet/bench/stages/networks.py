@@ -194,7 +194,12 @@ def _detection(setting: Setting, precision: str) -> Benchmark:
         max_size=width,
         info={},
     )
-    detector = Detector(checkpoint, device=setting.device, precision=precision)
+    detector = Detector(
+        checkpoint,
+        device=setting.device,
+        precision=precision,
+        score_threshold=rival.score_thresh,  # as torchvision's
+    )
 
     @torch.inference_mode()
     def theirs() -> dict[str, Tensor]:
