@@ -57,9 +57,9 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             run = train_rival(name, recipe, data, out)
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
         return {
-            "ap": run.metrics.ap,
-            "ap50": run.metrics.ap50,
-            "ap_small": run.metrics.ap_small,
+            "ap": run.metrics["ap"],
+            "ap50": run.metrics["ap50"],
+            "ap_small": run.metrics.get("ap_small"),
             "step_seconds": median(row["seconds"] for row in rows if "seconds" in row),
             "wall_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
