@@ -99,6 +99,13 @@ def parse_seconds(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+QUALITY_LOSSES = ("quality_focal", "varifocal")
+"""Classification losses whose target is a score in [0, 1] instead of 1."""
+
+EXACT_EPOCHS = {"train.min_steps": 1, "train.max_steps": 10**9}
+"""Settings beside a stated number of epochs: a recipe's limits are for lengths that it computes."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -206,7 +213,7 @@ class LossConfig(_Section):
             raise ValueError(f"alpha {self.alpha} is not in [0, 1]")
         if self.classification == "focal_star" and self.gamma == 0:
             raise ValueError("focal_star divides by gamma, which is 0")
-        if self.mining != "none" and self.classification in ("quality_focal", "varifocal"):
+        if self.mining != "none" and self.classification in QUALITY_LOSSES:
             raise ValueError(f"mining {self.mining} needs labels, {self.classification} has scores")
         return self
 
@@ -226,6 +233,11 @@ class LossConfig(_Section):
 
 class LossSettings(LossConfig, MatchingConfig):
     """All settings of :func:`retinanet.losses.detection_losses`: ``loss`` and ``matching``."""
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the anchors' objects or targets depend on the network's outputs."""
+        return self.assignment != "iou" or self.classification in QUALITY_LOSSES
 
     def at(self, share: float) -> LossSettings:
         """Return the settings after a share of the steps: ``task_warmup`` starts with ATSS.
@@ -520,7 +532,7 @@ def keyword_settings(
             raise ConfigError(f"unknown keyword {name!r}{hint}")
         pairs[own[name]] = _plain(value)
     if pairs.get("train.epochs") is not None:
-        pairs = {"train.min_steps": 1, "train.max_steps": 10**9, **pairs}
+        pairs = {**EXACT_EPOCHS, **pairs}
     if "data.image_size" in pairs and "data.max_size" not in pairs:
         sides = load_recipe(name_or_file).data
         longest = pairs["data.image_size"] * sides.max_size / sides.image_size

@@ -72,15 +72,20 @@ def match_anchors(
             "matching needs 0 < background_iou <= foreground_iou <= 1, "
             f"got {background_iou} and {foreground_iou}"
         )
-    sides = boxes[..., 2:] - boxes[..., :2]
-    usable = (sides > 0).all(dim=-1) & boxes.isfinite().all(dim=-1)
-    kinds = torch.where(usable, labels, BACKGROUND)
+    kinds = usable_labels(targets)
     # A loop over images and runs does not pay for few pairs.
     prunes = is_readable(boxes) and kinds.numel() * len(anchors) > _FEW_PAIRS
     match = match_on_cpu if prunes else match_on_device
     return match(
         anchors.to(boxes.dtype), boxes, kinds, foreground_iou, background_iou, low_quality_matches
     )
+
+
+def usable_labels(targets: Targets) -> Tensor:
+    """Return the labels (B, M), BACKGROUND for boxes that nothing can match."""
+    sides = targets.boxes[..., 2:] - targets.boxes[..., :2]
+    usable = (sides > 0).all(dim=-1) & targets.boxes.isfinite().all(dim=-1)
+    return torch.where(usable, targets.labels, BACKGROUND)
 
 
 def anchor_labels(matches: Tensor, labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torchvision.models.detection.retinanet import (
 
 from retinanet.anchors import anchor_spec, feature_sizes, level_anchors
 from retinanet.boxes import decode_boxes
-from retinanet.config import LossConfig, LossSettings
+from retinanet.config import QUALITY_LOSSES, LossConfig, LossSettings
 from retinanet.losses import (
     BOX_LOSSES,
     RUNNING_START,
@@ -33,7 +33,6 @@ from retinanet.losses import (
     update_running,
     varifocal_loss,
 )
-from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.matching import anchor_labels, match_anchors
 from retinanet.structures import (
     IGNORED,

@@ -65,6 +65,7 @@ class TrainingOptions:
         Raises:
             ConfigError: several of ``--epochs``, ``--steps`` and ``--time`` are given.
         """
+        from retinanet.config import EXACT_EPOCHS
         from retinanet.errors import ConfigError
 
         lengths = [f"--{name}" for name in ("epochs", "steps", "time") if getattr(self, name)]
@@ -74,8 +75,6 @@ class TrainingOptions:
             )
         # A list or a text in JSON is one in TOML.
         classes = None if self.classes is None else dumps(split_names(self.classes))
-        # An exact number: the recipe's limits are for lengths that it computes itself.
-        limits = {"train.min_steps": 1, "train.max_steps": 1_000_000_000}
         return {
             "model.backbone": self.backbone,
             "model.backbone_weights": self.backbone_weights,
@@ -89,7 +88,7 @@ class TrainingOptions:
             "data.classes": classes,
             "train.precision": self.precision,
             "train.seed": self.seed,
-            **(limits if self.epochs is not None else {}),
+            **(EXACT_EPOCHS if self.epochs is not None else {}),
         }
 
 

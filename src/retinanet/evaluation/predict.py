@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retinanet.config import LossSettings
+from retinanet.config import QUALITY_LOSSES, LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import check_unreadable, eval_loader
@@ -21,7 +21,6 @@ from retinanet.evaluation.results import Results
 from retinanet.inference.backends import Network, detections_of, output_anchors
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
-from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.losses.detection import detection_losses
 from retinanet.postprocess import mirror_images
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches

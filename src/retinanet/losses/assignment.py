@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from retinanet.boxes import box_iou, decode_boxes
-from retinanet.config import LossSettings
-from retinanet.matching import match_anchors
+from retinanet.config import QUALITY_LOSSES, LossSettings
+from retinanet.matching import match_anchors, usable_labels
 from retinanet.structures import (
     BACKGROUND,
     IGNORED,
@@ -22,9 +22,6 @@ from retinanet.structures import (
     flatten_levels,
     is_readable,
 )
-
-QUALITY_LOSSES = ("quality_focal", "varifocal")
-"""Classification losses whose target is a score in [0, 1] instead of 1."""
 
 _MIN_CELLS = 4  # cells that an object is compared with, even if it contains fewer centres
 _ALIGNED_CELLS = 25  # nearest cells per level that are compared with an object when task-aligned
@@ -77,9 +74,9 @@ def assign_anchors(
     than four centres of the finest level counts the four nearest as inside, so that tiny objects
     have candidates; larger objects around them may still win these. No device sync is needed.
 
-    The classification target is 1, or with a loss in :data:`QUALITY_LOSSES` the IoU of the
-    predicted box (Li et al. 2020, Sec. 3), for ``task_aligned`` t scaled so that the highest target
-    of an object is its highest IoU (Feng et al. 2021, Eq. 4).
+    The classification target is 1, or with a loss in :data:`retinanet.config.QUALITY_LOSSES` the
+    IoU of the predicted box (Li et al. 2020, Sec. 3), for ``task_aligned`` t scaled so that the
+    highest target of an object is its highest IoU (Feng et al. 2021, Eq. 4).
 
     Args:
         outputs: of the network for B images.
@@ -101,7 +98,7 @@ def assign_anchors(
         scores = None
     else:
         outputs = Outputs(*(tuple(level.detach() for level in levels) for levels in outputs))
-        kinds = _usable_labels(targets)
+        kinds = usable_labels(targets)
         images = range(len(kinds)) if is_readable(kinds) else [slice(None)]
         parts = []
         for image in images:
@@ -147,13 +144,6 @@ class _Candidates(NamedTuple):
 
     anchors: Tensor
     inside: Tensor
-
-
-def _usable_labels(targets: Targets) -> Tensor:
-    """Return the labels (B, M), BACKGROUND for boxes that nothing can match."""
-    sides = targets.boxes[..., 2:] - targets.boxes[..., :2]
-    usable = (sides > 0).all(dim=-1) & targets.boxes.isfinite().all(dim=-1)
-    return torch.where(usable, targets.labels, BACKGROUND)
 
 
 def _objects(boxes: Tensor, labels: Tensor) -> _Objects:

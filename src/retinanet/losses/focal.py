@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.functional import softplus
 
-from retinanet.config import LossConfig
+from retinanet.config import QUALITY_LOSSES, LossConfig
 from retinanet.kernels import native, triton_probe
 from retinanet.structures import BACKGROUND, IGNORED, is_readable
 
@@ -351,7 +351,7 @@ def weighted_sum(
     weights = torch.where(labels == IGNORED, 0, row_weights.detach()).to(_working_type(logits))
     if scores is not None:
         scores = scores.detach().to(weights.dtype)
-    elif formula[0] in ("quality_focal", "varifocal"):
+    elif formula[0] in QUALITY_LOSSES:
         scores = torch.ones_like(weights)
     targets = _Labels(labels.long(), weights, positive, negative, formula, scores)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings, TrainConfig
-from retinanet.losses.assignment import QUALITY_LOSSES
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.matching import match_anchors
 from retinanet.model.precision import DTYPES
@@ -183,8 +182,7 @@ def _world_foreground(
     Where the count depends on the outputs, micro-batches are instead averaged as they are.
     """
     whole: Tensor | None = None
-    hard = settings.assignment == "iou" and settings.classification not in QUALITY_LOSSES
-    if not hard:
+    if settings.needs_outputs:
         accumulate = 1
     elif accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch needs the count of all, so they are matched beforehand as well.
