@@ -244,6 +244,10 @@ def test_task_aligned_starts_with_atss() -> None:
     assert settings.at(0.2).assignment == "atss"
     assert settings.at(0.25).assignment == "task_aligned"
     assert LossSettings().at(0.0).assignment == "iou"
+    quality = LossSettings(assignment="task_aligned", classification="quality_focal")
+    first = quality.at(0.0)
+    assert (first.classification, first.alpha) == ("focal", 0.25)
+    assert quality.at(0.5).classification == "quality_focal"
 
 
 def test_assignment_without_objects_is_background() -> None:
