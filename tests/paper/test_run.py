@@ -17,8 +17,9 @@ from filelock import FileLock
 from retinanet.config import load_recipe
 from retinanet.paper import run as running
 from retinanet.paper.plan import Plan, Training
+from retinanet.paper.results import Result
 from retinanet.paper.run import Event, Workers, run_plan
-from retinanet.paper.work import Result, Task, read_result
+from retinanet.paper.work import Task, read_result
 
 # Looks for its result and counts its starts.
 _WORKER = """
@@ -74,14 +75,14 @@ def test_run_plan_runs_each_training_once(fake: MakeWorkers) -> None:
     events: list[Event] = []
     results = run_plan(plan("a", "b", "c"), workers, events.append)
     assert results == {(name, 0): _DONE for name in "abc"}
-    done = [event.training.name for event in events if event.kind == "done" and event.training]
+    done = [event.training.name for event in events if event.kind == "ended" and event.training]
     assert sorted(done) == ["a", "b", "c"]
     assert events[-1] == Event("step", steps=15, total=15)
     events.clear()
     again = run_plan(plan("a", "b", "c", "d"), workers, events.append)
     assert again.keys() == results.keys() | {("d", 0)}
     kinds = [event.kind for event in events if event.kind != "step"]
-    assert sorted(kinds) == ["done", "skipped", "skipped", "skipped"]
+    assert sorted(kinds) == ["ended", "skipped", "skipped", "skipped"]
     assert [attempts(workers, name) for name in "abcd"] == [1, 1, 1, 1]
 
 
@@ -107,15 +108,17 @@ def test_failed_training_fails_alone(
     events: list[Event] = []
     results = run_plan(plan("a", "b"), workers, events.append)
     assert results["b", 0] == _DONE
-    assert str(results["a", 0]).startswith(reason)
-    assert [event.note for event in events if event.kind == "failed"] == [results["a", 0]]
+    assert results["a", 0].note.startswith(reason)
+    assert [e.result for e in events if e.result and e.result.status == "failed"] == [
+        results["a", 0]
+    ]
     assert attempts(workers, "a") == count
 
 
 def test_failed_training_is_run_by_the_next_command(fake: MakeWorkers) -> None:
     workers = fake("finish() if attempt > 2 else sys.exit(f'error: attempt {attempt}')")
-    assert str(run_plan(plan("a"), workers)["a", 0]).startswith("attempt 1; see ")
-    assert str(run_plan(plan("a"), workers)["a", 0]).startswith("attempt 2; see ")
+    assert run_plan(plan("a"), workers)["a", 0].note.startswith("attempt 1; see ")
+    assert run_plan(plan("a"), workers)["a", 0].note.startswith("attempt 2; see ")
     assert run_plan(plan("a"), workers)["a", 0] == _DONE
 
 
@@ -126,8 +129,8 @@ def test_damaged_result_fails_its_row(fake: MakeWorkers) -> None:
     file.write_text("{", "utf-8")
     assert not workers.is_finished(training("a"))
     results = run_plan(plan("a", "b"), workers)
-    assert "result.json cannot be read" in str(results["a", 0])
-    assert "delete it" in str(results["a", 0])
+    assert "result.json cannot be read" in results["a", 0].note
+    assert "delete it" in results["a", 0].note
     assert results["b", 0] == _DONE
     assert attempts(workers, "a") == 0
     assert workers.finished(plan("a", "b", "c").trainings) == results
@@ -142,7 +145,9 @@ def test_worker_that_cannot_be_started_fails_its_row(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Workers, "command", full)
-    assert run_plan(plan("a"), workers) == {("a", 0): "[Errno 28] No space left on device"}
+    assert run_plan(plan("a"), workers)["a", 0] == Result(
+        "failed", note="[Errno 28] No space left on device"
+    )
 
 
 def test_training_of_another_command_is_waited_for(fake: MakeWorkers) -> None:
@@ -172,7 +177,7 @@ def test_training_of_another_command_is_waited_for(fake: MakeWorkers) -> None:
 def test_two_commands_share_a_folder(fake: MakeWorkers) -> None:
     workers = fake("time.sleep(.05); finish()")
     names = [f"row{number}" for number in range(4)]
-    found: list[dict[tuple[str, int], Result | str]] = []
+    found: list[running.Results] = []
     commands = [
         threading.Thread(target=lambda: found.append(run_plan(plan(*names), workers)))
         for _ in range(2)
@@ -230,7 +235,7 @@ def test_error_in_the_callback_ends_the_workers(fake: MakeWorkers) -> None:
     workers = fake("finish() if name == 'a' else sys.stdin.read()")
 
     def fail(event: Event) -> None:
-        if event.kind == "done":
+        if event.kind == "ended":
             raise RuntimeError("callback")
 
     with pytest.raises(RuntimeError, match="callback"):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,6 +74,23 @@ def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Fig
                 # Else the version of matplotlib or the date is written.
                 omitted = "Date" if path.suffix == ".svg" else "Software"
                 figure.savefig(path, metadata={omitted: None})
+
+
+class Files(NamedTuple):
+    """Both files of a figure."""
+
+    png: Path
+    svg: Path
+
+
+@contextmanager
+def open_axes(
+    width: float, height: float, stem: str | Path, columns: int = 1, **options: Any
+) -> Iterator[tuple[Files, Any]]:
+    """Open a figure of one row of axes, and write ``STEM.png`` and ``STEM.svg`` at the end."""
+    files = Files(*(Path(f"{stem}.{kind}") for kind in ("png", "svg")))
+    with open_figure(width, height, *files) as figure:
+        yield files, figure.subplots(1, columns, **options)
 
 
 def cycle_colours(count: int) -> list[str]:
