@@ -38,10 +38,11 @@ def sigmoid(x: float) -> float:
 def test_figure_1_by_hand() -> None:
     curves = focal_curves(points=999)  # p = .001, .002, .. .999
     assert list(curves) == ["γ = 0 (CE)", "γ = 0.5", "γ = 1", "γ = 2", "γ = 5"]
-    (p, ce), (_, fl) = curves["γ = 0 (CE)"], curves["γ = 2"]
+    p, ce = (values.numpy() for values in curves["γ = 0 (CE)"])
+    fl, last = (curves[label][1].numpy() for label in ("γ = 2", "γ = 5"))
     np.testing.assert_allclose(p, np.arange(1, 1000) / 1000)
     np.testing.assert_allclose(ce, -np.log(p), rtol=1e-9)
-    np.testing.assert_allclose(curves["γ = 5"][1], -((1 - p) ** 5) * np.log(p))
+    np.testing.assert_allclose(last, -((1 - p) ** 5) * np.log(p))
     # Sec. 3.2: at p_t = .9 a hundred times less than CE, at .968 a thousand times (1 / .032^2 is
     # 977), at .5 four times.
     for i, times in ((900, 100), (968, 976.56), (500, 4)):
