@@ -73,7 +73,7 @@ def read_training_data(
     if not any(has_object(image) for image in train.images):
         raise DataError(
             f"{train.source}: no object to train on in {len(train)} images; "
-            f"{faults[0] or 'see retinanet data check'}"
+            f"{(faults[0] or 'see retinanet data check').removeprefix('warning: ')}"
         )
     if val is not None and val.classes != train.classes:
         raise DataError(

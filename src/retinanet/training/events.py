@@ -18,8 +18,8 @@ class Event:
             reason), ``start`` and ``resume`` (step, steps, images, tiles, classes, lr, batch_size,
             device, processes, precision, split_origin), ``step`` (step, steps, loss,
             loss_classification, loss_box, positives, grad_norm, lr, images_per_second, waiting,
-            memory_mb, seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50, loss),
-            ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
+            memory_mb, seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50,
+            loss), ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
         data: the values, by the names above.
     """
 

@@ -119,12 +119,14 @@ class DataSource:
         format: name of the format.
         splits: the splits by name, each read when called; an unnamed split is ``""``.
         description: what is read and what is left out, a line each.
-        images: all images of the folder.
+        top: the folder.
+        images: all its images.
     """
 
     format: str
     splits: Mapping[str, Callable[[], Dataset]]
     description: tuple[str, ...]
+    top: Path = Path()
     images: tuple[Path, ...] = ()
 
     def describe(self, datasets: Iterable[Dataset]) -> tuple[str, ...]:
@@ -133,10 +135,10 @@ class DataSource:
         folders = Counter(image.parent for image in self.images if image not in used)
         if not folders:
             return self.description
-        where = ", ".join(f"{number} in {folder}" for folder, number in folders.most_common(3))
+        shown = [f"{n} in {relative(folder, self.top)}" for folder, n in folders.most_common(3)]
         more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
         count = f"{folders.total()} image{'s' * (folders.total() > 1)} without labels"
-        return (*self.description, f"not read: {count}: {where}{more}")
+        return (*self.description, f"not read: {count}: {', '.join(shown)}{more}")
 
 
 def _describe(
@@ -228,7 +230,7 @@ def find_data(
         splits = {name: partial(_without_extras, split) for name, split in splits.items()}
     images = tuple(tree.images) if path.is_dir() and tree.root == tree.top else ()
     description = tuple(_describe(tree, labels, others, splits))
-    return DataSource(labels.format, splits, description, images)
+    return DataSource(labels.format, splits, description, tree.top, images)
 
 
 def _name_rest(splits: dict[str, Callable[[], Dataset]]) -> dict[str, Callable[[], Dataset]]:
