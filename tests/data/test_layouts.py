@@ -265,11 +265,11 @@ def test_voc_in_other_encodings_and_with_a_namespace(tmp_path: Path, encoding: s
 
 
 def test_classes_that_differ_in_case_are_reported(tmp_path: Path) -> None:
-    write_voc(tmp_path, ["a"])
-    text = (tmp_path / "a.xml").read_text().replace("dog", "Cat")
-    write(tmp_path / "a.xml", text)
-    write_images(tmp_path, ["a"])
-    dataset = read_dataset(tmp_path, "all")
+    data = tmp_path / "data"
+    text = voc_text("a.jpg").replace("dog", "Cat")
+    write(data / "a.xml", text)
+    write_images(data, ["a"])
+    dataset = read_dataset(data, "all")
     assert dataset.classes == ("Cat", "cat")
     assert [problem.kind for problem in dataset.problems] == ["class-similar"]
     splits = {"all": dataset}
@@ -277,8 +277,8 @@ def test_classes_that_differ_in_case_are_reported(tmp_path: Path) -> None:
     fixed = read_dataset(tmp_path / "fixed", "all")
     assert (fixed.classes, fixed.problems) == (("Cat",), ())
     assert len(fixed.images[0].annotations) == 2
-    write(tmp_path / "a.xml", text.replace("cat", "a").replace("Cat", "A"))
-    (problem,) = read_dataset(tmp_path / "a.xml", "all").problems
+    write(data / "a.xml", text.replace("cat", "a").replace("Cat", "A"))
+    (problem,) = read_dataset(data, "all").problems
     assert problem.fix == ""  # letters
 
 
