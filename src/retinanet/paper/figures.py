@@ -21,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
-from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.results import TableResult
 from retinanet.paper.tables import STAR_BETAS, STAR_GAMMAS
@@ -394,7 +393,9 @@ def _draw_levels(axis: Any, maps: Sequence[Level], levels: Sequence[Level]) -> N
     _title(axis, _HEADS, top_y, "shared by all levels", ha="center")
 
 
-def _draw_subnet(axis: Any, name: str, head: Head, per_cell: int, y: float, heads_y: float) -> None:
+def _draw_subnet(
+    axis: Any, name: str, head: nn.Module, per_cell: int, y: float, heads_y: float
+) -> None:
     """Draw the layers of a head."""
     *hidden, last = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
     channels, steps = [(hidden or [last])[0].in_channels], []
