@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
@@ -33,6 +31,9 @@ from retinanet.report.figure import (
     RED,
     SKY,
     Files,
+    draw_arrow,
+    draw_box,
+    draw_text,
     open_axes,
     shorten,
 )
@@ -235,7 +236,7 @@ def _plot_rows(
         style["fontweight"] = "bold" if best else "normal"
         text = f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
         axis.annotate(text, (value + (spread or 0.0), i), (7, 0), **style)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.locator_params(axis="x", nbins=6)
     axis.tick_params(axis="y", length=0)
 
 
@@ -321,25 +322,8 @@ def plot_architecture(
     return files
 
 
-def _text(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
-    axis.text(x, y, text, **{"fontsize": 8.5, "color": DARK, **style})
-
-
 def _title(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
-    _text(axis, x, y, text, fontsize=9.5, fontweight="bold", **style)
-
-
-def _box(axis: Any, x: float, y: float, size: tuple[float, float], text: str, colour: str) -> None:
-    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.1}
-    style |= {"facecolor": f"{colour}30", "edgecolor": colour}
-    axis.add_patch(FancyBboxPatch((x - size[0] / 2, y - size[1] / 2), *size, **style))
-    _text(axis, x, y, text, ha="center", va="center")
-
-
-def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
-    plain = {"arrowstyle": "-|>", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
-    plain |= {"mutation_scale": 9, "color": DARK}
-    axis.annotate("", end, start, arrowprops={**plain, **style})
+    draw_text(axis, x, y, text, fontsize=9.5, fontweight="bold", **style)
 
 
 def _map_width(index: int) -> float:
@@ -353,13 +337,13 @@ def _shape(level: Level) -> str:
 
 def _draw_maps(axis: Any, maps: Sequence[Level], levels: Sequence[Level], image: str) -> None:
     """Draw the backbone's maps, each next to the level of the same stride."""
-    _arrow(axis, (_MAPS, -1.05), (_MAPS, -_HEIGHT / 2), color=GREY)
-    _text(axis, _MAPS + 0.2, -0.95, image)
+    draw_arrow(axis, (_MAPS, -1.05), (_MAPS, -_HEIGHT / 2), color=GREY)
+    draw_text(axis, _MAPS + 0.2, -0.95, image)
     for i, level in enumerate(maps):
         y = _ROW * i
-        _box(axis, _MAPS, y, (_map_width(i), _HEIGHT), _shape(level), ORANGE)
+        draw_box(axis, _MAPS, y, (_map_width(i), _HEIGHT), _shape(level), ORANGE)
         if i:
-            _arrow(axis, (_MAPS, y - _ROW + _HEIGHT / 2), (_MAPS, y - _HEIGHT / 2), color=GREY)
+            draw_arrow(axis, (_MAPS, y - _ROW + _HEIGHT / 2), (_MAPS, y - _HEIGHT / 2), color=GREY)
     _title(axis, 0.0, _ROW * (len(levels) - 1) + _HEIGHT / 2 + 0.25, "backbone")
 
 
@@ -369,25 +353,25 @@ def _draw_levels(axis: Any, maps: Sequence[Level], levels: Sequence[Level]) -> N
     for i, level in enumerate(levels):
         y, width = _ROW * i, 4.4 - 0.25 * i
         left = _LEVELS - width / 2
-        _box(axis, _LEVELS, y, (width, _HEIGHT), _shape(level), SKY)
-        _arrow(axis, (_LEVELS + width / 2, y), (_HEADS - 1.15, y), color=GREY)
-        _box(axis, _HEADS, y, (2.3, _HEIGHT), "class + box\nsubnets", GREEN)
+        draw_box(axis, _LEVELS, y, (width, _HEIGHT), _shape(level), SKY)
+        draw_arrow(axis, (_LEVELS + width / 2, y), (_HEADS - 1.15, y), color=GREY)
+        draw_box(axis, _HEADS, y, (2.3, _HEIGHT), "class + box\nsubnets", GREEN)
         if level.output:  # lateral connection, and the level above added to it
-            _arrow(axis, (_MAPS + _map_width(i) / 2, y), (left, y))
-            _text(axis, label_x, y + 0.12, level.kernel, ha="center")
+            draw_arrow(axis, (_MAPS + _map_width(i) / 2, y), (left, y))
+            draw_text(axis, label_x, y + 0.12, level.kernel, ha="center")
             if levels[i + 1].output:
                 above = (_LEVELS, y + _ROW - _HEIGHT / 2)
-                _arrow(axis, above, (_LEVELS, y + _HEIGHT / 2), color=BLUE)
+                draw_arrow(axis, above, (_LEVELS, y + _HEIGHT / 2), color=BLUE)
                 middle = (_LEVELS + 0.15, y + _ROW / 2)
-                _text(axis, *middle, "+ top-down, 2x", va="center", color=BLUE)
+                draw_text(axis, *middle, "+ top-down, 2x", va="center", color=BLUE)
         elif level.source == maps[-1].name:  # up from the last map, then right
             top = (_MAPS, _ROW * (len(maps) - 1) + _HEIGHT / 2)
-            _arrow(axis, top, (left, y), connectionstyle="angle,angleA=90,angleB=0,rad=4")
-            _text(axis, label_x, y + 0.12, level.kernel, ha="center")
+            draw_arrow(axis, top, (left, y), connectionstyle="angle,angleA=90,angleB=0,rad=4")
+            draw_text(axis, label_x, y + 0.12, level.kernel, ha="center")
         else:  # from the level below
-            _arrow(axis, (_LEVELS, y - _ROW + _HEIGHT / 2), (_LEVELS, y - _HEIGHT / 2))
-            _text(axis, _LEVELS + 0.15, y - _ROW / 2, level.kernel, va="center")
-    _text(axis, _LEVELS, -0.95, f"then {levels[0].output} on each sum", ha="center")
+            draw_arrow(axis, (_LEVELS, y - _ROW + _HEIGHT / 2), (_LEVELS, y - _HEIGHT / 2))
+            draw_text(axis, _LEVELS + 0.15, y - _ROW / 2, level.kernel, va="center")
+    draw_text(axis, _LEVELS, -0.95, f"then {levels[0].output} on each sum", ha="center")
     top_y = _ROW * (len(levels) - 1) + _HEIGHT / 2 + 0.25
     _title(axis, _LEVELS, top_y, "feature pyramid", ha="center")
     _title(axis, _HEADS, top_y, "shared by all levels", ha="center")
@@ -408,13 +392,13 @@ def _draw_subnet(
     _title(axis, _DETAILS, y + 1.0, f"{name} subnet")
     for i, count in enumerate(channels):
         x = _DETAILS + 0.9 + 3.25 * i
-        _box(axis, x, y, (1.9, 1.2), f"W x H\nx {count}", GREEN)
+        draw_box(axis, x, y, (1.9, 1.2), f"W x H\nx {count}", GREEN)
         if i < len(steps):
-            _arrow(axis, (x + 0.95, y), (x + 2.3, y))
-            _text(axis, x + 1.62, y + 0.16, steps[i], ha="center", va="bottom")
+            draw_arrow(axis, (x + 0.95, y), (x + 2.3, y))
+            draw_text(axis, x + 1.62, y + 0.16, steps[i], ha="center", va="bottom")
     outputs = f"{last.out_channels // per_cell} {'classes' if name == 'class' else 'offsets'}"
     anchors = f"{per_cell} anchors per cell x {outputs}"
-    _text(axis, _DETAILS, y - 1.05, f"{last.out_channels} = {anchors}")
+    draw_text(axis, _DETAILS, y - 1.05, f"{last.out_channels} = {anchors}")
     # From the heads' boxes to their layers.
     start, end = (_HEADS + 1.25, heads_y), (_DETAILS - 0.15, y)
-    _arrow(axis, start, end, color=GREEN, arrowstyle="-", linestyle=":", linewidth=1.2)
+    draw_arrow(axis, start, end, color=GREEN, arrowstyle="-", linestyle=":", linewidth=1.2)
