@@ -62,8 +62,8 @@ def test_suspects_by_hand(dataset: Dataset) -> None:
     assert [(s.kind, s.label and s.label.id, s.image) for s in found] == [
         ("missing", None, 1), ("class", "class", 1), ("box", "box", 1), ("extra", "extra", 1),
     ]  # fmt: skip
-    # .95; .8 x (1 - .25); .7 x (1 - 1/3); one of four labels is matched and nothing is on this one
-    assert [s.score for s in found] == pytest.approx([0.95, 0.6, 0.7 * 2 / 3, 0.25])
+    # .95; .8 / (.8 + .25); .7 x (1 - 1/3); one of four labels is matched and nothing is on this one
+    assert [s.score for s in found] == pytest.approx([0.95, 0.8 / 1.05, 0.7 * 2 / 3, 0.25])
     assert [s.class_name for s in found] == ["cell", "dust", "cell", None]
     # With a higher threshold only the most certain detections count.
     assert [s.kind for s in suspects_of(detected(dataset), (0.92, 1.0))][:1] == ["missing"]
@@ -82,7 +82,7 @@ def test_suspects_as_rows_tasks_and_page(dataset: Dataset, tmp_path: Path) -> No
     assert (image.name, image.size, len(image)) == ("a/1.png", (64, 96), 8)
     # Labels keep 1 less their suspicion, detections their score.
     assert image.scores.tolist() == pytest.approx(
-        [1, 0.4, 1 - 0.7 * 2 / 3, 0.75, 1, 0.95, 0.8, 0.7]
+        [1, 1 - 0.8 / 1.05, 1 - 0.7 * 2 / 3, 0.75, 1, 0.95, 0.8, 0.7]
     )
     page = write_suspects(found, tmp_path / "page.html", limit=3).read_text("utf-8")
     assert page.count("<img") == 3

@@ -165,10 +165,10 @@ def find_suspects(
     """Find the labels on which a model disagrees most.
 
     Four kinds (:data:`KINDS`), of detections over the score threshold that ``detect`` has for their
-    class. A suspect's score is the detection's; for ``class`` times one minus the score of the
-    labelled class at the label; for ``box`` times one minus the IoU; for ``extra`` it is the
-    fraction of the class's labels on which something is detected, times one minus the score at
-    the label.
+    class. For ``missing`` the score is the detection's; for ``class`` its share of its sum with
+    the score of the labelled class at the label (that there is an object is not in question); for
+    ``box`` the detection's times one minus the IoU; for ``extra`` the fraction of the class's
+    labels on which something is detected, times one minus the score at the label.
 
     Args:
         model, data: as in :func:`retinanet.evaluation.evaluate`.
@@ -301,7 +301,7 @@ class _Image:
             label, kind = int(near.argmax()) if len(near) else -1, "box"
             if row in self.wrong and left[self.wrong[row]]:
                 label, kind = self.wrong[row], "class"
-                rank = score * (1 - agreed[label])
+                rank = score / (score + agreed[label])
             elif label >= 0 and near[label] >= _NEAR_IOU:
                 rank = score * (1 - near[label])
             elif iou[row].max(initial=0.0) < _SAME_IOU:
