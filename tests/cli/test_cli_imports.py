@@ -58,3 +58,18 @@ def test_detect_imports_nothing_heavy(tmp_path: Path, image: Path) -> None:
 
 def test_data_check_imports_nothing_heavy(image: Path) -> None:
     assert imported("data", "check", image.parent) == []
+
+
+def test_data_check_prints_its_first_line_before_importing_torch(image: Path) -> None:
+    code = (
+        "import os, sys; import retinanet.cli.data as command; from retinanet.cli import main\n"
+        "command.note = lambda *_, **options: (\n"
+        "    print(len(sys.modules), *({'torch', 'pandas'} & {*sys.modules}), flush=True),\n"
+        "    os._exit(0),\n"
+        ")\n"
+        f"main(['data', 'check', {str(image.parent)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    count, *heavy = done.stdout.split()
+    assert heavy == []
+    assert int(count) < 650  # under two seconds

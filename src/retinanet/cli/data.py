@@ -102,7 +102,6 @@ def check(
     The exit code is 1 if problems were found, 0 if there are none or --fix wrote a copy.
     """
     from retinanet.data import check_datasets, read_splits, write_fixed
-    from retinanet.training.settings_from_data import values
 
     config = recipe.load()
     splits = read_splits(
@@ -112,6 +111,8 @@ def check(
         note(line)
     with progress("opening images") as update:
         report = check_datasets(splits, progress=update)
+    from retinanet.training.settings_from_data import values  # torch
+
     recall, choices = None, []
     if any(split.objects for split in report.statistics.values()):
         known = _with_known_size(splits, report)
@@ -136,7 +137,7 @@ def check(
         if choices:
             show_choices([asdict(choice) for choice in choices])
         if recall is not None:
-            _show_recall(recall)
+            _show_recall(recall, config.choose(values(choices)).data.tile)
         if tile is not None:
             say(
                 f"objects are small against their images: train on tiles, data.tile={tile} "
@@ -261,7 +262,7 @@ def anchors(
         tried = [{"settings": changes, **result.to_dict()} for _, changes, result in results]
         print_json({"tried": tried, "suggested": suggested})
         return
-    _show_recall(results[0][2])
+    _show_recall(results[0][2], config.data.tile)
     table(
         "Anchor recall of other settings, cheapest first",
         ["pixels", "anchors", "all", *results[0][2].by_size, "mean IoU"],
@@ -327,10 +328,10 @@ def _with_choices(
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
     from retinanet.data import anchor_recall
-    from retinanet.training.data import recipe_anchors
+    from retinanet.training.data import recipe_anchors, tiles_to_train
 
     return anchor_recall(
-        splits,
+        {name: tiles_to_train(split, config) for name, split in splits.items() if len(split)},
         recipe_anchors(config),
         config.data.image_size,
         config.data.max_size,
@@ -414,10 +415,11 @@ def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
         say(f"and {len(frequent) - _SHOWN_CLASSES} more classes")
 
 
-def _show_recall(result: AnchorRecall) -> None:
+def _show_recall(result: AnchorRecall, tile: int | None) -> None:
     sizes = ", ".join(f"{name} {recall}" for name, recall in _size_recalls(result).items())
+    tiles = f" in tiles of {tile} px" if tile else ""
     say(
-        f"anchor recall {result.recall:.1%} of {result.objects} objects "
+        f"anchor recall {result.recall:.1%} of {result.objects} objects{tiles} "
         f"(IoU {result.foreground_iou:g} at {result.image_size} px): {sizes}"
     )
 

@@ -41,6 +41,7 @@ KINDS: dict[str, str] = {
     "size-wrong": "the labels state another size of the image",
     "label-missing": "an image has no label file, though the format requires one",
     "label-unreadable": "a label file, or a row of it, cannot be read",
+    "no-objects": "the data has no object",
     "annotation-orphan": "an object belongs to no image",
     "annotation-id-duplicate": "two objects have one id",
     "class-duplicate": "two classes have one name",
@@ -141,6 +142,11 @@ def check_datasets(
         for image in dataset.images:
             problems += _image_problems(dataset, image, image_info[image.path])
     problems += [problem for _, _, problem in in_two_splits(splits, image_info)]
+    images = [image for dataset in splits.values() for image in dataset.images]
+    if images and not any(image.annotations for image in images):
+        source = next(iter(splits.values())).source
+        reason = f"no object in {len(images)} images: the labels are empty, or were not found"
+        problems.append(Problem("no-objects", source, None, reason))
     sizes = {
         path: (info.height, info.width)
         for path, info in image_info.items()
@@ -393,6 +399,12 @@ def labelled_as_stored(image: LabelledImage, info: ImageInfo) -> bool:
 
 def _missing(image: LabelledImage) -> Problem:
     count = len(image.annotations)
+    if archives.is_remote(image.path) and archives.archive_of(image.path) is None:
+        reason = (
+            f"image {image.id} is at {archives.address_of(image.path)}, and no file of this name "
+            f"is in the data; download the images into {_label_file(image).parent}"
+        )
+        return Problem("image-missing", _label_file(image), image.id, reason, DROPPED)
     reason = f"no such image; {_label_file(image)} gives it {count} object{'s' * (count != 1)}"
     return Problem("image-missing", image.path, None, reason, DROPPED)
 

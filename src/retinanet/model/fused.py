@@ -70,7 +70,8 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     if backbone is not None:
         copy.backbone = cast(Backbone, backbone)
     for head in (copy.class_head, copy.box_head):
-        _fuse_head(head)
+        if isinstance(head, Head):
+            _fuse_head(head)
     _fuse_plain(copy)
     convolutions = [module for module in copy.modules() if isinstance(module, FusedConv2d)]
     # pixel_mean and pixel_std stay exact; forward() computes with them in float32.

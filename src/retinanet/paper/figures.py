@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from retinanet.losses import cross_entropy, focal_loss, focal_loss_star
-from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper.tables import STAR_BETAS, STAR_GAMMAS
 from retinanet.report.paper_plots import (
@@ -158,7 +157,7 @@ def read_architecture(model: RetinaNet, height: int = 800, width: int = 1024) ->
     )
 
 
-def _subnet(head: Head, per_cell: int) -> Subnet:
+def _subnet(head: nn.Module, per_cell: int) -> Subnet:
     convolutions = [_convolution(m) for m in head.modules() if isinstance(m, nn.Conv2d)]
     return Subnet(tuple(convolutions), per_cell, convolutions[-1].out_channels // per_cell)
 

@@ -69,7 +69,9 @@ def find(tree: Tree) -> LabelSet | None:
             [f"{file}: another data set; give its path" for file in others],
         )
     if tree.path.is_file():
-        return None
+        images = _images_of_file(tree, texts)
+        found = frozenset(fold(image.stem) for image in images)
+        return LabelSet("yolo", {"": [tree.path]}, lambda: found) if images else None
     pairs = [(image, texts.of(image)) for image in tree.images]
     files = [file for _, file in pairs if file is not None]
     if not any(map(detect, files)):
@@ -94,10 +96,14 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     if file.suffix.lower() != ".txt":
         splits, names, missing = _from_settings(file, tree, labels.notes)
         keypoints = any(line.startswith("kpt_shape") for line in read_lines(file))
+    elif tree.path.is_file():
+        is_list = not detect(file)
+        splits = {tree.split_of(file, by_name=is_list): _images_of_file(tree, texts)}
     else:
         file = tree.path
-        splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
-    splits = _with_rest(splits, tree, texts)
+        splits = _from_lists(tree) or _from_folders(tree, texts)
+    if tree.path.is_dir():
+        splits = _with_rest(splits, tree, texts)
     names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
     found: dict[str, Callable[[], Dataset]] = {
@@ -345,17 +351,26 @@ def _list_lines(file: Path) -> list[str]:
     return [line for line in read_lines(file) if not line.startswith("#")]
 
 
-def _from_folders(tree: Tree, texts: _Texts, notes: list[str]) -> dict[str, list[Path]]:
+def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
+    """Return the images of a single text file: a label, or a list of labelled images."""
+    file = tree.path
+    if file.suffix.lower() != ".txt":
+        return []
+    if detect(file):
+        return [image for image in tree.images if texts.of(image) == file]
+    images = [image for image in _listed(file, tree) if image.is_file()]
+    return images if any(_label_of(image, tree, texts) for image in images) else []
+
+
+def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
     """Return images by the split of their folder; folders without any label are left out."""
     folders: dict[Path, list[Path]] = {}
     for image in tree.images:
         folders.setdefault(image.parent, []).append(image)
     images: list[Path] = []
-    for folder, inside in folders.items():
+    for inside in folders.values():
         if any(texts.of(image) is not None for image in inside):
             images += inside
-        else:
-            notes.append(f"{folder}: {len(inside)} images without a label")
     return tree.group(images)
 
 
