@@ -102,17 +102,10 @@ def evaluate(
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         thresholds = merge_thresholds(detector.eval_thresholds, changed)
-        predictions = predict(
-            detector,
-            dataset,
-            changed,
-            loss=_loss_settings(detector, dataset, is_selection=classes is not None),
-            tile=tile,
-            overlap=overlap,
-            workers=workers,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        loss = _loss_settings(detector, dataset, is_selection=classes is not None)
+        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "loss": loss}
+        running |= {"tile": tile, "overlap": overlap, "workers": workers}
+        predictions = predict(detector, dataset, changed, **running)
         results = predictions.results
         per_image, temperature = thresholds["detections_per_image"], thresholds["temperature"]
         counts = {"detections_per_image": per_image, "temperature": temperature}

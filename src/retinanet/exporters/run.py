@@ -58,6 +58,7 @@ class ExportOptions(Thresholds, total=False):
     image_size: int | None
     max_size: int | None
     form: str
+    classes: Sequence[str] | None
 
 
 def export(
@@ -71,7 +72,6 @@ def export(
     split: str | None = None,
     images: int = 20,
     tolerance: Iterable[str] = (),
-    classes: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda message: None,
     **options: Unpack[ExportOptions],
 ) -> ExportReport:
@@ -90,10 +90,10 @@ def export(
         data, split, images: what to compare on, as in :func:`validate_file`.
         tolerance: ``score=``, ``box=``, ``apart=``, ``ap=``: changes to the precision's
             :class:`~retinanet.exporters.validate.Tolerance`.
-        classes: names of the classes that the file detects, as if the model had no others.
         progress: called with messages.
-        options: built into the file: sizes and thresholds other than the model's;
-            ``form="scores"``: boxes and scores of all anchors, for an engine with its own NMS.
+        options: built into the file: sizes and thresholds other than the model's; ``classes``:
+            names of those to detect, as if the model had no others; ``form="scores"``: boxes and
+            scores of all anchors, for an engine with its own NMS.
 
     Returns:
         The comparison; ``passed`` is False if the file is beyond the tolerance.
@@ -111,7 +111,7 @@ def export(
     form = settings.pop("form", DETECTIONS)
     check_choice("form", form, (DETECTIONS, SCORES))
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
-    if classes is not None:
+    if (classes := settings.pop("classes", None)) is not None:
         checkpoint = select_checkpoint_classes(checkpoint, classes)
     detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
     _check_detector(detector, to, form)
