@@ -47,7 +47,7 @@ def test_time_of_a_recipe_is_checked() -> None:
     assert load_recipe("quick", ["train.time=90"]).train.time == 90
     with pytest.raises(ConfigError, match=r"train\.time: .*'soon' is not a duration"):
         load_recipe("quick", ["train.time=soon"])
-    with pytest.raises(ConfigError, match=r"train\.steps and train\.time both set the length"):
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.time each set the length"):
         load_recipe("quick", ["train.time=90s", "train.steps=7"])
 
 

@@ -30,7 +30,9 @@ from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
+from retinanet.model.backbone import has_c2
 from retinanet.model.precision import choose_dtype
+from retinanet.own import import_own
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
 from retinanet.training.events import Emitter, EventCallback, ignore
@@ -156,6 +158,7 @@ def run_task(
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
+    import_own(recipe.own_parts)
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
     emit = Emitter(on_event if accelerator.is_main_process else None)
@@ -207,6 +210,8 @@ def _resolve(
         The recipe without anything to choose, and the measured pace if the time is limited.
     """
     recipe = settings.recipe
+    if recipe.auto and not recipe.states("model.p2") and not has_c2(recipe.model.backbone):
+        recipe = recipe.override({"model.p2": False})
     if stored is not None:
         return with_choices_of(recipe, stored), None
     choose = partial(
