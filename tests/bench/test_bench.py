@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_stage_tiny_input_outputs_of_ours_and_rival_agree(
     for row in rows:
         assert row.error == ""
         assert row.stage == stage
-        assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+        assert Row.from_dict(json.loads(json.dumps(asdict(row)))) == row
         assert row.ours is not None
         assert row.ours.rounds == 1
         assert row.ours.median > 0
@@ -339,7 +340,7 @@ def test_describe_machine_lines() -> None:
     assert torch.__version__.startswith(machine.versions["torch"])
     text = "\n".join(machine.lines())
     assert all(part in text for part in (machine.processor, machine.kernel, machine.instructions))
-    json.dumps(machine.to_dict())
+    json.dumps(asdict(machine))
 
 
 def test_describe_kernel_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

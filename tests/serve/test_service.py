@@ -187,6 +187,16 @@ def test_detect_file_names_are_labels(service: TestClient) -> None:
         assert response.json()["images"][0]["file"] == received
 
 
+def test_model_lists_the_selected_classes() -> None:
+    detector = white_detector()
+    detector.selected = (1,)
+    detector.thresholds["score_thresholds"] = {"white": 0.4, "bright": 0.5}
+    with client({"first": detector}) as service:
+        (model,) = service.get("/v1/model").json()["models"]
+    assert (model["classes"], model["category_ids"]) == (["bright"], [9])
+    assert model["thresholds"]["score_thresholds"] == {"bright": 0.5}
+
+
 def test_model_lists_several_models() -> None:
     first, second = white_detector(), white_detector()
     second.thresholds["score_threshold"] = 0.9

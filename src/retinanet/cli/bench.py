@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,7 +116,7 @@ def _print_results(results: Iterable[Row], machine: Machine, form: str) -> list[
                 print_table(stage, rows[start:])
     finally:
         if form == "json":
-            print_json({"machine": machine.to_dict(), "rows": [row.to_dict() for row in rows]})
+            print_json({"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
         elif form == "markdown":
             say(to_markdown(machine.lines(), rows).rstrip())
     return rows

@@ -338,15 +338,18 @@ class _Reporter:
         if event.kind == "waiting":
             note(f"waiting for {event.training}: another command is training it")
             return
+        result = event.result
+        if result is None:
+            return
         self._num_ended += 1
         line = f"[{self._num_ended}/{self._num_trainings}] {event.training}: "
-        if event.result is None:
-            note(line + f"failed: {event.note}", style="red")
-        elif event.result.metrics is None:
-            note(line + f"diverged after {event.result.steps} steps", style="yellow")
+        if result.status == "failed":
+            note(f"{line}failed: {result.note}", style="red")
+        elif result.metrics is None:
+            note(f"{line}diverged after {result.steps} steps", style="yellow")
         else:
             before = ", finished before" if event.kind == "skipped" else ""
-            note(line + f"AP {100 * (event.result.metrics.get('ap') or 0.0):.1f}{before}")
+            note(f"{line}AP {100 * (result.metrics.get('ap') or 0.0):.1f}{before}")
 
 
 def _print(outputs: Outputs, folder: Path, json: bool) -> None:

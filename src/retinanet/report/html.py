@@ -92,9 +92,9 @@ class Page:
         """Add a paragraph of plain text."""
         return self.add(_BLOCKS.text(paragraph))
 
-    def link(self, title: str, address: str, label: str) -> Self:
-        """Add a line with a link."""
-        return self.add(_BLOCKS.link(title, address, label))
+    def links(self, links: Mapping[str, Mapping[str, str]], *, folded: str = "") -> Self:
+        """Add a line of links per title: addresses by their labels."""
+        return self.add(_BLOCKS.links(links, folded))
 
     def facts(self, facts: Mapping[str, object]) -> Self:
         """Add a few values in large type, by name."""
