@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
+_MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
 _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
@@ -64,6 +65,11 @@ class CheckOptions(FormatOptions):
 
     fix: Path | None = option("Write a corrected copy; the data are never modified.", metavar="DIR")
     all: bool = option("Print every problem.", False)
+    decode: bool = option(
+        "Decode every image, to find damaged pixels and equal ones in two splits; always for up "
+        f"to {_MAX_DECODED} images and with --fix.",
+        False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +115,12 @@ def check(
     )
     for line in next(iter(splits.values())).description:
         note(line)
+    num_images = sum(map(len, splits.values()))
+    decode = options.decode or options.fix is not None or num_images <= _MAX_DECODED
     with progress("opening images") as update:
-        report = check_datasets(splits, progress=update)
+        report = check_datasets(splits, decode=decode, progress=update)
+    if not decode:
+        note(f"read the headers of {num_images} images; --decode also checks their pixels")
     from retinanet.training.settings_from_data import values  # torch
 
     recall, choices = None, []

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -33,7 +31,7 @@ from retinanet.data.finder import (
     keep_whole,
     relative,
 )
-from retinanet.data.image_files import image_size
+from retinanet.data.image_files import image_sizes
 from retinanet.errors import DataError
 
 JSON_TEXT = "segmentation"
@@ -443,16 +441,18 @@ def find_files(
     for file in tree.with_suffix(*suffixes):
         folders.setdefault(file.parent, []).append(file)
     # An image without objects has an empty file.
-    filled = {folder: [f for f in group if f.stat().st_size] for folder, group in folders.items()}
-    chosen = [folder for folder, group in filled.items() if any(map(is_label, group[:_SAMPLE]))]
+    filled = {
+        folder: list(islice((f for f in group if f.stat().st_size), _SAMPLE))
+        for folder, group in folders.items()
+    }
+    chosen = [folder for folder, group in filled.items() if any(map(is_label, group))]
     names = {folder.name for folder in chosen}
     chosen += [f for f, group in filled.items() if not group and f.name in names]
-    known = {fold(image.stem) for image in tree.images}
     files = [
         file
         for folder in chosen
         for file in folders[folder]
-        if fold(file.stem) in known or is_label(file)
+        if tree.has_stem(file) or is_label(file)
     ]
     stems = frozenset(fold(file.stem) for file in files)
     return LabelSet(format, tree.group(files), lambda: stems) if files else None
@@ -571,7 +571,8 @@ def build(
     """
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
-    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    unknown = [path for file, image, path in found if file.decimals and not image.width]
+    sizes = dict(zip(unknown, image_sizes(unknown), strict=True))
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
@@ -710,7 +711,7 @@ def _build_image(
     width, height, objects = image.width, image.height, image.annotations
     fractions = [] if file.decimals else [n for n, a in enumerate(objects) if _is_fraction(a.box)]
     if (file.decimals or fractions) and not (width and height):
-        size = sizes.get(path) if file.decimals else next(iter(_sizes([path]).values()))
+        size = sizes.get(path) if file.decimals else image_sizes([path])[0]
         if isinstance(size, tuple):
             height, width = size
             fractions = fractions if height * width > 1 else []
@@ -740,7 +741,7 @@ def _build_image(
                 )
                 fix = "read as fractions of the image"
                 problems.append(Problem("box-normalised", file.file or path, item.id, reason, fix))
-            item = _to_pixels(item, width, height, rotation, file.decimals or 6)
+            item = _to_pixels(item, label, width, height, rotation, file.decimals or 6)
         annotations.append(item if label == item.label else replace(item, label=label))
     return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
@@ -754,14 +755,15 @@ def _is_fraction(box: Box) -> bool:
 
 
 def _to_pixels(
-    item: Annotation, width: int, height: int, rotation: float, decimals: int
+    item: Annotation, label: int, width: int, height: int, rotation: float, decimals: int
 ) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to pixels."""
+    """Scale a box in fractions of the image, and polygons, to pixels, and set the label."""
     x1, y1, x2, y2 = item.box
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     if rotation % 360:
         box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = (round(side, decimals) for side in box)
+    x1, y1, x2, y2 = box
+    box = round(x1, decimals), round(y1, decimals), round(x2, decimals), round(y2, decimals)
     extra = item.extra
     if JSON_TEXT in extra:
         points = [
@@ -769,19 +771,4 @@ def _to_pixels(
             for polygon in json.loads(extra[JSON_TEXT])
         ]
         extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}
-    return replace(item, box=(x1, y1, x2, y2), extra=extra)
-
-
-def _sizes(paths: list[Path]) -> dict[Path, tuple[int, int] | DataError]:
-    """Height and width of images, read in threads; the error of those that cannot be read."""
-
-    def read(path: Path) -> tuple[int, int] | DataError:
-        try:
-            return image_size(path)
-        except DataError as error:
-            return error
-
-    if not paths:
-        return {}
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        return dict(zip(paths, pool.map(read, paths), strict=True))
+    return Annotation(box, label, item.id, item.crowd, item.difficult, item.area, extra)

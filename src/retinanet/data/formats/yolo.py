@@ -32,7 +32,6 @@ from retinanet.data.formats.labels import (
     read_lines,
     read_text,
     to_int,
-    to_number,
 )
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
@@ -52,11 +51,10 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the data.yaml (or Darknet's obj.data) of a tree, or its text files by split."""
-    texts = _Texts(tree)
-    stems = {fold(image.stem) for image in tree.images}
+    texts = tree.memo["yolo"] = _Texts(tree)
 
     def labelled() -> frozenset[str]:
-        return frozenset(stems & texts.by_stem.keys())
+        return frozenset(stem for stem, files in texts.by_stem.items() if tree.has_stem(files[0]))
 
     settings = [file for file in tree.with_suffix(".yaml", ".yml") if _is_data_yaml(file)]
     settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
@@ -88,7 +86,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         DataError: data.yaml is not YAML, or has no names, or its folders hold no images. A split
             whose folder is missing raises when it is read.
     """
-    texts = _Texts(tree)
+    texts: _Texts = tree.memo["yolo"]
     (file, *_), *_ = labels.files.values()
     names: Sequence[str] = ()
     keypoints = False
@@ -162,6 +160,7 @@ class _Texts:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self._found: dict[Path, Path | None] = {}
+        self._own_folders: dict[Path, list[str]] = {}
         self.by_stem: dict[str, list[Path]] = {}
         for file in tree.files:
             if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES:
@@ -197,8 +196,11 @@ class _Texts:
         return Path(*parts, f"{image.stem}.txt")
 
     def _folders(self, path: Path) -> list[str]:
-        parts = path.parent.relative_to(self.tree.root).parts
-        return [p for p in map(fold, parts) if not _IMAGES_OR_LABELS.fullmatch(p)]
+        folder = path.parent
+        if folder not in self._own_folders:
+            parts = map(fold, folder.relative_to(self.tree.root).parts)
+            self._own_folders[folder] = [p for p in parts if not _IMAGES_OR_LABELS.fullmatch(p)]
+        return self._own_folders[folder]
 
 
 def _is_data_yaml(file: Path, separator: str = ":") -> bool:
@@ -388,8 +390,9 @@ def _row(line: str) -> tuple[int, list[float]] | str:
     A text states what is wrong with the row.
     """
     words = line.split()
-    number, *values = map(to_number, words)
-    if number is None or None in values:
+    try:
+        number, *values = map(float, words)
+    except ValueError:
         return "holds a word that is no number"
     if not number.is_integer() or number < 0:
         return f"class {words[0]} is not a whole number from 0"
@@ -397,7 +400,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
         return (
             f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
         )
-    return int(number), [value for value in values if value is not None]
+    return int(number), values
 
 
 def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
@@ -466,10 +469,10 @@ def _read_split(
 
 
 def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
-    file = texts.of(image) if image.is_relative_to(tree.root) else None
-    if file is None and texts.expected(image).is_file():
-        file = texts.expected(image)
-    return file
+    if image.is_relative_to(tree.root):
+        return texts.of(image)
+    expected = texts.expected(image)
+    return expected if expected.is_file() else None
 
 
 def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
