@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -397,7 +397,7 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    machine = describe_machine(CPU).to_dict()
+    machine = asdict(describe_machine(CPU))
     with process_pool() as pool:
         for name, curve in CURVES.items():
             if name not in (options.only or CURVES):

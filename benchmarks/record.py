@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ def store(
     stages = {row.stage for row in rows}
     limits = {**limits, **dict.fromkeys(stages, seconds)}
     merged = [row for row in others if row["stage"] not in stages]
-    merged += [row.to_dict() for row in rows]
+    merged += [asdict(row) for row in rows]
     merged.sort(key=lambda row: list(STAGES).index(row["stage"]))
     content = {
         "name": name,
-        "machine": machine.to_dict(),
+        "machine": asdict(machine),
         "seconds": {stage: limits[stage] for stage in STAGES if stage in limits},
         "rows": merged,
     }

@@ -22,7 +22,7 @@ SOURCE = Path(retinanet.__file__).parent
 LAYER = {
     **dict.fromkeys(["errors", "structures", "files", "interrupts"], 0),
     **dict.fromkeys(["config", "boxes", "kernels"], 1),
-    **dict.fromkeys(["anchors", "matching", "postprocess"], 2),
+    **dict.fromkeys(["anchors", "matching", "postprocess", "own"], 2),
     "losses": 3,
     **dict.fromkeys(["model", "data"], 10),
     "inference": 20,

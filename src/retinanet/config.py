@@ -9,14 +9,25 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from retinanet.errors import ConfigError
 
@@ -24,6 +35,9 @@ _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.
 
 Rounding = Literal["none", "torchvision"]
 NmsKind = Literal["hard", "soft", "wbf"]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"
+]
 
 _OTHER_NAMES = {
     "train.lr": ("learning_rate", "lr0", "base_lr", "initial_lr"),
@@ -99,8 +113,26 @@ def parse_seconds(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def is_own(name: object) -> bool:
+    """Return True for an import path of the user's code, ``module:NAME`` (:mod:`retinanet.own`)."""
+    return isinstance(name, str) and ":" in name and not name.startswith("timm/")
+
+
+def _or_own(value: Any, check: Callable[[Any], Any]) -> Any:
+    value = _plain(value)
+    return value if is_own(value) else check(value)
+
+
+OwnOr = WrapValidator(_or_own)
+"""Accept ``module:NAME``, or the class or function itself, besides the names of a setting."""
+
 QUALITY_LOSSES = ("quality_focal", "varifocal")
 """Classification losses whose target is a score in [0, 1] instead of 1."""
+
+_OWN_PARTS = (
+    *("model.backbone", "model.head"),
+    *("matching.assignment", "loss.classification", "loss.box"),
+)
 
 EXACT_EPOCHS = {"train.min_steps": 1, "train.max_steps": 10**9}
 """Settings beside a stated number of epochs: a recipe's limits are for lengths that it computes."""
@@ -115,13 +147,15 @@ class _Section(BaseModel):
         # TOML has no null: "none" is None for a setting that may be None.
         if not isinstance(values, dict):
             return values
-        optional = {
-            key for key, info in cls.model_fields.items() if type(None) in get_args(info.annotation)
-        }
         return {
-            key: None if value == "none" and key in optional else value
+            key: None if value == "none" and _may_be_none(cls, key) else value
             for key, value in values.items()
         }
+
+
+def _may_be_none(section: type[BaseModel], key: str) -> bool:
+    info = section.model_fields.get(key)
+    return info is not None and type(None) in get_args(info.annotation)
 
 
 class ModelConfig(_Section):
@@ -135,6 +169,7 @@ class ModelConfig(_Section):
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
     p7_relu: bool = True  # Sec. 4, footnote 2: ReLU between P6 and P7; mmdetection has none
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
+    head: Annotated[Literal["conv"], OwnOr] = "conv"  # Sec. 4; or "module:NAME"
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
@@ -173,7 +208,9 @@ class MatchingConfig(_Section):
     foreground_iou: float = Field(0.5, gt=0, le=1)  # Sec. 4: IoU from which an anchor is positive
     background_iou: float = Field(0.4, gt=0, le=1)  # Sec. 4: IoU under which it is background
     low_quality_matches: bool = False  # not in the paper; on in torchvision and detectron2
-    assignment: Literal["iou", "atss", "task_aligned"] = "iou"  # Sec. 4; see docs/losses.md
+    assignment: Annotated[Literal["iou", "atss", "task_aligned"], OwnOr] = (
+        "iou"  # Sec. 4; see docs/losses.md; or "module:NAME"
+    )
     candidates: int = Field(9, ge=1)  # of atss: cells per level (Zhang et al. 2020, Sec. 3.3)
     task_topk: int = Field(13, ge=1)  # of task_aligned: anchors per object (Feng et al. 2021)
     task_beta: float = Field(6.0, ge=0)  # of task_aligned: exponent of the IoU (the same, Sec. 4)
@@ -191,9 +228,10 @@ class MatchingConfig(_Section):
 class LossConfig(_Section):
     """The losses (Sec. 3, 4.1 and 5.1)."""
 
-    classification: Literal[
-        "focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"
-    ] = "focal"  # Sec. 3.2; Appendix A; hinge: Sec. 5.1
+    classification: Annotated[
+        Literal["focal", "cross_entropy", "focal_star", "hinge", "quality_focal", "varifocal"],
+        OwnOr,
+    ] = "focal"  # Sec. 3.2; Appendix A; hinge: Sec. 5.1; or "module:NAME"
     alpha: float | tuple[float, ...] | None = 0.25  # Table 1b; of other losses: none
     gamma: float = Field(2.0, ge=0)  # Table 1b
     beta: float = 0.0  # of focal_star (Table 3)
@@ -201,7 +239,9 @@ class LossConfig(_Section):
     mining: Literal["none", "ohem", "ohem_1_3"] = "none"  # Sec. 5.1
     mining_size: int = Field(128, ge=1)  # Sec. 5.1: anchors kept per image (Table 1d: 128 to 512)
     mining_nms: float = Field(0.7, gt=0, le=1)  # Sec. 5.1: IoU of the NMS (Table 1d: .7 and .5)
-    box: Literal["smooth_l1", "l1", "giou", "diou", "ciou"] = "smooth_l1"  # Sec. 4.1
+    box: Annotated[Literal["smooth_l1", "l1", "giou", "diou", "ciou"], OwnOr] = (
+        "smooth_l1"  # Sec. 4.1; or "module:NAME"
+    )
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
     box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum
     normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
@@ -215,20 +255,25 @@ class LossConfig(_Section):
             raise ValueError("focal_star divides by gamma, which is 0")
         if self.mining != "none" and self.classification in QUALITY_LOSSES:
             raise ValueError(f"mining {self.mining} needs labels, {self.classification} has scores")
+        if is_own(self.classification) and self.alpha is not None:
+            raise ValueError(f"alpha {self.alpha} has no effect on {self.classification}: omit it")
         return self
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _dependent_defaults(cls, values: Any) -> Any:
+    def _dependent_defaults(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
-            return values
+            return build(values)
+        stated = values.keys()
         # Sec. 5.1: OHEM trains with plain cross entropy.
         if values.get("mining", "none") != "none":
             values = {"classification": "cross_entropy", **values}
         # .25 is the best alpha with gamma 2 (Table 1b), and a bad one without it (Table 1a).
         # 1 - .25 is varifocal's weight of negatives (Zhang et al. 2021, Sec. 4.1).
         other = values.get("classification", "focal") not in ("focal", "varifocal")
-        return {"alpha": None, **values} if other else values
+        built = build({"alpha": None, **values} if other else values)
+        built.model_fields_set.intersection_update(stated)  # a default is not stated
+        return built
 
 
 class LossSettings(LossConfig, MatchingConfig):
@@ -339,7 +384,7 @@ class TrainConfig(_Section):
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
     max_steps: int = Field(10**9, ge=1)  # likewise
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
-    accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
+    accumulate: int = Field(1, ge=0)  # micro-batches of a batch; 0: those that memory needs
     optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
     lr: float = Field(0.01, gt=0)  # Sec. 4.1, for reference_batch images per step
     reference_batch: int = Field(16, ge=1)  # linear rule (Goyal et al. 2017): lr * batch / this
@@ -362,7 +407,7 @@ class TrainConfig(_Section):
     tune_detection: bool = False  # then choose NMS and temperature on val; not in the paper
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # log to these too
+    trackers: tuple[Tracker, ...] = ()  # log to these too: those of accelerate
 
     @field_validator("time", mode="before")
     @classmethod
@@ -373,9 +418,9 @@ class TrainConfig(_Section):
     def _check_steps(self) -> Self:
         if self.min_steps > self.max_steps:
             raise ValueError(f"min_steps {self.min_steps} is over max_steps {self.max_steps}")
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
         if any(not 0 < share < 1 for share in self.milestones):
             raise ValueError(f"milestones {self.milestones} are shares of the steps, in (0, 1)")
@@ -421,6 +466,11 @@ class Recipe(_Section):
         return LossSettings(**self.loss.model_dump(), **self.matching.model_dump())
 
     @property
+    def own_parts(self) -> dict[str, str]:
+        """The user's classes and functions among the settings, by ``section.key``."""
+        return {key: self.value(key) for key in _OWN_PARTS if is_own(self.value(key))}
+
+    @property
     def split_seed(self) -> int:
         """Seed of the validation split, where the data has no splits."""
         return self.train.seed if self.data.split_seed is None else self.data.split_seed
@@ -458,7 +508,7 @@ class Recipe(_Section):
         if "loss.classification" in values and not has_alpha:
             del settings["loss"]["alpha"]
         stated = {key for key in setting_names() if self.states(key)} | values.keys()
-        return _with_stated(build_recipe(settings, f"recipe {self.name}"), stated)
+        return _with_stated(build_recipe(settings), stated)
 
     def choose(self, values: Mapping[str, Any]) -> Recipe:
         """Return a recipe with settings replaced that are not stated more than before.
@@ -502,10 +552,14 @@ def load_recipe(
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
         _override(values, key, value)
-    lengths = [name for name in ("train.steps", "train.epochs", "train.time") if name in named]
+    lengths = [
+        f"train.{name}"
+        for name in ("steps", "epochs", "time")
+        if f"train.{name}" in named and values["train"][name] not in (None, "none")
+    ]
     if len(lengths) > 1:
         raise ConfigError(
-            f"{' and '.join(lengths)} both set the length of the run: give one of them"
+            f"{' and '.join(lengths)} each set the length of the run: give one of them"
         )
     if "loss.mining" in named and "loss.classification" not in named:
         values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
@@ -537,6 +591,9 @@ def keyword_settings(
             meant = setting_of(name)
             hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
             raise ConfigError(f"unknown keyword {name!r}{hint}")
+        section, key = own[name].split(".")
+        if value is None and not _may_be_none(_sections()[section], key):
+            continue  # as if it were not given
         pairs[own[name]] = _plain(value)
     if pairs.get("train.epochs") is not None:
         pairs = {**EXACT_EPOCHS, **pairs}
@@ -547,7 +604,7 @@ def keyword_settings(
     return list(pairs.items())
 
 
-def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
     """Build a recipe from nested plain values.
 
     Raises:
@@ -556,7 +613,7 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}") from None
+        raise ConfigError(f"{where}: {explain(error)}" if where else explain(error)) from None
 
 
 def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
@@ -591,12 +648,26 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
 
 
 def _plain(value: Any) -> Any:
-    """Return a path, or a class by its import path, as text; other values unchanged."""
+    """Return a path, or a class or function by its import path, as text; others unchanged."""
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, type):
-        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, type | FunctionType):
+        return f"{_module_name(value)}:{value.__qualname__}"
+    if hasattr(value, "forward"):
+        name = type(value).__qualname__
+        raise ConfigError(f"give the class {name}, not an instance: a checkpoint names the class")
     return value
+
+
+def _module_name(value: Any) -> str:
+    """Return the module of a class or function; of a script that runs, as which it is imported."""
+    name, script = str(value.__module__), sys.modules["__main__"]
+    if name != "__main__" or getattr(script, "__file__", None) is None:
+        return name
+    spec = getattr(script, "__spec__", None)
+    name = Path(str(script.__file__)).stem if spec is None else spec.name
+    sys.modules.setdefault(name, script)
+    return name
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -676,7 +747,8 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
             f"recipe {name!r} is neither a file nor one of {', '.join(known)}{nearest(name, known)}"
         )
     try:
-        return tomllib.loads(text), f"recipe {name}"
+        # The package's own are valid: there an error is in what overrides them.
+        return tomllib.loads(text), "" if name in recipe_names() else f"recipe {name}"
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
 
@@ -702,6 +774,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if key == "auto":
         values[key] = value
         return
+    if key == "train.batch_size" and value == "auto":  # the recipe's, and as memory allows
+        key, value = "train.accumulate", 0
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")
@@ -716,7 +790,8 @@ def explain(error: ValidationError) -> str:
         return unknown_setting(where)
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f" (got {got!r})"
-    return f"{where}: {first['msg']}{shown}" + (
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}{shown}" + (
         f"; {len(error.errors()) - 1} more" if len(error.errors()) > 1 else ""
     )
 

@@ -96,6 +96,24 @@ def test_check_prints_ten_of_each_kind_without_all(
     assert cli("data", "check", folder, "--all").out.count("has no width -> dropped") == 12
 
 
+def test_check_decodes_many_images_only_when_asked(
+    cli: Cli, tiny_sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = "read the headers of 8 images; --decode also checks their pixels"
+    assert note not in cli("data", "check", tiny_sets["coco"]).err
+    monkeypatch.setattr("retinanet.cli.data._MAX_DECODED", 7)
+    assert note in cli("data", "check", tiny_sets["coco"]).err
+    assert note not in cli("data", "check", tiny_sets["coco"], "--decode").err
+
+
+def test_check_uses_the_tiles_of_training(cli: Cli, tiny_sets: dict[str, Path]) -> None:
+    arguments = ("data", "check", tiny_sets["coco"], "--recipe=paper_quick", "--image-size=64")
+    whole = cli(*arguments, "--json").json["anchors"]
+    tiles = cli(*arguments, "data.tile=32", "--json").json["anchors"]
+    assert tiles["recall"] > whole["recall"]  # objects are twice as large
+    assert "objects in tiles of 32 px" in cli(*arguments, "data.tile=32").out
+
+
 def test_check_fix_writes_a_valid_copy(cli: Cli, faulty: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in faulty.rglob("*") if file.is_file()}
     fixed = tmp_path / "fixed"

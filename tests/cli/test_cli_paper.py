@@ -15,9 +15,10 @@ from retinanet.paper import plan as planning
 from retinanet.paper import run as running
 from retinanet.paper.budget import Pace
 from retinanet.paper.plan import Plan
-from retinanet.paper.run import Event, EventCallback, Workers
+from retinanet.paper.results import Result
+from retinanet.paper.run import Event, EventCallback, Results, Workers
 from retinanet.paper.tables import EXPERIMENTS
-from retinanet.paper.work import Result, Task, read_result, work
+from retinanet.paper.work import Task, read_result, work
 
 from .conftest import Cli
 
@@ -103,16 +104,14 @@ def test_figures_that_need_no_training(cli: Cli, tmp_path: Path, name: str) -> N
     assert EXPERIMENTS[name].title in (tmp_path / "report.html").read_text("utf-8")
 
 
-def train_here(
-    plan: Plan, workers: Workers, on_event: EventCallback
-) -> dict[tuple[str, int], Result | str]:
+def train_here(plan: Plan, workers: Workers, on_event: EventCallback) -> Results:
     """Run the trainings of a plan in this process."""
-    results: dict[tuple[str, int], Result | str] = {}
+    results: Results = {}
     for training in plan.trainings:
         folder = training.folder(workers.out)
-        kind: Literal["done", "skipped"] = "done" if read_result(folder) is None else "skipped"
+        kind: Literal["ended", "skipped"] = "ended" if read_result(folder) is None else "skipped"
         command, _ = workers.command(training, 0)
-        if kind == "done":
+        if kind == "ended":
             assert work(Task.read(Path(command[-1]))) == 0
         result = read_result(folder)
         assert result is not None
@@ -167,8 +166,11 @@ def test_run_writes_tables_figures_and_page(
 def test_failed_trainings_are_listed_with_exit_code_1(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_worker(plan: Plan, *_: object) -> dict[tuple[str, int], str]:
-        return {training.key: "No space left on device" for training in plan.trainings}
+    def no_worker(plan: Plan, *_: object) -> Results:
+        return {
+            training.key: Result("failed", note="No space left on device")
+            for training in plan.trainings
+        }
 
     monkeypatch.setattr(running, "run_plan", no_worker)
     common = (f"--data={shapes}", f"--out={tmp_path}", "--steps=20", *SMALL)

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from retinanet.config import (
+    LossConfig,
     LossSettings,
     Recipe,
     build_recipe,
@@ -106,7 +107,7 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
     recipe = load_recipe("quick", ["train.steps=7"])
     assert (recipe.train.steps, recipe.train.epochs) == (7, None)
     assert load_recipe("quick", ["train.steps =7"]).train.steps == 7
-    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs both set the length"):
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs each set the length"):
         load_recipe("quick", ["train.steps=7", "train.epochs=2"])
 
 
@@ -160,7 +161,10 @@ def test_settings_cannot_be_changed() -> None:
         ("model.norm=batch", "model.norm: Input should be 'frozen', 'trained' or 'group'"),
         ("model.pixel_mean=[1, 2]", "model.pixel_mean: Field required"),
         ("data.image_size=31", "data.image_size: Input should be greater than or equal to 32"),
-        ("train.trackers=['x']", "train.trackers: Input should be 'tensorboard', 'wandb' or"),
+        (
+            "train.trackers=['x']",
+            "train.trackers: Input should be 'tensorboard', 'wandb', 'mlflow'",
+        ),
         ("matching.foreground_iou=0.3", "background_iou 0.4 is over foreground_iou 0.3"),
         ("loss.mining=ohem_13", "loss.mining: Input should be 'none', 'ohem' or 'ohem_1_3'"),
         ("loss.alpha=1.5", "alpha 1.5 is not in [0, 1]"),
@@ -173,7 +177,7 @@ def test_settings_cannot_be_changed() -> None:
         ("anchors.sizes=[-8]", "sizes (-8.0,) must be one or more positive numbers"),
         ("data.scale_jitter=[1.2, 0.8]", "scale_jitter (1.2, 0.8) is not 0 < low <= high"),
         ("data.multi_scale=[400, 16]", "(400, 16) has a side under 32 pixels"),
-        ("train.accumulate=3", "batch_size 16 does not divide by accumulate 3"),
+        ("train.accumulate=3", "batch_size 16 is not a multiple of accumulate 3"),
         ("train.min_steps=2000000000", "min_steps 2000000000 is over max_steps 1000000000"),
         ("train.milestones=[0.5, 1]", "milestones (0.5, 1.0) are shares of the steps, in (0, 1)"),
     ],
@@ -196,6 +200,12 @@ def test_refused_names_of_recipes(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             load_recipe(name)
         assert message in str(error.value)
+
+
+def test_dependent_default_of_alpha_is_not_stated() -> None:
+    recipe = Recipe(loss=LossConfig(classification="hinge"))
+    assert recipe.states("loss.classification")
+    assert not recipe.states("loss.alpha")
 
 
 def test_refused_files(tmp_path: Path) -> None:

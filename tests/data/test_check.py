@@ -51,8 +51,9 @@ def _one(
     return Dataset((image,), ("cat", "dog"), (1, 2), "train", "coco", tmp_path, **more)
 
 
-def _problems(dataset: Dataset) -> list[Problem]:
-    return list(check_datasets({dataset.split: dataset}).problems)
+def _problems(dataset: Dataset, **options: bool) -> list[Problem]:
+    problems = check_datasets({dataset.split: dataset}, **options).problems
+    return [problem for problem in problems if problem.kind != "no-objects"]
 
 
 # (box, kind, what the reason ends with, fix) on an image of 40 x 30
@@ -129,13 +130,14 @@ def _cut(path: Path) -> None:
     path.write_bytes(content[: len(content) * 2 // 3])
 
 
+@pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
-def test_truncated_images(tmp_path: Path, make_image: MakeImage, suffix: str) -> None:
+def test_truncated_images(tmp_path: Path, make_image: MakeImage, suffix: str, decode: bool) -> None:
     path = make_image(tmp_path / f"a{suffix}", (200, 150))
     dataset = Dataset((LabelledImage(path, 1),), ("cat",), (1,), "train", "coco", tmp_path)
-    assert _problems(dataset) == []
+    assert _problems(dataset, decode=decode) == []
     _cut(path)
-    (problem,) = _problems(dataset)
+    (problem,) = _problems(dataset, decode=decode)
     assert problem.kind in ("image-truncated", "image-unreadable")
     assert problem.kind == "image-truncated" or suffix == ".webp"  # its decoder does not say
     assert problem.reason.startswith("cannot be decoded: ")
@@ -202,8 +204,8 @@ def test_the_same_image_in_two_splits(tmp_path: Path, make_image: MakeImage) -> 
         write(root / f"{split}.json", coco_json(images))
     splits = read_splits(root)
     report = check_datasets(splits)
-    found = {p.file.name: (p.kind, p.reason, p.fix) for p in report.problems}
     kind = "image-in-two-splits"
+    found = {p.file.name: (p.kind, p.reason, p.fix) for p in report.problems if p.kind == kind}
     test_image = root / "test" / "c.bmp"
     assert found == {
         "a.png": (
@@ -221,6 +223,32 @@ def test_the_same_image_in_two_splits(tmp_path: Path, make_image: MakeImage) -> 
     fixed = read_splits(tmp_path / "fixed")
     # val has nothing left, and none is made up for it
     assert {name: len(item) for name, item in fixed.items()} == {"train": 1, "val": 0, "test": 1}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_headers_show_sizes_names_and_copies_but_no_damage(
+    tmp_path: Path, make_image: MakeImage, suffix: str
+) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    file = make_image(tmp_path / "train" / f"a{suffix}", (40, 30), exif=exif)
+    make_image(tmp_path / "val" / f"b{suffix}", (40, 30), exif=exif)
+    make_image(tmp_path / "val" / "c.webp", (40, 30), format="JPEG" if suffix == ".jpg" else "PNG")
+    damaged = make_image(tmp_path / "val" / f"d{suffix}", (64, 64), seed=3)
+    content = bytearray(damaged.read_bytes())
+    content[600:900] = bytes(300)
+    damaged.write_bytes(content)
+    for split, names in (("train", file.name), ("val", f"b{suffix} c.webp d{suffix}")):
+        images = [coco_image(i, name) for i, name in enumerate(names.split())]
+        images = [image | {"width": 64, "height": 64} if "d." in image["file_name"] else image
+                  for image in images]  # fmt: skip
+        write(tmp_path / f"{split}.json", coco_json(images, [coco_object(1, 0, [1, 1, 4, 4])]))
+    splits = read_splits(tmp_path)
+    counts = check_datasets(splits, decode=False).counts
+    assert counts == {"size-wrong": 2, "image-extension": 1, "image-in-two-splits": 1}
+    decoded = check_datasets(splits).counts
+    if suffix == ".png":  # which has checksums
+        assert decoded == {**counts, "image-unreadable": 1}
 
 
 def test_a_image_listed_in_two_splits(tmp_path: Path, make_image: MakeImage) -> None:
@@ -280,7 +308,7 @@ def test_every_kind_at_once_and_the_fix(tmp_path: Path, make_image: MakeImage) -
     report = check_datasets(splits, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i, 7) for i in range(1, 8)]
     others = {"label-missing", "box-rotated", "shape-not-box", "class-similar", "box-normalised"}
-    others |= {"image-ambiguous", "image-duplicate", "image-name-encoded"}
+    others |= {"image-ambiguous", "image-duplicate", "image-name-encoded", "no-objects"}
     of_coco = set(KINDS) - others - {"image-changed", "index-missing", "key-duplicate"}
     assert set(report.counts) == of_coco
     assert all(p.reason and "\n" not in p.reason for p in report.problems)

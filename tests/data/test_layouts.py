@@ -27,6 +27,7 @@ from layouts import (
     write_yolo,
 )
 
+from retinanet.data import write_fixed
 from retinanet.data.check import check_datasets
 from retinanet.data.convert import convert
 from retinanet.data.dataset import Dataset
@@ -264,13 +265,28 @@ def test_voc_in_other_encodings_and_with_a_namespace(tmp_path: Path, encoding: s
 
 
 def test_classes_that_differ_in_case_are_reported(tmp_path: Path) -> None:
-    write_voc(tmp_path, ["a"])
-    text = (tmp_path / "a.xml").read_text().replace("dog", "Cat")
-    write(tmp_path / "a.xml", text)
-    write_images(tmp_path, ["a"])
-    dataset = read_dataset(tmp_path, "all")
+    data = tmp_path / "data"
+    text = voc_text("a.jpg").replace("dog", "Cat")
+    write(data / "a.xml", text)
+    write_images(data, ["a"])
+    dataset = read_dataset(data, "all")
     assert dataset.classes == ("Cat", "cat")
     assert [problem.kind for problem in dataset.problems] == ["class-similar"]
+    splits = {"all": dataset}
+    write_fixed(splits, check_datasets(splits), tmp_path / "fixed")
+    fixed = read_dataset(tmp_path / "fixed", "all")
+    assert (fixed.classes, fixed.problems) == (("Cat",), ())
+    assert len(fixed.images[0].annotations) == 2
+    write(data / "a.xml", text.replace("cat", "a").replace("Cat", "A"))
+    (problem,) = read_dataset(data, "all").problems
+    assert problem.fix == ""  # letters
+
+
+def test_data_without_any_object_is_a_problem(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a", "b"])
+    content = coco_dict(["a.jpg", "b.jpg"])
+    write(tmp_path / "labels.json", json.dumps(content | {"annotations": []}))
+    assert check_datasets(read_splits(tmp_path)).counts == {"no-objects": 1}
 
 
 def test_boxes_under_a_pixel_look_normalised(tmp_path: Path) -> None:
@@ -280,8 +296,10 @@ def test_boxes_under_a_pixel_look_normalised(tmp_path: Path) -> None:
         text = text.replace(f">{old}<", f">{new}<")
     write(tmp_path / "a.xml", text)
     write_images(tmp_path, ["a"])
-    report = check_datasets({"all": read_dataset(tmp_path, "all")})
+    dataset = read_dataset(tmp_path, "all")
+    report = check_datasets({"all": dataset})
     assert report.counts == {"box-normalised": 1}
+    assert dataset.images[0].annotations[0].box == (4, 3, 20, 15)
 
 
 def test_documentation_lists_the_layouts() -> None:
@@ -388,6 +406,35 @@ def test_text_of_windows_and_names_of_macos(tmp_path: Path) -> None:
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("B\u00f6r",)
     assert dataset.images[0].path.is_file()
+
+
+def test_images_without_labels_are_described(tmp_path: Path) -> None:
+    LAYOUTS["coco"].build(tmp_path)
+    write_images(tmp_path / "test2017", stems(2))
+    write_images(tmp_path / "masks", ["train_0"], ".png")
+    line = "not read: 3 images without labels: 2 in test2017, 1 in masks"
+    assert read_splits(tmp_path)["train"].description[-1] == line
+    assert read_dataset(tmp_path, "all").description[-1] == line
+
+
+@pytest.mark.parametrize(("file", "count"), [("train.txt", 4), ("labels/img_4.txt", 1)])
+def test_text_file_of_yolo_is_a_data_set(tmp_path: Path, file: str, count: int) -> None:
+    LAYOUTS["yolo-lists"].build(tmp_path)
+    assert_complete(read_dataset(tmp_path / file, "all"), count)
+    with pytest.raises(DataError, match=r"classes\.txt: no labelled data found"):
+        read_dataset(tmp_path / "classes.txt", "all")
+
+
+def test_addresses_of_images_are_found_by_name_or_reported(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a", "my b"])
+    address = "https://host.org/set"
+    names = [f"{address}/{name}?key={'k' * 400}" for name in ("a.jpg", "my%20b.jpg", "c.jpg")]
+    write_coco(tmp_path / "labels.json", names)
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.path.name for image in dataset.images] == ["a.jpg", "my b.jpg", "c.jpg"]
+    (problem,) = check_datasets({"all": dataset}).problems
+    assert problem.kind == "image-missing"
+    assert f"image 3 is at {address}/c.jpg, and no file of this name is in" in problem.reason
 
 
 # -- labels of other images --------------------------------------------------------------------

@@ -118,11 +118,21 @@ def test_sizes_come_and_go() -> None:
                 assert_same(model, fused, random_images(1, 3, *size), 2e-5)
     for module in fused.backbone.modules():
         if isinstance(module, FusedConv2d):
-            assert len(module._packed) == fused_module._SHAPES_KEPT
+            (packed,) = module._packed.values()
+            assert len(packed) == fused_module._SHAPES_KEPT
     last = fused.class_head.last
     assert isinstance(last, FusedConv2d)
-    assert len(last._packed) == 5  # the levels of the last size
-    assert any(one is not None for one in last._packed.values())
+    (packed,) = last._packed.values()
+    assert len(packed) == 5  # the levels of the last size
+    assert any(weight is not None for weight in packed.values())
+    # A layout for another number of threads takes several times as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert_same(model, fused, random_images(1, 3, 64, 64), 2e-5)
+    finally:
+        torch.set_num_threads(threads)
+    assert set(last._packed) == {threads, threads + 1}
 
 
 def test_the_network_stays_as_it_is() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retinanet.paper.claims import Outcome, collect_results
+from retinanet.paper.claims import collect_results
 from retinanet.paper.experiments import Claim, Experiment, Published, Row
-from retinanet.paper.results import TableResult
+from retinanet.paper.results import Outcome, Result, TableResult
 
 ABOUT = {
     "command": "retinanet paper run table3 --data nuclei",
@@ -29,7 +29,7 @@ def metrics(ap: float, ap_large: float | None = 0.5) -> dict[str, Any]:
 
 def done(*aps: float, name: str = "x") -> list[Outcome]:
     return [
-        Outcome(seed, "done", metrics(ap), f"runs/{name}/seed-{seed}")
+        Outcome(seed, Result("done", metrics=metrics(ap)), f"runs/{name}/seed-{seed}")
         for seed, ap in enumerate(aps)
     ]
 

@@ -12,8 +12,8 @@ from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.paper import budget
 from retinanet.paper.budget import Pace, estimate_seconds, measure_paces, steps_for
 from retinanet.paper.plan import Plan, Training
-from retinanet.paper.run import Workers
-from retinanet.paper.work import Result
+from retinanet.paper.results import Result
+from retinanet.paper.run import Results, Workers
 
 
 def test_estimate_counts_rounds_of_average_trainings() -> None:
@@ -45,7 +45,7 @@ def training(name: str, *overrides: str, rival: str = "") -> Training:
 def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probes: list[Training] = []
 
-    def pretend(plan: Plan, workers: Workers) -> dict[tuple[str, int], Result]:
+    def pretend(plan: Plan, workers: Workers) -> Results:
         for probe in plan.trainings:
             probes.append(probe)
             folder = probe.folder(workers.out)
@@ -77,8 +77,8 @@ def test_a_probe_of_each_kind_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_probe_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(plan: Plan, workers: Workers) -> dict[tuple[str, int], str]:
-        return {probe.key: "no weights" for probe in plan.trainings}
+    def fail(plan: Plan, workers: Workers) -> Results:
+        return {probe.key: Result("failed", note="no weights") for probe in plan.trainings}
 
     monkeypatch.setattr(budget, "run_plan", fail)
     workers = Workers(tmp_path / "data", tmp_path, 1, "cpu")

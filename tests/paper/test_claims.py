@@ -10,13 +10,12 @@ import pytest
 from results_setup import OVER, collect, done, metrics, trainings
 
 from retinanet.paper.claims import (
-    Outcome,
     evaluate_claim,
     evaluate_loss_shares,
     t_quantile,
 )
 from retinanet.paper.experiments import Claim, Kind, Published
-from retinanet.paper.results import ClaimResult, RowResult, Score
+from retinanet.paper.results import ClaimResult, Outcome, Result, RowResult, Score
 
 
 def verdict(
@@ -48,7 +47,7 @@ def test_scores_are_mean_and_std_in_points() -> None:
 
 
 def test_diverged_training_counts_as_0() -> None:
-    result = collect({"a": [*done(0.30, 0.30), Outcome(2, "diverged", None, "runs/x/seed-2")]})
+    result = collect({"a": [*done(0.30, 0.30), Outcome(2, Result("diverged"), "runs/x/seed-2")]})
     row = result.rows[0]
     # (30 + 30 + 0) / 3 = 20; squares 100 + 100 + 400 over 2: 300.
     assert row.scores["AP"].mean == pytest.approx(20.0)
@@ -57,16 +56,16 @@ def test_diverged_training_counts_as_0() -> None:
     assert row.measured("AP") == "20.0 ± 17.3†"
     assert row.by_seed == pytest.approx({0: 30.0, 1: 30.0, 2: 0.0})
     assert result.footnotes == ["† gamma 2: 1 of 3 trainings diverged and counts as 0"]
-    result = collect({"c": [Outcome(0, "diverged"), Outcome(1, "diverged")]})
+    result = collect({"c": [Outcome(0, Result("diverged")), Outcome(1, Result("diverged"))]})
     assert result.rows[2].measured("APl") == "0.0 ± 0.0†"
     assert result.footnotes == ["† hinge: 2 of 2 trainings diverged and count as 0"]
 
 
 def test_size_without_objects_has_no_score() -> None:
     outcomes = [
-        Outcome(0, "done", metrics(0.3, None)),
-        Outcome(1, "done", metrics(0.3, math.nan)),
-        Outcome(2, "diverged"),
+        Outcome(0, Result("done", metrics=metrics(0.3, None))),
+        Outcome(1, Result("done", metrics=metrics(0.3, math.nan))),
+        Outcome(2, Result("diverged")),
     ]
     row = collect({"a": outcomes}).rows[0]
     assert "APl" not in row.scores
@@ -75,7 +74,7 @@ def test_size_without_objects_has_no_score() -> None:
 
 
 def test_failed_training_is_noted_and_not_counted() -> None:
-    failed = Outcome(1, "failed", None, "runs/x/seed-1", "no memory left")
+    failed = Outcome(1, Result("failed", note="no memory left"), "runs/x/seed-1")
     result = collect({"a": [*done(0.3), failed]})
     assert (result.rows[0].seeds, result.rows[0].scores["AP"].std) == (1, None)
     assert result.rows[0].folders == ("runs/x/seed-0", "runs/x/seed-1")
@@ -144,7 +143,10 @@ def test_other_seeds_are_compared_by_welchs_t() -> None:
     assert verdict(four, (0.281, 0.291, 0.301)).verdict == "not separated"
     assert verdict(four, (0.280, 0.290, 0.300)).verdict == "holds"  # 2.5
     # As many seeds, but other ones: 1/3 + 1/3 with 4 degrees: 2.776 * .8165 = 2.267.
-    others = [Outcome(seed + 5, "done", metrics(ap)) for seed, ap in enumerate((0.3, 0.31, 0.32))]
+    others = [
+        Outcome(seed + 5, Result("done", metrics=metrics(ap)))
+        for seed, ap in enumerate((0.3, 0.31, 0.32))
+    ]
     (result,) = collect(trainings(a=(0.33, 0.34, 0.35)) | {"b": others}, OVER).claims
     assert result.here is not None
     assert result.here.half_width == pytest.approx(2.267, abs=1e-3)
@@ -199,7 +201,7 @@ def test_rows_with_an_ap_of_about_0_are_not_separated(kind: Kind) -> None:
 
 
 def test_side_without_results_is_not_measured() -> None:
-    for outcomes in ({"a": done(0.3)}, {"a": done(0.3), "b": [Outcome(0, "failed")]}):
+    for outcomes in ({"a": done(0.3)}, {"a": done(0.3), "b": [Outcome(0, Result("failed"))]}):
         (result,) = collect(outcomes, OVER).claims
         assert result.marked_verdict == "not measured"
         assert result.cells() == (OVER.text, "34.0 (gamma 2) vs 31.1 (gamma 0): +2.9", "-")

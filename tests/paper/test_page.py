@@ -12,9 +12,9 @@ from PIL import Image
 from results_setup import trainings
 
 from retinanet.errors import DataError
-from retinanet.paper.claims import Outcome, collect_results
+from retinanet.paper.claims import collect_results
 from retinanet.paper.page import claims_markdown, write_page
-from retinanet.paper.results import TableResult
+from retinanet.paper.results import Outcome, Result, TableResult
 from retinanet.paper.tables import EXPERIMENTS
 
 COMMAND = "retinanet paper run table3 --data 'my <nuclei>'"
@@ -44,8 +44,10 @@ def links_of(html: str) -> dict[str, str]:
 
 def table3() -> TableResult:
     measured = trainings(ce=(0.20, 0.22), focal=(0.30, 0.32))
-    measured["star-2-1"] = [Outcome(0, "diverged", None, "runs/star-2-1/seed-0")]
-    measured["star-4-0"] = [Outcome(0, "failed", None, "runs/star-4-0/seed-0", "<disk full>")]
+    measured["star-2-1"] = [Outcome(0, Result("diverged"), "runs/star-2-1/seed-0")]
+    measured["star-4-0"] = [
+        Outcome(0, Result("failed", note="<disk full>"), "runs/star-4-0/seed-0")
+    ]
     return collect_results(EXPERIMENTS["table3"], measured, ABOUT)
 
 
@@ -65,8 +67,8 @@ def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
     file = write_page(tmp_path, [table3(), figure1()], {"fig1": plots})
     assert file == tmp_path / "report.html"
     html = file.read_text("utf-8")
-    overview, scores, claims, settings, runs = tables_of(html)
-    assert overview[0] == ["", "the paper says", "paper", "here", "verdict"]
+    overview, scores, claims, settings = tables_of(html)
+    assert overview[0] == ["", "claim", "paper", "here", "verdict"]
     best = "33.9 (best of 2)"
     no = "does not hold (one seed, rows missing)"
     assert overview[1:] == [
@@ -78,7 +80,6 @@ def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
     assert scores[4][:5] == ["FL*, gamma 4, beta 0", "-", "-", "-", "-"]
     assert claims[1][2].endswith("; without FL*, gamma 4, beta 0: not measured")
     assert settings[1] == ["data.image_size", "600", "256"]
-    assert runs[0] == ["CE, alpha .75", "seed-0, seed-1"]
 
     # Links start at the page; a run's report is opened where it exists.
     links = links_of(html)
@@ -88,6 +89,7 @@ def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
     assert html.count("data:image/png;base64,") == 1
 
     text = text_of(html)
+    assert "CE, alpha .75: seed-0, seed-1" in text
     line = "Not a COCO result: measured on my <nuclei>, 1,200 steps per row."
     assert text.count(line) == 2  # at the top, and with the table
     assert "FL*, gamma 4, beta 0: seed 0 failed: <disk full>" in text
@@ -113,7 +115,7 @@ def test_verdicts_are_counted(tmp_path: Path) -> None:
 def test_links_quote_special_characters(tmp_path: Path) -> None:
     plot = tmp_path / "a plot #1.svg"
     plot.write_text("<svg/>", "utf-8")
-    measured = {"ce": [Outcome(0, "diverged", None, tmp_path / "runs" / "100% & more")]}
+    measured = {"ce": [Outcome(0, Result("diverged"), "runs/100% & more")]}
     result = collect_results(EXPERIMENTS["table3"], measured, {})
     html = write_page(tmp_path, [result], {"table3": [plot]}).read_text("utf-8")
     assert str(tmp_path) not in html
@@ -138,7 +140,7 @@ def test_claims_markdown() -> None:
     lines = claims_markdown([table3(), figure1()]).splitlines()
     assert lines[0].startswith("**Not a COCO result: measured on my")
     table = [line for line in lines if line.startswith("|")]
-    assert table[0] == "|  | the paper says | paper | here | verdict |"
+    assert table[0] == "|  | claim | paper | here | verdict |"
     assert table[2] == (
         "| Table 3 | FL\\* about FL | 33.9 (best of 2) vs 34.0: -0.1 | 0.0 vs 31.0 ± 1.4: -31.0 "
         "| does not hold (one seed, rows missing) |"

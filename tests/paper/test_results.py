@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from results_setup import ABOUT, OVER, collect, done, trainings
 
-from retinanet.paper.claims import Outcome, collect_results
-from retinanet.paper.results import TableResult
+from retinanet.paper.claims import collect_results
+from retinanet.paper.results import Outcome, Result, TableResult
 from retinanet.paper.tables import EXPERIMENTS
 
 
 def example() -> TableResult:
     outcomes = {
         **trainings(a=(0.30, 0.32), b=(0.25,)),
-        "c": [Outcome(0, "diverged"), Outcome(1, "failed", note="disk | full")],
+        "c": [Outcome(0, Result("diverged")), Outcome(1, Result("failed", note="disk | full"))],
     }
     return collect(outcomes, OVER, milliseconds={"a": 12.34})
 

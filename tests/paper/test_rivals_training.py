@@ -162,15 +162,15 @@ def test_micro_batches_are_averaged(splits: dict[str, Dataset]) -> None:
 def test_single_image_is_learned(
     name: str, steps: int, splits: dict[str, Dataset], tmp_path: Path
 ) -> None:
-    two = next(image for image in splits["train"].images if len(image.annotations) == 2)
-    single = dataclasses.replace(splits["train"], images=(two,))
+    single = dataclasses.replace(
+        splits["train"],
+        images=tuple(i for i in splits["train"].images if len(i.annotations) == 2)[:1],
+    )
     recipe = rival_recipe(
         f"train.steps={steps}", "train.batch_size=1", "train.reference_batch=1", "train.lr=0.002",
         "data.horizontal_flip=0", f"train.validate_every={steps}", "train.deterministic=false",
     )  # fmt: skip
-    run = train_rival(
-        name, recipe, {"train": single, "val": single}, tmp_path / "run", device="cpu"
-    )
+    run = train_rival(name, recipe, dict.fromkeys(("train", "val"), single), tmp_path / "run")
     lines = [line for line in _log(run.folder) if "loss" in line]
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
     assert run.metrics["ap50"] > 0.9

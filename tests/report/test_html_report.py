@@ -33,7 +33,7 @@ class Parsed(HTMLParser):
         self.addresses: list[str] = []
         self.feed(page)
         self.text = " ".join(" ".join(self.words).split())
-        assert all(address.startswith(("data:image/", "#")) for address in self.addresses)
+        assert all(a.startswith(("data:image/", "#", "a%20b")) for a in self.addresses)
         assert not {"script", "link", "iframe"} & set(self.tags)
         assert "@import" not in page
         assert "url(" not in page
@@ -74,7 +74,7 @@ def test_page_text_is_escaped_and_numbers_formatted(tmp_path: Path) -> None:
     rows = [["focal", 0.5, 90000], ["<plain>", float("nan"), 10]]
     page.table(["loss", "AP", "steps"], rows, caption="by loss", strong=[0])
     page.section("Settings").code("a = '<b>'", folded="config.toml")
-    page.link("Run", "#run", "its <folder>")
+    page.links({"Run": {"its <folder>": "a b"}}, folded="Runs")
     file = page.write(tmp_path / "deep" / "page.html")
     seen = Parsed(file.read_text("utf-8"))
     for words in (
@@ -83,8 +83,8 @@ def test_page_text_is_escaped_and_numbers_formatted(tmp_path: Path) -> None:
         "Run: its <folder>",
     ):
         assert words in seen.text
-    assert seen.addresses == ["#s0", "#s1", "#run"]
-    assert (seen.tags.count("section"), seen.tags.count("details")) == (2, 1)
+    assert seen.addresses == ["#s0", "#s1", "a%20b"]
+    assert (seen.tags.count("section"), seen.tags.count("details")) == (2, 2)
     with pytest.raises(ValueError, match="call section"):
         Page("Empty").text("lost")
 

@@ -374,6 +374,21 @@ def test_train_images_in_both_splits_give_a_warning(tiny_data: Path, tmp_path: P
     assert f"2 images are in both train and val, the first: {split.images[1].path}" in warnings[0]
 
 
+def test_classes_without_an_object_to_train_on_are_named(tiny_data: Path) -> None:
+    splits = {
+        name: dataclasses.replace(
+            split, classes=(*split.classes, "cow"), category_ids=(*split.category_ids, 99)
+        )
+        for name, split in read_splits(tiny_data).items()
+    }
+    warnings: list[str] = []
+    read_training_data(
+        splits, tiny_recipe(), lambda kind, /, **data: warnings.append(data["message"])
+    )
+    text = "warning: 1 of 4 classes have no object to train on and will not be detected: cow"
+    assert warnings == [text]
+
+
 def test_train_errors_before_anything_is_written(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,8 @@ def test_keywords_are_settings_by_their_last_names(trained_with: list[Recipe]) -
 
 def test_steps_replace_the_epochs_of_the_recipe(trained_with: list[Recipe]) -> None:
     rn.train("data", out="out", steps=5)
+    rn.train("data", out="out", steps=5, epochs=None, lr=None)
+    assert trained_with[0] == trained_with[1]
     assert (trained_with[0].train.steps, trained_with[0].train.epochs) == (5, None)
 
 
@@ -72,7 +74,7 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"lr0": 0.1}, "unknown keyword 'lr0'; did you mean lr?"),
         ({"imgsz": 640}, "unknown keyword 'imgsz'; did you mean image_size?"),
         ({"epoch": 3}, "unknown keyword 'epoch'; did you mean epochs?"),
-        ({"steps": 5, "epochs": 3}, "train.steps and train.epochs both set the length"),
+        ({"steps": 5, "epochs": 3}, "train.steps and train.epochs each set the length"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import Stop, assert_same_weights, messages, stop_at, tiny_recipe
 
+from retinanet.cli.training import describe_start
 from retinanet.data import digest, read_splits
 from retinanet.data.dataset import Dataset
 from retinanet.data.tiling import tile_dataset
@@ -36,7 +37,8 @@ def test_train_on_tiles_resumes_and_evaluates_whole_images(tiny_data: Path, tmp_
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
     assert_same_weights(whole.folder, run.folder)
     (start,) = (event.data for event in events if event.kind == "start")
-    assert start["images"] == 12 * 9
+    assert (start["images"], start["tiles"]) == (12, 12 * 9)
+    assert "training on 108 tiles of 12 images" in describe_start("start", start)
     assert "train: 108 tiles of 32 pixels and smaller images" in start["data"][-1]
     info = json.loads((run.folder / "run.json").read_text())
     splits = read_splits(tiny_data, extras=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -95,21 +95,18 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Result of a benchmark against one rival.
+    """Result of a benchmark against one rival; None: not measured.
 
     Attributes:
         stage: a name of :data:`retinanet.bench.STAGES`.
         case, size: of the case.
         rival: name of the rival; empty: none.
-        ours: our time; None: it did not run, see `note` or `error`.
-        theirs: time of the rival.
+        ours, theirs: times; `ours` is None if it did not run, see `note` or `error`.
         first_call: seconds of our first call, which compiles and allocates.
-        speedup: theirs / ours, median over rounds.
-        speedup_low, speedup_high: its quartiles.
+        speedup, speedup_low, speedup_high: theirs / ours, median and quartiles over rounds.
         limit: name of the machine's limit; empty: none.
         limit_fraction: the limit's time / ours, median over rounds; 1 is the limit.
-        memory, rival_memory: peak memory of a call in bytes, above the memory before it; None: not
-            measured.
+        memory, rival_memory: peak memory of a call in bytes, above the memory before it.
         input_bytes: bytes of the logits.
         difference: difference of the two outputs.
         note: implementation that ran, or why the case was skipped.
@@ -135,12 +132,8 @@ class Row:
     note: str = ""
     error: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """Read the values of :meth:`to_dict`."""
+        """Read the values of :func:`dataclasses.asdict`."""
         timings = {name: values[name] and Timing(**values[name]) for name in ("ours", "theirs")}
         return cls(**{**values, **timings})

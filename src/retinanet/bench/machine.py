@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -26,7 +26,7 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the results depend on.
+    """Properties of a machine that the results depend on.
 
     Attributes:
         processor, gpu: names; no GPU: empty.
@@ -47,10 +47,6 @@ class Machine:
     native: bool
     versions: dict[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Describe the machine in a few lines."""
         cores = f"{count(self.cores, 'core')}, {count(self.threads, 'thread')}"
@@ -69,10 +65,8 @@ def describe_machine(device: torch.device) -> Machine:
     kernel, is_native = describe_kernel(device)
     versions = {"Python": sys.version.split()[0]}
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     units = [name for query, name in _UNITS.items() if getattr(torch.cpu, query, bool)()]
     return Machine(
         processor=_processor(),
@@ -97,10 +91,7 @@ def describe_kernel(device: torch.device) -> tuple[str, bool]:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # Linux
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

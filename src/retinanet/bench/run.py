@@ -134,33 +134,28 @@ def run(
     rivals = [rival for rival in benchmark.rivals if rival.name in differences]
     benchmark = replace(benchmark, rivals=rivals)
     times = _measure(benchmark, first_calls, setting.device, rounds, seconds)
-    ours = times[_OURS]
     row = replace(
         row,
-        ours=_timing(ours),
+        ours=_timing(times[_OURS]),
         first_call=first_calls[_OURS],
         note=benchmark.note,
         input_bytes=benchmark.input_bytes,
     )
-    if benchmark.limit is not None:
-        fractions = [
-            benchmark.limit.factor * a / b for a, b in zip(times[_LIMIT], ours, strict=True)
-        ]
-        median = statistics.median(fractions)
-        row = replace(row, limit=benchmark.limit.name, limit_fraction=median)
+    if limit := benchmark.limit:
+        fraction = statistics.median(limit.factor * x for x in _ratios(times[_LIMIT], times[_OURS]))
+        row = replace(row, limit=limit.name, limit_fraction=fraction)
     memory = memory and benchmark.memory
-    del benchmark, rivals  # free their tensors before other processes are measured
+    del benchmark, rivals, limit  # free their tensors before other processes are measured
     gc.collect()
     if memory:
         row = _with_memory(row, setting, "memory")
     rows = []
     for name, difference in differences.items():
-        theirs = _timing(times[name])
-        speedup = _timing([b / a for a, b in zip(ours, times[name], strict=True)])
+        speedup = _timing(_ratios(times[name], times[_OURS]))
         of_rival = replace(
             row,
             rival=name,
-            theirs=theirs,
+            theirs=_timing(times[name]),
             speedup=speedup.median,
             speedup_low=speedup.low,
             speedup_high=speedup.high,
@@ -168,6 +163,10 @@ def run(
         )
         rows.append(_with_memory(of_rival, setting, "rival_memory") if memory else of_rival)
     return (rows or [row]) + failed
+
+
+def _ratios(times: Sequence[float], of: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(times, of, strict=True)]
 
 
 def _compare(

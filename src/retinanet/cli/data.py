@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
+_MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
 _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
@@ -64,6 +65,11 @@ class CheckOptions(FormatOptions):
 
     fix: Path | None = option("Write a corrected copy; the data are never modified.", metavar="DIR")
     all: bool = option("Print every problem.", False)
+    decode: bool = option(
+        "Decode every image, to find damaged pixels and equal ones in two splits; always for up "
+        f"to {_MAX_DECODED} images and with --fix.",
+        False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +108,6 @@ def check(
     The exit code is 1 if problems were found, 0 if there are none or --fix wrote a copy.
     """
     from retinanet.data import check_datasets, read_splits, write_fixed
-    from retinanet.training.settings_from_data import values
 
     config = recipe.load()
     splits = read_splits(
@@ -110,8 +115,14 @@ def check(
     )
     for line in next(iter(splits.values())).description:
         note(line)
+    num_images = sum(map(len, splits.values()))
+    decode = options.decode or options.fix is not None or num_images <= _MAX_DECODED
     with progress("opening images") as update:
-        report = check_datasets(splits, progress=update)
+        report = check_datasets(splits, decode=decode, progress=update)
+    if not decode:
+        note(f"read the headers of {num_images} images; --decode also checks their pixels")
+    from retinanet.training.settings_from_data import values  # torch
+
     recall, choices = None, []
     if any(split.objects for split in report.statistics.values()):
         known = _with_known_size(splits, report)
@@ -136,7 +147,7 @@ def check(
         if choices:
             show_choices([asdict(choice) for choice in choices])
         if recall is not None:
-            _show_recall(recall)
+            _show_recall(recall, config.choose(values(choices)).data.tile)
         if tile is not None:
             say(
                 f"objects are small against their images: train on tiles, data.tile={tile} "
@@ -261,7 +272,7 @@ def anchors(
         tried = [{"settings": changes, **result.to_dict()} for _, changes, result in results]
         print_json({"tried": tried, "suggested": suggested})
         return
-    _show_recall(results[0][2])
+    _show_recall(results[0][2], config.data.tile)
     table(
         "Anchor recall of other settings, cheapest first",
         ["pixels", "anchors", "all", *results[0][2].by_size, "mean IoU"],
@@ -327,10 +338,10 @@ def _with_choices(
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
     from retinanet.data import anchor_recall
-    from retinanet.training.data import recipe_anchors
+    from retinanet.training.data import recipe_anchors, tiles_to_train
 
     return anchor_recall(
-        splits,
+        {name: tiles_to_train(split, config) for name, split in splits.items() if len(split)},
         recipe_anchors(config),
         config.data.image_size,
         config.data.max_size,
@@ -414,10 +425,11 @@ def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
         say(f"and {len(frequent) - _SHOWN_CLASSES} more classes")
 
 
-def _show_recall(result: AnchorRecall) -> None:
+def _show_recall(result: AnchorRecall, tile: int | None) -> None:
     sizes = ", ".join(f"{name} {recall}" for name, recall in _size_recalls(result).items())
+    tiles = f" in tiles of {tile} px" if tile else ""
     say(
-        f"anchor recall {result.recall:.1%} of {result.objects} objects "
+        f"anchor recall {result.recall:.1%} of {result.objects} objects{tiles} "
         f"(IoU {result.foreground_iou:g} at {result.image_size} px): {sizes}"
     )
 

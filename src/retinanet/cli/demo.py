@@ -180,6 +180,6 @@ def _write_comparison(
     for result in results:
         page.section(result.loss.capitalize())
         address = f"{result.folder.name}/report.html"
-        page.link("Training", address, address)
+        page.links({"Training": {address: address}})
         add_metrics(page, result.metrics, result.folder / "evaluation" / "test" / "plots")
     page.write(file)

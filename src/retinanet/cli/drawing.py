@@ -13,18 +13,16 @@ from torch import Tensor
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import Recipe
-from retinanet.data import Annotation, Dataset, LabelledImage, usable
+from retinanet.data import Annotation, Dataset, LabelledImage
 from retinanet.data.balance import epoch_size
 from retinanet.data.drawing import PALETTE, draw_boxes
 from retinanet.data.images import pad_batch, padding_colour, read_image, resize_to
 from retinanet.data.loading import train_loader
-from retinanet.data.selection import select
-from retinanet.data.tiling import tile_dataset
 from retinanet.errors import DataError
 from retinanet.matching import match_anchors
 from retinanet.model.backbone import IMAGENET_MEAN
 from retinanet.structures import BACKGROUND, IGNORED, pad_targets
-from retinanet.training.data import recipe_anchors
+from retinanet.training.data import images_to_train, recipe_anchors, tiles_to_train
 
 _WHITE = (255, 255, 255)
 _RED = (255, 0, 0)
@@ -94,9 +92,7 @@ def draw_augmented(
         DataError, ConfigError: as :func:`retinanet.data.loading.train_loader`.
     """
     settings = recipe.data.model_copy(update={"close_augmentation": 0.0})
-    chosen, _ = usable(select(dataset, settings.classes, settings.single_class))
-    if settings.tile is not None:
-        chosen = tile_dataset(chosen, settings.tile, settings.tile_overlap)
+    chosen = tiles_to_train(images_to_train(dataset, recipe)[0], recipe)
     count = count or epoch_size(chosen, settings)
     batch_size = recipe.train.batch_size // recipe.train.accumulate
     folder.mkdir(parents=True, exist_ok=True)

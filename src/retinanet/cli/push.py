@@ -67,6 +67,6 @@ def push(
         return
     done = push_run(run, repository, progress=note, **vars(card), **vars(options))
     if json:
-        print_json({"name": done.name, "url": done.url, "commit": done.commit, "files": done.files})
+        print_json(done._asdict())
     else:
         say(f"{done.name} is at {done.url}")

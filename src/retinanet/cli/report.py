@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +120,7 @@ def speed_accuracy(
             rounds=options.rounds,
             images=options.images,
             batch_size=options.batch_size,
-            machine={"name": machine.name, **machine.to_dict()},
+            machine={"name": machine.name, **asdict(machine)},
             progress=update,
             **vars(engine),
         )
@@ -129,8 +129,8 @@ def speed_accuracy(
     files = [_write_json(stem, content)]
     marks = speed_marks(result)
     if marks:
-        where = f"{Path(result.source).name} ({result.split}), {result.images} images"
-        files = [*plot_speed_accuracy(marks, stem, where=where, machine=machine.name), *files]
+        data = f"{Path(result.source).name} ({result.split}), {result.images} images"
+        files = [*plot_speed_accuracy(marks, stem, data=data, machine=machine.name), *files]
     if json:
         print_json(content)
         return
@@ -160,12 +160,13 @@ def _print_distribution(result: LossDistribution) -> None:
 
 
 def _print_speed(result: SpeedAccuracy) -> None:
+    columns = ("AP", "AP50", "APs", "APm", "APl")
     table(
         f"{result.images} images; {result.timed} timed singly, {result.rounds} rounds",
-        ["model", "scale", "AP", "AP50", "APs", "APm", "APl", "ms (quartiles)"],
+        ["model", "scale", *columns, "ms (quartiles)"],
         [
             (
-                *(p.model, p.scale, p.ap, p.ap50, p.ap_small, p.ap_medium, p.ap_large),
+                *(p.model, p.scale, *(p.metrics[column] for column in columns)),
                 f"{p.milliseconds:.1f} ({p.milliseconds_low:.1f}-{p.milliseconds_high:.1f})",
             )
             for p in result.points

@@ -140,17 +140,15 @@ class _Display(Progress):
 
 def choose_for(config: Recipe, splits: Mapping[str, Dataset]) -> list[Choice]:
     """Choose settings as ``train`` does on this machine; none without a train split."""
-    from retinanet.data import usable
-    from retinanet.data.selection import select
     from retinanet.model.precision import choose_device
+    from retinanet.training.data import images_to_train
     from retinanet.training.settings_from_data import choose_settings
 
     if "train" not in splits:
         return []
-    train, _ = usable(select(splits["train"], config.data.classes, config.data.single_class))
     return choose_settings(
         config,
-        train,
+        images_to_train(splits["train"], config)[0],
         num_val=len(splits.get("val", ())),
         on_gpu=choose_device().type != "cpu",
     )
@@ -170,10 +168,11 @@ def show_choices(choices: Sequence[Mapping[str, Any]], console: Console = out) -
 def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """Describe the training in a line."""
     begins = "training" if kind == "start" else f"resuming from step {data['step']}"
+    tiles = f"{data['tiles']} tiles of " if data["tiles"] else ""
     processes = "process" if data["processes"] == 1 else "processes"
     return (
-        f"{begins} on {data['images']} images, {data['classes']} classes: {data['steps']} steps "
-        f"of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
+        f"{begins} on {tiles}{data['images']} images, {data['classes']} classes: "
+        f"{data['steps']} steps of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
         f"{data['processes']} {processes} on {data['device']}, {data['precision']}; "
         f"split: {data['split_origin']}"
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from retinanet.data.image_files import IMAGE_SUFFIXES
 from retinanet.data.splits import split_word
@@ -45,7 +45,7 @@ def is_image(name: str | Path) -> bool:
 
 def fold(name: str) -> str:
     """Return a name for comparison: without case, accents composed (macOS decomposes them)."""
-    return unicodedata.normalize("NFC", name).casefold()
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
 def can_be_a_file(name: str) -> bool:
@@ -134,6 +134,7 @@ class Tree:
         label_files: `files`; of a label file, itself.
         images: the images below `root`.
         skipped: folders of detections and of training runs, which are not searched.
+        memo: what a format has read to find its files, and needs again to read them.
     """
 
     def __init__(self, path: Path, *, extras: bool = True) -> None:
@@ -146,6 +147,8 @@ class Tree:
         self.images = [file for file in files if is_image(file.name)]
         self.files = [file for file in files if not is_image(file.name)]
         self.label_files = self.files if is_folder else [path]
+        self.memo: dict[object, Any] = {}
+        self._splits: dict[Path, str] = {}
         for _ in range(_MAX_CLIMB):
             # From labels/, or labels/train/, to the folder beside them; no further.
             names = (self.root.name, self.root.parent.name)
@@ -156,7 +159,14 @@ class Tree:
 
     def with_suffix(self, *suffixes: str) -> list[Path]:
         """Return the label files with one of these lower-case suffixes."""
-        return [file for file in self.label_files if file.suffix.lower() in suffixes]
+        return [file for suffix in suffixes for file in self._by_suffix.get(suffix, ())]
+
+    @cached_property
+    def _by_suffix(self) -> dict[str, list[Path]]:
+        groups: dict[str, list[Path]] = defaultdict(list)
+        for file in self.label_files:
+            groups[file.suffix.lower()].append(file)
+        return dict(groups)
 
     def split_of(self, file: Path, *, by_name: bool = False) -> str:
         """Return the split that the folders of a file below `top` indicate, or ``""``.
@@ -166,12 +176,13 @@ class Tree:
             by_name: a file of many images may also be named after its split.
         """
         word = split_word(file.stem) if by_name else None
-        for base in (self.top, self.root):
-            if word or not file.is_relative_to(base):
-                continue
-            parts = reversed(file.parent.parts[len(base.parts) :])
-            return next(filter(None, map(split_word, parts)), None) or ""
-        return word or ""
+        folder = file.parent
+        if folder not in self._splits:
+            inside = (base for base in (self.top, self.root) if folder.is_relative_to(base))
+            base = next(inside, folder)
+            parts = reversed(folder.parts[len(base.parts) :])
+            self._splits[folder] = next(filter(None, map(split_word, parts)), "")
+        return word or self._splits[folder]
 
     def group(self, files: Iterable[Path], *, by_name: bool = False) -> dict[str, list[Path]]:
         """Group files by split; ``""`` has those without one."""
@@ -198,6 +209,10 @@ class Tree:
     @cached_property
     def _by_stem(self) -> dict[str, list[Path]]:
         return _index(self.images, lambda path: path.stem)
+
+    def has_stem(self, file: Path) -> bool:
+        """Whether an image has the stem of a label file."""
+        return fold(file.stem) in self._by_stem
 
     def find_image(
         self, names: Iterable[str], label_file: Path, split: str, *, by_stem: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.formats import WRITABLE
 from retinanet.data.formats.labels import JSON_TEXT
 from retinanet.data.formats.writing import Placing, Writing
+from retinanet.data.selection import relabel
 from retinanet.errors import DataError
 
 
@@ -49,7 +51,7 @@ def write_fixed(
         raise DataError(f"{unknown[0]}: was not checked; check these splits first")
     repeated = {(split, index) for split, index, _ in in_two_splits(splits, report.image_info)}
     fixed: dict[str, Dataset] = {}
-    for name, dataset in splits.items():
+    for name, dataset in _merge_similar(splits).items():
         kept = [
             _fixed_image(image, report.image_info[image.path])
             for index, image in enumerate(dataset.images)
@@ -63,6 +65,34 @@ def write_fixed(
     suffixes = {path: info.suffix for path, info in report.image_info.items() if info.suffix}
     writing = Writing(fixed, Path(folder), images, suffixes, progress)
     return write(writing, form if form in WRITABLE else "coco")
+
+
+def _merge_similar(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Merge classes that differ in case or blanks into the one of the most objects.
+
+    Single characters, as of texts, are left: a is not A.
+    """
+    counts = Counter(
+        dataset.classes[annotation.label]
+        for dataset in splits.values()
+        for image in dataset.images
+        for annotation in image.annotations
+    )
+    merged: dict[str, Dataset] = {}
+    for split, dataset in splits.items():
+        groups: dict[str, list[str]] = {}
+        for name in dataset.classes:
+            key = name.strip().casefold()
+            groups.setdefault(name if len(key) == 1 else key, []).append(name)
+        best = {n: max(names, key=lambda n: counts[n]) for names in groups.values() for n in names}
+        kept = [label for label, name in enumerate(dataset.classes) if best[name] == name]
+        if len(kept) == len(dataset.classes):
+            merged[split] = dataset
+            continue
+        new = {dataset.classes[label]: number for number, label in enumerate(kept)}
+        labels = {label: new[best[name]] for label, name in enumerate(dataset.classes)}
+        merged[split] = relabel(dataset, labels, kept)
+    return merged
 
 
 def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:

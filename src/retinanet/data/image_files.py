@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from retinanet.data.archives import find_member
+from retinanet.data.cpus import usable_cpus
 from retinanet.errors import ImageError, RetinaNetError
 
 IMAGE_SUFFIXES = frozenset(
@@ -24,6 +27,8 @@ IMAGE_SUFFIXES = frozenset(
 
 EncodedImage = bytes | bytearray | memoryview
 """The bytes of an image file."""
+
+_CHUNK = 64  # images that a thread reads at a time
 
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
 
@@ -55,8 +60,32 @@ def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]
     Raises:
         ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
     """
+    with quiet():
+        return _upright_size(source)
+
+
+def image_sizes(
+    paths: Sequence[str | os.PathLike[str]],
+) -> list[tuple[int, int] | ImageError]:
+    """Return the sizes of many images, read in threads; the error of those that cannot be read."""
+
+    def read(chunk: Sequence[str | os.PathLike[str]]) -> list[tuple[int, int] | ImageError]:
+        sizes: list[tuple[int, int] | ImageError] = []
+        for path in chunk:
+            try:
+                sizes.append(_upright_size(path))
+            except ImageError as error:
+                sizes.append(error)
+        return sizes
+
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    with quiet(), ThreadPoolExecutor(min(16, 4 * usable_cpus())) as pool:
+        return list(chain.from_iterable(pool.map(read, chunks)))
+
+
+def _upright_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
     name, file = open_source(source)
-    with image_errors(name), quiet(), Image.open(file) as image:
+    with image_errors(name), Image.open(file) as image:
         width, height = image.size
         # Pillow states the size of a TIFF after its orientation, of all others before it.
         sideways = image.format != "TIFF" and exif_orientation(image) in SIDEWAYS

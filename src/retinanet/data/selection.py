@@ -50,31 +50,43 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     labels = labels_of(names, dataset.classes, dataset.source)
     if len(labels) == len(dataset.classes):
         return dataset
-    new_labels = {label: new for new, label in enumerate(labels)}
+    chosen = relabel(dataset, {label: new for new, label in enumerate(labels)}, labels)
+    removed = _num_objects(dataset.images) - _num_objects(chosen.images)
+    line = (
+        f"{dataset.split}: {len(labels)} of {len(dataset.classes)} classes are selected: "
+        f"{', '.join(chosen.classes)}; objects of other classes, removed: {removed}"
+    )
+    return replace(chosen, description=(*dataset.description, line))
+
+
+def relabel(dataset: Dataset, labels: Mapping[int, int], kept: Sequence[int]) -> Dataset:
+    """Give objects other labels, and keep the classes of some labels only.
+
+    Args:
+        dataset: any.
+        labels: the new labels by the old ones; objects of others are removed.
+        kept: the old label whose class each new one has.
+    """
     images = tuple(
         replace(
             image,
             annotations=tuple(
-                replace(annotation, label=new_labels[annotation.label])
+                replace(annotation, label=labels[annotation.label])
                 for annotation in image.annotations
-                if annotation.label in new_labels
+                if annotation.label in labels
             ),
         )
         for image in dataset.images
     )
-    classes = tuple(dataset.classes[label] for label in labels)
-    removed = _num_objects(dataset.images) - _num_objects(images)
+    extra = dict(dataset.extra)
+    if CATEGORY_EXTRAS in extra:
+        extra[CATEGORY_EXTRAS] = [extra[CATEGORY_EXTRAS][label] for label in kept]
     return replace(
         dataset,
         images=images,
-        classes=classes,
-        category_ids=tuple(dataset.category_ids[label] for label in labels),
-        extra=_extra(dataset, labels),
-        description=(
-            *dataset.description,
-            f"{dataset.split}: {len(classes)} of {len(dataset.classes)} classes are selected: "
-            f"{', '.join(classes)}; objects of other classes, removed: {removed}",
-        ),
+        classes=tuple(dataset.classes[label] for label in kept),
+        category_ids=tuple(dataset.category_ids[label] for label in kept),
+        extra=extra,
     )
 
 
@@ -82,20 +94,15 @@ def merge_classes(dataset: Dataset) -> Dataset:
     """Give all objects one class, named ``object``, with category id 1."""
     if dataset.classes == (SINGLE_CLASS,):
         return dataset
-    images = tuple(
-        replace(image, annotations=tuple(replace(a, label=0) for a in image.annotations))
-        for image in dataset.images
-    )
+    merged = relabel(dataset, dict.fromkeys(range(len(dataset.classes)), 0), [])
+    extra = {key: value for key, value in merged.extra.items() if key != CATEGORY_EXTRAS}
+    line = f"{dataset.split}: {len(dataset.classes)} classes are merged into {SINGLE_CLASS!r}"
     return replace(
-        dataset,
-        images=images,
+        merged,
         classes=(SINGLE_CLASS,),
         category_ids=(1,),
-        extra=_extra(dataset, ()),
-        description=(
-            *dataset.description,
-            f"{dataset.split}: {len(dataset.classes)} classes are merged into {SINGLE_CLASS!r}",
-        ),
+        extra=extra,
+        description=(*dataset.description, line),
     )
 
 
@@ -136,12 +143,3 @@ def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
 
 def _num_objects(images: Sequence[LabelledImage]) -> int:
     return sum(len(image.annotations) for image in images)
-
-
-def _extra(dataset: Dataset, labels: Sequence[int]) -> dict[str, Any]:
-    """Values of the whole data set, those of its classes only for `labels`; none: left out."""
-    extra = dict(dataset.extra)
-    per_class = extra.pop(CATEGORY_EXTRAS, None)
-    if per_class is not None and labels:
-        extra[CATEGORY_EXTRAS] = [per_class[label] for label in labels]
-    return extra

@@ -21,6 +21,7 @@ from retinanet.evaluation.results import Results
 from retinanet.inference.backends import Network, detections_of, output_anchors
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
+from retinanet.inference.parallel import map_network
 from retinanet.losses.detection import detection_losses
 from retinanet.postprocess import mirror_images
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
@@ -108,6 +109,7 @@ def run_inference(
     losses = None if loss is None else _MeanLoss(loss, model.num_classes, label_map)
     flip_tta = settings.pop("flip_tta", False)
 
+    @torch.inference_mode()  # several threads may call it
     def detect(batch: Batch) -> list[Detections]:
         outputs = network(batch.images)
         if losses is not None:
@@ -121,6 +123,7 @@ def run_inference(
     predictions = run_batches(
         detect,
         dataset,
+        network=network,
         device=network.device,
         fill=padding_colour(model.pixel_mean),
         image_size=image_size,
@@ -142,6 +145,7 @@ def run_batches(
     *,
     device: torch.device,
     batch_size: int,
+    network: Network | None = None,
     label_map: Sequence[int] | None = None,
     progress: Progress | None = None,
     **loading: Any,
@@ -151,6 +155,7 @@ def run_batches(
     Args:
         detect: from a batch on `device` to the detections in each of its images.
         dataset, device, batch_size, label_map, progress: as in :func:`run_inference`.
+        network: for one that several threads run (:func:`map_network`), which `detect` calls.
         loading: further arguments of :func:`~retinanet.data.loading.eval_loader`.
     """
     collected = _Collector(dataset, label_map, progress)
@@ -158,8 +163,13 @@ def run_batches(
     if len(dataset):
         loader = eval_loader(dataset, batch_size=1, on_unreadable=collected.skip, **loading)
         images = (image.to(device, non_blocking=True) for image in loader)
-    for batch in group_by_size(images, batch_size):
-        collected.add(batch.indices.tolist(), detect(batch))
+    batches = group_by_size(images, batch_size)
+
+    def call(batch: Batch) -> tuple[list[int], list[Detections]]:
+        return batch.indices.tolist(), detect(batch)
+
+    for found in map(call, batches) if network is None else map_network(network, call, batches):
+        collected.add(*found)
     return collected.predictions()
 
 
@@ -266,7 +276,7 @@ class _MeanLoss:
             self._settings = self._settings.model_copy(update={"normalizer": "batch"})
         self._num_classes = num_classes
         self._model_labels = None if label_map is None else invert_label_map(label_map)
-        self._sums: list[Tensor] = []
+        self._sums: dict[int, Tensor] = {}  # by a batch's first image, as threads end in any order
 
     def add(self, outputs: Outputs, anchors: list[Tensor], batch: Batch) -> None:
         """Add a batch."""
@@ -286,13 +296,15 @@ class _MeanLoss:
         class_divisor, class_count = per_image if self._class_per_image else per_anchor
         box_divisor, box_count = per_image if self._per_image else per_anchor
         class_sum, box_sum = losses.classification * class_divisor, losses.box * box_divisor
-        self._sums.append(_float64(torch.stack([class_sum, class_count, box_sum, box_count])))
+        sums = _float64(torch.stack([class_sum, class_count, box_sum, box_count]))
+        self._sums[int(batch.indices[0])] = sums
 
     def means(self) -> tuple[float | None, float | None]:
         """Classification and box loss; None without images."""
         if not self._sums:
             return None, None
-        class_sum, class_count, box_sum, box_count = torch.stack(self._sums).sum(dim=0).tolist()
+        ordered = [self._sums[index] for index in sorted(self._sums)]
+        class_sum, class_count, box_sum, box_count = torch.stack(ordered).sum(dim=0).tolist()
         return class_sum / max(1.0, class_count), box_sum / max(1.0, box_count)
 
 

@@ -50,8 +50,7 @@ def write_card(
     Args:
         facts: the model and its run, without paths.
         repository: ``OWNER/NAME``.
-        license: of the weights, by its name on the hub.
-        dataset: id of the data on the hub.
+        license, dataset: as in :func:`retinanet.hub.prepare`.
         splits: the data, for the numbers of objects; may be empty.
         examples: image files beside the card, and the numbers of detections drawn on them.
         drawn_score: score threshold of these detections.

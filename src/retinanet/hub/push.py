@@ -6,8 +6,9 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple, TypedDict, Unpack
 
 from retinanet.config import to_toml
 from retinanet.data import Dataset, digest, read_splits, usable
@@ -25,8 +26,24 @@ _NUM_EXAMPLES = 4
 _MAX_EXAMPLE_SIDE = 1024  # pixels
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
+class CardOptions(TypedDict, total=False):
+    """Options of the model card.
+
+    Attributes:
+        data: the data that the run was trained on, for counts and example images of ``val``, which
+            are then public with the card. None: neither.
+        license: of the weights, by its name on the hub.
+        dataset: id of the data on the hub.
+        device: for detection in the examples.
+    """
+
+    data: str | Path | None
+    license: str | None
+    dataset: str | None
+    device: str
+
+
+class Pushed(NamedTuple):
     """Result of :func:`push`.
 
     Attributes:
@@ -49,16 +66,13 @@ def push(
     private: bool = False,
     message: str | None = None,
     token: str | None = None,
-    data: str | Path | None = None,
-    license: str | None = None,
-    dataset: str | None = None,
-    device: str = "auto",
     progress: Callable[[str], None] = lambda message: None,
+    **card: Unpack[CardOptions],
 ) -> Pushed:
     """Push a run to the hub in one commit; the repository is created if it does not exist.
 
     Args:
-        run, repository, data, license, dataset, device: as in :func:`prepare`.
+        run, repository, card: as in :func:`prepare`.
         private: create a private repository; an existing public one is an error.
         message: commit message.
         token: None: that of huggingface_hub (``hf auth login``, ``HF_TOKEN``).
@@ -70,15 +84,11 @@ def push(
         MissingExtraError: huggingface_hub is not installed.
     """
     repository = _repository_name(repository)
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "hub") from None
     with tempfile.TemporaryDirectory() as draft:
-        files = prepare(
-            run, repository, draft, data=data, license=license, dataset=dataset, device=device
-        )
+        files = prepare(run, repository, draft, **card)
         progress(f"{len(files)} files are ready")
+        from huggingface_hub import HfApi
+
         api = HfApi(token=token, library_name="retinanet")
         try:
             api.create_repo(repository, private=private or None, exist_ok=True)
@@ -101,14 +111,7 @@ def push(
 
 
 def prepare(
-    run: str | Path,
-    repository: str,
-    folder: str | Path,
-    *,
-    data: str | Path | None = None,
-    license: str | None = None,
-    dataset: str | None = None,
-    device: str = "auto",
+    run: str | Path, repository: str, folder: str | Path, **card: Unpack[CardOptions]
 ) -> list[str]:
     """Write the files that :func:`push` uploads into `folder`.
 
@@ -119,11 +122,7 @@ def prepare(
         run: a run or checkpoint folder.
         repository: ``OWNER/NAME``.
         folder: a new or empty folder.
-        data: the data that the run was trained on, for counts and example images of ``val``, which
-            are then public with the card. None: neither.
-        license: of the weights, by its name on the hub.
-        dataset: id of the data on the hub.
-        device: for detection in the examples.
+        card: options of the model card.
 
     Returns:
         The files' names, sorted.
@@ -134,15 +133,14 @@ def prepare(
         DataError: `data` cannot be read, or is not what the run was trained on.
         MissingExtraError: huggingface_hub is not installed.
     """
-    try:
-        import huggingface_hub  # noqa: F401  # used by the card
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "hub") from None
+    if find_spec("huggingface_hub") is None:
+        raise MissingExtraError("huggingface_hub", "hub")
     repository = _repository_name(repository)
     facts = read_run(run)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"{folder} exists and is not an empty folder; give a new one")
+    data = card.get("data")
     splits = {} if data is None else _read_data(data, facts)
     target.mkdir(parents=True, exist_ok=True)
     facts = facts.public()
@@ -156,18 +154,19 @@ def prepare(
     drawn_score = float(score) if isinstance(score, float) and 0 < score < 1 else DETECTION_SCORE
     examples = []
     if "val" in splits:
+        device = card.get("device", "auto")
         examples = _draw(facts.checkpoint, splits["val"], target, drawn_score, device)
-    card = write_card(
+    text = write_card(
         facts,
         repository,
-        license=license,
-        dataset=dataset,
+        license=card.get("license"),
+        dataset=card.get("dataset"),
         splits=splits,
         examples=examples,
         drawn_score=drawn_score,
         megabytes=(target / WEIGHTS_FILE).stat().st_size / 1e6,
     )
-    write_atomic(target / "README.md", card)
+    write_atomic(target / "README.md", text)
     return sorted(f.relative_to(target).as_posix() for f in target.rglob("*") if f.is_file())
 
 

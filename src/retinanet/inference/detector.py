@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -48,6 +45,7 @@ from retinanet.inference.exported import (
     is_exported,
     read_exported,
 )
+from retinanet.inference.parallel import map_ahead, map_network
 from retinanet.inference.sources import Source, find_sources, is_single, iter_sources
 from retinanet.inference.tiles import (
     Part,
@@ -286,17 +284,19 @@ class Detector:
         given = thresholds.get("detections_per_image")
         max_detections = self._max_detections if given is None else given
         workers = max(1, min(4, os.cpu_count() or 1) if workers is None else workers)
-        pieces = _read_ahead(
-            cut_images(listed, side, overlap),
+        pieces = map_ahead(
             partial(self._read, keep_pixels=keep_pixels),
-            workers=workers,
-            ahead=workers + batch_size,
+            cut_images(listed, side, overlap),
+            workers,
+            ahead=batch_size,
         )
-        batches = _batches(pieces, batch_size)
+        batches = map_network(
+            self.network, partial(self._detect_batch, settings), _batches(pieces, batch_size)
+        )
         return (
             result
             for batch in batches
-            for result in self._detect_pieces(batch, settings, max_detections)
+            for result in self._merge_pieces(batch, settings, max_detections)
         )
 
     def prepare(self, image: Source | ImageSource, *, keep_pixels: bool = False) -> Prepared:
@@ -396,8 +396,12 @@ class Detector:
                 continue  # reported when detection reads it
             yield pad_batch([image], fill=self._fill)[0]
 
-    def _read(self, piece: Piece, *, keep_pixels: bool) -> Prepared | None:
-        """Read a piece; a failure is recorded in its image."""
+    def _read(self, piece: Piece, *, keep_pixels: bool) -> _Read:
+        """Read a piece."""
+        return piece, self._prepare_piece(piece, keep_pixels=keep_pixels)
+
+    def _prepare_piece(self, piece: Piece, *, keep_pixels: bool) -> Prepared | None:
+        """Read and resize a piece; a failure is recorded in its image."""
         image = piece.image
         if image.failure is not None or image.source is None:
             return None
@@ -413,16 +417,23 @@ class Detector:
             image.failure = image.source.failure(error)
             return None
 
-    def _detect_pieces(
-        self, batch: _Batch, thresholds: Thresholds, max_detections: int | None
-    ) -> Iterator[ImageDetections | Failure]:
-        """Detect in a batch; images in tiles keep `max_detections` boxes (None: all)."""
+    def _detect_batch(self, thresholds: Thresholds, batch: _Batch) -> _Detected:
+        """Detect in the pieces that could be read."""
         images = [prepared for _, prepared in batch if prepared is not None]
         results = iter(self.detect_prepared(images, **thresholds))
-        for piece, prepared in batch:
+        return [
+            (piece, prepared, None if prepared is None else next(results))
+            for piece, prepared in batch
+        ]
+
+    def _merge_pieces(
+        self, batch: _Detected, thresholds: Thresholds, max_detections: int | None
+    ) -> Iterator[ImageDetections | Failure]:
+        """Merge detections of pieces; images in tiles keep `max_detections` boxes (None: all)."""
+        for piece, prepared, objects in batch:
             image = piece.image
-            if prepared is not None:
-                image.parts.append(Part(piece.window, next(results)))
+            if objects is not None:
+                image.parts.append(Part(piece.window, objects))
             if image.failure is not None:
                 image.parts.clear()
             if not piece.is_last:
@@ -487,30 +498,7 @@ def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
 _Read = tuple[Piece, Prepared | None]
 """A piece and its pixels; None: its image failed."""
 _Batch = list[_Read]
-
-
-def _read_ahead(
-    pieces: Iterator[Piece],
-    read: Callable[[Piece], Prepared | None],
-    *,
-    workers: int,
-    ahead: int,
-) -> Iterator[_Read]:
-    """Read pieces in threads, in order, at most `ahead` of them before they are needed."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="read-image") as pool:
-        pending: deque[tuple[Piece, Future[Prepared | None]]] = deque()
-        try:
-            while True:
-                for piece in islice(pieces, ahead - len(pending)):
-                    pending.append((piece, pool.submit(read, piece)))
-                if not pending:
-                    return
-                piece, future = pending.popleft()
-                yield piece, future.result()
-                del future
-        finally:
-            for _, future in pending:
-                future.cancel()
+_Detected = list[tuple[Piece, Prepared | None, Detections | None]]
 
 
 def _batches(pieces: Iterator[_Read], batch_size: int) -> Iterator[_Batch]:

@@ -141,6 +141,40 @@ def _log1p(e):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _value_and_slope(u, gamma, beta, STAR: tl.constexpr, POWER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Loss f(u) and slope f'(u) at the negated margin u = -x_t."""
+    if STAR:
+        u = u - beta / gamma
+        z = gamma * u
+    else:
+        z = u
+    # With e <= 1 nothing overflows: log(1 + e^z) = max(z, 0) + log(1 + e).
+    e = tl.exp(-tl.abs(z))
+    inverse = 1.0 / (1.0 + e)
+    tail = _log1p(e)
+    p = tl.where(z >= 0, 1.0, e) * inverse
+    if STAR:
+        loss = tl.maximum(u, 0.0) + tail / gamma
+        slope = p
+    elif POWER == 0:
+        loss = tl.maximum(u, 0.0) + tail
+        slope = p
+    else:
+        # f = p^gamma cost and f' = p^gamma (p + gamma (1 - p) cost).
+        cost = tl.maximum(u, 0.0) + tail
+        rest = tl.where(z >= 0, e, 1.0) * inverse
+        if POWER == 1:
+            factor = p
+        elif POWER == 2:
+            factor = p * p
+        else:
+            factor = tl.exp(gamma * (tl.minimum(u, 0.0) - tail))  # log p without another log
+        loss = factor * cost
+        slope = factor * (p + gamma * (rest * cost))
+    return loss, slope
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def loss_and_gradient(  # type: ignore[no-untyped-def]
     logits,
     labels,
@@ -189,36 +223,7 @@ def loss_and_gradient(  # type: ignore[no-untyped-def]
         alpha = tl.where(own, tl.load(positive), tl.load(negative))
     weight = weight * alpha
 
-    # u = -x_t, the negated margin; f(u) the loss and f'(u) its slope.
-    u = tl.where(own, -x, x)
-    if STAR:
-        u = u - beta / gamma
-        z = gamma * u
-    else:
-        z = u
-    # With e <= 1 nothing overflows: log(1 + e^z) = max(z, 0) + log(1 + e).
-    e = tl.exp(-tl.abs(z))
-    inverse = 1.0 / (1.0 + e)
-    tail = _log1p(e)
-    p = tl.where(z >= 0, 1.0, e) * inverse
-    if STAR:
-        loss = tl.maximum(u, 0.0) + tail / gamma
-        slope = p
-    elif POWER == 0:
-        loss = tl.maximum(u, 0.0) + tail
-        slope = p
-    else:
-        # f = p^gamma cost and f' = p^gamma (p + gamma (1 - p) cost).
-        cost = tl.maximum(u, 0.0) + tail
-        rest = tl.where(z >= 0, e, 1.0) * inverse
-        if POWER == 1:
-            factor = p
-        elif POWER == 2:
-            factor = p * p
-        else:
-            factor = tl.exp(gamma * (tl.minimum(u, 0.0) - tail))  # log p without another log
-        loss = factor * cost
-        slope = factor * (p + gamma * (rest * cost))
+    loss, slope = _value_and_slope(tl.where(own, -x, x), gamma, beta, STAR, POWER)
     tl.store(sums + tl.program_id(0), tl.sum(loss * weight))
     if WANTED:
         slope = tl.where(own, -slope, slope) * weight

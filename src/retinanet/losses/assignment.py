@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retinanet import own
 from retinanet.boxes import box_iou, decode_boxes
-from retinanet.config import QUALITY_LOSSES, LossSettings
+from retinanet.config import QUALITY_LOSSES, LossSettings, is_own
 from retinanet.matching import match_anchors, usable_labels
 from retinanet.structures import (
     BACKGROUND,
@@ -96,6 +97,8 @@ def assign_anchors(
             low_quality_matches=settings.low_quality_matches,
         )
         scores = None
+    elif is_own(settings.assignment):
+        matches, scores = own.match(settings.assignment, all_anchors, targets, outputs), None
     else:
         outputs = Outputs(*(tuple(level.detach() for level in levels) for levels in outputs))
         kinds = usable_labels(targets)

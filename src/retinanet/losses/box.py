@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, smooth_l1_loss
 
+from retinanet import own
 from retinanet.boxes import decode_boxes, encode_boxes
-from retinanet.config import LossConfig
+from retinanet.config import LossConfig, is_own
 
 BOX_LOSSES: tuple[str, ...] = get_args(LossConfig.model_fields["box"].annotation)
 """Every kind of box loss."""
@@ -39,7 +40,7 @@ def box_loss(
     Source: Lin et al. 2017, Sec. 4.1 (smooth L1); the paper gives no beta, Detectron's is .11.
 
     Args:
-        kind: a name in :data:`BOX_LOSSES`.
+        kind: a name in :data:`BOX_LOSSES`, or ``module:NAME`` of an own one.
         predicted_deltas: (N, 4) dx, dy, dw, dh, any float type; computed in float32 or wider.
         anchors: (N, 4) pixels.
         target_boxes: (N, 4) pixels, each with width and height above 0.
@@ -51,7 +52,7 @@ def box_loss(
     Raises:
         ValueError: the kind is unknown, shapes differ, or beta is not above 0.
     """
-    if kind not in BOX_LOSSES:
+    if kind not in BOX_LOSSES and not is_own(kind):
         raise ValueError(f"box loss is one of {', '.join(BOX_LOSSES)}, got {kind!r}")
     shapes = [tuple(values.shape) for values in (predicted_deltas, anchors, target_boxes)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][1] != 4:
@@ -68,6 +69,8 @@ def box_loss(
         return smooth_l1_loss(deltas, targets, reduction="none", beta=beta).sum(dim=1)
     bounded = torch.cat((deltas[:, :2], deltas[:, 2:].clamp(min=_MIN_LOG_SCALE)), dim=1)
     predicted = decode_boxes(bounded, anchors)
+    if is_own(kind):
+        return own.box_loss(kind, predicted, boxes)
     pair = _compare(predicted, boxes)
     if kind == "giou":
         # 1 - IoU + the share of the enclosing box that neither box fills

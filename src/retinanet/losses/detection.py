@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retinanet import own
 from retinanet.boxes import decode_boxes
-from retinanet.config import LossConfig, LossSettings
+from retinanet.config import LossConfig, LossSettings, is_own
 from retinanet.losses.assignment import Assignment, assign_anchors
 from retinanet.losses.box import box_loss
 from retinanet.losses.focal import make_formula, weighted_sum
@@ -167,6 +168,8 @@ def classification_loss(
             f"{tuple(weights.shape)}"
         )
     kind = settings.classification
+    if is_own(kind):
+        return own.classification_loss(kind, torch.cat(list(logits), dim=1), labels, weights)
     if kind == "cross_entropy":
         formula = make_formula("focal", gamma=0.0)
     else:

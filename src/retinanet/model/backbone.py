@@ -7,7 +7,6 @@ strides 4, 8, 16 and 32.
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import re
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.config import check_choice, nearest
+from retinanet.config import check_choice, is_own, nearest
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.model.blocks import (
     BasicBlock,
@@ -35,6 +34,7 @@ from retinanet.model.blocks import (
     residual_stage,
 )
 from retinanet.model.weight_files import read_tensors
+from retinanet.own import find_module
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -274,49 +274,6 @@ class OwnBackbone(Backbone):
         )
 
 
-def is_own(name: str) -> bool:
-    """Return True for the import path of an own backbone, ``module:NAME``."""
-    return ":" in name and not name.startswith("timm/")
-
-
-def import_own(name: str) -> None:
-    """Import the module of an own backbone; do nothing for other backbones.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    if is_own(name):
-        try:
-            importlib.import_module(name.partition(":")[0])
-        except ImportError as error:
-            raise ConfigError(f"backbone {name!r} cannot be imported: {error}") from None
-
-
-def _build_own(name: str) -> Backbone:
-    """Build the class of an import path; nothing is imported, so loading a checkpoint is safe.
-
-    Raises:
-        ConfigError: its module is not imported, or has no such class of ``torch.nn.Module``.
-    """
-    module, _, path = name.partition(":")
-    if module not in sys.modules:
-        raise ConfigError(
-            f"backbone {name!r}: the module {module} is not imported; import it before (loading a "
-            "checkpoint imports nothing)"
-        )
-    builder: Any = sys.modules[module]
-    for part in path.split("."):
-        builder = getattr(builder, part, None)
-    # Nothing else is called: the text of a checkpoint must not run a function of any module.
-    if not (isinstance(builder, type) and issubclass(builder, nn.Module)):
-        raise ConfigError(
-            f"backbone {name!r}: {module} has no class {path} of torch.nn.Module; define it at the "
-            "top level of a module, so that a checkpoint can name it"
-        )
-    net = builder()
-    return net if isinstance(net, Backbone) else OwnBackbone(net, name)
-
-
 BACKBONES: dict[str, Callable[[str, NormLayer], Backbone]] = {
     **dict.fromkeys(ResNet.blocks, ResNet),
     "mobilenet_v2": MobileNetV2,
@@ -357,7 +314,8 @@ def build_backbone(
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
     if is_own(name):
-        backbone = _build_own(name)
+        net = find_module("backbone", name)()
+        backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()
         return backbone.train()
@@ -389,6 +347,11 @@ def build_backbone(
             for parameter in stage:
                 parameter.requires_grad_(False)
     return backbone.train()
+
+
+def has_c2(name: str) -> bool:
+    """Return True if a backbone has a feature map at stride 4."""
+    return name in BACKBONES or bool(build_backbone(name).channels[0])
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

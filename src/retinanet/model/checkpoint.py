@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retinanet.config import ModelSpec, explain, repeated_names
+from retinanet.config import ModelSpec, explain, is_own, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
-from retinanet.model.backbone import check_state, is_own
+from retinanet.model.backbone import check_state
 from retinanet.model.foreign_weights import SUFFIXES, load_foreign
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
@@ -43,7 +43,7 @@ NETWORK = tuple(
 )
 
 # Settings that older files of version 1 lack: their defaults are what those networks have.
-ADDED = ("p7_relu", "stride_in_1x1")
+ADDED = ("p7_relu", "stride_in_1x1", "head")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,9 @@ def _read(folder: Path) -> Checkpoint:
     try:
         # Built without memory, so that a text that asks for too much is rejected first. (timm
         # computes tables while it builds a network, which need memory.)
-        on_meta = not text.spec.backbone.startswith("timm/") and not is_own(text.spec.backbone)
+        on_meta = not text.spec.backbone.startswith("timm/") and not any(
+            map(is_own, (text.spec.backbone, text.spec.head))
+        )
         with torch.device("meta" if on_meta else "cpu"):
             model = RetinaNet(len(text.classes), text.spec)
     except MissingExtraError:
@@ -370,12 +372,13 @@ def transfer_weights(
     loaded: list[str] = []
     skipped: list[tuple[str, str]] = []
     same_anchors = _cell(model) == _cell(source.model)
+    class_layer = f"class_head.{model.class_layer}."
     for name, tensor in target.items():
         if name not in given:
             skipped.append((name, "the source has none"))
-        elif name.startswith(("class_head.last.", "box_head.last.")) and not same_anchors:
-            skipped.append((name, "the anchors of a cell or the channels differ"))
-        elif name.startswith("class_head.last."):
+        elif name.startswith((class_layer, "box_head.last.")) and not same_anchors:
+            skipped.append((name, "the anchors of a cell, the channels or the head differ"))
+        elif name.startswith(class_layer):
             _copy_rows(tensor, given[name], source_names, source.classes)
         elif given[name].shape != tensor.shape:
             skipped.append((name, f"{list(given[name].shape)} instead of {list(tensor.shape)}"))
@@ -391,7 +394,7 @@ def transfer_weights(
         taken = {rows[name] for name in shared}
         for names, kept, owner in ((classes, shared, "source"), (source.classes, taken, "model")):
             skipped += [
-                (f"class_head.last: {name}", f"a class that the {owner} lacks")
+                (f"{class_layer[:-1]}: {name}", f"a class that the {owner} lacks")
                 for name in names
                 if name not in kept
             ]
@@ -411,7 +414,8 @@ def _shifted(name: str, levels: int) -> str:
 
 
 def _cell(model: RetinaNet) -> tuple[Any, ...]:
-    return model.anchors.scales, model.anchors.aspect_ratios, model.spec.channels
+    spec = model.spec
+    return model.anchors.scales, model.anchors.aspect_ratios, spec.channels, spec.head
 
 
 def _copy_rows(

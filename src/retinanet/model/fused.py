@@ -70,7 +70,8 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     if backbone is not None:
         copy.backbone = cast(Backbone, backbone)
     for head in (copy.class_head, copy.box_head):
-        _fuse_head(head)
+        if isinstance(head, Head):
+            _fuse_head(head)
     _fuse_plain(copy)
     convolutions = [module for module in copy.modules() if isinstance(module, FusedConv2d)]
     # pixel_mean and pixel_std stay exact; forward() computes with them in float32.
@@ -145,7 +146,8 @@ class FusedConv2d(nn.Module):
         self.margins = conv.margins if isinstance(conv, BackboneConv2d) else ()
         self.activation = activation
         self.shapes_kept: int | None = None
-        self._packed: dict[torch.Size, Tensor | None] = {}  # the last used last
+        # By number of threads and input shape, the last used last.
+        self._packed: dict[int, dict[torch.Size, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors in oneDNN's layout cannot be copied or pickled: a copy packs its own.
@@ -154,19 +156,21 @@ class FusedConv2d(nn.Module):
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """Return the weight packed for inputs of this shape, from their second occurrence on.
 
-        The layout depends on the shape, and a convolution with the layout of another shape can take
-        a hundred times as long. A weight that is not packed is packed by oneDNN at each call.
+        The layout depends on the shape and the number of threads, and a convolution with the layout
+        of others can take a hundred times as long. A weight that is not packed is packed by oneDNN
+        at each call.
         """
         with _packing:
-            known = shape in self._packed
-            packed = self._packed.pop(shape, None)
+            kept = self._packed.setdefault(torch.get_num_threads(), {})
+            known = shape in kept
+            packed = kept.pop(shape, None)
             if known and packed is None:
                 packed = torch.ops.mkldnn._reorder_convolution_weight(
                     self.weight.data, *self._geometry(), list(shape)
                 )
-            self._packed[shape] = packed
-            while len(self._packed) > (self.shapes_kept or 0):
-                del self._packed[next(iter(self._packed))]
+            kept[shape] = packed
+            while len(kept) > (self.shapes_kept or 0):
+                del kept[next(iter(kept))]
         return self.weight if packed is None else packed
 
     def _geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:

@@ -10,7 +10,10 @@ import math
 
 from torch import Tensor, nn
 
+from retinanet.config import ModelSpec, is_own
+from retinanet.errors import ConfigError
 from retinanet.model.backbone import group_norm
+from retinanet.own import find_module
 
 
 class Head(nn.Module):
@@ -43,6 +46,42 @@ class Head(nn.Module):
         """Map (B, channels, H, W) to (B, outputs, H, W)."""
         result: Tensor = self.last(self.tower(level))
         return result
+
+
+def build_head(spec: ModelSpec, outputs: int) -> nn.Module:
+    """Build a head: the paper's, or the user's class by ``Net(channels, outputs)``.
+
+    Raises:
+        ConfigError: the class does not take these arguments.
+    """
+    if not is_own(spec.head):
+        return Head(spec.channels, spec.head_depth, outputs, spec.head_norm)
+    kind = find_module("head", spec.head)
+    try:
+        return kind(spec.channels, outputs)
+    except TypeError as error:
+        raise ConfigError(
+            f"head {spec.head!r} is built as {kind.__name__}(channels, outputs): {error}"
+        ) from None
+
+
+def last_convolution(head: nn.Module, outputs: int) -> str:
+    """Return the name of the convolution that computes a head's outputs.
+
+    Raises:
+        ConfigError: there is none with a bias.
+    """
+    names = [
+        name
+        for name, module in head.named_modules()
+        if isinstance(module, nn.Conv2d) and module.out_channels == outputs
+    ]
+    if not names or head.get_submodule(names[-1]).bias is None:
+        raise ConfigError(
+            f"the head {type(head).__name__} needs a last convolution of {outputs} channels with a "
+            "bias, which is set to the prior (Sec. 4.1)"
+        )
+    return str(names[-1])
 
 
 def prior_bias(prior: float) -> float:

@@ -18,6 +18,7 @@ from retinanet.config import (
     LossSettings,
     ModelSpec,
     build_model_spec,
+    is_own,
     unknown_setting,
 )
 from retinanet.errors import ConfigError
@@ -27,13 +28,12 @@ from retinanet.model.backbone import (
     IMAGENET_STD,
     build_backbone,
     find_weights,
-    import_own,
-    is_own,
     load_backbone,
 )
 from retinanet.model.fpn import FeaturePyramid
-from retinanet.model.heads import Head, prior_bias
+from retinanet.model.heads import build_head, last_convolution, prior_bias
 from retinanet.model.inputs import batch_images, batch_targets
+from retinanet.own import import_own
 from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
 from retinanet.structures import Detections, Outputs, Targets
 
@@ -61,6 +61,7 @@ class RetinaNet(nn.Module):
         pixel_mean, pixel_std: (3, 1, 1) of 0..255 RGB, with which images are normalized.
         spec: all settings: ``RetinaNet(model.num_classes, model.spec)`` is the same network.
         size_divisor: height and width of the images are multiples of it.
+        class_layer: name of the convolution in `class_head` that computes the logits.
     """
 
     size_divisor = 32
@@ -111,11 +112,11 @@ class RetinaNet(nn.Module):
             )
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
-        heads = (spec.channels, spec.head_depth)
-        self.class_head = Head(*heads, per_cell * num_classes, spec.head_norm)
-        self.box_head = Head(*heads, per_cell * 4, spec.head_norm)
-        assert self.class_head.last.bias is not None
-        nn.init.constant_(self.class_head.last.bias, prior_bias(spec.prior))
+        self.class_head = build_head(spec, per_cell * num_classes)
+        self.box_head = build_head(spec, per_cell * 4)
+        self.class_layer = last_convolution(self.class_head, per_cell * num_classes)
+        bias = self.class_head.get_parameter(f"{self.class_layer}.bias")
+        nn.init.constant_(bias, prior_bias(spec.prior))
         self.set_pixel_statistics()
 
     def set_pixel_statistics(self, device: torch.device | str = "cpu") -> None:
@@ -238,7 +239,8 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
             them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
             timm/NAME; or a class of your own, or its import path ``module:NAME``:
-            :class:`retinanet.model.backbone.OwnBackbone`), ``backbone_weights`` ("default":
+            :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (a class of your own, built for
+            classes and boxes as ``Net(channels, outputs)``), ``backbone_weights`` ("default":
             ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
             "trained" batch norm, or "group" norm for training from scratch), ``p2`` (a level at
             stride 4 for small objects; not in the paper), and ``sizes`` (square root of the
@@ -250,6 +252,7 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         MissingExtraError: timm is not installed.
     """
     spec = build_model_spec(spec, **settings)
+    import_own({"backbone": spec.backbone, "head": spec.head})
     start = spec.backbone_weights
     if is_own(spec.backbone):
         if start not in ("default", "none"):
@@ -257,7 +260,6 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
                 f"backbone_weights {start!r} with the own backbone {spec.backbone!r}: load them in "
                 "its constructor"
             )
-        import_own(spec.backbone)
         return to_channels_last(RetinaNet(num_classes, spec, frozen_stages=0))
     if spec.norm == "group" and start == "default":
         raise ConfigError(

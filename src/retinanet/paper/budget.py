@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.files import write_atomic
 from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import MIN_STEPS, Plan, Settings, Training, make_plan
+from retinanet.paper.results import Result
 from retinanet.paper.run import Workers, run_plan
 from retinanet.training.run_folder import read_log
 
@@ -85,23 +87,27 @@ def measure_paces(trainings: Sequence[Training], workers: Workers) -> list[Pace]
     count = max(len(kinds), min(workers.jobs, len(trainings)))
     keys = [list(kinds)[i % len(kinds)] for i in range(count)]
     probes = [_probe(kinds[key], f"pace-{i}") for i, key in enumerate(keys)]
-    paces: dict[tuple[object, ...], Pace] = {}
     try:
         results = run_plan(Plan(tuple(probes), {}), replace(workers, out=out))
-        for key, probe in zip(keys, probes, strict=True):
-            result = results[probe.key]
-            if isinstance(result, str):
-                raise RetinaNetError(f"a first training of {_PROBE_STEPS} steps failed: {result}")
-            log = read_log(probe.folder(out) / "log.jsonl")
-            metrics = result.metrics or {}
-            speed = metrics.get("images_per_second")
-            validation = metrics.get("images", 0) / speed if speed else 0.0
-            # The median, as the first steps are slow.
-            step = median(line["seconds"] for line in log if "seconds" in line)
-            paces[key] = Pace(step, _START_SECONDS + validation)
+        paces = {
+            key: _pace(results[probe.key], probe.folder(out))
+            for key, probe in zip(keys, probes, strict=True)
+        }
     finally:
         shutil.rmtree(out, ignore_errors=True)
     return [paces[_kind(training)] for training in trainings]
+
+
+def _pace(result: Result, folder: Path) -> Pace:
+    if result.status != "done" or result.metrics is None:
+        reason = result.note or result.status
+        raise RetinaNetError(f"a first training of {_PROBE_STEPS} steps failed: {reason}")
+    speed = result.metrics.get("images_per_second")
+    validation = result.metrics.get("images", 0) / speed if speed else 0.0
+    log = read_log(folder / "log.jsonl")
+    # The median, as the first steps are slow.
+    step = median(line["seconds"] for line in log if "seconds" in line)
+    return Pace(step, _START_SECONDS + validation)
 
 
 def with_budget(
@@ -114,15 +120,8 @@ def with_budget(
 ) -> Settings:
     """Return `settings` with as many steps as `budget` seconds allow on this machine.
 
-    The number is kept in ``steps/``: the same command must find its trainings again.
-
-    Args:
-        budget: seconds.
-        experiments: to run.
-        keys: of the rows to train; None: all.
-        settings: without steps.
-        workers: of this machine.
-        splits: the data.
+    The number is kept in ``steps/``: the same command must find its trainings again. `keys` are the
+    rows to train; None: all.
 
     Raises:
         ConfigError: the budget is too small.

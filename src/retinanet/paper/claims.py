@@ -6,10 +6,8 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from retinanet.paper.experiments import Claim, Experiment
 from retinanet.paper.results import (
     ClaimResult,
     Comparison,
+    Outcome,
     RowResult,
     Score,
     Side,
@@ -31,26 +30,6 @@ _SIGNIFICANCE = 0.05
 _TIME_TOLERANCE = 0.05  # of the longer time: each row is timed once
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one training ended.
-
-    Attributes:
-        seed: of the training.
-        status: ``done``; ``diverged``: NaN or Inf loss, which counts as AP 0; ``failed``: any other
-            error.
-        metrics: of a done training: :meth:`retinanet.evaluation.metrics.Metrics.to_dict` (0..1).
-        folder: its run folder, relative to the page.
-        note: why it failed.
-    """
-
-    seed: int
-    status: Literal["done", "diverged", "failed"]
-    metrics: Mapping[str, Any] | None = None
-    folder: str | Path = ""
-    note: str = ""
-
-
 def collect_results(
     experiment: Experiment,
     outcomes: Mapping[str, Sequence[Outcome]],
@@ -62,7 +41,7 @@ def collect_results(
 
     Args:
         experiment: with rows and claims.
-        outcomes: one per training, by row key; rows may be left out.
+        outcomes: by row key; rows may be left out.
         about: how it was measured, as JSON types (others are converted to text): ``command``,
             ``data``, ``steps``, ``seeds``, ``machine``; ``settings``: (setting, the paper's, here)
             of those that differ; ``coco``: True only for COCO at full length. Other facts are
@@ -95,9 +74,9 @@ def collect_results(
 
 def _row_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return scores, counts and notes of a row's trainings."""
-    ended = [outcome for outcome in outcomes if outcome.status != "failed"]
-    zeros = {outcome.seed: 0.0 for outcome in ended if outcome.status == "diverged"}
-    done = {outcome.seed: outcome.metrics for outcome in ended if outcome.metrics is not None}
+    ended = [outcome for outcome in outcomes if outcome.result.status != "failed"]
+    zeros = {outcome.seed: 0.0 for outcome in ended if outcome.result.status == "diverged"}
+    done = {o.seed: o.result.metrics for o in ended if o.result.metrics is not None}
     by_column: dict[str, dict[int, float]] = {}
     for column, name in AP_METRICS.items():
         # None and NaN: there are no objects of a size.
@@ -118,11 +97,11 @@ def _row_values(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "seeds": len(ended),
         "diverged": len(zeros),
         "notes": tuple(
-            f"seed {outcome.seed} failed" + (f": {outcome.note}" if outcome.note else "")
+            ": ".join(filter(None, (f"seed {outcome.seed} failed", outcome.result.note)))
             for outcome in outcomes
-            if outcome.status == "failed"
+            if outcome.result.status == "failed"
         ),
-        "folders": tuple(str(outcome.folder) for outcome in outcomes if outcome.folder),
+        "folders": tuple(outcome.folder for outcome in outcomes if outcome.folder),
     }
 
 
@@ -137,7 +116,7 @@ def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     row pairs (Bonferroni), as the best of several rows may be the best by luck; rows of one
     training count once. With one seed on a side there is no interval, and the verdict is marked.
     Times are measured once: the half-width is 5% of the longer one. The same training on both sides
-    (one backbone in place of two) measures nothing.
+    (a single backbone for both depths) measures nothing.
     """
     timed = claim.kind == "faster"
     sides = [[rows[key] for key in keys] for keys in (claim.first, claim.second)]
@@ -154,9 +133,8 @@ def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
         return ClaimResult(claim.text, "not measured", ("one training",), paper=paper, note=note)
     counts = [len({row.folders or (row.key,) for row in side}) for side in measured]
     here, there = scores[first.key], scores[second.key]
-    if timed:
-        half_width: float | None = _TIME_TOLERANCE * max(here.mean, there.mean)
-    else:
+    half_width: float | None = _TIME_TOLERANCE * max(here.mean, there.mean)
+    if not timed:
         level = _SIGNIFICANCE / math.prod(counts)
         half_width = confidence_half_width(first.by_seed, second.by_seed, level)
     difference = here.mean - there.mean
@@ -165,17 +143,12 @@ def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     marks = {"one seed": half_width is None, "rows missing": missing, "nothing found": nothing}
     notes = [f"without {', '.join(missing)}: not measured"] if missing else []
     notes += [f"nothing found: both under {_MIN_AP:g} points"] if nothing else []
+    best = (Side(first.label, here, counts[0]), Side(second.label, there, counts[1]))
     return ClaimResult(
         claim.text,
         "not separated" if nothing else _verdict(claim, difference, half_width or 0.0),
         tuple(mark for mark, applies in marks.items() if applies),
-        Comparison(
-            Side(first.label, here, counts[0]),
-            Side(second.label, there, counts[1]),
-            difference,
-            half_width,
-            unit=" ms" if timed else "",
-        ),
+        Comparison(*best, difference, half_width, unit=" ms" if timed else ""),
         paper,
         "; ".join(notes),
     )

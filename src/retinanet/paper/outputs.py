@@ -26,24 +26,25 @@ from retinanet.model.checkpoint import load_checkpoint
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
-from retinanet.paper.claims import Outcome, collect_results, evaluate_loss_shares
+from retinanet.paper.claims import collect_results, evaluate_loss_shares
 from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.page import claims_markdown, write_page
 from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
-from retinanet.paper.results import TableResult
+from retinanet.paper.results import Outcome, Result, TableResult
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Results, Workers
-from retinanet.paper.tables import EXPERIMENTS
-from retinanet.paper.work import Result
+from retinanet.paper.tables import EXPERIMENTS, STAR_BETAS, STAR_GAMMAS
 from retinanet.report import paper_plots
+from retinanet.report.figure import Files
 from retinanet.report.loss_distribution import loss_distribution
-from retinanet.report.paper_plots import SpeedMark, TableRow
+from retinanet.report.paper_plots import SpeedMark
 from retinanet.report.speed_accuracy import detection_call, time_in_turns
 
 _TIMED_IMAGES = 8
 _ROUNDS = 7
 _COCO_CLASSES, _COCO_IMAGES = 80, 100_000  # COCO's training set has 80 classes and 118,287 images
 _EXTERNAL = "results:"  # prefix of the keys of other detectors' rows
+_FIGURE_4_POINT = (0.8, 0.5)  # the hardest 20% of the positives make up about half of the loss
 _FIGURE_7_MARGIN = 0.5  # marked: AP over 33.5, where FL has 34.0
 
 Progress = Callable[[int, int], None]
@@ -72,11 +73,8 @@ class Trainings:
     @property
     def failures(self) -> dict[str, str]:
         """Failed trainings and their errors."""
-        return {
-            str(training): why
-            for training in self.plan.trainings
-            if isinstance(why := self.results.get(training.key), str)
-        }
+        every = {str(training): self.results.get(training.key) for training in self.plan.trainings}
+        return {name: r.note for name, r in every.items() if r and r.status == "failed"}
 
     def done(self, experiment: str, key: str) -> Training | None:
         """Return the first training of a row that is done."""
@@ -85,7 +83,7 @@ class Trainings:
     def is_done(self, training: Training) -> bool:
         """Return True if a training ended and did not diverge."""
         result = self.results.get(training.key)
-        return isinstance(result, Result) and result.metrics is not None
+        return result is not None and result.status == "done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,25 +180,23 @@ def _measure(
         about = _about(trainings) if experiment.rows else {}
         outcomes = _outcomes(experiment, out, trainings)
         result = collect_results(experiment, outcomes, about, milliseconds=times)
-    files: tuple[Path, ...]
     match name:
         case "fig1":
-            files = paper_plots.plot_focal_loss(figures.focal_curves(), stem)
+            files = figures.plot_focal_loss(stem)
         case "fig2":
             files = _plot_figure2(experiment, result, stem)
         case "fig3":
-            network = figures.read_architecture(_network(out, trainings))
-            files = paper_plots.plot_architecture(network, stem)
+            files = figures.plot_architecture(_network(out, trainings), stem)
         case "fig4":
             return _measure_figure4(result, out, trainings, stem)
         case "fig5":
-            files = paper_plots.plot_loss_variants(figures.variant_curves(), stem)
+            files = figures.plot_loss_variants(stem)
         case "fig6":
-            files = paper_plots.plot_loss_slopes(figures.variant_slopes(), stem)
+            files = figures.plot_loss_slopes(stem)
         case "fig7":
             files = _plot_figure7(result, stem)
         case _:
-            files = _plot_table(result, stem)
+            files = figures.plot_table(result, stem)
     return result, [*files]
 
 
@@ -225,28 +221,19 @@ def _about(trainings: Trainings) -> dict[str, Any]:
 
 
 def _outcomes(experiment: Experiment, out: Path, trainings: Trainings) -> dict[str, list[Outcome]]:
-    outcomes = {
-        _EXTERNAL + name: [Outcome(0, "done", metrics)]
-        for name, metrics in trainings.external.items()
-        if experiment.name == "table2"
-    }
-    for row in experiment.rows:
-        # Trainings that were not asked for have no results.
-        outcomes[row.key] = outcomes.get(row.key) or [
-            _outcome(training, trainings.results[training.key], out)
-            for training in trainings.plan.rows.get((experiment.name, row.key), ())
-            if training.key in trainings.results
+    """Return the results of each row; trainings that were not asked for have none."""
+    external = trainings.external if experiment.name == "table2" else {}
+    return {
+        row.key: [
+            Outcome(t.seed, trainings.results[t.key], str(t.folder(out).relative_to(out)))
+            for t in trainings.plan.rows.get((experiment.name, row.key), ())
+            if t.key in trainings.results
         ]
-    return outcomes
-
-
-def _outcome(training: Training, result: Result | str, out: Path) -> Outcome:
-    folder = training.folder(out).relative_to(out)
-    if isinstance(result, str):
-        return Outcome(training.seed, "failed", None, folder, result)
-    if result.metrics is None:
-        return Outcome(training.seed, "diverged", None, folder, result.note)
-    return Outcome(training.seed, "done", result.metrics, folder)
+        for row in experiment.rows
+    } | {
+        _EXTERNAL + name: [Outcome(0, Result("done", metrics=metrics))]
+        for name, metrics in external.items()
+    }
 
 
 def _time(experiment: Experiment, trainings: Trainings) -> dict[str, float]:
@@ -295,18 +282,7 @@ def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable
     return call
 
 
-def _plot_table(result: TableResult, stem: Path) -> tuple[Path, ...]:
-    rows = []
-    for row in result.rows:
-        score = row.scores.get("AP")
-        mean, std = (None, None) if score is None else (score.mean, score.std)
-        published = None if row.published is None else row.published.ap
-        rows.append(TableRow(row.label, mean, std, published))
-    data = str(result.about.get("data", ""))
-    return paper_plots.plot_table(rows, stem, title=result.heading, measured_on=data)
-
-
-def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> tuple[Path, ...]:
+def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> Files:
     published, measured = [], []
     seen: set[tuple[str, ...]] = set()
     for row, line in zip(experiment.rows, result.rows, strict=True):
@@ -315,7 +291,7 @@ def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> tu
         if row.published is not None and row.published.milliseconds is not None:
             mark = SpeedMark(series, row.published.milliseconds, row.published.ap, scale)
             published.append(mark)
-        # With one backbone in place of two, two rows share a training.
+        # With a single backbone for both depths, two rows share a training.
         if "AP" in line.scores and line.milliseconds is not None and line.folders not in seen:
             seen.add(line.folders)
             measured.append(SpeedMark(series, line.milliseconds, line.scores["AP"].mean, scale))
@@ -323,7 +299,7 @@ def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> tu
         measured,
         stem,
         published=published,
-        where=str(result.about.get("data", "")).partition(":")[0],
+        data=str(result.about.get("data", "")).partition(":")[0],
         machine=str(result.about.get("machine", "")),
     )
 
@@ -349,26 +325,21 @@ def _measure_figure4(
         about[f"share of the loss in the hardest 20% of {kind}"] = ", ".join(
             f"gamma {gamma:g}: {100 * share:.0f}%" for gamma, share in shares.items()
         )
-    title = training.name.rpartition("-")[0]
     files = paper_plots.plot_loss_distribution(
-        distribution, stem, title=title, published=[(0.8, 0.5)]
+        distribution, stem, title=training.name.rpartition("-")[0], published=_FIGURE_4_POINT
     )
     return replace(result, claims=evaluate_loss_shares(hardest), about=about), [*files]
 
 
-def _plot_figure7(result: TableResult, stem: Path) -> tuple[Path, ...]:
+def _plot_figure7(result: TableResult, stem: Path) -> Files:
     """Plot the grid; settings with an AP of at least FL's less half a point are marked."""
     aps = {row.key: row.scores["AP"].mean for row in result.rows if "AP" in row.scores}
     if "focal" not in aps:
-        return paper_plots.plot_star_grid(figures.star_curves(), stem, "AP over 33.5, COCO")
+        return figures.plot_star_grid(stem)
     limit = aps["focal"] - _FIGURE_7_MARGIN
-    effective = {}
-    for key, ap in aps.items():
-        kind, *numbers = key.split("-")
-        if kind == "star":
-            gamma, beta = map(float, numbers)
-            effective[gamma, beta] = ap > limit
-    return paper_plots.plot_star_grid(figures.star_curves(effective), stem, f"AP over {limit:.1f}")
+    grid = {(g, b): f"star-{g:g}-{b:g}" for g in STAR_GAMMAS for b in STAR_BETAS}
+    effective = {setting: aps[key] > limit for setting, key in grid.items() if key in aps}
+    return figures.plot_star_grid(stem, effective, f"AP over {limit:.1f}")
 
 
 def _network(out: Path, trainings: Trainings | None) -> RetinaNet:

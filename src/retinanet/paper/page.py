@@ -8,15 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from jinja2 import Environment, PackageLoader
-
-from retinanet.paper.results import ClaimResult, PartKind, Table, TableResult, Verdict, markdown
+from retinanet.paper.results import CLAIM_COLUMNS, PartKind, Table, TableResult, Verdict, markdown
 from retinanet.report.html import Page
-
-_TEMPLATES = Environment(
-    loader=PackageLoader("retinanet.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
-_BLOCKS: Any = _TEMPLATES.get_template("paper_blocks.html").module
 
 _LEGEND = (
     "Points of AP: mean and standard deviation over seeds. The row with the highest mean of each "
@@ -41,7 +34,7 @@ def write_page(
     Args:
         out: the folder; links to run folders and plots are relative to it.
         results: in the order of the page.
-        plots: by name of the table or figure; PNG and JPEG are shown, others linked.
+        plots: by name of the table or figure; PNG files are shown, all are linked.
 
     Returns:
         The file.
@@ -52,25 +45,28 @@ def write_page(
     out = Path(out)
     page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))
     page.section("Overview")
-    claims = [claim for result in results for claim in result.claims]
-    if claims:
-        page.facts(_counts(claims))
+    verdicts = Counter[str](claim.verdict for result in results for claim in result.claims)
+    if verdicts:
+        names = {"holds": "hold", "does not hold": "do not hold"}
+        count = verdicts.total()
+        total = {f"claim{'' if count == 1 else 's'} of the paper": count}
+        counts = {names.get(v, v): verdicts[v] for v in get_args(Verdict) if verdicts[v]}
+        page.facts(total | counts)
     _add_parts(page, _overview(results))
-    if claims:
+    if verdicts:
         page.text(_LEGEND)
     for result in results:
         page.section(result.number)
         page.heading(result.title)
         files = (plots or {}).get(result.name, ())
-        shown = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        if shown:
-            page.images([(file, "") for file in shown])
+        if shown := [(file, "") for file in files if file.suffix == ".png"]:
+            page.images(shown)
         if files:
-            page.add(_BLOCKS.links("Files", [(_address(file, out), file.name) for file in files]))
+            page.links({"Files": {file.name: _address(file, out) for file in files}})
         _add_parts(page, result.parts())
-        folders = [(row.label, _run_links(row.folders, out)) for row in result.rows if row.folders]
+        folders = {row.label: _run_links(row.folders, out) for row in result.rows if row.folders}
         if folders:
-            page.add(_BLOCKS.folded_links("Run folders", folders))
+            page.links(folders, folded="Run folders")
     return page.write(out / "report.html")
 
 
@@ -86,7 +82,7 @@ def _overview(results: Sequence[TableResult]) -> list[tuple[PartKind, Any]]:
         for result in results
         for claim in result.claims
     ]
-    table = Table(("", "the paper says", "paper", "here", "verdict"), rows, left=5)
+    table = Table(("", *CLAIM_COLUMNS), rows, left=5)
     last: tuple[PartKind, Any] = ("table", table) if rows else ("text", "No claim was tested.")
     return [*(("strong", line) for line in lines), last]
 
@@ -102,31 +98,20 @@ def _add_parts(page: Page, parts: Iterable[tuple[PartKind, Any]]) -> None:
                 page.text(line)
 
 
-def _counts(claims: Sequence[ClaimResult]) -> dict[str, object]:
-    """Count the claims with each verdict."""
-    names = {"holds": "hold", "does not hold": "do not hold"}
-    counts = Counter[str](claim.verdict for claim in claims)
-    verdicts = {names.get(verdict, verdict): counts[verdict] for verdict in get_args(Verdict)}
-    total = {f"claim{'' if len(claims) == 1 else 's'} of the paper": len(claims)}
-    return total | {verdict: count for verdict, count in verdicts.items() if count}
-
-
 def _subtitle(results: Sequence[TableResult]) -> str:
     """Name the paper, and the data and machines of the results."""
-    parts = ["Lin et al. 2017, arXiv:1708.02002"]
-    for name in ("data", "machine"):
-        values = [result.about.get(name) for result in results]
-        parts += dict.fromkeys(str(value) for value in values if value)
-    return " · ".join(parts)
+    values = [result.about.get(name) for name in ("data", "machine") for result in results]
+    parts = dict.fromkeys(str(value) for value in values if value)
+    return " · ".join(["Lin et al. 2017, arXiv:1708.02002", *parts])
 
 
-def _run_links(folders: Sequence[str], out: Path) -> list[tuple[str, str]]:
-    """Return address and name of each run folder's report, or of the folder."""
+def _run_links(folders: Sequence[str], out: Path) -> dict[str, str]:
+    """Return the address of each run folder's report, or of the folder, by its name."""
     reports = [out / folder / "report.html" for folder in folders]
-    return [
-        (_address(report if report.is_file() else report.parent, out), report.parent.name)
+    return {
+        report.parent.name: _address(report if report.is_file() else report.parent, out)
         for report in reports
-    ]
+    }
 
 
 def _address(path: Path, out: Path) -> str:

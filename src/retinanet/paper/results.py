@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -19,13 +19,37 @@ Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
 PartKind = Literal["text", "strong", "list", "table", "code"]
 """Kinds of a document's parts: a paragraph (``text``, ``strong``), lines, a table, a command."""
 
-_CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
-_SETTING_COLUMNS = ("setting", "paper", "here")
+CLAIM_COLUMNS = ("claim", "paper", "here", "verdict")
 _PUBLISHED = dict(
     zip((*AP_METRICS, "ms"), (field.name for field in fields(Published)), strict=True)
 )
 _DIVERGED = "†"
 _STRICT = ConfigDict(extra="forbid")  # rejects the JSON of another version
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a training ended.
+
+    Attributes:
+        status: ``diverged``: NaN or Inf loss, which counts as AP 0; ``failed``: any other error.
+        steps: that were run.
+        metrics: of a done training: :meth:`retinanet.evaluation.metrics.Metrics.to_dict` (0..1).
+        note: the error of another training.
+    """
+
+    status: Literal["done", "diverged", "failed"]
+    steps: int = 0
+    metrics: Mapping[str, Any] | None = None
+    note: str = ""
+
+
+class Outcome(NamedTuple):
+    """A training of a row: its seed, its result, and its run folder relative to the page."""
+
+    seed: int
+    result: Result
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +112,6 @@ class RowResult:
     """A row of a table: measured and published values.
 
     Attributes:
-        key, label: of the row.
         scores: points of AP by column (``AP`` ... ``APl``); columns without a value are left out.
         by_seed: AP in points per seed; 0 for a diverged training.
         milliseconds: per image; None: not measured.
@@ -96,7 +119,6 @@ class RowResult:
         diverged: number of them that count as 0.
         notes: failed trainings.
         folders: run folders.
-        published: the paper's values.
     """
 
     __pydantic_config__ = _STRICT
@@ -122,9 +144,7 @@ class RowResult:
     def in_paper(self, column: str) -> str:
         """Format a published value as the paper prints it; ``-`` if there is none."""
         value = None if self.published is None else getattr(self.published, _PUBLISHED[column])
-        if value is None:
-            return "-"
-        return f"{value:.0f}" if column == "ms" else f"{value:.1f}"
+        return "-" if value is None else f"{value:.{0 if column == 'ms' else 1}f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +152,6 @@ class ClaimResult:
     """The verdict on a claim.
 
     Attributes:
-        text: of the claim.
         verdict: ``not separated``: the confidence interval of the difference includes the point
             where the verdict changes.
         marks: reservations: ``one seed``: a side has one seed, so the interval is unknown;
@@ -163,13 +182,34 @@ class ClaimResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        left: number of first columns that are aligned to the left.
+        title: under which it is folded on a page; empty: not folded.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    title: str = ""
+
+    def to_markdown(self) -> str:
+        """Format in Markdown."""
+        rule = [":--" if i < self.left else "--:" for i in range(len(self.columns))]
+        escaped = [[_escape(cell) for cell in line] for line in (self.columns, *self.rows)]
+        lines = [escaped[0], rule, *escaped[1:]]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
 class TableResult:
     """A table or figure of the paper, measured.
 
     Attributes:
         name, title, section, setting, note: of the experiment.
         shown: columns, of ``AP AP50 AP75 APs APm APl ms``.
-        rows: of the table.
         claims: verdicts on the paper's claims.
         about: how it was measured (:func:`retinanet.paper.claims.collect_results`).
     """
@@ -220,7 +260,7 @@ class TableResult:
 
     @property
     def not_coco(self) -> str:
-        """The line that says that these are not COCO results; empty for COCO with --full."""
+        """A line that these are not COCO results; empty for COCO with --full."""
         if self.about.get("coco") is True or not self.rows:
             return ""
         steps = self.about.get("steps")
@@ -255,18 +295,17 @@ class TableResult:
             if name not in ("command", "settings", "coco") and value not in (None, "")
         ]
         settings = [[str(cell) for cell in row] for row in self.about.get("settings") or ()]
-        plural = "" if len(settings) == 1 else "s"
-        title = f"{len(settings)} setting{plural} other than the paper's"
+        title = f"{len(settings)} setting{'' if len(settings) == 1 else 's'} other than the paper's"
         parts: list[tuple[PartKind, Any]] = [
             ("text", f"{self.section}.{setting}"),
             ("strong", self.not_coco),
-            ("table", self.table(wide=True)),
+            ("table", self.rows and self.table(wide=True)),
             ("list", self.footnotes),
-            ("table", Table(_CLAIM_COLUMNS, claims, left=4)),
+            ("table", claims and Table(CLAIM_COLUMNS, claims, left=4)),
             ("text", self.note),
             ("list", facts),
             ("code", self.about.get("command")),
-            ("table", Table(_SETTING_COLUMNS, settings, left=3, title=title)),
+            ("table", settings and Table(("setting", "paper", "here"), settings, 3, title)),
         ]
         return [(kind, part) for kind, part in parts if part]
 
@@ -276,23 +315,24 @@ class TableResult:
 
     def to_csv(self) -> str:
         """Format a line per row; ``data`` and ``coco`` say what it was measured on."""
-        about = {"data": self.about.get("data", ""), "coco": "no" if self.not_coco else "yes"}
         columns = (*AP_METRICS, "ms")
         lines = []
         for row in self.rows:
             line: dict[str, object] = {"experiment": self.name, "key": row.key, "label": row.label}
-            for column, score in row.scores.items():
-                line[column] = f"{score.mean:.3f}"
-                line[f"{column}_std"] = "" if score.std is None else f"{score.std:.3f}"
+            for column in AP_METRICS:
+                score = row.scores.get(column)
+                for name, value in (
+                    (column, score and score.mean),
+                    (f"{column}_std", score and score.std),
+                ):
+                    line[name] = "" if value is None else f"{value:.3f}"
             line["ms"] = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
             line |= {"seeds": row.seeds, "diverged": row.diverged}
             line |= {f"paper_{name}": row.in_paper(name).strip("-") for name in columns}
-            lines.append(line | about)
-        names = ["experiment", "key", "label"]
-        names += [name for column in AP_METRICS for name in (column, f"{column}_std")]
-        names += ["ms", "seeds", "diverged", *(f"paper_{name}" for name in columns), *about]
+            coco = "no" if self.not_coco else "yes"
+            lines.append(line | {"data": self.about.get("data", ""), "coco": coco})
         out = io.StringIO()
-        writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+        writer = csv.DictWriter(out, lines[0] if lines else (), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         return out.getvalue()
@@ -303,40 +343,12 @@ class TableResult:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
+        """Read the text of :meth:`to_json`.
 
         Raises:
             ValueError: the text is something else.
         """
         return TypeAdapter(cls).validate_json(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        columns: titles.
-        rows: as many cells each.
-        left: number of first columns that are aligned to the left.
-        title: under which it is folded on a page; empty: not folded.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int = 1
-    title: str = ""
-
-    def __bool__(self) -> bool:
-        """Return True if it has rows."""
-        return bool(self.rows)
-
-    def to_markdown(self) -> str:
-        """Format in Markdown."""
-        rule = [":--" if i < self.left else "--:" for i in range(len(self.columns))]
-        escaped = [[_escape(cell) for cell in line] for line in (self.columns, *self.rows)]
-        lines = [escaped[0], rule, *escaped[1:]]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown(parts: Iterable[tuple[PartKind, Any]]) -> str:

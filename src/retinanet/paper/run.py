@@ -26,7 +26,8 @@ from retinanet.data.cpus import usable_cpus
 from retinanet.errors import RetinaNetError
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.paper.plan import Plan, Training
-from retinanet.paper.work import Result, Task, read_result
+from retinanet.paper.results import Result
+from retinanet.paper.work import Task, read_result
 
 MAX_ATTEMPTS = 2
 """Starts of a worker that is killed; one that ends with an error is not started again."""
@@ -34,8 +35,8 @@ MAX_ATTEMPTS = 2
 _POLL = 0.5  # seconds
 _STOP_TIMEOUT = 600.0  # seconds in which a worker saves its state
 
-Results = dict[tuple[str, int], Result | str]
-"""Result of each training, or why it failed, by (name, seed)."""
+Results = dict[tuple[str, int], Result]
+"""Result of each training by (name, seed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,16 @@ class Event:
     """A progress event of :func:`run_plan`.
 
     Attributes:
-        kind: ``done``; ``skipped``: it was finished before, or by another command; ``failed``;
-            ``waiting``: another command is training it; ``step``: progress of all trainings.
+        kind: ``ended``; ``skipped``: it was finished before, or by another command; ``waiting``:
+            another command is training it; ``step``: progress of all trainings.
         training: None for ``step``.
-        result: for ``done`` and ``skipped``.
-        note: why it failed.
+        result: for ``ended`` and ``skipped``.
         steps, total: for ``step``: steps of all trainings.
     """
 
-    kind: Literal["done", "skipped", "failed", "waiting", "step"]
+    kind: Literal["ended", "skipped", "waiting", "step"]
     training: Training | None = None
     result: Result | None = None
-    note: str = ""
     steps: int = 0
     total: int = 0
 
@@ -116,19 +115,19 @@ class Workers:
 
     def is_finished(self, training: Training) -> bool:
         """Return True if a training has a result that can be read."""
-        return isinstance(self.finished([training]).get(training.key), Result)
+        result = self.finished([training]).get(training.key)
+        return result is not None and result.status != "failed"
 
     def finished(self, trainings: Iterable[Training]) -> Results:
-        """Return the results of trainings that ended, or why one cannot be read."""
+        """Return the results of trainings that ended; failed: its file cannot be read."""
         results: Results = {}
         for training in trainings:
             try:
                 result = read_result(training.folder(self.out))
             except RetinaNetError as error:
-                results[training.key] = str(error)
-            else:
-                if result is not None:
-                    results[training.key] = result
+                result = Result("failed", note=str(error))
+            if result is not None:
+                results[training.key] = result
         return results
 
     def command(self, training: Training, job: int) -> tuple[list[str], dict[str, str]]:
@@ -142,15 +141,8 @@ class Workers:
             recipe = recipe.model_copy(update={"data": data})
         folder = training.folder(self.out).resolve()
         file = folder.with_name(f"{folder.name}.task.json")
-        task = Task(
-            folder=str(folder),
-            data=str(self.data.resolve()),
-            recipe=to_toml(recipe),
-            rival=training.rival,
-            device=self.device,
-            threads=self.threads,
-        )
-        task.write(file)
+        paths = str(folder), str(self.data.resolve())
+        Task(*paths, to_toml(recipe), training.rival, self.device, self.threads).write(file)
         launcher = ["-m"]
         if len(gpus) > 1:
             processes = f"--nproc-per-node={len(gpus)}"
@@ -166,7 +158,7 @@ class Workers:
         return command, environment
 
 
-def run_plan(plan: Plan, workers: Workers, on_event: EventCallback | None = None) -> Results:
+def run_plan(plan: Plan, workers: Workers, on_event: EventCallback = lambda _: None) -> Results:
     """Run every training of a plan that has no result.
 
     Args:
@@ -177,25 +169,25 @@ def run_plan(plan: Plan, workers: Workers, on_event: EventCallback | None = None
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every worker has saved its state.
     """
-    emit = on_event or (lambda _: None)
     workers = workers.limited_to(plan.trainings)
     results: Results = {}
     with stop_on_signal() as stop:
-        scheduler = _Scheduler(workers, stop, emit)
+        scheduler = _Scheduler(workers, stop, on_event)
         with ThreadPoolExecutor(workers.jobs) as pool:
             pending = {pool.submit(scheduler.run, training) for training in plan.trainings}
             try:
                 while pending and not stop.is_set():
                     ended, pending = wait(pending, _POLL, return_when="FIRST_COMPLETED")
                     for event in (future.result() for future in ended):
-                        if not stop.is_set() and event.training is not None:
-                            results[event.training.key] = event.result or event.note
-                            emit(event)
-                    emit(_progress(plan, workers, results))
+                        if event.training and event.result and not stop.is_set():
+                            results[event.training.key] = event.result
+                            on_event(event)
+                    on_event(_progress(plan, workers, results))
                 wait(pending)
             except BaseException:  # a second Ctrl-C, or an error of the callback
                 stop.set()
-                scheduler.kill()
+                for process in tuple(scheduler.running):
+                    process.kill()
                 raise
         if stop.is_set():
             raise KeyboardInterrupt
@@ -203,27 +195,26 @@ def run_plan(plan: Plan, workers: Workers, on_event: EventCallback | None = None
 
 
 class _Scheduler:
-    """Runs trainings in worker processes, each from a thread."""
+    """Runs trainings in worker processes, each from a thread.
+
+    Attributes:
+        running: the worker processes.
+    """
 
     def __init__(self, workers: Workers, stop: StopRequest, emit: EventCallback) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
         self._workers, self._stop, self._emit = workers, stop, emit
-        self._running: set[subprocess.Popen[bytes]] = set()
         self._jobs: SimpleQueue[int] = SimpleQueue()
         for job in range(workers.jobs):
             self._jobs.put(job)
-
-    def kill(self) -> None:
-        """Kill all workers."""
-        for process in tuple(self._running):
-            process.kill()
 
     def run(self, training: Training) -> Event:
         """Run a training, unless another command does, which is waited for."""
         folder = training.folder(self._workers.out)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        is_waiting = False
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            is_waiting = False
             while not self._stop.is_set():
                 with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                     return self._run_locked(training, folder)
@@ -232,31 +223,29 @@ class _Scheduler:
                 is_waiting = True
                 self._stop.wait(_POLL)
         except (RetinaNetError, OSError) as error:
-            return Event("failed", training, note=str(error))
-        return Event("failed", training, note="stopped")
+            return Event("ended", training, Result("failed", note=str(error)))
+        return Event("ended", training, Result("failed", note="stopped"))
 
     def _run_locked(self, training: Training, folder: Path) -> Event:
+        result = read_result(folder)
+        if result is not None:
+            return Event("skipped", training, result)
         reason = "stopped"
-        for attempt in range(MAX_ATTEMPTS):
-            result = read_result(folder)
-            if result is not None:
-                return Event("done" if attempt else "skipped", training, result)
+        for _ in range(MAX_ATTEMPTS):
             if self._stop.is_set():
                 break
             reason, was_killed = self._run_worker(training, folder)
             result = read_result(folder)
-            if result is not None:
-                return Event("done", training, result)
-            if not was_killed:
+            if result is not None or not was_killed:
                 break
-        return Event("failed", training, note=reason)
+        return Event("ended", training, result or Result("failed", note=reason))
 
     def _run_worker(self, training: Training, folder: Path) -> tuple[str, bool]:
         """Run a worker process; return why it failed, if it did, and whether it was killed."""
         log = folder.with_name(f"{folder.name}.log")
         job = self._jobs.get()
-        command, environment = self._workers.command(training, job)
         try:
+            command, environment = self._workers.command(training, job)
             with log.open("ab") as output:
                 start = output.tell()
                 process = subprocess.Popen(
@@ -267,25 +256,24 @@ class _Scheduler:
                     env=environment,
                     start_new_session=True,  # Ctrl-C reaches this process only
                 )
-            self._running.add(process)
+            self.running.add(process)
             code = self._wait(process)
-            self._running.discard(process)
+            self.running.discard(process)
             return _reason(log.read_bytes()[start:].decode("utf-8", "replace"), code, log)
         finally:
             self._jobs.put(job)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """Wait for a worker, or stop it by closing its standard input; return its exit code."""
-        assert process.stdin is not None
         while process.poll() is None and not self._stop.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL)
-        process.stdin.close()
-        try:
-            return process.wait(_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT)
+        process.kill()
+        return process.wait()
 
 
 def _progress(plan: Plan, workers: Workers, results: Results) -> Event:

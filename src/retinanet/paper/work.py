@@ -8,16 +8,17 @@ import json
 import os
 import threading
 import tomllib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from retinanet.config import build_recipe
 from retinanet.errors import DataError, NonFiniteLossError
 from retinanet.files import write_atomic
+from retinanet.paper.results import Result
 from retinanet.paper.rival_training import train_rival
 from retinanet.training.events import EventCallback
 from retinanet.training.run_folder import read_log
@@ -25,23 +26,6 @@ from retinanet.training.trainer import train
 
 _RESULT = "result.json"
 _EXIT_STOPPED = 130
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The result of a training that ended.
-
-    Attributes:
-        status: ``done``, or ``diverged``: NaN or Inf loss, which is a result too.
-        steps: that were run.
-        metrics: :meth:`retinanet.evaluation.Metrics.to_dict`; None if it diverged.
-        note: the error of a diverged training.
-    """
-
-    status: str
-    steps: int
-    metrics: Mapping[str, Any] | None
-    note: str = ""
 
 
 def read_result(folder: Path) -> Result | None:
@@ -52,13 +36,13 @@ def read_result(folder: Path) -> Result | None:
     """
     file = folder / _RESULT
     try:
-        values = json.loads(file.read_text("utf-8"))
-        return Result(values["status"], values["steps"], values["metrics"], values.get("note", ""))
+        return TypeAdapter(Result).validate_json(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{file} cannot be read ({error}); delete it and run the command again"
+            f"{file} cannot be read ({reason}); delete it and run the command again"
         ) from None
 
 
@@ -87,7 +71,7 @@ class Task:
 
     @classmethod
     def read(cls, file: Path) -> Task:
-        """Read what :meth:`write` wrote."""
+        """Read the file of :meth:`write`."""
         return cls(**json.loads(file.read_text("utf-8")))
 
 

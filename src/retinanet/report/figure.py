@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, NullFormatter
 
@@ -76,9 +77,50 @@ def open_figure(width: float, height: float, *files: str | Path) -> Iterator[Fig
                 figure.savefig(path, metadata={omitted: None})
 
 
+class Files(NamedTuple):
+    """Both files of a figure."""
+
+    png: Path
+    svg: Path
+
+
+@contextmanager
+def open_axes(
+    width: float, height: float, stem: str | Path, columns: int = 1, **options: Any
+) -> Iterator[tuple[Files, Any]]:
+    """Open a figure of one row of axes, and write ``STEM.png`` and ``STEM.svg`` at the end."""
+    files = Files(*(Path(f"{stem}.{kind}") for kind in ("png", "svg")))
+    with open_figure(width, height, *files) as figure:
+        yield files, figure.subplots(1, columns, **options)
+
+
 def cycle_colours(count: int) -> list[str]:
     """`count` colours; they repeat after the eighth."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def draw_text(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
+    """Write a text of a diagram."""
+    axis.text(x, y, text, **{"fontsize": 8.5, "color": DARK, **style})
+
+
+def draw_box(
+    axis: Any, x: float, y: float, size: tuple[float, float], text: str, colour: str
+) -> None:
+    """Draw a box of a diagram around its centre."""
+    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.1}
+    style |= {"facecolor": f"{colour}30", "edgecolor": colour}
+    axis.add_patch(FancyBboxPatch((x - size[0] / 2, y - size[1] / 2), *size, **style))
+    draw_text(axis, x, y, text, ha="center", va="center")
+
+
+def draw_arrow(
+    axis: Any, start: tuple[float, float], end: tuple[float, float], **style: Any
+) -> None:
+    """Draw an arrow of a diagram."""
+    plain = {"arrowstyle": "-|>", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+    plain |= {"mutation_scale": 9, "color": DARK}
+    axis.annotate("", end, start, arrowprops={**plain, **style})
 
 
 def add_legend(axis: Any, **options: Any) -> None:

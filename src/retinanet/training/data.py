@@ -11,7 +11,7 @@ from retinanet.config import Recipe
 from retinanet.data import anchor_recall, digest, read_splits, usable
 from retinanet.data.augment import user_transform
 from retinanet.data.check import copies_of, fault_summary
-from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.dataset import Dataset, LabelledImage, Problem
 from retinanet.data.image_files import image_size
 from retinanet.data.memory import Reader
 from retinanet.data.selection import select
@@ -22,6 +22,7 @@ from retinanet.training.events import Emit
 MIN_ANCHOR_RECALL = 0.5
 """Share of objects that some anchor must match for training to start without a warning."""
 
+_NAMED_CLASSES = 5  # in a message
 _RECALL_IMAGES = 1000  # a large set is sampled evenly
 
 
@@ -64,15 +65,15 @@ def read_training_data(
         )
     if "train" not in splits:
         raise DataError(f"no split named 'train'; there is {', '.join(splits) or 'none'}")
-    classes, single_class = recipe.data.classes, recipe.data.single_class
-    train, left_out = usable(select(splits["train"], classes, single_class))
+    train, left_out = images_to_train(splits["train"], recipe)
     val = splits.get("val")
     if val is not None:
-        val = select(val, classes, single_class)
+        val = select(val, recipe.data.classes, recipe.data.single_class)
+    faults = [fault_summary(train, left_out), fault_summary(val) if val else None]
     if not any(has_object(image) for image in train.images):
         raise DataError(
             f"{train.source}: no object to train on in {len(train)} images; "
-            "see retinanet data check"
+            f"{(faults[0] or 'see retinanet data check').removeprefix('warning: ')}"
         )
     if val is not None and val.classes != train.classes:
         raise DataError(
@@ -87,12 +88,30 @@ def read_training_data(
             message=f"warning: {len(shared)} images are in both train and val, the first: "
             f"{min(shared)}; the validation AP is too high",
         )
-    for fault in (fault_summary(train, left_out), fault_summary(val) if val else None):
-        if fault is not None:
-            emit("message", message=fault)
+    for message in (*faults, _empty_classes(train)):
+        if message is not None:
+            emit("message", message=message)
     user_transform(recipe.data, len(train.classes))  # an error in it comes first
     num_images = {name: len(split) for name, split in splits.items()}
     return TrainingData(tiles_to_train(train, recipe), train, val, num_images)
+
+
+def images_to_train(dataset: Dataset, recipe: Recipe) -> tuple[Dataset, list[Problem]]:
+    """Return the usable images with the objects of the chosen classes, and what is left out."""
+    return usable(select(dataset, recipe.data.classes, recipe.data.single_class))
+
+
+def _empty_classes(train: Dataset) -> str | None:
+    """Warn of classes without an object to train on."""
+    used = {a.label for image in train.images for a in image.annotations if not a.ignored}
+    empty = [name for label, name in enumerate(train.classes) if label not in used]
+    if not empty:
+        return None
+    more = ", ..." if len(empty) > _NAMED_CLASSES else ""
+    return (
+        f"warning: {len(empty)} of {len(train.classes)} classes have no object to train on and "
+        f"will not be detected: {', '.join(empty[:_NAMED_CLASSES])}{more}"
+    )
 
 
 def tiles_to_train(images: Dataset, recipe: Recipe) -> Dataset:

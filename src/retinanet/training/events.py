@@ -15,11 +15,11 @@ class Event:
 
     Attributes:
         kind: ``choices`` (choices: settings chosen from the data, each with setting, value and
-            reason), ``start`` and ``resume`` (step, steps, images, classes, lr, batch_size, device,
-            processes, precision, split_origin), ``step`` (step, steps, loss, loss_classification,
-            loss_box, positives, grad_norm, lr, images_per_second, waiting, memory_mb,
-            seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50, loss),
-            ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
+            reason), ``start`` and ``resume`` (step, steps, images, tiles, classes, lr, batch_size,
+            device, processes, precision, split_origin), ``step`` (step, steps, loss,
+            loss_classification, loss_box, positives, grad_norm, lr, images_per_second, waiting,
+            memory_mb, seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50,
+            loss), ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
         data: the values, by the names above.
     """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, utils
 
-from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.errors import ConfigError
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.model.precision import choose_device
 
@@ -26,13 +26,12 @@ def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accel
         out: the run folder.
 
     Raises:
-        ConfigError: this machine has no such device.
-        MissingExtraError: a tracker is not installed.
+        ConfigError: this machine has no such device, or a tracker is not installed.
     """
     chosen = choose_device(device)
     for tracker in trackers:
         if not getattr(utils, f"is_{tracker}_available")():
-            raise MissingExtraError(tracker, tracker)
+            raise ConfigError(f"tracker {tracker} is not installed: pip install {tracker}")
     accelerator = Accelerator(
         # The recipe's precision is used: accelerate's own would copy the logits to float32.
         mixed_precision="no",

@@ -25,7 +25,6 @@ from retinanet.evaluation.run import evaluate
 from retinanet.evaluation.tuning import Tuning, f1_thresholds, store_tuning, tune
 from retinanet.inference.backends import network_settings
 from retinanet.losses.detection import Losses
-from retinanet.model.backbone import import_own
 from retinanet.model.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -191,7 +190,6 @@ class RetinaNetTask(TrainingTask):
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load the model of a checkpoint."""
-        import_own(self.settings.recipe.model.backbone)
         return load_checkpoint(folder).model
 
     def validate(self, model: nn.Module, dataset: Dataset, step: int) -> Metrics:

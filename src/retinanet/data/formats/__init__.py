@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -56,6 +57,11 @@ class Format(NamedTuple):
     read: Callable[[Tree, LabelSet], dict[str, Callable[[], Dataset]]]
     write: Callable[[Writing], None] | None
     label_files: str
+
+
+def _known_images(dataset: Dataset) -> Iterator[Path]:
+    yield from (image.path for image in dataset.images)
+    yield from (problem.file for problem in dataset.problems)
 
 
 def _format(module: Any, label_files: str) -> Format:
@@ -113,11 +119,26 @@ class DataSource:
         format: name of the format.
         splits: the splits by name, each read when called; an unnamed split is ``""``.
         description: what is read and what is left out, a line each.
+        top: the folder.
+        images: all its images.
     """
 
     format: str
     splits: Mapping[str, Callable[[], Dataset]]
     description: tuple[str, ...]
+    top: Path = Path()
+    images: tuple[Path, ...] = ()
+
+    def describe(self, datasets: Iterable[Dataset]) -> tuple[str, ...]:
+        """Return the description, with the images that are in none of all the data sets."""
+        used = {path for dataset in datasets for path in _known_images(dataset)}
+        folders = Counter(image.parent for image in self.images if image not in used)
+        if not folders:
+            return self.description
+        shown = [f"{n} in {relative(folder, self.top)}" for folder, n in folders.most_common(3)]
+        more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
+        count = f"{folders.total()} image{'s' * (folders.total() > 1)} without labels"
+        return (*self.description, f"not read: {count}: {', '.join(shown)}{more}")
 
 
 def _describe(
@@ -207,7 +228,9 @@ def find_data(
         splits = {name: partial(_without, split, elsewhere) for name, split in splits.items()}
     if not extras:
         splits = {name: partial(_without_extras, split) for name, split in splits.items()}
-    return DataSource(labels.format, splits, tuple(_describe(tree, labels, others, splits)))
+    images = tuple(tree.images) if path.is_dir() and tree.root == tree.top else ()
+    description = tuple(_describe(tree, labels, others, splits))
+    return DataSource(labels.format, splits, description, tree.top, images)
 
 
 def _name_rest(splits: dict[str, Callable[[], Dataset]]) -> dict[str, Callable[[], Dataset]]:
@@ -318,6 +341,7 @@ def read_dataset(
         dataset = _draw_val(lazy, seed, val_fraction)[split]
     elif split == "all":
         dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
+        return replace(dataset, description=source.describe([dataset]))
     else:
         hints = "".join(f"; {note}" for note in source.description[1:] if f" {split}" in note)
         raise DataError(
@@ -344,8 +368,9 @@ def read_splits(
     lazy = source.splits
     drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
     datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
+    description = source.describe(datasets.values())
     return {
-        name: replace(dataset, split=name, description=source.description)
+        name: replace(dataset, split=name, description=description)
         for name, dataset in datasets.items()
     }
 

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs
 
 from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.finder import LabelSet, Tree, is_image
@@ -21,6 +21,7 @@ from retinanet.data.formats.labels import (
     ENCLOSED,
     LabelFile,
     LabelImage,
+    address_path,
     build_splits,
     cut,
     find_classes,
@@ -132,7 +133,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         else:
             path = _image_path(address)
             bare = _UPLOADED.sub("", path.rpartition("/")[2], count=1)
-            image = LabelImage(path, id_, other_names=(bare,))
+            name = address if address.startswith(("http://", "https://")) else path
+            image = LabelImage(name, id_, other_names=(path, bare))
             if is_min:
                 parsed.images.append(image)
                 _parse_min(parsed, image, task)
@@ -260,17 +262,11 @@ def _image_path(address: str) -> str:
     Addresses are ``/data/local-files/?d=a/1.jpg``, ``/data/upload/3/0123abcd-1.jpg``,
     ``s3://bucket/a/1.jpg``, ``https://host/a/1.jpg?signature``, or a plain path.
     """
-    try:
-        parts = urlsplit(address)
-        if "local-files" in parts.path:
-            name = parse_qs(parts.query).get("d", [""])[0]
-        else:
-            name = unquote(parts.path) if parts.scheme or parts.netloc else address
-    except ValueError:  # such as an IPv6 address that is none
-        name = address
+    path, _, query = address.partition("?")
+    name = parse_qs(query).get("d", [""])[0] if "local-files" in path else address_path(address)
     return "/".join(part for part in re.split(r"[\\/]", name) if part not in ("", ".", ".."))
 
 
 def _file_name(image: LabelImage) -> str:
     """Return the image's file name, in messages."""
-    return cut(image.name.rpartition("/")[2])
+    return cut(address_path(image.name).rpartition("/")[2])

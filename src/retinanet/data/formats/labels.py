@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.finder import (
@@ -33,7 +31,7 @@ from retinanet.data.finder import (
     keep_whole,
     relative,
 )
-from retinanet.data.image_files import image_size
+from retinanet.data.image_files import image_sizes
 from retinanet.errors import DataError
 
 JSON_TEXT = "segmentation"
@@ -132,6 +130,16 @@ def read_json(
 
 
 # ---- values
+
+
+def address_path(name: str) -> str:
+    """Return the path in an address (``https://host/a/1.jpg?key``); of a plain path itself."""
+    if "://" not in name:
+        return name
+    try:
+        return unquote(urlsplit(name).path).lstrip("/")
+    except ValueError:  # such as an IPv6 address that is none
+        return name
 
 
 def cut(text: str, limit: int = 80) -> str:
@@ -379,8 +387,9 @@ def merge_classes(
             None,
             f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they are "
             f"one class, give them one name",
+            "" if len(key) == 1 else "merged into that of the most objects",
         )
-        for names in folded.values()
+        for key, names in folded.items()
         if len(names) > 1
     ]
     labels = {
@@ -432,16 +441,18 @@ def find_files(
     for file in tree.with_suffix(*suffixes):
         folders.setdefault(file.parent, []).append(file)
     # An image without objects has an empty file.
-    filled = {folder: [f for f in group if f.stat().st_size] for folder, group in folders.items()}
-    chosen = [folder for folder, group in filled.items() if any(map(is_label, group[:_SAMPLE]))]
+    filled = {
+        folder: list(islice((f for f in group if f.stat().st_size), _SAMPLE))
+        for folder, group in folders.items()
+    }
+    chosen = [folder for folder, group in filled.items() if any(map(is_label, group))]
     names = {folder.name for folder in chosen}
     chosen += [f for f, group in filled.items() if not group and f.name in names]
-    known = {fold(image.stem) for image in tree.images}
     files = [
         file
         for folder in chosen
         for file in folders[folder]
-        if fold(file.stem) in known or is_label(file)
+        if tree.has_stem(file) or is_label(file)
     ]
     stems = frozenset(fold(file.stem) for file in files)
     return LabelSet(format, tree.group(files), lambda: stems) if files else None
@@ -560,7 +571,8 @@ def build(
     """
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
-    sizes = _sizes([path for file, image, path in found if file.decimals and not image.width])
+    unknown = [path for file, image, path in found if file.decimals and not image.width]
+    sizes = dict(zip(unknown, image_sizes(unknown), strict=True))
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
@@ -597,14 +609,14 @@ def _find_images(
                 continue
             if image.path is not None:
                 match = Match(image.path)
-            elif not image.name or not all(map(can_be_a_file, image.names)):
+            elif not image.name or not all(map(can_be_a_file, _paths(image))):
                 assert file.file is not None
                 reason = f"image {image.id}: {short(image.name)} is no file name"
                 problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
                 continue
             else:
                 assert file.file is not None
-                match = tree.find_image(image.names, file.file, split)
+                match = tree.find_image(_paths(image), file.file, split)
             wanted.append((file, image))
             matches.append(match)
     # By stem only where other images are: the same stem in a folder of masks is no image.
@@ -615,10 +627,10 @@ def _find_images(
     for (file, image), match in zip(wanted, matches, strict=True):
         if match.path is None and not match.several:
             assert file.file is not None
-            match = tree.find_image(image.names, file.file, split, by_stem=True)
+            match = tree.find_image(_paths(image), file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
-            if match.path is None and "%" in image.name:
+            if match.path is None and "%" in image.name and "://" not in image.name:
                 match = tree.find_image(map(unquote, image.names), file.file, split)
                 if match.path is not None:
                     reason = f"image {image.id}: no file is named {short(image.name)}"
@@ -635,7 +647,9 @@ def _find_images(
             problems.append(Problem("image-ambiguous", file.file, image.id, reason, DROPPED))
             continue
         path = match.path
-        if path is None:
+        if path is None and "://" in image.name:  # reported with the address
+            path = Path(re.split(r"[?#]", image.name)[0])
+        elif path is None:
             assert file.file is not None
             name = PurePosixPath(image.name.replace("\\", "/"))
             is_plain = name.is_absolute() or len(name.parts) == 1
@@ -660,6 +674,10 @@ def _find_images(
             )
             problems.append(Problem("image-missing", path, image.id, reason, DROPPED))
     return [item for item in found if id(item[1]) not in rejected]
+
+
+def _paths(image: LabelImage) -> list[str]:
+    return [address_path(name) for name in image.names]
 
 
 def _key(image: LabelImage) -> str:
@@ -691,11 +709,13 @@ def _build_image(
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
-    if file.decimals and not (width and height):
-        size = sizes.get(path)
+    fractions = [] if file.decimals else [n for n, a in enumerate(objects) if _is_fraction(a.box)]
+    if (file.decimals or fractions) and not (width and height):
+        size = sizes.get(path) if file.decimals else image_sizes([path])[0]
         if isinstance(size, tuple):
             height, width = size
-        elif objects:
+            fractions = fractions if height * width > 1 else []
+        elif objects and file.decimals:
             objects = []
             if path.is_file():  # a missing image is reported by the check
                 reason = f"its boxes are fractions of an image whose size cannot be read: {size}"
@@ -713,22 +733,37 @@ def _build_image(
             assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        if file.decimals and width and height:
+        if (file.decimals or index in fractions) and width and height:
             rotation = image.rotations.get(index, 0.0)
-            item = _to_pixels(item, width, height, rotation, file.decimals)
+            if index in fractions:
+                reason = (
+                    f"{cut(image.name)}: object {item.id}: box {short(item.box)} is within a pixel"
+                )
+                fix = "read as fractions of the image"
+                problems.append(Problem("box-normalised", file.file or path, item.id, reason, fix))
+            item = _to_pixels(item, label, width, height, rotation, file.decimals or 6)
         annotations.append(item if label == item.label else replace(item, label=label))
     return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
 
 
+def _is_fraction(box: Box) -> bool:
+    """Whether a box is within the first pixel, and not a pixel itself."""
+    x1, y1, x2, y2 = box
+    return (
+        0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and not all(map(float.is_integer, map(float, box)))
+    )
+
+
 def _to_pixels(
-    item: Annotation, width: int, height: int, rotation: float, decimals: int
+    item: Annotation, label: int, width: int, height: int, rotation: float, decimals: int
 ) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to pixels."""
+    """Scale a box in fractions of the image, and polygons, to pixels, and set the label."""
     x1, y1, x2, y2 = item.box
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
     if rotation % 360:
         box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = (round(side, decimals) for side in box)
+    x1, y1, x2, y2 = box
+    box = round(x1, decimals), round(y1, decimals), round(x2, decimals), round(y2, decimals)
     extra = item.extra
     if JSON_TEXT in extra:
         points = [
@@ -736,19 +771,4 @@ def _to_pixels(
             for polygon in json.loads(extra[JSON_TEXT])
         ]
         extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}
-    return replace(item, box=(x1, y1, x2, y2), extra=extra)
-
-
-def _sizes(paths: list[Path]) -> dict[Path, tuple[int, int] | DataError]:
-    """Height and width of images, read in threads; the error of those that cannot be read."""
-
-    def read(path: Path) -> tuple[int, int] | DataError:
-        try:
-            return image_size(path)
-        except DataError as error:
-            return error
-
-    if not paths:
-        return {}
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        return dict(zip(paths, pool.map(read, paths), strict=True))
+    return Annotation(box, label, item.id, item.crowd, item.difficult, item.area, extra)

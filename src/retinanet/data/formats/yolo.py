@@ -32,7 +32,6 @@ from retinanet.data.formats.labels import (
     read_lines,
     read_text,
     to_int,
-    to_number,
 )
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
@@ -52,11 +51,10 @@ def detect(file: Path) -> bool:
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the data.yaml (or Darknet's obj.data) of a tree, or its text files by split."""
-    texts = _Texts(tree)
-    stems = {fold(image.stem) for image in tree.images}
+    texts = tree.memo["yolo"] = _Texts(tree)
 
     def labelled() -> frozenset[str]:
-        return frozenset(stems & texts.by_stem.keys())
+        return frozenset(stem for stem, files in texts.by_stem.items() if tree.has_stem(files[0]))
 
     settings = [file for file in tree.with_suffix(".yaml", ".yml") if _is_data_yaml(file)]
     settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
@@ -69,7 +67,9 @@ def find(tree: Tree) -> LabelSet | None:
             [f"{file}: another data set; give its path" for file in others],
         )
     if tree.path.is_file():
-        return None
+        images = _images_of_file(tree, texts)
+        found = frozenset(fold(image.stem) for image in images)
+        return LabelSet("yolo", {"": [tree.path]}, lambda: found) if images else None
     pairs = [(image, texts.of(image)) for image in tree.images]
     files = [file for _, file in pairs if file is not None]
     if not any(map(detect, files)):
@@ -86,7 +86,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         DataError: data.yaml is not YAML, or has no names, or its folders hold no images. A split
             whose folder is missing raises when it is read.
     """
-    texts = _Texts(tree)
+    texts: _Texts = tree.memo["yolo"]
     (file, *_), *_ = labels.files.values()
     names: Sequence[str] = ()
     keypoints = False
@@ -94,10 +94,14 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     if file.suffix.lower() != ".txt":
         splits, names, missing = _from_settings(file, tree, labels.notes)
         keypoints = any(line.startswith("kpt_shape") for line in read_lines(file))
+    elif tree.path.is_file():
+        is_list = not detect(file)
+        splits = {tree.split_of(file, by_name=is_list): _images_of_file(tree, texts)}
     else:
         file = tree.path
-        splits = _from_lists(tree) or _from_folders(tree, texts, labels.notes)
-    splits = _with_rest(splits, tree, texts)
+        splits = _from_lists(tree) or _from_folders(tree, texts)
+    if tree.path.is_dir():
+        splits = _with_rest(splits, tree, texts)
     names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
     classes = merge_classes(enumerate(names), file, by_id=True)
     found: dict[str, Callable[[], Dataset]] = {
@@ -156,6 +160,7 @@ class _Texts:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self._found: dict[Path, Path | None] = {}
+        self._own_folders: dict[Path, list[str]] = {}
         self.by_stem: dict[str, list[Path]] = {}
         for file in tree.files:
             if file.suffix.lower() == ".txt" and file.name not in _NAME_FILES:
@@ -191,8 +196,11 @@ class _Texts:
         return Path(*parts, f"{image.stem}.txt")
 
     def _folders(self, path: Path) -> list[str]:
-        parts = path.parent.relative_to(self.tree.root).parts
-        return [p for p in map(fold, parts) if not _IMAGES_OR_LABELS.fullmatch(p)]
+        folder = path.parent
+        if folder not in self._own_folders:
+            parts = map(fold, folder.relative_to(self.tree.root).parts)
+            self._own_folders[folder] = [p for p in parts if not _IMAGES_OR_LABELS.fullmatch(p)]
+        return self._own_folders[folder]
 
 
 def _is_data_yaml(file: Path, separator: str = ":") -> bool:
@@ -345,17 +353,26 @@ def _list_lines(file: Path) -> list[str]:
     return [line for line in read_lines(file) if not line.startswith("#")]
 
 
-def _from_folders(tree: Tree, texts: _Texts, notes: list[str]) -> dict[str, list[Path]]:
+def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
+    """Return the images of a single text file: a label, or a list of labelled images."""
+    file = tree.path
+    if file.suffix.lower() != ".txt":
+        return []
+    if detect(file):
+        return [image for image in tree.images if texts.of(image) == file]
+    images = [image for image in _listed(file, tree) if image.is_file()]
+    return images if any(_label_of(image, tree, texts) for image in images) else []
+
+
+def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
     """Return images by the split of their folder; folders without any label are left out."""
     folders: dict[Path, list[Path]] = {}
     for image in tree.images:
         folders.setdefault(image.parent, []).append(image)
     images: list[Path] = []
-    for folder, inside in folders.items():
+    for inside in folders.values():
         if any(texts.of(image) is not None for image in inside):
             images += inside
-        else:
-            notes.append(f"{folder}: {len(inside)} images without a label")
     return tree.group(images)
 
 
@@ -373,8 +390,9 @@ def _row(line: str) -> tuple[int, list[float]] | str:
     A text states what is wrong with the row.
     """
     words = line.split()
-    number, *values = map(to_number, words)
-    if number is None or None in values:
+    try:
+        number, *values = map(float, words)
+    except ValueError:
         return "holds a word that is no number"
     if not number.is_integer() or number < 0:
         return f"class {words[0]} is not a whole number from 0"
@@ -382,7 +400,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
         return (
             f"{len(words)} values, not 5 (class x y width height) or a class and 3 or more points"
         )
-    return int(number), [value for value in values if value is not None]
+    return int(number), values
 
 
 def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
@@ -451,10 +469,10 @@ def _read_split(
 
 
 def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
-    file = texts.of(image) if image.is_relative_to(tree.root) else None
-    if file is None and texts.expected(image).is_file():
-        file = texts.expected(image)
-    return file
+    if image.is_relative_to(tree.root):
+        return texts.of(image)
+    expected = texts.expected(image)
+    return expected if expected.is_file() else None
 
 
 def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:

@@ -1,0 +1,63 @@
+"""Threads that run images: order, bounded reading ahead, and torch's cores in each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from retinanet.inference.parallel import map_ahead, map_network, network_workers
+
+
+@pytest.fixture
+def four_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_map_ahead_keeps_the_order_and_takes_few_items_early() -> None:
+    taken: list[int] = []
+    items = (taken.append(i) or i for i in range(100))
+    results = map_ahead(lambda i: i * i, items, 3, ahead=2)
+    assert next(results) == 0
+    assert len(taken) == 5  # three workers, and two ahead
+    assert list(results) == [i * i for i in range(1, 100)]
+
+
+def test_map_ahead_single_item_runs_in_the_calling_thread() -> None:
+    assert list(map_ahead(lambda _: threading.current_thread(), [0], 2)) == [
+        threading.current_thread()
+    ]
+    assert list(map_ahead(lambda _: threading.current_thread(), [], 2)) == []
+
+
+def test_map_ahead_raises_and_ends_its_threads() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        list(map_ahead(lambda i: 1 // (3 - i), range(100), 2))
+    assert threading.active_count() == before
+
+
+def test_map_network_shares_the_cores_among_its_threads(four_cores: None) -> None:
+    network = SimpleNamespace(device=torch.device("cpu"), backend="torch")
+    cores = list(map_network(network, lambda _: torch.get_num_threads(), range(8)))
+    assert cores == [1] * 8
+    assert torch.get_num_threads() == 4  # of this thread, and of new ones
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [4]
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "torch"), ("cpu", "openvino")])
+def test_network_workers_is_one_where_the_backend_has_threads(device: str, backend: str) -> None:
+    network = SimpleNamespace(device=torch.device(device), backend=backend)
+    assert network_workers(network) == 1
+    here = threading.current_thread()
+    assert list(map_network(network, lambda _: threading.current_thread(), [1, 2])) == [here, here]
