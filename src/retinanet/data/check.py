@@ -21,7 +21,14 @@ from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.labels import DROPPED
-from retinanet.data.image_files import SIDEWAYS, exif_orientation, quiet, suffix_of
+from retinanet.data.image_files import (
+    SIDEWAYS,
+    exif_orientation,
+    open_source,
+    quiet,
+    suffix_of,
+    unidentified,
+)
 from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 
@@ -291,10 +298,11 @@ def _open(path: Path) -> ImageInfo:
         return ImageInfo(failure=("image-changed", reason))
     digest = archives.digest_of(content)
     try:
+        open_source(path)  # registers HEIC
         return _decode(path, content, digest)
     except UnidentifiedImageError:
-        reason = f"is not an image; it begins with {content[:16]!r}" if content else "is empty"
-        return ImageInfo(failure=("image-unreadable", reason), file_digest=digest)
+        failure = "image-unreadable", unidentified(str(path))
+        return ImageInfo(failure=failure, file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__

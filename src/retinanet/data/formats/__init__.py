@@ -108,6 +108,8 @@ WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not Non
 """Formats that a data set can be written in."""
 
 
+_COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".7z", ".tgz", ".rar")
+
 _SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
 
 
@@ -271,7 +273,7 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
     """Return what is in a folder without labels, and why none of it is used."""
     what = "no labelled data found" if format is None else f"no {format} data"
     reasons = []
-    for suffix in (".json", ".xml", ".csv", ".txt", ".yaml"):
+    for suffix in (".json", ".xml", ".csv", ".txt", ".yaml", *_COMPRESSED):
         files = tree.with_suffix(suffix)
         if files:
             reasons.append(f"{relative(files[0], tree.top)}: {_reason(files[0])}")
@@ -285,6 +287,8 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
 def _reason(file: Path) -> str:
     """Return why a file is not read, by its suffix."""
     suffix = file.suffix.lower()
+    if suffix in _COMPRESSED:
+        return "compressed; unpack it"
     if suffix == ".csv":
         return csv.missing_columns(file)
     if suffix == ".json":
