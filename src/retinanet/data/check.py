@@ -85,7 +85,7 @@ class ImageInfo:
         height, width: of the upright image; None if it cannot be read.
         orientation: EXIF orientation, 1..8.
         suffix: the extension of its content; empty if its own is right.
-        file_digest, pixel_digest: of its bytes and of its pixels; empty if it cannot be read.
+        file_digest, pixel_digest: of its bytes and of its pixels; empty if they were not read.
         failure: kind and reason, if it cannot be read.
     """
 
@@ -100,13 +100,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """Result of :func:`check_datasets`.
-
-    Attributes:
-        problems: in the order of splits and images.
-        statistics: by split.
-        image_info: result of opening each file.
-    """
+    """Result of :func:`check_datasets`: problems in the order of splits and images."""
 
     problems: tuple[Problem, ...]
     statistics: Mapping[str, Statistics]
@@ -206,12 +200,7 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
 
 
 def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | None:
-    """Return how many objects and images are left out, and the first; None if there are none.
-
-    Args:
-        dataset: its problems count that no reader can repair.
-        dropped: further problems, from :func:`usable`.
-    """
+    """Return how many objects and images are left out, and the first; None if there are none."""
     faults = [problem for problem in dataset.problems if "dropped" in problem.fix] + [*dropped]
     if not faults:
         return None

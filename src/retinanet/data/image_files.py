@@ -58,11 +58,7 @@ def suffix_of(form: str) -> str:
 
 
 def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
-
-    Raises:
-        ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
-    """
+    """Height and width of an image as :func:`read_image` gives it, from its header."""
     with quiet():
         return _upright_size(source)
 
@@ -110,9 +106,6 @@ def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int
 
     :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
     PNG, whose EXIF may follow its pixels.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
     """
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
@@ -120,11 +113,7 @@ def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int
 
 
 def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
-    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
-    """
+    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0."""
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
         tags = getattr(image, "tag_v2", {})
