@@ -90,6 +90,13 @@ def test_classes_of_evaluate_and_detect(
                 "--score-threshold=0.001", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert set(ended.json["objects"]) == {"square"}
+    # Without images among the formats nothing is drawn, and nothing says so.
+    assert "drawn" in ended.json
+    for options in ((), ("--json",)):
+        ended = cli("detect", tiny_run, images[0].path, f"--out={tmp_path}", "--format=csv,coco",
+                    "--score-threshold=0.001", *options)  # fmt: skip
+        assert ended.code == 0, ended.err
+        assert "drawn" not in ended.out
 
 
 def test_evaluate_prints_all_metrics(

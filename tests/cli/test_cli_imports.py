@@ -42,18 +42,27 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-# Without the library, NMS is torchvision's.
-@pytest.mark.skipif(not native.available(), reason="the native library is not in use")
-def test_detect_imports_nothing_heavy(tmp_path: Path, image: Path) -> None:
-    model = build_retinanet(
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    network = build_retinanet(
         1, backbone="mobilenet_v2", backbone_weights="none", norm="trained", channels=8,
         head_depth=1, prior=0.5,
     )  # fmt: skip
-    save_checkpoint(tmp_path / "model", Checkpoint(model.eval(), ("cell",), (1,), 64, 64))
+    checkpoint = Checkpoint(network.eval(), ("0",), (0,), 64, 64, {"loss": {}})
+    return save_checkpoint(tmp_path / "model", checkpoint)
+
+
+# Without the library, NMS is torchvision's.
+@pytest.mark.skipif(not native.available(), reason="the native library is not in use")
+def test_detect_and_evaluate_import_nothing_heavy(tmp_path: Path, model: Path, image: Path) -> None:
     out = tmp_path / "found"
-    options = ("--out", out, "--device", "cpu", "--draw-threshold", ".1")
-    assert imported("detect", tmp_path / "model", image, *options) == []
+    options = ("--out", out, "--device", "cpu")
+    assert imported("detect", model, image, "--draw-threshold", ".1", *options) == []
     assert (out / "detections.json").is_file()
+    # The metrics are hotcoco's; matplotlib draws the plots.
+    evaluate = imported("evaluate", model, image.parent, "--split=all", *options)
+    assert set(evaluate) <= {"hotcoco", "matplotlib"}
+    assert (out / "metrics.json").is_file()
 
 
 def test_data_check_imports_nothing_heavy(image: Path) -> None:

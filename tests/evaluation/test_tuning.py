@@ -230,6 +230,17 @@ def test_tune_again_starts_from_uncalibrated_scores(val: Dataset) -> None:
         ), name
 
 
+def test_tuning_describes_calibration_errors_of_the_same_nms(val: Dataset) -> None:
+    tuning = tune(of(Sloppy(), val), val, workers=0, **PLAIN)
+    chosen = {"nms": tuning.settings["nms"], "temperature": 1.0}
+    chosen |= {name: tuning.settings[name] for name in ("nms_threshold", "nms_sigma")}
+    plain = rn.evaluate(of(Sloppy(), val, detect=chosen), val, workers=0, **PLAIN)
+    now = tuning.after.calibration.expected_error
+    before = plain.calibration.expected_error
+    known = f"{now:.3f}" if tuning.settings["temperature"] == 1 else f"{before:.3f}, now {now:.3f}"
+    assert f"(calibration error {known})" in tuning.describe()
+
+
 def test_tune_keeps_the_named_settings(val: Dataset) -> None:
     own = {"nms_threshold": 0.65, "temperature": 1.5}
     tuning = tune(of(Sloppy(), val, detect=own), val, keep=own, workers=0, **PLAIN)

@@ -300,6 +300,24 @@ def test_export_validates_the_file(
     assert (tmp_path / "found" / "detections.json").is_file()
 
 
+def test_export_of_some_classes_detects_these_only(
+    checkpoint: Checkpoint, eager: Detector, images: Path, tmp_path: Path
+) -> None:
+    report = export(checkpoint, "torch", out=tmp_path / "m.pt2", classes=["c", "ä"], images=2)
+    assert report.passed
+    some = load(tmp_path / "m.pt2", device="cpu")
+    assert (some.classes, some.category_ids) == (("ä", "c"), (7, 11))
+    expected = Detector(checkpoint, device="cpu", precision="float32", classes=["ä", "c"])
+    for own, other in zip(some.detect(images), expected.detect(images), strict=True):
+        names = [
+            [found.name_of(label) for label in found.labels.tolist()] for found in (own, other)
+        ]
+        assert names[0] == names[1] != []
+        torch.testing.assert_close(own.scores, other.scores, atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match="unknown class 'x': the 3 classes of the model are"):
+        export(checkpoint, "torch", out=tmp_path / "n.pt2", classes=["x"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

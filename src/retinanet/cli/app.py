@@ -29,6 +29,7 @@ from retinanet.cli.export import export
 from retinanet.cli.push import push
 from retinanet.cli.serve import serve
 from retinanet.cli.settings import expand_groups
+from retinanet.cli.suspects import suspects
 from retinanet.cli.train import train
 from retinanet.errors import ConfigError, RetinaNetError
 
@@ -47,7 +48,13 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "export": export,
         "bench": bench,
     },
-    "data": {"check": check, "convert": convert, "show": show, "anchors": anchors},
+    "data": {
+        "check": check,
+        "convert": convert,
+        "show": show,
+        "anchors": anchors,
+        "suspects": suspects,
+    },
     "report": {
         "loss-distribution": report.loss_distribution,
         "speed-accuracy": report.speed_accuracy,
@@ -57,7 +64,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 _HIDDEN = ("work",)
 _HELP = {
     "": "RetinaNet and Focal Loss: train, evaluate and use a detector on your own images.",
-    "data": "Labelled data: check, convert, show, anchors.",
+    "data": "Labelled data: check, convert, show, anchors, suspects.",
     "report": "The paper's figures for your own models: loss-distribution, speed-accuracy.",
     "paper": "The paper's tables and figures: list, run.",
 }

@@ -177,7 +177,7 @@ def _detect_images(
                 "network": detector.network.description,
                 "images": images,
                 "objects": dict(objects.most_common()),
-                "drawn": dict(drawn.most_common()),
+                **({} if drawn is None else {"drawn": dict(drawn.most_common())}),
                 "failures": [failure.to_dict() for failure in failures],
             }
         )
@@ -186,18 +186,19 @@ def _detect_images(
             thresholds = network_settings(detector.thresholds, detector.classes)
             by_label = thresholds.get("class_thresholds")
             low = dict(zip(detector.classes, by_label or (), strict=False))
-            table(
-                "Detections",
-                ["class", "score over", "boxes", f"of {drawn_score:g} and more"],
-                [
-                    (name, low.get(name, thresholds["score_threshold"]), number, drawn[name])
-                    for name, number in objects.most_common()
-                ],
-            )
-        say(
-            f"{objects.total()} boxes in {count(images, 'image')}, {drawn.total()} of them drawn "
-            f"(score of {drawn_score:g} and more), in {files.out}"
-        )
+            rows: list[tuple[object, ...]] = [
+                (name, low.get(name, thresholds["score_threshold"]), number)
+                for name, number in objects.most_common()
+            ]
+            columns = ["class", "score over", "boxes"]
+            if drawn is not None:
+                columns.append(f"of {drawn_score:g} and more")
+                rows = [(*row, drawn[str(row[0])]) for row in rows]
+            table("Detections", columns, rows)
+        shown = ""
+        if drawn is not None:
+            shown = f", {drawn.total()} of them drawn (score of {drawn_score:g} and more)"
+        say(f"{objects.total()} boxes in {count(images, 'image')}{shown}, in {files.out}")
     if failures:
         note_failures([failure.reason for failure in failures], "image")
     return not failures
@@ -212,8 +213,12 @@ def _write_detections(
     quiet: bool,
     drawn_score: float,
     **settings: Any,
-) -> tuple[Counter[str], Counter[str]]:
-    """Write the files, add to `failures`; return the boxes per class, and those that are drawn."""
+) -> tuple[Counter[str], Counter[str] | None]:
+    """Write the files, add to `failures`.
+
+    Returns:
+        The boxes per class, and those that are drawn; None: no image is drawn.
+    """
     from retinanet.inference.detections import Failure
     from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
@@ -240,7 +245,7 @@ def _write_detections(
                 objects.update(name for name, _ in boxes)
                 drawn.update(name for name, score in boxes if score >= drawn_score)
             update(done, len(sources))
-    return objects, drawn
+    return objects, drawn if "images" in formats else None
 
 
 def _detect_collection(

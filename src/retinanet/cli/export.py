@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, table
-from retinanet.cli.settings import Json, SplitOptions, ThresholdOptions, option
+from retinanet.cli.settings import ClassOptions, Json, SplitOptions, ThresholdOptions, option
 
 if TYPE_CHECKING:
     from retinanet.exporters import Agreement, ExportReport
@@ -59,6 +59,7 @@ def export(
     *,
     form: FormOptions,
     validation: ValidationOptions,
+    selection: ClassOptions,
     thresholds: ThresholdOptions,
     json: Json = False,
 ) -> None:
@@ -84,6 +85,7 @@ def export(
         image_size=form.image_size,
         progress=note,
         **{**vars(validation), "tolerance": validation.tolerance or ()},
+        **selection.given(),
         **thresholds.given(),
     )
     if json:

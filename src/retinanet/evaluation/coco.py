@@ -345,6 +345,23 @@ def score_bins(results: Results, bins: int, max_detections: int) -> tuple[Calibr
     return _calibration(evaluator, bins).bins
 
 
+def diagnose(results: Results, table: _Array) -> Mapping[str, Any]:
+    """Match detections to the objects at an IoU of .5, and find label errors (hotcoco's).
+
+    Args:
+        results: of the data set.
+        table: the rows of its table to match.
+
+    Returns:
+        ``dt_status`` and ``gt_status`` (``tp``, ``fp``; ``matched``, ``fn``) and ``label_errors``,
+        by ids that count from 1: rows of `table`, and objects of :class:`GroundTruth`.
+    """
+    dataset = results.dataset
+    evaluator = _run(dataset, GroundTruth.of(dataset), table, max(1, len(table)))
+    found: Mapping[str, Any] = evaluator.image_diagnostics(iou_thr=0.5, score_thr=0.0)
+    return found
+
+
 def _calibration(evaluator: Any, bins: int = 10) -> Calibration:
     calibration = evaluator.calibration(n_bins=bins, iou_threshold=0.5)
     return Calibration(

@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, TypeAdapter
 
 NAN = math.nan
 
+_SHOWN_CLASSES = 20
+
 # NaN is null in JSON.
 Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None else value)]
 Curve = tuple[Number, ...]
@@ -213,19 +215,23 @@ class Metrics:
 
     def __str__(self) -> str:
         """Return a table: COCO's numbers, the counts, and a line per class."""
-        numbers = "  ".join(f"{name} {_figure(value)}" for name, value in self.summary().items())
+        parts = [f"{name} {_figure(value)}" for name, value in self.summary().items()]
         lines = [
-            numbers,
+            "  ".join(parts[:6]),
+            "  ".join(parts[6:]),
             f"{self.images} images, {self.objects} objects, {self.detections} detections; best F1 "
             f"{_figure(self.best_f1)} at score {_figure(self.best_score)}",
         ]
-        if len(self.per_class) > 1:
-            width = max(len("class"), *(len(row.name) for row in self.per_class))
+        rows = self.per_class if len(self.per_class) > 1 else ()
+        if rows:
+            width = max(len("class"), *(len(row.name) for row in rows))
             lines.append(f"{'class':{width}}  objects     AP   AP50")
-            lines += [
-                f"{row.name:{width}}  {row.objects:7}  {_figure(row.ap):>5}  {_figure(row.ap50):>5}"
-                for row in self.per_class
-            ]
+        lines += [
+            f"{row.name:{width}}  {row.objects:7}  {_figure(row.ap):>5}  {_figure(row.ap50):>5}"
+            for row in rows[:_SHOWN_CLASSES]
+        ]
+        if len(rows) > _SHOWN_CLASSES:
+            lines.append(f"and {len(rows) - _SHOWN_CLASSES} more classes, in per_class")
         return "\n".join(lines)
 
     __repr__ = __str__

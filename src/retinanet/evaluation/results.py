@@ -165,6 +165,7 @@ class GroundTruth:
         areas: (M,) float64 square pixels: the data's own, else the box's.
         ignored: (M,) bool: crowd and difficult objects (COCO's ``iscrowd``).
         left_out: number of objects with an invalid box.
+        objects: (M,) position of each object among those of all images.
     """
 
     image_ids: NDArray[np.int64]
@@ -173,6 +174,7 @@ class GroundTruth:
     areas: NDArray[np.float64]
     ignored: NDArray[np.bool_]
     left_out: int
+    objects: NDArray[np.int64]
 
     @classmethod
     def of(cls, dataset: Dataset) -> GroundTruth:
@@ -195,6 +197,7 @@ class GroundTruth:
             areas[kept],
             np.array([a.ignored for a in objects], dtype=np.bool_)[kept],
             int((~kept).sum()),
+            np.flatnonzero(kept),
         )
 
     def __len__(self) -> int:

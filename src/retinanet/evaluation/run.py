@@ -102,14 +102,10 @@ def evaluate(
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
         thresholds = merge_thresholds(detector.eval_thresholds, changed)
-        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
-        if side is None and isinstance(detector.network, Network):
-            running["loss"] = _loss_settings(detector, dataset, is_selection=classes is not None)
-            predictions = run_network(detector, dataset, workers, thresholds, **running)
-        else:
-            running |= {**changed, "tile": tile, "overlap": overlap}
-            predictions = _run_stream(detector, dataset, thresholds, running)
+        loss = _loss_settings(detector, dataset, is_selection=classes is not None)
+        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "loss": loss}
+        running |= {"tile": tile, "overlap": overlap, "workers": workers}
+        predictions = predict(detector, dataset, changed, **running)
         results = predictions.results
         per_image, temperature = thresholds["detections_per_image"], thresholds["temperature"]
         counts = {"detections_per_image": per_image, "temperature": temperature}
@@ -121,15 +117,38 @@ def evaluate(
     return metrics
 
 
-def _run_stream(
-    detector: Detector, dataset: Dataset, thresholds: Thresholds, options: Mapping[str, Any]
+def predict(
+    detector: Detector,
+    dataset: Dataset,
+    changed: Mapping[str, Any],
+    *,
+    loss: Mapping[str, Any] | None = None,
+    tile: int | str | None = None,
+    overlap: float | None = None,
+    workers: int | None = None,
+    **options: Any,
 ) -> Predictions:
-    """Run :meth:`Detector.stream` with the score thresholds of an evaluation."""
-    scores: dict[str, Any] = {
-        name: thresholds[name] for name in ("score_threshold", "score_thresholds")
-    }
+    """Run a detector of any kind over a data set with the thresholds of an evaluation.
+
+    Args:
+        detector, dataset: what to run on what.
+        changed: override :attr:`Detector.eval_thresholds`.
+        loss: settings of a loss to compute; no loss with tiles and of exported files.
+        tile, overlap, workers: as in :func:`evaluate`.
+        options: ``batch_size`` and ``progress`` of :func:`evaluate`.
+
+    Raises:
+        WeightsError: as :func:`match_classes`.
+    """
+    thresholds = merge_thresholds(detector.eval_thresholds, changed)
+    side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
+    if side is None and isinstance(detector.network, Network):
+        return run_network(detector, dataset, workers, thresholds, loss=loss, **options)
+    options |= {**changed, "tile": tile, "overlap": overlap}
+    options["score_threshold"] = thresholds["score_threshold"]
+    options["score_thresholds"] = thresholds["score_thresholds"]
     label_map = match_classes(detector.classes, dataset)
-    return run_detector(detector, dataset, label_map=label_map, **{**options, **scores})
+    return run_detector(detector, dataset, label_map=label_map, **options)
 
 
 def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:

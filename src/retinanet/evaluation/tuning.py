@@ -85,12 +85,14 @@ class Tuning:
         """Describe the choice on one line."""
         chosen = nms_name(self.settings)
         scores = [f"{name} {low:.2f}" for name, low in self.settings["score_thresholds"].items()]
-        errors = (metrics.calibration.expected_error for metrics in (self.before, self.after))
+        # Both errors are of the chosen NMS: those of two kinds of NMS are not comparable.
+        calibration = self.after.calibration
+        errors = (calibration.uncalibrated_error, calibration.expected_error)
+        known = ", now ".join(f"{error:.3f}" for error in errors if not math.isnan(error))
         return (
             f"NMS {chosen} (AP {self.before.ap:.3f}, now {self.after.ap:.3f}), temperature "
-            f"{self.settings['temperature']:.3g} (calibration error "
-            f"{', now '.join(f'{error:.3f}' for error in errors)}), score thresholds "
-            + (", ".join(scores) or "none: nothing was detected")
+            f"{self.settings['temperature']:.3g} (calibration error {known or '-'}), "
+            "score thresholds " + (", ".join(scores) or "none: nothing was detected")
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from retinanet.config import check_choice
 from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
+from retinanet.data.selection import labels_of
 from retinanet.errors import ConfigError, DataError, ImageError, MissingExtraError, WeightsError
 from retinanet.exporters.graph import export_program
 from retinanet.exporters.validate import TOLERANCES, ExportReport, parts_of, spread, validate_file
@@ -27,7 +29,13 @@ from retinanet.inference.detector import Detector
 from retinanet.inference.exported import DETECTIONS, FORMAT, FORMAT_VERSION, SCORES
 from retinanet.inference.openvino_backend import CALIBRATION_IMAGES
 from retinanet.inference.sources import find_sources
-from retinanet.model.checkpoint import Checkpoint, checkpoint_text, load_checkpoint
+from retinanet.model.checkpoint import (
+    Checkpoint,
+    checkpoint_text,
+    load_checkpoint,
+    transfer_weights,
+)
+from retinanet.model.retinanet import RetinaNet
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aotinductor": ".pt2"}
 """File suffix by target."""
@@ -50,6 +58,7 @@ class ExportOptions(Thresholds, total=False):
     image_size: int | None
     max_size: int | None
     form: str
+    classes: Sequence[str] | None
 
 
 def export(
@@ -82,8 +91,9 @@ def export(
         tolerance: ``score=``, ``box=``, ``apart=``, ``ap=``: changes to the precision's
             :class:`~retinanet.exporters.validate.Tolerance`.
         progress: called with messages.
-        options: built into the file: sizes and thresholds other than the model's;
-            ``form="scores"``: boxes and scores of all anchors, for an engine with its own NMS.
+        options: built into the file: sizes and thresholds other than the model's; ``classes``:
+            names of those to detect, as if the model had no others; ``form="scores"``: boxes and
+            scores of all anchors, for an engine with its own NMS.
 
     Returns:
         The comparison; ``passed`` is False if the file is beyond the tolerance.
@@ -101,6 +111,8 @@ def export(
     form = settings.pop("form", DETECTIONS)
     check_choice("form", form, (DETECTIONS, SCORES))
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
+    if (classes := settings.pop("classes", None)) is not None:
+        checkpoint = select_checkpoint_classes(checkpoint, classes)
     detector = Detector(checkpoint, device="cpu", precision="float32", **settings)
     _check_detector(detector, to, form)
     run = None if isinstance(model, Checkpoint) else Path(model)
@@ -129,6 +141,32 @@ def export(
     )
     write_atomic(report_file(file), json.dumps(report.to_dict(), indent=1) + "\n")
     return report
+
+
+def select_checkpoint_classes(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """Return a checkpoint whose class head has the rows of some classes only.
+
+    Raises:
+        ConfigError: a class is unknown.
+    """
+    labels = labels_of(names, checkpoint.classes, "the model")
+    classes = tuple(checkpoint.classes[label] for label in labels)
+    model = RetinaNet(len(classes), checkpoint.model.spec)
+    transfer_weights(model, classes, checkpoint)
+    info = {**checkpoint.info}
+    selection, detect = info.get("selection") or {}, {**info.get("detect", {})}
+    if not selection.get("single_class"):
+        info["selection"] = {**selection, "classes": list(classes)}
+    scores = detect.get("score_thresholds") or {}
+    detect["score_thresholds"] = {name: scores[name] for name in classes if name in scores}
+    ids = tuple(checkpoint.category_ids[label] for label in labels)
+    return replace(
+        checkpoint,
+        model=model.eval(),
+        classes=classes,
+        category_ids=ids,
+        info={**info, "detect": detect},
+    )
 
 
 def report_file(file: Path) -> Path:

@@ -147,14 +147,19 @@ class Routes:
         detector = self.batcher.detectors[name]
         seconds = self.batcher.seconds_per_image(name)
         metrics = self.model_metrics.get(name)
+        labels = range(len(detector.classes)) if detector.selected is None else detector.selected
+        classes = [detector.classes[label] for label in labels]
+        thresholds: dict[str, Any] = dict(detector.thresholds)
+        by_class = thresholds["score_thresholds"]
+        thresholds["score_thresholds"] = {n: s for n, s in by_class.items() if n in classes}
         return {
             "name": name,
             "default": name == self.names[0],
-            "classes": list(detector.classes),
-            "category_ids": list(detector.category_ids),
+            "classes": classes,
+            "category_ids": [detector.category_ids[label] for label in labels],
             "image_size": detector.image_size,
             "max_size": detector.max_size,
-            "thresholds": dict(detector.thresholds),
+            "thresholds": thresholds,
             "network": detector.network.description,
             "metrics": None if metrics is None else dict(metrics),
             "milliseconds": None if seconds is None else _milliseconds(seconds),

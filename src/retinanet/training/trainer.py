@@ -7,7 +7,8 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,10 +38,12 @@ from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
 from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
+from retinanet.training.memory import fit_memory, memory_errors
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
 from retinanet.training.processes import deterministic, open_accelerator, stop_after_step
 from retinanet.training.run_folder import (
+    Extension,
     Progress,
     RunFolder,
     describe_machine,
@@ -49,6 +52,7 @@ from retinanet.training.run_folder import (
     save_state,
 )
 from retinanet.training.settings_from_data import (
+    VALIDATION_COST,
     choose_settings,
     max_image_size,
     resolved,
@@ -67,7 +71,15 @@ from retinanet.training.step import (
     update_ema,
 )
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
-from retinanet.training.time_limit import Pace, Pacer, plan_training, seconds_to_train
+from retinanet.training.time_limit import (
+    MIN_STEPS,
+    Pace,
+    Pacer,
+    check_length,
+    plan_steps,
+    plan_training,
+    seconds_to_train,
+)
 
 MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
@@ -75,6 +87,9 @@ MAX_UNMATCHED_STEPS = 50
 _SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
 _TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
+
+
+MakeTask = Callable[[TaskSettings], TrainingTask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +124,9 @@ def train(
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
     started: float | None = None,
+    more: Extension | None = None,
 ) -> Run:
-    """Train a RetinaNet, or resume a run that was stopped.
+    """Train a RetinaNet, resume a run that was stopped, or extend a finished one.
 
     Args:
         recipe: all settings (:func:`retinanet.config.load_recipe`).
@@ -126,10 +142,13 @@ def train(
         on_event: callback for progress events (:class:`Event`).
         started: when the command began, by :func:`time.monotonic`, from where ``train.time``
             counts; None: now.
+        more: train the finished run in `out` further, with a schedule of its own, by its settings:
+            what `recipe` states must be the same. An extension that was stopped is resumed.
 
     Raises:
         ConfigError: settings contradict each other, `device` is not available, ``train.time`` is
-            too short, or `out` contains another run or is in use.
+            too short, `out` contains another run, one that `more` cannot extend, or is in use, or
+            memory is not sufficient.
         DataError: the data has no image or no object to train on, more than a tenth of the images
             cannot be read, or no anchor matched an object in the first steps.
         NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
@@ -137,17 +156,21 @@ def train(
     """
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
+    if more is not None:
+        recipe = RunFolder(out).recipe_to_extend(recipe)
+    import_own(recipe.own_parts)
     start = follow_checkpoint(recipe, Path(out))
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
         return RetinaNetTask(settings, start)
 
     recipe = recipe if start is None else start.recipe
-    return run_task(make_task, recipe, data, out, device=device, on_event=on_event, started=started)
+    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    return run_task(make_task, recipe, data, out, device=device, **options)
 
 
 def run_task(
-    make_task: Callable[[TaskSettings], TrainingTask],
+    make_task: MakeTask,
     recipe: Recipe,
     data: str | Path | Reader | Mapping[str, Dataset],
     out: str | Path,
@@ -155,10 +178,10 @@ def run_task(
     device: str = "auto",
     on_event: EventCallback | None = None,
     started: float | None = None,
+    more: Extension | None = None,
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
-    import_own(recipe.own_parts)
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
 
     emit = Emitter(on_event if accelerator.is_main_process else None)
@@ -173,9 +196,8 @@ def run_task(
         emit=emit,
     )
     run = RunFolder(out)
-    recipe, pace = _resolve(make_task, settings, splits, run.stored_recipe(), started)
-    splits = replace(splits, train=tiles_to_train(splits.train_images, recipe))
-    settings = replace(settings, recipe=recipe, train_set=splits.train)
+    settings, pace = _resolve(make_task, settings, splits, run, started)
+    recipe, splits = settings.recipe, replace(splits, train=settings.train_set)
     repeats = balance(splits.train, recipe.data)
     if repeats is not None and recipe.data.balance != "none":
         emit("message", message=repeats.describe())
@@ -183,58 +205,131 @@ def run_task(
     _check_batch_size(settings)
     with run.lock(accelerator.is_main_process):
         stored = _open_run(run, splits, task)
-        if stored is not None and stored.finished:
+        if stored is not None and stored.finished and more is None:
             early = " (stopped early)" if stored.stopped_early else ""
-            emit("message", message=f"{run.path} is finished: {stored.step} steps{early}")
+            emit(
+                "message",
+                message=f"{run.path} is finished: {stored.step} steps{early}; to train it further "
+                "give --more-epochs 10 or --more-time 10min (rn.train: more_epochs, more_time)",
+            )
             return _result(run, stored)
+        if stored is None and not splits.val:
+            emit(
+                "message",
+                message="warning: there is no validation split, so no AP, no best weights and no "
+                "score thresholds: the last weights are the result",
+            )
+        steps = None
+        if more is not None and stored is not None and not stored.is_in(more, run.path):
+            steps = _plan_extension(make_task, settings, splits.val, run, more, started)
         if recipe.train.trackers:
             accelerator.init_trackers("retinanet")
         set_seed(recipe.train.seed)
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
+        if more is not None and steps is not None:
+            trainer.extend(more, steps)
         if pace is not None:
             trainer.progress.validation_seconds = pace.validation
-        exit_code = trainer.fit(started, lambda: emit.stop)
+        with memory_errors(settings):
+            exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
 
 
 def _resolve(
-    make_task: Callable[[TaskSettings], TrainingTask],
+    make_task: MakeTask,
     settings: TaskSettings,
     data: TrainingData,
-    stored: Recipe | None,
+    run: RunFolder,
     started: float,
-) -> tuple[Recipe, Pace | None]:
+) -> tuple[TaskSettings, Pace | None]:
     """Choose what the recipe leaves open: as the run to resume, else by the data and the machine.
 
     Returns:
-        The recipe without anything to choose, and the measured pace if the time is limited.
+        The settings without anything to choose, and the measured pace if the time is limited.
     """
-    recipe = settings.recipe
+    recipe, stored = settings.recipe, run.stored_recipe()
     if recipe.auto and not recipe.states("model.p2") and not has_c2(recipe.model.backbone):
         recipe = recipe.override({"model.p2": False})
+    pace = None
+
+    def of(recipe: Recipe) -> TaskSettings:
+        return replace(settings, recipe=recipe, train_set=tiles_to_train(data.train_images, recipe))
+
     if stored is not None:
-        return with_choices_of(recipe, stored), None
-    choose = partial(
-        choose_settings,
-        recipe,
-        data.train_images,
-        num_val=len(data.val) if data.val else 0,
-        on_gpu=settings.accelerator.device.type != "cpu",
+        recipe = with_choices_of(recipe, stored)
+    else:
+        choose = partial(
+            choose_settings,
+            recipe,
+            data.train_images,
+            num_val=len(data.val) if data.val else 0,
+            on_gpu=settings.accelerator.device.type != "cpu",
+        )
+        choices, lengths = choose(), {}
+        if recipe.train.time is not None:
+            timed = _fit_memory(make_task, of(recipe.choose(values(choices))), None)
+            left = recipe.train.time - (time.monotonic() - started)
+            pace = measure_pace(make_task, timed, data.val, left)
+            # All processes must make the same plan.
+            pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
+            lengths = _plan_for_time(timed, pace, elapsed)
+            side = lengths.pop("data.image_size", None)
+            if side is not None:
+                choices = choose(image_size=side)
+        if choices:
+            settings.emit("choices", choices=[asdict(choice) for choice in choices])
+        recipe = resolved(recipe.choose(values(choices) | lengths))
+    return _fit_memory(make_task, of(recipe), None if stored is None else run), pace
+
+
+def _fit_memory(
+    make_task: MakeTask, settings: TaskSettings, resumed: RunFolder | None
+) -> TaskSettings:
+    """Choose the micro-batches where the recipe leaves them open."""
+    recipe = settings.recipe
+    if recipe.train.accumulate:
+        return settings
+
+    def try_step(settings: TaskSettings, batch: Batch) -> None:
+        with _trial(make_task, settings, resumed) as trainer:
+            trainer.network.train()
+            trainer.step(batch)
+            trainer.flush()
+
+    parts = fit_memory(settings, try_step)
+    settings.emit(
+        "message",
+        message=f"memory: {settings.batch_size // parts} of {settings.batch_size} images at a time "
+        f"(train.accumulate={parts})",
     )
-    choices, lengths, pace = choose(), {}, None
-    if recipe.train.time is not None:
-        timed = recipe.choose(values(choices))
-        chosen = replace(settings, recipe=timed, train_set=tiles_to_train(data.train_images, timed))
-        pace = measure_pace(make_task(replace(chosen, emit=ignore)), data.val)
-        # All processes must make the same plan.
-        pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
-        lengths = _plan_for_time(chosen, pace, elapsed)
-        side = lengths.pop("data.image_size", None)
-        if side is not None:
-            choices = choose(image_size=side)
-    if choices:
-        settings.emit("choices", choices=[asdict(choice) for choice in choices])
-    return resolved(recipe.choose(values(choices) | lengths)), pace
+    return replace(settings, recipe=recipe.choose({"train.accumulate": parts}))
+
+
+def _plan_extension(
+    make_task: MakeTask,
+    settings: TaskSettings,
+    val: Dataset | None,
+    run: RunFolder,
+    more: Extension,
+    started: float,
+) -> int:
+    """Return the steps of an extension.
+
+    Raises:
+        ConfigError: its time is too short.
+    """
+    recipe = settings.recipe
+    if more.epochs is not None:
+        images = epoch_size(settings.train_set, recipe.data)
+        return math.ceil(more.epochs * images / recipe.train.batch_size)
+    assert more.time is not None
+    left = more.time - (time.monotonic() - started)
+    pace = measure_pace(make_task, settings, val, left, run)
+    pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
+    elapsed += _seconds_to_tune(recipe, pace.validation)
+    plan = plan_steps(seconds_to_train(more.time) - elapsed, pace)
+    check_length(plan, more.time, pace, elapsed, "--more-time")
+    return plan.steps
 
 
 def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
@@ -265,21 +360,38 @@ def _seconds_to_tune(recipe: Recipe, validation: float) -> float:
     return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
 
 
-def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
+@contextmanager
+def _trial(
+    make_task: MakeTask, settings: TaskSettings, resumed: RunFolder | None
+) -> Iterator[Trainer]:
+    """Build a trainer whose steps are discarded, with the weights of the run to resume if any."""
+    with tempfile.TemporaryDirectory() as scratch, memory_errors(settings):
+        task = make_task(replace(settings, emit=ignore))
+        yield Trainer(task, None, resumed or RunFolder(scratch), resume=resumed is not None)
+
+
+def measure_pace(
+    make_task: MakeTask,
+    settings: TaskSettings,
+    val: Dataset | None,
+    seconds_left: float,
+    resumed: RunFolder | None = None,
+) -> Pace:
     """Measure the duration of a training step and of a validation on this machine.
 
     Steps are timed until they have taken long enough, not counting the first two, and the
-    validation of two batches.
+    validation of two batches; or until `seconds_left` cannot suffice.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(task, None, RunFolder(scratch), resume=False)
-        step = trainer.time_steps()
+    with _trial(make_task, settings, resumed) as trainer:
+        step = trainer.time_steps(seconds_left)
         if val is None or not len(val):
             return Pace(step, 0.0)
-        count = min(len(val), 2 * task.settings.batch_size)
+        if MIN_STEPS * step > seconds_left:
+            return Pace(step, step * VALIDATION_COST * len(val) / settings.batch_size)
+        count = min(len(val), 2 * settings.batch_size)
         images = tuple(val.images[i * len(val) // count] for i in range(count))
         begun = time.perf_counter()
-        task.validate(trainer.model, replace(val, images=images), 0)
+        trainer.task.validate(trainer.model, replace(val, images=images), 0)
         return Pace(step, (time.perf_counter() - begun) * len(val) / count)
 
 
@@ -371,31 +483,37 @@ class Trainer:
         self.network = self._accelerator.prepare_model(self.model) if distributed else self.model
         self.pending: deque[PendingStep] = deque()
         self._ahead = steps_ahead(self._device)
-        # With a time limit the number of steps may grow.
-        self._max_steps = self.progress.steps * (1 if settings.time is None else _MAX_GROWTH)
-        self._loader = self._train_loader()
-        self._loader.end.fill_(self.progress.steps)
-        if self._loader.message is not None:
-            self._emit("message", message=self._loader.message)
         self._meter = Meter(settings.batch_size, self._device)
 
-    def time_steps(self) -> float:
-        """Train a few steps, and return the median of their seconds."""
+    def time_steps(self, seconds_left: float) -> float:
+        """Train a few steps, and return the median of their seconds.
+
+        It ends early where `seconds_left` cannot suffice for a training.
+        """
         seconds: list[float] = []
-        elapsed = 0.0
-        batches = iter(self._loader)
+        first = self.progress.step
+        loader = self._train_loader(range(first, first + _SLOW_STEPS + _TIMED_STEPS))
         self.network.train()
-        while len(seconds) < _SLOW_STEPS + 2 or (
-            len(seconds) < _SLOW_STEPS + _TIMED_STEPS and elapsed < _TIMED_SECONDS
-        ):
-            begun = time.perf_counter()
-            self.step(next(batches))
+        begun = time.perf_counter()
+        for batch in loader:
+            self.step(batch)
             self.flush()
             seconds.append(time.perf_counter() - begun)
             # All processes must do as many steps: each waits for the gradients of the others.
-            (elapsed,) = broadcast_object_list([sum(seconds)])
-        self._loader.close()
-        return median(seconds[_SLOW_STEPS:])
+            elapsed, fastest = broadcast_object_list([sum(seconds), min(seconds)])
+            is_measured = len(seconds) >= _SLOW_STEPS + 2 and elapsed >= _TIMED_SECONDS
+            if is_measured or elapsed + MIN_STEPS * fastest > seconds_left:
+                break
+            begun = time.perf_counter()
+        loader.close()
+        return median(seconds[_SLOW_STEPS:] or seconds[-1:])
+
+    def extend(self, more: Extension, steps: int) -> None:
+        """Begin an extension of the finished run, and record it."""
+        self.progress.extend(more, steps)
+        self.save()
+        if self._is_main:
+            self.run.update_info({"extensions": self.progress.extensions})
 
     def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Train until the last step, early stopping, a signal or a request.
@@ -418,15 +536,20 @@ class Trainer:
             if warning is not None:
                 self._emit("message", message=warning)
             self.save()  # from here on a run killed at any time can be resumed
-        validate_every = _period(settings.validate_every, progress.steps)
+        self._loader = loader = self._train_loader(range(progress.step, self._max_steps))
+        loader.end.fill_(progress.steps)
+        if loader.message is not None:
+            self._emit("message", message=loader.message)
+        validate_every = _period(settings.validate_every, progress.schedule[1])
         pacer = self._pacer(started, validate_every)
         interrupted = False
         with deterministic(settings.deterministic), stop_after_step(self._accelerator) as stop:
             self._meter.start_step()
-            for batch in self._loader:
+            for batch in loader:
                 self.step(batch)
                 if pacer is None:
-                    due = progress.step % validate_every == 0 or progress.step == progress.steps
+                    past, steps = progress.schedule
+                    due = past % validate_every == 0 or past == steps
                 else:
                     self._keep_time(pacer)
                     due = pacer.is_validation_due(progress.step, progress.steps)
@@ -464,9 +587,12 @@ class Trainer:
         settings, progress = self._settings, self.progress
         batch = loaded.to(self._device, non_blocking=True)
         self._meter.batch_loaded()
-        lr = self._lr * lr_factor(progress.step, progress.steps, settings)
+        past, steps = progress.schedule
+        warmup = min(settings.warmup_steps, steps // 10) if progress.extensions else None
+        lr = self._lr * lr_factor(past, steps, settings, warmup)
         set_lr(self.optimizer, lr)
-        share = progress.step / progress.steps
+        # An extension begins with a trained network.
+        share = 1.0 if progress.extensions else past / steps
         current = PendingStep(progress.step, lr, loaded, self.running, share)
         context = StepContext(progress.step, self._precision, self.scaler, self.running, share)
         losses, self.running = self.task.training_step(self.network, self.model, batch, context)
@@ -534,11 +660,25 @@ class Trainer:
 
         replace_folder(self.run.last, fill)
 
+    @property
+    def _time_limit(self) -> float | None:
+        extensions = self.progress.extensions
+        return extensions[-1]["time"] if extensions else self._settings.time
+
+    @property
+    def _max_steps(self) -> int:
+        """Steps at most: with a time limit their number may grow."""
+        progress = self.progress
+        growth = 1 if self._time_limit is None else _MAX_GROWTH
+        return progress.first_step + progress.schedule[1] * growth
+
     def _pacer(self, started: float, period: int) -> Pacer | None:
-        limit, progress = self._settings.time, self.progress
+        limit, progress = self._time_limit, self.progress
         if limit is None:
             return None
-        begun = time.monotonic() - progress.seconds if self._resumed else started
+        begun = started
+        if progress.schedule[0]:
+            begun = time.monotonic() - (progress.seconds - progress.first_seconds)
         validation = progress.validation_seconds
         tuning = _seconds_to_tune(self.task.settings.recipe, validation)
         return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
@@ -561,13 +701,13 @@ class Trainer:
         if self._is_main:
             self.run.truncate_log(self.progress.step)
 
-    def _train_loader(self) -> BatchLoader:
+    def _train_loader(self, steps: range) -> BatchLoader:
         settings = self.task.settings
         return train_loader(
             settings.train_set,
             settings.recipe.data,
             batch_size=settings.batch_size,
-            steps=range(self.progress.step, self._max_steps),
+            steps=steps,
             seed=self._settings.seed,
             workers=settings.workers,
             rank=self._accelerator.process_index,
@@ -590,7 +730,8 @@ class Trainer:
         before = progress.best_metrics.get("loss")
         lower = metrics.loss is not None and (before is None or metrics.loss < before)
         if better or (metrics.ap == progress.best_ap and lower):
-            progress.best_ap, progress.best_step = metrics.ap, progress.step
+            progress.best_ap = progress.untuned_ap = metrics.ap
+            progress.best_step = progress.step
             progress.best_metrics = progress.metrics
             write_atomic(self.run.metrics, json.dumps(metrics.to_dict(), indent=1) + "\n")
             replace_folder(
