@@ -352,87 +352,134 @@ def dota_text(_: str) -> str:
 
 # fmt: off
 LAYOUTS: dict[str, Layout] = {
-    "voc-annotations-images": Layout("`annotations/*.xml`, `images/`", layout(voc("annotations"),
-     "images", {"": 3}), "voc", {"": 3}, {"annotations": 3, "annotations/img_1.xml": 1}),
-    "voc-annots-images": Layout("`annots/*.xml`, `images/`", layout(voc("annots"), "images",
-     {"": 3}), "voc", {"": 3}, {"annots": 3}),
-    "voc-dataset-split-annots": Layout("`dataset/train/annots/*.xml`, `dataset/train/images/`",
-     layout(voc("dataset/{}/annots"), "dataset/{}/images"), "voc", {"train": 3, "val": 2},
-     {"dataset": 5, "dataset/train": 3, "dataset/val/annots": 2}),
-    "voc-and-csv": Layout("`images/train/*.xml` and `.jpg` with `images/train_labels.csv`",
-     together(layout(voc("images/{}"), "images/{}", {"train": 3, "test": 2}), layout(table(
-     "images/{}_labels.csv"), "images/{}", {"train": 3, "test": 2})), "voc", {"train": 3,
-     "test": 2}, {"images/train": 3, "images/train_labels.csv": 3}, ("train_labels.csv",)),
-    "voc-capitals": Layout("`ANNOTATIONS/*.xml`, `IMAGES/`, beside a smaller labelled folder",
-     voc_with_a_small_folder_beside, "voc", {"train": 6, "val": 2}, {"ANNOTATIONS": 6,
-     "Validation_Images": 2}),
-    "voc-devkit": Layout("`VOCdevkit/VOC2007` and `VOC2012` together", vocdevkit, "voc",
-     {"train": 5, "val": 3}, {"VOCdevkit": 8, "VOCdevkit/VOC2007": 3,
-     "VOCdevkit/VOC2012/Annotations": 5}),
-    "voc-xmls": Layout("`annotations/xmls/*.xml`, `images/`", pets, "voc", {"": 3},
-     {"annotations": 3, "annotations/xmls": 3}),
-    "voc-split-annotations": Layout("`train/annotations/*.xml`, `train/images/`", layout(voc(
-     "{}/annotations"), "{}/images"), "voc", {"train": 3, "val": 2}, {"train": 3}),
+    "voc-annotations-images": Layout(
+        "`annotations/*.xml`, `images/`",
+        layout(voc("annotations"), "images", {"": 3}),
+        "voc", {"": 3}, {"annotations": 3, "annotations/img_1.xml": 1}),
+    "voc-annots-images": Layout(
+        "`annots/*.xml`, `images/`",
+        layout(voc("annots"), "images", {"": 3}),
+        "voc", {"": 3}, {"annots": 3}),
+    "voc-dataset-split-annots": Layout(
+        "`dataset/train/annots/*.xml`, `dataset/train/images/`",
+        layout(voc("dataset/{}/annots"), "dataset/{}/images"),
+        "voc", {"train": 3, "val": 2}, {"dataset": 5, "dataset/train": 3, "dataset/val/annots": 2}),
+    "voc-and-csv": Layout(
+        "`images/train/*.xml` and `.jpg` with `images/train_labels.csv`",
+        together(layout(voc("images/{}"), "images/{}", {"train": 3, "test": 2}),
+            layout(table("images/{}_labels.csv"), "images/{}", {"train": 3, "test": 2})),
+        "voc", {"train": 3, "test": 2}, {"images/train": 3, "images/train_labels.csv": 3},
+            ("train_labels.csv",)),
+    "voc-capitals": Layout(
+        "`ANNOTATIONS/*.xml`, `IMAGES/`, beside a smaller labelled folder",
+        voc_with_a_small_folder_beside,
+        "voc", {"train": 6, "val": 2}, {"ANNOTATIONS": 6, "Validation_Images": 2}),
+    "voc-devkit": Layout(
+        "`VOCdevkit/VOC2007` and `VOC2012` together",
+        vocdevkit,
+        "voc", {"train": 5, "val": 3}, {"VOCdevkit": 8, "VOCdevkit/VOC2007": 3,
+            "VOCdevkit/VOC2012/Annotations": 5}),
+    "voc-xmls": Layout(
+        "`annotations/xmls/*.xml`, `images/`",
+        pets,
+        "voc", {"": 3}, {"annotations": 3, "annotations/xmls": 3}),
+    "voc-split-annotations": Layout(
+        "`train/annotations/*.xml`, `train/images/`",
+        layout(voc("{}/annotations"), "{}/images"),
+        "voc", {"train": 3, "val": 2}, {"train": 3}),
     "voc-cvat": Layout(
-     "CVAT's VOC: folders in `Annotations/` and `JPEGImages/`, `ImageSets/Main/default.txt`",
-     cvat_voc, "voc", {"": 3}),
-    "coco": Layout("`annotations/instances_train2017.json`, `train2017/`", layout(coco(
-     "annotations/instances_{}2017.json"), "{}2017"), "coco", {"train": 3, "val": 2},
-     {"annotations": 5, "annotations/instances_val2017.json": 2}),
-    "coco-per-image": Layout("one COCO JSON per image: `labels/*.json`, `images/`", coco_per_image,
-     "coco", {"": 3}, {"labels": 3}),
-    "coco-parts": Layout("several COCO JSON files of one split", together(layout(coco(
-     "annotations/train_{}.json"), "images", {"a": 2, "b": 2}), layout(coco("annotations/{}.json"),
-     "images", {"val": 1})), "coco", {"train": 4, "val": 1}, {"annotations/val.json": 1}),
-    "roboflow-coco": Layout("Roboflow COCO: `train/_annotations.coco.json` beside the images",
-     layout(coco("{}/_annotations.coco.json"), "{}", ROBOFLOW | {"test": 1},
-     more={"README.roboflow.txt": "exported\n"}), "coco", {"train": 3, "val": 2, "test": 1},
-     {"valid": 2}),
-    "yolo": Layout("`data.yaml`, `images/train/`, `labels/train/*.txt`", layout(yolo("labels/{}"),
-     "images/{}", more=yolo_yaml("images/train", "images/val")), "yolo", {"train": 3, "val": 2},
-     {"data.yaml": 5}),
-    "roboflow-yolo": Layout("Roboflow YOLO: `train/images/`, `train/labels/`, `test` missing",
-     layout(yolo("{}/labels"), "{}/images", ROBOFLOW, more=yolo_yaml("../train/images",
-     "../valid/images", "test: ../test/images\n")), "yolo", {"train": 3, "val": 2},
-     {"data.yaml": 5}),
-    "yolo-capitals": Layout("`Train/Images/`, `Train/Labels/*.txt`, `classes.txt`", layout(yolo(
-     "{}/Labels"), "{}/Images", {"Train": 3, "Val": 2}, more={"classes.txt": "cat\ndog\n"}), "yolo",
-     {"train": 3, "val": 2}),
-    "yolo-lists": Layout("`train.txt` and `val.txt` over one `images/`", yolo_lists, "yolo",
-     {"train": 4, "val": 2}),
-    "yolo-moved": Layout("lists and `data.yaml` with paths of another machine",
-     yolo_lists_of_another_machine, "yolo", {"train": 4, "val": 2}),
-    "darknet": Layout("Darknet: `obj.data`, `obj.names`, `train.txt`", layout(yolo(
-     "obj_train_data"), "obj_train_data", {"": 3}, more={"obj.names": "cat\ndog\n",
-     "obj.data": "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
-     "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3))}), "yolo",
-     {"train": 3}),
+        "CVAT's VOC: folders in `Annotations/` and `JPEGImages/`, `ImageSets/Main/default.txt`",
+        cvat_voc,
+        "voc", {"": 3}),
+    "coco": Layout(
+        "`annotations/instances_train2017.json`, `train2017/`",
+        layout(coco("annotations/instances_{}2017.json"), "{}2017"),
+        "coco", {"train": 3, "val": 2}, {"annotations": 5,
+            "annotations/instances_val2017.json": 2}),
+    "coco-per-image": Layout(
+        "one COCO JSON per image: `labels/*.json`, `images/`",
+        coco_per_image,
+        "coco", {"": 3}, {"labels": 3}),
+    "coco-parts": Layout(
+        "several COCO JSON files of one split",
+        together(layout(coco("annotations/train_{}.json"), "images", {"a": 2, "b": 2}),
+            layout(coco("annotations/{}.json"), "images", {"val": 1})),
+        "coco", {"train": 4, "val": 1}, {"annotations/val.json": 1}),
+    "roboflow-coco": Layout(
+        "Roboflow COCO: `train/_annotations.coco.json` beside the images",
+        layout(coco("{}/_annotations.coco.json"), "{}", ROBOFLOW | {"test": 1},
+            more={"README.roboflow.txt": "exported\n"}),
+        "coco", {"train": 3, "val": 2, "test": 1}, {"valid": 2}),
+    "yolo": Layout(
+        "`data.yaml`, `images/train/`, `labels/train/*.txt`",
+        layout(yolo("labels/{}"), "images/{}", more=yolo_yaml("images/train", "images/val")),
+        "yolo", {"train": 3, "val": 2}, {"data.yaml": 5}),
+    "roboflow-yolo": Layout(
+        "Roboflow YOLO: `train/images/`, `train/labels/`, `test` missing",
+        layout(yolo("{}/labels"), "{}/images", ROBOFLOW, more=yolo_yaml("../train/images",
+            "../valid/images", "test: ../test/images\n")),
+        "yolo", {"train": 3, "val": 2}, {"data.yaml": 5}),
+    "yolo-capitals": Layout(
+        "`Train/Images/`, `Train/Labels/*.txt`, `classes.txt`",
+        layout(yolo("{}/Labels"), "{}/Images", {"Train": 3, "Val": 2},
+            more={"classes.txt": "cat\ndog\n"}),
+        "yolo", {"train": 3, "val": 2}),
+    "yolo-lists": Layout(
+        "`train.txt` and `val.txt` over one `images/`",
+        yolo_lists,
+        "yolo", {"train": 4, "val": 2}),
+    "yolo-moved": Layout(
+        "lists and `data.yaml` with paths of another machine",
+        yolo_lists_of_another_machine,
+        "yolo", {"train": 4, "val": 2}),
+    "darknet": Layout(
+        "Darknet: `obj.data`, `obj.names`, `train.txt`",
+        layout(yolo("obj_train_data"), "obj_train_data", {"": 3}, more={"obj.names": "cat\ndog\n",
+            "obj.data": "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
+            "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3))}),
+        "yolo", {"train": 3}),
     "roboflow-darknet": Layout(
-     "Roboflow Darknet: `train/*.txt` beside the images, `_darknet.labels`", layout(yolo("{}"),
-     "{}", ROBOFLOW, more={f"{split}/_darknet.labels": "cat\ndog\n" for split in ROBOFLOW}),
-     "yolo", {"train": 3, "val": 2}),
-    "tensorflow-csv": Layout("TensorFlow Object Detection CSV: `train/_annotations.csv`", layout(
-     table("{}/_annotations.csv"), "{}", ROBOFLOW), "csv", {"train": 3, "val": 2}),
-    "vott": Layout("VoTT CSV, beside a file of detection results", vott, "csv", {"": 3}, left_out=(
-     "Detection_Results.csv",)),
-    "labelme": Layout("LabelMe: a `.json` per image", layout(each("json", labelme_text, ".json"),
-     "images", {"": 3}), "labelme", {"": 3}, {"json": 3}),
-    "via-json": Layout("VGG Image Annotator: `train/via_region_data.json` beside the images",
-     layout(json_file("{}/via_region_data.json", via_content), "{}"), "via", {"train": 3,
-     "val": 2}, {"val": 2}),
-    "via-csv": Layout("VGG Image Annotator: `.csv`", layout(via_csv, "", {"": 3}), "via", {"": 3},
-     {"via.csv": 3}),
-    "createml": Layout("Create ML: `train/_annotations.createml.json`", layout(json_file(
-     "{}/_annotations.createml.json", createml_content), "{}", ROBOFLOW), "createml", {"train": 3,
-     "val": 2}),
-    "kitti": Layout("KITTI: `training/label_2/*.txt`, `training/image_2/`", layout(each(
-     "training/label_2", kitti_text, ".txt"), "training/image_2", {"": 3}, suffix=".png"), "kitti",
-     {"train": 3}),
-    "visdrone": Layout("VisDrone: `VisDrone2019-DET-train/annotations/*.txt`", layout(each(
-     "VisDrone2019-DET-{}/annotations", visdrone_text, ".txt"), "VisDrone2019-DET-{}/images"),
-     "visdrone", {"train": 3, "val": 2}, classes=("car", "pedestrian")),
-    "dota": Layout("DOTA: `train/labelTxt/*.txt` (the box around each quadrilateral)", layout(each(
-     "{}/labelTxt", dota_text, ".txt"), "{}/images", suffix=".png"), "dota", {"train": 3,
-     "val": 2}),
+        "Roboflow Darknet: `train/*.txt` beside the images, `_darknet.labels`",
+        layout(yolo("{}"), "{}", ROBOFLOW,
+            more={f"{split}/_darknet.labels": "cat\ndog\n" for split in ROBOFLOW}),
+        "yolo", {"train": 3, "val": 2}),
+    "tensorflow-csv": Layout(
+        "TensorFlow Object Detection CSV: `train/_annotations.csv`",
+        layout(table("{}/_annotations.csv"), "{}", ROBOFLOW),
+        "csv", {"train": 3, "val": 2}),
+    "vott": Layout(
+        "VoTT CSV, beside a file of detection results",
+        vott,
+        "csv", {"": 3}, left_out=("Detection_Results.csv",)),
+    "labelme": Layout(
+        "LabelMe: a `.json` per image",
+        layout(each("json", labelme_text, ".json"), "images", {"": 3}),
+        "labelme", {"": 3}, {"json": 3}),
+    "via-json": Layout(
+        "VGG Image Annotator: `train/via_region_data.json` beside the images",
+        layout(json_file("{}/via_region_data.json", via_content), "{}"),
+        "via", {"train": 3, "val": 2}, {"val": 2}),
+    "via-csv": Layout(
+        "VGG Image Annotator: `.csv`",
+        layout(via_csv, "", {"": 3}),
+        "via", {"": 3}, {"via.csv": 3}),
+    "createml": Layout(
+        "Create ML: `train/_annotations.createml.json`",
+        layout(json_file("{}/_annotations.createml.json", createml_content), "{}", ROBOFLOW),
+        "createml", {"train": 3, "val": 2}),
+    "kitti": Layout(
+        "KITTI: `training/label_2/*.txt`, `training/image_2/`",
+        layout(each("training/label_2", kitti_text, ".txt"), "training/image_2", {"": 3},
+            suffix=".png"),
+        "kitti", {"train": 3}),
+    "visdrone": Layout(
+        "VisDrone: `VisDrone2019-DET-train/annotations/*.txt`",
+        layout(each("VisDrone2019-DET-{}/annotations", visdrone_text, ".txt"),
+            "VisDrone2019-DET-{}/images"),
+        "visdrone", {"train": 3, "val": 2}, classes=("car", "pedestrian")),
+    "dota": Layout(
+        "DOTA: `train/labelTxt/*.txt` (the box around each quadrilateral)",
+        layout(each("{}/labelTxt", dota_text, ".txt"), "{}/images", suffix=".png"),
+        "dota", {"train": 3, "val": 2}),
 }
 # fmt: on
