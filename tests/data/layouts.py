@@ -435,7 +435,7 @@ LAYOUTS: dict[str, Layout] = {
     "darknet": Layout(
         "Darknet: `obj.data`, `obj.names`, `train.txt`",
         layout(yolo("obj_train_data"), "obj_train_data", {"": 3}, more={"obj.names": "cat\ndog\n",
-            "obj.data": "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
+            "obj.data": "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\n",
             "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3))}),
         "yolo", {"train": 3}),
     "roboflow-darknet": Layout(
