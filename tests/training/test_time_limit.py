@@ -175,7 +175,9 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
 
     monkeypatch.setattr(trainer, "measure_pace", measure_pace)
     monkeypatch.setattr(Pacer, "replan", lambda self, step: 12)
-    recipe = tiny_recipe("train.time=1000s", "train.save_every=5", "train.max_steps=2")
+    recipe = tiny_recipe(
+        "train.time=1000s", "train.save_every=5", "train.max_steps=2", "train.min_steps=1"
+    )
     events: list[Event] = []
 
     def stop(event: Event) -> None:
