@@ -45,13 +45,13 @@ _MAX_CLASSES = 12  # longer tables of classes are folded
 
 def _cell(value: object) -> str:
     """Format a value: floats with three decimals, None and NaN as a dash."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3f}" if math.isfinite(value) else "–"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 _TEMPLATES = Environment(
