@@ -137,7 +137,6 @@ class Row:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Read the values of :func:`dataclasses.asdict`."""
-        timings = {
-            name: values[name] and Timing(**values[name]) for name in ("ours", "theirs", "speedup")
-        }
+        names = ("ours", "theirs", "speedup")
+        timings = {name: values[name] and Timing(**values[name]) for name in names}
         return cls(**{**values, **timings})

@@ -63,10 +63,8 @@ def figures(row: Row) -> list[str]:
     """Format ours, theirs, the speedup with its quartiles, the limit, and the memory of both."""
     speedup = "-"
     if row.speedup is not None:
-        median, low, high = map(
-            _three_digits, (row.speedup.median, row.speedup.low, row.speedup.high)
-        )
-        speedup = f"{median} ({low}-{high})"
+        low, high = _three_digits(row.speedup.low), _three_digits(row.speedup.high)
+        speedup = f"{_three_digits(row.speedup.median)} ({low}-{high})"
     return [
         *(seconds(timing.median if timing else None) for timing in (row.ours, row.theirs)),
         speedup,
