@@ -42,8 +42,7 @@ def distribution() -> LossDistribution:
 
 def speed() -> SpeedAccuracy:
     def point(model: str, scale: int, ap: float, ms: float) -> SpeedPoint:
-        aps = (ap,) * 6
-        return SpeedPoint(model, scale, 2 * scale, *aps, ms, ms - 1, ms + 2, "torch")
+        return SpeedPoint(model, scale, 2 * scale, {"AP": ap}, "torch", ms, ms - 1, ms + 2)
 
     points = (
         point("cells", 128, 0.2, 10),

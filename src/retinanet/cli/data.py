@@ -256,8 +256,14 @@ def anchors(
     The anchor recall is the fraction of objects with an anchor of an IoU of .5 or more.
     """
     from retinanet.data import usable
+    from retinanet.errors import DataError
 
     dataset, _ = usable(options.read(data, recipe.load()))
+    if not any(not a.ignored for image in dataset.images for a in image.annotations):
+        raise DataError(
+            f"{data}: no usable object in the {len(dataset)} images of {options.split}; "
+            "see retinanet data check"
+        )
     _check_assignment(recipe.load())
     recipe = _with_choices(recipe, data, options, dataset)
     config = recipe.load()

@@ -291,7 +291,7 @@ def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> Fi
         if row.published is not None and row.published.milliseconds is not None:
             mark = SpeedMark(series, row.published.milliseconds, row.published.ap, scale)
             published.append(mark)
-        # With one backbone in place of two, two rows share a training.
+        # With a single backbone for both depths, two rows share a training.
         if "AP" in line.scores and line.milliseconds is not None and line.folders not in seen:
             seen.add(line.folders)
             measured.append(SpeedMark(series, line.milliseconds, line.scores["AP"].mean, scale))

@@ -105,7 +105,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training, of one or several rows with the same settings.
+    """A training of one or several rows with the same settings.
 
     Attributes:
         name: of its folder in ``runs/``.
@@ -125,7 +125,6 @@ class Training:
         return self.name, self.seed
 
     def __str__(self) -> str:
-        """Format as ``NAME, seed 0``."""
         return f"{self.name}, seed {self.seed}"
 
     def folder(self, out: Path) -> Path:
@@ -242,12 +241,17 @@ def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0)
         side = round(usual * row.scale / reference)
         if side < _MIN_SIZE:
             raise ConfigError(
-                f"images of {usual} px in place of the paper's {reference} px are too small: row "
+                f"images of {usual} px instead of the paper's {reference} px are too small: row "
                 f"{row.key} of {experiment.name} would have {side} px, less than {_MIN_SIZE}; use "
                 "a larger --image-size"
             )
     if not settings.full or side != base.data.image_size:
-        own += _size_settings(base, side)
+        factor = side / base.data.image_size
+        own += [
+            f"data.image_size={side}",
+            f"data.max_size={math.ceil(factor * base.data.max_size)}",
+        ]
+        own += [f"data.multi_scale={[round(factor * scale) for scale in base.data.multi_scale]}"]
     if settings.steps is not None:
         own.append(f"train.steps={settings.steps}")
         if not settings.full and "train.warmup_steps" not in overridden:
@@ -333,18 +337,6 @@ def _reference_scale(experiment: Experiment) -> int:
     """Return the scale that the recipe's image size replaces: 600 px, or 800 px for Table 2."""
     scales = [row.scale for row in experiment.rows if row.trained]
     return _PAPER_SIZE if _PAPER_SIZE in scales or not scales else max(scales)
-
-
-def _size_settings(base: Recipe, side: int) -> list[str]:
-    """Scale shorter side, longest side and multi-scale sides in the recipe's proportion."""
-    factor = side / base.data.image_size
-    longest = math.ceil(factor * base.data.max_size)
-    multi_scale = [round(factor * scale) for scale in base.data.multi_scale]
-    return [
-        f"data.image_size={side}",
-        f"data.max_size={longest}",
-        f"data.multi_scale={multi_scale}",
-    ]
 
 
 def _name(recipe: Recipe, rival: str, data_digest: str) -> str:

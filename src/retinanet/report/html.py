@@ -187,12 +187,12 @@ def write_report(
     samples: int = 6,
     device: str = "auto",
 ) -> Path:
-    """Write ``report.html`` and ``plots/`` of a run folder.
+    """Write ``report.html`` and ``plots/`` of a finished or unfinished run.
 
     Parts that the run lacks (it was not validated, its data has moved) are left out with a note.
 
     Args:
-        folder: run folder of a finished or unfinished run.
+        folder: run folder.
         data: its splits; None: read again from its data folder.
         samples: validation images to detect objects in and draw.
         device: device for that.
@@ -233,7 +233,7 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         return
     summary = metrics.summary()
     facts: dict[str, object] = {
-        **{name: summary[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+        **{name: summary[name] for name in AP_METRICS},
         "images": metrics.images,
         "objects": metrics.objects,
         f"best mean F1, at score {metrics.best_score:.2f}": metrics.best_f1,
@@ -450,10 +450,9 @@ def _add_settings(page: Page, run: _Run) -> None:
     page.code(run.config, folded="config.toml")
     rows: list[list[object]] = []
     for name, value in run.info.items():
-        if isinstance(value, Mapping):
-            rows += [[f"{name}.{key}", str(item)] for key, item in value.items()]
-        else:
-            rows.append([name, str(value)])
+        nested = isinstance(value, Mapping)
+        items = {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
+        rows += [[key, str(item)] for key, item in items.items()]
     if rows:
         page.table(["run.json", ""], rows, left=2)
 

@@ -51,7 +51,7 @@ MAX_NEGATIVES = 10_000_000
 """Background anchors that are sampled, about; the paper takes as many."""
 
 _POINTS = 501
-_CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
+CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
 
 _Array = NDArray[np.float64]
 _Array32 = NDArray[np.float32]
@@ -240,7 +240,7 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
     Returns:
         (N, G) float32 (float64 for float64 logits): sums over the K classes.
     """
-    rows = max(1, _CHUNK // max(1, logits.shape[1]))
+    rows = max(1, CHUNK // max(1, logits.shape[1]))
     chunks = []
     for x, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
         losses = [focal_loss(x, y, alpha=None, gamma=g, reduction="none") for g in gammas]

@@ -217,21 +217,16 @@ def _pycocotools(dataset: Dataset, results: list[dict[str, Any]]) -> Callable[[]
 def startup(setting: Setting) -> list[Case]:
     """Run the command line's help, and imports after ``import torch``; each in a new process."""
 
-    def after_torch(statement: str) -> Benchmark:
-        call = partial(_run_python, _AFTER_TORCH.format(statement))
-        return Benchmark(call, seconds=float, memory=False)
+    def case(name: str, size: str, code: str, seconds: Callable[[str], float] | None) -> Case:
+        call = partial(_run_python, code)
+        return Case(name, size, lambda: Benchmark(call, seconds=seconds, memory=False))
 
-    def help_text() -> Benchmark:
-        return Benchmark(partial(_run_python, _HELP), memory=False)
-
-    statements = {
-        "import retinanet": "import retinanet",
-        "retinanet.load": "import retinanet; retinanet.load",
-    }
-    imports = [
-        Case(name, "after torch", partial(after_torch, code)) for name, code in statements.items()
+    load = "import retinanet; retinanet.load"
+    return [
+        case("retinanet --help", "a new process", _HELP, None),
+        case("import retinanet", "after torch", _AFTER_TORCH.format("import retinanet"), float),
+        case("retinanet.load", "after torch", _AFTER_TORCH.format(load), float),
     ]
-    return [Case("retinanet --help", "a new process", help_text), *imports]
 
 
 def _run_python(code: str) -> str:

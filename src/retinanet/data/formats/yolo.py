@@ -80,11 +80,8 @@ def find(tree: Tree) -> LabelSet | None:
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a YOLO data set; each split's data set is read when called.
 
-    Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders.
-
-    Raises:
-        DataError: data.yaml is not YAML, or has no names, or its folders hold no images. A split
-            whose folder is missing raises when it is read.
+    Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders. A split
+    whose folder is missing raises when it is read.
     """
     texts: _Texts = tree.memo["yolo"]
     (file, *_), *_ = labels.files.values()
@@ -123,11 +120,7 @@ def _with_rest(splits: dict[str, list[Path]], tree: Tree, texts: _Texts) -> dict
 
 
 def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
-    """Return the names of a file of names in the tree, or above it; none if there is none.
-
-    Raises:
-        DataError: two such files differ: a number has no one meaning.
-    """
+    """Return the names of a file of names in the tree, or above it; none if there is none."""
     first = tree.named(*_NAME_FILES)
     if first is not None:
         names = read_lines(first)
@@ -151,11 +144,7 @@ def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
 
 
 class _Texts:
-    """The text files of a tree by stem.
-
-    Attributes:
-        by_stem: text files that may hold the rows of an image, by lower-case stem.
-    """
+    """The text files of a tree by lower-case stem."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -217,11 +206,7 @@ def _is_data_yaml(file: Path, separator: str = ":") -> bool:
 def _from_settings(
     file: Path, tree: Tree, notes: list[str]
 ) -> tuple[dict[str, list[Path]], Sequence[str], dict[str, str]]:
-    """Return what data.yaml or obj.data states.
-
-    Returns:
-        The images of each split, the names of the classes, and by split what is missing.
-    """
+    """Return what data.yaml or obj.data states: images by split, names, missing splits."""
     if file.suffix.lower() == ".data":
         lines = (line.partition("=") for line in read_lines(file))
         content: dict[Any, Any] = {key.strip(): value.strip() for key, _, value in lines}
@@ -404,12 +389,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
 
 
 def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
-    """Parse the text file of an image; the classes are numbers.
-
-    Args:
-        file: the text file.
-        keypoints: rows are a box and keypoints, rather than a box or a polygon.
-    """
+    """Parse the text file of an image; with `keypoints` rows are a box and keypoints."""
     parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
