@@ -30,8 +30,7 @@ class FormatOptions:
     """The format of the data."""
 
     format: str | None = option(
-        "Format of the data, such as coco, voc or yolo (docs/data.md).",
-        shown="detected",
+        "Format of the data, such as coco, voc or yolo (docs/data.md).", shown="detected"
     )
 
 
