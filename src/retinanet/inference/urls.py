@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import urllib.error
 import urllib.request
 from base64 import b64encode
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
     except TimeoutError:
         raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, TimeoutError):
             raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
