@@ -1,7 +1,7 @@
 """Time of COCO's metrics beside pycocotools, in turns, in one thread.
 
-``python benchmarks/evaluation.py --images 5000 --rounds 1`` prints the CPU seconds and their ratio. The
-data are random: COCO's 80 classes, 7 objects and 100 detections per image.
+``python benchmarks/evaluation.py --images 5000 --rounds 1`` prints the CPU seconds and their ratio.
+The data are random: COCO's 80 classes, 7 objects and 100 detections per image.
 """
 
 from __future__ import annotations
