@@ -138,6 +138,26 @@ def test_wrong_ranges_are_errors(
     assert trainings.runs == []
 
 
+def test_trial_has_a_twentieth_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[float | None] = []
+
+    def train(recipe: Recipe, data: Any, out: Path, **options: Any) -> Run:
+        times.append(recipe.train.time)
+        if recipe.train.time == 1.0:
+            raise ConfigError("train.time 1 s is too short; give at least 3s")
+        return Run(out, out, {}, 0.5, 10)
+
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(ConfigError, match=r"a twentieth of --budget: .* at least 3s; or give"):
+        run(tmp_path / "out", 1, settings=[], budget=20.0)
+    # With another budget the same folder is used; once a trial has ended, its length stays.
+    for number, budget in ((1, 80.0), (2, 200.0)):
+        assert len(run(tmp_path / "out", number, settings=[], budget=budget).trials) == number
+    assert times == [1.0, 4.0, 4.0]
+
+
 def test_folder_of_another_search_is_an_error(tmp_path: Path, trainings: Trainings) -> None:
     run(tmp_path / "out", 1)
     with pytest.raises(ConfigError, match="has a search with other data, ranges or settings"):

@@ -227,8 +227,13 @@ class _Study:
         )
         seed = len(self._study.trials)  # a resumed search must not repeat its random values
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
-        if not self._has_length():
-            seconds = self._study.user_attrs.get("trial_seconds") or budget / TRIALS
+        self._request = [recipe, list(settings), list(map(str, ranges))]
+        self._is_timed = not self._has_length()
+        if self._is_timed:
+            # The first trials decide: later ones must be comparable, whatever the budget.
+            known = self._study.user_attrs.get("trial_seconds")
+            ended = any(trial.state.is_finished() for trial in self._study.trials)
+            seconds = known if ended and known else budget / TRIALS
             self._study.set_user_attr("trial_seconds", seconds)
             self._settings.append(f"train.time={seconds}")
 
@@ -245,9 +250,7 @@ class _Study:
         for own in self._ranges:
             for value in own.ends():
                 self._load([f"{own.setting}={value}"])
-        request = json.dumps(
-            [str(Path(data).resolve()), self._recipe, self._settings, list(map(str, self._ranges))]
-        )
+        request = json.dumps([str(Path(data).resolve()), *self._request])
         known = self._study.user_attrs.get("request")
         if known not in (None, request):
             raise ConfigError(
@@ -298,6 +301,12 @@ class _Study:
 
         try:
             run = train(self._load(values), data, folder, device=self._device, on_event=on_event)
+        except ConfigError as error:
+            if not self._is_timed:
+                raise
+            raise ConfigError(
+                f"a trial has a twentieth of --budget: {error}; or give train.steps=N for all"
+            ) from None
         except NonFiniteLossError as error:  # a result too: these values diverge
             trial.set_user_attr("note", str(error))
             state, ap = states.FAIL, None
