@@ -62,7 +62,7 @@ def claims_table(results_by_data: Mapping[str, Sequence[TableResult]]) -> str:
                 row = rows.setdefault((result.number, text), new)
                 row[column] = claim.marked_verdict + (f": {here}" if here != "-" else "")
     ordered = sorted(rows.values(), key=lambda row: row[0])
-    columns = ["", "the paper says", "paper", *results_by_data]
+    columns = ["", "claim", "paper", *results_by_data]
     return Table(columns, ordered, left=3 + count).to_markdown()
 
 

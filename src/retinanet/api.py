@@ -13,6 +13,7 @@ from retinanet.data.memory import Reader, from_torch
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError
 from retinanet.training.events import EventCallback
+from retinanet.training.run_folder import Extension
 from retinanet.training.trainer import Run
 from retinanet.training.trainer import train as train_by_recipe
 
@@ -25,12 +26,13 @@ def train(
     settings: str | Iterable[str] | Mapping[str, Any] = (),
     device: str = "auto",
     init: str | Path | None = None,
-    time: float | str | None = None,
+    more_epochs: float | None = None,
+    more_time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
     **keywords: Any,
 ) -> Run:
-    """Train a RetinaNet on labelled images, or resume a run that was stopped.
+    """Train a RetinaNet on labelled images, resume a run that was stopped, or extend it.
 
     ``rn.train("cells/", out="runs/cells", epochs=3, batch_size=8, lr=0.001, backbone="resnet18")``
 
@@ -46,14 +48,18 @@ def train(
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
-        time: limit of the whole call, in seconds or as text such as ``20min``: the training has as
-            many steps as this machine can do in it (``train.time``).
+        more_epochs, more_time: train the finished run in `out` further, by its settings, with a
+            schedule of its own: epochs, or a limit of the whole call (seconds, or ``"10min"``).
         on_event: callback for progress events (:class:`retinanet.training.events.Event`); if it
             returns ``"stop"``, training stops after the current step, and the same call resumes it.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers. (To
             train on some classes only: ``settings={"data.classes": ["car"]}``.)
         keywords: settings by the last part of their names, as on the command line: ``epochs``
-            (exact), ``steps``, ``lr``, ``batch_size``, ``image_size``, ``seed``, ``backbone``, ...
+            (exact), ``steps``, ``time`` (limit of the whole call: seconds, or ``"20min"``), ``lr``,
+            ``batch_size`` (``"auto"``: the recipe's, in parts that fit into memory),
+            ``image_size``, ``seed``, ``backbone``, ... Classes and functions of your own are
+            values of ``backbone``, ``head``, ``classification``, ``box``, ``assignment`` and
+            ``transform``.
 
     Raises:
         ConfigError: an unknown setting, keyword or recipe, settings given with a built recipe, or
@@ -64,12 +70,11 @@ def train(
         settings = [settings]
     started = monotonic()
     overrides = [*(settings.items() if isinstance(settings, Mapping) else settings)]
-    overrides += [] if time is None else [f"train.time={time}"]
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, [*overrides, *keyword_settings(recipe, keywords)])
     elif overrides or keywords:
         raise ConfigError(
-            "settings and time cannot override a built recipe; pass them to load_recipe"
+            "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
     if classes is not None and not isinstance(data, Mapping):
         raise ConfigError(
@@ -83,6 +88,6 @@ def train(
             else from_torch(part, classes, split=name)
             for name, part in data.items()
         }
-    return train_by_recipe(
-        recipe, data, out, device=device, init=init, on_event=on_event, started=started
-    )
+    more = Extension.of(more_epochs, more_time)
+    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    return train_by_recipe(recipe, data, out, device=device, init=init, **options)

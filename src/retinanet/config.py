@@ -377,7 +377,7 @@ class TrainConfig(_Section):
     min_steps: int = Field(1, ge=1)  # limits of what epochs gives
     max_steps: int = Field(10**9, ge=1)  # likewise
     batch_size: int = Field(16, ge=1)  # Sec. 4.1: over all devices
-    accumulate: int = Field(1, ge=1)  # micro-batches that make up one batch
+    accumulate: int = Field(1, ge=0)  # micro-batches of a batch; 0: those that memory needs
     optimizer: Literal["sgd", "adamw"] = "sgd"  # Sec. 4.1
     lr: float = Field(0.01, gt=0)  # Sec. 4.1, for reference_batch images per step
     reference_batch: int = Field(16, ge=1)  # linear rule (Goyal et al. 2017): lr * batch / this
@@ -411,7 +411,7 @@ class TrainConfig(_Section):
     def _check_steps(self) -> Self:
         if self.min_steps > self.max_steps:
             raise ValueError(f"min_steps {self.min_steps} is over max_steps {self.max_steps}")
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
@@ -548,7 +548,7 @@ def load_recipe(
     lengths = [
         f"train.{name}"
         for name in ("steps", "epochs", "time")
-        if f"train.{name}" in named and values["train"][name] is not None
+        if f"train.{name}" in named and values["train"][name] not in (None, "none")
     ]
     if len(lengths) > 1:
         raise ConfigError(
@@ -767,6 +767,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if key == "auto":
         values[key] = value
         return
+    if key == "train.batch_size" and value == "auto":  # the recipe's, and as memory allows
+        key, value = "train.accumulate", 0
     if key not in setting_names():
         raise ConfigError(unknown_setting(key))
     section, name = key.split(".")

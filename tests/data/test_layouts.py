@@ -176,6 +176,9 @@ def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
         read_dataset(tmp_path)
     assert "no labelled data found in 2 images, 1 .csv" in str(caught.value)
     assert "no column for the box; columns are file, label" in str(caught.value)
+    write(tmp_path / "labels.json.gz", "")
+    with pytest.raises(DataError, match=r"labels\.json\.gz: compressed; unpack it"):
+        read_dataset(tmp_path)
 
 
 # -- values ------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_anchor_losses_by_hand_in_chunks_of_any_size(monkeypatch: pytest.MonkeyP
         for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
     for chunk in (2**22, 7):
-        monkeypatch.setattr("retinanet.report.loss_distribution._CHUNK", chunk)
+        monkeypatch.setattr("retinanet.report.loss_distribution.CHUNK", chunk)
         losses = anchor_losses(logits, labels, GAMMAS)
         torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
     assert anchor_losses(logits[:0], labels[:0], GAMMAS).shape == (0, 4)

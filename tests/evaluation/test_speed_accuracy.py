@@ -83,10 +83,11 @@ def test_speed_accuracy_points(val: Dataset, monkeypatch: pytest.MonkeyPatch) ->
         assert 0 < point.milliseconds_low <= point.milliseconds <= point.milliseconds_high
         assert point.network.startswith("torch on cpu, float32")
         metrics = expected[point.model, point.scale]
-        assert (point.ap, point.ap50, point.ap75) == (metrics.ap, metrics.ap50, metrics.ap75)
-        assert math.isnan(point.ap_large)
+        aps = [point.metrics[column] for column in ("AP", "AP50", "AP75")]
+        assert aps == [metrics.ap, metrics.ap50, metrics.ap75]
+        assert math.isnan(point.metrics["APl"])
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert values["points"][0]["ap_large"] is None
+    assert values["points"][0]["metrics"]["APl"] is None
     assert values["points"][3]["scale"] == 96
 
 
@@ -165,5 +166,5 @@ def test_speed_accuracy_models_of_different_splits(painted: Path, tmp_path: Path
         for order in ({"p": published, "run": run}, {"run": run, "p": published}):
             found = measure(order, folder, scales=[64])
             metrics = evaluate(run, expected, workers=0, **PLAIN)
-            ap = next(point.ap for point in found.points if point.model == "run")
+            ap = next(point.metrics["AP"] for point in found.points if point.model == "run")
             assert (found.images, ap) == (1, pytest.approx(metrics.ap, nan_ok=True))

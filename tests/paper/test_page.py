@@ -68,7 +68,7 @@ def test_page_has_tables_links_and_plots(tmp_path: Path) -> None:
     assert file == tmp_path / "report.html"
     html = file.read_text("utf-8")
     overview, scores, claims, settings = tables_of(html)
-    assert overview[0] == ["", "the paper says", "paper", "here", "verdict"]
+    assert overview[0] == ["", "claim", "paper", "here", "verdict"]
     best = "33.9 (best of 2)"
     no = "does not hold (one seed, rows missing)"
     assert overview[1:] == [
@@ -140,7 +140,7 @@ def test_claims_markdown() -> None:
     lines = claims_markdown([table3(), figure1()]).splitlines()
     assert lines[0].startswith("**Not a COCO result: measured on my")
     table = [line for line in lines if line.startswith("|")]
-    assert table[0] == "|  | the paper says | paper | here | verdict |"
+    assert table[0] == "|  | claim | paper | here | verdict |"
     assert table[2] == (
         "| Table 3 | FL\\* about FL | 33.9 (best of 2) vs 34.0: -0.1 | 0.0 vs 31.0 ± 1.4: -31.0 "
         "| does not hold (one seed, rows missing) |"

@@ -68,7 +68,7 @@ def test_results_are_kept_and_claims_of_two_data_sets_are_written(
     lines, _, after = rest.partition("\n<!-- /claims -->")
     assert (before, after) == ("# The paper\n\nBefore.\n\n", "\n\nAfter.\n")
     head, rule, *rows = lines.splitlines()
-    assert head == "|  | the paper says | paper | cells | streets |"
+    assert head == "|  | claim | paper | cells | streets |"
     assert rule == "| :-- | :-- | :-- | :-- | :-- |"
     assert rows[0] == (
         "| Table 2 | RetinaNet over Faster R-CNN with FPN | 39.1 vs 36.2: +2.9 | not measured | - |"

@@ -36,14 +36,13 @@ def distribution() -> LossDistribution:
     )
     counts = (10, 5000, 1, 10, 400)
     return LossDistribution(
-        3, (0.0, 0.5, 1.0), curves, curves, *counts, 3, 0.5, 0.4, False, "cells", "val"
+        "cells", "val", 3, curves, curves, (0.0, 0.5, 1.0), *counts, 3, 0.5, 0.4, False
     )
 
 
 def speed() -> SpeedAccuracy:
     def point(model: str, scale: int, ap: float, ms: float) -> SpeedPoint:
-        aps = (ap,) * 6
-        return SpeedPoint(model, scale, 2 * scale, *aps, ms, ms - 1, ms + 2, "torch")
+        return SpeedPoint(model, scale, 2 * scale, {"AP": ap}, "torch", ms, ms - 1, ms + 2)
 
     points = (
         point("cells", 128, 0.2, 10),

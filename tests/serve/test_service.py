@@ -426,7 +426,8 @@ def test_batches_return_the_detectors_results(batch_size: int, workers: int) -> 
 def test_batch_has_one_size_and_starts_with_the_oldest_image() -> None:
     detector = white_detector()
     wide, high = png_image(64, 128), png_image(128, 64)  # (64, 128) and (128, 64) at the network
-    with client(detector, Settings(batch_size=4)) as service, ThreadPoolExecutor(5) as pool:
+    settings = Settings(batch_size=4, workers=1)
+    with client(detector, settings) as service, ThreadPoolExecutor(5) as pool:
         batcher: Batcher = service.app.state.batcher  # type: ignore[attr-defined]
         finder(detector).batches.clear()
         finder(detector).gate.clear()
@@ -438,6 +439,33 @@ def test_batch_has_one_size_and_starts_with_the_oldest_image() -> None:
         finder(detector).gate.set()
         assert [future.result(120).status_code for future in futures] == 5 * [200]
     assert finder(detector).batches == [(1, 3, 64, 128), (2, 3, 128, 64), (2, 3, 64, 128)]
+
+
+def test_lone_image_gets_all_cores_and_others_share_them() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        detector = white_detector()
+        cores: list[int] = []
+        finder(detector).register_forward_pre_hook(lambda *_: cores.append(torch.get_num_threads()))
+        with client(detector) as service, ThreadPoolExecutor(3) as pool:
+            batcher: Batcher = service.app.state.batcher  # type: ignore[attr-defined]
+            assert batcher.num_workers == 4
+            cores.clear()
+            finder(detector).gate.clear()
+            futures = []
+            for i in range(3):
+                post = {"content": png_image(), "headers": PNG}
+                futures.append(pool.submit(service.post, "/v1/detect", **post))
+                wait_until(lambda i=i: batcher.num_running == i + 1)
+            assert cores == [4, 1, 1]
+            finder(detector).gate.set()
+            assert [future.result(120).status_code for future in futures] == 3 * [200]
+            assert service.post("/v1/detect", **post).status_code == 200
+            assert cores == [4, 1, 1, 4]
+        assert torch.get_num_threads() == 4  # of other threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +534,7 @@ def test_import_of_the_package_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(sys.modules, name)
     for name in ("fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises
-    assert importlib.import_module("retinanet.serve").Settings().workers == 1
+    assert importlib.import_module("retinanet.serve").Settings().workers is None
 
 
 @pytest.mark.parametrize(

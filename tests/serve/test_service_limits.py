@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 from small_service import (
     PNG,
@@ -30,6 +31,7 @@ from retinanet.inference.exported import ExportedNetwork
 from retinanet.serve import Settings
 from retinanet.serve.batching import Batcher
 from retinanet.serve.errors import RequestError
+from retinanet.serve.server import bind
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +224,7 @@ def test_images_per_request_are_limited() -> None:
 
 def test_full_queue_is_503_with_retry_after() -> None:
     detector = white_detector()
-    settings = Settings(queue=3, max_images=2)
+    settings = Settings(queue=3, max_images=2, workers=1)
     two = form(png_image(), png_image())
     with client(detector, settings) as service, ThreadPoolExecutor(4) as pool:
 
@@ -254,7 +256,7 @@ def test_full_queue_is_503_with_retry_after() -> None:
 
 def test_timeout_cancels_waiting_images(caplog: pytest.LogCaptureFixture) -> None:
     detector = white_detector()
-    settings = Settings(timeout=1.5)
+    settings = Settings(timeout=1.5, workers=1)
     with client(detector, settings) as service, ThreadPoolExecutor(4) as pool:
         batcher = service.app.state.batcher  # type: ignore[attr-defined]
         finder(detector).batches.clear()
@@ -278,7 +280,7 @@ def test_timeout_cancels_waiting_images(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_disconnected_client_cancels_its_images() -> None:
     detector = white_detector()
-    with running(detector) as service, ThreadPoolExecutor(1) as pool:
+    with running(detector, Settings(workers=1)) as service, ThreadPoolExecutor(1) as pool:
         batcher = service.batcher
         finder(detector).batches.clear()
         finder(detector).gate.clear()
@@ -372,7 +374,7 @@ def test_request_from_another_site_is_403() -> None:
 def test_thresholds_built_into_an_exported_file_cannot_change() -> None:
     class Fixed(ExportedNetwork):
         def __init__(self) -> None:
-            pass
+            self.device, self.backend = torch.device("cpu"), "onnx"
 
         def check(self, thresholds: Any) -> None:
             if thresholds["score_threshold"] != 0.5:
@@ -386,3 +388,9 @@ def test_thresholds_built_into_an_exported_file_cannot_change() -> None:
     assert caught.value.status_code == 400
     with pytest.raises(RequestError, match="the server is starting"):  # the thresholds are valid
         batcher.submit("model", [], {"score_threshold": 0.5})
+
+
+def test_responses_are_sent_without_delay() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        # asyncio disables Nagle's algorithm, which delays a body by 40 ms, for this protocol only.
+        assert listener.proto == socket.IPPROTO_TCP

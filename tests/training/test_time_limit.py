@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
+from retinanet.cli.train import TrainingOptions
 from retinanet.config import load_recipe, parse_seconds
-from retinanet.data.dataset import Dataset
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError
-from retinanet.training import trainer
+from retinanet.training import loop, trainer
 from retinanet.training.events import Event
-from retinanet.training.task import TrainingTask
 from retinanet.training.time_limit import (
     Pace,
     Pacer,
@@ -170,13 +169,15 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     measured = []
     measure = trainer.measure_pace
 
-    def measure_pace(task: TrainingTask, val: Dataset | None) -> Pace:
-        measured.append(measure(task, val))
+    def measure_pace(*arguments: Any) -> Pace:
+        measured.append(measure(*arguments))
         return Pace(40.0, 50.0)
 
     monkeypatch.setattr(trainer, "measure_pace", measure_pace)
     monkeypatch.setattr(Pacer, "replan", lambda self, step: 12)
-    recipe = tiny_recipe("train.time=1000s", "train.save_every=5")
+    recipe = tiny_recipe(
+        "train.time=1000s", "train.save_every=5", "train.max_steps=2", "train.min_steps=1"
+    )
     events: list[Event] = []
 
     def stop(event: Event) -> None:
@@ -194,7 +195,7 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert 20 <= stored.train.steps <= 22  # 914 s, less the start
     assert stored.train.validate_every == stored.train.steps
 
-    def fail(task: object, val: object) -> Pace:
+    def fail(*arguments: object) -> Pace:
         raise AssertionError("a resumed run is not planned again")
 
     monkeypatch.setattr(trainer, "measure_pace", fail)
@@ -205,6 +206,21 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert load_recipe(tmp_path / "run" / "config.toml") == stored
     with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def test_limit_that_cannot_suffice_is_rejected_after_a_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    step = loop.Trainer.step
+    monkeypatch.setattr(
+        loop.Trainer, "step", lambda self, batch: (steps.append(1), step(self, batch))
+    )
+    with pytest.raises(ConfigError, match=r"train.time 1 s is too short: 20 steps of .*at least"):
+        train(tiny_recipe("train.time=1s"), data, tmp_path / "run", device="cpu")
+    assert len(steps) == 1
+    with pytest.raises(ConfigError, match="--time 5 has no unit: give 5min, or 5s"):
+        TrainingOptions(time="5").overrides()
 
 
 def test_chosen_settings_are_written_and_a_resumed_run_keeps_them(

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retinanet.cli.console import note, out, print_json, say
+from retinanet.cli.settings import DeviceOptions, option
 
 if TYPE_CHECKING:
     from retinanet.bench import Machine, Row
+
+
+@dataclass(frozen=True)
+class BenchOptions(DeviceOptions):
+    """The measurement."""
+
+    vs: list[str] | None = option(
+        "Installed package to compare with: torchvision (and pycocotools), fvcore, or none. "
+        "May be repeated.",
+        shown="torchvision",
+        metavar="NAME",
+    )
+    threads: int | None = option("Number of threads.", shown="torch's", min=1)
+    rounds: int | None = option("Maximum number of rounds per row.", shown="7 or 15", min=1)
+    seconds: float | None = option(
+        "Time limit per row in seconds; at least three rounds run.", shown="5 or 40", min=0
+    )
 
 
 def bench(
@@ -29,31 +47,7 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="The paper's and COCO's sizes; takes an hour.")
     ] = False,
-    vs: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Installed package to compare with: torchvision (and pycocotools), fvcore, or "
-            "none. May be repeated.",
-            show_default="torchvision",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of threads.", show_default="torch's")
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Maximum number of rounds per row.", show_default="7 or 15"),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Time limit per row in seconds; at least three rounds run.",
-            show_default="5 or 40",
-        ),
-    ] = None,
+    options: BenchOptions,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     json: Annotated[
         bool, typer.Option("--json", help="Print the machine and the rows as JSON.")
@@ -75,19 +69,11 @@ def bench(
 
     if json and markdown:
         raise typer.BadParameter("--json and --markdown exclude each other: give only one")
-    results = run(
-        stages or (),
-        size="full" if full else "small",
-        vs=vs or ("torchvision",),
-        device=device,
-        threads=threads,
-        rounds=rounds,
-        seconds=seconds,
-        memory=memory,
-    )
+    settings = {**vars(options), "vs": options.vs or ("torchvision",), "memory": memory}
+    results = run(stages or (), size="full" if full else "small", **settings)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    machine = describe_machine(choose_device(device))
+    torch.set_num_threads(options.threads or before)
+    machine = describe_machine(choose_device(options.device))
     torch.set_num_threads(before)
     rows = _print_results(results, machine, "json" if json else "markdown" if markdown else "")
     failed = [f"{row.stage}, {row.case}" for row in rows if row.error]

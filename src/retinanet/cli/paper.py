@@ -35,17 +35,17 @@ def list_experiments(
     """List the tables and figures that can be run."""
     from retinanet.paper.tables import EXPERIMENTS
 
+    listed: list[dict[str, Any]]
     if rows:
-        title, columns = "Rows that are trained", ["name", "row", "what", "settings"]
-        listed: list[dict[str, Any]] = [
+        title, left = "Rows that are trained", 4
+        listed = [
             {"name": name, "row": row.key, "label": row.label, "settings": list(row.settings)}
             for name, experiment in EXPERIMENTS.items()
             for row in experiment.rows
             if row.trained
         ]
     else:
-        title = "The paper's tables and figures: retinanet paper run NAME"
-        columns = ["name", "what", "where", "trainings", "claims"]
+        title, left = "The paper's tables and figures: retinanet paper run NAME", 3
         listed = [
             {
                 "name": name,
@@ -63,7 +63,7 @@ def list_experiments(
         [" ".join(value) if isinstance(value, list) else value for value in line.values()]
         for line in listed
     ]
-    table(title, columns, cells, left=4 if rows else 3)
+    table(title, [name.replace("_", " ") for name in listed[0]], cells, left=left)
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,9 @@ def run(
 
     experiments = _find_experiments(name)
     _check_rows(name, experiments, options.row or ())
-    names = [experiment.name for experiment in experiments]
-    external = _external_results(options.results or [], names)
+    external = _external_results(options.results or [], [e.name for e in experiments])
     _check_lengths(options)
-    trained = [
-        experiment.name for experiment in experiments if any(row.trained for row in experiment.rows)
-    ]
+    trained = [e.name for e in experiments if any(row.trained for row in e.rows)]
     data = options.data
     if trained and data is None:
         raise typer.BadParameter(
@@ -165,23 +162,21 @@ def run(
 
 def work(task: Annotated[Path, typer.Argument(help="Task file, written by run.")]) -> None:
     """Run one training of a plan; started by ``run``, which stops it by closing its input."""
+    from retinanet.cli.training import describe_start
     from retinanet.paper.work import Task, stop_when_input_closes
     from retinanet.paper.work import work as do
 
     stop_when_input_closes()
-    code = do(Task.read(task), _show_event)
+
+    def show(event: TrainingEvent) -> None:
+        if event.kind in ("start", "resume"):
+            note(describe_start(event.kind, event.data))
+        elif event.kind == "message":
+            note(str(event.data["message"]))
+
+    code = do(Task.read(task), show)
     if code:
         raise typer.Exit(code)
-
-
-def _show_event(event: TrainingEvent) -> None:
-    """Print how a training starts and its messages."""
-    from retinanet.cli.training import describe_start
-
-    if event.kind in ("start", "resume"):
-        note(describe_start(event.kind, event.data))
-    elif event.kind == "message":
-        note(str(event.data["message"]))
 
 
 def _train(
@@ -210,8 +205,8 @@ def _train(
     if has_budget:
         note(f"measuring the speed of this machine, for a budget of {format_seconds(budget)}")
         settings = with_budget(budget, experiments, rows, settings, workers, splits)
-    every = make_plan(experiments, settings, splits)
-    plan = every.only(rows) if rows else every
+    whole = make_plan(experiments, settings, splits)
+    plan = whole.only(rows) if rows else whole
     check_networks(plan, splits["train"].classes)
     workers = workers.limited_to(plan.trainings)
     _announce(plan, settings, workers)
@@ -220,9 +215,9 @@ def _train(
     with progress("steps of all") as show:
         trained = run_plan(plan, workers, _Reporter(len(plan.trainings), show))
     # Rows that an earlier command trained are in the table too.
-    ended = workers.finished(every.trainings) | trained
+    ended = workers.finished(whole.trainings) | trained
     command = shlex.join(["retinanet", *sys.argv[1:]])
-    return Trainings(every, ended, settings, splits, workers, metrics, command)
+    return Trainings(whole, ended, settings, splits, workers, metrics, command)
 
 
 def _find_experiments(name: str) -> list[Experiment]:
@@ -299,7 +294,7 @@ def _announce(plan: Plan, settings: Settings, workers: Workers) -> None:
 
 
 def _confirm(plan: Plan, workers: Workers, yes: bool) -> None:
-    """Print how long the trainings will take, and ask."""
+    """Print how long the trainings will take, and wait for confirmation."""
     from retinanet.paper.budget import estimate_seconds, measure_paces
 
     left = [training for training in plan.trainings if not workers.is_finished(training)]
@@ -354,6 +349,8 @@ class _Reporter:
 
 def _print(outputs: Outputs, folder: Path, json: bool) -> None:
     """Print the tables, claims and files of a command."""
+    from retinanet.paper.results import CLAIM_COLUMNS
+
     if json:
         results = [loads(result.to_json()) for result in outputs.tables]
         print_json({"folder": folder, "results": results})
@@ -365,9 +362,8 @@ def _print(outputs: Outputs, folder: Path, json: bool) -> None:
         for line in filter(None, (result.not_coco, *result.footnotes)):
             say(line)
         if result.claims:
-            columns = ["the paper says", "paper", "here", "verdict"]
             claims = [[*claim.cells(labels=False), claim.marked_verdict] for claim in result.claims]
-            table("", columns, claims, left=4)
+            table("", CLAIM_COLUMNS, claims, left=4)
     for file in outputs.figures:
         say(f"figure   {file}")
     say(f"report   {outputs.report}")

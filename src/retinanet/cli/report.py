@@ -160,12 +160,13 @@ def _print_distribution(result: LossDistribution) -> None:
 
 
 def _print_speed(result: SpeedAccuracy) -> None:
+    columns = ("AP", "AP50", "APs", "APm", "APl")
     table(
         f"{result.images} images; {result.timed} timed singly, {result.rounds} rounds",
-        ["model", "scale", "AP", "AP50", "APs", "APm", "APl", "ms (quartiles)"],
+        ["model", "scale", *columns, "ms (quartiles)"],
         [
             (
-                *(p.model, p.scale, p.ap, p.ap50, p.ap_small, p.ap_medium, p.ap_large),
+                *(p.model, p.scale, *(p.metrics[column] for column in columns)),
                 f"{p.milliseconds:.1f} ({p.milliseconds_low:.1f}-{p.milliseconds_high:.1f})",
             )
             for p in result.points

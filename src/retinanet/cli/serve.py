@@ -21,7 +21,10 @@ class ServiceOptions:
 
     host: str = option("Address to listen on; 0.0.0.0 for all interfaces.", "127.0.0.1")
     port: int = option("Port; 0 picks a free one.", 8000)
-    workers: int = option("Threads that run the network; they share the CPU cores.", 1)
+    workers: int | None = option(
+        "Threads that run the network; they share the CPU cores.",
+        shown="one per core, at most 4, with torch on a CPU; else 1",
+    )
     batch_size: int | None = option(
         "Maximum images per batch, all of one size.", shown="1 on a CPU, else 8"
     )
@@ -67,7 +70,7 @@ def serve(
     from retinanet.inference.tiles import whole_images_warning
     from retinanet.serve import Settings, build_app, check_installed
     from retinanet.serve.models import model_metrics, model_names
-    from retinanet.serve.server import bind, share_cores
+    from retinanet.serve.server import bind
     from retinanet.serve.server import serve as serve_app
 
     check_installed()
@@ -75,7 +78,6 @@ def serve(
     paths = model_names(models)
     settings = Settings(**service.given())
     with bind(service.host, service.port) as listener:
-        share_cores(settings.workers)
         detectors = {}
         for name, path in paths.items():
             options = {**vars(detector), **selection.given(), **thresholds.given()}

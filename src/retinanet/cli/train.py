@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from retinanet.cli.console import print_json, say
 from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
 from retinanet.cli.training import (
     choose_for,
+    command_start,
     describe_metrics,
     run_overfit,
     run_training,
@@ -55,7 +55,11 @@ class TrainingOptions:
     classes: str | None = option(
         "Train on these classes only: names separated by commas.", shown="all"
     )
-    batch_size: int | None = option("Images per step; the learning rate is scaled with it.", min=1)
+    batch_size: str | None = option(
+        "Images per step, with which the learning rate is scaled; auto: the recipe's, in parts "
+        "that fit into memory.",
+        metavar="N",
+    )
     precision: str | None = option("Training precision: auto, float32, bf16 or fp16.")
     seed: int | None = option("Random seed.")
 
@@ -63,15 +67,14 @@ class TrainingOptions:
         """Return the settings by key.
 
         Raises:
-            ConfigError: several of ``--epochs``, ``--steps`` and ``--time`` are given.
+            ConfigError: ``--time`` has no unit.
         """
         from retinanet.config import EXACT_EPOCHS
         from retinanet.errors import ConfigError
 
-        lengths = [f"--{name}" for name in ("epochs", "steps", "time") if getattr(self, name)]
-        if len(lengths) > 1:
+        if self.time is not None and self.time.isdecimal():
             raise ConfigError(
-                f"{' and '.join(lengths)} all set the length of the run: give one of them"
+                f"--time {self.time} has no unit: give {self.time}min, or {self.time}s"
             )
         # A list or a text in JSON is one in TOML.
         classes = None if self.classes is None else dumps(split_names(self.classes))
@@ -99,6 +102,10 @@ class RunOptions(DeviceOptions):
     out: Path | None = option(
         "Run folder; an unfinished run in it is resumed.", shown="runs/NAME of DATA"
     )
+    more_epochs: float | None = option(
+        "Train the finished run in --out further, with a schedule of its own.", min=0
+    )
+    more_time: str | None = option("The same for a time, such as 10min.", metavar="DURATION")
     overfit: int | None = option(
         "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
         "not learned.",
@@ -129,7 +136,7 @@ def train(
 
     Ctrl-C stops after the current step; the same command resumes the run.
     """
-    started = monotonic()
+    started = command_start()
     config = recipe.load(training.overrides())
     if run.show_recipe:
         _show_recipe(config, data)
@@ -142,8 +149,11 @@ def train(
         )
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
+    from retinanet.training.run_folder import Extension
+
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    trained = run_training(config, data, folder, device=run.device, started=started)
+    more = Extension.of(run.more_epochs, run.more_time)
+    trained = run_training(config, data, folder, device=run.device, started=started, more=more)
     from accelerate import PartialState  # training has imported it
 
     if not PartialState().is_main_process:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from retinanet.paper.results import PartKind, Table, TableResult, Verdict, markdown
+from retinanet.paper.results import CLAIM_COLUMNS, PartKind, Table, TableResult, Verdict, markdown
 from retinanet.report.html import Page
 
 _LEGEND = (
@@ -82,7 +82,7 @@ def _overview(results: Sequence[TableResult]) -> list[tuple[PartKind, Any]]:
         for result in results
         for claim in result.claims
     ]
-    table = Table(("", "the paper says", "paper", "here", "verdict"), rows, left=5)
+    table = Table(("", *CLAIM_COLUMNS), rows, left=5)
     last: tuple[PartKind, Any] = ("table", table) if rows else ("text", "No claim was tested.")
     return [*(("strong", line) for line in lines), last]
 

@@ -19,7 +19,7 @@ Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
 PartKind = Literal["text", "strong", "list", "table", "code"]
 """Kinds of a document's parts: a paragraph (``text``, ``strong``), lines, a table, a command."""
 
-_CLAIM_COLUMNS = ("the paper says", "its numbers", "measured here", "verdict")
+CLAIM_COLUMNS = ("claim", "paper", "here", "verdict")
 _PUBLISHED = dict(
     zip((*AP_METRICS, "ms"), (field.name for field in fields(Published)), strict=True)
 )
@@ -260,7 +260,7 @@ class TableResult:
 
     @property
     def not_coco(self) -> str:
-        """The line that says that these are not COCO results; empty for COCO with --full."""
+        """A line that these are not COCO results; empty for COCO with --full."""
         if self.about.get("coco") is True or not self.rows:
             return ""
         steps = self.about.get("steps")
@@ -301,7 +301,7 @@ class TableResult:
             ("strong", self.not_coco),
             ("table", self.rows and self.table(wide=True)),
             ("list", self.footnotes),
-            ("table", claims and Table(_CLAIM_COLUMNS, claims, left=4)),
+            ("table", claims and Table(CLAIM_COLUMNS, claims, left=4)),
             ("text", self.note),
             ("list", facts),
             ("code", self.about.get("command")),

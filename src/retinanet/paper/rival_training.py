@@ -7,9 +7,9 @@ the best checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,44 +51,41 @@ def train_rival(
         recipe, data, out, device, on_event: as for RetinaNet.
 
     Raises:
-        ConfigError: as for RetinaNet, or there is no such rival, a setting is not supported, or
-            there are several processes.
-        DataError, NonFiniteLossError, WeightsError: as for RetinaNet.
+        ConfigError: there is no such rival, a setting is not supported, or there are several
+            processes; and the errors of RetinaNet's training.
     """
-
-    def make_task(settings: TaskSettings) -> RivalTask:
-        return RivalTask(settings, name)
-
-    return run_task(make_task, recipe, data, out, device=device, on_event=on_event)
+    return run_task(
+        lambda settings: RivalTask(settings, name),
+        recipe,
+        data,
+        out,
+        device=device,
+        on_event=on_event,
+    )
 
 
 def evaluate_rival(
     network: RivalNetwork,
     dataset: Dataset,
     *,
-    batch_size: int = 1,
-    workers: int = 0,
     device: str | torch.device = "auto",
     precision: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 1,
+    **options: Any,
 ) -> Metrics:
     """Compute AP and speed of a rival; it is in the same mode afterwards.
 
     Args:
         network: is moved to `device`.
         dataset: labelled images.
-        batch_size: images per batch; it does not change the results.
-        workers: processes that load images.
-        device: for the network.
-        precision: ``float32``, ``bf16`` or ``fp16``.
-        progress: callback with the number of images done and of all.
+        device, precision, batch_size: of the evaluation; the batch size does not change results.
+        options: of :func:`retinanet.evaluation.predict.run_batches`.
 
     Raises:
         ConfigError: an unknown device or precision.
         DataError: the network predicts NaN or Inf, or too many images cannot be read.
     """
     device = choose_device(device)
-    settings = network.settings
     was_training = network.training
     try:
         network.to(device).eval()
@@ -97,11 +94,10 @@ def evaluate_rival(
             dataset,
             device=device,
             batch_size=batch_size,
-            progress=progress,
-            image_size=settings.image_size,
-            max_size=settings.max_size,
-            workers=workers,
+            image_size=network.settings.image_size,
+            max_size=network.settings.max_size,
             fill=padding_colour(network.pixel_mean),
+            **options,
         )
     finally:
         network.train(was_training)

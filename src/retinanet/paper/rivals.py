@@ -62,7 +62,6 @@ class RivalSettings(BaseModel):
         rival: a name of :data:`RIVALS`.
         classes: names in the order of the labels 0..K-1.
         spec: of the RetinaNet whose backbone, weights, channels and anchor sizes it has.
-        detect: post-processing.
         image_size, max_size: shorter side, and maximum of the longer side of the images, pixels;
             SSD's boxes are fractions of the shorter side.
     """
@@ -148,8 +147,7 @@ class RivalNetwork(nn.Module):
             precision: as for :meth:`losses`.
 
         Returns:
-            Detections per image, highest score first, boxes in pixels of the original image,
-            labels 0..K-1.
+            Detections per image, highest score first, boxes in pixels of the original image.
         """
         sizes, originals = batch.sizes.tolist(), batch.original_sizes.tolist()
         images = [
@@ -158,10 +156,8 @@ class RivalNetwork(nn.Module):
         ]
         self.detector.backbone.precision = precision
         return [
-            Detections(
-                to_original(found["boxes"], size, original), found["scores"], found["labels"] - 1
-            )
-            for found, size, original in zip(self.detector(images), sizes, originals, strict=True)
+            Detections(to_original(raw["boxes"], size, original), raw["scores"], raw["labels"] - 1)
+            for raw, size, original in zip(self.detector(images), sizes, originals, strict=True)
         ]
 
 
@@ -197,7 +193,6 @@ class _Features(nn.Module):
 
 
 def _faster_rcnn(settings: RivalSettings, backbone: Backbone) -> FasterRCNN:
-    _check_stride_4(settings.spec.backbone, backbone)
     channels, detect = settings.spec.channels, settings.detect
     pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
     ratios = (settings.spec.aspect_ratios,) * 5
@@ -232,14 +227,6 @@ def _retinanet(settings: RivalSettings, backbone: Backbone) -> TorchvisionRetina
         detections_per_img=detect.detections_per_image,
         topk_candidates=detect.topk_candidates,
     )
-
-
-def _check_stride_4(name: str, backbone: Backbone) -> None:
-    if backbone.channels[0] == 0:
-        raise ConfigError(
-            f"faster_rcnn needs a feature map at stride 4, which backbone {name!r} does not have: "
-            "use another backbone"
-        )
 
 
 def _ssd(settings: RivalSettings, backbone: Backbone) -> SSD:
@@ -378,8 +365,11 @@ def check_rival(name: str, recipe: Recipe) -> None:
         )
     # Not on the meta device: some of timm's backbones compute with values while they are built.
     backbone = build_backbone(recipe.model.backbone)
-    if name == "faster_rcnn":
-        _check_stride_4(recipe.model.backbone, backbone)
+    if name == "faster_rcnn" and backbone.channels[0] == 0:
+        raise ConfigError(
+            "faster_rcnn needs a feature map at stride 4, which backbone "
+            f"{recipe.model.backbone!r} does not have: use another backbone"
+        )
 
 
 def build_rival(name: str, recipe: Recipe, classes: Sequence[str]) -> RivalNetwork:
@@ -389,11 +379,6 @@ def build_rival(name: str, recipe: Recipe, classes: Sequence[str]) -> RivalNetwo
     :func:`retinanet.model.retinanet.build_retinanet` makes of ``recipe.model``. Anchor sizes are
     ``recipe.anchors.sizes``, one level lower (P2 to P6 instead of P3 to P7, as in FPN's paper);
     with ``model.p2`` they start at P2 already.
-
-    Args:
-        name: of :data:`RIVALS`.
-        recipe: ``model``, ``anchors``, ``data.image_size``, ``data.max_size`` and ``detect``.
-        classes: names, without the background.
 
     Raises:
         ConfigError: there is no such rival, or a setting is not supported.

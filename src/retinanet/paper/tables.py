@@ -7,6 +7,9 @@ it is trained once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from retinanet.paper.experiments import Claim, Depth, Experiment, Published, Row
 
 STAR_GAMMAS = (1.0, 2.0, 3.0, 4.0)
@@ -53,18 +56,26 @@ def _over(text: str, first: str, *second: str) -> Claim:
     return Claim(text, "over", (first,), second)
 
 
+def _printed(keys: Iterable[Any], text: str) -> dict[Any, Published]:
+    """Parse the values of rows, as ``AP/AP50/AP75/APs/APm/APl@ms`` as far as the paper has them."""
+    names = ("ap", "ap50", "ap75", "small", "medium", "large")
+    published = []
+    for cell in text.split():
+        aps, _, milliseconds = cell.partition("@")
+        values = dict(zip(names, map(float, aps.split("/")), strict=False))
+        time = {"milliseconds": float(milliseconds)} if milliseconds else {}
+        published.append(Published(**values, **time))
+    return dict(zip(keys, published, strict=True))
+
+
 _CE = Published(31.1, 49.4, 33.0)  # with alpha .75
 _FL = Published(34.0, 52.5, 36.5)  # with gamma 2, alpha .25
 
-_ALPHAS = {
-    0.1: Published(0.0, 0.0, 0.0),
-    0.25: Published(10.8, 16.0, 11.7),
-    0.5: Published(30.2, 46.7, 32.8),
-    0.75: _CE,
-    0.9: Published(30.8, 49.7, 32.3),
-    0.99: Published(28.7, 47.4, 29.9),
-    0.999: Published(25.1, 41.7, 26.1),
-}
+_ALPHAS = _printed(
+    (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999),
+    "0.0/0.0/0.0 10.8/16.0/11.7 30.2/46.7/32.8 31.1/49.4/33.0 30.8/49.7/32.3 "
+    "28.7/47.4/29.9 25.1/41.7/26.1",
+)
 
 TABLE_1A = Experiment(
     "table1a",
@@ -85,14 +96,10 @@ TABLE_1A = Experiment(
     note="The paper prints 0.0 for alpha .1, which did not train.",
 )  # fmt: skip
 
-_GAMMAS = {
-    (0.1, 0.75): Published(31.4, 49.9, 33.1),
-    (0.2, 0.75): Published(31.9, 50.7, 33.4),
-    (0.5, 0.5): Published(32.9, 51.7, 35.2),
-    (1.0, 0.25): Published(33.7, 52.0, 36.2),
-    (2.0, 0.25): _FL,
-    (5.0, 0.25): Published(32.2, 49.6, 34.8),
-}
+_GAMMAS = _printed(
+    ((0.1, 0.75), (0.2, 0.75), (0.5, 0.5), (1.0, 0.25), (2.0, 0.25), (5.0, 0.25)),
+    "31.4/49.9/33.1 31.9/50.7/33.4 32.9/51.7/35.2 33.7/52.0/36.2 34.0/52.5/36.5 32.2/49.6/34.8",
+)
 
 
 def _gamma_row(key: str, gamma: float, alpha: float, published: Published) -> Row:
@@ -123,15 +130,11 @@ TABLE_1B = Experiment(
     note="For gamma 2 with alpha .5 the text only says that AP is 0.4 lower.",
 )
 
-_ANCHORS = {
-    (1, 1): Published(30.3, 49.0, 31.8),
-    (2, 1): Published(31.9, 50.0, 34.0),
-    (3, 1): Published(31.8, 49.4, 33.7),
-    (1, 3): Published(32.4, 52.3, 33.9),
-    (2, 3): Published(34.2, 53.1, 36.5),
-    (3, 3): _FL,
-    (4, 3): Published(33.8, 52.1, 36.2),
-}
+_ANCHORS = _printed(
+    ((1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (4, 3)),
+    "30.3/49.0/31.8 31.9/50.0/34.0 31.8/49.4/33.7 32.4/52.3/33.9 34.2/53.1/36.5 "
+    "34.0/52.5/36.5 33.8/52.1/36.2",
+)
 
 TABLE_1C = Experiment(
     "table1c",
@@ -152,17 +155,15 @@ TABLE_1C = Experiment(
     note='"Do not help" means by at most 1 point; the paper names no bound.',
 )  # fmt: skip
 
-_OHEM = {
-    ("ohem", 128, 0.7): Published(31.1, 47.2, 33.2),
-    ("ohem", 256, 0.7): Published(31.8, 48.8, 33.9),
-    ("ohem", 512, 0.7): Published(30.6, 47.0, 32.6),
-    ("ohem", 128, 0.5): Published(32.8, 50.3, 35.1),
-    ("ohem", 256, 0.5): Published(31.0, 47.4, 33.0),
-    ("ohem", 512, 0.5): Published(27.6, 42.0, 29.2),
-    ("ohem_1_3", 128, 0.5): Published(31.1, 47.2, 33.2),
-    ("ohem_1_3", 256, 0.5): Published(28.3, 42.4, 30.3),
-    ("ohem_1_3", 512, 0.5): Published(24.0, 35.5, 25.8),
-}
+_OHEM = _printed(
+    (
+        (kind, size, nms)
+        for kind, nms in (("ohem", 0.7), ("ohem", 0.5), ("ohem_1_3", 0.5))
+        for size in (128, 256, 512)
+    ),
+    "31.1/47.2/33.2 31.8/48.8/33.9 30.6/47.0/32.6 32.8/50.3/35.1 31.0/47.4/33.0 "
+    "27.6/42.0/29.2 31.1/47.2/33.2 28.3/42.4/30.3 24.0/35.5/25.8",
+)
 _OHEM_KEYS = tuple(f"{kind}-{size}-{_short(nms)}" for kind, size, nms in _OHEM)
 _FREE = tuple(key for key in _OHEM_KEYS if key.startswith("ohem-"))
 _ONE_TO_THREE = tuple(key for key in _OHEM_KEYS if key.startswith("ohem_1_3-"))
@@ -194,18 +195,15 @@ TABLE_1D = Experiment(
     "at most 1 point; the paper names no bound.",
 )  # fmt: skip
 
-_DEPTH_SCALE: dict[tuple[Depth, int], Published] = {
-    ("50", 400): Published(30.5, 47.8, 32.7, 11.2, 33.8, 46.1, 64),
-    ("50", 500): Published(32.5, 50.9, 34.8, 13.9, 35.8, 46.7, 72),
-    ("50", 600): Published(34.3, 53.2, 36.9, 16.2, 37.4, 47.4, 98),
-    ("50", 700): Published(35.1, 54.2, 37.7, 18.0, 39.3, 46.4, 121),
-    ("50", 800): Published(35.7, 55.0, 38.5, 18.9, 38.9, 46.3, 153),
-    ("101", 400): Published(31.9, 49.5, 34.1, 11.6, 35.8, 48.5, 81),
-    ("101", 500): Published(34.4, 53.1, 36.8, 14.7, 38.5, 49.1, 90),
-    ("101", 600): Published(36.0, 55.2, 38.7, 17.4, 39.6, 49.7, 122),
-    ("101", 700): Published(37.1, 56.6, 39.8, 19.1, 40.6, 49.4, 154),
-    ("101", 800): Published(37.8, 57.5, 40.8, 20.2, 41.1, 49.2, 198),
-}
+_DEPTHS: tuple[Depth, ...] = ("50", "101")
+_DEPTH_SCALE = _printed(
+    ((depth, scale) for depth in _DEPTHS for scale in (400, 500, 600, 700, 800)),
+    "30.5/47.8/32.7/11.2/33.8/46.1@64 32.5/50.9/34.8/13.9/35.8/46.7@72 "
+    "34.3/53.2/36.9/16.2/37.4/47.4@98 35.1/54.2/37.7/18.0/39.3/46.4@121 "
+    "35.7/55.0/38.5/18.9/38.9/46.3@153 31.9/49.5/34.1/11.6/35.8/48.5@81 "
+    "34.4/53.1/36.8/14.7/38.5/49.1@90 36.0/55.2/38.7/17.4/39.6/49.7@122 "
+    "37.1/56.6/39.8/19.1/40.6/49.4@154 37.8/57.5/40.8/20.2/41.1/49.2@198",
+)
 _DEPTH_SCALE_ROWS = tuple(
     Row(f"R{depth}-{scale}", f"ResNet-{depth}, {scale} px", _focal(2.0, 0.25), depth=depth,
         scale=scale, published=published)
@@ -220,11 +218,14 @@ TABLE_1E = Experiment(
     columns=(*_ALL_SIZES, "ms"),
     rows=_DEPTH_SCALE_ROWS,
     claims=(
-        _over("ResNet-50: 800 px over 400 px", "R50-800", "R50-400"),
-        _over("ResNet-101: 800 px over 400 px", "R101-800", "R101-400"),
-        _over("400 px: ResNet-101 over ResNet-50", "R101-400", "R50-400"),
-        _over("600 px: ResNet-101 over ResNet-50", "R101-600", "R50-600"),
-        _over("800 px: ResNet-101 over ResNet-50", "R101-800", "R50-800"),
+        *(
+            _over(f"ResNet-{depth}: 800 px over 400 px", f"R{depth}-800", f"R{depth}-400")
+            for depth in _DEPTHS
+        ),
+        *(
+            _over(f"{scale} px: ResNet-101 over ResNet-50", f"R101-{scale}", f"R50-{scale}")
+            for scale in (400, 600, 800)
+        ),
     ),
 )
 

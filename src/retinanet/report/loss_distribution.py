@@ -51,7 +51,7 @@ MAX_NEGATIVES = 10_000_000
 """Background anchors that are sampled, about; the paper takes as many."""
 
 _POINTS = 501
-_CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
+CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
 
 _Array = NDArray[np.float64]
 _Array32 = NDArray[np.float32]
@@ -91,10 +91,12 @@ class LossDistribution:
         source, split: the data.
     """
 
+    source: str
+    split: str
     images: int
-    fractions: tuple[float, ...]
     positives: tuple[LossCurve, ...]
     negatives: tuple[LossCurve, ...]
+    fractions: tuple[float, ...]
     positive_anchors: int
     negative_anchors: int
     ignored_anchors: int
@@ -104,8 +106,6 @@ class LossDistribution:
     foreground_iou: float
     background_iou: float
     low_quality_matches: bool
-    source: str
-    split: str
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; the keys of ``hardest`` are text, NaN is None."""
@@ -240,7 +240,7 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
     Returns:
         (N, G) float32 (float64 for float64 logits): sums over the K classes.
     """
-    rows = max(1, _CHUNK // max(1, logits.shape[1]))
+    rows = max(1, CHUNK // max(1, logits.shape[1]))
     chunks = []
     for x, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
         losses = [focal_loss(x, y, alpha=None, gamma=g, reduction="none") for g in gammas]

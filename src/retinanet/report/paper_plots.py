@@ -88,13 +88,13 @@ def speed_marks(result: SpeedAccuracy) -> tuple[SpeedMark, ...]:
         SpeedMark(
             point.model,
             point.milliseconds,
-            100 * point.ap,
+            100 * point.metrics["AP"],
             str(point.scale),
             point.milliseconds_low,
             point.milliseconds_high,
         )
         for point in result.points
-        if math.isfinite(point.ap)
+        if math.isfinite(point.metrics["AP"])
     )
 
 

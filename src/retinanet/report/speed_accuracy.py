@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
+import numpy as np
+
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, ImageError
-from retinanet.evaluation.metrics import Number, to_json_types
+from retinanet.evaluation.metrics import AP_METRICS, Number, to_json_types
 from retinanet.evaluation.predict import Progress
 from retinanet.evaluation.run import (
     DetectorOptions,
@@ -35,7 +37,6 @@ SCALES = (400, 500, 600, 700, 800)
 _TRAINED_SCALE = 600
 _MIN_SCALE, _MAX_SCALE = 32, 8192
 _WARMUP_CALLS = 2  # the second call with a shape packs weights for it
-_AP_FIELDS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 class CallTime(NamedTuple):
@@ -53,27 +54,21 @@ class SpeedPoint:
     Attributes:
         model: its name.
         scale, max_size: shorter side, and maximum of the longer side, pixels.
-        ap, ap50, ap75, ap_small, ap_medium, ap_large: as in
-            :class:`~retinanet.evaluation.metrics.Metrics`.
+        metrics: by column: AP, AP50, AP75, APs, APm and APl.
+        network: description of the backend.
         milliseconds: per image at batch size 1: network and post-processing, without decoding and
             resizing; median over rounds.
         milliseconds_low, milliseconds_high: quartiles.
-        network: description of the backend.
     """
 
     model: str
     scale: int
     max_size: int
-    ap: Number
-    ap50: Number
-    ap75: Number
-    ap_small: Number
-    ap_medium: Number
-    ap_large: Number
-    milliseconds: float
-    milliseconds_low: float
-    milliseconds_high: float
+    metrics: Mapping[str, Number]
     network: str
+    milliseconds: float = 0.0
+    milliseconds_low: float = 0.0
+    milliseconds_high: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +159,9 @@ def speed_accuracy(
     times = time_in_turns(calls, rounds).values()
     return SpeedAccuracy(
         points=tuple(
-            _with_time(point, seconds, len(timed))
+            replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
             for point, seconds in zip(points, times, strict=True)
+            for median, low, high in [(1000 * value / len(timed) for value in seconds)]
         ),
         images=len(dataset),
         timed=len(timed),
@@ -179,27 +175,14 @@ def speed_accuracy(
 def _untimed_point(
     name: str, detector: Detector, dataset: Dataset, batch_size: int, workers: int | None
 ) -> SpeedPoint:
-    predictions = run_network(
-        detector, dataset, workers, detector.eval_thresholds, batch_size=batch_size
-    )
+    thresholds = detector.eval_thresholds
+    predictions = run_network(detector, dataset, workers, thresholds, batch_size=batch_size)
     metrics = predictions.evaluate(analysis=False)
     if metrics.unreadable:
         raise ImageError(next(iter(metrics.unreadable.values())))
-    return SpeedPoint(
-        model=name,
-        scale=detector.image_size,
-        max_size=detector.max_size,
-        **{field: getattr(metrics, field) for field in _AP_FIELDS},
-        milliseconds=0,
-        milliseconds_low=0,
-        milliseconds_high=0,
-        network=detector.network.description,
-    )
-
-
-def _with_time(point: SpeedPoint, seconds: CallTime, images: int) -> SpeedPoint:
-    median, low, high = (1000 * value / images for value in seconds)
-    return replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
+    aps = {column: getattr(metrics, field) for column, field in AP_METRICS.items()}
+    size = detector.image_size, detector.max_size
+    return SpeedPoint(name, *size, aps, detector.network.description)
 
 
 def time_in_turns(
@@ -330,7 +313,5 @@ def _common_split(
 
 def _spread(values: Sequence[Any], count: int) -> Sequence[Any]:
     """At most `count` of the values, evenly spread from the first to the last."""
-    if len(values) <= count:
-        return values
-    step = (len(values) - 1) / max(1, count - 1)
-    return [values[round(index * step)] for index in range(count)]
+    positions = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[i] for i in positions]

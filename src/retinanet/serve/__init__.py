@@ -42,7 +42,7 @@ def build_app(
     settings = settings or Settings()
     if not by_name:
         raise ConfigError("no model to serve: pass at least one detector")
-    if settings.workers > 1:
+    if (settings.workers or 1) > 1:
         for name, detector in by_name.items():
             if detector.device.type != "cpu" or detector.network.backend != "torch":
                 raise ConfigError(

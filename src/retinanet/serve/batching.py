@@ -20,6 +20,7 @@ from retinanet.errors import ConfigError
 from retinanet.inference import Detector, ImageDetections, Source
 from retinanet.inference.detector import Prepared
 from retinanet.inference.exported import ExportedNetwork
+from retinanet.inference.parallel import network_workers, use_cores
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.errors import RequestError, busy
 from retinanet.serve.metrics import Metrics
@@ -56,6 +57,14 @@ class _Job:
     decoded_at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Images for a network; lone: no other image is in work or waiting."""
+
+    jobs: list[_Job]
+    is_lone: bool
+
+
 class Batcher:
     """Queue of images in front of the detectors; call :meth:`start` first.
 
@@ -63,11 +72,16 @@ class Batcher:
     no image is padded for another, and the other images of a batch change results by rounding
     only. The oldest image goes first; the next batch gathers while the network runs.
 
+    Several threads run the networks, each with its share of the cores: the threads of one
+    convolution wait for each other, and long where another thread has their core. A lone batch
+    goes to the first of them, which then uses all cores. Decoding uses one core per image.
+
     Args:
         detectors: detectors by model name.
         settings: numbers of threads, batch size and queue length.
 
     Attributes:
+        num_workers: number of threads that run the networks.
         num_pending: number of images that were submitted and have no result yet.
         num_running: number of images in the networks.
     """
@@ -83,8 +97,12 @@ class Batcher:
         self._stopping = False
         self._seconds = {name: deque[float](maxlen=_NUM_RECENT) for name in detectors}
         self._workers: list[threading.Thread] = []
+        self._cores = torch.get_num_threads()
+        self.num_workers = settings.workers or min(
+            network_workers(detector.network) for detector in self.detectors.values()
+        )
         threads = settings.decode_threads or min(4, os.cpu_count() or 1)
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(threads, "decode", initializer=use_cores, initargs=(1,))
 
     @property
     def ready(self) -> bool:
@@ -111,9 +129,9 @@ class Batcher:
         if self._workers:
             return
         # Warm up in the threads that will run the networks: some backends keep state per thread.
-        warm_ups: list[Future[None]] = [Future() for _ in range(self.settings.workers)]
+        warm_ups: list[Future[None]] = [Future() for _ in range(self.num_workers)]
         self._workers = [
-            threading.Thread(target=self._work, args=(warm_up,), name=f"network-{i}", daemon=True)
+            threading.Thread(target=self._work, args=(i, warm_up), name=f"network-{i}", daemon=True)
             for i, warm_up in enumerate(warm_ups)
         ]
         for worker in self._workers:
@@ -139,7 +157,7 @@ class Batcher:
             raise busy("the server is starting or stopping: try again", 2)
         if self.num_pending + images > self.settings.queue:
             known = [s for name in self.detectors if (s := self.seconds_per_image(name))]
-            seconds = max(known, default=1.0) * self.num_pending / self.settings.workers
+            seconds = max(known, default=1.0) * self.num_pending / self.num_workers
             raise busy(
                 f"queue is full: {self.num_pending} of {self.settings.queue} images; try again",
                 math.ceil(seconds),
@@ -208,28 +226,37 @@ class Batcher:
             if not job.future.cancelled():
                 job.prepared = prepared
                 self._decoded.append(job)
-                self._changed.notify()
+                self._changed.notify_all()
 
-    def _work(self, warm_up: Future[None]) -> None:
+    def _work(self, number: int, warm_up: Future[None]) -> None:
         """Run a network thread."""
+        share = max(1, self._cores // self.num_workers)
         try:
-            for detector in self.detectors.values():
-                _warm_up(detector)
+            for cores in {share} if number else sorted({share, self._cores}):
+                use_cores(cores)
+                for detector in self.detectors.values():
+                    _warm_up(detector)
             warm_up.set_result(None)
         except Exception as error:
             warm_up.set_exception(error)
             return
-        while jobs := self._next_batch():
-            self._run(jobs)
+        while jobs := self._next_batch(number):
+            cores = self._cores if jobs.is_lone else share
+            if torch.get_num_threads() != cores:
+                use_cores(cores)
+            self._run(jobs.jobs)
             del jobs  # free the images while waiting for the next ones
 
-    def _next_batch(self) -> list[_Job]:
-        """Wait for the oldest image and those that share its batch; empty when stopping."""
+    def _next_batch(self, number: int) -> _Batch | None:
+        """Wait for the oldest image and those that share its batch; None when stopping."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._decoded or self._stopping)
+                # A lone batch is for the first thread.
+                self._changed.wait_for(
+                    lambda: self._stopping or (self._decoded and (not number or self.num_running))
+                )
                 if self._stopping:
-                    return []
+                    return None
                 first = self._decoded[0]
                 on_cpu = self.detectors[first.model].device.type == "cpu"
                 max_size = self.settings.batch_size or (1 if on_cpu else _GPU_BATCH_SIZE)
@@ -243,7 +270,9 @@ class Batcher:
                 jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
                 if jobs:
                     self.num_running += len(jobs)
-                    return jobs
+                    self._changed.notify_all()
+                    is_lone = not number and self.num_pending == len(jobs)
+                    return _Batch(jobs, is_lone)
 
     def _has_batch(self, batch_key: tuple[Any, ...], size: int) -> bool:
         same_key = sum(job.batch_key == batch_key for job in self._decoded)

@@ -6,11 +6,9 @@ import signal
 import socket
 from collections.abc import Callable
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from retinanet.data.cpus import usable_cpus
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.serve.settings import Settings
 
@@ -84,7 +82,10 @@ def bind(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is out of range: {port}; use 0 to 65535")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol, for which asyncio disables Nagle's algorithm: it delays the body of a
+    # response by up to 40 ms, until the client has acknowledged the headers.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -97,9 +98,3 @@ def bind(host: str, port: int) -> socket.socket:
             f"cannot serve at {host} port {port}: {error.strerror}; use another --host or --port"
         ) from None
     return listener
-
-
-def share_cores(workers: int) -> None:
-    """Divide the CPU cores among the threads that run a network."""
-    if workers > 1:
-        torch.set_num_threads(max(1, usable_cpus() // workers))

@@ -19,7 +19,8 @@ class Settings:
         timeout: seconds per request, upload included.
         batch_size: images per batch, all of one size; None: 1 on a CPU, 8 elsewhere.
         max_wait_ms: milliseconds to wait for a batch to fill.
-        workers: threads that run the network; they share the CPU cores.
+        workers: threads that run the network; they share the CPU cores. None: one per core, at
+            most 4, with torch on a CPU, else 1.
         decode_threads: threads that decode and resize images; None: one per core, at most 4.
         api_key: key that requests must send, except for the page and the health checks; None: no
             key is needed.
@@ -35,7 +36,7 @@ class Settings:
     timeout: float = 60.0
     batch_size: int | None = None
     max_wait_ms: float = 0.0
-    workers: int = 1
+    workers: int | None = None
     decode_threads: int | None = None
     api_key: str | None = field(default=None, repr=False)
 

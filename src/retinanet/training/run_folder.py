@@ -21,15 +21,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from retinanet.config import Recipe, load_recipe, to_toml
+from retinanet.config import Recipe, load_recipe, parse_seconds, setting_names, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import readable_folder, recover_folder, write_atomic
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
-_MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every")
+# train.accumulate: by rounding only, and a run that is out of memory can resume with more.
+_MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every", "train.accumulate")
 
 _TENSORS = "training.safetensors"
 _NUMBERS = "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """Further training of a finished run: by epochs, or seconds of time."""
+
+    epochs: float | None = None
+    time: float | None = None
+
+    @classmethod
+    def of(cls, epochs: float | None, time: float | str | None) -> Extension | None:
+        """Read the arguments ``more_epochs`` and ``more_time``; None: neither is given.
+
+        Raises:
+            ConfigError: both are given, or one is invalid.
+        """
+        if epochs is None and time is None:
+            return None
+        if epochs is not None and time is not None:
+            raise ConfigError("more_epochs and more_time each set the length: give one of them")
+        try:
+            seconds = parse_seconds(time) if isinstance(time, str) else time
+        except ValueError as error:
+            raise ConfigError(f"more_time: {error}") from None
+        if not (epochs or seconds or 0) > 0:
+            got = epochs if time is None else time
+            raise ConfigError(f"an extension is over 0 epochs or seconds, got {got}")
+        return cls(epochs, seconds)
 
 
 @dataclass
@@ -49,6 +78,8 @@ class Progress:
         validation_seconds: time of the last validation.
         metrics: the last validation's metrics.
         best_metrics: those of the best one.
+        untuned_ap: AP of the best weights before their post-processing was chosen.
+        extensions: those begun, with first_step, first_seconds, steps, epochs and time.
     """
 
     step: int = 0
@@ -62,6 +93,45 @@ class Progress:
     validation_seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
     best_metrics: dict[str, Any] = field(default_factory=dict)
+    untuned_ap: float = -1.0
+    extensions: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before the schedule began."""
+        return int(self.extensions[-1]["first_step"]) if self.extensions else 0
+
+    @property
+    def first_seconds(self) -> float:
+        """Seconds spent before the schedule began."""
+        return float(self.extensions[-1]["first_seconds"]) if self.extensions else 0.0
+
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """Steps of the schedule that are done, and all of its steps."""
+        return self.step - self.first_step, self.steps - self.first_step
+
+    def is_in(self, more: Extension, path: Path) -> bool:
+        """Return True if the run was stopped in such an extension, False if it is finished.
+
+        Raises:
+            ConfigError: it was stopped in another training.
+        """
+        last = self.extensions[-1] if self.extensions else {}
+        if self.finished or last.items() >= asdict(more).items():
+            return not self.finished
+        raise ConfigError(
+            f"{path} has done {self.step} of {self.steps} steps: finish it by the command that "
+            "started it, and then extend it"
+        )
+
+    def extend(self, more: Extension, steps: int) -> None:
+        """Begin an extension."""
+        first = {"first_step": self.step, "first_seconds": self.seconds, "steps": steps}
+        self.extensions.append(first | asdict(more))
+        self.steps, self.stopped_early, self.bad_validations = self.step + steps, False, 0
+        if self.untuned_ap >= 0:
+            self.best_ap = self.untuned_ap
 
     @property
     def finished(self) -> bool:
@@ -130,6 +200,31 @@ class RunFolder:
         if not (readable_folder(self.last).is_dir() and self.config.is_file()):
             return None
         return load_recipe(self.config)
+
+    def recipe_to_extend(self, recipe: Recipe) -> Recipe:
+        """Return the settings of the finished run, which those that `recipe` states must equal.
+
+        Raises:
+            ConfigError: there is no run, or a setting differs.
+        """
+        stored = self.stored_recipe()
+        if stored is None:
+            raise ConfigError(f"{self.path} contains no run to extend; give the --out of one")
+        stated = {name: recipe.value(name) for name in setting_names() if recipe.states(name)}
+        free = {name: value for name, value in stated.items() if name in _MAY_CHANGE}
+        for name, value in stated.items():
+            if name not in free and stored.value(name) != value:
+                raise ConfigError(
+                    f"{self.path} was trained with {name} = {stored.value(name)!r}, not {value!r}, "
+                    f"and an extension keeps the settings: omit it, or give --init {self.path} and "
+                    "another --out"
+                )
+        return stored.override(free)
+
+    def update_info(self, values: Mapping[str, Any]) -> None:
+        """Add entries to ``run.json``."""
+        stored = json.loads(self.info.read_text("utf-8"))
+        write_atomic(self.info, json.dumps(stored | dict(values), indent=1) + "\n")
 
     def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
         """Reject a run of another detector, with other settings or on other data.

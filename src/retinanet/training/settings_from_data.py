@@ -64,7 +64,7 @@ _MANY_EXTREME = 0.25  # share of them; one anchor per cell does for COCO (Zhang 
 
 _SPARE_DETECTIONS = 1.5  # detections per object of the densest image
 _VALIDATION_SHARE = 0.1  # of the time, at most
-_VALIDATION_COST = 1 / 3  # of an image, in that of a training image: no backward pass
+VALIDATION_COST = 1 / 3  # of an image, in that of a training image: no backward pass
 _SKEW = 10  # images of the most frequent class per image of the rarest
 _MAX_REPEATS = 4  # of an image with a rare class, on average
 
@@ -444,7 +444,7 @@ def _validations(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[C
         return
     steps = resolve_steps(epoch_size(data.train, recipe.data), train)
     per_image = len(data.train) / len(data.counts)  # tiles, on which is validated too
-    cost = num_val * per_image * _VALIDATION_COST / (steps * train.batch_size)
+    cost = num_val * per_image * VALIDATION_COST / (steps * train.batch_size)
     affordable = max(1, math.floor(_VALIDATION_SHARE / cost))
     if affordable < round(1 / train.validate_every):
         period = 1 / affordable if affordable > 1 else steps

@@ -23,6 +23,7 @@ VALIDATION_SHARE = 0.1
 _MARGIN = 0.03  # of the limit, for the error of the estimates
 _REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
 _MAX_VALIDATIONS = 8
+_TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MANY_EPOCHS = 72  # above that, larger images
 _MIN_BATCH, _MIN_SIDE = 4, 256
 _MEASURED_STEPS = 5  # at least, for a new plan
@@ -72,6 +73,12 @@ def seconds_to_train(limit: float) -> float:
         964.0
     """
     return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
+
+
+def seconds_to_tune(recipe: Recipe, validation: float) -> float:
+    """Estimate the seconds of the choice of post-processing from those of a validation."""
+    is_tuned = recipe.train.tune_detection and recipe.data.tile is None
+    return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
 
 
 def plan_steps(seconds: float, pace: Pace) -> Plan:
@@ -144,14 +151,7 @@ def plan_training(
             break
         side, pace = larger, pace.at(larger / side)
         plan = plan_steps(seconds, pace)
-    if plan.steps < MIN_STEPS:
-        needed = elapsed + MIN_STEPS * pace.step + pace.validation
-        least = math.ceil(needed / (1 - 2 * _MARGIN))
-        raise ConfigError(
-            f"train.time {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
-            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
-            f"least {least}s"
-        )
+    check_length(plan, limit, pace, elapsed, "train.time")
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
@@ -162,6 +162,22 @@ def plan_training(
     if side != recipe.data.image_size:
         changes["data.image_size"] = side
     return changes, plan
+
+
+def check_length(plan: Plan, limit: float, pace: Pace, elapsed: float, what: str) -> None:
+    """Check that a plan has :data:`MIN_STEPS` steps.
+
+    Raises:
+        ConfigError: the limit, named by `what`, is too short.
+    """
+    if plan.steps < MIN_STEPS:
+        needed = elapsed + MIN_STEPS * pace.step + pace.validation
+        least = math.ceil(needed / (1 - 2 * _MARGIN))
+        raise ConfigError(
+            f"{what} {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
+            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
+            f"least {least}s"
+        )
 
 
 def next_side(side: int, factor: float) -> int:

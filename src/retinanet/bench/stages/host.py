@@ -76,10 +76,10 @@ def _data(setting: Setting, images: int, shorter: int, longest: int) -> Benchmar
         with _one_thread():
             return next(batches)
 
-    rivals = [Rival("torchvision", _reference(dataset, shorter, longest), _compare_batches)]
+    rival = Rival("torchvision", _reference(dataset, shorter, longest), _compare_batches)
     return Benchmark(
         ours,
-        rivals if "torchvision" in setting.vs else (),
+        setting.rivals(rival),
         memory=False,
         note="ours leaves normalising to the network",
     )
@@ -217,21 +217,16 @@ def _pycocotools(dataset: Dataset, results: list[dict[str, Any]]) -> Callable[[]
 def startup(setting: Setting) -> list[Case]:
     """Run the command line's help, and imports after ``import torch``; each in a new process."""
 
-    def after_torch(statement: str) -> Benchmark:
-        call = partial(_run_python, _AFTER_TORCH.format(statement))
-        return Benchmark(call, seconds=float, memory=False)
+    def case(name: str, size: str, code: str, seconds: Callable[[str], float] | None) -> Case:
+        call = partial(_run_python, code)
+        return Case(name, size, lambda: Benchmark(call, seconds=seconds, memory=False))
 
-    def help_text() -> Benchmark:
-        return Benchmark(partial(_run_python, _HELP), memory=False)
-
-    statements = {
-        "import retinanet": "import retinanet",
-        "retinanet.load": "import retinanet; retinanet.load",
-    }
-    imports = [
-        Case(name, "after torch", partial(after_torch, code)) for name, code in statements.items()
+    load = "import retinanet; retinanet.load"
+    return [
+        case("retinanet --help", "a new process", _HELP, None),
+        case("import retinanet", "after torch", _AFTER_TORCH.format("import retinanet"), float),
+        case("retinanet.load", "after torch", _AFTER_TORCH.format(load), float),
     ]
-    return [Case("retinanet --help", "a new process", help_text), *imports]
 
 
 def _run_python(code: str) -> str:

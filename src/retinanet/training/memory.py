@@ -1,0 +1,172 @@
+"""Memory of a training step: the micro-batches that fit (``train.accumulate=0``)."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from retinanet.errors import ConfigError
+from retinanet.structures import Batch, pad_targets
+from retinanet.training.task import TaskSettings
+
+TryStep = Callable[[TaskSettings, Batch], object]
+"""Does a training step with settings, and discards it."""
+
+_SHARE = 0.8  # of the available memory that a step may take
+_PEAK = 1.2  # memory of a step in what its forward pass saves: .9 to 1 measured, and a reserve
+
+
+class OutOfMemoryError(ConfigError):
+    """A training step does not fit into memory."""
+
+
+def fit_memory(settings: TaskSettings, try_step: TryStep) -> int:
+    """Return the least number of micro-batches with which the largest batch fits into memory.
+
+    On a GPU steps are tried. On a CPU, which would swap or end the process, and for several
+    processes, which wait for each other, the memory is estimated from a step of an image.
+
+    Raises:
+        ConfigError: a step of a single image does not fit.
+    """
+    count = settings.batch_size
+    if _is_tried(settings.accelerator):
+        parts = next((n for n in divisors(count) if _fits(settings, n, try_step)), None)
+    else:
+        per_image = _bytes_per_image(settings, try_step)
+        free = _SHARE * _available(settings.accelerator.device)
+        parts = next((n for n in divisors(count) if count // n * per_image <= free), None)
+        (parts,) = broadcast_object_list([parts])
+    if parts is None:
+        _, _, height, width = largest_batch(settings, 1).images.shape
+        raise ConfigError(
+            f"an image of {width} x {height} px does not fit into the memory of "
+            f"{settings.accelerator.device}: give a smaller data.image_size, or data.tile"
+        )
+    return parts
+
+
+def _is_tried(accelerator: Accelerator) -> bool:
+    return bool(accelerator.device.type == "cuda" and accelerator.num_processes == 1)
+
+
+def divisors(count: int) -> list[int]:
+    """Return the numbers of micro-batches into which a batch can be split, ascending."""
+    return [parts for parts in range(1, count + 1) if count % parts == 0]
+
+
+def largest_batch(settings: TaskSettings, count: int) -> Batch:
+    """Return `count` black images of the largest size and number of objects in the data."""
+    data, images = settings.recipe.data, settings.train_set.images
+    shorter = max((data.image_size, *data.multi_scale))
+    height = width = 0.0
+    for image in images:
+        sides = (image.height or 0, image.width or 0)
+        if not all(sides):
+            height = width = data.max_size
+            break
+        scale = min(shorter / min(sides), data.max_size / max(sides)) * data.scale_jitter[1]
+        height, width = max(height, scale * sides[0]), max(width, scale * sides[1])
+    size = [math.ceil(side / 32) * 32 for side in (height, width)]
+    objects = max(len(image.annotations) for image in images)
+    boxes = torch.tensor([0.0, 0, size[1] / 2, size[0] / 2]).expand(objects, 4)
+    return Batch(
+        torch.zeros(count, 3, *size, dtype=torch.uint8),
+        pad_targets([boxes] * count, [torch.zeros(objects, dtype=torch.int64)] * count),
+        torch.tensor([size] * count),
+        torch.tensor([size] * count),
+        torch.zeros(count, dtype=torch.int64),
+    )
+
+
+@contextmanager
+def memory_errors(settings: TaskSettings) -> Iterator[None]:
+    """Turn torch's errors of memory into the setting to change.
+
+    Raises:
+        OutOfMemoryError: memory is not sufficient.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _advice(settings) from error
+
+
+def _advice(settings: TaskSettings) -> OutOfMemoryError:
+    count, accumulate = settings.batch_size, settings.recipe.train.accumulate
+    parts = next((n for n in divisors(count) if n > accumulate), None)
+    advice = "give a smaller data.image_size, or data.tile"
+    if parts is not None:
+        advice = (
+            f"give train.accumulate={parts} (by {count // parts}; batch and learning rate stay), "
+            "or --batch-size auto, which finds it"
+        )
+    longest = settings.recipe.data.max_size
+    return OutOfMemoryError(
+        f"out of memory on {settings.accelerator.device} with {count // accumulate} images of up "
+        f"to {longest} px at a time: {advice}"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for torch's errors of GPU and CPU memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _fits(settings: TaskSettings, parts: int, try_step: TryStep) -> bool:
+    recipe = settings.recipe.choose({"train.accumulate": parts})
+    try:
+        try_step(replace(settings, recipe=recipe), largest_batch(settings, settings.batch_size))
+    except OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
+
+
+def _bytes_per_image(settings: TaskSettings, try_step: TryStep) -> float:
+    """Estimate the memory of a step per image from what its forward pass saves for the backward."""
+    processes = settings.accelerator.num_processes
+    recipe = settings.recipe.choose({"train.batch_size": processes, "train.accumulate": 1})
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        try_step(replace(settings, recipe=recipe), largest_batch(settings, 1))
+    return _PEAK * sum(sizes.values())
+
+
+def _available(device: torch.device) -> int:
+    """Return the bytes of memory that are free for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = int(psutil.virtual_memory().available)
+    try:  # the limit of a container
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

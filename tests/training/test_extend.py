@@ -1,0 +1,194 @@
+"""Extensions of finished runs, and batches that do not fit into memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import retinanet as rn
+from retinanet.config import load_recipe
+from retinanet.training import memory, trainer
+from retinanet.training.events import Event
+from retinanet.training.run_folder import Extension
+from retinanet.training.task import RetinaNetTask
+from retinanet.training.time_limit import Pace, Pacer
+from training.tiny import (
+    Stop,
+    assert_same_weights,
+    messages,
+    read_log,
+    steps_of,
+    stop_at,
+    tiny_recipe,
+)
+
+SMALL = ("model.backbone=tiny", "train.validate_every=2", "train.save_every=1")
+
+
+def test_extension_has_a_schedule_of_its_own_and_resumes(
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*SMALL, "train.steps=2", "train.warmup_steps=100")
+    events: list[Event] = []
+    for name in ("whole", "parts"):
+        trainer.train(recipe, tiny_data, tmp_path / name, device="cpu")
+    run = rn.train(
+        tiny_data, out=tmp_path / "whole", more_epochs=1, device="cpu", on_event=events.append
+    )
+    assert (run.step, run.interrupted) == (5, False)  # 12 images in batches of 4
+    # The cosine begins anew, without a warm-up, which at most takes a tenth of the steps.
+    rates = [line["lr"] for line in read_log(run.folder) if "lr" in line]
+    lr = recipe.train.lr * 4 / recipe.train.reference_batch
+    assert rates[2:] == pytest.approx([lr, 0.75 * lr, 0.25 * lr])
+    assert [event.data["step"] for event in events if event.kind == "validation"] == [4, 5]
+    info = json.loads((run.folder / "run.json").read_text())
+    (extension,) = info["extensions"]
+    assert (extension["first_step"], extension["steps"], extension["epochs"]) == (2, 3, 1)
+    more = Extension(epochs=1)
+    with pytest.raises(Stop):
+        trainer.train(
+            recipe, tiny_data, tmp_path / "parts", device="cpu", more=more, on_event=stop_at(4)
+        )
+    with pytest.raises(rn.ConfigError, match=r"has done 3 of 5 steps: finish it by the command"):
+        rn.train(tiny_data, out=tmp_path / "parts", more_epochs=2, device="cpu")
+    rn.train(tiny_data, out=tmp_path / "parts", more_epochs=1, device="cpu")
+    assert steps_of(tmp_path / "parts") == [1, 2, 3, 4, 5]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    events.clear()
+    again = trainer.train(
+        recipe, tiny_data, tmp_path / "parts", device="cpu", on_event=events.append
+    )
+    assert again.step == 5
+    assert "is finished: 5 steps; to train it further give --more-epochs" in messages(events)[-1]
+
+
+def test_extension_for_a_time_is_planned_by_the_pace(
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(*SMALL, "train.steps=1")
+    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    measure = trainer.measure_pace
+
+    def measure_pace(*arguments: Any) -> Pace:
+        assert measure(*arguments).step > 0
+        return Pace(40.0, 50.0)
+
+    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
+    monkeypatch.setattr(Pacer, "replan", lambda self, step: 8)
+    with pytest.raises(rn.ConfigError, match=r"--more-time 60 s is too short: 20 steps .* least"):
+        rn.train(tiny_data, out=run.folder, more_time=60, device="cpu")
+    run = rn.train(tiny_data, out=run.folder, more_time="1000s", device="cpu")
+    (extension,) = json.loads((run.folder / "run.json").read_text())["extensions"]
+    assert 20 <= extension["steps"] <= 22  # 964 s less a validation and the start
+    assert run.step == 8  # by the plan made anew
+    assert steps_of(run.folder) == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"more_epochs": 1, "more_time": "1h"}, "each set the length: give one of them"),
+        ({"more_epochs": 0}, "is over 0 epochs or seconds, got 0"),
+        ({"more_time": "soon"}, "more_time: 'soon' is not a duration"),
+        ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
+    ],
+)
+def test_extensions_that_are_impossible_say_why(
+    finished: tuple[trainer.Run, list[Event]], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(rn.ConfigError, match=message):
+        rn.train("data", out=finished[0].folder, **arguments)
+    with pytest.raises(rn.ConfigError, match="contains no run to extend"):
+        rn.train("data", out="no-such-run", more_epochs=1)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run out of memory with more than one image at a time."""
+    create = RetinaNetTask.__init__
+
+    def limited(self: RetinaNetTask, *arguments: Any, **named: Any) -> None:
+        create(self, *arguments, **named)
+        step = self.training_step
+
+        def training_step(network: Any, model: Any, batch: Any, context: Any) -> Any:
+            if len(batch.images) // self.settings.recipe.train.accumulate > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return step(network, model, batch, context)
+
+        self.training_step = training_step
+
+    monkeypatch.setattr(RetinaNetTask, "__init__", limited)
+
+
+def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path, small_gpu: None
+) -> None:
+    recipe = tiny_recipe(*SMALL, "train.steps=1")
+    with pytest.raises(
+        rn.ConfigError,
+        match=r"out of memory on cpu with 4 images .*give train\.accumulate=2 \(by 2",
+    ):
+        trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    one = recipe.override({"train.accumulate": 4})
+    assert trainer.train(one, tiny_data, tmp_path / "run", device="cpu").step == 1
+
+
+def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
+    tiny_backbone: str,
+    tiny_data: Path,
+    tmp_path: Path,
+    small_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As on a GPU, where steps are tried.
+    monkeypatch.setattr(memory, "_is_tried", lambda accelerator: True)
+    recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
+    assert (recipe.train.batch_size, recipe.train.accumulate) == (4, 0)
+    events: list[Event] = []
+    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    assert "memory: 1 of 4 images at a time (train.accumulate=4)" in messages(events)
+    stored = load_recipe(run.folder / "config.toml").train
+    assert (stored.batch_size, stored.accumulate, stored.lr) == (4, 4, recipe.train.lr)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, 1), (0, None)])
+def test_memory_of_a_cpu_is_estimated(
+    free: int,
+    expected: int | None,
+    tiny_backbone: str,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_available", lambda device: free)
+    recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
+    if expected is None:
+        with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the me"):
+            trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    else:
+        run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+        assert load_recipe(run.folder / "config.toml").train.accumulate == expected
+
+
+def test_largest_batch_is_of_the_largest_sides_in_the_data(tiny_data: Path) -> None:
+    dataset = rn.read_dataset(tiny_data, "train")
+    wide = replace(dataset.images[0], width=200, height=100)
+    tall = replace(dataset.images[1], width=100, height=150)
+    recipe = load_recipe("paper_1x", ["data.image_size=64", "data.max_size=120"])
+
+    class Settings:
+        train_set = replace(dataset, images=(wide, tall))
+
+    Settings.recipe = recipe  # type: ignore[attr-defined]
+    # 64 x 120 (the longer side at most) and 96 x 64, in multiples of 32.
+    batch = memory.largest_batch(Settings, 2)  # type: ignore[arg-type]
+    assert batch.images.shape == (2, 3, 96, 128)
