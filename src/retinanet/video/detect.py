@@ -166,12 +166,7 @@ def detect_video(
     thresholds: Any = {**options}
     tiling = thresholds.pop("tile", None), thresholds.pop("overlap", None)
     merged = merge_thresholds(stored, thresholds)
-    side, overlap = choose_tiling(*tiling, detector.image_size, detector.info)
-    tiles: dict[str, Any] | None = None
-    if side is not None:
-        tiles = {**merged, "tile": side, "overlap": overlap}
-        # That of tiles, not of the frame, unless it was given.
-        tiles["detections_per_image"] = thresholds.get("detections_per_image")
+    tiles = _tile_options(detector, *tiling, merged, thresholds.get("detections_per_image"))
     if draw_threshold is None:
         draw_threshold = DETECTION_SCORE if track else 0.0
     with stop_on_signal() if stop is None else nullcontext(StopRequest()) as signals:
@@ -197,6 +192,22 @@ def detect_video(
     if signals.received is not None:
         signal.raise_signal(signals.received)
     return summary
+
+
+def _tile_options(
+    detector: Detector,
+    tile: int | str | None,
+    overlap: float | None,
+    thresholds: Thresholds,
+    max_detections: int | None,
+) -> dict[str, Any] | None:
+    """Return the options of :meth:`Detector.stream` for tiles; None: whole frames only."""
+    side, overlap = choose_tiling(tile, overlap, detector.image_size, detector.info)
+    if side is None:
+        return None
+    # The limit is that of tiles, not of the frame, unless it was given.
+    own = {**thresholds, "detections_per_image": max_detections}
+    return {"tile": side, "overlap": overlap, **own}
 
 
 def _write_files(
