@@ -83,7 +83,9 @@ def goals_of(row: Row, *, on_gpu: bool, native: bool, bf16: bool) -> dict[str, f
     if row.case.startswith("auto") and not bf16:
         return {}
     goals = dict((GPU_GOALS if on_gpu else CPU_GOALS).get((row.stage, row.case), {}))
-    if "fp16" in row.rival and "speedup" in goals:
+    if "compiled" in row.rival:
+        goals.pop("speedup", None)
+    elif "fp16" in row.rival and "speedup" in goals:
         goals["speedup"] = _FP16_SPEEDUP
     if row.stage == "class-loss" and not native and "speedup" in goals:
         goals["speedup"] = min(goals["speedup"], _PURE_TORCH_CLASS_LOSS)
@@ -93,7 +95,7 @@ def goals_of(row: Row, *, on_gpu: bool, native: bool, bf16: bool) -> dict[str, f
 def check_goals(row: Row, goals: Mapping[str, float]) -> dict[str, bool]:
     """Whether the row meets each goal; goals without a measurement are left out."""
     figures = {
-        "speedup": row.speedup,
+        "speedup": row.speedup.median if row.speedup else None,
         "limit_fraction": row.limit_fraction,
         "seconds": row.ours.median if row.ours else None,
         "memory": row.memory,

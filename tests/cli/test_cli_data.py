@@ -203,6 +203,15 @@ def test_show_augmented_draws_what_training_loads(
     assert "give one of them" in both.err
 
 
+def test_anchors_without_any_object_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": []}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    ended = cli("data", "anchors", tmp_path, "--recipe=paper_quick")
+    assert ended.code == 1
+    assert "no usable object in the 1 images of train" in ended.err
+
+
 def test_anchors_suggests_settings_of_more_recall(cli: Cli, tiny_sets: dict[str, Path]) -> None:
     arguments = ("data", "anchors", tiny_sets["coco"], "--image-size=64", "--recipe=paper_quick")
     ended = cli(*arguments, "--json")

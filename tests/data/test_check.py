@@ -148,11 +148,11 @@ def test_truncated_images(tmp_path: Path, make_image: MakeImage, suffix: str, de
     ("make", "kind", "reason"),
     [
         (lambda path: None, "image-missing", "no such image; .*labels gives it 1 object$"),
-        (lambda path: path.write_bytes(b""), "image-unreadable", "^is empty$"),
+        (lambda path: path.write_bytes(b""), "image-unreadable", r"\(it is empty\)$"),
         (
             lambda path: path.write_text("<html>404"),
             "image-unreadable",
-            "^is not an image; it begins with b'<html>404'$",
+            r"^not an image of any known format \(it begins with b'<html>404'\)$",
         ),
         (lambda path: path.mkdir(), "image-unreadable", "^cannot be read: Is a directory$"),
     ],

@@ -306,10 +306,12 @@ def one_line(error: pytest.ExceptionInfo[ImageError]) -> str:
 def test_files_that_are_no_images(read: Callable[[Path], object], tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html>\n<html>")
     (tmp_path / "empty.png").touch()
+    (tmp_path / "bands.tif").write_bytes(b"II*\0" + bytes(40))
     for name, reason in (
         ("gone.jpg", "there is no such file"),
         ("", "cannot be read: Is a directory"),
         ("page.jpg", r"not an image of any known format \(it begins with b'<!DOCTYPE html>"),
+        ("bands.tif", "a TIFF that is damaged or of unsupported bands"),
         ("empty.png", r"not an image of any known format \(it is empty\)"),
     ):
         with pytest.raises(

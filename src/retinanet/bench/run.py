@@ -42,6 +42,10 @@ _SLOW = 2.0
 
 _OURS, _LIMIT = "", "limit"  # keys next to the rivals' names
 
+# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose memory is measured."""
+
 
 def bench(
     stages: Iterable[str] = (),
@@ -77,8 +81,7 @@ def bench(
     for name in names:
         check_choice("stage", name, STAGES)
     setting = Setting(size, choose_device(device), choose_rivals(vs))
-    rounds = _ROUNDS[size] if rounds is None else rounds
-    seconds = _SECONDS[size] if seconds is None else seconds
+    limits = rounds or _ROUNDS[size], _SECONDS[size] if seconds is None else seconds
 
     def run_stages() -> Iterator[Row]:
         before = torch.get_num_threads()
@@ -87,10 +90,9 @@ def bench(
             for stage in names:
                 for case in STAGES[stage](setting):
                     try:
-                        rows = run(stage, case, setting, rounds, seconds, memory=memory)
+                        yield from run(stage, case, setting, *limits, memory=memory)
                     except Exception as error:  # the other cases still run
-                        rows = [Row(stage, case.name, case.size, error=_reason(error))]
-                    yield from rows
+                        yield Row(stage, case.name, case.size, error=_reason(error))
         finally:
             torch.set_num_threads(before)
 
@@ -145,23 +147,27 @@ def run(
         fraction = statistics.median(limit.factor * x for x in _ratios(times[_LIMIT], times[_OURS]))
         row = replace(row, limit=limit.name, limit_fraction=fraction)
     memory = memory and benchmark.memory
+    peaks: dict[str, int | None] = {}
+    if memory and setting.device.type == "cuda":  # torch counts it, so no process is needed
+        calls = {_OURS: benchmark.ours, **{rival.name: rival.call for rival in rivals}}
+        peaks = {name: peak_of(call, setting.device) for name, call in calls.items()}
+        del calls
     del benchmark, rivals, limit  # free their tensors before other processes are measured
     gc.collect()
     if memory:
-        row = _with_memory(row, setting, "memory")
+        row = _with_memory(row, setting, "memory", peaks)
     rows = []
     for name, difference in differences.items():
-        speedup = _timing(_ratios(times[name], times[_OURS]))
         of_rival = replace(
             row,
             rival=name,
             theirs=_timing(times[name]),
-            speedup=speedup.median,
-            speedup_low=speedup.low,
-            speedup_high=speedup.high,
+            speedup=_timing(_ratios(times[name], times[_OURS])),
             difference=difference,
         )
-        rows.append(_with_memory(of_rival, setting, "rival_memory") if memory else of_rival)
+        if memory:
+            of_rival = _with_memory(of_rival, setting, "rival_memory", peaks)
+        rows.append(of_rival)
     return (rows or [row]) + failed
 
 
@@ -245,32 +251,27 @@ def _reason(error: Exception) -> str:
     return text if expected else f"{type(error).__name__}: {text}"
 
 
-def _with_memory(row: Row, setting: Setting, name: Literal["memory", "rival_memory"]) -> Row:
-    """Add a peak memory; if measuring it fails, the error, and the times stay."""
-    side = row.rival if name == "rival_memory" else ""
+def _with_memory(
+    row: Row,
+    setting: Setting,
+    name: Literal["memory", "rival_memory"],
+    peaks: Mapping[str, int | None],
+) -> Row:
+    """Add a peak memory, of `peaks` if measured; if it fails, the error, and the times stay."""
+    side = row.rival if name == "rival_memory" else _OURS
     try:
-        peak: dict[str, Any] = {name: peak_memory(row.stage, row.case, side, setting)}
-        return replace(row, **peak)
+        peak = peaks[side] if peaks else peak_memory(row.stage, row.case, side, setting)
+        changes: dict[str, Any] = {name: peak}
+        return replace(row, **changes)
     except RetinaNetError as error:
         return replace(row, error=row.error or _reason(error))
-
-
-# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment of a process whose memory is measured."""
 
 
 def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | None:
     """Peak memory of one call in bytes, above the memory before it, in a process of its own.
 
     The process warms up first. On a GPU this is torch's count, on Linux the resident memory, else
-    None.
-
-    Args:
-        stage: a name of :data:`STAGES`.
-        case: name of a case in it.
-        rival: side to measure; empty: ours.
-        setting: as for the case.
+    None. An empty `rival` is ours.
 
     Raises:
         RetinaNetError: the process failed.

@@ -61,20 +61,15 @@ class Member:
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """Read its bytes.
-
-        Raises:
-            ImageError: the archive cannot be read, or has changed.
-        """
+        """Read its bytes."""
         return next(read_members([self])) if self.content is None else self.content
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The members of an archive.
+    """The members of an archive by name, in its order.
 
     Attributes:
-        members: by name, in the archive's order.
         repeated: names that occur more than once; `members` has the first.
         indexed: whether they come from an index, rather than from the headers.
     """
@@ -135,21 +130,13 @@ def is_image_file(path: Path) -> bool:
 
 
 def read_image_file(path: Path) -> bytes:
-    """Read a file, also inside an archive.
-
-    Raises:
-        OSError, DataError: it cannot be read.
-    """
+    """Read a file, also inside an archive."""
     member = find_member(path)
     return path.read_bytes() if member is None else member.read()
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes, also inside an archive.
-
-    Raises:
-        OSError, DataError: it is not there.
-    """
+    """Return the size of a file in bytes, also inside an archive."""
     member = find_member(path)
     return path.stat().st_size if member is None else member.size
 
@@ -168,22 +155,13 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def read_file(address: str) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        DataError: it cannot be read.
-    """
+    """Read a whole file."""
     with _open_store(address) as (system, path):
         return bytes(system.cat_file(path))
 
 
 def list_names(address: str) -> list[str]:
-    """Return the names in a folder, sorted; empty if it is no folder.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return the names in a folder, sorted; empty if it is no folder."""
     try:
         with _open_store(address) as (system, path):
             paths = [str(listed).rstrip("/") for listed in system.ls(path, detail=False)]
@@ -220,11 +198,7 @@ def _one_line(error: Exception) -> str:
 
 
 def read_members(members: Sequence[Member]) -> Iterator[bytes]:
-    """Read members of one archive, or of several of one remote store.
-
-    Raises:
-        ImageError: the archive cannot be read, or has changed.
-    """
+    """Read members of one archive, or of several of one remote store."""
     if members and is_remote(members[0].archive):
         for first in range(0, len(members), _MAX_RANGES):
             chunk = members[first : first + _MAX_RANGES]
@@ -262,11 +236,7 @@ def _fetch(members: Sequence[Member]) -> list[bytes]:
 
 
 def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
-    """Return the same files; members in remote archives with their bytes, fetched together.
-
-    Raises:
-        ImageError: as :func:`read_members`.
-    """
+    """Return the same files; members in remote archives with their bytes, fetched together."""
     remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
     contents: dict[str | Member, bytes] = dict(zip(remote, read_members(remote), strict=True))
     return [
@@ -423,11 +393,7 @@ def _plain_name(name: str) -> str:
 
 
 class ArchiveWriter:
-    """Writes an archive, and its index when closed; reproducible to the byte.
-
-    Args:
-        path: of the archive, ending in .tar.
-    """
+    """Writes an archive, and its index when closed; reproducible to the byte."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -241,14 +241,7 @@ def _blend(labelled: Labelled, other: Labelled) -> Labelled:
 
 @dataclass(frozen=True, slots=True)
 class UserTransform:
-    """The function of ``data.transform``; its results are checked.
-
-    Attributes:
-        name: ``module:function``.
-        function: takes and returns an image (3, H, W) uint8, boxes (N, 4) and labels (N,), and
-            takes a ``random.Random`` last.
-        num_classes: K.
-    """
+    """The function of ``data.transform``, ``module:function``; its results are checked."""
 
     name: str
     function: Callable[..., Any]
@@ -257,11 +250,7 @@ class UserTransform:
     def __call__(
         self, image: Tensor, boxes: Tensor, labels: Tensor, generator: random.Random
     ) -> Labelled:
-        """Call the function.
-
-        Raises:
-            DataError: it fails, or returns something else.
-        """
+        """Call the function; a DataError names what fails, or what it returns wrongly."""
         try:
             result = self.function(image, boxes, labels, generator)
         except Exception as error:
@@ -302,11 +291,7 @@ class UserTransform:
 
 
 def user_transform(config: DataConfig, num_classes: int) -> UserTransform | None:
-    """Import the function of ``data.transform``; None: there is none.
-
-    Raises:
-        ConfigError: the setting is not ``module:function``, or there is no such function.
-    """
+    """Import the function of ``data.transform``; None: there is none."""
     if not config.transform:
         return None
     try:

@@ -42,9 +42,6 @@ class RepeatFactors:
         """Draw the images of an epoch: an image of factor 2.3 occurs twice or three times.
 
         The fractional parts are drawn by systematic sampling, so that all epochs have one size.
-
-        Returns:
-            Indices of the images, in no meaningful order.
         """
         whole = np.floor(self.images)
         occurrences: list[int] = np.repeat(np.arange(len(whole)), whole.astype(np.int64)).tolist()
@@ -74,14 +71,10 @@ class RepeatFactors:
 
 
 def repeat_factors(dataset: Dataset, threshold: float) -> RepeatFactors:
-    """Compute the repeat factors of a data set's images.
+    """Compute the repeat factors of a data set's images; ignored objects do not count.
 
     Source: Gupta et al. 2019 (LVIS), Appendix B.2: r(c) = max(1, sqrt(t / f(c))) with the fraction
     f(c) of the images that contain class c; r(I) is the maximum over the classes in image I.
-
-    Args:
-        dataset: any; ignored objects do not count. An image without objects has factor 1.
-        threshold: t, the fraction of images below which a class is repeated.
     """
     labels = [{a.label for a in image.annotations if not a.ignored} for image in dataset.images]
     counts = Counter(label for present in labels for label in present)

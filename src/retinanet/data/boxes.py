@@ -41,10 +41,6 @@ def fixed_box(
 ) -> tuple[float, float, float, float] | None:
     """Swap inverted sides of a box, and clip it if it extends beyond the image by EDGE or more.
 
-    Args:
-        box: pixels.
-        width, height: of the image; None if unknown.
-
     Returns:
         The box, unchanged if nothing is wrong, or None if nothing of it is left.
     """

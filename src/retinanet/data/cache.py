@@ -37,16 +37,8 @@ _COLUMNS = 3 + 3 * len(_FACTORS)
 class ImageCache:
     """Decoded images by number, in a file without a name that all processes map.
 
-    The file is in memory (``memfd``) or on the disk. It has no name, so that nothing is left behind
-    however the processes end.
-
-    Args:
-        num_files: number of image files.
-        capacity: bytes of pixels at most; images that do not fit are not kept.
-        folder: for the file; None: in memory.
-
-    Raises:
-        OSError: the file cannot be made, mapped or locked.
+    The file is in memory (``memfd``), or on the disk in `folder`. Having no name, it leaves nothing
+    behind however the processes end. Images beyond `capacity` bytes are not kept.
     """
 
     def __init__(self, num_files: int, capacity: int, folder: Path | None = None) -> None:
@@ -70,8 +62,7 @@ class ImageCache:
         Args:
             number: of the file.
             wanted: shorter and longest side, as given to ``read_reduced``; None: the whole image.
-            read: reads the image at the wanted size, in channels_last memory. What it raises is
-                not kept.
+            read: reads the image at the wanted size, in channels_last memory.
 
         Returns:
             What `read` returns. The pixels are those of the cache: do not change them.
@@ -169,13 +160,10 @@ def _slot(
 def build_cache(
     dataset: Dataset, kind: Literal["none", "ram", "disk"]
 ) -> tuple[ImageCache | None, str | None]:
-    """Build the cache of a data set's files, by ``data.cache``.
+    """Build the cache of a data set's files, by ``data.cache``, and a message if not all fit.
 
     At most half of the free memory or disk is used, divided among the processes that train on this
     machine (LOCAL_WORLD_SIZE).
-
-    Returns:
-        None without a cache; and a message if fewer images are kept than wanted.
     """
     if kind == "none":
         return None, None

@@ -21,7 +21,14 @@ from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.formats.labels import DROPPED
-from retinanet.data.image_files import SIDEWAYS, exif_orientation, quiet, suffix_of
+from retinanet.data.image_files import (
+    SIDEWAYS,
+    exif_orientation,
+    open_source,
+    quiet,
+    suffix_of,
+    unidentified,
+)
 from retinanet.data.statistics import Statistics, count_objects
 from retinanet.errors import DataError
 
@@ -78,7 +85,7 @@ class ImageInfo:
         height, width: of the upright image; None if it cannot be read.
         orientation: EXIF orientation, 1..8.
         suffix: the extension of its content; empty if its own is right.
-        file_digest, pixel_digest: of its bytes and of its pixels; empty if it cannot be read.
+        file_digest, pixel_digest: of its bytes and of its pixels; empty if they were not read.
         failure: kind and reason, if it cannot be read.
     """
 
@@ -93,13 +100,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """Result of :func:`check_datasets`.
-
-    Attributes:
-        problems: in the order of splits and images.
-        statistics: by split.
-        image_info: result of opening each file.
-    """
+    """Result of :func:`check_datasets`: problems in the order of splits and images."""
 
     problems: tuple[Problem, ...]
     statistics: Mapping[str, Statistics]
@@ -199,12 +200,7 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
 
 
 def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | None:
-    """Return how many objects and images are left out, and the first; None if there are none.
-
-    Args:
-        dataset: its problems count that no reader can repair.
-        dropped: further problems, from :func:`usable`.
-    """
+    """Return how many objects and images are left out, and the first; None if there are none."""
     faults = [problem for problem in dataset.problems if "dropped" in problem.fix] + [*dropped]
     if not faults:
         return None
@@ -252,12 +248,12 @@ def _shared_sizes(splits: Mapping[str, Dataset]) -> dict[Path, bool]:
 def _open_header(path: Path, is_shared: bool) -> ImageInfo | None:
     """Read header and end of a JPEG or PNG file; None: it must be decoded."""
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            end = _ENDS.get(image.format or "")
+        with open(path, "rb") as file, Image.open(file, formats=tuple(_ENDS)) as image:
             has_exif = image.format == "JPEG" or "exif" in image.info
             orientation = exif_orientation(image) if has_exif else 1
             width, height = image.size
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            end = _ENDS.get(image.format or "")  # an MPO is opened as a JPEG
             if end is None or end not in file.read():
                 return None
     except Exception:  # of Pillow on damaged files nearly anything; decoding gives the reason
@@ -291,10 +287,11 @@ def _open(path: Path) -> ImageInfo:
         return ImageInfo(failure=("image-changed", reason))
     digest = archives.digest_of(content)
     try:
+        open_source(path)  # registers HEIC
         return _decode(path, content, digest)
     except UnidentifiedImageError:
-        reason = f"is not an image; it begins with {content[:16]!r}" if content else "is empty"
-        return ImageInfo(failure=("image-unreadable", reason), file_digest=digest)
+        failure = "image-unreadable", unidentified(str(path))
+        return ImageInfo(failure=failure, file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__

@@ -22,10 +22,7 @@ class Written:
     """A written data set.
 
     Attributes:
-        folder: its folder.
-        format: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
-        images: images by split.
-        objects: objects by split, without those counted in `lost`.
+        images, objects: numbers by split; objects without those counted in `lost`.
         origins: how each split was made.
         lost: counts of what was left out, by description.
     """
@@ -90,11 +87,7 @@ def convert(
 
 
 def write(writing: Writing, to: str) -> Written:
-    """Write splits whose images all exist into a new folder, in the format `to`.
-
-    Raises:
-        DataError: as :func:`convert`.
-    """
+    """Write splits whose images all exist into a new folder, in the format `to`."""
     splits, target = writing.splits, writing.folder
     if not splits or not any(len(dataset) for dataset in splits.values()):
         raise DataError(f"{target}: there is no image to write")
@@ -120,11 +113,7 @@ def write(writing: Writing, to: str) -> Written:
 
 
 def _verify(folder: Path, to: str, splits: Mapping[str, Dataset]) -> None:
-    """Read a written folder back and compare images and boxes.
-
-    Raises:
-        DataError: an image or a box is missing or differs.
-    """
+    """Read a written folder back and compare images and boxes."""
     written = find_data(folder, to).splits
     for name, dataset in splits.items():
         # YOLO cannot mark objects that are ignored, and they are left out.

@@ -61,9 +61,7 @@ def can_be_a_file(name: str) -> bool:
 def scan(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     """Return the files below a folder in order; hidden ones are left out, links are followed.
 
-    Args:
-        folder: where to begin.
-        skipped: folders of detections and of training runs, which are left out, are added.
+    Folders of detections and of training runs are left out, and added to `skipped`.
 
     Raises:
         DataError: there are more than ``MAX_FILES``.
@@ -120,20 +118,17 @@ class Match(NamedTuple):
 
 
 class Tree:
-    """The files below a path.
-
-    Args:
-        path: a folder or a label file.
-        extras: keep values that training does not need, such as masks.
+    """The files below a folder, or beside a label file.
 
     Attributes:
         path: as given.
+        extras: keep values that training does not need, such as masks.
         top: the folder in which label files are searched.
         root: the folder in which images are searched: `top`, or above a folder of labels.
         files: the files below `top` that are no images.
         label_files: `files`; of a label file, itself.
         images: the images below `root`.
-        skipped: folders of detections and of training runs, which are not searched.
+        skipped: folders of detections and of training runs.
         memo: what a format has read to find its files, and needs again to read them.
     """
 
@@ -169,12 +164,7 @@ class Tree:
         return dict(groups)
 
     def split_of(self, file: Path, *, by_name: bool = False) -> str:
-        """Return the split that the folders of a file below `top` indicate, or ``""``.
-
-        Args:
-            file: below `top` or `root`.
-            by_name: a file of many images may also be named after its split.
-        """
+        """Return the split that the folders of a file (or its own name) indicate, or ``""``."""
         word = split_word(file.stem) if by_name else None
         folder = file.parent
         if folder not in self._splits:
@@ -221,7 +211,7 @@ class Tree:
 
         Args:
             names: paths or names in the label, the first that exists counts.
-            label_file: the file of the label; folders near it are preferred.
+            label_file: folders near it are preferred.
             split: of the label; the same name in another split's folder is another image.
             by_stem: accept the same stem with another extension.
         """
@@ -358,12 +348,7 @@ def keep_whole(
     """Leave out label files whose labels are all in other files: a subset beside the whole.
 
     Files without a split whose labels are those of the splits are left out, and of each split the
-    smaller files.
-
-    Args:
-        groups: files of many images each, by split.
-        items_of: returns the labels of a file.
-        notes: a line for each file that is left out is added.
+    smaller files; each adds a line to `notes`.
     """
     kept: dict[str, list[Path]] = {}
     for split in sorted(groups, key=lambda name: name == ""):

@@ -25,6 +25,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Lower-case suffixes of images in a folder; the format of a file is found by its content."""
 
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""First bytes of a TIFF and of a BigTIFF."""
+
 EncodedImage = bytes | bytearray | memoryview
 """The bytes of an image file."""
 
@@ -55,11 +58,7 @@ def suffix_of(form: str) -> str:
 
 
 def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as :func:`read_image` gives it, without decoding its pixels.
-
-    Raises:
-        ImageError: there is no such file, or it is no image. Damage to the pixels is not seen.
-    """
+    """Height and width of an image as :func:`read_image` gives it, from its header."""
     with quiet():
         return _upright_size(source)
 
@@ -107,9 +106,6 @@ def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int
 
     :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
     PNG, whose EXIF may follow its pixels.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
     """
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
@@ -117,11 +113,7 @@ def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int
 
 
 def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
-    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0.
-
-    Raises:
-        ImageError: as in :func:`image_size`.
-    """
+    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0."""
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
         tags = getattr(image, "tag_v2", {})
@@ -147,13 +139,7 @@ def image_errors(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError(f"{name}: there is no such file") from None
     except UnidentifiedImageError:
-        if _is_heif(name) and not _register_heif():
-            raise ImageError(
-                f"{name}: HEIC images need the package pillow-heif: pip install pillow-heif"
-            ) from None
-        raise ImageError(
-            f"{name}: not an image of any known format{_beginning(name)}; replace or remove it"
-        ) from None
+        raise ImageError(f"{name}: {unidentified(name)}; replace or remove it") from None
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{name}: {error}; cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
@@ -165,14 +151,19 @@ def image_errors(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
 
 
-def _beginning(name: str) -> str:
-    """Return the first bytes of a file that is no image, such as a Git LFS pointer."""
+def unidentified(name: str) -> str:
+    """Return why Pillow knows no format of a file, such as a Git LFS pointer."""
+    if _is_heif(name) and not _register_heif():
+        return "HEIC images need the package pillow-heif: pip install pillow-heif"
+    reason = "not an image of any known format"
     try:
         with open(name, "rb") as file:
             start = file.read(20)
     except OSError:
-        return ""
-    return f" (it begins with {start!r})" if start else " (it is empty)"
+        return reason
+    if start[:4] in TIFF_STARTS:
+        return "a TIFF that is damaged or of unsupported bands; convert it to 8 bits, grey or RGB"
+    return f"{reason} ({f'it begins with {start!r}' if start else 'it is empty'})"
 
 
 def open_source(source: str | os.PathLike[str] | EncodedImage) -> tuple[str, Any]:

@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from retinanet.data.image_files import (
     SIDEWAYS,
+    TIFF_STARTS,
     EncodedImage,
     exif_orientation,
     image_errors,
@@ -205,7 +206,7 @@ def is_tiff(stored: str | os.PathLike[str] | BytesIO) -> bool:
     else:
         with open(stored, "rb") as file:
             start = file.read(4)
-    return start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return start in TIFF_STARTS
 
 
 def turn_upright(image: Tensor, orientation: int) -> Tensor:

@@ -111,12 +111,7 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
 def import_function(name: str, kind: str) -> Callable[..., Any] | None:
     """Import a function of the user by ``module:function``; None if the text has another form.
 
-    Args:
-        name: such as ``my_code:read``; modules of the current folder are found.
-        kind: of function, for the message, such as "reader".
-
-    Raises:
-        DataError: there is no such module or function.
+    Modules of the current folder are found; `kind` names the function in messages.
     """
     module, colon, function = name.partition(":")
     parts = (*module.split("."), function)

@@ -36,16 +36,9 @@ def labels_of(names: Sequence[str], classes: Sequence[str], source: object) -> t
 
 
 def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
-    """Keep the objects of some classes only; all images stay.
+    """Keep the objects of some classes only, in the data set's order; all images stay.
 
     Objects of other classes are removed: they are background for the classes that are kept.
-
-    Args:
-        dataset: any.
-        names: of the classes; they keep the data set's order and category ids.
-
-    Raises:
-        ConfigError: as :func:`labels_of`.
     """
     labels = labels_of(names, dataset.classes, dataset.source)
     if len(labels) == len(dataset.classes):
@@ -107,11 +100,7 @@ def merge_classes(dataset: Dataset) -> Dataset:
 
 
 def select(dataset: Dataset, classes: Sequence[str], single_class: bool) -> Dataset:
-    """Apply ``data.classes`` (none: all) and ``data.single_class``; twice is the same as once.
-
-    Raises:
-        ConfigError: as :func:`labels_of`.
-    """
+    """Apply ``data.classes`` (none: all) and ``data.single_class``; twice is the same as once."""
     if single_class and dataset.classes == (SINGLE_CLASS,):
         return dataset
     if classes:
@@ -121,10 +110,6 @@ def select(dataset: Dataset, classes: Sequence[str], single_class: bool) -> Data
 
 def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
     """Apply the selection that a model was trained with; classes that the data lacks are skipped.
-
-    Args:
-        dataset: any.
-        info: of the model's checkpoint.
 
     Raises:
         DataError: the data has none of the classes.

@@ -25,11 +25,7 @@ _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True)
 
 
 def split_word(name: str) -> str | None:
-    """Return the split in the name of a file or folder: ``instances_val2017`` is ``val``.
-
-    Returns:
-        ``train``, ``val``, ``test`` or ``trainval``; None if the name has no such word.
-    """
+    """Return the split in the name of a file or folder: ``instances_val2017`` is ``val``."""
     found = _WORD.search(name.lower())
     return _WORDS[found.group(1)] if found else None
 
@@ -40,15 +36,8 @@ def split_validation(
     """Split images into training and validation images, each in the order given.
 
     The choice depends on the seed and the file names alone: it is the same on every machine and in
-    every order of listing, and images added later move few of the others.
-
-    Args:
-        images: M images.
-        fraction: of them for validation, in (0, 1); at least one image is on each side if M > 1.
-        seed: any whole number.
-
-    Returns:
-        (training, validation); a single image is for training.
+    every order of listing, and images added later move few of the others. Of more than one image
+    each side has one at least.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not in (0, 1)")

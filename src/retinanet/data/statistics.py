@@ -182,8 +182,7 @@ def anchor_recall(
     Args:
         splits: data sets, whose objects are pooled.
         spec: the anchors.
-        image_size: pixels of the shorter side at the network's input.
-        max_size: pixels that the longer side may have.
+        image_size, max_size: pixels of the shorter side, and of the longer at most.
         foreground_iou: IoU from which an anchor is matched to an object.
         divisor: images are padded to multiples of it.
 

@@ -103,10 +103,6 @@ def recommend_tile(statistics: Statistics, image_size: int, max_size: int) -> in
     but magnifies at most twofold and is at least five times the side of 95% of the objects, so
     that they fit into an overlap of .2; a multiple of 32.
 
-    Args:
-        statistics: of the images to train on.
-        image_size, max_size: shorter side, and maximum of the longer side, at the network's input.
-
     Returns:
         None where the median object has 16 pixels or more at the network's input in the median
         image, or where such a tile would enlarge it by less than half.

@@ -63,11 +63,7 @@ class Windows(ABC):
 
     @abstractmethod
     def read(self, window: Window) -> Tensor:
-        """Read a window as (3, h, w) uint8, the crop of the whole image.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
+        """Read a window as (3, h, w) uint8, the crop of the whole image."""
 
     def reduced(self, height: int, width: int) -> Tensor:
         """Read the whole image resized to (3, height, width) uint8.
@@ -75,9 +71,6 @@ class Windows(ABC):
         Bands of rows are narrowed as they are read, so that at most the image's height times the
         new width is in memory. Differs from ``resize_to`` of the whole by at most a level, or, of
         a TIFF with smaller pyramid levels, by what these differ from the image.
-
-        Raises:
-            ImageError: as in :meth:`read`.
         """
         rows, columns = self.size
         narrow = torch.empty(rows, width, 3, dtype=torch.uint8)
@@ -131,15 +124,7 @@ def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) 
 def read_window(
     source: str | os.PathLike[str], window: Window, whole: Tensor | None = None
 ) -> Tensor:
-    """Read one window of an image: :func:`open_windows` and :meth:`Windows.read`.
-
-    Args:
-        source, window: the image file, and the part of it.
-        whole: (3, H, W) uint8, the image, if it is decoded already.
-
-    Raises:
-        ImageError, MissingExtraError: as there, or the window is not within the image.
-    """
+    """Read one window of an image file; `whole` is the image, if it is decoded already."""
     windows = open_windows(source if whole is None else whole)
     (height, width), (x1, y1, x2, y2) = windows.size, window
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -151,12 +136,7 @@ def read_window(
 
 
 def typical_side(images: Sequence[ImageSource], *, max_images: int = 200) -> int:
-    """Return the median of the shorter sides of up to `max_images` images, by their headers.
-
-    Raises:
-        ValueError: there is no image.
-        ImageError: one cannot be opened.
-    """
+    """Return the median of the shorter sides of up to `max_images` images, by their headers."""
     chosen = images[:: -(-len(images) // max_images) or 1]
     return int(statistics.median(min(open_windows(image).size) for image in chosen))
 

@@ -32,7 +32,13 @@ from retinanet.data.formats.json_exports import (
     parse_labelme,
     parse_via,
 )
-from retinanet.data.formats.labels import LabelFile, find_files, find_tables, read_files
+from retinanet.data.formats.labels import (
+    find_files,
+    find_tables,
+    json_has,
+    listed_names,
+    read_files,
+)
 from retinanet.data.formats.writing import Writing
 from retinanet.data.memory import Reader, import_function, read_with
 from retinanet.data.splits import split_validation
@@ -43,42 +49,30 @@ class Format(NamedTuple):
     """Functions of a format.
 
     Attributes:
-        detect: tests whether a file is a label file of this format, by its content.
-        parse: returns the images, objects and faults of a label file (of a shard: of each sample).
+        label_files: what a label file of the format is, in words.
         find: returns the label files of a tree; None if there are none.
         read: returns the splits by name, each read when called; an unnamed split is ``""``.
         write: writes splits into a new folder; None for formats that are only read.
-        label_files: what a label file of the format is, in words.
     """
 
-    detect: Callable[[Path], bool]
-    parse: Callable[..., LabelFile | list[LabelFile]]
+    label_files: str
     find: Callable[[Tree], LabelSet | None]
     read: Callable[[Tree, LabelSet], dict[str, Callable[[], Dataset]]]
-    write: Callable[[Writing], None] | None
-    label_files: str
-
-
-def _known_images(dataset: Dataset) -> Iterator[Path]:
-    yield from (image.path for image in dataset.images)
-    yield from (problem.file for problem in dataset.problems)
-
-
-def _format(module: Any, label_files: str) -> Format:
-    write = getattr(module, "write", None)
-    return Format(module.detect, module.parse, module.find, module.read, write, label_files)
+    write: Callable[[Writing], None] | None = None
 
 
 def _per_image(name: str, title: str, suffix: str, detect: Any, parse: Any) -> Format:
     """Return a format of a label file per image that is only read."""
     find = partial(find_files, name, suffixes=[suffix], detect=detect)
-    return Format(detect, parse, find, partial(read_files, name, parse), None, title)
+    return Format(title, find, partial(read_files, name, parse))
 
 
-def _table(name: str, title: str, suffixes: list[str], detect: Any, parse: Any) -> Format:
+def _table(
+    name: str, title: str, suffixes: list[str], detect: Any, parse: Any, names: Any = listed_names
+) -> Format:
     """Return a format of label files of many images each that is only read."""
     find = partial(find_tables, name, suffixes=suffixes, detect=detect, parse=parse)
-    return Format(detect, parse, find, partial(read_files, name, parse), None, title)
+    return Format(title, find, partial(read_files, name, parse, names_of=names))
 
 
 def _rows(name: str, title: str) -> Format:
@@ -89,24 +83,33 @@ def _rows(name: str, title: str) -> Format:
 
 # In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
-    "coco": _format(coco, "COCO .json"),
-    "labelstudio": _format(label_studio, "Label Studio .json"),
-    "cvat": _format(cvat, "CVAT .xml"),
-    "voc": _format(voc, "Pascal VOC .xml"),
-    "yolo": _format(yolo, "YOLO .txt or data.yaml"),
-    "csv": _format(csv, "a table of boxes (.csv)"),
+    "coco": Format("COCO .json", coco.find, coco.read, coco.write),
+    "labelstudio": _table(
+        "labelstudio",
+        "Label Studio .json",
+        [".json"],
+        label_studio.detect,
+        label_studio.parse,
+        label_studio.class_names,
+    ),
+    "cvat": _table("cvat", "CVAT .xml", [".xml"], cvat.detect, cvat.parse),
+    "voc": Format("Pascal VOC .xml", voc.find, voc.read, voc.write),
+    "yolo": Format("YOLO .txt or data.yaml", yolo.find, yolo.read, yolo.write),
+    "csv": Format("a table of boxes (.csv)", csv.find, csv.read, csv.write),
     "labelme": _per_image("labelme", "LabelMe .json", ".json", is_labelme, parse_labelme),
     "via": _table("via", "VIA .json or .csv", [".json", ".csv"], is_via, parse_via),
     "createml": _table("createml", "Create ML .json", [".json"], is_createml, parse_createml),
     "kitti": _rows("kitti", "KITTI"),
     "visdrone": _rows("visdrone", "VisDrone"),
     "dota": _rows("dota", "DOTA"),
-    "webdataset": _format(webdataset, "WebDataset .tar"),
+    "webdataset": Format("WebDataset .tar", webdataset.find, webdataset.read, webdataset.write),
 }
 
 WRITABLE = tuple(name for name, form in FORMATS.items() if form.write is not None)
 """Formats that a data set can be written in."""
 
+
+_COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".7z", ".tgz", ".rar")
 
 _SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list classes
 
@@ -119,8 +122,7 @@ class DataSource:
         format: name of the format.
         splits: the splits by name, each read when called; an unnamed split is ``""``.
         description: what is read and what is left out, a line each.
-        top: the folder.
-        images: all its images.
+        top, images: the folder, and all its images.
     """
 
     format: str
@@ -131,7 +133,11 @@ class DataSource:
 
     def describe(self, datasets: Iterable[Dataset]) -> tuple[str, ...]:
         """Return the description, with the images that are in none of all the data sets."""
-        used = {path for dataset in datasets for path in _known_images(dataset)}
+        used = {
+            path
+            for dataset in datasets
+            for path in (*(i.path for i in dataset.images), *(p.file for p in dataset.problems))
+        }
         folders = Counter(image.parent for image in self.images if image not in used)
         if not folders:
             return self.description
@@ -192,8 +198,8 @@ def find_data(
         extras: keep values that training does not need (masks, licences, ...).
 
     Raises:
-        DataError: there is no such path or format, no labels are found (the message says what is
-            there), two formats label as many images, and not the same ones, or a file is broken.
+        DataError: there is no such path or format, no labels are found, two formats label as many
+            images, and not the same ones, or a file is broken.
     """
     if callable(path):
         return _read_reader(path)
@@ -271,7 +277,7 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
     """Return what is in a folder without labels, and why none of it is used."""
     what = "no labelled data found" if format is None else f"no {format} data"
     reasons = []
-    for suffix in (".json", ".xml", ".csv", ".txt", ".yaml"):
+    for suffix in (".json", ".xml", ".csv", ".txt", ".yaml", *_COMPRESSED):
         files = tree.with_suffix(suffix)
         if files:
             reasons.append(f"{relative(files[0], tree.top)}: {_reason(files[0])}")
@@ -279,14 +285,19 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
     known = FORMATS if format is None else {format: FORMATS[format]}
     wanted = ", ".join(form.label_files for form in known.values())
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{tree.path}: {what} in {there}{why}; label files are {wanted}"
+    hint = f"; if they lie beside it, give {tree.path.parent}" if tree.images and not why else ""
+    return f"{tree.path}: {what} in {there}{why}; label files are {wanted}{hint}"
 
 
 def _reason(file: Path) -> str:
     """Return why a file is not read, by its suffix."""
     suffix = file.suffix.lower()
+    if suffix in _COMPRESSED:
+        return "compressed; unpack it"
     if suffix == ".csv":
         return csv.missing_columns(file)
+    if suffix == ".json" and json_has(file, b"[", (b'"score"', b'"category_id"')):
+        return "detection results, not labels"
     if suffix == ".json":
         return "not COCO (images, annotations, categories), Label Studio, LabelMe, VIA or Create ML"
     if suffix == ".xml":
@@ -297,11 +308,7 @@ def _reason(file: Path) -> str:
 
 
 def find_format(path: str | Path) -> str:
-    """Detect the format of a folder or file.
-
-    Raises:
-        DataError: as :func:`find_data`.
-    """
+    """Detect the format of a folder or file; errors are those of :func:`find_data`."""
     return find_data(path).format
 
 
@@ -378,10 +385,8 @@ def read_splits(
 def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     """Hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes.
 
-    Args:
-        dataset: the data.
-        sizes: bytes to assume for some files, by path (training records those of unreadable images,
-            whose repair is no other data).
+    `sizes` are bytes to assume for some files, by path (training records those of unreadable
+    images, whose repair is no other data).
     """
     sizes = sizes or {}
     total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())

@@ -70,8 +70,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     Classes are the union of all files' categories, by their ids, so that a label has one meaning.
 
     Raises:
-        DataError: a file is not JSON (with line and column) or not COCO's, or two files give one
-            category id different names.
+        DataError: a file is not COCO's JSON, or two files give one category id different names.
     """
     categories: dict[int, dict[str, Any]] = {}
     for _, file in labels.by_split():
@@ -103,11 +102,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 
 
 def parse(file: Path) -> LabelFile:
-    """Parse an annotation file.
-
-    Raises:
-        DataError: it is not JSON, or not COCO's.
-    """
+    """Parse an annotation file."""
     return _parse(file, _load(file))
 
 
@@ -280,13 +275,7 @@ def _ids(ids: Sequence[int | str]) -> Iterator[int | str]:
 
 
 def write_split(stream: TextIO, dataset: Dataset, names: Mapping[Path, str]) -> None:
-    """Write a split, an object per line: as one string COCO's would take gigabytes.
-
-    Args:
-        stream: of the text.
-        dataset: the split.
-        names: the images' names, by path.
-    """
+    """Write a split, an object per line: as one string COCO's would take gigabytes."""
     image_ids = list(_ids([image.id for image in dataset.images]))
     more = dataset.extra.get(CATEGORY_EXTRAS) or [{}] * len(dataset.classes)
     categories = [

@@ -119,11 +119,8 @@ def _is_results(file: Path) -> bool:
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
-    Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one (any other
-    name is a problem), else all names in all files, sorted: the same for every split.
-
-    Raises:
-        DataError: a file cannot be read, or lacks columns.
+    Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one, else all
+    names in all files, sorted: the same for every split.
     """
     files = [parse(file, split=split) for split, file in labels.by_split()]
     source, classes = _listed_classes(tree)
@@ -151,10 +148,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(first: Sequence[str]) -> dict[str, int]:
-    """Return indices of the columns by their meaning; empty if they are not those of boxes.
-
-    A file without a header has the columns of ``_NO_HEADER``.
-    """
+    """Return indices of the columns by their meaning; empty if they are not those of boxes."""
     if _is_headerless(first):
         return {name: index for index, name in enumerate(_NO_HEADER)}
     words = [_word(word) for word in first]
@@ -199,11 +193,7 @@ def _word(name: str) -> str:
 
 
 def parse(file: Path, *, split: str | None = None) -> LabelFile:
-    """Parse a table of boxes.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Parse a table of boxes."""
     parsed = LabelFile(file, split)
     rows = list(_rows(file))
     first = rows[0][1]

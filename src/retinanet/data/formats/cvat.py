@@ -8,20 +8,15 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 
-from retinanet.data.dataset import Annotation, Dataset
-from retinanet.data.finder import LabelSet, Tree
+from retinanet.data.dataset import Annotation
 from retinanet.data.formats.labels import (
     ENCLOSED,
     LabelFile,
     LabelImage,
     begins_with,
-    build_splits,
     enclosing_box,
-    find_classes,
-    find_tables,
     from_text,
     to_box,
     to_flag,
@@ -45,29 +40,8 @@ def detect(file: Path) -> bool:
     return begins_with(file, _ROOT)
 
 
-def find(tree: Tree) -> LabelSet | None:
-    """Return the XML files of a tree by split."""
-    return find_tables("cvat", tree, [".xml"], detect, parse)
-
-
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
-    """Read a CVAT export; the files are parsed once, a split's data set is built when called.
-
-    Splits are CVAT's subsets; the images of a file without subsets are in the split of its name or
-    folder (``train.xml``). Classes are the labels of ``<meta>`` in their order; without ``<meta>``
-    all names, sorted.
-
-    Raises:
-        DataError: as :func:`parse`.
-    """
-    listed: list[str] = []
-    files = [_parse(file, split, listed) for split, file in labels.by_split()]
-    classes = find_classes(files, dict.fromkeys(listed), tree.path)
-    return build_splits("cvat", files, classes, tree)
-
-
-def parse(file: Path) -> LabelFile:
-    """Parse an export.
+def parse(file: Path, *, split: str | None = None) -> LabelFile:
+    """Parse an export; splits are CVAT's subsets, classes the labels of ``<meta>``.
 
     A rotated box is a problem, and the upright box around it is used; polygons and other shapes are
     problems and dropped. A box marked ``outside`` is not in the image and is skipped.
@@ -75,11 +49,6 @@ def parse(file: Path) -> LabelFile:
     Raises:
         DataError: it is no XML, or holds the tracks of "CVAT for video", which name no images.
     """
-    return _parse(file, None, [])
-
-
-def _parse(file: Path, split: str | None, listed: list[str]) -> LabelFile:
-    """Parse a file, and append the labels of its ``<meta>`` to `listed`."""
     parsed = LabelFile(file, split)
     root: ET.Element | None = None
     number = 0
@@ -96,8 +65,7 @@ def _parse(file: Path, split: str | None, listed: list[str]) -> LabelFile:
             if element.tag == "meta":
                 # Without the parts of skeletons.
                 labels = [x for x in element.iter("label") if x.find("parent") is None]
-                names = [(label.findtext("name") or "").strip() for label in labels]
-                listed += filter(None, names)
+                parsed.listed = [(label.findtext("name") or "").strip() for label in labels]
             elif element.tag == "image":
                 number = _parse_image(parsed, element, number)
             else:

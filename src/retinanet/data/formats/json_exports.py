@@ -48,11 +48,7 @@ def is_createml(file: Path) -> bool:
 
 
 def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
-    """Parse a LabelMe file: rectangles, circles, and the boxes around polygons.
-
-    Raises:
-        DataError: it is not JSON.
-    """
+    """Parse a LabelMe file: rectangles, circles, and the boxes around polygons."""
     content = read_json(file, dict, "LabelMe's object")
     parsed = LabelFile(file, split)
     image = LabelImage(
@@ -81,9 +77,6 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse a VIA file: rectangles, circles, ellipses, and the boxes around polygons.
 
     The class is the attribute named so (class, label, name, type, ...), else the first one.
-
-    Raises:
-        DataError: it is not JSON.
     """
     if file.suffix.lower() == ".csv":
         content = _via_rows(file)
@@ -156,11 +149,7 @@ def via_class(attributes: Mapping[str, Any]) -> str:
 
 
 def parse_createml(file: Path, *, split: str | None = None) -> LabelFile:
-    """Parse a Create ML file: boxes by their centre, in pixels.
-
-    Raises:
-        DataError: it is not JSON.
-    """
+    """Parse a Create ML file: boxes by their centre, in pixels."""
     parsed = LabelFile(file, split)
     for item in _list(read_json(file, list, "Create ML's list")):
         name = str(item.get("image") or item.get("imagefilename") or "")

@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from retinanet.data.dataset import Annotation, Dataset
-from retinanet.data.finder import LabelSet, Tree, is_image
+from retinanet.data.dataset import Annotation
+from retinanet.data.finder import Tree, is_image
 from retinanet.data.formats.labels import (
     DROPPED,
     ENCLOSED,
     LabelFile,
     LabelImage,
     address_path,
-    build_splits,
     cut,
-    find_classes,
-    find_tables,
     json_has,
     listed_names,
     read_json,
@@ -61,30 +58,11 @@ def detect(file: Path) -> bool:
     return json_has(file, b"[", *_MARKS)
 
 
-def find(tree: Tree) -> LabelSet | None:
-    """Return the exports of a tree by split."""
-    return find_tables("labelstudio", tree, [".json"], detect, parse)
-
-
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
-    """Read an export; the files are parsed once, a split's data set is built when called.
-
-    Label Studio has no splits: a file's name or folder may indicate one (``train.json``). Classes
-    are the labels of ``label_studio_config.xml``, or the lines of ``classes.txt``, if there is one
-    (any other name is a problem), else all names, sorted.
-
-    Raises:
-        DataError: a file is not JSON or no list of tasks.
-    """
-    files = [parse(file, split=split) for split, file in labels.by_split()]
-    classes = find_classes(files, dict.fromkeys(_class_names(tree)), tree.path)
-    return build_splits("labelstudio", files, classes, tree)
-
-
-def _class_names(tree: Tree) -> list[str]:
+def class_names(tree: Tree) -> tuple[Path, list[str]]:
+    """Return the file that lists the labels, and these; the path and none if there is none."""
     config = tree.named(CONFIG_FILE)
     if config is None:
-        return listed_names(tree, "classes.txt")[1]
+        return listed_names(tree)
     try:
         root = ET.parse(config).getroot()
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
@@ -92,7 +70,7 @@ def _class_names(tree: Tree) -> list[str]:
     # With <Label> as a child of each: <RectangleLabels>, or <Labels> beside a <Rectangle>.
     controls = [element for element in root.iter() if element.tag in ("RectangleLabels", "Labels")]
     names = [label.get("value", "") for control in controls for label in control.iter("Label")]
-    return [name for name in names if name]
+    return config, [name for name in names if name]
 
 
 def parse(file: Path, *, split: str | None = None) -> LabelFile:
@@ -100,13 +78,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
 
     If several people labelled a task, one annotation counts: that marked as ground truth, else
     the first that was not cancelled. A task without any (skipped, not yet labelled, or with
-    predictions only, which no person has confirmed) is a problem and left out.
-
-    A rotated rectangle is a problem, and the upright box around it is used; polygons and other
-    shapes are problems and dropped.
-
-    Raises:
-        DataError: it is not JSON or no list of tasks.
+    predictions only) is a problem and left out. Of a rotated rectangle the upright box around it is
+    used, and reported; polygons and other shapes are reported and dropped.
     """
     parsed = LabelFile(file, split, decimals=6)
     seen: set[int | str] = set()
@@ -133,7 +106,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         else:
             path = _image_path(address)
             bare = _UPLOADED.sub("", path.rpartition("/")[2], count=1)
-            name = address if address.startswith(("http://", "https://")) else path
+            name = address if "://" in address else path
             image = LabelImage(name, id_, other_names=(path, bare))
             if is_min:
                 parsed.images.append(image)

@@ -53,11 +53,13 @@ Box = tuple[float, float, float, float]
 
 
 def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
-    """Return the first of the files `names` of a tree and its lines; the path if there is none.
+    """Return the file of class names of a tree and its lines; its path and none without one.
 
-    Repeated lines are kept.
+    Args:
+        tree: where to look.
+        names: of the file; the default is ``classes.txt``.
     """
-    file = tree.named(*names)
+    file = tree.named(*(names or ("classes.txt",)))
     return (tree.path, []) if file is None else (file, read_lines(file))
 
 
@@ -232,13 +234,9 @@ def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
 def to_annotation(
     box: Box, label: int, number: int, values: Mapping[str, Any], known: Iterable[str]
 ) -> Annotation:
-    """Return an object with the values of a label file.
+    """Return an object with the values of a label file, by COCO's and VOC's names.
 
-    Args:
-        box, label: of the object.
-        number: its index in the file; its id if `values` has none.
-        values: by COCO's and VOC's names: id, iscrowd, difficult, area, and others.
-        known: names of values that are not kept as others.
+    `number` is its id if `values` has none; values named in `known` are not kept as others.
     """
     id_ = to_id(values.get("id"))
     is_crowd = to_flag(values.get("iscrowd"))
@@ -270,7 +268,7 @@ class LabelImage:
         width, height: pixels; None if they are not stated.
         annotations: its objects; a label is an index in :attr:`LabelFile.classes`.
         rotations: clockwise degrees about (x1, y1) of boxes, by index, if the file is relative.
-        split: the split that the file states for the image; None: that of the file.
+        split: that the file states for the image; None: that of the file.
         path: its file, if known; else it is looked for by name.
     """
 
@@ -296,21 +294,23 @@ class LabelFile:
     """A parsed label file.
 
     Attributes:
-        file: its path; None for an image without one.
+        file: its path; of an image without one, that of the image.
         split: of images that state no other; None: the split that it is built for.
         images: its images.
         classes: names of its classes, in the order of the labels in `images`.
         problems: the problems found while parsing, each with its split.
         decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
             they are pixels.
+        listed: names of classes that the file lists, also without objects.
     """
 
-    file: Path | None
+    file: Path
     split: str | None = None
     images: list[LabelImage] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
     problems: list[tuple[str | None, Problem]] = field(default_factory=list)
     decimals: int | None = None
+    listed: list[str] = field(default_factory=list)
 
     def label(self, name: str) -> int:
         """Return the label of a class in this file."""
@@ -326,7 +326,6 @@ class LabelFile:
         split: str | None = None,
     ) -> None:
         """Add a problem."""
-        assert self.file is not None
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
 
@@ -418,8 +417,13 @@ def scale_normalised(parsed: LabelFile) -> bool:
 
 
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
-    """Return the classes `listed` in `source`, from 1 on; if there are none, all names, sorted."""
-    names = list(listed) or sorted({name for file in files for name in file.classes} - {""})
+    """Return the classes listed in the files, or in `source`, from 1 on; else all names, sorted.
+
+    Any other name is a problem.
+    """
+    files = list(files)
+    names = list(dict.fromkeys(n for file in files for n in file.listed if n)) or list(listed)
+    names = names or sorted({name for file in files for name in file.classes} - {""})
     return merge_classes(enumerate(names, start=1), source)
 
 
@@ -432,9 +436,6 @@ def find_files(
     """Find label files of one image each; None if there are none.
 
     The first files of a folder decide: a broken file among good ones is a fault.
-
-    Args:
-        format, tree, suffixes, detect: as in :func:`find_tables`.
     """
     is_label = _without_errors(detect)
     folders: dict[Path, list[Path]] = {}
@@ -471,35 +472,22 @@ def _without_errors(detect: Callable[[Path], bool]) -> Callable[[Path], bool]:
 
 
 def read_files(
-    format: str, parse: Callable[..., LabelFile], tree: Tree, labels: LabelSet
+    format: str,
+    parse: Callable[..., LabelFile],
+    tree: Tree,
+    labels: LabelSet,
+    names_of: Callable[[Tree], tuple[Path, list[str]]] = listed_names,
 ) -> dict[str, Callable[[], Dataset]]:
-    """Read label files that name their classes; each split's data set is built when called.
-
-    Classes are the lines of ``classes.txt`` if there is one (any other name is a problem), else all
-    names, sorted.
-
-    Args:
-        format: name of the format.
-        parse: parses a file of a split.
-        tree, labels: the label files.
-    """
+    """Parse label files that name their classes; each split's data set is built when called."""
     files = [parse(file, split=split) for split, file in labels.by_split()]
-    source, names = listed_names(tree, "classes.txt")
-    return build_splits(format, files, find_classes(files, names, source), tree)
+    source, names = names_of(tree)
+    return build_splits(format, files, find_classes(files, dict.fromkeys(names), source), tree)
 
 
 def find_tables(
     format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool], parse: Parser
 ) -> LabelSet | None:
-    """Find label files of many images each; None if there are none.
-
-    Args:
-        format: name of the format.
-        tree: where to look.
-        suffixes: lower-case extensions.
-        detect: tests a file by its content.
-        parse: returns the images of a file.
-    """
+    """Find label files of many images each; None if there are none."""
 
     @cache
     def items_of(file: Path) -> frozenset[Item]:
@@ -559,16 +547,7 @@ def build(
     problems: Iterable[Problem] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Build the data set of a split from its label files.
-
-    Args:
-        format, extra: of the :class:`Dataset`.
-        split: images and problems that state another split are left out.
-        files: the parsed label files.
-        classes: of the whole data set.
-        tree: where the images are looked for.
-        problems: further problems.
-    """
+    """Build the data set of a split from its label files; images of other splits are left out."""
     listed = [*classes.problems, *problems]
     found = _find_images(files, split, tree, listed)
     unknown = [path for file, image, path in found if file.decimals and not image.width]
@@ -610,12 +589,10 @@ def _find_images(
             if image.path is not None:
                 match = Match(image.path)
             elif not image.name or not all(map(can_be_a_file, _paths(image))):
-                assert file.file is not None
                 reason = f"image {image.id}: {short(image.name)} is no file name"
                 problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
                 continue
             else:
-                assert file.file is not None
                 match = tree.find_image(_paths(image), file.file, split)
             wanted.append((file, image))
             matches.append(match)
@@ -626,7 +603,6 @@ def _find_images(
     uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
     for (file, image), match in zip(wanted, matches, strict=True):
         if match.path is None and not match.several:
-            assert file.file is not None
             match = tree.find_image(_paths(image), file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
@@ -638,7 +614,6 @@ def _find_images(
                     problem = Problem("image-name-encoded", file.file, image.id, reason, used)
                     problems.append(problem)
         if match.several:
-            assert file.file is not None
             reason = (
                 f"image {image.id}: {short(image.name)} fits {len(match.several)} files, such as "
                 f"{relative(match.several[0], tree.root)} and "
@@ -650,7 +625,6 @@ def _find_images(
         if path is None and "://" in image.name:  # reported with the address
             path = Path(re.split(r"[?#]", image.name)[0])
         elif path is None:
-            assert file.file is not None
             name = PurePosixPath(image.name.replace("\\", "/"))
             is_plain = name.is_absolute() or len(name.parts) == 1
             folder = usual if usual is not None and is_plain else file.file.parent
@@ -730,7 +704,6 @@ def _build_image(
                 f"{cut(image.name)}: object {item.id}: class {short(names[item.label])} is not one "
                 f"of {len(classes.labels)} known"
             )
-            assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
         if (file.decimals or index in fractions) and width and height:
@@ -740,10 +713,11 @@ def _build_image(
                     f"{cut(image.name)}: object {item.id}: box {short(item.box)} is within a pixel"
                 )
                 fix = "read as fractions of the image"
-                problems.append(Problem("box-normalised", file.file or path, item.id, reason, fix))
+                problems.append(Problem("box-normalised", file.file, item.id, reason, fix))
             item = _to_pixels(item, label, width, height, rotation, file.decimals or 6)
         annotations.append(item if label == item.label else replace(item, label=label))
-    return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
+    label_file = None if file.file == path else file.file
+    return LabelledImage(path, id_, tuple(annotations), width, height, label_file, image.extra)
 
 
 def _is_fraction(box: Box) -> bool:

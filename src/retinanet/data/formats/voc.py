@@ -62,9 +62,8 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 
     Splits are the lists in ``ImageSets/Main``, those of one name in several folders (VOC2007 and
     VOC2012) together; without lists the folders of the files. Classes are those of ``classes.txt``
-    if there is one (any other name is a problem), else all names in all XML files, sorted: the same
-    for every split. An image of a split without an XML file is a problem and left out: VOC has a
-    file without objects for an image without any.
+    if there is one, else all names in all XML files, sorted. An image of a split without an XML
+    file is a problem and left out: VOC has a file without objects for an image without any.
     """
     files = {file: parse(file) for _, file in labels.by_split()}
     source, names = listed_names(tree, "classes.txt", "labels.txt")
@@ -129,7 +128,7 @@ def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path |
 def _read_group(split: str, files: list[LabelFile], classes: ClassList, tree: Tree) -> Dataset:
     """Return the images of XML files; those in their folders without one are problems."""
     dataset = build("voc", split, files, classes, tree)
-    stems = {file.file.stem for file in files if file.file}
+    stems = {file.file.stem for file in files}
     unlabelled = _unlabelled(dataset.images, stems, tree) if tree.path.is_dir() else ()
     return replace(dataset, problems=(*dataset.problems, *unlabelled))
 
@@ -218,9 +217,8 @@ def _unlabelled(images: Iterable[LabelledImage], stems: set[str], tree: Tree) ->
 def write(writing: Writing) -> None:
     """Write Annotations/, JPEGImages/, ImageSets/Main/ and classes.txt.
 
-    Values without an element in VOC (a crowd, an area, an id of another source) are written as
-    elements of COCO's names, which other programs skip; a crowd is also marked difficult, so that
-    they ignore it too.
+    Values without an element in VOC (a crowd, an area, an id of another source) are elements of
+    COCO's names, which other programs skip; a crowd is also marked difficult.
     """
     names = writing.names(together=True, stems=True)
     labels = writing.folder / "Annotations"

@@ -83,10 +83,9 @@ def find(tree: Tree) -> LabelSet | None:
 
 
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
-    """Read a folder of shards, or a single shard; each split's data set is read when called.
+    """Read a folder of shards, or a single shard, also at an fsspec address.
 
-    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path. The path of the tree may
-    be an fsspec address.
+    Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
 
     Raises:
         DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
@@ -172,11 +171,7 @@ def _open(address: str) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
 
 
 def _load_catalogue(file: str) -> dict[str, Any] | None:
-    """Its content; None if it does not exist or is another program's.
-
-    Raises:
-        DataError: it is of a later version of this package.
-    """
+    """Its content; None if it does not exist or is another program's."""
     try:
         content = json.loads(archives.read_file(file))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -234,9 +229,6 @@ def parse(
         ids: category ids by class; further ones are added, and others are problems. None: not
             checked.
         is_listed: a catalogue lists the shard: a missing index is a problem.
-
-    Raises:
-        DataError: the shard cannot be read.
     """
     archive = os.fspath(archive)
     contents = archives.contents_of(archive)
@@ -355,11 +347,7 @@ def _parse_object(
 
 
 def parse_shard_size(text: str) -> tuple[int | None, int | None]:
-    """Parse the maximum of samples (``1000``) or of bytes (``256MB``) per shard.
-
-    Raises:
-        ConfigError: it is neither, or zero.
-    """
+    """Parse the maximum of samples (``1000``) or of bytes (``256MB``) per shard."""
     found = _SHARD_SIZE.fullmatch(text.strip())
     number = float(f"{found.group(1)}{found.group(2) or ''}") if found else 0
     if found is None or not number:
@@ -374,12 +362,7 @@ def parse_shard_size(text: str) -> tuple[int | None, int | None]:
 def write(writing: Writing) -> None:
     """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
 
-    A key is the name of the image without its extension, with ``_`` for dots, at which keys end;
-    the images' bytes are unchanged. The same data give the same bytes.
-
-    Raises:
-        ConfigError: the size of a shard makes no sense.
-        DataError: images were to be linked.
+    A key is the name of the image without its extension, with ``_`` for dots, at which keys end.
     """
     limits = parse_shard_size(writing.shard_size)
     if writing.placing != "copy":

@@ -34,14 +34,10 @@ class Writing:
     """A data set that is written into a folder.
 
     Attributes:
-        splits: data sets by split.
-        folder: the new folder.
-        placing: how images get there.
         suffixes: new extensions of images whose own is wrong.
         progress: called with the numbers of images done and in total.
         lost: counts of what the format cannot hold, by description.
         shard_size: maximum samples (``1000``) or bytes (``256MB``) per WebDataset shard.
-        done: images done.
     """
 
     splits: Mapping[str, Dataset]
@@ -95,12 +91,7 @@ class Writing:
         return f"{stem}{suffix}"
 
     def place(self, names: Mapping[str, Mapping[Path, str]], layout: str) -> None:
-        """Copy or link images in several threads.
-
-        Args:
-            names: names of the images by split, as of :meth:`names`.
-            layout: path of an image in the folder, such as ``images/{split}/{name}``.
-        """
+        """Copy or link images in threads to paths such as ``images/{split}/{name}``."""
         pairs = list(
             dict.fromkeys(
                 (path, self.folder / layout.format(split=split, name=name))
@@ -161,11 +152,7 @@ def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
 
 
 def size_of(image: LabelledImage) -> tuple[int, int]:
-    """(height, width) as the labels state them, else of the image.
-
-    Raises:
-        ImageError: the labels do not state them and the image cannot be read.
-    """
+    """(height, width) as the labels state them, else of the image."""
     if image.width and image.height:
         return image.height, image.width
     return image_size(image.path)
@@ -179,9 +166,7 @@ def number_text(value: float) -> str:
 def object_values(annotation: Annotation, number: int) -> dict[str, str]:
     """Return values of an object beyond class and box, as text, by COCO's and VOC's names.
 
-    Args:
-        annotation: the object.
-        number: the id that a reader gives it if none is written.
+    `number` is the id that a reader gives it if none is written.
     """
     area = own_area(annotation)
     return {

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, Problem
-from retinanet.data.finder import LabelSet, Tree, fold, is_image, scan
+from retinanet.data.finder import LabelSet, Tree, fold, is_image, relative, scan
 from retinanet.data.formats.labels import (
     DROPPED,
     JSON_TEXT,
@@ -60,6 +59,10 @@ def find(tree: Tree) -> LabelSet | None:
     settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
     if settings:
         first, *others = sorted(settings, key=lambda file: len(file.parts))
+        sets = [f for f in others if len(f.parts) == len(first.parts) and f.parent != first.parent]
+        if sets:
+            named = ", ".join(relative(file, tree.top) for file in (first, *sets))
+            raise DataError(f"{tree.path}: several data sets: {named}; give the path of one")
         return LabelSet(
             "yolo",
             {"": [first]},
@@ -80,11 +83,8 @@ def find(tree: Tree) -> LabelSet | None:
 def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     """Read a YOLO data set; each split's data set is read when called.
 
-    Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders.
-
-    Raises:
-        DataError: data.yaml is not YAML, or has no names, or its folders hold no images. A split
-            whose folder is missing raises when it is read.
+    Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders. A split
+    whose folder is missing raises when it is read.
     """
     texts: _Texts = tree.memo["yolo"]
     (file, *_), *_ = labels.files.values()
@@ -123,11 +123,7 @@ def _with_rest(splits: dict[str, list[Path]], tree: Tree, texts: _Texts) -> dict
 
 
 def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
-    """Return the names of a file of names in the tree, or above it; none if there is none.
-
-    Raises:
-        DataError: two such files differ: a number has no one meaning.
-    """
+    """Return the names of a file of names in the tree, or above it; none if there is none."""
     first = tree.named(*_NAME_FILES)
     if first is not None:
         names = read_lines(first)
@@ -151,11 +147,7 @@ def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
 
 
 class _Texts:
-    """The text files of a tree by stem.
-
-    Attributes:
-        by_stem: text files that may hold the rows of an image, by lower-case stem.
-    """
+    """The text files of a tree by lower-case stem."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -217,11 +209,7 @@ def _is_data_yaml(file: Path, separator: str = ":") -> bool:
 def _from_settings(
     file: Path, tree: Tree, notes: list[str]
 ) -> tuple[dict[str, list[Path]], Sequence[str], dict[str, str]]:
-    """Return what data.yaml or obj.data states.
-
-    Returns:
-        The images of each split, the names of the classes, and by split what is missing.
-    """
+    """Return what data.yaml or obj.data states: images by split, names, missing splits."""
     if file.suffix.lower() == ".data":
         lines = (line.partition("=") for line in read_lines(file))
         content: dict[Any, Any] = {key.strip(): value.strip() for key, _, value in lines}
@@ -338,13 +326,12 @@ def _listed(list_file: Path, tree: Tree) -> list[Path]:
 def _from_lists(tree: Tree) -> dict[str, list[Path]]:
     """Return the images of lists such as train.txt, of names or stems, by split."""
     splits: dict[str, list[Path]] = {}
-    stems = {fold(image.stem) for image in tree.images}
     for file in tree.with_suffix(".txt"):
         word = split_word(file.stem)
-        if not word or fold(file.stem) in stems:
+        if not word or tree.has_stem(file):
             continue
-        names = [fold(PurePosixPath(line.replace("\\", "/")).stem) for line in _list_lines(file)]
-        if names and sum(name in stems for name in names) > len(names) / 2:
+        names = [Path(line.replace("\\", "/")) for line in _list_lines(file)]
+        if sum(is_image(name) or tree.has_stem(name) for name in names) > len(names) / 2:
             splits.setdefault(word, []).extend(_listed(file, tree))
     return splits
 
@@ -404,12 +391,7 @@ def _row(line: str) -> tuple[int, list[float]] | str:
 
 
 def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
-    """Parse the text file of an image; the classes are numbers.
-
-    Args:
-        file: the text file.
-        keypoints: rows are a box and keypoints, rather than a box or a polygon.
-    """
+    """Parse the text file of an image; with `keypoints` rows are a box and keypoints."""
     parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
@@ -454,17 +436,17 @@ def _read_split(
                 reason = f"{file.name} is the label of {len(owners[file])} images of this name"
                 problems.append(Problem("image-ambiguous", image, None, reason, DROPPED))
                 continue
-        if file is not None:
-            parsed = parse(file, keypoints=keypoints)
-        else:
-            parsed = LabelFile(None, images=[LabelImage("", "")], decimals=4)
-        parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
+        own = LabelImage(image.name, image.stem, path=image)
+        parsed = LabelFile(image, decimals=4) if file is None else parse(file, keypoints=keypoints)
+        own.annotations = [a for labelled in parsed.images for a in labelled.annotations]
+        parsed.images = [own]
         files.append(parsed)
-    if images and all(file.file is None for file in files):
+    if images and not any(labels.values()):
         expected = texts.expected(images[0])
         reason = f"none of its {len(images)} images has a label; looked for {expected} and so on"
         problems.append(Problem("label-missing", images[0].parent, None, reason))
-    problems += _without_image(files, tree)
+    if tree.path.is_dir():
+        problems += _without_image({file for file in labels.values() if file}, tree)
     return build("yolo", split, files, classes, tree, problems=problems)
 
 
@@ -475,16 +457,14 @@ def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
     return expected if expected.is_file() else None
 
 
-def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
+def _without_image(known: set[Path], tree: Tree) -> Iterator[Problem]:
     """Label files, in the folders of the others, whose image is not there."""
-    known = {file.file for file in files if file.file is not None}
     folders = {file.parent for file in known}
-    stems = {fold(image.stem) for image in tree.images}
     for file in tree.files:
         # Lists of images and notes lie there too: only rows make a label file.
         is_text = file.suffix.lower() == ".txt" and file.name not in _NAME_FILES
         is_other = is_text and file.parent in folders and file not in known
-        if is_other and fold(file.stem) not in stems and detect(file):
+        if is_other and not tree.has_stem(file) and detect(file):
             reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
             yield Problem("image-missing", file, None, reason, "dropped")
 
