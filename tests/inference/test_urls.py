@@ -117,5 +117,9 @@ def test_limits_of_fetch(server: str, path: str, message: str) -> None:
 
 
 def test_host_that_does_not_answer_is_an_error() -> None:
-    with pytest.raises(ImageError, match=r"http://127.0.0.1:9/a: cannot be fetched: .*refused"):
-        fetch("http://me:secret@127.0.0.1:9/a")
+    source = UrlSource.of("http://me:se@cret@127.0.0.1:9/a?b=c@d")  # as urlsplit: at the last @
+    with pytest.raises(
+        ImageError, match=r"^http://127.0.0.1:9/a\?b=c@d: cannot be fetched: .*refused"
+    ) as error:
+        source.load()
+    assert source.failure(error.value).source == "http://127.0.0.1:9/a?b=c@d"

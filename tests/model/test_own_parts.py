@@ -125,6 +125,8 @@ def test_module_is_imported_where_the_user_names_it(
     for path, message in (
         ("no:Net", "imported: No module named 'no'"),
         ("os:Net", "has no class or"),
+        (":Net", "imported: Empty module name"),
+        (".no:Net", "imported: .* relative import"),
     ):
         with pytest.raises(rn.ConfigError, match=f"model.backbone '{path}'.*{message}"):
             import_own({"model.backbone": path})
@@ -272,6 +274,7 @@ def too_large_matches(anchors: Tensor, targets: rn.Targets, outputs: rn.Outputs)
         ({"assignment": scores_as_matches}, r"returned torch.float32 \(2, 774\) of 0 to 0: return"),
         ({"assignment": too_large_matches}, r"\(2, 774\) of 2 to 2: .* the index 0..1 of each"),
         ({"box": "subprocess:call"}, "loss.box 'subprocess:call': subprocess has no function"),
+        ({"box": "torch:os.popen"}, "loss.box 'torch:os.popen': torch has no function"),
         (
             {"box": lambda a, b: a},
             "has no function or class .*<lambda>.*define it at the top level",

@@ -31,14 +31,13 @@ def network_workers(network: Any) -> int:
 
 def use_cores(cores: int) -> None:
     """Set the number of cores that torch uses in the calling thread; not in others."""
-    with _setting:
-        default = torch.get_num_threads()
+    # Setting it also sets the default of new threads: that is read and set again in a new thread,
+    # as running threads keep their number.
+    with _setting, ThreadPoolExecutor(1) as new_thread:
+        default = new_thread.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # a thread takes the default at its first use
         torch.set_num_threads(cores)
-        # This also sets the default of new threads. Their default is set again in a thread that
-        # ends: running threads keep their number.
-        reset = threading.Thread(target=torch.set_num_threads, args=(default,))
-        reset.start()
-        reset.join()
+        new_thread.submit(torch.set_num_threads, default).result()
 
 
 def map_ahead(

@@ -78,6 +78,8 @@ class Source:
     def failure(self, error: Exception) -> Failure:
         """Report `error`, which reading the image raised."""
         path = str(self.image) if isinstance(self.image, str | Path) else self.name
+        if is_url(path):
+            path = hide_password(path)
         # Errors of libraries contain neither the image nor their own type.
         is_ours = isinstance(error, DataError)
         reason = str(error) if is_ours else f"{path}: {type(error).__name__}: {error}"
@@ -95,8 +97,8 @@ def is_stream(given: Any) -> bool:
 
 
 def hide_password(url: str) -> str:
-    """Return an address without user name and password."""
-    return re.sub("//[^/@]*@", "//", url, count=1)
+    """Return an address without user name and password, which end at the last @ of the host."""
+    return re.sub("//[^/?#]*@", "//", url, count=1)
 
 
 def is_video(given: str | Path) -> bool:
