@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from retinanet.config import is_own
 from retinanet.errors import ConfigError
+from retinanet.matching import anchor_labels, usable_labels
 from retinanet.structures import IGNORED, is_readable
 
 IMPORT_VARIABLE = "RETINANET_IMPORT"
@@ -70,10 +71,7 @@ def find_function(setting: str, path: str) -> Callable[..., Any]:
     if isinstance(found, type) and issubclass(found, nn.Module):
         return _instance(found)  # type: ignore[arg-type]
     # Not of Python's library, which can do more than compute; also not by way of another module.
-    if (
-        not inspect.isfunction(found)
-        or found.__module__.split(".")[0] in sys.stdlib_module_names
-    ):
+    if not inspect.isfunction(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
         raise ConfigError(_missing(setting, path, "function or class"))
     return found
 
@@ -149,7 +147,8 @@ def match(path: str, anchors: Tensor, targets: Any, outputs: Any) -> Tensor:
     """Match anchors by an own assigner, ``assign(anchors, targets, outputs)``.
 
     It takes anchors (R, 4), :class:`retinanet.Targets` and :class:`retinanet.Outputs`, and returns
-    integers (B, R): the index of an anchor's object, BACKGROUND (-1) or IGNORED (-2).
+    integers (B, R): the index of an anchor's object, BACKGROUND (-1) or IGNORED (-2). Anchors of an
+    ignored region (label IGNORED) are ignored, those of padding are background.
     """
     matches = find_function("matching.assignment", path)(anchors, targets, outputs)
     shape, limit = (len(targets.boxes), len(anchors)), targets.boxes.shape[1]
@@ -164,8 +163,9 @@ def match(path: str, anchors: Tensor, targets: Any, outputs: Any) -> Tensor:
             f"matching.assignment {path!r} returned {_describe(matches)}: return integers {shape}, "
             f"the index 0..{limit - 1} of each anchor's object, -1 for background, -2 for ignored"
         )
-    result: Tensor = matches.long()
-    return result
+    matches = matches.long()
+    labels = anchor_labels(matches, usable_labels(targets))
+    return torch.where(labels < 0, labels, matches)
 
 
 def _describe(value: Any) -> str:
