@@ -326,10 +326,11 @@ def _is_archive(given: str | Path) -> bool:
 
 
 def _file_of(source: Source | Failure) -> str | None:
-    """Return the absolute path of a source that is a file."""
-    if isinstance(source, Source) and isinstance(source.image, str | Path):
-        return os.path.abspath(source.image)
-    return None
+    """Return the absolute path of a source that is a file, or the address of one that has one."""
+    image = source.image if isinstance(source, Source) else None
+    if not isinstance(image, str | Path):
+        return None
+    return str(image) if is_url(image) else os.path.abspath(image)
 
 
 def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure]:
@@ -347,7 +348,9 @@ def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
     """Return the same sources; where names repeat, files are named from their common folder."""
     names = [source.name.casefold() for source in found if isinstance(source, Source)]
-    files = {i: file for i, source in enumerate(found) if (file := _file_of(source))}
+    files = {
+        i: file for i, source in enumerate(found) if (file := _file_of(source)) and not is_url(file)
+    }
     if len(set(names)) == len(names) or not files:
         return found
     try:
