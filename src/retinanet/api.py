@@ -19,7 +19,7 @@ from retinanet.training.trainer import train as train_by_recipe
 
 
 def train(
-    data: str | Path | Reader | Mapping[str, Any],
+    data: str | Path | Reader | Mapping[str, Any] | Any,
     *,
     out: str | Path,
     recipe: str | Path | Recipe = "quick",
@@ -40,7 +40,7 @@ def train(
         data: a folder or file of any format of :mod:`retinanet.data.formats`; a function that
             yields images with their boxes and class names
             (:func:`retinanet.data.memory.read_with`); or splits by name, each a :class:`Dataset` or
-            a map-style data set of ``(image, {"boxes", "labels"})``.
+            a map-style data set of ``(image, {"boxes", "labels"})``; one alone is ``train``.
         out: the run folder; an unfinished run of the same recipe and data in it is resumed.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
         settings: overrides of the recipe, such as ``"train.lr=0.005"``, or a mapping.
@@ -76,6 +76,14 @@ def train(
         raise ConfigError(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
+    if not isinstance(data, str | Path | Mapping) and not callable(data):
+        is_map = isinstance(data, Dataset) or hasattr(data, "__getitem__")
+        if not is_map or isinstance(data, tuple | list):
+            raise ConfigError(
+                f"data is a {type(data).__name__}: give a path, a map-style data set, or data sets "
+                'by split, {"train": .., "val": ..}'
+            )
+        data = {"train": data}
     if classes is not None and not isinstance(data, Mapping):
         raise ConfigError(
             "classes are the names of map-style data sets, and these data have their own: to train "

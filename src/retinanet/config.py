@@ -101,6 +101,12 @@ _OTHER_NAMES = {
 """Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
 
 
+_NO_KEYWORDS = {
+    "resume": ": the same call resumes a run, more_epochs and more_time extend a finished one",
+    "callbacks": ": give a function of events as on_event",
+}
+
+
 def parse_seconds(text: str) -> float:
     """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
 
@@ -583,6 +589,7 @@ def keyword_settings(
         if name not in own:
             meant = setting_of(name)
             hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
+            hint = _NO_KEYWORDS.get(name, hint)
             raise ConfigError(f"unknown keyword {name!r}{hint}")
         section, key = own[name].split(".")
         if value is None and not _may_be_none(_sections()[section], key):
@@ -636,6 +643,18 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
     given = {name: _plain(value) for name, value in settings.items()}
     try:
         return ModelSpec.model_validate(values | given)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def build_loss_settings(**settings: Any) -> LossSettings:
+    """Return the paper's loss settings with some replaced.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
+    """
+    try:
+        return LossSettings.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 
