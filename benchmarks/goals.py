@@ -83,7 +83,9 @@ def goals_of(row: Row, *, on_gpu: bool, native: bool, bf16: bool) -> dict[str, f
     if row.case.startswith("auto") and not bf16:
         return {}
     goals = dict((GPU_GOALS if on_gpu else CPU_GOALS).get((row.stage, row.case), {}))
-    if "fp16" in row.rival and "speedup" in goals:
+    if "compiled" in row.rival:
+        goals.pop("speedup", None)
+    elif "fp16" in row.rival and "speedup" in goals:
         goals["speedup"] = _FP16_SPEEDUP
     if row.stage == "class-loss" and not native and "speedup" in goals:
         goals["speedup"] = min(goals["speedup"], _PURE_TORCH_CLASS_LOSS)

@@ -1,11 +1,13 @@
 """Run the benchmarks at full size, store the rows, and write them into docs/performance.md.
 
     python benchmarks/record.py [STAGE...] [--threads N] [--device D] [--name NAME]
+    python benchmarks/record.py --from FILE [--name NAME]
     python benchmarks/record.py --curves [--threads N]
     python benchmarks/record.py --render
 
 The first runs the stages (none: all) and stores their rows in ``benchmarks/results/``, next to
-those of other stages and machines; the second draws the curves; the third only writes the page.
+those of other stages and machines; the second stores the rows of ``benchmarks/on_gpu.py``; the
+third draws the curves; the last only writes the page.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,12 @@ CURVES = ROOT / "docs" / "images" / "curves"
 
 
 def store(
-    folder: Path, name: str, machine: Machine, rows: Sequence[Row], seconds: float | None = None
+    folder: Path,
+    name: str,
+    machine: Machine,
+    rows: Sequence[Row],
+    seconds: float | None = None,
+    checks: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the rows into the machine's file, replacing those of the same stages.
 
@@ -49,6 +56,7 @@ def store(
         machine: machine of `rows`.
         rows: rows of whole stages.
         seconds: time limit per case; None: the default.
+        checks: further results, shown under the tables; None: as stored.
 
     Returns:
         the file.
@@ -56,10 +64,12 @@ def store(
     file = folder / f"{slug(name)}.json"
     others: list[dict[str, Any]] = []
     limits: dict[str, float | None] = {}
+    old_checks: dict[str, str] = {}
     if file.is_file():
         stored = json.loads(file.read_text("utf-8"))
         if same_machine(Machine(**stored["machine"]), machine):
             others, limits = stored["rows"], stored.get("seconds", {})
+            old_checks = stored.get("checks", {})
         else:
             print(f"{file.name}: the machine has changed; its rows are dropped", file=sys.stderr)
     stages = {row.stage for row in rows}
@@ -73,6 +83,8 @@ def store(
         "seconds": {stage: limits[stage] for stage in STAGES if stage in limits},
         "rows": merged,
     }
+    if checks or old_checks:
+        content["checks"] = dict(checks or old_checks)
     return write_atomic(file, json.dumps(content, indent=1) + "\n")
 
 
@@ -102,7 +114,10 @@ def machines_markdown(folder: Path) -> str:
             options = {"on_gpu": on_gpu, "native": machine.native, "bf16": bf16}
             return describe_goals(row, goals_of(row, **options))
 
-        sections.append(f"### {stored['name']}\n\n{to_markdown(machine.lines(), rows, goals)}")
+        text = to_markdown(machine.lines(), rows, goals)
+        checks = [f"- {check}: {found}." for check, found in stored.get("checks", {}).items()]
+        text += "\n" + "\n".join(checks) + "\n" if checks else ""
+        sections.append(f"### {stored['name']}\n\n{text}")
     return "\n".join(sections) or "No machine has been recorded yet.\n"
 
 
@@ -146,11 +161,18 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=None, help="time limit per row")
     parser.add_argument("--name", help="machine name; default: its processor's or GPU's")
+    parser.add_argument("--from", dest="file", type=Path, help="store the rows of on_gpu.py")
     parser.add_argument("--curves", action="store_true", help="draw the curves instead")
     parser.add_argument("--render", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     failed = 0
-    if arguments.curves:
+    if arguments.file:
+        stored = json.loads(arguments.file.read_text("utf-8"))
+        machine = Machine(**stored["machine"])
+        rows = [Row.from_dict(row) for row in stored["rows"]]
+        name = arguments.name or machine.name
+        store(RESULTS, name, machine, rows, stored["seconds"], stored["checks"])
+    elif arguments.curves:
         # A process of its own: torch must not have computed anything before it forks.
         script = Path(__file__).with_name("curves.py")
         command = [sys.executable, script, "--out", CURVES, "--threads", arguments.threads]

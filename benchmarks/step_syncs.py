@@ -18,10 +18,17 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from retinanet.config import load_recipe
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.training.events import Event
+from retinanet.training.trainer import train
 
 WARM_UP = 4
 BLOCKING_CALLS = (
@@ -30,37 +37,26 @@ BLOCKING_CALLS = (
     "cudaEventSynchronize",
     "cudaMemcpy",
 )
+SETTINGS = (
+    "model.backbone=resnet50",
+    "model.backbone_weights=none",
+    "model.norm=group",
+    "model.frozen_stages=0",
+    "train.batch_size=4",
+    "train.validate_every=100000",
+    "train.save_every=100000",
+)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="number of measured steps")
-    parser.add_argument("settings", nargs="*", help="recipe settings, such as data.image_size=800")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device; run on a machine with a GPU", file=sys.stderr)
-        return 2
+def count_syncs(steps: int, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Train on synthetic images and count the device syncs of `steps` steps.
 
-    from retinanet.config import load_recipe
-    from retinanet.data.synthetic import synthetic_dataset
-    from retinanet.training.events import Event
-    from retinanet.training.trainer import train
-
-    last = WARM_UP + arguments.steps
-    recipe = load_recipe(
-        "quick",
-        [
-            "model.backbone=resnet50",
-            "model.backbone_weights=none",
-            "model.norm=group",
-            "model.frozen_stages=0",
-            "train.batch_size=4",
-            "train.validate_every=100000",
-            "train.save_every=100000",
-            *arguments.settings,
-            f"train.steps={last + 3}",
-        ],
-    )
+    Returns:
+        "intended": syncs for the losses of the previous step; "blocking": other blocking calls by
+        name; "lines": lines that torch warns of, with their number.
+    """
+    last = WARM_UP + steps
+    recipe = load_recipe("quick", [*SETTINGS, *settings, f"train.steps={last + 3}"])
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
     def watch(event: Event) -> None:
@@ -80,26 +76,37 @@ def main() -> int:
         size = recipe.data.image_size
         synthetic_dataset(data, splits={"train": 32, "val": 4}, image_size=size, seed=0)
         train(recipe, data, Path(folder) / "run", device="cuda", on_event=watch)
-
     lines = Counter(
         f"{warning.filename}:{warning.lineno}"
         for warning in caught
         if "synchronizing" in str(warning.message)
     )
-    counts = {event.key: event.count for event in profiler.key_averages()}
-    syncs = {
-        name: count
-        for name, count in counts.items()
-        if name.startswith(BLOCKING_CALLS) and "Async" not in name
+    blocking = {
+        event.key: event.count
+        for event in profiler.key_averages()
+        if event.key.startswith(BLOCKING_CALLS) and "Async" not in event.key
     }
-    intended = syncs.pop("cudaEventSynchronize", 0)
+    intended = blocking.pop("cudaEventSynchronize", 0)
+    return {"intended": intended, "blocking": blocking, "lines": dict(lines)}
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="number of measured steps")
+    parser.add_argument("settings", nargs="*", help="recipe settings, such as data.image_size=800")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: no CUDA device; run on a machine with a GPU", file=sys.stderr)
+        return 2
+    syncs = count_syncs(arguments.steps, arguments.settings)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.steps} steps")
-    print(f"syncs for the losses of the previous step (cudaEventSynchronize): {intended}")
-    print(f"other blocking calls: {syncs or 'none'}")
-    print(f"lines that torch warns of: {len(lines) or 'none'}")
-    for line, count in lines.most_common():
+    print(f"syncs for the losses of the previous step (cudaEventSynchronize): {syncs['intended']}")
+    print(f"other blocking calls: {syncs['blocking'] or 'none'}")
+    print(f"lines that torch warns of: {len(syncs['lines']) or 'none'}")
+    for line, count in syncs["lines"].items():
         print(f"  {count} x {line}")
-    return 1 if syncs or lines else 0
+    return 1 if syncs["blocking"] or syncs["lines"] else 0
 
 
 if __name__ == "__main__":

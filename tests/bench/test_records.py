@@ -48,6 +48,11 @@ def record() -> Iterator[Any]:
     yield from script("record")
 
 
+@pytest.fixture(scope="module")
+def on_gpu() -> Iterator[Any]:
+    yield from script("on_gpu")
+
+
 def points(*values: tuple[int, float, int | None]) -> list[dict[str, Any]]:
     return [{"x": x, "seconds": seconds, "memory": memory} for x, seconds, memory in values]
 
@@ -225,6 +230,7 @@ def test_goals_of_kernel_rival_and_device(goals: Any) -> None:
     assert of("class-loss", "1 class, 2 images", native=False)["speedup"] == 1
     assert of("inference", "auto", on_gpu=True)["speedup"] == 4
     assert of("inference", "auto", "torchvision fp16", on_gpu=True)["speedup"] == 2
+    assert of("inference", "auto", "torchvision fp16 compiled", on_gpu=True) == {}
     assert of("detect", "auto") == {}
     # Where auto is float32, only float32's own row has a goal.
     assert of("inference", "auto", bf16=False) == {}
@@ -243,3 +249,30 @@ def test_goals_are_of_existing_cases_and_in_the_docs(goals: Any) -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     section = text.partition("## Goals")[2].partition("## Measured")[0]
     assert all(stage in section for stage, _ in goals.CPU_GOALS)
+
+
+def test_on_gpu_writes_what_record_stores(
+    on_gpu: Any, record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tmp_path / "test_it.py"
+    tests.write_text("import pytest\n\n@pytest.mark.gpu\ndef test_it(): pass\n", "utf-8")
+    monkeypatch.setattr(on_gpu, "_CASE_SECONDS", 0.01)
+    options = {"size": "tiny", "stages": ["postprocess"], "tests": [str(tests)]}
+    result = on_gpu.measure(CPU, **options)
+    assert result["checks"]["tests marked gpu"].startswith("1 passed")
+    assert result["checks"]["device syncs of a training step"] == "not counted: no CUDA device"
+    assert all(row["stage"] == "postprocess" and row["ours"] for row in result["rows"])
+    late = on_gpu.measure(CPU, minutes=0, **options)
+    assert late["rows"] == []
+    assert late["checks"]["left out, as the time was over"] == "postprocess"
+
+    file = tmp_path / "on_gpu.json"
+    file.write_text(json.dumps(result), "utf-8")
+    for name, value in (("RESULTS", tmp_path / "results"), ("render", lambda *_: None)):
+        monkeypatch.setattr(record, name, value)
+    monkeypatch.setattr(sys, "argv", ["record.py", "--from", str(file), "--name", "A GPU"])
+    assert record.main() == 0
+    text = record.machines_markdown(tmp_path / "results")
+    assert text.startswith("### A GPU")
+    assert "- tests marked gpu: 1 passed" in text
+    assert text.count("| 8 images: ") == 1

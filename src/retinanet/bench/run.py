@@ -147,10 +147,15 @@ def run(
         fraction = statistics.median(limit.factor * x for x in _ratios(times[_LIMIT], times[_OURS]))
         row = replace(row, limit=limit.name, limit_fraction=fraction)
     memory = memory and benchmark.memory
+    peaks: dict[str, int | None] = {}
+    if memory and setting.device.type == "cuda":  # torch counts it, so no process is needed
+        calls = {_OURS: benchmark.ours, **{rival.name: rival.call for rival in rivals}}
+        peaks = {name: peak_of(call, setting.device) for name, call in calls.items()}
+        del calls
     del benchmark, rivals, limit  # free their tensors before other processes are measured
     gc.collect()
     if memory:
-        row = _with_memory(row, setting, "memory")
+        row = _with_memory(row, setting, "memory", peaks)
     rows = []
     for name, difference in differences.items():
         of_rival = replace(
@@ -160,7 +165,9 @@ def run(
             speedup=_timing(_ratios(times[name], times[_OURS])),
             difference=difference,
         )
-        rows.append(_with_memory(of_rival, setting, "rival_memory") if memory else of_rival)
+        if memory:
+            of_rival = _with_memory(of_rival, setting, "rival_memory", peaks)
+        rows.append(of_rival)
     return (rows or [row]) + failed
 
 
@@ -244,12 +251,18 @@ def _reason(error: Exception) -> str:
     return text if expected else f"{type(error).__name__}: {text}"
 
 
-def _with_memory(row: Row, setting: Setting, name: Literal["memory", "rival_memory"]) -> Row:
-    """Add a peak memory; if measuring it fails, the error, and the times stay."""
-    side = row.rival if name == "rival_memory" else ""
+def _with_memory(
+    row: Row,
+    setting: Setting,
+    name: Literal["memory", "rival_memory"],
+    peaks: Mapping[str, int | None],
+) -> Row:
+    """Add a peak memory, of `peaks` if measured; if it fails, the error, and the times stay."""
+    side = row.rival if name == "rival_memory" else _OURS
     try:
-        peak: dict[str, Any] = {name: peak_memory(row.stage, row.case, side, setting)}
-        return replace(row, **peak)
+        peak = peaks[side] if peaks else peak_memory(row.stage, row.case, side, setting)
+        changes: dict[str, Any] = {name: peak}
+        return replace(row, **changes)
     except RetinaNetError as error:
         return replace(row, error=row.error or _reason(error))
 

@@ -113,15 +113,18 @@ def _inference(
     )
 
     @torch.inference_mode()
-    def theirs(fp16: bool) -> list[tuple[Tensor, Tensor]]:
+    def theirs(fp16: bool, run: Any = torchvision_outputs) -> list[tuple[Tensor, Tensor]]:
         with torch.autocast("cuda", dtype=torch.float16, enabled=fp16):
-            return [torchvision_outputs(rival, x) for x in inputs]
+            return [run(rival, x) for x in inputs]
 
     tolerance = _TOLERANCE[network.precision]
     compare = partial(compare_outputs, classes=model.num_classes, tolerance=tolerance)
     rivals = [Rival("torchvision", partial(theirs, False), compare)]
     if device.type == "cuda" and network.precision != "float32":
         rivals.append(Rival("torchvision fp16", partial(theirs, True), compare))
+        if setting.size == "full" and len(sides) == 1:
+            compiled = partial(theirs, True, torch.compile(torchvision_outputs, dynamic=False))
+            rivals.append(Rival("torchvision fp16 compiled", compiled, compare))
     dtype = DTYPES.get(network.precision)
     return Benchmark(
         lambda: [network(images) for images in batches],
