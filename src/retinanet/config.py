@@ -544,17 +544,17 @@ def load_recipe(
             of the wrong type or out of range.
     """
     values, where = _read_recipe(str(name_or_file))
-    named = set()
+    named: dict[str, Any] = {}
     for override in overrides:
         key, value = _split_override(override) if isinstance(override, str) else override
         if key == "train.steps":
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
-        named.add(key)
+        named[key] = value
         _override(values, key, value)
     lengths = [
         f"train.{name}"
         for name in ("steps", "epochs", "time")
-        if f"train.{name}" in named and values["train"][name] not in (None, "none")
+        if named.get(f"train.{name}") not in (None, "none")
     ]
     if len(lengths) > 1:
         raise ConfigError(
@@ -563,7 +563,11 @@ def load_recipe(
     if "loss.mining" in named and "loss.classification" not in named:
         values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
     recipe = build_recipe(values, where)
-    return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
+    return (
+        _with_stated(recipe, named.keys() - {"auto"})
+        if str(name_or_file) in recipe_names()
+        else recipe
+    )
 
 
 def keyword_settings(

@@ -77,6 +77,7 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"imgsz": 640}, "unknown keyword 'imgsz'; did you mean image_size?"),
         ({"epoch": 3}, "unknown keyword 'epoch'; did you mean epochs?"),
         ({"steps": 5, "epochs": 3}, "train.steps and train.epochs each set the length"),
+        ({"epochs": 3, "steps": 5}, "train.steps and train.epochs each set the length"),
         ({"resume": True}, "unknown keyword 'resume': the same call resumes a run"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
     ],
