@@ -76,6 +76,14 @@ def train(
         raise ConfigError(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
+    data = _by_split(data, classes)
+    more = Extension.of(more_epochs, more_time)
+    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    return train_by_recipe(recipe, data, out, device=device, init=init, **options)
+
+
+def _by_split(data: Any, classes: Sequence[str] | None) -> Any:
+    """Return map-style data sets as splits by name; a path or a reader as it is."""
     if not isinstance(data, str | Path | Mapping) and not callable(data):
         is_map = isinstance(data, Dataset) or hasattr(data, "__getitem__")
         if not is_map or isinstance(data, tuple | list):
@@ -89,13 +97,11 @@ def train(
             "classes are the names of map-style data sets, and these data have their own: to train "
             'on some of them give settings={"data.classes": [..]}'
         )
-    if isinstance(data, Mapping):
-        data = {
-            split_word(name) or name: part
-            if isinstance(part, Dataset)
-            else from_torch(part, classes, split=name)
-            for name, part in data.items()
-        }
-    more = Extension.of(more_epochs, more_time)
-    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
-    return train_by_recipe(recipe, data, out, device=device, init=init, **options)
+    if not isinstance(data, Mapping):
+        return data
+    return {
+        split_word(name) or name: part
+        if isinstance(part, Dataset)
+        else from_torch(part, classes, split=name)
+        for name, part in data.items()
+    }
