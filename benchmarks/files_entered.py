@@ -22,7 +22,8 @@ from typing import Any
 import retinanet as rn
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.events import Event
-from retinanet.training.trainer import Trainer, train
+from retinanet.training.loop import Trainer
+from retinanet.training.trainer import train
 
 GOALS = {"training step": 14, "detection": 18}
 PACKAGE = str(Path(rn.__file__).parent)

@@ -95,7 +95,7 @@ def goals_of(row: Row, *, on_gpu: bool, native: bool, bf16: bool) -> dict[str, f
 def check_goals(row: Row, goals: Mapping[str, float]) -> dict[str, bool]:
     """Whether the row meets each goal; goals without a measurement are left out."""
     figures = {
-        "speedup": row.speedup,
+        "speedup": row.speedup.median if row.speedup else None,
         "limit_fraction": row.limit_fraction,
         "seconds": row.ours.median if row.ours else None,
         "memory": row.memory,

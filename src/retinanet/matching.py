@@ -77,7 +77,7 @@ def match_anchors(
     prunes = is_readable(boxes) and kinds.numel() * len(anchors) > _FEW_PAIRS
     match = match_on_cpu if prunes else match_on_device
     return match(
-        anchors.to(boxes.dtype), boxes, kinds, foreground_iou, background_iou, low_quality_matches
+        anchors.to(boxes.dtype), boxes, kinds, (foreground_iou, background_iou, low_quality_matches)
     )
 
 
@@ -112,18 +112,15 @@ def anchor_labels(matches: Tensor, labels: Tensor) -> Tensor:
 
 
 def match_on_cpu(
-    anchors: Tensor,
-    boxes: Tensor,
-    kinds: Tensor,
-    foreground_iou: float,
-    background_iou: float,
-    low_quality_matches: bool,
+    anchors: Tensor, boxes: Tensor, kinds: Tensor, rules: tuple[float, float, bool]
 ) -> Tensor:
     """Match image by image, comparing each run of anchors only with the objects near it.
 
     Args, Returns: as :func:`match_anchors`, with checked boxes (B, M, 4) and their `kinds` (B, M):
-    labels, where BACKGROUND also marks boxes that cannot be matched.
+    labels, where BACKGROUND also marks boxes that cannot be matched. `rules` are its thresholds
+    and whether it adds low-quality matches.
     """
+    foreground_iou, background_iou, low_quality_matches = rules
     matches = kinds.new_full((len(boxes), len(anchors)), BACKGROUND)
     if not matches.numel() or not kinds.shape[1]:
         return matches
@@ -234,17 +231,13 @@ class _Runs:
 
 
 def match_on_device(
-    anchors: Tensor,
-    boxes: Tensor,
-    kinds: Tensor,
-    foreground_iou: float,
-    background_iou: float,
-    low_quality_matches: bool,
+    anchors: Tensor, boxes: Tensor, kinds: Tensor, rules: tuple[float, float, bool]
 ) -> Tensor:
     """Match without reading any value: no device sync, and usable inside ``torch.func.vmap``.
 
     Args, Returns: as :func:`match_on_cpu`.
     """
+    foreground_iou, background_iou, low_quality_matches = rules
     images, objects = kinds.shape
     # Rows that match nothing must not turn a maximum into NaN.
     columns = _columns(boxes.masked_fill((kinds == BACKGROUND)[..., None], 0))

@@ -121,7 +121,7 @@ def test_bench_interleaved_rounds_quartiles_speedup_and_limit_fraction(
     # Ours took 1, 2, 3 seconds, theirs 2, 6, 6: ratios 2, 3, 2.
     assert row.ours == Timing(2, 1.5, 2.5, 3)
     assert row.theirs == Timing(6, 4, 6, 3)
-    assert (row.speedup_low, row.speedup, row.speedup_high) == (2, 2, 2.5)
+    assert row.speedup == Timing(2, 2, 2.5, 3)
     # Half of .5, 1 and .75 over ours: .25, .25 and .125.
     assert (row.limit, row.limit_fraction) == ("copy", 0.25)
     assert row.first_call == 9
@@ -336,9 +336,7 @@ def test_to_markdown_is_well_formed() -> None:
         ours=Timing(0.0123, 0, 0, 3),
         theirs=Timing(1.5, 0, 0, 3),
         first_call=4.0,
-        speedup=122.0,
-        speedup_low=9.0,
-        speedup_high=130.0,
+        speedup=Timing(122.0, 9.0, 130.0, 3),
         limit="copy",
         limit_fraction=0.5,
         memory=1_500_000,

@@ -131,35 +131,80 @@ def tf_rows(file_names: Iterable[str]) -> list[tuple[Any, ...]]:
     return [(name, WIDTH, HEIGHT, cls, *box) for name in file_names for cls, box in OBJECTS]
 
 
-# -- Pascal VOC --------------------------------------------------------------------------------
+Labels = Callable[[Path, str, list[str]], None]
+"""Writes the labels of the images of a split: root, split and stems."""
+
+SPLITS = {"train": 3, "val": 2}
+ROBOFLOW = {"train": 3, "valid": 2}
 
 
-def voc_beside(labels: str, images: str) -> Callable[[Path], None]:
+def layout(
+    labels: Labels,
+    images: str,
+    splits: Mapping[str, int] = SPLITS,
+    *,
+    suffix: str = ".jpg",
+    more: Mapping[str, str] | None = None,
+) -> Callable[[Path], None]:
+    """Return a function that writes images, labels, and other files by name.
+
+    In `images` ``{}`` is the split. Of one split without a name the stems are img_0 and so on.
+    """
+
     def build(root: Path) -> None:
-        write_voc(root / labels, stems(3))
-        write_images(root / images, stems(3))
+        for split, count in splits.items():
+            names = stems(count, split or "img")
+            write_images(root / images.format(split), names, suffix)
+            labels(root, split, names)
+        for name, text in (more or {}).items():
+            write(root / name, text)
 
     return build
 
 
-def voc_split_folders(labels: str, images: str) -> Callable[[Path], None]:
-    """`labels` and `images` contain ``{}`` where the split's name stands."""
+def each(folder: str, text: Callable[[str], str], suffix: str) -> Labels:
+    """Labels of a file per image."""
 
+    def labels(root: Path, split: str, names: list[str]) -> None:
+        for stem in names:
+            write(root / folder.format(split) / f"{stem}{suffix}", text(stem))
+
+    return labels
+
+
+def voc(folder: str) -> Labels:
+    return each(folder, lambda stem: voc_text(f"{stem}.jpg"), ".xml")
+
+
+def yolo(folder: str) -> Labels:
+    return each(folder, lambda _: yolo_text(), ".txt")
+
+
+def coco(file: str) -> Labels:
+    return lambda root, split, names: write_coco(
+        root / file.format(split), [f"{stem}.jpg" for stem in names]
+    )
+
+
+def table(file: str) -> Labels:
+    return lambda root, split, names: write_rows(
+        root / file.format(split), TF_HEADER, tf_rows(f"{stem}.jpg" for stem in names)
+    )
+
+
+def json_file(file: str, content: Callable[[list[str]], Any]) -> Labels:
+    return lambda root, split, names: write(root / file.format(split), json.dumps(content(names)))
+
+
+def together(*builds: Callable[[Path], None]) -> Callable[[Path], None]:
     def build(root: Path) -> None:
-        for split, count in (("train", 3), ("val", 2)):
-            write_voc(root / labels.format(split), stems(count, split))
-            write_images(root / images.format(split), stems(count, split))
+        for part in builds:
+            part(root)
 
     return build
 
 
-def voc_and_csv(root: Path) -> None:
-    """The same labels as XML beside the images and as a CSV file per split."""
-    for split, count in (("train", 3), ("test", 2)):
-        write_voc(root / "images" / split, stems(count, split))
-        write_images(root / "images" / split, stems(count, split))
-        names = [f"{stem}.jpg" for stem in stems(count, split)]
-        write_rows(root / "images" / f"{split}_labels.csv", TF_HEADER, tf_rows(names))
+# -- parts that stand beside others --------------------------------------------------------------
 
 
 def voc_with_a_small_folder_beside(root: Path) -> None:
@@ -181,8 +226,7 @@ def vocdevkit(root: Path) -> None:
 
 
 def pets(root: Path) -> None:
-    write_voc(root / "annotations" / "xmls", stems(3))
-    write_images(root / "images", stems(3))
+    layout(voc("annotations/xmls"), "images", {"": 3})(root)
     write(root / "annotations" / "list.txt", "#Image CLASS-ID\nimg_0 1\nimg_1 1\n")
     write_images(root / "annotations" / "trimaps", stems(3), ".png")
 
@@ -196,113 +240,29 @@ def cvat_voc(root: Path) -> None:
     write(root / "labelmap.txt", "# label:color_rgb:parts:actions\ncat:::\ndog:::\n")
 
 
-# -- COCO --------------------------------------------------------------------------------------
-
-
-def coco_standard(root: Path) -> None:
-    for split, count in (("train", 3), ("val", 2)):
-        names = [f"{stem}.jpg" for stem in stems(count, split)]
-        write_coco(root / "annotations" / f"instances_{split}2017.json", names)
-        write_images(root / f"{split}2017", stems(count, split))
-
-
 def coco_per_image(root: Path) -> None:
     for number, stem in enumerate(stems(3), start=1):
         write_coco(root / "labels" / f"{stem}.json", [f"{stem}.jpg"], number)
     write_images(root / "images", stems(3))
 
 
-def coco_in_parts(root: Path) -> None:
-    """Two files of one split, whose image ids both begin at 1."""
-    for part in ("a", "b"):
-        names = [f"{stem}.jpg" for stem in stems(2, part)]
-        write_coco(root / "annotations" / f"train_{part}.json", names)
-        write_images(root / "images", stems(2, part))
-    write_coco(root / "annotations" / "val.json", ["v_0.jpg"])
-    write_images(root / "images", stems(1, "v"))
-
-
-def roboflow_coco(root: Path) -> None:
-    for split, count in (("train", 3), ("valid", 2), ("test", 1)):
-        names = [f"{stem}.jpg" for stem in stems(count, split)]
-        write_coco(root / split / "_annotations.coco.json", names)
-        write_images(root / split, stems(count, split))
-    write(root / "README.roboflow.txt", "exported\n")
-
-
-# -- YOLO --------------------------------------------------------------------------------------
-
-
-def yolo_yaml(root: Path, train: str, val: str, extra: str = "") -> None:
-    write(root / "data.yaml", f"train: {train}\nval: {val}\n{extra}nc: 2\nnames: ['cat', 'dog']\n")
-
-
-def yolo_standard(root: Path) -> None:
-    for split, count in (("train", 3), ("val", 2)):
-        write_images(root / "images" / split, stems(count, split))
-        write_yolo(root / "labels" / split, stems(count, split))
-    yolo_yaml(root, "images/train", "images/val")
-
-
-def roboflow_yolo(root: Path) -> None:
-    """Names a test split that was not exported."""
-    for split, count in (("train", 3), ("valid", 2)):
-        write_images(root / split / "images", stems(count, split))
-        write_yolo(root / split / "labels", stems(count, split))
-    yolo_yaml(root, "../train/images", "../valid/images", "test: ../test/images\n")
-
-
-def yolo_capital_folders(root: Path) -> None:
-    for split, count in (("Train", 3), ("Val", 2)):
-        write_images(root / split / "Images", stems(count, split))
-        write_yolo(root / split / "Labels", stems(count, split))
-    write(root / "classes.txt", "cat\ndog\n")
-
-
-def yolo_lists(root: Path) -> None:
+def yolo_lists(root: Path, line: str = "./images/{}.jpg", val: str = "./images/{}.jpg") -> None:
     """Lists of images over one folder."""
-    write_images(root / "images", stems(6))
-    write_yolo(root / "labels", stems(6))
-    write(root / "classes.txt", "cat\ndog\n")
-    write(root / "train.txt", "".join(f"./images/{stem}.jpg\n" for stem in stems(6)[:4]))
-    write(root / "val.txt", "".join(f"./images/{stem}.jpg\n" for stem in stems(6)[4:]))
+    layout(yolo("labels"), "images", {"": 6}, more={"classes.txt": "cat\ndog\n"})(root)
+    write(root / "train.txt", "".join(f"{line.format(stem)}\n" for stem in stems(6)[:4]))
+    write(root / "val.txt", "".join(f"{val.format(stem)}\n" for stem in stems(6)[4:]))
+
+
+def yolo_yaml(train: str, val: str, extra: str = "") -> dict[str, str]:
+    return {"data.yaml": f"train: {train}\nval: {val}\n{extra}nc: 2\nnames: ['cat', 'dog']\n"}
 
 
 def yolo_lists_of_another_machine(root: Path) -> None:
-    write_images(root / "images", stems(6))
-    write_yolo(root / "labels", stems(6))
-    lines = [f"/content/drive/project/images/{stem}.jpg\n" for stem in stems(6)[:4]]
-    write(root / "train.txt", "".join(lines))
-    write(root / "val.txt", "".join(f".\\images\\{stem}.jpg\n" for stem in stems(6)[4:]))
-    yolo_yaml(root, "/content/drive/project/train.txt", "/content/drive/project/val.txt")
-
-
-def darknet(root: Path) -> None:
-    write_images(root / "obj_train_data", stems(3))
-    write_yolo(root / "obj_train_data", stems(3))
-    write(root / "obj.names", "cat\ndog\n")
-    write(
-        root / "obj.data",
-        "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n",
-    )
-    write(root / "train.txt", "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3)))
-
-
-def roboflow_darknet(root: Path) -> None:
-    for split, count in (("train", 3), ("valid", 2)):
-        write_images(root / split, stems(count, split))
-        write_yolo(root / split, stems(count, split))
-        write(root / split / "_darknet.labels", "cat\ndog\n")
-
-
-# -- tables ------------------------------------------------------------------------------------
-
-
-def roboflow_tensorflow(root: Path) -> None:
-    for split, count in (("train", 3), ("valid", 2)):
-        names = [f"{stem}.jpg" for stem in stems(count, split)]
-        write_images(root / split, stems(count, split))
-        write_rows(root / split / "_annotations.csv", TF_HEADER, tf_rows(names))
+    folder = "/content/drive/project"
+    yolo_lists(root, folder + "/images/{}.jpg", ".\\images\\{}.jpg")
+    (root / "classes.txt").unlink()
+    for name, text in yolo_yaml(f"{folder}/train.txt", f"{folder}/val.txt").items():
+        write(root / name, text)
 
 
 def vott(root: Path) -> None:
@@ -310,29 +270,23 @@ def vott(root: Path) -> None:
     folder = root / "vott-csv-export"
     write_images(folder, stems(3))
     rows = [(f"{stem}.jpg", *box, cls) for stem in stems(3) for cls, box in OBJECTS]
-    write_rows(
-        folder / "project-export.csv", ("image", "xmin", "ymin", "xmax", "ymax", "label"), rows
-    )
-    write_rows(
-        root / "Detection_Results.csv",
-        ("image", "xmin", "ymin", "xmax", "ymax", "label", "confidence", "x_size", "y_size"),
-        [("old_0.jpg", 1, 1, 5, 5, 0, 0.9, WIDTH, HEIGHT)],
-    )
+    header = ("image", "xmin", "ymin", "xmax", "ymax", "label")
+    write_rows(folder / "project-export.csv", header, rows)
+    results = [("old_0.jpg", 1, 1, 5, 5, 0, 0.9, WIDTH, HEIGHT)]
+    header += ("confidence", "x_size", "y_size")
+    write_rows(root / "Detection_Results.csv", header, results)
 
 
-# -- other tools -------------------------------------------------------------------------------
+# -- texts of other tools ------------------------------------------------------------------------
 
 
-def labelme(root: Path) -> None:
-    for stem in stems(3):
-        shapes = [
-            {"label": name, "points": [box[:2], box[2:]], "shape_type": "rectangle"}
-            for name, box in OBJECTS
-        ]
-        content = {"version": "5.2.1", "shapes": shapes, "imagePath": f"..\\images\\{stem}.jpg"}
-        content |= {"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH}
-        write(root / "json" / f"{stem}.json", json.dumps(content))
-    write_images(root / "images", stems(3))
+def labelme_text(stem: str) -> str:
+    shapes = [
+        {"label": name, "points": [box[:2], box[2:]], "shape_type": "rectangle"}
+        for name, box in OBJECTS
+    ]
+    content = {"version": "5.2.1", "shapes": shapes, "imagePath": f"..\\images\\{stem}.jpg"}
+    return json.dumps(content | {"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH})
 
 
 def via_regions() -> list[dict[str, Any]]:
@@ -345,248 +299,187 @@ def via_regions() -> list[dict[str, Any]]:
     ]
 
 
-def via_json(root: Path) -> None:
-    for split, count in (("train", 3), ("val", 2)):
-        content = {
-            f"{stem}.jpg1234": {"filename": f"{stem}.jpg", "size": 1234, "regions": via_regions()}
-            for stem in stems(count, split)
-        }
-        write(root / split / "via_region_data.json", json.dumps(content))
-        write_images(root / split, stems(count, split))
+def via_content(names: list[str]) -> dict[str, Any]:
+    return {
+        f"{stem}.jpg1234": {"filename": f"{stem}.jpg", "size": 1234, "regions": via_regions()}
+        for stem in names
+    }
 
 
-def via_csv(root: Path) -> None:
+def via_csv(root: Path, split: str, names: list[str]) -> None:
     rows = [
         (f"{stem}.jpg", *(json.dumps(region[key]) for key in region))
-        for stem in stems(3)
+        for stem in names
         for region in via_regions()
     ]
     header = ("filename", "region_shape_attributes", "region_attributes")
     write_rows(root / "via.csv", header, rows)
-    write_images(root, stems(3))
 
 
-def createml(root: Path) -> None:
-    for split, count in (("train", 3), ("valid", 2)):
-        annotations = [
-            {
-                "label": name,
-                "coordinates": {
-                    "x": (x1 + x2) / 2,
-                    "y": (y1 + y2) / 2,
-                    "width": x2 - x1,
-                    "height": y2 - y1,
-                },
-            }
-            for name, (x1, y1, x2, y2) in OBJECTS
-        ]
-        content = [
-            {"image": f"{stem}.jpg", "annotations": annotations} for stem in stems(count, split)
-        ]
-        write(root / split / "_annotations.createml.json", json.dumps(content))
-        write_images(root / split, stems(count, split))
+def createml_content(names: list[str]) -> list[dict[str, Any]]:
+    sides = ("x", "y", "width", "height")
+    annotations = [
+        {
+            "label": name,
+            "coordinates": dict(
+                zip(sides, ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), strict=True)
+            ),
+        }
+        for name, (x1, y1, x2, y2) in OBJECTS
+    ]
+    return [{"image": f"{stem}.jpg", "annotations": annotations} for stem in names]
 
 
-def kitti(root: Path) -> None:
-    rows = "".join(
+def kitti_text(_: str) -> str:
+    return "".join(
         f"{name} 0.00 0 -1.57 {x1} {y1} {x2} {y2} 1 1 1 1 1 1 0\n"
         for name, (x1, y1, x2, y2) in OBJECTS
     )
-    for stem in stems(3, "00000"):
-        write(root / "training" / "label_2" / f"{stem}.txt", rows)
-    write_images(root / "training" / "image_2", stems(3, "00000"), ".png")
 
 
-def visdrone(root: Path) -> None:
+def visdrone_text(_: str) -> str:
     """Category 4 is car, 1 pedestrian."""
     (_, (x1, y1, x2, y2)), (_, (a, b, c, d)) = OBJECTS
-    rows = f"{x1},{y1},{x2 - x1},{y2 - y1},1,4,0,0\n{a},{b},{c - a},{d - b},1,1,0,0,\n"
-    for split, count in (("train", 3), ("val", 2)):
-        base = root / f"VisDrone2019-DET-{split}"
-        for stem in stems(count, split):
-            write(base / "annotations" / f"{stem}.txt", rows)
-        write_images(base / "images", stems(count, split))
+    return f"{x1},{y1},{x2 - x1},{y2 - y1},1,4,0,0\n{a},{b},{c - a},{d - b},1,1,0,0,\n"
 
 
-def dota(root: Path) -> None:
+def dota_text(_: str) -> str:
     rows = "".join(
         f"{x1} {y1} {x2} {y1} {x2} {y2} {x1} {y2} {name} 0\n" for name, (x1, y1, x2, y2) in OBJECTS
     )
-    for split, count in (("train", 3), ("val", 2)):
-        for stem in stems(count, split):
-            text = f"imagesource:GoogleEarth\ngsd:0.1\n{rows}"
-            write(root / split / "labelTxt" / f"{stem}.txt", text)
-        write_images(root / split / "images", stems(count, split), ".png")
+    return f"imagesource:GoogleEarth\ngsd:0.1\n{rows}"
 
 
+# fmt: off
 LAYOUTS: dict[str, Layout] = {
     "voc-annotations-images": Layout(
         "`annotations/*.xml`, `images/`",
-        voc_beside("annotations", "images"),
-        "voc",
-        {"": 3},
-        {"annotations": 3, "annotations/img_1.xml": 1},
-    ),
+        layout(voc("annotations"), "images", {"": 3}),
+        "voc", {"": 3}, {"annotations": 3, "annotations/img_1.xml": 1}),
     "voc-annots-images": Layout(
-        "`annots/*.xml`, `images/`", voc_beside("annots", "images"), "voc", {"": 3}, {"annots": 3}
-    ),
+        "`annots/*.xml`, `images/`",
+        layout(voc("annots"), "images", {"": 3}),
+        "voc", {"": 3}, {"annots": 3}),
     "voc-dataset-split-annots": Layout(
         "`dataset/train/annots/*.xml`, `dataset/train/images/`",
-        voc_split_folders("dataset/{}/annots", "dataset/{}/images"),
-        "voc",
-        {"train": 3, "val": 2},
-        {"dataset": 5, "dataset/train": 3, "dataset/val/annots": 2},
-    ),
+        layout(voc("dataset/{}/annots"), "dataset/{}/images"),
+        "voc", {"train": 3, "val": 2}, {"dataset": 5, "dataset/train": 3, "dataset/val/annots": 2}),
     "voc-and-csv": Layout(
         "`images/train/*.xml` and `.jpg` with `images/train_labels.csv`",
-        voc_and_csv,
-        "voc",
-        {"train": 3, "test": 2},
-        {"images/train": 3, "images/train_labels.csv": 3},
-        ("train_labels.csv",),
-    ),
+        together(layout(voc("images/{}"), "images/{}", {"train": 3, "test": 2}),
+            layout(table("images/{}_labels.csv"), "images/{}", {"train": 3, "test": 2})),
+        "voc", {"train": 3, "test": 2}, {"images/train": 3, "images/train_labels.csv": 3},
+            ("train_labels.csv",)),
     "voc-capitals": Layout(
         "`ANNOTATIONS/*.xml`, `IMAGES/`, beside a smaller labelled folder",
         voc_with_a_small_folder_beside,
-        "voc",
-        {"train": 6, "val": 2},
-        {"ANNOTATIONS": 6, "Validation_Images": 2},
-    ),
+        "voc", {"train": 6, "val": 2}, {"ANNOTATIONS": 6, "Validation_Images": 2}),
     "voc-devkit": Layout(
         "`VOCdevkit/VOC2007` and `VOC2012` together",
         vocdevkit,
-        "voc",
-        {"train": 5, "val": 3},
-        {"VOCdevkit": 8, "VOCdevkit/VOC2007": 3, "VOCdevkit/VOC2012/Annotations": 5},
-    ),
+        "voc", {"train": 5, "val": 3}, {"VOCdevkit": 8, "VOCdevkit/VOC2007": 3,
+            "VOCdevkit/VOC2012/Annotations": 5}),
     "voc-xmls": Layout(
         "`annotations/xmls/*.xml`, `images/`",
         pets,
-        "voc",
-        {"": 3},
-        {"annotations": 3, "annotations/xmls": 3},
-    ),
+        "voc", {"": 3}, {"annotations": 3, "annotations/xmls": 3}),
     "voc-split-annotations": Layout(
         "`train/annotations/*.xml`, `train/images/`",
-        voc_split_folders("{}/annotations", "{}/images"),
-        "voc",
-        {"train": 3, "val": 2},
-        {"train": 3},
-    ),
+        layout(voc("{}/annotations"), "{}/images"),
+        "voc", {"train": 3, "val": 2}, {"train": 3}),
     "voc-cvat": Layout(
         "CVAT's VOC: folders in `Annotations/` and `JPEGImages/`, `ImageSets/Main/default.txt`",
         cvat_voc,
-        "voc",
-        {"": 3},
-    ),
+        "voc", {"": 3}),
     "coco": Layout(
         "`annotations/instances_train2017.json`, `train2017/`",
-        coco_standard,
-        "coco",
-        {"train": 3, "val": 2},
-        {"annotations": 5, "annotations/instances_val2017.json": 2},
-    ),
+        layout(coco("annotations/instances_{}2017.json"), "{}2017"),
+        "coco", {"train": 3, "val": 2}, {"annotations": 5,
+            "annotations/instances_val2017.json": 2}),
     "coco-per-image": Layout(
         "one COCO JSON per image: `labels/*.json`, `images/`",
         coco_per_image,
-        "coco",
-        {"": 3},
-        {"labels": 3},
-    ),
+        "coco", {"": 3}, {"labels": 3}),
     "coco-parts": Layout(
         "several COCO JSON files of one split",
-        coco_in_parts,
-        "coco",
-        {"train": 4, "val": 1},
-        {"annotations/val.json": 1},
-    ),
+        together(layout(coco("annotations/train_{}.json"), "images", {"a": 2, "b": 2}),
+            layout(coco("annotations/{}.json"), "images", {"val": 1})),
+        "coco", {"train": 4, "val": 1}, {"annotations/val.json": 1}),
     "roboflow-coco": Layout(
         "Roboflow COCO: `train/_annotations.coco.json` beside the images",
-        roboflow_coco,
-        "coco",
-        {"train": 3, "val": 2, "test": 1},
-        {"valid": 2},
-    ),
+        layout(coco("{}/_annotations.coco.json"), "{}", ROBOFLOW | {"test": 1},
+            more={"README.roboflow.txt": "exported\n"}),
+        "coco", {"train": 3, "val": 2, "test": 1}, {"valid": 2}),
     "yolo": Layout(
         "`data.yaml`, `images/train/`, `labels/train/*.txt`",
-        yolo_standard,
-        "yolo",
-        {"train": 3, "val": 2},
-        {"data.yaml": 5},
-    ),
+        layout(yolo("labels/{}"), "images/{}", more=yolo_yaml("images/train", "images/val")),
+        "yolo", {"train": 3, "val": 2}, {"data.yaml": 5}),
     "roboflow-yolo": Layout(
         "Roboflow YOLO: `train/images/`, `train/labels/`, `test` missing",
-        roboflow_yolo,
-        "yolo",
-        {"train": 3, "val": 2},
-        {"data.yaml": 5},
-    ),
+        layout(yolo("{}/labels"), "{}/images", ROBOFLOW, more=yolo_yaml("../train/images",
+            "../valid/images", "test: ../test/images\n")),
+        "yolo", {"train": 3, "val": 2}, {"data.yaml": 5}),
     "yolo-capitals": Layout(
         "`Train/Images/`, `Train/Labels/*.txt`, `classes.txt`",
-        yolo_capital_folders,
-        "yolo",
-        {"train": 3, "val": 2},
-    ),
+        layout(yolo("{}/Labels"), "{}/Images", {"Train": 3, "Val": 2},
+            more={"classes.txt": "cat\ndog\n"}),
+        "yolo", {"train": 3, "val": 2}),
     "yolo-lists": Layout(
-        "`train.txt` and `val.txt` over one `images/`", yolo_lists, "yolo", {"train": 4, "val": 2}
-    ),
+        "`train.txt` and `val.txt` over one `images/`",
+        yolo_lists,
+        "yolo", {"train": 4, "val": 2}),
     "yolo-moved": Layout(
         "lists and `data.yaml` with paths of another machine",
         yolo_lists_of_another_machine,
-        "yolo",
-        {"train": 4, "val": 2},
-    ),
+        "yolo", {"train": 4, "val": 2}),
     "darknet": Layout(
-        "Darknet: `obj.data`, `obj.names`, `train.txt`", darknet, "yolo", {"train": 3}
-    ),
+        "Darknet: `obj.data`, `obj.names`, `train.txt`",
+        layout(yolo("obj_train_data"), "obj_train_data", {"": 3}, more={"obj.names": "cat\ndog\n",
+            "obj.data": "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\n",
+            "train.txt": "".join(f"data/obj_train_data/{stem}.jpg\n" for stem in stems(3))}),
+        "yolo", {"train": 3}),
     "roboflow-darknet": Layout(
         "Roboflow Darknet: `train/*.txt` beside the images, `_darknet.labels`",
-        roboflow_darknet,
-        "yolo",
-        {"train": 3, "val": 2},
-    ),
+        layout(yolo("{}"), "{}", ROBOFLOW,
+            more={f"{split}/_darknet.labels": "cat\ndog\n" for split in ROBOFLOW}),
+        "yolo", {"train": 3, "val": 2}),
     "tensorflow-csv": Layout(
         "TensorFlow Object Detection CSV: `train/_annotations.csv`",
-        roboflow_tensorflow,
-        "csv",
-        {"train": 3, "val": 2},
-    ),
+        layout(table("{}/_annotations.csv"), "{}", ROBOFLOW),
+        "csv", {"train": 3, "val": 2}),
     "vott": Layout(
         "VoTT CSV, beside a file of detection results",
         vott,
-        "csv",
-        {"": 3},
-        left_out=("Detection_Results.csv",),
-    ),
-    "labelme": Layout("LabelMe: a `.json` per image", labelme, "labelme", {"": 3}, {"json": 3}),
+        "csv", {"": 3}, left_out=("Detection_Results.csv",)),
+    "labelme": Layout(
+        "LabelMe: a `.json` per image",
+        layout(each("json", labelme_text, ".json"), "images", {"": 3}),
+        "labelme", {"": 3}, {"json": 3}),
     "via-json": Layout(
         "VGG Image Annotator: `train/via_region_data.json` beside the images",
-        via_json,
-        "via",
-        {"train": 3, "val": 2},
-        {"val": 2},
-    ),
-    "via-csv": Layout("VGG Image Annotator: `.csv`", via_csv, "via", {"": 3}, {"via.csv": 3}),
+        layout(json_file("{}/via_region_data.json", via_content), "{}"),
+        "via", {"train": 3, "val": 2}, {"val": 2}),
+    "via-csv": Layout(
+        "VGG Image Annotator: `.csv`",
+        layout(via_csv, "", {"": 3}),
+        "via", {"": 3}, {"via.csv": 3}),
     "createml": Layout(
         "Create ML: `train/_annotations.createml.json`",
-        createml,
-        "createml",
-        {"train": 3, "val": 2},
-    ),
+        layout(json_file("{}/_annotations.createml.json", createml_content), "{}", ROBOFLOW),
+        "createml", {"train": 3, "val": 2}),
     "kitti": Layout(
-        "KITTI: `training/label_2/*.txt`, `training/image_2/`", kitti, "kitti", {"train": 3}
-    ),
+        "KITTI: `training/label_2/*.txt`, `training/image_2/`",
+        layout(each("training/label_2", kitti_text, ".txt"), "training/image_2", {"": 3},
+            suffix=".png"),
+        "kitti", {"train": 3}),
     "visdrone": Layout(
         "VisDrone: `VisDrone2019-DET-train/annotations/*.txt`",
-        visdrone,
-        "visdrone",
-        {"train": 3, "val": 2},
-        classes=("car", "pedestrian"),
-    ),
+        layout(each("VisDrone2019-DET-{}/annotations", visdrone_text, ".txt"),
+            "VisDrone2019-DET-{}/images"),
+        "visdrone", {"train": 3, "val": 2}, classes=("car", "pedestrian")),
     "dota": Layout(
         "DOTA: `train/labelTxt/*.txt` (the box around each quadrilateral)",
-        dota,
-        "dota",
-        {"train": 3, "val": 2},
-    ),
+        layout(each("{}/labelTxt", dota_text, ".txt"), "{}/images", suffix=".png"),
+        "dota", {"train": 3, "val": 2}),
 }
+# fmt: on

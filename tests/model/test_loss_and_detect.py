@@ -145,6 +145,22 @@ def test_faults_of_targets_are_named(model: rn.RetinaNet, targets: Any, message:
         model.loss(pixels(64, 64)[None], targets)
 
 
+def test_freeze_keeps_weights_and_statistics_of_parts() -> None:
+    settings: dict[str, Any] = {"norm": "trained", "channels": 16, "head_depth": 1}
+    model = rn.build_retinanet(2, backbone="resnet18", backbone_weights="none", **settings)
+    assert model.train().freeze().freeze("box_head") is model
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    model.loss(
+        images, [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": [1]}]
+    ).total.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"pyramid", "class_head"}
+    assert_close(model.backbone.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(rn.ConfigError, match="part 'neck' is not one of backbone, pyramid"):
+        model.freeze("neck")
+
+
 def test_unknown_threshold_names_the_setting(model: rn.RetinaNet) -> None:
     with pytest.raises(rn.ConfigError, match=r"'conf'; did you mean detect\.score_threshold"):
         model.detect([pixels(64, 64)], conf=0.5)

@@ -18,9 +18,10 @@ from retinanet.config import load_recipe, to_toml
 from retinanet.data import read_splits
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import DataError
+from retinanet.evaluation.coco import evaluate_detections
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.retinanet import build_retinanet
-from retinanet.report.html import Page, write_report
+from retinanet.report.html import Page, add_metrics, write_report
 
 
 class Parsed(HTMLParser):
@@ -171,3 +172,10 @@ def test_write_report_bad_run_folder_is_an_error(tmp_path: Path) -> None:
     (run / "metrics.json").write_text("{")
     with pytest.raises(DataError, match=r"metrics\.json is not JSON"):
         write_report(run)
+
+
+def test_metrics_without_detections_have_no_nan(tmp_path: Path) -> None:
+    dataset, _ = evaluated(("cat",))
+    page = Page("Nothing").section("Validation")
+    add_metrics(page, evaluate_detections(dataset, []), tmp_path)
+    assert "nan" not in Parsed(page.html()).text

@@ -36,7 +36,7 @@ def distribution() -> LossDistribution:
     )
     counts = (10, 5000, 1, 10, 400)
     return LossDistribution(
-        3, (0.0, 0.5, 1.0), curves, curves, *counts, 3, 0.5, 0.4, False, "cells", "val"
+        "cells", "val", 3, curves, curves, (0.0, 0.5, 1.0), *counts, 3, 0.5, 0.4, False
     )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe
 
-import retinanet.training.trainer as loop
 from retinanet.data.synthetic import synthetic_dataset
+from retinanet.training import loop, trainer
 from retinanet.training.events import Event
 from retinanet.training.optim import build_optimizer
 from tiny_backbone import tiny_backbone as tiny_backbone
@@ -25,12 +25,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(
     tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[loop.Run, list[Event]]:
+) -> tuple[trainer.Run, list[Event]]:
     """A run of four steps with two validations, and its events; not to be changed."""
     events: list[Event] = []
     recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
     out = tmp_path_factory.mktemp("finished") / "run"
-    return loop.train(recipe, tiny_data, out, device="cpu", on_event=events.append), events
+    return trainer.train(recipe, tiny_data, out, device="cpu", on_event=events.append), events
 
 
 @pytest.fixture

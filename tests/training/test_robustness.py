@@ -11,7 +11,7 @@ from tiny import Stop, messages, stop_at, tiny_recipe
 
 from retinanet.data import read_splits
 from retinanet.errors import ConfigError, DataError
-from retinanet.training import trainer
+from retinanet.training import loop
 from retinanet.training.events import Event
 from retinanet.training.overfit import overfit, overfit_recipe
 from retinanet.training.trainer import train
@@ -23,8 +23,8 @@ LARGE_ANCHORS = ("anchors.sizes=[128,160,192,224,256]", "train.validate_every=10
 def test_train_without_a_positive_warns_and_fails(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert trainer.MAX_UNMATCHED_STEPS == 50
-    monkeypatch.setattr(trainer, "MAX_UNMATCHED_STEPS", 6)
+    assert loop.MAX_UNMATCHED_STEPS == 50
+    monkeypatch.setattr(loop, "MAX_UNMATCHED_STEPS", 6)
     events: list[Event] = []
     recipe = tiny_recipe(*LARGE_ANCHORS, "train.steps=20", "train.batch_size=1")
     with pytest.raises(DataError) as error:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import retinanet.training.task as task
-import retinanet.training.trainer as loop
 from retinanet.config import TrainConfig
 from retinanet.errors import NonFiniteLossError
 from retinanet.losses.detection import Losses
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
+from retinanet.training import loop, trainer
 from retinanet.training.data import read_training_data
 from retinanet.training.events import ignore
 from retinanet.training.optim import build_optimizer
@@ -201,7 +201,7 @@ def test_lerp_unless_skipped_changes_nothing(weight: float) -> None:
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_train_a_step_ahead_loses_no_line(tiny_data: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("train.steps=5", "train.validate_every=2", "train.save_every=2")
-    run = loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
     assert [(line["step"], "validation" in line) for line in read_log(run.folder)] == [
         (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True),
     ]  # fmt: skip
@@ -233,7 +233,7 @@ def test_train_a_step_ahead_saves_nothing_after_a_bad_step(
     seen = spoil_step(monkeypatch, 2)
     recipe = tiny_recipe("train.steps=9", "train.save_every=3", "train.validate_every=99")
     with pytest.raises(NonFiniteLossError, match="step 2: "):
-        loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+        trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
     assert len(seen) == 3
     progress = read_progress(tmp_path / "run" / "last")
     assert progress is not None
@@ -251,11 +251,13 @@ def test_train_a_step_ahead_reports_the_bad_step(
     )  # fmt: skip
     splits = read_training_data(tiny_data, tiny_recipe(), ignore)
     data = {"train": splits.train}
-    two = loop.train(tiny_recipe("train.steps=2", *settings), data, tmp_path / "two", device="cpu")
+    two = trainer.train(
+        tiny_recipe("train.steps=2", *settings), data, tmp_path / "two", device="cpu"
+    )
     seen = spoil_step(monkeypatch, 2)
     recipe = tiny_recipe("train.steps=9", *settings)
     with pytest.raises(NonFiniteLossError, match=r"step 2: .* gradient norm nan"):
-        loop.train(recipe, data, tmp_path / "run", device="cpu")
+        trainer.train(recipe, data, tmp_path / "run", device="cpu")
     assert len(seen) == 4
     saved = tmp_path / "run" / "nonfinite"
     story = json.loads((saved / "story.json").read_text())
@@ -277,7 +279,7 @@ def test_train_gradients_that_always_overflow_end_an_fp16_run(
     monkeypatch.setattr(loop, "clip_gradients", lambda model, norm: torch.tensor(INF))
     recipe = tiny_recipe("train.steps=99", "train.precision=fp16", "train.validate_every=99")
     with pytest.raises(NonFiniteLossError, match=r"step 1: .* gradient norm inf"):
-        loop.train(recipe, tiny_data, tmp_path / "run", device="cpu")
+        trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
     first = weights(tmp_path / "run" / "last")
     for name, value in weights(tmp_path / "run" / "nonfinite" / "model").items():
         torch.testing.assert_close(value, first[name], rtol=0, atol=0)

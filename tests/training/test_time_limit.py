@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from retinanet.cli.train import TrainingOptions
 from retinanet.config import load_recipe, parse_seconds
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError
-from retinanet.training import trainer
+from retinanet.training import loop, trainer
 from retinanet.training.events import Event
 from retinanet.training.time_limit import (
     Pace,
@@ -174,7 +175,9 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
 
     monkeypatch.setattr(trainer, "measure_pace", measure_pace)
     monkeypatch.setattr(Pacer, "replan", lambda self, step: 12)
-    recipe = tiny_recipe("train.time=1000s", "train.save_every=5")
+    recipe = tiny_recipe(
+        "train.time=1000s", "train.save_every=5", "train.max_steps=2", "train.min_steps=1"
+    )
     events: list[Event] = []
 
     def stop(event: Event) -> None:
@@ -203,6 +206,21 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert load_recipe(tmp_path / "run" / "config.toml") == stored
     with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def test_limit_that_cannot_suffice_is_rejected_after_a_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    step = loop.Trainer.step
+    monkeypatch.setattr(
+        loop.Trainer, "step", lambda self, batch: (steps.append(1), step(self, batch))
+    )
+    with pytest.raises(ConfigError, match=r"train.time 1 s is too short: 20 steps of .*at least"):
+        train(tiny_recipe("train.time=1s"), data, tmp_path / "run", device="cpu")
+    assert len(steps) == 1
+    with pytest.raises(ConfigError, match="--time 5 has no unit: give 5min, or 5s"):
+        TrainingOptions(time="5").overrides()
 
 
 def test_chosen_settings_are_written_and_a_resumed_run_keeps_them(

@@ -20,6 +20,10 @@ class Setting:
     device: torch.device
     vs: tuple[str, ...] = ("torchvision",)
 
+    def rivals(self, *rivals: Rival) -> tuple[Rival, ...]:
+        """Return the rivals to compare with, by the first word of their names."""
+        return tuple(rival for rival in rivals if rival.name.split()[0] in self.vs)
+
     def pick(self, tiny: Any, small: Any, full: Any) -> Any:
         """Return the value for the size."""
         return {"tiny": tiny, "small": small, "full": full}[self.size]
@@ -85,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call: median and quartiles over the rounds."""
+    """Median and quartiles over the rounds: of the seconds per call, or of their ratio."""
 
     median: float
     low: float
@@ -103,7 +107,7 @@ class Row:
         rival: name of the rival; empty: none.
         ours, theirs: times; `ours` is None if it did not run, see `note` or `error`.
         first_call: seconds of our first call, which compiles and allocates.
-        speedup, speedup_low, speedup_high: theirs / ours, median and quartiles over rounds.
+        speedup: theirs / ours.
         limit: name of the machine's limit; empty: none.
         limit_fraction: the limit's time / ours, median over rounds; 1 is the limit.
         memory, rival_memory: peak memory of a call in bytes, above the memory before it.
@@ -119,21 +123,20 @@ class Row:
     rival: str = ""
     ours: Timing | None = None
     theirs: Timing | None = None
+    speedup: Timing | None = None
+    difference: str = ""
     first_call: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
     limit: str = ""
     limit_fraction: float | None = None
     memory: int | None = None
     rival_memory: int | None = None
     input_bytes: int | None = None
-    difference: str = ""
     note: str = ""
     error: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Read the values of :func:`dataclasses.asdict`."""
-        timings = {name: values[name] and Timing(**values[name]) for name in ("ours", "theirs")}
+        names = ("ours", "theirs", "speedup")
+        timings = {name: values[name] and Timing(**values[name]) for name in names}
         return cls(**{**values, **timings})

@@ -42,6 +42,10 @@ _SLOW = 2.0
 
 _OURS, _LIMIT = "", "limit"  # keys next to the rivals' names
 
+# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process whose memory is measured."""
+
 
 def bench(
     stages: Iterable[str] = (),
@@ -77,8 +81,7 @@ def bench(
     for name in names:
         check_choice("stage", name, STAGES)
     setting = Setting(size, choose_device(device), choose_rivals(vs))
-    rounds = _ROUNDS[size] if rounds is None else rounds
-    seconds = _SECONDS[size] if seconds is None else seconds
+    limits = rounds or _ROUNDS[size], _SECONDS[size] if seconds is None else seconds
 
     def run_stages() -> Iterator[Row]:
         before = torch.get_num_threads()
@@ -87,10 +90,9 @@ def bench(
             for stage in names:
                 for case in STAGES[stage](setting):
                     try:
-                        rows = run(stage, case, setting, rounds, seconds, memory=memory)
+                        yield from run(stage, case, setting, *limits, memory=memory)
                     except Exception as error:  # the other cases still run
-                        rows = [Row(stage, case.name, case.size, error=_reason(error))]
-                    yield from rows
+                        yield Row(stage, case.name, case.size, error=_reason(error))
         finally:
             torch.set_num_threads(before)
 
@@ -156,14 +158,11 @@ def run(
         row = _with_memory(row, setting, "memory", peaks)
     rows = []
     for name, difference in differences.items():
-        speedup = _timing(_ratios(times[name], times[_OURS]))
         of_rival = replace(
             row,
             rival=name,
             theirs=_timing(times[name]),
-            speedup=speedup.median,
-            speedup_low=speedup.low,
-            speedup_high=speedup.high,
+            speedup=_timing(_ratios(times[name], times[_OURS])),
             difference=difference,
         )
         if memory:
@@ -268,22 +267,11 @@ def _with_memory(
         return replace(row, error=row.error or _reason(error))
 
 
-# glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment of a process whose memory is measured."""
-
-
 def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | None:
     """Peak memory of one call in bytes, above the memory before it, in a process of its own.
 
     The process warms up first. On a GPU this is torch's count, on Linux the resident memory, else
-    None.
-
-    Args:
-        stage: a name of :data:`STAGES`.
-        case: name of a case in it.
-        rival: side to measure; empty: ours.
-        setting: as for the case.
+    None. An empty `rival` is ours.
 
     Raises:
         RetinaNetError: the process failed.

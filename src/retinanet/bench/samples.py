@@ -96,12 +96,9 @@ def outputs_like(
     background: float = -8.0,
     objects: int = 10,
 ) -> Outputs:
-    """Random outputs like a trained network's: a few dozen high scores around each object.
+    """Random outputs like a trained network's: a few dozen high scores around each of `objects`.
 
-    Args:
-        height, width, batch, classes, device: of the outputs.
-        background: mean logit elsewhere; its standard deviation is 1.
-        objects: per image.
+    `background` is the mean logit elsewhere, with a standard deviation of 1.
     """
     generator = torch.Generator().manual_seed(0)
     logits, deltas = [], []
@@ -124,11 +121,8 @@ def same_networks(
 ) -> tuple[Any, RetinaNet]:
     """Build torchvision's RetinaNet and ours with the same random weights.
 
-    Args:
-        backbone: resnet18 or resnet50.
-        device: device of both.
-        contrast: standard deviation of the class head's last weights; the scores of different
-            anchors vary with it.
+    Scores of different anchors vary with `contrast`, the standard deviation of the class head's
+    last weights. `backbone` is resnet18 or resnet50.
     """
     torch.manual_seed(0)
     body = getattr(resnet, backbone)(weights=None, norm_layer=FrozenBatchNorm2d)

@@ -62,9 +62,9 @@ def count(number: int, noun: str) -> str:
 def figures(row: Row) -> list[str]:
     """Format ours, theirs, the speedup with its quartiles, the limit, and the memory of both."""
     speedup = "-"
-    if row.speedup is not None and row.speedup_low is not None and row.speedup_high is not None:
-        low, high = _three_digits(row.speedup_low), _three_digits(row.speedup_high)
-        speedup = f"{_three_digits(row.speedup)} ({low}-{high})"
+    if row.speedup is not None:
+        low, high = _three_digits(row.speedup.low), _three_digits(row.speedup.high)
+        speedup = f"{_three_digits(row.speedup.median)} ({low}-{high})"
     return [
         *(seconds(timing.median if timing else None) for timing in (row.ours, row.theirs)),
         speedup,

@@ -30,8 +30,7 @@ class FormatOptions:
     """The format of the data."""
 
     format: str | None = option(
-        "Format of the data, such as coco, voc or yolo (docs/data.md).",
-        shown="detected",
+        "Format of the data, such as coco, voc or yolo (docs/data.md).", shown="detected"
     )
 
 
@@ -344,10 +343,14 @@ def _with_choices(
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
     from retinanet.data import anchor_recall
-    from retinanet.training.data import recipe_anchors, tiles_to_train
+    from retinanet.data.tiling import tile_dataset
+    from retinanet.training.data import recipe_anchors
 
+    tile, overlap = config.data.tile, config.data.tile_overlap
+    if tile is not None:
+        splits = {name: tile_dataset(split, tile, overlap) for name, split in splits.items()}
     return anchor_recall(
-        {name: tiles_to_train(split, config) for name, split in splits.items() if len(split)},
+        splits,
         recipe_anchors(config),
         config.data.image_size,
         config.data.max_size,

@@ -205,8 +205,8 @@ def _train(
     if has_budget:
         note(f"measuring the speed of this machine, for a budget of {format_seconds(budget)}")
         settings = with_budget(budget, experiments, rows, settings, workers, splits)
-    every = make_plan(experiments, settings, splits)
-    plan = every.only(rows) if rows else every
+    whole = make_plan(experiments, settings, splits)
+    plan = whole.only(rows) if rows else whole
     check_networks(plan, splits["train"].classes)
     workers = workers.limited_to(plan.trainings)
     _announce(plan, settings, workers)
@@ -215,9 +215,9 @@ def _train(
     with progress("steps of all") as show:
         trained = run_plan(plan, workers, _Reporter(len(plan.trainings), show))
     # Rows that an earlier command trained are in the table too.
-    ended = workers.finished(every.trainings) | trained
+    ended = workers.finished(whole.trainings) | trained
     command = shlex.join(["retinanet", *sys.argv[1:]])
-    return Trainings(every, ended, settings, splits, workers, metrics, command)
+    return Trainings(whole, ended, settings, splits, workers, metrics, command)
 
 
 def _find_experiments(name: str) -> list[Experiment]:

@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from retinanet.cli.console import print_json, say
 from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
 from retinanet.cli.training import (
     choose_for,
+    command_start,
     describe_metrics,
     run_overfit,
     run_training,
@@ -136,7 +136,7 @@ def train(
 
     Ctrl-C stops after the current step; the same command resumes the run.
     """
-    started = monotonic()
+    started = command_start()
     config = recipe.load(training.overrides())
     if run.show_recipe:
         _show_recipe(config, data)

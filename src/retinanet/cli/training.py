@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
@@ -65,6 +67,14 @@ def run_overfit(
     with tempfile.TemporaryDirectory() as scratch, _Display("overfitting") as display:
         out = folder or Path(scratch) / "run"
         return overfit(recipe, data, out, num_images=num_images, on_event=display.show, **options)
+
+
+def command_start() -> float:
+    """Return when the command began by :func:`time.monotonic`: this process, or its torchrun."""
+    process = psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process = process.parent() or process
+    return time.monotonic() - (time.time() - float(process.create_time()))
 
 
 def write_report(run: Run) -> Path | None:

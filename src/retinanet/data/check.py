@@ -248,12 +248,12 @@ def _shared_sizes(splits: Mapping[str, Dataset]) -> dict[Path, bool]:
 def _open_header(path: Path, is_shared: bool) -> ImageInfo | None:
     """Read header and end of a JPEG or PNG file; None: it must be decoded."""
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            end = _ENDS.get(image.format or "")
+        with open(path, "rb") as file, Image.open(file, formats=tuple(_ENDS)) as image:
             has_exif = image.format == "JPEG" or "exif" in image.info
             orientation = exif_orientation(image) if has_exif else 1
             width, height = image.size
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            end = _ENDS.get(image.format or "")  # an MPO is opened as a JPEG
             if end is None or end not in file.read():
                 return None
     except Exception:  # of Pillow on damaged files nearly anything; decoding gives the reason

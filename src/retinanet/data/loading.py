@@ -168,10 +168,9 @@ class BatchLoader(DataLoader[Batch]):
 
 
 def check_unreadable(count: int, total: int, last: str) -> None:
-    """Check the number of unreadable images; `last` is the error message of one.
+    """Raise a DataError if more than :data:`MAX_UNREADABLE` of the images are unreadable.
 
-    Raises:
-        DataError: more than :data:`MAX_UNREADABLE` of the images are unreadable.
+    `last` is the error message of one.
     """
     if count > max(1, MAX_UNREADABLE * total) or count == total:
         raise DataError(
@@ -224,9 +223,8 @@ def train_loader(
             With ``any_corner`` each image is aligned with a random corner of the batch: a network
             that sees padding only below and at the right misses objects there in images without.
             With the order ``shards`` the shards are shuffled and split among the processes into
-            pieces of as many images as each takes of that epoch (a shard at a border is read by
-            both processes, each its part), and the images of ``shard_window`` shards at a time are
-            shuffled together. Every image still occurs once per epoch over all processes.
+            pieces of as many images as each takes of that epoch, and the images of ``shard_window``
+            shards at a time are shuffled together. Every image still occurs once per epoch.
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
@@ -246,11 +244,10 @@ def train_loader(
 
     Raises:
         ValueError: the data set is empty, or a number is out of range.
-        DataError: the order is ``shards`` and an image is in none.
+        DataError: the order is ``shards`` and an image is in none, or (while iterating) the user's
+            transform fails, or more than :data:`MAX_UNREADABLE` of the images cannot be read.
         ConfigError: ``transform`` names no function.
-        DataError: (while iterating) that function fails, or returns something else.
         ImageError: (while iterating) an image cannot be read.
-        DataError: (while iterating) more than :data:`MAX_UNREADABLE` of the images cannot be read.
     """
     _check(dataset, batch_size, workers, rank, world_size)
     shards = None

@@ -28,6 +28,7 @@ from retinanet.model.blocks import (
     Bottleneck,
     InvertedResidual,
     NormLayer,
+    ResidualBlock,
     ResNeXt32x8d,
     conv_relu6,
     init_weights,
@@ -91,7 +92,7 @@ class Backbone(nn.Module):
 class ResNet(Backbone):
     """ResNet or ResNeXt without its classifier (He et al. 2016, Table 1)."""
 
-    blocks: Mapping[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
         "resnet18": (BasicBlock, (2, 2, 2, 2)),
         "resnet34": (BasicBlock, (3, 4, 6, 3)),
         "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -165,64 +166,6 @@ class MobileNetV2(Backbone):
         return [list(self.features)[start:end] for start, end in pairwise((0, *self.ends))]
 
 
-class Timm(Backbone):
-    """A timm network that returns feature maps at strides 8, 16 and 32."""
-
-    def __init__(self, name: str, norm_layer: NormLayer | None) -> None:
-        super().__init__()
-        timm = _import_timm()
-        short = name.removeprefix("timm/")
-        # For a name with a slash or a colon timm would look on the internet.
-        if not re.fullmatch(r"[\w.]+", short) or not timm.is_model(short):
-            raise ConfigError(f"backbone {name!r}: timm has no {short!r}; see timm.list_models()")
-        try:
-            self.net = timm.create_model(short, features_only=True, pretrained=False)
-        except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-            raise ConfigError(
-                f"backbone {name!r} has no feature maps: {_first_line(error)}"
-            ) from None
-        strides = self.net.feature_info.reduction()
-        if not {8, 16, 32} <= set(strides):
-            raise ConfigError(
-                f"backbone {name!r} has feature maps at strides {sorted(set(strides))}; "
-                "8, 16 and 32 are needed"
-            )
-        last = {stride: i for i, stride in enumerate(strides)}
-        self.indices = [last.get(stride, -1) for stride in (4, 8, 16, 32)]
-        widths = self.net.feature_info.channels()
-        two, three, four, five = (widths[i] if i >= 0 else 0 for i in self.indices)
-        self.channels = (two, three, four, five)
-        if norm_layer is not None:
-            _replace_batch_norm(self.net, norm_layer)
-
-    def forward(self, images: Tensor) -> Maps:
-        """Map images to C2..C5."""
-        maps = self.net(images)
-        two, three, four, five = self.indices
-        return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
-
-    def stage_parameters(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the stages, whose last modules are known by name."""
-        info = self.net.feature_info
-        strides = dict(zip(info.module_name(), info.reduction(), strict=True))
-        # timm may flatten stages.0 to a child stages_0.
-        strides |= {name.replace(".", "_"): stride for name, stride in strides.items()}
-        ends: dict[int, int] = {}
-        before = 0
-        for name, module in self.net.named_modules():
-            if name in strides:
-                ends[strides[name]] = before + len(list(module.parameters()))
-            before += len(list(module.parameters(recurse=False)))
-        if not all(ends.get(stride) for stride in (8, 16, 32)):
-            raise ConfigError(
-                "the stages of this timm backbone are unknown: set model.frozen_stages=0"
-            )
-        parameters = list(self.net.parameters())
-        stem = min(ends.get(2, 0), ends[8])
-        bounds = [0, stem, max(stem, ends.get(4, stem)), ends[8], ends[16], len(parameters)]
-        return [parameters[start:end] for start, end in pairwise(bounds)]
-
-
 class OwnBackbone(Backbone):
     """A network of the user, whose feature maps are selected by their strides.
 
@@ -272,6 +215,47 @@ class OwnBackbone(Backbone):
             "the stages of an own backbone are unknown: set frozen_stages=0 and freeze its "
             "parameters (requires_grad_(False)) in its constructor"
         )
+
+
+class Timm(OwnBackbone):
+    """A timm network that returns feature maps."""
+
+    def __init__(self, name: str, norm_layer: NormLayer | None) -> None:
+        timm = _import_timm()
+        short = name.removeprefix("timm/")
+        # For a name with a slash or a colon timm would look on the internet.
+        if not re.fullmatch(r"[\w.]+", short) or not timm.is_model(short):
+            raise ConfigError(f"backbone {name!r}: timm has no {short!r}; see timm.list_models()")
+        try:
+            net = timm.create_model(short, features_only=True, pretrained=False)
+        except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"backbone {name!r} has no feature maps: {_first_line(error)}"
+            ) from None
+        super().__init__(net, name)
+        if norm_layer is not None:
+            _replace_batch_norm(net, norm_layer)
+
+    def stage_parameters(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of the stages, whose last modules are known by name."""
+        info: Any = self.net.feature_info
+        strides = dict(zip(info.module_name(), info.reduction(), strict=True))
+        # timm may flatten stages.0 to a child stages_0.
+        strides |= {name.replace(".", "_"): stride for name, stride in strides.items()}
+        ends: dict[int, int] = {}
+        before = 0
+        for name, module in self.net.named_modules():
+            if name in strides:
+                ends[strides[name]] = before + len(list(module.parameters()))
+            before += len(list(module.parameters(recurse=False)))
+        if not all(ends.get(stride) for stride in (8, 16, 32)):
+            raise ConfigError(
+                "the stages of this timm backbone are unknown: set model.frozen_stages=0"
+            )
+        parameters = list(self.net.parameters())
+        stem = min(ends.get(2, 0), ends[8])
+        bounds = [0, stem, max(stem, ends.get(4, stem)), ends[8], ends[16], len(parameters)]
+        return [parameters[start:end] for start, end in pairwise(bounds)]
 
 
 BACKBONES: dict[str, Callable[[str, NormLayer], Backbone]] = {

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 NormLayer = Callable[[int], nn.Module]
 
 
-class BasicBlock(nn.Module):
-    """Residual block of two 3x3 convolutions (He et al. 2016, Figure 5, left).
+class ResidualBlock(nn.Module):
+    """Convolutions with normalization, the input added to their result (He et al. 2016, Figure 5).
 
     Args:
         in_channels: of the input.
         width: channels of the output, in units of `expansion`.
-        stride: of the first convolution.
+        stride: of the block.
         downsample: maps the input to the shape of the output; None: the shapes are equal.
         norm_layer: returns the normalization of a number of channels.
     """
 
     expansion = 1
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
 
     def __init__(
         self,
@@ -35,62 +37,59 @@ class BasicBlock(nn.Module):
         norm_layer: NormLayer,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = norm_layer(width)
+        convolutions = self.convolutions(in_channels, width, stride)
+        self.depth = len(convolutions)
+        for i, conv in enumerate(convolutions, 1):
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", norm_layer(conv.out_channels))
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = norm_layer(width)
         self.downsample = downsample
 
+    def convolutions(self, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+        """Return the convolutions in order."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, width, H / stride, W / stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        """Map (B, in_channels, H, W) to (B, expansion * width, H / stride, W / stride)."""
+        out = x
+        for i in range(1, self.depth + 1):
+            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
+            if i < self.depth:
+                out = self.relu(out)
         out += x if self.downsample is None else self.downsample(x)
         result: Tensor = self.relu(out)
         return result
 
 
-class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions (He et al. 2016, Figure 5, right).
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (Figure 5, left)."""
+
+    def convolutions(self, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+        """Return the convolutions in order."""
+        return [
+            nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        ]
+
+
+class Bottleneck(ResidualBlock):
+    """Convolutions of 1x1, 3x3 and 1x1 (Figure 5, right).
 
     The 3x3 convolution has the stride, as in torchvision; in the paper the first 1x1 has it.
-
-    Args:
-        in_channels, width, stride, downsample, norm_layer: as of :class:`BasicBlock`.
     """
 
     expansion = 4
     groups = 1
     group_width = 64  # channels per group of the 3x3 convolution, at a `width` of 64
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int,
-        downsample: nn.Module | None,
-        norm_layer: NormLayer,
-    ) -> None:
-        super().__init__()
-        inner, out_channels = width * self.group_width // 64 * self.groups, width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
-        self.bn1 = norm_layer(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=self.groups, bias=False)
-        self.bn2 = norm_layer(inner)
-        self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
-        self.bn3 = norm_layer(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, 4 * width, H / stride, W / stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        result: Tensor = self.relu(out)
-        return result
+    def convolutions(self, in_channels: int, width: int, stride: int) -> list[nn.Conv2d]:
+        """Return the convolutions in order."""
+        inner, groups = width * self.group_width // 64 * self.groups, self.groups
+        return [
+            nn.Conv2d(in_channels, inner, 1, bias=False),
+            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=groups, bias=False),
+            nn.Conv2d(inner, width * self.expansion, 1, bias=False),
+        ]
 
 
 class ResNeXt32x8d(Bottleneck):
@@ -101,7 +100,7 @@ class ResNeXt32x8d(Bottleneck):
 
 
 def residual_stage(
-    block: type[BasicBlock | Bottleneck],
+    block: type[ResidualBlock],
     depth: int,
     in_channels: int,
     width: int,

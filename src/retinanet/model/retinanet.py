@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from retinanet.config import (
     LossSettings,
     ModelSpec,
     build_model_spec,
+    check_choice,
     is_own,
     unknown_setting,
 )
@@ -153,6 +154,21 @@ class RetinaNet(nn.Module):
             tuple(self.class_head(level) for level in levels),
             tuple(self.box_head(level) for level in levels),
         )
+
+    def freeze(self, *parts: str) -> Self:
+        """Exclude parts from training; batch norm in them keeps its statistics.
+
+        Args:
+            parts: ``backbone`` (the default), ``pyramid``, ``class_head``, ``box_head``.
+
+        Raises:
+            ConfigError: there is no such part.
+        """
+        for part in parts or ("backbone",):
+            check_choice("part", part, ("backbone", "pyramid", "class_head", "box_head"))
+            self.get_submodule(part).requires_grad_(False)
+        self.backbone.train(self.training)
+        return self
 
     def loss(
         self,

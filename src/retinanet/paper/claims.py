@@ -121,8 +121,8 @@ def evaluate_claim(claim: Claim, rows: Mapping[str, RowResult]) -> ClaimResult:
     timed = claim.kind == "faster"
     sides = [[rows[key] for key in keys] for keys in (claim.first, claim.second)]
     paper = _published_comparison(claim, sides)
-    every = {row.key: _score(row, timed) for side in sides for row in side}
-    scores = {key: score for key, score in every.items() if score is not None}
+    by_row = {row.key: _score(row, timed) for side in sides for row in side}
+    scores = {key: score for key, score in by_row.items() if score is not None}
     measured = [[row for row in side if row.key in scores] for side in sides]
     if not all(measured):
         return ClaimResult(claim.text, "not measured", paper=paper)

@@ -73,8 +73,8 @@ class Trainings:
     @property
     def failures(self) -> dict[str, str]:
         """Failed trainings and their errors."""
-        every = {str(training): self.results.get(training.key) for training in self.plan.trainings}
-        return {name: r.note for name, r in every.items() if r and r.status == "failed"}
+        results = {str(t): self.results.get(t.key) for t in self.plan.trainings}
+        return {name: r.note for name, r in results.items() if r and r.status == "failed"}
 
     def done(self, experiment: str, key: str) -> Training | None:
         """Return the first training of a row that is done."""
@@ -111,7 +111,7 @@ def write_outputs(
         progress: callback with the number of experiments written and their total.
     """
     results: list[TableResult] = []
-    every_plot: list[Path] = []
+    images: list[Path] = []
     for count, experiment in enumerate(experiments, 1):
         result, files = _measure(experiment, out, trainings)
         for old in {*(out / "plots").glob(f"{experiment.name}.*")} - {*files}:
@@ -121,13 +121,13 @@ def write_outputs(
         if result.rows:
             write_atomic(out / f"{experiment.name}.csv", result.to_csv())
         results.append(result)
-        every_plot += files
+        images += files
         if progress is not None:
             progress(count, len(experiments))
-    every = read_results(out)
-    plots = {result.name: sorted((out / "plots").glob(f"{result.name}.*")) for result in every}
-    write_atomic(out / "claims.md", claims_markdown(every))
-    return Outputs(tuple(results), tuple(every_plot), write_page(out, every, plots))
+    on_page = read_results(out)
+    plots = {result.name: sorted((out / "plots").glob(f"{result.name}.*")) for result in on_page}
+    write_atomic(out / "claims.md", claims_markdown(on_page))
+    return Outputs(tuple(results), tuple(images), write_page(out, on_page, plots))
 
 
 def read_external(

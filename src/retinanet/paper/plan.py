@@ -231,9 +231,9 @@ def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0)
         raise ConfigError(f"{key} is {_FIXED[key]}")
     base = settings.load_recipe(experiment)
     backbone = _for_depth(settings.backbones, row.depth) or BACKBONES[row.depth]
-    own = [f'model.backbone="{backbone}"']
+    changes = [f'model.backbone="{backbone}"']
     if weights := _for_depth(settings.backbone_weights, row.depth):
-        own.append(f"model.backbone_weights={json.dumps(weights)}")
+        changes.append(f"model.backbone_weights={json.dumps(weights)}")
     side = row.scale
     if not settings.full:
         reference = _reference_scale(experiment)
@@ -247,20 +247,18 @@ def resolve(experiment: Experiment, row: Row, settings: Settings, seed: int = 0)
             )
     if not settings.full or side != base.data.image_size:
         factor = side / base.data.image_size
-        own += [
-            f"data.image_size={side}",
-            f"data.max_size={math.ceil(factor * base.data.max_size)}",
-        ]
-        own += [f"data.multi_scale={[round(factor * scale) for scale in base.data.multi_scale]}"]
+        multi_scale = [round(factor * scale) for scale in base.data.multi_scale]
+        changes += [f"data.image_size={side}", f"data.multi_scale={multi_scale}"]
+        changes.append(f"data.max_size={math.ceil(factor * base.data.max_size)}")
     if settings.steps is not None:
-        own.append(f"train.steps={settings.steps}")
+        changes.append(f"train.steps={settings.steps}")
         if not settings.full and "train.warmup_steps" not in overridden:
             warmup = min(base.train.warmup_steps, settings.steps // 4)
-            own.append(f"train.warmup_steps={warmup}")
-    steps = settings.load_recipe(experiment, own).train.steps
-    own += [f"train.seed={seed}", f"data.split_seed={base.split_seed}"]
-    own += [f"train.validate_every={steps}", "train.early_stop=0"]
-    recipe = settings.load_recipe(experiment, [*own, *row.settings])
+            changes.append(f"train.warmup_steps={warmup}")
+    steps = settings.load_recipe(experiment, changes).train.steps
+    changes += [f"train.seed={seed}", f"data.split_seed={base.split_seed}"]
+    changes += [f"train.validate_every={steps}", "train.early_stop=0"]
+    recipe = settings.load_recipe(experiment, [*changes, *row.settings])
     _check_mining(recipe, f"row {row.key} of {experiment.name}")
     return recipe
 
@@ -297,15 +295,15 @@ def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:
     """
     left_out = {*_ROW_SETTINGS, *_NOT_IN_NAME, "data.split_seed", "train.validate_every"}
     left_out |= {"train.min_steps", "train.max_steps"}
-    every = [
+    by_training = [
         {name: (paper, here) for name, paper, here in differences(training.recipe)}
         for training in plan.trainings
     ]
     return [
         # Without the folder, which differs per machine.
         (name, paper, Path(here).name if name == "model.backbone_weights" else here)
-        for name, (paper, here) in every[0].items()
-        if name not in left_out and all(own.get(name) == (paper, here) for own in every)
+        for name, (paper, here) in by_training[0].items()
+        if name not in left_out and all(values.get(name) == (paper, here) for values in by_training)
     ]
 
 

@@ -156,10 +156,8 @@ class RivalNetwork(nn.Module):
         ]
         self.detector.backbone.precision = precision
         return [
-            Detections(
-                to_original(found["boxes"], size, original), found["scores"], found["labels"] - 1
-            )
-            for found, size, original in zip(self.detector(images), sizes, originals, strict=True)
+            Detections(to_original(raw["boxes"], size, original), raw["scores"], raw["labels"] - 1)
+            for raw, size, original in zip(self.detector(images), sizes, originals, strict=True)
         ]
 
 

@@ -218,11 +218,14 @@ TABLE_1E = Experiment(
     columns=(*_ALL_SIZES, "ms"),
     rows=_DEPTH_SCALE_ROWS,
     claims=(
-        _over("ResNet-50: 800 px over 400 px", "R50-800", "R50-400"),
-        _over("ResNet-101: 800 px over 400 px", "R101-800", "R101-400"),
-        _over("400 px: ResNet-101 over ResNet-50", "R101-400", "R50-400"),
-        _over("600 px: ResNet-101 over ResNet-50", "R101-600", "R50-600"),
-        _over("800 px: ResNet-101 over ResNet-50", "R101-800", "R50-800"),
+        *(
+            _over(f"ResNet-{depth}: 800 px over 400 px", f"R{depth}-800", f"R{depth}-400")
+            for depth in _DEPTHS
+        ),
+        *(
+            _over(f"{scale} px: ResNet-101 over ResNet-50", f"R101-{scale}", f"R50-{scale}")
+            for scale in (400, 600, 800)
+        ),
     ),
 )
 

@@ -45,13 +45,13 @@ _MAX_CLASSES = 12  # longer tables of classes are folded
 
 def _cell(value: object) -> str:
     """Format a value: floats with three decimals, None and NaN as a dash."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3f}" if math.isfinite(value) else "–"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 _TEMPLATES = Environment(
@@ -232,11 +232,12 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         page.text(f"The {metrics.images} images have no ground-truth box.")
         return
     summary = metrics.summary()
+    at_score = "" if math.isnan(metrics.best_score) else f", at score {metrics.best_score:.2f}"
     facts: dict[str, object] = {
         **{name: summary[name] for name in AP_METRICS},
         "images": metrics.images,
         "objects": metrics.objects,
-        f"best mean F1, at score {metrics.best_score:.2f}": metrics.best_f1,
+        "best mean F1" + at_score: metrics.best_f1,
     }
     if metrics.loss is not None:
         facts["loss"] = metrics.loss
@@ -343,7 +344,7 @@ def _add_summary(page: Page, run: _Run) -> None:
     facts: dict[str, object] = {}
     if run.best is not None:
         facts[f"best validation AP, at step {run.best['step']:,}"] = run.best["ap"]
-        facts["its AP50"] = run.best.get("ap50")
+        facts["AP50 at that step"] = run.best.get("ap50")
     for name, metrics in run.evaluations.items():
         facts[f"AP on {name}"] = metrics.ap
     if run.steps:

@@ -91,10 +91,12 @@ class LossDistribution:
         source, split: the data.
     """
 
+    source: str
+    split: str
     images: int
-    fractions: tuple[float, ...]
     positives: tuple[LossCurve, ...]
     negatives: tuple[LossCurve, ...]
+    fractions: tuple[float, ...]
     positive_anchors: int
     negative_anchors: int
     ignored_anchors: int
@@ -104,8 +106,6 @@ class LossDistribution:
     foreground_iou: float
     background_iou: float
     low_quality_matches: bool
-    source: str
-    split: str
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types; the keys of ``hardest`` are text, NaN is None."""

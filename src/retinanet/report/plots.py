@@ -193,10 +193,11 @@ def plot_errors(metrics: Metrics, file: str | Path) -> Path:
     with open_figure(9.0, 3.0, file) as figure:
         gain, count = figure.subplots(1, 2, sharey=True)
         y = np.arange(len(_ERROR_KINDS))
-        for axis, values, form in ((gain, gains, "{:.3f}"), (count, counts, "{:,}")):
+        panels = ((gain, gains, "{:.3f}", 0.01), (count, counts, "{:,}", 1))
+        for axis, values, form, floor in panels:
             bars = axis.barh(y, values, 0.7, color=COLOURS[: len(values)])
             axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
-            axis.set_xlim(0, 1.18 * max(*values, 1e-9))
+            axis.set_xlim(0, 1.18 * max(*values, floor))
             axis.grid(axis="y", visible=False)
             axis.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
         gain.set_yticks(y, list(_ERROR_KINDS.values()))
@@ -275,8 +276,8 @@ def plot_object_sizes(splits: Mapping[str, Dataset], file: str | Path) -> Path:
         name: [sum(not a.ignored for a in image.annotations) for image in dataset.images]
         for name, dataset in splits.items()
     }
-    every = np.concatenate([*sides.values(), np.empty(0)])
-    low, high = (every.min(), every.max()) if every.size else (1.0, 100.0)
+    all_sides = np.concatenate([*sides.values(), np.empty(0)])
+    low, high = (all_sides.min(), all_sides.max()) if all_sides.size else (1.0, 100.0)
     edges = np.geomspace(max(low, 1) * 0.95, max(high, 2) * 1.05, 41)
     largest = max((max(count, default=0) for count in counts.values()), default=0)
     width = math.ceil((largest + 1) / 40)

@@ -24,7 +24,7 @@ TryStep = Callable[[TaskSettings, Batch], object]
 """Does a training step with settings, and discards it."""
 
 _SHARE = 0.8  # of the available memory that a step may take
-_PEAK = 1.5  # memory of a step in what its forward pass saves, measured; benchmarks on a CPU
+_PEAK = 1.2  # memory of a step in what its forward pass saves: .9 to 1 measured, and a reserve
 
 
 class OutOfMemoryError(ConfigError):

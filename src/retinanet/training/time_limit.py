@@ -23,6 +23,7 @@ VALIDATION_SHARE = 0.1
 _MARGIN = 0.03  # of the limit, for the error of the estimates
 _REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
 _MAX_VALIDATIONS = 8
+_TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MANY_EPOCHS = 72  # above that, larger images
 _MIN_BATCH, _MIN_SIDE = 4, 256
 _MEASURED_STEPS = 5  # at least, for a new plan
@@ -72,6 +73,12 @@ def seconds_to_train(limit: float) -> float:
         964.0
     """
     return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
+
+
+def seconds_to_tune(recipe: Recipe, validation: float) -> float:
+    """Estimate the seconds of the choice of post-processing from those of a validation."""
+    is_tuned = recipe.train.tune_detection and recipe.data.tile is None
+    return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
 
 
 def plan_steps(seconds: float, pace: Pace) -> Plan:

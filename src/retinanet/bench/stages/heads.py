@@ -103,12 +103,13 @@ def _class_loss(
         return _backward(loss(logits, labels), float_levels)
 
     losses = {"torchvision": _torchvision_loss, "fvcore": _fvcore_loss}
-    rivals = [
-        Rival(name, partial(theirs, loss), compare)
-        for name, loss in losses.items()
-        if name in setting.vs
-    ]
-    return Benchmark(ours, rivals, limit=copy_limit(levels), input_bytes=total_bytes(levels))
+    rivals = [Rival(name, partial(theirs, loss), compare) for name, loss in losses.items()]
+    return Benchmark(
+        ours,
+        setting.rivals(*rivals),
+        limit=copy_limit(levels),
+        input_bytes=total_bytes(levels),
+    )
 
 
 def _backward(loss: Tensor, inputs: list[Tensor]) -> _LossOutput:
@@ -167,8 +168,7 @@ def _matching(setting: Setting, objects: int, sides: tuple[int, int]) -> Benchma
     def theirs() -> Tensor:
         return torch.stack([matcher(box_iou(image, anchors)) for image in targets.boxes])
 
-    rivals = [Rival("torchvision", theirs, _compare_matches)]
-    return Benchmark(ours, rivals if "torchvision" in setting.vs else ())
+    return Benchmark(ours, setting.rivals(Rival("torchvision", theirs, _compare_matches)))
 
 
 def _compare_matches(output: Tensor, expected: Tensor) -> str:
@@ -202,17 +202,15 @@ def _postprocessing(
     def ours() -> Any:
         return postprocess(outputs, anchors, sizes, num_classes=classes)
 
-    rivals = []
-    if "torchvision" in setting.vs:
-        network = torchvision_network(nn.Identity(), classes, detections_per_img=100)
-        # Its heads return this layout, so the conversion is not timed.
-        levels = {
-            "cls_logits": [flatten_level(x, classes).contiguous() for x in outputs.logits],
-            "bbox_regression": [flatten_level(x, 4).contiguous() for x in outputs.deltas],
-        }
-        boxes, shapes = [list(anchors)] * batch, [tuple(size) for size in sizes.tolist()]
-        theirs = partial(network.postprocess_detections, levels, boxes, shapes)
-        rivals.append(Rival("torchvision", theirs, _compare_detections))
+    network = torchvision_network(nn.Identity(), classes, detections_per_img=100)
+    # Its heads return this layout, so the conversion is not timed.
+    levels = {
+        "cls_logits": [flatten_level(x, classes).contiguous() for x in outputs.logits],
+        "bbox_regression": [flatten_level(x, 4).contiguous() for x in outputs.deltas],
+    }
+    boxes, shapes = [list(anchors)] * batch, [tuple(size) for size in sizes.tolist()]
+    theirs = partial(network.postprocess_detections, levels, boxes, shapes)
+    rivals = setting.rivals(Rival("torchvision", theirs, _compare_detections))
     return Benchmark(ours, rivals, limit=read_limit(outputs.logits))
 
 

@@ -76,10 +76,10 @@ def _data(setting: Setting, images: int, shorter: int, longest: int) -> Benchmar
         with _one_thread():
             return next(batches)
 
-    rivals = [Rival("torchvision", _reference(dataset, shorter, longest), _compare_batches)]
+    rival = Rival("torchvision", _reference(dataset, shorter, longest), _compare_batches)
     return Benchmark(
         ours,
-        rivals if "torchvision" in setting.vs else (),
+        setting.rivals(rival),
         memory=False,
         note="ours leaves normalising to the network",
     )

@@ -117,20 +117,18 @@ def _inference(
         with torch.autocast("cuda", dtype=torch.float16, enabled=fp16):
             return [run(rival, x) for x in inputs]
 
-    rivals = []
-    if "torchvision" in setting.vs:
-        tolerance = _TOLERANCE[network.precision]
-        compare = partial(compare_outputs, classes=model.num_classes, tolerance=tolerance)
-        rivals.append(Rival("torchvision", partial(theirs, False), compare))
-        if device.type == "cuda" and network.precision != "float32":
-            rivals.append(Rival("torchvision fp16", partial(theirs, True), compare))
-            if setting.size == "full" and len(sides) == 1:
-                compiled = partial(theirs, True, torch.compile(torchvision_outputs, dynamic=False))
-                rivals.append(Rival("torchvision fp16 compiled", compiled, compare))
+    tolerance = _TOLERANCE[network.precision]
+    compare = partial(compare_outputs, classes=model.num_classes, tolerance=tolerance)
+    rivals = [Rival("torchvision", partial(theirs, False), compare)]
+    if device.type == "cuda" and network.precision != "float32":
+        rivals.append(Rival("torchvision fp16", partial(theirs, True), compare))
+        if setting.size == "full" and len(sides) == 1:
+            compiled = partial(theirs, True, torch.compile(torchvision_outputs, dynamic=False))
+            rivals.append(Rival("torchvision fp16 compiled", compiled, compare))
     dtype = DTYPES.get(network.precision)
     return Benchmark(
         lambda: [network(images) for images in batches],
-        rivals,
+        setting.rivals(*rivals),
         limit=None if dtype is None else _inference_limit(backbone, batches, dtype),
         note=network.description,
     )
@@ -211,7 +209,7 @@ def _detection(setting: Setting, precision: str) -> Benchmark:
         return detections
 
     compare = partial(_compare_detections, 0.95 if precision == "float32" else 0.9)
-    rivals = [Rival("torchvision", theirs, compare)] if "torchvision" in setting.vs else []
+    rivals = setting.rivals(Rival("torchvision", theirs, compare))
     return Benchmark(partial(detector.detect, file), rivals)
 
 
@@ -314,7 +312,7 @@ def _train_step(
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     return Benchmark(
         ours,
-        [Rival(name, theirs, compare)] if "torchvision" in setting.vs else (),
+        setting.rivals(Rival(name, theirs, compare)),
         limit=matrix_limit(
             count_flops(forward_backward), side // 8, side // 8, batch, dtype, device
         ),

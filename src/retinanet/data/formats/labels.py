@@ -294,7 +294,7 @@ class LabelFile:
     """A parsed label file.
 
     Attributes:
-        file: its path; None for an image without one.
+        file: its path; of an image without one, that of the image.
         split: of images that state no other; None: the split that it is built for.
         images: its images.
         classes: names of its classes, in the order of the labels in `images`.
@@ -304,7 +304,7 @@ class LabelFile:
         listed: names of classes that the file lists, also without objects.
     """
 
-    file: Path | None
+    file: Path
     split: str | None = None
     images: list[LabelImage] = field(default_factory=list)
     classes: dict[str, int] = field(default_factory=dict)
@@ -326,7 +326,6 @@ class LabelFile:
         split: str | None = None,
     ) -> None:
         """Add a problem."""
-        assert self.file is not None
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
 
@@ -590,12 +589,10 @@ def _find_images(
             if image.path is not None:
                 match = Match(image.path)
             elif not image.name or not all(map(can_be_a_file, _paths(image))):
-                assert file.file is not None
                 reason = f"image {image.id}: {short(image.name)} is no file name"
                 problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
                 continue
             else:
-                assert file.file is not None
                 match = tree.find_image(_paths(image), file.file, split)
             wanted.append((file, image))
             matches.append(match)
@@ -606,7 +603,6 @@ def _find_images(
     uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
     for (file, image), match in zip(wanted, matches, strict=True):
         if match.path is None and not match.several:
-            assert file.file is not None
             match = tree.find_image(_paths(image), file.file, split, by_stem=True)
             if match.path is not None and folders and match.path.parent not in folders:
                 match = Match(None)
@@ -618,7 +614,6 @@ def _find_images(
                     problem = Problem("image-name-encoded", file.file, image.id, reason, used)
                     problems.append(problem)
         if match.several:
-            assert file.file is not None
             reason = (
                 f"image {image.id}: {short(image.name)} fits {len(match.several)} files, such as "
                 f"{relative(match.several[0], tree.root)} and "
@@ -630,7 +625,6 @@ def _find_images(
         if path is None and "://" in image.name:  # reported with the address
             path = Path(re.split(r"[?#]", image.name)[0])
         elif path is None:
-            assert file.file is not None
             name = PurePosixPath(image.name.replace("\\", "/"))
             is_plain = name.is_absolute() or len(name.parts) == 1
             folder = usual if usual is not None and is_plain else file.file.parent
@@ -710,7 +704,6 @@ def _build_image(
                 f"{cut(image.name)}: object {item.id}: class {short(names[item.label])} is not one "
                 f"of {len(classes.labels)} known"
             )
-            assert file.file is not None
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
         if (file.decimals or index in fractions) and width and height:
@@ -720,10 +713,11 @@ def _build_image(
                     f"{cut(image.name)}: object {item.id}: box {short(item.box)} is within a pixel"
                 )
                 fix = "read as fractions of the image"
-                problems.append(Problem("box-normalised", file.file or path, item.id, reason, fix))
+                problems.append(Problem("box-normalised", file.file, item.id, reason, fix))
             item = _to_pixels(item, label, width, height, rotation, file.decimals or 6)
         annotations.append(item if label == item.label else replace(item, label=label))
-    return LabelledImage(path, id_, tuple(annotations), width, height, file.file, image.extra)
+    label_file = None if file.file == path else file.file
+    return LabelledImage(path, id_, tuple(annotations), width, height, label_file, image.extra)
 
 
 def _is_fraction(box: Box) -> bool:

@@ -128,7 +128,7 @@ def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path |
 def _read_group(split: str, files: list[LabelFile], classes: ClassList, tree: Tree) -> Dataset:
     """Return the images of XML files; those in their folders without one are problems."""
     dataset = build("voc", split, files, classes, tree)
-    stems = {file.file.stem for file in files if file.file}
+    stems = {file.file.stem for file in files}
     unlabelled = _unlabelled(dataset.images, stems, tree) if tree.path.is_dir() else ()
     return replace(dataset, problems=(*dataset.problems, *unlabelled))
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -323,13 +322,12 @@ def _listed(list_file: Path, tree: Tree) -> list[Path]:
 def _from_lists(tree: Tree) -> dict[str, list[Path]]:
     """Return the images of lists such as train.txt, of names or stems, by split."""
     splits: dict[str, list[Path]] = {}
-    stems = {fold(image.stem) for image in tree.images}
     for file in tree.with_suffix(".txt"):
         word = split_word(file.stem)
-        if not word or fold(file.stem) in stems:
+        if not word or tree.has_stem(file):
             continue
-        names = [fold(PurePosixPath(line.replace("\\", "/")).stem) for line in _list_lines(file)]
-        if names and sum(name in stems for name in names) > len(names) / 2:
+        names = [Path(line.replace("\\", "/")) for line in _list_lines(file)]
+        if names and sum(map(tree.has_stem, names)) > len(names) / 2:
             splits.setdefault(word, []).extend(_listed(file, tree))
     return splits
 
@@ -434,17 +432,17 @@ def _read_split(
                 reason = f"{file.name} is the label of {len(owners[file])} images of this name"
                 problems.append(Problem("image-ambiguous", image, None, reason, DROPPED))
                 continue
-        if file is not None:
-            parsed = parse(file, keypoints=keypoints)
-        else:
-            parsed = LabelFile(None, images=[LabelImage("", "")], decimals=4)
-        parsed.images = [replace(parsed.images[0], name=image.name, id=image.stem, path=image)]
+        own = LabelImage(image.name, image.stem, path=image)
+        parsed = LabelFile(image, decimals=4) if file is None else parse(file, keypoints=keypoints)
+        own.annotations = [a for labelled in parsed.images for a in labelled.annotations]
+        parsed.images = [own]
         files.append(parsed)
-    if images and all(file.file is None for file in files):
+    if images and not any(labels.values()):
         expected = texts.expected(images[0])
         reason = f"none of its {len(images)} images has a label; looked for {expected} and so on"
         problems.append(Problem("label-missing", images[0].parent, None, reason))
-    problems += _without_image(files, tree)
+    if tree.path.is_dir():
+        problems += _without_image({file for file in labels.values() if file}, tree)
     return build("yolo", split, files, classes, tree, problems=problems)
 
 
@@ -455,16 +453,14 @@ def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
     return expected if expected.is_file() else None
 
 
-def _without_image(files: Iterable[LabelFile], tree: Tree) -> Iterator[Problem]:
+def _without_image(known: set[Path], tree: Tree) -> Iterator[Problem]:
     """Label files, in the folders of the others, whose image is not there."""
-    known = {file.file for file in files if file.file is not None}
     folders = {file.parent for file in known}
-    stems = {fold(image.stem) for image in tree.images}
     for file in tree.files:
         # Lists of images and notes lie there too: only rows make a label file.
         is_text = file.suffix.lower() == ".txt" and file.name not in _NAME_FILES
         is_other = is_text and file.parent in folders and file not in known
-        if is_other and fold(file.stem) not in stems and detect(file):
+        if is_other and not tree.has_stem(file) and detect(file):
             reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
             yield Problem("image-missing", file, None, reason, "dropped")
 
