@@ -116,7 +116,7 @@ def test_bench_command_prints_what_was_measured_before_an_error(
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         (["--vs", "torchvison"], "did you mean torchvision?"),
         (["--json", "--markdown"], "give only one"),
@@ -124,12 +124,12 @@ def test_bench_command_prints_what_was_measured_before_an_error(
     ],
 )
 def test_bench_command_bad_option_error_is_one_line(
-    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--device", "cpu", *given]) == 2
+    assert main(["bench", "--device", "cpu", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert said in printed.err
+    assert message in printed.err
     assert len(printed.err.strip().splitlines()) == 1
 
 

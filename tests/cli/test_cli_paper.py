@@ -87,7 +87,7 @@ def test_row_option_trains_only_these_rows(
     ended = cli("paper", "run", "table1b", "--row=gamma=2", "--row=gamma=0", *common)
     assert ended.code == 0, ended.err
     assert planned == ["gamma=0", "gamma=2"]
-    # All rows stand in the table: with the paper's figures, and what another call has trained.
+    # The table has all rows, with the paper's values and results of an earlier command.
     text = (tmp_path / "table1b.md").read_text("utf-8")
     assert "33.7" in text
     assert "12.3" in text
@@ -184,8 +184,8 @@ def test_failed_trainings_are_listed_with_exit_code_1(
 def test_budget_is_converted_to_steps_once(
     cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = iter([[Pace(0.5, 10.0)] * 4])  # for a second time it would fail
-    monkeypatch.setattr(budget, "measure_paces", lambda *_: next(asked))
+    paces = iter([[Pace(0.5, 10.0)] * 4])  # for a second time it would fail
+    monkeypatch.setattr(budget, "measure_paces", lambda *_: next(paces))
     monkeypatch.setattr(running, "run_plan", lambda plan, *_: {})
     common = (f"--data={shapes}", f"--out={tmp_path}", "--budget=2min", "--jobs=2", *SMALL)
     for _ in range(2):
@@ -202,8 +202,8 @@ def test_full_prints_its_cost_and_asks(
 ) -> None:
     monkeypatch.setattr(budget, "measure_paces", lambda left, _: [Pace(2.0, 60.0)] * len(left))
     monkeypatch.setattr(planning, "check_networks", lambda *_: None)  # its weights are fetched
-    asked: list[str] = []
-    monkeypatch.setattr(running, "run_plan", lambda plan, *_: asked.append("run") or {})
+    started: list[str] = []
+    monkeypatch.setattr(running, "run_plan", lambda plan, *_: started.append("run") or {})
     common = ("table3", "--full", f"--data={shapes}", f"--out={tmp_path}", "--jobs=1")
     ended = cli("paper", "run", *common)
     # 4 x 90,000 steps of 2 s, and 4 minutes: 200 h.
@@ -211,13 +211,13 @@ def test_full_prints_its_cost_and_asks(
     assert "about 200 h in all (8.3 days)" in ended.err
     assert ended.code == 2
     assert "pass --yes to confirm" in ended.err
-    assert asked == []
+    assert started == []
     assert cli("paper", "run", *common, "--yes").code == 0
-    assert asked == ["run"]
+    assert started == ["run"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("table1",), "did you mean table1"),
         (("tabel",), "fig7, all"),
@@ -254,11 +254,11 @@ def test_full_prints_its_cost_and_asks(
     ],
 )
 def test_invalid_usage_is_one_line(
-    cli: Cli, shapes: Path, arguments: tuple[str, ...], said: str
+    cli: Cli, shapes: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     ended = cli("paper", "run", *(argument.format(data=shapes) for argument in arguments))
     assert ended.code == 2
-    assert said in ended.err.replace("\n", " ")
+    assert message in ended.err.replace("\n", " ")
     assert ended.err.count("\n") == 1
 
 

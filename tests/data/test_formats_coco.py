@@ -129,8 +129,8 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_results_are_not_labels(tmp_path: Path) -> None:
-    file = write(tmp_path / "results.json", '[{"image_id": 1}]')
-    with pytest.raises(DataError, match="no labelled data found in"):
+    file = write(tmp_path / "results.json", '[{"image_id": 1, "category_id": 1, "score": 0.5}]')
+    with pytest.raises(DataError, match="detection results, not labels"):
         read_dataset(file)
     with pytest.raises(DataError, match="no coco data in"):
         read_dataset(file, format="coco")

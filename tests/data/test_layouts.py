@@ -411,6 +411,16 @@ def test_text_of_windows_and_names_of_macos(tmp_path: Path) -> None:
     assert dataset.images[0].path.is_file()
 
 
+def test_several_data_sets_of_yolo_are_an_error(tmp_path: Path) -> None:
+    for name in "ab":
+        LAYOUTS["yolo"].build(tmp_path / name)
+    with pytest.raises(DataError, match=r"several data sets: a/data.yaml, b/data.yaml; give the"):
+        read_splits(tmp_path)
+    with pytest.raises(DataError, match=rf"if they lie beside it, give {tmp_path / 'a'}$"):
+        read_splits(tmp_path / "a" / "images")
+    assert_complete(read_dataset(tmp_path / "a", "all"), 5)
+
+
 def test_images_without_labels_are_described(tmp_path: Path) -> None:
     LAYOUTS["coco"].build(tmp_path)
     write_images(tmp_path / "test2017", stems(2))
@@ -478,6 +488,18 @@ def test_files_of_images_without_objects_are_empty(tmp_path: Path) -> None:
         write_image(tmp_path / "val" / "images" / f"a{index}.png")
     splits = read_splits(tmp_path)
     assert {name: len(split) for name, split in splits.items()} == {"train": 3, "val": 11}
+
+
+def test_missing_images_of_a_list_are_reported(tmp_path: Path) -> None:
+    LAYOUTS["yolo-lists"].build(tmp_path)
+    write(tmp_path / "train.txt", "/x/images/img_0.jpg\n/x/images/gone.jpg\n/x/images/lost.jpg\n")
+    splits = read_splits(tmp_path)
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 3,
+        "val": 2,
+        "other": 3,
+    }
+    assert check_datasets({"train": splits["train"]}).counts == {"image-missing": 2}
 
 
 def test_images_outside_the_lists_are_the_split_other(tmp_path: Path) -> None:

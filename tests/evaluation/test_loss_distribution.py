@@ -1,4 +1,4 @@
-"""Figure 4: whose loss is counted, how it is sorted and shared out, and what is refused."""
+"""Figure 4: losses of the matched anchors, their cumulative shares, and errors."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def by_hand(logits: Sequence[float], label: int, gamma: float) -> float:
 
 def share_by_loop(losses: Sequence[float], fraction: float) -> float:
     """Share of the easiest anchors, of the last of which only a part counts."""
-    left, held = fraction * len(losses), 0.0
+    left, total = fraction * len(losses), 0.0
     for loss in sorted(losses):
-        held += min(1.0, max(0.0, left)) * loss
+        total += min(1.0, max(0.0, left)) * loss
         left -= 1
-    return held / sum(losses)
+    return total / sum(losses)
 
 
 def detector_of(classes: tuple[str, ...] = ("red", "green", "blue"), **loss: Any) -> Detector:

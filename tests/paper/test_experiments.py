@@ -10,7 +10,7 @@ from retinanet.config import Recipe, load_recipe
 from retinanet.paper.experiments import Claim, Experiment, Published
 from retinanet.paper.tables import EXPERIMENTS
 
-# AP/AP50/AP75/APs/APm/APl as far as it goes, then @ms; "-": no figure; in the rows' order.
+# AP/AP50/AP75/APs/APm/APl as far as printed, then @ms; "-": no value; in the rows' order.
 PRINTED = {
     "table1a": "0.0/0.0/0.0 10.8/16.0/11.7 30.2/46.7/32.8 31.1/49.4/33.0 30.8/49.7/32.3 "
     "28.7/47.4/29.9 25.1/41.7/26.1",

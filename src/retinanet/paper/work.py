@@ -40,7 +40,7 @@ def read_result(folder: Path) -> Result | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).partition("For further")[0].split())
         raise DataError(
             f"{file} cannot be read ({reason}); delete it and run the command again"
         ) from None

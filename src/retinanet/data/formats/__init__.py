@@ -32,7 +32,13 @@ from retinanet.data.formats.json_exports import (
     parse_labelme,
     parse_via,
 )
-from retinanet.data.formats.labels import find_files, find_tables, listed_names, read_files
+from retinanet.data.formats.labels import (
+    find_files,
+    find_tables,
+    json_has,
+    listed_names,
+    read_files,
+)
 from retinanet.data.formats.writing import Writing
 from retinanet.data.memory import Reader, import_function, read_with
 from retinanet.data.splits import split_validation
@@ -279,7 +285,8 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
     known = FORMATS if format is None else {format: FORMATS[format]}
     wanted = ", ".join(form.label_files for form in known.values())
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{tree.path}: {what} in {there}{why}; label files are {wanted}"
+    hint = f"; if they lie beside it, give {tree.path.parent}" if tree.images and not why else ""
+    return f"{tree.path}: {what} in {there}{why}; label files are {wanted}{hint}"
 
 
 def _reason(file: Path) -> str:
@@ -289,6 +296,8 @@ def _reason(file: Path) -> str:
         return "compressed; unpack it"
     if suffix == ".csv":
         return csv.missing_columns(file)
+    if suffix == ".json" and json_has(file, b"[", (b'"score"', b'"category_id"')):
+        return "detection results, not labels"
     if suffix == ".json":
         return "not COCO (images, annotations, categories), Label Studio, LabelMe, VIA or Create ML"
     if suffix == ".xml":

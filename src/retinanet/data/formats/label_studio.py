@@ -106,7 +106,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         else:
             path = _image_path(address)
             bare = _UPLOADED.sub("", path.rpartition("/")[2], count=1)
-            name = address if address.startswith(("http://", "https://")) else path
+            name = address if "://" in address else path
             image = LabelImage(name, id_, other_names=(path, bare))
             if is_min:
                 parsed.images.append(image)

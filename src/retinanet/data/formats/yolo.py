@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import yaml
 
 from retinanet.data.dataset import Annotation, Dataset, Problem
-from retinanet.data.finder import LabelSet, Tree, fold, is_image, scan
+from retinanet.data.finder import LabelSet, Tree, fold, is_image, relative, scan
 from retinanet.data.formats.labels import (
     DROPPED,
     JSON_TEXT,
@@ -59,6 +59,10 @@ def find(tree: Tree) -> LabelSet | None:
     settings += [file for file in tree.with_suffix(".data") if _is_data_yaml(file, "=")]
     if settings:
         first, *others = sorted(settings, key=lambda file: len(file.parts))
+        sets = [f for f in others if len(f.parts) == len(first.parts) and f.parent != first.parent]
+        if sets:
+            named = ", ".join(relative(file, tree.top) for file in (first, *sets))
+            raise DataError(f"{tree.path}: several data sets: {named}; give the path of one")
         return LabelSet(
             "yolo",
             {"": [first]},
@@ -327,7 +331,7 @@ def _from_lists(tree: Tree) -> dict[str, list[Path]]:
         if not word or tree.has_stem(file):
             continue
         names = [Path(line.replace("\\", "/")) for line in _list_lines(file)]
-        if names and sum(map(tree.has_stem, names)) > len(names) / 2:
+        if sum(is_image(name) or tree.has_stem(name) for name in names) > len(names) / 2:
             splits.setdefault(word, []).extend(_listed(file, tree))
     return splits
 
