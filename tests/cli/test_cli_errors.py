@@ -54,8 +54,8 @@ BAD_USAGE = [
     (f"detect {TO_NEW} --track", "--track is for videos"),
     (f"detect {TO_NEW} --workers=2", "--workers is for --engine ray"),
     (
-        "detect {run} clip.mp4 --out={new} --tile=64",
-        "--tile is for images and --engine ray, not for videos: leave it out",
+        "detect {run} clip.mp4 --out={new} --allow-urls",
+        "--allow-urls is for images, not for videos: leave it out",
     ),
     (
         f"detect {TO_NEW} --engine=ray --draw-threshold=0",

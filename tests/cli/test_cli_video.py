@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -72,16 +71,10 @@ def test_video_is_annotated(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> 
     assert num_frames(out / "clip.mp4") == len(read_lines(out / "clip.jsonl")) == 6
 
 
-def test_video_with_a_model_trained_on_tiles_warns(
-    cli: Cli, tiny_run: Path, clip: Path, out: Path, tmp_path: Path
-) -> None:
-    model = shutil.copytree(tiny_run / "last", tmp_path / "model")
-    values = json.loads((model / "model.json").read_text())
-    values["info"]["tile"] = {"side": 64, "overlap": 0.2}
-    (model / "model.json").write_text(json.dumps(values))
-    ended = cli("detect", model, clip, "--out", out, *QUICK)
+def test_video_in_tiles_by_option(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:
+    ended = cli("detect", tiny_run, clip, "--out", out, "--tile=40", "--overlap=.1", *QUICK)
     assert ended.code == 0, ended.err
-    assert "warning: the model was trained on tiles (data.tile) and runs on whole" in ended.err
+    assert num_frames(out / "clip.mp4") == 6
 
 
 def test_video_summary_as_json(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:

@@ -387,8 +387,11 @@ def test_metrics_print_as_a_table() -> None:
     lines = str(metrics).splitlines()
     assert repr(metrics) == str(metrics)
     assert lines[0].startswith(f"AP {metrics.ap:.3f}  AP50 {metrics.ap50:.3f}  AP75 ")
-    assert lines[1].startswith(f"30 images, {metrics.objects} objects, ")
-    assert len(lines) == 3 + len(dataset.classes)
+    assert lines[1].startswith(f"AR1 {metrics.ar1:.3f}  AR10 ")
+    assert lines[2].startswith(f"30 images, {metrics.objects} objects, ")
+    assert len(lines) == 4 + len(dataset.classes)
     row = metrics.per_class[0]
-    assert lines[3].split() == [row.name, str(row.objects), f"{row.ap:.3f}", f"{row.ap50:.3f}"]
+    assert lines[4].split() == [row.name, str(row.objects), f"{row.ap:.3f}", f"{row.ap50:.3f}"]
     assert lines[-1].split()[1:] == ["0", "-", "-"]  # a class without objects
+    many = replace(metrics, per_class=(row,) * 25)
+    assert str(many).splitlines()[-1] == "and 5 more classes, in per_class"

@@ -178,6 +178,8 @@ def test_is_video_by_suffix_or_camera_number(
     monkeypatch.chdir(tmp_path)
     assert is_video("clips/a.MP4")
     assert is_video("0")
+    assert is_video("RTSP://camera/live")
+    assert not is_video("http://host/a.mp4")  # which is never opened unasked
     assert not is_video("a.jpg")
     assert is_video("2024")
     for name in ("2024", "day.mov"):

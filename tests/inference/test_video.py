@@ -789,6 +789,61 @@ def test_camera_is_read_until_stopped(
     reader.close()
 
 
+def test_stream_is_read_like_a_camera(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, address = tmp_path / "clip.mp4", "rtsp://me:secret@camera:554/live?channel=1"
+    write_clip(clip, walk(6), options={"crf": "10"})
+    opened: list[Any] = []
+    own = av.open
+
+    def open_clip(source: str, *rest: Any, **options: Any) -> Any:
+        if source == address:
+            opened.append((options["timeout"], options["options"]))
+            return own(str(clip))
+        return own(source, *rest, **options)
+
+    monkeypatch.setattr(av, "open", open_clip)
+    summary = detect_video(detector, address, tmp_path)
+    assert opened == [((10, 10), {"rtsp_transport": "tcp"})]
+    assert summary.source == "rtsp://camera:554/live?channel=1"  # without the password
+    assert summary.video == tmp_path / "rtsp-camera-554-live-channel-1.mp4"
+    lines = lines_of(summary.lines)
+    # The first frame only shows the size, as a camera has no beginning.
+    assert [whites(line) for line in lines] == [[box_at(i)] for i in range(6 - len(lines), 6)]
+    assert len(lines) >= 5
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(111, "Connection refused")
+
+    monkeypatch.setattr(av, "open", fail)
+    with pytest.raises(DataError, match=r"camera:554/live\?channel=1: cannot be opened: Connec.*; "
+                       "check the address and the password") as error:  # fmt: skip
+        detect_video(detector, address, tmp_path)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_video_in_tiles(detector: Detector, tmp_path: Path, track: bool) -> None:
+    clip = tmp_path / "clip.mp4"
+    # Four times the network's size: the square of 8 pixels is a quarter of a cell there.
+    images = [black(256, 384, (128 + 8 * i, 64, 136 + 8 * i, 72)) for i in range(3)]
+    write_clip(clip, images, options={"crf": "10"})
+    whole = detect_video(detector, clip, tmp_path / "whole")
+    assert whole.objects == {}
+    tiles = detect_video(detector, clip, tmp_path / "tiles", tile=64, overlap=0, track=track)
+    lines = lines_of(tiles.lines)
+    assert [whites(line) for line in lines] == [
+        [(128 + 8 * i, 64, 136 + 8 * i, 72)] for i in range(3)
+    ]
+    # As in images, a model that was trained on tiles runs on tiles.
+    detector.info["tile"] = {"side": 64, "overlap": 0.0}
+    assert detect_video(detector, clip, tmp_path / "own").objects["white"] == 3
+    assert detect_video(detector, clip, tmp_path / "none", tile="none").objects == {}
+    with pytest.raises(ConfigError, match="tile 7 is neither auto, none nor"):
+        detect_video(detector, clip, tmp_path, tile=7)
+
+
 def test_missing_camera_is_an_error(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"camera 97: cannot be opened: .*; is it plugged in"):
         detect_video(detector, "97", tmp_path)

@@ -31,6 +31,7 @@ from retinanet.cli.serve import serve
 from retinanet.cli.settings import expand_groups
 from retinanet.cli.suspects import suspects
 from retinanet.cli.train import train
+from retinanet.cli.tune import tune
 from retinanet.errors import ConfigError, RetinaNetError
 
 # Base class of all usage errors, of typer's own click (since 0.26) or of the separate package.
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "": {
         "demo": demo,
         "train": train,
+        "tune": tune,
         "evaluate": evaluate,
         "detect": detect,
         "serve": serve,
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(f"error: {describe_error(error)}", style="red")
         return 2 if isinstance(error, ConfigError | _UsageError) else 1
     if code in (STOPPED, TERMINATED):
-        resumable = words[0] in ("train", "demo", "paper") or "ray" in words
+        resumable = words[0] in ("train", "tune", "demo", "paper") or "ray" in words
         command = f"; to resume: {shlex.join(['retinanet', *words])}" if resumable else ""
         note(f"stopped{command}")
     return code if isinstance(code, int) else 0

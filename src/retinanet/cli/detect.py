@@ -51,6 +51,9 @@ class KindOptions:
     """What only videos or collections have."""
 
     batch_size: int = option("Images per batch.", 1, min=1)
+    allow_urls: bool = option(
+        "Images: fetch http:// and https:// addresses, up to 64 MiB and 30 s each.", False
+    )
     every: int | None = option("Video: process every N-th frame.", shown="1", min=1)
     track: bool = option("Video: track objects across frames (ByteTrack).", False)
     engine: str = option("local; or ray, for collections and clusters.", "local")
@@ -65,8 +68,7 @@ _ONLY_FOR = {
     "image_root": ("images",),
     "draw_threshold": ("images", "video"),
     "calibrate": ("images", "video"),
-    "tile": ("images", "ray"),
-    "overlap": ("images", "ray"),
+    "allow_urls": ("images",),
     "every": ("video",),
     "track": ("video",),
     "workers": ("ray",),
@@ -84,8 +86,9 @@ def detect(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="Images, folders, globs; videos or a camera's number; with --engine ray also "
-            "list files, WebDataset shards and s3://, gs://, hf:// addresses.",
+            help="Images, folders, globs; with --allow-urls addresses of images; videos, rtsp:// "
+            "streams or a camera's number; with --engine ray also list files, WebDataset shards "
+            "and s3://, gs://, hf:// addresses.",
         ),
     ],
     *,
@@ -102,13 +105,13 @@ def detect(
     Images that cannot be read are skipped and listed at the end; the exit code is then 1.
     """
     from retinanet.config import check_choice
-    from retinanet.inference.sources import is_video
+    from retinanet.inference.sources import is_url, is_video
 
     check_choice("--engine", other.engine, ("local", "ray"))
     is_ray = other.engine == "ray"
     kind = "ray" if is_ray else "video" if any(map(is_video, sources)) else "images"
     given = {**vars(files), **vars(detector), **vars(tiles), **vars(other)}
-    given["track"] = other.track or None
+    given |= {name: given[name] or None for name in ("track", "allow_urls")}
     _check_options(kind, [name for name, value in given.items() if value is not None])
     options = {**vars(detector), **selection.given(), **thresholds.given()}
     drawn_score = files.draw_threshold or 0.0
@@ -121,11 +124,16 @@ def detect(
         from retinanet.cli.detect_video import detect_videos
 
         settings |= {"every": other.every or 1, "track": other.track}
-        settings["draw_threshold"] = files.draw_threshold
+        settings |= {"draw_threshold": files.draw_threshold, **tiles.given()}
         is_complete = detect_videos(model, sources, files.out, options, settings, json=json)
     else:
         settings |= tiles.given()
-        is_complete = _detect_images(model, sources, files, drawn_score, options, settings, json)
+        listed: Sequence[Any] = sources
+        if other.allow_urls:
+            from retinanet.inference.urls import UrlSource
+
+            listed = [UrlSource.of(item) if is_url(item) else item for item in sources]
+        is_complete = _detect_images(model, listed, files, drawn_score, options, settings, json)
     if not is_complete:
         raise typer.Exit(1)
 
@@ -146,7 +154,7 @@ def _check_options(kind: str, given: Sequence[str]) -> None:
 
 def _detect_images(
     model: str,
-    sources: Sequence[str],
+    sources: Sequence[Any],
     files: FileOptions,
     drawn_score: float,
     options: dict[str, Any],
@@ -165,7 +173,7 @@ def _detect_images(
     if not readable:
         raise failures[0].error
     if options["precision"] == "int8" and options["calibrate"] is None:
-        options["calibrate"] = [source.image for source in readable]
+        options["calibrate"] = readable
     detector = load(model, **options)
     settings |= {"quiet": json, "drawn_score": drawn_score}
     objects, drawn = _write_detections(detector, readable, failures, files, **settings)

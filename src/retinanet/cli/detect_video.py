@@ -29,7 +29,7 @@ def detect_videos(
 
     Args:
         model: as for :func:`retinanet.inference.load`.
-        sources: videos, globs of videos, numbers of cameras.
+        sources: videos, globs of videos, streams, numbers of cameras.
         out: output folder.
         options: of :func:`retinanet.inference.load`.
         settings: of :func:`retinanet.video.detect.detect_video`.
@@ -45,7 +45,6 @@ def detect_videos(
     """
     from retinanet.errors import DataError
     from retinanet.inference import load
-    from retinanet.inference.tiles import whole_images_warning
     from retinanet.video.detect import detect_video
     from retinanet.video.reading import import_av
 
@@ -54,8 +53,6 @@ def detect_videos(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = _samples(list(videos))
     detector = load(model, **options)
-    if (warning := whole_images_warning(detector.info)) is not None:
-        note(warning)
     if not json:
         note(detector.network.description)
     summaries: list[VideoSummary] = []
@@ -121,18 +118,20 @@ def _list_videos(sources: list[str]) -> list[str]:
 
 
 def _name_videos(videos: list[str], out: Path) -> dict[str, str | None]:
-    """Choose a unique name of the output files per video; None for a camera.
+    """Choose a unique name of the output files per video; None for a camera or stream.
 
     Raises:
         DataError: an output would overwrite a video.
     """
     from retinanet.errors import DataError
+    from retinanet.inference.sources import is_stream
 
-    inputs = {Path(video).resolve(): video for video in videos if not video.isdecimal()}
+    live = [video for video in videos if video.isdecimal() or is_stream(video)]
+    inputs = {Path(video).resolve(): video for video in videos if video not in live}
     names: dict[str, str | None] = {}
     taken: set[str] = set()
     for video in videos:
-        if video.isdecimal():
+        if video in live:
             names[video] = None
             continue
         stem = name = Path(video).stem

@@ -170,7 +170,11 @@ def _objects_over_limit(dataset: Dataset, per_class: int, per_image: int | None)
 
 def _detections_over_limit(table: _Array, limit: int) -> int:
     """Count the detections beyond `limit` of their class and image."""
-    _, counts = np.unique(table[:, [0, 6]], axis=0, return_counts=True)
+    _, images, counts = np.unique(table[:, 0], return_inverse=True, return_counts=True)
+    if counts.max(initial=0) <= limit:
+        return 0
+    _, classes = np.unique(table[:, 6], return_inverse=True)
+    _, counts = np.unique(images * (classes.max() + 1) + classes, return_counts=True)
     return int((counts - limit).clip(min=0).sum())
 
 

@@ -4,6 +4,7 @@ from retinanet.inference.backends import Thresholds, detect_batch
 from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.sources import Source, find_sources
+from retinanet.inference.urls import UrlSource
 
 __all__ = [
     "Detector",
@@ -11,6 +12,7 @@ __all__ = [
     "ImageDetections",
     "Source",
     "Thresholds",
+    "UrlSource",
     "detect_batch",
     "find_sources",
     "load",

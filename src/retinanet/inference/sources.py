@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -83,11 +84,28 @@ class Source:
         return Failure(path, " ".join(reason.split()), error)
 
 
+def is_url(given: Any) -> bool:
+    """Return whether `given` is an http:// or https:// address."""
+    return isinstance(given, str) and given.lower().startswith(("http://", "https://"))
+
+
+def is_stream(given: Any) -> bool:
+    """Return whether `given` is the address of a camera in a network: rtsp:// or rtsps://."""
+    return isinstance(given, str) and given.lower().startswith(("rtsp://", "rtsps://"))
+
+
+def hide_password(url: str) -> str:
+    """Return an address without user name and password."""
+    return re.sub("//[^/@]*@", "//", url, count=1)
+
+
 def is_video(given: str | Path) -> bool:
-    """Return whether `given` is a video by its suffix, or the number of a camera.
+    """Return whether `given` is a video by its suffix, a stream, or the number of a camera.
 
     An existing file or folder is never a camera, and a folder never a video.
     """
+    if is_stream(given) or is_url(given):
+        return is_stream(given)
     path = Path(given)
     if str(given).isdecimal():
         return not path.exists()
@@ -97,8 +115,8 @@ def is_video(given: str | Path) -> bool:
 def is_single(given: Any) -> bool:
     """Return whether `given` is one image: neither a list, a folder, a glob nor a batch."""
     if isinstance(given, str | Path):
-        if _is_archive(given):
-            return False
+        if is_url(given) or _is_archive(given):
+            return is_url(given)
         return os.path.isfile(given) or not (os.path.isdir(given) or glob.has_magic(str(given)))
     if isinstance(given, Tensor | np.ndarray):
         return given.ndim != 4
@@ -229,6 +247,8 @@ def _expand_or_fail(item: Any, index: int, outputs: OutputFilter) -> list[Source
 def _expand(item: Any, name: str, outputs: OutputFilter) -> Iterator[Source]:
     if isinstance(item, Source):
         yield item
+    elif is_stream(item) or is_url(item):
+        raise DataError(_why_no_address(item))
     elif isinstance(item, str | Path):
         yield from _expand_path(item, outputs)
     elif isinstance(item, Tensor | np.ndarray) and item.ndim == 4:
@@ -240,6 +260,16 @@ def _expand(item: Any, name: str, outputs: OutputFilter) -> Iterator[Source]:
             f"unknown type of source: {type(item).__name__}; give a path, a folder, a glob, an "
             "array, a tensor, a PIL image, the bytes of an image file, or a list of them"
         )
+
+
+def _why_no_address(address: str) -> str:
+    shown = hide_password(address)
+    if is_stream(address) or Path(urlsplit(address).path).suffix.lower() in VIDEO_SUFFIXES:
+        return f"{shown}: no image; videos are files, cameras and rtsp:// streams (detect)"
+    return (
+        f"{shown}: addresses are not fetched by default; give --allow-urls, or in Python "
+        "retinanet.inference.UrlSource.of(url)"
+    )
 
 
 def _expand_path(given: str | Path, outputs: OutputFilter) -> Iterator[Source]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +26,12 @@ import numpy as np
 from retinanet.data.drawing import PALETTE, Colour, draw_boxes
 from retinanet.errors import ConfigError, DataError
 from retinanet.inference.backends import DETECTION_SCORE, Thresholds, merge_thresholds
-from retinanet.inference.detections import ImageDetections
+from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import Detector, Prepared
 from retinanet.inference.manifest import OutputFolder
 from retinanet.inference.parallel import map_network, use_cores
 from retinanet.inference.sources import Source
+from retinanet.inference.tiles import choose_tiling
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.structures import Detections
 from retinanet.video.reading import Frame, Pixels, Sound, VideoReader
@@ -45,6 +47,13 @@ _MAX_WAITING = 32  # frames that wait for a batch, however few of them detection
 
 Progress = Callable[[int, int | None], None]
 """Called with the frames written and the total (None: unknown)."""
+
+
+class VideoOptions(Thresholds, total=False):
+    """Options of :func:`detect_video`: thresholds, and ``tile`` and ``overlap``."""
+
+    tile: int | str | None
+    overlap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,7 @@ def detect_video(
     draw_threshold: float | None = None,
     stop: Event | None = None,
     progress: Progress | None = None,
-    **thresholds: Unpack[Thresholds],
+    **options: Unpack[VideoOptions],
 ) -> VideoSummary:
     """Detect in a video or camera; write an annotated mp4 and a JSON line per frame.
 
@@ -132,7 +141,7 @@ def detect_video(
 
     Args:
         detector: runs on the frames.
-        source: a file, or a camera's number.
+        source: a file, an ``rtsp://`` address, or a camera's number.
         out: folder of the files; created if missing.
         name: of the files; None: the source's without its suffix, ``camera-0`` for a camera.
         every: run on every N-th frame; the frames between keep its boxes.
@@ -143,8 +152,9 @@ def detect_video(
         stop: set it to end the video early, with both files complete up to there. None: SIGINT and
             SIGTERM do so, and are raised again afterwards.
         progress: called in this thread.
-        thresholds: override :attr:`Detector.thresholds`; with `track`
-            :attr:`Detector.eval_thresholds`, as tracks continue in boxes of low scores.
+        options: ``tile`` and ``overlap`` as in :meth:`Detector.stream`; thresholds that override
+            :attr:`Detector.thresholds`, with `track` :attr:`Detector.eval_thresholds`, as tracks
+            continue in boxes of low scores.
 
     Raises:
         DataError: the source cannot be opened, contains no frame, or would be overwritten.
@@ -155,7 +165,10 @@ def detect_video(
         if value < 1:
             raise ConfigError(f"{setting} {value} is under 1")
     stored = detector.eval_thresholds if track else detector.thresholds
+    thresholds: Any = {**options}
+    tiling = thresholds.pop("tile", None), thresholds.pop("overlap", None)
     merged = merge_thresholds(stored, thresholds)
+    tiles = _tile_options(detector, *tiling, merged, thresholds.get("detections_per_image"))
     if draw_threshold is None:
         draw_threshold = DETECTION_SCORE if track else 0.0
     with stop_on_signal() if stop is None else nullcontext(StopRequest()) as signals:
@@ -170,7 +183,7 @@ def detect_video(
                     across_classes=merged["class_agnostic_nms"],
                 )
             pipeline = _Pipeline(
-                detector, reader, tracker, every, batch_size, draw_threshold, merged
+                detector, reader, tracker, every, batch_size, draw_threshold, merged, tiles
             )
             summary = _write_files(pipeline, video, lines, stop or signals, progress)
         except DataError:
@@ -181,6 +194,22 @@ def detect_video(
     if signals.received is not None:
         signal.raise_signal(signals.received)
     return summary
+
+
+def _tile_options(
+    detector: Detector,
+    tile: int | str | None,
+    overlap: float | None,
+    thresholds: Thresholds,
+    max_detections: int | None,
+) -> dict[str, Any] | None:
+    """Return the options of :meth:`Detector.stream` for tiles; None: whole frames only."""
+    side, overlap = choose_tiling(tile, overlap, detector.image_size, detector.info)
+    if side is None:
+        return None
+    # The limit is that of tiles, not of the frame, unless it was given.
+    own = {**thresholds, "detections_per_image": max_detections}
+    return {"tile": side, "overlap": overlap, **own}
 
 
 def _write_files(
@@ -225,14 +254,14 @@ class _Item:
 
     Attributes:
         frame: as it was read.
-        ready: its RGB and what the network takes; None: detection does not run on it.
+        ready: its RGB and what the network takes (None: tiles); None: detection does not run on it.
         found: its objects, or those of the last frame that detection ran on.
         tracks: their track numbers.
         encodable: the annotated frame.
     """
 
     frame: Frame
-    ready: Future[tuple[Pixels, Prepared]] | None
+    ready: Future[tuple[Pixels, Prepared | None]] | None
     found: ImageDetections | None = None
     tracks: Sequence[int | None] = ()
     encodable: Future[Any] | None = None
@@ -240,7 +269,7 @@ class _Item:
 
 @dataclass(slots=True)
 class _Pipeline:
-    """Detection in a video."""
+    """Detection in a video; `tiles` are options of :meth:`Detector.stream`, None: no tiles."""
 
     detector: Detector
     reader: VideoReader
@@ -249,6 +278,7 @@ class _Pipeline:
     batch_size: int
     draw_threshold: float
     thresholds: Thresholds
+    tiles: dict[str, Any] | None = None
     written: int = 0
     searched: int = 0
     objects: Counter[str] = field(default_factory=Counter)
@@ -324,8 +354,8 @@ class _Pipeline:
     ) -> tuple[list[_Item] | Sound, list[Detections]]:
         if isinstance(batch, Sound):
             return batch, []
-        ready = [item.ready.result()[1] for item in batch if item.ready is not None]
-        return batch, self.detector.detect_prepared(ready, **self.thresholds)
+        ready = [item.ready.result() for item in batch if item.ready is not None]
+        return batch, list(self._detect_frames(ready))
 
     def _track(
         self, items: Sequence[_Item], detections: Sequence[Detections]
@@ -343,6 +373,21 @@ class _Pipeline:
             self.objects.update(self.detector.classes[i] for i in objects.labels.tolist())
             yield self.detector.image_detections(objects, source, self.reader.size), tracks
 
+    def _detect_frames(
+        self, frames: Sequence[tuple[Pixels, Prepared | None]]
+    ) -> Sequence[Detections]:
+        if self.tiles is None:
+            prepared = [own for _, own in frames if own is not None]
+            return self.detector.detect_prepared(prepared, **self.thresholds)
+        results: list[Detections] = []
+        sources = [Source(pixels, self.reader.source) for pixels, _ in frames]
+        options: Any = {"batch_size": self.batch_size, "workers": 1, **self.tiles}
+        for found in self.detector.stream(sources, **options):
+            if isinstance(found, Failure):
+                raise found.error
+            results.append(found)
+        return results
+
     def _write(self, item: _Item | Sound, writer: VideoWriter, lines: TextIO) -> None:
         if isinstance(item, Sound):
             writer.write_sound(item)
@@ -353,8 +398,10 @@ class _Pipeline:
         lines.flush()
         self.written += 1
 
-    def _prepare(self, image: Any) -> tuple[Pixels, Prepared]:
+    def _prepare(self, image: Any) -> tuple[Pixels, Prepared | None]:
         pixels = self.reader.rgb(image)
+        if self.tiles is not None:
+            return pixels, None
         return pixels, self.detector.prepare(Source(pixels, self.reader.source))
 
     def _annotate(self, item: _Item, writer: VideoWriter) -> Any:
@@ -421,7 +468,8 @@ def _output_files(
     reader: VideoReader, source: str | Path, out: Path, name: str | None
 ) -> tuple[Path, Path]:
     """Return the two files to write, in a folder that exists and lists them as outputs."""
-    stem = name or (reader.source.replace(" ", "-") if reader.is_live else Path(source).stem)
+    own = re.sub(r"[^\w.-]+", "-", reader.source) if reader.is_live else Path(source).stem
+    stem = name or own
     video, lines = out / f"{stem}.mp4", out / f"{stem}.jsonl"
     if not reader.is_live and video.resolve() == Path(source).resolve():
         raise DataError(f"{source}: would be overwritten; give another --out than its own folder")

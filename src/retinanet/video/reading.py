@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinanet.errors import DataError, MissingExtraError
+from retinanet.inference.sources import hide_password, is_stream
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -68,7 +69,7 @@ class VideoReader:
     """An opened video or camera.
 
     Attributes:
-        source: as given; ``camera 0`` for a camera.
+        source: as given, without a password; ``camera 0`` for a camera.
         size: (height, width) in pixels of the upright image; frames of another size are resized to
             that of the first frame.
         turn: how a stored frame is turned upright.
@@ -76,7 +77,7 @@ class VideoReader:
         rate: stated frames per second, the mean of a varying rate; None: not stated.
         frames: approximate number of frames; None: unknown, as of a camera.
         pixel_aspect: width / height of a pixel, upright.
-        is_live: whether it is a camera.
+        is_live: whether it is a camera or a stream.
         sounds: PyAV's sound streams.
         first: the first frame that can be read, for its colours.
         broken: frames that could not be decoded so far; exact once the video has been read.
@@ -94,14 +95,20 @@ class VideoReader:
         """
         av = import_av()
         number = camera_number(source)
-        self.is_live = number is not None
-        self.source = f"camera {number}" if self.is_live else str(source)
+        self.is_live = number is not None or is_stream(source)
+        shown = hide_password(str(source)) if self.is_live else str(source)
+        self.source = shown if number is None else f"camera {number}"
         self.broken = 0
         self.missing = 0
         self.cut = ""
         try:
             if number is not None:
                 self._container = _open_camera(av, number)
+            elif self.is_live:
+                waits = (_CAMERA_WAIT, _CAMERA_WAIT)
+                # By UDP, frames of many megapixels arrive incomplete.
+                options = {"rtsp_transport": "tcp"}
+                self._container = av.open(str(source), options=options, timeout=waits)
             else:
                 # By a container of its own, so that the video is then read from its beginning.
                 with av.open(self.source) as container:
@@ -362,7 +369,10 @@ def _turn(frame: Any) -> Turn:
 def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     if is_live:
-        return f"{source}: cannot be opened: {reason}; is it plugged in, and used by no one else?"
+        hint = "is it plugged in, and used by no one else?"
+        if is_stream(source):
+            hint = "check the address and the password, and that the camera is on"
+        return f"{source}: cannot be opened: {reason}; {hint}"
     path = Path(source)
     if not path.exists():
         return f"{source}: there is no such file or folder"

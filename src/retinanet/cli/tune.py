@@ -1,0 +1,115 @@
+"""``retinanet tune``: choose settings of training by short trainings."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retinanet.cli.console import note, print_json, say, seconds, table
+from retinanet.cli.settings import DeviceOptions, Json, LabelledData, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(DeviceOptions):
+    """The search."""
+
+    budget: str = option("Time for all trials, such as 2h.", ..., metavar="DURATION")
+    recipe: str = option(
+        "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file.", "quick"
+    )
+    out: Path | None = option(
+        "Folder of the search; an unfinished search in it is resumed.", shown="runs/tune-DATA"
+    )
+    trials: int | None = option(
+        "Maximum number of trials.", shown="as many as the budget allows", min=1
+    )
+
+
+def tune(
+    data: LabelledData,
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=RANGE",
+            help="Settings to choose: train.lr=1e-4..1e-2, train.optimizer=adamw|sgd; KEY=VALUE "
+            "is for all trials.",
+        ),
+    ],
+    *,
+    options: TuneOptions,
+    json: Json = False,
+) -> None:
+    """Choose settings of training by short trainings, with Optuna.
+
+    The trials are compared by AP on the validation split; poor ones are stopped early. A trial
+    takes a twentieth of the budget, or the train.time, train.steps or train.epochs that is given.
+    Ctrl-C stops after the current step; the same command resumes the search.
+    """
+    from retinanet.config import parse_seconds
+    from retinanet.errors import ConfigError
+    from retinanet.training.search import Trial, parse_ranges, search
+
+    ranges, fixed = parse_ranges(settings)
+    try:
+        budget = parse_seconds(options.budget)
+    except ValueError as error:
+        raise ConfigError(f"--budget {error}") from None
+
+    def show(trial: Trial) -> None:
+        values = ", ".join(f"{key}={_text(value)}" for key, value in trial.values.items())
+        ap = "-" if trial.ap != trial.ap else f"{trial.ap:.3f}"
+        note(f"trial {trial.number}: {trial.state}, AP {ap}, {seconds(trial.seconds)}: {values}")
+
+    folder = options.out or Path("runs") / f"tune-{data.resolve().stem}"
+    result = search(
+        data,
+        folder,
+        ranges,
+        recipe=options.recipe,
+        settings=fixed,
+        budget=budget,
+        max_trials=options.trials,
+        device=options.device,
+        on_trial=show,
+    )
+    best = result.best
+    command = ""
+    if best is not None:
+        chosen = [f"{key}={_text(value)}" for key, value in best.values.items()]
+        kept = [text for text in fixed if not text.startswith("train.time=")]
+        words = ["retinanet", "train", str(data), "--recipe", options.recipe, *kept, *chosen]
+        command = shlex.join(words)
+    if json:
+        values = {"out": folder, "command": command, "best": best and best.number}
+        print_json({**values, "trials": [_row(trial) for trial in result.trials]})
+    else:
+        names = [own.setting for own in ranges]
+        ranked = sorted(result.trials, key=lambda t: (t is not best, t.state != "complete", -t.ap))
+        table(
+            "Trials, the best first",
+            ["trial", "state", *names, "AP", "time"],
+            [
+                (str(t.number), t.state, *(_text(t.values.get(name, "-")) for name in names), t.ap,
+                 seconds(t.seconds))
+                for t in ranked
+            ],
+            left=2,
+        )  # fmt: skip
+        if best is not None:
+            say(f"run      {folder / 'trials' / f'{best.number:03}'}: config.toml, best/")
+            say(f"next     {command}")
+    if result.stopped:
+        raise typer.Exit(result.exit_code)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _row(trial: Any) -> dict[str, Any]:
+    names = ("number", "state", "ap", "seconds", "values")
+    return {name: getattr(trial, name) for name in names}
