@@ -73,9 +73,12 @@ def map_ahead(
                 future.cancel()
 
 
-def map_network(network: Any, call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+def map_network(
+    network: Any, call: Callable[[_T], _R], items: Iterable[_T], *, ahead: int = 0
+) -> Iterator[_R]:
     """Yield the results of calls that run a network, in order; its workers share the cores."""
     workers = network_workers(network)
     if workers == 1:
         return map(call, items)
-    return map_ahead(call, items, workers, cores=torch.get_num_threads() // workers)
+    cores = torch.get_num_threads() // workers
+    return map_ahead(call, items, workers, cores=cores, ahead=ahead)
