@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from retinanet.config import is_own
 from retinanet.errors import ConfigError
-from retinanet.matching import anchor_labels, usable_labels
 from retinanet.structures import IGNORED, is_readable
 
 IMPORT_VARIABLE = "RETINANET_IMPORT"
@@ -147,8 +146,7 @@ def match(path: str, anchors: Tensor, targets: Any, outputs: Any) -> Tensor:
     """Match anchors by an own assigner, ``assign(anchors, targets, outputs)``.
 
     It takes anchors (R, 4), :class:`retinanet.Targets` and :class:`retinanet.Outputs`, and returns
-    integers (B, R): the index of an anchor's object, BACKGROUND (-1) or IGNORED (-2). Anchors of an
-    ignored region (label IGNORED) are ignored, those of padding are background.
+    integers (B, R): the index of an anchor's object, BACKGROUND (-1) or IGNORED (-2).
     """
     matches = find_function("matching.assignment", path)(anchors, targets, outputs)
     shape, limit = (len(targets.boxes), len(anchors)), targets.boxes.shape[1]
@@ -163,9 +161,8 @@ def match(path: str, anchors: Tensor, targets: Any, outputs: Any) -> Tensor:
             f"matching.assignment {path!r} returned {_describe(matches)}: return integers {shape}, "
             f"the index 0..{limit - 1} of each anchor's object, -1 for background, -2 for ignored"
         )
-    matches = matches.long()
-    labels = anchor_labels(matches, usable_labels(targets))
-    return torch.where(labels < 0, labels, matches)
+    result: Tensor = matches.long()
+    return result
 
 
 def _describe(value: Any) -> str:
