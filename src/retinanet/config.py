@@ -541,7 +541,7 @@ def load_recipe(
     named = set()
     for override in overrides:
         key, value = _split_override(override) if isinstance(override, str) else override
-        if key == "train.steps":
+        if key == "train.steps" and "train.epochs" not in named:
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named.add(key)
         _override(values, key, value)
