@@ -19,7 +19,7 @@ from retinanet.training.trainer import train as train_by_recipe
 
 
 def train(
-    data: str | Path | Reader | Mapping[str, Any],
+    data: str | Path | Reader | Mapping[str, Any] | Any,
     *,
     out: str | Path,
     recipe: str | Path | Recipe = "quick",
@@ -40,7 +40,7 @@ def train(
         data: a folder or file of any format of :mod:`retinanet.data.formats`; a function that
             yields images with their boxes and class names
             (:func:`retinanet.data.memory.read_with`); or splits by name, each a :class:`Dataset` or
-            a map-style data set of ``(image, {"boxes", "labels"})``.
+            a map-style data set of ``(image, {"boxes", "labels"})``; one alone is ``train``.
         out: the run folder; an unfinished run of the same recipe and data in it is resumed.
         recipe: a name, a TOML file, or a recipe from :func:`retinanet.load_recipe`.
         settings: overrides of the recipe, such as ``"train.lr=0.005"``, or a mapping.
@@ -76,18 +76,32 @@ def train(
         raise ConfigError(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
+    data = _by_split(data, classes)
+    more = Extension.of(more_epochs, more_time)
+    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    return train_by_recipe(recipe, data, out, device=device, init=init, **options)
+
+
+def _by_split(data: Any, classes: Sequence[str] | None) -> Any:
+    """Return map-style data sets as splits by name; a path or a reader as it is."""
+    if not isinstance(data, str | Path | Mapping) and not callable(data):
+        is_map = isinstance(data, Dataset) or hasattr(data, "__getitem__")
+        if not is_map or isinstance(data, tuple | list):
+            raise ConfigError(
+                f"data is a {type(data).__name__}: give a path, a map-style data set, or data sets "
+                'by split, {"train": .., "val": ..}'
+            )
+        data = {"train": data}
     if classes is not None and not isinstance(data, Mapping):
         raise ConfigError(
             "classes are the names of map-style data sets, and these data have their own: to train "
             'on some of them give settings={"data.classes": [..]}'
         )
-    if isinstance(data, Mapping):
-        data = {
-            split_word(name) or name: part
-            if isinstance(part, Dataset)
-            else from_torch(part, classes, split=name)
-            for name, part in data.items()
-        }
-    more = Extension.of(more_epochs, more_time)
-    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
-    return train_by_recipe(recipe, data, out, device=device, init=init, **options)
+    if not isinstance(data, Mapping):
+        return data
+    return {
+        split_word(name) or name: part
+        if isinstance(part, Dataset)
+        else from_torch(part, classes, split=name)
+        for name, part in data.items()
+    }

@@ -101,6 +101,12 @@ _OTHER_NAMES = {
 """Names of a setting in torchvision, detectron2, mmdetection and Ultralytics."""
 
 
+_NO_KEYWORDS = {
+    "resume": ": the same call resumes a run, more_epochs and more_time extend a finished one",
+    "callbacks": ": give a function of events as on_event",
+}
+
+
 def parse_seconds(text: str) -> float:
     """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
 
@@ -538,17 +544,17 @@ def load_recipe(
             of the wrong type or out of range.
     """
     values, where = _read_recipe(str(name_or_file))
-    named = set()
+    named: dict[str, Any] = {}
     for override in overrides:
         key, value = _split_override(override) if isinstance(override, str) else override
         if key == "train.steps" and "train.epochs" not in named:
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
-        named.add(key)
+        named[key] = value
         _override(values, key, value)
     lengths = [
         f"train.{name}"
         for name in ("steps", "epochs", "time")
-        if f"train.{name}" in named and values["train"][name] not in (None, "none")
+        if named.get(f"train.{name}") not in (None, "none")
     ]
     if len(lengths) > 1:
         raise ConfigError(
@@ -557,7 +563,11 @@ def load_recipe(
     if "loss.mining" in named and "loss.classification" not in named:
         values["loss"].pop("classification", None)  # mining alone is of plain cross entropy
     recipe = build_recipe(values, where)
-    return _with_stated(recipe, named - {"auto"}) if str(name_or_file) in recipe_names() else recipe
+    return (
+        _with_stated(recipe, named.keys() - {"auto"})
+        if str(name_or_file) in recipe_names()
+        else recipe
+    )
 
 
 def keyword_settings(
@@ -583,6 +593,7 @@ def keyword_settings(
         if name not in own:
             meant = setting_of(name)
             hint = f"; did you mean {meant.split('.')[1]}?" if meant else nearest(name, own)
+            hint = _NO_KEYWORDS.get(name, hint)
             raise ConfigError(f"unknown keyword {name!r}{hint}")
         section, key = own[name].split(".")
         if value is None and not _may_be_none(_sections()[section], key):
@@ -636,6 +647,18 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
     given = {name: _plain(value) for name, value in settings.items()}
     try:
         return ModelSpec.model_validate(values | given)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def build_loss_settings(**settings: Any) -> LossSettings:
+    """Return the paper's loss settings with some replaced.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
+    """
+    try:
+        return LossSettings.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import TextIO
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write text (as UTF-8) or bytes to `path` atomically; parent folders are created."""
-    with _beside(Path(path)) as file:
+def write_atomic(path: str | Path, content: str | bytes, *, sync: bool = True) -> Path:
+    """Write text (as UTF-8) or bytes to `path` atomically; parent folders are created.
+
+    `sync` waits for the disk, against a loss of power too; for one of many files it costs most of
+    the time.
+    """
+    with _beside(Path(path), sync=sync) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)
 
@@ -35,7 +39,7 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[BufferedWriter]:
+def _beside(path: Path, *, sync: bool = True) -> Iterator[BufferedWriter]:
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -43,7 +47,8 @@ def _beside(path: Path) -> Iterator[BufferedWriter]:
             with beside.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

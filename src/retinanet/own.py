@@ -40,7 +40,8 @@ def import_own(paths: Mapping[str, str]) -> None:
                 sys.path.append(os.getcwd())
             try:
                 importlib.import_module(path.partition(":")[0])
-            except ImportError as error:
+            # Of names such as "" and ".net" the others.
+            except (ImportError, ValueError, TypeError) as error:
                 raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from None
             if _find(setting, path) is None:
                 raise ConfigError(_missing(setting, path, "class or function"))
@@ -68,11 +69,8 @@ def find_function(setting: str, path: str) -> Callable[..., Any]:
     found = _find(setting, path)
     if isinstance(found, type) and issubclass(found, nn.Module):
         return _instance(found)  # type: ignore[arg-type]
-    # Not of Python's library, which can do more than compute.
-    if (
-        not inspect.isfunction(found)
-        or path.partition(":")[0].split(".")[0] in sys.stdlib_module_names
-    ):
+    # Not of Python's library, which can do more than compute; also not by way of another module.
+    if not inspect.isfunction(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
         raise ConfigError(_missing(setting, path, "function or class"))
     return found
 

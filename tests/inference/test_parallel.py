@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from retinanet.inference.parallel import map_ahead, map_network, network_workers
+from retinanet.inference.parallel import map_ahead, map_network, network_workers, use_cores
 
 
 @pytest.fixture
@@ -18,6 +19,11 @@ def four_cores() -> Iterator[None]:
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(before)
+
+
+def in_new_thread(call: Callable[[], int]) -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def test_map_ahead_keeps_the_order_and_takes_few_items_early() -> None:
@@ -48,11 +54,18 @@ def test_map_network_shares_the_cores_among_its_threads(four_cores: None) -> Non
     cores = list(map_network(network, lambda _: torch.get_num_threads(), range(8)))
     assert cores == [1] * 8
     assert torch.get_num_threads() == 4  # of this thread, and of new ones
-    later: list[int] = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert later == [4]
+    assert in_new_thread(torch.get_num_threads) == 4
+
+
+def test_use_cores_in_a_thread_again_keeps_the_number_of_new_threads(four_cores: None) -> None:
+    def use(*numbers: int) -> int:
+        for cores in numbers:
+            use_cores(cores)
+        return torch.get_num_threads()
+
+    assert in_new_thread(lambda: use(1, 2)) == 2  # as for a lone image of a server
+    assert torch.get_num_threads() == 4
+    assert in_new_thread(torch.get_num_threads) == 4
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "torch"), ("cpu", "openvino")])

@@ -17,7 +17,7 @@ from white_finder import Pixels
 
 from retinanet.cli import main
 from retinanet.errors import ConfigError, DataError, ImageError
-from retinanet.inference import Detector, ImageDetections, UrlSource
+from retinanet.inference import Detector, ImageDetections, UrlSource, find_sources
 from retinanet.inference import detector as detector_module
 from retinanet.inference.urls import fetch
 
@@ -79,8 +79,12 @@ def test_url_is_fetched_where_it_was_asked_for(
         detector.detect(address)
     with pytest.raises(DataError, match=r"//host/a.mp4: no image; videos are files"):
         detector.detect("http://me:secret@host/a.mp4")
-    with pytest.raises(ConfigError, match="no http:// or https:// address: 'ftp://a'"):
-        UrlSource.of("ftp://a")
+    for wrong in ("ftp://a", "http://[::1/a", "http:///a"):
+        with pytest.raises(ConfigError, match="no http:// or https:// address: "):
+            UrlSource.of(wrong)
+    assert UrlSource.of("http://h/..%2f../%2e%2e/a/../1.png").name == "h/a/1.png"
+    same = [UrlSource.of(f"http://me:secret@h/1.png?size={i}") for i in (1, 2)]
+    assert [found.name for found in find_sources(same)] == ["h/1.png"] * 2  # writers number them
 
     monkeypatch.setattr(detector_module, "open_model", lambda name: None)
     monkeypatch.setattr(detector_module, "Detector", lambda *_, **__: detector)
@@ -117,5 +121,9 @@ def test_limits_of_fetch(server: str, path: str, message: str) -> None:
 
 
 def test_host_that_does_not_answer_is_an_error() -> None:
-    with pytest.raises(ImageError, match=r"http://127.0.0.1:9/a: cannot be fetched: .*refused"):
-        fetch("http://me:secret@127.0.0.1:9/a")
+    source = UrlSource.of("http://me:se@cret@127.0.0.1:9/a?b=c@d")  # as urlsplit: at the last @
+    with pytest.raises(
+        ImageError, match=r"^http://127.0.0.1:9/a\?b=c@d: cannot be fetched: .*refused"
+    ) as error:
+        source.load()
+    assert source.failure(error.value).source == "http://127.0.0.1:9/a?b=c@d"

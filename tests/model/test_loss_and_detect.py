@@ -161,6 +161,19 @@ def test_freeze_keeps_weights_and_statistics_of_parts() -> None:
         model.freeze("neck")
 
 
+def test_loss_takes_fields_of_the_settings(model: rn.RetinaNet) -> None:
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": [1]}]
+    expected = model.loss(images, targets, settings=rn.LossSettings(gamma=1.0)).total
+    assert_close(model.loss(images, targets, gamma=1.0).total, expected)
+    with pytest.raises(rn.ConfigError, match="unknown setting 'gama'; did you"):
+        model.loss(images, targets, gama=1.0)
+    with pytest.raises(rn.ConfigError, match="settings and gamma are given"):
+        model.loss(images, targets, settings=rn.LossSettings(), gamma=1.0)
+    with pytest.raises(ValueError, match="got list; "):
+        model([images[0]])
+
+
 def test_unknown_threshold_names_the_setting(model: rn.RetinaNet) -> None:
     with pytest.raises(rn.ConfigError, match=r"'conf'; did you mean detect\.score_threshold"):
         model.detect([pixels(64, 64)], conf=0.5)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 import retinanet as rn
 from retinanet.config import LossSettings, build_model_spec
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.losses import detection_losses
+from retinanet.losses.assignment import assign_anchors
 from retinanet.model.backbone import build_backbone
 from retinanet.model.checkpoint import transfer_weights
 from retinanet.own import IMPORT_VARIABLE, import_own
@@ -125,6 +126,8 @@ def test_module_is_imported_where_the_user_names_it(
     for path, message in (
         ("no:Net", "imported: No module named 'no'"),
         ("os:Net", "has no class or"),
+        (":Net", "imported: Empty module name"),
+        (".no:Net", "imported: .* relative import"),
     ):
         with pytest.raises(rn.ConfigError, match=f"model.backbone '{path}'.*{message}"):
             import_own({"model.backbone": path})
@@ -222,6 +225,30 @@ def test_own_losses_and_assigner_equal_the_packages() -> None:
     assert settings.needs_outputs
 
 
+def highest_iou(anchors: Tensor, targets: rn.Targets, outputs: rn.Outputs) -> Tensor:
+    values, indices = (
+        box_iou(anchors, targets.boxes.flatten(0, 1))
+        .view(len(anchors), *targets.labels.shape)
+        .max(dim=2)
+    )
+    return indices.where(values >= 0.4, -1).T
+
+
+def test_own_assigner_cannot_train_on_ignored_regions_and_padding() -> None:
+    _, outputs, anchors, targets = outputs_and_targets()
+    all_anchors = torch.cat(anchors)
+    assignment = assign_anchors(
+        outputs,
+        anchors,
+        targets,
+        num_classes=2,
+        settings=LossSettings(assignment=highest_iou),
+    )
+    given = highest_iou(all_anchors, targets, outputs)
+    assert (given[0] == 1).any()  # the ignored region
+    assert_close(assignment.matches, torch.where(given == 1, -2, given))
+
+
 def test_own_parts_train_and_are_in_the_checkpoint(tmp_path: Path) -> None:
     splits = synthetic_dataset(tmp_path / "data", splits={"train": 4, "val": 2}, image_size=64)
     settings = dict(OWN, backbone=Net, head=OwnHead, channels=16, steps=2, image_size=64, workers=0)
@@ -272,6 +299,7 @@ def too_large_matches(anchors: Tensor, targets: rn.Targets, outputs: rn.Outputs)
         ({"assignment": scores_as_matches}, r"returned torch.float32 \(2, 774\) of 0 to 0: return"),
         ({"assignment": too_large_matches}, r"\(2, 774\) of 2 to 2: .* the index 0..1 of each"),
         ({"box": "subprocess:call"}, "loss.box 'subprocess:call': subprocess has no function"),
+        ({"box": "torch:os.popen"}, "loss.box 'torch:os.popen': torch has no function"),
         (
             {"box": lambda a, b: a},
             "has no function or class .*<lambda>.*define it at the top level",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,17 @@ from retinanet.model import RetinaNet, build_retinanet
 from retinanet.structures import Outputs, flatten_levels
 
 
+def _net(num_classes: int = 2, **settings: Any) -> RetinaNet:
+    """A ResNet-18 from nothing, with the same seed each time."""
+    torch.manual_seed(0)
+    plain = {"backbone": "resnet18", "backbone_weights": "none", "norm": "group", "channels": 32}
+    return build_retinanet(num_classes, **{**plain, **settings})
+
+
 @pytest.fixture(scope="module")
 def small() -> RetinaNet:
-    """A ResNet-18 from nothing with narrow heads."""
-    torch.manual_seed(0)
-    return build_retinanet(
-        backbone="resnet18", num_classes=3, backbone_weights="none", norm="group", channels=64
-    )
+    """A network with narrow heads."""
+    return _net(3, channels=64)
 
 
 def _pixels(*shape: int) -> torch.Tensor:
@@ -48,14 +53,7 @@ def test_outputs_fit_the_anchors_at_an_odd_number_of_cells(small: RetinaNet) -> 
 
 
 def test_p2_adds_a_level_at_stride_4() -> None:
-    model = build_retinanet(
-        backbone="resnet18",
-        num_classes=2,
-        backbone_weights="none",
-        norm="group",
-        channels=32,
-        p2=True,
-    )
+    model = _net(p2=True)
     outputs = model(_pixels(1, 3, 64, 64))
     assert [x.shape[-1] for x in outputs.logits] == [16, 8, 4, 2, 1, 1]
     assert model.strides[0] == 4
@@ -72,10 +70,7 @@ def test_training_and_evaluation_give_the_same_outputs(small: RetinaNet) -> None
 
 def test_every_anchor_starts_at_the_prior() -> None:
     # Sec. 3.3: p = .01 at every anchor; nearly, for the last weights are Gaussian, not zero.
-    torch.manual_seed(0)
-    model = build_retinanet(
-        backbone="resnet18", num_classes=4, backbone_weights="none", norm="group"
-    )
+    model = _net(4, channels=256)
     with torch.no_grad():
         outputs = model(_pixels(1, 3, 128, 128))
     scores = flatten_levels(outputs.logits, 4).sigmoid()
@@ -85,9 +80,7 @@ def test_every_anchor_starts_at_the_prior() -> None:
 
 
 def test_the_prior_is_the_bias_of_the_class_head_alone() -> None:
-    model = build_retinanet(
-        backbone="resnet18", num_classes=2, backbone_weights="none", norm="group", prior=0.2
-    )
+    model = _net(channels=256, prior=0.2)
     # -log(.8 / .2) = -log 4
     torch.testing.assert_close(
         model.class_head.last.bias.detach(), torch.full((18,), -math.log(4.0))
@@ -108,14 +101,7 @@ def test_the_prior_is_the_bias_of_the_class_head_alone() -> None:
 def test_p6_comes_from_c5_in_the_paper() -> None:
     widths = {}
     for source in ("c5", "p5"):
-        model = build_retinanet(
-            backbone="resnet18",
-            num_classes=2,
-            backbone_weights="none",
-            norm="group",
-            channels=32,
-            p6_from=source,
-        )
+        model = _net(p6_from=source)
         widths[source] = model.pyramid.p6.in_channels
         maps = [
             torch.rand(1, width, 64 // s, 64 // s) for width, s in ((128, 2), (256, 4), (512, 8))
@@ -135,15 +121,7 @@ def test_heads_are_shared_over_levels_and_not_with_each_other(small: RetinaNet) 
 
 
 def test_group_norm_in_the_heads() -> None:
-    model = build_retinanet(
-        backbone="resnet18",
-        num_classes=2,
-        backbone_weights="none",
-        norm="group",
-        channels=64,
-        head_norm="group",
-        head_depth=2,
-    )
+    model = _net(channels=64, head_norm="group", head_depth=2)
     norms = [part for part in model.class_head.modules() if isinstance(part, nn.GroupNorm)]
     assert [norm.num_groups for norm in norms] == [32, 32]
     assert all(block[0].bias is None for block in model.class_head.tower)
@@ -194,32 +172,13 @@ def test_images_of_another_shape_are_refused(
         ({"head_depth": -1}, "head_depth: Input should be greater than or equal to 0"),
         ({"sizes": (32.0, 64.0)}, "one size per level"),
         ({"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std must be above 0"),
+        ({"frozen_stages": 6}, "frozen_stages: Input should be less than or equal to 5"),
         ({"stride_padding": "left"}, "stride_padding: .*got 'left'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
-    plain = {
-        "backbone": "resnet18",
-        "num_classes": 2,
-        "backbone_weights": "none",
-        "norm": "group",
-        "channels": 32,
-    }
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_retinanet(**{**plain, **settings})  # type: ignore[arg-type]
-
-
-def test_frozen_stages_out_of_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match="less than or equal to 5"):
-        RetinaNet(backbone="resnet18", num_classes=1, frozen_stages=6)
-
-
-def test_the_spec_builds_the_same_network(small: RetinaNet) -> None:
-    again = RetinaNet(small.num_classes, small.spec)
-    assert again.spec == small.spec
-    again.load_state_dict(small.state_dict())
-    images = _pixels(1, 3, 64, 64)
-    torch.testing.assert_close(again(images), small(images))
+        _net(**settings)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "trained"])

@@ -146,7 +146,7 @@ def client(
     **options: Any,
 ) -> Iterator[TestClient]:
     """A client of a service in this process."""
-    app = build_app(detectors or white_detector(), settings, **options)
+    app = build_app(detectors or white_detector(), settings or Settings(workers=1), **options)
     with TestClient(app) as test_client:
         yield test_client
 
@@ -195,7 +195,7 @@ def running(
     **options: Any,
 ) -> Iterator[Running]:
     """A service that sockets can reach."""
-    settings = settings or Settings()
+    settings = settings or Settings(workers=1)
     app = build_app(detectors or white_detector(), settings, **options)
     with Running(app, settings) as service:
         yield service

@@ -448,7 +448,7 @@ def test_lone_image_gets_all_cores_and_others_share_them() -> None:
         detector = white_detector()
         cores: list[int] = []
         finder(detector).register_forward_pre_hook(lambda *_: cores.append(torch.get_num_threads()))
-        with client(detector) as service, ThreadPoolExecutor(3) as pool:
+        with client(detector, Settings()) as service, ThreadPoolExecutor(3) as pool:
             batcher: Batcher = service.app.state.batcher  # type: ignore[attr-defined]
             assert batcher.num_workers == 4
             cores.clear()

@@ -82,6 +82,7 @@ def test_extension_for_a_time_is_planned_by_the_pace(
     monkeypatch.setattr(Pacer, "replan", lambda self, step: 8)
     with pytest.raises(rn.ConfigError, match=r"--more-time 60 s is too short: 20 steps .* least"):
         rn.train(tiny_data, out=run.folder, more_time=60, device="cpu")
+    assert steps_of(run.folder) == [1]  # the measured steps are no part of the run
     run = rn.train(tiny_data, out=run.folder, more_time="1000s", device="cpu")
     (extension,) = json.loads((run.folder / "run.json").read_text())["extensions"]
     assert 20 <= extension["steps"] <= 22  # 964 s less a validation and the start

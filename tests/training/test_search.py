@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError, MissingExtraError, NonFiniteLossError
@@ -17,7 +18,7 @@ from retinanet.training.events import Event
 from retinanet.training.search import Range, SearchResult, parse_ranges, search
 from retinanet.training.trainer import Run
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 RANGES = parse_ranges(["train.lr=1e-4..1e-2", "train.optimizer=adamw|sgd"])[0]
 
@@ -111,6 +112,27 @@ def test_search_resumes_the_training_that_was_stopped(tmp_path: Path, trainings:
     # The same values in the same folder, which train() resumes.
     assert trainings.runs[1] == trainings.runs[2]
     assert [folder for _, folder in trainings.runs] == ["000", "001", "001", "002"]
+
+
+def test_trial_is_recorded_before_another_call_may_resume_it(
+    tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several calls share the trials: what is neither locked nor recorded counts as stopped."""
+    states: list[str] = []
+    release = FileLock.release
+    storages = optuna.storages
+
+    def note(lock: FileLock, force: bool = False) -> None:
+        if Path(lock.lock_file).name == ".000.lock":
+            journal = storages.journal.JournalFileBackend(str(tmp_path / "out/journal.log"))
+            storage = storages.JournalStorage(journal)
+            study = optuna.load_study(study_name="retinanet", storage=storage)
+            states.append(study.trials[0].state.name)
+        release(lock, force)
+
+    monkeypatch.setattr(FileLock, "release", note)
+    run(tmp_path / "out", 1)
+    assert states[0] == "COMPLETE"
 
 
 def test_diverged_training_is_a_failed_trial(tmp_path: Path, trainings: Trainings) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import assert_same_weights, read_log, tiny_recipe
+from torch.utils.data import DataLoader, Subset
 
 import retinanet as rn
 from retinanet.config import Recipe, keyword_settings, load_recipe
@@ -75,6 +77,8 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"imgsz": 640}, "unknown keyword 'imgsz'; did you mean image_size?"),
         ({"epoch": 3}, "unknown keyword 'epoch'; did you mean epochs?"),
         ({"steps": 5, "epochs": 3}, "train.steps and train.epochs each set the length"),
+        ({"epochs": 3, "steps": 5}, "train.steps and train.epochs each set the length"),
+        ({"resume": True}, "unknown keyword 'resume': the same call resumes a run"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
     ],
 )
@@ -92,6 +96,23 @@ def test_keywords_do_not_change_a_built_recipe() -> None:
 def test_classes_of_data_with_names_are_an_error() -> None:
     with pytest.raises(rn.ConfigError, match=r'give settings=\{"data.classes": \[\.\.\]\}'):
         rn.train("data", out="out", classes=["car"])
+
+
+def test_map_style_data_set_alone_is_the_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits: list[Any] = []
+    monkeypatch.setattr(
+        "retinanet.api.train_by_recipe", lambda _, data, *a, **k: splits.append(data)
+    )
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([0])}
+    pairs = Subset([(image, target)] * 2, [0, 1])
+    rn.train(pairs, out="out", classes=["square"])
+    assert {name: (len(part), part.classes) for name, part in splits[0].items()} == {
+        "train": (2, ("square",))
+    }
+    for data in (DataLoader(pairs), (pairs, pairs)):
+        with pytest.raises(rn.ConfigError, match=f"data is a {type(data).__name__}: give a path"):
+            rn.train(data, out="out")
 
 
 def test_callback_stops_and_the_run_resumes(tiny_data: Path, tmp_path: Path) -> None:

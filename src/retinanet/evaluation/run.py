@@ -29,6 +29,7 @@ from retinanet.inference.backends import (
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
+from retinanet.inference.parallel import network_workers
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
 
@@ -171,12 +172,15 @@ def run_network(
         WeightsError: as :func:`match_classes`.
     """
     assert isinstance(detector.network, Network)
+    if workers is None:
+        # Threads that run the network leave this one free to load.
+        workers = 0 if network_workers(detector.network) > 1 else default_workers()
     return run_inference(
         detector.network,
         dataset,
         image_size=detector.image_size,
         max_size=detector.max_size,
-        workers=default_workers() if workers is None else workers,
+        workers=workers,
         label_map=match_classes(detector.classes, dataset),
         selected=detector.selected,
         **network_settings(thresholds, detector.classes),

@@ -31,14 +31,13 @@ def network_workers(network: Any) -> int:
 
 def use_cores(cores: int) -> None:
     """Set the number of cores that torch uses in the calling thread; not in others."""
-    with _setting:
-        default = torch.get_num_threads()
+    # Setting it also sets the default of new threads: that is read and set again in a new thread,
+    # as running threads keep their number.
+    with _setting, ThreadPoolExecutor(1) as new_thread:
+        default = new_thread.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # a thread takes the default at its first use
         torch.set_num_threads(cores)
-        # This also sets the default of new threads. Their default is set again in a thread that
-        # ends: running threads keep their number.
-        reset = threading.Thread(target=torch.set_num_threads, args=(default,))
-        reset.start()
-        reset.join()
+        new_thread.submit(torch.set_num_threads, default).result()
 
 
 def map_ahead(
@@ -74,9 +73,12 @@ def map_ahead(
                 future.cancel()
 
 
-def map_network(network: Any, call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+def map_network(
+    network: Any, call: Callable[[_T], _R], items: Iterable[_T], *, ahead: int = 0
+) -> Iterator[_R]:
     """Yield the results of calls that run a network, in order; its workers share the cores."""
     workers = network_workers(network)
     if workers == 1:
         return map(call, items)
-    return map_ahead(call, items, workers, cores=torch.get_num_threads() // workers)
+    cores = torch.get_num_threads() // workers
+    return map_ahead(call, items, workers, cores=cores, ahead=ahead)

@@ -78,6 +78,8 @@ class Source:
     def failure(self, error: Exception) -> Failure:
         """Report `error`, which reading the image raised."""
         path = str(self.image) if isinstance(self.image, str | Path) else self.name
+        if is_url(path):
+            path = hide_password(path)
         # Errors of libraries contain neither the image nor their own type.
         is_ours = isinstance(error, DataError)
         reason = str(error) if is_ours else f"{path}: {type(error).__name__}: {error}"
@@ -95,8 +97,8 @@ def is_stream(given: Any) -> bool:
 
 
 def hide_password(url: str) -> str:
-    """Return an address without user name and password."""
-    return re.sub("//[^/@]*@", "//", url, count=1)
+    """Return an address without user name and password, which end at the last @ of the host."""
+    return re.sub("//[^/?#]*@", "//", url, count=1)
 
 
 def is_video(given: str | Path) -> bool:
@@ -324,10 +326,11 @@ def _is_archive(given: str | Path) -> bool:
 
 
 def _file_of(source: Source | Failure) -> str | None:
-    """Return the absolute path of a source that is a file."""
-    if isinstance(source, Source) and isinstance(source.image, str | Path):
-        return os.path.abspath(source.image)
-    return None
+    """Return the absolute path of a source that is a file, or the address of one that has one."""
+    image = source.image if isinstance(source, Source) else None
+    if not isinstance(image, str | Path):
+        return None
+    return str(image) if is_url(image) else os.path.abspath(image)
 
 
 def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure]:
@@ -345,7 +348,9 @@ def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
     """Return the same sources; where names repeat, files are named from their common folder."""
     names = [source.name.casefold() for source in found if isinstance(source, Source)]
-    files = {i: file for i, source in enumerate(found) if (file := _file_of(source))}
+    files = {
+        i: file for i, source in enumerate(found) if (file := _file_of(source)) and not is_url(file)
+    }
     if len(set(names)) == len(names) or not files:
         return found
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -49,10 +50,15 @@ class UrlSource(Source):
         Raises:
             ConfigError: it is no http:// or https:// address.
         """
-        if not is_url(url):
-            raise ConfigError(f"no http:// or https:// address: {url!r}")
-        parts = urlsplit(url)
-        return cls(url, f"{parts.hostname}/{unquote(parts.path).strip('/') or 'image'}")
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            parts = None
+        if parts is None or not parts.hostname or not is_url(url):
+            raise ConfigError(f"no http:// or https:// address: {hide_password(url)!r}")
+        path = "".join(letter for letter in unquote(parts.path) if letter.isprintable())
+        inside = [part for part in re.split(r"[/\\]", path) if part.strip(".")]
+        return cls(url, "/".join((parts.hostname, *(inside or ["image"]))))
 
     def load(self) -> Any:
         """Fetch the image on the first call; errors as :func:`fetch`."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import chain, count
@@ -32,6 +35,7 @@ from retinanet.inference.detections import (
     encode_image,
 )
 from retinanet.inference.manifest import OutputFolder
+from retinanet.inference.parallel import use_cores
 
 Write = Callable[[Any], None]
 """Takes an :class:`ImageDetections`; that of JSON and of :func:`open_outputs` also a Failure."""
@@ -56,6 +60,7 @@ OUTPUT_FORMATS = tuple(_FILES)
 """Formats of :func:`open_outputs`."""
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_MAX_DRAWING = 4  # threads, each with an image at full size
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -217,7 +222,9 @@ def write_yolo(folder: Path, claim: Claim) -> Iterator[Write]:
             x1, y1, x2, y2 = _fractions(result, box)
             numbers = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, score)
             lines += " ".join([str(label), *(f"{value:.6f}" for value in numbers)]) + "\n"
-        write_atomic(claim(folder / "labels" / _unique(result.name, ".txt", taken)), lines)
+        write_atomic(
+            claim(folder / "labels" / _unique(result.name, ".txt", taken)), lines, sync=False
+        )
 
     yield write
 
@@ -369,17 +376,32 @@ def _cvat_meta(labels: list[dict[str, Any]]) -> ET.Element:
 
 @contextmanager
 def write_images(folder: Path, score_threshold: float, claim: Claim) -> Iterator[Write]:
-    """Write each image under its name, with its boxes of at least `score_threshold` drawn on it."""
+    """Write each image under its name, with its boxes of at least `score_threshold` drawn on it.
+
+    Threads draw and encode, each on one core, while detection goes on.
+    """
     taken: set[str] = set()
+    pending: deque[Future[None]] = deque()
 
-    def write(result: ImageDetections) -> None:
-        suffix = PurePosixPath(result.name).suffix
-        if suffix.lower() not in _IMAGE_SUFFIXES:
-            suffix = ".jpg"
+    def draw(result: ImageDetections, path: Path, suffix: str) -> None:
         encoded = encode_image(result.draw(score_threshold=score_threshold), suffix)
-        write_atomic(claim(folder / _unique(result.name, suffix, taken)), encoded)
+        write_atomic(path, encoded, sync=False)
 
-    yield write
+    threads = min(_MAX_DRAWING, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, "draw", initializer=use_cores, initargs=(1,)) as pool:
+
+        def write(result: ImageDetections) -> None:
+            suffix = PurePosixPath(result.name).suffix
+            if suffix.lower() not in _IMAGE_SUFFIXES:
+                suffix = ".jpg"
+            path = claim(folder / _unique(result.name, suffix, taken))
+            pending.append(pool.submit(draw, result, path, suffix))
+            while len(pending) > threads:
+                pending.popleft().result()
+
+        yield write
+        for future in pending:
+            future.result()
 
 
 def _fractions(result: ImageDetections, box: Tensor) -> list[float]:

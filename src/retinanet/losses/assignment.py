@@ -13,7 +13,7 @@ from torch import Tensor
 from retinanet import own
 from retinanet.boxes import box_iou, decode_boxes
 from retinanet.config import QUALITY_LOSSES, LossSettings, is_own
-from retinanet.matching import match_anchors, usable_labels
+from retinanet.matching import anchor_labels, match_anchors, usable_labels
 from retinanet.structures import (
     BACKGROUND,
     IGNORED,
@@ -99,6 +99,9 @@ def assign_anchors(
         scores = None
     elif is_own(settings.assignment):
         matches, scores = own.match(settings.assignment, all_anchors, targets, outputs), None
+        # The user's function may match ignored regions and padding like objects.
+        labels = anchor_labels(matches, usable_labels(targets))
+        matches = torch.where(labels < 0, labels, matches)
     else:
         outputs = Outputs(*(tuple(level.detach() for level in levels) for levels in outputs))
         kinds = usable_labels(targets)

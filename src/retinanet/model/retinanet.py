@@ -17,6 +17,7 @@ from retinanet.anchors import AnchorSpec, anchor_spec, level_anchors
 from retinanet.config import (
     LossSettings,
     ModelSpec,
+    build_loss_settings,
     build_model_spec,
     check_choice,
     is_own,
@@ -139,8 +140,11 @@ class RetinaNet(nn.Module):
         Raises:
             ValueError: the images have another shape.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are (B, 3, H, W), got {tuple(images.shape)}")
+        if getattr(images, "ndim", None) != 4 or images.shape[1] != 3:
+            got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+            raise ValueError(
+                f"images are (B, 3, H, W), got {got}; model.loss and model.detect take lists too"
+            )
         if images.shape[2] % self.size_divisor or images.shape[3] % self.size_divisor:
             raise ValueError(
                 f"height and width of images are multiples of {self.size_divisor}, got "
@@ -177,6 +181,7 @@ class RetinaNet(nn.Module):
         *,
         settings: LossSettings | None = None,
         running: Tensor | None = None,
+        **changes: Any,
     ) -> Losses:
         """Compute the losses of a batch: ``model.loss(images, targets).total.backward()``.
 
@@ -186,10 +191,16 @@ class RetinaNet(nn.Module):
             targets: torchvision's ``[{"boxes": (M, 4), "labels": (M,)}, ..]``, with labels 0..K-1
                 and no background class, or :class:`Targets`, which are not checked.
             settings, running: as in :func:`retinanet.losses.detection_losses`.
+            changes: fields of :class:`LossSettings` without `settings`, such as ``gamma=1.5``.
 
         Raises:
             ValueError: shapes, values or labels are not as above.
+            ConfigError: an unknown or invalid field.
         """
+        if settings is None:
+            settings = build_loss_settings(**changes)
+        elif changes:
+            raise ConfigError(f"settings and {', '.join(changes)} are given: put all in settings")
         batch, _ = batch_images(images, self.pixel_mean, self.size_divisor)
         objects = batch_targets(targets, len(batch), self.num_classes).to(batch.device)
         outputs = self(batch)

@@ -26,7 +26,8 @@ from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import readable_folder, recover_folder, write_atomic
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
-# train.accumulate: by rounding only, and a run that is out of memory can resume with more.
+# They do on train.accumulate, with which a run that is out of memory resumes: by rounding, and more
+# where a micro-batch has its own normalizer or statistics of batch norm (model.norm=trained).
 _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every", "train.accumulate")
 
 _TENSORS = "training.safetensors"

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -277,7 +278,10 @@ class _Study:
 
     def run_trial(self, data: str | Path) -> Trial | int:
         """Run a trial, or resume one that was stopped; the exit code if it is stopped."""
-        trial, lock = self._claim()
+        with self._claim() as trial:
+            return self._run(trial, data)
+
+    def _run(self, trial: Any, data: str | Path) -> Trial | int:
         number: int = trial.number
         folder = self.out / "trials" / f"{number:03}"
         values = [f"{own.setting}={own.suggest(trial)}" for own in self._ranges]
@@ -319,26 +323,35 @@ class _Study:
         finally:
             earlier = trial.user_attrs.get("seconds", 0.0)
             trial.set_user_attr("seconds", earlier + monotonic() - began)
-            lock.release()
         self._study.tell(trial, ap, state=state)
         return self.trials()[number]
 
-    def _claim(self) -> tuple[Any, FileLock]:
-        """Return a trial that was stopped, or a new one, with its lock."""
+    @contextmanager
+    def _claim(self) -> Iterator[Any]:
+        """Lock a trial that was stopped, or a new one, until its result is recorded."""
         folder = self.out / "trials"
         folder.mkdir(exist_ok=True)
+        with FileLock(folder / ".claim.lock"):  # nobody takes a new trial for a stopped one
+            trial = self._stopped(folder) or self._study.ask()
+            lock = FileLock(folder / f".{trial.number:03}.lock")
+            lock.acquire()
+        try:
+            yield trial
+        finally:
+            lock.release()
+
+    def _stopped(self, folder: Path) -> Any:
+        """Return a trial that is neither recorded nor locked by another process, if any."""
         running = self._optuna.trial.TrialState.RUNNING
-        for stopped in self._study.get_trials(deepcopy=False, states=(running,)):
-            lock = FileLock(folder / f".{stopped.number:03}.lock")
+        for trial in self._study.get_trials(deepcopy=False, states=(running,)):
             try:
-                lock.acquire(timeout=0)
+                with FileLock(folder / f".{trial.number:03}.lock", blocking=False):
+                    now = self._study.get_trials(deepcopy=False)[trial.number]
             except Timeout:
                 continue  # another process trains it
-            return self._optuna.trial.Trial(self._study, stopped._trial_id), lock
-        trial = self._study.ask()
-        lock = FileLock(folder / f".{trial.number:03}.lock")
-        lock.acquire()
-        return trial, lock
+            if now.state == running:  # it did not end since they were listed
+                return self._optuna.trial.Trial(self._study, trial._trial_id)
+        return None
 
     def trials(self) -> tuple[Trial, ...]:
         """Return all trials that have begun."""

@@ -22,6 +22,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
+from retinanet.files import readable_folder
 from retinanet.model.backbone import has_c2
 from retinanet.model.precision import choose_dtype
 from retinanet.own import import_own
@@ -330,8 +331,11 @@ def _trial(
 ) -> Iterator[Trainer]:
     """Build a trainer whose steps are discarded, with the weights of the run to resume if any."""
     with tempfile.TemporaryDirectory() as scratch, memory_errors(settings):
-        task = make_task(replace(settings, emit=ignore))
-        yield Trainer(task, None, resumed or RunFolder(scratch), resume=resumed is not None)
+        task, run = make_task(replace(settings, emit=ignore)), RunFolder(scratch)
+        if resumed is not None:  # only read: it may be in use, and its log is of its own steps
+            run.last = readable_folder(resumed.last)
+            run.log.touch()
+        yield Trainer(task, None, run, resume=resumed is not None)
 
 
 def measure_pace(

@@ -1,8 +1,8 @@
 """Detection in videos and cameras: reading, detecting and writing run side by side.
 
-One thread decodes, one runs the network, a pool resizes and draws, and the calling thread encodes
-and writes. Memory grows with the video only by the index of the mp4 file, about 200 bytes per frame
-with its sound.
+One thread decodes, one to four run the network, a pool resizes and draws, and the calling thread
+encodes and writes. Memory grows with the video only by the index of the mp4 file, about 200 bytes
+per frame with its sound.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from retinanet.inference.backends import DETECTION_SCORE, Thresholds, merge_thre
 from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import Detector, Prepared
 from retinanet.inference.manifest import OutputFolder
+from retinanet.inference.parallel import map_network, use_cores
 from retinanet.inference.sources import Source
 from retinanet.inference.tiles import choose_tiling
 from retinanet.interrupts import StopRequest, stop_on_signal
@@ -41,6 +42,7 @@ _T = TypeVar("_T")
 
 _POLL = 0.1  # seconds
 _UNTRACKED: Colour = (160, 160, 160)
+_SOUND_AHEAD = 8  # packets between two frames, which would keep them from running at once
 _MAX_WAITING = 32  # frames that wait for a batch, however few of them detection runs on
 
 Progress = Callable[[int, int | None], None]
@@ -286,7 +288,7 @@ class _Pipeline:
     ) -> None:
         """Read, detect and write until the video has ended or `stop` is set."""
         workers = min(4, os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="video-pool")
+        pool = ThreadPoolExecutor(workers, "video-pool", initializer=use_cores, initargs=(1,))
         reading = ThreadPoolExecutor(1, thread_name_prefix="video-read")
         detecting = ThreadPoolExecutor(1, thread_name_prefix="video-detect")
         try:
@@ -320,11 +322,14 @@ class _Pipeline:
         self, items: Iterator[_Item | Sound], pool: ThreadPoolExecutor, writer: VideoWriter
     ) -> Iterator[_Item | Sound]:
         last: tuple[ImageDetections, Sequence[int | None]] | None = None
-        for batch in self._batches(items):
+        batches = map_network(
+            self.detector.network, self._run_network, self._batches(items), ahead=_SOUND_AHEAD
+        )
+        for batch, found in batches:
             if isinstance(batch, Sound):
-                yield batch  # need not wait for the network: the file interleaves it by its time
+                yield batch  # the file interleaves it by its time
                 continue
-            for item, result in zip(batch, self._detect_batch(batch), strict=True):
+            for item, result in zip(batch, self._track(batch, found), strict=True):
                 last = result or last
                 assert last is not None  # detection runs on the first frame
                 item.found, item.tracks = last
@@ -344,11 +349,19 @@ class _Pipeline:
                 waiting = []
         yield waiting
 
-    def _detect_batch(
-        self, items: Sequence[_Item]
+    def _run_network(
+        self, batch: list[_Item] | Sound
+    ) -> tuple[list[_Item] | Sound, list[Detections]]:
+        if isinstance(batch, Sound):
+            return batch, []
+        ready = [item.ready.result() for item in batch if item.ready is not None]
+        return batch, list(self._detect_frames(ready))
+
+    def _track(
+        self, items: Sequence[_Item], detections: Sequence[Detections]
     ) -> Iterator[tuple[ImageDetections, Sequence[int | None]] | None]:
         """Yield objects and tracks of each frame; None for one that detection does not run on."""
-        found = iter(self._detect_frames([i.ready.result() for i in items if i.ready is not None]))
+        found = iter(detections)
         source = Source(self.reader.source, Path(self.reader.source).name)
         for item in items:
             if item.ready is None:
