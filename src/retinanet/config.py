@@ -554,7 +554,7 @@ def load_recipe(
     named: dict[str, Any] = {}
     for override in overrides:
         key, value = _split_override(override) if isinstance(override, str) else override
-        if key == "train.steps":
+        if key == "train.steps" and "train.epochs" not in named:
             values.get("train", {}).pop("epochs", None)  # the recipe's: steps were given
         named[key] = value
         _override(values, key, value)

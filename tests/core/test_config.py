@@ -111,6 +111,11 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
         load_recipe("quick", ["train.steps=7", "train.epochs=2"])
 
 
+def test_load_recipe_epochs_before_steps_raises_config_error():
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs each set the length"):
+        load_recipe("quick", ["train.epochs=3", "train.steps=4"])
+
+
 def test_alpha_goes_with_the_focal_loss() -> None:
     assert load_recipe("paper_quick").loss.alpha == 0.25
     assert load_recipe("quick").loss.alpha is None
