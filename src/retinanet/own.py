@@ -118,12 +118,14 @@ def classification_loss(path: str, logits: Tensor, labels: Tensor, weights: Tens
         labels: (B, R) class 0..K-1, BACKGROUND or IGNORED.
         weights: (B,) factors of the images.
     """
-    flat = logits.flatten(0, 1).to(weights.dtype)
+    kept = labels.flatten() != IGNORED
+    # Before the call: a NaN or Inf of an ignored anchor would reach the gradient.
+    flat = logits.flatten(0, 1).to(weights.dtype).where(kept[:, None], 0)
     classes = torch.arange(flat.shape[1], device=labels.device)
     targets = (labels.flatten()[:, None] == classes).to(flat.dtype)
     losses = find_function("loss.classification", path)(flat, targets)
-    per_anchor = _per_row("loss.classification", path, losses, flat).view(labels.shape)
-    return (per_anchor.where(labels != IGNORED, 0) * weights[:, None]).sum()
+    per_anchor = _per_row("loss.classification", path, losses, flat).where(kept, 0)
+    return (per_anchor.view(labels.shape) * weights[:, None]).sum()
 
 
 def box_loss(path: str, predicted: Tensor, boxes: Tensor) -> Tensor:

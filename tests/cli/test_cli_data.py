@@ -153,6 +153,13 @@ def test_show(
     assert ("anchors are matched to them" in ended.out) == bool(anchors)
 
 
+def test_show_into_the_data_raises_an_error(cli: Cli, tiny_sets: dict[str, Path]) -> None:
+    ended = cli("data", "show", tiny_sets["coco"], f"--out={tiny_sets['coco'] / 'shown'}")
+    assert ended.code == 1
+    assert "must not be, contain or be inside the source data" in ended.err
+    assert not (tiny_sets["coco"] / "shown").exists()
+
+
 def test_show_counts_objects_without_an_anchor(
     cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
 ) -> None:

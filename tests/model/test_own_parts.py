@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from retinanet.losses import detection_losses
 from retinanet.losses.assignment import assign_anchors
 from retinanet.model.backbone import build_backbone
 from retinanet.model.checkpoint import transfer_weights
-from retinanet.own import IMPORT_VARIABLE, import_own
+from retinanet.own import IMPORT_VARIABLE, classification_loss, import_own
 
 SMALL: dict[str, Any] = {"channels": 16, "head_depth": 1}
 
@@ -247,6 +248,20 @@ def test_own_assigner_cannot_train_on_ignored_regions_and_padding() -> None:
     given = highest_iou(all_anchors, targets, outputs)
     assert (given[0] == 1).any()  # the ignored region
     assert_close(assignment.matches, torch.where(given == 1, -2, given))
+
+
+def exponential(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.exp() - targets).abs()
+
+
+def test_own_loss_does_not_see_ignored_anchors() -> None:
+    logits = torch.tensor([[[0.5], [1000.0]]], requires_grad=True)  # whose exponential is infinite
+    labels, weights = torch.tensor([[0, rn.IGNORED]]), torch.ones(1)
+    loss = classification_loss(f"{__name__}:exponential", logits, labels, weights)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(math.exp(0.5) - 1)
+    assert logits.grad is not None
+    assert_close(logits.grad.flatten(), torch.tensor([math.exp(0.5), 0.0]))
 
 
 def test_own_parts_train_and_are_in_the_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from retinanet.config import Recipe
+from retinanet.config import Recipe, load_recipe
 from retinanet.errors import ConfigError, MissingExtraError, NonFiniteLossError
 from retinanet.training import search as module
 from retinanet.training.events import Event
@@ -85,7 +85,10 @@ def test_parse_ranges(texts: list[str], expected: Range | None) -> None:
 def test_search_finds_the_best_values_and_prunes(tmp_path: Path, trainings: Trainings) -> None:
     result = run(tmp_path / "out", 14)
     assert len(result.trials) == len(trainings.runs) == 14
-    assert trainings.runs[0] == (0.0005, "000")  # the recipe's own values come first
+    assert trainings.runs[0] == (
+        load_recipe("quick").train.lr,
+        "000",
+    )  # the recipe's own come first
     states = {trial.state for trial in result.trials}
     assert states >= {"complete", "pruned"}
     best = result.best

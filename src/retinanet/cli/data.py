@@ -204,11 +204,13 @@ def show(
     --augmented the first images of training are drawn, with the recipe's augmentation.
     """
     from retinanet.cli.drawing import draw_augmented, draw_labels
+    from retinanet.data.formats.writing import check_apart
     from retinanet.errors import ConfigError
 
     if options.anchors and options.augmented:
         raise ConfigError("--anchors and --augmented draw different images: give one of them")
     dataset = options.read(data, recipe.load())
+    check_apart(options.out, [dataset.source])  # or the drawings would be images of the data
     config = _with_choices(recipe, data, options, dataset).load()
     if options.anchors:
         _check_assignment(config)

@@ -185,7 +185,8 @@ def search(
     writer.writerow(columns)
     for t in result.trials:
         values = [t.values.get(r.setting) for r in ranges]
-        writer.writerow([t.number, t.state, "" if math.isnan(t.ap) else t.ap, t.seconds, *values])
+        ap = "" if math.isnan(t.ap) else t.ap
+        writer.writerow([t.number, t.state, ap, round(t.seconds, 1), *values])
     write_atomic(study.out / "trials.csv", text.getvalue())
     return result
 
@@ -362,7 +363,7 @@ class _Study:
                 continue
             best = max(t.intermediate_values.values(), default=math.nan)
             ap = best if t.value is None else t.value
-            seconds = round(t.user_attrs.get("seconds", 0.0), 1)
+            seconds = t.user_attrs.get("seconds", 0.0)
             rows.append(Trial(t.number, names.get(t.state.name, "running"), ap, seconds, t.params))
         return tuple(rows)
 

@@ -121,13 +121,8 @@ class Writing:
             target.symlink_to(source.resolve())
 
 
-@contextmanager
-def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
-    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise.
-
-    Raises:
-        DataError: `folder` is a file or not empty, or it is, contains or is inside a source.
-    """
+def check_apart(folder: Path, sources: Iterable[Path]) -> None:
+    """Raise a DataError if `folder` is, contains or is inside one of the source folders."""
     target = folder.resolve()
     for source in sources:
         origin = source.resolve()
@@ -136,6 +131,17 @@ def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
                 f"{folder}: must not be, contain or be inside the source data ({source}), which is "
                 f"never modified; name another folder"
             )
+
+
+@contextmanager
+def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
+    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise.
+
+    Raises:
+        DataError: `folder` is a file or not empty, or it is, contains or is inside a source.
+    """
+    check_apart(folder, sources)
+    target = folder.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; name a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
