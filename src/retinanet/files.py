@@ -1,14 +1,16 @@
-"""Atomic writes of files and folders: written under a temporary name, then renamed.
+"""Atomic writes of files and folders, under a temporary name that is then renamed; CSV text.
 
 A process killed at any time leaves the old content or the new, never a part.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
@@ -36,6 +38,15 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
         text = TextIOWrapper(file, encoding="utf-8", newline="")
         yield text
         text.detach()  # the file is synced and closed by its own context
+
+
+def csv_text(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> str:
+    """Format rows as CSV, with the columns of the first; of no rows with `columns`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0] if rows else columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 @contextmanager

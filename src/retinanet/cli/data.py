@@ -258,9 +258,10 @@ def anchors(
     """
     from retinanet.data import usable
     from retinanet.errors import DataError
+    from retinanet.training.data import has_object
 
     dataset, _ = usable(options.read(data, recipe.load()))
-    if not any(not a.ignored for image in dataset.images for a in image.annotations):
+    if not any(map(has_object, dataset.images)):
         raise DataError(
             f"{data}: no usable object in the {len(dataset)} images of {options.split}; "
             "see retinanet data check"

@@ -221,14 +221,16 @@ class SplitOptions:
     )
 
 
+RECIPE_HELP = "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file."
+"""Help of the option ``--recipe``."""
+
+
 @dataclass(frozen=True)
 class RecipeOptions:
     """A recipe, and settings that override it."""
 
     settings: Settings = None
-    recipe: str = option(
-        "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file.", "quick"
-    )
+    recipe: str = option(RECIPE_HELP, "quick")
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
     def load(self, overrides: Mapping[str, object] | None = None) -> Recipe:

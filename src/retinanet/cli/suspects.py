@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,18 +133,13 @@ def _write(
 ) -> None:
     """Write the table as CSV and JSON, and the tasks."""
     import json
-    from io import StringIO
 
-    from retinanet.files import write_atomic
+    from retinanet.files import csv_text, write_atomic
     from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
     root = LOCAL_FILES if options.image_root is None else options.image_root
     with open_outputs(options.out, ("labelstudio", "cvat"), image_root=root) as write:
         for image in tasks:
             write(image)
-    text = StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["rank"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(options.out / f"{name}.csv", text.getvalue())
+    write_atomic(options.out / f"{name}.csv", csv_text(rows, ["rank"]))
     write_atomic(options.out / f"{name}.json", json.dumps(plain(rows), indent=1) + "\n")

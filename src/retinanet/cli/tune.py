@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, seconds, table
-from retinanet.cli.settings import DeviceOptions, Json, LabelledData, option
+from retinanet.cli.settings import RECIPE_HELP, DeviceOptions, Json, LabelledData, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,7 @@ class TuneOptions(DeviceOptions):
     """The search."""
 
     budget: str = option("Time for all trials, such as 2h.", ..., metavar="DURATION")
-    recipe: str = option(
-        "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file.", "quick"
-    )
+    recipe: str = option(RECIPE_HELP, "quick")
     out: Path | None = option(
         "Folder of the search; an unfinished search in it is resumed.", shown="runs/tune-DATA"
     )

@@ -11,14 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from retinanet.boxes import box_iou
 from retinanet.data.dataset import Annotation, Dataset
-from retinanet.data.image_files import image_size
+from retinanet.data.formats.writing import size_of
 from retinanet.data.memory import Reader
 from retinanet.evaluation.coco import diagnose
 from retinanet.evaluation.predict import Progress
@@ -118,7 +119,7 @@ class Suspects:
         names = relative_names(self.dataset)
         for index, found in by_image.items():
             image = self.dataset.images[index]
-            doubts = {id(one.label): one.score for one in found if one.label is not None}
+            doubts = {id(own.label): own.score for own in found if own.label is not None}
             rows = [(a.box, 1 - doubts.get(id(a), 0.0), a.label) for a in image.annotations]
             for own in found:
                 if own.box is not None and own.class_name is not None:
@@ -131,9 +132,7 @@ class Suspects:
                 classes=self.dataset.classes,
                 category_ids=self.dataset.category_ids,
                 name=names[index],
-                size=(image.height, image.width)
-                if image.height and image.width
-                else image_size(image.path),
+                size=size_of(image),
                 image=image.path,
             )
 
@@ -331,12 +330,8 @@ class _Image:
 
 def _iou(boxes: _Array, others: _Array) -> _Array:
     """Return the (N, M) IoU of (N, 4) and (M, 4) boxes."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    overlap = (high - low).clip(min=0).prod(axis=2)
-    areas = [(each[:, 2:] - each[:, :2]).prod(axis=1) for each in (boxes, others)]
-    union = areas[0][:, None] + areas[1] - overlap
-    return cast(_Array, overlap / union.clip(min=1e-9))
+    iou: _Array = box_iou(torch.from_numpy(boxes)[:, None], torch.from_numpy(others)).numpy()
+    return iou
 
 
 @dataclass(frozen=True, slots=True)

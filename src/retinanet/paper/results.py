@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import ConfigDict, TypeAdapter
 
 from retinanet.evaluation.metrics import AP_METRICS
+from retinanet.files import csv_text
 from retinanet.paper.experiments import Published
 
 Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
@@ -331,11 +330,7 @@ class TableResult:
             line |= {f"paper_{name}": row.in_paper(name).strip("-") for name in columns}
             coco = "no" if self.not_coco else "yes"
             lines.append(line | {"data": self.about.get("data", ""), "coco": coco})
-        out = io.StringIO()
-        writer = csv.DictWriter(out, lines[0] if lines else (), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return out.getvalue()
+        return csv_text(lines)
 
     def to_json(self) -> str:
         """Format everything; :meth:`from_json` reads it."""

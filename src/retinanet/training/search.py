@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from retinanet.config import Recipe, load_recipe, nearest, setting_names, setting_of
 from retinanet.errors import ConfigError, MissingExtraError, NonFiniteLossError
-from retinanet.files import write_atomic
+from retinanet.files import csv_text, write_atomic
 from retinanet.training.events import Event, EventCallback
 from retinanet.training.trainer import Run, train
 
@@ -179,15 +177,19 @@ def search(
         if on_trial is not None:
             on_trial(ended)
     result = SearchResult(study.out, study.trials(), bool(exit_code), exit_code)
-    columns = ["trial", "state", "ap", "seconds", *(r.setting for r in ranges)]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for t in result.trials:
-        values = [t.values.get(r.setting) for r in ranges]
-        ap = "" if math.isnan(t.ap) else t.ap
-        writer.writerow([t.number, t.state, ap, round(t.seconds, 1), *values])
-    write_atomic(study.out / "trials.csv", text.getvalue())
+    settings_of_trials = [own.setting for own in ranges]
+    rows = [
+        {
+            "trial": t.number,
+            "state": t.state,
+            "ap": "" if math.isnan(t.ap) else t.ap,
+            "seconds": round(t.seconds, 1),
+            **{setting: t.values.get(setting) for setting in settings_of_trials},
+        }
+        for t in result.trials
+    ]
+    columns = ["trial", "state", "ap", "seconds", *settings_of_trials]
+    write_atomic(study.out / "trials.csv", csv_text(rows, columns))
     return result
 
 
