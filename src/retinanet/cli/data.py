@@ -259,10 +259,9 @@ def anchors(
     """
     from retinanet.data import usable
     from retinanet.errors import DataError
-    from retinanet.training.data import has_object
 
     dataset, _ = usable(options.read(data, recipe.load()))
-    if not any(map(has_object, dataset.images)):
+    if not any(image.has_object for image in dataset.images):
         raise DataError(
             f"{data}: no usable object in the {len(dataset)} images of {options.split}; "
             "see retinanet data check"
