@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -79,14 +78,10 @@ MAX_FAULTS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Result of opening an image file.
+    """Result of opening an image file: the upright size, or the kind and reason of a failure.
 
-    Attributes:
-        height, width: of the upright image; None if it cannot be read.
-        orientation: EXIF orientation, 1..8.
-        suffix: the extension of its content; empty if its own is right.
-        file_digest, pixel_digest: of its bytes and of its pixels; empty if they were not read.
-        failure: kind and reason, if it cannot be read.
+    `suffix` is the extension of its content, empty if its own is right; the digests are of its
+    bytes and of its pixels, empty if they were not read.
     """
 
     height: int | None = None
@@ -261,7 +256,7 @@ def _open_header(path: Path, is_shared: bool) -> ImageInfo | None:
     if orientation in SIDEWAYS:
         width, height = height, width
     suffix = _other_suffix(path, image.format or "")
-    digest = (_content(path) or b"").hex() if is_shared else ""
+    digest = (_content(path) or "") if is_shared else ""
     return ImageInfo(height, width, orientation, suffix, digest)
 
 
@@ -278,10 +273,9 @@ def _open(path: Path) -> ImageInfo:
         member = archives.find_member(path)
     except FileNotFoundError:
         return ImageInfo(failure=("image-missing", "no such image"))
-    except OSError as error:
-        return ImageInfo(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
-    except DataError as error:
-        return ImageInfo(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+        return ImageInfo(failure=("image-unreadable", f"cannot be read: {reason}"))
     if member is not None and member.digest not in ("", archives.digest_of(content)):
         reason = "its bytes differ from those of the index; copy the shard again"
         return ImageInfo(failure=("image-changed", reason))
@@ -291,13 +285,12 @@ def _open(path: Path) -> ImageInfo:
         return _decode(path, content, digest)
     except UnidentifiedImageError:
         failure = "image-unreadable", unidentified(str(path))
-        return ImageInfo(failure=failure, file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
         cut = any(word in words.lower() for word in ("truncated", "unexpected end", "eof"))
-        kind = "image-truncated" if cut else "image-unreadable"
-        return ImageInfo(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
+        failure = "image-truncated" if cut else "image-unreadable", f"cannot be decoded: {words}"
+    return ImageInfo(failure=failure, file_digest=digest)
 
 
 def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
@@ -344,10 +337,13 @@ def in_two_splits(
 def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
     """Return the images that are among `others`, as the same file or as a copy of it.
 
-    Of files of one size the beginnings are compared, and of those that agree the whole content.
     Files in archives are compared by their names only.
     """
-    keys: tuple[Callable[[Path], object], ...] = (_size, _beginning, _content)
+    keys: tuple[Callable[[Path], object], ...] = (
+        _size,
+        lambda path: (_size(path), _content(path, _BEGINNING)),
+        _content,
+    )
     found, among = {*images}, {*others}
     same = found & among
     found, among = (
@@ -363,25 +359,18 @@ def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
     return same | found
 
 
-def _size(path: Path) -> object:
+def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
     except OSError:
         return None
 
 
-def _beginning(path: Path) -> object:
+def _content(path: Path, limit: int = -1) -> str | None:
+    """Return a digest of a file, or of its beginning."""
     try:
         with path.open("rb") as file:
-            return archives.digest_of(file.read(_BEGINNING)), _size(path)
-    except OSError:
-        return None
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
+            return archives.digest_of(file.read(limit))
     except OSError:
         return None
 

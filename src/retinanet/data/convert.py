@@ -19,13 +19,7 @@ from retinanet.errors import ConfigError, DataError, ImageError
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A written data set.
-
-    Attributes:
-        images, objects: numbers by split; objects without those counted in `lost`.
-        origins: how each split was made.
-        lost: counts of what was left out, by description.
-    """
+    """A written data set: images and objects by split, without those counted in `lost`."""
 
     folder: Path
     format: str

@@ -33,15 +33,11 @@ def write_fixed(
     swapped back; empty ones, those that are not finite numbers, and repeated objects are dropped,
     and so are images that are missing or unreadable. Sizes and extensions are corrected, and an
     image in two splits is kept in the first of test, others, val and train. Boxes labelled on the
-    image as stored, before its EXIF orientation, are rotated with it. Labels that could not be read
-    (:attr:`Dataset.problems`) are dropped.
+    image as stored, before its EXIF orientation, are rotated with it.
 
     Args:
-        splits: the checked splits.
-        report: of :func:`check_datasets`.
-        folder: a new or empty folder, outside the data.
-        images: ``copy``, ``hardlink`` or ``symlink``.
-        progress: called with the numbers of images done and in total.
+        splits, report: the checked splits, and what :func:`check_datasets` returned for them.
+        folder, images, progress: as in :func:`retinanet.data.convert.convert`.
 
     Raises:
         DataError: the folder is not empty or is inside the data, or the report is of other data.

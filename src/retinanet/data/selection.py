@@ -18,11 +18,7 @@ _MAX_NAMES = 10  # class names in an error message
 
 
 def labels_of(names: Sequence[str], classes: Sequence[str], source: object) -> tuple[int, ...]:
-    """Return the labels of the named classes, in ascending order.
-
-    Raises:
-        ConfigError: no name is given, or a class is unknown (the nearest name is given).
-    """
+    """Return the labels of the named classes, ascending; an unknown one is a ConfigError."""
     if not names:
         raise ConfigError("no class is selected: give one or more names")
     for name in names:
@@ -53,12 +49,9 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 
 def relabel(dataset: Dataset, labels: Mapping[int, int], kept: Sequence[int]) -> Dataset:
-    """Give objects other labels, and keep the classes of some labels only.
+    """Give objects new labels by the old ones, and remove those of others.
 
-    Args:
-        dataset: any.
-        labels: the new labels by the old ones; objects of others are removed.
-        kept: the old label whose class each new one has.
+    `kept` are the old labels whose classes the new ones have.
     """
     images = tuple(
         replace(
@@ -111,8 +104,7 @@ def select(dataset: Dataset, classes: Sequence[str], single_class: bool) -> Data
 def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
     """Apply the selection that a model was trained with; classes that the data lacks are skipped.
 
-    Raises:
-        DataError: the data has none of the classes.
+    Data with none of the classes are a DataError.
     """
     selection = info.get("selection") or {}
     wanted = tuple(selection.get("classes", ()))

@@ -26,16 +26,10 @@ _SMALLEST_ANCHOR, _OVERLAP, _MIN_GAIN = 32, 0.2, 1.5
 def tile_windows(
     size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
 ) -> Iterator[Window]:
-    """Yield tiles of equal size that cover an image, spread evenly.
+    """Yield tiles (x1, y1, x2, y2) that cover an image (height, width), spread evenly.
 
-    Args:
-        size: height and width.
-        side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
-        overlap: minimum fraction of the side that adjacent tiles share.
-        down_first: column by column, else row by row.
-
-    Yields:
-        (x1, y1, x2, y2) pixels; nothing for an image that is not larger than a tile.
+    Adjacent ones share at least `overlap` of their side; with `down_first` they go column by
+    column. An image less high, or less wide, than a tile has tiles of its own height; none if both.
     """
     if max(size) <= side:
         return
@@ -60,17 +54,8 @@ def tile_dataset(dataset: Dataset, side: int, overlap: float) -> Dataset:
 
     The tiles are those of detection (:func:`tile_windows`). An object that a border cuts is clipped
     if at least :data:`~retinanet.data.transforms.MIN_VISIBLE` of its area is in the tile, and an
-    ignored region with less. An object that fits into the overlap is whole in some tile.
-
-    Args:
-        dataset: images with usable boxes. The header is read of those whose size the labels do not
-            state; an image without a readable header stays whole.
-        side: of a tile, pixels.
-        overlap: minimum fraction of the side that adjacent tiles share.
-
-    Returns:
-        A data set whose items may have a :attr:`~retinanet.data.dataset.LabelledImage.window`. Its
-        description names the objects that are in no tile with enough of their area.
+    ignored region with less. The description names the objects that are so in all tiles. The header
+    is read of images whose size the labels do not state; one without a readable header stays whole.
     """
     tiles: list[LabelledImage] = []
     num_lost = num_cut = 0

@@ -48,14 +48,7 @@ from retinanet.errors import DataError
 
 
 class Format(NamedTuple):
-    """Functions of a format.
-
-    Attributes:
-        label_files: what a label file of the format is, in words.
-        find: returns the label files of a tree; None if there are none.
-        read: returns the splits by name, each read when called; an unnamed split is ``""``.
-        write: writes splits into a new folder; None for formats that are only read.
-    """
+    """How a format finds its label files in a tree, reads the splits, and writes them (or None)."""
 
     label_files: str
     find: Callable[[Tree], LabelSet | None]
@@ -125,13 +118,9 @@ _SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list cl
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """What was found below a path.
+    """What was found below a path: splits, each read when called, and lines that describe them.
 
-    Attributes:
-        format: name of the format.
-        splits: the splits by name, each read when called; an unnamed split is ``""``.
-        description: what is read and what is left out, a line each.
-        top, images: the folder, and all its images.
+    An unnamed split is ``""``; `images` are all images below `top`.
     """
 
     format: str
@@ -198,13 +187,7 @@ def find_data(
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
-    the first of :data:`FORMATS`.
-
-    Args:
-        path: a folder, a label file, or a reader (:func:`retinanet.data.memory.read_with`), also as
-            ``module:function``.
-        format: one of :data:`FORMATS`; None detects it.
-        extras: keep values that training does not need (masks, licences, ...).
+    the first of :data:`FORMATS`. Arguments are those of :func:`read_dataset`.
 
     Raises:
         DataError: there is no such path or format, no labels are found, two formats label as many
@@ -395,8 +378,8 @@ def read_splits(
 def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     """Hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes.
 
-    `sizes` are bytes to assume for some files, by path (training records those of unreadable
-    images, whose repair is no other data).
+    `sizes` are bytes to assume for some files, by path: the repair of an unreadable image is no
+    other data.
     """
     sizes = sizes or {}
     total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())

@@ -294,8 +294,8 @@ def _yaml_base(file: Path, path: Any) -> Path:
 def _entry_images(file: Path, base: Path, entry: str, tree: Tree) -> list[Path] | None:
     """Images of a folder or of a list file; None where there is neither.
 
-    Exporters write ../train/images for what lies beside the file, and paths of other machines: the
-    longest tail that exists counts.
+    Exporters write paths that are relative to other folders, or of other machines: the longest tail
+    that exists counts.
     """
     plain = entry.replace("\\", "/")
     parts = [part for part in PurePosixPath(plain).parts if part not in ("/", ".", "..")]
@@ -457,11 +457,7 @@ def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
 
 
 def write(writing: Writing) -> None:
-    """Write images/SPLIT/, labels/SPLIT/ and data.yaml.
-
-    Objects that are ignored (crowds, difficult ones) are left out: a row cannot say so, and as
-    plain rows they would be trained on.
-    """
+    """Write images/SPLIT/, labels/SPLIT/ and data.yaml without ignored objects."""
     names = writing.names(together=False, stems=True)
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
