@@ -173,7 +173,7 @@ def _describe(
         for file in tree.with_suffix(".json", ".xml", ".csv", ".tsv")
         if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
     ]
-    if unused and labels.format != "webdataset":  # shards have an index each
+    if unused and labels.format != "webdataset":  # its labels are in the shards
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         yield f"not read: {', '.join(unused[:3])}{more} (no boxes of a known format)"
 
