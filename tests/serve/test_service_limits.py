@@ -25,12 +25,12 @@ from small_service import (
     wait_until,
     white_detector,
 )
+from starlette.exceptions import HTTPException
 
 from retinanet.errors import ConfigError
 from retinanet.inference.exported import ExportedNetwork
 from retinanet.serve import Settings
 from retinanet.serve.batching import Batcher
-from retinanet.serve.errors import RequestError
 from retinanet.serve.server import bind
 
 
@@ -60,7 +60,6 @@ def test_body_bytes_are_limited() -> None:
         chunked = service.post("/v1/detect", content=iter([data[:50], data[50:]]), headers=PNG)
         assert chunked.status_code == 200
         assert service.post("/v1/detect", files=form(data, data)).status_code == 413
-        assert 'failures_total{reason="bytes"} 3.0' in service.get("/metrics").text
 
 
 def test_large_form_stays_in_memory() -> None:
@@ -214,8 +213,8 @@ def test_other_formats_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
 # Number of images.
 
 
-def test_images_per_request_are_limited() -> None:
-    with client(settings=Settings(max_images=3)) as service:
+def test_images_per_request_are_limited_by_the_queue() -> None:
+    with client(settings=Settings(queue=3)) as service:
         assert service.post("/v1/detect", files=form(*3 * [png_image()])).status_code == 200
         response = service.post("/v1/detect", files=form(*4 * [png_image()]))
     assert response.status_code == 413
@@ -224,7 +223,7 @@ def test_images_per_request_are_limited() -> None:
 
 def test_full_queue_is_503_with_retry_after() -> None:
     detector = white_detector()
-    settings = Settings(queue=3, max_images=2, workers=1)
+    settings = Settings(queue=3, workers=1)
     two = form(png_image(), png_image())
     with client(detector, settings) as service, ThreadPoolExecutor(4) as pool:
 
@@ -248,7 +247,6 @@ def test_full_queue_is_503_with_retry_after() -> None:
         assert [future.result(120).status_code for future in accepted] == 3 * [200]
         assert service.post("/v1/detect", files=two).status_code == 200
         assert batcher.num_pending == 0
-        assert 'failures_total{reason="busy"} 2.0' in service.get("/metrics").text
 
 
 # Time.
@@ -292,7 +290,6 @@ def test_disconnected_client_cancels_its_images() -> None:
         assert stays.result(120)[0] == 200
         text = batcher.metrics.export().decode()
         assert 'retinanet_requests_total{method="POST",route="/v1/detect",status="499"} 1.0' in text
-        assert 'failures_total{reason="disconnected"} 1.0' in text
         assert len(finder(detector).batches) == 1
         service.leave(post_request(png_image())[:-20])  # during its upload
         wait_until(lambda: 'status="499"} 2.0' in batcher.metrics.export().decode())
@@ -350,27 +347,6 @@ def test_tiff_tile_pixels_are_limited() -> None:
         assert accepted.status_code == 200, accepted.text
 
 
-def test_request_from_another_site_is_403() -> None:
-    with client() as service:
-
-        def status(**headers: str) -> int:
-            given = {name.replace("_", "-"): value for name, value in headers.items()}
-            response = service.post("/v1/detect", content=png_image(), headers={**PNG, **given})
-            if response.status_code == 403:
-                assert response.json()["detail"] == "pages of other sites may not send images here"
-            return response.status_code
-
-        assert status(Sec_Fetch_Site="cross-site", Origin="https://elsewhere.example") == 403
-        assert status(Sec_Fetch_Site="same-site", Origin="http://testserver:81") == 403
-        assert status(Sec_Fetch_Site="same-origin", Origin="https://behind.a.proxy") == 200
-        assert status(Sec_Fetch_Site="none") == 200
-        # Without a secure address browsers say the origin alone.
-        assert status(Origin="http://elsewhere.example") == 403
-        assert status(Origin="null") == 403
-        assert status(Origin="http://testserver") == 200
-        assert 'failures_total{reason="cross_origin"} 4.0' in service.get("/metrics").text
-
-
 def test_thresholds_built_into_an_exported_file_cannot_change() -> None:
     class Fixed(ExportedNetwork):
         def __init__(self) -> None:
@@ -383,10 +359,10 @@ def test_thresholds_built_into_an_exported_file_cannot_change() -> None:
     detector = white_detector()
     detector.network = Fixed()
     batcher = Batcher({"model": detector}, Settings())
-    with pytest.raises(RequestError, match=r"white\.onnx was exported with") as caught:
+    with pytest.raises(HTTPException, match=r"white\.onnx was exported with") as caught:
         batcher.submit("model", [], {"score_threshold": 0.4})
     assert caught.value.status_code == 400
-    with pytest.raises(RequestError, match="the server is starting"):  # the thresholds are valid
+    with pytest.raises(HTTPException, match="the server is starting"):  # the thresholds are valid
         batcher.submit("model", [], {"score_threshold": 0.5})
 
 

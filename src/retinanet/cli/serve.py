@@ -28,11 +28,9 @@ class ServiceOptions:
     batch_size: int | None = option(
         "Maximum images per batch, all of one size.", shown="1 on a CPU, else 8"
     )
-    max_wait_ms: float | None = option("Milliseconds to wait for a batch to fill.", shown="0")
     queue: int | None = option("Maximum waiting images.", shown="128")
     max_bytes: int | None = option("Maximum request size in bytes.", shown="33,554,432")
     max_pixels: int | None = option("Maximum pixels per image.", shown="50,000,000")
-    max_images: int | None = option("Maximum images per request.", shown="32")
     timeout: float | None = option("Maximum seconds per request, upload included.", shown="60")
     api_key: str | None = option(
         f"Key that requests must send. Prefer the environment variable {_KEY}: other users of "

@@ -68,6 +68,11 @@ class LabelledImage:
     extra: Mapping[str, Any] = field(default_factory=dict)
     window: tuple[int, int, int, int] | None = None
 
+    @property
+    def has_object(self) -> bool:
+        """Whether it has an object that is not ignored."""
+        return any(not annotation.ignored for annotation in self.annotations)
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

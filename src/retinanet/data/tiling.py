@@ -83,7 +83,7 @@ def tile_dataset(dataset: Dataset, side: int, overlap: float) -> Dataset:
         tiles += of_image
         num_lost += lost
         num_cut += 1
-    with_objects = sum(any(not a.ignored for a in tile.annotations) for tile in tiles)
+    with_objects = sum(tile.has_object for tile in tiles)
     description = [
         f"{dataset.split}: {len(tiles)} tiles of {side} pixels and smaller images, "
         f"{with_objects} with objects; {num_cut} of {len(dataset)} images are cut"

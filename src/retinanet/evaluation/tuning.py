@@ -146,7 +146,7 @@ def tune(
             f"(data.tile): {model}; evaluate it without tuning"
         )
     dataset = read_eval_dataset(data, split, info=detector.info)
-    if not any(not a.ignored for image in dataset.images for a in image.annotations):
+    if not any(image.has_object for image in dataset.images):
         raise DataError(f"{dataset.source}: no object to tune the detection on; give another split")
     limit, raised = raised_limits(dataset, None, detector)
     base = _uncalibrated({**detector.eval_thresholds, **raised})

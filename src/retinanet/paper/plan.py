@@ -25,7 +25,7 @@ from retinanet.model.retinanet import build_retinanet
 from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.rivals import build_rival
 from retinanet.paper.tables import EXPERIMENTS
-from retinanet.training.data import has_object, recipe_anchors
+from retinanet.training.data import recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
 """The paper's backbones by depth."""
@@ -170,7 +170,7 @@ def read_data(settings: Settings) -> dict[str, Dataset]:
                 f"{', '.join(splits) or 'none'}"
             )
         images = usable(splits[name])[0].images
-        if not any(map(has_object, images)):
+        if not any(image.has_object for image in images):
             few = "" if images else "; a single image cannot be split"
             raise DataError(f"{settings.data}: no object to {purpose} in {len(images)} images{few}")
     return {name: splits[name] for name in ("train", "val")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,9 +25,9 @@ from starlette.requests import ClientDisconnect
 
 from retinanet import __version__
 from retinanet.config import nearest
+from retinanet.inference import ImageDetections
 from retinanet.serve import schema
-from retinanet.serve.batching import Batcher, Result
-from retinanet.serve.errors import RequestError
+from retinanet.serve.batching import Batcher
 from retinanet.serve.metrics import Middleware
 from retinanet.serve.settings import Settings
 from retinanet.serve.upload import FIELD, Upload, read_uploads
@@ -40,7 +39,6 @@ _DESCRIPTION = (
 _ERRORS = {
     400: "An option or the form is invalid.",
     401: "The API key is missing or wrong.",
-    403: "A page of another site sent the request.",
     404: "There is no such model.",
     408: "The upload took too long.",
     413: "Too many bytes, pixels or images.",
@@ -82,7 +80,6 @@ class Routes:
         """
         start = time.perf_counter()
         model = self._find_model(options.model)
-        _check_origin(request)
         self.batcher.check_capacity()
         uploads: list[Upload] | None = None
         try:
@@ -93,18 +90,23 @@ class Routes:
         except TimeoutError:
             seconds = f"over {self.settings.timeout:g} seconds"
             if uploads is None:
-                detail = f"the upload took {seconds}"
-                raise RequestError(408, "slow_upload", detail) from None
+                raise HTTPException(408, f"the upload took {seconds}") from None
             detail = f"the request took {seconds}: send fewer images, or try again"
-            raise RequestError(504, "timeout", detail) from None
-        return self._detect_response(model, uploads, results, start)
+            raise HTTPException(504, detail) from None
+        images, failures = _split_results(uploads, results)
+        content = {
+            "model": model,
+            "images": images,
+            "failures": failures,
+            "milliseconds": _milliseconds(time.perf_counter() - start),
+        }
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     async def models(self) -> Response:
         """Return names, classes, thresholds, accuracy and speed of the models, and the limits."""
         limits = {
             "bytes": self.settings.max_bytes,
             "pixels": self.settings.max_pixels,
-            "images": self.settings.max_images,
             "seconds": self.settings.timeout,
         }
         models = [self._describe_model(name) for name in self.names]
@@ -113,26 +115,12 @@ class Routes:
     async def health(self) -> Response:
         """Return 200 from the end of the warm-up, while all network threads are alive."""
         if not self.batcher.ready:
-            raise RequestError(503, "busy", "the server is stopping, or a network thread has ended")
+            raise HTTPException(503, "the server is stopping, or a network thread has ended")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self) -> Response:
         """Return the metrics in Prometheus' text format."""
         return Response(self.batcher.metrics.export(), media_type=CONTENT_TYPE_LATEST)
-
-    async def handle_error(self, request: Request, error: Exception) -> Response:
-        """Answer an exception with one line of JSON."""
-        if isinstance(error, RequestValidationError):
-            error = _invalid_option(error)
-        elif isinstance(error, ClientDisconnect):
-            error = RequestError(499, "disconnected", "the client disconnected")
-        assert isinstance(error, HTTPException)
-        detail = error.detail
-        if not isinstance(error, RequestError):
-            routing = {404: "no such URL", 405: f"method not allowed: {request.method}"}
-            detail = routing.get(error.status_code, detail)
-        self.batcher.metrics.failures.labels(getattr(error, "reason", "route")).inc()
-        return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
     def _find_model(self, name: str | None) -> str:
         if name is None:
@@ -140,7 +128,7 @@ class Routes:
         if name not in self.names:
             known = ", ".join(self.names)
             hint = nearest(name, self.names)
-            raise RequestError(404, "model", f"no such model: {name[:80]!r}; known: {known}{hint}")
+            raise HTTPException(404, f"no such model: {name[:80]!r}; known: {known}{hint}")
         return name
 
     def _describe_model(self, name: str) -> dict[str, Any]:
@@ -164,40 +152,6 @@ class Routes:
             "metrics": None if metrics is None else dict(metrics),
             "milliseconds": None if seconds is None else _milliseconds(seconds),
         }
-
-    def _detect_response(
-        self,
-        model: str,
-        uploads: Sequence[Upload],
-        results: Sequence[Result | BaseException],
-        start: float,
-    ) -> Response:
-        errors: list[tuple[str, RequestError]] = []
-        processed: list[Result] = []
-        for upload, result in zip(uploads, results, strict=True):
-            if isinstance(result, Result):
-                processed.append(result)
-            elif isinstance(result, RequestError):
-                errors.append((upload.name, result))
-            else:
-                raise result
-        if not processed:
-            raise _no_image(errors)
-        for _, error in errors:
-            self.batcher.metrics.failures.labels(error.reason).inc()
-        content = {
-            "model": model,
-            "images": [result.detections.to_dict() for result in processed],
-            "failures": [{"file": name, "reason": error.detail} for name, error in errors],
-            "milliseconds": {
-                "total": _milliseconds(time.perf_counter() - start),
-                "queue": _milliseconds(max(result.queue_seconds for result in processed)),
-                "network": _milliseconds(sum(result.network_seconds for result in processed)),
-            },
-        }
-        text = json.dumps(content, separators=(",", ":"))
-        headers = {"Cache-Control": "no-store"}
-        return Response(text, media_type="application/json", headers=headers)
 
 
 def make_app(
@@ -225,7 +179,7 @@ def make_app(
     routes = Routes(batcher, settings, metrics)
     app.add_middleware(Middleware, metrics=batcher.metrics)
     for kind in (HTTPException, RequestValidationError, ClientDisconnect):
-        app.add_exception_handler(kind, routes.handle_error)
+        app.add_exception_handler(kind, _handle_error)
     _add_api(app, routes)
     _add_page(app)
     description = app.openapi()  # FastAPI returns the same object every time
@@ -255,7 +209,7 @@ def _add_api(app: FastAPI, routes: Routes) -> None:
         "/v1/detect",
         routes.detect,
         "Detect objects in one or several images",
-        *(400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504),
+        *_ERRORS,
         methods=["POST"],
         response_model=schema.DetectResponse,
         openapi_extra=_request_body(routes.settings),
@@ -296,19 +250,15 @@ def _api_key_dependency(api_key: str) -> Any:
         sent = header if header is not None else bearer.credentials if bearer else None
         if sent is None or not hmac.compare_digest(sent.encode(), api_key.encode()):
             problem = "missing" if sent is None else "wrong"
-            raise RequestError(
-                401,
-                "api_key",
-                f"{problem} API key: send it as X-API-Key or Authorization: Bearer",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            detail = f"{problem} API key: send it as X-API-Key or Authorization: Bearer"
+            raise HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
     return Depends(check)
 
 
 def _request_body(settings: Settings) -> dict[str, Any]:
     binary = {"type": "string", "format": "binary"}
-    images = {"type": "array", "minItems": 1, "maxItems": settings.max_images, "items": binary}
+    images = {"type": "array", "minItems": 1, "maxItems": settings.queue, "items": binary}
     form = {
         "type": "object",
         "required": [FIELD],
@@ -325,37 +275,34 @@ def _request_body(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check_origin(request: Request) -> None:
-    """Reject requests that a page of another site makes a browser send.
+async def _handle_error(request: Request, error: Exception) -> Response:
+    """Answer an exception with one line of JSON."""
+    if isinstance(error, RequestValidationError):
+        error = HTTPException(400, _invalid_option(error))
+    elif isinstance(error, ClientDisconnect):
+        error = HTTPException(499, "the client disconnected")
+    assert isinstance(error, HTTPException)
+    routing = {
+        "Not Found": "no such URL",
+        "Method Not Allowed": f"method not allowed: {request.method}",
+    }
+    detail = routing.get(error.detail, error.detail)
+    return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
-    Browsers send Sec-Fetch-Site with requests to https and to this machine, and Origin with every
-    POST; other programs send neither.
-    """
-    site = request.headers.get("sec-fetch-site")
-    origin = request.headers.get("origin")
-    if site is not None:
-        same = site in ("same-origin", "none")
-    else:
-        same = origin is None or origin.partition("://")[2] == request.headers.get("host")
-    if not same:
-        raise RequestError(403, "cross_origin", "pages of other sites may not send images here")
 
-
-def _invalid_option(error: RequestValidationError) -> RequestError:
+def _invalid_option(error: RequestValidationError) -> str:
     first = error.errors()[0]
     name = str(first["loc"][-1])[:80]
     if first["type"] == "extra_forbidden":
         known = list(schema.DetectOptions.model_fields)
-        detail = f"unknown option: {name!r}; known: {', '.join(known)}{nearest(name, known)}"
-    else:
-        expected = str(first["msg"]).removeprefix("Input should be ")
-        detail = f"invalid {name}: {str(first['input'])[:80]!r}; should be {expected}"
-    return RequestError(400, "option", detail)
+        return f"unknown option: {name!r}; known: {', '.join(known)}{nearest(name, known)}"
+    expected = str(first["msg"]).removeprefix("Input should be ")
+    return f"invalid {name}: {str(first['input'])[:80]!r}; should be {expected}"
 
 
 async def _wait_for_results(
-    request: Request, futures: Sequence[Future[Result]]
-) -> list[Result | BaseException]:
+    request: Request, futures: Sequence[Future[ImageDetections]]
+) -> list[ImageDetections | BaseException]:
     """Wait for the result of each image; cancel them if the client disconnects."""
     results = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     disconnected = asyncio.create_task(_wait_for_disconnect(request))
@@ -375,13 +322,32 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def _no_image(errors: Sequence[tuple[str, RequestError]]) -> RequestError:
-    """Return the error for a request none of whose images can be processed."""
-    name, first = errors[0]
-    statuses = {error.status_code for _, error in errors}
-    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    status = statuses.pop() if len(statuses) == 1 else 422
-    return RequestError(status, first.reason, f"{name}: {first.detail}{others}")
+def _split_results(
+    uploads: Sequence[Upload], results: Sequence[ImageDetections | BaseException]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return detections and failures as JSON values.
+
+    Raises:
+        HTTPException: no image could be processed.
+        Exception: the network's.
+    """
+    images: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    statuses: set[int] = set()
+    for upload, result in zip(uploads, results, strict=True):
+        if isinstance(result, HTTPException):
+            statuses.add(result.status_code)
+            failures.append({"file": upload.name, "reason": result.detail})
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            images.append(result.to_dict())
+    if not images:
+        first, others = failures[0], len(failures) - 1
+        more = f" (and {others} more)" if others else ""
+        status = statuses.pop() if len(statuses) == 1 else 422
+        raise HTTPException(status, f"{first['file']}: {first['reason']}{more}")
+    return images, failures
 
 
 def _milliseconds(seconds: float) -> float:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from starlette.exceptions import HTTPException
 
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector, ImageDetections, Source
@@ -22,7 +23,6 @@ from retinanet.inference.detector import Prepared
 from retinanet.inference.exported import ExportedNetwork
 from retinanet.inference.parallel import network_workers, use_cores
 from retinanet.model.retinanet import RetinaNet
-from retinanet.serve.errors import RequestError, busy
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.settings import Settings
 from retinanet.serve.upload import Upload, check_image, decode_error
@@ -31,38 +31,14 @@ _NUM_RECENT = 200  # images over which the median speed of a model is computed
 _GPU_BATCH_SIZE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Result of one image.
-
-    Attributes:
-        detections: the detections.
-        queue_seconds: time the decoded image waited for the network.
-        network_seconds: its share of the time of its batch.
-    """
-
-    detections: ImageDetections
-    queue_seconds: float
-    network_seconds: float
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     model: str
     upload: Upload
     thresholds: dict[str, Any]
-    future: Future[Result] = field(default_factory=Future)  # cancelled when nobody waits for it
+    future: Future[ImageDetections] = field(default_factory=Future)  # cancelled: nobody waits
     prepared: Prepared | None = None
     batch_key: tuple[Any, ...] = ()
-    decoded_at: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Images for a network; lone: no other image is in work or waiting."""
-
-    jobs: list[_Job]
-    is_lone: bool
 
 
 class Batcher:
@@ -101,7 +77,7 @@ class Batcher:
         self.num_workers = settings.workers or min(
             network_workers(detector.network) for detector in self.detectors.values()
         )
-        threads = settings.decode_threads or min(4, os.cpu_count() or 1)
+        threads = min(4, os.cpu_count() or 1)
         self._decoders = ThreadPoolExecutor(threads, "decode", initializer=use_cores, initargs=(1,))
 
     @property
@@ -154,18 +130,20 @@ class Batcher:
     def check_capacity(self, images: int = 1) -> None:
         """Raise a 503 error if the queue cannot take `images` more images."""
         if not self.ready:
-            raise busy("the server is starting or stopping: try again", 2)
+            detail = "the server is starting or stopping: try again"
+            raise HTTPException(503, detail, {"Retry-After": "2"})
         if self.num_pending + images > self.settings.queue:
             known = [s for name in self.detectors if (s := self.seconds_per_image(name))]
             seconds = max(known, default=1.0) * self.num_pending / self.num_workers
-            raise busy(
+            raise HTTPException(
+                503,
                 f"queue is full: {self.num_pending} of {self.settings.queue} images; try again",
-                math.ceil(seconds),
+                {"Retry-After": str(max(1, math.ceil(seconds)))},
             )
 
     def submit(
         self, model: str, uploads: Sequence[Upload], thresholds: Mapping[str, Any]
-    ) -> list[Future[Result]]:
+    ) -> list[Future[ImageDetections]]:
         """Submit images, all or none.
 
         Args:
@@ -174,18 +152,19 @@ class Batcher:
             thresholds: valid thresholds that override the model's.
 
         Returns:
-            One future per image; its exception is a :class:`RequestError` if the image is rejected,
-            or the network's. Cancel futures that nobody waits for.
+            One future per image; its exception is a HTTPException if the image is rejected, or
+            the network's. Cancel futures that nobody waits for.
 
         Raises:
-            RequestError: 503 the queue is full; 400 an exported file has other thresholds built in.
+            HTTPException: 503 the queue is full; 400 an exported file has other thresholds built
+                in.
         """
         detector = self.detectors[model]
         if isinstance(detector.network, ExportedNetwork):
             try:
                 detector.network.check({**detector.thresholds, **thresholds})  # type: ignore[typeddict-item]
             except ConfigError as error:
-                raise RequestError(400, "option", str(error)) from None
+                raise HTTPException(400, str(error)) from None
         with self._changed:
             self.check_capacity(len(uploads))
             self.num_pending += len(uploads)
@@ -195,7 +174,7 @@ class Batcher:
             self._decoders.submit(self._decode, job)
         return [job.future for job in jobs]
 
-    def _finish(self, job: _Job, future: Future[Result]) -> None:
+    def _finish(self, job: _Job, future: Future[ImageDetections]) -> None:
         # A cancelled job may stay in a queue for long: release its memory now.
         job.upload = Upload(job.upload.name, b"")
         with self._changed:
@@ -211,15 +190,15 @@ class Batcher:
             check_image(upload.data, self.settings)
             prepared = self.detectors[job.model].prepare(Source(upload.data, upload.name))
         except Exception as error:  # of any decoder
-            if not isinstance(error, RequestError):
-                error = RequestError(422, "unreadable", decode_error(error, upload.name))
+            self.metrics.failed_images.labels(job.model).inc()
+            if not isinstance(error, HTTPException):
+                error = HTTPException(422, decode_error(error, upload.name))
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
             return
         divisor = RetinaNet.size_divisor
         padded = tuple(math.ceil(side / divisor) for side in prepared.pixels.shape[-2:])
         job.batch_key = (job.model, padded, tuple(sorted(job.thresholds.items())))
-        job.decoded_at = time.perf_counter()
         with self._changed:
             if self._stopping:
                 job.future.cancel()
@@ -241,14 +220,15 @@ class Batcher:
             warm_up.set_exception(error)
             return
         while jobs := self._next_batch(number):
-            cores = self._cores if jobs.is_lone else share
+            is_lone = not number and self.num_pending == len(jobs)
+            cores = self._cores if is_lone else share
             if torch.get_num_threads() != cores:
                 use_cores(cores)
-            self._run(jobs.jobs)
+            self._run(jobs)
             del jobs  # free the images while waiting for the next ones
 
-    def _next_batch(self, number: int) -> _Batch | None:
-        """Wait for the oldest image and those that share its batch; None when stopping."""
+    def _next_batch(self, number: int) -> list[_Job]:
+        """Wait for the oldest image and those that share its batch; empty when stopping."""
         with self._changed:
             while True:
                 # A lone batch is for the first thread.
@@ -256,13 +236,10 @@ class Batcher:
                     lambda: self._stopping or (self._decoded and (not number or self.num_running))
                 )
                 if self._stopping:
-                    return None
+                    return []
                 first = self._decoded[0]
                 on_cpu = self.detectors[first.model].device.type == "cpu"
                 max_size = self.settings.batch_size or (1 if on_cpu else _GPU_BATCH_SIZE)
-                if self.settings.max_wait_ms and max_size > 1:
-                    full = partial(self._has_batch, first.batch_key, max_size)
-                    self._changed.wait_for(full, self.settings.max_wait_ms / 1000)
                 batch = [job for job in self._decoded if job.batch_key == first.batch_key]
                 batch = batch[:max_size]
                 for job in batch:
@@ -271,12 +248,7 @@ class Batcher:
                 if jobs:
                     self.num_running += len(jobs)
                     self._changed.notify_all()
-                    is_lone = not number and self.num_pending == len(jobs)
-                    return _Batch(jobs, is_lone)
-
-    def _has_batch(self, batch_key: tuple[Any, ...], size: int) -> bool:
-        same_key = sum(job.batch_key == batch_key for job in self._decoded)
-        return self._stopping or same_key >= size
+                    return jobs
 
     def _run(self, jobs: list[_Job]) -> None:
         model = jobs[0].model
@@ -286,13 +258,11 @@ class Batcher:
         try:
             outputs = detector.detect_prepared(images, **jobs[0].thresholds)
             seconds = time.perf_counter() - start
-            self._count_batch(model, len(jobs), seconds)
+            self.metrics.images.labels(model).inc(len(jobs))
+            self._seconds[model].extend([seconds / len(jobs)] * len(jobs))
             for job, image, output in zip(jobs, images, outputs, strict=True):
-                detections = detector.image_detections(
-                    output, Source(None, job.upload.name), image.size
-                )
-                queue_seconds = start - job.decoded_at
-                job.future.set_result(Result(detections, queue_seconds, seconds / len(jobs)))
+                source = Source(None, job.upload.name)
+                job.future.set_result(detector.image_detections(output, source, image.size))
         except Exception as error:  # such as a GPU out of memory: the next batch may succeed
             for job in jobs:
                 if not job.future.done():
@@ -300,12 +270,6 @@ class Batcher:
         finally:
             with self._changed:
                 self.num_running -= len(jobs)
-
-    def _count_batch(self, model: str, size: int, seconds: float) -> None:
-        self.metrics.batches.observe(size)
-        self.metrics.images.labels(model).inc(size)
-        self.metrics.network.labels(model).inc(seconds)
-        self._seconds[model].extend([seconds / size] * size)
 
 
 def _warm_up(detector: Detector) -> None:

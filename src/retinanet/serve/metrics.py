@@ -11,12 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_REASONS = (
-    *("option", "api_key", "cross_origin", "route", "model", "bytes", "pixels", "images"),
-    *("media_type", "unreadable", "slow_upload", "busy", "timeout", "disconnected", "internal"),
-)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 _SECURITY_HEADERS = [
     (
@@ -52,13 +47,9 @@ class Metrics:
         self.latency = create(
             Histogram, "request_seconds", "Time per request.", "route", buckets=_SECONDS
         )
-        self.failures = create(Counter, "failures", "Rejected requests and images.", "reason")
-        self.batches = create(Histogram, "batch_images", "Images per batch.", buckets=_BATCH_SIZES)
         self.images = create(Counter, "images", "Images processed.", "model")
-        self.network = create(Counter, "network_seconds", "Time in the network.", "model")
+        self.failed_images = create(Counter, "failed_images", "Rejected images.", "model")
         create(Gauge, "queue_images", "Images waiting.").set_function(queue_length)
-        for reason in _REASONS:
-            self.failures.labels(reason)  # starts at 0, so that rates are defined
 
     def export(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
@@ -96,7 +87,6 @@ class Middleware:
             await self._app(scope, receive, send_with_headers)
         except Exception:
             log.exception("request failed")
-            self._metrics.failures.labels("internal").inc()
             if status == 0:
                 response = JSONResponse({"detail": "internal server error; see the log"}, 500)
                 await response(scope, receive, send_with_headers)

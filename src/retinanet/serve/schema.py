@@ -63,21 +63,13 @@ class Failure(BaseModel):
     reason: str
 
 
-class Milliseconds(BaseModel):
-    """Time spent on a request."""
-
-    total: float = Field(ge=0, description="From headers to response, upload included.")
-    queue: float = Field(ge=0, description="Longest wait of one of its images for the network.")
-    network: float = Field(ge=0, description="Sum of its images' shares of the network's time.")
-
-
 class DetectResponse(BaseModel):
     """Detections, in the order of the uploaded images."""
 
     model: str
     images: list[Image]
     failures: list[Failure]
-    milliseconds: Milliseconds
+    milliseconds: float = Field(ge=0, description="From headers to response, upload included.")
 
 
 class Metrics(BaseModel):
@@ -111,7 +103,6 @@ class Limits(BaseModel):
 
     bytes: int
     pixels: int = Field(description="Per image.")
-    images: int
     seconds: float
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 from PIL import Image
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from retinanet.config import nearest
 from retinanet.data.image_files import stored_size, stored_tile
 from retinanet.errors import ImageError
-from retinanet.serve.errors import RequestError
 from retinanet.serve.settings import Settings
 
 FIELD = "images"
@@ -55,7 +55,7 @@ async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
     """Read the images of a ``multipart/form-data`` or ``image/*`` body.
 
     Raises:
-        RequestError: 400 malformed form, 413 too large, 415 another media type, 422 no image.
+        HTTPException: 400 malformed form, 413 too large, 415 another media type, 422 no image.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
@@ -63,12 +63,11 @@ async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
     if media_type.startswith("image/"):
         data = b"".join([chunk async for chunk in _stream(request, settings)])
         if not data:
-            raise RequestError(422, "unreadable", "empty request body: send an image")
+            raise HTTPException(422, "empty request body: send an image")
         return [Upload("image", data)]
     found = repr(_printable(media_type)) if media_type else "no Content-Type"
-    raise RequestError(
+    raise HTTPException(
         415,
-        "media_type",
         f"unsupported media type: {found}; send multipart/form-data with the field {FIELD!r}, "
         "or one image as image/*",
     )
@@ -77,23 +76,17 @@ async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
 async def _stream(request: Request, settings: Settings) -> AsyncGenerator[bytes, None]:
     """Yield the chunks of the body, up to the maximum size."""
     announced = request.headers.get("content-length", "")
-    size = int(announced) if announced.isascii() and announced.isdecimal() else 0
-    check_body_size(size, settings)
+    too_large = HTTPException(
+        413, f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller images"
+    )
+    if announced.isascii() and announced.isdecimal() and int(announced) > settings.max_bytes:
+        raise too_large
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        check_body_size(size, settings)
+        if size > settings.max_bytes:
+            raise too_large
         yield chunk
-
-
-def check_body_size(size: int, settings: Settings) -> None:
-    """Raise a 413 error if a body of `size` bytes is over the limit."""
-    if size > settings.max_bytes:
-        raise RequestError(
-            413,
-            "bytes",
-            f"the request is over {settings.max_bytes:,} bytes: send fewer or smaller images",
-        )
 
 
 async def _read_form(request: Request, settings: Settings) -> list[Upload]:
@@ -101,13 +94,14 @@ async def _read_form(request: Request, settings: Settings) -> list[Upload]:
         async for chunk in _stream(request, settings):
             yield chunk
         if not parser.complete:
-            raise _malformed("it ends before its last boundary")
+            raise MultiPartException("it ends before its last boundary")
 
     parser = _FormParser(request, chunks(), settings)
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:
-        raise _malformed(getattr(error, "message", str(error))) from None
+        reason = _printable(getattr(error, "message", str(error)))
+        raise HTTPException(400, f"malformed multipart form: {reason}") from None
     uploads: list[Upload] = []
     try:
         for name, value in form.multi_items():
@@ -118,7 +112,7 @@ async def _read_form(request: Request, settings: Settings) -> list[Upload]:
     finally:
         await form.close()
     if not uploads:
-        raise RequestError(422, "unreadable", f"the form field {FIELD!r} holds no image")
+        raise HTTPException(422, f"the form field {FIELD!r} holds no image")
     return uploads
 
 
@@ -135,15 +129,14 @@ class _FormParser(MultiPartParser):
         super().__init__(request.headers, stream)
         self.spool_max_size = settings.max_bytes + 1
         self.complete = False
-        self._max_images = settings.max_images
+        self._max_images = settings.queue  # a request with more would never be accepted
         self._num_parts = 0
 
     def on_part_begin(self) -> None:
         self._num_parts += 1
         if self._num_parts > self._max_images:
-            raise RequestError(
-                413, "images", f"more than {self._max_images} images in one request: send fewer"
-            )
+            detail = f"more than {self._max_images} images in one request: send fewer"
+            raise HTTPException(413, detail)
         super().on_part_begin()
 
     def on_end(self) -> None:
@@ -154,23 +147,27 @@ def check_image(data: bytes, settings: Settings) -> None:
     """Check the header of an encoded image before it is decoded.
 
     Raises:
-        RequestError: 413 too many pixels; 422 another format or a broken header.
+        HTTPException: 413 too many pixels; 422 another format or a broken header.
     """
     if not data:
-        raise RequestError(422, "unreadable", "the file is empty")
+        raise HTTPException(422, "the file is empty")
     if not _MAGIC.match(data):
-        raise RequestError(422, "unreadable", f"not an accepted image format: send {_FORMATS}")
+        raise HTTPException(422, f"not an accepted image format: send {_FORMATS}")
+    found = ""
     try:
         height, width = stored_size(data)
         tile_pixels = stored_tile(data) if data[:2] in (b"II", b"MM") else 0
+        if height * width > settings.max_pixels:
+            found = f"{width} x {height}"
+        elif tile_pixels > settings.max_pixels:
+            found = f"a tile of {tile_pixels:,}"
     except ImageError as error:
-        if isinstance(error.__context__, Image.DecompressionBombError):
-            raise _too_many_pixels("it has too many", settings) from None
-        raise RequestError(422, "unreadable", decode_error(error)) from None
-    if height * width > settings.max_pixels:
-        raise _too_many_pixels(f"{width} x {height}", settings)
-    if tile_pixels > settings.max_pixels:
-        raise _too_many_pixels(f"a tile of {tile_pixels:,}", settings)
+        if not isinstance(error.__context__, Image.DecompressionBombError):
+            raise HTTPException(422, decode_error(error)) from None
+        found = "it has too many"
+    if found:
+        limit = f"at most {settings.max_pixels:,} are accepted, send it smaller"
+        raise HTTPException(413, f"too many pixels: {found}; {limit}")
 
 
 def decode_error(error: Exception, name: str = "") -> str:
@@ -181,21 +178,11 @@ def decode_error(error: Exception, name: str = "") -> str:
     return reason.removeprefix("bytes of an image: ")
 
 
-def _too_many_pixels(found: str, settings: Settings) -> RequestError:
-    limit = f"at most {settings.max_pixels:,} are accepted, send it smaller"
-    return RequestError(413, "pixels", f"too many pixels: {found}; {limit}")
-
-
-def _malformed(reason: str) -> RequestError:
-    return RequestError(400, "media_type", f"malformed multipart form: {_printable(reason)}")
-
-
-def _unknown_field(name: str) -> RequestError:
+def _unknown_field(name: str) -> HTTPException:
     if name == FIELD:
-        return RequestError(400, "option", f"form field {FIELD!r} has no filename: send a file")
-    return RequestError(
+        return HTTPException(400, f"form field {FIELD!r} has no filename: send a file")
+    return HTTPException(
         400,
-        "option",
         f"unknown form field {name!r}{nearest(name, [FIELD])}; images go into {FIELD!r}, options "
         "into the URL, as in ?score_threshold=0.5",
     )

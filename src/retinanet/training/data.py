@@ -70,7 +70,7 @@ def read_training_data(
     if val is not None:
         val = select(val, recipe.data.classes, recipe.data.single_class)
     faults = [fault_summary(train, left_out), fault_summary(val) if val else None]
-    if not any(has_object(image) for image in train.images):
+    if not any(image.has_object for image in train.images):
         raise DataError(
             f"{train.source}: no object to train on in {len(train)} images; "
             f"{(faults[0] or 'see retinanet data check').removeprefix('warning: ')}"
@@ -124,7 +124,7 @@ def tiles_to_train(images: Dataset, recipe: Recipe) -> Dataset:
     if tile is None:
         return images
     tiles = tile_dataset(images, tile, recipe.data.tile_overlap)
-    if not any(has_object(image) for image in tiles.images):
+    if not any(image.has_object for image in tiles.images):
         raise DataError(
             f"{images.source}: no tile of {tile} pixels has an object to train on: the objects "
             "are larger; give a larger data.tile"
@@ -163,7 +163,7 @@ def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None =
 
 def sample_with_objects(dataset: Dataset) -> Dataset:
     """Return evenly spread images with objects, at most about 1000, all of known size."""
-    images = tuple(image for image in dataset.images if has_object(image))
+    images = tuple(image for image in dataset.images if image.has_object)
     sampled = images[:: max(1, len(images) // _RECALL_IMAGES)]
     sized = tuple(image for image in map(_with_size, sampled) if image is not None)
     return replace(dataset, images=sized)
@@ -199,11 +199,6 @@ def anchor_warning(recipe: Recipe, dataset: Dataset) -> str | None:
         f"with IoU {recipe.matching.foreground_iou:g} or more, and the others are not learned; "
         f"{anchor_advice(recipe, dataset)}; see retinanet data anchors"
     )
-
-
-def has_object(image: LabelledImage) -> bool:
-    """Whether an image has an object that is not ignored."""
-    return any(not annotation.ignored for annotation in image.annotations)
 
 
 def _with_size(image: LabelledImage) -> LabelledImage | None:

@@ -10,7 +10,7 @@ from retinanet.config import Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader
 from retinanet.model.precision import choose_device
-from retinanet.training.data import anchor_advice, has_object, read_training_data, recipe_recall
+from retinanet.training.data import anchor_advice, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.run_folder import read_log
@@ -84,7 +84,7 @@ def overfit(
     full = read.train_images  # which the training cuts into tiles
     on_gpu = choose_device(device).type != "cpu"
     recipe = resolved(recipe.choose(values(choose_settings(recipe, read.train, on_gpu=on_gpu))))
-    images = [image for image in full.images if has_object(image)]
+    images = [image for image in full.images if image.has_object]
     count = min(num_images, len(images))
     chosen = replace(full, images=tuple(images[i * len(images) // count] for i in range(count)))
     own = overfit_recipe(recipe, count, steps or _STEPS)

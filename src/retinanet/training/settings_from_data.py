@@ -22,7 +22,6 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.statistics import count_objects
 from retinanet.data.tiling import recommend_tile
 from retinanet.training.data import (
-    has_object,
     recipe_recall,
     sample_with_objects,
     tiles_to_train,
@@ -131,7 +130,7 @@ def choose_settings(
         on_gpu: whether to train on a GPU.
         image_size: the only image size to consider; None: those for the device.
     """
-    if not recipe.auto or not any(map(has_object, train.images)):
+    if not recipe.auto or not any(image.has_object for image in train.images):
         return []
     context = _Context(num_val, on_gpu, image_size)
     choices: list[Choice] = []

@@ -22,7 +22,7 @@ from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
 from retinanet.files import readable_folder
-from retinanet.model.backbone import has_c2
+from retinanet.model.backbone import check_weights_file, has_c2
 from retinanet.model.precision import choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
@@ -130,6 +130,8 @@ def train(
         recipe = RunFolder(out).recipe_to_extend(recipe)
     import_own(recipe.own_parts)
     start = follow_checkpoint(recipe, Path(out))
+    if start is None and RunFolder(out).stored_recipe() is None:
+        check_weights_file(recipe.model.backbone_weights)
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
         return RetinaNetTask(settings, start)

@@ -108,7 +108,7 @@ async function detect({ image, model, abort }) {
   const content = await request(`v1/detect?${query}`, { method: "POST", body, signal: abort.signal });
   const [result] = content.images ?? [];
   if (!Array.isArray(result?.detections)) throw new ExplainedError("The response contains no image.");
-  return { ...result, model: model.name, milliseconds: content.milliseconds?.total };
+  return { ...result, model: model.name, milliseconds: content.milliseconds };
 }
 
 // --- queue ----------------------------------------------------------------------------------------
