@@ -329,7 +329,7 @@ class DataConfig(_Section):
     close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
     transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
-    order: Literal["images", "shards"] = "images"  # shards: each process reads its own
+    order: Literal["images", "shards"] = "images"  # shards: a few at a time, for slow disks
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images
     val_fraction: float = Field(0.2, gt=0, lt=1)  # share of "val" where the data has no splits
@@ -414,6 +414,13 @@ class TrainConfig(_Section):
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Tracker, ...] = ()  # log to these too: those of accelerate
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _check_batch(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isdecimal():
+            raise ValueError("give a number of images, or auto")
+        return value
 
     @field_validator("time", mode="before")
     @classmethod
@@ -613,6 +620,16 @@ def keyword_settings(
         longest = pairs["data.image_size"] * sides.max_size / sides.image_size
         pairs["data.max_size"] = round(longest)
     return list(pairs.items())
+
+
+def check_given_once(settings: Iterable[str | tuple[str, Any]], others: Mapping[str, str]) -> None:
+    """Raise a ConfigError where one of `settings` is among `others`, names by setting, too."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip() if isinstance(setting, str) else setting[0]
+        if key in others:
+            raise ConfigError(
+                f"{key} is given twice, as a setting and as {others[key]}: give one of them"
+            )
 
 
 def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:

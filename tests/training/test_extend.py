@@ -94,7 +94,7 @@ def test_extension_for_a_time_is_planned_by_the_pace(
     ("arguments", "message"),
     [
         ({"more_epochs": 1, "more_time": "1h"}, "each set the length: give one of them"),
-        ({"more_epochs": 0}, "is over 0 epochs or seconds, got 0"),
+        ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
         ({"more_time": "soon"}, "more_time: 'soon' is not a duration"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],

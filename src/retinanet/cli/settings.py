@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from retinanet.config import (
+    EXACT_EPOCHS,
+    check_given_once,
+    keyword_settings,
+    load_recipe,
+    recipe_names,
+)
+from retinanet.errors import ConfigError
+
 if TYPE_CHECKING:
     from retinanet.config import Recipe
 
@@ -159,8 +168,6 @@ def split_names(text: str) -> list[str]:
     """
     import csv
 
-    from retinanet.errors import ConfigError
-
     names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row]
     if not all(names) or not names:
         raise ConfigError(f"--classes {text!r} has no or an empty name: give person,car, say")
@@ -197,8 +204,6 @@ class TileOptions:
             ConfigError: ``--tile`` is neither ``auto``, ``none`` nor pixels, or ``--overlap`` has
                 no tile.
         """
-        from retinanet.errors import ConfigError
-
         if self.overlap is not None and self.tile is None:
             raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
         tile: int | str | None = self.tile
@@ -221,7 +226,7 @@ class SplitOptions:
     )
 
 
-RECIPE_HELP = "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file."
+RECIPE_HELP = f"Recipe: {', '.join(recipe_names())}, or a file."
 """Help of the option ``--recipe``."""
 
 
@@ -233,22 +238,26 @@ class RecipeOptions:
     recipe: str = option(RECIPE_HELP, "quick")
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
-    def load(self, overrides: Mapping[str, object] | None = None) -> Recipe:
-        """Load the recipe, and override it with `overrides`, the image size and the settings.
+    def load(self, own: Mapping[str, object] | None = None) -> Recipe:
+        """Load the recipe, and override it with `own`, the image size and the settings.
 
         Args:
-            overrides: settings that have an option of their own; None: not given.
+            own: settings that have an option of their own; None: not given.
 
         Raises:
-            ConfigError: a setting is unknown or out of range.
+            ConfigError: a setting is unknown, out of range, or given twice.
         """
-        from retinanet.config import keyword_settings, load_recipe
-
-        values = {key: value for key, value in (overrides or {}).items() if value is not None}
+        values = {key: value for key, value in (own or {}).items() if value is not None}
         if self.image_size is not None:
-            values |= keyword_settings(self.recipe, {"image_size": self.image_size})
-        options = [f"{key}={value}" for key, value in values.items()]
-        return load_recipe(self.recipe, [*options, *(self.settings or [])])
+            values["data.image_size"] = self.image_size
+        settings = self.settings or []
+        options = {key: f"--{key.split('.')[1].replace('_', '-')}" for key in values}
+        check_given_once(settings, options)
+        derived = {**EXACT_EPOCHS} if "train.epochs" in values else {}
+        if self.image_size is not None:
+            derived |= keyword_settings(self.recipe, {"image_size": self.image_size})
+        overrides = [f"{key}={value}" for key, value in (derived | values).items()]
+        return load_recipe(self.recipe, [*overrides, *settings])
 
 
 def run_folder(model: str | Path) -> Path | None:

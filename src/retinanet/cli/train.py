@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from retinanet.cli.training import (
     run_training,
     write_report,
 )
+from retinanet.errors import ConfigError
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -46,7 +47,7 @@ class TrainingOptions:
     class_map: str | None = option(
         "TOML or JSON file of class names: NAME IN DATA = NAME IN THE DETECTOR of --init."
     )
-    epochs: float | None = option("Exact number of epochs.", min=0)
+    epochs: float | None = option("Exact number of epochs.")
     steps: int | None = option("Exact number of steps.", min=1)
     time: str | None = option(
         "Time limit of the whole command, such as 20min: as many steps as this machine can do.",
@@ -69,9 +70,6 @@ class TrainingOptions:
         Raises:
             ConfigError: ``--time`` has no unit.
         """
-        from retinanet.config import EXACT_EPOCHS
-        from retinanet.errors import ConfigError
-
         if self.time is not None and self.time.isdecimal():
             raise ConfigError(
                 f"--time {self.time} has no unit: give {self.time}min, or {self.time}s"
@@ -91,7 +89,6 @@ class TrainingOptions:
             "data.classes": classes,
             "train.precision": self.precision,
             "train.seed": self.seed,
-            **(EXACT_EPOCHS if self.epochs is not None else {}),
         }
 
 
@@ -103,7 +100,7 @@ class RunOptions(DeviceOptions):
         "Run folder; an unfinished run in it is resumed.", shown="runs/NAME of DATA"
     )
     more_epochs: float | None = option(
-        "Train the finished run in --out further, with a schedule of its own.", min=0
+        "Train the finished run in --out further, with a schedule of its own."
     )
     more_time: str | None = option("The same for a time, such as 10min.", metavar="DURATION")
     overfit: int | None = option(
@@ -122,7 +119,8 @@ def train(
         Path | None,
         typer.Argument(
             metavar="DATA",
-            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...",
+            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...; "
+            "of a run in --out by default its own.",
             show_default=False,
         ),
     ] = None,
@@ -137,10 +135,16 @@ def train(
     Ctrl-C stops after the current step; the same command resumes the run.
     """
     started = command_start()
+    if data is not None and "=" in str(data) and not data.exists():  # the first setting
+        recipe, data = replace(recipe, settings=[str(data), *(recipe.settings or [])]), None
     config = recipe.load(training.overrides())
     if run.show_recipe:
         _show_recipe(config, data)
         return
+    if data is None and run.out is not None:
+        from retinanet.training.run_folder import RunFolder
+
+        data = RunFolder(run.out).stored_data()
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
     if run.overfit is not None:

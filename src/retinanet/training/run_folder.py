@@ -56,9 +56,9 @@ class Extension:
             seconds = parse_seconds(time) if isinstance(time, str) else time
         except ValueError as error:
             raise ConfigError(f"more_time: {error}") from None
-        if not (epochs or seconds or 0) > 0:
-            got = epochs if time is None else time
-            raise ConfigError(f"an extension is over 0 epochs or seconds, got {got}")
+        for name, value in (("epochs", epochs), ("time", seconds)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"--more-{name} (more_{name}) {value:g}: give more than 0")
         return cls(epochs, seconds)
 
 
@@ -201,6 +201,15 @@ class RunFolder:
         if not (readable_folder(self.last).is_dir() and self.config.is_file()):
             return None
         return load_recipe(self.config)
+
+    def stored_data(self) -> Path | None:
+        """Return the data of the run, where they are files; None: there is no run."""
+        if not self.info.is_file():
+            return None
+        data = Path(json.loads(self.info.read_text("utf-8")).get("data", ""))
+        if not data.exists():
+            raise ConfigError(f"{self.path} was trained on {data}, which is not here: name DATA")
+        return data
 
     def recipe_to_extend(self, recipe: Recipe) -> Recipe:
         """Return the settings of the finished run, which those that `recipe` states must equal.

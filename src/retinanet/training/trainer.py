@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -23,7 +22,7 @@ from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
 from retinanet.files import readable_folder
-from retinanet.model.backbone import has_c2
+from retinanet.model.backbone import check_weights_file, has_c2
 from retinanet.model.precision import choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
@@ -131,6 +130,8 @@ def train(
         recipe = RunFolder(out).recipe_to_extend(recipe)
     import_own(recipe.own_parts)
     start = follow_checkpoint(recipe, Path(out))
+    if start is None and RunFolder(out).stored_recipe() is None:
+        check_weights_file(recipe.model.backbone_weights)
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
         return RetinaNetTask(settings, start)
@@ -395,14 +396,6 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
             run.start(recipe, describe_machine(accelerator.device) | info | dict(task.info))
         return None
     run.check_same(recipe, digest, task.info.get("rival"))
-    processes = json.loads(run.info.read_text("utf-8")).get("processes")
-    if recipe.data.order == "shards" and processes != accelerator.num_processes:
-        task.settings.emit(
-            "message",
-            message=f"warning: the run was started with {processes} processes and resumes with "
-            f"{accelerator.num_processes}, which share the shards differently: in this epoch "
-            "images may occur twice or not at all",
-        )
     return stored
 
 
