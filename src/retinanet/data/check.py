@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -41,8 +42,6 @@ KINDS: dict[str, str] = {
     "image-duplicate": "an image is listed twice",
     "image-ambiguous": "the name in the labels fits several files",
     "image-name-encoded": "the name in the labels is percent-encoded",
-    "image-changed": "an image in a shard differs from the shard's index",
-    "index-missing": "a shard has no index, though others have",
     "key-duplicate": "a sample of a shard is not unique",
     "size-wrong": "the labels state another size of the image",
     "label-missing": "an image has no label file, though the format requires one",
@@ -160,14 +159,11 @@ def check_datasets(
 
 
 def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
-    """Drop what cannot be trained or evaluated on. No image is opened.
+    """Drop what cannot be trained or evaluated on, with a problem for each. No image is opened.
 
     Dropped are missing images, and objects whose box is empty, inverted, not four finite numbers,
-    or wholly outside the image (by the size in the labels). Boxes partly outside are kept. An image
+    or wholly outside the image (by the size in the labels), but not those partly outside. An image
     with labels of which none is usable is dropped too: it is no background.
-
-    Returns:
-        The data set without them (:attr:`Dataset.problems` unchanged), and a problem for each.
     """
     dropped: list[Problem] = []
     images: list[LabelledImage] = []
@@ -270,16 +266,12 @@ def _other_suffix(path: Path, form: str) -> str:
 def _open(path: Path) -> ImageInfo:
     try:
         content = archives.read_image_file(path)
-        member = archives.find_member(path)
     except FileNotFoundError:
         return ImageInfo(failure=("image-missing", "no such image"))
     except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
         return ImageInfo(failure=("image-unreadable", f"cannot be read: {reason}"))
-    if member is not None and member.digest not in ("", archives.digest_of(content)):
-        reason = "its bytes differ from those of the index; copy the shard again"
-        return ImageInfo(failure=("image-changed", reason))
-    digest = archives.digest_of(content)
+    digest = _digest(content)
     try:
         open_source(path)  # registers HEIC
         return _decode(path, content, digest)
@@ -301,7 +293,7 @@ def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
         upright = ImageOps.exif_transpose(image)
         # Compare colours, not indices into palettes.
         pixels = upright.convert("RGBA") if upright.mode == "P" else upright
-        values = archives.digest_of(pixels.tobytes())
+        values = _digest(pixels.tobytes())
         width, height = upright.size
     return ImageInfo(
         height=height,
@@ -359,6 +351,10 @@ def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
     return same | found
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
@@ -370,7 +366,7 @@ def _content(path: Path, limit: int = -1) -> str | None:
     """Return a digest of a file, or of its beginning."""
     try:
         with path.open("rb") as file:
-            return archives.digest_of(file.read(limit))
+            return _digest(file.read(limit))
     except OSError:
         return None
 

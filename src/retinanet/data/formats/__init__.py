@@ -171,7 +171,7 @@ def _describe(
         for file in tree.with_suffix(".json", ".xml", ".csv", ".tsv")
         if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
     ]
-    if unused and labels.format != "webdataset":  # shards have an index each
+    if unused and labels.format != "webdataset":  # its labels are in the shards
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         yield f"not read: {', '.join(unused[:3])}{more} (no boxes of a known format)"
 
@@ -224,8 +224,6 @@ def find_data(
     elsewhere = frozenset().union(*(other.stems() for other in others)) - labels.stems()
     if elsewhere:
         splits = {name: partial(_without, split, elsewhere) for name, split in splits.items()}
-    if not extras:
-        splits = {name: partial(_without_extras, split) for name, split in splits.items()}
     images = tuple(tree.images) if path.is_dir() and tree.root == tree.top else ()
     description = tuple(_describe(tree, labels, others, splits))
     return DataSource(labels.format, splits, description, tree.top, images)
@@ -333,22 +331,18 @@ def read_dataset(
         DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
     source = find_data(path, format, extras=extras)
-    lazy = source.splits
-    names = _split_names(lazy)
-    if split in lazy and not (split == "train" and _draws_val(lazy)):
-        dataset = lazy[split]()
-    elif split in names:
-        dataset = _draw_val(lazy, seed, val_fraction)[split]
-    elif split == "all":
-        dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
+    names = _split_names(source.splits)
+    if split == "all":
+        dataset = _whole([source.splits[name]() for name in _disjoint(source.splits)])
         return replace(dataset, description=source.describe([dataset]))
-    else:
+    if split not in {*source.splits, *names}:
         hints = "".join(f"; {note}" for note in source.description[1:] if f" {split}" in note)
         raise DataError(
             f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}"
             f"{nearest(split, names)}{hints}"
         )
-    return replace(dataset, split=split, description=source.description)
+    dataset = _load(source.splits, [split], seed, val_fraction)[split]
+    return replace(dataset, description=source.description)
 
 
 def read_splits(
@@ -365,14 +359,9 @@ def read_splits(
     there are train and val, which it repeats.
     """
     source = find_data(path, format, extras=extras)
-    lazy = source.splits
-    drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
-    datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
+    datasets = _load(source.splits, _split_names(source.splits), seed, val_fraction)
     description = source.describe(datasets.values())
-    return {
-        name: replace(dataset, split=name, description=description)
-        for name, dataset in datasets.items()
-    }
+    return {name: replace(d, description=description) for name, d in datasets.items()}
 
 
 def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
@@ -392,17 +381,6 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
         boxes = [(a.box, a.label, a.crowd, a.difficult) for a in image.annotations]
         total.update(repr((image.path.name, size, boxes)).encode())
     return total.hexdigest()
-
-
-def _without_extras(split: Callable[[], Dataset]) -> Dataset:
-    dataset = split()
-    images = []
-    for image in dataset.images:
-        annotations = image.annotations
-        if any(annotation.extra for annotation in annotations):
-            annotations = tuple(replace(annotation, extra={}) for annotation in annotations)
-        images.append(replace(image, extra={}, annotations=annotations))
-    return replace(dataset, images=tuple(images), extra={})
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
@@ -427,19 +405,22 @@ def _split_names(lazy: Mapping[str, object]) -> list[str]:
     return [n for n in order if n in names] + sorted(names - set(order))
 
 
-def _draw_val(
-    lazy: Mapping[str, Callable[[], Dataset]], seed: int, val_fraction: float
+def _load(
+    lazy: Mapping[str, Callable[[], Dataset]], names: Iterable[str], seed: int, val_fraction: float
 ) -> dict[str, Dataset]:
+    """Read splits; val is drawn from the training images if there is none."""
+    drawn: dict[str, Dataset] = {}
     name = _train_source(lazy)
-    assert name is not None
-    source = lazy[name]()
-    train, val = split_validation(source.images, val_fraction, seed)
-    of = f" of {name}" if name else ""
-    origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
-    return {
-        "train": replace(source, images=train, split="train", split_origin=origin),
+    if name is not None and _draws_val(lazy) and {"train", "val"} & {*names}:
+        source = lazy[name]()
+        train, val = split_validation(source.images, val_fraction, seed)
+        of = f" of {name}" if name else ""
+        origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
         # What could not be read belongs to no split; it is reported once.
-        "val": replace(source, images=val, split="val", split_origin=origin, problems=()),
+        drawn["train"] = replace(source, images=train, split_origin=origin)
+        drawn["val"] = replace(source, images=val, split_origin=origin, problems=())
+    return {
+        name: replace(drawn[name] if name in drawn else lazy[name](), split=name) for name in names
     }
 
 

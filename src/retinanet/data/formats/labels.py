@@ -573,7 +573,7 @@ def build(
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
-        built = _build_image(file, image, path, classes, sizes, listed)
+        built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
         if path in images:
             images[path] = _merge_images(images[path], built, listed)
             continue
@@ -589,7 +589,7 @@ def build(
         format=format,
         source=tree.path,
         problems=tuple(listed),
-        extra=extra or {},
+        extra=extra or {} if tree.extras else {},
     )
 
 
@@ -705,6 +705,8 @@ def _build_image(
     classes: ClassList,
     sizes: Mapping[Path, tuple[int, int] | DataError],
     problems: list[Problem],
+    *,
+    keep_extra: bool,
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
@@ -738,9 +740,13 @@ def _build_image(
                 fix = "read as fractions of the image"
                 problems.append(Problem("box-normalised", file.file, item.id, reason, fix))
             item = _to_pixels(item, width, height, file.decimals or 6)
-        annotations.append(item if label == item.label else replace(item, label=label))
+        extra = item.extra if keep_extra else {}
+        if (label, extra) != (item.label, item.extra):
+            item = replace(item, label=label, extra=extra)
+        annotations.append(item)
     label_file = None if file.file == path else file.file
-    return LabelledImage(path, image.id, tuple(annotations), width, height, label_file, image.extra)
+    extra = image.extra if keep_extra else {}
+    return LabelledImage(path, image.id, tuple(annotations), width, height, label_file, extra)
 
 
 def _is_fraction(box: Box) -> bool:
