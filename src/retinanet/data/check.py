@@ -268,9 +268,10 @@ def _open(path: Path) -> ImageInfo:
         content = archives.read_image_file(path)
     except FileNotFoundError:
         return ImageInfo(failure=("image-missing", "no such image"))
-    except (OSError, DataError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
-        return ImageInfo(failure=("image-unreadable", f"cannot be read: {reason}"))
+    except OSError as error:
+        return ImageInfo(failure=("image-unreadable", f"cannot be read: {error.strerror or error}"))
+    except DataError as error:
+        return ImageInfo(failure=("image-unreadable", str(error).removeprefix(f"{path}: ")))
     digest = _digest(content)
     try:
         open_source(path)  # registers HEIC

@@ -222,13 +222,8 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 def reduction(height: int, width: int, shorter: int, longest: int) -> int:
     """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
-    for factor in REDUCTIONS:
-        if (
-            height >= factor * _REDUCTION_MARGIN * new_height
-            and width >= factor * _REDUCTION_MARGIN * new_width
-        ):
-            return factor
-    return 1
+    least = min(height / new_height, width / new_width) / _REDUCTION_MARGIN
+    return next((factor for factor in REDUCTIONS if least >= factor), 1)
 
 
 def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -336,9 +331,8 @@ def pil_to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Ten
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         return to_rgb(np.asarray(upright), value_range)
-    if upright.has_transparency_data:
-        return to_rgb(np.asarray(upright.convert("RGBA")), None)
-    return to_rgb(np.asarray(upright.convert("RGB")), None)
+    mode = "RGBA" if upright.has_transparency_data else "RGB"
+    return to_rgb(np.asarray(upright.convert(mode)), None)
 
 
 def array_size(source: npt.NDArray[Any] | Tensor) -> tuple[int, int]:

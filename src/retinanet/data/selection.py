@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from retinanet.config import nearest
-from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.dataset import Dataset
 from retinanet.data.formats.coco import CATEGORY_EXTRAS
 from retinanet.errors import ConfigError, DataError
 
@@ -40,7 +40,8 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     if len(labels) == len(dataset.classes):
         return dataset
     chosen = relabel(dataset, {label: new for new, label in enumerate(labels)}, labels)
-    removed = _num_objects(dataset.images) - _num_objects(chosen.images)
+    pairs = zip(dataset.images, chosen.images, strict=True)
+    removed = sum(len(old.annotations) - len(new.annotations) for old, new in pairs)
     line = (
         f"{dataset.split}: {len(labels)} of {len(dataset.classes)} classes are selected: "
         f"{', '.join(chosen.classes)}; objects of other classes, removed: {removed}"
@@ -116,7 +117,3 @@ def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
             f"{nearest(wanted[0], dataset.classes)}"
         )
     return select(dataset, classes, bool(selection.get("single_class")))
-
-
-def _num_objects(images: Sequence[LabelledImage]) -> int:
-    return sum(len(image.annotations) for image in images)
