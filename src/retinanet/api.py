@@ -68,9 +68,14 @@ def train(
             ``transform``.
 
     Raises:
-        ConfigError: an unknown setting, keyword or recipe, settings given with a built recipe, or
-            `classes` given for data that name their own.
-        RetinaNetError: as :func:`retinanet.training.trainer.train`.
+        ConfigError: an unknown setting, keyword or recipe; settings given twice, with a built
+            recipe, or in contradiction; `classes` given for data that name their own; `device` is
+            not available; the time is too short; `out` contains another run or is in use; or
+            memory is not sufficient.
+        DataError: the data has no image or no object to train on, more than a tenth of the images
+            cannot be read, or no anchor matched an object in the first steps.
+        NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
+        WeightsError: `init` or the backbone's weights cannot be used.
     """
     if isinstance(settings, str):
         settings = [settings]

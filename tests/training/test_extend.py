@@ -112,8 +112,8 @@ def test_extensions_that_are_impossible_say_why(
 
 
 @pytest.fixture
-def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run out of memory with more than one image at a time."""
+def max_images(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run out of memory with more than this number of images at a time."""
     create = RetinaNetTask.__init__
 
     def limited(self: RetinaNetTask, *arguments: Any, **named: Any) -> None:
@@ -121,7 +121,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         step = self.training_step
 
         def training_step(network: Any, model: Any, batch: Any, context: Any) -> Any:
-            if len(batch.images) // self.settings.recipe.train.accumulate > 1:
+            if len(batch.images) // self.settings.recipe.train.accumulate > request.param:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return step(network, model, batch, context)
 
@@ -130,8 +130,9 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetinaNetTask, "__init__", limited)
 
 
+@pytest.mark.parametrize("max_images", [1], indirect=True)
 def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, small_gpu: None
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path, max_images: None
 ) -> None:
     recipe = tiny_recipe(*SMALL, "train.steps=1")
     with pytest.raises(
@@ -143,41 +144,26 @@ def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
     assert trainer.train(one, tiny_data, tmp_path / "run", device="cpu").step == 1
 
 
+@pytest.mark.parametrize("max_images", [1, 0], indirect=True)
 def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
     tiny_backbone: str,
     tiny_data: Path,
     tmp_path: Path,
-    small_gpu: None,
-    monkeypatch: pytest.MonkeyPatch,
+    max_images: None,
+    request: pytest.FixtureRequest,
 ) -> None:
-    # As on a GPU, where steps are tried.
-    monkeypatch.setattr(memory, "_is_tried", lambda accelerator: True)
     recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
     assert (recipe.train.batch_size, recipe.train.accumulate) == (4, 0)
     events: list[Event] = []
-    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    options: dict[str, Any] = {"device": "cpu", "on_event": events.append}
+    if request.node.callspec.params["max_images"] == 0:
+        with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the me"):
+            trainer.train(recipe, tiny_data, tmp_path / "run", **options)
+        return
+    run = trainer.train(recipe, tiny_data, tmp_path / "run", **options)
     assert "memory: 1 of 4 images at a time (train.accumulate=4)" in messages(events)
     stored = load_recipe(run.folder / "config.toml").train
     assert (stored.batch_size, stored.accumulate, stored.lr) == (4, 4, recipe.train.lr)
-
-
-@pytest.mark.parametrize(("free", "expected"), [(2**40, 1), (0, None)])
-def test_memory_of_a_cpu_is_estimated(
-    free: int,
-    expected: int | None,
-    tiny_backbone: str,
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory, "_available", lambda device: free)
-    recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
-    if expected is None:
-        with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the me"):
-            trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-    else:
-        run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-        assert load_recipe(run.folder / "config.toml").train.accumulate == expected
 
 
 def test_largest_batch_is_of_the_largest_sides_in_the_data(tiny_data: Path) -> None:

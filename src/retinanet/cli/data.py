@@ -216,24 +216,12 @@ def show(
     if options.anchors:
         _check_assignment(config)
     with progress("drawing") as update:
+        choice: dict[str, Any] = {"count": options.count, "seed": options.seed, "progress": update}
         if options.augmented:
-            drawn = draw_augmented(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config,
-                progress=update,
-            )
+            drawn = draw_augmented(dataset, options.out, recipe=config, **choice)
         else:
-            drawn = draw_labels(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config if options.anchors else None,
-                progress=update,
-            )
+            shown = config if options.anchors else None
+            drawn = draw_labels(dataset, options.out, recipe=shown, **choice)
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:

@@ -161,11 +161,7 @@ class DetectorOptions(EngineOptions):
 
 
 def split_names(text: str) -> list[str]:
-    """Split names at commas; a name that contains a comma is quoted.
-
-    Raises:
-        ConfigError: there is no name.
-    """
+    """Split names at commas; a name that contains a comma is quoted."""
     import csv
 
     names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row]
@@ -198,12 +194,7 @@ class TileOptions:
     )
 
     def given(self) -> dict[str, Any]:
-        """Return the arguments of a detector.
-
-        Raises:
-            ConfigError: ``--tile`` is neither ``auto``, ``none`` nor pixels, or ``--overlap`` has
-                no tile.
-        """
+        """Return the arguments of a detector."""
         if self.overlap is not None and self.tile is None:
             raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
         tile: int | str | None = self.tile
@@ -239,14 +230,7 @@ class RecipeOptions:
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
     def load(self, own: Mapping[str, object] | None = None) -> Recipe:
-        """Load the recipe, and override it with `own`, the image size and the settings.
-
-        Args:
-            own: settings that have an option of their own; None: not given.
-
-        Raises:
-            ConfigError: a setting is unknown, out of range, or given twice.
-        """
+        """Load the recipe, and override it with `own`, the image size and the settings."""
         values = {key: value for key, value in (own or {}).items() if value is not None}
         if self.image_size is not None:
             values["data.image_size"] = self.image_size

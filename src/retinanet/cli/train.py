@@ -65,11 +65,7 @@ class TrainingOptions:
     seed: int | None = option("Random seed.")
 
     def overrides(self) -> dict[str, Any]:
-        """Return the settings by key.
-
-        Raises:
-            ConfigError: ``--time`` has no unit.
-        """
+        """Return the settings by key."""
         if self.time is not None and self.time.isdecimal():
             raise ConfigError(
                 f"--time {self.time} has no unit: give {self.time}min, or {self.time}s"

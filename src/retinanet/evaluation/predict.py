@@ -41,6 +41,7 @@ class Predictions:
         unreadable: error message by path of the other images.
         images_per_second: loading, network and post-processing together.
         loss_classification, loss_box: as in :class:`~retinanet.evaluation.metrics.Metrics`.
+        detections_per_image: limit of the detector; None: unknown.
     """
 
     results: Results
@@ -48,6 +49,7 @@ class Predictions:
     images_per_second: float
     loss_classification: float | None = None
     loss_box: float | None = None
+    detections_per_image: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -58,6 +60,7 @@ class Predictions:
 
     def evaluate(self, **options: Any) -> Metrics:
         """Compute the metrics; options as for :func:`evaluate_detections`."""
+        options = {"detections_per_image": self.detections_per_image, **options}
         return replace(
             evaluate_detections(self.results.dataset, self.results, **options),
             loss=self.loss,
@@ -181,16 +184,7 @@ def run_detector(
     progress: Progress | None = None,
     **options: Any,
 ) -> Predictions:
-    """Run a detector over a data set: tiles and exported files, without a loss.
-
-    Args:
-        detector: any.
-        dataset, label_map, progress: as in :func:`run_inference`.
-        options: of :meth:`Detector.stream`.
-
-    Raises:
-        DataError: as for :func:`run_inference`.
-    """
+    """Run a detector over a data set: tiles and exported files, without a loss."""
     collected = _Collector(dataset, label_map, progress)
     paths = [image.path for image in dataset.images]
     for index, output in enumerate(detector.stream(paths, **options)):

@@ -28,7 +28,7 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
 from retinanet.training.nonfinite import describe_step
-from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
+from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
 from retinanet.training.processes import deterministic, stop_after_step
 from retinanet.training.run_folder import Extension, Progress, RunFolder, load_state, save_state
 from retinanet.training.step import (
@@ -125,22 +125,21 @@ class Trainer:
     def extend(self, more: Extension, steps: int) -> None:
         """Begin an extension of the finished run, and record it."""
         self.progress.extend(more, steps)
+        self._shorten_warmup()
         self.save()
         if self._is_main:
             self.run.update_info({"extensions": self.progress.extensions})
 
+    def _shorten_warmup(self) -> None:
+        if self.progress.extensions:
+            warmup = short_warmup(self._settings, self.progress.extensions[-1]["steps"])
+            self._settings = self._settings.model_copy(update={"warmup_steps": warmup})
+
     def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Train until the last step, early stopping, a signal or a request.
 
-        Args:
-            started: when the command began, by :func:`time.monotonic`.
-            stop_requested: called after each step.
-
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
-
-        Raises:
-            ConfigError: a stop is requested in a run of several processes.
         """
         progress, settings = self.progress, self._settings
         self._emit_start()
@@ -202,8 +201,7 @@ class Trainer:
         batch = loaded.to(self._device, non_blocking=True)
         self._meter.batch_loaded()
         past, steps = progress.schedule
-        warmup = min(settings.warmup_steps, steps // 10) if progress.extensions else None
-        lr = self._lr * lr_factor(past, steps, settings, warmup)
+        lr = self._lr * lr_factor(past, steps, settings)
         set_lr(self.optimizer, lr)
         # An extension begins with a trained network.
         share = 1.0 if progress.extensions else past / steps
@@ -312,6 +310,7 @@ class Trainer:
             averaged = {name.removeprefix("averaged."): value for name, value in extras.items()}
             self.ema.load_state_dict(averaged)
         self.scaler.load_state_dict(numbers["scaler"])
+        self._shorten_warmup()
         if self._is_main:
             self.run.truncate_log(self.progress.step)
 

@@ -13,6 +13,7 @@ from retinanet.model.precision import choose_device
 from retinanet.training.data import anchor_advice, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
+from retinanet.training.optim import short_warmup
 from retinanet.training.run_folder import read_log
 from retinanet.training.settings_from_data import choose_settings, resolved, values
 from retinanet.training.trainer import train
@@ -141,7 +142,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "reference_batch": batch_size,
         "schedule": "steps",
         "milestones": (),
-        "warmup_steps": min(recipe.train.warmup_steps, steps // 10),
+        "warmup_steps": short_warmup(recipe.train, steps),
         "ema": 0.0,
         "validate_every": min(_VALIDATE_EVERY, steps),
         "early_stop": 0,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
+from retinanet.training.optim import short_warmup
 
 MIN_STEPS = 20
 """A training with fewer steps is meaningless."""
@@ -110,20 +111,6 @@ def plan_training(
     images become smaller. With more than 72 epochs they become larger. What the recipe states is
     kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
     pixels.
-
-    Args:
-        recipe: with ``train.time``.
-        pace: of the recipe's network, measured.
-        elapsed: seconds since the start of the command.
-        num_images: images per epoch.
-        max_side: largest image size to consider.
-        batch_multiple: the batch must divide by it.
-
-    Returns:
-        The settings that change, by name, and the plan.
-
-    Raises:
-        ConfigError: the limit is too short for :data:`MIN_STEPS` steps.
     """
     limit = recipe.train.time
     assert limit is not None
@@ -156,7 +143,7 @@ def plan_training(
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
     if not recipe.states("train.warmup_steps"):
-        changes["train.warmup_steps"] = min(recipe.train.warmup_steps, plan.steps // 10)
+        changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
     if batch != recipe.train.batch_size:
         changes["train.batch_size"] = batch
     if side != recipe.data.image_size:
@@ -165,11 +152,7 @@ def plan_training(
 
 
 def check_length(plan: Plan, limit: float, pace: Pace, elapsed: float, what: str) -> None:
-    """Check that a plan has :data:`MIN_STEPS` steps.
-
-    Raises:
-        ConfigError: the limit, named by `what`, is too short.
-    """
+    """Check that a plan has :data:`MIN_STEPS` steps."""
     if plan.steps < MIN_STEPS:
         needed = elapsed + MIN_STEPS * pace.step + pace.validation
         least = math.ceil(needed / (1 - 2 * _MARGIN))

@@ -97,33 +97,18 @@ def train(
     started: float | None = None,
     more: Extension | None = None,
 ) -> Run:
-    """Train a RetinaNet, resume a run that was stopped, or extend a finished one.
+    """Train a RetinaNet, resume a run that was stopped, or extend it: :func:`retinanet.train`.
 
     Args:
-        recipe: all settings (:func:`retinanet.config.load_recipe`).
-        data: a labelled folder or file of any format, or its splits by name; ``train`` is trained
-            on, ``val`` is validated on.
-        out: the run folder. An unfinished run in it, of the same settings and data, is resumed from
-            its last state, and ends at the weights of an uninterrupted run (bit for bit on a CPU
-            with ``train.deterministic``).
-        device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``; several
-            processes are started by ``torchrun`` or ``accelerate launch``.
-        init: a detector to start from, as ``train.init``: its network is taken over
-            (:mod:`retinanet.training.init`), and classes of the same name keep their rows.
-        on_event: callback for progress events (:class:`Event`).
-        started: when the command began, by :func:`time.monotonic`, from where ``train.time``
-            counts; None: now.
-        more: train the finished run in `out` further, with a schedule of its own, by its settings:
-            what `recipe` states must be the same. An extension that was stopped is resumed.
-
-    Raises:
-        ConfigError: settings contradict each other, `device` is not available, ``train.time`` is
-            too short, `out` contains another run, one that `more` cannot extend, or is in use, or
-            memory is not sufficient.
-        DataError: the data has no image or no object to train on, more than a tenth of the images
-            cannot be read, or no anchor matched an object in the first steps.
-        NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
-        WeightsError: `init` or the backbone's weights cannot be used.
+        recipe: all settings.
+        data: a labelled folder or file, or splits by name.
+        out: the run folder. A resumed run ends at the weights of an uninterrupted one (bit for bit
+            on a CPU with ``train.deterministic``).
+        device: as in :func:`retinanet.train`; ``torchrun`` starts several processes.
+        init: as ``train.init`` (:mod:`retinanet.training.init`).
+        on_event: callback for progress events.
+        started: when the command began, by :func:`time.monotonic`; the origin of ``train.time``.
+        more: an extension of the finished run, whose settings those that `recipe` states must be.
     """
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
@@ -215,11 +200,7 @@ def _resolve(
     run: RunFolder,
     started: float,
 ) -> tuple[TaskSettings, Pace | None]:
-    """Choose what the recipe leaves open: as the run to resume, else by the data and the machine.
-
-    Returns:
-        The settings without anything to choose, and the measured pace if the time is limited.
-    """
+    """Choose what the recipe leaves open, by the run to resume, else by data and machine."""
     recipe, stored = settings.recipe, run.stored_recipe()
     if recipe.auto and not recipe.states("model.p2") and not has_c2(recipe.model.backbone):
         recipe = recipe.override({"model.p2": False})
@@ -286,11 +267,7 @@ def _plan_extension(
     more: Extension,
     started: float,
 ) -> int:
-    """Return the steps of an extension.
-
-    Raises:
-        ConfigError: its time is too short.
-    """
+    """Return the steps of an extension."""
     recipe = settings.recipe
     if more.epochs is not None:
         images = epoch_size(settings.train_set, recipe.data)
