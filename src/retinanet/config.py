@@ -325,7 +325,7 @@ class DataConfig(_Section):
     close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
     transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
-    order: Literal["images", "shards"] = "images"  # shards: each process reads its own
+    order: Literal["images", "shards"] = "images"  # shards: a few at a time, for slow disks
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images
     val_fraction: float = Field(0.2, gt=0, lt=1)  # share of "val" where the data has no splits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -374,14 +373,6 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
             run.start(recipe, describe_machine(accelerator.device) | info | dict(task.info))
         return None
     run.check_same(recipe, digest, task.info.get("rival"))
-    processes = json.loads(run.info.read_text("utf-8")).get("processes")
-    if recipe.data.order == "shards" and processes != accelerator.num_processes:
-        task.settings.emit(
-            "message",
-            message=f"warning: the run was started with {processes} processes and resumes with "
-            f"{accelerator.num_processes}, which share the shards differently: in this epoch "
-            "images may occur twice or not at all",
-        )
     return stored
 
 
