@@ -439,7 +439,8 @@ def test_train_single_class(tiny_data: Path, tmp_path: Path) -> None:
     objects = sum(len(image.annotations) for image in splits["val"].images)
     assert evaluate(run.folder, tiny_data, device="cpu").objects == objects
     assert write_report(run.folder).is_file()
-    chosen = tiny_recipe("data.single_class=true", "data.classes=circle")
+    tiles = ("data.tile=32", "data.tile_overlap=0.3")  # of which there are nine per image
+    chosen = tiny_recipe("data.single_class=true", "data.classes=circle", *tiles)
     assert overfit(chosen, tiny_data, tmp_path / "few", num_images=2, steps=1).images == 2
 
 
