@@ -19,7 +19,6 @@ from retinanet.data.memory import Reader, from_torch
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError
 from retinanet.training.events import EventCallback
-from retinanet.training.run_folder import Extension
 from retinanet.training.trainer import Run
 from retinanet.training.trainer import train as train_by_recipe
 
@@ -33,7 +32,6 @@ def train(
     device: str = "auto",
     init: str | Path | None = None,
     more_epochs: float | None = None,
-    more_time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
     **keywords: Any,
@@ -54,8 +52,8 @@ def train(
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
-        more_epochs, more_time: train the finished run in `out` further, by its settings, with a
-            schedule of its own: epochs, or a limit of the whole call (seconds, or ``"10min"``).
+        more_epochs: train the finished run in `out` so much further, by its settings, with a
+            schedule of its own.
         on_event: callback for progress events (:class:`retinanet.training.events.Event`); if it
             returns ``"stop"``, training stops after the current step, and the same call resumes it.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers. (To
@@ -91,8 +89,8 @@ def train(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
     data = _by_split(data, classes)
-    more = Extension.of(more_epochs, more_time)
-    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    options: dict[str, Any] = {"on_event": on_event, "started": started}
+    options["more_epochs"] = more_epochs
     return train_by_recipe(recipe, data, out, device=device, init=init, **options)
 
 

@@ -102,7 +102,7 @@ _OTHER_NAMES = {
 
 
 _NO_KEYWORDS = {
-    "resume": ": the same call resumes a run, more_epochs and more_time extend a finished one",
+    "resume": ": the same call resumes a run, more_epochs extends a finished one",
     "callbacks": ": give a function of events as on_event",
 }
 

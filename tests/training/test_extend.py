@@ -14,9 +14,7 @@ import retinanet as rn
 from retinanet.config import load_recipe
 from retinanet.training import memory, trainer
 from retinanet.training.events import Event
-from retinanet.training.run_folder import Extension
 from retinanet.training.task import RetinaNetTask
-from retinanet.training.time_limit import Pace, Pacer
 from training.tiny import (
     Stop,
     assert_same_weights,
@@ -49,11 +47,9 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     info = json.loads((run.folder / "run.json").read_text())
     (extension,) = info["extensions"]
     assert (extension["first_step"], extension["steps"], extension["epochs"]) == (2, 3, 1)
-    more = Extension(epochs=1)
+    options: dict[str, Any] = {"device": "cpu", "more_epochs": 1}
     with pytest.raises(Stop):
-        trainer.train(
-            recipe, tiny_data, tmp_path / "parts", device="cpu", more=more, on_event=stop_at(4)
-        )
+        trainer.train(recipe, tiny_data, tmp_path / "parts", on_event=stop_at(4), **options)
     with pytest.raises(rn.ConfigError, match=r"has done 3 of 5 steps: finish it by the command"):
         rn.train(tiny_data, out=tmp_path / "parts", more_epochs=2, device="cpu")
     rn.train(tiny_data, out=tmp_path / "parts", more_epochs=1, device="cpu")
@@ -67,35 +63,10 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     assert "is finished: 5 steps; to train it further give --more-epochs" in messages(events)[-1]
 
 
-def test_extension_for_a_time_is_planned_by_the_pace(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny_recipe(*SMALL, "train.steps=1")
-    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-    measure = trainer.measure_pace
-
-    def measure_pace(*arguments: Any) -> Pace:
-        assert measure(*arguments).step > 0
-        return Pace(40.0, 50.0)
-
-    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
-    monkeypatch.setattr(Pacer, "replan", lambda self, step: 8)
-    with pytest.raises(rn.ConfigError, match=r"--more-time 60 s is too short: 20 steps .* least"):
-        rn.train(tiny_data, out=run.folder, more_time=60, device="cpu")
-    assert steps_of(run.folder) == [1]  # the measured steps are no part of the run
-    run = rn.train(tiny_data, out=run.folder, more_time="1000s", device="cpu")
-    (extension,) = json.loads((run.folder / "run.json").read_text())["extensions"]
-    assert 20 <= extension["steps"] <= 22  # 964 s less a validation and the start
-    assert run.step == 8  # by the plan made anew
-    assert steps_of(run.folder) == list(range(1, 9))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"more_epochs": 1, "more_time": "1h"}, "each set the length: give one of them"),
         ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
-        ({"more_time": "soon"}, "more_time: 'soon' is not a duration"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],
 )

@@ -98,7 +98,6 @@ class RunOptions(DeviceOptions):
     more_epochs: float | None = option(
         "Train the finished run in --out further, with a schedule of its own."
     )
-    more_time: str | None = option("The same for a time, such as 10min.", metavar="DURATION")
     overfit: int | None = option(
         "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
         "not learned.",
@@ -149,11 +148,10 @@ def train(
         )
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
-    from retinanet.training.run_folder import Extension
-
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    more = Extension.of(run.more_epochs, run.more_time)
-    trained = run_training(config, data, folder, device=run.device, started=started, more=more)
+    options: dict[str, Any] = {"device": run.device, "started": started}
+    options["more_epochs"] = run.more_epochs
+    trained = run_training(config, data, folder, **options)
     from accelerate import PartialState  # training has imported it
 
     if not PartialState().is_main_process:

@@ -30,7 +30,7 @@ from retinanet.structures import Batch
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
 from retinanet.training.processes import deterministic, stop_after_step
-from retinanet.training.run_folder import Extension, Progress, RunFolder, load_state, save_state
+from retinanet.training.run_folder import Progress, RunFolder, load_state, save_state
 from retinanet.training.step import (
     Meter,
     NonFiniteGuard,
@@ -122,9 +122,9 @@ class Trainer:
         loader.close()
         return median(seconds[_SLOW_STEPS:] or seconds[-1:])
 
-    def extend(self, more: Extension, steps: int) -> None:
+    def extend(self, epochs: float, steps: int) -> None:
         """Begin an extension of the finished run, and record it."""
-        self.progress.extend(more, steps)
+        self.progress.extend(epochs, steps)
         self._shorten_warmup()
         self.save()
         if self._is_main:
@@ -274,8 +274,7 @@ class Trainer:
 
     @property
     def _time_limit(self) -> float | None:
-        extensions = self.progress.extensions
-        return extensions[-1]["time"] if extensions else self._settings.time
+        return None if self.progress.extensions else self._settings.time
 
     @property
     def _max_steps(self) -> int:
@@ -289,8 +288,8 @@ class Trainer:
         if limit is None:
             return None
         begun = started
-        if progress.schedule[0]:
-            begun = time.monotonic() - (progress.seconds - progress.first_seconds)
+        if progress.step:
+            begun = time.monotonic() - progress.seconds
         validation = progress.validation_seconds
         tuning = seconds_to_tune(self.task.settings.recipe, validation)
         return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)

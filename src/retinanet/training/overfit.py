@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retinanet.config import Recipe
+from retinanet.config import DataConfig, Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader
 from retinanet.model.precision import choose_device
@@ -26,6 +26,11 @@ MAX_LOSS_RATIO = 0.5
 
 _STEPS = 400
 _VALIDATE_EVERY = 25
+_AUGMENTATION = (
+    *("multi_scale", "vertical_flip", "scale_jitter", "crop", "rotate90", "rotation", "shear"),
+    *("translate", "colour", "erase", "mosaic", "mixup", "copy_paste", "transform", "any_corner"),
+    *("order", "balance"),
+)  # off by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +117,8 @@ def overfit(
 
 def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
     """Remove augmentation and schedule from a recipe, for a few images."""
-    data = {
-        "multi_scale": (),
-        "horizontal_flip": 0.0,
-        "vertical_flip": 0.0,
-        "scale_jitter": (1.0, 1.0),
-        "crop": False,
-        "rotate90": False,
-        "rotation": 0.0,
-        "shear": 0.0,
-        "translate": 0.0,
-        "colour": 0.0,
-        "erase": 0.0,
-        "mosaic": 0.0,
-        "mixup": 0.0,
-        "copy_paste": 0.0,
-        "transform": None,
-        "any_corner": False,
-        "order": "images",
-        "balance": "none",
-    }
+    data = {name: getattr(DataConfig(), name) for name in _AUGMENTATION}
+    data["horizontal_flip"] = 0.0
     batch_size = min(recipe.train.batch_size, num_images)
     training = {
         "steps": steps,

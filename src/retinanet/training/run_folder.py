@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from retinanet.config import Recipe, load_recipe, parse_seconds, setting_names, to_toml
+from retinanet.config import Recipe, load_recipe, setting_names, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import readable_folder, recover_folder, write_atomic
 
@@ -32,30 +32,6 @@ _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every", "train.accu
 
 _TENSORS = "training.safetensors"
 _NUMBERS = "training.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """Further training of a finished run: by epochs, or seconds of time."""
-
-    epochs: float | None = None
-    time: float | None = None
-
-    @classmethod
-    def of(cls, epochs: float | None, time: float | str | None) -> Extension | None:
-        """Read the arguments ``more_epochs`` and ``more_time``; None: neither is given."""
-        if epochs is None and time is None:
-            return None
-        if epochs is not None and time is not None:
-            raise ConfigError("more_epochs and more_time each set the length: give one of them")
-        try:
-            seconds = parse_seconds(time) if isinstance(time, str) else time
-        except ValueError as error:
-            raise ConfigError(f"more_time: {error}") from None
-        for name, value in (("epochs", epochs), ("time", seconds)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"--more-{name} (more_{name}) {value:g}: give more than 0")
-        return cls(epochs, seconds)
 
 
 @dataclass
@@ -76,7 +52,7 @@ class Progress:
         metrics: the last validation's metrics.
         best_metrics: those of the best one.
         untuned_ap: AP of the best weights before their post-processing was chosen.
-        extensions: those begun, with first_step, first_seconds, steps, epochs and time.
+        extensions: those begun, with first_step, steps and epochs.
     """
 
     step: int = 0
@@ -99,29 +75,23 @@ class Progress:
         return int(self.extensions[-1]["first_step"]) if self.extensions else 0
 
     @property
-    def first_seconds(self) -> float:
-        """Seconds spent before the schedule began."""
-        return float(self.extensions[-1]["first_seconds"]) if self.extensions else 0.0
-
-    @property
     def schedule(self) -> tuple[int, int]:
         """Steps of the schedule that are done, and all of its steps."""
         return self.step - self.first_step, self.steps - self.first_step
 
-    def is_in(self, more: Extension, path: Path) -> bool:
+    def is_in_extension(self, epochs: float, path: Path) -> bool:
         """Return True if the run was stopped in such an extension, False if it is finished."""
         last = self.extensions[-1] if self.extensions else {}
-        if self.finished or last.items() >= asdict(more).items():
+        if self.finished or last.get("epochs") == epochs:
             return not self.finished
         raise ConfigError(
             f"{path} has done {self.step} of {self.steps} steps: finish it by the command that "
             "started it, and then extend it"
         )
 
-    def extend(self, more: Extension, steps: int) -> None:
+    def extend(self, epochs: float, steps: int) -> None:
         """Begin an extension."""
-        first = {"first_step": self.step, "first_seconds": self.seconds, "steps": steps}
-        self.extensions.append(first | asdict(more))
+        self.extensions.append({"first_step": self.step, "steps": steps, "epochs": epochs})
         self.steps, self.stopped_early, self.bad_validations = self.step + steps, False, 0
         if self.untuned_ap >= 0:
             self.best_ap = self.untuned_ap

@@ -138,7 +138,14 @@ def plan_training(
             break
         side, pace = larger, pace.at(larger / side)
         plan = plan_steps(seconds, pace)
-    check_length(plan, limit, pace, elapsed, "train.time")
+    if plan.steps < MIN_STEPS:
+        needed = elapsed + MIN_STEPS * pace.step + pace.validation
+        least = math.ceil(needed / (1 - 2 * _MARGIN))
+        raise ConfigError(
+            f"train.time {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
+            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
+            f"least {least}s"
+        )
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
@@ -149,18 +156,6 @@ def plan_training(
     if side != recipe.data.image_size:
         changes["data.image_size"] = side
     return changes, plan
-
-
-def check_length(plan: Plan, limit: float, pace: Pace, elapsed: float, what: str) -> None:
-    """Check that a plan has :data:`MIN_STEPS` steps."""
-    if plan.steps < MIN_STEPS:
-        needed = elapsed + MIN_STEPS * pace.step + pace.validation
-        least = math.ceil(needed / (1 - 2 * _MARGIN))
-        raise ConfigError(
-            f"{what} {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
-            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
-            f"least {least}s"
-        )
 
 
 def next_side(side: int, factor: float) -> int:
