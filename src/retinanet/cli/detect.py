@@ -17,6 +17,7 @@ from retinanet.cli.settings import (
     ClassOptions,
     DetectorOptions,
     Json,
+    Model,
     ThresholdOptions,
     TileOptions,
     option,
@@ -76,12 +77,7 @@ _ONLY_FOR = {
 
 
 def detect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or hf://OWNER/NAME."
-        ),
-    ],
+    model: Model,
     sources: Annotated[
         list[str],
         typer.Argument(

@@ -34,6 +34,13 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or "
+        "hf://OWNER/NAME."
+    ),
+]
 LabelledData = Annotated[
     Path,
     typer.Argument(

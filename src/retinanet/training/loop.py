@@ -125,15 +125,17 @@ class Trainer:
     def extend(self, epochs: float, steps: int) -> None:
         """Begin an extension of the finished run, and record it."""
         self.progress.extend(epochs, steps)
-        self._shorten_warmup()
+        self._apply_extension()
         self.save()
         if self._is_main:
             self.run.update_info({"extensions": self.progress.extensions})
 
-    def _shorten_warmup(self) -> None:
+    def _apply_extension(self) -> None:
+        """Let the settings be those of the extension, if there is one."""
         if self.progress.extensions:
             warmup = short_warmup(self._settings, self.progress.extensions[-1]["steps"])
-            self._settings = self._settings.model_copy(update={"warmup_steps": warmup})
+            changes = {"warmup_steps": warmup, "time": None}
+            self._settings = self._settings.model_copy(update=changes)
 
     def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Train until the last step, early stopping, a signal or a request.
@@ -273,18 +275,14 @@ class Trainer:
         replace_folder(self.run.last, fill)
 
     @property
-    def _time_limit(self) -> float | None:
-        return None if self.progress.extensions else self._settings.time
-
-    @property
     def _max_steps(self) -> int:
         """Steps at most: with a time limit their number may grow."""
         progress = self.progress
-        growth = 1 if self._time_limit is None else _MAX_GROWTH
+        growth = 1 if self._settings.time is None else _MAX_GROWTH
         return progress.first_step + progress.schedule[1] * growth
 
     def _pacer(self, started: float, period: int) -> Pacer | None:
-        limit, progress = self._time_limit, self.progress
+        limit, progress = self._settings.time, self.progress
         if limit is None:
             return None
         begun = started
@@ -309,7 +307,7 @@ class Trainer:
             averaged = {name.removeprefix("averaged."): value for name, value in extras.items()}
             self.ema.load_state_dict(averaged)
         self.scaler.load_state_dict(numbers["scaler"])
-        self._shorten_warmup()
+        self._apply_extension()
         if self._is_main:
             self.run.truncate_log(self.progress.step)
 
