@@ -136,16 +136,6 @@ def test_train_interrupted_and_resumed_equals_uninterrupted(
     assert read_log(whole.folder) == read_log(second.folder)
 
 
-def test_train_finished_run_is_left_as_it_is(tiny_data: Path, finished: Finished) -> None:
-    run, _ = finished
-    recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
-    events: list[Event] = []
-    again = train(recipe, tiny_data, run.folder, device="cpu", on_event=events.append)
-    assert [event.kind for event in events] == ["message"]
-    assert "is finished: 4 steps" in messages(events)[0]
-    assert again.step == 4
-
-
 def test_train_other_settings_or_data_are_an_error(tiny_data: Path, finished: Finished) -> None:
     out = finished[0].folder
     settings = ("train.steps=4", "train.validate_every=2")

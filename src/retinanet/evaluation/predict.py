@@ -153,14 +153,7 @@ def run_batches(
     progress: Progress | None = None,
     **loading: Any,
 ) -> Predictions:
-    """Load every image once, and call `detect` with batches of images of one padded size.
-
-    Args:
-        detect: from a batch on `device` to the detections in each of its images.
-        dataset, device, batch_size, label_map, progress: as in :func:`run_inference`.
-        network: for one that several threads run (:func:`map_network`), which `detect` calls.
-        loading: further arguments of :func:`~retinanet.data.loading.eval_loader`.
-    """
+    """Load every image once, and call `detect` with batches of images of one padded size."""
     collected = _Collector(dataset, label_map, progress)
     images: Iterator[Batch] = iter(())
     if len(dataset):

@@ -242,25 +242,15 @@ def _groups(ids: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """The labels and detections of an image.
-
-    Attributes:
-        index: of the image.
-        dataset: of the image.
-        labels: M with a valid box.
-        table: (N, 7) detections, as of :meth:`Results.table`.
-        missed: (M,) labels that no detection over the threshold of its class matches.
-        false: (N,) such detections that match no label.
-        wrong: position of the label of another class that such a detection covers, by row.
-    """
+    """The labels and detections of an image."""
 
     index: int
     dataset: Dataset
-    labels: list[Annotation]
-    table: _Array
-    missed: NDArray[np.bool_]
-    false: NDArray[np.bool_]
-    wrong: Mapping[int, int]
+    labels: list[Annotation]  # M with a valid box
+    table: _Array  # (N, 7) detections, as of Results.table
+    missed: NDArray[np.bool_]  # (M,) labels without a matching detection over its threshold
+    false: NDArray[np.bool_]  # (N,) such detections that match no label
+    wrong: Mapping[int, int]  # row of such a detection: label of another class that it covers
 
     def matched_labels(self) -> Iterator[int]:
         """Yield the class of each label that is matched."""

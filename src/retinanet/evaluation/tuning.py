@@ -296,11 +296,7 @@ class _Found(NamedTuple):
 
 
 class _Candidates:
-    """The candidates of a data set, on the CPU, to which every kind of NMS can be applied.
-
-    Attributes:
-        dataset: the images that could be read.
-    """
+    """The candidates of a data set, on the CPU, to which every kind of NMS can be applied."""
 
     def __init__(
         self,
@@ -363,12 +359,7 @@ class _Candidates:
         )
 
     def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
-        """Apply NMS.
-
-        Args:
-            thresholds: of a detector.
-            step: the images to take, by position.
-        """
+        """Apply NMS."""
         settings = network_settings(thresholds, ())
         del settings["flip_tta"]
         lowest = _scaled(settings["score_threshold"], 1 / settings["temperature"])

@@ -38,13 +38,7 @@ _OWN = ("backbone_weights", "frozen_stages", "prior")
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A detector to start from.
-
-    Attributes:
-        recipe: the settings of the run, whose network follows the checkpoint.
-        source: the checkpoint; of a run that is resumed its own.
-        taken: the settings that the checkpoint changed, for a message; empty: none.
-    """
+    """A detector to start from."""
 
     recipe: Recipe
     source: Checkpoint

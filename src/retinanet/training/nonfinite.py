@@ -73,9 +73,6 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
 
     Returns:
         The losses and the norm of their gradient.
-
-    Raises:
-        WeightsError: the folder contains no such step.
     """
     folder = Path(folder)
     try:

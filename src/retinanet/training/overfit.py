@@ -35,24 +35,15 @@ _AUGMENTATION = (
 
 @dataclass(frozen=True, slots=True)
 class OverfitResult:
-    """Whether a few images were learned.
-
-    Attributes:
-        images: images trained on.
-        step: steps done.
-        ap50: AP50 on these images.
-        first_loss, last_loss: mean loss of the first and the last five steps.
-        hint: what to look at; empty where the images were learned.
-        exit_code: 0 learned, 1 not learned, 130 and 143 stopped by a signal.
-    """
+    """Whether a few images were learned."""
 
     images: int
     step: int
     ap50: float
-    first_loss: float
+    first_loss: float  # mean of five steps
     last_loss: float
-    hint: str
-    exit_code: int
+    hint: str  # what to look at; empty where the images were learned
+    exit_code: int  # 0 learned, 1 not learned, 130 and 143 stopped by a signal
 
     @property
     def learned(self) -> bool:
@@ -71,17 +62,7 @@ def overfit(
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
 ) -> OverfitResult:
-    """Train on a few images with objects, without augmentation, until they are learned.
-
-    Args:
-        recipe, data, device, init, on_event: as for :func:`retinanet.training.trainer.train`.
-        out: an empty folder for the run.
-        num_images: images to learn, evenly spread over the ``train`` split.
-        steps: steps at most; None: 400.
-
-    Raises:
-        RetinaNetError: as :func:`retinanet.training.trainer.train`.
-    """
+    """Train on a few images with objects, without augmentation, until they are learned."""
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
     start = follow_checkpoint(recipe, Path(out))

@@ -292,16 +292,7 @@ def lerp_unless(average: Tensor, value: Tensor, weight: float, skip: Tensor | No
 
 
 class PendingStep:
-    """A step that the device may still compute; its metrics are copied to the host asynchronously.
-
-    Attributes:
-        step: from 0.
-        lr: its learning rate.
-        batch: its images, on the host.
-        running: () the running normalizer before it.
-        share: of the training steps that were done before it.
-        speed: its speed and memory (:class:`Meter`).
-    """
+    """A step that the device may still compute, with its metrics on their way to the host."""
 
     def __init__(
         self, step: int, lr: float, batch: Batch, running: Tensor, share: float = 1.0

@@ -44,22 +44,13 @@ MIN_TUNING_OBJECTS = 50
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskSettings:
-    """Settings of a run that its task needs.
-
-    Attributes:
-        recipe: all settings.
-        train_set: the images to train on.
-        accelerator: the devices and processes.
-        precision: ``float32``, ``bf16`` or ``fp16``.
-        workers: processes that load images.
-        emit: emits events.
-    """
+    """Settings of a run that its task needs."""
 
     recipe: Recipe
     train_set: Dataset
     accelerator: Accelerator
-    precision: str
-    workers: int
+    precision: str  # float32, bf16 or fp16
+    workers: int  # processes that load images
     emit: Emit
 
     @property

@@ -166,12 +166,6 @@ def next_side(side: int, factor: float) -> int:
 def replan(step: int, seconds: float, pace: Pace, period: int) -> int:
     """Return the number of steps in all with which a training under way ends in time.
 
-    Args:
-        step: steps done.
-        seconds: left for steps and validations.
-        pace: as measured since.
-        period: steps from a validation to the next.
-
     Example: half of 450 steps are done, and now each takes 4 s, with 500 s left. Two validations
     of 20 s, after step 270 and the last, leave 460 s.
 
@@ -203,14 +197,7 @@ def is_due(step: int, steps: int, period: int) -> bool:
 
 
 class Pacer:
-    """Adapt the number of steps of a training under way, so that it ends in time.
-
-    Args:
-        deadline: when training and validation must have ended, by `clock`.
-        period: steps from a validation to the next.
-        validation: seconds of a validation, estimated.
-        clock: returns seconds.
-    """
+    """Adapt the number of steps of a training under way, so that it ends in time."""
 
     def __init__(
         self,
