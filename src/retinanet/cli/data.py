@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
-_MAX_DECODED = 5000  # images that are decoded without --decode
+MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
 _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
@@ -67,7 +67,7 @@ class CheckOptions(FormatOptions):
     all: bool = option("Print every problem.", False)
     decode: bool = option(
         "Decode every image, to find damaged pixels and equal ones in two splits; always for up "
-        f"to {_MAX_DECODED} images and with --fix.",
+        f"to {MAX_DECODED} images and with --fix.",
         False,
     )
 
@@ -116,7 +116,7 @@ def check(
     for line in next(iter(splits.values())).description:
         note(line)
     num_images = sum(map(len, splits.values()))
-    decode = options.decode or options.fix is not None or num_images <= _MAX_DECODED
+    decode = options.decode or options.fix is not None or num_images <= MAX_DECODED
     with progress("opening images") as update:
         report = check_datasets(splits, decode=decode, progress=update)
     if not decode:
