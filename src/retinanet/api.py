@@ -7,13 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from retinanet.config import (
-    Recipe,
-    check_given_once,
-    keyword_settings,
-    load_recipe,
-    setting_names,
-)
+from retinanet.config import Recipe, load_with_keywords
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader, from_torch
 from retinanet.data.splits import split_word
@@ -80,10 +74,7 @@ def train(
     started = monotonic()
     overrides = [*(settings.items() if isinstance(settings, Mapping) else settings)]
     if not isinstance(recipe, Recipe):
-        given = {name for name, value in keywords.items() if value is not None}
-        names = {setting: setting.split(".")[1] for setting in setting_names()}
-        check_given_once(overrides, {key: name for key, name in names.items() if name in given})
-        recipe = load_recipe(recipe, [*overrides, *keyword_settings(recipe, keywords)])
+        recipe = load_with_keywords(recipe, overrides, keywords)
     elif overrides or keywords:
         raise ConfigError(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"

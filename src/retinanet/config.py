@@ -592,14 +592,23 @@ def keyword_settings(
     return list(pairs.items())
 
 
-def check_given_once(settings: Iterable[str | tuple[str, Any]], others: Mapping[str, str]) -> None:
-    """Raise a ConfigError where one of `settings` is among `others`, names by setting, too."""
-    for setting in settings:
-        key = setting.partition("=")[0].strip() if isinstance(setting, str) else setting[0]
-        if key in others:
-            raise ConfigError(
-                f"{key} is given twice, as a setting and as {others[key]}: give one of them"
-            )
+def load_with_keywords(
+    name_or_file: str | Path,
+    settings: Iterable[str | tuple[str, Any]],
+    keywords: Mapping[str, Any],
+) -> Recipe:
+    """Load a recipe with settings as :func:`load_recipe` and keywords as :func:`keyword_settings`.
+
+    Raises:
+        ConfigError: as these; or a setting is given in both ways.
+    """
+    settings = list(settings)
+    keys = {s.partition("=")[0].strip() if isinstance(s, str) else s[0] for s in settings}
+    for key in keys & {*setting_names()}:
+        name = key.split(".")[1]
+        if keywords.get(name) is not None:
+            raise ConfigError(f"{key} is given twice: as a setting and by {name}; give one of them")
+    return load_recipe(name_or_file, [*keyword_settings(name_or_file, keywords), *settings])
 
 
 def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
