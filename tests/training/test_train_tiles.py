@@ -58,7 +58,7 @@ def test_train_on_tiles_resumes_and_evaluates_whole_images(tiny_data: Path, tmp_
     assert plain.loss is not None
     assert found.ap == pytest.approx(run.best_ap, abs=1e-9)
     # A detector uses the tiles too.
-    detector = load(run.folder, device="cpu", precision="float32", score_threshold=0.0)
+    detector = load(run.folder, device="cpu", precision="float32", score_threshold=0.001)
     image = splits["val"].images[0].path
     boxes = [
         detector.detect(image, **tiles).boxes for tiles in ({}, {"tile": 32}, {"tile": "none"})
