@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -92,8 +92,7 @@ def detect_collection(
     """Detect in a collection on a Ray cluster; shards that an earlier call wrote are skipped.
 
     Runs on the cluster that this process is connected to, else on that of ``RAY_ADDRESS``, else on
-    a cluster of this machine, else on a local one that is started and stopped again. Each machine
-    needs this package. The model's files are sent to it.
+    a cluster of this machine, else on a local one that is started and stopped again.
 
     Args:
         model: as :func:`retinanet.inference.load` takes it, on this machine.
@@ -147,26 +146,10 @@ def detect_collection(
     shards = _cut(inputs, _check_plan(store, plan))
     done_before = len(shards) - len(_missing(store, shards))
     if done_before < len(shards):
-        import fsspec
-
+        work = Work(files, name, {"device": device, **options}, stream, store, base)
         # Ray prints the death of a process to the standard output, until it is shut down.
         with redirect_stdout(sys.stderr), _cluster(ray):
-            workers, cpus, gpus = share_resources(ray, device, workers)
-            work = Work(
-                model=files,
-                model_name=name,
-                options={"device": device, **options},
-                stream=stream,
-                out=store,
-                base=base,
-                threads=cpus,
-                fsspec={kind: dict(settings) for kind, settings in fsspec.config.conf.items()},
-            )
-            pool = ray.data.ActorPoolStrategy(
-                size=min(workers, len(shards) - done_before), max_tasks_in_flight_per_actor=2
-            )
-            resources = {"compute": pool, "num_cpus": cpus, "num_gpus": gpus}
-            _run_shards(ray, work, resources, shards, on_progress)
+            _run_shards(ray, work, workers, shards, on_progress)
     return _summarize(store, len(shards), done_before)
 
 
@@ -354,15 +337,21 @@ def _cluster(ray: Any) -> Iterator[None]:
 def _run_shards(
     ray: Any,
     work: Work,
-    resources: Mapping[str, Any],
+    workers: int | None,
     shards: Sequence[Sequence[str]],
     on_progress: Progress | None,
 ) -> None:
     """Run the missing shards.
 
     Raises:
+        ConfigError: a GPU is wanted and the cluster has none.
         DataError: no detector can be loaded, or a shard failed.
     """
+    import fsspec
+
+    settings = {kind: dict(values) for kind, values in fsspec.config.conf.items()}
+    workers, cpus, gpus = share_resources(ray, work.options["device"], workers)
+    work = replace(work, threads=cpus, fsspec=settings)
     missing = _missing(work.out, shards)
     done = len(shards) - len(missing)
     report = on_progress or (lambda done, total: None)
@@ -378,8 +367,12 @@ def _run_shards(
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             ShardDetector,
             fn_constructor_kwargs={"work": ray.put(work)},
+            compute=ray.data.ActorPoolStrategy(
+                size=min(workers, len(rows)), max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=cpus,
+            num_gpus=gpus,
             max_task_retries=_MAX_TRIES - 1,  # of a shard whose process dies; else without end
-            **resources,
         )
         problem = "its process died; was its memory enough?"
         for row in results.iter_rows():

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ class Work:
     stream: Mapping[str, Any]
     out: Store
     base: str
-    threads: int
-    fsspec: Mapping[str, Any]
+    threads: int = 1
+    fsspec: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ShardDetector:
