@@ -23,21 +23,16 @@ MIN_TILE = 32
 _SMALLEST_ANCHOR, _OVERLAP, _MIN_GAIN = 32, 0.2, 1.5
 
 
-def tile_windows(
-    size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
-) -> Iterator[Window]:
-    """Yield tiles (x1, y1, x2, y2) that cover an image (height, width), spread evenly.
+def tile_windows(size: tuple[int, int], side: int, overlap: float) -> Iterator[Window]:
+    """Yield tiles (x1, y1, x2, y2) that cover an image (height, width), row by row.
 
-    Adjacent ones share at least `overlap` of their side; with `down_first` they go column by
-    column. An image less high, or less wide, than a tile has tiles of its own height; none if both.
+    They are spread evenly; adjacent ones share at least `overlap` of their side. An image less
+    high, or less wide, than a tile has tiles of its own height; none if both.
     """
     if max(size) <= side:
         return
     rows, columns = (_spread(length, side, overlap) for length in size)
-    if down_first:
-        yield from ((x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows)
-    else:
-        yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
+    yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
 
 
 def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:
