@@ -540,6 +540,16 @@ def test_files_that_cannot_be_read_stop_nothing(tmp_path: Path) -> None:
     assert_complete(read_dataset(tmp_path, "all"), 3)
 
 
+@pytest.mark.parametrize("xs", [5, None, ["a", 1], [1]])
+def test_polygon_of_via_without_points_is_a_problem(tmp_path: Path, xs: Any) -> None:
+    write_images(tmp_path, ["a"])
+    shape = {"name": "polygon", "all_points_x": xs, "all_points_y": [1, 2]}
+    regions = [{"shape_attributes": shape, "region_attributes": {"class": "cat"}}]
+    write(tmp_path / "via.json", json.dumps({"a": {"filename": "a.jpg", "regions": regions}}))
+    (problem,) = read_dataset(tmp_path, "all").problems
+    assert problem.kind == "box-not-a-number"
+
+
 ODD: tuple[Any, ...] = (
     *(None, True, 0, -1, 1e308, 10**400, "", "x", "\x00", "\ud800", "a" * 5000, [], {}, [[]]),
     *({"x": 1}, float("nan"), "//[x", "/data/local-files/?d=", "..", "nan", [None], ["a"]),

@@ -126,7 +126,8 @@ def _via_box(shape: Mapping[str, Any]) -> Box | None:
     """Return the box around a shape of VIA; None if it has none."""
     if "all_points_x" in shape:
         xs, ys = shape["all_points_x"], shape.get("all_points_y")
-        points = list(zip(xs, ys, strict=False)) if isinstance(ys, list) else None
+        is_valid = isinstance(xs, list) and isinstance(ys, list)
+        points: Any = list(zip(xs, ys or (), strict=False)) if is_valid else None
         return None if shape.get("name") == "polyline" else box_around(points)
     if "cx" in shape:
         radius = shape.get("r")
