@@ -75,23 +75,7 @@ def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
     return OpenVINONetwork(compiled, levels, hint)
 
 
-def _compile(model: Any, levels: int, hint: str) -> OpenVINONetwork:
-    return OpenVINONetwork(compile_on_cpu(model, hint), levels, hint)
-
-
-def import_openvino() -> Any:
-    """Import OpenVINO.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
-    return openvino
-
-
+@cache
 def openvino_core() -> Any:
     """Return the ``openvino.Core`` of this process, which is never deleted.
 
@@ -101,11 +85,10 @@ def openvino_core() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    return _core(import_openvino())
-
-
-@cache
-def _core(openvino: Any) -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("openvino", "openvino") from None
     return openvino.Core()
 
 
@@ -137,12 +120,14 @@ def openvino_network(
         ConfigError: int8 without images.
         MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
-    import_openvino()
+    openvino_core()  # installed?
     images = calibration_images(calibration) if precision == "int8" else []  # before the conversion
     levels = len(model.strides)
     converted = convert(model)
     if precision != "int8":
-        return _compile(converted, levels, _HINTS[precision])
+        return OpenVINONetwork(
+            compile_on_cpu(converted, _HINTS[precision]), levels, _HINTS[precision]
+        )
     exact = {
         _convolution_before(output)
         for output in converted.outputs
@@ -150,8 +135,9 @@ def openvino_network(
     }
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    network = _compile(quantized, levels, "bf16" if has_bf16 else "f32")
-    reference = _compile(converted, levels, "f32")
+    hint = "bf16" if has_bf16 else "f32"
+    network = OpenVINONetwork(compile_on_cpu(quantized, hint), levels, hint)
+    reference = OpenVINONetwork(compile_on_cpu(converted, "f32"), levels, "f32")
     network.deviation = max(_deviations(network, reference, images[:_COMPARED_IMAGES]))
     if network.deviation > MAX_INT8_DEVIATION:
         warnings.warn(
@@ -183,7 +169,8 @@ def convert(model: RetinaNet) -> Any:
     Any batch size, and any height and width that are multiples of 32. The outputs are (B, H, W, C):
     OpenVINO computes them so, and post-processing reads them so.
     """
-    openvino = import_openvino()
+    import openvino
+
     example = torch.zeros(2, 3, 128, 160, dtype=torch.uint8)
     batch, rows, columns = (torch.export.Dim(name, max=4096) for name in ("b", "h", "w"))
     shapes = {"images": {0: batch, 2: 32 * rows, 3: 32 * columns}}
