@@ -481,11 +481,7 @@ def load(
 
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
-    """Open what :class:`Detector` is built from, by a name as :func:`load` takes it.
-
-    Raises:
-        WeightsError: as :func:`load`.
-    """
+    """Open what :class:`Detector` is built from, by a name as :func:`load` takes it."""
     if is_exported(path_or_name) and not Path(path_or_name).is_dir():
         return read_exported(path_or_name)
     return load_checkpoint(path_or_name)

@@ -81,9 +81,6 @@ def openvino_core() -> Any:
 
     OpenVINO 2026.4 sets a signal stack for the thread that first uses a core, and frees it with
     the core: the next signal, such as that of Ctrl-C or of a data loader, crashes the process.
-
-    Raises:
-        MissingExtraError: it is not installed.
     """
     try:
         import openvino
@@ -115,10 +112,6 @@ def openvino_network(
         precision: "float32", "bf16", "fp16" or "int8"; the layers that int8 leaves out are bf16 on
             a processor with bf16 units.
         calibration: as for :func:`retinanet.inference.backends.build_network`.
-
-    Raises:
-        ConfigError: int8 without images.
-        MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
     openvino_core()  # installed?
     images = calibration_images(calibration) if precision == "int8" else []  # before the conversion
@@ -192,11 +185,7 @@ def has_vnni() -> bool:
 
 
 def calibration_images(calibration: Iterable[Tensor] | None) -> list[Tensor]:
-    """Take up to :data:`CALIBRATION_IMAGES` images.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Take up to :data:`CALIBRATION_IMAGES` images."""
     images = list(islice(calibration or (), CALIBRATION_IMAGES))
     if not images:
         raise ConfigError(
@@ -218,9 +207,6 @@ def quantize(
         overflow_fix: keep weights to 7 bits. Without VNNI, x86 CPUs add pairs of 8-bit products in
             16 bits, which saturate: set it for a model that may run on one. It costs half a step of
             rounding in the weights. Source: NNCF, ``OverflowFix``.
-
-    Raises:
-        MissingExtraError: NNCF is not installed.
     """
     try:
         import nncf

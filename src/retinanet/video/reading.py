@@ -86,12 +86,7 @@ class VideoReader:
     """
 
     def __init__(self, source: str | Path) -> None:
-        """Open it and decode its first frame.
-
-        Raises:
-            DataError: there is no such file or camera, it is no video, or contains no frame.
-            MissingExtraError: PyAV is not installed.
-        """
+        """Open it and decode its first frame."""
         av = import_av()
         number = camera_number(source)
         self.is_live = number is not None or is_stream(source)
@@ -192,11 +187,7 @@ class VideoReader:
         return np.ascontiguousarray(pixels)
 
     def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
-        """Return up to `max_images` frames, spread over the video.
-
-        Raises:
-            DataError: it is a camera, which has no frames yet.
-        """
+        """Return up to `max_images` frames, spread over the video."""
         if self.is_live:
             raise DataError(
                 f"{self.source}: there is nothing to calibrate int8 on yet; "
@@ -255,11 +246,7 @@ class _Length:
 
 
 def import_av() -> Any:
-    """Import PyAV.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import PyAV."""
     try:
         import av
     except ImportError:
