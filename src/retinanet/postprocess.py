@@ -502,16 +502,17 @@ def _check_settings(num_classes: int, settings: PostprocessSettings) -> None:
         raise ValueError(
             f"class_thresholds has {len(thresholds)} numbers, and there are {num_classes} classes"
         )
+    kinds = get_args(NmsKind)
     limits = [
-        ("score_threshold", all(0 <= score < 1 for score in thresholds), "in [0, 1)"),
-        ("nms", used["nms"] in get_args(NmsKind), f"one of {', '.join(get_args(NmsKind))}"),
-        ("nms_threshold", 0 < used["nms_threshold"] <= 1, "in (0, 1]"),
-        *((name, used[name] > 0, "over 0") for name in ("nms_sigma", "temperature")),
-        *((name, used[name] >= 1, "1 or more") for name in _COUNTS),
+        *(("score_threshold", score, 0 <= score < 1, "in [0, 1)") for score in thresholds),
+        ("nms", used["nms"], used["nms"] in kinds, f"one of {', '.join(kinds)}"),
+        ("nms_threshold", used["nms_threshold"], 0 < used["nms_threshold"] <= 1, "in (0, 1]"),
+        *((name, used[name], used[name] > 0, "over 0") for name in ("nms_sigma", "temperature")),
+        *((name, used[name], used[name] >= 1, "1 or more") for name in _COUNTS),
     ]
-    for name, is_valid, allowed in limits:
+    for name, value, is_valid, allowed in limits:
         if not is_valid:
-            raise ValueError(f"{name} must be {allowed}, got {used[name]!r}")
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _check(outputs: Outputs, anchors: Sequence[Tensor], sizes: Tensor, num_classes: int) -> None:
