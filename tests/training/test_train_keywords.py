@@ -80,7 +80,7 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"epochs": 3, "steps": 5}, "train.steps and train.epochs each set the length"),
         ({"resume": True}, "unknown keyword 'resume': the same call resumes a run"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
-        ({"lr": 1.0, "settings": "train.lr=2"}, "train.lr is given twice, as a setting and as lr"),
+        ({"lr": 1.0, "settings": "train.lr=2"}, "train.lr is given twice: as a setting and by lr"),
         (
             {"backbone_weights": "no.pth", "backbone": "resnet18", "data": "none"},
             "backbone weights no.pth",

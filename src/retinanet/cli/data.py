@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
-_MAX_DECODED = 5000  # images that are decoded without --decode
+MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
 _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
@@ -67,7 +67,7 @@ class CheckOptions(FormatOptions):
     all: bool = option("Print every problem.", False)
     decode: bool = option(
         "Decode every image, to find damaged pixels and equal ones in two splits; always for up "
-        f"to {_MAX_DECODED} images and with --fix.",
+        f"to {MAX_DECODED} images and with --fix.",
         False,
     )
 
@@ -116,7 +116,7 @@ def check(
     for line in next(iter(splits.values())).description:
         note(line)
     num_images = sum(map(len, splits.values()))
-    decode = options.decode or options.fix is not None or num_images <= _MAX_DECODED
+    decode = options.decode or options.fix is not None or num_images <= MAX_DECODED
     with progress("opening images") as update:
         report = check_datasets(splits, decode=decode, progress=update)
     if not decode:
@@ -216,24 +216,12 @@ def show(
     if options.anchors:
         _check_assignment(config)
     with progress("drawing") as update:
+        choice: dict[str, Any] = {"count": options.count, "seed": options.seed, "progress": update}
         if options.augmented:
-            drawn = draw_augmented(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config,
-                progress=update,
-            )
+            drawn = draw_augmented(dataset, options.out, recipe=config, **choice)
         else:
-            drawn = draw_labels(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config if options.anchors else None,
-                progress=update,
-            )
+            shown = config if options.anchors else None
+            drawn = draw_labels(dataset, options.out, recipe=shown, **choice)
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:

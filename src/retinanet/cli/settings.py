@@ -6,7 +6,7 @@ A command takes such a group as one parameter; :func:`expand_groups` gives it on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from retinanet.config import (
-    EXACT_EPOCHS,
-    check_given_once,
-    keyword_settings,
-    load_recipe,
-    recipe_names,
-)
+from retinanet.config import load_with_keywords, recipe_names
 from retinanet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +26,13 @@ Settings = Annotated[
         metavar="KEY=VALUE",
         help="Any setting, such as train.lr=0.005; train --show-recipe prints all.",
         show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or "
+        "hf://OWNER/NAME."
     ),
 ]
 LabelledData = Annotated[
@@ -161,11 +162,7 @@ class DetectorOptions(EngineOptions):
 
 
 def split_names(text: str) -> list[str]:
-    """Split names at commas; a name that contains a comma is quoted.
-
-    Raises:
-        ConfigError: there is no name.
-    """
+    """Split names at commas; a name that contains a comma is quoted."""
     import csv
 
     names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row]
@@ -198,12 +195,7 @@ class TileOptions:
     )
 
     def given(self) -> dict[str, Any]:
-        """Return the arguments of a detector.
-
-        Raises:
-            ConfigError: ``--tile`` is neither ``auto``, ``none`` nor pixels, or ``--overlap`` has
-                no tile.
-        """
+        """Return the arguments of a detector."""
         if self.overlap is not None and self.tile is None:
             raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
         tile: int | str | None = self.tile
@@ -238,26 +230,11 @@ class RecipeOptions:
     recipe: str = option(RECIPE_HELP, "quick")
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
-    def load(self, own: Mapping[str, object] | None = None) -> Recipe:
-        """Load the recipe, and override it with `own`, the image size and the settings.
-
-        Args:
-            own: settings that have an option of their own; None: not given.
-
-        Raises:
-            ConfigError: a setting is unknown, out of range, or given twice.
-        """
-        values = {key: value for key, value in (own or {}).items() if value is not None}
-        if self.image_size is not None:
-            values["data.image_size"] = self.image_size
-        settings = self.settings or []
-        options = {key: f"--{key.split('.')[1].replace('_', '-')}" for key in values}
-        check_given_once(settings, options)
-        derived = {**EXACT_EPOCHS} if "train.epochs" in values else {}
-        if self.image_size is not None:
-            derived |= keyword_settings(self.recipe, {"image_size": self.image_size})
-        overrides = [f"{key}={value}" for key, value in (derived | values).items()]
-        return load_recipe(self.recipe, [*overrides, *settings])
+    def load(self, **keywords: Any) -> Recipe:
+        """Load the recipe, and override it with `keywords`, the image size and the settings."""
+        values = {**keywords, "image_size": self.image_size}
+        given = {name: value for name, value in values.items() if value is not None}
+        return load_with_keywords(self.recipe, self.settings or [], given)
 
 
 def run_folder(model: str | Path) -> Path | None:

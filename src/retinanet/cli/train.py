@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Settings that have an option of their own."""
+    """Settings that have an option of their own, by the last part of their names."""
 
     backbone: str | None = option("Backbone: resnet18 to resnet152, mobilenet_v2, timm/NAME, ...")
     backbone_weights: str | None = option(
@@ -64,32 +63,14 @@ class TrainingOptions:
     precision: str | None = option("Training precision: auto, float32, bf16 or fp16.")
     seed: int | None = option("Random seed.")
 
-    def overrides(self) -> dict[str, Any]:
-        """Return the settings by key.
-
-        Raises:
-            ConfigError: ``--time`` has no unit.
-        """
+    def keywords(self) -> dict[str, Any]:
+        """Return the settings by the last part of their names."""
         if self.time is not None and self.time.isdecimal():
             raise ConfigError(
                 f"--time {self.time} has no unit: give {self.time}min, or {self.time}s"
             )
-        # A list or a text in JSON is one in TOML.
-        classes = None if self.classes is None else dumps(split_names(self.classes))
-        return {
-            "model.backbone": self.backbone,
-            "model.backbone_weights": self.backbone_weights,
-            "train.init": self.init and dumps(self.init),
-            "train.init_partial": "true" if self.init_partial else None,
-            "train.class_map": self.class_map and dumps(self.class_map),
-            "train.epochs": self.epochs,
-            "train.steps": self.steps,
-            "train.time": self.time,
-            "train.batch_size": self.batch_size,
-            "data.classes": classes,
-            "train.precision": self.precision,
-            "train.seed": self.seed,
-        }
+        classes = None if self.classes is None else split_names(self.classes)
+        return {**vars(self), "classes": classes, "init_partial": self.init_partial or None}
 
 
 @dataclass(frozen=True)
@@ -102,7 +83,6 @@ class RunOptions(DeviceOptions):
     more_epochs: float | None = option(
         "Train the finished run in --out further, with a schedule of its own."
     )
-    more_time: str | None = option("The same for a time, such as 10min.", metavar="DURATION")
     overfit: int | None = option(
         "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
         "not learned.",
@@ -137,7 +117,7 @@ def train(
     started = command_start()
     if data is not None and "=" in str(data) and not data.exists():  # the first setting
         recipe, data = replace(recipe, settings=[str(data), *(recipe.settings or [])]), None
-    config = recipe.load(training.overrides())
+    config = recipe.load(**training.keywords())
     if run.show_recipe:
         _show_recipe(config, data)
         return
@@ -153,11 +133,10 @@ def train(
         )
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
-    from retinanet.training.run_folder import Extension
-
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    more = Extension.of(run.more_epochs, run.more_time)
-    trained = run_training(config, data, folder, device=run.device, started=started, more=more)
+    options: dict[str, Any] = {"device": run.device, "started": started}
+    options["more_epochs"] = run.more_epochs
+    trained = run_training(config, data, folder, **options)
     from accelerate import PartialState  # training has imported it
 
     if not PartialState().is_main_process:

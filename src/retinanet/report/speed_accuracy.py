@@ -24,8 +24,8 @@ from retinanet.evaluation.predict import Progress
 from retinanet.evaluation.run import (
     DetectorOptions,
     match_classes,
+    predict,
     read_eval_dataset,
-    run_network,
 )
 from retinanet.inference.backends import Network, detect_batch, network_settings
 from retinanet.inference.detector import Detector
@@ -73,15 +73,7 @@ class SpeedPoint:
 
 @dataclass(frozen=True, slots=True)
 class SpeedAccuracy:
-    """Figure 2 of some models on one split and one machine.
-
-    Attributes:
-        points: model by model, scales from small to large.
-        images: images evaluated; `timed`: images timed.
-        rounds: times that each setting was timed.
-        source, split: the data.
-        machine: its description.
-    """
+    """Figure 2 of some models on one split and one machine; of `images`, `timed` were timed."""
 
     points: tuple[SpeedPoint, ...]
     images: int
@@ -117,8 +109,7 @@ def speed_accuracy(
         data, split: as in :func:`retinanet.evaluation.evaluate`; the same images for every model.
         scales: shorter sides, pixels; None: the paper's, from 4/6 to 8/6 of each model's training
             scale. The maximum of the longer side keeps its ratio to it.
-        rounds: times that each setting is timed. Settings take turns, so that other load on the
-            machine affects all alike.
+        rounds: times that each setting is timed, in turns.
         images: images timed, evenly spread over the split, one by one in each round.
         batch_size, workers: for AP.
         machine: description for the result.
@@ -127,12 +118,15 @@ def speed_accuracy(
 
     Raises:
         ConfigError: no model, a scale or count out of range, or as :class:`Detector`.
-        DataError: the data cannot be read, or the models have different validation splits of it.
-        WeightsError: a model cannot be read, or lacks classes of objects in the data.
+        DataError: the models have different validation splits, or as for an evaluation.
         ImageError: an image cannot be read.
-        MissingExtraError: the backend is not installed.
     """
-    _check_arguments(models, scales, rounds=rounds, images=images)
+    if not models:
+        raise ConfigError("no model to measure: give one or more run folders")
+    for argument, count in (("rounds", rounds), ("images", images)):
+        if count < 1:
+            raise ConfigError(f"{argument} must be 1 or more, got {count}")
+    _check_scales(scales)
     checkpoints = {
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
@@ -146,7 +140,7 @@ def speed_accuracy(
         for name, checkpoint in checkpoints.items()
         for scale in (paper_scales(checkpoint.image_size) if scales is None else sorted(scales))
     ]
-    timed = replace(dataset, images=tuple(_spread(dataset.images, images)))
+    timed = replace(dataset, images=tuple(spread_evenly(dataset.images, images)))
     points: list[SpeedPoint] = []
     calls: dict[str, Callable[[], object]] = {}
     for name, checkpoint, scale in settings:
@@ -156,13 +150,13 @@ def speed_accuracy(
         points.append(_untimed_point(name, detector, dataset, batch_size, workers))
         if progress is not None:
             progress(len(points), len(settings))
-    times = time_in_turns(calls, rounds).values()
+    for i, time_of in enumerate(time_in_turns(calls, rounds).values()):
+        median, low, high = (1000 * seconds / len(timed) for seconds in time_of)
+        points[i] = replace(
+            points[i], milliseconds=median, milliseconds_low=low, milliseconds_high=high
+        )
     return SpeedAccuracy(
-        points=tuple(
-            replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
-            for point, seconds in zip(points, times, strict=True)
-            for median, low, high in [(1000 * value / len(timed) for value in seconds)]
-        ),
+        points=tuple(points),
         images=len(dataset),
         timed=len(timed),
         rounds=rounds,
@@ -175,8 +169,7 @@ def speed_accuracy(
 def _untimed_point(
     name: str, detector: Detector, dataset: Dataset, batch_size: int, workers: int | None
 ) -> SpeedPoint:
-    thresholds = detector.eval_thresholds
-    predictions = run_network(detector, dataset, workers, thresholds, batch_size=batch_size)
+    predictions = predict(detector, dataset, batch_size=batch_size, workers=workers, tile="none")
     metrics = predictions.evaluate(analysis=False)
     if metrics.unreadable:
         raise ImageError(next(iter(metrics.unreadable.values())))
@@ -192,19 +185,10 @@ def time_in_turns(
     warmup: int = _WARMUP_CALLS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, CallTime]:
-    """Time several calls in turns.
+    """Time several calls in turns, once per round; a call that uses a GPU synchronises itself.
 
-    Args:
-        calls: by name; a call that uses a GPU has to synchronise itself.
-        rounds: each call is timed once per round.
-        warmup: untimed calls of each before the first round.
-        clock: seconds.
-
-    Raises:
-        ValueError: `rounds` is under 1.
+    `warmup` calls of each before the first round are not timed.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}")
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -271,17 +255,12 @@ def paper_scales(trained: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sides))
 
 
-def _check_arguments(
-    models: Mapping[str, Any], scales: Sequence[int] | None, **counts: int
-) -> None:
-    if not models:
-        raise ConfigError("no model to measure: give one or more run folders")
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {count}")
-    if scales is not None and (not scales or len(set(scales)) != len(scales)):
+def _check_scales(scales: Sequence[int] | None) -> None:
+    if scales is None:
+        return
+    if not scales or len(set(scales)) != len(scales):
         raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
-    for scale in scales or ():
+    for scale in scales:
         if not _MIN_SCALE <= scale <= _MAX_SCALE:
             raise ConfigError(
                 f"scale is a shorter side of {_MIN_SCALE} to {_MAX_SCALE} pixels, got {scale}"
@@ -311,7 +290,7 @@ def _common_split(
     return first[1]
 
 
-def _spread(values: Sequence[Any], count: int) -> Sequence[Any]:
-    """At most `count` of the values, evenly spread from the first to the last."""
+def spread_evenly(values: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return at most `count` of the values, evenly spread from the first to the last."""
     positions = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [values[i] for i in positions]

@@ -52,11 +52,7 @@ class Emitter:
         self.stop = False
 
     def __call__(self, kind: Kind, /, **data: Any) -> None:
-        """Send the event of that kind with these values.
-
-        Raises:
-            ConfigError: the callback returned something other than None and "stop".
-        """
+        """Send the event of that kind with these values."""
         answer = None if self._callback is None else self._callback(Event(kind, data))
         if answer is None:
             return
