@@ -75,7 +75,6 @@ def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
     return OpenVINONetwork(compiled, levels, hint)
 
 
-@cache
 def openvino_core() -> Any:
     """Return the ``openvino.Core`` of this process, which is never deleted.
 
@@ -86,6 +85,11 @@ def openvino_core() -> Any:
         import openvino
     except ImportError:
         raise MissingExtraError("openvino", "openvino") from None
+    return _core(openvino)
+
+
+@cache
+def _core(openvino: Any) -> Any:
     return openvino.Core()
 
 
