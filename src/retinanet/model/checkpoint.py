@@ -103,11 +103,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def update_info(folder: Path, info: Mapping[str, Any]) -> None:
-    """Replace ``info`` in the model.json of a checkpoint, atomically.
-
-    Raises:
-        WeightsError: it cannot be written.
-    """
+    """Replace ``info`` in the model.json of a checkpoint, atomically."""
     values = json.loads((folder / TEXT_FILE).read_text("utf-8"))
     try:
         _write_text(folder, {**values, "info": dict(info)})
@@ -285,9 +281,6 @@ def parse_text(values: object, file: Path, kind: str, max_version: int) -> Check
         file: for messages.
         kind: required value of ``format``.
         max_version: highest ``version`` that is supported.
-
-    Raises:
-        WeightsError: the text is of another kind or version, or a value is invalid.
     """
     if not isinstance(values, dict) or values.get("format") != kind:
         raise WeightsError(f'{file} is not a {kind}: it lacks "format": "{kind}"')

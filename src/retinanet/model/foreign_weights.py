@@ -93,9 +93,6 @@ def load_foreign(file: Path) -> Loaded:
 
     Args:
         file: a state dict, alone or within a training's file: torch's .pth or detectron2's .pkl.
-
-    Raises:
-        WeightsError: it is no such file, or its network is not one of :class:`RetinaNet`.
     """
     content = read_tensors(file, f"weights {file}")
     library = next((name for name, sign in _SIGNS.items() if sign in content.state), None)
@@ -157,11 +154,7 @@ def _rename(library: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _network(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
-    """Read the settings of the network from the shapes of its tensors.
-
-    Raises:
-        WeightsError: the backbone is no ResNet that this package has, or there are other anchors.
-    """
+    """Read the settings of the network from the shapes of its tensors."""
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.(layer\d\.\d+)\.", key))}
     depths = Counter(block.partition(".")[0] for block in blocks)
     convolutions = 3 if "backbone.layer1.0.conv3.weight" in state else 2
@@ -208,9 +201,6 @@ def _input(
     detectron2's file may state mean and deviation. Where it does not, batch norm's variance does:
     relative to the squared weights it is near 1 for normalized images, and 58^2 times as large
     where no deviation divides them, as with the MSRA weights.
-
-    Raises:
-        WeightsError: the order of the colours is not known.
     """
     mean, std = given.get("pixel_mean"), given.get("pixel_std")
     first = state["backbone.conv1.weight"]

@@ -79,9 +79,6 @@ def fetch_torchvision(name: str) -> Loaded:
     """Download torchvision's COCO model with the 80 classes in use of COCO's 91 ids.
 
     The rows of the unused classes are dropped; the logits of the others are torchvision's.
-
-    Raises:
-        WeightsError: there is no such model, or it cannot be downloaded.
     """
     if name not in TORCHVISION_MODELS:
         raise WeightsError(f"there is no {name}: choose {' or '.join(TORCHVISION_MODELS)}")
@@ -110,9 +107,6 @@ def from_torchvision(
         num_classes: including torchvision's background.
         norm_eps: of batch norm; None: that of torchvision's published weights. A v1 that was
             built without them has 1e-5.
-
-    Raises:
-        WeightsError: the tensors are not those of that model.
     """
     settings = dict(TORCHVISION_MODELS[name][1])
     if norm_eps is not None:

@@ -15,9 +15,6 @@ def model_names(arguments: Sequence[str]) -> dict[str, str]:
 
     Args:
         arguments: ``runs/cells``, named ``cells``, or ``NAME=runs/cells/best``.
-
-    Raises:
-        ConfigError: two models have the same name, or a name is empty.
     """
     paths: dict[str, str] = {}
     for argument in arguments:

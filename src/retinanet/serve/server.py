@@ -48,10 +48,6 @@ def serve(
     Returns:
         Whether all requests were finished. If not, after a second Ctrl-C, threads may still run a
         network: end the process with ``os._exit``.
-
-    Raises:
-        KeyboardInterrupt: after a single Ctrl-C.
-        Exception: any exception of a network during its warm-up.
     """
     app.state.batcher.start()
     server = make_server(app, settings)
@@ -75,10 +71,6 @@ def bind(host: str, port: int) -> socket.socket:
     Args:
         host: host name or address of this machine.
         port: 0 picks a free port.
-
-    Raises:
-        ConfigError: the host or port does not exist.
-        RetinaNetError: the address is in use, not permitted, or not of this machine.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is out of range: {port}; use 0 to 65535")
