@@ -37,15 +37,13 @@ CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
-def test_every_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
-    with torch.device("meta"):
-        backbone = build_backbone(name, stride_padding=padding)
-        maps = backbone(torch.empty(2, 3, 96, 160))
-    assert backbone.channels == CHANNELS[name]
+def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
+    with torch.no_grad():
+        maps = build_backbone(name, stride_padding=padding)(torch.zeros(1, 3, 32, 96))
     widths = zip(CHANNELS[name], (4, 8, 16, 32), strict=True)
-    expected = [(2, width, 96 // s, 160 // s) for width, s in widths]
+    expected = [(1, width, 32 // s, 96 // s) for width, s in widths]
     assert [tuple(one.shape) for one in maps] == expected
 
 
@@ -54,6 +52,7 @@ def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
         theirs = torchvision.models.get_model(name, weights=None)
+    assert ours.channels == CHANNELS[name]
     # The printed form has each setting of a module: stride, padding, groups, ...
     printed = {n: repr(m) for n, m in theirs.named_modules() if not list(m.children())}
     unused = ("fc", "avgpool", "classifier.0", "classifier.1")
@@ -79,7 +78,7 @@ def test_seed_gives_torchvisions_weights_and_next_number(name: str, norm: str) -
 # Parts of torchvision's network up to the last that gives stride 4, 8, 16 and 32.
 @pytest.mark.parametrize(
     ("name", "ends"),
-    [("resnet18", (5, 6, 7, 8)), ("resnet50", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))],
+    [("resnet18", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))],
 )
 def test_the_maps_are_torchvisions_last_of_each_stride(name: str, ends: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -374,7 +373,7 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
     # A copy folds by itself: not by the norms of what it was copied from.
     folded = deepcopy(folded).double().train()
     plain = plain.double().eval()
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     got, expected = folded(images)[1:], plain(images)[1:]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -37,14 +37,7 @@ _NO_SCORE = -1.0  # of an empty candidate; scores are 0 or more
 
 
 class DetectorGraph(nn.Module):
-    """Resizing, network and post-processing as one module.
-
-    Args:
-        detector: on the CPU.
-        to: "onnx", "openvino", "torch" or "aotinductor": the engine, which decides on the
-            implementation of non-maximum suppression and of the network's size.
-        thresholds: override those of the detector.
-    """
+    """Resizing, network and post-processing as one module."""
 
     colour: Tensor
 
@@ -165,9 +158,6 @@ class RawDetectorGraph(DetectorGraph):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score every anchor.
-
-        Args:
-            images: as in :meth:`DetectorGraph.forward`.
 
         Returns:
             (B, R, 4) float32 boxes in pixels of the images, clipped to them, and (B, R, K) float32

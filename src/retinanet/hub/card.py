@@ -41,16 +41,7 @@ def write_card(
     drawn_score: float,
     megabytes: float,
 ) -> str:
-    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub.
-
-    Args:
-        facts: the model and its run, without paths.
-        repository: ``OWNER/NAME``.
-        license, dataset: as in :func:`retinanet.hub.prepare`.
-        examples: image files beside the card, and the numbers of detections drawn on them.
-        drawn_score: score threshold of these detections.
-        megabytes: size of the weights.
-    """
+    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub."""
     from huggingface_hub import ModelCard
 
     checkpoint, metrics, run = facts.checkpoint, facts.metrics, facts.run

@@ -46,12 +46,7 @@ def _text(name: str | Path) -> str:
 
 
 def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
-    """Download a checkpoint and return its folder in the cache, whose name is the commit.
-
-    Args:
-        name: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
-        files: names of the files of a checkpoint.
-    """
+    """Download a checkpoint and return its folder in the cache, whose name is the commit."""
     repository, revision = parse_hub_name(name)
     try:
         from huggingface_hub import snapshot_download
@@ -83,14 +78,7 @@ def hub_source(name: str | Path, folder: Path) -> str:
 def raise_hub_error(
     error: Exception, name: str, *, pushing: bool = False, secret: str | None = None
 ) -> NoReturn:
-    """Raise a WeightsError that explains an error of the hub in one line.
-
-    Args:
-        error: raised by huggingface_hub.
-        name: of the model, ``hf://OWNER/NAME``.
-        pushing: True for an upload.
-        secret: a token to remove from the message.
-    """
+    """Raise a WeightsError that explains an error of the hub in one line."""
     from huggingface_hub import constants, errors
 
     if type(error) is RuntimeError and isinstance(error.__cause__, Exception):

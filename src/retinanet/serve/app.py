@@ -51,13 +51,7 @@ _ERRORS = {
 
 
 class Routes:
-    """The routes and their common state.
-
-    Args:
-        batcher: runs the detectors.
-        settings: limits.
-        model_metrics: AP, AP50, data and split by model name.
-    """
+    """The routes and their common state."""
 
     def __init__(
         self,

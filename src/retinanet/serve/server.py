@@ -39,12 +39,6 @@ def serve(
 ) -> bool:
     """Serve until SIGINT or SIGTERM, and finish running requests before returning.
 
-    Args:
-        app: an application of :func:`retinanet.serve.build_app`.
-        listener: a socket of :func:`bind`; closed at the end.
-        settings: the settings of `app`.
-        on_ready: called once requests are accepted.
-
     Returns:
         Whether all requests were finished. If not, after a second Ctrl-C, threads may still run a
         network: end the process with ``os._exit``.
@@ -66,12 +60,7 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket before the models are loaded; connections are refused until it listens.
-
-    Args:
-        host: host name or address of this machine.
-        port: 0 picks a free port.
-    """
+    """Bind a socket before the models are loaded; connections are refused until it listens."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is out of range: {port}; use 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
