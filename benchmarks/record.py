@@ -17,8 +17,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this file
 from goals import describe_goals, goals_of
 
-from retinanet.bench import STAGES, Machine, Row, bench, describe_machine
-from retinanet.bench.tables import to_markdown
+from retinanet.bench import STAGES, Machine, Row, Timing, bench, describe_machine
+from retinanet.bench.tables import figures, remarks
 from retinanet.files import write_atomic
 from retinanet.model.precision import choose_device
 
@@ -36,6 +37,44 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 CURVES = ROOT / "docs" / "images" / "curves"
+
+
+_COLUMNS = ("", "ours", "theirs", "times faster", "of the limit", "MB", "theirs, MB", "goal")
+
+
+def read_row(values: Mapping[str, Any]) -> Row:
+    """Read a stored row."""
+    names = ("ours", "theirs", "speedup")
+    return Row(**{**values, **{name: values[name] and Timing(**values[name]) for name in names}})
+
+
+def to_markdown(machine: Machine, rows: Sequence[Row], goals: Callable[[Row], str]) -> str:
+    """Format the machine as a paragraph, then a table per stage, with the goals in a column."""
+    parts = ["; ".join(machine.lines()) + "."]
+    for stage, group in groupby(rows, key=lambda row: row.stage):
+        of_stage = list(group)
+        rivals = list(dict.fromkeys(row.rival for row in of_stage if row.rival))
+        title = f"**{stage}**" + (f" against {', '.join(rivals)}" if rivals else "")
+        rule = ["---", *["---:"] * (len(_COLUMNS) - 2), "---"]
+        cells = [[*_cells(row, len(rivals) > 1), goals(row)] for row in of_stage]
+        lines = [" | ".join(map(_escape, line)) for line in (_COLUMNS, rule, *cells)]
+        parts.append("\n".join([f"{title}\n", *(f"| {line} |" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Row, name_rival: bool) -> list[str]:
+    description = f"{row.case}: {row.size}"
+    if name_rival and row.rival:
+        description += f" / {row.rival}"
+    if row.difference:
+        description += f" ({row.difference})"
+    ours, theirs, speedup, limit, *memory = figures(row)
+    limit += f" ({row.limit})" if row.limit else ""
+    return ["; ".join([description, *remarks(row)]), ours, theirs, speedup, limit, *memory]
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def store(
@@ -106,7 +145,7 @@ def machines_markdown(folder: Path) -> str:
     for file in sorted(folder.glob("*.json")):
         stored = json.loads(file.read_text("utf-8"))
         machine = Machine(**stored["machine"])
-        rows = [Row.from_dict(row) for row in stored["rows"]]
+        rows = [read_row(row) for row in stored["rows"]]
         on_gpu, bf16 = bool(machine.gpu), bool(machine.gpu) or "BF16" in machine.instructions
 
         def goals(row: Row, machine: Machine = machine, on_gpu: bool = on_gpu,
@@ -114,7 +153,7 @@ def machines_markdown(folder: Path) -> str:
             options = {"on_gpu": on_gpu, "native": machine.native, "bf16": bf16}
             return describe_goals(row, goals_of(row, **options))
 
-        text = to_markdown(machine.lines(), rows, goals)
+        text = to_markdown(machine, rows, goals)
         checks = [f"- {check}: {found}." for check, found in stored.get("checks", {}).items()]
         text += "\n" + "\n".join(checks) + "\n" if checks else ""
         sections.append(f"### {stored['name']}\n\n{text}")
@@ -169,7 +208,7 @@ def main() -> int:
     if arguments.file:
         stored = json.loads(arguments.file.read_text("utf-8"))
         machine = Machine(**stored["machine"])
-        rows = [Row.from_dict(row) for row in stored["rows"]]
+        rows = [read_row(row) for row in stored["rows"]]
         name = arguments.name or machine.name
         store(RESULTS, name, machine, rows, stored["seconds"], stored["checks"])
     elif arguments.curves:

@@ -7,13 +7,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from retinanet.config import Recipe, keyword_settings, load_recipe
+from retinanet.config import Recipe, load_with_keywords
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader, from_torch
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError
 from retinanet.training.events import EventCallback
-from retinanet.training.run_folder import Extension
 from retinanet.training.trainer import Run
 from retinanet.training.trainer import train as train_by_recipe
 
@@ -27,7 +26,6 @@ def train(
     device: str = "auto",
     init: str | Path | None = None,
     more_epochs: float | None = None,
-    more_time: float | str | None = None,
     on_event: EventCallback | None = None,
     classes: Sequence[str] | None = None,
     **keywords: Any,
@@ -48,8 +46,8 @@ def train(
         init: a detector to start from, whose network is taken over unless `settings` name
             another: ``coco`` (torchvision's, downloaded once), a run, a checkpoint, or a .pth file.
             Classes of the same name keep their rows (``train.class_map`` for other names).
-        more_epochs, more_time: train the finished run in `out` further, by its settings, with a
-            schedule of its own: epochs, or a limit of the whole call (seconds, or ``"10min"``).
+        more_epochs: train the finished run in `out` so much further, by its settings, with a
+            schedule of its own.
         on_event: callback for progress events (:class:`retinanet.training.events.Event`); if it
             returns ``"stop"``, training stops after the current step, and the same call resumes it.
         classes: names by label of map-style data sets; None: their ``classes``, else numbers. (To
@@ -62,23 +60,28 @@ def train(
             ``transform``.
 
     Raises:
-        ConfigError: an unknown setting, keyword or recipe, settings given with a built recipe, or
-            `classes` given for data that name their own.
-        RetinaNetError: as :func:`retinanet.training.trainer.train`.
+        ConfigError: an unknown setting, keyword or recipe; settings given twice, with a built
+            recipe, or in contradiction; `classes` given for data that name their own; `device` is
+            not available; the time is too short; `out` contains another run or is in use; or
+            memory is not sufficient.
+        DataError: the data has no image or no object to train on, more than a tenth of the images
+            cannot be read, or no anchor matched an object in the first steps.
+        NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
+        WeightsError: `init` or the backbone's weights cannot be used.
     """
     if isinstance(settings, str):
         settings = [settings]
     started = monotonic()
     overrides = [*(settings.items() if isinstance(settings, Mapping) else settings)]
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, [*overrides, *keyword_settings(recipe, keywords)])
+        recipe = load_with_keywords(recipe, overrides, keywords)
     elif overrides or keywords:
         raise ConfigError(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
     data = _by_split(data, classes)
-    more = Extension.of(more_epochs, more_time)
-    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
+    options: dict[str, Any] = {"on_event": on_event, "started": started}
+    options["more_epochs"] = more_epochs
     return train_by_recipe(recipe, data, out, device=device, init=init, **options)
 
 

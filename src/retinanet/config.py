@@ -102,17 +102,13 @@ _OTHER_NAMES = {
 
 
 _NO_KEYWORDS = {
-    "resume": ": the same call resumes a run, more_epochs and more_time extend a finished one",
+    "resume": ": the same call resumes a run, more_epochs extends a finished one",
     "callbacks": ": give a function of events as on_event",
 }
 
 
 def parse_seconds(text: str) -> float:
-    """Parse a duration such as ``90s``, ``20min`` or ``1.5h``.
-
-    Raises:
-        ValueError: it is no duration over 0.
-    """
+    """Parse a duration such as ``90s``, ``20min`` or ``1.5h``."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
     if found is None or found[2] not in _UNITS or float(found[1]) == 0:
         raise ValueError(f"{text!r} is not a duration over 0, such as 90s, 20min or 2h")
@@ -329,7 +325,7 @@ class DataConfig(_Section):
     close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
     transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
-    order: Literal["images", "shards"] = "images"  # shards: each process reads its own
+    order: Literal["images", "shards"] = "images"  # shards: a few at a time, for slow disks
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images
     val_fraction: float = Field(0.2, gt=0, lt=1)  # share of "val" where the data has no splits
@@ -363,16 +359,13 @@ class DataConfig(_Section):
             raise ValueError(f"scale_jitter {self.scale_jitter} is not 0 < low <= high")
         if any(side < 32 for side in self.multi_scale):
             raise ValueError(f"multi_scale {self.multi_scale} has a side under 32 pixels")
-        if self.balance != "none" and self.order == "shards":
-            raise ValueError(
-                f"balance {self.balance} draws single images, and order shards reads each shard "
-                "once per epoch: give data.order=images, or data.balance=none"
-            )
-        if self.tile is not None and self.order == "shards":
-            raise ValueError(
-                f"tile {self.tile} draws tiles of any image, and order shards reads each shard "
-                "once per epoch: give data.order=images, or data.tile=none"
-            )
+        for name in ("balance", "tile"):
+            value = getattr(self, name)
+            if self.order == "shards" and value not in ("none", None):
+                raise ValueError(
+                    f"{name} {value} draws single images or tiles, and order shards reads each "
+                    f"shard once per epoch: give data.order=images, or data.{name}=none"
+                )
         if self.max_size < self.image_size:
             raise ValueError(
                 f"max_size {self.max_size}, the longer side at most, is under image_size "
@@ -414,6 +407,13 @@ class TrainConfig(_Section):
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never
     save_every: int = Field(500, ge=1)  # steps between two states to resume from
     trackers: tuple[Tracker, ...] = ()  # log to these too: those of accelerate
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _check_batch(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isdecimal():
+            raise ValueError("give a number of images, or auto")
+        return value
 
     @field_validator("time", mode="before")
     @classmethod
@@ -496,14 +496,7 @@ class Recipe(_Section):
         return key in getattr(self, section).model_fields_set
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
-        """Return a recipe with settings replaced, which are stated from then on.
-
-        Args:
-            values: by ``section.key``.
-
-        Raises:
-            ConfigError: a setting is unknown or out of range.
-        """
+        """Return a recipe with settings replaced, which are stated from then on."""
         settings = self.model_dump()
         for key, value in values.items():
             _override(settings, key, value)
@@ -517,14 +510,7 @@ class Recipe(_Section):
         return _with_stated(build_recipe(settings), stated)
 
     def choose(self, values: Mapping[str, Any]) -> Recipe:
-        """Return a recipe with settings replaced that are not stated more than before.
-
-        Args:
-            values: by ``section.key``.
-
-        Raises:
-            ConfigError: a setting is unknown or out of range.
-        """
+        """Return a recipe with settings replaced that are not stated more than before."""
         return _with_stated(self.override(values), filter(self.states, setting_names()))
 
 
@@ -584,15 +570,6 @@ def keyword_settings(
 
     ``epochs`` is exact: the limits of the recipe, which are for lengths that it computes itself, do
     not apply. ``image_size`` alone keeps the ratio of the longer side's limit to it.
-
-    Args:
-        name_or_file: the recipe, as in :func:`load_recipe`.
-        keywords: by the last part of a setting's name; paths, and classes such as an own backbone,
-            which become import paths, are accepted as values.
-
-    Raises:
-        ConfigError: an unknown keyword; the setting that is nearest, or that another tool calls so,
-            is named.
     """
     own = {setting.split(".")[1]: setting for setting in setting_names()}
     pairs: dict[str, Any] = {}
@@ -615,12 +592,27 @@ def keyword_settings(
     return list(pairs.items())
 
 
-def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
-    """Build a recipe from nested plain values.
+def load_with_keywords(
+    name_or_file: str | Path,
+    settings: Iterable[str | tuple[str, Any]],
+    keywords: Mapping[str, Any],
+) -> Recipe:
+    """Load a recipe with settings as :func:`load_recipe` and keywords as :func:`keyword_settings`.
 
     Raises:
-        ConfigError: as :func:`load_recipe`; `where` is named in the message.
+        ConfigError: as these; or a setting is given in both ways.
     """
+    settings = list(settings)
+    keys = {s.partition("=")[0].strip() if isinstance(s, str) else s[0] for s in settings}
+    for key in keys & {*setting_names()}:
+        name = key.split(".")[1]
+        if keywords.get(name) is not None:
+            raise ConfigError(f"{key} is given twice: as a setting and by {name}; give one of them")
+    return load_recipe(name_or_file, [*keyword_settings(name_or_file, keywords), *settings])
+
+
+def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:
+    """Build a recipe from nested plain values."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -641,15 +633,7 @@ def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:
-    """Return a spec with settings replaced.
-
-    Args:
-        spec: None: the defaults, which are the paper's.
-        settings: fields of :class:`ModelSpec`.
-
-    Raises:
-        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
-    """
+    """Return a spec with settings replaced."""
     values = {} if spec is None else spec.model_dump()
     given = {name: _plain(value) for name, value in settings.items()}
     try:
@@ -659,11 +643,7 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
 
 
 def build_loss_settings(**settings: Any) -> LossSettings:
-    """Return the paper's loss settings with some replaced.
-
-    Raises:
-        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
-    """
+    """Return the paper's loss settings with some replaced."""
     try:
         return LossSettings.model_validate(settings)
     except ValidationError as error:

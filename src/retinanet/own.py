@@ -26,14 +26,7 @@ IMPORT_VARIABLE = "RETINANET_IMPORT"
 
 
 def import_own(paths: Mapping[str, str]) -> None:
-    """Import the modules of import paths, also from the current folder; pass over other names.
-
-    Args:
-        paths: by setting, for messages.
-
-    Raises:
-        ConfigError: a module cannot be imported, or has no such class or function.
-    """
+    """Import the modules of import paths, also from the current folder; pass over other names."""
     for setting, path in paths.items():
         if is_own(path):
             if os.getcwd() not in sys.path:
@@ -48,11 +41,7 @@ def import_own(paths: Mapping[str, str]) -> None:
 
 
 def find_module(setting: str, path: str) -> type[nn.Module]:
-    """Return the class of ``torch.nn.Module`` of an import path, whose module is imported already.
-
-    Raises:
-        ConfigError: its module is not imported, or has no such class.
-    """
+    """Return the class of ``torch.nn.Module`` of an import path; imports nothing."""
     found = _find(setting, path)
     # Nothing else is called: the text of a checkpoint must not run a function of any module.
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -61,11 +50,7 @@ def find_module(setting: str, path: str) -> type[nn.Module]:
 
 
 def find_function(setting: str, path: str) -> Callable[..., Any]:
-    """Return the function of an import path, or an instance of its class of ``torch.nn.Module``.
-
-    Raises:
-        ConfigError: its module is not imported, or has neither.
-    """
+    """Return the function of an import path, or an instance of its class of ``torch.nn.Module``."""
     found = _find(setting, path)
     if isinstance(found, type) and issubclass(found, nn.Module):
         return _instance(found)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``retinanet bench``: tables, JSON, Markdown and errors."""
+"""``retinanet bench``: tables, JSON and errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = Benchmark(lambda: 1, [rival], limit=Limit("copy", lambda: 1), note="in float32")
     cases = [
         Case("2,000 objects, 8 images", "245,520 anchors x 80", lambda: benchmark),
-        Case("100 objects, 8 images", "245,520 anchors x 80", lambda: benchmark),
         Case("int8", "245,520 anchors x 80", missing),
     ]
     monkeypatch.setattr(run, "STAGES", {"toy": lambda _: cases})
 
 
-def table_lines(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
-    """The lines of a table with long numbers on a terminal of that width."""
+@pytest.mark.parametrize("width", [80, 120])
+def test_print_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(command, "out", Console(file=screen, width=width, highlight=False))
     timing = Timing(0.9876, 0.9, 1.0, 7)
@@ -49,26 +48,19 @@ def table_lines(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
         rival_memory=12_345_000_000,
     )
     command.print_table("class-loss", [row, row])
-    return screen.getvalue().splitlines()
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_print_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = table_lines(monkeypatch, width)
+    lines = screen.getvalue().splitlines()
     assert max(len(line) for line in lines) <= width
     text = "\n".join(lines)
     assert "class-loss against torchvision" in text
     for figure in ("988 ms", "99.9 (98.7-123)", "102%", "1,234", "12,345"):
         assert text.count(figure) >= 2  # a row each, whole
-    assert text.count("245,520") == 1  # the size, where it changes
 
 
-def test_bench_command_prints_tables_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--no-memory", "--rounds", "1", "--device", "cpu"]) == 0
+def test_bench_command_tables_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--no-memory", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert "toy against torchvision" in printed.out
-    assert "thread" in printed.out
-    assert "toy, 100 objects, 8 images, 245,520 anchors x 80: " in printed.err
+    assert "openvino is not installed" in " ".join(printed.out.split())
     assert "times as long (equal); in float32" in printed.err
     assert "toy, int8, 245,520 anchors x 80: openvino is not installed" in printed.err
 
@@ -77,19 +69,14 @@ def test_bench_command_json_has_machine_and_rows(capsys: pytest.CaptureFixture[s
     assert main(["bench", "--no-memory", "--json", "--threads", "1", "--device", "cpu"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["machine"]["threads"] == 1
-    rows = [Row.from_dict(row) for row in printed["rows"]]
-    assert rows[2].case == "int8"
-    assert (rows[0].rival, rows[0].limit) == ("torchvision", "copy")
+    rows = printed["rows"]
+    assert rows[1]["case"] == "int8"
+    assert (rows[0]["rival"], rows[0]["limit"]) == ("torchvision", "copy")
+    assert main(["bench", "--no-memory", "--json", "--alone", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["rival"] == ""
 
 
-def test_bench_command_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--no-memory", "--markdown", "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert "**toy** against torchvision\n\n|  | ours |" in printed
-    assert "| 100 objects, 8 images: 245,520 anchors x 80 (equal); in float32 |" in printed
-
-
-@pytest.mark.parametrize("form", [(), ("--json",), ("--markdown",)])
+@pytest.mark.parametrize("form", [(), ("--json",)])
 @pytest.mark.parametrize(
     ("error", "code"), [(RuntimeError("no int8"), 1), (KeyboardInterrupt, 130)]
 )
@@ -115,26 +102,15 @@ def test_bench_command_prints_what_was_measured_before_an_error(
         assert "error: 1 of 2 rows failed: toy, int8" in printed.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--vs", "torchvison"], "did you mean torchvision?"),
-        (["--json", "--markdown"], "give only one"),
-        (["tooy"], "did you mean toy?"),
-    ],
-)
-def test_bench_command_bad_option_error_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--device", "cpu", *arguments]) == 2
+def test_bench_command_unknown_stage_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cpu", "tooy"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert message in printed.err
+    assert "did you mean toy?" in printed.err
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_bench_command_help_lists_stages_and_rivals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_help_lists_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name in (*STAGES, *run.RIVALS, "none"):
-        assert name in printed
+    assert all(name in printed for name in STAGES)

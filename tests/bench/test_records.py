@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -152,6 +152,42 @@ def test_store_rows_replace_those_of_the_same_stage(record: Any, tmp_path: Path)
     text = record.machines_markdown(tmp_path)
     assert text.startswith("### A CPU, 4 cores\n\n" + machine.processor)
     assert "| new: 1 | 3.00 s |" in text
+
+
+def test_tables_are_well_formed_and_stored_rows_are_read(record: Any) -> None:
+    full = Row(
+        "class-loss",
+        "float32 | 2",
+        "9 anchors",
+        rival="torchvision",
+        ours=Timing(0.0123, 0, 0, 3),
+        theirs=Timing(1.5, 0, 0, 3),
+        first_call=4.0,
+        speedup=Timing(122.0, 9.0, 130.0, 3),
+        limit="copy",
+        limit_fraction=0.5,
+        memory=1_500_000,
+        rival_memory=1_200_000_000,
+        difference="equal",
+    )
+    missing = Row("class-loss", "int8", "9 anchors", note="openvino is not installed")
+    failed = Row("class-loss", "bf16", "9 anchors", error="they differ")
+    rows = [full, missing, failed, Row("startup", "help", "", ours=Timing(5e-5, 0, 0, 1))]
+    assert [record.read_row(json.loads(json.dumps(asdict(row)))) for row in rows] == rows
+    machine = describe_machine(CPU)
+    text = record.to_markdown(machine, rows, lambda row: f"goal of {row.case}")
+    head = "; ".join(machine.lines())
+    assert text.startswith(f"{head}.\n\n**class-loss** against torchvision\n\n|")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 5 + 3
+    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert lines[2] == (
+        "| float32 \\| 2: 9 anchors (equal); first call 4.00 s | 12.3 ms | 1.50 s "
+        "| 122 (9.00-130) | 50% (copy) | 2 | 1,200 | goal of float32 \\| 2 |"
+    )
+    assert "| int8: 9 anchors; openvino is not installed | - | - |" in lines[3]
+    assert "| bf16: 9 anchors; failed: they differ | - | - |" in lines[4]
+    assert "50.0 us" in lines[7]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_check_decodes_many_images_only_when_asked(
 ) -> None:
     note = "read the headers of 8 images; --decode also checks their pixels"
     assert note not in cli("data", "check", tiny_sets["coco"]).err
-    monkeypatch.setattr("retinanet.cli.data._MAX_DECODED", 7)
+    monkeypatch.setattr("retinanet.cli.data.MAX_DECODED", 7)
     assert note in cli("data", "check", tiny_sets["coco"]).err
     assert note not in cli("data", "check", tiny_sets["coco"], "--decode").err
 

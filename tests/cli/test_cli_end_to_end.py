@@ -20,11 +20,8 @@ from retinanet.data import read_splits
 from .conftest import TINY, Cli
 
 
-@pytest.mark.parametrize("form", ["coco", "yolo"])  # tests/data has the others
-def test_check_train_evaluate_detect(
-    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path, form: str
-) -> None:
-    data, run = tiny_sets[form], tmp_path / "run"
+def test_check_train_evaluate_detect(cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path) -> None:
+    data, run = tiny_sets["yolo"], tmp_path / "run"  # tests/data has the others
     assert cli("data", "check", data).code == 0
 
     ended = cli("train", data, "train.lr=0.001", *TINY, "--steps=2", f"--out={run}")
@@ -55,8 +52,6 @@ def test_check_train_evaluate_detect(
     found = json.loads((out / "detections.json").read_text())["images"]
     objects = sum(len(image["detections"]) for image in found)
     assert sum(ended.json["objects"].values()) == objects
-    sure = sum(box["score"] >= 0.3 for image in found for box in image["detections"])
-    assert sum(ended.json["drawn"].values()) == sure
     assert 0 < objects <= 14  # two images, seven boxes each
     assert len(json.loads((out / "coco_results.json").read_text())) == objects
     rows = csv.reader((out / "detections.csv").read_text("utf-8").splitlines())
@@ -71,6 +66,11 @@ def test_results_file_has_the_metrics_of_the_model(
     data = tiny_sets["coco"]
     model = cli("evaluate", tiny_run / "best", data, f"--out={tmp_path}", "--json")
     assert model.code == 0, model.err
+    text = cli("evaluate", tmp_path / "results.json", data / "val.json").out
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARl"):
+        assert f" {name} " in text
+    for word in ("circle", "localisation", "missed", "best F1"):
+        assert word in text
     results = cli("evaluate", tmp_path / "results.json", data / "val.json", "--json")
     assert results.code == 0, results.err
     for name in ("ap", "ap50", "ar100", "ar_small", "per_class"):
@@ -90,24 +90,6 @@ def test_classes_of_evaluate_and_detect(
                 "--score-threshold=0.001", "--json")  # fmt: skip
     assert ended.code == 0, ended.err
     assert set(ended.json["objects"]) == {"square"}
-    # Without images among the formats nothing is drawn, and nothing says so.
-    assert "drawn" in ended.json
-    for options in ((), ("--json",)):
-        ended = cli("detect", tiny_run, images[0].path, f"--out={tmp_path}", "--format=csv,coco",
-                    "--score-threshold=0.001", *options)  # fmt: skip
-        assert ended.code == 0, ended.err
-        assert "drawn" not in ended.out
-
-
-def test_evaluate_prints_all_metrics(
-    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
-) -> None:
-    ended = cli("evaluate", tiny_run, tiny_sets["coco"], f"--out={tmp_path}")
-    assert ended.code == 0, ended.err
-    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARl"):
-        assert f" {name} " in ended.out
-    for kind in ("circle", "localisation", "missed", "best F1"):
-        assert kind in ended.out
 
 
 def test_evaluate_tune_writes_the_settings_into_the_checkpoint(
@@ -147,13 +129,12 @@ def test_evaluate_with_other_nms(
         assert ended.code == 0, ended.err
         return (out / "results.json").read_text()
 
-    kinds = ("hard", "soft", "wbf")
-    assert len({results(f"--nms={kind}", "--flip-tta") for kind in kinds}) == 3
+    assert results("--nms=hard") != results("--nms=wbf", "--flip-tta")
 
 
 def test_train_again_is_finished(cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path) -> None:
     weights = (tiny_run / "last" / "model.safetensors").read_bytes()
-    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=2", f"--out={tiny_run}", "--json")
+    ended = cli("train", *TINY, "--steps=2", f"--out={tiny_run}", "--json")  # its own data
     assert ended.code == 0, ended.err
     assert "is finished: 2 steps" in ended.err
     assert (tiny_run / "last" / "model.safetensors").read_bytes() == weights
@@ -164,7 +145,13 @@ def test_train_again_is_finished(cli: Cli, tiny_sets: dict[str, Path], tiny_run:
     assert "train.steps = 2" in ended.err
 
 
-def test_train_from_another_checkpoint_into_the_default_folder(
+def test_train_without_the_data_of_the_run_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"data": "gone"}')
+    ended = cli("train", f"--out={tmp_path}")
+    assert (ended.code, "was trained on gone, which is not here" in ended.err) == (2, True)
+
+
+def test_train_from_another_network_with_a_class_map_into_the_default_folder(
     cli: Cli,
     tiny_sets: dict[str, Path],
     tiny_run: Path,
@@ -172,17 +159,8 @@ def test_train_from_another_checkpoint_into_the_default_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = cli("train", tiny_sets["coco"], *TINY, "--steps=1", f"--init={tiny_run}")
-    assert ended.code == 0, ended.err
-    assert f"from {tiny_run}: " in ended.err
-    assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
-
-
-def test_train_from_another_network_with_a_class_map(
-    cli: Cli, tiny_sets: dict[str, Path], tiny_run: Path, tmp_path: Path
-) -> None:
     (tmp_path / "names.toml").write_text("circle = 'square'\n")
-    start = (f"--init={tiny_run}", f"--class-map={tmp_path / 'names.toml'}", f"--out={tmp_path}/r")
+    start = (f"--init={tiny_run}", "--class-map=names.toml")
     other = ("train", tiny_sets["coco"], *TINY, "model.channels=8", "--steps=1", *start)
     ended = cli(*other)
     assert ended.code == 1
@@ -190,7 +168,9 @@ def test_train_from_another_network_with_a_class_map(
     assert "give --init-partial" in ended.err
     ended = cli(*other, "--init-partial")
     assert ended.code == 0, ended.err
-    assert "warning: model.channels=8 (checkpoint: " in ended.err
+    assert f"from {tiny_run}: " in ended.err
+    assert "tensors loaded (lost: " in ended.err
+    assert (tmp_path / "runs" / "coco" / "best" / "model.safetensors").is_file()
 
 
 def test_train_overfit_prints_a_verdict_with_exit_code_1(
@@ -222,11 +202,6 @@ def test_options_become_settings(cli: Cli, tmp_path: Path) -> None:
     # The longer side keeps its ratio to the shorter one.
     ratio = quick.data.max_size / quick.data.image_size
     assert (recipe.data.image_size, recipe.data.max_size) == (192, round(192 * ratio))
-    # A setting overrides an option.
-    assert (
-        "\nseed = 3\n"
-        in cli("train", "x", "train.seed=3", "--seed=7", "auto=false", "--show-recipe").out
-    )
 
 
 def test_show_recipe_with_data_prints_what_is_chosen(
@@ -242,16 +217,8 @@ def test_show_recipe_with_data_prints_what_is_chosen(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
-@pytest.mark.parametrize(
-    ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
-)
 def test_train_stopped_by_a_signal_saves_and_resumes(
-    cli: Cli,
-    tiny_sets: dict[str, Path],
-    tmp_path: Path,
-    number: signal.Signals,
-    name: str,
-    code: int,
+    cli: Cli, tiny_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     log = run / "log.jsonl"
@@ -262,7 +229,7 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if log.is_file() and log.read_text().count("\n") >= 2:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
             time.sleep(0.005)
 
@@ -270,12 +237,12 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
     sender.start()
     ended = cli(*arguments)
     sender.join()
-    assert ended.code == code, ended.err
+    assert ended.code == 143, ended.err
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert 2 <= steps[-1] < 12
     assert steps == list(range(1, steps[-1] + 1))
     stopped, again = ended.err.splitlines()[-2:]
-    assert stopped == f"stopped by {name} after step {steps[-1]}; the state is saved in {run}"
+    assert stopped == f"stopped by SIGTERM after step {steps[-1]}; the state is saved in {run}"
     assert again.startswith("stopped; to resume: retinanet train ")
     assert f"--out={run}" in again
 

@@ -13,6 +13,7 @@ import typer
 
 from retinanet import __version__
 from retinanet.cli.app import app
+from retinanet.config import recipe_names
 
 from .conftest import Cli
 
@@ -57,6 +58,12 @@ def test_group_without_command_prints_help(cli: Cli, command: tuple[str, ...]) -
     ended = cli(*command)
     assert ended.code == 0
     assert "Commands" in ended.out
+
+
+def test_help_of_train_names_all_recipes_and_no_invalid_limit(cli: Cli) -> None:
+    text = " ".join(cli("train", "--help").out.replace("│", " ").split())
+    assert ", ".join(recipe_names()) in text
+    assert "x>=0" not in text
 
 
 def test_version(cli: Cli) -> None:

@@ -62,19 +62,14 @@ def out(tmp_path: Path) -> Path:
 
 def test_video_is_annotated(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    ended = cli("detect", tiny_run, clip, "--out", out, "--every=2", "--batch-size=2", *QUICK)
+    ended = cli("detect", tiny_run, clip, "--out", out, "--every=2", "--batch-size=2",
+                "--tile=40", "--overlap=.1", *QUICK)  # fmt: skip
     assert ended.code == 0, ended.err
     assert signal.getsignal(signal.SIGINT) is before
     assert f"{clip}: 6 frames (3 processed), " in ended.out
     assert f"in {out / 'clip.mp4'} and {out / 'clip.jsonl'}" in ended.out
     assert "torch on cpu, float32" in ended.err
     assert num_frames(out / "clip.mp4") == len(read_lines(out / "clip.jsonl")) == 6
-
-
-def test_video_in_tiles_by_option(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:
-    ended = cli("detect", tiny_run, clip, "--out", out, "--tile=40", "--overlap=.1", *QUICK)
-    assert ended.code == 0, ended.err
-    assert num_frames(out / "clip.mp4") == 6
 
 
 def test_video_summary_as_json(cli: Cli, tiny_run: Path, clip: Path, out: Path) -> None:

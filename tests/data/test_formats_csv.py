@@ -114,9 +114,9 @@ def test_faulty_rows_are_recorded(tmp_path: Path, make_image: MakeImage) -> None
     dataset = read_dataset(write(tmp_path / "x.csv", text), "all")
     assert [a.id for a in dataset.images[0].annotations] == [0, 5]
     assert [(p.kind, p.object, p.reason) for p in dataset.problems] == [
-        ("box-not-a-number", 1, "line 3: a.jpg, cat: 'one', '2', '11', '7': not four numbers"),
-        ("box-not-a-number", 2, "line 4: a.jpg, cat: no box; leave the class empty too"),
-        ("class-unknown", 3, "line 5: a.jpg: a box without a class"),
+        ("box-not-a-number", 1, "line 3: a.jpg (cat): 'one', '2', '11', '7': not four numbers"),
+        ("box-not-a-number", 2, "line 4: a.jpg (cat): '', '', '', '': not four numbers"),
+        ("class-unknown", 3, "line 5: a.jpg has no class"),
         ("label-unreadable", 4, "line 6: names no image"),
     ]
 

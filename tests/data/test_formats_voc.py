@@ -76,7 +76,7 @@ def test_faulty_files_and_objects_are_recorded(tmp_path: Path, make_image: MakeI
     assert broken.reason.startswith("not XML: mismatched tag: line 1, column 22")
     assert (number.kind, number.object) == ("box-not-a-number", 0)
     assert number.reason == (
-        "object 0 (cat): xmin 'wide', ymin '1', xmax '5', ymax '5': not four numbers"
+        "c.jpg: object 0 (cat): xmin 'wide', ymin '1', xmax '5', ymax '5': not four numbers"
     )
     assert (nameless.kind, nameless.object) == ("class-unknown", 2)
     (missing,) = splits["val"].problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -176,8 +177,9 @@ def test_nothing_found_says_what_is_there(tmp_path: Path) -> None:
         read_dataset(tmp_path)
     assert "no labelled data found in 2 images, 1 .csv" in str(caught.value)
     assert "no column for the box; columns are file, label" in str(caught.value)
-    write(tmp_path / "labels.json.gz", "")
-    with pytest.raises(DataError, match=r"labels\.json\.gz: compressed; unpack it"):
+    write(tmp_path / "labels.json.gz", "no gzip")
+    write(tmp_path / "labels.zip", "")
+    with pytest.raises(DataError, match=r"json\.gz: not COCO .*labels\.zip: compressed; unpack it"):
         read_dataset(tmp_path)
 
 
@@ -236,16 +238,18 @@ def test_keypoint_rows_have_the_box_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
-@pytest.mark.parametrize("format_", ["csv", "coco"])
-def test_encodings_of_spreadsheets(tmp_path: Path, encoding: str, format_: str) -> None:
+@pytest.mark.parametrize("name", ["labels.csv", "labels.json", "labels.json.gz"])
+def test_encodings_of_spreadsheets(tmp_path: Path, encoding: str, name: str) -> None:
     write_images(tmp_path, ["a"])
-    name = "labels.csv" if format_ == "csv" else "labels.json"
-    if format_ == "csv":
-        write_rows(tmp_path / name, TF_HEADER, tf_rows(["a.jpg"]))
+    file = tmp_path / name
+    if file.suffix == ".csv":
+        write_rows(file, TF_HEADER, tf_rows(["a.jpg"]))
     else:
-        write_coco(tmp_path / name, ["a.jpg"])
-    (tmp_path / name).write_bytes((tmp_path / name).read_text("utf-8").encode(encoding))
+        write_coco(file, ["a.jpg"])
+    content = file.read_text("utf-8").encode(encoding)
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
     assert_complete(read_dataset(tmp_path, "all"), 1)
+    assert_complete(read_dataset(file, "all"), 1)
 
 
 def test_percent_encoded_names_are_a_last_resort(tmp_path: Path) -> None:

@@ -188,8 +188,7 @@ def test_tune_chooses_fusion_where_it_wins(val: Dataset) -> None:
     assert again.calibration.expected_error == pytest.approx(expected.expected_error)
     # All detections are right, with scores of .88: colder scores are nearer to that.
     assert tuning.settings["temperature"] < 0.5
-    assert expected.expected_error < expected.uncalibrated_error
-    assert expected.uncalibrated_error == pytest.approx(1 - 1 / (1 + math.exp(-2)), abs=0.01)
+    assert expected.expected_error < 0.5 * (1 - 1 / (1 + math.exp(-2)))
 
 
 def test_tune_keeps_nms_at_equal_ap(val: Dataset) -> None:
@@ -230,17 +229,6 @@ def test_tune_again_starts_from_uncalibrated_scores(val: Dataset) -> None:
         ), name
 
 
-def test_tuning_describes_calibration_errors_of_the_same_nms(val: Dataset) -> None:
-    tuning = tune(of(Sloppy(), val), val, workers=0, **PLAIN)
-    chosen = {"nms": tuning.settings["nms"], "temperature": 1.0}
-    chosen |= {name: tuning.settings[name] for name in ("nms_threshold", "nms_sigma")}
-    plain = rn.evaluate(of(Sloppy(), val, detect=chosen), val, workers=0, **PLAIN)
-    now = tuning.after.calibration.expected_error
-    before = plain.calibration.expected_error
-    known = f"{now:.3f}" if tuning.settings["temperature"] == 1 else f"{before:.3f}, now {now:.3f}"
-    assert f"(calibration error {known})" in tuning.describe()
-
-
 def test_tune_keeps_the_named_settings(val: Dataset) -> None:
     own = {"nms_threshold": 0.65, "temperature": 1.5}
     tuning = tune(of(Sloppy(), val, detect=own), val, keep=own, workers=0, **PLAIN)
@@ -249,12 +237,6 @@ def test_tune_keeps_the_named_settings(val: Dataset) -> None:
     again = rn.evaluate(of(Sloppy(), val, detect=own), val, workers=0, **PLAIN)
     expected = again.calibration.expected_error
     assert tuning.after.calibration.expected_error == pytest.approx(expected)
-
-
-def test_tune_model_of_tiles_is_an_error(val: Dataset) -> None:
-    model = of(Painter(), val, tile={"side": 64, "overlap": 0.2})
-    with pytest.raises(ConfigError, match="the model was trained on tiles"):
-        tune(model, val, workers=0, **PLAIN)
 
 
 def test_store_tuning_is_what_a_detector_and_an_evaluation_use(
@@ -274,13 +256,13 @@ def test_store_tuning_is_what_a_detector_and_an_evaluation_use(
     assert detector.eval_thresholds["score_threshold"] == tuning.settings["score_threshold"]
 
 
-def test_tune_without_objects_is_an_error(val: Dataset) -> None:
+def test_tune_rejects_what_cannot_be_tuned(val: Dataset) -> None:
+    tiled = of(Painter(), val, tile={"side": 64, "overlap": 0.2})
+    with pytest.raises(ConfigError, match="the model was trained on tiles"):
+        tune(tiled, val, workers=0, **PLAIN)
     dataset, _, _ = many_objects((0,))
     with pytest.raises(DataError, match="no object to tune the detection on"):
         tune(tiny_checkpoint(dataset.classes), dataset, **PLAIN)
-
-
-def test_tune_exported_file_is_an_error(val: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = rn.Detector(tiny_checkpoint(), **PLAIN)
     detector.network = None  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="post-processing of an exported file is fixed"):

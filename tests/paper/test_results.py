@@ -1,11 +1,8 @@
-"""Results as tables, Markdown, CSV and JSON."""
+"""Results as tables, Markdown and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -77,20 +74,6 @@ def test_only_coco_at_full_length_is_a_coco_result() -> None:
     assert "Not a COCO result: measured on other data." in text
 
 
-def test_csv() -> None:
-    lines = list(csv.DictReader(io.StringIO(example().to_csv())))
-    assert [line["key"] for line in lines] == ["a", "b", "c"]
-    first, second, third = lines
-    assert float(first["AP"]) == pytest.approx(31.0)
-    assert float(first["AP_std"]) == pytest.approx(math.sqrt(2), abs=1e-3)
-    assert (first["ms"], first["seeds"], first["paper_ms"]) == ("12.340", "2", "98")
-    assert (first["paper_AP"], first["paper_AP50"], first["paper_APs"]) == ("34.0", "52.5", "")
-    assert (second["AP"], second["AP_std"], second["ms"]) == ("25.000", "", "")
-    assert (third["AP"], third["diverged"], third["paper_AP"]) == ("0.000", "1", "")
-    assert {(line["data"], line["coco"]) for line in lines} == {("nuclei", "no")}
-    assert {line["experiment"] for line in lines} == {"table1b"}
-
-
 def test_json_of_another_version_is_rejected() -> None:
     text = example().to_json()
     assert json.loads(text)["rows"][0]["scores"]["AP"]["mean"] == pytest.approx(31.0)
@@ -112,7 +95,6 @@ def test_every_experiment_in_every_format(name: str) -> None:
     times = dict.fromkeys(outcomes, 40.0)
     result = collect_results(experiment, outcomes, ABOUT, milliseconds=times)
     assert TableResult.from_json(result.to_json()) == result
-    assert len(list(csv.DictReader(io.StringIO(result.to_csv())))) == len(experiment.rows)
     assert result.heading in result.to_markdown()
     assert ("Not a COCO result" in result.to_markdown()) == bool(experiment.rows)
     for wide in (False, True):

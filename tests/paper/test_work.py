@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,7 +17,7 @@ from retinanet.config import load_recipe
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.paper.plan import Training
 from retinanet.paper.run import Workers
-from retinanet.paper.work import Task, read_result, work
+from retinanet.paper.work import read_result, work
 
 SMALL = (
     "model.channels=16",
@@ -55,17 +52,13 @@ def work_here(training: Training, out: Path, data: Path) -> int:
     threads = torch.get_num_threads()
     command, _ = Workers(data, out, 1, "cpu").command(training, 0)
     try:
-        return work(Task.read(Path(command[-1])))
+        return work(**json.loads(command[-1]))
     finally:
         torch.set_num_threads(threads)
 
 
-def start_worker(
-    training: Training, out: Path, data: Path, *launch: str
-) -> subprocess.Popen[bytes]:
+def start_worker(training: Training, out: Path, data: Path) -> subprocess.Popen[bytes]:
     command, environment = Workers(data, out, 1, "cpu").command(training, 0)
-    if launch:
-        command[1:2] = [*launch, "-m"]
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
@@ -134,52 +127,4 @@ def test_worker_saves_its_state_when_its_input_is_closed(shapes: Path, tmp_path:
         assert worker.wait(240) == 130
     finally:
         worker.kill()
-    assert steps(folder) == [*range(1, saved_step(folder) + 1)]
-
-
-@pytest.mark.slow
-def test_several_processes_train_together_and_end_together(shapes: Path, tmp_path: Path) -> None:
-    row = training(ENDLESS, "train.save_every=3")
-    folder = row.folder(tmp_path)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    worker = start_worker(row, tmp_path, shapes, *launch)
-    assert worker.stdin is not None
-    try:
-        wait_until(lambda: len(steps(folder)) > 4)
-        assert json.loads((folder / "run.json").read_text("utf-8"))["processes"] == 2
-        children = psutil.Process(worker.pid).children()
-        assert len(children) == 2
-        worker.stdin.close()
-        assert worker.wait(240) != 0
-    finally:
-        worker.kill()
-    wait_until(lambda: not any(child.is_running() for child in children), 60)
-    assert saved_step(folder) >= 3
-
-
-@pytest.mark.slow
-def test_worker_stops_when_its_command_is_killed(shapes: Path, tmp_path: Path) -> None:
-    arguments = [f"--data={shapes}", f"--out={tmp_path}", "--jobs=1", "--device=cpu"]
-    arguments += ["--row=gamma=2", "--steps=100000", "--backbone=resnet18"]
-    arguments += ["--backbone-weights=none", "--image-size=64", *SMALL]
-    command = subprocess.Popen(
-        [sys.executable, "-m", "retinanet", "paper", "run", "table1b", *arguments],
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )
-
-    def folders() -> list[Path]:
-        return list((tmp_path / "runs").glob("*/seed-0"))
-
-    try:
-        wait_until(lambda: any(len(steps(folder)) > 2 for folder in folders()))
-        (worker,) = psutil.Process(command.pid).children()
-        command.kill()
-        command.communicate(timeout=240)
-    finally:
-        command.kill()
-        command.wait()
-    (folder,) = folders()
-    wait_until(lambda: not worker.is_running())
     assert steps(folder) == [*range(1, saved_step(folder) + 1)]

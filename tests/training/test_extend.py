@@ -14,9 +14,7 @@ import retinanet as rn
 from retinanet.config import load_recipe
 from retinanet.training import memory, trainer
 from retinanet.training.events import Event
-from retinanet.training.run_folder import Extension
 from retinanet.training.task import RetinaNetTask
-from retinanet.training.time_limit import Pace, Pacer
 from training.tiny import (
     Stop,
     assert_same_weights,
@@ -49,11 +47,9 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     info = json.loads((run.folder / "run.json").read_text())
     (extension,) = info["extensions"]
     assert (extension["first_step"], extension["steps"], extension["epochs"]) == (2, 3, 1)
-    more = Extension(epochs=1)
+    options: dict[str, Any] = {"device": "cpu", "more_epochs": 1}
     with pytest.raises(Stop):
-        trainer.train(
-            recipe, tiny_data, tmp_path / "parts", device="cpu", more=more, on_event=stop_at(4)
-        )
+        trainer.train(recipe, tiny_data, tmp_path / "parts", on_event=stop_at(4), **options)
     with pytest.raises(rn.ConfigError, match=r"has done 3 of 5 steps: finish it by the command"):
         rn.train(tiny_data, out=tmp_path / "parts", more_epochs=2, device="cpu")
     rn.train(tiny_data, out=tmp_path / "parts", more_epochs=1, device="cpu")
@@ -67,35 +63,10 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     assert "is finished: 5 steps; to train it further give --more-epochs" in messages(events)[-1]
 
 
-def test_extension_for_a_time_is_planned_by_the_pace(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny_recipe(*SMALL, "train.steps=1")
-    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-    measure = trainer.measure_pace
-
-    def measure_pace(*arguments: Any) -> Pace:
-        assert measure(*arguments).step > 0
-        return Pace(40.0, 50.0)
-
-    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
-    monkeypatch.setattr(Pacer, "replan", lambda self, step: 8)
-    with pytest.raises(rn.ConfigError, match=r"--more-time 60 s is too short: 20 steps .* least"):
-        rn.train(tiny_data, out=run.folder, more_time=60, device="cpu")
-    assert steps_of(run.folder) == [1]  # the measured steps are no part of the run
-    run = rn.train(tiny_data, out=run.folder, more_time="1000s", device="cpu")
-    (extension,) = json.loads((run.folder / "run.json").read_text())["extensions"]
-    assert 20 <= extension["steps"] <= 22  # 964 s less a validation and the start
-    assert run.step == 8  # by the plan made anew
-    assert steps_of(run.folder) == list(range(1, 9))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"more_epochs": 1, "more_time": "1h"}, "each set the length: give one of them"),
-        ({"more_epochs": 0}, "is over 0 epochs or seconds, got 0"),
-        ({"more_time": "soon"}, "more_time: 'soon' is not a duration"),
+        ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],
 )
@@ -112,8 +83,8 @@ def test_extensions_that_are_impossible_say_why(
 
 
 @pytest.fixture
-def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run out of memory with more than one image at a time."""
+def max_images(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run out of memory with more than this number of images at a time."""
     create = RetinaNetTask.__init__
 
     def limited(self: RetinaNetTask, *arguments: Any, **named: Any) -> None:
@@ -121,7 +92,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         step = self.training_step
 
         def training_step(network: Any, model: Any, batch: Any, context: Any) -> Any:
-            if len(batch.images) // self.settings.recipe.train.accumulate > 1:
+            if len(batch.images) // self.settings.recipe.train.accumulate > request.param:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return step(network, model, batch, context)
 
@@ -130,8 +101,9 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetinaNetTask, "__init__", limited)
 
 
+@pytest.mark.parametrize("max_images", [1], indirect=True)
 def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, small_gpu: None
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path, max_images: None
 ) -> None:
     recipe = tiny_recipe(*SMALL, "train.steps=1")
     with pytest.raises(
@@ -143,41 +115,26 @@ def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
     assert trainer.train(one, tiny_data, tmp_path / "run", device="cpu").step == 1
 
 
+@pytest.mark.parametrize("max_images", [1, 0], indirect=True)
 def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
     tiny_backbone: str,
     tiny_data: Path,
     tmp_path: Path,
-    small_gpu: None,
-    monkeypatch: pytest.MonkeyPatch,
+    max_images: None,
+    request: pytest.FixtureRequest,
 ) -> None:
-    # As on a GPU, where steps are tried.
-    monkeypatch.setattr(memory, "_is_tried", lambda accelerator: True)
     recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
     assert (recipe.train.batch_size, recipe.train.accumulate) == (4, 0)
     events: list[Event] = []
-    run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu", on_event=events.append)
+    options: dict[str, Any] = {"device": "cpu", "on_event": events.append}
+    if request.node.callspec.params["max_images"] == 0:
+        with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the me"):
+            trainer.train(recipe, tiny_data, tmp_path / "run", **options)
+        return
+    run = trainer.train(recipe, tiny_data, tmp_path / "run", **options)
     assert "memory: 1 of 4 images at a time (train.accumulate=4)" in messages(events)
     stored = load_recipe(run.folder / "config.toml").train
     assert (stored.batch_size, stored.accumulate, stored.lr) == (4, 4, recipe.train.lr)
-
-
-@pytest.mark.parametrize(("free", "expected"), [(2**40, 1), (0, None)])
-def test_memory_of_a_cpu_is_estimated(
-    free: int,
-    expected: int | None,
-    tiny_backbone: str,
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory, "_available", lambda device: free)
-    recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
-    if expected is None:
-        with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the me"):
-            trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-    else:
-        run = trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
-        assert load_recipe(run.folder / "config.toml").train.accumulate == expected
 
 
 def test_largest_batch_is_of_the_largest_sides_in_the_data(tiny_data: Path) -> None:

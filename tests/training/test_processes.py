@@ -13,12 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
-    Stop,
     assert_same_weights,
-    messages,
     read_log,
     steps_of,
-    stop_at,
     tiny_recipe,
     weights,
 )
@@ -27,7 +24,6 @@ from retinanet.config import DataConfig
 from retinanet.data import convert, read_splits
 from retinanet.data.loading import train_loader
 from retinanet.data.synthetic import synthetic_dataset
-from retinanet.training.events import Event
 from retinanet.training.trainer import train
 
 SCRIPT = Path(__file__).with_name("train_in_process.py")
@@ -103,21 +99,6 @@ def test_train_from_shards_equals_from_the_folder(
         train(recipe, data, tmp_path / name, device="cpu")
     assert read_log(tmp_path / "folder") == read_log(tmp_path / "shards")
     assert_same_weights(tmp_path / "folder", tmp_path / "shards")
-
-
-def test_train_order_by_shards_resumes_and_warns_of_another_number_of_processes(
-    shards: Path, tmp_path: Path
-) -> None:
-    recipe = tiny_recipe(*BY_SHARDS, "train.steps=4")
-    train(recipe, shards, tmp_path / "whole", device="cpu")
-    with pytest.raises(Stop):
-        train(recipe, shards, tmp_path / "run", device="cpu", on_event=stop_at(3))
-    info = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"processes": 2}))
-    events: list[Event] = []
-    train(recipe, shards, tmp_path / "run", device="cpu", on_event=events.append)
-    assert any("started with 2 processes and resumes with 1" in m for m in messages(events))
-    assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from retinanet.training.events import Event
 from retinanet.training.search import Range, SearchResult, parse_ranges, search
 from retinanet.training.trainer import Run
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 
 RANGES = parse_ranges(["train.lr=1e-4..1e-2", "train.optimizer=adamw|sgd"])[0]
 
@@ -108,34 +108,13 @@ def test_search_finds_the_best_values_and_prunes(tmp_path: Path, trainings: Trai
 def test_search_resumes_the_training_that_was_stopped(tmp_path: Path, trainings: Trainings) -> None:
     trainings.stop = 1
     first = run(tmp_path / "out", 3)
-    assert (first.stopped, first.exit_code, len(first.trials)) == (True, 130, 2)
+    assert (first.exit_code, len(first.trials)) == (130, 2)
     assert first.trials[1].state == "running"
     again = run(tmp_path / "out", 3)
-    assert (again.stopped, len(again.trials)) == (False, 3)
+    assert (again.exit_code, len(again.trials)) == (0, 3)
     # The same values in the same folder, which train() resumes.
     assert trainings.runs[1] == trainings.runs[2]
     assert [folder for _, folder in trainings.runs] == ["000", "001", "001", "002"]
-
-
-def test_trial_is_recorded_before_another_call_may_resume_it(
-    tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several calls share the trials: what is neither locked nor recorded counts as stopped."""
-    states: list[str] = []
-    release = FileLock.release
-    storages = optuna.storages
-
-    def note(lock: FileLock, force: bool = False) -> None:
-        if Path(lock.lock_file).name == ".000.lock":
-            journal = storages.journal.JournalFileBackend(str(tmp_path / "out/journal.log"))
-            storage = storages.JournalStorage(journal)
-            study = optuna.load_study(study_name="retinanet", storage=storage)
-            states.append(study.trials[0].state.name)
-        release(lock, force)
-
-    monkeypatch.setattr(FileLock, "release", note)
-    run(tmp_path / "out", 1)
-    assert states[0] == "COMPLETE"
 
 
 def test_diverged_training_is_a_failed_trial(tmp_path: Path, trainings: Trainings) -> None:
@@ -185,6 +164,11 @@ def test_trial_has_a_twentieth_of_the_budget(
 
 def test_folder_of_another_search_is_an_error(tmp_path: Path, trainings: Trainings) -> None:
     run(tmp_path / "out", 1)
+    with (
+        FileLock(tmp_path / "out/.search.lock"),
+        pytest.raises(ConfigError, match="another search"),
+    ):
+        run(tmp_path / "out", 1)
     with pytest.raises(ConfigError, match="has a search with other data, ranges or settings"):
         run(tmp_path / "out", 1, settings=["train.steps=20"])
 

@@ -220,7 +220,7 @@ def test_limit_that_cannot_suffice_is_rejected_after_a_step(
         train(tiny_recipe("train.time=1s"), data, tmp_path / "run", device="cpu")
     assert len(steps) == 1
     with pytest.raises(ConfigError, match="--time 5 has no unit: give 5min, or 5s"):
-        TrainingOptions(time="5").overrides()
+        TrainingOptions(time="5").keywords()
 
 
 def test_chosen_settings_are_written_and_a_resumed_run_keeps_them(

@@ -105,8 +105,8 @@ SGD_EMA = ("train.ema=0.9", "loss.normalizer=running", "train.optimizer=sgd")
 
 @pytest.mark.parametrize(
     ("settings", "ahead"),
-    [((), False), (SGD_EMA, False), (SGD_EMA, True), (("train.ema=0.9",), True)],
-    ids=["adamw", "sgd", "sgd, fused", "adamw, fused"],
+    [(SGD_EMA, False), (SGD_EMA, True), (("train.ema=0.9",), True)],
+    ids=["sgd", "sgd, fused", "adamw, fused"],
 )
 def test_train_interrupted_and_resumed_equals_uninterrupted(
     tiny_data: Path,
@@ -134,16 +134,6 @@ def test_train_interrupted_and_resumed_equals_uninterrupted(
     assert second.step == 6
     assert_same_weights(whole.folder, second.folder)
     assert read_log(whole.folder) == read_log(second.folder)
-
-
-def test_train_finished_run_is_left_as_it_is(tiny_data: Path, finished: Finished) -> None:
-    run, _ = finished
-    recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
-    events: list[Event] = []
-    again = train(recipe, tiny_data, run.folder, device="cpu", on_event=events.append)
-    assert [event.kind for event in events] == ["message"]
-    assert "is finished: 4 steps" in messages(events)[0]
-    assert again.step == 4
 
 
 def test_train_other_settings_or_data_are_an_error(tiny_data: Path, finished: Finished) -> None:
@@ -192,12 +182,7 @@ def test_train_early_stop(tiny_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("losses", "best"),
-    [
-        ((3.0, 2.0, 2.5), 2),
-        ((None, None, None), 1),
-        ((None, 2.0, None), 2),
-        ((0.0, 1.0, 1.0), 1),
-    ],
+    [((3.0, 2.0, 2.5), 2), ((None, None, 2.0), 3), ((0.0, None, 1.0), 1)],
 )
 def test_train_of_equal_aps_the_lowest_loss_is_the_best_and_without_losses_the_first(
     tiny_data: Path,
@@ -224,11 +209,9 @@ def test_train_of_equal_aps_the_lowest_loss_is_the_best_and_without_losses_the_f
 @pytest.mark.parametrize(
     "loss",
     [
-        ("loss.normalizer=image",),
         ("loss.normalizer=batch",),
         ("loss.normalizer=running",),
         ("loss.mining=ohem", "loss.classification=cross_entropy", "loss.normalizer=batch"),
-        ("loss.mining=ohem_1_3", "loss.classification=cross_entropy"),
         ("loss.classification=hinge", "loss.alpha=none"),
     ],
 )
@@ -303,7 +286,7 @@ def test_replay_without_a_step_is_an_error(tmp_path: Path) -> None:
         replay(tmp_path)
 
 
-@pytest.mark.parametrize("dies_at", ["start", "step", "validation"])
+@pytest.mark.parametrize("dies_at", ["start", "validation"])
 def test_train_killed_before_the_first_save_starts_again(
     tiny_data: Path, tmp_path: Path, dies_at: str
 ) -> None:
@@ -325,23 +308,6 @@ def test_train_logs_to_tensorboard(tiny_data: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("train.steps=1", "train.trackers=['tensorboard']")
     run = train(recipe, tiny_data, tmp_path / "run", device="cpu")
     assert list((run.folder / "tensorboard").rglob("events.out*"))
-
-
-def test_train_from_another_checkpoint(tiny_data: Path, finished: Finished, tmp_path: Path) -> None:
-    last = finished[0].folder / "last"
-    events: list[Event] = []
-    # The backbone comes from the run: no ImageNet weights are fetched.
-    recipe = tiny_recipe("train.steps=1", "train.lr=1e-12", "model.backbone_weights=default")
-    run = train(
-        recipe, tiny_data, tmp_path / "run", device="cpu", init=last, on_event=events.append
-    )
-    assert any("tensors loaded" in text for text in messages(events))
-    found = weights(run.folder / "last")
-    for name, value in weights(last).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
-    other = tiny_recipe("train.steps=1", "model.backbone=resnet18")
-    with pytest.raises(ConfigError, match="give --backbone mobilenet_v2"):
-        train(other, tiny_data, tmp_path / "other", device="cpu", init=last)
 
 
 def test_train_images_in_both_splits_give_a_warning(tiny_data: Path, tmp_path: Path) -> None:
@@ -463,7 +429,8 @@ def test_train_single_class(tiny_data: Path, tmp_path: Path) -> None:
     objects = sum(len(image.annotations) for image in splits["val"].images)
     assert evaluate(run.folder, tiny_data, device="cpu").objects == objects
     assert write_report(run.folder).is_file()
-    chosen = tiny_recipe("data.single_class=true", "data.classes=circle")
+    tiles = ("data.tile=32", "data.tile_overlap=0.3")  # of which there are nine per image
+    chosen = tiny_recipe("data.single_class=true", "data.classes=circle", *tiles)
     assert overfit(chosen, tiny_data, tmp_path / "few", num_images=2, steps=1).images == 2
 
 

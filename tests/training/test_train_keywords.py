@@ -80,11 +80,16 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"epochs": 3, "steps": 5}, "train.steps and train.epochs each set the length"),
         ({"resume": True}, "unknown keyword 'resume': the same call resumes a run"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
+        ({"lr": 1.0, "settings": "train.lr=2"}, "train.lr is given twice: as a setting and by lr"),
+        (
+            {"backbone_weights": "no.pth", "backbone": "resnet18", "data": "none"},
+            "backbone weights no.pth",
+        ),
     ],
 )
 def test_wrong_keywords_are_named(keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises(rn.ConfigError) as caught:
-        rn.train("data", out="out", **keywords)
+    with pytest.raises(rn.RetinaNetError) as caught:
+        rn.train(keywords.pop("data", "data"), out="out", **keywords)
     assert message in str(caught.value)
 
 
@@ -119,8 +124,13 @@ def test_callback_stops_and_the_run_resumes(tiny_data: Path, tmp_path: Path) -> 
     recipe = tiny_recipe("train.steps=4", "train.validate_every=2")
     whole = trainer.train(recipe, tiny_data, tmp_path / "whole", device="cpu")
 
-    def stop(event: Event) -> str:
-        return "stop" if event.kind == "step" and event.data["step"] == 3 else "go on"
+    def stop(event: Event) -> str | None:
+        return "stop" if event.kind == "step" and event.data["step"] == 3 else None
+
+    with pytest.raises(rn.ConfigError, match="on_event returned True: return None, or 'stop'"):
+        rn.train(
+            tiny_data, out=tmp_path / "no", recipe=recipe, device="cpu", on_event=lambda _: True
+        )
 
     first = rn.train(tiny_data, out=tmp_path / "parts", recipe=recipe, device="cpu", on_event=stop)
     assert (first.interrupted, first.step, first.exit_code) == (True, 3, 0)

@@ -21,7 +21,6 @@ from retinanet.inference.detector import load
 from retinanet.model.checkpoint import load_checkpoint
 from retinanet.training.data import read_training_data
 from retinanet.training.events import Event, ignore
-from retinanet.training.overfit import overfit
 from retinanet.training.trainer import train
 
 # 3 x 3 tiles per image: from 0, 16 and 32.
@@ -29,7 +28,8 @@ TILES = ("data.tile=32", "data.tile_overlap=0.3", "train.steps=4", "train.valida
 
 
 def test_train_on_tiles_resumes_and_evaluates_whole_images(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(*TILES, "train.save_every=1", "detect.score_threshold=0.001")
+    settings = ("train.save_every=1", "detect.score_threshold=0.001", "train.tune_detection=true")
+    recipe = tiny_recipe(*TILES, *settings)  # it is not tuned on whole images
     events: list[Event] = []
     whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu", on_event=events.append)
     with pytest.raises(Stop):
@@ -56,25 +56,15 @@ def test_train_on_tiles_resumes_and_evaluates_whole_images(tiny_data: Path, tmp_
     assert found.detections == stored["detections"]
     assert found.detections != plain.detections > 0
     assert plain.loss is not None
-
-
-def test_train_on_tiles_is_not_tuned_on_whole_images(tiny_data: Path, tmp_path: Path) -> None:
-    settings = ("train.tune_detection=true", "detect.score_threshold=0.001")
-    run = train(tiny_recipe(*TILES, *settings), tiny_data, tmp_path / "run", device="cpu")
-    found = evaluate(run.folder, tiny_data, device="cpu", precision="float32")
-    stored = json.loads((run.folder / "metrics.json").read_text())
-    assert found.detections == stored["detections"]
     assert found.ap == pytest.approx(run.best_ap, abs=1e-9)
-
-
-def test_detect_uses_the_tiles_of_training(tiny_data: Path, tmp_path: Path) -> None:
-    run = train(tiny_recipe(*TILES, "train.steps=1"), tiny_data, tmp_path / "run", device="cpu")
-    detector = load(run.folder, device="cpu", precision="float32", score_threshold=0.0)
-    image = read_splits(tiny_data)["val"].images[0].path
-    own, tiled = detector.detect(image), detector.detect(image, tile=32, overlap=0.3)
-    whole = detector.detect(image, tile="none")
-    assert torch.equal(own.boxes, tiled.boxes)  # type: ignore[union-attr]
-    assert own.boxes.shape != whole.boxes.shape  # type: ignore[union-attr]
+    # A detector uses the tiles too.
+    detector = load(run.folder, device="cpu", precision="float32", score_threshold=0.001)
+    image = splits["val"].images[0].path
+    boxes = [
+        detector.detect(image, **tiles).boxes for tiles in ({}, {"tile": 32}, {"tile": "none"})
+    ]  # type: ignore[union-attr, arg-type]
+    assert torch.equal(boxes[0], boxes[1])
+    assert boxes[0].shape != boxes[2].shape
 
 
 def test_training_data_of_tiles(tiny_data: Path) -> None:
@@ -102,10 +92,3 @@ def test_unreadable_image_of_many_tiles_is_named_once(tiny_data: Path, tmp_path:
     train(recipe, data, tmp_path / "run", device="cpu", on_event=events.append)
     assert sum("broken.png" in text for text in messages(events)) == 1
     assert len((tmp_path / "run" / "unreadable.jsonl").read_text().splitlines()) == 1
-
-
-def test_overfit_on_tiles_counts_images(tiny_data: Path, tmp_path: Path) -> None:
-    result = overfit(
-        tiny_recipe(*TILES), tiny_data, tmp_path / "run", num_images=2, steps=1, device="cpu"
-    )
-    assert result.images == 2

@@ -2,11 +2,10 @@
 
 from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Row, Setting, Timing
 from retinanet.bench.machine import Machine, describe_machine
-from retinanet.bench.run import RIVALS, bench, peak_memory
+from retinanet.bench.run import bench, peak_memory
 from retinanet.bench.stages import STAGES
 
 __all__ = [
-    "RIVALS",
     "STAGES",
     "Benchmark",
     "Case",

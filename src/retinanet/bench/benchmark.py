@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,15 +14,11 @@ Size = Literal["tiny", "small", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a stage: input size, device, and rivals (:data:`retinanet.bench.run.RIVALS`)."""
+    """Settings of a stage: input size, device, and whether to run ours alone, without rivals."""
 
     size: Size
     device: torch.device
-    vs: tuple[str, ...] = ("torchvision",)
-
-    def rivals(self, *rivals: Rival) -> tuple[Rival, ...]:
-        """Return the rivals to compare with, by the first word of their names."""
-        return tuple(rival for rival in rivals if rival.name.split()[0] in self.vs)
+    alone: bool = False
 
     def pick(self, tiny: Any, small: Any, full: Any) -> Any:
         """Return the value for the size."""
@@ -133,10 +129,3 @@ class Row:
     input_bytes: int | None = None
     note: str = ""
     error: str = ""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """Read the values of :func:`dataclasses.asdict`."""
-        names = ("ours", "theirs", "speedup")
-        timings = {name: values[name] and Timing(**values[name]) for name in names}
-        return cls(**{**values, **timings})

@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,11 +24,8 @@ from retinanet.bench.benchmark import Benchmark, Case, Row, Setting, Size, Timin
 from retinanet.bench.limits import clock
 from retinanet.bench.stages import STAGES
 from retinanet.config import check_choice
-from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
+from retinanet.errors import MissingExtraError, RetinaNetError
 from retinanet.model.precision import choose_device
-
-RIVALS = ("torchvision", "pycocotools", "fvcore")
-"""Packages to compare with; none is a dependency for it."""
 
 _ROUNDS: Mapping[Size, int] = {"tiny": 3, "small": 7, "full": 15}
 _SECONDS: Mapping[Size, float] = {"tiny": 1, "small": 5, "full": 40}
@@ -43,15 +39,14 @@ _SLOW = 2.0
 _OURS, _LIMIT = "", "limit"  # keys next to the rivals' names
 
 # glibc keeps freed blocks below a threshold that grows; a fixed one returns large blocks.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment of a process whose memory is measured."""
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def bench(
     stages: Iterable[str] = (),
     *,
     size: Size = "small",
-    vs: Iterable[str] = ("torchvision",),
+    alone: bool = False,
     device: str = "auto",
     threads: int | None = None,
     rounds: int | None = None,
@@ -67,7 +62,7 @@ def bench(
         stages: names of :data:`STAGES`; empty: all.
         size: ``small`` for a quick run, ``full`` for the paper's and COCO's sizes, ``tiny`` for
             tests.
-        vs: rivals, names of :data:`RIVALS`, or ``none``.
+        alone: without the rivals, torchvision and pycocotools.
         device: device of networks, losses and post-processing.
         threads: torch's threads; None: unchanged.
         rounds: maximum rounds per case; None: 7, or 15 at full size.
@@ -75,12 +70,12 @@ def bench(
         memory: measure peak memory too (each side is set up again in a process of its own).
 
     Raises:
-        ConfigError: an unknown stage, rival or device, or a rival that is not installed.
+        ConfigError: an unknown stage or device.
     """
     names = list(dict.fromkeys(stages)) or list(STAGES)
     for name in names:
         check_choice("stage", name, STAGES)
-    setting = Setting(size, choose_device(device), choose_rivals(vs))
+    setting = Setting(size, choose_device(device), alone)
     limits = rounds or _ROUNDS[size], _SECONDS[size] if seconds is None else seconds
 
     def run_stages() -> Iterator[Row]:
@@ -90,7 +85,7 @@ def bench(
             for stage in names:
                 for case in STAGES[stage](setting):
                     try:
-                        yield from run(stage, case, setting, *limits, memory=memory)
+                        yield from _run(stage, case, setting, *limits, memory=memory)
                     except Exception as error:  # the other cases still run
                         yield Row(stage, case.name, case.size, error=_reason(error))
         finally:
@@ -99,36 +94,17 @@ def bench(
     return run_stages()
 
 
-def choose_rivals(names: Iterable[str]) -> tuple[str, ...]:
-    """Check the names and drop repeated ones; ``torchvision`` adds pycocotools if installed.
-
-    Raises:
-        ConfigError: a name is unknown, or its package is not installed.
-    """
-    chosen = list(dict.fromkeys(names))
-    for name in chosen:
-        check_choice("rival", name, (*RIVALS, "none"))
-        if name != "none" and find_spec(name) is None:
-            raise ConfigError(f"rival {name!r} is not installed: pip install {name}")
-    if "torchvision" in chosen and find_spec("pycocotools") is not None:
-        chosen.append("pycocotools")
-    return tuple(name for name in dict.fromkeys(chosen) if name != "none")
-
-
-def run(
+def _run(
     stage: str, case: Case, setting: Setting, rounds: int, seconds: float, *, memory: bool
 ) -> list[Row]:
-    """Run one case of a stage; the other arguments are those of :func:`bench`.
-
-    Returns:
-        a row per rival, or a row without a rival. A rival that fails, or whose output differs by
-        more than the tolerance, has a row with `error` and no times.
-    """
+    """Run a case; return a row per rival, or a row without a rival."""
     row = Row(stage, case.name, case.size)
     try:
         benchmark = case.make()
     except MissingExtraError as error:
         return [replace(row, note=_reason(error))]
+    if setting.alone:
+        benchmark = replace(benchmark, rivals=())
     first_calls, differences, errors = _compare(benchmark, setting.device)
     failed = [replace(row, rival=name, error=error) for name, error in errors.items()]
     if failed and not differences:
@@ -136,38 +112,32 @@ def run(
     rivals = [rival for rival in benchmark.rivals if rival.name in differences]
     benchmark = replace(benchmark, rivals=rivals)
     times = _measure(benchmark, first_calls, setting.device, rounds, seconds)
+    peaks: dict[str, int | None] = {}
+    if memory and benchmark.memory:
+        peaks, memory_error = _peaks(stage, case.name, benchmark, setting)
+        row = replace(row, error=memory_error)
     row = replace(
         row,
         ours=_timing(times[_OURS]),
         first_call=first_calls[_OURS],
+        memory=peaks.get(_OURS),
         note=benchmark.note,
         input_bytes=benchmark.input_bytes,
     )
     if limit := benchmark.limit:
         fraction = statistics.median(limit.factor * x for x in _ratios(times[_LIMIT], times[_OURS]))
         row = replace(row, limit=limit.name, limit_fraction=fraction)
-    memory = memory and benchmark.memory
-    peaks: dict[str, int | None] = {}
-    if memory and setting.device.type == "cuda":  # torch counts it, so no process is needed
-        calls = {_OURS: benchmark.ours, **{rival.name: rival.call for rival in rivals}}
-        peaks = {name: peak_of(call, setting.device) for name, call in calls.items()}
-        del calls
-    del benchmark, rivals, limit  # free their tensors before other processes are measured
-    gc.collect()
-    if memory:
-        row = _with_memory(row, setting, "memory", peaks)
-    rows = []
-    for name, difference in differences.items():
-        of_rival = replace(
+    rows = [
+        replace(
             row,
             rival=name,
             theirs=_timing(times[name]),
             speedup=_timing(_ratios(times[name], times[_OURS])),
             difference=difference,
+            rival_memory=peaks.get(name),
         )
-        if memory:
-            of_rival = _with_memory(of_rival, setting, "rival_memory", peaks)
-        rows.append(of_rival)
+        for name, difference in differences.items()
+    ]
     return (rows or [row]) + failed
 
 
@@ -215,7 +185,7 @@ def _measure(
     for rival in benchmark.rivals:
         _warm_up(rival.call, first_calls[rival.name])
     _warm_up(benchmark.ours)
-    calls = {_OURS: benchmark.ours, **{rival.name: rival.call for rival in benchmark.rivals}}
+    calls = _sides(benchmark)
     if benchmark.limit is not None:
         benchmark.limit.call()
         calls[_LIMIT] = benchmark.limit.call
@@ -230,6 +200,10 @@ def _measure(
             else:
                 times[name].append(clock(call, device))
     return times
+
+
+def _sides(benchmark: Benchmark) -> dict[str, Callable[[], Any]]:
+    return {_OURS: benchmark.ours, **{rival.name: rival.call for rival in benchmark.rivals}}
 
 
 def _warm_up(call: Callable[[], Any], first_call: float = 0.0) -> None:
@@ -251,39 +225,44 @@ def _reason(error: Exception) -> str:
     return text if expected else f"{type(error).__name__}: {text}"
 
 
-def _with_memory(
-    row: Row,
-    setting: Setting,
-    name: Literal["memory", "rival_memory"],
-    peaks: Mapping[str, int | None],
-) -> Row:
-    """Add a peak memory, of `peaks` if measured; if it fails, the error, and the times stay."""
-    side = row.rival if name == "rival_memory" else _OURS
+def _peaks(
+    stage: str, case: str, benchmark: Benchmark, setting: Setting
+) -> tuple[dict[str, int | None], str]:
+    """Measure each side's peak memory; return an error too, with which the times stay."""
+    peaks: dict[str, int | None] = {}
     try:
-        peak = peaks[side] if peaks else peak_memory(row.stage, row.case, side, setting)
-        changes: dict[str, Any] = {name: peak}
-        return replace(row, **changes)
+        for name, call in _sides(benchmark).items():
+            if setting.device.type == "cuda":  # torch counts it, so no process is needed
+                peaks[name] = peak_of(call, setting.device)
+            else:
+                peaks[name] = peak_memory(stage, case, name, setting)
     except RetinaNetError as error:
-        return replace(row, error=row.error or _reason(error))
+        return peaks, _reason(error)
+    return peaks, ""
 
 
 def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | None:
-    """Peak memory of one call in bytes, above the memory before it, in a process of its own.
+    """Measure the peak memory of one call, after a warm-up, in a process of its own.
 
-    The process warms up first. On a GPU this is torch's count, on Linux the resident memory, else
-    None. An empty `rival` is ours.
+    Args:
+        stage, case: names.
+        rival: name; empty: ours.
+        setting: as for the times.
+
+    Returns:
+        bytes above the memory before the call: on a GPU torch's count, on Linux the resident
+        memory, else None.
 
     Raises:
         RetinaNetError: the process failed.
     """
     code = "import sys; from retinanet.bench import run; run.print_peak_memory(sys.argv[1])"
-    threads = torch.get_num_threads()
-    arguments = [stage, case, rival, threads, setting.size, str(setting.device), setting.vs]
+    arguments = [stage, case, rival, torch.get_num_threads(), setting.size, str(setting.device)]
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, **ALLOCATOR},
+        env={**os.environ, **_ALLOCATOR},
         check=False,
     )
     if done.returncode != 0:
@@ -296,17 +275,13 @@ def peak_memory(stage: str, case: str, rival: str, setting: Setting) -> int | No
 
 def print_peak_memory(arguments: str) -> None:
     """Measure in the process that :func:`peak_memory` starts."""
-    stage, case, rival, threads, size, device, vs = json.loads(arguments)
+    stage, case, rival, threads, size, device = json.loads(arguments)
     torch.set_num_threads(threads)
-    setting = Setting(size, torch.device(device), tuple(vs))
+    setting = Setting(size, torch.device(device))
     benchmark = next(c for c in STAGES[stage](setting) if c.name == case).make()
-    call, first_call = benchmark.ours, 0.0
-    if rival:
-        call = next(other.call for other in benchmark.rivals if other.name == rival)
-        first_call = clock(call, setting.device)
-    else:
-        call()
-    _warm_up(call, first_call)
+    call = _sides(benchmark)[rival]
+    first_call = clock(call, setting.device)
+    _warm_up(call, first_call if rival else 0.0)
     gc.collect()
     sys.stdout.write(f"{json.dumps(peak_of(call, setting.device))}\n")
 

@@ -1,40 +1,8 @@
-"""Rows as text: numbers with units, and tables in Markdown."""
+"""Numbers of a row as text, with units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-
 from retinanet.bench.benchmark import Row
-
-_COLUMNS = ("", "ours", "theirs", "times faster", "of the limit", "MB", "theirs, MB")
-
-
-def to_markdown(
-    machine: Sequence[str], rows: Iterable[Row], goals: Callable[[Row], str] | None = None
-) -> str:
-    """Format the machine as a paragraph, then a table per stage.
-
-    Args:
-        machine: :meth:`retinanet.bench.machine.Machine.lines`.
-        rows: stage by stage.
-        goals: text of a last column; None: no such column.
-    """
-    columns = [*_COLUMNS, *(["goal"] if goals else [])]
-    rule = ["---", *["---:"] * (len(_COLUMNS) - 1), *(["---"] if goals else [])]
-    parts = ["; ".join(machine) + "."]
-    for stage, group in groupby(rows, key=lambda row: row.stage):
-        of_stage = list(group)
-        rivals = list(dict.fromkeys(row.rival for row in of_stage if row.rival))
-        title = f"**{stage}**" + (f" against {', '.join(rivals)}" if rivals else "")
-        cells = [
-            [*_cells(row, len(rivals) > 1), *([goals(row)] if goals else [])] for row in of_stage
-        ]
-        table = "\n".join(
-            f"| {' | '.join(_escape(cell) for cell in line)} |" for line in (columns, rule, *cells)
-        )
-        parts.append(f"{title}\n\n{table}")
-    return "\n\n".join(parts) + "\n"
 
 
 def seconds(value: float | None) -> str:
@@ -87,18 +55,3 @@ def _three_digits(value: float) -> str:
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _cells(row: Row, name_rival: bool) -> list[str]:
-    description = f"{row.case}: {row.size}"
-    if name_rival and row.rival:
-        description += f" / {row.rival}"
-    if row.difference:
-        description += f" ({row.difference})"
-    ours, theirs, speedup, limit, *memory = figures(row)
-    limit += f" ({row.limit})" if row.limit else ""
-    return ["; ".join([description, *remarks(row)]), ours, theirs, speedup, limit, *memory]
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")

@@ -113,14 +113,7 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: without the program's name; None: those of this process.
-
-    Returns:
-        The exit code: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C) or 143 (SIGTERM).
-    """
+    """Run the command line."""
     # Spinning threads take the cores from other processes: on a busy machine detection took over
     # thirty times as long. OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

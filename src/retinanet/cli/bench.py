@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
@@ -10,24 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retinanet.cli.console import note, out, print_json, say
-from retinanet.cli.settings import DeviceOptions, option
+from retinanet.cli.settings import DeviceOptions, Json, option
 
 if TYPE_CHECKING:
-    from retinanet.bench import Machine, Row
+    from retinanet.bench import Row
 
 
 @dataclass(frozen=True)
 class BenchOptions(DeviceOptions):
     """The measurement."""
 
-    vs: list[str] | None = option(
-        "Installed package to compare with: torchvision (and pycocotools), fvcore, or none. "
-        "May be repeated.",
-        shown="torchvision",
-        metavar="NAME",
-    )
+    full: bool = option("The paper's and COCO's sizes; takes an hour.", False)
+    alone: bool = option("This package alone, without torchvision and pycocotools.", False)
     threads: int | None = option("Number of threads.", shown="torch's", min=1)
-    rounds: int | None = option("Maximum number of rounds per row.", shown="7 or 15", min=1)
     seconds: float | None = option(
         "Time limit per row in seconds; at least three rounds run.", shown="5 or 40", min=0
     )
@@ -44,17 +38,9 @@ def bench(
         ),
     ] = None,
     *,
-    full: Annotated[
-        bool, typer.Option("--full", help="The paper's and COCO's sizes; takes an hour.")
-    ] = False,
     options: BenchOptions,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the machine and the rows as JSON.")
-    ] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the machine and the rows as Markdown.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Benchmark each stage on this machine against torchvision.
 
@@ -67,55 +53,42 @@ def bench(
     from retinanet.bench import describe_machine
     from retinanet.model.precision import choose_device
 
-    if json and markdown:
-        raise typer.BadParameter("--json and --markdown exclude each other: give only one")
-    settings = {**vars(options), "vs": options.vs or ("torchvision",), "memory": memory}
-    results = run(stages or (), size="full" if full else "small", **settings)
+    settings = {**vars(options), "memory": memory}
+    is_full = settings.pop("full")
+    results = run(stages or (), size="full" if is_full else "small", **settings)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     machine = describe_machine(choose_device(options.device))
     torch.set_num_threads(before)
-    rows = _print_results(results, machine, "json" if json else "markdown" if markdown else "")
+    rows: list[Row] = []
+    try:
+        for line in () if json else machine.lines():
+            say(line)
+        for stage, group in groupby(results, key=lambda row: row.stage):
+            start = len(rows)
+            for row in group:
+                rows.append(row)
+                _note_row(row)
+            if not json:
+                print_table(stage, rows[start:])
+    finally:  # also after Ctrl-C
+        if json:
+            print_json({"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
     failed = [f"{row.stage}, {row.case}" for row in rows if row.error]
     if failed:
         note(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
         raise typer.Exit(1)
 
 
-def _print_results(results: Iterable[Row], machine: Machine, form: str) -> list[Row]:
-    """Print tables, or JSON or Markdown at the end, also after Ctrl-C; rows on standard error."""
-    from retinanet.bench.tables import remarks, to_markdown
-
-    rows: list[Row] = []
-    try:
-        if not form:
-            for line in machine.lines():
-                say(line)
-        for stage, of_stage in groupby(results, key=lambda row: row.stage):
-            start = len(rows)
-            for row in of_stage:
-                rows.append(row)
-                note(
-                    f"{row.stage}, {row.case}, {row.size}: {'; '.join(_times(row) + remarks(row))}"
-                )
-            if not form:
-                print_table(stage, rows[start:])
-    finally:
-        if form == "json":
-            print_json({"machine": asdict(machine), "rows": [asdict(row) for row in rows]})
-        elif form == "markdown":
-            say(to_markdown(machine.lines(), rows).rstrip())
-    return rows
-
-
-def _times(row: Row) -> list[str]:
-    from retinanet.bench.tables import figures
+def _note_row(row: Row) -> None:
+    """Print a row on standard error."""
+    from retinanet.bench.tables import figures, remarks
 
     ours, theirs, speedup, *_ = figures(row)
     texts = [ours] if row.ours else []
     if row.theirs:
         texts.append(f"{row.rival} {theirs}, {speedup} times as long ({row.difference})")
-    return texts
+    note(f"{row.stage}, {row.case}, {row.size}: {'; '.join(texts + remarks(row))}")
 
 
 def print_table(stage: str, rows: list[Row]) -> None:

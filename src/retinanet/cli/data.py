@@ -6,19 +6,20 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retinanet.cli.console import count, note, print_json, progress, say, table
 from retinanet.cli.settings import Json, LabelledData, RecipeOptions, option
 from retinanet.cli.training import choose_for, show_choices
+from retinanet.config import setting_text
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
     from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
 
-_MAX_DECODED = 5000  # images that are decoded without --decode
+MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
 _SHOWN_CLASSES = 30
 _ENOUGH_RECALL = 0.99  # the rest is mostly faulty labels
@@ -66,7 +67,7 @@ class CheckOptions(FormatOptions):
     all: bool = option("Print every problem.", False)
     decode: bool = option(
         "Decode every image, to find damaged pixels and equal ones in two splits; always for up "
-        f"to {_MAX_DECODED} images and with --fix.",
+        f"to {MAX_DECODED} images and with --fix.",
         False,
     )
 
@@ -115,7 +116,7 @@ def check(
     for line in next(iter(splits.values())).description:
         note(line)
     num_images = sum(map(len, splits.values()))
-    decode = options.decode or options.fix is not None or num_images <= _MAX_DECODED
+    decode = options.decode or options.fix is not None or num_images <= MAX_DECODED
     with progress("opening images") as update:
         report = check_datasets(splits, decode=decode, progress=update)
     if not decode:
@@ -211,28 +212,16 @@ def show(
         raise ConfigError("--anchors and --augmented draw different images: give one of them")
     dataset = options.read(data, recipe.load())
     check_apart(options.out, [dataset.source])  # or the drawings would be images of the data
-    config = _with_choices(recipe, data, options, dataset).load()
+    config = _with_choices(recipe.load(), data, options, dataset)
     if options.anchors:
         _check_assignment(config)
     with progress("drawing") as update:
+        choice: dict[str, Any] = {"count": options.count, "seed": options.seed, "progress": update}
         if options.augmented:
-            drawn = draw_augmented(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config,
-                progress=update,
-            )
+            drawn = draw_augmented(dataset, options.out, recipe=config, **choice)
         else:
-            drawn = draw_labels(
-                dataset,
-                options.out,
-                count=options.count,
-                seed=options.seed,
-                recipe=config if options.anchors else None,
-                progress=update,
-            )
+            shown = config if options.anchors else None
+            drawn = draw_labels(dataset, options.out, recipe=shown, **choice)
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:
@@ -266,12 +255,12 @@ def anchors(
             "see retinanet data check"
         )
     _check_assignment(recipe.load())
-    recipe = _with_choices(recipe, data, options, dataset)
-    config = recipe.load()
+    config = _with_choices(recipe.load(), data, options, dataset)
     results: list[tuple[str, list[str], AnchorRecall]] = []
     for words, changes in _candidates(config):
-        changed = replace(recipe, settings=[*(recipe.settings or []), *changes])
-        results.append((words, changes, _recall({options.split: dataset}, changed.load())))
+        settings = [f"{name}={setting_text(value)}" for name, value in changes.items()]
+        recall = _recall({options.split: dataset}, config.override(changes))
+        results.append((words, settings, recall))
     # Candidates are in the order of their cost: suggest the first that is nearly as good as any.
     enough = min(_ENOUGH_RECALL, max(result.recall for _, _, result in results) - _MIN_GAIN)
     suggested = next(changes for _, changes, result in results if result.recall >= enough)
@@ -298,21 +287,20 @@ def anchors(
     say(f"suggested: {shlex.join(suggested)}" if suggested else "the settings are sufficient")
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
-    """Yield settings to compare, in words and as `key=value`; the first is the recipe itself."""
-    no_p2, p2 = "model.p2=false", "model.p2=true"
-    half = "anchors.sizes=[16,32,64,128,256]"
-    wide = "anchors.aspect_ratios=[0.25,0.5,1.0,2.0,4.0]"
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield settings to compare, in words and by name; the first is the recipe itself."""
+    half = {"model.p2": False, "anchors.sizes": [16, 32, 64, 128, 256]}
+    wide = half | {"anchors.aspect_ratios": [0.25, 0.5, 1.0, 2.0, 4.0]}
+    p2 = {"model.p2": True, "anchors.sizes": None}
+    both = {"model.p2": True, "anchors.sizes": [8, 16, 32, 64, 128, 256]}
+    sides = ("data.image_size", "data.max_size")
     for factor in (1.0, 1.5, 2.0):
-        sides = {"image_size": recipe.data.image_size, "max_size": recipe.data.max_size}
-        size = [f"data.{name}={round(factor * side)}" for name, side in sides.items()]
-        if factor == 1:
-            size = []
+        size = {name: round(factor * recipe.value(name)) for name in sides if factor > 1}
         yield "the recipe's", size
-        yield "from 16 px on", [*size, no_p2, half]
-        yield "from 16 px on, 1:4 to 4:1", [*size, no_p2, half, wide]
-        yield "from 16 px on, with P2", [*size, p2, "anchors.sizes=none"]
-        yield "from 8 px on, with P2", [*size, p2, "anchors.sizes=[8,16,32,64,128,256]"]
+        yield "from 16 px on", size | half
+        yield "from 16 px on, 1:4 to 4:1", size | wide
+        yield "from 16 px on, with P2", size | p2
+        yield "from 8 px on, with P2", size | both
 
 
 def _check_assignment(config: Recipe) -> None:
@@ -327,20 +315,13 @@ def _check_assignment(config: Recipe) -> None:
         )
 
 
-def _with_choices(
-    recipe: RecipeOptions, data: Path, options: SplitOptions, dataset: Dataset
-) -> RecipeOptions:
-    """Return the options with the settings that ``train`` chooses from the train split."""
-    from retinanet.config import setting_text
+def _with_choices(config: Recipe, data: Path, options: SplitOptions, dataset: Dataset) -> Recipe:
+    """Return the recipe with the settings that ``train`` chooses from the train split."""
+    from retinanet.training.settings_from_data import values
 
-    config = recipe.load()
     if config.auto and options.split != "train":
         dataset = replace(options, split="train").read(data, config)
-    chosen = [
-        f"{choice.setting}={setting_text(choice.value)}"
-        for choice in choose_for(config, {"train": dataset})
-    ]
-    return replace(recipe, settings=[*chosen, *(recipe.settings or [])])
+    return config.choose(values(choose_for(config, {"train": dataset})))
 
 
 def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:

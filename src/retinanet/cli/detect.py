@@ -17,6 +17,7 @@ from retinanet.cli.settings import (
     ClassOptions,
     DetectorOptions,
     Json,
+    Model,
     ThresholdOptions,
     TileOptions,
     option,
@@ -76,12 +77,7 @@ _ONLY_FOR = {
 
 
 def detect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or hf://OWNER/NAME."
-        ),
-    ],
+    model: Model,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -114,7 +110,6 @@ def detect(
     given |= {name: given[name] or None for name in ("track", "allow_urls")}
     _check_options(kind, [name for name, value in given.items() if value is not None])
     options = {**vars(detector), **selection.given(), **thresholds.given()}
-    drawn_score = files.draw_threshold or 0.0
     settings: dict[str, Any] = {"batch_size": other.batch_size}
     if kind == "ray":
         del options["calibrate"]
@@ -133,7 +128,7 @@ def detect(
             from retinanet.inference.urls import UrlSource
 
             listed = [UrlSource.of(item) if is_url(item) else item for item in sources]
-        is_complete = _detect_images(model, listed, files, drawn_score, options, settings, json)
+        is_complete = _detect_images(model, listed, files, options, settings, json)
     if not is_complete:
         raise typer.Exit(1)
 
@@ -156,7 +151,6 @@ def _detect_images(
     model: str,
     sources: Sequence[Any],
     files: FileOptions,
-    drawn_score: float,
     options: dict[str, Any],
     settings: dict[str, Any],
     json: bool,
@@ -175,8 +169,9 @@ def _detect_images(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = readable
     detector = load(model, **options)
-    settings |= {"quiet": json, "drawn_score": drawn_score}
-    objects, drawn = _write_detections(detector, readable, failures, files, **settings)
+    if not json:
+        note(detector.network.description)
+    objects = _write_detections(detector, readable, failures, files, **settings)
     images = len(listed) - len(failures)
     if json:
         print_json(
@@ -185,7 +180,6 @@ def _detect_images(
                 "network": detector.network.description,
                 "images": images,
                 "objects": dict(objects.most_common()),
-                **({} if drawn is None else {"drawn": dict(drawn.most_common())}),
                 "failures": [failure.to_dict() for failure in failures],
             }
         )
@@ -194,19 +188,12 @@ def _detect_images(
             thresholds = network_settings(detector.thresholds, detector.classes)
             by_label = thresholds.get("class_thresholds")
             low = dict(zip(detector.classes, by_label or (), strict=False))
-            rows: list[tuple[object, ...]] = [
+            rows = [
                 (name, low.get(name, thresholds["score_threshold"]), number)
                 for name, number in objects.most_common()
             ]
-            columns = ["class", "score over", "boxes"]
-            if drawn is not None:
-                columns.append(f"of {drawn_score:g} and more")
-                rows = [(*row, drawn[str(row[0])]) for row in rows]
-            table("Detections", columns, rows)
-        shown = ""
-        if drawn is not None:
-            shown = f", {drawn.total()} of them drawn (score of {drawn_score:g} and more)"
-        say(f"{objects.total()} boxes in {count(images, 'image')}{shown}, in {files.out}")
+            table("Detections", ["class", "score over", "boxes"], rows)
+        say(f"{objects.total()} boxes in {count(images, 'image')}, in {files.out}")
     if failures:
         note_failures([failure.reason for failure in failures], "image")
     return not failures
@@ -217,16 +204,9 @@ def _write_detections(
     sources: list[Source],
     failures: list[Failure],
     files: FileOptions,
-    *,
-    quiet: bool,
-    drawn_score: float,
     **settings: Any,
-) -> tuple[Counter[str], Counter[str] | None]:
-    """Write the files, add to `failures`.
-
-    Returns:
-        The boxes per class, and those that are drawn; None: no image is drawn.
-    """
+) -> Counter[str]:
+    """Write the files, add to `failures`, and return the boxes per class."""
     from retinanet.inference.detections import Failure
     from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
@@ -234,13 +214,12 @@ def _write_detections(
     formats = [name.strip() for name in names if name.strip()]
     image_root = LOCAL_FILES if files.image_root is None else files.image_root
     objects: Counter[str] = Counter()
-    drawn: Counter[str] = Counter()
     with (
-        open_outputs(files.out, formats, drawn_score=drawn_score, image_root=image_root) as write,
+        open_outputs(
+            files.out, formats, drawn_score=files.draw_threshold or 0.0, image_root=image_root
+        ) as write,
         progress("detecting") as update,
     ):
-        if not quiet:
-            note(detector.network.description)
         for failure in failures:
             write(failure)
         stream = detector.stream(sources, keep_pixels="images" in formats, **settings)
@@ -249,11 +228,9 @@ def _write_detections(
             if isinstance(result, Failure):
                 failures.append(result)
             else:
-                boxes = [(detector.classes[label], score) for _, score, label in result]
-                objects.update(name for name, _ in boxes)
-                drawn.update(name for name, score in boxes if score >= drawn_score)
+                objects.update(detector.classes[label] for label in result.labels.tolist())
             update(done, len(sources))
-    return objects, drawn if "images" in formats else None
+    return objects
 
 
 def _detect_collection(

@@ -25,24 +25,7 @@ def detect_videos(
     *,
     json: bool,
 ) -> bool:
-    """Detect in each of `sources` and print the summaries.
-
-    Args:
-        model: as for :func:`retinanet.inference.load`.
-        sources: videos, globs of videos, streams, numbers of cameras.
-        out: output folder.
-        options: of :func:`retinanet.inference.load`.
-        settings: of :func:`retinanet.video.detect.detect_video`.
-        json: print one JSON document at the end.
-
-    Returns:
-        Whether all videos could be read completely.
-
-    Raises:
-        ConfigError: images are among the sources.
-        DataError: the only video cannot be read.
-        typer.Exit: 130 after Ctrl-C, 143 after SIGTERM.
-    """
+    """Detect in each of `sources` and print the summaries."""
     from retinanet.errors import DataError
     from retinanet.inference import load
     from retinanet.video.detect import detect_video
@@ -118,11 +101,7 @@ def _list_videos(sources: list[str]) -> list[str]:
 
 
 def _name_videos(videos: list[str], out: Path) -> dict[str, str | None]:
-    """Choose a unique name of the output files per video; None for a camera or stream.
-
-    Raises:
-        DataError: an output would overwrite a video.
-    """
+    """Choose a unique name of the output files per video; None for a camera or stream."""
     from retinanet.errors import DataError
     from retinanet.inference.sources import is_stream
 

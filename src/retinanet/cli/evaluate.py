@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,13 +165,10 @@ def _show_metrics(metrics: Metrics) -> None:
             for kind, gain in errors.delta_ap.items()
         ],
     )
-    calibration, before = metrics.calibration, ""
-    if not math.isnan(calibration.uncalibrated_error):
-        before = f" ({figure(calibration.uncalibrated_error)} before the temperature)"
     say(
         f"best F1 {figure(metrics.best_f1)} at IoU .50 with a score threshold of "
         f"{figure(metrics.best_score)}; "
-        f"calibration error {figure(calibration.expected_error)}{before}"
+        f"calibration error {figure(metrics.calibration.expected_error)}"
     )
     if metrics.objects_over_limit:
         say(

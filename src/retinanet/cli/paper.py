@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +21,9 @@ from retinanet.cli.settings import Settings as Overrides
 if TYPE_CHECKING:
     from retinanet.paper.experiments import Experiment
     from retinanet.paper.outputs import Outputs, Trainings
-    from retinanet.paper.plan import Plan, Settings
-    from retinanet.paper.run import Event, Workers
+    from retinanet.paper.plan import Plan, Settings, Training
+    from retinanet.paper.results import Result
+    from retinanet.paper.run import Workers
     from retinanet.training.events import Event as TrainingEvent
 
 
@@ -80,9 +82,7 @@ class RunOptions(DeviceOptions):
     full: bool = option("The paper's setting: recipes, sizes, 90,000 steps.", False)
     yes: bool = option("Start --full without confirmation.", False)
     seeds: int = option("Trainings per row.", 1, min=1)
-    jobs: int | None = option(
-        "Trainings at a time.", shown="1 per GPU or 2 cores; 1 with --full", min=1
-    )
+    jobs: int | None = option("Trainings at a time.", shown="1 per GPU or 2 cores", min=1)
     row: list[str] | None = option(
         "Train only this row (paper list --rows). Repeatable.", shown="all", metavar="KEY"
     )
@@ -100,11 +100,6 @@ class RunOptions(DeviceOptions):
     )
     image_size: int | None = option(
         "Replaces the paper's 600 px, without --full.", shown="the recipe's", min=32
-    )
-    results: list[str] | None = option(
-        "COCO results of another detector on the val split, as a row of table2.",
-        shown=False,
-        metavar="NAME=FILE",
     )
 
 
@@ -126,7 +121,6 @@ def run(
 
     experiments = _find_experiments(name)
     _check_rows(name, experiments, options.row or ())
-    external = _external_results(options.results or [], [e.name for e in experiments])
     _check_lengths(options)
     trained = [e.name for e in experiments if any(row.trained for row in e.rows)]
     data = options.data
@@ -149,7 +143,7 @@ def run(
             steps=options.steps,
             seeds=options.seeds,
         )
-        trainings = _train(experiments, settings, folder, options, external)
+        trainings = _train(experiments, settings, folder, options)
     with progress("tables and figures") as show:
         outputs = write_outputs(experiments, folder, trainings, progress=show)
     _print(outputs, folder, json)
@@ -160,10 +154,10 @@ def run(
         raise typer.Exit(1)
 
 
-def work(task: Annotated[Path, typer.Argument(help="Task file, written by run.")]) -> None:
+def work(task: Annotated[str, typer.Argument(help="Settings as JSON, from run.")]) -> None:
     """Run one training of a plan; started by ``run``, which stops it by closing its input."""
     from retinanet.cli.training import describe_start
-    from retinanet.paper.work import Task, stop_when_input_closes
+    from retinanet.paper.work import stop_when_input_closes
     from retinanet.paper.work import work as do
 
     stop_when_input_closes()
@@ -174,22 +168,18 @@ def work(task: Annotated[Path, typer.Argument(help="Task file, written by run.")
         elif event.kind == "message":
             note(str(event.data["message"]))
 
-    code = do(Task.read(task), show)
+    code = do(**loads(task), on_event=show)
     if code:
         raise typer.Exit(code)
 
 
 def _train(
-    experiments: Sequence[Experiment],
-    settings: Settings,
-    out: Path,
-    options: RunOptions,
-    external: dict[str, Path],
+    experiments: Sequence[Experiment], settings: Settings, out: Path, options: RunOptions
 ) -> Trainings:
     """Check everything, then run the trainings of some experiments."""
     from retinanet.model.precision import choose_device
     from retinanet.paper.budget import with_budget
-    from retinanet.paper.outputs import Trainings, read_external
+    from retinanet.paper.outputs import Trainings
     from retinanet.paper.plan import check_networks, make_plan, read_data
     from retinanet.paper.run import Workers, run_plan
 
@@ -197,27 +187,37 @@ def _train(
     has_budget = not options.full and options.steps is None
     budget = _budget_seconds(options.budget or "20min") if has_budget else 0
     splits = read_data(settings)
-    metrics = read_external(external, splits)
     choose_device(device)
-    workers = Workers.default(
-        settings.data, out, jobs=options.jobs, device=device, full=options.full
-    )
+    workers = Workers.default(settings.data, out, jobs=options.jobs, device=device)
     if has_budget:
         note(f"measuring the speed of this machine, for a budget of {format_seconds(budget)}")
         settings = with_budget(budget, experiments, rows, settings, workers, splits)
     whole = make_plan(experiments, settings, splits)
-    plan = whole.only(rows) if rows else whole
+    plan = whole.only(rows)
     check_networks(plan, splits["train"].classes)
     workers = workers.limited_to(plan.trainings)
     _announce(plan, settings, workers)
     if settings.full:
         _confirm(plan, workers, options.yes)
+    total = len(plan.trainings)
+    ended = count(1)
+
+    def note_end(training: Training, result: Result, was_finished: bool) -> None:
+        line = f"[{next(ended)}/{total}] {training}: "
+        if result.status == "failed":
+            note(f"{line}failed: {result.note}", style="red")
+        elif result.metrics is None:
+            note(f"{line}diverged after {result.steps} steps", style="yellow")
+        else:
+            before = ", finished before" if was_finished else ""
+            note(f"{line}AP {100 * (result.metrics.get('ap') or 0.0):.1f}{before}")
+
     with progress("steps of all") as show:
-        trained = run_plan(plan, workers, _Reporter(len(plan.trainings), show))
+        trained = run_plan(plan, workers, note_end, show)
     # Rows that an earlier command trained are in the table too.
-    ended = workers.finished(whole.trainings) | trained
+    results = workers.finished(whole.trainings) | trained
     command = shlex.join(["retinanet", *sys.argv[1:]])
-    return Trainings(whole, ended, settings, splits, workers, metrics, command)
+    return Trainings(whole, results, settings, splits, workers, command)
 
 
 def _find_experiments(name: str) -> list[Experiment]:
@@ -255,23 +255,6 @@ def _budget_seconds(text: str) -> float:
         return parse_seconds(text)
     except ValueError:
         raise typer.BadParameter(f"invalid --budget {text!r}: use 90s, 20min or 2h") from None
-
-
-def _external_results(values: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
-    """Parse NAME=FILE of other detectors' results."""
-    if values and "table2" not in names:
-        raise typer.BadParameter("--results is only for table2, which lists other detectors")
-    files: dict[str, Path] = {}
-    for value in values:
-        name, _, file = value.partition("=")
-        if not (name and file):
-            raise typer.BadParameter(f"invalid --results {value!r}: use NAME=FILE")
-        if not Path(file).is_file():
-            raise typer.BadParameter(f"--results {name}: no such file: {file}")
-        if name in files:
-            raise typer.BadParameter(f"--results {name}: the name is used twice")
-        files[name] = Path(file)
-    return files
 
 
 def _announce(plan: Plan, settings: Settings, workers: Workers) -> None:
@@ -316,35 +299,6 @@ def _confirm(plan: Plan, workers: Workers, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise typer.BadParameter("not interactive: pass --yes to confirm")
     typer.confirm("start?", abort=True, err=True)
-
-
-class _Reporter:
-    """Prints the events of trainings."""
-
-    def __init__(self, num_trainings: int, show: Callable[[int, int], None]) -> None:
-        self._num_trainings = num_trainings
-        self._num_ended = 0
-        self._show = show
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "step":
-            self._show(event.steps, event.total)
-            return
-        if event.kind == "waiting":
-            note(f"waiting for {event.training}: another command is training it")
-            return
-        result = event.result
-        if result is None:
-            return
-        self._num_ended += 1
-        line = f"[{self._num_ended}/{self._num_trainings}] {event.training}: "
-        if result.status == "failed":
-            note(f"{line}failed: {result.note}", style="red")
-        elif result.metrics is None:
-            note(f"{line}diverged after {result.steps} steps", style="yellow")
-        else:
-            before = ", finished before" if event.kind == "skipped" else ""
-            note(f"{line}AP {100 * (result.metrics.get('ap') or 0.0):.1f}{before}")
 
 
 def _print(outputs: Outputs, folder: Path, json: bool) -> None:

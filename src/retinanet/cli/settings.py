@@ -6,13 +6,16 @@ A command takes such a group as one parameter; :func:`expand_groups` gives it on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from retinanet.config import load_with_keywords, recipe_names
+from retinanet.errors import ConfigError
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -23,6 +26,13 @@ Settings = Annotated[
         metavar="KEY=VALUE",
         help="Any setting, such as train.lr=0.005; train --show-recipe prints all.",
         show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, a checkpoint, an exported file, coco, torchvision/NAME or "
+        "hf://OWNER/NAME."
     ),
 ]
 LabelledData = Annotated[
@@ -152,14 +162,8 @@ class DetectorOptions(EngineOptions):
 
 
 def split_names(text: str) -> list[str]:
-    """Split names at commas; a name that contains a comma is quoted.
-
-    Raises:
-        ConfigError: there is no name.
-    """
+    """Split names at commas; a name that contains a comma is quoted."""
     import csv
-
-    from retinanet.errors import ConfigError
 
     names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row]
     if not all(names) or not names:
@@ -191,14 +195,7 @@ class TileOptions:
     )
 
     def given(self) -> dict[str, Any]:
-        """Return the arguments of a detector.
-
-        Raises:
-            ConfigError: ``--tile`` is neither ``auto``, ``none`` nor pixels, or ``--overlap`` has
-                no tile.
-        """
-        from retinanet.errors import ConfigError
-
+        """Return the arguments of a detector."""
         if self.overlap is not None and self.tile is None:
             raise ConfigError("--overlap is for tiles: give --tile too, or leave it out")
         tile: int | str | None = self.tile
@@ -221,7 +218,7 @@ class SplitOptions:
     )
 
 
-RECIPE_HELP = "Recipe: quick, finetune, paper_1x, paper_table2, demo, or a file."
+RECIPE_HELP = f"Recipe: {', '.join(recipe_names())}, or a file."
 """Help of the option ``--recipe``."""
 
 
@@ -233,22 +230,11 @@ class RecipeOptions:
     recipe: str = option(RECIPE_HELP, "quick")
     image_size: int | None = option("Shorter image side in pixels.", shown="the recipe's", min=32)
 
-    def load(self, overrides: Mapping[str, object] | None = None) -> Recipe:
-        """Load the recipe, and override it with `overrides`, the image size and the settings.
-
-        Args:
-            overrides: settings that have an option of their own; None: not given.
-
-        Raises:
-            ConfigError: a setting is unknown or out of range.
-        """
-        from retinanet.config import keyword_settings, load_recipe
-
-        values = {key: value for key, value in (overrides or {}).items() if value is not None}
-        if self.image_size is not None:
-            values |= keyword_settings(self.recipe, {"image_size": self.image_size})
-        options = [f"{key}={value}" for key, value in values.items()]
-        return load_recipe(self.recipe, [*options, *(self.settings or [])])
+    def load(self, **keywords: Any) -> Recipe:
+        """Load the recipe, and override it with `keywords`, the image size and the settings."""
+        values = {**keywords, "image_size": self.image_size}
+        given = {name: value for name, value in values.items() if value is not None}
+        return load_with_keywords(self.recipe, self.settings or [], given)
 
 
 def run_folder(model: str | Path) -> Path | None:

@@ -17,7 +17,7 @@ from retinanet.cli.console import (
     say,
     table,
 )
-from retinanet.cli.settings import DetectorOptions, Json, TileOptions, option
+from retinanet.cli.settings import DetectorOptions, Json, Model, TileOptions, option
 
 _SHOWN = 20  # images
 
@@ -39,10 +39,7 @@ class SuspectOptions:
 
 
 def suspects(
-    model: Annotated[
-        str,
-        typer.Argument(help="A run folder, a checkpoint, an exported file or a published name."),
-    ],
+    model: Model,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Labelled data; with --next images to label.")
     ],

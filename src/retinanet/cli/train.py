@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass
-from json import dumps
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ from retinanet.cli.training import (
     run_training,
     write_report,
 )
+from retinanet.errors import ConfigError
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Settings that have an option of their own."""
+    """Settings that have an option of their own, by the last part of their names."""
 
     backbone: str | None = option("Backbone: resnet18 to resnet152, mobilenet_v2, timm/NAME, ...")
     backbone_weights: str | None = option(
@@ -46,7 +46,7 @@ class TrainingOptions:
     class_map: str | None = option(
         "TOML or JSON file of class names: NAME IN DATA = NAME IN THE DETECTOR of --init."
     )
-    epochs: float | None = option("Exact number of epochs.", min=0)
+    epochs: float | None = option("Exact number of epochs.")
     steps: int | None = option("Exact number of steps.", min=1)
     time: str | None = option(
         "Time limit of the whole command, such as 20min: as many steps as this machine can do.",
@@ -63,36 +63,14 @@ class TrainingOptions:
     precision: str | None = option("Training precision: auto, float32, bf16 or fp16.")
     seed: int | None = option("Random seed.")
 
-    def overrides(self) -> dict[str, Any]:
-        """Return the settings by key.
-
-        Raises:
-            ConfigError: ``--time`` has no unit.
-        """
-        from retinanet.config import EXACT_EPOCHS
-        from retinanet.errors import ConfigError
-
+    def keywords(self) -> dict[str, Any]:
+        """Return the settings by the last part of their names."""
         if self.time is not None and self.time.isdecimal():
             raise ConfigError(
                 f"--time {self.time} has no unit: give {self.time}min, or {self.time}s"
             )
-        # A list or a text in JSON is one in TOML.
-        classes = None if self.classes is None else dumps(split_names(self.classes))
-        return {
-            "model.backbone": self.backbone,
-            "model.backbone_weights": self.backbone_weights,
-            "train.init": self.init and dumps(self.init),
-            "train.init_partial": "true" if self.init_partial else None,
-            "train.class_map": self.class_map and dumps(self.class_map),
-            "train.epochs": self.epochs,
-            "train.steps": self.steps,
-            "train.time": self.time,
-            "train.batch_size": self.batch_size,
-            "data.classes": classes,
-            "train.precision": self.precision,
-            "train.seed": self.seed,
-            **(EXACT_EPOCHS if self.epochs is not None else {}),
-        }
+        classes = None if self.classes is None else split_names(self.classes)
+        return {**vars(self), "classes": classes, "init_partial": self.init_partial or None}
 
 
 @dataclass(frozen=True)
@@ -103,9 +81,8 @@ class RunOptions(DeviceOptions):
         "Run folder; an unfinished run in it is resumed.", shown="runs/NAME of DATA"
     )
     more_epochs: float | None = option(
-        "Train the finished run in --out further, with a schedule of its own.", min=0
+        "Train the finished run in --out further, with a schedule of its own."
     )
-    more_time: str | None = option("The same for a time, such as 10min.", metavar="DURATION")
     overfit: int | None = option(
         "Learn N images without augmentation to test the whole pipeline; exit code 1 if they are "
         "not learned.",
@@ -122,7 +99,8 @@ def train(
         Path | None,
         typer.Argument(
             metavar="DATA",
-            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...",
+            help="A labelled folder or file: COCO, VOC, YOLO, CSV, WebDataset shards, ...; "
+            "of a run in --out by default its own.",
             show_default=False,
         ),
     ] = None,
@@ -137,10 +115,16 @@ def train(
     Ctrl-C stops after the current step; the same command resumes the run.
     """
     started = command_start()
-    config = recipe.load(training.overrides())
+    if data is not None and "=" in str(data) and not data.exists():  # the first setting
+        recipe, data = replace(recipe, settings=[str(data), *(recipe.settings or [])]), None
+    config = recipe.load(**training.keywords())
     if run.show_recipe:
         _show_recipe(config, data)
         return
+    if data is None and run.out is not None:
+        from retinanet.training.run_folder import RunFolder
+
+        data = RunFolder(run.out).stored_data()
     if data is None:
         raise typer.BadParameter("name the data to train on: retinanet train DATA")
     if run.overfit is not None:
@@ -149,11 +133,10 @@ def train(
         )
         _show_overfit(result, json=json)
         raise typer.Exit(result.exit_code)
-    from retinanet.training.run_folder import Extension
-
     folder = run.out or Path("runs") / (data.resolve().stem or "run")
-    more = Extension.of(run.more_epochs, run.more_time)
-    trained = run_training(config, data, folder, device=run.device, started=started, more=more)
+    options: dict[str, Any] = {"device": run.device, "started": started}
+    options["more_epochs"] = run.more_epochs
+    trained = run_training(config, data, folder, **options)
     from accelerate import PartialState  # training has imported it
 
     if not PartialState().is_main_process:

@@ -37,16 +37,7 @@ def run_training(
     title: str = "training",
     **options: Any,
 ) -> Run:
-    """Train with a progress bar.
-
-    Args:
-        recipe, data, folder: as for :func:`retinanet.training.trainer.train`.
-        title: in front of the progress bar.
-        options: of the same function.
-
-    Raises:
-        typer.Exit: Ctrl-C (130) or SIGTERM (143) stopped it; the state is saved.
-    """
+    """Train with a progress bar."""
     from retinanet.training.trainer import train
 
     with _Display(title) as display:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +83,7 @@ def tune(
         command = shlex.join(words)
     if json:
         values = {"out": folder, "command": command, "best": best and best.number}
-        print_json({**values, "trials": [_row(trial) for trial in result.trials]})
+        print_json({**values, "trials": [asdict(trial) for trial in result.trials]})
     else:
         names = [own.setting for own in ranges]
         ranked = sorted(result.trials, key=lambda t: (t is not best, t.state != "complete", -t.ap))
@@ -100,14 +100,9 @@ def tune(
         if best is not None:
             say(f"run      {folder / 'trials' / f'{best.number:03}'}: config.toml, best/")
             say(f"next     {command}")
-    if result.stopped:
+    if result.exit_code:
         raise typer.Exit(result.exit_code)
 
 
 def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _row(trial: Any) -> dict[str, Any]:
-    names = ("number", "state", "ap", "seconds", "values")
-    return {name: getattr(trial, name) for name in names}

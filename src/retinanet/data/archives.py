@@ -1,16 +1,13 @@
 """Read images inside tar archives in place: ``train-000000.tar/KEY.jpg`` is a path like any other.
 
-A member of a tar is stored as is, so that its offset and size suffice to read it. They come from an
-index beside the archive (``train-000000.index.json``), else from its headers. The archive may be a
-local file or at an fsspec address (``s3://bucket/train-000000.tar``), of which only the bytes of
-the member are fetched. A file is opened per read, so nothing is shared between threads and forked
-processes.
+A member of a tar is stored as is, so that its offset and size, which the archive's headers state,
+suffice to read it. The archive may be a local file or at an fsspec address
+(``s3://bucket/train-000000.tar``), of which only the bytes of the member are fetched. A file is
+opened per read, so nothing is shared between threads and forked processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import tarfile
@@ -18,23 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from retinanet.errors import DataError, ImageError
-from retinanet.files import write_atomic
+from retinanet.errors import DataError, ImageError, MissingExtraError
 
 SUFFIX = ".tar"
 """Lower-case suffix of archives. A compressed one cannot be read in place."""
 
-INDEX_SUFFIX = ".index.json"
-"""Suffix of the index beside an archive, in place of its own."""
-
-_BLOCK = tarfile.BLOCKSIZE
 _INSIDE = re.compile(r"\.tar(?=[\\/]+(.+))", re.IGNORECASE | re.DOTALL)
 _REMOTE = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")  # one letter is a drive of Windows
-_MAX_RANGES = 256  # per request to a remote store
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
+_BLOCK = 1 << 23  # bytes per read of a remote archive's headers; s3fs reads 50 MB by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +38,6 @@ class Member:
         name: its name there, with ``/`` between folders.
         offset: of its first byte in the archive.
         size: bytes.
-        digest: of its bytes as :func:`digest_of` computes it; empty if unknown.
         content: its bytes, if they were fetched already.
     """
 
@@ -54,29 +45,18 @@ class Member:
     name: str
     offset: int
     size: int
-    digest: str = ""
     content: bytes | None = field(default=None, repr=False, compare=False)
 
     def __fspath__(self) -> str:
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """Read its bytes."""
-        return next(read_members([self])) if self.content is None else self.content
+        """Read its bytes.
 
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """The members of an archive by name, in its order.
-
-    Attributes:
-        repeated: names that occur more than once; `members` has the first.
-        indexed: whether they come from an index, rather than from the headers.
-    """
-
-    members: Mapping[str, Member]
-    repeated: tuple[str, ...]
-    indexed: bool
+        Raises:
+            ImageError: they cannot be read.
+        """
+        return read_members([self])[0] if self.content is None else self.content
 
 
 # ---- addresses
@@ -98,6 +78,69 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return _REMOTE.match(os.fspath(path)) is not None
 
 
+def open_files(address: str) -> tuple[Any, str]:
+    """Return fsspec's file system of an address or a path, and the path in it.
+
+    Listings are not cached: they grow with the data, and other machines write there too.
+
+    Raises:
+        MissingExtraError: huggingface_hub is not installed, for an ``hf://`` address.
+        DataError: an unknown kind of address, or its package is not installed.
+    """
+    import fsspec
+
+    scheme = address.partition("://")[0]
+    try:
+        files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        if scheme == "hf":
+            raise MissingExtraError("huggingface_hub", "hub") from None
+        package = _PACKAGES.get(scheme)
+        how = f"pip install {package}" if package else one_line(error)
+        raise DataError(
+            f"{address}: the package for {scheme}:// addresses is not installed: {how}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{address}: {one_line(error)}") from None
+    return files, str(path)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _accessing(address: str) -> Iterator[tuple[Any, str]]:
+    """Yield :func:`open_files`; what a store raises, except for a missing file, is a DataError."""
+    try:
+        yield open_files(address)
+    except (FileNotFoundError, NotADirectoryError, DataError, MissingExtraError):
+        raise
+    except Exception as error:  # each store has its own
+        raise DataError(f"{address}: cannot be accessed: {one_line(error)}") from None
+
+
+def read_file(address: str) -> bytes:
+    """Read a whole file."""
+    with _accessing(address) as (files, path):
+        return bytes(files.cat_file(path))
+
+
+def list_names(address: str) -> list[str]:
+    """Return the names in a folder, sorted; empty if it is no folder."""
+    try:
+        with _accessing(address) as (files, path):
+            listed = [str(entry).strip("/") for entry in files.ls(path, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    # Some stores list the folder itself.
+    return sorted({entry.rpartition("/")[2] for entry in listed if entry != path.strip("/")})
+
+
+# ---- members
+
+
 def archive_of(path: str | os.PathLike[str]) -> str | None:
     """Return the address of the archive that a path leads into, or None."""
     inside = _split(path)
@@ -109,7 +152,7 @@ def find_member(path: str | os.PathLike[str]) -> Member | None:
 
     Raises:
         ImageError: the archive has no such member.
-        DataError: the archive or its index cannot be read.
+        DataError: the archive cannot be read.
     """
     if isinstance(path, Member):
         return path
@@ -117,7 +160,7 @@ def find_member(path: str | os.PathLike[str]) -> Member | None:
     if inside is None:
         return None
     archive, name = inside
-    member = contents_of(archive).members.get(name)
+    member = members_of(archive).get(name)
     if member is None:
         raise ImageError(f"{archive}/{name}: there is no {name!r} in this archive")
     return member
@@ -126,7 +169,7 @@ def find_member(path: str | os.PathLike[str]) -> Member | None:
 def is_image_file(path: Path) -> bool:
     """Whether a file exists, also inside an archive."""
     inside = _split(path)
-    return path.is_file() if inside is None else inside[1] in contents_of(inside[0]).members
+    return path.is_file() if inside is None else inside[1] in members_of(inside[0])
 
 
 def read_image_file(path: Path) -> bytes:
@@ -151,94 +194,39 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     return None
 
 
-# ---- files and folders, here or remote
+def read_members(members: Sequence[Member]) -> list[bytes]:
+    """Read members of archives of one store, in parallel where it is remote.
 
-
-def read_file(address: str) -> bytes:
-    """Read a whole file."""
-    with _open_store(address) as (system, path):
-        return bytes(system.cat_file(path))
-
-
-def list_names(address: str) -> list[str]:
-    """Return the names in a folder, sorted; empty if it is no folder."""
-    try:
-        with _open_store(address) as (system, path):
-            paths = [str(listed).rstrip("/") for listed in system.ls(path, detail=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted({listed.rpartition("/")[2] for listed in paths if listed != path.rstrip("/")})
-
-
-@contextmanager
-def _open_store(address: str) -> Iterator[tuple[Any, str]]:
-    """Yield fsspec's file system of an address, and the path in it.
-
-    What a store raises becomes a DataError of one line, except for a missing file.
+    Raises:
+        ImageError: a member cannot be read.
     """
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(address)
-        yield system, str(path)
-    except (FileNotFoundError, NotADirectoryError, DataError):
-        raise
-    except (ImportError, ValueError) as error:  # it names the package to install
-        raise DataError(f"{address}: {_one_line(error)}") from None
-    except Exception as error:  # each store has its own
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise DataError(f"{address}: cannot be read: {reason}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-# ---- reading
-
-
-def read_members(members: Sequence[Member]) -> Iterator[bytes]:
-    """Read members of one archive, or of several of one remote store."""
-    if members and is_remote(members[0].archive):
-        for first in range(0, len(members), _MAX_RANGES):
-            chunk = members[first : first + _MAX_RANGES]
-            for member, data in zip(chunk, _fetch(chunk), strict=True):
-                yield _checked(member, data)
-        return
-    for member in members:
-        try:
-            with open(member.archive, "rb", buffering=0) as file:
-                file.seek(member.offset - _BLOCK)
-                data = file.read(_BLOCK + member.size)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ImageError(f"{os.fspath(member)}: cannot be read: {reason}") from None
-        yield _checked(member, data)
-
-
-def _fetch(members: Sequence[Member]) -> list[bytes]:
-    """Fetch members of remote archives in parallel, each with the header before it."""
-    starts = [member.offset - _BLOCK for member in members]
+    if not members:
+        return []
     ends = [member.offset + member.size for member in members]
     try:
-        with _open_store(members[0].archive) as (system, _):
+        with _accessing(members[0].archive) as (files, _):
             from fsspec.core import strip_protocol
 
             paths = [strip_protocol(member.archive) for member in members]
-            results = list(system.cat_ranges(paths, starts, ends, on_error="return"))
+            offsets = [member.offset for member in members]
+            contents = list(files.cat_ranges(paths, offsets, ends, on_error="return"))
     except (DataError, OSError) as error:
-        raise ImageError(_one_line(error)) from None
-    for member, result in zip(members, results, strict=True):
-        if isinstance(result, Exception):
-            reason = f"{type(result).__name__}: {_one_line(result)}"
-            raise ImageError(f"{os.fspath(member)}: cannot be read: {reason}") from None
-    return results
+        raise ImageError(one_line(error)) from None
+    for member, content in zip(members, contents, strict=True):
+        if isinstance(content, Exception):
+            reason = f"{type(content).__name__}: {one_line(content)}"
+        elif len(content) < member.size:
+            reason = "its archive is cut off; copy it again"
+        else:
+            continue
+        raise ImageError(f"{os.fspath(member)}: cannot be read: {reason}")
+    return contents
 
 
 def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
     """Return the same files; members in remote archives with their bytes, fetched together."""
     remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
-    contents: dict[str | Member, bytes] = dict(zip(remote, read_members(remote), strict=True))
+    contents = dict(zip(remote, read_members(remote), strict=True))
     return [
         replace(file, content=contents[file])
         if isinstance(file, Member) and file in contents
@@ -247,129 +235,50 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
     ]
 
 
-def _checked(member: Member, data: bytes) -> bytes:
-    """Return the bytes of a member without its header, which must state its name and size.
-
-    So an index of another archive is detected.
-    """
-    try:
-        header = tarfile.TarInfo.frombuf(data[:_BLOCK], "utf-8", "surrogateescape")
-        name, size = _plain_name(header.name), header.size
-    except tarfile.HeaderError:
-        name, size = "", -1
-    # A header states other names only in part: of 100 bytes or more, or not ASCII.
-    is_whole_name = len(name) < 90 and member.name.isascii()
-    is_other = is_whole_name and name != member.name
-    if size != member.size or is_other or len(data) != _BLOCK + member.size:
-        raise ImageError(
-            f"{os.fspath(member)}: is not at byte {member.offset} of the archive, which is cut off "
-            f"or has changed since its index was made; copy it again, or delete "
-            f"{index_of(member.archive)} to do without"
-        )
-    return data[_BLOCK:]
-
-
-# ---- contents
-
-
-def index_of(archive: str) -> str:
-    """Return the address of the index beside an archive."""
-    return f"{archive[: -len(SUFFIX)]}{INDEX_SUFFIX}"
-
-
-def digest_of(content: bytes) -> str:
-    """Hexadecimal blake2b of 16 bytes."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def contents_of(archive: str) -> Contents:
-    """Return the contents of an archive, by its index if it has one.
+def members_of(archive: str) -> Mapping[str, Member]:
+    """Return the members of an archive by name, in its order; of a repeated name the last.
 
     Raises:
-        DataError: there is no such archive, it is cut off or no tar, or its index does not fit it.
+        DataError: there is no such archive, it is cut off, or it is no tar.
     """
-    if is_remote(archive):
-        return _contents(archive, None)
-    try:
-        stat = os.stat(archive)
-    except OSError as error:
-        raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
-    try:
-        of_index = os.stat(index_of(archive)).st_mtime_ns
-    except OSError:
-        of_index = 0
-    return _contents(archive, (stat.st_size, stat.st_mtime_ns, of_index))
+    stamp = None
+    if not is_remote(archive):
+        try:
+            stat = os.stat(archive)
+        except OSError as error:
+            raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
+        stamp = (stat.st_size, stat.st_mtime_ns)
+    return _members(archive, stamp)
 
 
 @lru_cache(maxsize=256)
-def _contents(archive: str, stamp: tuple[int, ...] | None) -> Contents:
+def _members(archive: str, stamp: tuple[int, int] | None) -> Mapping[str, Member]:
+    """Read the headers of an archive; `stamp` changes with the file."""
     try:
-        content = read_file(index_of(archive))
-    except FileNotFoundError:
-        content = None
-    try:
-        with _open_store(archive) as (system, path):
-            if content is not None:
-                size = stamp[0] if stamp else int(system.info(path)["size"])
-                listed = _read_index(archive, content, size)
-            else:
-                with system.open(path, "rb", block_size=1 << 16) as file:
-                    listed = _read_headers(archive, file)
+        with (
+            _accessing(archive) as (files, path),
+            files.open(path, "rb", block_size=_BLOCK) as file,
+        ):
+            return _read_headers(archive, file)
     except FileNotFoundError:
         raise DataError(f"{archive}: there is no such file") from None
+
+
+def _read_headers(archive: str, file: IO[bytes]) -> dict[str, Member]:
     members: dict[str, Member] = {}
-    repeated: dict[str, None] = {}
-    for member in listed:
-        if ".." in PurePosixPath(member.name).parts:
-            raise DataError(f"{archive}: {member.name!r} would lie outside of it")
-        if members.setdefault(member.name, member) is not member:
-            repeated[member.name] = None
-    return Contents(members, tuple(repeated), content is not None)
-
-
-def _read_index(archive: str, content: bytes, size: int) -> list[Member]:
-    """Return the members that an index of an archive of `size` bytes lists."""
-    index = index_of(archive)
-    try:
-        stated = json.loads(content)
-        known = int(stated["bytes"])
-        members = [
-            Member(archive, _plain_name(str(name)), int(offset), int(length), str(digest))
-            for name, offset, length, digest in stated["members"]
-        ]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"{index}: is no index of an archive ({type(error).__name__}: {error}); delete it to "
-            f"do without"
-        ) from None
-    if known != size:
-        raise DataError(
-            f"{archive}: has {size} bytes, and {known} when its index was made: it is cut off or "
-            f"has changed; copy it again, or delete {index} to do without"
-        )
-    for member in members:
-        if member.offset < _BLOCK or member.size < 0 or member.offset + member.size > size:
-            raise DataError(
-                f"{index}: says that {member.name} has {member.size} bytes from byte "
-                f"{member.offset} on, in an archive of {size}; delete it to do without"
-            )
-    return members
-
-
-def _read_headers(archive: str, file: IO[bytes]) -> list[Member]:
-    """Return the members of an archive by its headers."""
-    members: list[Member] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 if info.size < 0:  # an endless loop
                     raise tarfile.ReadError("a negative size")
                 if info.isreg() and not info.issparse():
-                    name = _plain_name(info.name)
-                    members.append(Member(archive, name, info.offset_data, info.size))
+                    name = str(PurePosixPath(info.name)).lstrip("/")
+                    if ".." in PurePosixPath(name).parts:
+                        raise DataError(f"{archive}: {name!r} would lie outside of it")
+                    members[name] = Member(archive, name, info.offset_data, info.size)
             end = tar.offset
         file.seek(end)
-        whole = file.read(_BLOCK) == bytes(_BLOCK)
+        whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     # The others are of sizes that no machine has.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         if not members:
@@ -379,45 +288,6 @@ def _read_headers(archive: str, file: IO[bytes]) -> list[Member]:
             ) from None
         whole = False
     if not whole:
-        last = f"after {members[-1].name}" if members else "before its first file"
+        last = f"after {next(reversed(members))}" if members else "before its first file"
         raise DataError(f"{archive}: is cut off or damaged {last}; copy it again")
     return members
-
-
-def _plain_name(name: str) -> str:
-    """``./a/b`` as ``a/b``."""
-    return str(PurePosixPath(name)).lstrip("/")
-
-
-# ---- writing
-
-
-class ArchiveWriter:
-    """Writes an archive, and its index when closed; reproducible to the byte."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._tar = tarfile.open(path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115  # until close()
-        self._members: list[tuple[str, int, int, str]] = []
-
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._tar.offset
-
-    def add(self, name: str, content: bytes) -> None:
-        """Add a file."""
-        info = tarfile.TarInfo(name)  # no times, no owner
-        info.size = len(content)
-        self._tar.addfile(info, BytesIO(content))
-        blocks = -(-len(content) // _BLOCK)
-        offset = self._tar.offset - blocks * _BLOCK
-        self._members.append((name, offset, len(content), digest_of(content)))
-
-    def close(self) -> None:
-        """Write the end of the archive, and the index."""
-        self._tar.close()
-        lines = ",\n".join(json.dumps(member) for member in self._members)
-        size = self._path.stat().st_size
-        head = f'{{"archive": {json.dumps(self._path.name)}, "bytes": {size}, "members": [\n'
-        write_atomic(index_of(str(self._path)), f"{head}{lines}\n]}}\n")

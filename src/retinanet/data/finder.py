@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -160,7 +160,9 @@ class Tree:
     def _by_suffix(self) -> dict[str, list[Path]]:
         groups: dict[str, list[Path]] = defaultdict(list)
         for file in self.label_files:
-            groups[file.suffix.lower()].append(file)
+            suffix = file.suffix.lower()
+            is_json = suffix == ".gz" and Path(file.stem).suffix.lower() == ".json"
+            groups[".json" if is_json else suffix].append(file)
         return dict(groups)
 
     def split_of(self, file: Path, *, by_name: bool = False) -> str:
@@ -340,35 +342,6 @@ class LabelSet:
 
 Item = tuple[str, tuple[tuple[float, ...], ...]]
 """The name of an image with its folder, and its boxes."""
-
-
-def keep_whole(
-    groups: Mapping[str, list[Path]], items_of: Callable[[Path], frozenset[Item]], notes: list[str]
-) -> dict[str, list[Path]]:
-    """Leave out label files whose labels are all in other files: a subset beside the whole.
-
-    Files without a split whose labels are those of the splits are left out, and of each split the
-    smaller files; each adds a line to `notes`.
-    """
-    kept: dict[str, list[Path]] = {}
-    for split in sorted(groups, key=lambda name: name == ""):
-        files = groups[split]
-        if len(files) == 1 and (split or len(groups) == 1):
-            kept[split] = files
-            continue
-        items = {file: items_of(file) for file in files}
-        known: set[Item] = set()
-        if split == "":
-            known.update(*(items_of(file) for group in kept.values() for file in group))
-        for file in sorted(files, key=lambda file: -len(items[file])):
-            if items[file] and items[file] <= known:
-                notes.append(f"{file}: the labels of its {len(items[file])} images are in others")
-            else:
-                kept.setdefault(split, []).append(file)
-                known |= items[file]
-        if split in kept:
-            kept[split].sort()
-    return kept
 
 
 def relative(path: Path, top: Path) -> str:

@@ -9,10 +9,8 @@ of an epoch are drawn from (seed, epoch), rare classes more often (:mod:`retinan
 The images that a mosaic, copy-paste or mixup adds to an image (:mod:`retinanet.data.augment`) are
 drawn from its epoch, by its generator.
 
-For data in shards (:mod:`retinanet.data.formats.webdataset`) there is another order, in which each
-process reads shards of its own, a few at a time. All of the above holds but the last: the order of
-an epoch depends on the number of processes and on the images per process. What is mixed into an
-image is drawn from those that the process has read shortly before.
+For data in shards (:mod:`retinanet.data.formats.webdataset`) the order of an epoch may be that of
+the shards, shuffled, with the images of a few of them shuffled together.
 """
 
 from __future__ import annotations
@@ -24,12 +22,11 @@ import random
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +70,7 @@ _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
 _READ_IN_WINDOWS = (".tif", ".tiff")  # with tiles: not cached, as only the tile is decoded
 
-_RECENT_IMAGES = 64  # of a process: with shards, what is mixed into an image is drawn from these
+_RECENT_IMAGES = 64  # with shards, what is mixed into an image is drawn from these before it
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -222,9 +219,8 @@ def train_loader(
         config: image sizes, augmentation (:class:`~retinanet.data.transforms.Transform`) and order.
             With ``any_corner`` each image is aligned with a random corner of the batch: a network
             that sees padding only below and at the right misses objects there in images without.
-            With the order ``shards`` the shards are shuffled and split among the processes into
-            pieces of as many images as each takes of that epoch, and the images of ``shard_window``
-            shards at a time are shuffled together. Every image still occurs once per epoch.
+            With the order ``shards`` the shards are shuffled, and the images of ``shard_window``
+            shards at a time are shuffled together.
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
@@ -252,7 +248,7 @@ def train_loader(
     _check(dataset, batch_size, workers, rank, world_size)
     shards = None
     if config.order == "shards":
-        shards = _shards(dataset, config.shard_window, batch_size, world_size)
+        shards = _shard_numbers(dataset)
     cache, message = build_cache(dataset, config.cache)
     end = torch.tensor(steps.stop).share_memory_()  # type: ignore[no-untyped-call]
     batches = _TrainBatches(
@@ -360,34 +356,17 @@ class _Images:
 def _record(image: LabelledImage) -> bytes:
     file: str | archives.Member = str(image.path)
     with suppress(DataError):  # reading it raises
-        member = archives.find_member(image.path)
-        file = replace(member, digest="") if member else file
+        file = archives.find_member(image.path) or file
     boxes = np.array([a.box for a in image.annotations], np.float32)
     labels = np.array([IGNORED if a.ignored else a.label for a in image.annotations], np.int64)
     return pickle.dumps((file, image.window, boxes.tobytes(), labels.tobytes()))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Shards:
-    """The images by shard, and how they are split among processes.
-
-    Attributes:
-        images: (N,) indices, shard after shard.
-        ends: (S + 1,) start and end of each shard in them.
-        window: shards that are shuffled together.
-        batch_size, world_size: images per batch and process, and number of processes.
-    """
-
-    images: Tensor
-    ends: Tensor
-    window: int
-    batch_size: int
-    world_size: int
-
-
-def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> _Shards:
-    by_shard: dict[str, list[int]] = {}
-    for index, image in enumerate(dataset.images):
+def _shard_numbers(dataset: Dataset) -> Tensor:
+    """Return the number of each image's shard."""
+    numbers: dict[str, int] = {}
+    found = []
+    for image in dataset.images:
         archive = archives.archive_of(image.path)
         if archive is None:
             raise DataError(
@@ -395,10 +374,8 @@ def _shards(dataset: Dataset, window: int, batch_size: int, world_size: int) -> 
                 f'"retinanet data convert {dataset.source} DIR --to webdataset", or leave '
                 f"data.order as it is"
             )
-        by_shard.setdefault(archive, []).append(index)
-    images = torch.tensor(list(chain.from_iterable(by_shard.values())))
-    ends = torch.tensor([0, *accumulate(map(len, by_shard.values()))])
-    return _Shards(images, ends, window, batch_size, world_size)
+        found.append(numbers.setdefault(archive, len(numbers)))
+    return torch.tensor(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +405,7 @@ class _TrainBatches(TorchDataset[Any]):
     rank: int
     world_size: int
     fill: tuple[float, ...]
-    shards: _Shards | None
+    shards: Tensor | None
     repeats: RepeatFactors | None
     function: UserTransform | None
     end: Tensor
@@ -487,10 +464,8 @@ class _TrainBatches(TorchDataset[Any]):
         """Draw the position of an image to mix into the one at `position`."""
         if self.shards is None:
             return position - position % self._epoch_size + draw.randrange(self._epoch_size)
-        # One that this process reads too, from shards that it has read shortly before.
-        back = draw.randint(1, max(1, _RECENT_IMAGES // self.batch_size))
-        offset = back * self.batch_size * self.world_size
-        return position - offset if offset <= position else position + offset
+        back = draw.randint(1, _RECENT_IMAGES)
+        return position - back if back <= position else position + back
 
     def _sample(
         self, plan: _Plan, reader: _Reader, transform: Transform, shorter: int
@@ -525,7 +500,9 @@ class _TrainBatches(TorchDataset[Any]):
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
         epoch, position = divmod(position, self._epoch_size)
-        index = _order(self.seed, epoch, len(self.images), self.shards, self.repeats)[position]
+        window = self.config.shard_window
+        order = _order(self.seed, epoch, len(self.images), self.shards, window, self.repeats)
+        index = order[position]
         # The repetitions of an image in an epoch are augmented differently.
         repetition = "" if self.repeats is None else f" {position}"
         return index, random.Random(f"{self.seed} image {epoch} {index}{repetition}")
@@ -568,39 +545,29 @@ class _EvalBatches(TorchDataset[Any]):
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(
-    seed: int, epoch: int, count: int, shards: _Shards | None, repeats: RepeatFactors | None
+    seed: int,
+    epoch: int,
+    count: int,
+    shards: Tensor | None,
+    window: int,
+    repeats: RepeatFactors | None,
 ) -> Sequence[int]:
-    """Return the images of an epoch in order; random.Random gives the same on every platform.
-
-    Of shards, each process takes the same positions of the epoch as in any order, and finds the
-    images of its own piece there: so steps, epochs and resuming are those of the order by images.
-    """
+    """Return the images of an epoch in order; random.Random gives the same on every platform."""
+    draw = random.Random(f"{seed} epoch {epoch}")
     if shards is None:
-        draw = random.Random(f"{seed} epoch {epoch}")
         order = list(range(count)) if repeats is None else repeats.draw(draw)
         draw.shuffle(order)
         return order
-    ends, images = shards.ends.tolist(), shards.images.tolist()
-    order = list(range(len(ends) - 1))
-    random.Random(f"{seed} shards {epoch}").shuffle(order)
-    sequence = iter([(s, i) for s in order for i in images[ends[s] : ends[s + 1]]])
-    first = epoch * count
-    ranks = [p // shards.batch_size % shards.world_size for p in range(first, first + count)]
-    counts = Counter(ranks)
-    pieces: list[Iterator[int]] = []
-    for rank in range(shards.world_size):
-        draw = random.Random(f"{seed} windows {epoch} {rank}")
-        windows: list[list[int]] = []
-        met: dict[int, None] = {}
-        for shard, image in islice(sequence, counts[rank]):
-            if shard not in met and len(met) % shards.window == 0:
-                windows.append([])
-            met[shard] = None
-            windows[-1].append(image)
-        for window in windows:
-            draw.shuffle(window)
-        pieces.append(chain.from_iterable(windows))
-    return [next(pieces[rank]) for rank in ranks]
+    by_shard: list[list[int]] = [[] for _ in range(int(shards.max()) + 1)]
+    for image, shard in enumerate(shards.tolist()):
+        by_shard[shard].append(image)
+    draw.shuffle(by_shard)
+    order = []
+    for first in range(0, len(by_shard), window):
+        images = list(chain.from_iterable(by_shard[first : first + window]))
+        draw.shuffle(images)
+        order += images
+    return order
 
 
 @dataclass(frozen=True, slots=True, eq=False)

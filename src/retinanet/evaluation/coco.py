@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import hotcoco
@@ -54,7 +53,6 @@ def evaluate_detections(
     *,
     max_detections: int | None = None,
     detections_per_image: int | None = None,
-    temperature: float = 1.0,
     analysis: bool = True,
 ) -> Metrics:
     """Compute COCO's metrics of the detections of a data set.
@@ -69,8 +67,6 @@ def evaluate_detections(
             :func:`max_detections_for`: COCO's 100 unless an image has more objects.
         detections_per_image: the detector's own limit over all classes; None: unknown. It only
             enters :attr:`Metrics.objects_over_limit`.
-        temperature: with which the scores are calibrated. It only enters
-            :attr:`Calibration.uncalibrated_error`.
         analysis: also analyse the errors, a third of the time; else ``errors``, ``confusion`` and
             ``calibration`` are empty.
 
@@ -93,12 +89,6 @@ def evaluate_detections(
     confusion, calibration = Confusion((), (), math.nan), Calibration(math.nan, math.nan, ())
     if analysis:
         errors, calibration = _errors(evaluator), _calibration(evaluator)
-        if temperature != 1:
-            table = table.copy()
-            odds = 1 / table[:, 5].clip(min=1e-12) - 1  # against
-            table[:, 5] = 1 / (1 + odds**temperature)
-            before = _calibration(_run(dataset, truth, table, max_detections))
-            calibration = replace(calibration, uncalibrated_error=before.expected_error)
         confusion = _confusion(evaluator, dataset, 0.0 if math.isnan(best_score) else best_score)
     return Metrics(
         **_summary(evaluator, max_detections),

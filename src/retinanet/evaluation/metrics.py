@@ -126,13 +126,11 @@ class Calibration:
             weighted by detections.
         largest_error: largest difference of a bin.
         bins: ten bins of equal width.
-        uncalibrated_error: ECE of the scores before ``detect.temperature``; NaN: that is 1.
     """
 
     expected_error: Number
     largest_error: Number
     bins: tuple[CalibrationBin, ...]
-    uncalibrated_error: Number = NAN
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class Predictions:
         unreadable: error message by path of the other images.
         images_per_second: loading, network and post-processing together.
         loss_classification, loss_box: as in :class:`~retinanet.evaluation.metrics.Metrics`.
+        detections_per_image: limit of the detector; None: unknown.
     """
 
     results: Results
@@ -48,6 +49,7 @@ class Predictions:
     images_per_second: float
     loss_classification: float | None = None
     loss_box: float | None = None
+    detections_per_image: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -58,6 +60,7 @@ class Predictions:
 
     def evaluate(self, **options: Any) -> Metrics:
         """Compute the metrics; options as for :func:`evaluate_detections`."""
+        options = {"detections_per_image": self.detections_per_image, **options}
         return replace(
             evaluate_detections(self.results.dataset, self.results, **options),
             loss=self.loss,
@@ -150,14 +153,7 @@ def run_batches(
     progress: Progress | None = None,
     **loading: Any,
 ) -> Predictions:
-    """Load every image once, and call `detect` with batches of images of one padded size.
-
-    Args:
-        detect: from a batch on `device` to the detections in each of its images.
-        dataset, device, batch_size, label_map, progress: as in :func:`run_inference`.
-        network: for one that several threads run (:func:`map_network`), which `detect` calls.
-        loading: further arguments of :func:`~retinanet.data.loading.eval_loader`.
-    """
+    """Load every image once, and call `detect` with batches of images of one padded size."""
     collected = _Collector(dataset, label_map, progress)
     images: Iterator[Batch] = iter(())
     if len(dataset):
@@ -181,16 +177,7 @@ def run_detector(
     progress: Progress | None = None,
     **options: Any,
 ) -> Predictions:
-    """Run a detector over a data set: tiles and exported files, without a loss.
-
-    Args:
-        detector: any.
-        dataset, label_map, progress: as in :func:`run_inference`.
-        options: of :meth:`Detector.stream`.
-
-    Raises:
-        DataError: as for :func:`run_inference`.
-    """
+    """Run a detector over a data set: tiles and exported files, without a loss."""
     collected = _Collector(dataset, label_map, progress)
     paths = [image.path for image in dataset.images]
     for index, output in enumerate(detector.stream(paths, **options)):

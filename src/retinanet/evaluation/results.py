@@ -257,11 +257,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _parse_rows(rows: Sequence[Any], results: Results, where: str) -> NDArray[np.float64]:
-    """Convert the rows of a results file to a table.
-
-    Raises:
-        DataError: for the first wrong row.
-    """
+    """Convert the rows of a results file to a table."""
     dataset = results.dataset
     image_ids = _image_ids_by_name(dataset, results.image_ids)
     categories = set(dataset.category_ids)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from retinanet.config import repeated_names
 from retinanet.data import find_data, read_dataset
@@ -28,16 +28,35 @@ from retinanet.inference.backends import (
     network_settings,
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
-from retinanet.inference.exported import ExportedFile, ExportedNetwork
+from retinanet.inference.exported import ExportedNetwork
 from retinanet.inference.parallel import network_workers
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
+
+
+class RunOptions(TypedDict, total=False):
+    """Options of running a model over a data set; :func:`evaluate` describes them."""
+
+    batch_size: int
+    workers: int | None
+    tile: int | str | None
+    overlap: float | None
+    progress: Progress | None
 
 
 class DetectorOptions(LoadOptions, total=False):
     """Options of :class:`~retinanet.inference.detector.Detector`."""
 
     device: Any
+
+
+class EvaluationOptions(DetectorOptions, RunOptions, total=False):
+    """Options of a detector and of running it."""
+
+
+def run_options(options: Mapping[str, Any]) -> RunOptions:
+    """Return the :class:`RunOptions` among options."""
+    return cast(RunOptions, {k: v for k, v in options.items() if k in RunOptions.__annotations__})
 
 
 def evaluate(
@@ -47,13 +66,8 @@ def evaluate(
     split: str | None = None,
     out: str | Path | None = None,
     max_detections: int | None = None,
-    batch_size: int = 4,
-    workers: int | None = None,
-    tile: int | str | None = None,
-    overlap: float | None = None,
     classes: Sequence[str] | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[DetectorOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Metrics:
     """Evaluate a model, or the COCO results of any detector, on labelled images.
 
@@ -63,8 +77,8 @@ def evaluate(
 
     Args:
         model: a run folder, a checkpoint, an exported file, a ``torchvision/..`` name, a
-            :class:`Detector`, or a COCO results file (``.json``) or list; the arguments from
-            `batch_size` on are for models.
+            :class:`Detector`, or a COCO results file (``.json``) or list, to which `options` do
+            not apply.
         data: a labelled folder or file of any format, or a data set.
         split: of the data; None is ``val``, or the split of a single file (for results: all of
             it). A split that the data lacks is made as in the model's training.
@@ -73,13 +87,12 @@ def evaluate(
             largest number of objects in an image of the data where that is more. The model's
             ``detections_per_image`` and ``topk_candidates`` are raised to it, unless they are among
             `options`.
-        batch_size: images per batch.
-        workers: processes that load images; None: chosen for this machine.
-        tile, overlap: as in :meth:`Detector.stream`; with tiles, as with exported files, no loss.
         classes: names of the data's classes to evaluate on, with their metrics of an evaluation on
             all; no loss where the model has others. None: all.
-        progress: called after each batch.
-        options: as in :class:`Detector`; for a :class:`Detector` only thresholds have an effect.
+        options: ``batch_size`` (4), ``workers`` that load images (None: chosen for this machine),
+            ``tile`` and ``overlap`` as in :meth:`Detector.stream` (with tiles, as with exported
+            files, no loss), ``progress``, called after each batch, and those of :class:`Detector`;
+            for a :class:`Detector` only thresholds have an effect.
 
     Raises:
         DataError: the data cannot be read, more than a tenth of the images are unreadable, or the
@@ -96,21 +109,18 @@ def evaluate(
         dataset = results.dataset
         metrics = evaluate_detections(dataset, results, max_detections=max_detections)
     else:
-        detector = open_detector(model, options)  # type: ignore[arg-type]
+        detector = open_detector(model, options)
         dataset = read_eval_dataset(data, split, info=detector.info)
         limit, raised = raised_limits(dataset, max_detections, detector)
         if classes is not None:
             dataset = select_classes(dataset, classes)
         changed = raised | {k: v for k, v in options.items() if k in Thresholds.__annotations__}
-        thresholds = merge_thresholds(detector.eval_thresholds, changed)
-        loss = _loss_settings(detector, dataset, is_selection=classes is not None)
-        running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "loss": loss}
-        running |= {"tile": tile, "overlap": overlap, "workers": workers}
-        predictions = predict(detector, dataset, changed, **running)
+        loss = detector.info.get("loss")
+        if classes is not None and not set(detector.classes) <= set(dataset.classes):
+            loss = None  # objects of the other classes would count as background
+        predictions = predict(detector, dataset, changed, loss=loss, **run_options(options))
         results = predictions.results
-        per_image, temperature = thresholds["detections_per_image"], thresholds["temperature"]
-        counts = {"detections_per_image": per_image, "temperature": temperature}
-        metrics = predictions.evaluate(max_detections=limit, **counts)
+        metrics = predictions.evaluate(max_detections=limit)
     faults = filter(None, [fault_summary(dataset)])
     metrics = replace(metrics, notes=(*dataset.description, *faults))
     if out is not None:
@@ -121,74 +131,46 @@ def evaluate(
 def predict(
     detector: Detector,
     dataset: Dataset,
-    changed: Mapping[str, Any],
+    changed: Mapping[str, Any] | None = None,
     *,
     loss: Mapping[str, Any] | None = None,
+    batch_size: int = 4,
+    workers: int | None = None,
     tile: int | str | None = None,
     overlap: float | None = None,
-    workers: int | None = None,
-    **options: Any,
+    progress: Progress | None = None,
 ) -> Predictions:
-    """Run a detector of any kind over a data set with the thresholds of an evaluation.
-
-    Args:
-        detector, dataset: what to run on what.
-        changed: override :attr:`Detector.eval_thresholds`.
-        loss: settings of a loss to compute; no loss with tiles and of exported files.
-        tile, overlap, workers: as in :func:`evaluate`.
-        options: ``batch_size`` and ``progress`` of :func:`evaluate`.
-
-    Raises:
-        WeightsError: as :func:`match_classes`.
-    """
+    """Run a detector of any kind over a data set with the thresholds of an evaluation."""
+    changed, network = changed or {}, detector.network
     thresholds = merge_thresholds(detector.eval_thresholds, changed)
-    side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
-    if side is None and isinstance(detector.network, Network):
-        return run_network(detector, dataset, workers, thresholds, loss=loss, **options)
-    options |= {**changed, "tile": tile, "overlap": overlap}
-    options["score_threshold"] = thresholds["score_threshold"]
-    options["score_thresholds"] = thresholds["score_thresholds"]
     label_map = match_classes(detector.classes, dataset)
-    return run_detector(detector, dataset, label_map=label_map, **options)
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "label_map": label_map, "progress": progress
+    }  # fmt: skip
+    side, _ = choose_tiling(tile, overlap, detector.image_size, detector.info)
+    if side is None and isinstance(network, Network):
+        if workers is None:
+            # Threads that run the network leave this one free to load.
+            workers = 0 if network_workers(network) > 1 else default_workers()
+        predictions = run_inference(
+            network,
+            dataset,
+            image_size=detector.image_size,
+            max_size=detector.max_size,
+            workers=workers,
+            loss=loss,
+            selected=detector.selected,
+            **network_settings(thresholds, detector.classes),
+            **options,
+        )
+    else:
+        names = ("score_threshold", "score_thresholds")
+        options |= {**changed, **{name: thresholds[name] for name in names}}  # type: ignore[literal-required]
+        predictions = run_detector(detector, dataset, tile=tile, overlap=overlap, **options)
+    return replace(predictions, detections_per_image=thresholds["detections_per_image"])
 
 
-def _loss_settings(detector: Detector, dataset: Dataset, *, is_selection: bool) -> Any:
-    """Return the settings of the loss; None where objects of other classes were removed."""
-    if is_selection and not set(detector.classes) <= set(dataset.classes):
-        return None  # they would count as background
-    return detector.info.get("loss")
-
-
-def run_network(
-    detector: Detector,
-    dataset: Dataset,
-    workers: int | None,
-    thresholds: Thresholds,
-    **options: Any,
-) -> Predictions:
-    """Run the network of a detector, with its sizes: :func:`run_inference`.
-
-    Raises:
-        WeightsError: as :func:`match_classes`.
-    """
-    assert isinstance(detector.network, Network)
-    if workers is None:
-        # Threads that run the network leave this one free to load.
-        workers = 0 if network_workers(detector.network) > 1 else default_workers()
-    return run_inference(
-        detector.network,
-        dataset,
-        image_size=detector.image_size,
-        max_size=detector.max_size,
-        workers=workers,
-        label_map=match_classes(detector.classes, dataset),
-        selected=detector.selected,
-        **network_settings(thresholds, detector.classes),
-        **options,
-    )
-
-
-def _reject_network_options(options: DetectorOptions) -> None:
+def _reject_network_options(options: EvaluationOptions) -> None:
     names = ("precision", "backend", "calibrate")
     if given := [name for name in names if options.get(name) not in (None, "auto")]:
         raise ConfigError(
@@ -231,17 +213,7 @@ def read_eval_dataset(
     info: Mapping[str, Any] | None = None,
     for_results: bool = False,
 ) -> Dataset:
-    """Read the images to evaluate on.
-
-    Args:
-        data, split: as in :func:`evaluate`.
-        info: of the model's checkpoint: its ``split`` is how the training made a validation split,
-            its ``selection`` the classes that it selected or merged.
-        for_results: a file without splits is taken as a whole.
-
-    Raises:
-        DataError: the data cannot be read or the split has no image.
-    """
+    """Read the images to evaluate on."""
     if isinstance(data, Dataset):
         return select_as_trained(data, info or {})
     path = data if callable(data) else Path(data)
@@ -271,13 +243,14 @@ def write_results(folder: str | Path, metrics: Metrics, results: Results) -> Non
     write_atomic(folder / "metrics.json", text + "\n")
 
 
-def open_detector(model: str | Path | Detector | Checkpoint, options: DetectorOptions) -> Detector:
+def open_detector(model: Any, options: Mapping[str, Any]) -> Detector:
     """Build a detector of a name or a checkpoint; a :class:`Detector` is returned as it is."""
     if isinstance(model, str | Path):
-        model = open_model(model)  # type: ignore[assignment]
-    if isinstance(model, Checkpoint | ExportedFile):
-        return Detector(model, **options)
-    return model  # type: ignore[return-value]
+        model = open_model(model)
+    if isinstance(model, Detector):
+        return model
+    own: Any = {k: v for k, v in options.items() if k not in RunOptions.__annotations__}
+    return Detector(model, **own)
 
 
 def raised_limits(

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from retinanet.evaluation.coco import diagnose
 from retinanet.evaluation.predict import Progress
 from retinanet.evaluation.results import GroundTruth, Results
 from retinanet.evaluation.run import (
-    DetectorOptions,
+    EvaluationOptions,
     open_detector,
     predict,
     raised_limits,
     read_eval_dataset,
+    run_options,
 )
 from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import Detector
@@ -154,12 +155,7 @@ def find_suspects(
     data: str | Path | Reader | Dataset,
     *,
     split: str = "all",
-    batch_size: int = 4,
-    workers: int | None = None,
-    tile: int | str | None = None,
-    overlap: float | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> Suspects:
     """Find the labels on which a model disagrees most.
 
@@ -173,19 +169,15 @@ def find_suspects(
         model, data: as in :func:`retinanet.evaluation.evaluate`.
         split: of the data. A model remembers some wrong labels that it was trained on: those of
             other images are found more reliably.
-        batch_size, workers, tile, overlap, progress, options: as in
-            :func:`retinanet.evaluation.evaluate`.
+        options: as in :func:`retinanet.evaluation.evaluate`.
 
     Raises:
         DataError, WeightsError, ConfigError: as :func:`retinanet.evaluation.evaluate`.
     """
-    settings: DetectorOptions = options  # type: ignore[assignment]
-    detector = open_detector(model, settings)
+    detector = open_detector(model, options)
     dataset = read_eval_dataset(data, split, info=detector.info)
     _, raised = raised_limits(dataset, None, detector)
-    running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    running |= {"workers": workers, "tile": tile, "overlap": overlap}
-    predictions = predict(detector, dataset, raised, **running)
+    predictions = predict(detector, dataset, raised, **run_options(options))
     by_class = detector.thresholds["score_thresholds"]
     rest = detector.thresholds["score_threshold"]
     lowest = [by_class.get(name, rest) for name in dataset.classes]
@@ -250,25 +242,15 @@ def _groups(ids: NDArray[Any]) -> dict[int, NDArray[np.int64]]:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """The labels and detections of an image.
-
-    Attributes:
-        index: of the image.
-        dataset: of the image.
-        labels: M with a valid box.
-        table: (N, 7) detections, as of :meth:`Results.table`.
-        missed: (M,) labels that no detection over the threshold of its class matches.
-        false: (N,) such detections that match no label.
-        wrong: position of the label of another class that such a detection covers, by row.
-    """
+    """The labels and detections of an image."""
 
     index: int
     dataset: Dataset
-    labels: list[Annotation]
-    table: _Array
-    missed: NDArray[np.bool_]
-    false: NDArray[np.bool_]
-    wrong: Mapping[int, int]
+    labels: list[Annotation]  # M with a valid box
+    table: _Array  # (N, 7) detections, as of Results.table
+    missed: NDArray[np.bool_]  # (M,) labels without a matching detection over its threshold
+    false: NDArray[np.bool_]  # (N,) such detections that match no label
+    wrong: Mapping[int, int]  # row of such a detection: label of another class that it covers
 
     def matched_labels(self) -> Iterator[int]:
         """Yield the class of each label that is matched."""

@@ -6,10 +6,10 @@ The weights stay as they are. The settings are those of ``detect`` in the checkp
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -22,9 +22,17 @@ from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluation.coco import evaluate_detections, score_bins
 from retinanet.evaluation.metrics import CalibrationBin, Metrics
-from retinanet.evaluation.predict import Progress, run_batches
+from retinanet.evaluation.predict import run_batches
 from retinanet.evaluation.results import Results
-from retinanet.evaluation.run import match_classes, open_detector, raised_limits, read_eval_dataset
+from retinanet.evaluation.run import (
+    EvaluationOptions,
+    RunOptions,
+    match_classes,
+    open_detector,
+    raised_limits,
+    read_eval_dataset,
+    run_options,
+)
 from retinanet.inference.backends import (
     Network,
     network_settings,
@@ -61,7 +69,6 @@ NMS_KINDS = ("hard", "soft", "wbf")
 _NMS = frozenset(("nms", "nms_threshold", "nms_sigma"))
 _CALIBRATION = frozenset(("temperature", "score_threshold"))
 _TEMPERATURES = np.geomspace(0.25, 4, 401)  # steps of .7%
-_JOINED_IMAGES = 32
 _SCORE_BINS = 1000  # a score is known to .001 then, by far enough for a temperature
 
 
@@ -85,13 +92,10 @@ class Tuning:
         """Describe the choice on one line."""
         chosen = nms_name(self.settings)
         scores = [f"{name} {low:.2f}" for name, low in self.settings["score_thresholds"].items()]
-        # Both errors are of the chosen NMS: those of two kinds of NMS are not comparable.
-        calibration = self.after.calibration
-        errors = (calibration.uncalibrated_error, calibration.expected_error)
-        known = ", now ".join(f"{error:.3f}" for error in errors if not math.isnan(error))
+        error = self.after.calibration.expected_error
         return (
             f"NMS {chosen} (AP {self.before.ap:.3f}, now {self.after.ap:.3f}), temperature "
-            f"{self.settings['temperature']:.3g} (calibration error {known or '-'}), "
+            f"{self.settings['temperature']:.3g} (calibration error {error:.3f}), "
             "score thresholds " + (", ".join(scores) or "none: nothing was detected")
         )
 
@@ -103,10 +107,7 @@ def tune(
     split: str | None = None,
     keep: Collection[str] = (),
     kinds: Collection[str] = NMS_KINDS,
-    batch_size: int = 4,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> Tuning:
     """Choose NMS, temperature and score thresholds for a model.
 
@@ -121,12 +122,11 @@ def tune(
     3. Score thresholds (:func:`f1_thresholds`).
 
     Args:
-        model, data, split, batch_size, workers, progress: as in
-            :func:`retinanet.evaluation.evaluate`; no exported file and no results.
+        model, data, split, options: as in :func:`retinanet.evaluation.evaluate`; no exported file,
+            no results and no tiles.
         keep: names of settings of ``detect`` that stay the model's. NMS is chosen as a whole, or
             kept if it has one of them, and so are temperature and ``score_threshold``.
         kinds: of NMS to choose from.
-        options: of :class:`~retinanet.inference.detector.Detector`.
 
     Raises:
         ConfigError: the model is an exported file, whose post-processing is fixed, or was trained
@@ -134,7 +134,7 @@ def tune(
         DataError: the data cannot be read, or has no object.
         WeightsError: as :func:`retinanet.evaluation.evaluate`.
     """
-    detector = open_detector(model, cast(Any, options))
+    detector = open_detector(model, options)
     if not isinstance(detector.network, Network):
         raise ConfigError(
             f"post-processing of an exported file is fixed: {model}; tune the run that it was "
@@ -150,15 +150,7 @@ def tune(
         raise DataError(f"{dataset.source}: no object to tune the detection on; give another split")
     limit, raised = raised_limits(dataset, None, detector)
     base = _uncalibrated({**detector.eval_thresholds, **raised})
-    store = _Candidates(
-        detector,
-        dataset,
-        base,
-        workers=default_workers() if workers is None else workers,
-        batch_size=batch_size,
-        progress=progress,
-    )
-
+    store = _Candidates(detector, dataset, base, run_options(options))
     before = store.metrics(base, limit)
     grid = [row for row in NMS_GRID if row["nms"] in kinds and _NMS.isdisjoint(keep)]
     nms, ap = _choose_nms(store, base, before.ap, limit, grid)
@@ -174,14 +166,7 @@ def tune(
 
 
 def store_tuning(model: str | Path, tuning: Tuning) -> Path:
-    """Write the settings into the ``model.json`` of a run or checkpoint.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        WeightsError: there is no checkpoint, or it cannot be written.
-    """
+    """Write the settings into the ``model.json`` of a run or checkpoint."""
     folder = find_checkpoint(Path(model))
     info = load_checkpoint(folder).info
     update_info(folder, {**info, "detect": {**info.get("detect", {}), **tuning.settings}})
@@ -277,15 +262,7 @@ def _choose_calibration(
     limit: int,
     own: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], Metrics]:
-    """Return the settings with temperature and ``score_threshold``, and their metrics.
-
-    Args:
-        store: the candidates.
-        settings: without temperature.
-        before: metrics with `settings`.
-        limit: detections per class and image that count.
-        own: settings with the temperature to keep; None: choose it.
-    """
+    """Return the settings with temperature and ``score_threshold``, and their metrics."""
     if own is not None:
         kept = {**settings, **{name: own[name] for name in _CALIBRATION}}
         return kept, store.metrics(kept, limit)
@@ -309,8 +286,7 @@ def _scaled(score: float, temperature: float) -> float:
     return float(calibrate_scores(torch.tensor(score, dtype=torch.float64), temperature))
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """Candidates of a batch, and sizes (B, 2) of its images."""
 
     indices: tuple[int, ...]
@@ -319,44 +295,15 @@ class _Found:
     candidates: Candidates
 
 
-def _join(found: Sequence[_Found]) -> Iterator[_Found]:
-    """Join batches to fewer of about :data:`_JOINED_IMAGES`, which NMS handles faster."""
-    pending: list[_Found] = []
-    for number, batch in enumerate(found, start=1):
-        pending.append(batch)
-        counts = [len(own.indices) for own in pending]
-        if sum(counts) < _JOINED_IMAGES and number < len(found):
-            continue
-        firsts = [sum(counts[:i]) for i in range(len(counts))]
-        parts = [
-            own.candidates._replace(images=own.candidates.images + first)
-            for own, first in zip(pending, firsts, strict=True)
-        ]
-        yield _Found(
-            tuple(index for own in pending for index in own.indices),
-            torch.cat([own.sizes for own in pending]),
-            torch.cat([own.original_sizes for own in pending]),
-            Candidates(*(torch.cat(values) for values in zip(*parts, strict=True))),
-        )
-        pending = []
-
-
 class _Candidates:
-    """The candidates of a data set, on the CPU, to which every kind of NMS can be applied.
-
-    Attributes:
-        dataset: the images that could be read.
-    """
+    """The candidates of a data set, on the CPU, to which every kind of NMS can be applied."""
 
     def __init__(
         self,
         detector: Detector,
         dataset: Dataset,
         thresholds: Mapping[str, Any],
-        *,
-        workers: int,
-        batch_size: int,
-        progress: Progress | None,
+        options: RunOptions,
     ) -> None:
         """Run the network once on each image."""
         network = detector.network
@@ -386,6 +333,7 @@ class _Candidates:
             nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
             return [nothing] * len(indices)
 
+        workers = options.get("workers")
         predictions = run_batches(
             detect,
             dataset,
@@ -393,14 +341,13 @@ class _Candidates:
             fill=padding_colour(network.model.pixel_mean),
             image_size=detector.image_size,
             max_size=detector.max_size,
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
+            batch_size=options.get("batch_size", 4),
+            workers=default_workers() if workers is None else workers,
+            progress=options.get("progress"),
         )
         self.dataset = predictions.results.dataset
         read = sorted(index for found in self._found for index in found.indices)
         self._positions = {index: position for position, index in enumerate(read)}
-        self._found = [*_join(self._found)]
 
     def metrics(self, thresholds: Mapping[str, Any], limit: int) -> Metrics:
         """Evaluate thresholds; `limit` detections per class and image count."""
@@ -409,16 +356,10 @@ class _Candidates:
             self.results(thresholds),
             max_detections=limit,
             detections_per_image=thresholds["detections_per_image"],
-            temperature=thresholds["temperature"],
         )
 
     def results(self, thresholds: Mapping[str, Any], step: slice = slice(None)) -> Results:
-        """Apply NMS.
-
-        Args:
-            thresholds: of a detector.
-            step: the images to take, by position.
-        """
+        """Apply NMS."""
         settings = network_settings(thresholds, ())
         del settings["flip_tta"]
         lowest = _scaled(settings["score_threshold"], 1 / settings["temperature"])

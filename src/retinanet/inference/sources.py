@@ -311,7 +311,7 @@ def _expand_path(given: str | Path, outputs: OutputFilter) -> Iterator[Source]:
 
 def _members(archive: Path, prefix: str) -> Iterator[Source]:
     """Yield the images of a tar file, in its order."""
-    members = archives.contents_of(archives.address_of(archive)).members
+    members = archives.members_of(archives.address_of(archive))
     names = [name for name in members if is_image_name(name)]
     if not names:
         raise DataError(f"{archive}: no image in this archive ({_SUFFIXES})")

@@ -487,6 +487,13 @@ def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
     return BackboneWeights(fetch_state(entry, CHOICES), entry.url)
 
 
+def check_weights_file(weights: str) -> None:
+    """Raise a WeightsError where weights are neither a name nor a file that exists."""
+    is_name = weights in ("none", "default") or _ENTRY.fullmatch(weights)
+    if not is_name and not Path(weights).is_file():
+        _read_weights(Path(weights))
+
+
 _ENTRY = re.compile(r"(?:(?P<kind>\w+_Weights)\.)?(?P<entry>[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_V\d+)")
 
 

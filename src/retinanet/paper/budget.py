@@ -129,18 +129,15 @@ def with_budget(
     """
     names = [experiment.name for experiment in experiments]
     settings = replace(settings, steps=MIN_STEPS)
-    plan = make_plan(experiments, settings, splits)
-    trainings = (plan.only(keys) if keys else plan).trainings
+    trainings = make_plan(experiments, settings, splits).only(keys).trainings
     request = json.dumps([names, budget, sorted(map(str, trainings))])
     digest = hashlib.sha256(request.encode()).hexdigest()[:8]
     file = workers.out / "steps" / f"{'-'.join(names[:2])}-{digest}.json"
     if not file.is_file():
         # Measuring takes a minute: reject what cannot be enough before.
         steps_for(budget, [Pace(0.0, _START_SECONDS)] * len(trainings), workers.jobs)
-        paces = measure_paces(trainings, workers)
-        steps = steps_for(budget, paces, workers.jobs)
-        content = {"seconds_per_step": sorted({pace.step for pace in paces}), "steps": steps}
-        write_atomic(file, json.dumps(content, indent=1) + "\n")
+        steps = steps_for(budget, measure_paces(trainings, workers), workers.jobs)
+        write_atomic(file, json.dumps({"steps": steps}) + "\n")
     return replace(settings, steps=json.loads(file.read_text("utf-8"))["steps"])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
 from retinanet.data.loading import eval_loader
 from retinanet.errors import DataError
-from retinanet.evaluation.run import evaluate
 from retinanet.files import write_atomic
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import load_checkpoint
@@ -27,10 +26,10 @@ from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
 from retinanet.paper.claims import collect_results, evaluate_loss_shares
-from retinanet.paper.experiments import Experiment, Row
+from retinanet.paper.experiments import Experiment
 from retinanet.paper.page import claims_markdown, write_page
 from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
-from retinanet.paper.results import Outcome, Result, TableResult
+from retinanet.paper.results import Outcome, TableResult
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Results, Workers
 from retinanet.paper.tables import EXPERIMENTS, STAR_BETAS, STAR_GAMMAS
@@ -43,7 +42,6 @@ from retinanet.report.speed_accuracy import detection_call, time_in_turns
 _TIMED_IMAGES = 8
 _ROUNDS = 7
 _COCO_CLASSES, _COCO_IMAGES = 80, 100_000  # COCO's training set has 80 classes and 118,287 images
-_EXTERNAL = "results:"  # prefix of the keys of other detectors' rows
 _FIGURE_4_POINT = (0.8, 0.5)  # the hardest 20% of the positives make up about half of the loss
 _FIGURE_7_MARGIN = 0.5  # marked: AP over 33.5, where FL has 34.0
 
@@ -58,7 +56,6 @@ class Trainings:
         plan: the trainings.
         results: of each.
         settings, splits, workers: how they were run.
-        external: metrics of other detectors by name, for table2 (:func:`read_external`).
         command: as it was entered.
     """
 
@@ -67,7 +64,6 @@ class Trainings:
     settings: Settings
     splits: Mapping[str, Dataset]
     workers: Workers
-    external: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     command: str = ""
 
     @property
@@ -102,7 +98,7 @@ def write_outputs(
     *,
     progress: Progress | None = None,
 ) -> Outputs:
-    """Write ``NAME.json``, ``.md`` and ``.csv`` of each experiment, its plots, and ``report.html``.
+    """Write ``NAME.json`` and ``.md`` of each experiment, its plots, and ``report.html``.
 
     Args:
         experiments: in their order.
@@ -118,8 +114,6 @@ def write_outputs(
             old.unlink()  # of an earlier command
         write_atomic(out / f"{experiment.name}.json", result.to_json())
         write_atomic(out / f"{experiment.name}.md", result.to_markdown())
-        if result.rows:
-            write_atomic(out / f"{experiment.name}.csv", result.to_csv())
         results.append(result)
         images += files
         if progress is not None:
@@ -128,17 +122,6 @@ def write_outputs(
     plots = {result.name: sorted((out / "plots").glob(f"{result.name}.*")) for result in on_page}
     write_atomic(out / "claims.md", claims_markdown(on_page))
     return Outputs(tuple(results), tuple(images), write_page(out, on_page, plots))
-
-
-def read_external(
-    results: Mapping[str, Path], splits: Mapping[str, Dataset]
-) -> dict[str, dict[str, Any]]:
-    """Evaluate other detectors' COCO results on the ``val`` split, by name.
-
-    Raises:
-        DataError: a file cannot be read, or does not fit the data.
-    """
-    return {name: evaluate(file, splits["val"]).to_dict() for name, file in results.items()}
 
 
 def read_results(out: Path) -> list[TableResult]:
@@ -168,11 +151,8 @@ def _measure(
     """Return the result of an experiment, and its plots."""
     name, stem = experiment.name, out / "plots" / experiment.name
     if name == "table2":
-        external = () if trainings is None else trainings.external
-        rows = tuple(Row(_EXTERNAL + label, f"{label} (its results)") for label in external)
         # "surpassing the accuracy of two-stage detectors at one-stage speed" (Abstract)
-        columns = (*experiment.columns, "ms")
-        experiment = replace(experiment, rows=(*experiment.rows, *rows), columns=columns)
+        experiment = replace(experiment, columns=(*experiment.columns, "ms"))
     if trainings is None:
         result = collect_results(experiment, {}, {})
     else:
@@ -222,7 +202,6 @@ def _about(trainings: Trainings) -> dict[str, Any]:
 
 def _outcomes(experiment: Experiment, out: Path, trainings: Trainings) -> dict[str, list[Outcome]]:
     """Return the results of each row; trainings that were not asked for have none."""
-    external = trainings.external if experiment.name == "table2" else {}
     return {
         row.key: [
             Outcome(t.seed, trainings.results[t.key], str(t.folder(out).relative_to(out)))
@@ -230,9 +209,6 @@ def _outcomes(experiment: Experiment, out: Path, trainings: Trainings) -> dict[s
             if t.key in trainings.results
         ]
         for row in experiment.rows
-    } | {
-        _EXTERNAL + name: [Outcome(0, Result("done", metrics=metrics))]
-        for name, metrics in external.items()
     }
 
 

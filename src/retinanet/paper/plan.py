@@ -144,8 +144,10 @@ class Plan:
     trainings: tuple[Training, ...]
     rows: Mapping[tuple[str, str], tuple[Training, ...]]
 
-    def only(self, keys: Collection[str]) -> Plan:
-        """Return the part for rows with these keys."""
+    def only(self, keys: Collection[str] | None) -> Plan:
+        """Return the part for rows with these keys; none: all of it."""
+        if not keys:
+            return self
         rows = {row: trainings for row, trainings in self.rows.items() if row[1] in keys}
         wanted = {training.key for trainings in rows.values() for training in trainings}
         trainings = tuple(training for training in self.trainings if training.key in wanted)

@@ -1,4 +1,4 @@
-"""Results of a table or figure, beside the paper's, as Markdown, CSV and JSON."""
+"""Results of a table or figure, beside the paper's, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import ConfigDict, TypeAdapter
 
 from retinanet.evaluation.metrics import AP_METRICS
-from retinanet.files import csv_text
 from retinanet.paper.experiments import Published
 
 Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
@@ -311,26 +310,6 @@ class TableResult:
     def to_markdown(self) -> str:
         """Format the table, its claims and how it was measured."""
         return markdown([("text", f"## {self.heading}"), *self.parts()])
-
-    def to_csv(self) -> str:
-        """Format a line per row; ``data`` and ``coco`` say what it was measured on."""
-        columns = (*AP_METRICS, "ms")
-        lines = []
-        for row in self.rows:
-            line: dict[str, object] = {"experiment": self.name, "key": row.key, "label": row.label}
-            for column in AP_METRICS:
-                score = row.scores.get(column)
-                for name, value in (
-                    (column, score and score.mean),
-                    (f"{column}_std", score and score.std),
-                ):
-                    line[name] = "" if value is None else f"{value:.3f}"
-            line["ms"] = "" if row.milliseconds is None else f"{row.milliseconds:.3f}"
-            line |= {"seeds": row.seeds, "diverged": row.diverged}
-            line |= {f"paper_{name}": row.in_paper(name).strip("-") for name in columns}
-            coco = "no" if self.not_coco else "yes"
-            lines.append(line | {"data": self.about.get("data", ""), "coco": coco})
-        return csv_text(lines)
 
     def to_json(self) -> str:
         """Format everything; :meth:`from_json` reads it."""

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from retinanet.training.run_folder import read_log
 from retinanet.training.trainer import train
 
 _RESULT = "result.json"
-_EXIT_STOPPED = 130
 
 
 def read_result(folder: Path) -> Result | None:
@@ -46,37 +45,25 @@ def read_result(folder: Path) -> Result | None:
         ) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A training for a worker process.
+def work(
+    folder: str,
+    data: str,
+    recipe: str,
+    *,
+    rival: str = "",
+    device: str = "auto",
+    threads: int = 1,
+    on_event: EventCallback | None = None,
+) -> int:
+    """Run or resume a training and write its result.
 
-    Attributes:
+    Args:
         folder, data: run folder and labelled data.
         recipe: all settings, as TOML.
         rival: name of another detector; empty: RetinaNet.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: CPU threads.
-    """
-
-    folder: str
-    data: str
-    recipe: str
-    rival: str = ""
-    device: str = "auto"
-    threads: int = 1
-
-    def write(self, file: Path) -> None:
-        """Write a file for :meth:`read`."""
-        write_atomic(file, json.dumps(asdict(self)) + "\n")
-
-    @classmethod
-    def read(cls, file: Path) -> Task:
-        """Read the file of :meth:`write`."""
-        return cls(**json.loads(file.read_text("utf-8")))
-
-
-def work(task: Task, on_event: EventCallback | None = None) -> int:
-    """Run or resume a training and write its result.
+        on_event: as for :func:`retinanet.training.trainer.train`.
 
     Returns:
         0, or 130 and 143 after a signal, with the state saved.
@@ -84,37 +71,36 @@ def work(task: Task, on_event: EventCallback | None = None) -> int:
     Raises:
         RetinaNetError: the training failed.
     """
-    torch.set_num_threads(task.threads)
-    folder = Path(task.folder)
-    recipe = build_recipe(tomllib.loads(task.recipe), "the task")
-    options: Any = {"device": task.device, "on_event": on_event}
+    torch.set_num_threads(threads)
+    out = Path(folder)
+    settings = build_recipe(tomllib.loads(recipe), "the task")
+    options: Any = {"device": device, "on_event": on_event}
     try:
-        if task.rival:
-            run = train_rival(task.rival, recipe, task.data, folder, **options)
+        if rival:
+            run = train_rival(rival, settings, data, out, **options)
         else:
-            run = train(recipe, task.data, folder, **options)
+            run = train(settings, data, out, **options)
     except NonFiniteLossError as error:
-        log = folder / "log.jsonl"
+        log = out / "log.jsonl"
         steps = max((line["step"] for line in read_log(log)), default=0) if log.is_file() else 0
         result = Result("diverged", steps, None, str(error))
     else:
         if run.interrupted:
             return run.exit_code
-        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+        metrics = json.loads((out / "metrics.json").read_text("utf-8"))
         result = Result("done", run.step, metrics)
-    if os.environ.get("RANK", "0") == "0":
-        write_atomic(folder / _RESULT, json.dumps(asdict(result), indent=1) + "\n")
-        if result.metrics is not None and (folder / "best").is_dir():
-            # The state to resume from is large; training.json, which remains, has the last step.
-            for tensors in (folder / "last").glob("*.safetensors"):
-                tensors.unlink(missing_ok=True)
+    write_atomic(out / _RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    if result.metrics is not None and (out / "best").is_dir():
+        # The state to resume from is large; training.json, which remains, has the last step.
+        for tensors in (out / "last").glob("*.safetensors"):
+            tensors.unlink(missing_ok=True)
     return 0
 
 
 def stop_when_input_closes() -> None:
     """Stop this process once its standard input is closed, so also if its parent is killed.
 
-    As after Ctrl-C the state is saved first; one of several processes ends at once.
+    As after Ctrl-C the state is saved first.
     """
 
     def wait() -> None:
@@ -122,8 +108,6 @@ def stop_when_input_closes() -> None:
             # Not sys.stdin, whose lock this thread would hold when Python exits.
             while os.read(0, 1):
                 pass
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(_EXIT_STOPPED)
         _thread.interrupt_main()
 
     threading.Thread(target=wait, daemon=True).start()

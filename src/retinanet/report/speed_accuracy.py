@@ -24,8 +24,8 @@ from retinanet.evaluation.predict import Progress
 from retinanet.evaluation.run import (
     DetectorOptions,
     match_classes,
+    predict,
     read_eval_dataset,
-    run_network,
 )
 from retinanet.inference.backends import Network, detect_batch, network_settings
 from retinanet.inference.detector import Detector
@@ -175,8 +175,7 @@ def speed_accuracy(
 def _untimed_point(
     name: str, detector: Detector, dataset: Dataset, batch_size: int, workers: int | None
 ) -> SpeedPoint:
-    thresholds = detector.eval_thresholds
-    predictions = run_network(detector, dataset, workers, thresholds, batch_size=batch_size)
+    predictions = predict(detector, dataset, batch_size=batch_size, workers=workers, tile="none")
     metrics = predictions.evaluate(analysis=False)
     if metrics.unreadable:
         raise ImageError(next(iter(metrics.unreadable.values())))

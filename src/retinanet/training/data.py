@@ -50,13 +50,7 @@ class TrainingData:
 def read_training_data(
     data: str | Path | Reader | Mapping[str, Dataset], recipe: Recipe, emit: Emit
 ) -> TrainingData:
-    """Read and check the splits to train and validate on.
-
-    Raises:
-        DataError: there is no train split or no object in it, or train and val differ in classes.
-        ConfigError: ``data.classes`` names a class that the data lacks, or ``data.transform`` no
-            function.
-    """
+    """Read and check the splits to train and validate on."""
     if isinstance(data, Mapping):
         splits = data
     else:
@@ -115,11 +109,7 @@ def _empty_classes(train: Dataset) -> str | None:
 
 
 def tiles_to_train(images: Dataset, recipe: Recipe) -> Dataset:
-    """Return the tiles of the images by ``data.tile``, or the images.
-
-    Raises:
-        DataError: no tile has an object.
-    """
+    """Return the tiles of the images by ``data.tile``, or the images."""
     tile = recipe.data.tile
     if tile is None:
         return images
@@ -133,11 +123,7 @@ def tiles_to_train(images: Dataset, recipe: Recipe) -> Dataset:
 
 
 def recipe_anchors(recipe: Recipe) -> AnchorSpec:
-    """Build the anchors of a recipe.
-
-    Raises:
-        ConfigError: there are not as many sizes as levels.
-    """
+    """Build the anchors of a recipe."""
     strides = [2**level for level in range(2 if recipe.model.p2 else 3, 8)]
     try:
         return anchor_spec(strides, **recipe.anchors.model_dump())

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from retinanet.errors import ConfigError
+
 Kind = Literal["choices", "start", "resume", "step", "validating", "validation", "message", "end"]
 
 
@@ -51,8 +53,12 @@ class Emitter:
 
     def __call__(self, kind: Kind, /, **data: Any) -> None:
         """Send the event of that kind with these values."""
-        if self._callback is not None and self._callback(Event(kind, data)) == "stop":
-            self.stop = True
+        answer = None if self._callback is None else self._callback(Event(kind, data))
+        if answer is None:
+            return
+        if not (isinstance(answer, str) and answer == "stop"):
+            raise ConfigError(f"on_event returned {answer!r}: return None, or 'stop' to stop")
+        self.stop = True
 
 
 def ignore(kind: Kind, /, **data: Any) -> None:

@@ -1,7 +1,7 @@
 """Start of a training from another detector: its network, its weights, its class rows.
 
 The network follows the checkpoint, so that all of its tensors fit; settings that the user named
-stay as named, and the tensors that this costs are counted.
+stay as named, and the tensors that are lost are counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,11 @@ _OWN = ("backbone_weights", "frozen_stages", "prior")
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A detector to start from.
-
-    Attributes:
-        recipe: the settings of the run, whose network follows the checkpoint.
-        source: the checkpoint; of a run that is resumed its own.
-        taken: the settings that the checkpoint changed, for a message; empty: none.
-        overridden: settings that the user named and the checkpoint has otherwise, with its values.
-    """
+    """A detector to start from."""
 
     recipe: Recipe
     source: Checkpoint
     taken: str
-    overridden: Mapping[str, Any]
 
 
 def follow_checkpoint(recipe: Recipe, run: Path) -> Start | None:
@@ -58,15 +50,6 @@ def follow_checkpoint(recipe: Recipe, run: Path) -> Start | None:
 
     Channels, heads, anchors, levels, backbone, normalization and image size become the
     checkpoint's, unless the recipe states them (:meth:`Recipe.states`); then it states all of them.
-
-    Args:
-        recipe: of the run.
-        run: its folder; a run that is resumed follows its own checkpoint, since the file that it
-            was started from may no longer be there.
-
-    Raises:
-        WeightsError: there is no such checkpoint, or it cannot be read.
-        ConfigError: a named setting contradicts those of the checkpoint.
     """
     if recipe.train.init is None:
         return None
@@ -74,17 +57,12 @@ def follow_checkpoint(recipe: Recipe, run: Path) -> Start | None:
     source = load_checkpoint(last if (last / TEXT_FILE).is_file() else recipe.train.init)
     given = network_settings(source)
     followed = {key: value for key, value in given.items() if not recipe.states(key)}
-    before = _values(recipe, given)
-    return Start(
-        recipe.override(followed),
-        source,
-        ", ".join(
-            f"{key}={_short(value)} (recipe {_short(before[key])})"
-            for key, value in followed.items()
-            if before[key] not in (value, None)
-        ),
-        {key: value for key, value in given.items() if recipe.states(key) and before[key] != value},
-    )
+    taken = [
+        f"{key}={_short(value)} (recipe {_short(recipe.value(key))})"
+        for key, value in followed.items()
+        if recipe.value(key) not in (value, None)
+    ]
+    return Start(recipe.override(followed), source, ", ".join(taken))
 
 
 def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,10 +80,6 @@ def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return values | sizes
 
 
-def _values(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: recipe.value(key) for key in keys}
-
-
 def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_short, value))}]"
@@ -113,19 +87,7 @@ def _short(value: Any) -> str:
 
 
 def build_from(start: Start, recipe: Recipe, classes: Sequence[str], emit: Emit) -> RetinaNet:
-    """Build the network of the recipe with the weights of the checkpoint.
-
-    Args:
-        start: the checkpoint.
-        recipe: that of `start`, or with further settings chosen.
-        classes: of the data.
-        emit: emits what was taken over, loaded and lost.
-
-    Raises:
-        ConfigError: the backbones differ, or the class map is invalid.
-        WeightsError: under 90% of the tensors fit, or under half of a part, without
-            ``train.init_partial``.
-    """
+    """Build the network of the recipe with the weights of the checkpoint."""
     source, init = start.source, recipe.train.init
     wanted, given = recipe.model_spec, source.model.spec
     if given.backbone != wanted.backbone:
@@ -141,8 +103,6 @@ def build_from(start: Start, recipe: Recipe, classes: Sequence[str], emit: Emit)
     if start.taken:
         emit("message", message=f"network of {init}: {start.taken}")
     emit("message", message=f"from {init}: {describe_transfer(report, classes)}")
-    if cost := _cost(start, report):
-        emit("message", message=cost)
     if not recipe.train.init_partial:
         _check_loaded(report, f"--init {init}")
     return to_channels_last(model)
@@ -153,6 +113,8 @@ def describe_transfer(report: TransferReport, classes: Sequence[str]) -> str:
     loaded, lost = _count(report.loaded), _count(report.lost)
     new = [name for name in classes if name not in report.rows]
     text = f"{loaded.total()} of {loaded.total() + lost.total()} tensors loaded"
+    if lost:
+        text += f" (lost: {_by_part(lost)})"
     if report.rows:
         text += f"; class rows loaded: {_listed(report.rows)}"
     return text + (f"; classes without rows there: {_listed(new)}" if new else "")
@@ -161,21 +123,6 @@ def describe_transfer(report: TransferReport, classes: Sequence[str]) -> str:
 def _listed(names: Sequence[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _cost(start: Start, report: TransferReport) -> str:
-    """Describe what settings of the network that the user named cost; empty: there are none."""
-    named = {key: value for key, value in start.overridden.items() if not key.startswith("data.")}
-    if not named:
-        return ""
-    own = _values(start.recipe, named)
-    settings = ", ".join(
-        f"{key}={_short(own[key])} (checkpoint: {_short(value)})" for key, value in named.items()
-    )
-    lost = _count(report.lost)
-    if not lost:
-        return f"{settings}: no tensor lost"
-    return f"warning: {settings}: tensors lost: {lost.total()} ({_by_part(lost)})"
 
 
 def _count(names: Sequence[str]) -> Counter[str]:
@@ -204,11 +151,7 @@ def _check_loaded(report: TransferReport, what: str) -> None:
 def read_class_map(
     file: str | Path, classes: Sequence[str], source_classes: Sequence[str]
 ) -> dict[str, str]:
-    """Read a TOML or JSON file of ``class of the data = class of the checkpoint``.
-
-    Raises:
-        ConfigError: it cannot be read, or a name is not a class there; the nearest is given.
-    """
+    """Read a TOML or JSON file of ``class of the data = class of the checkpoint``."""
     file = Path(file)
     try:
         text = file.read_text("utf-8")

@@ -28,9 +28,9 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
 from retinanet.training.nonfinite import describe_step
-from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr
+from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
 from retinanet.training.processes import deterministic, stop_after_step
-from retinanet.training.run_folder import Extension, Progress, RunFolder, load_state, save_state
+from retinanet.training.run_folder import Progress, RunFolder, load_state, save_state
 from retinanet.training.step import (
     Meter,
     NonFiniteGuard,
@@ -122,25 +122,26 @@ class Trainer:
         loader.close()
         return median(seconds[_SLOW_STEPS:] or seconds[-1:])
 
-    def extend(self, more: Extension, steps: int) -> None:
+    def extend(self, epochs: float, steps: int) -> None:
         """Begin an extension of the finished run, and record it."""
-        self.progress.extend(more, steps)
+        self.progress.extend(epochs, steps)
+        self._apply_extension()
         self.save()
         if self._is_main:
             self.run.update_info({"extensions": self.progress.extensions})
 
+    def _apply_extension(self) -> None:
+        """Let the settings be those of the extension, if there is one."""
+        if self.progress.extensions:
+            warmup = short_warmup(self._settings, self.progress.extensions[-1]["steps"])
+            changes = {"warmup_steps": warmup, "time": None}
+            self._settings = self._settings.model_copy(update=changes)
+
     def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Train until the last step, early stopping, a signal or a request.
 
-        Args:
-            started: when the command began, by :func:`time.monotonic`.
-            stop_requested: called after each step.
-
         Returns:
             0, or 130 after Ctrl-C and 143 after SIGTERM: the state is saved.
-
-        Raises:
-            ConfigError: a stop is requested in a run of several processes.
         """
         progress, settings = self.progress, self._settings
         self._emit_start()
@@ -202,8 +203,7 @@ class Trainer:
         batch = loaded.to(self._device, non_blocking=True)
         self._meter.batch_loaded()
         past, steps = progress.schedule
-        warmup = min(settings.warmup_steps, steps // 10) if progress.extensions else None
-        lr = self._lr * lr_factor(past, steps, settings, warmup)
+        lr = self._lr * lr_factor(past, steps, settings)
         set_lr(self.optimizer, lr)
         # An extension begins with a trained network.
         share = 1.0 if progress.extensions else past / steps
@@ -275,24 +275,19 @@ class Trainer:
         replace_folder(self.run.last, fill)
 
     @property
-    def _time_limit(self) -> float | None:
-        extensions = self.progress.extensions
-        return extensions[-1]["time"] if extensions else self._settings.time
-
-    @property
     def _max_steps(self) -> int:
         """Steps at most: with a time limit their number may grow."""
         progress = self.progress
-        growth = 1 if self._time_limit is None else _MAX_GROWTH
+        growth = 1 if self._settings.time is None else _MAX_GROWTH
         return progress.first_step + progress.schedule[1] * growth
 
     def _pacer(self, started: float, period: int) -> Pacer | None:
-        limit, progress = self._time_limit, self.progress
+        limit, progress = self._settings.time, self.progress
         if limit is None:
             return None
         begun = started
-        if progress.schedule[0]:
-            begun = time.monotonic() - (progress.seconds - progress.first_seconds)
+        if progress.step:
+            begun = time.monotonic() - progress.seconds
         validation = progress.validation_seconds
         tuning = seconds_to_tune(self.task.settings.recipe, validation)
         return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
@@ -312,6 +307,7 @@ class Trainer:
             averaged = {name.removeprefix("averaged."): value for name, value in extras.items()}
             self.ema.load_state_dict(averaged)
         self.scaler.load_state_dict(numbers["scaler"])
+        self._apply_extension()
         if self._is_main:
             self.run.truncate_log(self.progress.step)
 

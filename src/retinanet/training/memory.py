@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from retinanet.errors import ConfigError
 from retinanet.structures import Batch, pad_targets
@@ -23,31 +17,25 @@ from retinanet.training.task import TaskSettings
 TryStep = Callable[[TaskSettings, Batch], object]
 """Does a training step with settings, and discards it."""
 
-_SHARE = 0.8  # of the available memory that a step may take
-_PEAK = 1.2  # memory of a step in what its forward pass saves: .9 to 1 measured, and a reserve
-
 
 class OutOfMemoryError(ConfigError):
     """A training step does not fit into memory."""
 
 
 def fit_memory(settings: TaskSettings, try_step: TryStep) -> int:
-    """Return the least number of micro-batches with which the largest batch fits into memory.
-
-    On a GPU steps are tried. On a CPU, which would swap or end the process, and for several
-    processes, which wait for each other, the memory is estimated from a step of an image.
+    """Return the least number of micro-batches with which a step of the largest batch fits.
 
     Raises:
-        ConfigError: a step of a single image does not fit.
+        ConfigError: a step of a single image does not fit, or there are several processes, which
+            would wait for each other.
     """
+    if settings.accelerator.num_processes > 1:
+        raise ConfigError(
+            "--batch-size auto (train.accumulate=0) tries steps in a single process: give "
+            "several processes train.accumulate=N"
+        )
     count = settings.batch_size
-    if _is_tried(settings.accelerator):
-        parts = next((n for n in divisors(count) if _fits(settings, n, try_step)), None)
-    else:
-        per_image = _bytes_per_image(settings, try_step)
-        free = _SHARE * _available(settings.accelerator.device)
-        parts = next((n for n in divisors(count) if count // n * per_image <= free), None)
-        (parts,) = broadcast_object_list([parts])
+    parts = next((n for n in divisors(count) if _fits(settings, n, try_step)), None)
     if parts is None:
         _, _, height, width = largest_batch(settings, 1).images.shape
         raise ConfigError(
@@ -55,10 +43,6 @@ def fit_memory(settings: TaskSettings, try_step: TryStep) -> int:
             f"{settings.accelerator.device}: give a smaller data.image_size, or data.tile"
         )
     return parts
-
-
-def _is_tried(accelerator: Accelerator) -> bool:
-    return bool(accelerator.device.type == "cuda" and accelerator.num_processes == 1)
 
 
 def divisors(count: int) -> list[int]:
@@ -92,11 +76,7 @@ def largest_batch(settings: TaskSettings, count: int) -> Batch:
 
 @contextmanager
 def memory_errors(settings: TaskSettings) -> Iterator[None]:
-    """Turn torch's errors of memory into the setting to change.
-
-    Raises:
-        OutOfMemoryError: memory is not sufficient.
-    """
+    """Turn torch's errors of memory into the setting to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -140,33 +120,3 @@ def _fits(settings: TaskSettings, parts: int, try_step: TryStep) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return fits
-
-
-def _bytes_per_image(settings: TaskSettings, try_step: TryStep) -> float:
-    """Estimate the memory of a step per image from what its forward pass saves for the backward."""
-    processes = settings.accelerator.num_processes
-    recipe = settings.recipe.choose({"train.batch_size": processes, "train.accumulate": 1})
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        try_step(replace(settings, recipe=recipe), largest_batch(settings, 1))
-    return _PEAK * sum(sizes.values())
-
-
-def _available(device: torch.device) -> int:
-    """Return the bytes of memory that are free for this process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = int(psutil.virtual_memory().available)
-    try:  # the limit of a container
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -22,14 +22,7 @@ from retinanet.training.step import PendingStep
 
 
 def describe_step(failed: PendingStep, dataset: Dataset, saved: str, of: str = "") -> str:
-    """Compose the error message of a step with a NaN or Inf loss or gradient.
-
-    Args:
-        failed: the step.
-        dataset: the images trained on; each process names its own.
-        saved: a clause that names what is saved.
-        of: the detector, such as `` of ssd``.
-    """
+    """Compose the error message of a step with a NaN or Inf loss or gradient."""
     numbers, _ = failed.read()
     names = ", ".join(str(dataset.images[int(i)].id) for i in failed.batch.indices)
     return (
@@ -80,9 +73,6 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
 
     Returns:
         The losses and the norm of their gradient.
-
-    Raises:
-        WeightsError: the folder contains no such step.
     """
     folder = Path(folder)
     try:

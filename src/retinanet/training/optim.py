@@ -24,6 +24,11 @@ def resolve_steps(images: int, settings: TrainConfig) -> int:
     return min(max(steps, settings.min_steps), settings.max_steps)
 
 
+def short_warmup(settings: TrainConfig, steps: int) -> int:
+    """Return the warm-up of a short training, at most a tenth of its steps."""
+    return min(settings.warmup_steps, steps // 10)
+
+
 def scaled_lr(settings: TrainConfig) -> float:
     """Scale the learning rate with the batch size (linear rule, Goyal et al. 2017, Sec. 2.1).
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retinanet.config import Recipe
+from retinanet.config import DataConfig, Recipe
 from retinanet.data.dataset import Dataset
 from retinanet.data.memory import Reader
 from retinanet.model.precision import choose_device
 from retinanet.training.data import anchor_advice, read_training_data, recipe_recall
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
+from retinanet.training.optim import short_warmup
 from retinanet.training.run_folder import read_log
 from retinanet.training.settings_from_data import choose_settings, resolved, values
 from retinanet.training.trainer import train
@@ -25,28 +26,24 @@ MAX_LOSS_RATIO = 0.5
 
 _STEPS = 400
 _VALIDATE_EVERY = 25
+_AUGMENTATION = (
+    *("multi_scale", "vertical_flip", "scale_jitter", "crop", "rotate90", "rotation", "shear"),
+    *("translate", "colour", "erase", "mosaic", "mixup", "copy_paste", "transform", "any_corner"),
+    *("order", "balance"),
+)  # off by default
 
 
 @dataclass(frozen=True, slots=True)
 class OverfitResult:
-    """Whether a few images were learned.
-
-    Attributes:
-        images: images trained on.
-        step: steps done.
-        ap50: AP50 on these images.
-        first_loss, last_loss: mean loss of the first and the last five steps.
-        hint: what to look at; empty where the images were learned.
-        exit_code: 0 learned, 1 not learned, 130 and 143 stopped by a signal.
-    """
+    """Whether a few images were learned."""
 
     images: int
     step: int
     ap50: float
-    first_loss: float
+    first_loss: float  # mean of five steps
     last_loss: float
-    hint: str
-    exit_code: int
+    hint: str  # what to look at; empty where the images were learned
+    exit_code: int  # 0 learned, 1 not learned, 130 and 143 stopped by a signal
 
     @property
     def learned(self) -> bool:
@@ -65,17 +62,7 @@ def overfit(
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
 ) -> OverfitResult:
-    """Train on a few images with objects, without augmentation, until they are learned.
-
-    Args:
-        recipe, data, device, init, on_event: as for :func:`retinanet.training.trainer.train`.
-        out: an empty folder for the run.
-        num_images: images to learn, evenly spread over the ``train`` split.
-        steps: steps at most; None: 400.
-
-    Raises:
-        RetinaNetError: as :func:`retinanet.training.trainer.train`.
-    """
+    """Train on a few images with objects, without augmentation, until they are learned."""
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
     start = follow_checkpoint(recipe, Path(out))
@@ -111,26 +98,8 @@ def overfit(
 
 def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
     """Remove augmentation and schedule from a recipe, for a few images."""
-    data = {
-        "multi_scale": (),
-        "horizontal_flip": 0.0,
-        "vertical_flip": 0.0,
-        "scale_jitter": (1.0, 1.0),
-        "crop": False,
-        "rotate90": False,
-        "rotation": 0.0,
-        "shear": 0.0,
-        "translate": 0.0,
-        "colour": 0.0,
-        "erase": 0.0,
-        "mosaic": 0.0,
-        "mixup": 0.0,
-        "copy_paste": 0.0,
-        "transform": None,
-        "any_corner": False,
-        "order": "images",
-        "balance": "none",
-    }
+    data = {name: getattr(DataConfig(), name) for name in _AUGMENTATION}
+    data["horizontal_flip"] = 0.0
     batch_size = min(recipe.train.batch_size, num_images)
     training = {
         "steps": steps,
@@ -141,7 +110,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "reference_batch": batch_size,
         "schedule": "steps",
         "milestones": (),
-        "warmup_steps": min(recipe.train.warmup_steps, steps // 10),
+        "warmup_steps": short_warmup(recipe.train, steps),
         "ema": 0.0,
         "validate_every": min(_VALIDATE_EVERY, steps),
         "early_stop": 0,

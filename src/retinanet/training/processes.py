@@ -17,17 +17,7 @@ from retinanet.model.precision import choose_device
 
 
 def open_accelerator(device: str, trackers: tuple[str, ...], out: Path) -> Accelerator:
-    """Set up the devices and processes of this run.
-
-    Args:
-        device: ``auto`` or any torch device; of several processes each takes its own device of
-            that type.
-        trackers: names of trackers to log to.
-        out: the run folder.
-
-    Raises:
-        ConfigError: this machine has no such device, or a tracker is not installed.
-    """
+    """Set up the devices and processes of this run."""
     chosen = choose_device(device)
     for tracker in trackers:
         if not getattr(utils, f"is_{tracker}_available")():

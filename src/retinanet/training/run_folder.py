@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from retinanet.config import Recipe, load_recipe, parse_seconds, setting_names, to_toml
+from retinanet.config import Recipe, load_recipe, setting_names, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import readable_folder, recover_folder, write_atomic
 
@@ -32,34 +32,6 @@ _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every", "train.accu
 
 _TENSORS = "training.safetensors"
 _NUMBERS = "training.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """Further training of a finished run: by epochs, or seconds of time."""
-
-    epochs: float | None = None
-    time: float | None = None
-
-    @classmethod
-    def of(cls, epochs: float | None, time: float | str | None) -> Extension | None:
-        """Read the arguments ``more_epochs`` and ``more_time``; None: neither is given.
-
-        Raises:
-            ConfigError: both are given, or one is invalid.
-        """
-        if epochs is None and time is None:
-            return None
-        if epochs is not None and time is not None:
-            raise ConfigError("more_epochs and more_time each set the length: give one of them")
-        try:
-            seconds = parse_seconds(time) if isinstance(time, str) else time
-        except ValueError as error:
-            raise ConfigError(f"more_time: {error}") from None
-        if not (epochs or seconds or 0) > 0:
-            got = epochs if time is None else time
-            raise ConfigError(f"an extension is over 0 epochs or seconds, got {got}")
-        return cls(epochs, seconds)
 
 
 @dataclass
@@ -80,7 +52,7 @@ class Progress:
         metrics: the last validation's metrics.
         best_metrics: those of the best one.
         untuned_ap: AP of the best weights before their post-processing was chosen.
-        extensions: those begun, with first_step, first_seconds, steps, epochs and time.
+        extensions: those begun, with first_step, steps and epochs.
     """
 
     step: int = 0
@@ -103,33 +75,23 @@ class Progress:
         return int(self.extensions[-1]["first_step"]) if self.extensions else 0
 
     @property
-    def first_seconds(self) -> float:
-        """Seconds spent before the schedule began."""
-        return float(self.extensions[-1]["first_seconds"]) if self.extensions else 0.0
-
-    @property
     def schedule(self) -> tuple[int, int]:
         """Steps of the schedule that are done, and all of its steps."""
         return self.step - self.first_step, self.steps - self.first_step
 
-    def is_in(self, more: Extension, path: Path) -> bool:
-        """Return True if the run was stopped in such an extension, False if it is finished.
-
-        Raises:
-            ConfigError: it was stopped in another training.
-        """
+    def is_in_extension(self, epochs: float, path: Path) -> bool:
+        """Return True if the run was stopped in such an extension, False if it is finished."""
         last = self.extensions[-1] if self.extensions else {}
-        if self.finished or last.items() >= asdict(more).items():
+        if self.finished or last.get("epochs") == epochs:
             return not self.finished
         raise ConfigError(
             f"{path} has done {self.step} of {self.steps} steps: finish it by the command that "
             "started it, and then extend it"
         )
 
-    def extend(self, more: Extension, steps: int) -> None:
+    def extend(self, epochs: float, steps: int) -> None:
         """Begin an extension."""
-        first = {"first_step": self.step, "first_seconds": self.seconds, "steps": steps}
-        self.extensions.append(first | asdict(more))
+        self.extensions.append({"first_step": self.step, "steps": steps, "epochs": epochs})
         self.steps, self.stopped_early, self.bad_validations = self.step + steps, False, 0
         if self.untuned_ap >= 0:
             self.best_ap = self.untuned_ap
@@ -167,29 +129,15 @@ class RunFolder:
 
     @contextmanager
     def lock(self, enabled: bool = True) -> Iterator[None]:
-        """Keep other trainings out of the folder.
-
-        Raises:
-            ConfigError: another training runs in it, or it contains other files than a run.
-        """
+        """Keep other trainings out of the folder."""
         if not enabled:
             yield
             return
         if not self.last.is_dir():
             self._check_empty()
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".training.lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(
-                f"{self.path} is in use: another training writes to it; wait for it or stop it, "
-                "or give another --out"
-            ) from None
-        try:
+        with folder_lock(self.path, "training"):
             yield
-        finally:
-            lock.release()
 
     def recover(self) -> None:
         """Finish the renames that a kill may have interrupted."""
@@ -202,12 +150,17 @@ class RunFolder:
             return None
         return load_recipe(self.config)
 
-    def recipe_to_extend(self, recipe: Recipe) -> Recipe:
-        """Return the settings of the finished run, which those that `recipe` states must equal.
+    def stored_data(self) -> Path | None:
+        """Return the data of the run, where they are files; None: there is no run."""
+        if not self.info.is_file():
+            return None
+        data = Path(json.loads(self.info.read_text("utf-8")).get("data", ""))
+        if not data.exists():
+            raise ConfigError(f"{self.path} was trained on {data}, which is not here: name DATA")
+        return data
 
-        Raises:
-            ConfigError: there is no run, or a setting differs.
-        """
+    def recipe_to_extend(self, recipe: Recipe) -> Recipe:
+        """Return the settings of the finished run, which those that `recipe` states must equal."""
         stored = self.stored_recipe()
         if stored is None:
             raise ConfigError(f"{self.path} contains no run to extend; give the --out of one")
@@ -228,11 +181,7 @@ class RunFolder:
         write_atomic(self.info, json.dumps(stored | dict(values), indent=1) + "\n")
 
     def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
-        """Reject a run of another detector, with other settings or on other data.
-
-        Raises:
-            ConfigError: names the first setting that differs, with both values.
-        """
+        """Reject a run of another detector, with other settings or on other data."""
         stored = json.loads(self.info.read_text("utf-8"))
         if stored.get("rival") != rival:
             raise ConfigError(
@@ -289,12 +238,25 @@ class RunFolder:
         return {line["file"]: line["size"] for line in reversed(read_log(self.unreadable))}
 
 
-def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``log.jsonl``; a truncated last line is skipped.
+@contextmanager
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes of the kind `what` out of a folder."""
+    lock = FileLock(folder / f".{what}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{folder} is in use: another {what} writes to it; wait for it or stop it, "
+            "or give another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
-    Raises:
-        DataError: the file cannot be read.
-    """
+
+def read_log(file: str | Path) -> list[dict[str, Any]]:
+    """Read the lines of a ``log.jsonl``; a truncated last line is skipped."""
     try:
         text = Path(file).read_text("utf-8")
     except OSError as error:
@@ -342,16 +304,7 @@ def save_state(
     extras: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """Write the training state into an existing folder.
-
-    Args:
-        folder: the folder of the checkpoint.
-        progress: the progress of the run.
-        model: the weights that the optimizer updates (the checkpoint may contain EMA weights).
-        optimizer: its momentum and moments are saved.
-        extras: further tensors, such as the EMA weights and the running normalizer.
-        numbers: further JSON values, such as the loss scale of fp16.
-    """
+    """Write the training state into an existing folder."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"extra.{name}": value for name, value in extras.items()}
     tensors["random.cpu"] = torch.get_rng_state()
@@ -373,14 +326,7 @@ def save_state(
 def load_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Tensor], dict[str, Any]]:
-    """Restore a saved state into `model`, `optimizer` and the random generators.
-
-    Returns:
-        The progress, the extra tensors and the extra numbers passed to :func:`save_state`.
-
-    Raises:
-        WeightsError: a file is missing or damaged, or is of another network.
-    """
+    """Restore a saved state into `model`, `optimizer` and the random generators."""
     try:
         tensors = load_file(folder / _TENSORS)
         stored = json.loads((folder / _NUMBERS).read_text("utf-8"))

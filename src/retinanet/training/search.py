@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from retinanet.config import Recipe, load_recipe, nearest, setting_names, setting_of
 from retinanet.errors import ConfigError, MissingExtraError, NonFiniteLossError
 from retinanet.files import csv_text, write_atomic
 from retinanet.training.events import Event, EventCallback
-from retinanet.training.trainer import Run, train
+from retinanet.training.run_folder import folder_lock
+from retinanet.training.trainer import train
 
 TRIALS = 20
 """Trials in a budget, if no other length is given."""
@@ -113,13 +111,12 @@ class SearchResult:
     Attributes:
         folder: of the search; ``trials/NUMBER`` are the run folders.
         trials: in their order.
-        stopped: whether Ctrl-C or SIGTERM ended it; the same call resumes it.
-        exit_code: 0, or that of the stopped training.
+        exit_code: 0, or that of the training that Ctrl-C or SIGTERM stopped; the same call resumes
+            it.
     """
 
     folder: Path
     trials: tuple[Trial, ...]
-    stopped: bool = False
     exit_code: int = 0
 
     @property
@@ -146,8 +143,7 @@ def search(
 
     Optuna suggests the values (tree-structured Parzen estimator), first those of the recipe, and
     stops trials whose AP is under the median of the others at the same share of their training. Its
-    journal is in `out`: the same call resumes the search and the training that was stopped, and
-    several calls at a time share the trials.
+    journal is in `out`: the same call resumes the search and the training that was stopped.
 
     Args:
         data: labelled folder or file.
@@ -162,35 +158,34 @@ def search(
         on_trial: callback for each finished trial.
 
     Raises:
-        ConfigError: a range is missing or has invalid values, or `out` has another search.
+        ConfigError: a range is missing or has invalid values, or `out` has another search or is in
+            use.
         MissingExtraError: Optuna is not installed.
         RetinaNetError: as :func:`retinanet.train`, in the first trial.
     """
     study = _Study(Path(out), ranges, recipe, settings, budget, device, on_event)
-    study.check(data)
     exit_code = 0
-    while study.has_budget(budget, max_trials):
-        ended = study.run_trial(data)
-        if isinstance(ended, int):
-            exit_code = ended
-            break
-        if on_trial is not None:
-            on_trial(ended)
-    result = SearchResult(study.out, study.trials(), bool(exit_code), exit_code)
-    settings_of_trials = [own.setting for own in ranges]
-    rows = [
-        {
-            "trial": t.number,
-            "state": t.state,
-            "ap": "" if math.isnan(t.ap) else t.ap,
-            "seconds": round(t.seconds, 1),
-            **{setting: t.values.get(setting) for setting in settings_of_trials},
-        }
-        for t in result.trials
-    ]
-    columns = ["trial", "state", "ap", "seconds", *settings_of_trials]
-    write_atomic(study.out / "trials.csv", csv_text(rows, columns))
-    return result
+    with folder_lock(study.out, "search"):
+        study.check(data)
+        while study.has_budget(budget, max_trials) and not exit_code:
+            ended = study.run_trial(data)
+            if isinstance(ended, int):
+                exit_code = ended
+            elif on_trial is not None:
+                on_trial(ended)
+        trials = study.trials()
+        rows = [
+            {
+                "trial": t.number,
+                "state": t.state,
+                "ap": "" if math.isnan(t.ap) else t.ap,
+                "seconds": round(t.seconds, 1),
+                **{own.setting: t.values.get(own.setting) for own in ranges},
+            }
+            for t in trials
+        ]
+        write_atomic(study.out / "trials.csv", csv_text(rows, ["trial"]))
+    return SearchResult(study.out, trials, exit_code)
 
 
 class _Study:
@@ -281,10 +276,12 @@ class _Study:
 
     def run_trial(self, data: str | Path) -> Trial | int:
         """Run a trial, or resume one that was stopped; the exit code if it is stopped."""
-        with self._claim() as trial:
-            return self._run(trial, data)
-
-    def _run(self, trial: Any, data: str | Path) -> Trial | int:
+        running = (self._optuna.trial.TrialState.RUNNING,)
+        stopped = self._study.get_trials(deepcopy=False, states=running)
+        if stopped:
+            trial = self._optuna.trial.Trial(self._study, stopped[0]._trial_id)
+        else:
+            trial = self._study.ask()
         number: int = trial.number
         folder = self.out / "trials" / f"{number:03}"
         values = [f"{own.setting}={own.suggest(trial)}" for own in self._ranges]
@@ -320,41 +317,13 @@ class _Study:
         else:
             if run.interrupted and not is_pruned:
                 return int(run.exit_code or 130)
-            state, ap = (states.PRUNED, None) if is_pruned else (states.COMPLETE, _ap(run))
-            if ap is None and not is_pruned:
-                state = states.FAIL
+            ap = run.best_ap if run.best_ap >= 0 and not is_pruned else None
+            state = states.PRUNED if is_pruned else states.FAIL if ap is None else states.COMPLETE
         finally:
             earlier = trial.user_attrs.get("seconds", 0.0)
             trial.set_user_attr("seconds", earlier + monotonic() - began)
         self._study.tell(trial, ap, state=state)
         return self.trials()[number]
-
-    @contextmanager
-    def _claim(self) -> Iterator[Any]:
-        """Lock a trial that was stopped, or a new one, until its result is recorded."""
-        folder = self.out / "trials"
-        folder.mkdir(exist_ok=True)
-        with FileLock(folder / ".claim.lock"):  # nobody takes a new trial for a stopped one
-            trial = self._stopped(folder) or self._study.ask()
-            lock = FileLock(folder / f".{trial.number:03}.lock")
-            lock.acquire()
-        try:
-            yield trial
-        finally:
-            lock.release()
-
-    def _stopped(self, folder: Path) -> Any:
-        """Return a trial that is neither recorded nor locked by another process, if any."""
-        running = self._optuna.trial.TrialState.RUNNING
-        for trial in self._study.get_trials(deepcopy=False, states=(running,)):
-            try:
-                with FileLock(folder / f".{trial.number:03}.lock", blocking=False):
-                    now = self._study.get_trials(deepcopy=False)[trial.number]
-            except Timeout:
-                continue  # another process trains it
-            if now.state == running:  # it did not end since they were listed
-                return self._optuna.trial.Trial(self._study, trial._trial_id)
-        return None
 
     def trials(self) -> tuple[Trial, ...]:
         """Return all trials that have begun."""
@@ -374,7 +343,3 @@ def _contains(own: Range, value: Any) -> bool:
     if own.choices:
         return str(value) in own.choices
     return isinstance(value, int | float) and own.low <= value <= own.high
-
-
-def _ap(run: Run) -> float | None:
-    return run.best_ap if run.best_ap >= 0 else None

@@ -30,9 +30,7 @@ MAX_CONSECUTIVE_SKIPPED_STEPS = 20
 """Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""
 
 
-def lr_factor(
-    step: int, steps: int, settings: TrainConfig, warmup_steps: int | None = None
-) -> float:
+def lr_factor(step: int, steps: int, settings: TrainConfig) -> float:
     """Factor of the learning rate in step `step` (from 0) of `steps`.
 
     The schedule ``steps`` divides by 10 at each milestone, a share of `steps` (Sec. 4.1: 60k and
@@ -44,8 +42,7 @@ def lr_factor(
         >>> [lr_factor(s, 90_000, paper) for s in (0, 59_999, 60_000, 79_999, 80_000)]
         [1.0, 1.0, 0.1, 0.1, 0.01]
     """
-    rising = settings.warmup_steps if warmup_steps is None else warmup_steps
-    warmup = min(1.0, (step + 1) / rising) if rising else 1.0
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     if settings.schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
     passed = sum(step >= round(share * steps) for share in settings.milestones)
@@ -95,18 +92,6 @@ def backward(
     The gradient is that of the whole batch for any number of processes and micro-batches; it is
     averaged over processes in the last micro-batch. Where the normalizer depends on the outputs
     (assignments other than ``iou``, quality and varifocal loss), each micro-batch has its own.
-
-    Args:
-        network: `model`, or its wrapper for several processes.
-        model: a RetinaNet.
-        batch: this process's part.
-        context: precision, loss scale and running normalizer.
-        accelerator: the processes.
-        settings: of the losses and the matching.
-        accumulate: number of micro-batches.
-
-    Returns:
-        The losses of the whole batch, and the new running normalizer.
     """
     model = cast(RetinaNet, model)
     settings = settings.at(context.share)
@@ -307,16 +292,7 @@ def lerp_unless(average: Tensor, value: Tensor, weight: float, skip: Tensor | No
 
 
 class PendingStep:
-    """A step that the device may still compute; its metrics are copied to the host asynchronously.
-
-    Attributes:
-        step: from 0.
-        lr: its learning rate.
-        batch: its images, on the host.
-        running: () the running normalizer before it.
-        share: of the training steps that were done before it.
-        speed: its speed and memory (:class:`Meter`).
-    """
+    """A step that the device may still compute, with its metrics on their way to the host."""
 
     def __init__(
         self, step: int, lr: float, batch: Batch, running: Tensor, share: float = 1.0

@@ -44,22 +44,13 @@ MIN_TUNING_OBJECTS = 50
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskSettings:
-    """Settings of a run that its task needs.
-
-    Attributes:
-        recipe: all settings.
-        train_set: the images to train on.
-        accelerator: the devices and processes.
-        precision: ``float32``, ``bf16`` or ``fp16``.
-        workers: processes that load images.
-        emit: emits events.
-    """
+    """Settings of a run that its task needs."""
 
     recipe: Recipe
     train_set: Dataset
     accelerator: Accelerator
-    precision: str
-    workers: int
+    precision: str  # float32, bf16 or fp16
+    workers: int  # processes that load images
     emit: Emit
 
     @property
@@ -114,14 +105,7 @@ class TrainingTask:
     def write_checkpoint(
         self, folder: Path, model: nn.Module, step: int, metrics: Metrics | None = None
     ) -> None:
-        """Write a checkpoint into an existing folder.
-
-        Args:
-            folder: exists.
-            model: the weights.
-            step: steps done.
-            metrics: of :meth:`validate` for these weights; None: unknown.
-        """
+        """Write a checkpoint into an existing folder."""
         raise NotImplementedError
 
     def tune(self, folder: Path, dataset: Dataset) -> Tuning | None:
@@ -137,29 +121,12 @@ class TrainingTask:
         return None
 
     def save_nonfinite(self, run: Path, model: nn.Module, failed: PendingStep) -> str:
-        """Save a step with a NaN or Inf loss or gradient.
-
-        Args:
-            run: the run folder.
-            model: with the weights before the step.
-            failed: the step.
-
-        Returns:
-            The part of the error message that names what is saved.
-        """
+        """Save a step with a NaN or Inf loss or gradient."""
         return f"the last saved state is in {run / 'last'}"
 
 
 class RetinaNetTask(TrainingTask):
-    """Train a RetinaNet.
-
-    Args:
-        settings: of the run.
-        start: a detector to start from, whose recipe is that of `settings`; None: none.
-
-    Raises:
-        ConfigError: ``loss.alpha`` or ``detect.score_thresholds`` do not fit the classes.
-    """
+    """Train a RetinaNet."""
 
     def __init__(self, settings: TaskSettings, start: Start | None = None) -> None:
         super().__init__(settings)
@@ -255,6 +222,12 @@ class RetinaNetTask(TrainingTask):
 
     def _checkpoint(self, model: nn.Module, step: int) -> Checkpoint:
         recipe, train_set = self.settings.recipe, self.settings.train_set
+        data, optional = recipe.data, dict[str, Any]()
+        if data.tile is not None:  # detection uses the same by default
+            optional["tile"] = {"side": data.tile, "overlap": data.tile_overlap}
+        if data.classes or data.single_class:  # so that an evaluation selects the same
+            selected = {"classes": list(data.classes), "single_class": data.single_class}
+            optional["selection"] = selected
         return Checkpoint(
             model=cast(RetinaNet, model),
             classes=train_set.classes,
@@ -270,24 +243,9 @@ class RetinaNetTask(TrainingTask):
                 "split": {"seed": recipe.split_seed, "val_fraction": recipe.data.val_fraction},
                 # The tile size where it is chosen automatically.
                 "image_side": self._image_side,
-                **_tile(recipe),
-                **_selection(recipe),
+                **optional,
             },
         )
-
-
-def _tile(recipe: Recipe) -> dict[str, Any]:
-    """Record the tiles of a training on tiles: detection uses the same by default."""
-    data = recipe.data
-    return {} if data.tile is None else {"tile": {"side": data.tile, "overlap": data.tile_overlap}}
-
-
-def _selection(recipe: Recipe) -> dict[str, Any]:
-    """Record the selected classes, so that an evaluation selects the same."""
-    data = recipe.data
-    if not data.classes and not data.single_class:
-        return {}
-    return {"selection": {"classes": list(data.classes), "single_class": data.single_class}}
 
 
 def image_side(dataset: Dataset) -> int:

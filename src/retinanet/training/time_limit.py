@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
+from retinanet.training.optim import short_warmup
 
 MIN_STEPS = 20
 """A training with fewer steps is meaningless."""
@@ -110,20 +111,6 @@ def plan_training(
     images become smaller. With more than 72 epochs they become larger. What the recipe states is
     kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
     pixels.
-
-    Args:
-        recipe: with ``train.time``.
-        pace: of the recipe's network, measured.
-        elapsed: seconds since the start of the command.
-        num_images: images per epoch.
-        max_side: largest image size to consider.
-        batch_multiple: the batch must divide by it.
-
-    Returns:
-        The settings that change, by name, and the plan.
-
-    Raises:
-        ConfigError: the limit is too short for :data:`MIN_STEPS` steps.
     """
     limit = recipe.train.time
     assert limit is not None
@@ -151,33 +138,24 @@ def plan_training(
             break
         side, pace = larger, pace.at(larger / side)
         plan = plan_steps(seconds, pace)
-    check_length(plan, limit, pace, elapsed, "train.time")
+    if plan.steps < MIN_STEPS:
+        needed = elapsed + MIN_STEPS * pace.step + pace.validation
+        least = math.ceil(needed / (1 - 2 * _MARGIN))
+        raise ConfigError(
+            f"train.time {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
+            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
+            f"least {least}s"
+        )
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
     if not recipe.states("train.warmup_steps"):
-        changes["train.warmup_steps"] = min(recipe.train.warmup_steps, plan.steps // 10)
+        changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
     if batch != recipe.train.batch_size:
         changes["train.batch_size"] = batch
     if side != recipe.data.image_size:
         changes["data.image_size"] = side
     return changes, plan
-
-
-def check_length(plan: Plan, limit: float, pace: Pace, elapsed: float, what: str) -> None:
-    """Check that a plan has :data:`MIN_STEPS` steps.
-
-    Raises:
-        ConfigError: the limit, named by `what`, is too short.
-    """
-    if plan.steps < MIN_STEPS:
-        needed = elapsed + MIN_STEPS * pace.step + pace.validation
-        least = math.ceil(needed / (1 - 2 * _MARGIN))
-        raise ConfigError(
-            f"{what} {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
-            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
-            f"least {least}s"
-        )
 
 
 def next_side(side: int, factor: float) -> int:
@@ -187,12 +165,6 @@ def next_side(side: int, factor: float) -> int:
 
 def replan(step: int, seconds: float, pace: Pace, period: int) -> int:
     """Return the number of steps in all with which a training under way ends in time.
-
-    Args:
-        step: steps done.
-        seconds: left for steps and validations.
-        pace: as measured since.
-        period: steps from a validation to the next.
 
     Example: half of 450 steps are done, and now each takes 4 s, with 500 s left. Two validations
     of 20 s, after step 270 and the last, leave 460 s.
@@ -225,14 +197,7 @@ def is_due(step: int, steps: int, period: int) -> bool:
 
 
 class Pacer:
-    """Adapt the number of steps of a training under way, so that it ends in time.
-
-    Args:
-        deadline: when training and validation must have ended, by `clock`.
-        period: steps from a validation to the next.
-        validation: seconds of a validation, estimated.
-        clock: returns seconds.
-    """
+    """Adapt the number of steps of a training under way, so that it ends in time."""
 
     def __init__(
         self,

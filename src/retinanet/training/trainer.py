@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -22,8 +21,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
-from retinanet.files import readable_folder
-from retinanet.model.backbone import has_c2
+from retinanet.model.backbone import check_weights_file, has_c2
 from retinanet.model.precision import choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
@@ -35,7 +33,6 @@ from retinanet.training.memory import fit_memory, memory_errors
 from retinanet.training.optim import resolve_steps
 from retinanet.training.processes import open_accelerator
 from retinanet.training.run_folder import (
-    Extension,
     Progress,
     RunFolder,
     describe_machine,
@@ -53,10 +50,7 @@ from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
 from retinanet.training.time_limit import (
     MIN_STEPS,
     Pace,
-    check_length,
-    plan_steps,
     plan_training,
-    seconds_to_train,
     seconds_to_tune,
 )
 
@@ -95,49 +89,39 @@ def train(
     init: str | Path | None = None,
     on_event: EventCallback | None = None,
     started: float | None = None,
-    more: Extension | None = None,
+    more_epochs: float | None = None,
 ) -> Run:
-    """Train a RetinaNet, resume a run that was stopped, or extend a finished one.
+    """Train a RetinaNet, resume a run that was stopped, or extend it: :func:`retinanet.train`.
 
     Args:
-        recipe: all settings (:func:`retinanet.config.load_recipe`).
-        data: a labelled folder or file of any format, or its splits by name; ``train`` is trained
-            on, ``val`` is validated on.
-        out: the run folder. An unfinished run in it, of the same settings and data, is resumed from
-            its last state, and ends at the weights of an uninterrupted run (bit for bit on a CPU
-            with ``train.deterministic``).
-        device: ``auto`` or a torch device, such as ``cpu``, ``cuda:1`` or ``mps``; several
-            processes are started by ``torchrun`` or ``accelerate launch``.
-        init: a detector to start from, as ``train.init``: its network is taken over
-            (:mod:`retinanet.training.init`), and classes of the same name keep their rows.
-        on_event: callback for progress events (:class:`Event`).
-        started: when the command began, by :func:`time.monotonic`, from where ``train.time``
-            counts; None: now.
-        more: train the finished run in `out` further, with a schedule of its own, by its settings:
-            what `recipe` states must be the same. An extension that was stopped is resumed.
-
-    Raises:
-        ConfigError: settings contradict each other, `device` is not available, ``train.time`` is
-            too short, `out` contains another run, one that `more` cannot extend, or is in use, or
-            memory is not sufficient.
-        DataError: the data has no image or no object to train on, more than a tenth of the images
-            cannot be read, or no anchor matched an object in the first steps.
-        NonFiniteLossError: the loss or its gradient is NaN or Inf; the step is saved.
-        WeightsError: `init` or the backbone's weights cannot be used.
+        recipe: all settings.
+        data: a labelled folder or file, or splits by name.
+        out: the run folder. A resumed run ends at the weights of an uninterrupted one (bit for bit
+            on a CPU with ``train.deterministic``).
+        device: as in :func:`retinanet.train`; ``torchrun`` starts several processes.
+        init: as ``train.init`` (:mod:`retinanet.training.init`).
+        on_event: callback for progress events.
+        started: when the command began, by :func:`time.monotonic`; the origin of ``train.time``.
+        more_epochs: of an extension of the finished run, whose settings those that `recipe` states
+            must be.
     """
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
-    if more is not None:
+    if more_epochs is not None:
+        if not more_epochs > 0:
+            raise ConfigError(f"--more-epochs (more_epochs) {more_epochs:g}: give more than 0")
         recipe = RunFolder(out).recipe_to_extend(recipe)
     import_own(recipe.own_parts)
     start = follow_checkpoint(recipe, Path(out))
+    if start is None and RunFolder(out).stored_recipe() is None:
+        check_weights_file(recipe.model.backbone_weights)
 
     def make_task(settings: TaskSettings) -> RetinaNetTask:
         return RetinaNetTask(settings, start)
 
     recipe = recipe if start is None else start.recipe
-    options: dict[str, Any] = {"on_event": on_event, "started": started, "more": more}
-    return run_task(make_task, recipe, data, out, device=device, **options)
+    options: dict[str, Any] = {"on_event": on_event, "started": started}
+    return run_task(make_task, recipe, data, out, device=device, more_epochs=more_epochs, **options)
 
 
 def run_task(
@@ -149,7 +133,7 @@ def run_task(
     device: str = "auto",
     on_event: EventCallback | None = None,
     started: float | None = None,
-    more: Extension | None = None,
+    more_epochs: float | None = None,
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
@@ -176,12 +160,12 @@ def run_task(
     _check_batch_size(settings)
     with run.lock(accelerator.is_main_process):
         stored = _open_run(run, splits, task)
-        if stored is not None and stored.finished and more is None:
+        if stored is not None and stored.finished and more_epochs is None:
             early = " (stopped early)" if stored.stopped_early else ""
             emit(
                 "message",
                 message=f"{run.path} is finished: {stored.step} steps{early}; to train it further "
-                "give --more-epochs 10 or --more-time 10min (rn.train: more_epochs, more_time)",
+                "give --more-epochs 10 (rn.train: more_epochs)",
             )
             return _result(run, stored)
         if stored is None and not splits.val:
@@ -190,15 +174,18 @@ def run_task(
                 message="warning: there is no validation split, so no AP, no best weights and no "
                 "score thresholds: the last weights are the result",
             )
-        steps = None
-        if more is not None and stored is not None and not stored.is_in(more, run.path):
-            steps = _plan_extension(make_task, settings, splits.val, run, more, started)
+        extends = (
+            more_epochs is not None
+            and stored is not None
+            and not stored.is_in_extension(more_epochs, run.path)
+        )
         if recipe.train.trackers:
             accelerator.init_trackers("retinanet")
         set_seed(recipe.train.seed)
         trainer = Trainer(task, splits.val, run, resume=stored is not None)
-        if more is not None and steps is not None:
-            trainer.extend(more, steps)
+        if extends and more_epochs is not None:
+            images = epoch_size(settings.train_set, recipe.data)
+            trainer.extend(more_epochs, math.ceil(more_epochs * images / recipe.train.batch_size))
         if pace is not None:
             trainer.progress.validation_seconds = pace.validation
         with memory_errors(settings):
@@ -213,11 +200,7 @@ def _resolve(
     run: RunFolder,
     started: float,
 ) -> tuple[TaskSettings, Pace | None]:
-    """Choose what the recipe leaves open: as the run to resume, else by the data and the machine.
-
-    Returns:
-        The settings without anything to choose, and the measured pace if the time is limited.
-    """
+    """Choose what the recipe leaves open, by the run to resume, else by data and machine."""
     recipe, stored = settings.recipe, run.stored_recipe()
     if recipe.auto and not recipe.states("model.p2") and not has_c2(recipe.model.backbone):
         recipe = recipe.override({"model.p2": False})
@@ -228,6 +211,8 @@ def _resolve(
 
     if stored is not None:
         recipe = with_choices_of(recipe, stored)
+        if recipe.train.accumulate == 0:
+            recipe = recipe.choose({"train.accumulate": stored.train.accumulate})
     else:
         choose = partial(
             choose_settings,
@@ -238,7 +223,7 @@ def _resolve(
         )
         choices, lengths = choose(), {}
         if recipe.train.time is not None:
-            timed = _fit_memory(make_task, of(recipe.choose(values(choices))), None)
+            timed = _fit_memory(make_task, of(recipe.choose(values(choices))))
             left = recipe.train.time - (time.monotonic() - started)
             pace = measure_pace(make_task, timed, data.val, left)
             # All processes must make the same plan.
@@ -250,19 +235,17 @@ def _resolve(
         if choices:
             settings.emit("choices", choices=[asdict(choice) for choice in choices])
         recipe = resolved(recipe.choose(values(choices) | lengths))
-    return _fit_memory(make_task, of(recipe), None if stored is None else run), pace
+    return _fit_memory(make_task, of(recipe)), pace
 
 
-def _fit_memory(
-    make_task: MakeTask, settings: TaskSettings, resumed: RunFolder | None
-) -> TaskSettings:
+def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
     """Choose the micro-batches where the recipe leaves them open."""
     recipe = settings.recipe
     if recipe.train.accumulate:
         return settings
 
     def try_step(settings: TaskSettings, batch: Batch) -> None:
-        with _trial(make_task, settings, resumed) as trainer:
+        with _trial(make_task, settings) as trainer:
             trainer.network.train()
             trainer.step(batch)
             trainer.flush()
@@ -274,33 +257,6 @@ def _fit_memory(
         f"(train.accumulate={parts})",
     )
     return replace(settings, recipe=recipe.choose({"train.accumulate": parts}))
-
-
-def _plan_extension(
-    make_task: MakeTask,
-    settings: TaskSettings,
-    val: Dataset | None,
-    run: RunFolder,
-    more: Extension,
-    started: float,
-) -> int:
-    """Return the steps of an extension.
-
-    Raises:
-        ConfigError: its time is too short.
-    """
-    recipe = settings.recipe
-    if more.epochs is not None:
-        images = epoch_size(settings.train_set, recipe.data)
-        return math.ceil(more.epochs * images / recipe.train.batch_size)
-    assert more.time is not None
-    left = more.time - (time.monotonic() - started)
-    pace = measure_pace(make_task, settings, val, left, run)
-    pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
-    elapsed += seconds_to_tune(recipe, pace.validation)
-    plan = plan_steps(seconds_to_train(more.time) - elapsed, pace)
-    check_length(plan, more.time, pace, elapsed, "--more-time")
-    return plan.steps
 
 
 def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
@@ -326,31 +282,22 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
 
 
 @contextmanager
-def _trial(
-    make_task: MakeTask, settings: TaskSettings, resumed: RunFolder | None
-) -> Iterator[Trainer]:
-    """Build a trainer whose steps are discarded, with the weights of the run to resume if any."""
+def _trial(make_task: MakeTask, settings: TaskSettings) -> Iterator[Trainer]:
+    """Build a trainer whose steps are discarded."""
     with tempfile.TemporaryDirectory() as scratch, memory_errors(settings):
-        task, run = make_task(replace(settings, emit=ignore)), RunFolder(scratch)
-        if resumed is not None:  # only read: it may be in use, and its log is of its own steps
-            run.last = readable_folder(resumed.last)
-            run.log.touch()
-        yield Trainer(task, None, run, resume=resumed is not None)
+        task = make_task(replace(settings, emit=ignore))
+        yield Trainer(task, None, RunFolder(scratch), resume=False)
 
 
 def measure_pace(
-    make_task: MakeTask,
-    settings: TaskSettings,
-    val: Dataset | None,
-    seconds_left: float,
-    resumed: RunFolder | None = None,
+    make_task: MakeTask, settings: TaskSettings, val: Dataset | None, seconds_left: float
 ) -> Pace:
     """Measure the duration of a training step and of a validation on this machine.
 
     Steps are timed until they have taken long enough, not counting the first two, and the
     validation of two batches; or until `seconds_left` cannot suffice.
     """
-    with _trial(make_task, settings, resumed) as trainer:
+    with _trial(make_task, settings) as trainer:
         step = trainer.time_steps(seconds_left)
         if val is None or not len(val):
             return Pace(step, 0.0)
@@ -395,14 +342,6 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
             run.start(recipe, describe_machine(accelerator.device) | info | dict(task.info))
         return None
     run.check_same(recipe, digest, task.info.get("rival"))
-    processes = json.loads(run.info.read_text("utf-8")).get("processes")
-    if recipe.data.order == "shards" and processes != accelerator.num_processes:
-        task.settings.emit(
-            "message",
-            message=f"warning: the run was started with {processes} processes and resumes with "
-            f"{accelerator.num_processes}, which share the shards differently: in this epoch "
-            "images may occur twice or not at all",
-        )
     return stored
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,7 +29,7 @@ from retinanet.config import LossConfig
 from retinanet.losses import classification_loss
 from retinanet.matching import match_anchors
 from retinanet.postprocess import postprocess
-from retinanet.structures import BACKGROUND, Targets, flatten_level, flatten_levels
+from retinanet.structures import Targets, flatten_level, flatten_levels
 
 _ALPHA, _GAMMA = 0.25, 2.0
 
@@ -94,19 +92,17 @@ def _class_loss(
         loss = classification_loss(flat, labels, weights, settings, overwrite_logits=overwrite)
         return _backward(loss, levels)
 
-    # Rivals compute in float32; bfloat16 keeps 8 bits of a gradient.
+    # torchvision computes in float32; bfloat16 keeps 8 bits of a gradient.
     compare = partial(_compare_losses, 1e-4 if dtype == torch.float32 else 1e-2)
     float_levels = [level.detach().float().requires_grad_() for level in levels]
 
-    def theirs(loss: Callable[[Tensor, Tensor], Tensor]) -> _LossOutput:
+    def theirs() -> _LossOutput:
         logits = flatten_levels(float_levels, classes) if heads_layout else float_levels[0]
-        return _backward(loss(logits, labels), float_levels)
+        return _backward(_torchvision_loss(logits, labels), float_levels)
 
-    losses = {"torchvision": _torchvision_loss, "fvcore": _fvcore_loss}
-    rivals = [Rival(name, partial(theirs, loss), compare) for name, loss in losses.items()]
     return Benchmark(
         ours,
-        setting.rivals(*rivals),
+        [Rival("torchvision", theirs, compare)],
         limit=copy_limit(levels),
         input_bytes=total_bytes(levels),
     )
@@ -132,19 +128,6 @@ def _torchvision_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def _fvcore_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    loss_of = import_module("fvcore.nn").sigmoid_focal_loss_jit
-    total = torch.zeros((), device=logits.device)
-    for image, classes in zip(logits, labels, strict=True):
-        counted = classes >= BACKGROUND
-        one_hot = torch.zeros_like(image).scatter_(1, classes.clamp(min=0)[:, None], 1.0)
-        one_hot = one_hot * (classes >= 0)[:, None]
-        options = {"alpha": _ALPHA, "gamma": _GAMMA, "reduction": "sum"}
-        loss = loss_of(image[counted], one_hot[counted], **options)
-        total = total + loss / (classes >= 0).sum().clamp(min=1)
-    return total / len(logits)
-
-
 def matching(setting: Setting) -> list[Case]:
     """Match a batch, against torchvision's IoU matrix and matcher, image by image."""
     sides = setting.pick((96, 128), (256, 320), (1024, 1280))
@@ -168,7 +151,7 @@ def _matching(setting: Setting, objects: int, sides: tuple[int, int]) -> Benchma
     def theirs() -> Tensor:
         return torch.stack([matcher(box_iou(image, anchors)) for image in targets.boxes])
 
-    return Benchmark(ours, setting.rivals(Rival("torchvision", theirs, _compare_matches)))
+    return Benchmark(ours, [Rival("torchvision", theirs, _compare_matches)])
 
 
 def _compare_matches(output: Tensor, expected: Tensor) -> str:
@@ -210,7 +193,7 @@ def _postprocessing(
     }
     boxes, shapes = [list(anchors)] * batch, [tuple(size) for size in sizes.tolist()]
     theirs = partial(network.postprocess_detections, levels, boxes, shapes)
-    rivals = setting.rivals(Rival("torchvision", theirs, _compare_detections))
+    rivals = [Rival("torchvision", theirs, _compare_detections)]
     return Benchmark(ours, rivals, limit=read_limit(outputs.logits))
 
 

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _data(setting: Setting, images: int, shorter: int, longest: int) -> Benchmar
     rival = Rival("torchvision", _reference(dataset, shorter, longest), _compare_batches)
     return Benchmark(
         ours,
-        setting.rivals(rival),
+        [rival],
         memory=False,
         note="ours leaves normalising to the network",
     )
@@ -159,10 +160,10 @@ def _evaluation(setting: Setting, images: int, detections: int, analysis: bool) 
     def ours() -> list[float]:
         return list(evaluate_detections(dataset, results, analysis=analysis).summary().values())
 
-    rivals = []
-    if "pycocotools" in setting.vs:
-        rivals.append(Rival("pycocotools", _pycocotools(dataset, results), _compare_metrics))
-    return Benchmark(ours, rivals)
+    if setting.alone or find_spec("pycocotools") is None:
+        return Benchmark(ours)
+    rival = Rival("pycocotools", _pycocotools(dataset, results), _compare_metrics)
+    return Benchmark(ours, [rival])
 
 
 def _compare_metrics(output: list[float], expected: list[float]) -> str:

@@ -128,7 +128,7 @@ def _inference(
     dtype = DTYPES.get(network.precision)
     return Benchmark(
         lambda: [network(images) for images in batches],
-        setting.rivals(*rivals),
+        rivals,
         limit=None if dtype is None else _inference_limit(backbone, batches, dtype),
         note=network.description,
     )
@@ -209,7 +209,7 @@ def _detection(setting: Setting, precision: str) -> Benchmark:
         return detections
 
     compare = partial(_compare_detections, 0.95 if precision == "float32" else 0.9)
-    rivals = setting.rivals(Rival("torchvision", theirs, compare))
+    rivals = [Rival("torchvision", theirs, compare)]
     return Benchmark(partial(detector.detect, file), rivals)
 
 
@@ -312,7 +312,7 @@ def _train_step(
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     return Benchmark(
         ours,
-        setting.rivals(Rival(name, theirs, compare)),
+        [Rival(name, theirs, compare)],
         limit=matrix_limit(
             count_flops(forward_backward), side // 8, side // 8, batch, dtype, device
         ),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from retinanet.config import nearest
 from retinanet.data import archives
@@ -33,6 +33,8 @@ from retinanet.data.formats.json_exports import (
     parse_via,
 )
 from retinanet.data.formats.labels import (
+    LabelFile,
+    Splits,
     find_files,
     find_tables,
     json_has,
@@ -57,48 +59,55 @@ class Format(NamedTuple):
 
     label_files: str
     find: Callable[[Tree], LabelSet | None]
-    read: Callable[[Tree, LabelSet], dict[str, Callable[[], Dataset]]]
+    read: Callable[[Tree, LabelSet], Splits]
     write: Callable[[Writing], None] | None = None
 
 
-def _per_image(name: str, title: str, suffix: str, detect: Any, parse: Any) -> Format:
-    """Return a format of a label file per image that is only read."""
-    find = partial(find_files, name, suffixes=[suffix], detect=detect)
-    return Format(title, find, partial(read_files, name, parse))
-
-
-def _table(
-    name: str, title: str, suffixes: list[str], detect: Any, parse: Any, names: Any = listed_names
+def _read_only(
+    name: str,
+    title: str,
+    suffixes: Sequence[str],
+    detect: Callable[[Path], bool],
+    parse: Callable[..., LabelFile],
+    *,
+    is_table: bool = True,
+    names_of: Callable[[Tree], tuple[Path, list[str]]] = listed_names,
 ) -> Format:
-    """Return a format of label files of many images each that is only read."""
-    find = partial(find_tables, name, suffixes=suffixes, detect=detect, parse=parse)
-    return Format(title, find, partial(read_files, name, parse, names_of=names))
+    """Return a format that is only read, of label files of many images each, or of one."""
+    find = partial(find_tables, parse=parse) if is_table else find_files
+    return Format(
+        title,
+        lambda tree: find(name, tree, suffixes, detect),
+        partial(read_files, name, parse, names_of=names_of),
+    )
 
 
 def _rows(name: str, title: str) -> Format:
     """Return a format of :mod:`retinanet.data.formats.text_rows`."""
-    detect, parse = (partial(f, format=name) for f in (text_rows.detect, text_rows.parse))
-    return _per_image(name, f"{title} .txt", ".txt", detect, parse)
+    detect, parse = partial(text_rows.detect, format=name), partial(text_rows.parse, format=name)
+    return _read_only(name, f"{title} .txt", [".txt"], detect, parse, is_table=False)
 
 
 # In the order of preference among labels of the same images.
 FORMATS: dict[str, Format] = {
     "coco": Format("COCO .json", coco.find, coco.read, coco.write),
-    "labelstudio": _table(
+    "labelstudio": _read_only(
         "labelstudio",
         "Label Studio .json",
         [".json"],
         label_studio.detect,
         label_studio.parse,
-        label_studio.class_names,
+        names_of=label_studio.class_names,
     ),
-    "cvat": _table("cvat", "CVAT .xml", [".xml"], cvat.detect, cvat.parse),
+    "cvat": _read_only("cvat", "CVAT .xml", [".xml"], cvat.detect, cvat.parse),
     "voc": Format("Pascal VOC .xml", voc.find, voc.read, voc.write),
     "yolo": Format("YOLO .txt or data.yaml", yolo.find, yolo.read, yolo.write),
     "csv": Format("a table of boxes (.csv)", csv.find, csv.read, csv.write),
-    "labelme": _per_image("labelme", "LabelMe .json", ".json", is_labelme, parse_labelme),
-    "via": _table("via", "VIA .json or .csv", [".json", ".csv"], is_via, parse_via),
-    "createml": _table("createml", "Create ML .json", [".json"], is_createml, parse_createml),
+    "labelme": _read_only(
+        "labelme", "LabelMe .json", [".json"], is_labelme, parse_labelme, is_table=False
+    ),
+    "via": _read_only("via", "VIA .json or .csv", [".json", ".csv"], is_via, parse_via),
+    "createml": _read_only("createml", "Create ML .json", [".json"], is_createml, parse_createml),
     "kitti": _rows("kitti", "KITTI"),
     "visdrone": _rows("visdrone", "VisDrone"),
     "dota": _rows("dota", "DOTA"),
@@ -173,7 +182,7 @@ def _describe(
         for file in tree.with_suffix(".json", ".xml", ".csv", ".tsv")
         if file not in used and str(file) not in noted and file.name not in _SIDE_FILES
     ]
-    if unused and labels.format != "webdataset":  # shards have an index each
+    if unused and labels.format != "webdataset":  # its labels are in the shards
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         yield f"not read: {', '.join(unused[:3])}{more} (no boxes of a known format)"
 
@@ -239,7 +248,7 @@ def find_data(
     return DataSource(labels.format, splits, description, tree.top, images)
 
 
-def _name_rest(splits: dict[str, Callable[[], Dataset]]) -> dict[str, Callable[[], Dataset]]:
+def _name_rest(splits: Splits) -> Splits:
     """Name the images of no split beside others: ``train``, or ``other`` without the others'."""
     if "" not in splits or len(splits) == 1:
         return splits
@@ -292,13 +301,14 @@ def _nothing_found(tree: Tree, format: str | None) -> str:
 def _reason(file: Path) -> str:
     """Return why a file is not read, by its suffix."""
     suffix = file.suffix.lower()
-    if suffix in _COMPRESSED:
+    is_json = ".json" in (suffix, Path(file.stem).suffix.lower())
+    if suffix in _COMPRESSED and not is_json:
         return "compressed; unpack it"
     if suffix == ".csv":
         return csv.missing_columns(file)
-    if suffix == ".json" and json_has(file, b"[", (b'"score"', b'"category_id"')):
+    if is_json and json_has(file, b"[", (b'"score"', b'"category_id"')):
         return "detection results, not labels"
-    if suffix == ".json":
+    if is_json:
         return "not COCO (images, annotations, categories), Label Studio, LabelMe, VIA or Create ML"
     if suffix == ".xml":
         return "its root is neither <annotation> (VOC) nor <annotations> (CVAT)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,10 +17,14 @@ from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
     JSON_TEXT,
+    Box,
     LabelFile,
     LabelImage,
+    Splits,
+    box_around,
     build,
     find_tables,
+    is_compressed,
     json_has,
     json_values,
     merge_classes,
@@ -64,7 +68,7 @@ def find(tree: Tree) -> LabelSet | None:
     return find_tables("coco", tree, [".json"], is_wanted, parse)
 
 
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> Splits:
     """Read a COCO data set; each split's files are parsed when called.
 
     Classes are the union of all files' categories, by their ids, so that a label has one meaning.
@@ -81,14 +85,14 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
                     f"{file}: category {id_} is {category['name']!r}, but {known['name']!r} in "
                     f"another file; give each class one id"
                 )
-    names = [(id_, categories[id_]["name"]) for id_ in sorted(categories)]
+    names = ((id_, categories[id_]["name"]) for id_ in sorted(categories))
     classes = merge_classes(names, tree.path)
     more = [
         {key: value for key, value in categories[id_].items() if key not in ("id", "name")}
         for id_ in classes.ids
     ]
 
-    def read_files(split: str, files: list[Path]) -> Dataset:
+    def read_split(split: str, files: list[Path]) -> Dataset:
         parsed: list[LabelFile] = []
         extra: dict[str, Any] = {}
         for file in files:
@@ -98,7 +102,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
         return build("coco", split, parsed, classes, tree, extra=extra)
 
-    return {split: partial(read_files, split, files) for split, files in labels.files.items()}
+    return {split: partial(read_split, split, files) for split, files in labels.files.items()}
 
 
 def parse(file: Path) -> LabelFile:
@@ -123,19 +127,19 @@ def _load(file: Path, *, keep_masks: bool = True) -> dict[str, Any]:
 
 def _categories(file: Path) -> dict[int, dict[str, Any]]:
     """Categories by id, without parsing the annotations if possible."""
-    listed: Any = None
-    with (
-        file.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        starts = [match.end() - 1 for match in _CATEGORIES.finditer(data)]
-        if len(starts) == 1:
-            text = data[starts[0] : starts[0] + (1 << 20)].decode("utf-8", errors="replace")
-            try:
-                listed, _ = json.JSONDecoder().raw_decode(text)
-            except ValueError:
-                listed = None
-    return _categories_by_id(file, _load(file)["categories"] if listed is None else listed)
+    if not is_compressed(file):
+        with (
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            starts = [match.end() - 1 for match in _CATEGORIES.finditer(data)]
+            text = data[starts[0] : starts[0] + (1 << 20)] if len(starts) == 1 else b""
+        try:
+            listed, _ = json.JSONDecoder().raw_decode(text.decode("utf-8", errors="replace"))
+            return _categories_by_id(file, listed)
+        except ValueError:
+            pass
+    return _categories_by_id(file, _load(file)["categories"])
 
 
 def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]]:
@@ -152,10 +156,8 @@ def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]
 
 def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     parsed = LabelFile(file)
-    labels = {
-        id_: parsed.label(category["name"])
-        for id_, category in _categories_by_id(file, content["categories"]).items()
-    }
+    categories = _categories_by_id(file, content["categories"])
+    names = {id_: category["name"] for id_, category in categories.items()}
     images: dict[int | str, LabelImage] = {}
     for number, image in enumerate(content["images"]):
         id_ = to_id(image.get("id")) if isinstance(image, dict) else None
@@ -184,7 +186,7 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     objects = content["annotations"]
     for number, item in enumerate(objects):
         objects[number] = None  # freed early: COCO's list is gigabytes
-        _parse_annotation(parsed, images, labels, seen, number, item)
+        _parse_annotation(parsed, images, names, seen, number, item)
     if scale_normalised(parsed):
         reason = "most boxes lie within 0 and 1: these look normalised; COCO's boxes are pixels"
         parsed.report("box-normalised", None, reason, "read as fractions of the image")
@@ -194,7 +196,7 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
 def _parse_annotation(
     parsed: LabelFile,
     images: Mapping[int | str, LabelImage],
-    labels: Mapping[int, int],
+    names: Mapping[int, str],
     seen: set[int | str],
     number: int,
     item: Any,
@@ -216,27 +218,23 @@ def _parse_annotation(
         return
     where = f"annotation {id_} of image {image_id} ({image.name})"
     category = to_int(item.get("category_id"))
-    if category is None or category not in labels:
+    if category is None or category not in names:
         reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
         parsed.report("class-unknown", id_, reason)
         return
-    box = to_box(item.get("bbox"))
+    box = to_box(item.get("bbox"), has_size=True)
     if box is None and not item.get("bbox"):
         box = _mask_box(item.get(JSON_TEXT))
     if box is None:
         reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
         parsed.report("box-not-a-number", id_, reason)
         return
-    x, y, width, height = box
-    image.annotations.append(
-        to_annotation(
-            (x, y, x + width, y + height), labels[category], number, item, _ANNOTATION_KEYS
-        )
-    )
+    label = parsed.label(names[category])
+    image.annotations.append(to_annotation(box, label, number, item, _ANNOTATION_KEYS))
 
 
-def _mask_box(text: Any) -> tuple[float, float, float, float] | None:
-    """Return x, y, width and height of a mask: polygons, or RLE with counts; None otherwise."""
+def _mask_box(text: Any) -> Box | None:
+    """Return the box around a mask: polygons, or RLE with counts; None for anything else."""
     try:
         mask = json.loads(text)
         if isinstance(mask, dict):
@@ -248,10 +246,10 @@ def _mask_box(text: Any) -> tuple[float, float, float, float] | None:
                 mask = rle.frPyObjects(mask, height, width)
             else:
                 mask = {"size": [height, width], "counts": counts.encode()}
-            return to_box([float(side) for side in rle.toBbox(mask)])
-        xs = [x for polygon in mask for x in polygon[::2]]
-        ys = [y for polygon in mask for y in polygon[1::2]]
-        return to_box([min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
+            return to_box(list(map(float, rle.toBbox(mask))), has_size=True)
+        return box_around(
+            [xy for points in mask for xy in zip(points[::2], points[1::2], strict=True)]
+        )
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         return None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from retinanet.data.formats.labels import (
     Box,
     LabelFile,
     LabelImage,
+    Splits,
     build_splits,
     cut,
     find_tables,
@@ -30,7 +31,6 @@ from retinanet.data.formats.labels import (
     merge_classes,
     read_text,
     scale_normalised,
-    to_annotation,
     to_box,
     to_number,
     to_size,
@@ -116,7 +116,7 @@ def _is_results(file: Path) -> bool:
     return not values <= {0.0, 1.0, None}
 
 
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> Splits:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one, else all
@@ -232,43 +232,29 @@ def _parse_row(
     name, split = cells.get("image", ""), cells.get("split") or None
     class_name = cells.get("class", "") if "class" in cells else _DEFAULT_CLASS
     split = split and (split_word(split) or split)
-    sides = [cells[side] for form in _BOXES for side in form if side in cells]
-    box = _box(cells, sides)
-    problem = None
     if not name:
-        problem = ("label-unreadable", "names no image")
-    elif any(sides) and box is None:
-        stated = ", ".join(map(repr, sides))
-        problem = (
-            "box-not-a-number",
-            f"{name}, {class_name or 'no class'}: {stated}: not four numbers",
-        )
-    elif any(sides) and not class_name:
-        problem = ("class-unknown", f"{name}: a box without a class")
-    elif not any(sides) and cells.get("class", "none").lower() not in ("", *_BACKGROUND):
-        problem = ("box-not-a-number", f"{name}, {class_name}: no box; leave the class empty too")
-    if problem:
-        parsed.report(problem[0], number, f"line {line}: {problem[1]}", split=split)
+        parsed.report("label-unreadable", number, f"line {line}: names no image", split=split)
         return
     image = images.get((split, name))
     if image is None:
         id_ = from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
         width, height = (to_size(cells.get(side)) for side in ("width", "height"))
-        image = images[split, name] = LabelImage(name, id_, width, height, split=split)
-    if box is not None:
-        values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
-        label = parsed.label(class_name)
-        image.annotations.append(to_annotation(box, label, number, values, ()))
+        image = LabelImage(name, id_, width, height, split=split)
+    sides = [cells[side] for form in _BOXES for side in form if side in cells]
+    is_empty = not any(sides) and cells.get("class", "none").lower() in ("", *_BACKGROUND)
+    values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
+    stated = ", ".join(map(repr, sides))
+    where = f"line {line}: {cut(name)}"
+    box = _box(cells, sides)
+    # An image of faulty rows alone is no background.
+    if is_empty or parsed.add(image, number, class_name, box, stated, values, where=where):
+        images[split, name] = image
 
 
 def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
     if "bbox" in columns:
         cells = re.split(r"[,;\s]+", cells[0].strip("[](){} "))
-    box = to_box(cells)
-    if box is None or "x2" in columns:
-        return box
-    x, y, width, height = box
-    return x, y, x + width, y + height
+    return to_box(cells, has_size="x2" not in columns)
 
 
 def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:

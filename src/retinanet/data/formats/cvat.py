@@ -10,7 +10,6 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from retinanet.data.dataset import Annotation
 from retinanet.data.formats.labels import (
     ENCLOSED,
     LabelFile,
@@ -50,13 +49,9 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         DataError: it is no XML, or holds the tracks of "CVAT for video", which name no images.
     """
     parsed = LabelFile(file, split)
-    root: ET.Element | None = None
     number = 0
     try:
-        for event, element in ET.iterparse(file, ("start", "end")):
-            if event == "start":
-                root = element if root is None else root
-                continue
+        for _, element in ET.iterparse(file):
             if element.tag == "track":
                 raise DataError(
                     f'{file}: holds tracks, so it is "CVAT for video", which names frames and no '
@@ -75,8 +70,6 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         raise DataError(f"{file}: not XML: {error}") from None
     except (OSError, LookupError, ValueError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
-    if root is None or root.tag != "annotations":
-        raise DataError(f"{file}: its root is not <annotations>, as CVAT's is")
     return parsed
 
 
@@ -106,26 +99,22 @@ def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
 
 
 def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number: int) -> None:
-    name = (element.get("label") or "").strip()
-    where = f"{image.name}, {name or 'no label'}"
     box = to_box([element.get(side) for side in _SIDES])
     rotation = to_number(element.get("rotation") or 0)
     if box is None or rotation is None or not math.isfinite(rotation):
-        text = ", ".join(f"{side} {element.get(side)!r}" for side in (*_SIDES, "rotation"))
-        reason = f"{where}: {text}: not numbers"
-        parsed.report("box-not-a-number", number, reason, split=image.split)
-        return
-    if rotation % 360:
+        box = None
+    elif rotation % 360:
         box = enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-        reason = f"{where}: is rotated by {rotation:g} degrees"
+        reason = f"{image.name}: object {number} is rotated by {rotation:g} degrees"
         parsed.report("box-rotated", number, reason, ENCLOSED, split=image.split)
     # The values of most boxes are left out: occluded="0", z_order="0".
     texts = {key: element.get(key) for key in _KEPT}
-    extra = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
+    values = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
     attributes = {
         item.get("name", ""): from_text("attribute", (item.text or "").strip())
         for item in element.iter("attribute")
     }
     if attributes:
-        extra["attributes"] = attributes
-    image.annotations.append(Annotation(box, parsed.label(name), number, extra=extra))
+        values["attributes"] = attributes
+    stated = ", ".join(f"{side} {element.get(side)!r}" for side in (*_SIDES, "rotation"))
+    parsed.add(image, number, (element.get("label") or "").strip(), box, stated, values)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.dataset import Annotation
 from retinanet.data.formats.labels import (
     Box,
     LabelFile,
     LabelImage,
+    box_around,
     json_has,
     read_json,
     short,
@@ -27,6 +27,7 @@ from retinanet.data.formats.labels import (
 )
 
 _CLASS_ATTRIBUTES = ("class", "label", "name", "type", "category", "object")
+_SIDES = ("x", "y", "width", "height")
 
 
 def is_labelme(file: Path) -> bool:
@@ -58,10 +59,10 @@ def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
         to_size(content.get("imageHeight")),
     )
     parsed.images.append(image)
-    for number, shape in enumerate(_list(content.get("shapes"))):
+    for number, shape in enumerate(_objects(content.get("shapes"))):
         points: Any = shape.get("points")
         kind = shape.get("shape_type") or "polygon"
-        box = _around(points)
+        box = box_around(points)
         if kind == "circle" and box is not None:  # the centre and a point on the circle
             (x, y), (to_x, to_y) = (map(float, point) for point in points[:2])
             radius = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
@@ -69,7 +70,7 @@ def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
         elif kind not in ("rectangle", "polygon"):
             parsed.report("shape-not-box", number, f"shape {number} is a {short(kind)}")
             continue
-        _add(parsed, image, number, str(shape.get("label") or ""), box, points)
+        parsed.add(image, number, str(shape.get("label") or ""), box, short(points))
     return parsed
 
 
@@ -87,19 +88,20 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
     for key, item in content.items():
         if not isinstance(item, dict) or "regions" not in item:
             continue
-        image = LabelImage(str(item.get("filename") or key), str(item.get("filename") or key))
+        name = str(item.get("filename") or key)
+        image = LabelImage(name, name)
         parsed.images.append(image)
         regions = item["regions"]
         regions = list(regions.values()) if isinstance(regions, dict) else regions
-        for number, region in enumerate(_list(regions)):
+        for number, region in enumerate(_objects(regions)):
             shape = _dict(region.get("shape_attributes"))
-            attributes = _dict(region.get("region_attributes"))
-            box = via_box(shape)
+            box = _via_box(shape)
             if box is None and shape.get("name") in ("point", "polyline"):
-                reason = f"{image.name}: region {number} is a {shape['name']}"
+                reason = f"{name}: region {number} is a {shape['name']}"
                 parsed.report("shape-not-box", number, reason)
                 continue
-            _add(parsed, image, number, via_class(attributes), box, shape)
+            class_name = _via_class(_dict(region.get("region_attributes")))
+            parsed.add(image, number, class_name, box, short(shape))
     return parsed
 
 
@@ -120,24 +122,23 @@ def _via_rows(file: Path) -> dict[str, Any]:
     return images
 
 
-def via_box(shape: Mapping[str, Any]) -> Box | None:
+def _via_box(shape: Mapping[str, Any]) -> Box | None:
     """Return the box around a shape of VIA; None if it has none."""
     if "all_points_x" in shape:
         xs, ys = shape["all_points_x"], shape.get("all_points_y")
         points = list(zip(xs, ys, strict=False)) if isinstance(ys, list) else None
-        return None if shape.get("name") == "polyline" else _around(points)
+        return None if shape.get("name") == "polyline" else box_around(points)
     if "cx" in shape:
         radius = shape.get("r")
-        rx, ry = to_number(shape.get("rx", radius)), to_number(shape.get("ry", radius))
-        x, y = to_number(shape["cx"]), to_number(shape.get("cy"))
-        if rx is None or ry is None or x is None or y is None:
+        sides = (shape["cx"], shape.get("cy"), shape.get("rx", radius), shape.get("ry", radius))
+        x, y, rx, ry = map(to_number, sides)
+        if x is None or y is None or rx is None or ry is None:
             return None
         return x - rx, y - ry, x + rx, y + ry
-    box = to_box([shape.get(side) for side in ("x", "y", "width", "height")])
-    return None if box is None else (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    return to_box([shape.get(side) for side in _SIDES], has_size=True)
 
 
-def via_class(attributes: Mapping[str, Any]) -> str:
+def _via_class(attributes: Mapping[str, Any]) -> str:
     """Return the class among the attributes of a region: of a choice, the one that is chosen."""
     names = {str(key).lower(): value for key, value in attributes.items()}
     value = next((names[key] for key in _CLASS_ATTRIBUTES if names.get(key)), None)
@@ -151,49 +152,26 @@ def via_class(attributes: Mapping[str, Any]) -> str:
 def parse_createml(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse a Create ML file: boxes by their centre, in pixels."""
     parsed = LabelFile(file, split)
-    for item in _list(read_json(file, list, "Create ML's list")):
+    for item in _objects(read_json(file, list, "Create ML's list")):
         name = str(item.get("image") or item.get("imagefilename") or "")
         image = LabelImage(name, name)
         parsed.images.append(image)
-        for number, annotation in enumerate(_list(item.get("annotations"))):
+        for number, annotation in enumerate(_objects(item.get("annotations"))):
             sides = _dict(annotation.get("coordinates"))
-            box = to_box([sides.get(side) for side in ("x", "y", "width", "height")])
+            box = to_box([sides.get(side) for side in _SIDES])
             if box is not None:
                 x, y, width, height = box
                 box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            _add(parsed, image, number, str(annotation.get("label") or ""), box, sides)
+            parsed.add(image, number, str(annotation.get("label") or ""), box, short(sides))
     return parsed
-
-
-def _add(
-    parsed: LabelFile, image: LabelImage, number: int, name: str, box: Box | None, stated: Any
-) -> None:
-    """Add an object to an image; without a class or four numbers it is a problem."""
-    if not name:
-        parsed.report("class-unknown", number, f"{image.name}: object {number} has no class")
-    elif box is None:
-        reason = f"{image.name}: object {number} ({name}): {short(stated)}: no box"
-        parsed.report("box-not-a-number", number, reason)
-    else:
-        image.annotations.append(Annotation(box, parsed.label(name), number))
-
-
-def _around(points: Any) -> Box | None:
-    """Return the box around points; None if they are not at least two pairs of numbers."""
-    if not isinstance(points, Sequence) or len(points) < 2:
-        return None
-    try:
-        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
-    except (TypeError, ValueError):
-        return None
-    return min(xs), min(ys), max(xs), max(ys)
 
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> Iterator[dict[str, Any]]:
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
     """Yield the objects of a list; anything else is empty."""
-    items = value if isinstance(value, list) else []
-    return (item for item in items if isinstance(item, dict))
+    return (
+        (item for item in value if isinstance(item, dict)) if isinstance(value, list) else iter(())
+    )

@@ -23,6 +23,7 @@ from retinanet.data.formats.labels import (
     LabelImage,
     address_path,
     cut,
+    enclosing_box,
     json_has,
     listed_names,
     read_json,
@@ -121,7 +122,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
 
 def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -> None:
     """Parse a task of the JSON export."""
-    where = f"task {image.id} ({_file_name(image)})"
+    name = _file_name(image)
+    where = f"task {image.id} ({name})"
     stated = task.get("annotations", task.get("completions"))
     every = [item for item in stated if isinstance(item, dict)] if isinstance(stated, list) else []
     kept = [item for item in every if not (item.get("was_cancelled") or item.get("skipped"))]
@@ -140,24 +142,19 @@ def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -
         parsed.report("label-unreadable", image.id, reason, DROPPED)
         return
     parsed.images.append(image)
-    name = _file_name(image)
+    valid = [region if isinstance(region, dict) else {"type": "rectangle"} for region in regions]
     # <Rectangle> with <Labels> gives a result of each kind, of one id.
-    labelled = {
-        to_id(region.get("id"))
-        for region in regions
-        if isinstance(region, dict) and region.get("type") == "labels"
-    }
-    for number, region in enumerate(regions):
-        value = region.get("value") if isinstance(region, dict) else None
-        kind = str(region.get("type")) if isinstance(region, dict) else "rectangle"
-        key = (to_id(region.get("id")) if isinstance(region, dict) else None) or number
+    labelled = {to_id(region.get("id")) for region in valid if region.get("type") == "labels"}
+    for number, region in enumerate(valid):
+        value, kind = region.get("value"), str(region.get("type"))
+        key = to_id(region.get("id")) or number
         if kind in _OTHER_SHAPES:
             reason = f"{name}: region {key} is a {kind}, not a rectangle"
             parsed.report("shape-not-box", key, reason)
         elif kind not in _RECTANGLES or (kind == "rectangle" and key in labelled):
             continue
         elif not isinstance(value, dict):
-            reason = f"{name}: region {number} is no rectangle: {short(region)}"
+            reason = f"{name}: region {number} is no rectangle: {short(regions[number])}"
             parsed.report("label-unreadable", number, reason)
         elif kind != "labels" or "x" in value:
             _parse_region(parsed, image, region, value, key)
@@ -193,7 +190,7 @@ def _parse_region(
     if not names:
         parsed.report("class-unknown", key, f"{where} has no label")
         return
-    box = to_box([value.get(side) for side in _BOX])
+    box = to_box([value.get(side) for side in _BOX], has_size=True)
     rotation = to_number(value.get("rotation") or 0)
     image_rotation = to_number(region.get("image_rotation") or 0)
     if (
@@ -205,19 +202,23 @@ def _parse_region(
         text = ", ".join(f"{side} {short(value.get(side))}" for side in (*_BOX, "rotation"))
         parsed.report("box-not-a-number", key, f"{where}: {text}: not numbers")
         return
-    if image_rotation % 360:
-        reason = f"{where} was drawn on the image rotated by {image_rotation:g} degrees"
-        parsed.report("box-rotated", key, reason)
+    width, height = image.width or 0, image.height or 0
+    if image_rotation % 360 or (rotation % 360 and not (width and height)):
+        angle = f"{image_rotation or rotation:g} degrees"
+        what = "was drawn on the image rotated" if image_rotation else "has no image size, rotated"
+        parsed.report("box-rotated", key, f"{where} {what} by {angle}")
         return
+    x1, y1, x2, y2 = (side / 100 for side in box)
     if rotation % 360:
         parsed.report("box-rotated", key, f"{where} is rotated by {rotation:g} degrees", ENCLOSED)
+        pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
+        x1, y1, x2, y2 = enclosing_box(pixels, rotation, pixels[:2])
+        x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
     extra = {name: region[name] for name in ("score", "origin", "meta") if region.get(name)}
-    x, y, width, height = (side / 100 for side in box)
     for number, name in enumerate(names, start=1):
-        image.rotations[len(image.annotations)] = rotation
         id_ = key if number == 1 else f"{key}-{number}"
         label = parsed.label(name)
-        image.annotations.append(Annotation((x, y, x + width, y + height), label, id_, extra=extra))
+        image.annotations.append(Annotation((x1, y1, x2, y2), label, id_, extra=extra))
 
 
 def _image_address(data: Mapping[str, Any]) -> str | None:

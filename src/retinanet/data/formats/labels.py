@@ -7,30 +7,23 @@ images, unites the classes of several files and converts boxes to pixels.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import mmap
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, count, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.finder import (
-    Item,
-    LabelSet,
-    Match,
-    Tree,
-    can_be_a_file,
-    fold,
-    keep_whole,
-    relative,
-)
+from retinanet.data.finder import Item, LabelSet, Match, Tree, can_be_a_file, fold, relative
 from retinanet.data.image_files import image_sizes
 from retinanet.errors import DataError
 
@@ -44,7 +37,6 @@ ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
 
 _TOLERANCE = 1e-3  # of fractions of an image
-
 _SAMPLE = 20  # files of a folder whose content is looked at to tell its format
 
 Box = tuple[float, float, float, float]
@@ -53,12 +45,7 @@ Box = tuple[float, float, float, float]
 
 
 def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
-    """Return the file of class names of a tree and its lines; its path and none without one.
-
-    Args:
-        tree: where to look.
-        names: of the file; the default is ``classes.txt``.
-    """
+    """Return the file of class names (``classes.txt``) and its lines; the tree's path without."""
     file = tree.named(*(names or ("classes.txt",)))
     return (tree.path, []) if file is None else (file, read_lines(file))
 
@@ -66,7 +53,7 @@ def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
 def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8, UTF-16 with its mark, or Windows' cp1252."""
     content = file.read_bytes()
-    if is_utf16(content):
+    if _is_utf16(content):
         return content.decode("utf-16", errors="replace")
     try:
         return content.decode("utf-8-sig")
@@ -80,17 +67,18 @@ def read_lines(file: Path) -> list[str]:
 
 
 def begins_with(file: Path, pattern: re.Pattern[bytes]) -> bool:
-    """Whether the first 4 kB of a file match a pattern; False if it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return bool(pattern.search(stream.read(4096)))
-    except OSError:
-        return False
+    """Whether the first 4 kB of a file match a pattern."""
+    with file.open("rb") as stream:
+        return bool(pattern.search(stream.read(4096)))
 
 
-def is_utf16(head: bytes) -> bool:
-    """Whether a text file begins with the mark of UTF-16, which spreadsheets write."""
+def _is_utf16(head: bytes) -> bool:
     return head.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether a file is compressed by gzip, as ``labels.json.gz``."""
+    return file.suffix.lower() == ".gz"
 
 
 def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
@@ -100,13 +88,13 @@ def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
-            data: Any = mapped
-            if is_utf16(mapped[:2]):
-                data = mapped[:].decode("utf-16").encode()
+            data: Any = gzip.decompress(mapped) if is_compressed(file) else mapped
+            if _is_utf16(data[:2]):
+                data = data[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
             return any(all(data.find(mark) >= 0 for mark in marks) for marks in alternatives)
-    except (OSError, ValueError):  # unreadable or empty
+    except (OSError, EOFError, ValueError, zlib.error):  # unreadable or empty
         return False
 
 
@@ -119,16 +107,18 @@ def read_json(
         DataError: it is not JSON (with line and column), or its root is of another type.
     """
     try:
-        content = json.loads(file.read_bytes(), object_hook=hook)
+        content = file.read_bytes()
+        content = gzip.decompress(content) if is_compressed(file) else content
+        root = json.loads(content, object_hook=hook)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(content, kind):
-        raise DataError(f"{file}: holds a JSON {type(content).__name__}, not {expected}")
-    return content
+    if not isinstance(root, kind):
+        raise DataError(f"{file}: holds a JSON {type(root).__name__}, not {expected}")
+    return root
 
 
 # ---- values
@@ -136,10 +126,8 @@ def read_json(
 
 def address_path(name: str) -> str:
     """Return the path in an address (``https://host/a/1.jpg?key``); of a plain path itself."""
-    if "://" not in name:
-        return name
     try:
-        return unquote(urlsplit(name).path).lstrip("/")
+        return unquote(urlsplit(name).path).lstrip("/") if "://" in name else name
     except ValueError:  # such as an IPv6 address that is none
         return name
 
@@ -181,12 +169,14 @@ def to_size(value: Any) -> int | None:
     return int(number) if number is not None and 1 <= number < math.inf else None
 
 
-def to_box(values: Any) -> Box | None:
-    """Return four numbers; None for anything else."""
+def to_box(values: Any, *, has_size: bool = False) -> Box | None:
+    """Return corners from four numbers (`has_size`: x, y, width, height); None for others."""
     if not isinstance(values, list | tuple) or len(values) != 4:
         return None
     a, b, c, d = map(to_number, values)
-    return None if a is None or b is None or c is None or d is None else (a, b, c, d)
+    if a is None or b is None or c is None or d is None:
+        return None
+    return (a, b, a + c, b + d) if has_size else (a, b, c, d)
 
 
 def to_flag(value: Any) -> bool:
@@ -221,6 +211,17 @@ def json_values(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def box_around(points: Any) -> Box | None:
+    """Return the box around points; None if they are not at least two pairs of numbers."""
+    if not isinstance(points, Sequence) or len(points) < 2:
+        return None
+    try:
+        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return min(xs), min(ys), max(xs), max(ys)
+
+
 def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
     """Return the upright box around `box`, rotated clockwise (as seen) about a point; pixels."""
     angle = math.radians(degrees)
@@ -232,7 +233,7 @@ def enclosing_box(box: Box, degrees: float, about: tuple[float, float]) -> Box:
 
 
 def to_annotation(
-    box: Box, label: int, number: int, values: Mapping[str, Any], known: Iterable[str]
+    box: Box, label: int, number: int, values: Mapping[str, Any], known: Iterable[str] = ()
 ) -> Annotation:
     """Return an object with the values of a label file, by COCO's and VOC's names.
 
@@ -267,7 +268,6 @@ class LabelImage:
         id: the source's own id, or the stem of the name.
         width, height: pixels; None if they are not stated.
         annotations: its objects; a label is an index in :attr:`LabelFile.classes`.
-        rotations: clockwise degrees about (x1, y1) of boxes, by index, if the file is relative.
         split: that the file states for the image; None: that of the file.
         path: its file, if known; else it is looked for by name.
     """
@@ -278,15 +278,14 @@ class LabelImage:
     height: int | None = None
     annotations: list[Annotation] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
-    rotations: dict[int, float] = field(default_factory=dict)
     split: str | None = None
     path: Path | None = None
     other_names: tuple[str, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """All names, the most likely first."""
-        return (self.name, *self.other_names)
+    def paths(self) -> list[str]:
+        """All paths, the most likely first, without hosts of addresses."""
+        return [address_path(name) for name in (self.name, *self.other_names)]
 
 
 @dataclass(slots=True)
@@ -329,9 +328,38 @@ class LabelFile:
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
 
+    def add(
+        self,
+        image: LabelImage,
+        number: int,
+        name: str,
+        box: Box | None,
+        stated: str,
+        values: Mapping[str, Any] | None = None,
+        *,
+        where: str = "",
+    ) -> bool:
+        """Add an object to an image; without a class or four numbers it is a problem.
 
-Parser = Callable[[Path], LabelFile]
-"""Parses a label file."""
+        Args:
+            image: of this file.
+            number: of the object in the file; its id if `values` has none.
+            name: of its class.
+            box: pixels, or fractions by :attr:`decimals`.
+            stated: the box as written, for the problem.
+            values: others, see :func:`to_annotation`.
+            where: the object in words, for the problem.
+        """
+        where = where or f"{cut(image.name)}: object {number}"
+        if not name:
+            self.report("class-unknown", number, f"{where} has no class", split=image.split)
+        elif box is None:
+            reason = f"{where} ({name}): {stated}: not four numbers"
+            self.report("box-not-a-number", number, reason, split=image.split)
+        else:
+            image.annotations.append(to_annotation(box, self.label(name), number, values or {}))
+            return True
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +390,10 @@ def merge_classes(
         by_id: label files state the ids, as text, rather than the names.
     """
     ids_by_name: dict[str, list[int]] = {}
+    similar: dict[str, list[str]] = {}
     for id_, name in classes:
+        if name not in ids_by_name:
+            similar.setdefault(name.strip().casefold(), []).append(name)
         ids_by_name.setdefault(name, []).append(id_)
     problems = [
         Problem(
@@ -375,11 +406,7 @@ def merge_classes(
         )
         for name, ids in ids_by_name.items()
         if len(ids) > 1
-    ]
-    folded: dict[str, list[str]] = {}
-    for name in ids_by_name:
-        folded.setdefault(name.strip().casefold(), []).append(name)
-    problems += [
+    ] + [
         Problem(
             "class-similar",
             file,
@@ -388,7 +415,7 @@ def merge_classes(
             f"one class, give them one name",
             "" if len(key) == 1 else "merged into that of the most objects",
         )
-        for key, names in folded.items()
+        for key, names in similar.items()
         if len(names) > 1
     ]
     labels = {
@@ -417,27 +444,34 @@ def scale_normalised(parsed: LabelFile) -> bool:
 
 
 def find_classes(files: Iterable[LabelFile], listed: Iterable[str], source: Path) -> ClassList:
-    """Return the classes listed in the files, or in `source`, from 1 on; else all names, sorted.
-
-    Any other name is a problem.
-    """
+    """Return the classes listed in the files, or in `source`, from 1 on; else all names, sorted."""
     files = list(files)
     names = list(dict.fromkeys(n for file in files for n in file.listed if n)) or list(listed)
     names = names or sorted({name for file in files for name in file.classes} - {""})
     return merge_classes(enumerate(names, start=1), source)
 
 
-# ---- data sets
+# ---- finding files
+
+Detect = Callable[[Path], bool]
+"""Whether a file is a label file of a format; may raise OSError."""
+
+Splits = dict[str, Callable[[], Dataset]]
+"""Splits by name, each read when called."""
 
 
-def find_files(
-    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool]
-) -> LabelSet | None:
+def _passes(detect: Detect, file: Path) -> bool:
+    try:
+        return detect(file)
+    except OSError:  # such as a broken link
+        return False
+
+
+def find_files(format: str, tree: Tree, suffixes: Sequence[str], detect: Detect) -> LabelSet | None:
     """Find label files of one image each; None if there are none.
 
     The first files of a folder decide: a broken file among good ones is a fault.
     """
-    is_label = _without_errors(detect)
     folders: dict[Path, list[Path]] = {}
     for file in tree.with_suffix(*suffixes):
         folders.setdefault(file.parent, []).append(file)
@@ -446,48 +480,31 @@ def find_files(
         folder: list(islice((f for f in group if f.stat().st_size), _SAMPLE))
         for folder, group in folders.items()
     }
-    chosen = [folder for folder, group in filled.items() if any(map(is_label, group))]
+    chosen = [f for f, group in filled.items() if any(_passes(detect, file) for file in group)]
     names = {folder.name for folder in chosen}
     chosen += [f for f, group in filled.items() if not group and f.name in names]
     files = [
         file
         for folder in chosen
         for file in folders[folder]
-        if tree.has_stem(file) or is_label(file)
+        if tree.has_stem(file) or _passes(detect, file)
     ]
     stems = frozenset(fold(file.stem) for file in files)
     return LabelSet(format, tree.group(files), lambda: stems) if files else None
 
 
-def _without_errors(detect: Callable[[Path], bool]) -> Callable[[Path], bool]:
-    """Return a test of a file that a file that cannot be read does not pass."""
-
-    def is_label(file: Path) -> bool:
-        try:
-            return detect(file)
-        except OSError:
-            return False
-
-    return is_label
-
-
-def read_files(
-    format: str,
-    parse: Callable[..., LabelFile],
-    tree: Tree,
-    labels: LabelSet,
-    names_of: Callable[[Tree], tuple[Path, list[str]]] = listed_names,
-) -> dict[str, Callable[[], Dataset]]:
-    """Parse label files that name their classes; each split's data set is built when called."""
-    files = [parse(file, split=split) for split, file in labels.by_split()]
-    source, names = names_of(tree)
-    return build_splits(format, files, find_classes(files, dict.fromkeys(names), source), tree)
-
-
 def find_tables(
-    format: str, tree: Tree, suffixes: Sequence[str], detect: Callable[[Path], bool], parse: Parser
+    format: str,
+    tree: Tree,
+    suffixes: Sequence[str],
+    detect: Detect,
+    parse: Callable[[Path], LabelFile],
 ) -> LabelSet | None:
-    """Find label files of many images each; None if there are none."""
+    """Find label files of many images each; None if there are none.
+
+    A file whose labels are all in other files is left out: a subset beside the whole, or the whole
+    beside its splits.
+    """
 
     @cache
     def items_of(file: Path) -> frozenset[Item]:
@@ -496,18 +513,39 @@ def find_tables(
             for image in parse(file).images
         )
 
-    files = [file for file in tree.with_suffix(*suffixes) if _without_errors(detect)(file)]
+    files = [file for file in tree.with_suffix(*suffixes) if _passes(detect, file)]
     if not files:
         return None
     notes: list[str] = []
-    groups = keep_whole(tree.group(files, by_name=True), items_of, notes)
-    kept = [file for group in groups.values() for file in group]
-    return LabelSet(
-        format,
-        groups,
-        cache(lambda: frozenset(_stem(name) for file in kept for name, _ in items_of(file))),
-        notes,
-    )
+    groups = tree.group(files, by_name=True)
+    kept: dict[str, list[Path]] = {}
+    known: set[Item] = set()  # of the other splits, for files without a split
+    for split in sorted(groups, key=lambda name: name == ""):
+        group = groups[split]
+        if len(group) > 1 or (not split and len(groups) > 1):
+            if not split:
+                known = {
+                    item for of_split in kept.values() for f in of_split for item in items_of(f)
+                }
+            else:
+                known = set()
+            whole = []
+            for file in sorted(group, key=lambda file: -len(items_of(file))):
+                if items_of(file) and items_of(file) <= known:
+                    count_ = len(items_of(file))
+                    notes.append(f"{file}: the labels of its {count_} images are in others")
+                else:
+                    whole.append(file)
+                    known |= items_of(file)
+            group = sorted(whole)
+        if group:
+            kept[split] = group
+
+    def stems() -> frozenset[str]:
+        names = (name for group in kept.values() for file in group for name, _ in items_of(file))
+        return frozenset(fold(PurePosixPath(name).stem) for name in names)
+
+    return LabelSet(format, kept, cache(stems), notes)
 
 
 def _item_name(name: str, file: Path) -> str:
@@ -516,25 +554,29 @@ def _item_name(name: str, file: Path) -> str:
     return name if "/" in name else f"{fold(file.parent.name)}/{name}"
 
 
-def _stem(name: str) -> str:
-    return fold(PurePosixPath(name.replace("\\", "/")).stem)
+def read_files(
+    format: str,
+    parse: Callable[..., LabelFile],
+    tree: Tree,
+    labels: LabelSet,
+    names_of: Callable[[Tree], tuple[Path, list[str]]] = listed_names,
+) -> Splits:
+    """Parse label files that name their classes; each split's data set is built when called."""
+    files = [parse(file, split=split) for split, file in labels.by_split()]
+    source, names = names_of(tree)
+    return build_splits(format, files, find_classes(files, dict.fromkeys(names), source), tree)
 
 
-def build_splits(
-    format: str, files: Sequence[LabelFile], classes: ClassList, tree: Tree
-) -> dict[str, Callable[[], Dataset]]:
+# ---- data sets
+
+
+def build_splits(format: str, files: Sequence[LabelFile], classes: ClassList, tree: Tree) -> Splits:
     """Return the splits of parsed label files; each data set is built when called."""
-    splits: dict[str | None, None] = {}
+    splits: dict[str, None] = {}
     for file in files:
-        splits |= dict.fromkeys(
-            file.split if image.split is None else image.split for image in file.images
-        )
-        if not file.images:
-            splits[file.split] = None
-    return {
-        split: partial(build, format, split, files, classes, tree)
-        for split in (name or "" for name in splits)
-    }
+        stated = [image.split for image in file.images] or [None]
+        splits |= dict.fromkeys(file.split or "" if split is None else split for split in stated)
+    return {split: partial(build, format, split, files, classes, tree) for split in splits}
 
 
 def build(
@@ -555,14 +597,14 @@ def build(
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
+        built = _build_image(file, image, path, classes, sizes, listed)
         if path in images:
-            other = _build_image(file, image, path, image.id, classes, sizes, listed)
-            images[path] = _merge_images(images[path], other, listed)
+            images[path] = _merge_images(images[path], built, listed)
             continue
         candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
-        images[path] = _build_image(file, image, path, id_, classes, sizes, listed)
+        images[path] = built if id_ == image.id else replace(built, id=id_)
     return Dataset(
         images=tuple(images.values()),
         classes=classes.names,
@@ -575,12 +617,14 @@ def build(
     )
 
 
+_Found = tuple[LabelFile, LabelImage, Path]
+
+
 def _find_images(
     files: Iterable[LabelFile], split: str, tree: Tree, problems: list[Problem]
-) -> list[tuple[LabelFile, LabelImage, Path]]:
+) -> list[_Found]:
     """Return the images of a split with their paths; those of no or one path become problems."""
-    wanted: list[tuple[LabelFile, LabelImage]] = []
-    matches: list[Match] = []
+    wanted: list[tuple[LabelFile, LabelImage, Match]] = []
     for file in files:
         problems += [problem for own, problem in file.problems if own in (None, split)]
         for image in file.images:
@@ -588,57 +632,40 @@ def _find_images(
                 continue
             if image.path is not None:
                 match = Match(image.path)
-            elif not image.name or not all(map(can_be_a_file, _paths(image))):
+            elif image.name and all(map(can_be_a_file, image.paths)):
+                match = tree.find_image(image.paths, file.file, split)
+            else:
                 reason = f"image {image.id}: {short(image.name)} is no file name"
                 problems.append(Problem("label-unreadable", file.file, image.id, reason, DROPPED))
                 continue
-            else:
-                match = tree.find_image(_paths(image), file.file, split)
-            wanted.append((file, image))
-            matches.append(match)
+            wanted.append((file, image, match))
     # By stem only where other images are: the same stem in a folder of masks is no image.
-    folders = Counter(match.path.parent for match in matches if match.path is not None)
-    usual = max(folders, key=folders.__getitem__, default=None)
-    found: list[tuple[LabelFile, LabelImage, Path]] = []
+    folders = Counter(match.path.parent for *_, match in wanted if match.path is not None)
+    found: list[_Found] = []
     uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
-    for (file, image), match in zip(wanted, matches, strict=True):
+    for file, image, match in wanted:
         if match.path is None and not match.several:
-            match = tree.find_image(_paths(image), file.file, split, by_stem=True)
-            if match.path is not None and folders and match.path.parent not in folders:
-                match = Match(None)
-            if match.path is None and "%" in image.name and "://" not in image.name:
-                match = tree.find_image(map(unquote, image.names), file.file, split)
-                if match.path is not None:
-                    reason = f"image {image.id}: no file is named {short(image.name)}"
-                    used = f"{match.path.name} is used"
-                    problem = Problem("image-name-encoded", file.file, image.id, reason, used)
-                    problems.append(problem)
+            match = _find_by_stem(file, image, split, tree, folders, problems)
         if match.several:
+            first, second = (relative(path, tree.root) for path in match.several[:2])
             reason = (
                 f"image {image.id}: {short(image.name)} fits {len(match.several)} files, such as "
-                f"{relative(match.several[0], tree.root)} and "
-                f"{relative(match.several[1], tree.root)}; write the folder into the label"
+                f"{first} and {second}; write the folder into the label"
             )
             problems.append(Problem("image-ambiguous", file.file, image.id, reason, DROPPED))
-            continue
-        path = match.path
-        if path is None and "://" in image.name:  # reported with the address
-            path = Path(re.split(r"[?#]", image.name)[0])
-        elif path is None:
-            name = PurePosixPath(image.name.replace("\\", "/"))
-            is_plain = name.is_absolute() or len(name.parts) == 1
-            folder = usual if usual is not None and is_plain else file.file.parent
-            path = folder / (name.name if is_plain else name)
+        elif match.path is None:
+            found.append((file, image, _expected_path(file, image, folders)))
         else:
-            uses[path].append((match.tail, image))
-        found.append((file, image, path))
+            uses[match.path].append((match.tail, image))
+            found.append((file, image, match.path))
     # Of two labels of one file that with the longer common path is right, if there is such a one.
     rejected: set[int] = set()
     for claims in uses.values():
-        if len({_key(image) for _, image in claims}) == 1:
+        names = {id(i): i.name.replace("\\", "/").removeprefix("./") for _, i in claims}
+        if len(set(names.values())) == 1:
             continue  # one entry, or the same one twice
         longest = max(tail for tail, _ in claims)
-        best = {_key(image) for tail, image in claims if tail == longest}
+        best = {names[id(image)] for tail, image in claims if tail == longest}
         rejected |= {id(i) for tail, i in claims if tail < longest or len(best) > 1}
     for _, image, path in found:
         if id(image) in rejected:
@@ -650,12 +677,35 @@ def _find_images(
     return [item for item in found if id(item[1]) not in rejected]
 
 
-def _paths(image: LabelImage) -> list[str]:
-    return [address_path(name) for name in image.names]
+def _find_by_stem(
+    file: LabelFile,
+    image: LabelImage,
+    split: str,
+    tree: Tree,
+    folders: Counter[Path],
+    problems: list[Problem],
+) -> Match:
+    """Find an image with another extension, else by its percent-encoded name, a problem."""
+    match = tree.find_image(image.paths, file.file, split, by_stem=True)
+    if match.path is not None and folders and match.path.parent not in folders:
+        match = Match(None)
+    if match.path is None and "%" in image.name and "://" not in image.name:
+        match = tree.find_image(map(unquote, image.paths), file.file, split)
+        if match.path is not None:
+            reason = f"image {image.id}: no file is named {short(image.name)}"
+            used = f"{match.path.name} is used"
+            problems.append(Problem("image-name-encoded", file.file, image.id, reason, used))
+    return match
 
 
-def _key(image: LabelImage) -> str:
-    return image.name.replace("\\", "/").removeprefix("./")
+def _expected_path(file: LabelFile, image: LabelImage, folders: Counter[Path]) -> Path:
+    """Return the path, or the address, at which a missing image is reported."""
+    if "://" in image.name:
+        return Path(re.split(r"[?#]", image.name)[0])
+    name = PurePosixPath(image.name.replace("\\", "/"))
+    if name.is_absolute() or len(name.parts) == 1:
+        return max(folders, key=folders.__getitem__, default=file.file.parent) / name.name
+    return file.file.parent / name
 
 
 def _merge_images(
@@ -676,48 +726,45 @@ def _build_image(
     file: LabelFile,
     image: LabelImage,
     path: Path,
-    id_: int | str,
     classes: ClassList,
     sizes: Mapping[Path, tuple[int, int] | DataError],
     problems: list[Problem],
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
-    fractions = [] if file.decimals else [n for n, a in enumerate(objects) if _is_fraction(a.box)]
-    if (file.decimals or fractions) and not (width and height):
+    is_scaled = [bool(file.decimals) or _is_fraction(item.box) for item in objects]
+    if (file.decimals or any(is_scaled)) and not (width and height):
         size = sizes.get(path) if file.decimals else image_sizes([path])[0]
         if isinstance(size, tuple):
             height, width = size
-            fractions = fractions if height * width > 1 else []
         elif objects and file.decimals:
             objects = []
             if path.is_file():  # a missing image is reported by the check
                 reason = f"its boxes are fractions of an image whose size cannot be read: {size}"
                 problems.append(Problem("image-unreadable", path, None, reason, "dropped"))
     names = list(file.classes)
-    labels = [classes.labels.get(name) for name in names]
     annotations = []
-    for index, item in enumerate(objects):
-        label = labels[item.label]
+    for item, scaled in zip(objects, is_scaled, strict=False):
+        name = names[item.label]
+        label = classes.labels.get(name)
         if label is None:
             reason = (
-                f"{cut(image.name)}: object {item.id}: class {short(names[item.label])} is not one "
-                f"of {len(classes.labels)} known"
+                f"{cut(image.name)}: object {item.id}: class {short(name)} is not one of "
+                f"{len(classes.labels)} known"
             )
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
             continue
-        if (file.decimals or index in fractions) and width and height:
-            rotation = image.rotations.get(index, 0.0)
-            if index in fractions:
+        if scaled and width and height and (file.decimals or width * height > 1):
+            if not file.decimals:
                 reason = (
                     f"{cut(image.name)}: object {item.id}: box {short(item.box)} is within a pixel"
                 )
                 fix = "read as fractions of the image"
                 problems.append(Problem("box-normalised", file.file, item.id, reason, fix))
-            item = _to_pixels(item, label, width, height, rotation, file.decimals or 6)
+            item = _to_pixels(item, width, height, file.decimals or 6)
         annotations.append(item if label == item.label else replace(item, label=label))
     label_file = None if file.file == path else file.file
-    return LabelledImage(path, id_, tuple(annotations), width, height, label_file, image.extra)
+    return LabelledImage(path, image.id, tuple(annotations), width, height, label_file, image.extra)
 
 
 def _is_fraction(box: Box) -> bool:
@@ -728,21 +775,16 @@ def _is_fraction(box: Box) -> bool:
     )
 
 
-def _to_pixels(
-    item: Annotation, label: int, width: int, height: int, rotation: float, decimals: int
-) -> Annotation:
-    """Scale a box in fractions of the image, and polygons, to pixels, and set the label."""
-    x1, y1, x2, y2 = item.box
-    box = (x1 * width, y1 * height, x2 * width, y2 * height)
-    if rotation % 360:
-        box = enclosing_box(box, rotation, box[:2])
-    x1, y1, x2, y2 = box
-    box = round(x1, decimals), round(y1, decimals), round(x2, decimals), round(y2, decimals)
+def _to_pixels(item: Annotation, width: int, height: int, decimals: int) -> Annotation:
+    """Scale a box in fractions of the image, and polygons, to pixels."""
+
+    def scaled(values: Iterable[float]) -> list[float]:
+        sides = zip(values, cycle((width, height)))
+        return [round(value * side, decimals) for value, side in sides]
+
+    x1, y1, x2, y2 = scaled(item.box)
     extra = item.extra
     if JSON_TEXT in extra:
-        points = [
-            [round(v * (height if i % 2 else width), decimals) for i, v in enumerate(polygon)]
-            for polygon in json.loads(extra[JSON_TEXT])
-        ]
-        extra = {**extra, JSON_TEXT: json.dumps(points, separators=(",", ":"))}
-    return Annotation(box, label, item.id, item.crowd, item.difficult, item.area, extra)
+        points = list(map(scaled, json.loads(extra[JSON_TEXT])))
+        extra = {**extra, JSON_TEXT: to_text(points)}
+    return replace(item, box=(x1, y1, x2, y2), extra=extra)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from retinanet.data.formats.labels import (
     ClassList,
     LabelFile,
     LabelImage,
+    Splits,
     begins_with,
     build,
     find_classes,
@@ -31,7 +32,6 @@ from retinanet.data.formats.labels import (
     from_text,
     listed_names,
     read_lines,
-    to_annotation,
     to_box,
     to_size,
     to_text,
@@ -57,7 +57,7 @@ def find(tree: Tree) -> LabelSet | None:
     return find_files("voc", tree, [".xml"], detect)
 
 
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> Splits:
     """Read a VOC data set; the XML files are parsed once, a split's data set is built when called.
 
     Splits are the lists in ``ImageSets/Main``, those of one name in several folders (VOC2007 and
@@ -128,8 +128,16 @@ def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path |
 def _read_group(split: str, files: list[LabelFile], classes: ClassList, tree: Tree) -> Dataset:
     """Return the images of XML files; those in their folders without one are problems."""
     dataset = build("voc", split, files, classes, tree)
+    known = {image.path for image in dataset.images}
+    folders = {path.parent for path in known if tree.path.is_dir()}
     stems = {file.file.stem for file in files}
-    unlabelled = _unlabelled(dataset.images, stems, tree) if tree.path.is_dir() else ()
+    unlabelled = [
+        Problem(
+            "label-missing", image, None, f"has no {image.stem}.xml, not even an empty one", DROPPED
+        )
+        for image in tree.images
+        if image.parent in folders and image not in known and image.stem not in stems
+    ]
     return replace(dataset, problems=(*dataset.problems, *unlabelled))
 
 
@@ -159,16 +167,10 @@ def parse(file: Path) -> LabelFile:
     if depth:
         image.extra["depth"] = from_text("depth", depth)
     for number, element in enumerate(tree.iter("object")):
-        name = _text(element, "name")
-        texts = {side: element.findtext(f"bndbox/{side}") for side in SIDES}
-        box = to_box([(text or "").strip() for text in texts.values()])
-        if box is None:
-            stated = ", ".join(f"{side} {text!r}" for side, text in texts.items())
-            reason = f"object {number} ({name}): {stated}: not four numbers"
-            parsed.report("box-not-a-number", number, reason)
-            continue
+        texts = [_text(element, f"bndbox/{side}") for side in SIDES]
+        stated = ", ".join(f"{side} {text!r}" for side, text in zip(SIDES, texts, strict=True))
         values = _values(element, _OWN_ELEMENTS)
-        image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
+        parsed.add(image, number, _text(element, "name"), to_box(texts), stated, values)
     return parsed
 
 
@@ -202,16 +204,6 @@ def _values(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
         else:
             values[child.tag] = value
     return values
-
-
-def _unlabelled(images: Iterable[LabelledImage], stems: set[str], tree: Tree) -> Iterator[Problem]:
-    """Images in the folders of the others that have no XML file."""
-    known = {image.path for image in images}
-    folders = {path.parent for path in known}
-    for image in tree.images:
-        if image.parent in folders and image not in known and image.stem not in stems:
-            reason = f"has no {image.stem}.xml, not even one without objects"
-            yield Problem("label-missing", image, None, reason, DROPPED)
 
 
 def write(writing: Writing) -> None:

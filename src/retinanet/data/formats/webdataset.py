@@ -88,8 +88,8 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     Images are not unpacked: ``train-000000.tar/KEY.jpg`` is their path.
 
     Raises:
-        DataError: a shard is missing, cut off or differs from its index, ``retinanet.json`` is
-            broken, or no sample has the layout.
+        DataError: a shard is missing or cut off, ``retinanet.json`` is broken, or no sample has the
+            layout.
     """
     path = tree.path
     shards, catalogue = _open(archives.address_of(path))
@@ -107,16 +107,12 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
     known_ids = ids if len(ids) == len(pairs) else None  # None: a name has several
 
     def build_split(split: str) -> Dataset:
-        files = [
-            file
-            for shard in shards[split]
-            for file in parse(shard, ids=known_ids, is_listed=catalogue is not None)
-        ]
+        files = [file for shard in shards[split] for file in parse(shard, ids=known_ids)]
         problems = [problem for file in files for _, problem in file.problems]
-        unread = next((problem for problem in problems if problem.kind != "index-missing"), None)
-        if unread and not any(file.images for file in files):
+        if problems and not any(file.images for file in files):
+            first = problems[0]
             raise DataError(
-                f"{unread.file}: {unread.reason}; no sample of {split or path} can be read"
+                f"{first.file}: {first.reason}; no sample of {split or path} can be read"
             )
         extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
         return build("webdataset", split, files, classes, tree, extra=extra)
@@ -216,37 +212,24 @@ def _split_of(name: str) -> str:
 # ---- samples
 
 
-def parse(
-    archive: str | Path,
-    *,
-    ids: dict[str, int | None] | None = None,
-    is_listed: bool = False,
-) -> list[LabelFile]:
+def parse(archive: str | Path, *, ids: dict[str, int | None] | None = None) -> list[LabelFile]:
     """Parse the labels of a shard, in order.
 
     Args:
         archive: its address.
         ids: category ids by class; further ones are added, and others are problems. None: not
             checked.
-        is_listed: a catalogue lists the shard: a missing index is a problem.
     """
     archive = os.fspath(archive)
-    contents = archives.contents_of(archive)
+    members = archives.members_of(archive)
     results: list[LabelFile] = []
 
     def report(name: str, kind: str, reason: str, fix: str = DROPPED) -> None:
-        results.append(LabelFile(Path(f"{archive}/{name}" if name else archive)))
+        results.append(LabelFile(Path(f"{archive}/{name}")))
         results[-1].report(kind, None, reason, fix)
 
-    if is_listed and not contents.indexed:
-        index = Path(archives.index_of(archive)).name
-        reason = f"its index {index} is missing; its headers were read instead"
-        report("", "index-missing", reason, "created")
-    for name in contents.repeated:
-        reason = "occurs more than once in its shard; the first is read"
-        report(name, "key-duplicate", reason, "the later are dropped")
     files: dict[str, dict[str, str]] = {}
-    for name in contents.members:
+    for name in members:
         if found := _KEY.fullmatch(name):
             files.setdefault(found.group(1), {})[found.group(2).lower()] = name
     pairs: list[tuple[str, str, str]] = []
@@ -266,7 +249,7 @@ def parse(
             )
         elif label is not None:
             report(label, "image-missing", f"key {key!r} has labels and no image", "dropped")
-    labels = archives.read_members([contents.members[label] for _, _, label in pairs])
+    labels = archives.read_members([members[label] for _, _, label in pairs])
     for (key, name, label), text in zip(pairs, labels, strict=True):
         content = _content_of(text)
         if isinstance(content, str):
@@ -360,7 +343,7 @@ def parse_shard_size(text: str) -> tuple[int | None, int | None]:
 
 
 def write(writing: Writing) -> None:
-    """Write ``SPLIT-000000.tar`` and so on with an index each, and ``retinanet.json``.
+    """Write ``SPLIT-000000.tar`` and so on, and ``retinanet.json``.
 
     A key is the name of the image without its extension, with ``_`` for dots, at which keys end.
     """
@@ -396,35 +379,40 @@ def _write_split(
     shards: dict[str, int] = {}
     keys: set[str] = set()
     with ExitStack() as stack:
-        writer: archives.ArchiveWriter | None = None
+        tar: tarfile.TarFile | None = None
         file = ""
         for image in dataset.images:
             content = archives.read_image_file(image.path)
             text = json.dumps(_content(image, dataset), ensure_ascii=False)
             # A file's name may hold bytes that are no text: \udce9, as JSON escapes it.
             label = text.encode(errors="backslashreplace")
-            if writer is None or (
+            if tar is None or (
                 shards[file] == max_samples
-                or (max_bytes and writer.size + len(content) + len(label) > max_bytes)
+                or (max_bytes and tar.offset + len(content) + len(label) > max_bytes)
             ):
                 stack.close()
                 file = f"{split or 'all'}-{len(shards):06d}.tar"
-                writer = archives.ArchiveWriter(writing.folder / file)
-                stack.callback(writer.close)
+                path = writing.folder / file
+                tar = stack.enter_context(tarfile.open(path, "w", format=tarfile.GNU_FORMAT))
                 shards[file] = 0
             name = Path(names[image.path])
             key = _free_key(name.stem.replace(".", "_"), keys)
-            writer.add(f"{key}{name.suffix if is_image(name) else _suffix(content)}", content)
-            writer.add(f"{key}.json", label)
+            _add(tar, f"{key}{name.suffix if is_image(name) else _suffix(content)}", content)
+            _add(tar, f"{key}.json", label)
             shards[file] += 1
             writing.count_image()
     return {
         "made_by": dataset.split_origin,
         "samples": len(dataset),
         "shards": list(shards),
-        "samples_by_shard": list(shards.values()),
         "extra": dict(dataset.extra),
     }
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)  # no times, no owner: the same data give the same bytes
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
 
 
 def _free_key(stem: str, taken: set[str]) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import yaml
 
-from retinanet.data.dataset import Annotation, Dataset, Problem
+from retinanet.data.dataset import Dataset, Problem
 from retinanet.data.finder import LabelSet, Tree, fold, is_image, relative, scan
 from retinanet.data.formats.labels import (
     DROPPED,
@@ -25,12 +25,15 @@ from retinanet.data.formats.labels import (
     ClassList,
     LabelFile,
     LabelImage,
+    Splits,
+    box_around,
     build,
     cut,
     merge_classes,
     read_lines,
     read_text,
     to_int,
+    to_text,
 )
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
@@ -80,7 +83,7 @@ def find(tree: Tree) -> LabelSet | None:
     return LabelSet("yolo", tree.group(dict.fromkeys(files)), labelled)
 
 
-def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
+def read(tree: Tree, labels: LabelSet) -> Splits:
     """Read a YOLO data set; each split's data set is read when called.
 
     Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders. A split
@@ -101,10 +104,17 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         file = tree.path
         splits = _from_lists(tree) or _from_folders(tree, texts)
     if tree.path.is_dir():
-        splits = _with_rest(splits, tree, texts)
-    names = names or _listed_classes(tree, labels.notes) or _numbers(splits, texts)
+        listed = {image for images in splits.values() for image in images}
+        rest = [i for i in tree.images if i not in listed and texts.of(i) is not None]
+        splits |= {"": [*splits.get("", []), *rest]} if rest else {}
+    names = names or _listed_classes(tree, labels.notes)
+    if not names:  # numbers
+        images_files = {texts.of(image) for images in splits.values() for image in images} - {None}
+        rows = (_row(line) for text in images_files if text for line in read_lines(text))
+        last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
+        names = list(map(str, range(last + 1)))
     classes = merge_classes(enumerate(names), file, by_id=True)
-    found: dict[str, Callable[[], Dataset]] = {
+    found: Splits = {
         split: partial(_read_split, split, images, classes, tree, texts, keypoints)
         for split, images in splits.items()
     }
@@ -113,13 +123,6 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
 
 def _fail(message: str) -> Dataset:
     raise DataError(message)
-
-
-def _with_rest(splits: dict[str, list[Path]], tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
-    """Add labelled images of no split as the split ``""``."""
-    listed = {image for images in splits.values() for image in images}
-    rest = [i for i in tree.images if i not in listed and texts.of(i) is not None]
-    return {**splits, "": [*splits.get("", []), *rest]} if rest else splits
 
 
 def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
@@ -232,9 +235,8 @@ def _from_settings(
             else:
                 missing[split] = f"{file}: {key}: {entry} is not a folder or a list in {base}"
     if not any(splits.values()):
-        for message in missing.values():
-            raise DataError(message)
-        raise DataError(f"{file}: no images in the folders of its splits, looked for in {base}")
+        empty = f"{file}: no images in the folders of its splits, looked for in {base}"
+        raise DataError(next(iter(missing.values()), empty))
     return {split: images for split, images in splits.items() if images}, names, missing
 
 
@@ -363,14 +365,6 @@ def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
     return tree.group(images)
 
 
-def _numbers(splits: Mapping[str, Sequence[Path]], texts: _Texts) -> list[str]:
-    """Numbers as the names of classes without names."""
-    files = {texts.of(image) for images in splits.values() for image in images} - {None}
-    rows = (_row(line) for file in files if file for line in read_lines(file))
-    last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
-    return [str(number) for number in range(last + 1)]
-
-
 def _row(line: str) -> tuple[int, list[float]] | str:
     """Class, and centre x, centre y, width, height or a polygon's x, y, x, y, ... of a row.
 
@@ -402,15 +396,14 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
             parsed.report("label-unreadable", number, reason)
             continue
         label, values = row
-        extra: dict[str, Any] = {}
         if len(values) == 4 or keypoints:
             x, y, w, h = values[:4]
             box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+            parsed.add(image, number, str(label), box, line)
         else:
-            xs, ys = values[::2], values[1::2]
-            box = min(xs), min(ys), max(xs), max(ys)
-            extra = {JSON_TEXT: f"[{values}]"}
-        image.annotations.append(Annotation(box, parsed.label(str(label)), number, extra=extra))
+            polygon = {JSON_TEXT: to_text([values])}
+            around = box_around(list(zip(values[::2], values[1::2], strict=True)))
+            parsed.add(image, number, str(label), around, line, polygon)
     return parsed
 
 
@@ -436,17 +429,23 @@ def _read_split(
                 reason = f"{file.name} is the label of {len(owners[file])} images of this name"
                 problems.append(Problem("image-ambiguous", image, None, reason, DROPPED))
                 continue
-        own = LabelImage(image.name, image.stem, path=image)
-        parsed = LabelFile(image, decimals=4) if file is None else parse(file, keypoints=keypoints)
-        own.annotations = [a for labelled in parsed.images for a in labelled.annotations]
-        parsed.images = [own]
+        if file is None:
+            parsed = LabelFile(image, images=[LabelImage(image.name, image.stem)], decimals=4)
+        else:
+            parsed = parse(file, keypoints=keypoints)
+        parsed.images[0].name, parsed.images[0].path = image.name, image
         files.append(parsed)
     if images and not any(labels.values()):
         expected = texts.expected(images[0])
         reason = f"none of its {len(images)} images has a label; looked for {expected} and so on"
         problems.append(Problem("label-missing", images[0].parent, None, reason))
-    if tree.path.is_dir():
-        problems += _without_image({file for file in labels.values() if file}, tree)
+    # Label files, in the folders of the others, without an image. Lists and notes lie there too.
+    parents = {file.parent for file in labels.values() if file and tree.path.is_dir()}
+    for file in tree.with_suffix(".txt"):
+        is_other = file.parent in parents and file not in owners and file.name not in _NAME_FILES
+        if is_other and not tree.has_stem(file) and detect(file):
+            reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
+            problems.append(Problem("image-missing", file, None, reason, "dropped"))
     return build("yolo", split, files, classes, tree, problems=problems)
 
 
@@ -455,18 +454,6 @@ def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
         return texts.of(image)
     expected = texts.expected(image)
     return expected if expected.is_file() else None
-
-
-def _without_image(known: set[Path], tree: Tree) -> Iterator[Problem]:
-    """Label files, in the folders of the others, whose image is not there."""
-    folders = {file.parent for file in known}
-    for file in tree.files:
-        # Lists of images and notes lie there too: only rows make a label file.
-        is_text = file.suffix.lower() == ".txt" and file.name not in _NAME_FILES
-        is_other = is_text and file.parent in folders and file not in known
-        if is_other and not tree.has_stem(file) and detect(file):
-            reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
-            yield Problem("image-missing", file, None, reason, "dropped")
 
 
 def write(writing: Writing) -> None:
