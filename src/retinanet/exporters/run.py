@@ -104,9 +104,8 @@ def export(
         DataError, ImageError: the data cannot be read.
         MissingExtraError: a package that writes or runs the file is not installed.
     """
-    check_choice("precision", precision, PRECISIONS)
-    allowed = TOLERANCES[precision].override(tolerance)
     _check_options(to, precision, calibrate, images)
+    allowed = TOLERANCES[precision].override(tolerance)
     settings: dict[str, Any] = {**options}
     form = settings.pop("form", DETECTIONS)
     check_choice("form", form, (DETECTIONS, SCORES))
@@ -169,6 +168,7 @@ def select_checkpoint_classes(checkpoint: Checkpoint, names: Sequence[str]) -> C
 def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None:
     """Check options and packages, before minutes of work."""
     check_choice("--to", to, tuple(SUFFIXES))
+    check_choice("precision", precision, PRECISIONS)
     if precision != "float32" and to != "openvino":
         raise ConfigError(f"{precision} is for --to openvino, got {to}")
     if precision == "int8" and calibrate is None:
